@@ -1,0 +1,33 @@
+"""The errors a user can cause, and the exit status each one ends the command with."""
+
+
+class MomeError(Exception):
+    """A failure told to the user in one message: what was given, what was expected, what to do."""
+
+    exit_status = 1
+
+
+class ConfigError(MomeError, ValueError):
+    """A wrong configuration or command line; nothing was started."""
+
+    exit_status = 2
+
+
+class DataError(MomeError):
+    """Data that training cannot accept: a changed, truncated or missing shard, or too many bad samples."""
+
+
+class StorageError(MomeError, OSError):
+    """An object store or file system that did not answer as it must."""
+
+
+class CheckpointError(MomeError):
+    """A checkpoint that is not whole, was damaged, or does not fit this run."""
+
+
+class TrackingError(MomeError):
+    """A tracking server that could not be reached when a run was to be started."""
+
+
+class RunFailed(MomeError):
+    """A run that stopped for a reason that restarting would only repeat."""

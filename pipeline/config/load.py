@@ -1,0 +1,210 @@
+"""From a YAML file and `key=value` overrides to one `RunConfig`, or one `ConfigError` that lists every fault."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import RunConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML keeps the last, silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(problem=f"duplicate key '{key}' in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_NUMBER = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
+for first in "-+.0123456789":
+    _Loader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", _NUMBER))
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read one run's YAML, apply dotted overrides, and validate.
+
+    Raises ConfigError naming every fault with its dotted path, a suggestion for unknown keys, and the file.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML config") from error
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return validate(values, str(path))
+
+
+def validate(values: dict[str, Any], origin: str) -> RunConfig:
+    """Validate plain values; `origin` heads the error. Strict pydantic takes lists for tuples only from JSON."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        faults = [_describe(fault, values) for fault in error.errors()]
+        raise ConfigError(f"{origin}: {len(faults)} fault(s)\n" + "\n".join(faults)) from None
+
+
+def resolve_secret(reference: str | None) -> str | None:
+    """The value behind `env:NAME` or `file:PATH`; it is never stored or logged."""
+    if reference is None:
+        return None
+    kind, _, name = reference.partition(":")
+    if kind == "env":
+        if name not in os.environ:
+            raise ConfigError(f"secret '{reference}': the environment variable {name} is not set")
+        return os.environ[name]
+    try:
+        return Path(name).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"secret '{reference}': the file cannot be read ({error.strerror})") from error
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted paths to leaves."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if items is None:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def changes(old: RunConfig, new: RunConfig) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
+    """The keys that differ between two configs, as (allowed, refused) on resume: path -> (old, new)."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    allowed, refused = {}, {}
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            (allowed if is_changeable(path) else refused)[path] = (before.get(path), after.get(path))
+    return allowed, refused
+
+
+def is_changeable(path: str) -> bool:
+    """Whether the schema lets the key at a dotted path differ on resume."""
+    model: Any = RunConfig
+    for part in path.split("."):
+        fields = _fields(model)
+        if part not in fields:
+            if not part.isdigit():  # a key of a free mapping, such as a source's name
+                model = _value_type(model)
+            continue
+        field = fields[part]
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changeable"):
+            return True
+        model = field.annotation
+    return False
+
+
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"override '{override}': expected key=value, such as stages.vision.steps=100")
+    target: Any = values
+    *parents, last = path.split(".")
+    for part in parents:
+        target = _child(target, part, override)
+    value = _parse(text, f"override '{override}'")
+    if isinstance(target, list):
+        target[_position(target, last, override)] = value
+    else:
+        target[last] = value
+
+
+def _child(target: Any, part: str, override: str) -> Any:
+    child = target[_position(target, part, override)] if isinstance(target, list) else target.setdefault(part, {})
+    if child is None:
+        child = target[part] = {}
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
+    return child
+
+
+def _position(items: list[Any], part: str, override: str) -> int:
+    """A list's element by number or, where its elements are named, by name."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise ConfigError(f"override '{override}': no element '{part}'; there are {', '.join(map(str, names))}")
+
+
+def _describe(fault: Any, values: dict[str, Any]) -> str:
+    location = [str(part) for part in fault["loc"] if part != "[key]"]
+    path = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        known = list(_fields(_model_at(location[:-1])))
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: required key is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and not location:
+        return message
+    if fault["type"] == "value_error" or isinstance(fault["input"], dict):
+        return f"{path}: {message}"
+    return f"{path}: {message} (got {fault['input']!r}){_choice(fault)}"
+
+
+def _choice(fault: Any) -> str:
+    if fault["type"] != "literal_error":
+        return ""
+    choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+    close = difflib.get_close_matches(str(fault["input"]), choices, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _model_at(location: list[str]) -> Any:
+    model: Any = RunConfig
+    for part in location:
+        fields = _fields(model)
+        if part in fields:
+            model = fields[part].annotation
+        elif not part.isdigit():
+            model = _value_type(model)
+    return model
+
+
+def _section(annotation: Any) -> Any:
+    """The Section class inside an annotation such as tuple[StageConfig, ...] or X | None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    origin_is_mapping = getattr(model, "__origin__", None) is dict
+    section = None if origin_is_mapping else _section(model)
+    return section.model_fields if section else {}
+
+
+def _value_type(model: Any) -> Any:
+    return get_args(model)[1] if getattr(model, "__origin__", None) is dict else model

@@ -1,0 +1,316 @@
+"""Every configuration key, with its type, its bound and its default. One YAML file is one run.
+
+Classes are strict and frozen, and refuse unknown keys. A field declared with `changeable()` may differ when
+a run is resumed; any other change is refused by name (contract C4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Use = Literal["pairs", "images", "text"]
+Objective = Literal["contrastive", "matching", "masked_language", "masked_image"]
+USES_OF: dict[Objective, frozenset[Use]] = {
+    "contrastive": frozenset({"pairs"}),
+    "matching": frozenset({"pairs"}),
+    "masked_language": frozenset({"pairs", "text"}),
+    "masked_image": frozenset({"pairs", "images"}),
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def changeable(default: Any, **bounds: Any) -> Any:
+    """A key that may change when a run is resumed; the change is recorded, not refused."""
+    return Field(default, json_schema_extra={"changeable": True}, **bounds)
+
+
+def _secret_reference(value: str) -> str:
+    if not re.match(r"^(env|file):.+", value):
+        raise ValueError("is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself")
+    return value
+
+
+SecretReference = Annotated[str, AfterValidator(_secret_reference)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class StorageConfig(Section):
+    """How object stores are reached. What is not given comes from the store's usual environment variables."""
+
+    endpoint_url: str | None = changeable(None)
+    key: SecretReference | None = changeable(None)
+    secret: SecretReference | None = changeable(None)
+    attempts: Positive = changeable(8)
+    deadline_seconds: float = changeable(300.0, gt=0)
+
+
+class ModelConfig(Section):
+    """VLMo (arXiv 2111.02358). The defaults are VLMo-base at 224 px."""
+
+    kind: Literal["vlmo"] = "vlmo"
+    width: Positive = 768
+    layers: Positive = 12
+    heads: Positive = 12
+    vision_language_layers: Positive = 2  # top layers whose fused sequences read the vision-language expert
+    feed_forward_ratio: Positive = 4
+    image_size: Positive = 224
+    patch_size: Positive = 16
+    positions: Literal["relative", "absolute"] = "relative"
+    max_text: Positive = 196  # longest text the positions serve, in tokens with [CLS] and [SEP]
+    layer_scale: float | None = 0.1
+    drop_path: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+        if self.vision_language_layers >= self.layers:
+            raise ValueError(f"vision_language_layers must be below layers {self.layers}")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class TokenizerConfig(Section):
+    """A WordPiece vocabulary file (one token a line); without one, a vocabulary is trained from the captions."""
+
+    vocabulary: str | None = None
+    size: Positive = 30522  # at most this many tokens, when trained
+
+
+class SyntheticConfig(Section):
+    """Scenes of coloured shapes with captions from a small grammar, drawn on first use."""
+
+    scenes: Positive = 2000
+    seed: int = 0
+    image_size: Positive = 64
+    captions: Positive = 3  # per scene
+    distinct: bool = False  # no two scenes share any caption
+    exclude: str | None = None  # another synthetic source none of whose scenes may be drawn again
+
+
+class SourceConfig(Section):
+    """A folder of shards with its manifest, and what training reads of each sample."""
+
+    shards: str
+    use: Use = "pairs"
+    synthetic: SyntheticConfig | None = None
+
+
+class AugmentConfig(Section):
+    """Random-resized crop, flip and RandAugment (VLMo: 0.5-1, flip, RandAugment(2, 7) without colour inversion)."""
+
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: bool = True
+    flip_spares_sides: bool = True  # never flip a picture whose caption says 'left' or 'right'
+    operations: Annotated[int, Field(ge=0)] = 2
+    magnitude: Annotated[int, Field(ge=0, le=10)] = 7
+
+
+class LoaderConfig(Section):
+    threads: Positive = changeable(2)
+    prefetch_batches: Positive = changeable(2)
+
+
+class DataConfig(Section):
+    """The order of the data and what is done to each sample (contract C1)."""
+
+    lanes: Positive = 16
+    window: Positive = 4  # shards a lane shuffles together
+    max_bad_rate: Fraction = changeable(0.01)
+    max_pixels: Positive = 50_000_000  # a larger picture is quarantined as a decompression bomb
+    augment: AugmentConfig = AugmentConfig()
+    loader: LoaderConfig = changeable(LoaderConfig())
+
+
+class MaskingConfig(Section):
+    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the real tokens
+    whole_word: bool = True
+    patches: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches
+
+
+class ObjectiveConfig(Section):
+    """An objective's weight, and the share of each global batch that it reads (1, 1/2, 1/3, …)."""
+
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    every: Positive = 1  # reads one row in `every` of each global batch, in turn
+
+
+class OptimizerConfig(Section):
+    """AdamW, linear warm-up, then linear or cosine decay to `end_rate` (VLMo's values as defaults)."""
+
+    peak_rate: float = changeable(2e-4, gt=0)
+    end_rate: float = changeable(0.0, ge=0)
+    warmup_steps: int = changeable(2500, ge=0)
+    decay: Literal["linear", "cosine", "constant"] = changeable("linear")
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0  # 0: no clipping, as published
+
+
+class ExpertsConfig(Section):
+    """What the experts that no earlier stage trained start from."""
+
+    language: Literal["random", "vision", "kept"] = "kept"
+    vision_language: Literal["random", "vision", "language", "kept"] = "kept"
+
+
+class StageConfig(Section):
+    """One stage: its sources with weights, objectives, trainable parts, length, optimiser and starting weights."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    sources: dict[str, Annotated[float, Field(gt=0.0)]]
+    objectives: dict[Objective, ObjectiveConfig]
+    steps: Positive = Field(json_schema_extra={"changeable": True})
+    batch: Positive
+    max_text: Positive = 40
+    masking: MaskingConfig = MaskingConfig()
+    image_target: Literal["mean_colour", "pixels"] = "pixels"
+    freeze: tuple[str, ...] = ()  # parts of the model, by name
+    start_from: str = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
+    experts: ExpertsConfig = ExpertsConfig()
+    optimizer: OptimizerConfig = changeable(OptimizerConfig())
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = changeable(1)
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    micro_batch: Positive | None = changeable(None)  # most samples one forward may hold; None: a rank's whole share
+    threads: Positive = 1  # CPU threads of a rank's tensor arithmetic
+    check_graph_every: Positive = changeable(100)  # steps between two comparisons of the ranks' graphs
+
+
+class ClusterConfig(Section):
+    """Where the ranks run. With `address` unset a local Ray is started."""
+
+    workers: Positive = changeable(1)
+    gpus_per_worker: Annotated[float, Field(ge=0)] = changeable(0)
+    cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1)
+    address: str | None = changeable(None)
+    max_failures: Annotated[int, Field(ge=0)] = changeable(3)
+    start_timeout_seconds: float = changeable(300.0, gt=0)
+
+
+class CheckpointConfig(Section):
+    every: Positive = changeable(500)  # steps
+    keep: Positive = changeable(2)
+
+
+class TrackingConfig(Section):
+    """MLflow. With `uri` unset: SQLite in the run's folder, or in the working folder when that is remote."""
+
+    uri: str | None = changeable(None)
+    experiment: str = "mome"
+    metrics_every: Positive = changeable(10)  # steps between two points; reading them is the only host synchronisation
+    flush_seconds: float = changeable(5.0, gt=0)
+    required: bool = changeable(True)  # refuse to start a run when the server does not answer
+
+
+class EvaluationConfig(Section):
+    """The held-out pairs the last stage is evaluated on."""
+
+    source: str | None = changeable(None)
+    limit: Positive | None = changeable(None)  # images
+    batch: Positive = changeable(64)
+
+
+class RunConfig(Section):
+    """One run: everything `mome train` needs."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    output: str = "runs"  # fsspec URL; the run lives in <output>/<name>
+    seed: int = 0
+    storage: StorageConfig = changeable(StorageConfig())
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sources: dict[str, SourceConfig]
+    data: DataConfig = DataConfig()
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    engine: EngineConfig = changeable(EngineConfig())
+    cluster: ClusterConfig = changeable(ClusterConfig())
+    checkpoint: CheckpointConfig = changeable(CheckpointConfig())
+    tracking: TrackingConfig = changeable(TrackingConfig())
+    evaluation: EvaluationConfig = changeable(EvaluationConfig())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        faults = [*self._stage_faults(), *self._source_faults()]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _source_faults(self) -> Iterator[str]:
+        for name, source in self.sources.items():
+            excluded = source.synthetic.exclude if source.synthetic else None
+            if excluded is not None and (excluded not in self.sources or self.sources[excluded].synthetic is None):
+                yield f"sources.{name}.synthetic.exclude: '{excluded}' is no synthetic source of this run"
+        held_out = self.evaluation.source
+        if held_out is not None and held_out not in self.sources:
+            yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(self.sources)}"
+        elif held_out is not None and self.sources[held_out].use != "pairs":
+            yield f"evaluation.source: '{held_out}' is read as {self.sources[held_out].use}, evaluation needs pairs"
+
+    def _stage_faults(self) -> Iterator[str]:
+        names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{index} ({stage.name})"
+            if names.index(stage.name) != index:
+                yield f"{where}: another stage has this name"
+            if stage.batch % self.data.lanes:
+                yield f"{where}.batch: {stage.batch} must be a multiple of data.lanes {self.data.lanes}"
+            if stage.max_text > self.model.max_text:
+                yield f"{where}.max_text: {stage.max_text} is above model.max_text {self.model.max_text}"
+            if not stage.sources or not stage.objectives:
+                yield f"{where}: needs at least one source and one objective"
+            every = max((objective.every for objective in stage.objectives.values()), default=1)
+            if stage.batch < self.cluster.workers * every:
+                yield (
+                    f"{where}.batch: {stage.batch} leaves a worker without a row; "
+                    f"at least cluster.workers x every = {self.cluster.workers * every}"
+                )
+            if "matching" in stage.objectives and "contrastive" not in stage.objectives:
+                yield f"{where}.objectives: matching draws its negatives from contrastive scores; add contrastive"
+            yield from self._use_faults(where, stage)
+
+    def _use_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
+        unknown = [name for name in stage.sources if name not in self.sources]
+        for name in unknown:
+            yield f"{where}.sources: unknown source '{name}'; known: {', '.join(self.sources)}"
+        uses = {self.sources[name].use for name in stage.sources if name in self.sources}
+        if len(uses) > 1:
+            yield f"{where}.sources: read as {' and '.join(sorted(uses))}; all sources of a stage must have one use"
+        for objective in stage.objectives:
+            if not unknown and not uses <= USES_OF[objective]:
+                yield (
+                    f"{where}.objectives: {objective} needs sources read as {' or '.join(sorted(USES_OF[objective]))}"
+                )
+
+    def use_of(self, stage: StageConfig) -> Use:
+        """What the stage reads of its samples: the same for all its sources."""
+        return self.sources[next(iter(stage.sources))].use
+
+    def stage_start(self, index: int) -> int:
+        """The first global step of a stage: steps count over all stages."""
+        return sum(stage.steps for stage in self.stages[:index])
+
+    @property
+    def total_steps(self) -> int:
+        return self.stage_start(len(self.stages))
+
+    @property
+    def folder(self) -> str:
+        """The URL of the run's own folder."""
+        return f"{self.output.rstrip('/')}/{self.name}"

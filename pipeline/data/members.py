@@ -1,0 +1,78 @@
+"""What a sample's members mean: its picture, its captions, and the name of the image it shows.
+
+A pair is `jpg|jpeg|png|webp` with `json` ({"captions": […]} or {"caption": "…"}, and perhaps "image_id") or `txt`;
+img2dataset's output is read as it is. Other members are never looked at, least of all unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.data.images import EXTENSIONS
+from pipeline.data.quarantine import BadSample
+from pipeline.data.randomness import hash64, signed
+
+Members = Mapping[str, bytes]  # extension without its dot -> content
+
+
+def image_bytes(members: Members) -> bytes:
+    """The encoded picture. Raises BadSample when there is none."""
+    for extension in EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    raise BadSample("members", f"no picture ({', '.join(EXTENSIONS)}); it has {_names(members)}")
+
+
+def captions_of(members: Members) -> list[str]:
+    """All captions of a pair, or the one text of a text sample. Raises BadSample when one is missing or empty."""
+    record = _record(members)
+    captions = record.get("captions")
+    if captions is None and (caption := record.get("caption")) is not None:
+        captions = [caption]
+    if captions is None and "txt" in members:
+        captions = [_text("txt", members["txt"])]
+    if captions is None:
+        raise BadSample("members", f"no caption (json with 'captions' or 'caption', or txt); it has {_names(members)}")
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadSample("caption", "the captions are no list of strings")
+    captions = [caption.strip() for caption in captions]
+    if not captions:
+        raise BadSample("caption", "the list of captions is empty")
+    if "" in captions:
+        raise BadSample("caption", f"caption {captions.index('') + 1} of {len(captions)} is empty")
+    return captions
+
+
+def image_id_of(members: Members) -> int:
+    """Equal (int64) for samples that show the same image: by their `image_id`, else by the picture's bytes."""
+    named = _record(members).get("image_id")
+    if named is not None:
+        return signed(hash64("image_id", str(named)))
+    digest = hashlib.blake2b(image_bytes(members), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _record(members: Members) -> dict[str, Any]:
+    if "json" not in members:
+        return {}
+    try:
+        record = json.loads(_text("json", members["json"]))
+    except ValueError as error:
+        raise BadSample("members", f"its json cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise BadSample("members", f"its json is no object but a {type(record).__name__}")
+    return record
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample("caption", f"its {name} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def _names(members: Members) -> str:
+    return ", ".join(sorted(members)) or "none"

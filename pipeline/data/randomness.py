@@ -1,0 +1,94 @@
+"""Counter-based randomness: every random number is a hash of what it is for, never of who asks or how often.
+
+The mixing is splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Its results are part of the data order (contract C1)
+and stay what they are for ever: changing a constant here changes every run's data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+_UNIT = 2.0**-53
+
+
+def _mix(word: int) -> int:
+    word &= _MASK
+    word = ((word ^ (word >> 30)) * _FIRST) & _MASK
+    word = ((word ^ (word >> 27)) * _SECOND) & _MASK
+    return word ^ (word >> 31)
+
+
+@lru_cache(maxsize=65536)
+def _word(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def hash64(*parts: int | str) -> int:
+    """An unsigned 64-bit hash of the parts in their order. Integers count modulo 2^64, so int64 uids may be negative."""
+    state = _STEP
+    for part in parts:
+        word = _word(part) if isinstance(part, str) else int(part) & _MASK
+        state = _mix((state ^ word) + _STEP)
+    return state
+
+
+def signed(word: int) -> int:
+    """The same 64 bits read as int64, as tensors hold them."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def hash64_array(key: int, values: np.ndarray) -> np.ndarray:
+    """`hash64(key, value)` of every value: uint64, the shape of `values`."""
+    words = np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(_STEP)
+        words = (words ^ (words >> np.uint64(30))) * np.uint64(_FIRST)
+        words = (words ^ (words >> np.uint64(27))) * np.uint64(_SECOND)
+    return words ^ (words >> np.uint64(31))
+
+
+def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
+    """One float64 in [0, 1) for every value."""
+    return (hash64_array(key, values) >> np.uint64(11)).astype(np.float64) * _UNIT
+
+
+class CounterRandom:
+    """A stream of random numbers: the n-th is a hash of the key and n."""
+
+    def __init__(self, key: int):
+        self._key = key & _MASK
+        self._counter = 0
+
+    def _next(self) -> int:
+        self._counter += 1
+        return _mix(self._key + self._counter * _STEP)
+
+    def uniform(self) -> float:
+        """A float in [0, 1)."""
+        return (self._next() >> 11) * _UNIT
+
+    def integer(self, n: int) -> int:
+        """An integer in [0, n)."""
+        assert n > 0
+        return (self._next() * n) >> 64  # the bias is below n / 2^64
+
+    def permutation(self, n: int) -> np.ndarray:
+        """The numbers 0 … n-1 (int64) in random order."""
+        return permutation(self._next(), n)
+
+
+def permutation(key: int, n: int) -> np.ndarray:
+    """The numbers 0 … n-1 (int64) in the order of their hashes under `key`."""
+    return np.argsort(hash64_array(key, np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def sample_random(seed: int, epoch: int, uid: int, purpose: str) -> CounterRandom:
+    """The randomness of one sample in one epoch for one purpose (crop, caption, masks), whoever reads it."""
+    return CounterRandom(hash64(seed, epoch, uid, purpose))

@@ -1,0 +1,1 @@
+"""Evaluation: zero-shot retrieval, masked-language accuracy and the report."""

@@ -1,0 +1,306 @@
+"""Evaluates a stage's weights on held-out pairs: what every objective it trained is worth there.
+
+Contrastive training is measured by retrieval, matching by its accuracy and by re-ranking, masked language by the words
+guessed with the right picture, a wrong one and none. Earlier stages' models add what they alone can tell: the language
+stage its accuracy from text, the vision stage its reconstructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.held_out import HeldOut, load_pairs
+from pipeline.evaluation.masked_image import Reconstruction, reconstruct
+from pipeline.evaluation.masked_language import Guesses, MaskedLanguage, guess, masked_language, other_images
+from pipeline.evaluation.retrieval import (
+    Recall,
+    Retrieval,
+    embed_images,
+    embed_texts,
+    matching_odds,
+    recall_at_k,
+    rerank,
+)
+
+RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
+RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
+RECONSTRUCTED = 8  # pictures whose masked patches the report shows
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The matching head on every caption with its own image and with another one (never the same `image_id`)."""
+
+    accuracy_matched: float
+    accuracy_mismatched: float
+
+    @property
+    def accuracy(self) -> float:
+        return (self.accuracy_matched + self.accuracy_mismatched) / 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one source, and what a report shows of them. A member is None where the stage did not train it."""
+
+    source: str
+    stage: str
+    held_out: HeldOut
+    similarity: Tensor | None = None  # (N, M)
+    retrieval: Retrieval | None = None
+    reranked: Retrieval | None = None
+    reranked_best: int = 0  # candidates a query
+    matching: Matching | None = None
+    mlm: MaskedLanguage | None = None
+    language_stages: dict[str, Guesses] = field(default_factory=dict)  # text-only guesses of earlier stages, by name
+    reconstruction: Reconstruction | None = None
+    reconstruction_stage: str = ""
+    checkpoint: str = ""
+    report: str = ""
+
+    def located(self, checkpoint: str = "", report: str = "") -> Evaluation:
+        """The same, told where the checkpoint came from and where the report went."""
+        return replace(self, checkpoint=checkpoint or self.checkpoint, report=report or self.report)
+
+    def to_json(self) -> dict[str, Any]:
+        """The shape that `mome evaluate --json` promises: fractions, null where something was not trained."""
+        return {
+            "pairs": len(self.held_out),
+            "captions": len(self.held_out.tokens),
+            "skipped": sum(self.held_out.skipped.values()),
+            "source": self.source,
+            "source_digest": self.held_out.digest,
+            "stage": self.stage,
+            "retrieval": _retrieval_json(self.retrieval),
+            "reranked": _retrieval_json(self.reranked, best=self.reranked_best),
+            "mlm": self._mlm_json(),
+            "itm": self._itm_json(),
+            "reconstruction": self._reconstruction_json(),
+            "checkpoint": self.checkpoint,
+            "report": self.report,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The same figures flat, as MLflow logs them: `eval/<source>/i2t_r1`, …"""
+        found: dict[str, float | None] = {"pairs": float(len(self.held_out))}
+        for prefix, retrieval in (("", self.retrieval), ("reranked_", self.reranked)):
+            if retrieval is not None:
+                found |= _retrieval_metrics(prefix, retrieval)
+        for prefix, section in (("mlm_", self._mlm_json()), ("itm_", self._itm_json())):
+            found |= {prefix + name: value for name, value in (section or {}).items() if isinstance(value, float)}
+        for name, guesses in self.language_stages.items():
+            found[f"mlm_{name}_stage_text_only"] = guesses.accuracy
+        if self.reconstruction is not None:
+            found["reconstruction_error"] = self.reconstruction.error
+        return {f"eval/{self.source}/{name}": value for name, value in found.items() if value is not None}
+
+    def _mlm_json(self) -> dict[str, Any] | None:
+        if self.mlm is None and not self.language_stages:
+            return None
+        mlm = self.mlm
+        return {
+            "accuracy": _accuracy(mlm and mlm.own_image),
+            "accuracy_other_image": _accuracy(mlm and mlm.other_image),
+            "accuracy_text_only": _accuracy(mlm and mlm.text_only),
+            "language_stage_text_only": _accuracy(next(reversed(self.language_stages.values()), None)),
+            "masked_tokens": len(mlm.masked.truth()) if mlm else None,
+        }
+
+    def _itm_json(self) -> dict[str, Any] | None:
+        if self.matching is None:
+            return None
+        return {
+            "accuracy": _rounded(self.matching.accuracy),
+            "accuracy_matched": _rounded(self.matching.accuracy_matched),
+            "accuracy_mismatched": _rounded(self.matching.accuracy_mismatched),
+        }
+
+    def _reconstruction_json(self) -> dict[str, Any] | None:
+        if self.reconstruction is None:
+            return None
+        return {
+            "error": _rounded(self.reconstruction.error),
+            "error_without_model": _rounded(self.reconstruction.error_without_model),
+            "stage": self.reconstruction_stage,
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    storage: Storage,
+    source: str | None = None,
+    limit: int | None = None,
+    stage: str | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+    rerank_best: int | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Evaluation:
+    """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source of pairs.
+
+    `source` and `limit` default to the config's. `others` are the models of other stages, by the stage's name.
+    `rerank_best` is how many candidates of each query the fusion encoder reads again; 0 leaves re-ranking out.
+    `progress` is told what is being measured. Raises ConfigError and DataError as `load_pairs`.
+    """
+    chosen = stage_of(config, stage)
+    source = source or config.evaluation.source
+    if source is None:
+        raise ConfigError("evaluation.source: no held-out source is named; set it to a source with pairs")
+    progress("reading the held-out pairs")
+    held_out = load_pairs(config, storage, source, limit or config.evaluation.limit, tokenizer, chosen.max_text)
+    found = Evaluation(source, chosen.name, held_out)
+    found = _measure(found, model, chosen, tokenizer, config, rerank_best, progress)
+    for name, other in (others or {}).items():
+        found = _add_stage(found, other, stage_of(config, name), tokenizer, config, progress)
+    return found
+
+
+def stage_of(config: RunConfig, name: str | None) -> StageConfig:
+    """A stage by its name, or the last one. Raises ConfigError naming the stages there are."""
+    if name is None:
+        return config.stages[-1]
+    for stage in config.stages:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in config.stages)}")
+
+
+def _measure(
+    found: Evaluation,
+    model: nn.Module,
+    stage: StageConfig,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    rerank_best: int | None,
+    progress: Callable[[str], None],
+) -> Evaluation:
+    held_out, batch = found.held_out, config.evaluation.batch
+    if "contrastive" in stage.objectives:
+        progress("retrieving images by captions and captions by images")
+        found = _retrieve(found, model, tokenizer.pad_id, batch)
+    if "matching" in stage.objectives:
+        progress("matching captions and images")
+        found = replace(found, matching=_match(model, held_out, tokenizer.pad_id, batch))
+        found = _rerank(found, model, tokenizer.pad_id, rerank_best, batch)
+    if "masked_language" in stage.objectives:
+        progress("guessing masked words")
+        fused = config.use_of(stage) == "pairs"
+        found = replace(found, mlm=masked_language(model, held_out, stage.masking, tokenizer, fused, batch))
+    if "masked_image" in stage.objectives:
+        progress("filling in masked patches")
+        found = _reconstructed(found, model, stage, config)
+    return found
+
+
+def _add_stage(
+    found: Evaluation,
+    model: nn.Module,
+    stage: StageConfig,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    progress: Callable[[str], None],
+) -> Evaluation:
+    """What an earlier stage's model tells: words from text alone, on the same masks, and reconstructions."""
+    if "masked_language" in stage.objectives and found.mlm is not None:
+        progress(f"guessing masked words from text with the stage '{stage.name}'")
+        guesses = guess(model, found.mlm.masked, tokenizer.pad_id, batch=config.evaluation.batch)
+        found = replace(found, language_stages=found.language_stages | {stage.name: guesses})
+    if "masked_image" in stage.objectives and found.reconstruction is None:
+        progress(f"filling in masked patches with the stage '{stage.name}'")
+        found = _reconstructed(found, model, stage, config)
+    return found
+
+
+def _retrieve(found: Evaluation, model: nn.Module, pad: int, batch: int) -> Evaluation:
+    held_out = found.held_out
+    images = embed_images(model, held_out.images, batch)
+    texts = embed_texts(model, held_out.rows(), pad, batch)
+    similarity = images @ texts.T
+    return replace(
+        found, similarity=similarity, retrieval=recall_at_k(similarity, held_out.caption_of, held_out.image_id)
+    )
+
+
+def _rerank(found: Evaluation, model: nn.Module, pad: int, best: int | None, batch: int) -> Evaluation:
+    held_out, similarity = found.held_out, found.similarity
+    assert similarity is not None, "the schema lets no stage match without contrast"
+    affordable = RERANK_PAIRS // (len(held_out) + len(held_out.tokens))
+    best = min(RERANK_BEST, affordable) if best is None else best
+    if best < 2:  # the order of one candidate cannot change
+        return found
+    rows = held_out.rows()
+    captions, images = rerank(
+        similarity, best, lambda pairs: matching_odds(model, held_out.images, rows, pad, pairs, batch)
+    )
+    reranked = recall_at_k(captions, held_out.caption_of, held_out.image_id, transposed=images)
+    return replace(found, reranked=reranked, reranked_best=best)
+
+
+def _match(model: nn.Module, held_out: HeldOut, pad: int, batch: int) -> Matching | None:
+    if len(held_out.image_id.unique()) < 2:
+        return None
+    rows, captions = held_out.rows(), torch.arange(len(held_out.tokens))
+    other = other_images(held_out.image_id)[held_out.caption_of]
+    matched, mismatched = (
+        matching_odds(model, held_out.images, rows, pad, torch.stack([images, captions], dim=1), batch)
+        for images in (held_out.caption_of, other)
+    )
+    return Matching((matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item())
+
+
+def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> Evaluation:
+    held_out = found.held_out
+    result = reconstruct(
+        model,
+        held_out.images[:RECONSTRUCTED],
+        held_out.keys[:RECONSTRUCTED],
+        config.model.patch_size,
+        stage.masking.patches,
+        stage.image_target,
+        config.evaluation.batch,
+    )
+    return replace(found, reconstruction=result, reconstruction_stage=stage.name)
+
+
+def _accuracy(guesses: Guesses | None) -> float | None:
+    return None if guesses is None else _rounded(guesses.accuracy)
+
+
+def _rounded(fraction: float) -> float:
+    return round(fraction, 6)
+
+
+def _retrieval_json(retrieval: Retrieval | None, **more: Any) -> dict[str, Any] | None:
+    if retrieval is None:
+        return None
+    return {
+        "image_to_text": _recall_json(retrieval.image_to_text),
+        "text_to_image": _recall_json(retrieval.text_to_image),
+        "chance": {f"r{k}": _rounded(share) for k, share in retrieval.chance().items()},
+        **more,
+    }
+
+
+def _recall_json(recall: Recall) -> dict[str, float]:
+    return {f"r{k}": _rounded(share) for k, share in recall.at.items()} | {
+        "median_rank": recall.median_rank,
+        "mean_rank": round(recall.mean_rank, 2),
+    }
+
+
+def _retrieval_metrics(prefix: str, retrieval: Retrieval) -> dict[str, float]:
+    found = {}
+    for name, recall in (("i2t", retrieval.image_to_text), ("t2i", retrieval.text_to_image)):
+        found |= {f"{prefix}{name}_r{k}": share for k, share in recall.at.items()}
+        found |= {f"{prefix}{name}_median_rank": recall.median_rank, f"{prefix}{name}_mean_rank": recall.mean_rank}
+    return found

@@ -1,0 +1,130 @@
+"""The held-out pairs: read in the manifest's order, whole pictures without augmentation, every caption of each.
+
+Shapes: N images, H x W the model's image size, M captions of all images.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.images import decode, resize_square
+from pipeline.data.manifest import Manifest, load_index, load_manifest
+from pipeline.data.members import captions_of, image_bytes, image_id_of
+from pipeline.data.quarantine import BadSample
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer, Tokens
+
+_SPAN = 8 << 20  # bytes read from a shard at once
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs as evaluation reads them. Captions of one image stand together, in the images' order."""
+
+    images: Tensor  # (N, H, W, 3) uint8
+    captions: tuple[tuple[str, ...], ...]  # of each image
+    tokens: tuple[Tokens, ...]  # (M) of every caption
+    caption_of: Tensor  # (M,) int64: the image of each caption
+    image_id: Tensor  # (N,) int64: equal where two pictures show the same
+    keys: tuple[str, ...]  # (N) the samples' keys in their shards
+    skipped: dict[str, int]  # samples left out, by reason
+    digest: str  # of the manifest they were read from
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self) -> list[list[int]]:
+        """(M) token ids, [CLS] … [SEP], without padding."""
+        return [tokens.ids for tokens in self.tokens]
+
+    def texts(self) -> list[str]:
+        """(M) the captions in the order of `tokens`."""
+        return [caption for captions in self.captions for caption in captions]
+
+    def numbers(self) -> list[int]:
+        """(M) which of its image's captions each one is, from 0."""
+        return [number for captions in self.captions for number in range(len(captions))]
+
+
+def load_pairs(
+    config: RunConfig, storage: Storage, source: str, limit: int | None, tokenizer: Tokenizer, max_text: int
+) -> HeldOut:
+    """At most `limit` pairs of a source of the run. A bad sample is left out and counted, never replaced.
+
+    Raises ConfigError when the source is unknown or holds no pairs; DataError when no sample can be used, or more are
+    bad than `data.max_bad_rate` allows.
+    """
+    url = _url_of(config, source)
+    manifest = load_manifest(storage, url)
+    size = config.model.image_size
+    images, captions, ids, keys = [], [], [], []
+    skipped: Counter[str] = Counter()
+    for key, members in _samples(storage, url, manifest):
+        if limit is not None and len(keys) >= limit:
+            break
+        try:
+            picture = image_bytes(members)
+            texts = captions_of(members)
+            images.append(resize_square(decode(picture, config.data.max_pixels), size))
+        except BadSample as bad:
+            skipped[f"{bad.stage}: {bad.reason}"] += 1
+            continue
+        captions.append(tuple(texts))
+        ids.append(image_id_of(members))
+        keys.append(key)
+    _check(source, len(keys), skipped, config.data.max_bad_rate)
+    return HeldOut(
+        images=torch.from_numpy(np.stack(images)),
+        captions=tuple(captions),
+        tokens=tuple(tokenizer.encode(text, max_text) for texts in captions for text in texts),
+        caption_of=torch.arange(len(keys)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
+        image_id=torch.tensor(ids, dtype=torch.int64),
+        keys=tuple(keys),
+        skipped=dict(skipped),
+        digest=manifest.digest,
+    )
+
+
+def _url_of(config: RunConfig, source: str) -> str:
+    known = [name for name, each in config.sources.items() if each.use == "pairs"]
+    if source not in known:
+        problem = "holds no pairs" if source in config.sources else "is no source of this run"
+        raise ConfigError(f"evaluation source '{source}' {problem}; sources with pairs: {', '.join(known) or 'none'}")
+    return config.sources[source].shards
+
+
+def _check(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -> None:
+    bad = sum(skipped.values())
+    if used and bad <= max(1, max_bad_rate * (used + bad)):
+        return
+    reasons = "; ".join(f"{reason} ({count})" for reason, count in skipped.most_common(3)) or "it is empty"
+    raise DataError(
+        f"evaluation source '{source}': {bad} of {used + bad} samples are bad: {reasons}. "
+        "Mend or rebuild its shards, or raise data.max_bad_rate"
+    )
+
+
+def _samples(storage: Storage, url: str, manifest: Manifest) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members by extension) of every sample, shard after shard; some megabytes are read at a time."""
+    folder = shard_folder(url)
+    for record in manifest.shards:
+        index = load_index(storage, url, record)
+        start = stop = 0
+        data = b""
+        for sample in range(len(index)):
+            if index.span(sample)[1] > stop:
+                start = index.span(sample)[0]
+                stop = _read_until(index, sample, start)
+                data = storage.read_range(join(folder, record.name), start, stop)
+            yield (
+                index.keys[sample],
+                {name: data[offset - start : offset - start + size] for name, offset, size in index.members(sample)},
+            )

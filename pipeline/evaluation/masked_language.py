@@ -1,0 +1,168 @@
+"""Masked words of held-out captions, guessed with the pair's own image, with another one, and from text alone.
+
+What a picture adds to the guess is the distance between the first two accuracies. Words are masked whole, by
+randomness that depends on the sample and the caption only, and always stand as [MASK]: the accuracy is a property
+of the weights, the same for every batch size and limit.
+
+Shapes: N images, M captions, T masked tokens of all captions, B rows, L tokens, K masked tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.schema import MaskingConfig
+from pipeline.data.masking import mask_whole_words
+from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.retrieval import padded, reading
+from pipeline.models.passes import Pass
+
+_SEED = 2111_02358  # fixed, so that every checkpoint is asked for the same words
+_TOP = 3
+
+
+@dataclass(frozen=True)
+class MaskedCaptions:
+    """Captions with [MASK] tokens: ids per row, the masked positions of each row and the tokens that stood there."""
+
+    rows: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[int, ...], ...]
+
+    def truth(self) -> Tensor:
+        """(T,) the masked tokens, caption after caption."""
+        return torch.tensor([token for row in self.labels for token in row], dtype=torch.int64)
+
+    def first(self) -> list[int]:
+        """Where each caption's tokens start among all T; one more entry closes the list."""
+        starts = [0]
+        for row in self.labels:
+            starts.append(starts[-1] + len(row))
+        return starts
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a model put in the masked places: the best tokens (T, 3), their probabilities, and that of the truth (T,)."""
+
+    tokens: Tensor
+    probabilities: Tensor
+    truth_probability: Tensor
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class MaskedLanguage:
+    """Guesses by condition. The image conditions are None where the model's stage never fused image and text."""
+
+    masked: MaskedCaptions
+    image_of_other: Tensor | None  # (M,) the other image each caption was shown with
+    own_image: Guesses | None
+    other_image: Guesses | None
+    text_only: Guesses
+
+
+def mask_captions(held_out: HeldOut, masking: MaskingConfig, tokenizer: Tokenizer) -> MaskedCaptions:
+    """Masks words of every caption, at least one where it has any, chosen by the sample's key and caption number."""
+    rows, positions, labels = [], [], []
+    images = held_out.caption_of.tolist()
+    for tokens, image, number in zip(held_out.tokens, images, held_out.numbers(), strict=True):
+        random = CounterRandom(hash64(_SEED, held_out.keys[image], number))
+        masked = mask_whole_words(tokens, random, masking.probability, masking.whole_word, tokenizer)
+        chosen = [int(position) for position in masked.positions]
+        ids = list(tokens.ids)
+        labels.append(tuple(int(ids[position]) for position in chosen))
+        for position in chosen:
+            ids[position] = tokenizer.mask_id
+        rows.append(tuple(ids))
+        positions.append(tuple(chosen))
+    return MaskedCaptions(tuple(rows), tuple(positions), tuple(labels))
+
+
+def other_images(image_id: Tensor) -> Tensor:
+    """(N,) for each image the number of another one with a different id; each serves once where that is possible.
+
+    Images in the order of their ids, turned by the size of the largest group of equals: as groups stand together,
+    nobody meets its own. Where one id fills more than half, the remainder take the first image that differs.
+    Raises ValueError where all images are the same one.
+    """
+    ids, counts = image_id.unique(return_counts=True)
+    if len(ids) < 2:
+        raise ValueError("all held-out images are the same one: there is no other image to compare with")
+    order = image_id.argsort(stable=True)
+    other = torch.empty_like(order)
+    other[order] = order.roll(-int(counts.max()))
+    for image in (image_id[other] == image_id).nonzero()[:, 0].tolist():
+        other[image] = (image_id != image_id[image]).nonzero()[0, 0]
+    return other
+
+
+def guess(
+    model: nn.Module,
+    masked: MaskedCaptions,
+    pad: int,
+    images: Tensor | None = None,
+    image_of: Tensor | None = None,
+    batch: int = 64,
+) -> Guesses:
+    """The model's guesses for every masked token; `image_of` (M,) says which of `images` each caption is shown with.
+
+    Without images the caption is read by a text pass.
+    """
+    tokens, probabilities, of_truth = [], [], []
+    with reading(model) as device:
+        for start in range(0, len(masked.rows), batch):
+            span = slice(start, start + batch)
+            shown = None if images is None or image_of is None else images[image_of[span]].to(device)
+            text, keep = padded(masked.rows[span], pad)
+            positions, real = padded(masked.positions[span], 0)
+            wanted = Pass(
+                heads=("mlm",),
+                image=shown,
+                text=text.to(device),
+                text_keep=keep.to(device),
+                mask_positions=positions.to(device),
+            )
+            odds = model({"only": wanted})["only"]["mlm"].float().softmax(dim=-1).cpu()[real]  # (tokens, V)
+            best = odds.topk(min(_TOP, odds.shape[1]), dim=1)
+            truth = padded(masked.labels[span], 0)[0][real]
+            tokens.append(best.indices)
+            probabilities.append(best.values)
+            of_truth.append(odds.gather(1, truth[:, None])[:, 0])
+    found = torch.cat(tokens)
+    return Guesses(
+        tokens=found,
+        probabilities=torch.cat(probabilities),
+        truth_probability=torch.cat(of_truth),
+        accuracy=(found[:, 0] == masked.truth()).double().mean().item(),
+    )
+
+
+def masked_language(
+    model: nn.Module, held_out: HeldOut, masking: MaskingConfig, tokenizer: Tokenizer, fused: bool, batch: int = 64
+) -> MaskedLanguage:
+    """All conditions of one model; `fused` says whether its stage trained guessing words beside an image."""
+    masked = mask_captions(held_out, masking, tokenizer)
+    text_only = guess(model, masked, tokenizer.pad_id, batch=batch)
+    if not fused:
+        return MaskedLanguage(masked, None, None, None, text_only)
+    own = guess(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch)
+    if len(held_out.image_id.unique()) < 2:
+        return MaskedLanguage(masked, None, own, None, text_only)
+    image_of_other = other_images(held_out.image_id)[held_out.caption_of]
+    other = guess(model, masked, tokenizer.pad_id, held_out.images, image_of_other, batch)
+    return MaskedLanguage(masked, image_of_other, own, other, text_only)
+
+
+def words_of(masked: MaskedCaptions, caption: int, word_of: Sequence[int]) -> list[list[int]]:
+    """The masked words of a caption, each as the places of its tokens in `masked.positions[caption]`."""
+    words: dict[int, list[int]] = {}
+    for place, position in enumerate(masked.positions[caption]):
+        words.setdefault(word_of[position], []).append(place)
+    return list(words.values())

@@ -1,0 +1,87 @@
+"""What the objectives read off the encoder's features. Every result is float32, whatever the parameters are.
+
+Shapes: B rows, K positions a row, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_SCALE = 100.0  # CLIP's bound; VLMo's release has it commented out
+INITIAL_SCALE = 1 / 0.07
+TEXT_EPSILON = 1e-12  # BERT's
+
+
+class ContrastiveHead(nn.Module):
+    """Two projections of each modality's [CLS]: of its own expert's, and of the vision-language expert's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("image", "text", "image_vl", "text_vl"):
+            self.add_module(name, nn.Linear(width, width, bias=False))
+        # One element, not a 0-d tensor: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+        self.log_scale_vl = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+
+    def forward(
+        self, modality: Literal["image", "text"], cls: Tensor, cls_vl: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both [CLS] (B, D) -> two unit vectors (B, D), then the two scales (0-d)."""
+        own = F.normalize(self.get_submodule(modality)(cls).float(), dim=-1)
+        shared = F.normalize(self.get_submodule(f"{modality}_vl")(cls_vl).float(), dim=-1)
+        return own, shared, _scale(self.log_scale), _scale(self.log_scale_vl)
+
+
+def _scale(log_scale: Tensor) -> Tensor:
+    return log_scale.float().exp().clamp(max=MAX_SCALE).squeeze(0)
+
+
+class Pooler(nn.Module):
+    """BERT's pooler: (B, D) -> (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return torch.tanh(self.dense(cls))
+
+
+class MatchingHead(nn.Module):
+    """Pooled [CLS] (B, D) -> logits (B, 2) of not matched, matched."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, 2)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.classify(pooled).float()
+
+
+class MaskedLanguageHead(nn.Module):
+    """BERT's transform, then a decoder with weights of its own: (B, K, D) -> logits (B, K, V)."""
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=TEXT_EPSILON)
+        self.decode = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decode(self.norm(F.gelu(self.dense(tokens)))).float()
+
+
+class MaskedImageHead(nn.Module):
+    """Hidden patches (B, K, D) -> logits of colour classes, or pixels: (B, K, targets)."""
+
+    def __init__(self, width: int, targets: int) -> None:
+        super().__init__()
+        self.predict = nn.Linear(width, targets)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.predict(patches).float()

@@ -1,0 +1,1 @@
+"""Tracking: a local journal first, MLflow in the background (contract C6)."""

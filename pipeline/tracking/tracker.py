@@ -1,0 +1,502 @@
+"""Tracking as the rest of the code sees it: appending to a local journal, which another process ships to MLflow.
+
+Nothing here waits for a server (contract C6). `metrics` is one line appended to a file; the shipper is a process
+of its own (`mlflow_tracker`) because the import of mlflow and its Python work, run as a thread of the trainer,
+take the interpreter lock from it: measured, steps four times as long while mlflow is imported, and single steps
+0.3 s late. As a process it costs them nothing.
+
+Faults of tracking are told in one warning line and never raised, except by `Tracker.open` and `check_server`,
+which run before training starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import getpass
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import posixpath
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, Protocol
+
+import yaml
+
+from pipeline.config.errors import TrackingError
+from pipeline.config.load import flatten, is_changeable
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.tracking.journal import (
+    CommittedJournal,
+    HighWater,
+    Journal,
+    JournalWriter,
+    Record,
+    Store,
+    encode_number,
+    redact,
+    write_whole,
+)
+
+logger = logging.getLogger("mome.tracking")
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+P = ParamSpec("P")
+PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transformers", "numpy", "pydantic")
+ANSWER_SECONDS = 5.0
+_NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """Data that a stage reads: the source's name, the URL of its shards, the digest of its manifest."""
+
+    name: str
+    source: str
+    digest: str
+    context: str = "training"
+
+
+class Recorder(Protocol):
+    """What training and evaluation may record. `Tracker` does; `SilentTracker` is for the ranks that must not."""
+
+    def begin_stage(
+        self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]
+    ) -> None: ...
+    def metrics(self, step: int, values: dict[str, float]) -> None: ...
+    def tag(self, key: str, value: str) -> None: ...
+    def artifact(self, name: str, content: str | Path | bytes) -> None: ...
+    def end_stage(self, status: Status = "FINISHED") -> None: ...
+    def finish(self, status: Status = "FINISHED") -> None: ...
+    def commit(self, step: int) -> None: ...
+    def close(self, timeout: float = 20.0) -> None: ...
+
+
+class SilentTracker:
+    """Records nothing."""
+
+    def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]) -> None:
+        pass
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def tag(self, key: str, value: str) -> None:
+        pass
+
+    def artifact(self, name: str, content: str | Path | bytes) -> None:
+        pass
+
+    def end_stage(self, status: Status = "FINISHED") -> None:
+        pass
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        pass
+
+    def commit(self, step: int) -> None:
+        pass
+
+    def close(self, timeout: float = 20.0) -> None:
+        pass
+
+
+def _told_not_raised(method: Callable[P, None]) -> Callable[P, None]:
+    """Tracking never stops training: whatever goes wrong becomes a warning."""
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(*args, **kwargs)
+        except Exception as error:  # any fault at all
+            logger.warning(
+                "tracking: %s failed and was passed over: %s: %s", method.__name__, type(error).__name__, error
+            )
+
+    return guarded
+
+
+class History:
+    """What the sessions before this one recorded."""
+
+    def __init__(self, journal: Journal):
+        self.seen = HighWater()
+        self.stage_starts: dict[int, int] = {}
+        self.training_sessions = 0  # those that began a stage; an evaluation begins none
+        for session in journal.sessions():
+            begun = self._observe(journal, session)
+            self.training_sessions += begun > 0
+
+    def _observe(self, journal: Journal, session: str) -> int:
+        begun = 0
+        for _, record in journal.records(session):
+            self.seen.observe(record)
+            if record["kind"] == "stage":
+                begun += 1
+                self.stage_starts[record["stage"]] = self.stage_starts.get(record["stage"], 0) + 1
+        return begun
+
+
+class Tracker:
+    """Records one process's part of a run. Made by `Tracker.open`; the first rank of training has one."""
+
+    def __init__(self, journal: Journal, writer: JournalWriter, history: History, shipper: Shipper):
+        self._journal = journal
+        self._writer = writer
+        self._seen = history.seen
+        self._history = history
+        self._shipper = shipper
+        self._committed: CommittedJournal | None = None
+        self._stage: int | None = None
+        self._replaying = False
+
+    @classmethod
+    def open(cls, config: RunConfig, storage: Store, attempt_tags: dict[str, str] | None = None) -> Tracker:
+        """Continue the run's journal, or begin it, and start shipping it.
+
+        `attempt_tags` describe this start (world size, attempt, submission id, …) and are put on the parent run.
+        Raises StorageError or OSError when the run's folder cannot be reached: no run could start there anyway.
+        """
+        journal = Journal(journal_folder(config.folder))
+        committed = None if is_local(config.folder) else CommittedJournal(storage, f"{config.folder}/journal")
+        run, known = _run_id(config, storage)
+        campaign = journal.campaign()
+        if campaign is not None and campaign["run"] != run:
+            journal.discard()
+        restored = committed is not None and committed.restore(journal)
+        lost = known and not journal.sessions()
+        history = History(journal)
+        writer = journal.start_session()
+        tags = _environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
+        writer.append(_campaign_record(config, run, tags, server_has_more=restored or lost))
+        tracker = cls(journal, writer, history, Shipper(journal, writer, config))
+        tracker._committed = committed
+        tracker.artifact("config.yaml", resolved_config(config).encode())
+        return tracker
+
+    @_told_not_raised
+    def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]) -> None:
+        """What follows belongs to stage `index`, until `end_stage`. A stage begun before is continued."""
+        values = stage.model_dump(mode="json")
+        params, changing = split_changeable(values, f"stages.{index}")
+        tags = {"stage": stage.name, "stage_index": str(index)} | {k: str(v) for k, v in tags.items()} | changing
+        if starts := self._history.stage_starts.get(index, 0):
+            tags["mome.restarts"] = str(starts)
+        if self._history.training_sessions:
+            self._stage = None
+            self.tag("mome.restarts", str(self._history.training_sessions))
+        self._stage = index
+        self._replaying = False
+        inputs = [asdict(dataset) for dataset in datasets]
+        self._append("stage", name=stage.name, params=params, tags=tags, datasets=inputs)
+
+    @_told_not_raised
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One point a key at the global optimiser step. Replayed steps are left out: the first points stand."""
+        encoded = {_key(key): encode_number(value) for key, value in values.items()}
+        highest = self._seen.of_stage(self._stage) if self._stage is not None and not self._replaying else -1
+        fresh = self._seen.fresh(self._stage, step, encoded)
+        if len(fresh) < len(encoded) and step <= highest:
+            self._replaying = True
+            self.tag("mome.resumed_at_step", str(step))
+            self.tag("mome.resumed_below_step", str(highest))
+        if fresh:
+            self._append("metrics", step=int(step), values=fresh)
+
+    @_told_not_raised
+    def tag(self, key: str, value: str) -> None:
+        self._append("tag", key=_key(key), value=str(value))
+
+    @_told_not_raised
+    def artifact(self, name: str, content: str | Path | bytes) -> None:
+        """Keep bytes, or a copy of a local file, under `name` (may hold folders: 'report/index.html')."""
+        data = content if isinstance(content, bytes) else Path(content).read_bytes()
+        file = f"{hashlib.sha256(data).hexdigest()[:16]}/{posixpath.basename(name)}"
+        path = self._journal.file(file)
+        if not path.exists():
+            write_whole(path, data)
+        self._append("artifact", name=name, file=file)
+
+    @_told_not_raised
+    def end_stage(self, status: Status = "FINISHED") -> None:
+        self._append("stage_end", status=status)
+        self._stage = None
+        self._shipper.wake()
+
+    @_told_not_raised
+    def finish(self, status: Status = "FINISHED") -> None:
+        """The campaign is over. `close` is still due."""
+        self._stage = None
+        self._append("campaign_end", status=status)
+
+    @_told_not_raised
+    def commit(self, step: int) -> None:
+        """Make the journal so far as durable as the run's storage; call before the checkpoint of `step` is committed,
+        so that a restart from that checkpoint, on any node, has every point up to it."""
+        self._writer.sync()
+        if self._committed is not None:
+            self._committed.commit(self._journal)
+
+    @_told_not_raised
+    def close(self, timeout: float = 20.0) -> None:
+        """Ship what is left, for at most `timeout` seconds; `mome sync` ships the rest later."""
+        self.commit(-1)
+        self._shipper.close(timeout)
+        self._writer.close()
+
+    def _append(self, kind: str, **values: Any) -> None:
+        self._writer.append({"kind": kind, "at": _now(), "stage": self._stage, **values})
+
+
+class Shipper:
+    """The process that ships the journal, and the thread that minds it and syncs the journal to disk in batches."""
+
+    _LONGEST_REST = 60.0
+
+    def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
+        self._journal = journal
+        self._writer = writer
+        self._every = config.tracking.flush_seconds
+        self._uri = tracking_uri(config)
+        self._stop = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._minder = threading.Thread(target=self._mind, name="mome-tracking", daemon=True)
+        self._minder.start()
+
+    def wake(self) -> None:
+        self._tell("ship")
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self._stop.set()
+        self._minder.join(timeout)
+        process = self._process
+        if process is None or not self._finish(process, deadline):
+            logger.warning(
+                "%s did not take the whole journal in %.0f s; it is kept in %s: ship it later with `mome sync`",
+                redact(self._uri), timeout, self._journal.folder,
+            )  # fmt: skip
+
+    def _finish(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        self._tell(f"close {deadline - time.monotonic():.3f}")
+        try:
+            return process.wait(max(deadline - time.monotonic(), 0.0) + 1.0) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()  # shipping again what it had begun changes nothing
+            process.wait()
+            return False
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def _mind(self) -> None:
+        rest = self._every
+        self._start()
+        while not self._stop.wait(rest):
+            rest = self._every
+            try:
+                self._writer.sync()
+                if self._process is None or self._process.poll() is not None:
+                    rest = min(2 * rest, self._LONGEST_REST)
+                    self._start()
+            except OSError as error:
+                logger.warning("tracking: %s", error)
+
+    def _start(self) -> None:
+        """Start the shipping process. It ends when its input closes, so it cannot outlive this process for long."""
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
+        command = [sys.executable, "-m", "pipeline.tracking.mlflow_tracker", str(self._journal.folder)]
+        try:
+            with (self._journal.folder / "shipper.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                    start_new_session=True,  # Ctrl-C ends training, which then closes this process in order
+                )  # fmt: skip
+        except OSError as error:
+            logger.warning("tracking: the shipping process did not start (%s); the journal is kept", error)
+            return
+        # Through its input, not its arguments: the URI may hold a password, and arguments are seen by everybody.
+        self._tell(json.dumps({"uri": self._uri, "every": self._every}))
+        threading.Thread(target=_relay, args=(self._process,), daemon=True).start()
+
+    def _tell(self, line: str) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # it has ended; `_mind` starts another
+            pass
+
+
+def _relay(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        logger.warning("%s", line.decode(errors="replace").rstrip())
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """The MLflow URI of a run: as configured, else SQLite beside the run's folder, or in the working folder when
+    the run's folder is remote."""
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    folder = local_path(config.output) if is_local(config.output) else Path.cwd()
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def check_server(config: RunConfig) -> None:
+    """Refuse to start a run whose tracking server does not answer, where `tracking.required` asks for that.
+
+    Raises TrackingError. An answer takes at most about five seconds; mlflow is not imported.
+    """
+    if not config.tracking.required:
+        return
+    uri = tracking_uri(config)
+    fault = _fault_of(uri)
+    if fault is not None:
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: {fault}. Start the server, correct the address, or set "
+            "tracking.required=false: the run is then recorded locally and shipped later by `mome sync`"
+        )
+
+
+def journal_folder(folder: str) -> Path:
+    """Where this machine keeps the journal of the run in `folder`: there, or in the cache when that is remote."""
+    if is_local(folder):
+        return local_path(folder) / "journal"
+    root = Path(os.environ.get("MOME_CACHE", "~/.cache/mome")).expanduser()
+    return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
+def resolved_config(config: RunConfig) -> str:
+    """Every key of the run as YAML, defaults included."""
+    return redact(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
+    """Flattened (params, tags): MLflow's params are immutable, so what may change on resume is tagged instead."""
+    params, tags = {}, {}
+    for path, value in flatten(values).items():
+        text = redact(value if isinstance(value, str) else json.dumps(value))
+        if is_changeable(f"{prefix}.{path}" if prefix else path):
+            tags[f"config.{_key(path)}"] = text
+        else:
+            params[_key(path)] = text
+    return params, tags
+
+
+@functools.lru_cache(maxsize=4096)
+def _key(name: str) -> str:
+    return posixpath.normpath(_NOT_IN_KEYS.sub("_", name)).lstrip("/")
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _run_id(config: RunConfig, storage: Store) -> tuple[str, bool]:
+    """The run's id, kept in its folder from its first start on, and whether there was one already."""
+    url = f"{config.folder}/tracking.json"
+    if storage.exists(url):
+        return json.loads(storage.read(url))["run"], True
+    run = uuid.uuid4().hex
+    storage.write(url, json.dumps({"run": run, "name": config.name}).encode())
+    return run, False
+
+
+def _campaign_record(config: RunConfig, run: str, tags: dict[str, str], server_has_more: bool) -> Record:
+    """`server_has_more`: this journal was lost here, and the server may have later points than what is left of it."""
+    params, changing = split_changeable(config.model_dump(mode="json"))
+    uri = redact(tracking_uri(config))
+    return {
+        "kind": "campaign", "at": _now(), "stage": None, "run": run, "name": config.name, "uri": uri,
+        "experiment": config.tracking.experiment, "params": params, "tags": tags | changing, "datasets": [],
+        "server_has_more": server_has_more,
+    }  # fmt: skip
+
+
+def _environment_tags() -> dict[str, str]:
+    tags = {"mlflow.source.name": "mome", "mlflow.source.type": "JOB", "mome.host": socket.gethostname()}
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    for package in PACKAGES:
+        try:
+            tags[f"version.{package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    tree = Path(__file__).resolve().parents[2]
+    if (tree / ".git").exists() and (commit := _git(tree, "rev-parse", "HEAD")):
+        tags["mlflow.source.git.commit"] = commit
+        tags["mome.git.dirty"] = str(bool(_git(tree, "status", "--porcelain"))).lower()
+    return tags
+
+
+def _git(tree: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], check=False, cwd=tree, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _fault_of(uri: str) -> str | None:
+    """What is wrong with the server at `uri`, in words; None when it answers."""
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme == "sqlite":
+        return _fault_of_folder(Path(uri.removeprefix("sqlite:///")).absolute().parent)
+    if parts.scheme in ("http", "https"):
+        return _fault_of_http(redact(uri).rstrip("/") + "/health")
+    if parts.scheme.startswith(("postgresql", "mysql", "mssql")):
+        return _fault_of_port(parts.hostname or "localhost", parts.port or 5432)
+    if parts.scheme == "databricks" or uri == "databricks":
+        return None
+    return "expected http(s)://…, sqlite:///path or postgresql://… (MLflow's file store is not supported)"
+
+
+def _fault_of_folder(folder: Path) -> str | None:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return None if writable else f"{existing} is not a folder that can be written"
+
+
+def _fault_of_http(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS):
+            return None
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # it is there; whether it lets us in shows when it is asked for a run
+            return None
+        return f"the server answered {error.code} {error.reason} to {url}; is it an MLflow server?"
+    except urllib.error.URLError as error:
+        return f"the server does not answer ({error.reason})"
+    except OSError as error:
+        return f"the server does not answer ({error})"
+
+
+def _fault_of_port(host: str, port: int) -> str | None:
+    try:
+        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+    except OSError as error:
+        return f"the database does not answer ({error})"
+    return None

@@ -1,0 +1,104 @@
+"""What ranks say to each other: the only module that speaks `torch.distributed` outside the engine.
+
+Shares of a global batch may differ by one row between ranks, so gathers pad and cut. Nothing here carries a
+gradient: the step differentiates the whole batch's loss on every rank and keeps its own rows (see `steps`).
+
+Shapes: B rows of the global batch, n rows of this rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Range = tuple[int, int]
+
+
+def share(batch: int, rank: int, world_size: int) -> Range:
+    """Rows ⌊rB/W⌋ to ⌊(r+1)B/W⌋ (contract C1): shares differ by at most one row, W need not divide B."""
+    return rank * batch // world_size, (rank + 1) * batch // world_size
+
+
+class Collectives:
+    """This process's place among the ranks. Without a launcher it is the only one."""
+
+    def __init__(self, timeout_seconds: float = 1800.0):
+        if not dist.is_initialized():
+            for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+                os.environ.setdefault(name, value)
+            alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+            store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if alone else None
+            dist.init_process_group(
+                "nccl" if torch.cuda.is_available() else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                store=store,
+                rank=int(os.environ["RANK"]),
+                world_size=int(os.environ["WORLD_SIZE"]),
+            )
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def shares(self, batch: int) -> list[Range]:
+        return [share(batch, rank, self.world_size) for rank in range(self.world_size)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
+        """Every rank's rows (n, …) in the order of the global batch: (B, …)."""
+        shares = self.shares(batch)
+        longest = max(stop - start for start, stop in shares)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows.detach()
+        gathered = [torch.empty_like(padded) for _ in shares]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[: stop - start] for part, (start, stop) in zip(gathered, shares, strict=True)])
+
+    def fetch_rows(self, rows: Tensor, wanted: Tensor, batch: int) -> Tensor:
+        """The rows of the global batch named in `wanted`, from the ranks that hold them: only those travel.
+
+        `rows` (n, …) are this rank's own; `wanted` (n,) names for each own row a place in the global batch, or -1
+        for none. Returns one row per place named, in order. All ranks call it together.
+        """
+        everybody = self.gather_rows(wanted.to(self.device), batch).cpu()
+        starts = torch.tensor([start for start, _ in self.shares(batch)])
+        owner = torch.where(everybody < 0, -1, torch.searchsorted(starts, everybody, right=True) - 1)
+        asked = [everybody[start:stop][owner[start:stop] == self.rank] for start, stop in self.shares(batch)]
+        start, stop = self.shares(batch)[self.rank]
+        mine = owner[start:stop][owner[start:stop] >= 0]
+        order = torch.argsort(mine, stable=True).to(rows.device)
+        sent = rows[(torch.cat(asked) - start).to(rows.device)]
+        received = rows.new_empty(len(mine), *rows.shape[1:])
+        counts = torch.bincount(mine, minlength=self.world_size).tolist()
+        dist.all_to_all_single(received, sent, counts, [len(part) for part in asked])
+        result = torch.empty_like(received)
+        result[order] = received
+        return result
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, device=self.device)
+        return holder[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        """End the process group: a process that exits without this can abort."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,237 @@
+"""The DeepSpeed engine: ZeRO 0-3 behind the `Engine` protocol, and its state as named fragments (contract C5).
+
+The DeepSpeed JSON is computed from the run's config, every knob written out, because its defaults change between
+releases. Adam's state is primed here, before the first step: DeepSpeed creates it lazily, and a restored moment
+would otherwise have nowhere to go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import OptimizerConfig, RunConfig, StageConfig
+from pipeline.models.passes import Outputs, Pass
+from pipeline.training.collectives import Collectives
+from pipeline.training.engine import Fragment, FragmentSource
+from pipeline.training.steps import accumulation
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
+
+
+class DeepSpeedEngine:
+    """One stage's model under ZeRO. Parameters that the stage does not train are frozen before it is built (C3)."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, stage: StageConfig, collectives: Collectives):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        deepspeed.init_distributed(dist_backend="gloo" if collectives.device.type == "cpu" else "nccl", verbose=False)
+        self._deepspeed = deepspeed
+        self._collectives = collectives
+        self._zero_stage = config.engine.zero_stage
+        self._names = {name: parameter for name, parameter in model.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, stage.optimizer),
+            lr=stage.optimizer.peak_rate,
+            betas=stage.optimizer.betas,
+            eps=stage.optimizer.epsilon,
+            fused=collectives.device.type == "cuda",
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(collectives.device),
+            optimizer=optimizer,
+            config=deepspeed_config(config, stage, collectives.world_size),
+        )
+        self._adam = optimizer
+        self._prime()
+
+    # ---- the step
+
+    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+        return self._engine(passes)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self, rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of the last step's gradient over all parameters, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        return {
+            name: safe_get_full_grad(parameter).detach().float().clone()
+            for name, parameter in self._names.items()
+            if parameter.requires_grad
+        }
+
+    # ---- state as fragments
+
+    def _prime(self) -> None:
+        """Create Adam's state, zero, for every tensor it steps."""
+        for tensor in self._optimized_tensors():
+            state = self._adam.state[tensor]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if self._fused else "cpu")
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(tensor, dtype=torch.float32)
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    @property
+    def _fused(self) -> bool:
+        return self._collectives.device.type == "cuda"
+
+    def _optimized_tensors(self) -> list[Tensor]:
+        """The tensors Adam holds moments for: whole parameters, or this rank's flat float32 partitions."""
+        if self._zero_stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [tensor for group in self._adam.param_groups for tensor in group["params"]]
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of every parameter. Ranks' fragments tile each parameter exactly."""
+        for name, parameter in self._names.items():
+            start, stop = self._range(parameter)
+            if start < stop:
+                kinds = KINDS if parameter.requires_grad else KINDS[:1]
+                values = {kind: self._local(parameter, kind, start, stop).float().cpu() for kind in kinds}
+                yield Fragment(name, start, values)
+
+    def _numel(self, parameter: nn.Parameter) -> int:
+        return parameter.ds_numel if self._zero_stage == 3 else parameter.numel()  # type: ignore[attr-defined]
+
+    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """The elements of a flattened parameter that this rank answers for."""
+        numel, rank = self._numel(parameter), self._collectives.rank
+        if self._zero_stage == 3:
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            return min(rank * size, numel), min((rank + 1) * size, numel)
+        if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return 0, 0
+            address = mapping.lp_fragment_address
+            return address.start, address.start + address.numel
+        world_size = self._collectives.world_size
+        return rank * numel // world_size, (rank + 1) * numel // world_size
+
+    def _local(self, parameter: nn.Parameter, kind: str, start: int, stop: int) -> Tensor:
+        """The float32 master weight or moment of this rank's range, as a view that may be written."""
+        moment = None if kind == "weight" else kind
+        if self._zero_stage == 3:
+            if not parameter.requires_grad:
+                return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+            state, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
+            return state.data[: stop - start]
+        if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
+            return parameter._hp_mapping.get_hp_fragment(moment).data
+        whole = parameter.data if moment is None else self._adam.state[parameter][moment]
+        return whole.view(-1)[start:stop]
+
+    def restore(self, source: FragmentSource) -> None:
+        """Write weights, masters and moments saved by any world size and ZeRO stage into this engine, bit for bit."""
+        with torch.no_grad():
+            for name, parameter in self._names.items():
+                start, stop = self._range(parameter)
+                if start < stop:
+                    for kind in KINDS if parameter.requires_grad else KINDS[:1]:
+                        self._local(parameter, kind, start, stop).copy_(source.read(name, kind, start, stop))
+                self._write_weight(name, parameter, source)
+        for tensor in self._optimized_tensors():
+            self._adam.state[tensor]["step"].fill_(float(source.optimizer_step))
+
+    def _write_weight(self, name: str, parameter: nn.Parameter, source: FragmentSource) -> None:
+        """The weights that forward reads: each rank's own part at stage 3, else the whole parameter."""
+        if self._zero_stage == 3:
+            start, stop = self._range(parameter)
+            if start < stop:
+                mine = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+                mine.copy_(source.read(name, "weight", start, stop))
+        else:
+            parameter.data.view(-1).copy_(source.read(name, "weight", 0, parameter.numel()))
+
+    def weights(self) -> dict[str, Tensor] | None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in self._names.items():
+            if self._zero_stage == 3 and not parameter.requires_grad:
+                with self._deepspeed.zero.GatheredParameters([parameter]):
+                    full = parameter.data.clone()
+            else:
+                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                full = parameter.data if full is None else full
+            if self._collectives.rank == 0:
+                gathered[name] = full.detach().float().cpu().clone().view(self._shape(parameter))
+        return gathered if self._collectives.rank == 0 else None
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Free the engine, so that the next stage may build its own."""
+        self._engine.destroy()
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay; biases, norms, gammas, scales and embeddings' rows do not.
+
+    Grouped by number of dimensions: a list of names, as in VLMo's release, misses the experts' norms.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("no parameter is left to train: the stage's `freeze` covers all that its objectives use")
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a stage. Micro-batch size is nominal: rows are ours to cut (contract C2)."""
+    steps = accumulation(stage.batch, world_size, config.engine.micro_batch)
+    return {
+        "train_batch_size": world_size * steps,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": stage.optimizer.clip_norm,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "prescale_gradients": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": config.engine.precision == "bfloat16", "check_grad_overflow": False},
+        "fp16": {"enabled": False},
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+        },
+    }

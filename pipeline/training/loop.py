@@ -1,0 +1,280 @@
+"""The campaign: every stage in turn, on this rank. The same under Ray Train and under `torchrun`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError, RunFailed
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import load_manifest
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+from pipeline.models.vlmo import drop_path_rates
+from pipeline.tracking.tracker import DatasetInput, SilentTracker, Tracker
+from pipeline.training.checkpoint import CheckpointStore, is_committed, save_weights, stage_url
+from pipeline.training.collectives import Collectives
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.guards import GraphGuard
+from pipeline.training.prepare import prepare
+from pipeline.training.schedule import learning_rate
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run stands, for whoever shows it."""
+
+    stage: str
+    stage_step: int
+    stage_steps: int
+    step: int  # over all stages
+    total_steps: int
+    loss: float
+    samples_per_second: float
+    seconds_left: float
+
+
+Report = Callable[[Progress], None]
+
+
+def train(config: RunConfig, report: Report) -> None:
+    """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
+
+    Raises MomeError for what a restart would only repeat; anything else may be tried again.
+    """
+    torch.set_num_threads(config.engine.threads)
+    collectives = Collectives()
+    storage = Storage(config.storage)
+    if collectives.rank == 0:
+        prepare(config, storage)
+    collectives.barrier()
+    tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"))
+    tracker = _open_tracker(config, storage, collectives)
+    status = "FAILED"
+    try:
+        for index in range(len(config.stages)):
+            if not is_committed(storage, stage_url(config, index)):
+                StageRun(config, index, storage, tokenizer, collectives, tracker, report).run()
+            collectives.barrier()
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+        tracker.close()
+
+
+def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Tracker | SilentTracker:
+    if collectives.rank != 0:
+        return SilentTracker()
+    tags = {
+        "world_size": str(collectives.world_size),
+        "zero_stage": str(config.engine.zero_stage),
+    }
+    return Tracker.open(config, storage, tags)
+
+
+class StageRun:
+    """One stage on this rank, from its last whole checkpoint or its starting weights to its hand-over."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        index: int,
+        storage: Storage,
+        tokenizer: Tokenizer,
+        collectives: Collectives,
+        tracker: Tracker | SilentTracker,
+        report: Report,
+    ):
+        self.config, self.index, self.stage = config, index, config.stages[index]
+        self.storage, self.tokenizer = storage, tokenizer
+        self.collectives, self.tracker, self.report = collectives, tracker, report
+        self.first = config.stage_start(index)  # global step at which the stage begins
+        self.loader = Loader(
+            config, self.stage, storage, tokenizer, rank=collectives.rank, world_size=collectives.world_size
+        )
+        self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint.keep)
+        model = build_stage_model(config, index, storage, tokenizer.size)
+        self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
+        self.engine = DeepSpeedEngine(model, config, self.stage, collectives)
+        self.step = TrainingStep(self.engine, config, self.stage, collectives, drop_path_rates(config.model))
+
+    def run(self) -> None:
+        start = self._resume()
+        self._begin_tracking(start)
+        meter = Meter(self.stage.batch, start, self.loader)
+        try:
+            for step, batch in self._steps(start):
+                self.guard.begin(step - start)
+                losses = self.step(batch)
+                self.guard.check(self.first + step)
+                rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
+                self.engine.step(rate)
+                if self._is_metric_step(step):
+                    self._record(step, losses, rate, meter)
+                if (step + 1) % self.config.checkpoint.every == 0 and step + 1 < self.stage.steps:
+                    self._save(step + 1)
+            self._hand_over()
+        finally:
+            self.loader.close()
+            self.engine.close()
+            gc.collect()
+
+    def _steps(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Steps first: no batch is drawn and lost."""
+        return zip(range(start, self.stage.steps), self.loader.batches(start), strict=False)
+
+    # ---- where it starts
+
+    def _resume(self) -> int:
+        """Steps of this stage that a whole checkpoint already holds, after restoring it; 0 without one."""
+        found = self.checkpoints.latest()
+        if found is None or found[0].stage != self.stage.name:
+            return 0
+        checkpoint, state = found
+        if checkpoint.plan_digest != self.loader.digest:
+            raise CheckpointError(
+                f"{checkpoint.url} was made from other data: its plan digest is {checkpoint.plan_digest[:12]}…, "
+                f"the sources now give {self.loader.digest[:12]}…. Restore the shards and their manifests as they "
+                "were, or begin a new run under another `name`."
+            )
+        self.engine.restore(state)
+        log.warning("resuming stage %s at step %d from %s", self.stage.name, checkpoint.stage_step, checkpoint.url)
+        return checkpoint.stage_step
+
+    def _begin_tracking(self, start: int) -> None:
+        datasets = [
+            DatasetInput(name, self.config.sources[name].shards, load_manifest(self.storage, shards).digest)
+            for name in self.stage.sources
+            for shards in [self.config.sources[name].shards]
+        ]
+        tags = {"plan_digest": self.loader.digest[:36], "start_from": self._origin()}
+        if start:
+            tags["resumed_at"] = str(self.first + start)
+        self.tracker.begin_stage(self.index, self.stage, tags, datasets)
+
+    def _origin(self) -> str:
+        if self.stage.start_from != "previous":
+            return self.stage.start_from
+        return stage_url(self.config, self.index - 1) if self.index else "random"
+
+    # ---- what it leaves
+
+    def _metadata(self, stage_step: int) -> dict[str, object]:
+        return {
+            "step": self.first + stage_step,
+            "stage": self.stage.name,
+            "stage_step": stage_step,
+            "plan_digest": self.loader.digest,
+            "zero_stage": self.config.engine.zero_stage,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def _data_counts(self) -> dict[str, float]:
+        """The loaders' counters, over all ranks."""
+        counts = self.loader.counts()
+        names = sorted(counts)
+        summed = self.collectives.sum(torch.tensor([float(counts[n]) for n in names], device=self.collectives.device))
+        return {f"data/{name}": value for name, value in zip(names, summed.tolist(), strict=True)}
+
+    def _write_quarantine(self, reached: int) -> None:
+        """What was found bad and replaced since the last call, on any rank: one JSON line each, in the run's folder."""
+        records = [record for part in self.collectives.gather_objects(self.loader.quarantined()) for record in part]
+        if records and self.collectives.rank == 0:
+            lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
+            name = f"{self.index}-{self.stage.name}-{reached:08d}.jsonl"
+            self.storage.write(join(self.config.folder, "quarantine", name), lines)
+            self.tracker.artifact(f"quarantine/{name}", lines)
+            log.warning("%d bad samples replaced; see %s/quarantine/%s", len(records), self.config.folder, name)
+
+    def _save(self, stage_step: int) -> None:
+        started = time.perf_counter()
+        self._write_quarantine(self.first + stage_step)
+        self.tracker.commit(self.first + stage_step)
+        self.checkpoints.save(self.engine.fragments(), self._metadata(stage_step))
+        self.tracker.metrics(self.first + stage_step, {"ckpt/stall_s": time.perf_counter() - started})
+
+    def _hand_over(self) -> None:
+        weights = self.engine.weights()
+        self._write_quarantine(self.first + self.stage.steps)
+        self.tracker.end_stage("FINISHED")
+        self.tracker.commit(self.first + self.stage.steps)
+        if weights is not None:
+            url = stage_url(self.config, self.index)
+            save_weights(self.storage, url, weights, self.tokenizer.vocabulary, self._metadata(self.stage.steps))
+        self.collectives.barrier()
+
+    # ---- what it tells
+
+    def _is_metric_step(self, step: int) -> bool:
+        return (step + 1) % self.config.tracking.metrics_every == 0 or step + 1 == self.stage.steps
+
+    def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
+        """Read the losses, which is the step's only host synchronisation, and stop on a non-finite one."""
+        names = sorted(losses)
+        summed = self.collectives.sum(torch.stack([losses[name].float() for name in names])).tolist()
+        values = dict(zip(names, summed, strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunFailed(
+                    f"stage {self.stage.name}, step {self.first + step}: the loss '{name}' is {value}. "
+                    "A restart would repeat it: lower optimizer.peak_rate, set optimizer.clip_norm, or use float32."
+                )
+        reached = self.first + step + 1
+        speed = meter.read(step + 1)
+        points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
+        points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
+        points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
+        points |= {"samples_seen": float((step + 1) * self.stage.batch)}
+        points |= self._data_counts()
+        self.tracker.metrics(reached, points)
+        if self.collectives.rank == 0:
+            left = (self.config.total_steps - reached) / max(speed.steps_per_second, 1e-9)
+            self.report(
+                Progress(
+                    stage=self.stage.name,
+                    stage_step=step + 1,
+                    stage_steps=self.stage.steps,
+                    step=reached,
+                    total_steps=self.config.total_steps,
+                    loss=values["loss"],
+                    samples_per_second=speed.samples_per_second,
+                    seconds_left=left,
+                )
+            )
+
+
+@dataclass(frozen=True)
+class Speed:
+    steps_per_second: float
+    samples_per_second: float
+    wait_share: float
+
+
+class Meter:
+    """Speed and data wait between two readings."""
+
+    def __init__(self, batch: int, start: int, loader: Loader):
+        self.batch, self.loader = batch, loader
+        self._time, self._step, self._waited = time.perf_counter(), start, loader.wait_seconds
+
+    def read(self, step: int) -> Speed:
+        """Since the last reading; `step` counts the stage's steps done."""
+        now, waited = time.perf_counter(), self.loader.wait_seconds
+        seconds, steps = max(now - self._time, 1e-9), step - self._step
+        speed = Speed(steps / seconds, steps * self.batch / seconds, (waited - self._waited) / seconds)
+        self._time, self._step, self._waited = now, step, waited
+        return speed

@@ -1,0 +1,180 @@
+"""VLMo equals the published implementation on its own random weights (contract C8): outputs and gradients to 1e-5."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline.config.schema import ModelConfig
+from pipeline.models.checkpoints.vlmo import from_published, to_published
+from pipeline.models.passes import Pass
+from pipeline.models.vlmo import VLMo
+from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.objectives.masked_language import masked_count, masked_language_loss
+from safetensors import safe_open
+from torch import Tensor
+
+GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
+PUBLISHED_MLM_WEIGHT = 0.25
+
+
+class Golden:
+    def __init__(self, name: str) -> None:
+        path = GOLDEN / f"{name}.safetensors"
+        if not path.exists():
+            pytest.skip(f"reference tensors are not here: {path}")
+        with safe_open(path, "pt") as file:
+            meta = json.loads(file.metadata()["meta"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.state, self.input, self.output = (
+            {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            for prefix in ("state.", "input.", "output.")
+        )
+        layers = meta["depth"]
+        self.config = ModelConfig(
+            width=meta["embed_dim"],
+            layers=layers,
+            heads=meta["num_heads"],
+            vision_language_layers=max(layers - meta["vlffn_start_layer_index"], 1),
+            image_size=meta["image_size"],
+            patch_size=meta["patch_size"],
+            positions="relative" if meta["relative_position"] else "absolute",
+            max_text=meta["max_text_len_of_initckpt"],
+            layer_scale=0.1 if meta["layer_scale"] else None,
+        )
+        self.model = VLMo(self.config, meta["vocab_size"])
+        result = self.model.load_state_dict(from_published(self.state, self.config), strict=False)
+        assert not result.unexpected_keys
+        self.missing = {self.model.part_of(name) for name in result.missing_keys}
+
+    def passes(self) -> dict[str, Pass]:
+        image = self.input["image"].permute(0, 2, 3, 1)
+        text, keep = self.input["text_ids"], self.input["text_masks"].bool()
+        everywhere = torch.arange(text.shape[1]).expand_as(text)
+        masked = self.input["text_ids_mlm"]
+        return {
+            "image": Pass(heads=("itc", "tokens"), image=image),
+            "text": Pass(heads=("itc", "tokens"), text=text, text_keep=keep),
+            "pair": Pass(heads=("itm", "tokens"), image=image, text=text, text_keep=keep),
+            "masked": Pass(heads=("mlm",), image=image, text=masked, text_keep=keep, mask_positions=everywhere),
+        }
+
+
+@pytest.fixture(params=["vlmo_relative", "vlmo_absolute"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def agree(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def agree_where(keep: Tensor, actual: Tensor, expected: Tensor) -> None:
+    agree(actual[keep], expected[keep])
+
+
+def test_every_pass_equals_the_release(golden: Golden) -> None:
+    keep = golden.input["text_masks"].bool()
+    with torch.no_grad():
+        out = golden.model(golden.passes())
+    expected = golden.output
+    assert golden.missing == set()
+    agree(out["image"]["tokens"], expected["image_feats"])
+    agree(out["image"]["itc"], expected["image_cls"])
+    agree(out["image"]["itc_vl"], expected["image_cls_vl"])
+    agree_where(keep, out["text"]["tokens"], expected["text_feats"])
+    agree(out["text"]["itc"], expected["text_cls"])
+    agree(out["text"]["itc_vl"], expected["text_cls_vl"])
+    agree(out["pair"]["itm"], expected["itm_logits_pos"])
+    agree(out["pair"]["tokens"], torch.cat([expected["vl_text_feats"], expected["vl_image_feats"]], dim=1))
+    with torch.no_grad():
+        agree(golden.model.pooler(out["pair"]["tokens"][:, 0]), expected["vl_cls_feats"])
+
+
+def test_padded_positions_too_equal_the_release(golden: Golden) -> None:
+    with torch.no_grad():
+        out = golden.model(golden.passes())
+    agree(out["text"]["tokens"], golden.output["text_feats"])
+    agree(out["masked"]["mlm"], golden.output["mlm_logits"])
+
+
+def test_contrastive_logits_equal_the_release(golden: Golden) -> None:
+    with torch.no_grad():
+        out = golden.model(golden.passes())
+    logits = out["image"]["scale"] * out["image"]["itc"] @ out["text"]["itc"].T
+    agree(logits, golden.output["itc_i2t_logits"])
+    agree(logits.T, golden.output["itc_t2i_logits"])
+
+
+def losses(golden: Golden) -> tuple[Tensor, Tensor]:
+    """The release's contrastive loss and weighted masked-language loss, from our sums."""
+    passes = {
+        name: Pass(**{**vars(one), "heads": tuple(head for head in one.heads if head != "tokens")})
+        for name, one in golden.passes().items()
+        if name != "pair"
+    }
+    out = golden.model(passes)
+    image, text = out["image"], out["text"]
+    rows = len(image["itc"])
+    apart = torch.arange(rows)
+    contrast = contrastive_loss(image["itc"], text["itc"], image["scale"], apart)
+    contrast = contrast + contrastive_loss(image["itc_vl"], text["itc_vl"], image["scale_vl"], apart)
+    labels = golden.input["text_labels_mlm"]
+    masked = masked_language_loss(out["masked"]["mlm"], labels) / masked_count(labels)
+    return contrast / 2 / rows, PUBLISHED_MLM_WEIGHT * masked
+
+
+def test_losses_equal_the_release(golden: Golden) -> None:
+    contrast, masked = losses(golden)
+    agree(contrast, golden.output["itc_loss"])
+    agree(masked, golden.output["mlm_loss_weighted"])
+
+
+def test_gradients_equal_the_release(golden: Golden) -> None:
+    summed: list[Tensor] = []
+    golden.model.text_embedding.norm.register_forward_pre_hook(lambda _, args: summed.append(args[0]))
+    total = sum(losses(golden))
+    for tensor in summed:
+        tensor.retain_grad()
+    total.backward()
+    ours = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in golden.model.named_parameters()}
+    published = to_published(ours, golden.config)
+    expected = {k.removeprefix("grad."): t for k, t in golden.output.items() if k.startswith("grad.")}
+    assert len(expected) >= 6
+    for name, gradient in expected.items():
+        agree(published[name], gradient)
+        assert (published[name] - gradient).norm() <= 1e-5 * gradient.norm()
+    gradients = list(ours.values())
+    if golden.config.positions == "relative":
+        # The release zeroes the text's absolute positions instead of leaving them out: they move nothing, but their
+        # gradient is in its norm. It is the sum over rows of the gradient of what they would be added to.
+        gradients.append(sum(tensor.grad.sum(dim=0) for tensor in summed))
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    agree(norm, golden.output["grad_norm_mlm_plus_itc"])
+
+
+def test_conversion_there_and_back_is_exact(golden: Golden) -> None:
+    back = to_published(golden.model.state_dict(), golden.config)
+    computed = {name for name in golden.state if golden.config.positions == "absolute" or ".position_emb" not in name}
+    assert set(back) == computed
+    assert all(torch.equal(back[name], golden.state[name]) for name in computed)
+
+
+def test_language_stage_equals_the_release() -> None:
+    golden = Golden("vlmo_language_stage")
+    keep = golden.input["text_masks"].bool()
+    masked, labels = golden.input["text_ids_mlm"], golden.input["text_labels_mlm"]
+    everywhere = torch.arange(masked.shape[1]).expand_as(masked)
+    with torch.no_grad():
+        out = golden.model(
+            {
+                "text": Pass(heads=("tokens",), text=masked, text_keep=keep),
+                "masked": Pass(heads=("mlm",), text=masked, text_keep=keep, mask_positions=everywhere),
+            }
+        )
+    assert golden.missing == {"vision_language_expert", "contrastive_head", "matching_head"}
+    agree(out["text"]["tokens"], golden.output["text_feats"])
+    loss = masked_language_loss(out["masked"]["mlm"], labels) / masked_count(labels)
+    agree(loss, golden.output["textmlm_loss"])

@@ -1,0 +1,88 @@
+"""Contract C2: the gradient of a global batch is the same for every ranks x micro-batch x accumulation x ZeRO stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import VOCABULARY, tiny_batch, tiny_config
+from torch import Tensor
+
+Gradients = dict[str, Tensor]
+
+
+def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tuple[Gradients, dict[str, float]]:
+    """The global gradient and losses of one batch, through the engine, on this rank."""
+    from pipeline.models.vlmo import drop_path_rates
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    from pipeline.training.steps import TrainingStep
+
+    config = tiny_config(zero_stage=zero_stage, micro_batch=micro_batch)
+    collectives = Collectives()
+    stage = config.stages[index]
+    engine = DeepSpeedEngine(_model(config, index), config, stage, collectives)
+    step = TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model))
+    batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.batch)
+    losses = {name: float(collectives.sum(loss)) for name, loss in step(batch).items()}
+    return engine.gradients(), losses
+
+
+def _model(config, index):
+    from pipeline.models import build_model
+    from pipeline.models.vlmo import part_of
+    from pipeline.training.stages import trained_parts
+
+    model = build_model(config.model, VOCABULARY, "pixels", seed=5)
+    trained = trained_parts(config, config.stages[index])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name, config.model) in trained)
+    return model
+
+
+class PlainEngine:
+    """Autograd alone, in one process: what every engine must agree with."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, passes):
+        return self.model(passes)
+
+    def backward(self, loss, last):
+        loss.backward()
+
+
+def _plain_gradients(index: int) -> tuple[Gradients, dict[str, float]]:
+    from pipeline.models.vlmo import drop_path_rates
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.steps import TrainingStep
+
+    config = tiny_config()
+    model = _model(config, index)
+    stage = config.stages[index]
+    step = TrainingStep(PlainEngine(model), config, stage, Collectives(), drop_path_rates(config.model))
+    losses = step(tiny_batch(config, 1, 0, 1, stage.batch))
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return gradients, {name: float(loss) for name, loss in losses.items()}
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[tuple[Gradients, dict[str, float]]]:
+    return [run_ranks(_plain_gradients, 1, index)[0] for index in range(3)]
+
+
+LAYOUTS = [(1, 0, None), (1, 2, 5), (2, 0, None), (2, 1, 3), (2, 2, None), (2, 3, None), (3, 2, 2), (5, 1, None)]
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch"), LAYOUTS)
+def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, zero_stage, micro_batch):
+    for index in (2,) if world_size == 5 else range(3):
+        expected, expected_losses = plain[index]
+        got, losses = run_ranks(_stage_gradients, world_size, index, zero_stage, micro_batch)[0]
+        assert losses == pytest.approx(expected_losses, rel=1e-5)
+        assert got.keys() == expected.keys()
+        everything = torch.sqrt(sum(g.double().square().sum() for g in expected.values()))
+        for name, gradient in expected.items():
+            error = (got[name].double() - gradient.double()).norm()
+            assert error <= 1e-5 * gradient.double().norm() + 1e-7 * everything, (index, name, float(error))
