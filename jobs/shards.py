@@ -176,7 +176,7 @@ def _paste_sample(
         page.paste(picture, (x + (TILE - picture.width) // 2, y + (TILE - picture.height) // 2))
     elif isinstance(picture, str):
         draw.multiline_text((x + 8, y + 8), "\n".join(textwrap.wrap(picture, LINE_CHARACTERS)), "firebrick", font)
-    lines = [line for caption in sample.captions for line in textwrap.wrap(f"– {caption}", LINE_CHARACTERS)]
+    lines = [line for caption in sample.captions for line in textwrap.wrap(f"- {caption}", LINE_CHARACTERS)]
     room = CAPTION_LINES if picture is not None else CAPTION_LINES + TILE // LINE_HEIGHT
     top = y + TILE + 4 if picture is not None else y
     for number, line in enumerate([sample.key, *lines][:room]):
@@ -214,7 +214,7 @@ def _print_sample(sample: Shown) -> None:
     if described["fault"]:
         typer.echo(f"    {described['fault']}")
     for caption in sample.captions:
-        typer.echo(f"    – {textwrap.shorten(caption, 200)}")
+        typer.echo(f"    - {textwrap.shorten(caption, 200)}")
 
 
 def _parsed(data: bytes | None) -> dict[str, object]:

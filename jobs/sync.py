@@ -33,12 +33,12 @@ def sync(run: str, uri: str | None = None) -> Synced:
     journal = Journal(journal_folder(run.rstrip("/")))
     if not is_local(run):
         CommittedJournal(Storage(StorageConfig()), f"{run.rstrip('/')}/journal").restore(journal)
-    campaign = journal.campaign()
-    if campaign is None:
+    campaigns = journal.campaigns()
+    if not campaigns:
         raise TrackingError(
             f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
         )
-    target = uri or campaign["uri"]
+    target = uri or campaigns[-1]["uri"]
     with shipping_alone(journal.folder) as alone:
         if not alone:
             raise TrackingError(f"{run}: another process is shipping this journal; the run seems to be going on")
@@ -48,6 +48,6 @@ def sync(run: str, uri: str | None = None) -> Synced:
             shipper.ship()
         except Outage as error:
             raise TrackingError(
-                f"{redact(target)}: the server does not take records ({error}); start it, or give another with --uri"
+                f"{redact(target)}: the server takes no records ({error}); start it, or give another with --uri"
             ) from error
     return Synced(redact(target), pending, shipper.num_points)

@@ -196,16 +196,25 @@ def write_shards(
     if first is None:
         raise DataError(f"nothing to write to {url}: not one usable sample was found")
     _clear(storage, url)
-    stream = itertools.chain([first], stream)
+    try:
+        _upload_tars(storage, itertools.chain([first], stream), url, samples_per_shard, progress)
+    except Exception:
+        _clear(storage, url)  # a reader that fails half-way leaves no tars behind
+        raise
+    return index_shards(storage, url, progress)
+
+
+def _upload_tars(
+    storage: Storage, samples: Iterator[Sample], url: str, samples_per_shard: int, progress: Progress | None
+) -> None:
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
-        for number, batch in enumerate(_batched(stream, samples_per_shard)):
+        for number, batch in enumerate(_batched(samples, samples_per_shard)):
             local = Path(folder) / shard_name(number)
             _write_tar(local, batch)
-            storage.upload(str(local), join(url, local.name))
+            storage.upload(local, join(url, local.name))
             local.unlink()
             if progress:
                 progress(number + 1, 0, local.name)
-    return index_shards(storage, url, progress)
 
 
 def shard_name(number: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from pipeline.config.errors import DataError
 
@@ -42,6 +42,9 @@ class BadRecord:
     reason: str
     replaced_by: str = ""
 
+    def replaced_with(self, key: str) -> BadRecord:
+        return replace(self, replaced_by=key)
+
     def as_json(self) -> dict[str, str | int]:
         return asdict(self)
 
@@ -69,9 +72,10 @@ class Quarantine:
             self._check(source, MIN_SEEN)
 
     def finish(self) -> None:
-        """The same check at the end of a stage, however few samples it read."""
+        """The same check at the end of a stage, however few samples it read; one bad sample is then no rate yet."""
         for source in self.bad:
-            self._check(source, 1)
+            if self.bad[source] > 1:
+                self._check(source, 1)
 
     def drain(self) -> list[BadRecord]:
         """The records since the last call."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -71,10 +71,10 @@ class SampleReader:
         record = shards.manifest.shards[slot.shard]
         index = shards.index(slot.shard)
         members = self._members(shards, slot, index)
-        if zlib_crc(members) != index.crc[slot.sample]:
+        if checksum(members) != index.crc[slot.sample]:
             self._spans.clear()  # what was kept may have been damaged on its way: read it once more
             members = self._members(shards, slot, index)
-            if zlib_crc(members) != index.crc[slot.sample]:
+            if checksum(members) != index.crc[slot.sample]:
                 raise shards.changed(slot.shard, f"sample '{index.keys[slot.sample]}' is not the one that was indexed")
         return Sample(
             source=slot.source,
@@ -96,7 +96,7 @@ class SampleReader:
         return [(name, data[at - start : at - start + size]) for name, at, size in index.members(slot.sample)]
 
 
-def zlib_crc(members: list[tuple[str, bytes]]) -> int:
+def checksum(members: list[tuple[str, bytes]]) -> int:
     """CRC-32 of the members' contents, end to end."""
     crc = 0
     for _, data in members:
@@ -196,7 +196,7 @@ class _SpanCache:
         self._spans: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, int], fetch) -> bytes:
+    def get(self, key: tuple[str, int], fetch: Callable[[], bytes]) -> bytes:
         with self._lock:
             span = self._spans.get(key)
             is_ours = span is None
@@ -212,7 +212,7 @@ class _SpanCache:
             for key in [key for key, span in self._spans.items() if span.done()]:
                 self._drop(key)
 
-    def _fill(self, key: tuple[str, int], span: Future[bytes], fetch) -> None:
+    def _fill(self, key: tuple[str, int], span: Future[bytes], fetch: Callable[[], bytes]) -> None:
         try:
             data = fetch()
         except BaseException as error:

@@ -45,6 +45,9 @@ class Attention(nn.Module):
             padding = padding[:, None, None, :]
             bias = padding if bias is None else bias + padding
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        if bias is not None and not len(x):
+            # For no rows the kernel forgets the bias; every rank must run the same graph, also one without rows.
+            mixed = mixed + 0 * bias.sum()
         return self.projection(rearrange(mixed, "b h l d -> b l (h d)"))
 
     def _project(self, x: Tensor, read: Tensor | None) -> tuple[Tensor, ...]:

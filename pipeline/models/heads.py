@@ -24,7 +24,7 @@ class ContrastiveHead(nn.Module):
         super().__init__()
         for name in ("image", "text", "image_vl", "text_vl"):
             self.add_module(name, nn.Linear(width, width, bias=False))
-        # One element, not a 0-d tensor: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
+        # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
         self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
         self.log_scale_vl = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
 

@@ -39,5 +39,5 @@ class Pass:
     text: Tensor | None = None  # (B, L) int64
     text_keep: Tensor | None = None  # (B, L) bool, False at padding
     mask_positions: Tensor | None = None  # (B, K) int64: tokens the mlm head reads
-    patch_positions: Tensor | None = None  # (B, K) int64: patches hidden behind the mask embedding and read by masked_image
-    drop_keep: Tensor | None = None  # (B, N, 2) bool: branches (attention, feed-forward) drop path keeps; None keeps all
+    patch_positions: Tensor | None = None  # (B, K) int64: patches hidden from the encoder, read by masked_image
+    drop_keep: Tensor | None = None  # (B, N, 2) bool: attention and feed-forward branches kept; None keeps all

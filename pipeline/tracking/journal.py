@@ -137,13 +137,10 @@ class Journal:
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
         return read_records(self.path(session), start)
 
-    def campaign(self) -> Record | None:
-        """The newest campaign record: which run this is, and where it is shown."""
-        for session in reversed(self.sessions()):
-            for _, record in self.records(session):
-                if record["kind"] == "campaign":
-                    return record
-        return None
+    def campaigns(self) -> list[Record]:
+        """The campaign record of every session, in order: which run this is, and where it is shown."""
+        firsts = (next(self.records(session), None) for session in self.sessions())
+        return [first[1] for first in firsts if first is not None and first[1]["kind"] == "campaign"]
 
     def start_session(self) -> JournalWriter:
         self.folder.mkdir(parents=True, exist_ok=True)

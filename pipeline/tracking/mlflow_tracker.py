@@ -283,9 +283,8 @@ class MlflowShipper:
 
     @property
     def _campaign(self) -> Record:
-        campaign = self._journal.campaign()
-        assert campaign is not None, "every session begins with a campaign record"
-        return campaign
+        """The first campaign record: a run stays in the experiment it began in."""
+        return self._journal.campaigns()[0]
 
     def _connected(self) -> MlflowClient:
         if self._client is None:

@@ -173,8 +173,7 @@ class Tracker:
         journal = Journal(journal_folder(config.folder))
         committed = None if is_local(config.folder) else CommittedJournal(storage, f"{config.folder}/journal")
         run, known = _run_id(config, storage)
-        campaign = journal.campaign()
-        if campaign is not None and campaign["run"] != run:
+        if any(campaign["run"] != run for campaign in journal.campaigns()):
             journal.discard()
         restored = committed is not None and committed.restore(journal)
         lost = known and not journal.sessions()
@@ -291,9 +290,9 @@ class Shipper:
             )  # fmt: skip
 
     def _finish(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        self._tell(f"close {deadline - time.monotonic():.3f}")
+        self._tell(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
         try:
-            return process.wait(max(deadline - time.monotonic(), 0.0) + 1.0) == 0
+            return process.wait(max(deadline - time.monotonic(), 0.0)) == 0
         except subprocess.TimeoutExpired:
             process.kill()  # shipping again what it had begun changes nothing
             process.wait()

@@ -214,7 +214,7 @@ class StageRun:
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:
             url = stage_url(self.config, self.index)
-            save_weights(self.storage, url, weights, self.tokenizer.vocabulary, self._metadata(self.stage.steps))
+            save_weights(self.storage, url, weights, list(self.tokenizer.tokens), self._metadata(self.stage.steps))
         self.collectives.barrier()
 
     # ---- what it tells

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from pipeline.config.schema import ModelConfig
 from pipeline.models.checkpoints.vlmo import from_published, to_published
 from pipeline.models.passes import Pass
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.objectives.masked_language import masked_count, masked_language_loss
-from safetensors import safe_open
-from torch import Tensor
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 PUBLISHED_MLM_WEIGHT = 0.25
@@ -27,7 +28,7 @@ class Golden:
             pytest.skip(f"reference tensors are not here: {path}")
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["meta"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         self.state, self.input, self.output = (
             {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             for prefix in ("state.", "input.", "output.")

@@ -2,7 +2,8 @@
 
 Published checkpoints differ by stage: a head, or the vision-language expert, may be wholly absent, and is then left
 out of the result. What takes no part in the computation is dropped: position index tensors, and in the relative kind
-the text's absolute positions. Everything else must be there, with the right shape.
+the text's absolute positions. Everything else must be there, with the right shape. Tensors may share the given
+state's memory.
 """
 
 from __future__ import annotations
@@ -49,10 +50,13 @@ _INSIDE = {
 _EXPERTS = {"vision": "imag", "language": "text", "vision_language": "vl"}
 _EXPERT = {"norm": "norm2_{e}", "expand": "mlp_{e}.fc1", "contract": "mlp_{e}.fc2"}
 
+_WORDS = "text_embedding.word.weight"
+_TEXT_POSITIONS = _OUTSIDE["text_embedding.positions"]
 _TABLE = "relative_position_bias_table"
 _MODALITY = "token_type_embeddings.weight"
 _TABLE_PARTS = ("positions.image", "positions.cross", "positions.text")
 _MODALITY_PARTS = ("text_embedding.modality", "image_embedding.modality")
+_JOINED = _TABLE_PARTS + _MODALITY_PARTS
 _UNUSED = (
     "relative_position_index",
     "text_relative_position_index",
@@ -60,6 +64,9 @@ _UNUSED = (
     "text_embeddings.position_ids",
 )
 _OPTIONAL = ("vision_language_expert", "pooler", "contrastive_head", "matching_head", "masked_language_head")
+
+
+Shape = tuple[int, ...]
 
 
 def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -70,47 +77,38 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {name: tensor for name, tensor in state.items() if name not in _UNUSED}
     if config.positions == "relative":
-        state.pop("text_embeddings.position_embeddings.weight", None)
-    shapes = _published_shapes(config, _vocabulary(state))
-    present = {part for name, part in _published_parts(config).items() if name in state}
-    absent = {part for part in _OPTIONAL if part not in present}
-    wanted = {name: shape for name, shape in shapes.items() if _published_parts(config)[name] not in absent}
-    _require(state, wanted)
-    ours: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        ours.update(_to_ours(name, tensor, config))
-    return ours
+        state.pop(_TEXT_POSITIONS, None)
+    ours = _our_shapes(config, _rows_of(state, _OUTSIDE[_WORDS]))
+    names = {name: _published_name(name) for name in ours}
+    present = {part_of(name, config) for name, published in names.items() if published in state}
+    kept = [name for name in ours if part_of(name, config) not in set(_OPTIONAL) - present]
+    _require(state, _published_shapes(kept, ours, config))
+    converted = {name: state[names[name]].reshape(ours[name]) for name in kept if name not in _JOINED}
+    for published, parts in _joined(config).items():
+        rows = state[published].split([_rows(ours[part]) for part in parts])
+        # Copies, because files of tensors do not hold two views of one memory.
+        converted |= {part: piece.reshape(ours[part]).clone() for part, piece in zip(parts, rows, strict=True)}
+    return {name: converted[name] for name in kept}
 
 
 def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The published form of our state. The masked-image head has none and is left out."""
-    known = {name: shape for name, shape in _our_shapes(config, _our_vocabulary(state)).items()}
     state = {name: tensor for name, tensor in state.items() if part_of(name, config) != "masked_image_head"}
+    ours = _our_shapes(config, _rows_of(state, _WORDS))
     present = {part_of(name, config) for name in state}
-    wanted = {n: shape for n, shape in known.items() if part_of(n, config) not in set(_OPTIONAL) - present}
-    _require(state, wanted)
-    published: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name not in _TABLE_PARTS + _MODALITY_PARTS:
-            published[_published_name(name)] = tensor.reshape(_published_shape(name, known[name], config))
-    published[_MODALITY] = torch.stack([state[name] for name in _MODALITY_PARTS])
-    if config.positions == "relative":
-        published[_TABLE] = torch.cat([state[name] for name in _TABLE_PARTS])
+    kept = [name for name in ours if part_of(name, config) not in set(_OPTIONAL) - present]
+    _require(state, {name: ours[name] for name in kept})
+    published = {
+        _published_name(name): state[name].reshape(_published_shape(name, ours[name], config))
+        for name in kept
+        if name not in _JOINED
+    }
+    for name, parts in _joined(config).items():
+        published[name] = torch.cat([state[part].reshape(_rows(ours[part]), -1) for part in parts])
     return published
 
 
-def _to_ours(name: str, tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    shapes = _our_shapes(config, 1)
-    if name == _MODALITY:
-        return {part: row.clone() for part, row in zip(_MODALITY_PARTS, tensor, strict=True)}
-    if name == _TABLE:
-        rows = tensor.split([shapes[part][0] for part in _TABLE_PARTS])
-        return {part: piece.clone() for part, piece in zip(_TABLE_PARTS, rows, strict=True)}
-    ours = _names(config)[name]
-    return {ours: tensor.reshape(shapes.get(ours) if ours in _RESHAPED else tensor.shape)}
-
-
-def _require(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+def _require(state: dict[str, Tensor], wanted: dict[str, Shape]) -> None:
     faults = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],
@@ -126,68 +124,59 @@ def _require(state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> No
         raise CheckpointError("\n".join([message, *lines]))
 
 
-def _names(config: ModelConfig) -> dict[str, str]:
-    """Published name -> ours, for the parameters that are one tensor on both sides."""
-    joined = _TABLE_PARTS + _MODALITY_PARTS
-    return {_published_name(name): name for name in _our_shapes(config, 1) if name not in joined}
+def _joined(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """The published tensors that hold several of ours, one under the other."""
+    return {_MODALITY: _MODALITY_PARTS} | ({_TABLE: _TABLE_PARTS} if config.positions == "relative" else {})
 
 
-def _published_parts(config: ModelConfig) -> dict[str, str]:
-    parts = {published: part_of(ours, config) for published, ours in _names(config).items()}
-    parts[_MODALITY] = "text_embedding"
-    if config.positions == "relative":
-        parts[_TABLE] = "positions.text"
-    return parts
-
-
-def _published_shapes(config: ModelConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    ours = _our_shapes(config, vocabulary)
-    shapes = {published: _published_shape(name, ours[name], config) for published, name in _names(config).items()}
-    shapes[_MODALITY] = (2, config.width)
-    if config.positions == "relative":
-        shapes[_TABLE] = (sum(ours[part][0] for part in _TABLE_PARTS), config.heads * config.layers)
-    return shapes
-
-
-def _our_shapes(config: ModelConfig, vocabulary: int) -> dict[str, tuple[int, ...]]:
+def _our_shapes(config: ModelConfig, vocabulary: int) -> dict[str, Shape]:
     with torch.device("meta"):
         model = VLMo(config, vocabulary)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def _published_shapes(names: list[str], ours: dict[str, Shape], config: ModelConfig) -> dict[str, Shape]:
+    shapes = {_published_name(n): _published_shape(n, ours[n], config) for n in names if n not in _JOINED}
+    for published, parts in _joined(config).items():
+        shapes[published] = (sum(_rows(ours[part]) for part in parts), ours[parts[0]][-1])
+    return shapes
+
+
 def _published_name(ours: str) -> str:
-    stem, _, last = ours.rpartition(".")
+    if ours in _JOINED:
+        return _TABLE if ours in _TABLE_PARTS else _MODALITY
     if not ours.startswith("blocks."):
-        return _OUTSIDE[ours] if ours in _OUTSIDE else f"{_OUTSIDE[stem]}.{last}"
+        return _translated(ours, _OUTSIDE)
     _, layer, inner = ours.split(".", 2)
-    prefix = f"transformer.blocks.{layer}"
     if inner.startswith("experts."):
         _, expert, module, last = inner.split(".")
-        return f"{prefix}.{_EXPERT[module].format(e=_EXPERTS[expert])}.{last}"
-    if inner in _INSIDE:
-        return f"{prefix}.{_INSIDE[inner]}"
-    stem, _, last = inner.rpartition(".")
-    return f"{prefix}.{_INSIDE[stem]}.{last}"
+        return f"transformer.blocks.{layer}.{_EXPERT[module].format(e=_EXPERTS[expert])}.{last}"
+    return f"transformer.blocks.{layer}.{_translated(inner, _INSIDE)}"
 
 
-def _published_shape(ours: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """A convolution's weight stays a convolution's, and what is one for all rows keeps a dimension for them."""
+def _translated(name: str, names: dict[str, str]) -> str:
+    """A parameter by its own entry, or by its module's."""
+    module, _, last = name.rpartition(".")
+    return names[name] if name in names else f"{names[module]}.{last}"
+
+
+def _published_shape(ours: str, shape: Shape, config: ModelConfig) -> Shape:
+    """Convolutions keep their kernel's shape, what is one for all rows a dimension for them, scalars none."""
     if ours == "image_embedding.patch.weight":
         return (shape[0], 3, config.patch_size, config.patch_size)
+    if ours.startswith("contrastive_head.log_scale"):
+        return ()
     if ours == "image_embedding.cls":
         return (1, 1, *shape)
     if ours == "image_embedding.positions":
         return (1, *shape)
-    if ours.startswith("contrastive_head.log_scale"):
-        return ()
     return shape
 
 
-def _vocabulary(state: dict[str, Tensor]) -> int:
-    words = state.get(_OUTSIDE["text_embedding.word.weight"])
-    return 1 if words is None else len(words)
+def _rows(shape: Shape) -> int:
+    return shape[0] if len(shape) > 1 else 1
 
 
-def _our_vocabulary(state: dict[str, Tensor]) -> int:
-    words = state.get("text_embedding.word.weight")
-    return 1 if words is None else len(words)
+def _rows_of(state: dict[str, Tensor], name: str) -> int:
+    """The vocabulary a state brings; any, where it brings none, as that is reported by name."""
+    return len(state[name]) if name in state else 1

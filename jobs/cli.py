@@ -1,0 +1,155 @@
+"""The `mome` command line. Exit status: 0 done, 1 failed, 2 wrong usage or config."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.console import ProgressDisplay, console
+from jobs.shards import app as shards_app
+from pipeline.config.errors import MomeError
+from pipeline.config.load import load_config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
+)
+app.add_typer(shards_app, name="shards")
+
+Config = Annotated[Path, typer.Argument(help="A YAML config, such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier demo run and train again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
+    from jobs.demo import demo as run_demo
+
+    _print_result(run_demo(overrides or [], fresh), as_json)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run the stages of CONFIG, or go on where the run stopped. A local Ray is started if no address is given."""
+    from jobs.evaluate import evaluate_run
+    from jobs.pretrain import pretrain
+
+    settings = load_config(config, overrides or [])
+    with ProgressDisplay() as show:
+        trained = pretrain(settings, show)
+    if not trained:
+        console.print(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
+    result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
+    _print_result(result, as_json)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
+    source: Annotated[str | None, typer.Option(help="A source of the run's config, or the URL of shards.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most images to read.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
+    track: Annotated[bool, typer.Option(help="Record the result in the run's MLflow.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Zero-shot retrieval, masked-language accuracy and matching on held-out pairs, with a report."""
+    from jobs.evaluate import evaluate_checkpoint
+
+    _print_result(evaluate_checkpoint(checkpoint, source, limit, report, track), as_json)
+
+
+@app.command()
+def submit(
+    config: Config,
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://head:8265.")] = "",
+    follow: Annotated[bool, typer.Option(help="Stream the job's output until it ends.")] = True,
+    submission_id: Annotated[str | None, typer.Option(help="Submitting the same id twice is one job.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
+    from jobs.submit import submit as submit_job
+
+    _print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id), as_json)
+
+
+@app.command()
+def sync(
+    run: Annotated[str, typer.Argument(help="The folder of a run (path or URL).")],
+    uri: Annotated[str | None, typer.Option(help="The MLflow server, if not the run's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ship to MLflow what an unreachable server missed. Shipping twice changes nothing."""
+    from jobs.sync import sync as ship
+
+    _print_result(asdict(ship(run, uri)), as_json)
+
+
+@app.command()
+def fingerprint(
+    config: Config,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="The stage whose data are meant; the last, if not given.")] = None,
+    steps: Annotated[str, typer.Option(help="Steps A:B of the stage.")] = "0:10",
+    world_size: Annotated[int, typer.Option(help="Ranks that read the batches.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Loader threads of each rank.", min=1)] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """The hash of the data of steps A to B: equal for every world size and thread count (contract C1)."""
+    from jobs.audit import fingerprint_of
+
+    _print_result(fingerprint_of(load_config(config, overrides or []), stage, steps, world_size, threads), as_json)
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in _lines(result):
+        typer.echo(f"{key:<44} {value}")
+
+
+def _lines(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += _lines(value, f"{prefix}{key}.")
+        else:
+            lines.append((f"{prefix}{key}", f"{value:.4f}" if isinstance(value, float) else str(value)))
+    return lines
+
+
+def main() -> None:
+    """The console script: errors a user can cause end in one message, never in a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except MomeError as error:
+        console.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(1)
+
+
+def _plain(error: MomeError) -> str:
+    return str(error).replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What a person sees of a run: a live line with stage, step, loss, speed and time left; plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from pipeline.training.loop import Progress as RunProgress
+
+PLAIN_SECONDS = 10.0
+
+console = Console(stderr=True)
+
+
+class ProgressDisplay:
+    """Shows a run's progress on standard error; standard output stays free for results."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last = 0.0
+
+    def __enter__(self) -> ProgressDisplay:
+        if console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: RunProgress) -> None:
+        told = (
+            f"loss {progress.loss:.4f}  {progress.samples_per_second:.0f} samples/s  "
+            f"{duration(progress.seconds_left)} left"
+        )
+        if console.is_terminal:
+            self._show_bar(progress, told)
+        elif progress.stage_step == progress.stage_steps or time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            console.print(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {told}", highlight=False)
+
+    def _show_bar(self, progress: RunProgress, told: str) -> None:
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.stage_steps, told="")
+        self._bar.update(self._tasks[progress.stage], completed=progress.stage_step, told=told)
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 05 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

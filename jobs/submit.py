@@ -1,0 +1,136 @@
+"""`mome submit`: the same run as a Ray job. The job's driver is `mome train` on the cluster's head.
+
+The checkout's code and the resolved config travel in the job's working folder; the packages must be installed on the
+cluster (see `infra/`). Secrets never travel: the config names them, the cluster's nodes hold them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import yaml
+
+from jobs.console import console
+from pipeline.config.errors import ConfigError, RunFailed
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.tracking.tracker import tracking_uri
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("pipeline", "jobs", "configs")
+POLL_SECONDS = 2.0
+
+
+def submit(config: RunConfig, address: str, follow: bool, submission_id: str | None) -> dict[str, Any]:
+    """Submit, and with `follow` stream the job's output until it ends.
+
+    Raises ConfigError for a config the cluster could not run, RunFailed when the cluster does not answer or the job
+    fails.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    if not address:
+        raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
+    config = for_cluster(config, is_loopback(address))
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise RunFailed(
+            f"--address {address}: no Ray dashboard answers there ({_first_line(error)}). Start a head with "
+            "`ray start --head`, or open a tunnel to the cluster's port 8265."
+        ) from error
+    job = _send(client, config, submission_id)
+    console.print(f"submitted as {job}; `ray job logs --address {address} {job}` shows its output", highlight=False)
+    status = _follow(client, job) if follow else "SUBMITTED"
+    if status not in ("SUCCEEDED", "SUBMITTED"):
+        info = client.get_job_info(job)
+        raise RunFailed(f"job {job} ended as {status}: {info.message or 'see its output above'}")
+    return {"job": job, "status": status, "checkpoint": config.folder}
+
+
+def is_loopback(address: str) -> bool:
+    host = urlparse(address if "://" in address else f"http://{address}").hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
+    """The config as the cluster must read it: paths relative to this folder mean nothing there.
+
+    On this machine's own head they become absolute; for another cluster they are refused by name.
+    """
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["tracking"] = {**values.get("tracking", {}), "uri": tracking_uri(config)}
+    values["cluster"] = {**values.get("cluster", {}), "address": "auto"}
+    values["output"] = config.output
+    places: list[tuple[str, dict[str, Any], str]] = [("output", values, "output")]
+    places += [(f"sources.{name}.shards", source, "shards") for name, source in values["sources"].items()]
+    places += [
+        (f"stages.{stage['name']}.start_from", stage, "start_from")
+        for stage in values["stages"]
+        if stage.get("start_from", "previous") not in ("previous", "random")
+    ]
+    if config.tokenizer.vocabulary is not None:
+        places.append(("tokenizer.vocabulary", values["tokenizer"], "vocabulary"))
+    for path, section, key in places:
+        if "://" not in section[key]:
+            if not same_machine and not Path(section[key]).is_absolute():
+                raise ConfigError(
+                    f"{path}: '{section[key]}' is a folder of this machine, which the cluster cannot see; "
+                    "give a URL such as s3://bucket/folder, or the absolute path of a shared file system"
+                )
+            section[key] = str(Path(section[key]).absolute())
+    uri = values["tracking"]["uri"]
+    if not same_machine and uri.startswith("sqlite:"):
+        raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
+    return validate(values, "the config as submitted")
+
+
+def _send(client: Any, config: RunConfig, submission_id: str | None) -> str:
+    if submission_id is not None and any(job.submission_id == submission_id for job in client.list_jobs()):
+        return submission_id
+    with tempfile.TemporaryDirectory() as folder:
+        for name in SHIPPED:
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        values = config.model_dump(mode="json", exclude_unset=True)
+        (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        python = sys.executable if Path(sys.executable).exists() and _is_local(client) else "python"
+        return client.submit_job(
+            entrypoint=f"{python} -m jobs.cli train run.yaml --json",
+            runtime_env={"working_dir": folder},
+            submission_id=submission_id,
+            metadata={"run": config.name},
+        )
+
+
+def _is_local(client: Any) -> bool:
+    return is_loopback(client.get_address())
+
+
+def _follow(client: Any, job: str) -> str:
+    """Stream what the job prints; returns how it ended."""
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        output = client.get_job_logs(job)
+        if len(output) > shown:
+            sys.stderr.write(output[shown:])
+            sys.stderr.flush()
+            shown = len(output)
+        if status.is_terminal():
+            return status.value
+        time.sleep(POLL_SECONDS)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

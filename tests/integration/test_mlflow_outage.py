@@ -1,0 +1,296 @@
+"""MLflow as a run leaves it: one parent, a child a stage, every point once, through crashes and outages (C6)."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.sync import sync
+from pipeline.config.errors import TrackingError
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.tracker import DatasetInput, Tracker, journal_folder
+
+PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
+
+
+def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
+    stage = {"sources": {"photos": 1.0}, "objectives": {"masked_image": {}}, "steps": 100, "batch": 16}
+    values = {
+        "name": name,
+        "output": str(output),
+        "sources": {"photos": {"shards": f"{output}/photos"}},
+        "stages": [{"name": "vision", **stage}, {"name": "second", **stage}],
+        "tracking": {"uri": uri, "flush_seconds": 0.2},
+    }
+    return validate(values, "test")
+
+
+class Server:
+    """An `mlflow server` of our own, on SQLite, that can be killed and started again."""
+
+    def __init__(self, folder: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder = folder
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.database = folder / "server.db"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.database}", "--artifacts-destination", str(self.folder / "files"),
+        ]  # fmt: skip
+        environment = dict(os.environ, MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self.folder
+            )
+        self._wait()
+
+    def _wait(self) -> None:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group that this object started, and nothing else
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite store shared by the tests of this module: creating one takes seconds."""
+    return tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+
+
+def rows(database: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    with sqlite3.connect(database) as connection:
+        return connection.execute(query, values).fetchall()
+
+
+def runs_of(database: Path, config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Of the parent and its children: name -> (MLflow's run id, status)."""
+    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).campaigns()}
+    found = rows(
+        database,
+        "select name, runs.run_uuid, status from runs join tags on tags.run_uuid = runs.run_uuid "
+        "where tags.key = 'mome.run' and tags.value = ?",
+        run,
+    )
+    assert len({name for name, _, _ in found}) == len(found), "a run was created twice"
+    return {name: (run_id, status) for name, run_id, status in found}
+
+
+def tags_of(database: Path, run_id: str) -> dict[str, str]:
+    return dict(rows(database, "select key, value from tags where run_uuid = ?", run_id))  # type: ignore[arg-type]
+
+
+def points_of(database: Path, run_id: str, key: str) -> list[tuple[int, float]]:
+    """In the order in which the server received them."""
+    query = "select step, value from metrics where run_uuid = ? and key = ? order by rowid"
+    return rows(database, query, run_id, key)  # type: ignore[return-value]
+
+
+def content(database: Path) -> list[list[tuple[Any, ...]]]:
+    """Everything a resent record could double. Run statuses and times included."""
+    tables = ("runs", "metrics", "latest_metrics", "params", "tags", "datasets", "inputs")
+    return [sorted(rows(database, f"select * from {table}"), key=repr) for table in tables]
+
+
+def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> None:
+    tracker.begin_stage(stage, config.stages[stage], {"zero_stage": "1"}, [PHOTOS])
+    for step in steps:
+        tracker.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
+
+
+def crash(tracker: Tracker) -> None:
+    """End the tracker, and the process that ships for it, without any last words."""
+    process = tracker._shipper._process
+    tracker._shipper._stop.set()
+    tracker._shipper._minder.join()
+    if process is not None:
+        process.kill()
+        process.wait()
+    tracker._writer.close()
+
+
+def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_path: Path, database: Path) -> None:
+    config = config_of(tmp_path, f"sqlite:///{database}")
+    first = Tracker.open(config, Storage(), {"attempt": "1"})
+    record(first, config, 0, range(0, 60))
+    crash(first)
+    second = Tracker.open(config, Storage(), {"attempt": "2"})
+    record(second, config, 0, range(40, 100))
+    second.end_stage()
+    record(second, config, 1, range(100, 130))
+    crash(second)
+    third = Tracker.open(config, Storage(), {"attempt": "3"})
+    record(third, config, 1, range(120, 200))
+    third.artifact("report/index.html", b"<p>good</p>")
+    third.end_stage()
+    third.metrics(200, {"eval/r1": 0.25})
+    third.finish()
+    third.close(timeout=60)
+
+    runs = runs_of(database, config)
+
+    assert {name: status for name, (_, status) in runs.items()} == dict.fromkeys(("run", "vision", "second"), "FINISHED")
+    parent, vision, second_stage = (runs[name][0] for name in ("run", "vision", "second"))
+    assert points_of(database, vision, "train/loss") == [(step, 1 / (step + 1)) for step in range(100)]
+    assert points_of(database, second_stage, "train/lr") == [(step, step / 3) for step in range(100, 200)]
+    assert points_of(database, parent, "eval/r1") == [(200, 0.25)]
+    assert tags_of(database, vision)["mlflow.parentRunId"] == parent
+    assert tags_of(database, vision)["mome.restarts"] == "1"
+    assert tags_of(database, vision)["mome.resumed_at_step"] == "40"
+    assert tags_of(database, parent)["attempt"] == "3"
+    assert tags_of(database, parent)["mome.restarts"] == "2"
+    artifacts = database.parent / "mlartifacts" / "mome"
+    assert (artifacts / second_stage / "artifacts" / "report" / "index.html").read_bytes() == b"<p>good</p>"
+    assert (artifacts / parent / "artifacts" / "config.yaml").exists()
+    digests = "select count(*) from datasets join inputs on source_id = dataset_uuid where digest = ?"
+    assert rows(database, digests, PHOTOS.digest[:36]) == [(3,)]
+
+
+def test_shipping_again_without_the_cursor_changes_nothing(tmp_path: Path, database: Path) -> None:
+    config = config_of(tmp_path, f"sqlite:///{database}")
+    tracker = Tracker.open(config, Storage())
+    record(tracker, config, 0, range(1500))  # more than one batch
+    tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
+    tracker.end_stage()
+    tracker.finish()
+    tracker.close(timeout=0)
+    shipped = sync(config.folder)
+    before = content(database)
+
+    for cursor in journal_folder(config.folder).glob("cursor-*"):
+        cursor.unlink()
+    again = sync(config.folder)
+
+    assert content(database) == before
+    assert shipped.points == again.points == 3003
+    assert sync(config.folder).points == 0
+    (run_id, _) = runs_of(database, config)["vision"]
+    assert points_of(database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(1500)]
+    assert len(rows(database, "select * from metrics where run_uuid = ? and key in ('nan', 'up', 'down')", run_id)) == 3
+
+
+def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_next(
+    tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("memory://bucket/lost-node", f"sqlite:///{database}")
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
+    first = Tracker.open(config, Storage())
+    record(first, config, 0, range(0, 60))
+    first.commit(60)
+    for step in range(60, 80):
+        first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
+    crash(first)
+    sync(str(journal_folder(config.folder).parent))  # as its shipper would have, a moment before the loss
+
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
+    second = Tracker.open(config, Storage())
+    record(second, config, 0, range(60, 100))
+    second.end_stage()
+    second.finish()
+    second.close(timeout=60)
+
+    (run_id, status) = runs_of(database, config)["vision"]
+    assert status == "FINISHED"
+    assert points_of(database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(100)]
+    Storage().delete(config.folder)
+
+
+def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path, server: Server) -> None:
+    config = config_of(tmp_path, server.uri)
+    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
+    tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
+    slowest = 0.0
+
+    def train(first: int, last: int) -> None:
+        nonlocal slowest
+        for step in range(first, last):
+            start = time.perf_counter()
+            tracker.metrics(step, {"train/loss": 1 / (step + 1), "nan": math.nan})
+            slowest = max(slowest, time.perf_counter() - start)
+            time.sleep(0.005)
+
+    train(0, 300)
+    deadline = time.monotonic() + 30
+    while not rows_if_there(server.database, "select * from metrics") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    train(300, 400)
+    server.kill()
+    train(400, 1000)  # three seconds without a server
+    server.start()
+    train(1000, 1200)
+    tracker.artifact("report.html", b"<p>after the outage</p>")
+    tracker.end_stage()
+    tracker.finish()
+    tracker.close(timeout=60)
+
+    runs = runs_of(server.database, config)
+    assert {name: status for name, (_, status) in runs.items()} == {"run": "FINISHED", "vision": "FINISHED"}
+    assert points_of(server.database, runs["vision"][0], "train/loss") == [(s, 1 / (s + 1)) for s in range(1200)]
+    assert len(points_of(server.database, runs["vision"][0], "nan")) == 1200
+    assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [b"<p>after the outage</p>"]
+    assert slowest < 0.05
+
+
+def test_a_run_that_never_saw_its_server_is_shipped_later(tmp_path: Path, server: Server) -> None:
+    config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
+    tracker = Tracker.open(config, Storage())
+    record(tracker, config, 0, range(50))
+    tracker.end_stage()
+    tracker.finish()
+    tracker.close(timeout=0)
+
+    with pytest.raises(TrackingError, match="takes no records"):
+        sync(config.folder)
+    assert sync(config.folder, server.uri).points == 100
+
+    (run_id, status) = runs_of(server.database, config)["vision"]
+    assert status == "FINISHED"
+    assert points_of(server.database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(50)]
+
+
+def test_a_folder_without_a_journal_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="no tracking journal"):
+        sync(str(tmp_path / "nothing"))
+
+
+def rows_if_there(database: Path, query: str) -> list[tuple[Any, ...]]:
+    try:
+        return rows(database, query)
+    except sqlite3.OperationalError:
+        return []

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from pipeline.config.errors import DataError
+from pipeline.data.quarantine import MIN_SEEN, BadRecord, BadSample, Quarantine
+
+
+def record(number: int, source: str = "pairs") -> BadRecord:
+    return BadRecord(source, "00000.tar", f"key{number}", 512, 0, 3, number, "image", "corrupt JPEG", "another")
+
+
+def test_counts_and_records_are_per_source():
+    quarantine = Quarantine(max_bad_rate=0.5)
+    quarantine.deliver(["pairs"] * 6 + ["more"] * 2, [record(1), record(2), record(1, "more")])
+    assert quarantine.bad == {"pairs": 2, "more": 1} and quarantine.seen == {"pairs": 6, "more": 2}
+    assert [r.key for r in quarantine.drain()] == ["key1", "key2", "key1"]
+    assert quarantine.drain() == []
+
+
+def test_rate_above_the_bound_is_fatal_and_names_source_rate_and_example():
+    quarantine = Quarantine(max_bad_rate=0.01)
+    quarantine.deliver(["pairs"] * MIN_SEEN, [record(1)])
+    with pytest.raises(DataError, match=r"source 'pairs': 3 of 200 samples are bad \(1\.5%\).*key2 in 00000\.tar.*max_bad"):
+        quarantine.deliver(["pairs"] * 100, [record(1), record(2)])
+
+
+def test_a_few_samples_are_no_rate_before_the_end():
+    quarantine = Quarantine(max_bad_rate=0.01)
+    quarantine.deliver(["pairs"] * 10, [record(1)])
+    quarantine.finish()
+    quarantine.deliver(["pairs"] * 10, [record(2)])
+    with pytest.raises(DataError, match="2 of 20"):
+        quarantine.finish()
+
+
+def test_one_sources_faults_are_not_diluted_by_another():
+    quarantine = Quarantine(max_bad_rate=0.1)
+    with pytest.raises(DataError, match="source 'more': 20 of 100"):
+        quarantine.deliver(["pairs"] * 1000 + ["more"] * 100, [record(n, "more") for n in range(20)])
+
+
+def test_record_is_plain_json():
+    assert record(7).as_json() == {
+        "source": "pairs",
+        "shard": "00000.tar",
+        "key": "key7",
+        "offset": 512,
+        "epoch": 0,
+        "step": 3,
+        "place": 7,
+        "stage": "image",
+        "reason": "corrupt JPEG",
+        "replaced_by": "another",
+    }
+
+
+def test_bad_sample_crosses_processes():
+    error = pickle.loads(pickle.dumps(BadSample("image", "corrupt")))
+    assert (error.stage, error.reason) == ("image", "corrupt")

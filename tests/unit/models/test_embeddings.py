@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import torch
+
+from pipeline.models.embeddings import RelativePositions, image_distances, text_distances
+
+GRID, TEXT, LAYERS, HEADS = 3, 6, 2, 2
+
+
+def positions() -> RelativePositions:
+    module = RelativePositions(LAYERS, HEADS, GRID, TEXT)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + 1000 * parameter.numel())
+    return module
+
+
+def test_pairs_of_patches_with_equal_offset_share_a_row() -> None:
+    index = image_distances(GRID)
+    assert index.shape == (10, 10)
+    assert index[1, 2] == index[4, 5] == index[8, 9] != index[2, 1]
+    assert index[1, 4] == index[6, 9]
+    assert index[1:, 1:].unique().tolist() == list(range(25))
+
+
+def test_pairs_of_words_with_equal_distance_share_a_row() -> None:
+    index = text_distances(TEXT)
+    assert index[1, 3] == index[2, 4] == index[1, 2] + 1
+    assert index[1:, 1:].unique().tolist() == list(range(9))
+
+
+def test_cls_reads_and_is_read_by_rows_of_its_own() -> None:
+    for index, first in ((image_distances(GRID), 25), (text_distances(TEXT), 9)):
+        assert set(index[0, 1:].tolist()) == {first}
+        assert set(index[1:, 0].tolist()) == {first + 1}
+        assert index[0, 0] == first + 2
+
+
+def test_a_longer_text_leaves_the_bias_of_the_shorter() -> None:
+    module = positions()
+    assert torch.equal(module(6, False)[:, :, :4, :4], module(4, False))
+    long, short = module(6, True), module(4, True)
+    kept = torch.tensor([0, 1, 2, 3, *range(6, 16)])
+    assert torch.equal(long[:, :, kept][:, :, :, kept], short)
+
+
+def test_a_fused_sequence_holds_both_biases_and_one_number_each_way_between() -> None:
+    module = positions()
+    bias = module(4, True)
+    assert bias.shape == (LAYERS, HEADS, 14, 14)
+    assert torch.equal(bias[:, :, :4, :4], module(4, False))
+    assert torch.equal(bias[:, :, 4:, 4:], module(0, True))
+    to_image, to_text = module.cross.view(2, LAYERS, HEADS)
+    assert (bias[:, :, :4, 4:] == to_image[:, :, None, None]).all()
+    assert (bias[:, :, 4:, :4] == to_text[:, :, None, None]).all()
+
+
+def test_columns_are_layers_then_heads() -> None:
+    module = positions()
+    assert torch.equal(module(1, False)[1, :, 0, 0], module.text[-1, HEADS:])

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import torch
+
+from pipeline.models.multiway import MultiwayBlock
+
+
+def block(layer_scale: float | None = 0.3, drop_path: float = 0.25) -> MultiwayBlock:
+    module = MultiwayBlock(8, 2, 2, ("vision", "language", "vision_language"), layer_scale, drop_path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return module
+
+
+def test_each_span_reads_its_expert_alone() -> None:
+    module, x = block(), torch.randn(2, 6, 8)
+    split = module(x, {"language": slice(0, 2), "vision": slice(2, None)})
+    for expert, span in (("language", slice(0, 2)), ("vision", slice(2, None))):
+        torch.testing.assert_close(split[:, span], module(x, {expert: slice(None)})[:, span])
+
+
+def test_an_expert_that_is_not_routed_gets_no_gradient() -> None:
+    module = block()
+    module(torch.randn(2, 6, 8), {"language": slice(0, 2), "vision": slice(2, None)}).sum().backward()
+    idle = {name for name, parameter in module.named_parameters() if parameter.grad is None}
+    assert idle == {name for name, _ in module.named_parameters() if "vision_language" in name}
+
+
+def test_rows_drop_their_own_branches() -> None:
+    module, x = block(), torch.randn(4, 6, 8)
+    keep = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
+    out = module(x, {"vision": slice(None)}, drop_keep=keep)
+    attended = x + module.attention_gamma * module.attention(module.norm(x), None, None, None) / 0.75
+    attended = torch.where(keep[:, :1, None], attended, x)
+    fed = attended + module.expert_gamma * module.experts["vision"](attended) / 0.75
+    torch.testing.assert_close(out, torch.where(keep[:, 1:, None], fed, attended))
+    assert torch.equal(out[3], x[3])
+
+
+def test_keeping_all_without_a_mask_scales_nothing() -> None:
+    x = torch.randn(2, 6, 8)
+    route = {"vision": slice(None)}
+    assert torch.equal(block(drop_path=0.25)(x, route), block(drop_path=0.0)(x, route))
+
+
+def test_a_rate_of_one_drops_everything() -> None:
+    x = torch.randn(2, 6, 8)
+    out = block(None, 1.0)(x, {"vision": slice(None)}, drop_keep=torch.zeros(2, 2, dtype=torch.bool))
+    assert torch.equal(out, x)
+
+
+def test_chosen_positions_are_those_of_all() -> None:
+    module, x = block(), torch.randn(2, 6, 8)
+    bias, read = torch.randn(2, 6, 6), torch.tensor([[0, 3], [5, 1]])
+    keep = torch.tensor([[True, False], [True, True]])
+    whole = module(x, {"vision": slice(None)}, bias, None, keep)
+    chosen = module(x, {"vision": slice(None)}, bias, None, keep, read)
+    torch.testing.assert_close(chosen, torch.stack([whole[0, [0, 3]], whole[1, [5, 1]]]))

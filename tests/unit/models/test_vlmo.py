@@ -1,0 +1,370 @@
+"""VLMo by its properties, on a model of 4 layers. Shapes: B = 5 rows, L = 7 tokens, 2 x 2 patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import ModelConfig
+from pipeline.models import build_model
+from pipeline.models.passes import Outputs, Pass
+from pipeline.models.vlmo import PARTS, VLMo, copy_expert, drop_path_rates, parts_named, parts_used
+
+VOCABULARY = 23
+RELATIVE = ModelConfig(
+    width=24,
+    layers=4,
+    heads=3,
+    vision_language_layers=2,
+    feed_forward_ratio=2,
+    image_size=16,
+    patch_size=8,
+    max_text=12,
+    layer_scale=0.5,
+    drop_path=0.3,
+)
+ABSOLUTE = RELATIVE.model_copy(update={"positions": "absolute", "layer_scale": None})
+ROWS, LENGTH = 5, 7
+
+
+@pytest.fixture(params=[RELATIVE, ABSOLUTE], ids=["relative", "absolute"])
+def model(request: pytest.FixtureRequest) -> VLMo:
+    return lively(request.param)
+
+
+def lively(config: ModelConfig) -> VLMo:
+    """A model no parameter of which is at a special value, so that nothing cancels by chance."""
+    model = build_model(config, VOCABULARY, "mean_colour")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def passes(seed: int = 0) -> dict[str, Pass]:
+    """A pass of every kind, with drop path."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    image = integers(256, ROWS, 16, 16, 3).to(torch.uint8)
+    text = integers(VOCABULARY, ROWS, LENGTH)
+    keep = torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3, 4])[:, None]
+    drop_keep = torch.rand(ROWS, 4, 2, generator=generator) > 0.3
+    masked = integers(3, ROWS, 2)
+    patches = torch.rand(ROWS, 4, generator=generator).argsort(dim=1)[:, :2]
+    return {
+        "image": Pass(("itc",), image=image, drop_keep=drop_keep),
+        "text": Pass(("itc",), text=text, text_keep=keep, drop_keep=drop_keep),
+        "masked_image": Pass(("masked_image",), image=image, patch_positions=patches, drop_keep=drop_keep),
+        "masked_text": Pass(("mlm",), text=text, text_keep=keep, mask_positions=masked, drop_keep=drop_keep),
+        "pair": Pass(("itm",), image=image, text=text, text_keep=keep, drop_keep=drop_keep),
+        "masked": Pass(
+            ("mlm",), image=image, text=text[:, :5], text_keep=keep[:, :5], mask_positions=masked, drop_keep=drop_keep
+        ),
+    }
+
+
+def values(outputs: Outputs) -> dict[str, Tensor]:
+    return {f"{name}.{key}": value for name, result in outputs.items() for key, value in result.items()}
+
+
+def same(left: Outputs, right: Outputs) -> None:
+    torch.testing.assert_close(values(left), values(right), rtol=1e-5, atol=1e-5)
+
+
+def gradients(model: VLMo, outputs: Outputs) -> dict[str, Tensor]:
+    model.zero_grad()
+    weighted = [(v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in values(outputs).values()]
+    torch.stack(weighted).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def with_tokens(named: dict[str, Pass]) -> dict[str, Pass]:
+    return {name: replace(one, heads=(*one.heads, "tokens")) for name, one in named.items()}
+
+
+def test_padding_changes_no_real_token(model: VLMo) -> None:
+    def longer(one: Pass) -> Pass:
+        if one.text is None or one.text_keep is None:
+            return one
+        text = torch.cat([one.text, torch.full((ROWS, 4), 3)], dim=1)
+        keep = torch.cat([one.text_keep, torch.zeros(ROWS, 4, dtype=torch.bool)], dim=1)
+        return replace(one, text=text, text_keep=keep)
+
+    short, padded = passes(), {name: longer(one) for name, one in passes().items()}
+    same(model(short), model(padded))
+    expected, actual = gradients(model, model(short)), gradients(model, model(padded))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_at_padding_is_never_read(model: VLMo) -> None:
+    def scribbled(one: Pass) -> Pass:
+        if one.text is None or one.text_keep is None:
+            return one
+        return replace(one, text=one.text.where(one.text_keep, (one.text + 1) % VOCABULARY))
+
+    same(model(passes()), model({name: scribbled(one) for name, one in passes().items()}))
+
+
+def test_passes_read_together_equal_passes_read_alone(model: VLMo) -> None:
+    together = model(passes())
+    alone: Outputs = {}
+    for name, one in passes().items():
+        alone.update(model({name: one}))
+    assert list(together) == list(passes())
+    same(together, alone)
+    torch.testing.assert_close(gradients(model, together), gradients(model, alone), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_read_together_equal_rows_read_apart(model: VLMo) -> None:
+    def cut(one: Pass, rows: slice) -> Pass:
+        return Pass(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+
+    whole = values(model(passes()))
+    parts = [values(model({n: cut(one, rows) for n, one in passes().items()})) for rows in (slice(0, 2), slice(2, 5))]
+    for name, value in whole.items():
+        joined = torch.cat([part[name] for part in parts]) if value.dim() else parts[0][name]
+        torch.testing.assert_close(joined, value, rtol=1e-5, atol=1e-5)
+
+
+def test_reading_only_what_heads_need_equals_reading_everything(model: VLMo) -> None:
+    everything = model(with_tokens(passes()))
+    assert everything["pair"]["tokens"].shape == (ROWS, LENGTH + 5, 24)
+    assert everything["masked"]["tokens"].shape == (ROWS, 5 + 5, 24)
+    needed = {name: {k: v for k, v in result.items() if k != "tokens"} for name, result in everything.items()}
+    same(model(passes()), needed)
+
+
+def test_several_heads_read_one_pass(model: VLMo) -> None:
+    pair, masked = passes()["pair"], passes()["masked_text"]
+    both = model({"both": replace(pair, heads=("itm", "mlm"), mask_positions=masked.mask_positions)})["both"]
+    itm = model({"one": pair})["one"]["itm"]
+    mlm = model({"one": replace(pair, heads=("mlm",), mask_positions=masked.mask_positions)})["one"]["mlm"]
+    torch.testing.assert_close(both["itm"], itm, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both["mlm"], mlm, rtol=1e-5, atol=1e-5)
+
+
+def test_a_branch_that_every_row_keeps_is_scaled_by_its_rate(model: VLMo) -> None:
+    image = passes()["image"].image
+    kept = model({"one": Pass(("tokens",), image=image, drop_keep=torch.ones(ROWS, 4, 2, dtype=torch.bool))})
+    for block, rate in zip(model.blocks, drop_path_rates(model.config), strict=True):
+        for branch in (block.attention.projection, block.experts["vision"].contract):
+            with torch.no_grad():
+                branch.weight.div_(1 - rate)
+                branch.bias.div_(1 - rate)
+    same(model({"one": Pass(("tokens",), image=image)}), kept)
+
+
+def test_a_row_that_drops_every_branch_is_its_embedding(model: VLMo) -> None:
+    one = passes()["image"]
+    dropped = replace(one, heads=("tokens",), drop_keep=torch.zeros(ROWS, 4, 2, dtype=torch.bool))
+    expected = model.norm(model.image_embedding(one.image))
+    torch.testing.assert_close(model({"one": dropped})["one"]["tokens"], expected)
+
+
+def test_drop_path_rates_rise_linearly_to_the_last_layer() -> None:
+    assert drop_path_rates(RELATIVE) == pytest.approx((0.0, 0.1, 0.2, 0.3))
+
+
+def test_the_model_draws_nothing(model: VLMo) -> None:
+    before = torch.get_rng_state()
+    first, second = model(passes()), model(passes())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(values(first).values(), values(second).values(), strict=True))
+
+
+class NoHostSynchronisation(TorchDispatchMode):
+    """Fails on what makes the host wait for a device: reading a number, or a shape that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "item"), func
+        if func.__name__.startswith("index."):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "boolean indexing"
+        return func(*args, **(kwargs or {}))
+
+
+def test_forward_never_waits_for_the_device(model: VLMo) -> None:
+    with NoHostSynchronisation():
+        model(with_tokens(passes()))
+        model(passes())
+
+
+def test_hidden_patches_are_not_seen(model: VLMo) -> None:
+    one = passes()["masked_image"]
+    patches = torch.rand(ROWS, 4).argsort(dim=1)[:, :2]
+    painted = one.image.unflatten(1, (2, 8)).unflatten(3, (2, 8)).clone()
+    for row in range(ROWS):
+        for place in patches[row].tolist():
+            painted[row, place // 2, :, place % 2] = 0
+    first = replace(one, patch_positions=patches)
+    second = replace(first, image=painted.reshape(one.image.shape))
+    assert not torch.equal(first.image, second.image)
+    same(model({"one": first}), model({"one": second}))
+    with pytest.raises(AssertionError):
+        same(model({"one": replace(first, patch_positions=1 - patches % 2)}), model({"one": first}))
+
+
+def test_bytes_equal_the_floats_they_stand_for(model: VLMo) -> None:
+    one = passes()["image"]
+    same(model({"one": one}), model({"one": replace(one, image=one.image / 127.5 - 1)}))
+
+
+def test_bfloat16_gives_float32_results_near_those_of_float32(model: VLMo) -> None:
+    exact = values(model(passes()))
+    rough = values(model.to(torch.bfloat16)(passes()))
+    for name, value in rough.items():
+        assert value.dtype == torch.float32 and value.isfinite().all(), name
+        if name.endswith(("itc", "itc_vl")):
+            torch.testing.assert_close(value.norm(dim=-1), torch.ones(ROWS))
+            assert (value * exact[name]).sum(dim=-1).min() > 0.99
+
+
+def test_scales_never_exceed_their_bound(model: VLMo) -> None:
+    with torch.no_grad():
+        model.contrastive_head.log_scale.fill_(9.0)
+    out = model(passes())
+    assert out["image"]["scale"] == 100
+    assert out["text"]["scale_vl"] < 100
+
+
+def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
+    def empty(one: Pass) -> Pass:
+        return Pass(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+
+    out = model({name: empty(one) for name, one in passes().items()})
+    assert set(gradients(model, out)) == set(gradients(model, model(passes())))
+    none = replace(passes()["masked_text"], mask_positions=torch.zeros(ROWS, 0, dtype=torch.int64))
+    assert model({"one": none})["one"]["mlm"].shape == (ROWS, 0, VOCABULARY)
+
+
+def test_text_longer_than_the_positions_is_refused_by_name(model: VLMo) -> None:
+    with pytest.raises(ValueError, match=r"13 tokens.*12.*model\.max_text"):
+        model({"one": Pass(("itc",), text=torch.zeros(2, 13, dtype=torch.int64))})
+
+
+def test_images_of_another_size_are_refused(model: VLMo) -> None:
+    with pytest.raises(ValueError, match="16, 16, 3"):
+        model({"one": Pass(("itc",), image=torch.zeros(2, 24, 24, 3, dtype=torch.uint8))})
+
+
+def test_a_head_without_what_it_reads_is_refused(model: VLMo) -> None:
+    given = passes()
+    for head, one in [("itc", given["pair"]), ("itm", given["image"]), ("mlm", given["text"])]:
+        with pytest.raises(ValueError, match=f"head '{head}'"):
+            model({"one": replace(one, heads=(head,))})
+    with pytest.raises(ValueError, match="image target"):
+        build_model(RELATIVE, VOCABULARY)({"one": given["masked_image"]})
+
+
+# ---- parts
+
+
+def test_every_parameter_belongs_to_one_part_and_every_part_has_parameters(model: VLMo) -> None:
+    found = {model.part_of(name) for name, _ in model.named_parameters()}
+    absent = {"positions.cross"} if model.config.positions == "absolute" else set()
+    assert found == set(PARTS) - absent
+
+
+READINGS = {
+    ("contrastive", "pairs"): ("image", "text"),
+    ("matching", "pairs"): ("pair",),
+    ("masked_language", "pairs"): ("masked",),
+    ("masked_language", "text"): ("masked_text",),
+    ("masked_image", "images"): ("masked_image",),
+    ("masked_image", "pairs"): ("masked_image",),
+}
+STAGES = [
+    ({"masked_image"}, "images"),
+    ({"masked_language"}, "text"),
+    ({"contrastive", "matching", "masked_language"}, "pairs"),
+]
+
+
+def cases() -> Iterator[tuple[frozenset[str], str]]:
+    yield from ((frozenset({objective}), use) for objective, use in READINGS)
+    yield from ((frozenset(objectives), use) for objectives, use in STAGES)
+
+
+@pytest.mark.parametrize(("objectives", "use"), cases())
+def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objectives: frozenset[str], use: str) -> None:
+    wanted = {name for objective in objectives for name in READINGS[objective, use]}
+    kept = {name: replace(one, drop_keep=None) for name, one in passes().items() if name in wanted}
+    found = gradients(model, model(kept))
+    used = parts_used(objectives, frozenset({use}), model.config)
+    assert {model.part_of(name) for name in found} == used
+    for name, _ in model.named_parameters():
+        assert (model.part_of(name) in used) == (name in found), name
+        assert name not in found or found[name].abs().max() > 0, name
+
+
+def test_an_objective_with_nothing_to_read_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"contrastive.*pairs.*text"):
+        parts_used(frozenset({"contrastive"}), frozenset({"text"}), RELATIVE)
+
+
+def test_the_published_language_stage_is_written_as_names() -> None:
+    frozen = parts_named(["image_embedding", "attention", "vision_expert"])
+    assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
+    left = parts_used(frozenset({"masked_language"}), frozenset({"text"}), RELATIVE) - frozen
+    assert left == {
+        "text_embedding",
+        "positions.text",
+        "language_expert.lower",
+        "language_expert.upper",
+        "norm",
+        "masked_language_head",
+    }
+
+
+def test_an_unknown_part_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'vision_expert'"):
+        parts_named(["vision_experts"])
+
+
+# ---- weights
+
+
+def test_copied_experts_are_equal_and_nothing_else_moves(model: VLMo) -> None:
+    before = model.state_dict()
+    after = copy_expert(before, "vision", "vision_language")
+    for name, tensor in after.items():
+        source = name.replace("experts.vision_language", "experts.vision")
+        assert torch.equal(tensor, before[source])
+    changed = {model.part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vision_language_expert"}
+
+
+def test_weights_follow_from_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_model(RELATIVE, VOCABULARY, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    second = build_model(RELATIVE, VOCABULARY, "pixels", seed=3).state_dict()
+    other = build_model(RELATIVE, VOCABULARY, seed=4).state_dict()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.state_dict().items())
+    drawn = {name for name, tensor in first.state_dict().items() if not torch.equal(tensor, other[name])}
+    assert {"text_embedding.word.weight", "image_embedding.cls", "blocks.3.attention.weight"} <= drawn
+
+
+def test_weights_start_as_published() -> None:
+    model = build_model(RELATIVE, VOCABULARY)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert (parameter == 1).all()
+        elif name.endswith("gamma"):
+            assert (parameter == 0.5).all()
+        elif name.endswith("bias") or name.startswith("positions"):
+            assert (parameter == 0).all()
+        elif parameter.numel() > 500:
+            assert parameter.abs().max() <= 0.04
+            assert parameter.std().item() == pytest.approx(0.0176, rel=0.1)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.objectives.contrastive import contrastive_loss
+
+PAIRS, WIDTH = 12, 6
+
+
+def features(requires_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(PAIRS, WIDTH, generator=generator), dim=-1) for _ in range(2))
+    scale = torch.tensor(14.0)
+    return tuple(t.requires_grad_(requires_grad) for t in (image, text, scale))  # type: ignore[return-value]
+
+
+DISTINCT = torch.arange(PAIRS)
+REPEATED = torch.tensor([0, 1, 2, 0, 4, 5, 1, 1, 8, 9, 10, 0])
+
+
+@pytest.mark.parametrize("image_id", [DISTINCT, REPEATED])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_batch_cut_into_ranks_gives_the_same_sum_and_gradient(image_id: Tensor, ranks: int) -> None:
+    whole, cut = features(True), features(True)
+    expected = contrastive_loss(*whole, image_id)
+    share = PAIRS // ranks
+    actual = sum(contrastive_loss(*cut, image_id, slice(r * share, (r + 1) * share)) for r in range(ranks))
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(torch.autograd.grad(actual, cut), torch.autograd.grad(expected, whole), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_distinct_images_give_the_plain_symmetric_cross_entropy() -> None:
+    image, text, scale = features()
+    logits, target = scale * image @ text.T, torch.arange(PAIRS)
+    plain = (F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits.T, target, reduction="sum")) / 2
+    torch.testing.assert_close(contrastive_loss(image, text, scale, DISTINCT), plain)
+
+
+def test_equals_are_never_each_others_negatives() -> None:
+    image, text, scale = features()
+    expected = contrastive_loss(image, text, scale, REPEATED)
+    total = 0.0
+    for i in range(PAIRS):
+        others = [j for j in range(PAIRS) if j == i or REPEATED[j] != REPEATED[i]]
+        for query, candidates in ((image[i], text), (text[i], image)):
+            total -= (scale * candidates[others] @ query).log_softmax(0)[others.index(i)].item() / 2
+    assert expected.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_a_batch_of_one_image_has_no_loss_and_no_nan() -> None:
+    image, text, scale = features(True)
+    loss = contrastive_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0
+    assert image.grad is not None
+    assert (image.grad == 0).all()
+
+
+def test_order_of_the_pairs_does_not_matter() -> None:
+    image, text, scale = features()
+    order = torch.randperm(PAIRS)
+    shuffled = contrastive_loss(image[order], text[order], scale, REPEATED[order])
+    torch.testing.assert_close(shuffled, contrastive_loss(image, text, scale, REPEATED))
+
+
+def test_features_without_information_cost_the_logarithm_of_the_candidates() -> None:
+    same = torch.ones(PAIRS, WIDTH) / WIDTH**0.5
+    loss = contrastive_loss(same, same, torch.tensor(50.0), DISTINCT)
+    assert loss.item() == pytest.approx(PAIRS * math.log(PAIRS), rel=1e-5)
+
+
+def test_half_precision_features_are_compared_in_float32() -> None:
+    image, text, scale = features()
+    loss = contrastive_loss(image.bfloat16(), text.bfloat16(), scale.bfloat16(), DISTINCT)
+    expected = contrastive_loss(image.bfloat16().float(), text.bfloat16().float(), scale.bfloat16().float(), DISTINCT)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.objectives.masked_image import (
+    masked_image_loss,
+    mean_colour_targets,
+    patchify,
+    pixel_targets,
+    reconstruct,
+    unpatchify,
+)
+
+ROWS, SIDE, PATCH, MASKED = 8, 12, 4, 5
+
+
+def pictures() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (ROWS, SIDE, SIDE, 3), generator=generator).to(torch.uint8)
+    return image, torch.rand(ROWS, 9, generator=generator).argsort(dim=1)[:, :MASKED]
+
+
+def test_cutting_and_joining_gives_the_image() -> None:
+    image, _ = pictures()
+    assert torch.equal(unpatchify(patchify(image, PATCH), PATCH), image)
+    assert torch.equal(patchify(image, PATCH)[0, 5].view(PATCH, PATCH, 3), image[0, 4:8, 8:12])
+
+
+def test_the_class_of_a_colour_is_its_three_highest_bits_a_channel() -> None:
+    image = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
+    image[0, :4, :4] = torch.tensor([255, 31, 32])
+    image[0, :4, 4:8] = torch.tensor([0, 255, 128])
+    targets = mean_colour_targets(image, torch.tensor([[0, 1, 2]]), PATCH)
+    assert targets.tolist() == [[0o701, 0o074, 0]]
+
+
+def test_a_class_is_that_of_the_mean_and_not_of_a_pixel() -> None:
+    image = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
+    image[0, :2, :4] = 255
+    assert mean_colour_targets(image, torch.tensor([[0]]), PATCH).tolist() == [[0o333]]
+
+
+def test_pixels_of_every_patch_have_mean_zero_and_variance_one() -> None:
+    targets = pixel_targets(*pictures(), PATCH)
+    assert targets.shape == (ROWS, MASKED, 48)
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(targets.mean(dim=-1), torch.zeros(ROWS, MASKED), rtol=0, atol=1e-5)
+    torch.testing.assert_close(targets.var(dim=-1), torch.ones(ROWS, MASKED), rtol=1e-4, atol=0)
+
+
+def test_a_patch_of_one_colour_is_all_zeros() -> None:
+    image = torch.full((1, SIDE, SIDE, 3), 77, dtype=torch.uint8)
+    assert pixel_targets(image, torch.tensor([[3]]), PATCH).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("targets", [mean_colour_targets, pixel_targets])
+def test_the_batch_cut_into_ranks_gives_the_same_sum(targets, ranks: int) -> None:  # type: ignore[no-untyped-def]
+    target = targets(*pictures(), PATCH)
+    prediction = torch.randn(ROWS, MASKED, 48 if target.is_floating_point() else 512)
+    parts = zip(prediction.chunk(ranks), target.chunk(ranks), strict=True)
+    total = sum(masked_image_loss(p, t) for p, t in parts)
+    torch.testing.assert_close(total, masked_image_loss(prediction, target))
+
+
+def test_pixel_loss_is_one_for_a_patch_predicted_as_its_mean() -> None:
+    target = pixel_targets(*pictures(), PATCH)
+    loss = masked_image_loss(torch.zeros_like(target), target)
+    assert loss.item() == pytest.approx(ROWS * MASKED * 47 / 48, rel=1e-4)
+
+
+def test_a_perfect_prediction_paints_the_image_itself() -> None:
+    image, positions = pictures()
+    painted = reconstruct(image, positions, pixel_targets(image, positions, PATCH), PATCH)
+    assert (painted.int() - image.int()).abs().max() <= 1
+
+
+def test_classes_paint_their_colour_and_leave_the_rest() -> None:
+    image, positions = pictures()
+    classes = mean_colour_targets(image, positions, PATCH)
+    painted = reconstruct(image, positions, torch.nn.functional.one_hot(classes, 512).float(), PATCH)
+    assert torch.equal(mean_colour_targets(painted, positions, PATCH), classes)
+    hidden = torch.zeros(ROWS, 9, dtype=torch.bool).scatter(1, positions, True)
+    assert torch.equal(patchify(painted, PATCH)[~hidden], patchify(image, PATCH)[~hidden])

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.objectives.matching import draw_negatives, matching_loss
+
+
+def logits(rows: int, columns: int, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def test_draws_follow_the_softmax_of_those_that_differ() -> None:
+    draws, columns = 20_000, 6
+    ids = torch.tensor([0, 1, 2, 1, 4, 5])
+    similarity = logits(1, columns)
+    evenly = (torch.arange(draws) + 0.5) / draws
+    drawn = draw_negatives(similarity.expand(draws, -1), torch.ones(draws, dtype=torch.int64), ids, evenly)
+    share = torch.bincount(drawn, minlength=columns) / draws
+    expected = similarity[0].masked_fill(ids == 1, float("-inf")).softmax(0)
+    torch.testing.assert_close(share, expected, rtol=0, atol=2 / draws)
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, 1e4, 1e30])
+@pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-24, 1 - 2**-53])
+def test_an_equal_is_never_drawn(scale: float, uniform: float) -> None:
+    rows, columns = 40, 50
+    ids = torch.arange(columns) // 3
+    row_id = torch.arange(rows) // 3
+    numbers = torch.full((rows,), uniform, dtype=torch.float64)
+    drawn = draw_negatives(logits(rows, columns, scale), row_id, ids, numbers)
+    assert (ids[drawn] != row_id).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_rows_without_numbers_draw_evenly_among_those_that_differ(poison: float) -> None:
+    draws, ids = 4000, torch.tensor([0, 1, 1, 2, 3])
+    evenly = (torch.arange(draws) + 0.5) / draws
+    similarity = torch.full((draws, 5), poison)
+    drawn = draw_negatives(similarity, torch.ones(draws, dtype=torch.int64), ids, evenly)
+    share = torch.bincount(drawn, minlength=5) / draws
+    torch.testing.assert_close(share, torch.tensor([1, 0, 0, 1, 1]) / 3, rtol=0, atol=1e-3)
+
+
+def test_a_confident_row_still_draws_another() -> None:
+    similarity = torch.full((1, 4), -1e4)
+    similarity[0, 2] = 1e4
+    drawn = draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9]))
+    assert drawn.item() == 3
+
+
+def test_where_all_are_equal_something_is_drawn() -> None:
+    drawn = draw_negatives(logits(3, 3), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
+    assert drawn.shape == (3,)
+    assert ((drawn >= 0) & (drawn < 3)).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_batch_cut_into_ranks_draws_the_same_negatives(ranks: int) -> None:
+    similarity, ids = logits(12, 12), torch.arange(12) // 2
+    uniform = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    parts = zip(similarity.chunk(ranks), ids.chunk(ranks), uniform.chunk(ranks), strict=True)
+    drawn = torch.cat([draw_negatives(rows, row_id, ids, numbers) for rows, row_id, numbers in parts])
+    assert torch.equal(drawn, draw_negatives(similarity, ids, ids, uniform))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_batch_cut_into_ranks_gives_the_same_sum(ranks: int) -> None:
+    scores, matched = logits(12, 2), torch.arange(12) % 3 == 0
+    parts = zip(scores.chunk(ranks), matched.chunk(ranks), strict=True)
+    total = sum(matching_loss(rows, labels) for rows, labels in parts)
+    torch.testing.assert_close(total, matching_loss(scores, matched))
+
+
+def test_the_second_logit_stands_for_matched() -> None:
+    scores, matched = logits(8, 2), torch.tensor([True, False] * 4)
+    chance = scores.softmax(dim=1)
+    expected = -torch.where(matched, chance[:, 1], chance[:, 0]).log().sum()
+    torch.testing.assert_close(matching_loss(scores, matched), expected)
+    torch.testing.assert_close(matching_loss(scores, matched), F.cross_entropy(scores, matched.long()) * 8)

@@ -1,0 +1,216 @@
+"""The tracker: what it writes into the journal, what it costs, and that it never stops training."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.errors import TrackingError
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.tracker import (
+    DatasetInput,
+    Recorder,
+    SilentTracker,
+    Tracker,
+    check_server,
+    journal_folder,
+    resolved_config,
+    split_changeable,
+    tracking_uri,
+)
+
+
+def config_of(output: Path | str, **tracking: Any) -> RunConfig:
+    stage = {"sources": {"photos": 1.0}, "objectives": {"masked_image": {}}, "steps": 100, "batch": 16}
+    values = {
+        "name": "run",
+        "output": str(output),
+        "sources": {"photos": {"shards": f"{output}/photos"}},
+        "stages": [{"name": "vision", **stage}, {"name": "second", **stage}],
+        "tracking": tracking,
+    }
+    return validate(values, "test")
+
+
+def recorded(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    journal = Journal(journal_folder(config.folder))
+    records = [record for session in journal.sessions() for _, record in journal.records(session)]
+    return [record for record in records if record["kind"] == kind]
+
+
+def train(config: RunConfig, steps: range) -> None:
+    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
+    tracker.begin_stage(0, config.stages[0], {"zero_stage": "1"}, [DatasetInput("photos", "here", "ab" * 32)])
+    for step in steps:
+        tracker.metrics(step, {"train/loss": 1 / (step + 1)})
+    tracker.close(timeout=0)
+
+
+def test_a_call_costs_the_step_less_than_a_millisecond(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    tracker = Tracker.open(config, Storage())
+    tracker.begin_stage(0, config.stages[0], {}, [])
+    values = {f"train/loss_{number}": number / 3 for number in range(20)}
+
+    seconds = []
+    for step in range(300):
+        start = time.perf_counter()
+        tracker.metrics(step, values)
+        seconds.append(time.perf_counter() - start)
+    tracker.close(timeout=0)
+
+    assert sorted(seconds)[len(seconds) // 2] < 1e-3
+
+
+def test_a_resumed_run_records_no_step_twice_and_says_where_it_resumed(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    train(config, range(0, 50))
+    train(config, range(30, 80))
+
+    points = recorded(config, "metrics")
+    tags = {(tag["stage"], tag["key"]): tag["value"] for tag in recorded(config, "tag")}
+
+    assert [point["step"] for point in points] == list(range(80))
+    assert (tags[0, "mome.resumed_at_step"], tags[0, "mome.resumed_below_step"]) == ("30", "49")
+    assert tags[None, "mome.restarts"] == "1"
+    assert len({campaign["run"] for campaign in recorded(config, "campaign")}) == 1
+
+
+def test_a_run_begun_anew_under_an_old_name_does_not_continue_the_old_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
+    config = config_of("memory://bucket/runs", uri=f"sqlite:///{tmp_path}/mlflow.db")
+    train(config, range(0, 5))
+    Storage().delete(config.folder)  # the user deletes the run in the bucket; this machine's cache remains
+
+    train(config, range(0, 5))
+
+    assert [campaign["params"]["name"] for campaign in recorded(config, "campaign")] == ["run"]
+    assert [point["step"] for point in recorded(config, "metrics")] == list(range(5))
+    Storage().delete(config.folder)
+
+
+def test_metrics_that_are_not_finite_are_recorded(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    tracker = Tracker.open(config, Storage())
+    tracker.begin_stage(0, config.stages[0], {}, [])
+    tracker.metrics(1, {"nan": math.nan, "up": math.inf, "down": -math.inf})
+    tracker.close(timeout=0)
+
+    assert recorded(config, "metrics")[0]["values"] == {"nan": "nan", "up": "inf", "down": "-inf"}
+
+
+def test_whatever_goes_wrong_in_tracking_is_told_and_not_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(tmp_path)
+    tracker = Tracker.open(config, Storage())
+
+    tracker.metrics(1, {"loss": "not a number"})  # type: ignore[dict-item]
+    tracker.artifact("report.html", tmp_path / "absent.html")
+    tracker.close(timeout=0)
+
+    assert "metrics failed" in caplog.text
+    assert "artifact failed" in caplog.text
+
+
+def test_closing_before_the_server_took_everything_keeps_the_journal_and_names_the_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    config = config_of(tmp_path, uri="http://127.0.0.1:1", required=False)
+    start = time.perf_counter()
+
+    train(config, range(3))
+
+    assert time.perf_counter() - start < 5
+    assert "mome sync" in caplog.text
+    assert len(recorded(config, "metrics")) == 3
+
+
+def test_what_may_change_is_a_tag_and_what_may_not_is_a_param(tmp_path: Path) -> None:
+    params, tags = split_changeable(config_of(tmp_path).model_dump(mode="json"))
+
+    assert params["model.width"] == "768"
+    assert params["stages.0.batch"] == "16"
+    assert tags["config.stages.0.steps"] == "100"
+    assert tags["config.engine.zero_stage"] == "1"
+    assert not any(f"config.{key}" in tags for key in params)
+
+
+def test_passwords_in_addresses_are_never_recorded(tmp_path: Path) -> None:
+    config = config_of(tmp_path, uri="http://me:hunter2@127.0.0.1:1", required=False)
+    train(config, range(1))
+
+    folder = journal_folder(config.folder)
+    assert "hunter2" not in resolved_config(config)
+    assert not any(b"hunter2" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_silent_tracker_has_every_method_of_the_tracker() -> None:
+    methods = [name for name in vars(Recorder) if not name.startswith("_")]
+
+    for name in methods:
+        ours, silent = (inspect.signature(getattr(kind, name)).parameters for kind in (Tracker, SilentTracker))
+        assert list(ours) == list(silent), name
+
+
+def test_the_database_lies_beside_the_runs_that_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert tracking_uri(config_of("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracking_uri(config_of("s3://bucket/runs")) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(config_of("runs", uri="http://server:5000")) == "http://server:5000"
+
+
+def test_an_unreachable_server_refuses_the_start_in_one_message(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    with pytest.raises(TrackingError, match=r"does not answer.*tracking\.required=false"):
+        check_server(config_of(tmp_path, uri=address))
+    check_server(config_of(tmp_path, uri=address, required=False))
+
+
+def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.tracker.ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.perf_counter()
+        with pytest.raises(TrackingError, match="does not answer"):
+            check_server(config_of(tmp_path, uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+    assert time.perf_counter() - start < 4
+
+
+def test_a_database_that_cannot_be_made_refuses_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+
+    with pytest.raises(TrackingError, match="not a folder"):
+        check_server(config_of(tmp_path, uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
+    with pytest.raises(TrackingError, match="file store"):
+        check_server(config_of(tmp_path, uri=f"file://{tmp_path}/mlruns"))
+    check_server(config_of(tmp_path))
+
+
+def test_the_resolved_config_is_an_artifact_of_the_campaign(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    train(config, range(1))
+
+    (record,) = recorded(config, "artifact")
+    content = Journal(journal_folder(config.folder)).file(record["file"]).read_text()
+
+    assert (record["name"], record["stage"]) == ("config.yaml", None)
+    assert content == resolved_config(config)
