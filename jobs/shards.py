@@ -43,7 +43,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def build(
     source: Annotated[Path, typer.Argument(help="A folder of images, a .jsonl, a COCO captions .json, or text.")],
     out: Annotated[str, typer.Argument(help="Folder or URL (s3://bucket/path) that the shards are written to.")],
-    kind: Annotated[KindOption, typer.Option(help="What SOURCE is; auto looks at its name and content.")] = KindOption.auto,
+    kind: Annotated[KindOption, typer.Option(help="What SOURCE is; auto looks at it.")] = KindOption.auto,
     images: Annotated[Path | None, typer.Option(help="Folder the image paths of a jsonl or COCO file are in.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each tar.")] = 1000,
     words: Annotated[int, typer.Option(min=1, help="Most words of one text sample.")] = importers.WORDS_PER_TEXT,
@@ -57,7 +57,7 @@ def build(
     jsonl: one {"image": path, "captions": [text, …]} a line. Folder: a .txt beside an image is its caption.
     """
     storage = Storage()
-    chosen = importers.find_kind(source) if kind is KindOption.auto else kind.value
+    chosen: importers.Kind = importers.find_kind(source) if kind is KindOption.auto else kind.value  # type: ignore[assignment]
     importers.check_writable(storage, out, overwrite)
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images}: no such folder; expected the folder that image paths are relative to")
@@ -236,7 +236,8 @@ class _progress:
     """A line on standard error: samples read, then shards indexed. Silent where nobody looks on."""
 
     def __enter__(self) -> _progress:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        said = TextColumn("{task.description}")
+        columns = (SpinnerColumn(), said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task("starting", total=None)
         self._bar.start()

@@ -59,8 +59,9 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
-        faults = [_describe(fault, values) for fault in error.errors()]
-        raise ConfigError(f"{origin}: {len(faults)} fault(s)\n" + "\n".join(faults)) from None
+        faults = [line for fault in error.errors() for line in _describe(fault).splitlines()]
+        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ConfigError(f"{origin}: {count}\n" + "\n".join(faults)) from None
 
 
 def resolve_secret(reference: str | None) -> str | None:
@@ -156,7 +157,7 @@ def _position(items: list[Any], part: str, override: str) -> int:
     raise ConfigError(f"override '{override}': no element '{part}'; there are {', '.join(map(str, names))}")
 
 
-def _describe(fault: Any, values: dict[str, Any]) -> str:
+def _describe(fault: Any) -> str:
     location = [str(part) for part in fault["loc"] if part != "[key]"]
     path = ".".join(location)
     if fault["type"] == "extra_forbidden":

@@ -66,6 +66,7 @@ class ModelConfig(Section):
     positions: Literal["relative", "absolute"] = "relative"
     max_text: Positive = 196  # longest text the positions serve, in tokens with [CLS] and [SEP]
     layer_scale: float | None = 0.1
+    initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
     drop_path: Fraction = 0.1
 
     @model_validator(mode="after")

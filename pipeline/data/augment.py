@@ -29,9 +29,7 @@ ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 
 _SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
 
 
-def augment(
-    image: np.ndarray, config: AugmentConfig, size: int, random: CounterRandom, allow_flip: bool
-) -> np.ndarray:
+def augment(image: np.ndarray, config: AugmentConfig, size: int, random: CounterRandom, allow_flip: bool) -> np.ndarray:
     """A fresh look at the picture: (size, size, 3) uint8. Without `allow_flip` it is never mirrored."""
     image = random_resized_crop(image, size, config.crop_scale, random)
     if random.uniform() < 0.5 and config.flip and allow_flip:
@@ -95,7 +93,8 @@ def shear(image: np.ndarray, amount: float, horizontal: bool) -> np.ndarray:
 def translate(image: np.ndarray, share: float, horizontal: bool) -> np.ndarray:
     """Shift by a share of the side, so that it means the same at every resolution."""
     height, width = image.shape[:2]
-    return _warp(image, [[1, 0, share * width if horizontal else 0], [0, 1, 0 if horizontal else share * height]])
+    right, down = (share * width, 0.0) if horizontal else (0.0, share * height)
+    return _warp(image, [[1, 0, right], [0, 1, down]])
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:

@@ -46,17 +46,13 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def random_resized_crop(
-    image: np.ndarray, size: int, scale: tuple[float, float], random: CounterRandom
-) -> np.ndarray:
+def random_resized_crop(image: np.ndarray, size: int, scale: tuple[float, float], random: CounterRandom) -> np.ndarray:
     """A random part of the picture, as (size, size, 3): `scale` bounds its share of the area."""
     top, left, height, width = draw_crop(image.shape[0], image.shape[1], scale, random)
     return resize_square(image[top : top + height, left : left + width], size)
 
 
-def draw_crop(
-    height: int, width: int, scale: tuple[float, float], random: CounterRandom
-) -> tuple[int, int, int, int]:
+def draw_crop(height: int, width: int, scale: tuple[float, float], random: CounterRandom) -> tuple[int, int, int, int]:
     """(top, left, height, width): area uniform in `scale`, ratio log-uniform in 3/4 … 4/3, place uniform.
 
     A crop that does not fit is drawn again; after ten tries the largest centred one of a legal ratio is taken.

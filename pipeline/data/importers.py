@@ -276,7 +276,9 @@ def _pair(key: str, image: tuple[str, bytes], captions: list[str] | None, image_
     extension, data = image
     if image_id is None:
         image_id = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
-    described: dict[str, Any] = {"image_id": image_id} if captions is None else {"captions": captions, "image_id": image_id}
+    described: dict[str, Any] = {"image_id": image_id}
+    if captions is not None:
+        described["captions"] = captions
     return {"__key__": key, extension: data, "json": json.dumps(described, ensure_ascii=False).encode()}
 
 

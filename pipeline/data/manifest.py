@@ -30,6 +30,7 @@ from pipeline.data.storage import NotFound, ObjectInfo, Storage, join, split
 MANIFEST = "manifest.json"
 _VERSION = 1
 _BLOCK = 512
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstd
 
 
 @dataclass(frozen=True)
@@ -316,12 +317,12 @@ class _Tar:
 
     def _header(self) -> bytes | None:
         block = self._read(_BLOCK)
+        if self.position == len(block) and block.startswith(_PACKED):
+            raise self._fault(f"it is compressed and cannot be read by range. {_unpack_remedy(self._name)}")
         if len(block) < _BLOCK:
             raise self._cut("inside a header" if block else "before the two zero blocks that end a tar")
         if block == bytes(_BLOCK):
             return None
-        if self.position == _BLOCK and block[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
-            raise self._fault(f"it is compressed and cannot be read by range. {_unpack_remedy(self._name)}")
         unsigned = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
         try:
             stated = _number(block[148:156])

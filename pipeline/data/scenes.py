@@ -119,9 +119,7 @@ def draw_scenes(
         yield Scene(f"scene{number:07d}", description, image, captions)
 
 
-def draw_descriptions(
-    config: SyntheticConfig, excluded: frozenset[Description] = frozenset()
-) -> Iterator[Description]:
+def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] = frozenset()) -> Iterator[Description]:
     """What each scene shows. Raises ConfigError when no further scene can be found that is allowed."""
     seen: set[Description] = set()
     for number in range(config.scenes):

@@ -99,8 +99,8 @@ class Tokenizer:
         # Cut here rather than by enable_truncation: that is state of the tokenizer, which threads share.
         room = max_length - 2
         assert room >= 0, f"max_length {max_length} leaves no room for [CLS] and [SEP]"
-        ids, words = pieces.ids[:room], pieces.word_ids[:room]
-        return Tokens([self.cls_id, *ids, self.sep_id], [-1, *words, -1])
+        words = [-1 if word is None else word for word in pieces.word_ids[:room]]
+        return Tokens([self.cls_id, *pieces.ids[:room], self.sep_id], [-1, *words, -1])
 
     @property
     def _text(self) -> str:

@@ -16,6 +16,8 @@ TEXT_EPSILON = 1e-12  # BERT's
 class TextEmbedding(nn.Module):
     """BERT's embedding of tokens, then the vector that says "this is text"."""
 
+    positions: nn.Parameter | None
+
     def __init__(self, vocabulary: int, width: int, max_text: int, absolute: bool) -> None:
         super().__init__()
         self.max_text = max_text
@@ -41,6 +43,9 @@ class TextEmbedding(nn.Module):
 
 class ImageEmbedding(nn.Module):
     """Patches and [CLS], then the vector that says "this is an image"."""
+
+    positions: nn.Parameter | None
+    mask: nn.Parameter | None
 
     def __init__(self, image_size: int, patch_size: int, width: int, absolute: bool, maskable: bool) -> None:
         super().__init__()
@@ -81,6 +86,9 @@ class RelativePositions(nn.Module):
     on the g x g grid, then patch-from-[CLS], [CLS]-from-patch, [CLS]-[CLS]; `cross`, text to image and image to text;
     `text`, a row for each of the 2T - 3 distances between words, then the same three for the text's [CLS].
     """
+
+    image_index: Tensor
+    text_index: Tensor
 
     def __init__(self, layers: int, heads: int, grid: int, max_text: int) -> None:
         super().__init__()

@@ -35,6 +35,9 @@ class FeedForward(nn.Module):
 class MultiwayBlock(nn.Module):
     """Attention, its norm and the LayerScale gammas serve all modalities; the feed-forward part is routed."""
 
+    attention_gamma: nn.Parameter | None
+    expert_gamma: nn.Parameter | None
+
     def __init__(
         self,
         width: int,
@@ -92,8 +95,6 @@ class MultiwayBlock(nn.Module):
 
 def _add(x: Tensor, branch: Tensor, gamma: Tensor | None, kept: Tensor | None) -> Tensor:
     """x + gamma * kept * branch, in one reading of the branch."""
-    if gamma is None and kept is None:
-        return x + branch
-    if gamma is None or kept is None:
-        return torch.addcmul(x, branch, gamma if kept is None else kept)
-    return torch.addcmul(x, branch, gamma * kept)
+    if gamma is None:
+        return x + branch if kept is None else torch.addcmul(x, branch, kept)
+    return torch.addcmul(x, branch, gamma if kept is None else gamma * kept)

@@ -33,12 +33,11 @@ from pipeline.models.heads import (
     Pooler,
 )
 from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, Route
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.passes import Head, Outputs, Pass
 
 ImageTarget = Literal["mean_colour", "pixels"]
 
 COLOUR_CLASSES = 512  # three bits a channel
-WEIGHT_STD = 0.02
 
 # A name stands for itself and for all that begin with it and a dot: freezing "vision_expert" freezes both halves.
 PARTS = (
@@ -140,21 +139,18 @@ class VLMo(nn.Module):
 
     def _embed(self, rows: _Rows) -> tuple[Tensor, Tensor | None]:
         """The tokens (B, L, D), and what attention adds for each key (B, L): nothing, or a huge negative at padding."""
-        parts, keeps = [], []
-        if rows.text is not None:
-            parts.append(self.text_embedding(rows.text))
-            keeps.append(rows.text_keep)
-        if rows.image is not None:
-            parts.append(self.image_embedding(rows.image, rows.hidden))
-            keeps.append(None if rows.text is None else rows.text_keep.new_ones(parts[-1].shape[:2]))
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if rows.text is None:
-            return x, None
-        keep = keeps[0] if len(keeps) == 1 else torch.cat(keeps, dim=1)
+        image = None if rows.image is None else self.image_embedding(rows.image, rows.hidden)
+        if rows.text is None or rows.text_keep is None:
+            assert image is not None
+            return image, None
+        x = self.text_embedding(rows.text)
         # Finite, so that a row of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
-        return x, torch.zeros_like(keep, dtype=x.dtype).masked_fill(~keep, torch.finfo(x.dtype).min / 2)
+        padding = torch.zeros_like(rows.text, dtype=x.dtype).masked_fill(~rows.text_keep, torch.finfo(x.dtype).min / 2)
+        if image is None:
+            return x, padding
+        return torch.cat([x, image], dim=1), F.pad(padding, (0, image.shape[1]))
 
-    def _apply_heads(self, one: Pass, found: dict[str, Tensor], found_vl: Tensor | None) -> dict[str, Tensor]:
+    def _apply_heads(self, one: Pass, found: dict[Head, Tensor], found_vl: Tensor | None) -> dict[str, Tensor]:
         results: dict[str, Tensor] = {}
         for head, features in found.items():
             if head == "itc":
@@ -182,7 +178,7 @@ class _Rows:
         for one in passes:
             _check(one)
         self._passes = passes
-        self._sizes = [len(one.image if one.text is None else one.text) for one in passes]  # type: ignore[arg-type]
+        self._sizes = [len(_anchor(one)) for one in passes]
         self.branches = "itc" in passes[0].heads
         self.image = _joined([one.image for one in passes])
         self.text = _joined([one.text for one in passes], value=0)
@@ -214,11 +210,10 @@ class _Rows:
     def _positions(self, index: int) -> dict[str, Tensor]:
         """Where in the sequence each head of a pass reads: (B, K)."""
         one, size = self._passes[index], self._sizes[index]
-        device = (one.image if one.text is None else one.text).device  # type: ignore[union-attr]
         positions: dict[str, Tensor] = {}
         for head in one.heads:
             if head in ("itc", "itm"):
-                positions[head] = torch.zeros(size, 1, dtype=torch.int64, device=device)
+                positions[head] = torch.zeros(size, 1, dtype=torch.int64, device=_anchor(one).device)
             elif head == "mlm":
                 assert one.mask_positions is not None
                 positions[head] = one.mask_positions
@@ -258,6 +253,13 @@ def _check(one: Pass) -> None:
     for head in one.heads:
         if wrong[head]:
             raise ValueError(f"head '{head}' cannot read {kind} pass with these members; see Pass for what it needs")
+
+
+def _anchor(one: Pass) -> Tensor:
+    """A member that the pass surely has: its rows and device are the pass's."""
+    member = one.image if one.text is None else one.text
+    assert member is not None
+    return member
 
 
 def _text_keep(one: Pass) -> Tensor:
@@ -323,7 +325,7 @@ def _initialize(name: str, parameter: Tensor, config: ModelConfig, seed: int) ->
         key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed(key)
         drawn = torch.empty(parameter.shape)
-        nn.init.trunc_normal_(drawn, std=WEIGHT_STD, a=-2 * WEIGHT_STD, b=2 * WEIGHT_STD, generator=generator)
+        nn.init.trunc_normal_(drawn, std=config.initial_std, a=-2 * config.initial_std, b=2 * config.initial_std, generator=generator)
         parameter.copy_(drawn)
 
 

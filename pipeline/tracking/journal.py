@@ -137,6 +137,12 @@ class Journal:
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
         return read_records(self.path(session), start)
 
+    def all_records(self) -> Iterator[Record]:
+        """Every record of every session, in order."""
+        for session in self.sessions():
+            for _, record in self.records(session):
+                yield record
+
     def campaigns(self) -> list[Record]:
         """The campaign record of every session, in order: which run this is, and where it is shown."""
         firsts = (next(self.records(session), None) for session in self.sessions())

@@ -237,8 +237,9 @@ class Tracker:
 
     @_told_not_raised
     def finish(self, status: Status = "FINISHED") -> None:
-        """The campaign is over. `close` is still due."""
-        self._stage = None
+        """The campaign is over, and so, with the same status, is a stage still open. `close` is still due."""
+        if self._stage is not None:
+            self.end_stage(status)
         self._append("campaign_end", status=status)
 
     @_told_not_raised

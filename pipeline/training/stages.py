@@ -15,7 +15,7 @@ from pipeline.config.schema import ModelConfig, RunConfig, StageConfig
 from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
-from pipeline.models.vlmo import copy_expert, part_of, parts_named, parts_used
+from pipeline.models.vlmo import ImageTarget, copy_expert, part_of, parts_named, parts_used
 from pipeline.training.checkpoint import load_weights, stage_url
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_stages(config: RunConfig) -> None:
 def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabulary: int) -> nn.Module:
     """The model of stage `index`, with its starting weights, its unused and frozen parts frozen."""
     stage = config.stages[index]
-    model = build_model(config.model, vocabulary, stage.image_target, seed=hash64(config.seed, "weights"))
+    model = build_model(config.model, vocabulary, image_target(config, index), seed=hash64(config.seed, "weights"))
     start = starting_weights(config, index, storage)
     if start is not None:
         load_matching(model, prepare_experts(model.state_dict(), start, config, stage), config.model, stage.name)
@@ -40,6 +40,12 @@ def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabular
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name, config.model) in trained)
     return model
+
+
+def image_target(config: RunConfig, index: int) -> ImageTarget | None:
+    """The target of the masked-image head that a stage's model carries: that of the last stage to train it, if any."""
+    trained = [stage.image_target for stage in config.stages[: index + 1] if "masked_image" in stage.objectives]
+    return trained[-1] if trained else None
 
 
 def trained_parts(config: RunConfig, stage: StageConfig) -> frozenset[str]:
@@ -80,7 +86,7 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], config: ModelConfi
     wrong = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
     faults = {
         "missing": [name for name in sorted(own.keys() - state.keys()) if part_of(name, config) not in HEAD_PARTS],
-        "unexpected": [name for name in sorted(state.keys() - own.keys())],
+        "unexpected": [name for name in sorted(state.keys() - own.keys()) if part_of(name, config) not in HEAD_PARTS],
         "of another shape": [name for name in wrong if part_of(name, config) not in HEAD_PARTS],
     }
     if any(faults.values()):
@@ -89,7 +95,7 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], config: ModelConfi
             f"stage {stage} starts from weights of another architecture ({told}); "
             "give the same `model` section as the run that made them"
         )
-    kept = {name: tensor for name, tensor in state.items() if name not in wrong}
+    kept = {name: tensor for name, tensor in state.items() if name in own and name not in wrong}
     if wrong:
         log.warning("stage %s: heads of another shape start anew: %s", stage, _few(wrong))
     model.load_state_dict(kept, strict=False)

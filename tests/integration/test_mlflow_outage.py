@@ -165,7 +165,9 @@ def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_
 
     runs = runs_of(database, config)
 
-    assert {name: status for name, (_, status) in runs.items()} == dict.fromkeys(("run", "vision", "second"), "FINISHED")
+    assert {name: status for name, (_, status) in runs.items()} == dict.fromkeys(
+        ("run", "vision", "second"), "FINISHED"
+    )
     parent, vision, second_stage = (runs[name][0] for name in ("run", "vision", "second"))
     assert points_of(database, vision, "train/loss") == [(step, 1 / (step + 1)) for step in range(100)]
     assert points_of(database, second_stage, "train/lr") == [(step, step / 3) for step in range(100, 200)]
@@ -229,6 +231,44 @@ def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_ne
     assert status == "FINISHED"
     assert points_of(database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(100)]
     Storage().delete(config.folder)
+
+
+def test_what_a_killed_trainer_journaled_is_shipped_and_no_process_stays(tmp_path: Path, database: Path) -> None:
+    config = config_of(tmp_path, f"sqlite:///{database}", name="killed")
+    program = (
+        "import os, signal, sys, time\n"
+        "from pipeline.config.schema import RunConfig\n"
+        "from pipeline.data.storage import Storage\n"
+        "from pipeline.tracking.tracker import Tracker\n"
+        "config = RunConfig.model_validate_json(sys.stdin.read())\n"
+        "tracker = Tracker.open(config, Storage())\n"
+        "tracker.begin_stage(0, config.stages[0], {}, [])\n"
+        "for step in range(2000): tracker.metrics(step, {'train/loss': 1 / (step + 1)})\n"
+        "while tracker._shipper._process is None: time.sleep(0.01)\n"
+        "print(tracker._shipper._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=config.model_dump_json(), capture_output=True, text=True, check=False
+    )
+    deadline = time.monotonic() + 40
+    while is_running(int(done.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+    assert done.returncode == -signal.SIGKILL
+    assert not is_running(int(done.stdout))
+    (run_id, status) = runs_of(database, config)["vision"]
+    assert status == "RUNNING", "whether it will be resumed is not known"
+    assert points_of(database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(2000)]
+
+
+def is_running(process: int) -> bool:
+    """Whether the process works still; one that ended but that nobody waited for does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path, server: Server) -> None:

@@ -87,7 +87,7 @@ def test_each_operation_does_what_its_magnitude_says():
     ],
 )
 def test_colour_operations_agree_with_pillow(ours, pillows, by):
-    image = picture()
+    image = picture(512)
     assert close(ours(image), np.array(pillows(Image.fromarray(image))), by)
 
 
@@ -134,12 +134,12 @@ def test_a_flip_mirrors_half_of_the_pictures_and_none_where_it_is_not_allowed():
 
 
 def test_allowing_flips_changes_nothing_but_the_flip():
-    config = AugmentConfig(operations=2, magnitude=7)
+    config = AugmentConfig(operations=0)
     for key in range(30):
-        allowed, forbidden = (augment(picture(), config, 32, CounterRandom(hash64(key)), flip) for flip in (True, False))
-        if (allowed == forbidden).all():
-            return  # the same crop and operations were drawn in both
-    raise AssertionError("a forbidden flip shifts the other draws")
+        allowed, forbidden = (
+            augment(picture(), config, 32, CounterRandom(hash64(key)), flip) for flip in (True, False)
+        )
+        assert (allowed == forbidden).all() or (allowed == forbidden[:, ::-1]).all()
 
 
 @pytest.mark.parametrize(

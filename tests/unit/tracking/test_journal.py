@@ -77,7 +77,7 @@ def test_numbers_keep_every_bit_and_those_json_does_not_know_survive(tmp_path: P
     ((_, record),) = journal.records(journal.sessions()[0])
 
     assert all(
-        float(record["values"][key]) == value or math.isnan(value) and math.isnan(float(record["values"][key]))
+        float(record["values"][key]) == value or (math.isnan(value) and math.isnan(float(record["values"][key])))
         for key, value in values.items()
     )
 

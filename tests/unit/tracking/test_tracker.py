@@ -101,6 +101,17 @@ def test_a_run_begun_anew_under_an_old_name_does_not_continue_the_old_journal(
     Storage().delete(config.folder)
 
 
+def test_a_campaign_that_fails_in_a_stage_ends_both(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    tracker = Tracker.open(config, Storage())
+    tracker.begin_stage(1, config.stages[1], {}, [])
+    tracker.finish("FAILED")
+    tracker.close(timeout=0)
+
+    ends = recorded(config, "stage_end") + recorded(config, "campaign_end")
+    assert [(end["stage"], end["status"]) for end in ends] == [(1, "FAILED"), (None, "FAILED")]
+
+
 def test_metrics_that_are_not_finite_are_recorded(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     tracker = Tracker.open(config, Storage())

@@ -1,0 +1,120 @@
+"""`mome evaluate`: a stage's weights on held-out pairs, with the report, recorded where the run was tracked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from jobs.console import console
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.evaluate import Evaluation, evaluate, stage_of
+from pipeline.evaluation.report import write_report
+from pipeline.models import build_model
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.tracker import Tracker, journal_folder
+from pipeline.training.checkpoint import Weights, is_committed, load_weights, stage_url
+from pipeline.training.stages import image_target, load_matching
+
+REPORT = "report.html"
+
+
+def evaluate_run(config: RunConfig) -> dict[str, Any]:
+    """The last stage of a run that has just been trained."""
+    return evaluate_checkpoint(config.folder)
+
+
+def evaluate_checkpoint(
+    checkpoint: str, source: str | None = None, limit: int | None = None, report: Path | None = None, track: bool = True
+) -> dict[str, Any]:
+    """Evaluate a run's or a stage's weights; returns the numbers as `mome evaluate --json` prints them.
+
+    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`.
+    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source.
+    """
+    storage = Storage()
+    weights = load_weights(storage, checkpoint.rstrip("/"))
+    config, source = _with_source(weights.config, source)
+    storage = Storage(config.storage)
+    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    found = evaluate(
+        model_of(weights),
+        tokenizer,
+        config,
+        storage,
+        source,
+        limit,
+        weights.stage,
+        dict(_earlier_stages(config, weights, storage)),
+        progress=lambda message: console.print(f"evaluating: {message}", style="dim"),
+    )
+    found = found.located(checkpoint=weights.url)
+    return _deliver(config, storage, found, tokenizer, report, track)
+
+
+def model_of(weights: Weights) -> nn.Module:
+    """The model that a stage's weights are of."""
+    config = weights.config
+    index = config.stages.index(stage_of(config, weights.stage))
+    model = build_model(config.model, len(weights.vocabulary), image_target(config, index))
+    load_matching(model, weights.tensors, config.model, weights.stage)
+    return model
+
+
+def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> Iterator[tuple[str, nn.Module]]:
+    """The finished stages before this one, which alone can tell what their objectives learnt."""
+    for index, stage in enumerate(config.stages):
+        url = stage_url(config, index)
+        if stage.name == weights.stage:
+            return
+        if is_committed(storage, url):
+            yield stage.name, model_of(load_weights(storage, url))
+
+
+def _with_source(config: RunConfig, source: str | None) -> tuple[RunConfig, str | None]:
+    """A source given as a URL of shards joins the run's own."""
+    if source is None or source in config.sources:
+        return config, source
+    if "/" not in source:
+        known = ", ".join(name for name, each in config.sources.items() if each.use == "pairs")
+        raise ConfigError(f"--source {source}: no source of this run; give one of {known}, or the URL of shards")
+    return config.model_copy(update={"sources": {**config.sources, "held_out": SourceConfig(shards=source)}}), "held_out"
+
+
+def _deliver(
+    config: RunConfig, storage: Storage, found: Evaluation, tokenizer: Tokenizer, report: Path | None, track: bool
+) -> dict[str, Any]:
+    place = str(report) if report is not None else join(config.folder, REPORT)
+    found = found.located(report=place)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / REPORT
+        write_report(found, config, tokenizer, page, curves=_curves(config))
+        storage.write(place, page.read_bytes())
+        if track:
+            _record(config, storage, found, page)
+    return found.to_json()
+
+
+def _record(config: RunConfig, storage: Storage, found: Evaluation, page: Path) -> None:
+    tracker = Tracker.open(config, storage)
+    tracker.metrics(config.total_steps, found.metrics())
+    tracker.artifact(f"evaluation/{found.source}/{REPORT}", page)
+    tracker.finish("FINISHED")
+    tracker.close(timeout=60)
+
+
+def _curves(config: RunConfig) -> dict[str, list[tuple[int, float]]]:
+    """Each stage's loss by step, as far as this machine's journal of the run knows it."""
+    journal = Journal(journal_folder(config.folder))
+    curves: dict[str, list[tuple[int, float]]] = {stage.name: [] for stage in config.stages}
+    for record in journal.all_records():
+        if record["kind"] == "metrics" and record["stage"] is not None and "train/loss" in record["values"]:
+            name = config.stages[record["stage"]].name
+            curves[name].append((record["step"], float(record["values"]["train/loss"])))
+    return {name: points for name, points in curves.items() if points}

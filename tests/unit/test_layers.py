@@ -1,0 +1,65 @@
+"""The dependency rule of the README: imports point down only, and each heavy library has one home."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("jobs/**/*.py")])
+
+LEVELS = {
+    "pipeline.config": 0,
+    "pipeline.models": 1,
+    "pipeline.objectives": 1,
+    "pipeline.data": 1,
+    "pipeline.tracking": 1,
+    "pipeline.training": 2,
+    "pipeline.evaluation": 2,
+    "jobs": 3,
+}
+
+HOMES = {
+    "ray": ("jobs/",),
+    "deepspeed": ("pipeline/training/deepspeed_engine.py",),
+    "mlflow": ("pipeline/tracking/mlflow_",),
+    "torch.distributed": ("pipeline/training/collectives.py", "pipeline/training/deepspeed_engine.py"),
+    "fsspec": ("pipeline/data/storage.py",),
+    "s3fs": ("pipeline/data/storage.py",),
+    "botocore": ("pipeline/data/storage.py",),
+}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def package_of(module: str) -> str | None:
+    return next((name for name in LEVELS if module == name or module.startswith(f"{name}.")), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down_only(path: Path) -> None:
+    own = package_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:  # pipeline/__init__.py
+        return
+    for module in imports_of(path):
+        other = package_of(module)
+        assert other is None or other == own or LEVELS[other] < LEVELS[own], f"{own} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_heavy_library_is_imported_only_in_its_home(path: Path) -> None:
+    where = path.relative_to(ROOT).as_posix()
+    for module in imports_of(path):
+        for library, homes in HOMES.items():
+            if module == library or module.startswith(f"{library}."):
+                assert where.startswith(homes), f"{where} imports {module}; it belongs in {homes}"
