@@ -26,7 +26,8 @@ app.add_typer(shards_app, name="shards")
 
 Config = Annotated[Path, typer.Argument(help="A YAML config, such as configs/demo.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 

@@ -37,8 +37,8 @@ def _tell(config: RunConfig, result: dict[str, Any]) -> None:
         f"\nOn {result['pairs']} scenes never trained on, by contrastive scores alone:\n"
         f"  picture to caption R@1 {retrieval['image_to_text']['r1']:.1%}, "
         f"caption to picture R@1 {retrieval['text_to_image']['r1']:.1%} (chance {retrieval['chance']['r1']:.1%})\n"
-        f"  masked words guessed with their picture {mlm['accuracy']:.1%}, with another {mlm['accuracy_other_image']:.1%}"
-        f", from text alone {mlm['accuracy_text_only']:.1%}\n\n"
+        f"  masked words guessed with their picture {mlm['accuracy']:.1%}, "
+        f"with another {mlm['accuracy_other_image']:.1%}, from text alone {mlm['accuracy_text_only']:.1%}\n\n"
         f"Report      {result['report']}\n"
         f"Checkpoint  {result['checkpoint']}\n"
         f"MLflow      mlflow ui --backend-store-uri {tracking_uri(config)}",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.report import write_report
 from torch import nn
 
 from jobs.console import console
@@ -15,7 +16,6 @@ from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import Evaluation, evaluate, stage_of
-from pipeline.evaluation.report import write_report
 from pipeline.models import build_model
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
@@ -84,7 +84,9 @@ def _with_source(config: RunConfig, source: str | None) -> tuple[RunConfig, str 
     if "/" not in source:
         known = ", ".join(name for name, each in config.sources.items() if each.use == "pairs")
         raise ConfigError(f"--source {source}: no source of this run; give one of {known}, or the URL of shards")
-    return config.model_copy(update={"sources": {**config.sources, "held_out": SourceConfig(shards=source)}}), "held_out"
+    return config.model_copy(
+        update={"sources": {**config.sources, "held_out": SourceConfig(shards=source)}}
+    ), "held_out"
 
 
 def _deliver(
@@ -105,7 +107,6 @@ def _record(config: RunConfig, storage: Storage, found: Evaluation, page: Path) 
     tracker = Tracker.open(config, storage)
     tracker.metrics(config.total_steps, found.metrics())
     tracker.artifact(f"evaluation/{found.source}/{REPORT}", page)
-    tracker.finish("FINISHED")
     tracker.close(timeout=60)
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.errors import MomeError, RunFailed, StorageError
+from pipeline.config.load import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.tracker import check_server
@@ -39,10 +40,11 @@ def pretrain(config: RunConfig, show: Show) -> bool:
 
     Raises MomeError with one message for whatever stopped the run for good.
     """
+    config = with_absolute_paths(config)
     storage = Storage(config.storage)
     check_server(config)
     prepare(config, storage)
-    if all(is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))):
+    if _unfinished(config, storage) is None:
         return False
     storage.delete(join(config.folder, FAILURE_FILE))
     storage.delete(join(config.folder, PROGRESS_FILE))
@@ -59,7 +61,19 @@ def pretrain(config: RunConfig, show: Show) -> bool:
     finally:
         watcher.stop()
     _raise_failure(config, storage)
+    unfinished = _unfinished(config, storage)
+    if unfinished is not None:
+        raise RunFailed(
+            f"the ranks ended without finishing stage {unfinished} in {config.folder}; if this machine and the "
+            "cluster's nodes do not share that folder, give an `output` that all of them see"
+        )
     return True
+
+
+def _unfinished(config: RunConfig, storage: Storage) -> str | None:
+    """The first stage that has not handed over its weights."""
+    names = [stage.name for stage in config.stages]
+    return next((n for i, n in enumerate(names) if not is_committed(storage, stage_url(config, i))), None)
 
 
 def _connect(config: RunConfig) -> None:

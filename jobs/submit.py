@@ -19,7 +19,7 @@ import yaml
 
 from jobs.console import console
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.load import validate
+from pipeline.config.load import local_paths, validate, with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.tracker import tracking_uri
 
@@ -68,30 +68,19 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
 
     On this machine's own head they become absolute; for another cluster they are refused by name.
     """
-    values = config.model_dump(mode="json", exclude_unset=True)
-    values["tracking"] = {**values.get("tracking", {}), "uri": tracking_uri(config)}
-    values["cluster"] = {**values.get("cluster", {}), "address": "auto"}
-    values["output"] = config.output
-    places: list[tuple[str, dict[str, Any], str]] = [("output", values, "output")]
-    places += [(f"sources.{name}.shards", source, "shards") for name, source in values["sources"].items()]
-    places += [
-        (f"stages.{stage['name']}.start_from", stage, "start_from")
-        for stage in values["stages"]
-        if stage.get("start_from", "previous") not in ("previous", "random")
-    ]
-    if config.tokenizer.vocabulary is not None:
-        places.append(("tokenizer.vocabulary", values["tokenizer"], "vocabulary"))
-    for path, section, key in places:
-        if "://" not in section[key]:
-            if not same_machine and not Path(section[key]).is_absolute():
-                raise ConfigError(
-                    f"{path}: '{section[key]}' is a folder of this machine, which the cluster cannot see; "
-                    "give a URL such as s3://bucket/folder, or the absolute path of a shared file system"
-                )
-            section[key] = str(Path(section[key]).absolute())
-    uri = values["tracking"]["uri"]
+    relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
+    if relative and not same_machine:
+        told = "\n".join(f"{path}: {value}" for path, value in relative.items())
+        raise ConfigError(
+            f"the cluster cannot see folders of this machine:\n{told}\n"
+            "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
+        )
+    uri = tracking_uri(config)
     if not same_machine and uri.startswith("sqlite:"):
         raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
+    values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
+    values["tracking"] = {**values.get("tracking", {}), "uri": uri}
+    values["cluster"] = {**values.get("cluster", {}), "address": "auto"}
     return validate(values, "the config as submitted")
 
 

@@ -71,7 +71,11 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> S3:
     )
     client.create_bucket(Bucket=bucket)
     config = StorageConfig(
-        endpoint_url=s3_endpoint, key="env:MOME_TEST_KEY", secret="env:MOME_TEST_SECRET", attempts=3, deadline_seconds=20.0
+        endpoint_url=s3_endpoint,
+        key="env:MOME_TEST_KEY",
+        secret="env:MOME_TEST_SECRET",
+        attempts=3,
+        deadline_seconds=20.0,
     )
     return S3(s3_endpoint, bucket, config)
 

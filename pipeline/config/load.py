@@ -16,6 +16,9 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 
 
+Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML keeps the last, silently)."""
 
@@ -79,6 +82,28 @@ def resolve_secret(reference: str | None) -> str | None:
         raise ConfigError(f"secret '{reference}': the file cannot be read ({error.strerror})") from error
 
 
+def local_paths(config: RunConfig) -> dict[str, str]:
+    """Dotted path -> value of every key that names a folder or file of this machine's own."""
+    places = {"output": config.output}
+    places |= {f"sources.{name}.shards": source.shards for name, source in config.sources.items()}
+    places |= {
+        f"stages.{index}.start_from": stage.start_from
+        for index, stage in enumerate(config.stages)
+        if stage.start_from not in ("previous", "random")
+    }
+    if config.tokenizer.vocabulary is not None:
+        places["tokenizer.vocabulary"] = config.tokenizer.vocabulary
+    return {path: value for path, value in places.items() if "://" not in value}
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, its local paths absolute: a rank may have another working folder than the driver."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for path, value in local_paths(config).items():
+        _apply(values, f"{path}={json.dumps(str(Path(value).expanduser().absolute()))}")
+    return validate(values, config.name)
+
+
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings and lists as one mapping of dotted paths to leaves."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
@@ -90,10 +115,11 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changes(old: RunConfig, new: RunConfig) -> tuple[dict[str, tuple[Any, Any]], dict[str, tuple[Any, Any]]]:
+def changes(old: RunConfig, new: RunConfig) -> tuple[Changes, Changes]:
     """The keys that differ between two configs, as (allowed, refused) on resume: path -> (old, new)."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    allowed, refused = {}, {}
+    allowed: Changes = {}
+    refused: Changes = {}
     for path in sorted(before.keys() | after.keys()):
         if before.get(path) != after.get(path):
             (allowed if is_changeable(path) else refused)[path] = (before.get(path), after.get(path))
@@ -118,7 +144,7 @@ def is_changeable(path: str) -> bool:
 
 def _parse(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
 

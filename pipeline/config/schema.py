@@ -105,7 +105,7 @@ class SyntheticConfig(Section):
 class SourceConfig(Section):
     """A folder of shards with its manifest, and what training reads of each sample."""
 
-    shards: str
+    shards: str = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
     use: Use = "pairs"
     synthetic: SyntheticConfig | None = None
 
@@ -232,7 +232,7 @@ class RunConfig(Section):
     """One run: everything `mome train` needs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    output: str = "runs"  # fsspec URL; the run lives in <output>/<name>
+    output: str = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
     seed: int = 0
     storage: StorageConfig = changeable(StorageConfig())
     model: ModelConfig = ModelConfig()

@@ -7,7 +7,7 @@ inversion, solarizing, posterizing, contrast, saturation or cutout (VLMo, sectio
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -86,8 +86,8 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def shear(image: np.ndarray, amount: float, horizontal: bool) -> np.ndarray:
-    matrix = [[1, amount, 0], [0, 1, 0]] if horizontal else [[1, 0, 0], [amount, 1, 0]]
-    return _warp(image, matrix)
+    of_y, of_x = (amount, 0.0) if horizontal else (0.0, amount)
+    return _warp(image, [[1, of_y, 0], [of_x, 1, 0]])
 
 
 def translate(image: np.ndarray, share: float, horizontal: bool) -> np.ndarray:
@@ -125,7 +125,7 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, rounded[None])
 
 
-def _warp(image: np.ndarray, matrix: np.ndarray | list[list[float]]) -> np.ndarray:
+def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
     height, width = image.shape[:2]
     return cv2.warpAffine(
         image, np.asarray(matrix, dtype=np.float64), (width, height),

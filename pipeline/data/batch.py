@@ -5,6 +5,7 @@ Shapes: B rows, H x W pixels, P patches, L tokens, K masked tokens or patches a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -40,6 +41,6 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, change) -> Batch:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
         return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})

@@ -295,7 +295,7 @@ class Loader:
         if self._wants.masked_image:
             patches = [row.patches for row in rows if row.patches is not None]
             members["patch_positions"] = torch.from_numpy(np.stack(patches))
-        return replace(batch, **members)
+        return replace(batch, **members)  # type: ignore[arg-type]  # no name in `members` is `step`
 
 
 def _source(config: RunConfig, storage: Storage, name: str) -> tuple[str, Manifest]:
@@ -371,5 +371,6 @@ def _real_members(batch: Batch, row: int) -> dict[str, Tensor]:
             found[name] = tensor[row][batch.text_keep[row]]
     if batch.mask_positions is not None and batch.mask_labels is not None:
         is_real = batch.mask_labels[row] != IGNORED
-        found["mask_positions"], found["mask_labels"] = batch.mask_positions[row][is_real], batch.mask_labels[row][is_real]
+        found["mask_positions"] = batch.mask_positions[row][is_real]
+        found["mask_labels"] = batch.mask_labels[row][is_real]
     return found

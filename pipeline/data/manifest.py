@@ -10,6 +10,7 @@ Samples are as webdataset reads them: consecutive files whose paths agree up to 
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import io
 import json
@@ -89,7 +90,7 @@ class ShardIndex:
         members = slice(self.first[sample], self.first[sample + 1])
         return int(self.offset[members][0]), int((self.offset[members] + self.size[members])[-1])
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self) -> builtins.bytes:
         """The sidecar's content."""
         buffer = io.BytesIO()
         text = {"keys": self.keys, "extensions": self.extensions, "digest": self.digest, "etag": self.etag}
@@ -107,7 +108,7 @@ class ShardIndex:
         return buffer.getvalue()
 
     @staticmethod
-    def from_bytes(data: bytes) -> ShardIndex:
+    def from_bytes(data: builtins.bytes) -> ShardIndex:
         """Raises ValueError when the data is no sidecar of this version."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as found:
@@ -141,16 +142,16 @@ def load_manifest(storage: Storage, url: str) -> Manifest:
         if "bucket '" in str(error):
             raise
         if not storage.exists(folder):
-            raise DataError(f"{url}: no such folder of shards. Check the URL, or build it: mome shards build") from error
+            raise DataError(f"{url}: no such folder of shards. Correct it, or run mome shards build") from error
         raise DataError(f"{url}: no {MANIFEST} in it. Make it from the tars: mome shards index {url}") from error
     manifest = _parse_manifest(data, location)
     if chosen is not None:
         by_name = {shard.name: shard for shard in manifest.shards}
         if absent := [name for name in chosen if name not in by_name]:
-            raise DataError(f"{url}: {absent[0]} is not in {location} ({len(absent)} such). Run mome shards index {url}")
+            raise DataError(f"{url}: {absent[0]} is not in {location} ({len(absent)} such): mome shards index {url}")
         manifest = Manifest(tuple(by_name[name] for name in sorted(set(chosen))))
     if not manifest.num_samples:
-        raise DataError(f"{url}: its shards hold no samples. Put tars with samples there and run mome shards index {url}")
+        raise DataError(f"{url}: its shards hold no samples. Add tars that do, then mome shards index {url}")
     return manifest
 
 
@@ -254,7 +255,7 @@ def index_tar(source: bytes | BinaryIO, name: str, etag: str | None = None) -> S
             first.append(len(members))
             crcs.append(0)
         elif any(extension == other for other, _, _ in members[first[-1] :]):
-            raise DataError(f"{name}: sample '{key}' has two members '.{extension}'. Rebuild the shard with distinct keys")
+            raise DataError(f"{name}: sample '{key}' has two members '.{extension}'. Give every sample its own key")
         members.append((extension, offset, len(data)))
         crcs[-1] = zlib.crc32(data, crcs[-1])
     extensions = sorted({extension for extension, _, _ in members})
@@ -401,7 +402,7 @@ def _parse_manifest(data: bytes, location: str) -> Manifest:
 
 
 def _unpack_remedy(name: str) -> str:
-    return f"Unpack {name.rpartition('/')[2]} to a plain .tar (gunzip, or zstd -d): images gain nothing from compression"
+    return f"Unpack {name.rpartition('/')[2]} to a plain .tar (gunzip, or zstd -d): images gain nothing by it"
 
 
 def _number(field: bytes) -> int:

@@ -210,7 +210,7 @@ class _SourceOrder:
         return lane * self._each + odd_before
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(bounds, order): permuted shard i holds samples bounds[i] … bounds[i+1]-1 and is shard order[i]. No empty ones."""
+        """(bounds, order): the i-th shard that is not empty holds bounds[i] … bounds[i+1]-1 and is shard order[i]."""
 
         def make() -> tuple[np.ndarray, np.ndarray]:
             order = permutation(hash64(self._seed, "shards", epoch), len(self._sizes))

@@ -23,7 +23,7 @@ class BadSample(Exception):
         self.stage = stage
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         return BadSample, (self.stage, self.reason)
 
 

@@ -31,7 +31,7 @@ def _word(text: str) -> int:
 
 
 def hash64(*parts: int | str) -> int:
-    """An unsigned 64-bit hash of the parts in their order. Integers count modulo 2^64, so int64 uids may be negative."""
+    """An unsigned 64-bit hash of the parts in their order. Integers count modulo 2^64, so uids may be negative."""
     state = _STEP
     for part in parts:
         word = _word(part) if isinstance(part, str) else int(part) & _MASK

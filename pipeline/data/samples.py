@@ -114,7 +114,7 @@ def samples_of_source(storage: Storage, url: str) -> Iterator[Sample]:
 
 
 def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
-    """Every caption or text of a folder of shards. Samples without a usable one are passed over: training counts them."""
+    """Every caption or text of a folder of shards. Samples without one are passed over: training counts them."""
     for sample in samples_of_source(storage, url):
         try:
             yield from captions_of(sample.members)
@@ -176,7 +176,7 @@ class _Shards:
         except ObjectChanged as error:
             raise self.changed(shard, "it was replaced while the run read it") from error
         except NotFound as error:
-            raise DataError(f"{location}: the shard is missing: it was there when the run began. Put it back") from error
+            raise DataError(f"{location}: the shard is missing, and was there at first. Put it back") from error
         except StorageError:
             check_size(location, self.manifest.shards[shard], self._storage.info(location).size)
             raise

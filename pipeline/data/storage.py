@@ -83,7 +83,7 @@ class _Backend(Protocol):
 
 
 class Storage:
-    """Access to every URL of a run. Picklable; connections are made on first use in each process, never across a fork."""
+    """Access to every URL of a run. Picklable; each process makes its connections on first use, also after a fork."""
 
     def __init__(self, config: StorageConfig = StorageConfig()):
         self.config = config
@@ -118,8 +118,7 @@ class Storage:
 
     def open(self, url: str) -> BinaryIO:
         """The object as a stream, read forward in large pieces; it fails if the object changes meanwhile."""
-        backend, path = self._backend(url)
-        if isinstance(backend, _Local):
+        if is_local(url):
             return self._do(url, "opening", lambda _, local: open(local, "rb"))
         return io.BufferedReader(_RemoteStream(self, url, self.info(url)), PIECE)
 
@@ -468,6 +467,7 @@ def _code(error: BaseException) -> str:
     return ""
 
 
+_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "urllib3"}
 _LASTING_OS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _LASTING_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.EDQUOT}
 
@@ -476,7 +476,7 @@ def _is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, (_Changed, EOFError, *_LASTING_OS)) or "Credentials" in type(error).__name__:
         return False
-    if type(error).__module__.startswith("botocore") and type(error).__name__ in ("ParamValidationError", "NoRegionError"):
+    if type(error).__name__ in ("ParamValidationError", "NoRegionError"):  # botocore's
         return False
     return not (isinstance(error, OSError) and error.errno in _LASTING_ERRNO)
 
@@ -485,7 +485,7 @@ def _failure(url: str, action: str, error: Exception, config: StorageConfig) -> 
     """The exception to tell the user, or None when it is neither the user's fault nor the store's."""
     origin = type(error).__module__.split(".")[0]
     known = (OSError, EOFError, _Transient, _Changed, TimeoutError)
-    if not isinstance(error, known) and origin not in ("botocore", "aiobotocore", "aiohttp", "fsspec", "s3fs", "urllib3"):
+    if not isinstance(error, known) and origin not in _LIBRARIES:
         return None
     where = f" at {config.endpoint_url}" if config.endpoint_url and url.startswith("s3") else ""
     told = partial("{url}: {action} failed: {why}".format, url=url, action=action)
@@ -503,8 +503,10 @@ def _failure(url: str, action: str, error: Exception, config: StorageConfig) -> 
         return StorageError(told(why=f"access was denied{where} ({error}). Check the credentials and permissions."))
     if "Credentials" in type(error).__name__:
         return StorageError(
-            told(why=f"no credentials{where} ({error}). Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and "
-                 "AWS_SECRET_ACCESS_KEY.")
+            told(
+                why=f"no credentials{where} ({error}). Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY."
+            )
         )
     if "EndpointConnection" in type(error).__name__ or "ConnectTimeout" in type(error).__name__:
         return StorageError(
@@ -512,4 +514,4 @@ def _failure(url: str, action: str, error: Exception, config: StorageConfig) -> 
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(told(why=f"no space left ({error.strerror}). Free some, or choose another output."))
-    return StorageError(told(why=f"{type(error).__name__}: {error}. Check that the store is reachable and the URL right."))
+    return StorageError(told(why=f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."))

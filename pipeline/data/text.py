@@ -149,7 +149,7 @@ def _train_vocabulary(captions: Iterable[str], size: int) -> list[str]:
     if room < 1:
         raise DataError(f"a vocabulary of {size} tokens has no room for characters; expected at least 64")
     alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:room])
-    spelled = str.maketrans({character: " " for character in counts.keys() - set(alphabet)})
+    spelled = str.maketrans(dict.fromkeys(counts.keys() - set(alphabet), " "))
     pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK))
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,

@@ -6,7 +6,6 @@ Shapes: N images, H x W the model's image size, M captions of all images.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +15,12 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.images import decode, resize_square
-from pipeline.data.manifest import Manifest, load_index, load_manifest
+from pipeline.data.manifest import load_manifest
 from pipeline.data.members import captions_of, image_bytes, image_id_of
 from pipeline.data.quarantine import BadSample
-from pipeline.data.storage import Storage, join
+from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.storage import Storage
 from pipeline.data.text import Tokenizer, Tokens
-
-_SPAN = 8 << 20  # bytes read from a shard at once
 
 
 @dataclass(frozen=True)
@@ -63,34 +61,43 @@ def load_pairs(
     bad than `data.max_bad_rate` allows.
     """
     url = _url_of(config, source)
-    manifest = load_manifest(storage, url)
-    size = config.model.image_size
-    images, captions, ids, keys = [], [], [], []
+    images, captions, tokens, ids, keys = [], [], [], [], []
     skipped: Counter[str] = Counter()
-    for key, members in _samples(storage, url, manifest):
+    for sample in samples_of_source(storage, url):
         if limit is not None and len(keys) >= limit:
             break
         try:
-            picture = image_bytes(members)
-            texts = captions_of(members)
-            images.append(resize_square(decode(picture, config.data.max_pixels), size))
+            texts, encoded = _captions(sample, tokenizer, max_text)
+            picture = decode(image_bytes(sample.members), config.data.max_pixels)
         except BadSample as bad:
-            skipped[f"{bad.stage}: {bad.reason}"] += 1
+            skipped[str(bad)] += 1
             continue
-        captions.append(tuple(texts))
-        ids.append(image_id_of(members))
-        keys.append(key)
+        images.append(resize_square(picture, config.model.image_size))
+        captions.append(texts)
+        tokens.extend(encoded)
+        ids.append(image_id_of(sample.members))
+        keys.append(sample.key)
     _check(source, len(keys), skipped, config.data.max_bad_rate)
     return HeldOut(
         images=torch.from_numpy(np.stack(images)),
         captions=tuple(captions),
-        tokens=tuple(tokenizer.encode(text, max_text) for texts in captions for text in texts),
+        tokens=tuple(tokens),
         caption_of=torch.arange(len(keys)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
         image_id=torch.tensor(ids, dtype=torch.int64),
         keys=tuple(keys),
         skipped=dict(skipped),
-        digest=manifest.digest,
+        digest=load_manifest(storage, url).digest,
     )
+
+
+def _captions(sample: Sample, tokenizer: Tokenizer, max_text: int) -> tuple[tuple[str, ...], list[Tokens]]:
+    """A pair's captions and their tokens. Raises BadSample as training does, also where a caption has no token."""
+    texts = tuple(captions_of(sample.members))
+    tokens = tokenizer.encode_batch(texts, max_text)
+    for text, encoded in zip(texts, tokens, strict=True):
+        if len(encoded) <= 2:
+            raise BadSample("caption", f"no token is left of {text[:40]!r}")
+    return texts, tokens
 
 
 def _url_of(config: RunConfig, source: str) -> str:
@@ -110,21 +117,3 @@ def _check(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -
         f"evaluation source '{source}': {bad} of {used + bad} samples are bad: {reasons}. "
         "Mend or rebuild its shards, or raise data.max_bad_rate"
     )
-
-
-def _samples(storage: Storage, url: str, manifest: Manifest) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members by extension) of every sample, shard after shard; some megabytes are read at a time."""
-    folder = shard_folder(url)
-    for record in manifest.shards:
-        index = load_index(storage, url, record)
-        start = stop = 0
-        data = b""
-        for sample in range(len(index)):
-            if index.span(sample)[1] > stop:
-                start = index.span(sample)[0]
-                stop = _read_until(index, sample, start)
-                data = storage.read_range(join(folder, record.name), start, stop)
-            yield (
-                index.keys[sample],
-                {name: data[offset - start : offset - start + size] for name, offset, size in index.members(sample)},
-            )

@@ -13,19 +13,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from pipeline.data.masking import mask_patches
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.evaluation.retrieval import reading
 from pipeline.models.passes import Pass
+from pipeline.objectives.masked_image import patchify, unpatchify
+from pipeline.objectives.masked_image import reconstruct as paint
 
 ImageTarget = Literal["mean_colour", "pixels"]
 _SEED = 2106_08254
 _GREY = 128
-_EPSILON = 1e-6  # of pipeline.objectives.masked_image.pixel_targets
 
 
 @dataclass(frozen=True)
@@ -52,28 +53,19 @@ def reconstruct(
     batch: int = 64,
 ) -> Reconstruction:
     """Hides `fraction` of each picture's patches, chosen by its key, and fills them with the model's predictions."""
-    patches = to_patches(images, patch_size)  # (N, P, p*p*3)
-    positions = torch.stack(
-        [
-            torch.from_numpy(mask_patches(patches.shape[1], fraction, CounterRandom(hash64(_SEED, key))))
-            for key in keys
-        ]
-    )
-    predictions = _predict(model, images, positions, batch)
-    hidden = chosen(patches, positions)
+    patches = patchify(images.float(), patch_size)  # (N, P, p*p*3), 0 to 255
+    randoms = [CounterRandom(hash64(_SEED, key)) for key in keys]
+    positions = torch.from_numpy(np.stack([mask_patches(patches.shape[1], fraction, each) for each in randoms]))
+    filled = paint(images, positions, _predict(model, images, positions, batch), patch_size)
+    hidden, guessed = _at(patches, positions), _at(patchify(filled.float(), patch_size), positions)
     if target == "pixels":
-        guessed, plain = from_pixels(predictions, hidden), hidden.unflatten(-1, (-1, 3)).mean(dim=2)
-        truth = hidden
+        plain = _means(hidden)
+        error, without = _difference(guessed, hidden), _difference(plain.tile(patch_size**2), hidden)
     else:
-        guessed, plain = from_colours(predictions.argmax(dim=-1), patch_size), _visible_mean(patches, positions)
-        truth = _flat(hidden.unflatten(-1, (-1, 3)).mean(dim=2), patch_size)
-    return Reconstruction(
-        original=images,
-        masked=_with(patches, positions, torch.full_like(hidden, _GREY), images, patch_size),
-        filled=_with(patches, positions, guessed, images, patch_size),
-        error=_difference(guessed.clamp(0, 255), truth),
-        error_without_model=_difference(_flat(plain, patch_size), truth),
-    )
+        plain = _visible_mean(patches, positions)
+        error, without = _difference(_means(guessed), _means(hidden)), _difference(plain, _means(hidden))
+    masked = _put(patches, positions, torch.full_like(plain, _GREY), patch_size)
+    return Reconstruction(images, masked, filled, error, without)
 
 
 def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int) -> Tensor:
@@ -88,48 +80,28 @@ def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int) ->
     return torch.cat(parts)
 
 
-def to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """(N, P, p*p*3) float32, pixel values 0 to 255, patches row by row."""
-    return rearrange(images.float(), "n (h p) (w q) c -> n (h w) (p q c)", p=patch_size, q=patch_size)
-
-
-def chosen(patches: Tensor, positions: Tensor) -> Tensor:
+def _at(patches: Tensor, positions: Tensor) -> Tensor:
     """(N, K, p*p*3) the patches at `positions` (N, K)."""
     return patches.gather(1, positions[..., None].expand(-1, -1, patches.shape[-1]))
 
 
-def from_pixels(predictions: Tensor, hidden: Tensor) -> Tensor:
-    """Pixel values from normalised ones, by each hidden patch's own mean and standard deviation (over all channels)."""
-    mean = hidden.mean(dim=-1, keepdim=True)
-    variance = hidden.div(255).var(dim=-1, keepdim=True)
-    return predictions * (variance + _EPSILON).sqrt() * 255 + mean
+def _means(patches: Tensor) -> Tensor:
+    """(N, K, 3) the mean colour of each patch."""
+    return patches.unflatten(-1, (-1, 3)).mean(dim=-2)
 
 
-def from_colours(classes: Tensor, patch_size: int) -> Tensor:
-    """(N, K, p*p*3) flat patches in the middle of each colour class (N, K): 3 bits a channel, red the highest."""
-    bins = torch.stack([(classes >> shift) & 7 for shift in (6, 3, 0)], dim=-1)
-    return _flat(bins.float() * 32 + 15.5, patch_size)
-
-
-def _flat(colours: Tensor, patch_size: int) -> Tensor:
-    """(…, 3) colours as whole patches (…, p*p*3)."""
-    return colours.tile(patch_size**2)
+def _put(patches: Tensor, positions: Tensor, colours: Tensor, patch_size: int) -> Tensor:
+    """Pictures (N, H, W, 3) uint8 with flat `colours` (N, K, 3) in the places of the hidden patches."""
+    painted = colours.tile(patch_size**2)
+    filled = patches.scatter(1, positions[..., None].expand_as(painted), painted)
+    return unpatchify(filled, patch_size).round().to(torch.uint8)
 
 
 def _visible_mean(patches: Tensor, positions: Tensor) -> Tensor:
     """(N, K, 3) the mean colour of each picture's visible patches, for every hidden one."""
-    visible = torch.ones(patches.shape[:2]).scatter(1, positions, 0.0)
-    colours = patches.unflatten(-1, (-1, 3)).mean(dim=2)
-    mean = (colours * visible[..., None]).sum(dim=1) / visible.sum(dim=1, keepdim=True).clamp(min=1)
+    visible = torch.ones(patches.shape[:2]).scatter(1, positions, 0.0)[..., None]
+    mean = (_means(patches) * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
     return mean[:, None].expand(-1, positions.shape[1], -1)
-
-
-def _with(patches: Tensor, positions: Tensor, put: Tensor, images: Tensor, patch_size: int) -> Tensor:
-    """The pictures (N, H, W, 3) uint8 with `put` in the places of the hidden patches."""
-    filled = patches.scatter(1, positions[..., None].expand_as(put), put.to(patches.dtype))
-    rows = images.shape[1] // patch_size
-    whole = rearrange(filled, "n (h w) (p q c) -> n (h p) (w q) c", h=rows, p=patch_size, q=patch_size)
-    return whole.round().clamp(0, 255).to(torch.uint8)
 
 
 def _difference(guessed: Tensor, truth: Tensor) -> float:

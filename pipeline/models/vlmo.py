@@ -325,7 +325,9 @@ def _initialize(name: str, parameter: Tensor, config: ModelConfig, seed: int) ->
         key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
         generator = torch.Generator().manual_seed(key)
         drawn = torch.empty(parameter.shape)
-        nn.init.trunc_normal_(drawn, std=config.initial_std, a=-2 * config.initial_std, b=2 * config.initial_std, generator=generator)
+        nn.init.trunc_normal_(
+            drawn, std=config.initial_std, a=-2 * config.initial_std, b=2 * config.initial_std, generator=generator
+        )
         parameter.copy_(drawn)
 
 

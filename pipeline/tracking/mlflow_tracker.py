@@ -36,7 +36,7 @@ logger = logging.getLogger("mome.tracking")
 POINTS_A_BATCH, PAIRS_A_BATCH = 1000, 100  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two attempts while the server is away
-ORPHAN_SECONDS = 20.0  # to ship what a dead trainer left
+ORPHAN_SECONDS = 30.0  # to ship what a dead trainer left
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry; a request repeated inside the client could create a run twice
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",

@@ -36,7 +36,7 @@ class DeepSpeedEngine:
         self._deepspeed = deepspeed
         self._collectives = collectives
         self._zero_stage = config.engine.zero_stage
-        self._names = {name: parameter for name, parameter in model.named_parameters()}
+        self._names = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(
             parameter_groups(model, stage.optimizer),
             lr=stage.optimizer.peak_rate,
@@ -178,8 +178,8 @@ class DeepSpeedEngine:
                 with self._deepspeed.zero.GatheredParameters([parameter]):
                     full = parameter.data.clone()
             else:
-                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-                full = parameter.data if full is None else full
+                master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                full = parameter.data if master is None else master
             if self._collectives.rank == 0:
                 gathered[name] = full.detach().float().cpu().clone().view(self._shape(parameter))
         return gathered if self._collectives.rank == 0 else None

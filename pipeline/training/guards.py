@@ -7,6 +7,7 @@ project's probes: 96 % error at ZeRO 2), so a mismatch must stop the run before 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 from torch import nn
 
@@ -27,7 +28,7 @@ class GraphGuard:
         for name, module in model.named_modules():
             module.register_forward_pre_hook(self._recorder(name))
 
-    def _recorder(self, name: str):
+    def _recorder(self, name: str) -> Callable[[nn.Module, object], None]:
         def record(module: nn.Module, arguments: object) -> None:
             if self._active:
                 self._executed.append(name)

@@ -21,7 +21,7 @@ from pipeline.data.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
 from pipeline.models.vlmo import drop_path_rates
-from pipeline.tracking.tracker import DatasetInput, SilentTracker, Tracker
+from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
 from pipeline.training.checkpoint import CheckpointStore, is_committed, save_weights, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -64,7 +64,7 @@ def train(config: RunConfig, report: Report) -> None:
     collectives.barrier()
     tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"))
     tracker = _open_tracker(config, storage, collectives)
-    status = "FAILED"
+    status: Status = "FAILED"
     try:
         for index in range(len(config.stages)):
             if not is_committed(storage, stage_url(config, index)):

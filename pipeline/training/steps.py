@@ -56,6 +56,14 @@ class Negatives:
     text_keep: Tensor
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Of one micro-batch: what backward is called on, and each objective's share of the global mean."""
+
+    differentiated: Tensor
+    by_objective: dict[Objective, Tensor]  # without contrast, whose gradient is injected
+
+
 class TrainingStep:
     """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
 
@@ -96,7 +104,7 @@ class TrainingStep:
         if negatives is not None:
             outputs |= self.engine(self._negative_passes(batch, place, negatives))
         losses = self._losses(outputs, batch, place, counts, contrast, slice(0, len(batch)))
-        self.engine.backward(losses["loss"] * self.collectives.world_size, last=True)
+        self.engine.backward(losses.differentiated * self.collectives.world_size, last=True)
         return self._report(losses, contrast)
 
     def _accumulated(
@@ -116,9 +124,9 @@ class TrainingStep:
                 passes |= self._negative_passes(rows, row_places, self._negatives_of(negatives, place, piece))
             losses = self._losses(self.engine(passes), rows, row_places, counts, contrast, piece)
             scale = self.collectives.world_size * self.accumulation  # DeepSpeed divides by both
-            self.engine.backward(losses["loss"] * scale, last=k == len(pieces) - 1)
+            self.engine.backward(losses.differentiated * scale, last=k == len(pieces) - 1)
             for name, loss in self._report(losses, contrast).items():
-                total[name] = total.get(name, 0) + loss
+                total[name] = total[name] + loss if name in total else loss
         return total
 
     # ---- what is read
@@ -240,17 +248,18 @@ class TrainingStep:
     def _injected(self, outputs: Outputs, contrast: Contrast, piece: slice) -> Tensor:
         """A scalar whose gradient in this rank's rows is the whole batch's contrastive gradient."""
         features = [outputs[name][head].float() for name, head in FEATURES]
-        rows = sum((f * g[piece]).sum() for f, g in zip(features, contrast.feature_gradients, strict=True))
+        gradients = [gradient[piece] for gradient in contrast.feature_gradients]
+        rows = torch.stack([(f * g).sum() for f, g in zip(features, gradients, strict=True)]).sum()
         parts = self.collectives.world_size * self.accumulation  # every one of them adds the whole scale gradient
-        scales = sum(outputs["image"][n].float() * g for n, g in zip(SCALES, contrast.scale_gradients, strict=True))
-        return rows + scales / parts
+        scales = [outputs["image"][n].float() * g for n, g in zip(SCALES, contrast.scale_gradients, strict=True)]
+        return rows + torch.stack(scales).sum() / parts
 
     def _negatives(self, contrast: Contrast | None, batch: Batch, place: Tensor) -> Negatives | None:
         """Hard negatives from the whole global batch, drawn by counter (VLMo: probability ∝ softmax of the scores)."""
         if "matching" not in self.stage.objectives:
             return None
-        assert contrast is not None and batch.image is not None
-        assert batch.text is not None and batch.text_keep is not None
+        image, text, keep = _present(batch.image), _present(batch.text), _present(batch.text_keep)
+        assert contrast is not None, "the schema lets no stage match without contrast"
         size, device = self.stage.batch, self.collectives.device
         ids = self.collectives.gather_rows(batch.image_id, size)
         rows = self._chosen(place, "matching")
@@ -265,9 +274,9 @@ class TrainingStep:
         wanted[rows] = draw(contrast.text, contrast.image, "negative image").cpu()
         wrong_text = draw(contrast.image, contrast.text, "negative text")
         return Negatives(
-            image=self.collectives.fetch_rows(batch.image, wanted, size),
-            text=self.collectives.gather_rows(self._full_length(batch.text, 0), size)[wrong_text],
-            text_keep=self.collectives.gather_rows(self._full_length(batch.text_keep, False), size)[wrong_text],
+            image=self.collectives.fetch_rows(image, wanted, size),
+            text=self.collectives.gather_rows(self._full_length(text, 0), size)[wrong_text],
+            text_keep=self.collectives.gather_rows(self._full_length(keep, False), size)[wrong_text],
         )
 
     def _negatives_of(self, negatives: Negatives, place: Tensor, piece: slice) -> Negatives:
@@ -292,9 +301,8 @@ class TrainingStep:
         counts: dict[Objective, Tensor],
         contrast: Contrast | None,
         piece: slice,
-    ) -> dict[str, Tensor]:
-        """Each objective's share of the global mean, and `loss`, their weighted sum, whose gradient is taken."""
-        losses: dict[str, Tensor] = {}
+    ) -> Losses:
+        losses: dict[Objective, Tensor] = {}
         if "masked_image" in counts:
             rows = self._chosen(place, "masked_image")
             predictions = outputs["hidden"]["masked_image"]
@@ -307,26 +315,25 @@ class TrainingStep:
             logits = [outputs[name]["itm"] for name in ("pair", "wrong_image", "wrong_text")]
             matched = torch.cat([torch.full((len(part),), part is logits[0]) for part in logits])
             losses["matching"] = matching_loss(torch.cat(logits), matched.to(logits[0].device))
-        losses = {name: loss / counts[name] for name, loss in losses.items()}  # type: ignore[index]
-        weighted = [self.stage.objectives[name].weight * loss for name, loss in losses.items()]  # type: ignore[index]
+        losses = {name: loss / counts[name] for name, loss in losses.items()}
+        weighted = [self.stage.objectives[name].weight * loss for name, loss in losses.items()]
         if contrast is not None:
             weighted.append(self._injected(outputs, contrast, piece))
-        losses["loss"] = torch.stack(weighted).sum()
-        return losses
+        return Losses(torch.stack(weighted).sum(), losses)
 
     def _image_targets(self, image: Tensor, positions: Tensor) -> Tensor:
         targets = mean_colour_targets if self.stage.image_target == "mean_colour" else pixel_targets
         return targets(image, positions, self.patch_size)
 
-    def _report(self, losses: dict[str, Tensor], contrast: Contrast | None) -> dict[str, Tensor]:
+    def _report(self, losses: Losses, contrast: Contrast | None) -> dict[str, Tensor]:
         """Losses whose sum over ranks and micro-batches is the global batch's."""
-        report = {name: loss.detach().float() for name, loss in losses.items() if name != "loss"}
-        total = sum(self.stage.objectives[name].weight * loss for name, loss in report.items())  # type: ignore[index]
+        objectives = self.stage.objectives
+        parts: dict[Objective, Tensor] = {name: loss.detach().float() for name, loss in losses.by_objective.items()}
         if contrast is not None:
-            part = contrast.loss / (self.collectives.world_size * self.accumulation)
-            report["contrastive"] = part / self.stage.objectives["contrastive"].weight
-            total = total + part
-        return {"loss": torch.as_tensor(total), **report}
+            whole = contrast.loss / objectives["contrastive"].weight
+            parts["contrastive"] = whole / (self.collectives.world_size * self.accumulation)
+        total = torch.stack([objectives[name].weight * loss for name, loss in parts.items()]).sum()
+        return {"loss": total} | {str(name): loss for name, loss in parts.items()}
 
 
 def accumulation(batch: int, world_size: int, micro_batch: int | None) -> int:
@@ -336,8 +343,13 @@ def accumulation(batch: int, world_size: int, micro_batch: int | None) -> int:
 
 
 def _take(tensor: Tensor | None, rows: Tensor) -> Tensor:
-    assert tensor is not None, "the loader prepares what the stage's objectives read"
+    tensor = _present(tensor)
     return tensor[rows.to(tensor.device, non_blocking=True)]
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "the loader prepares what the stage's objectives read"
+    return tensor
 
 
 def _concatenated(outputs: list[Outputs]) -> Outputs:

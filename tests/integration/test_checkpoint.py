@@ -30,7 +30,13 @@ def _engine(zero_stage: int):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name, config.model) in trained)
     engine = DeepSpeedEngine(model, config, stage, collectives)
-    return config, stage, collectives, engine, TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model))
+    return (
+        config,
+        stage,
+        collectives,
+        engine,
+        TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model)),
+    )
 
 
 def _run(engine, step, config, stage, collectives, steps: range) -> list[float]:

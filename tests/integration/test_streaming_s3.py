@@ -76,9 +76,12 @@ def test_objects_are_written_read_listed_and_deleted(s3, storage, tmp_path: Path
     assert storage.read(s3.url("run", "a.bin")) == data
     assert storage.read_range(s3.url("run", "a.bin"), 1000, 250_000) == data[1000:250_000]
     assert storage.info(s3.url("run", "a.bin")).size == len(data)
-    assert storage.list(s3.url("run")) == ["a.bin", "deep"] and storage.list(s3.url()) == ["run", "run2"]
+    assert storage.list(s3.url("run")) == ["a.bin", "deep"]
+    assert storage.list(s3.url()) == ["run", "run2"]
     assert storage.list(s3.url("absent")) == []
-    assert storage.exists(s3.url("run")) and storage.exists(s3.url("run", "a.bin")) and not storage.exists(s3.url("ru"))
+    assert storage.exists(s3.url("run"))
+    assert storage.exists(s3.url("run", "a.bin"))
+    assert not storage.exists(s3.url("ru"))
     storage.download(s3.url("run", "a.bin"), tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
     storage.delete(s3.url("run"))
@@ -136,23 +139,23 @@ def test_known_tag_guards_every_read(s3, storage):
     tag = storage.info(s3.url("key")).etag
     assert storage.read_range(s3.url("key"), 1, 3, etag=tag) == b"23"
     storage.write(s3.url("key"), b"54321")
-    with pytest.raises(ObjectChanged, match="key: .*replaced while it was in use"):
+    with pytest.raises(ObjectChanged, match=r"key: .*replaced while it was in use"):
         storage.read_range(s3.url("key"), 1, 3, etag=tag)
 
 
 def test_absent_bucket_is_named(s3, storage):
     for call in (storage.list, storage.read, storage.exists, lambda url: storage.write(url, b"x")):
-        with pytest.raises(NotFound, match="bucket 'no-such-bucket' does not exist at http"):
+        with pytest.raises(NotFound, match=r"bucket 'no-such-bucket' does not exist at http"):
             call("s3://no-such-bucket/x")
-    with pytest.raises(StorageError, match="no-such-bucket"):
+    with pytest.raises(StorageError, match=r"no-such-bucket"):
         load_manifest(storage, "s3://no-such-bucket/pairs")
 
 
 def test_missing_object_and_short_range_are_named(s3, storage):
-    with pytest.raises(NotFound, match="none: reading failed: it does not exist"):
+    with pytest.raises(NotFound, match=r"none: reading failed: it does not exist"):
         storage.read(s3.url("none"))
     storage.write(s3.url("short"), b"12345")
-    with pytest.raises(StorageError, match="short: .*too short: it holds 5 bytes"):
+    with pytest.raises(StorageError, match=r"short: .*too short: it holds 5 bytes"):
         storage.read_range(s3.url("short"), 2, 9)
     with pytest.raises(DataError, match=r"empty: no such folder of shards"):
         load_manifest(storage, s3.url("empty"))
@@ -166,7 +169,9 @@ def test_unreachable_endpoint_is_named():
         config = StorageConfig(
             endpoint_url=f"http://127.0.0.1:{port}", key="env:MOME_TEST_KEY", secret="env:MOME_TEST_KEY", attempts=2
         )
-        with pytest.raises(StorageError, match=rf"the store did not answer at http://127\.0\.0\.1:{port}.*endpoint_url"):
+        with pytest.raises(
+            StorageError, match=rf"the store did not answer at http://127\.0\.0\.1:{port}.*endpoint_url"
+        ):
             Storage(config).read("s3://bucket/key")
 
 
@@ -185,7 +190,7 @@ def test_other_processes_make_their_own_connections(s3, storage, method: str):
     assert queue.get(timeout=60) == b"value"
     child.join(10)
     assert child.exitcode == 0
-    assert storage.read(s3.url("key")) == b"value" == pickle.loads(pickle.dumps(storage)).read(s3.url("key"))
+    assert storage.read(s3.url("key")) == b"value" == pickle.loads(pickle.dumps(storage)).read(s3.url("key"))  # noqa: S301
 
 
 def test_loader_streams_many_batches(s3, storage, make_pairs):
@@ -196,4 +201,5 @@ def test_loader_streams_many_batches(s3, storage, make_pairs):
     tokenizer = Tokenizer.train(captions_of_source(storage, url), 200)
     with Loader(run, run.stages[0], storage, tokenizer, rank=1, world_size=3) as loader:
         batches = list(islice(loader.batches(0), 23))
-    assert {uid for batch in batches for uid in batch.uid.tolist()} and all(len(batch) == 3 for batch in batches)
+    assert {uid for batch in batches for uid in batch.uid.tolist()}
+    assert all(len(batch) == 3 for batch in batches)

@@ -82,7 +82,8 @@ def test_only_keys_declared_changeable_may_differ_on_resume() -> None:
 
 
 def test_keys_of_free_mappings_are_not_taken_for_schema_keys() -> None:
-    assert not is_changeable("sources.storage.shards")
+    assert not is_changeable("sources.storage.use")
+    assert is_changeable("sources.storage.shards")
     assert is_changeable("stages.2.optimizer.peak_rate")
 
 

@@ -59,7 +59,8 @@ def test_every_operation_keeps_shape_type_and_input(name, sign):
     image = picture()
     before = image.copy()
     found = OPERATIONS[name](image, 0.7, sign)
-    assert found.shape == image.shape and found.dtype == np.uint8
+    assert found.shape == image.shape
+    assert found.dtype == np.uint8
     assert (image == before).all()
 
 
@@ -76,7 +77,7 @@ def test_each_operation_does_what_its_magnitude_says():
 
 
 @pytest.mark.parametrize(
-    "ours, pillows, by",
+    ("ours", "pillows", "by"),
     [
         (auto_contrast, ImageOps.autocontrast, 1),
         (equalize, ImageOps.equalize, 4),  # the two round histograms differently
@@ -100,7 +101,8 @@ def test_a_flat_picture_stays(operation):
 def test_geometric_operations_move_the_picture_and_fill_with_grey():
     image = picture()
     moved = translate(image, 8 / 64, True)
-    assert (moved[:, 8:] == image[:, :-8]).all() and (moved[:, :8] == FILL).all()
+    assert (moved[:, 8:] == image[:, :-8]).all()
+    assert (moved[:, :8] == FILL).all()
     assert (rotate(image, 90.0) == np.rot90(image)).all()
     assert close(shear(shear(image, 0.2, True), -0.2, True)[24:40, 24:40], image[24:40, 24:40], 4)
     assert (rotate(image, 21.0)[0, 0] == FILL).all()
@@ -119,7 +121,9 @@ def test_no_operations_leave_the_picture():
 def test_an_augmentation_is_decided_by_its_key():
     config = AugmentConfig()
     one, again, other = (augment(picture(), config, 32, CounterRandom(key), True) for key in (3, 3, 4))
-    assert (one == again).all() and (one != other).any() and one.shape == (32, 32, 3)
+    assert (one == again).all()
+    assert (one != other).any()
+    assert one.shape == (32, 32, 3)
 
 
 def test_a_flip_mirrors_half_of_the_pictures_and_none_where_it_is_not_allowed():
@@ -130,7 +134,8 @@ def test_a_flip_mirrors_half_of_the_pictures_and_none_where_it_is_not_allowed():
         plain = augment(picture(), PLAIN, 64, CounterRandom(hash64(key)), True)
         assert (augment(picture(), config, 64, CounterRandom(hash64(key)), False) == plain).all()
         ratio += (augment(picture(), config, 64, CounterRandom(hash64(key)), True) == plain[:, ::-1]).all()
-    assert base.shape == (64, 64, 3) and 70 < ratio < 130
+    assert base.shape == (64, 64, 3)
+    assert 70 < ratio < 130
 
 
 def test_allowing_flips_changes_nothing_but_the_flip():
@@ -143,7 +148,7 @@ def test_allowing_flips_changes_nothing_but_the_flip():
 
 
 @pytest.mark.parametrize(
-    "caption, said",
+    ("caption", "said"),
     [
         ("a dog to the left of a cat", True),
         ("the RIGHT hand", True),

@@ -37,7 +37,7 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
 def test_lossless_pictures_come_back_exactly(kind, options):
     image = picture()
     assert (decode(encoded(image, kind, **options), LIMIT) == image).all()
@@ -64,16 +64,18 @@ def test_every_colour_mode_becomes_rgb(mode, kind):
         image = source.convert(mode)
         expected = np.array(image.convert("RGB"))
     found = decode(encoded(image, kind), LIMIT)
-    assert found.shape == (60, 90, 3) and found.dtype == np.uint8
+    assert found.shape == (60, 90, 3)
+    assert found.dtype == np.uint8
     assert psnr(found, expected) > 30
 
 
-@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True, "exact": True})])
 def test_what_is_transparent_is_white(kind, options):
     pixels = np.dstack([np.zeros((10, 10, 3), np.uint8), np.full((10, 10), 255, np.uint8)])
     pixels[:, :5, 3] = 0
     found = decode(encoded(Image.fromarray(pixels), kind, **options), LIMIT)
-    assert (found[:, :5] == 255).all() and (found[:, 5:] == 0).all()
+    assert (found[:, :5] == 255).all()
+    assert (found[:, 5:] == 0).all()
 
 
 def test_a_transparent_palette_colour_is_white():
@@ -83,14 +85,15 @@ def test_a_transparent_palette_colour_is_white():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind, options", [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})])
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), ("PNG", {}), ("WEBP", {"lossless": True})])
 def test_a_picture_stands_upright(kind, options, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(), kind, exif=exif, **options)
     upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     found = decode(data, LIMIT)
-    assert found.shape == upright.shape and psnr(found, upright) > 40
+    assert found.shape == upright.shape
+    assert psnr(found, upright) > 40
     assert found.flags.c_contiguous
 
 
@@ -100,7 +103,8 @@ def test_a_cut_file_is_bad(kind):
     for share in (0.02, 0.3, 0.9):
         with pytest.raises(BadSample) as error:
             decode(data[: int(len(data) * share)], LIMIT)
-        assert error.value.stage == "image" and error.value.reason
+        assert error.value.stage == "image"
+        assert error.value.reason
 
 
 def test_a_jpeg_with_damaged_bytes_is_bad_where_lenient_decoders_return_noise():
@@ -137,12 +141,14 @@ def test_a_bomb_is_refused_by_its_header_alone():
         decode(png, LIMIT)
 
 
-@pytest.mark.parametrize("height, width, size", [(480, 640, 224), (50, 40, 224), (333, 500, 96), (224, 224, 64)])
+@pytest.mark.parametrize(("height", "width", "size"), [(480, 640, 224), (50, 40, 224), (333, 500, 96), (224, 224, 64)])
 def test_resizing_equals_pillows_bicubic(height, width, size):
     image = picture(height, width)
     expected = np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
     found = resize_square(image, size)
-    assert found.shape == (size, size, 3) and found.dtype == np.uint8 and found.flags.c_contiguous
+    assert found.shape == (size, size, 3)
+    assert found.dtype == np.uint8
+    assert found.flags.c_contiguous
     assert psnr(found, expected) > 45
 
 
@@ -161,16 +167,17 @@ def test_a_crop_of_a_view_resizes_like_its_copy():
     assert (resize_square(view, 64) == resize_square(view.copy(), 64)).all()
 
 
-@pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (224, 224)])
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (224, 224)])
 def test_crops_keep_to_their_scale_and_ratio(height, width):
     for key in range(500):
         top, left, crop_height, crop_width = draw_crop(height, width, (0.5, 1.0), CounterRandom(hash64(key)))
-        assert 0 <= top <= height - crop_height and 0 <= left <= width - crop_width
+        assert 0 <= top <= height - crop_height
+        assert 0 <= left <= width - crop_width
         assert RATIO[0] * 0.98 <= crop_width / crop_height <= RATIO[1] * 1.02
         assert 0.49 <= crop_height * crop_width / (height * width) <= 1.0
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)])
 def test_pictures_of_any_shape_are_cropped(height, width):
     for key in range(20):
         crop = random_resized_crop(picture(height, width), 32, (0.5, 1.0), CounterRandom(key))
@@ -179,4 +186,5 @@ def test_pictures_of_any_shape_are_cropped(height, width):
 
 def test_a_crop_is_decided_by_its_key():
     one, again, other = (random_resized_crop(picture(), 32, (0.2, 1.0), CounterRandom(key)) for key in (5, 5, 6))
-    assert (one == again).all() and (one != other).any()
+    assert (one == again).all()
+    assert (one != other).any()

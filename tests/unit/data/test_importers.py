@@ -54,9 +54,13 @@ def test_a_folder_gives_its_images_with_the_captions_beside_them(tmp_path):
     save_image(tmp_path / "a.png", 1)
     save_image(tmp_path / ".hidden" / "c.jpg", 3)
     one, two = folder_samples(tmp_path, problems := Problems())
-    assert one["__key__"] == "a" and set(one) == {"__key__", "png", "json"} and "captions" not in said(one)
-    assert two["__key__"] == "b_two_words_v2" and two["jpg"] == data
-    assert said(two)["captions"] == ["a grey thing"] and problems.count == 0
+    assert one["__key__"] == "a"
+    assert set(one) == {"__key__", "png", "json"}
+    assert "captions" not in said(one)
+    assert two["__key__"] == "b_two_words_v2"
+    assert two["jpg"] == data
+    assert said(two)["captions"] == ["a grey thing"]
+    assert problems.count == 0
 
 
 def test_keys_stay_distinct_where_paths_differ_in_punctuation_only(tmp_path):
@@ -85,7 +89,8 @@ def test_a_jsonl_gives_one_sample_a_line_and_merges_lines_of_one_image(tmp_path)
     samples = list(jsonl_samples(file, problems := Problems()))
     assert [said(s)["captions"] for s in samples] == [["one", "two"], ["three", "four"], ["five"]]
     assert [s["__key__"] for s in samples] == ["images_x", "images_y", "images_z"]
-    assert said(samples[2])["image_id"] == 7 and problems.count == 0
+    assert said(samples[2])["image_id"] == 7
+    assert problems.count == 0
 
 
 def test_equal_bytes_have_equal_image_ids_under_any_name(tmp_path):
@@ -115,19 +120,21 @@ def test_bad_lines_are_told_with_file_and_line_and_left_out(tmp_path):
     told = sorted(problems.first)
     for number, problem in enumerate(told, 1):
         assert problem.startswith(f"{file}, line {number}: ")
-    assert "absent.jpg" in told[4] and "no JPEG" in told[6]
+    assert "absent.jpg" in told[4]
+    assert "no JPEG" in told[6]
 
 
 def test_strict_stops_at_the_first_bad_line(tmp_path):
     file = write_lines(tmp_path / "bad.jsonl", {"image": "absent.jpg", "caption": "a"})
-    with pytest.raises(DataError, match="line 1.*absent.jpg"):
+    with pytest.raises(DataError, match=r"line 1.*absent\.jpg"):
         list(jsonl_samples(file, Problems(strict=True)))
 
 
 def test_only_the_first_problems_are_kept_but_all_are_counted(tmp_path):
     file = write_lines(tmp_path / "bad.jsonl", *["{"] * 30)
     assert list(jsonl_samples(file, problems := Problems())) == []
-    assert problems.count == 30 and len(problems.first) == problems.keep
+    assert problems.count == 30
+    assert len(problems.first) == problems.keep
 
 
 def test_coco_captions_are_gathered_by_image(tmp_path):
@@ -142,13 +149,14 @@ def test_coco_captions_are_gathered_by_image(tmp_path):
     file = write_lines(tmp_path / "captions.json", content)
     samples = list(coco_samples(file, problems := Problems(), tmp_path / "val"))
     assert [(said(s)["image_id"], said(s)["captions"]) for s in samples] == [(3, ["b"]), (1, ["a", "c"])]
-    assert problems.count == 2 and "image 2: it has no caption" in problems.first[0]
+    assert problems.count == 2
+    assert "image 2: it has no caption" in problems.first[0]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
 def test_what_is_no_coco_file_is_refused_by_name(tmp_path, content):
     file = write_lines(tmp_path / "captions.json", content)
-    with pytest.raises(DataError, match="captions.json is no COCO"):
+    with pytest.raises(DataError, match=r"captions\.json is no COCO"):
         list(coco_samples(file, Problems()))
 
 
@@ -258,6 +266,7 @@ def test_the_official_coco_file_is_read(tmp_path):
         pytest.skip("../shared/data holds no coco_annotations and coco_ccby_111")
     samples = list(coco_samples(file, problems := Problems(), images))
     here = {int(path.stem) for path in images.glob("*.jpg")}
-    assert 0 < len(samples) <= len(here) and {said(s)["image_id"] for s in samples} <= here
+    assert 0 < len(samples) <= len(here)
+    assert {said(s)["image_id"] for s in samples} <= here
     assert len(samples) + problems.count == 5000
     assert all(len(said(s)["captions"]) >= 5 for s in samples)

@@ -48,7 +48,7 @@ def run_config(folders: dict[str, str], kind: str = "vision_language", **changes
     data = {"lanes": 5, "window": 2, "max_bad_rate": 1.0} | changes.pop("data", {})
     stage = {
         "name": kind,
-        "sources": {name: weight for name, weight in zip(folders, (1.0, 1.7), strict=False)},
+        "sources": dict(zip(folders, (1.0, 1.7), strict=False)),
         "objectives": objectives,
         "steps": 100,
         "batch": 10,
@@ -125,7 +125,7 @@ def test_the_same_rank_sees_each_sample_once_an_epoch(folders, tokenizer):
         order = [(slot.epoch, uid) for batch in islice(loader.batches(0), 23) for slot, uid in rows_of(loader, batch)]
     assert Counter(order).most_common(1)[0][1] == 1
     epochs = Counter(epoch for epoch, _ in order)
-    assert epochs == {epoch: 23 for epoch in range(10)}
+    assert epochs == dict.fromkeys(range(10), 23)
     assert len({uid for _, uid in order}) == 23
 
 
@@ -145,19 +145,24 @@ def test_batch_holds_what_the_objectives_read(folders, tokenizer):
         assert {name for name in optional if getattr(batch, name) is not None} == expected
     only_contrast = run_config(folders, stage={"objectives": {"contrastive": {}}})
     batch = take(only_contrast, tokenizer, 0, 1)[0]
-    assert batch.masked_text is None and batch.patch_positions is None and batch.image is not None
+    assert batch.masked_text is None
+    assert batch.patch_positions is None
+    assert batch.image is not None
 
 
 def test_shapes_types_and_padding(folders, tokenizer):
     batch = take(run_config(folders), tokenizer, 0, 1)[0]
-    assert batch.image.shape == (10, 16, 16, 3) and batch.image.dtype == torch.uint8
+    assert batch.image.shape == (10, 16, 16, 3)
+    assert batch.image.dtype == torch.uint8
     assert batch.patch_positions.shape == (10, 6)  # 0.4 of 16 patches
-    assert batch.text.shape == batch.text_keep.shape == batch.masked_text.shape and batch.text.shape[1] <= 12
+    assert batch.text.shape == batch.text_keep.shape == batch.masked_text.shape
+    assert batch.text.shape[1] <= 12
     assert batch.text_keep.any(dim=0).all(), "padded to the longest row and no further"
     assert (batch.text[~batch.text_keep] == tokenizer.pad_id).all()
     assert (batch.text[:, 0] == tokenizer.cls_id).all()
     is_masked = batch.mask_labels != -100
-    assert is_masked.any(dim=1).all() and is_masked.any(dim=0).all()
+    assert is_masked.any(dim=1).all()
+    assert is_masked.any(dim=0).all()
     labels = batch.text.gather(1, batch.mask_positions)
     assert torch.equal(labels[is_masked], batch.mask_labels[is_masked])
     untouched = torch.ones_like(batch.text_keep).scatter(1, batch.mask_positions.where(is_masked, 0), False)
@@ -172,7 +177,8 @@ def test_another_epoch_draws_another_look(folders, tokenizer):
         for row in range(len(batch)):
             look = batch.image[row], batch.text[row][batch.text_keep[row]], batch.patch_positions[row]
             seen.setdefault(int(batch.uid[row]), []).append(tuple(part.numpy().tobytes() for part in look))
-    assert len(seen) == 23 and all(len(looks) == 5 for looks in seen.values())
+    assert len(seen) == 23
+    assert all(len(looks) == 5 for looks in seen.values())
     for part in range(3):
         assert sum(len({look[part] for look in looks}) > 1 for looks in seen.values()) > 20
 
@@ -185,8 +191,12 @@ def test_image_id_marks_equal_pictures_and_texts_stand_for_themselves(make_pairs
     config = run_config({"one": folder})
     with make(config, tokenizer) as loader:
         batch = next(loader.batches(0))
-        ids = {slot.sample: image_id for slot, image_id in zip(loader.plan.batch(0), batch.image_id.tolist(), strict=True)}
-    assert ids[0] == ids[1] and ids[2] == ids[3] and len(set(ids.values())) == 8
+        ids = {
+            slot.sample: image_id for slot, image_id in zip(loader.plan.batch(0), batch.image_id.tolist(), strict=True)
+        }
+    assert ids[0] == ids[1]
+    assert ids[2] == ids[3]
+    assert len(set(ids.values())) == 8
     texts = take(run_config({"one": folder}, "language"), tokenizer, 0, 1)[0]
     assert torch.equal(texts.image_id, texts.uid)
 
@@ -195,7 +205,8 @@ def test_plain_text_shards_are_read(tmp_path: Path, make_tar, tokenizer):
     (tmp_path / "0.tar").write_bytes(make_tar({str(n): {"txt": f"thing {n}".encode()} for n in range(12)}))
     index_shards(Storage(), str(tmp_path))
     batch = take(run_config({"one": str(tmp_path)}, "language"), tokenizer, 0, 1)[0]
-    assert batch.image is None and "thing" in tokenizer.decode(batch.text[0].tolist())
+    assert batch.image is None
+    assert "thing" in tokenizer.decode(batch.text[0].tolist())
 
 
 PLANTED = {
@@ -239,11 +250,14 @@ def test_bad_samples_are_counted_exactly_and_named_at_every_world_size(spoiled, 
             records += loader.quarantined()
             counts.update(loader.counts())
             assert loader.quarantined() == []
-    assert counts["bad/one"] == 50 and counts["samples/one"] == 230 and counts["epochs/one"] == pytest.approx(10)
+    assert counts["bad/one"] == 50
+    assert counts["samples/one"] == 230
+    assert counts["epochs/one"] == pytest.approx(10)
     by_key = Counter((record["shard"], record["key"], record["stage"]) for record in records)
     first = [0, 9, 13]
     expected = {(f"0000{s}.tar", f"spoiled{first[s] + n:05d}", stage) for (s, n), (_, stage) in PLANTED.items()}
-    assert set(by_key) == expected and set(by_key.values()) == {10}
+    assert set(by_key) == expected
+    assert set(by_key.values()) == {10}
     assert all(record["replaced_by"] not in {key for _, key, _ in expected} for record in records)
     assert {(record["step"], record["place"]) for record in records} == planned_bad(config, tokenizer)
 
@@ -256,23 +270,25 @@ def planned_bad(config: RunConfig, tokenizer: Tokenizer) -> set[tuple[int, int]]
 
 def test_replacements_are_the_same_for_every_world_size(spoiled, tokenizer):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
-    prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(5), w, t) for w in (1, 2, 3) for t in (1, 3)}
+    prints = {
+        fingerprint(config, config.stages[0], Storage(), tokenizer, range(5), w, t) for w in (1, 2, 3) for t in (1, 3)
+    }
     assert len(prints) == 1
 
 
 def test_too_many_bad_samples_stop_the_run_in_the_batch_that_shows_it(spoiled, tokenizer):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000, "max_bad_rate": 0.1})
-    delivered = 0
-    with make(config, tokenizer) as loader, pytest.raises(DataError, match="source 'one': .* bad .*max_bad_rate"):
-        for _ in loader.batches(0):
-            delivered += 1
-    assert delivered == 9  # the hundredth sample is in the tenth batch
+    with make(config, tokenizer) as loader:
+        batches = loader.batches(0)
+        list(islice(batches, 9))
+        with pytest.raises(DataError, match=r"source 'one': .* bad .*max_bad_rate"):
+            next(batches)  # the hundredth sample is in the tenth batch
 
 
 def test_a_source_of_bad_samples_only_is_refused(make_pairs, tokenizer):
     folder = make_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no picture", "txt": b"thing"} for n in range(12)})
     index_shards(Storage(), folder)
-    with pytest.raises(DataError, match="source 'one': .* is bad .*and so were 16 candidates"):
+    with pytest.raises(DataError, match=r"source 'one': .* is bad .*and so were 16 candidates"):
         take(run_config({"one": folder}), tokenizer, 0, 1)
 
 
@@ -293,7 +309,8 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
     ]
     digests = {digest(config) for config in changed}
     digests.add(digest(run_config(folders), Tokenizer.train(["other words"], 100)))
-    assert len(digests) == 7 and base not in digests
+    assert len(digests) == 7
+    assert base not in digests
     Path(folders["one"], "00001.tar").write_bytes(make_tar({str(n): make_pair(n + 40) for n in range(4)}))
     index_shards(Storage(), folders["one"])
     assert digest(run_config(folders)) != base
@@ -309,11 +326,10 @@ def test_a_fault_is_raised_in_its_own_step_and_every_thread_ends(folders, tokeni
         return prepare(loader, step, place, pixels)
 
     monkeypatch.setattr(module.Loader, "_prepare", failing)
-    steps = []
-    with make(config, tokenizer) as loader, pytest.raises(DataError, match="the store is gone"):
-        for batch in loader.batches(0):
-            steps.append(batch.step)
-    assert steps == [0, 1, 2]
+    batches = make(config, tokenizer).batches(0)
+    assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"the store is gone"):
+        next(batches)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
@@ -341,7 +357,7 @@ def test_epochs_continue_after_a_restart(folders, tokenizer):
 
 
 def test_missing_folder_and_missing_shard_are_named_before_anything_is_read(folders, tokenizer, tmp_path):
-    with pytest.raises(DataError, match="absent: no such folder of shards"):
+    with pytest.raises(DataError, match=r"absent: no such folder of shards"):
         make(run_config(folders | {"one": str(tmp_path / "absent")}), tokenizer)
     Path(folders["two"], "00001.tar").unlink()
     with pytest.raises(DataError, match=r"00001\.tar: the shard is missing"):

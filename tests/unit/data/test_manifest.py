@@ -53,14 +53,20 @@ def test_index_finds_what_tarfile_finds(format: int):
             key, extension = split_key(member.name)
             expected.setdefault(key, {})[extension] = tar.extractfile(member).read()
     assert contents(index, data) == expected
-    assert index.keys == ("a/1", long, "b") and index.extensions == ("jpg", "json", "seg.png", "txt")
+    assert index.keys == ("a/1", long, "b")
+    assert index.extensions == ("jpg", "json", "seg.png", "txt")
     assert index.bytes == len(data)
 
 
 def test_index_survives_its_sidecar():
     index = index_tar(packed(["1.jpg", "1.txt", "2.jpg"]), "shard.tar", etag="tag")
     again = ShardIndex.from_bytes(index.to_bytes())
-    assert (again.keys, again.extensions, again.digest, again.etag) == (index.keys, index.extensions, index.digest, "tag")
+    assert (again.keys, again.extensions, again.digest, again.etag) == (
+        index.keys,
+        index.extensions,
+        index.digest,
+        "tag",
+    )
     for name in ("first", "extension", "offset", "size", "crc"):
         assert np.array_equal(getattr(again, name), getattr(index, name))
 
@@ -79,7 +85,8 @@ def test_folders_links_and_nameless_files_are_no_samples():
 
 def test_empty_tar_has_no_samples():
     index = index_tar(packed([]), "shard.tar")
-    assert len(index) == 0 and index.first.tolist() == [0]
+    assert len(index) == 0
+    assert index.first.tolist() == [0]
 
 
 def cuts(data: bytes) -> dict[str, bytes]:
@@ -103,13 +110,13 @@ def test_a_tar_cut_anywhere_is_refused_by_name(cut: str):
 
 def test_damaged_compressed_and_foreign_files_are_refused_with_a_remedy():
     good = packed(["1.jpg", "1.txt", "2.jpg"])
-    with pytest.raises(DataError, match="compressed.*Unpack x.tgz"):
+    with pytest.raises(DataError, match=r"compressed.*Unpack x.tgz"):
         index_tar(gzip.compress(good), "x.tgz")
     with pytest.raises(DataError, match=r"x\.tar: no tar header at byte 0"):
         index_tar(b"hello world " * 100, "x.tar")
     with pytest.raises(DataError, match=r"x\.tar: no tar header at byte 1536"):
         index_tar(good[:1536] + b"\x01" + good[1537:], "x.tar")
-    with pytest.raises(DataError, match="tars put end to end"):
+    with pytest.raises(DataError, match=r"tars put end to end"):
         index_tar(good + good, "x.tar")
     with pytest.raises(DataError, match=r"sample '1' has two members '\.txt'"):
         index_tar(packed(["1.txt", "1.txt"]), "x.tar")
@@ -165,7 +172,7 @@ def test_braces_expand():
 
 def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
     storage = Storage()
-    with pytest.raises(DataError, match="no such folder of shards.*mome shards build"):
+    with pytest.raises(DataError, match=r"no such folder of shards.*mome shards build"):
         load_manifest(storage, str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no manifest\.json in it.*mome shards index"):
@@ -177,7 +184,7 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
         index_shards(storage, str(tmp_path / "empty"))
     (tmp_path / "empty" / "x.tar").write_bytes(packed([]))
     index_shards(storage, str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="hold no samples"):
+    with pytest.raises(DataError, match=r"hold no samples"):
         load_manifest(storage, str(tmp_path / "empty"))
 
 
@@ -190,7 +197,7 @@ def test_edited_manifest_and_foreign_index_are_refused(make_pairs):
     content = json.loads(Path(folder, "manifest.json").read_text())
     content["shards"][0]["samples"] = 50
     Path(folder, "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="edited or damaged"):
+    with pytest.raises(DataError, match=r"edited or damaged"):
         load_manifest(storage, folder)
 
 

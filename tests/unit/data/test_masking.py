@@ -104,10 +104,13 @@ def test_without_whole_words_single_tokens_are_masked(tokenizer):
 def test_masks_depend_on_the_key_alone(tokenizer):
     tokens = tokenizer.encode(CAPTIONS[3], 40)
     for one, other in zip(masked_many(tokenizer, tokens, 20), masked_many(tokenizer, tokens, 20), strict=True):
-        assert one.ids.tolist() == other.ids.tolist() and one.positions.tolist() == other.positions.tolist()
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.positions.tolist() == other.positions.tolist()
 
 
-@pytest.mark.parametrize("patches, fraction, expected", [(196, 0.4, 78), (36, 0.4, 14), (4, 0.01, 1), (4, 0.99, 4)])
+@pytest.mark.parametrize(
+    ("patches", "fraction", "expected"), [(196, 0.4, 78), (36, 0.4, 14), (4, 0.01, 1), (4, 0.99, 4)]
+)
 def test_the_number_of_hidden_patches_is_fixed(patches, fraction, expected):
     drawn = [mask_patches(patches, fraction, CounterRandom(key)) for key in range(50)]
     assert {len(np.unique(positions)) for positions in drawn} == {expected}

@@ -85,7 +85,8 @@ def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
 
 def test_weights_are_exact_to_one_part():
     parts = weight_parts([0.3, 0.5, 0.2])
-    assert sum(parts) == PARTS and all(abs(p - w * PARTS) < 1 for p, w in zip(parts, [0.3, 0.5, 0.2], strict=True))
+    assert sum(parts) == PARTS
+    assert all(abs(p - w * PARTS) < 1 for p, w in zip(parts, [0.3, 0.5, 0.2], strict=True))
     assert weight_parts([2.0, 2.0]) == [1, 1]
 
 
@@ -140,7 +141,8 @@ def test_replacement_comes_from_the_same_window():
     order = Plan({"a": (manifest(*[20] * 12), 1.0, "pairs")}, 1, 3, 0, 1)
     window = {order.slot(step, 0).shard for step in range(60)}
     candidates = [order.replacement(17, 0, attempt) for attempt in range(16)]
-    assert {slot.shard for slot in candidates} <= window and len(set(candidates)) > 8
+    assert {slot.shard for slot in candidates} <= window
+    assert len(set(candidates)) > 8
     assert candidates == [order.replacement(17, 0, attempt) for attempt in range(16)]
     assert {slot.epoch for slot in candidates} == {0}
 
@@ -155,7 +157,8 @@ def test_ranks_tile_the_batch_and_differ_by_at_most_one_row(world: int):
 def test_a_far_step_is_found_at_once():
     order = plan()
     slots = order.batch(10**9)
-    assert len(slots) == 32 and all(slot.epoch > 10**7 for slot in slots)
+    assert len(slots) == 32
+    assert all(slot.epoch > 10**7 for slot in slots)
 
 
 def test_epochs_tell_how_often_each_source_was_read():
@@ -164,10 +167,10 @@ def test_epochs_tell_how_often_each_source_was_read():
 
 
 def test_a_source_smaller_than_the_lanes_is_refused_with_a_remedy():
-    with pytest.raises(DataError, match="source 'a' has 3 samples.*Lower data.lanes to at most 3"):
+    with pytest.raises(DataError, match=r"source 'a' has 3 samples.*Lower data.lanes to at most 3"):
         Plan({"a": (manifest(2, 1), 1.0, "pairs")}, 4, 2, 0, 8)
 
 
 def test_lanes_that_do_not_divide_the_batch_are_refused_with_a_remedy():
-    with pytest.raises(ConfigError, match="data.lanes 5 does not divide the global batch 8"):
+    with pytest.raises(ConfigError, match=r"data.lanes 5 does not divide the global batch 8"):
         Plan({"a": (manifest(20), 1.0, "pairs")}, 5, 2, 0, 8)

@@ -15,7 +15,8 @@ def record(number: int, source: str = "pairs") -> BadRecord:
 def test_counts_and_records_are_per_source():
     quarantine = Quarantine(max_bad_rate=0.5)
     quarantine.deliver(["pairs"] * 6 + ["more"] * 2, [record(1), record(2), record(1, "more")])
-    assert quarantine.bad == {"pairs": 2, "more": 1} and quarantine.seen == {"pairs": 6, "more": 2}
+    assert quarantine.bad == {"pairs": 2, "more": 1}
+    assert quarantine.seen == {"pairs": 6, "more": 2}
     assert [r.key for r in quarantine.drain()] == ["key1", "key2", "key1"]
     assert quarantine.drain() == []
 
@@ -23,7 +24,9 @@ def test_counts_and_records_are_per_source():
 def test_rate_above_the_bound_is_fatal_and_names_source_rate_and_example():
     quarantine = Quarantine(max_bad_rate=0.01)
     quarantine.deliver(["pairs"] * MIN_SEEN, [record(1)])
-    with pytest.raises(DataError, match=r"source 'pairs': 3 of 200 samples are bad \(1\.5%\).*key2 in 00000\.tar.*max_bad"):
+    with pytest.raises(
+        DataError, match=r"source 'pairs': 3 of 200 samples are bad \(1\.5%\).*key2 in 00000\.tar.*max_bad"
+    ):
         quarantine.deliver(["pairs"] * 100, [record(1), record(2)])
 
 
@@ -32,13 +35,13 @@ def test_a_few_samples_are_no_rate_before_the_end():
     quarantine.deliver(["pairs"] * 10, [record(1)])
     quarantine.finish()
     quarantine.deliver(["pairs"] * 10, [record(2)])
-    with pytest.raises(DataError, match="2 of 20"):
+    with pytest.raises(DataError, match=r"2 of 20"):
         quarantine.finish()
 
 
 def test_one_sources_faults_are_not_diluted_by_another():
     quarantine = Quarantine(max_bad_rate=0.1)
-    with pytest.raises(DataError, match="source 'more': 20 of 100"):
+    with pytest.raises(DataError, match=r"source 'more': 20 of 100"):
         quarantine.deliver(["pairs"] * 1000 + ["more"] * 100, [record(n, "more") for n in range(20)])
 
 
@@ -58,5 +61,5 @@ def test_record_is_plain_json():
 
 
 def test_bad_sample_crosses_processes():
-    error = pickle.loads(pickle.dumps(BadSample("image", "corrupt")))
+    error = pickle.loads(pickle.dumps(BadSample("image", "corrupt")))  # noqa: S301
     assert (error.stage, error.reason) == ("image", "corrupt")

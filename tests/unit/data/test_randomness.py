@@ -53,11 +53,15 @@ def test_numbers_are_uniform():
     random = CounterRandom(5)
     uniforms = np.array([random.uniform() for _ in range(20000)])
     integers = np.bincount([random.integer(7) for _ in range(21000)], minlength=7)
-    assert 0 <= uniforms.min() and uniforms.max() < 1
-    assert abs(uniforms.mean() - 0.5) < 0.01 and abs(uniforms.var() - 1 / 12) < 0.005
+    assert uniforms.min() >= 0
+    assert uniforms.max() < 1
+    assert abs(uniforms.mean() - 0.5) < 0.01
+    assert abs(uniforms.var() - 1 / 12) < 0.005
     assert abs(integers - 3000).max() < 250
     many = uniform_array(3, np.arange(100000))
-    assert abs(many.mean() - 0.5) < 0.005 and 0 <= many.min() and many.max() < 1
+    assert abs(many.mean() - 0.5) < 0.005
+    assert many.min() >= 0
+    assert many.max() < 1
 
 
 def test_permutation_holds_each_number_once():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -39,14 +40,17 @@ def test_slot_gives_the_bytes_that_were_packed(folder: str, make_pair):
 def test_uid_is_the_same_wherever_the_shard_is_read(folder: str, make_pairs):
     manifest = load_manifest(Storage(), folder)
     sample = reader(folder).read(Slot("pairs", 5, 1, 2))
-    assert sample.uid == sample_uid(manifest.shards[1], 2) and -(2**63) <= sample.uid < 2**63
+    assert sample.uid == sample_uid(manifest.shards[1], 2)
+    assert -(2**63) <= sample.uid < 2**63
     uids = {s.uid for s in samples_of_source(Storage(), folder)}
-    assert len(uids) == 10 and sample.uid in uids
+    assert len(uids) == 10
+    assert sample.uid in uids
 
 
 def test_captions_of_a_source_come_in_order(folder: str):
     captions = list(captions_of_source(Storage(), folder))
-    assert len(captions) == 30 and captions[3] == "picture 1 shows a thing in way a"
+    assert len(captions) == 30
+    assert captions[3] == "picture 1 shows a thing in way a"
 
 
 def test_missing_shard_is_told_before_anything_is_read(folder: str):
@@ -105,8 +109,9 @@ def test_spans_tile_the_shard_and_are_never_small(make_pairs, monkeypatch: pytes
         spans = sorted({span_of(index, sample) for sample in range(40)})
         for sample in range(40):
             start, stop = span_of(index, sample)
-            assert start <= index.span(sample)[0] and index.span(sample)[1] <= stop
-        assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
+            assert start <= index.span(sample)[0]
+            assert index.span(sample)[1] <= stop
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
         assert len(spans) == 1 or all(stop - start > least - 1024 for start, stop in spans)
     assert len(spans) == 1
 
@@ -142,7 +147,8 @@ def test_kept_spans_stay_within_their_bound():
     cache = module._SpanCache(1000)
     for number in range(50):
         assert cache.get(("shard", number), lambda: bytes(300)) == bytes(300)
-        assert cache._held <= 1000 and len(cache._spans) <= 3
+        assert cache._held <= 1000
+        assert len(cache._spans) <= 3
     calls = []
     cache.get(("shard", 49), lambda: calls.append(1) or b"")
     assert not calls, "the newest is kept"

@@ -88,7 +88,8 @@ def test_every_caption_names_every_object_and_what_it_says_of_places_is_true():
         for caption in scene.captions:
             things, relations = read_back(caption)
             assert things == {thing.words for thing in description.things}, caption
-            assert relations <= true and relations, caption
+            assert relations, caption
+            assert relations <= true, caption
 
 
 def test_scenes_that_differ_share_no_caption():
@@ -103,7 +104,8 @@ def test_scenes_that_differ_share_no_caption():
 def test_all_shapes_colours_sizes_axes_and_counts_occur():
     drawn = list(draw_descriptions(SyntheticConfig(scenes=500)))
     things = [thing for description in drawn for thing in description.things]
-    assert {t.shape for t in things} == set(SHAPES) and {t.colour for t in things} == set(COLOURS)
+    assert {t.shape for t in things} == set(SHAPES)
+    assert {t.colour for t in things} == set(COLOURS)
     assert {d.horizontal for d in drawn} == {True, False}
     assert {d.side for d in drawn} == {None, "top", "bottom", "left", "right"}
     assert all(len(set(d.things)) == len(d.things) for d in drawn)
@@ -119,8 +121,10 @@ def test_the_picture_shows_what_the_description_says():
         assert len(red) > 1.8 * len(blue) > 0
         distance = blue.mean(axis=0) - red.mean(axis=0)
         along, across = (distance[1], distance[0]) if description.horizontal else (distance[0], distance[1])
-        assert along > 20 and abs(across) < along
-        assert red.min() >= 0 and 0 < red.mean() < 63
+        assert along > 20
+        assert abs(across) < along
+        assert red.min() >= 0
+        assert 0 < red.mean() < 63
 
 
 def test_excluded_scenes_are_never_drawn():
@@ -141,15 +145,19 @@ def test_sources_are_built_as_pairs_texts_and_pictures(tmp_path):
     build_synthetic(Storage(), sources)
     assert len(load_manifest(Storage(), sources["pairs"].shards).shards) == 3
     pair = members(sources["pairs"].shards)[7]
-    assert decode(pair["jpg"], 10_000).shape == (24, 24, 3) and set(pair) == {"jpg", "json"}
+    assert decode(pair["jpg"], 10_000).shape == (24, 24, 3)
+    assert set(pair) == {"jpg", "json"}
     record = json.loads(pair["json"])
-    assert len(record["captions"]) == 3 and 0 <= record["image_id"] < 1 << 63
+    assert len(record["captions"]) == 3
+    assert 0 <= record["image_id"] < 1 << 63
     texts = members(sources["text"].shards)
-    assert len(texts) == 90 and {tuple(text) for text in texts} == {("txt",)}
+    assert len(texts) == 90
+    assert {tuple(text) for text in texts} == {("txt",)}
     assert {tuple(image) for image in members(sources["images"].shards)} == {("jpg",)}
     trained = {json.loads(m["json"])["image_id"] for m in members(sources["pairs"].shards)}
     unseen = [json.loads(m["json"])["image_id"] for m in members(sources["unseen"].shards)]
-    assert not trained & set(unseen) and len(set(unseen)) == 30
+    assert not trained & set(unseen)
+    assert len(set(unseen)) == 30
     assert not (tmp_path / "other").exists()
 
 
@@ -183,7 +191,7 @@ def test_an_interrupted_drawing_is_begun_again(tmp_path):
 
 def test_scenes_of_another_configuration_are_refused_by_name(tmp_path):
     build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=16)})
-    with pytest.raises(DataError, match="'scenes'.*another configuration"):
+    with pytest.raises(DataError, match=r"'scenes'.*another configuration"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=24)})
 
 

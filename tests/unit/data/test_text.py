@@ -30,17 +30,21 @@ def tokenizer() -> Tokenizer:
 
 def test_a_text_is_framed_and_its_words_are_numbered(tokenizer):
     tokens = tokenizer.encode("A red playground", max_length=40)
-    assert tokens.ids[0] == tokenizer.cls_id and tokens.ids[-1] == tokenizer.sep_id
+    assert tokens.ids[0] == tokenizer.cls_id
+    assert tokens.ids[-1] == tokenizer.sep_id
     assert tokens.word_of[0] == tokens.word_of[-1] == -1
     real = tokens.word_of[1:-1]
-    assert real == sorted(real) and set(real) == {0, 1, 2}
+    assert real == sorted(real)
+    assert set(real) == {0, 1, 2}
     assert len(tokens.ids) == len(tokens.word_of) > 5  # 'playground' was never seen, so it takes several tokens
 
 
 def test_a_long_text_is_cut_to_the_length_with_its_frame(tokenizer):
     whole, cut = (tokenizer.encode(CAPTIONS[0], length) for length in (100, 7))
-    assert len(cut) == 7 and cut.ids[-1] == tokenizer.sep_id
-    assert cut.ids[:-1] == whole.ids[:6] and cut.word_of[:-1] == whole.word_of[:6]
+    assert len(cut) == 7
+    assert cut.ids[-1] == tokenizer.sep_id
+    assert cut.ids[:-1] == whole.ids[:6]
+    assert cut.word_of[:-1] == whole.word_of[:6]
 
 
 def test_an_empty_text_is_its_frame(tokenizer):
@@ -91,17 +95,18 @@ def test_a_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
     url = str(tmp_path / "vocab.txt")
     tokenizer.save(Storage(), url)
     loaded = Tokenizer.load(Storage(), url)
-    assert loaded.digest == tokenizer.digest and loaded.tokens == tokenizer.tokens
+    assert loaded.digest == tokenizer.digest
+    assert loaded.tokens == tokenizer.tokens
 
 
 def test_a_pickled_tokenizer_is_the_same(tokenizer):
-    copy = pickle.loads(pickle.dumps(tokenizer))
+    copy = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301
     assert copy.digest == tokenizer.digest
     assert copy.encode(CAPTIONS[1], 40) == tokenizer.encode(CAPTIONS[1], 40)
 
 
 @pytest.mark.parametrize(
-    "content, told",
+    ("content", "told"),
     [
         ("a\nb\n", "lacks [PAD]"),
         ("\n".join(SPECIALS) + "\nred\nred\n", "'red' more than once"),
@@ -111,7 +116,7 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer):
 def test_what_is_no_vocabulary_is_refused_by_name(tmp_path, content, told):
     file = tmp_path / "vocab.txt"
     file.write_text(content)
-    with pytest.raises(DataError, match="vocab.txt") as error:
+    with pytest.raises(DataError, match=r"vocab\.txt") as error:
         Tokenizer.load(Storage(), str(file))
     assert told in str(error.value)
 
