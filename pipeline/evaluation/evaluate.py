@@ -33,7 +33,7 @@ from pipeline.evaluation.retrieval import (
 
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
-RECONSTRUCTED = 8  # pictures whose masked patches the report shows
+RECONSTRUCTED = 64  # pictures whose masked patches are filled in; the report shows the first few
 
 
 @dataclass(frozen=True)
