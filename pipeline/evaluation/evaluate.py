@@ -104,15 +104,14 @@ class Evaluation:
         return {f"eval/{self.source}/{name}": value for name, value in found.items() if value is not None}
 
     def _mlm_json(self) -> dict[str, Any] | None:
-        if self.mlm is None and not self.language_stages:
+        if self.mlm is None:
             return None
-        mlm = self.mlm
         return {
-            "accuracy": _accuracy(mlm and mlm.own_image),
-            "accuracy_other_image": _accuracy(mlm and mlm.other_image),
-            "accuracy_text_only": _accuracy(mlm and mlm.text_only),
+            "accuracy": _accuracy(self.mlm.own_image),
+            "accuracy_other_image": _accuracy(self.mlm.other_image),
+            "accuracy_text_only": _accuracy(self.mlm.text_only),
             "language_stage_text_only": _accuracy(next(reversed(self.language_stages.values()), None)),
-            "masked_tokens": len(mlm.masked.truth()) if mlm else None,
+            "masked_tokens": len(self.mlm.masked.truth()),
         }
 
     def _itm_json(self) -> dict[str, Any] | None:
@@ -299,7 +298,7 @@ def _recall_json(recall: Recall) -> dict[str, float]:
 
 
 def _retrieval_metrics(prefix: str, retrieval: Retrieval) -> dict[str, float]:
-    found = {}
+    found: dict[str, float] = {}
     for name, recall in (("i2t", retrieval.image_to_text), ("t2i", retrieval.text_to_image)):
         found |= {f"{prefix}{name}_r{k}": share for k, share in recall.at.items()}
         found |= {f"{prefix}{name}_median_rank": recall.median_rank, f"{prefix}{name}_mean_rank": recall.mean_rank}

@@ -61,7 +61,11 @@ def load_pairs(
     bad than `data.max_bad_rate` allows.
     """
     url = _url_of(config, source)
-    images, captions, tokens, ids, keys = [], [], [], [], []
+    images: list[np.ndarray] = []
+    captions: list[tuple[str, ...]] = []
+    tokens: list[Tokens] = []
+    ids: list[int] = []
+    keys: list[str] = []
     skipped: Counter[str] = Counter()
     for sample in samples_of_source(storage, url):
         if limit is not None and len(keys) >= limit:

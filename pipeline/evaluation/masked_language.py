@@ -49,7 +49,7 @@ class MaskedCaptions:
 
 @dataclass(frozen=True)
 class Guesses:
-    """What a model put in the masked places: the best tokens (T, 3), their probabilities, and that of the truth (T,)."""
+    """What stands in the masked places: the best tokens (T, 3), their probabilities, and that of the truth (T,)."""
 
     tokens: Tensor
     probabilities: Tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +24,6 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.text import Tokenizer
 from pipeline.evaluation.curves import Curve, curve
 from pipeline.evaluation.evaluate import Evaluation
-from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.masked_language import Guesses, words_of
 from pipeline.evaluation.retrieval import Recall, ranks
 
@@ -262,7 +262,7 @@ def _chosen_captions(found: Evaluation) -> dict[str, list[int]]:
     if mlm.own_image is None or mlm.other_image is None:
         return {"even": order[:: max(1, len(order) // (3 * MASKED_SHOWN))][: 3 * MASKED_SHOWN]}
     gain = mlm.own_image.truth_probability - mlm.other_image.truth_probability
-    of_caption = [gain[start:stop].mean().item() for start, stop in zip(first, first[1:], strict=False)]
+    of_caption = [gain[start:stop].mean().item() for start, stop in itertools.pairwise(first)]
     order.sort(key=lambda caption: -of_caption[caption])
     ends = _ends(order, [int(held_out.caption_of[caption]) for caption in order])
     shown = {int(held_out.caption_of[caption]) for caption in ends["best"] + ends["worst"]}
@@ -281,7 +281,9 @@ def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> Ma
         WordGuess(
             truth=tokenizer.decode([mlm.masked.labels[caption][place] for place in word]),
             number=i + 1,
-            guesses=[_word_guess(each, [first + place for place in word], found, tokenizer) for _, each in _conditions(found)],
+            guesses=[
+                _word_guess(each, [first + place for place in word], found, tokenizer) for _, each in _conditions(found)
+            ],
         )
         for i, word in enumerate(words)
     ]

@@ -1,0 +1,76 @@
+"""A tiny run on drawn scenes, and a tiny model with random weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.samples import captions_of_source
+from pipeline.data.scenes import build_synthetic
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.held_out import HeldOut, load_pairs
+from pipeline.models import build_model
+from pipeline.models.vlmo import VLMo
+
+PAIRS = 24
+
+
+@pytest.fixture(scope="session")
+def storage() -> Storage:
+    return Storage()
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunConfig:
+    """Three stages over one synthetic source of 24 scenes with two captions each; its shards are drawn."""
+    shards = str(tmp_path_factory.mktemp("scenes") / "shards")
+    plain = {"steps": 4, "batch": 8}
+    values = {
+        "name": "tiny",
+        "model": {
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "vision_language_layers": 1,
+            "image_size": 32,
+            "patch_size": 8,
+            "max_text": 40,
+        },
+        "sources": {
+            "unseen": {"shards": shards, "synthetic": {"scenes": PAIRS, "image_size": 40, "captions": 2}},
+            "pictures": {"shards": shards, "use": "images"},
+            "sentences": {"shards": shards, "use": "text"},
+        },
+        "data": {"lanes": 4},
+        "stages": (
+            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}, **plain},
+            {"name": "language", "sources": {"sentences": 1.0}, "objectives": {"masked_language": {}}, **plain},
+            {
+                "name": "vision_language",
+                "sources": {"unseen": 1.0},
+                "objectives": {"contrastive": {}, "matching": {}, "masked_language": {}},
+                **plain,
+            },
+        ),
+        "engine": {"precision": "float32"},
+        "evaluation": {"source": "unseen", "batch": 7},
+    }
+    made = RunConfig.model_validate(values)
+    build_synthetic(storage, {"unseen": made.sources["unseen"]})
+    return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
+    return Tokenizer.train(captions_of_source(storage, config.sources["unseen"].shards), 200)
+
+
+@pytest.fixture(scope="session")
+def held_out(config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> HeldOut:
+    return load_pairs(config, storage, "unseen", None, tokenizer, max_text=40)
+
+
+@pytest.fixture(scope="session")
+def model(config: RunConfig, tokenizer: Tokenizer) -> VLMo:
+    return build_model(config.model, tokenizer.size, "pixels", seed=3)

@@ -1,0 +1,104 @@
+"""The whole evaluation of a tiny model: the promised JSON, equal for every batch size."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.models.passes import Pass
+from pipeline.models.vlmo import VLMo
+
+KS = {"r1", "r5", "r10"}
+
+
+@pytest.fixture(scope="module")
+def found(model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> Evaluation:
+    return evaluate(model, tokenizer, config, storage, others={"vision": model, "language": model})
+
+
+def test_the_promised_shape_holds(found: Evaluation) -> None:
+    result = json.loads(json.dumps(found.located("s3://run/checkpoint", "report.html").to_json()))
+    assert result["pairs"] == 24
+    assert result["captions"] == 48
+    assert (result["checkpoint"], result["report"]) == ("s3://run/checkpoint", "report.html")
+    for way in ("image_to_text", "text_to_image", "chance"):
+        assert result["retrieval"][way].keys() >= KS
+    assert result["reranked"]["best"] == 10
+    assert result["mlm"].keys() >= {
+        "accuracy",
+        "accuracy_other_image",
+        "accuracy_text_only",
+        "language_stage_text_only",
+    }
+    assert result["mlm"]["language_stage_text_only"] == result["mlm"]["accuracy_text_only"]  # the same weights here
+    assert result["reconstruction"]["stage"] == "vision"
+
+
+def test_metrics_are_flat_numbers_under_the_source(found: Evaluation) -> None:
+    metrics = found.metrics()
+    assert all(name.startswith("eval/unseen/") and isinstance(value, float) for name, value in metrics.items())
+    assert metrics["eval/unseen/i2t_r1"] == pytest.approx(found.retrieval.image_to_text.at[1])  # type: ignore[union-attr]
+    assert {"eval/unseen/mlm_accuracy", "eval/unseen/itm_accuracy", "eval/unseen/reranked_t2i_r10"} <= metrics.keys()
+
+
+def test_similarity_is_the_mean_of_both_heads_cosines(found: Evaluation, model: VLMo) -> None:
+    held_out = found.held_out
+    row = held_out.tokens[5].ids
+    with torch.no_grad():
+        image = model({"x": Pass(heads=("itc",), image=held_out.images[4:5])})["x"]
+        text = model(
+            {"x": Pass(heads=("itc",), text=torch.tensor([row]), text_keep=torch.ones(1, len(row), dtype=torch.bool))}
+        )["x"]
+    expected = (image["itc"] @ text["itc"].T + image["itc_vl"] @ text["itc_vl"].T) / 2
+    torch.testing.assert_close(found.similarity[4, 5], expected[0, 0], atol=1e-6, rtol=1e-5)  # type: ignore[index]
+
+
+def test_the_batch_size_changes_nothing(
+    found: Evaluation, model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
+) -> None:
+    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch": 64})})
+    again = evaluate(model, tokenizer, other, storage, others={"vision": model, "language": model})
+    torch.testing.assert_close(found.similarity, again.similarity, atol=1e-6, rtol=1e-5)
+    assert found.mlm.own_image.accuracy == again.mlm.own_image.accuracy  # type: ignore[union-attr]
+    assert found.matching == again.matching
+
+
+@pytest.mark.parametrize(
+    ("stage", "null"), [("vision", {"retrieval", "reranked", "mlm", "itm"}), ("language", {"retrieval", "itm"})]
+)
+def test_what_a_stage_did_not_train_is_null(
+    stage: str, null: set[str], model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
+) -> None:
+    result = evaluate(model, tokenizer, config, storage, stage=stage, limit=6).to_json()
+    assert all(result[name] is None for name in null)
+    if stage == "language":
+        assert result["mlm"]["accuracy"] is None
+        assert result["mlm"]["accuracy_text_only"] is not None
+        assert result["reconstruction"] is None
+    else:
+        assert result["reconstruction"]["error"] > 0
+
+
+def test_a_single_pair_has_nothing_to_compare_with(
+    model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
+) -> None:
+    result = evaluate(model, tokenizer, config, storage, limit=1).to_json()
+    assert result["mlm"]["accuracy_other_image"] is None
+    assert result["itm"] is None
+    assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
+
+
+def test_an_unknown_stage_is_refused_with_those_there_are(
+    model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(
+        ConfigError, match="no stage 'visoin' in this run; its stages: vision, language, vision_language"
+    ):
+        evaluate(model, tokenizer, config, storage, stage="visoin")

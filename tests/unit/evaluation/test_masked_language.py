@@ -1,0 +1,97 @@
+"""Masked words: the same for every limit and batch, always [MASK], and never beside an equal image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.config.schema import MaskingConfig
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.masked_language import guess, mask_captions, masked_language, other_images, words_of
+from pipeline.models.passes import Pass
+from pipeline.models.vlmo import VLMo
+
+
+def test_masked_places_hold_mask_and_labels_restore_the_caption(held_out: HeldOut, tokenizer: Tokenizer) -> None:
+    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
+    for tokens, row, positions, labels in zip(
+        held_out.tokens, masked.rows, masked.positions, masked.labels, strict=True
+    ):
+        assert positions
+        assert {row[p] for p in positions} == {tokenizer.mask_id}
+        restored = list(row)
+        for position, label in zip(positions, labels, strict=True):
+            restored[position] = label
+        assert restored == list(tokens.ids)
+
+
+def test_words_are_masked_whole(held_out: HeldOut, tokenizer: Tokenizer) -> None:
+    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
+    for caption, tokens in enumerate(held_out.tokens):
+        for places in words_of(masked, caption, tokens.word_of):
+            word = tokens.word_of[masked.positions[caption][places[0]]]
+            assert len(places) == tokens.word_of.count(word)
+
+
+def test_masks_do_not_depend_on_the_limit(held_out: HeldOut, tokenizer: Tokenizer) -> None:
+    few = replace(held_out, keys=held_out.keys[:3], captions=held_out.captions[:3], tokens=held_out.tokens[:6])
+    few = replace(few, caption_of=held_out.caption_of[:6], image_id=held_out.image_id[:3], images=held_out.images[:3])
+    whole, part = (mask_captions(each, MaskingConfig(), tokenizer) for each in (held_out, few))
+    assert part.rows == whole.rows[:6]
+    assert part.positions == whole.positions[:6]
+
+
+@pytest.mark.parametrize(
+    "ids", [[1, 2], [1, 1, 2, 2], [5, 4, 3, 2, 1], [1, 1, 2, 3, 4], [1, 1, 1, 2], [3, 1, 3, 2, 3, 9]]
+)
+def test_another_image_never_shows_the_same(ids: list[int]) -> None:
+    image_id = torch.tensor(ids)
+    other = other_images(image_id)
+    assert (image_id[other] != image_id).all()
+    if 2 * max(ids.count(i) for i in ids) <= len(ids):
+        assert sorted(other.tolist()) == list(range(len(ids)))
+
+
+def test_one_image_alone_has_no_other() -> None:
+    with pytest.raises(ValueError, match="no other image"):
+        other_images(torch.tensor([4, 4, 4]))
+
+
+def test_guesses_equal_those_of_one_caption_at_a_time(model: VLMo, held_out: HeldOut, tokenizer: Tokenizer) -> None:
+    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
+    found = guess(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch=7)
+    single = []
+    for caption, row in enumerate(masked.rows):
+        one = Pass(
+            heads=("mlm",),
+            image=held_out.images[held_out.caption_of[caption]][None],
+            text=torch.tensor([row]),
+            text_keep=torch.ones(1, len(row), dtype=torch.bool),
+            mask_positions=torch.tensor([masked.positions[caption]]),
+        )
+        with torch.no_grad():
+            single.append(model.eval()({"x": one})["x"]["mlm"][0].softmax(-1))
+    expected = torch.cat(single)
+    truth = masked.truth()
+    torch.testing.assert_close(found.truth_probability, expected[torch.arange(len(truth)), truth], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.probabilities, expected.topk(3).values, atol=1e-6, rtol=1e-4)
+    assert found.accuracy == pytest.approx((found.tokens[:, 0] == truth).float().mean().item())
+
+
+def test_a_stage_that_never_fused_is_asked_from_text_alone(
+    model: VLMo, held_out: HeldOut, tokenizer: Tokenizer
+) -> None:
+    found = masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
+    assert found.own_image is None
+    assert found.other_image is None
+    assert 0.0 <= found.text_only.accuracy <= 1.0
+
+
+def test_the_model_keeps_its_training_mode(model: VLMo, held_out: HeldOut, tokenizer: Tokenizer) -> None:
+    model.train()
+    masked_language(model, held_out, MaskingConfig(), tokenizer, fused=True)
+    assert model.training
+    model.eval()

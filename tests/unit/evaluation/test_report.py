@@ -1,0 +1,137 @@
+"""The page stands alone, escapes what it shows, marks what is right, and stays small."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.report import percent, thumbnail, write_report
+from pipeline.models.vlmo import VLMo
+
+CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}
+VOID = {"meta", "link", "img", "br", "line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """Collects addresses and text, and checks that every tag is closed in its turn."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.addresses: list[str] = []
+        self.pictures = 0
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.pictures += tag == "img"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def found(model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> Evaluation:
+    return evaluate(model, tokenizer, config, storage, others={"vision": model, "language": model})
+
+
+@pytest.fixture(scope="module")
+def page(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(found.located("s3://bucket/run", str(path)), config, tokenizer, path, CURVES)
+    return path.read_text()
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    parsed = Page(page)
+    assert parsed.pictures > 30
+    assert not parsed.open
+    assert all(address.startswith("data:") for address in parsed.addresses)
+    assert not re.search(r"<script|@import|url\(|https?://", page)
+    assert len(page) < 5_000_000
+
+
+def test_the_page_says_the_figures_with_chance_beside(page: str, found: Evaluation) -> None:
+    text = Page(page).text
+    assert found.retrieval is not None
+    assert found.mlm is not None
+    assert found.mlm.own_image is not None
+    assert percent(found.retrieval.image_to_text.at[10]) in text
+    assert f"chance {percent(found.retrieval.text_to_image.chance[10])}" in text
+    assert percent(found.mlm.own_image.accuracy) in text
+    assert "s3://bucket/run" in text
+    assert "vision_language" in text
+
+
+def test_captions_cannot_write_html(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    attack = "<script>alert('caption')</script>"
+    captions = tuple(tuple(attack for _ in each) for each in found.held_out.captions)
+    write_report(
+        replace(found, held_out=replace(found.held_out, captions=captions)), config, tokenizer, tmp_path / "r.html"
+    )
+    page = (tmp_path / "r.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_perfect_model_shows_only_right_answers_first(
+    found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    held_out = found.held_out
+    perfect = (torch.arange(len(held_out))[:, None] == held_out.caption_of[None]).float()
+    write_report(replace(found, similarity=perfect), config, tokenizer, tmp_path / "r.html")
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert text.count("found first") == 16
+    assert "at place" not in text
+
+
+@pytest.mark.parametrize("stage", ["vision", "language"])
+def test_stages_without_retrieval_have_a_page_too(
+    stage: str, model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for limit in (1, 6):
+        part = evaluate(model, tokenizer, config, storage, stage=stage, limit=limit)
+        write_report(part, config, tokenizer, tmp_path / "r.html", CURVES)
+        assert "R@1" not in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_a_single_pair_has_a_page(
+    model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    write_report(evaluate(model, tokenizer, config, storage, limit=1), config, tokenizer, tmp_path / "r.html")
+    assert "1 held-out pictures" in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_large_pictures_become_small() -> None:
+    torch.manual_seed(0)
+    assert len(thumbnail(torch.randint(0, 256, (640, 640, 3), dtype=torch.uint8))) < 40_000
+    assert thumbnail(torch.zeros(48, 48, 3, dtype=torch.uint8)).startswith("data:image/png")
+
+
+def test_percentages_keep_what_small_shares_need() -> None:
+    assert [percent(each) for each in (0.0, 0.005, 0.125, 1.0, None)] == [
+        "0.0\u00a0%",
+        "0.50\u00a0%",
+        "12.5\u00a0%",
+        "100.0\u00a0%",
+        "–",
+    ]
