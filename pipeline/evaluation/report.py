@@ -131,7 +131,7 @@ def percent(fraction: float | None) -> str:
     """'12.5 %' with a space that does not break: one decimal, two below one percent; a dash where there is no value."""
     if fraction is None:
         return "–"
-    return f"{fraction * 100:.{2 if 0 < fraction < 0.01 else 1}f}\N{NO-BREAK SPACE}%"
+    return f"{fraction * 100:.{2 if 0 < round(fraction, 4) < 0.01 else 1}f}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float) -> str:

@@ -11,8 +11,12 @@ from torch import Tensor
 Gradients = dict[str, Tensor]
 
 
+def _gradients_of_stages(zero_stage: int, micro_batch: int | None) -> list[tuple[Gradients, dict[str, float]]]:
+    """The global gradient and losses of one batch of each stage, through the engine, on this rank."""
+    return [_stage_gradients(index, zero_stage, micro_batch) for index in range(3)]
+
+
 def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tuple[Gradients, dict[str, float]]:
-    """The global gradient and losses of one batch, through the engine, on this rank."""
     from pipeline.models.vlmo import drop_path_rates
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -25,7 +29,9 @@ def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tu
     step = TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model))
     batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.batch)
     losses = {name: float(collectives.sum(loss)) for name, loss in step(batch).items()}
-    return engine.gradients(), losses
+    gradients = engine.gradients()
+    engine.close()
+    return gradients, losses
 
 
 def _model(config, index):
@@ -67,9 +73,13 @@ def _plain_gradients(index: int) -> tuple[Gradients, dict[str, float]]:
     return gradients, {name: float(loss) for name, loss in losses.items()}
 
 
+def _plain_gradients_of_stages() -> list[tuple[Gradients, dict[str, float]]]:
+    return [_plain_gradients(index) for index in range(3)]
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[tuple[Gradients, dict[str, float]]]:
-    return [run_ranks(_plain_gradients, 1, index)[0] for index in range(3)]
+    return run_ranks(_plain_gradients_of_stages, 1)[0]
 
 
 LAYOUTS = [(1, 0, None), (1, 2, 5), (2, 0, None), (2, 1, 3), (2, 2, None), (2, 3, None), (3, 2, 2), (5, 1, None)]
@@ -77,12 +87,44 @@ LAYOUTS = [(1, 0, None), (1, 2, 5), (2, 0, None), (2, 1, 3), (2, 2, None), (2, 3
 
 @pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch"), LAYOUTS)
 def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, zero_stage, micro_batch):
-    for index in (2,) if world_size == 5 else range(3):
-        expected, expected_losses = plain[index]
-        got, losses = run_ranks(_stage_gradients, world_size, index, zero_stage, micro_batch)[0]
+    answers = run_ranks(_gradients_of_stages, world_size, zero_stage, micro_batch)[0]
+    for (expected, expected_losses), (got, losses) in zip(plain, answers, strict=True):
         assert losses == pytest.approx(expected_losses, rel=1e-5)
         assert got.keys() == expected.keys()
         everything = torch.sqrt(sum(g.double().square().sum() for g in expected.values()))
         for name, gradient in expected.items():
             error = (got[name].double() - gradient.double()).norm()
-            assert error <= 1e-5 * gradient.double().norm() + 1e-7 * everything, (index, name, float(error))
+            assert error <= 1e-5 * gradient.double().norm() + 1e-7 * everything, (name, float(error))
+
+
+def _losses_of_20_steps(zero_stage: int) -> list[float]:
+    from pipeline.models.vlmo import drop_path_rates
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    from pipeline.training.schedule import learning_rate
+    from pipeline.training.steps import TrainingStep
+
+    config = tiny_config(zero_stage=zero_stage)
+    stage, size = config.stages[2], 16
+    stage = stage.model_copy(update={"batch": size})
+    collectives = Collectives()
+    engine = DeepSpeedEngine(_model(config, 2), config, stage, collectives)
+    step = TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model))
+    losses = []
+    for number in range(20):
+        loss = step(tiny_batch(config, number, collectives.rank, collectives.world_size, size))["loss"]
+        engine.step(learning_rate(number, 20, stage.optimizer))
+        losses.append(float(collectives.sum(loss)))
+    return losses
+
+
+@pytest.fixture(scope="module")
+def losses_at_zero_2() -> list[float]:
+    return run_ranks(_losses_of_20_steps, 2, 2)[0]
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(2, 0), (2, 1), (2, 3), (3, 2)])
+def test_twenty_steps_have_the_same_losses_at_every_zero_stage_and_uneven_world(
+    losses_at_zero_2, world_size, zero_stage
+):
+    assert run_ranks(_losses_of_20_steps, world_size, zero_stage)[0] == pytest.approx(losses_at_zero_2, rel=1e-5)
