@@ -19,7 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.errors import MomeError, RunFailed, StorageError
-from pipeline.config.load import with_absolute_paths
+from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.tracker import check_server

@@ -19,7 +19,8 @@ import yaml
 
 from jobs.console import console
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.load import local_paths, validate, with_absolute_paths
+from pipeline.config.load import validate
+from pipeline.config.paths import local_paths, with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.tracker import tracking_uri
 

@@ -6,11 +6,12 @@ import logging
 from dataclasses import dataclass
 
 from pipeline.config.errors import TrackingError
+from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import CommittedJournal, Journal, redact
 from pipeline.tracking.mlflow_tracker import MlflowShipper, Outage, num_pending, shipping_alone
-from pipeline.tracking.tracker import is_local, journal_folder
+from pipeline.tracking.tracker import journal_folder
 
 logger = logging.getLogger("mome.tracking")
 

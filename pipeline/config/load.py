@@ -15,7 +15,6 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 
-
 Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
 
@@ -53,7 +52,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return validate(values, str(path))
 
 
@@ -80,28 +79,6 @@ def resolve_secret(reference: str | None) -> str | None:
         return Path(name).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError(f"secret '{reference}': the file cannot be read ({error.strerror})") from error
-
-
-def local_paths(config: RunConfig) -> dict[str, str]:
-    """Dotted path -> value of every key that names a folder or file of this machine's own."""
-    places = {"output": config.output}
-    places |= {f"sources.{name}.shards": source.shards for name, source in config.sources.items()}
-    places |= {
-        f"stages.{index}.start_from": stage.start_from
-        for index, stage in enumerate(config.stages)
-        if stage.start_from not in ("previous", "random")
-    }
-    if config.tokenizer.vocabulary is not None:
-        places["tokenizer.vocabulary"] = config.tokenizer.vocabulary
-    return {path: value for path, value in places.items() if "://" not in value}
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run, its local paths absolute: a rank may have another working folder than the driver."""
-    values = config.model_dump(mode="json", exclude_unset=True)
-    for path, value in local_paths(config).items():
-        _apply(values, f"{path}={json.dumps(str(Path(value).expanduser().absolute()))}")
-    return validate(values, config.name)
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -149,7 +126,8 @@ def _parse(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted `key=value` in plain values. Raises ConfigError for a path that leads nowhere."""
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise ConfigError(f"override '{override}': expected key=value, such as stages.vision.steps=100")

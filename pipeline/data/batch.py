@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,4 +44,5 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
-        return replace(self, **{name: change(t) for name, t in tensors.items() if t is not None})
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if t is not None}
+        return replace(self, **changed)

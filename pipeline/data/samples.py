@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config.errors import DataError, StorageError
+from pipeline.config.paths import is_local
 from pipeline.data.manifest import (
     Manifest,
     ShardIndex,
@@ -31,7 +32,7 @@ from pipeline.data.members import captions_of
 from pipeline.data.plan import Slot
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
-from pipeline.data.storage import NotFound, ObjectChanged, Storage, is_local, join
+from pipeline.data.storage import NotFound, ObjectChanged, Storage, join
 
 SPAN = 8 * 2**20  # bytes of one request at least, where the shard has them
 CACHE = 2**30  # bytes of remote spans kept in memory

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 from pipeline.config.errors import StorageError
 from pipeline.config.load import resolve_secret
+from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 
 T = TypeVar("T")
@@ -62,11 +63,6 @@ def split(url: str) -> tuple[str, str]:
     """The folder of a URL and the name inside it."""
     folder, _, name = url.rstrip("/").rpartition("/")
     return (folder or ("/" if url.startswith("/") else ".")), name
-
-
-def is_local(url: str) -> bool:
-    """Whether the URL names a file of this machine."""
-    return _parse(url)[0] == "file"
 
 
 class _Backend(Protocol):

@@ -39,6 +39,7 @@ import yaml
 
 from pipeline.config.errors import TrackingError
 from pipeline.config.load import flatten, is_changeable
+from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.journal import (
     CommittedJournal,
@@ -379,14 +380,6 @@ def journal_folder(folder: str) -> Path:
         return local_path(folder) / "journal"
     root = Path(os.environ.get("MOME_CACHE", "~/.cache/mome")).expanduser()
     return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
-
-
-def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://")).expanduser().absolute()
 
 
 def resolved_config(config: RunConfig) -> str:

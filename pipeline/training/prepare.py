@@ -5,10 +5,8 @@ Everything here is idempotent, so that a restarted run goes through it again and
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pipeline.config.errors import ConfigError
@@ -104,19 +102,3 @@ def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:
             if number >= MAX_CAPTIONS:
                 break
             yield caption
-
-
-def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")
-
-
-def local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://"))
-
-
-def read_run(storage: Storage, folder: str) -> RunConfig:
-    """The config a run folder was begun with, as last admitted."""
-    url = join(folder, RUN_FILE)
-    if not storage.exists(url):
-        raise ConfigError(f"{folder}: no run here (no {RUN_FILE}); give a run's folder, such as runs/demo")
-    return RunConfig.model_validate_json(json.dumps(json.loads(storage.read(url))))

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import StorageError
+from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 from pipeline.data import storage as module
-from pipeline.data.storage import NotFound, ObjectChanged, Storage, is_local, join, split
+from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, split
 
 
 @pytest.fixture(params=["local", "file", "memory"])
