@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
 PROGRESS_SECONDS = 1.0
+KNOCK_SECONDS = 5.0
 
 Show = Callable[[Progress], None]
 
@@ -87,8 +89,9 @@ def _connect(config: RunConfig) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RaySystemError) as error:
             raise RunFailed(
                 f"cluster.address {address}: no Ray cluster answers ({error}). Start one (ray start --head), "
                 "correct the address, or leave it out to run on this machine."
@@ -96,6 +99,13 @@ def _connect(config: RunConfig) -> None:
         return
     needed = int(config.cluster.workers * config.cluster.cpus_per_worker) + 1
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds that nobody listens at host:port; Ray itself would wait for minutes. Raises OSError."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _fit(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import changes
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import check_present, load_manifest
 from pipeline.data.samples import captions_of_source
 from pipeline.data.scenes import build_synthetic
 from pipeline.data.storage import Storage, join
@@ -34,8 +34,8 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     check_stages(config)
     admit(config, storage)
     build_synthetic(storage, config.sources)
-    for source in config.sources.values():
-        load_manifest(storage, source.shards)
+    for url in sorted({source.shards for source in config.sources.values()}):
+        check_present(storage, url, load_manifest(storage, url))
     for stage in config.stages:
         if stage.start_from not in ("previous", "random"):
             _check_start(config, stage, storage)

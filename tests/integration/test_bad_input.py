@@ -1,0 +1,201 @@
+"""What a user can get wrong ends in one message and the right exit status, before anything is half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from jobs.pretrain import pretrain
+from jobs.submit import for_cluster, submit
+from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError, TrackingError
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import index_shards
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.training.checkpoint import save_weights
+from pipeline.training.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+def demo(folder: Path, *overrides: str) -> RunConfig:
+    """The demo, small, with everything under `folder`."""
+    places = [f"sources.{name}.shards={folder}/scenes" for name in ("scenes", "pictures", "sentences")]
+    small = ["sources.scenes.synthetic.scenes=60", "sources.unseen.synthetic.scenes=10"]
+    every = [f"output={folder}/runs", f"sources.unseen.shards={folder}/unseen", *places, *small]
+    return load_config(DEMO, [*every, *overrides])
+
+
+def refuse(config: RunConfig) -> MomeError:
+    with pytest.raises(MomeError) as error:
+        pretrain(config, lambda progress: None)
+    return error.value
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels))
+
+
+def write_tar(path: Path, pairs: int, corrupt: tuple[int, ...] = ()) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in range(pairs):
+            image = jpeg(number)
+            image = image[: len(image) // 2] if number in corrupt else image
+            for name, data in ((f"{number:04d}.jpg", image), (f"{number:04d}.txt", f"picture {number}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "train", str(DEMO), "model.widht=3", f"output={tmp_path}/runs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "model.widht: unknown key; did you mean 'width'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
+    config = demo(tmp_path, f"sources.pictures.shards={tmp_path}/nowhere")
+    error = refuse(config)
+    assert f"{tmp_path}/nowhere" in str(error)
+    assert error.exit_status == 1
+    assert not (tmp_path / "runs" / "demo" / "run.json").exists()
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    config = demo(tmp_path)
+    prepare(config, Storage())
+    shard = sorted((tmp_path / "scenes").glob("*.tar"))[0]
+    shard.unlink()
+    assert shard.name in str(refuse(config))
+
+
+def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "empty" / "0.tar", pairs=0)
+    index_shards(Storage(), str(tmp_path / "empty"))
+    error = refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/empty"))
+    assert "empty: its shards hold no samples" in str(error)
+
+
+def test_weights_of_another_architecture_are_refused_before_any_rank_is_placed(tmp_path: Path) -> None:
+    narrow = demo(tmp_path, "model.width=64", "name=narrow")
+    tokenizer: Tokenizer = prepare(narrow, Storage())
+    metadata = {"config": narrow.model_dump(mode="json"), "stage": "vision", "step": 1}
+    save_weights(Storage(), f"{narrow.folder}/stages/0-vision", {}, list(tokenizer.tokens), metadata)
+    error = refuse(demo(tmp_path, f"stages.language.start_from={narrow.folder}"))
+    assert error.exit_status == 2
+    assert "width 64 there, 128 here" in str(error)
+
+
+def test_a_changed_key_that_may_not_change_is_refused_by_name(tmp_path: Path) -> None:
+    prepare(demo(tmp_path), Storage())
+    error = refuse(demo(tmp_path, "stages.vision.masking.patches=0.7", "seed=8", "cluster.workers=1"))
+    assert error.exit_status == 2
+    assert "stages.0.masking.patches: was 0.4, now 0.7" in str(error)
+    assert "seed: was 7, now 8" in str(error)
+    assert "cluster.workers" not in str(error)
+
+
+def test_an_unreachable_bucket_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    config = demo(
+        tmp_path,
+        "sources.pictures.shards=s3://nowhere/pictures",
+        "storage={endpoint_url: 'http://127.0.0.1:9', attempts: 2, deadline_seconds: 5}",
+    )
+    error = refuse(config)
+    assert isinstance(error, StorageError)
+    assert "s3://nowhere/pictures" in str(error)
+
+
+def test_an_unreachable_mlflow_is_one_message_and_starts_nothing(tmp_path: Path) -> None:
+    error = refuse(demo(tmp_path, "tracking.uri=http://127.0.0.1:9"))
+    assert isinstance(error, TrackingError)
+    assert "tracking.required=false" in str(error)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unreachable_ray_dashboard_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"--address http://127\.0\.0\.1:9: no Ray dashboard answers"):
+        submit(demo(tmp_path), "http://127.0.0.1:9", follow=False, submission_id=None)
+
+
+def test_a_cluster_is_not_given_folders_of_this_machine() -> None:
+    with pytest.raises(ConfigError, match=r"sources\.scenes\.shards"):
+        for_cluster(load_config(DEMO), same_machine=False)
+
+
+@pytest.mark.timeout(300)
+def test_an_unreachable_ray_address_is_one_message(tmp_path: Path) -> None:
+    error = refuse(demo(tmp_path, "cluster.address='127.0.0.1:9'"))
+    assert isinstance(error, RunFailed)
+    assert "cluster.address 127.0.0.1:9" in str(error)
+
+
+def tiny_run(folder: Path, *overrides: str) -> list[str]:
+    sources = f"{{pairs: {{shards: {folder}/tars, use: images}}}}"
+    stage = "{name: vision, sources: {pairs: 1.0}, objectives: {masked_image: {}}, steps: 6, batch: 8}"
+    config = folder / "run.yaml"
+    config.write_text(
+        f"name: tiny\noutput: {folder}/runs\nsources: {sources}\nstages: [{stage}]\n"
+        "model: {width: 32, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
+        "data: {lanes: 2, max_bad_rate: 0.2}\nengine: {precision: float32}\ncheckpoint: {every: 3}\n",
+        encoding="utf-8",
+    )
+    return [sys.executable, "-m", "pipeline.training", str(config), *overrides]
+
+
+def run_alone(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Callable[..., Path]:
+    def write(corrupt: tuple[int, ...] = ()) -> Path:
+        (tmp_path / "tars").mkdir()
+        write_tar(tmp_path / "tars" / "0.tar", 40, corrupt)
+        index_shards(Storage(), str(tmp_path / "tars"))
+        return tmp_path
+
+    return write
+
+
+def test_a_corrupt_jpeg_is_counted_and_replaced(pairs: Callable[..., Path]) -> None:
+    folder = pairs(corrupt=(3, 17))
+    done = run_alone(tiny_run(folder))
+    assert done.returncode == 0, done.stderr
+    lines = [line for file in (folder / "runs/tiny/quarantine").glob("*.jsonl") for line in file.open()]
+    records = [json.loads(line) for line in lines]
+    assert {record["key"] for record in records} == {"0003", "0017"}  # 48 samples: one epoch of 40 and a little more
+    assert all(record["stage"] == "image" and record["shard"] == "0.tar" for record in records)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(pairs: Callable[..., Path]) -> None:
+    done = run_alone(
+        tiny_run(
+            pairs(),
+            "tracking.metrics_every=1",
+            "stages.vision.optimizer={peak_rate: 1e30, warmup_steps: 0, decay: constant}",
+        )
+    )
+    assert done.returncode == 1
+    assert "the loss 'loss' is" in done.stderr or "the loss 'masked_image' is" in done.stderr
+    assert "optimizer.peak_rate" in done.stderr
