@@ -39,7 +39,7 @@ class ProgressDisplay:
     def __call__(self, progress: RunProgress) -> None:
         told = (
             f"loss {progress.loss:.4f}  {progress.samples_per_second:.0f} samples/s  "
-            f"{duration(progress.seconds_left)} left"
+            f"stage ends in {duration(progress.seconds_left)}"
         )
         if console.is_terminal:
             self._show_bar(progress, told)

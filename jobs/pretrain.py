@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.config.errors import MomeError, RunFailed, StorageError
+from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError
 from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
@@ -80,7 +80,13 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
 
 def _connect(config: RunConfig) -> None:
     """Join the given cluster, or start a local one."""
-    import ray
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "Ray is not installed here: pip install 'mome[ray]', or train without it: "
+            "torchrun --nproc-per-node N -m pipeline.training CONFIG"
+        ) from error
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
 def _print_progress(progress: Progress) -> None:
     print(
         f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  loss {progress.loss:.4f}  "
-        f"{progress.samples_per_second:.1f} samples/s  {progress.seconds_left / 60:.1f} min left",
+        f"{progress.samples_per_second:.1f} samples/s  stage ends in {progress.seconds_left / 60:.1f} min",
         flush=True,
     )
 

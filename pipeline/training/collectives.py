@@ -28,6 +28,8 @@ class Collectives:
     """This process's place among the ranks. Without a launcher it is the only one."""
 
     def __init__(self, timeout_seconds: float = 1800.0):
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before NCCL chooses one
         if not dist.is_initialized():
             for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
                 os.environ.setdefault(name, value)

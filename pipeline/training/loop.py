@@ -45,7 +45,7 @@ class Progress:
     total_steps: int
     loss: float
     samples_per_second: float
-    seconds_left: float
+    seconds_left: float  # in this stage
 
 
 Report = Callable[[Progress], None]
@@ -242,7 +242,7 @@ class StageRun:
         points |= self._data_counts()
         self.tracker.metrics(reached, points)
         if self.collectives.rank == 0:
-            left = (self.config.total_steps - reached) / max(speed.steps_per_second, 1e-9)
+            left = (self.stage.steps - step - 1) / max(speed.steps_per_second, 1e-9)
             self.report(
                 Progress(
                     stage=self.stage.name,
