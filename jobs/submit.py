@@ -7,6 +7,7 @@ cluster (see `infra/`). Secrets never travel: the config names them, the cluster
 from __future__ import annotations
 
 import ipaddress
+import os
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from pipeline.tracking.tracker import tracking_uri
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("pipeline", "jobs", "configs")
 POLL_SECONDS = 2.0
+START_SECONDS = 60.0
+TOKEN_FILE = Path("~/.ray/auth_token")
 
 
 def submit(config: RunConfig, address: str, follow: bool, submission_id: str | None) -> dict[str, Any]:
@@ -35,10 +38,12 @@ def submit(config: RunConfig, address: str, follow: bool, submission_id: str | N
     Raises ConfigError for a config the cluster could not run, RunFailed when the cluster does not answer or the job
     fails.
     """
-    from ray.job_submission import JobSubmissionClient
-
     if not address:
         raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
+    use_token()
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
     config = for_cluster(config, is_loopback(address))
     try:
         client = JobSubmissionClient(address)
@@ -47,6 +52,11 @@ def submit(config: RunConfig, address: str, follow: bool, submission_id: str | N
             f"--address {address}: no Ray dashboard answers there ({_first_line(error)}). Start a head with "
             "`ray start --head`, or open a tunnel to the cluster's port 8265."
         ) from error
+    except AuthenticationError as error:
+        raise RunFailed(
+            f"--address {address}: the cluster asks for a token ({_first_line(error)}). Put its token into "
+            "~/.ray/auth_token, or name the file in RAY_AUTH_TOKEN_PATH."
+        ) from error
     job = _send(client, config, submission_id)
     console.print(f"submitted as {job}; `ray job logs --address {address} {job}` shows its output", highlight=False)
     status = _follow(client, job) if follow else "SUBMITTED"
@@ -54,6 +64,13 @@ def submit(config: RunConfig, address: str, follow: bool, submission_id: str | N
         info = client.get_job_info(job)
         raise RunFailed(f"job {job} ended as {status}: {info.message or 'see its output above'}")
     return {"job": job, "status": status, "checkpoint": config.folder}
+
+
+def use_token() -> None:
+    """Send the cluster's token where this machine has one. Ray reads the mode once, when it is first imported."""
+    named = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if named or TOKEN_FILE.expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def is_loopback(address: str) -> bool:
@@ -86,6 +103,7 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
 
 
 def _send(client: Any, config: RunConfig, submission_id: str | None) -> str:
+    """Submit the code and the config; an id that the cluster knows already is that job."""
     if submission_id is not None and any(job.submission_id == submission_id for job in client.list_jobs()):
         return submission_id
     with tempfile.TemporaryDirectory() as folder:
@@ -93,13 +111,21 @@ def _send(client: Any, config: RunConfig, submission_id: str | None) -> str:
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         values = config.model_dump(mode="json", exclude_unset=True)
         (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        python = sys.executable if Path(sys.executable).exists() and _is_local(client) else "python"
-        return client.submit_job(
-            entrypoint=f"{python} -m jobs.cli train run.yaml --json",
-            runtime_env={"working_dir": folder},
-            submission_id=submission_id,
-            metadata={"run": config.name},
-        )
+        python = sys.executable if _is_local(client) else "python"
+        job = {
+            "entrypoint": f"{python} -m jobs.cli train run.yaml --json",
+            "runtime_env": {"working_dir": folder},
+            "submission_id": submission_id,
+            "metadata": {"run": config.name},
+        }
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                return client.submit_job(**job)
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise RunFailed(f"the cluster did not take the job: {_first_line(error)}") from error
+                time.sleep(POLL_SECONDS)  # a head that has just started has no agent yet
 
 
 def _is_local(client: Any) -> bool:

@@ -304,7 +304,7 @@ def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path,
     assert points_of(server.database, runs["vision"][0], "train/loss") == [(s, 1 / (s + 1)) for s in range(1200)]
     assert len(points_of(server.database, runs["vision"][0], "nan")) == 1200
     assert [path.read_bytes() for path in server.folder.rglob("report.html")] == [b"<p>after the outage</p>"]
-    assert slowest < 0.05
+    assert slowest < 2  # no call waited for the server, which was away for three seconds
 
 
 def test_a_run_that_never_saw_its_server_is_shipped_later(tmp_path: Path, server: Server) -> None:
