@@ -1,5 +1,5 @@
 # Both targets do all their own set-up: a machine with Python 3.11, a C++ compiler and make needs nothing before them.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/installed
 
