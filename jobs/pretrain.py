@@ -20,10 +20,11 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError
+from pipeline.config.load import validate
 from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.tracker import check_server
+from pipeline.tracking.tracker import check_server, tracking_uri
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.loop import Progress, train
 from pipeline.training.prepare import prepare
@@ -42,7 +43,7 @@ def pretrain(config: RunConfig, show: Show) -> bool:
 
     Raises MomeError with one message for whatever stopped the run for good.
     """
-    config = with_absolute_paths(config)
+    config = for_ranks(config)
     storage = Storage(config.storage)
     check_server(config)
     prepare(config, storage)
@@ -70,6 +71,13 @@ def pretrain(config: RunConfig, show: Show) -> bool:
             "cluster's nodes do not share that folder, give an `output` that all of them see"
         )
     return True
+
+
+def for_ranks(config: RunConfig) -> RunConfig:
+    """The config as every rank must read it, whatever its working folder: local paths and the MLflow file absolute."""
+    values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
+    values["tracking"] = {**values.get("tracking", {}), "uri": tracking_uri(config)}
+    return validate(values, config.name)
 
 
 def _unfinished(config: RunConfig, storage: Storage) -> str | None:

@@ -19,9 +19,10 @@ from urllib.parse import urlparse
 import yaml
 
 from jobs.console import console
+from jobs.pretrain import for_ranks
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import validate
-from pipeline.config.paths import local_paths, with_absolute_paths
+from pipeline.config.paths import local_paths
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.tracker import tracking_uri
 
@@ -96,8 +97,7 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
     uri = tracking_uri(config)
     if not same_machine and uri.startswith("sqlite:"):
         raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
-    values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    values["tracking"] = {**values.get("tracking", {}), "uri": uri}
+    values = for_ranks(config).model_dump(mode="json", exclude_unset=True)
     values["cluster"] = {**values.get("cluster", {}), "address": "auto"}
     return validate(values, "the config as submitted")
 
