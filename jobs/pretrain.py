@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError
 from pipeline.config.load import validate
-from pipeline.config.paths import with_absolute_paths
+from pipeline.config.paths import local_path, with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.tracker import check_server, tracking_uri
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
 PROGRESS_SECONDS = 1.0
 KNOCK_SECONDS = 5.0
+SQLITE = "sqlite:///"
 
 Show = Callable[[Progress], None]
 
@@ -76,7 +77,10 @@ def pretrain(config: RunConfig, show: Show) -> bool:
 def for_ranks(config: RunConfig) -> RunConfig:
     """The config as every rank must read it, whatever its working folder: local paths and the MLflow file absolute."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    values["tracking"] = {**values.get("tracking", {}), "uri": tracking_uri(config)}
+    uri = tracking_uri(config)
+    if uri.startswith(SQLITE):
+        uri = SQLITE + str(local_path(uri.removeprefix(SQLITE)))
+    values["tracking"] = {**values.get("tracking", {}), "uri": uri}
     return validate(values, config.name)
 
 

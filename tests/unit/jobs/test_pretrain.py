@@ -27,6 +27,15 @@ def test_ranks_in_another_folder_record_in_the_same_mlflow(
     assert tracking_uri(settled) == expected
 
 
+def test_a_database_named_relative_to_the_driver_is_the_ranks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(DEMO, ["tracking.uri=sqlite:///mine.db"])
+    assert for_ranks(config).tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+    assert for_ranks(for_ranks(config)).tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+
+
 def test_ranks_in_another_folder_read_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settled = for_ranks(load_config(DEMO, ["output=s3://bucket/runs"]))
