@@ -50,6 +50,7 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, stage, collectives.world_size),
         )
         self._adam = optimizer
+        self._plain_norm: Tensor | None = None
         self._prime()
 
     # ---- the step
@@ -68,12 +69,16 @@ class DeepSpeedEngine:
     def step(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        if self._engine.optimizer is self._adam:  # plain AdamW at stage 0 keeps no norm of what it stepped
+            gradients = [p.grad for p in self._names.values() if p.grad is not None]
+            self._plain_norm = nn.utils.get_total_norm(gradients)
         self._engine.step()
 
     def gradient_norm(self) -> float:
         """The 2-norm of the last step's gradient over all parameters, before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        norm = self._engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
+        assert norm is not None, "asked before the first step"
+        return float(norm)
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad

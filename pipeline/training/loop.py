@@ -125,7 +125,7 @@ class StageRun:
                 self.engine.step(rate)
                 if self._is_metric_step(step):
                     self._record(step, losses, rate, meter)
-                if (step + 1) % self.config.checkpoint.every == 0 and step + 1 < self.stage.steps:
+                if self._is_checkpoint_step(step):
                     self._save(step + 1)
             self._hand_over()
         finally:
@@ -219,24 +219,30 @@ class StageRun:
 
     # ---- what it tells
 
+    def _is_checkpoint_step(self, step: int) -> bool:
+        return (step + 1) % self.config.checkpoint.every == 0 and step + 1 < self.stage.steps
+
     def _is_metric_step(self, step: int) -> bool:
-        return (step + 1) % self.config.tracking.metrics_every == 0 or step + 1 == self.stage.steps
+        """Also before every checkpoint and hand-over: what is not finite is found there, and never saved."""
+        due = (step + 1) % self.config.tracking.metrics_every == 0
+        return due or self._is_checkpoint_step(step) or step + 1 == self.stage.steps
 
     def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
         """Read the losses, which is the step's only host synchronisation, and stop on a non-finite one."""
         names = sorted(losses)
         summed = self.collectives.sum(torch.stack([losses[name].float() for name in names])).tolist()
         values = dict(zip(names, summed, strict=True))
-        for name, value in values.items():
+        norm = self.engine.gradient_norm()
+        for name, value in {**values, "gradient norm": norm}.items():
             if not math.isfinite(value):
                 raise RunFailed(
-                    f"stage {self.stage.name}, step {self.first + step}: the loss '{name}' is {value}. "
+                    f"stage {self.stage.name}, step {self.first + step}: '{name}' is {value}. "
                     "A restart would repeat it: lower optimizer.peak_rate, set optimizer.clip_norm, or use float32."
                 )
         reached = self.first + step + 1
         speed = meter.read(step + 1)
         points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
-        points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
+        points |= {"train/lr": rate, "train/grad_norm": norm}
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
         points |= self._data_counts()

@@ -98,6 +98,7 @@ def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, 
 
 
 def _losses_of_20_steps(zero_stage: int) -> list[float]:
+    """The losses, then the gradient norm of the last step."""
     from pipeline.models.vlmo import drop_path_rates
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -115,7 +116,7 @@ def _losses_of_20_steps(zero_stage: int) -> list[float]:
         loss = step(tiny_batch(config, number, collectives.rank, collectives.world_size, size))["loss"]
         engine.step(learning_rate(number, 20, stage.optimizer))
         losses.append(float(collectives.sum(loss)))
-    return losses
+    return [*losses, engine.gradient_norm()]
 
 
 @pytest.fixture(scope="module")
