@@ -202,7 +202,6 @@ class ClusterConfig(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1)
     address: str | None = changeable(None)
     max_failures: Annotated[int, Field(ge=0)] = changeable(3)
-    start_timeout_seconds: float = changeable(300.0, gt=0)
 
 
 class CheckpointConfig(Section):

@@ -25,7 +25,7 @@ from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.passes import Outputs, Pass
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.objectives.masked_image import masked_image_loss, mean_colour_targets, pixel_targets
-from pipeline.objectives.masked_language import masked_language_loss
+from pipeline.objectives.masked_language import masked_count, masked_language_loss
 from pipeline.objectives.matching import draw_negatives, matching_loss
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.drop_path import drop_path_keeps
@@ -151,7 +151,7 @@ class TrainingStep:
             if objective == "masked_language":
                 assert batch.mask_labels is not None
                 labels = batch.mask_labels[self._chosen(batch.place, objective)]
-                count = (labels >= 0).sum().to(device, torch.float32)
+                count = masked_count(labels).to(device, torch.float32)
                 counts[objective] = self.collectives.sum(count).clamp(min=1)
             else:
                 terms = self._terms_of_a_row(objective, batch)
