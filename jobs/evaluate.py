@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.report import write_report
 from torch import nn
 
 from jobs.console import console
@@ -16,6 +15,7 @@ from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import Evaluation, evaluate, stage_of
+from pipeline.evaluation.report import write_report
 from pipeline.models import build_model
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
