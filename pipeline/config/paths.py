@@ -24,6 +24,11 @@ def local_paths(config: RunConfig) -> dict[str, str]:
     places = {"output": config.output}
     places |= {f"sources.{name}.shards": source.shards for name, source in config.sources.items()}
     places |= {
+        f"sources.{name}.opt_out": source.opt_out
+        for name, source in config.sources.items()
+        if source.opt_out is not None
+    }
+    places |= {
         f"stages.{index}.start_from": stage.start_from
         for index, stage in enumerate(config.stages)
         if stage.start_from not in ("previous", "random")
@@ -36,6 +41,9 @@ def local_paths(config: RunConfig) -> dict[str, str]:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run, its local paths absolute: a rank may have another working folder than the driver."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    for path, value in local_paths(config).items():
+    places = local_paths(config)
+    if config.data.cache.folder is not None:  # of each node's own: no place that the machines must share
+        places["data.cache.folder"] = config.data.cache.folder
+    for path, value in places.items():
         apply_override(values, f"{path}={json.dumps(str(local_path(value)))}")
     return validate(values, config.name)

@@ -48,8 +48,7 @@ class StorageConfig(Section):
     endpoint_url: str | None = changeable(None)
     key: SecretReference | None = changeable(None)
     secret: SecretReference | None = changeable(None)
-    attempts: Positive = changeable(8)
-    deadline_seconds: float = changeable(300.0, gt=0)
+    deadline_seconds: float = changeable(300.0, gt=0)  # how long a store may be away, or slow, before a run fails
 
 
 class ModelConfig(Section):
@@ -102,12 +101,30 @@ class SyntheticConfig(Section):
     exclude: str | None = None  # another synthetic source none of whose scenes may be drawn again
 
 
+class FilterConfig(Section):
+    """Which values of one indexed property let a sample be read. Every condition given must hold."""
+
+    min: float | None = None
+    max: float | None = None
+    any_of: tuple[str, ...] | None = None
+    none_of: tuple[str, ...] | None = None
+    keep_missing: bool = False  # read samples that lack the property
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FilterConfig:
+        if self.min is self.max is self.any_of is self.none_of is None:
+            raise ValueError("needs a condition: min, max, any_of or none_of")
+        return self
+
+
 class SourceConfig(Section):
     """A folder of shards with its manifest, and what training reads of each sample."""
 
     shards: str = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
     use: Use = "pairs"
     synthetic: SyntheticConfig | None = None
+    filters: dict[str, FilterConfig] = {}  # by property: width, height, caption_length, or a field of the json
+    opt_out: str | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
 
 
 class AugmentConfig(Section):
@@ -120,9 +137,22 @@ class AugmentConfig(Section):
     magnitude: Annotated[int, Field(ge=0, le=10)] = 7
 
 
+class CacheConfig(Section):
+    """Remote shards kept as files of each node, shared by all its processes. Off while `folder` is unset."""
+
+    folder: str | None = changeable(None)
+    max_bytes: Positive = changeable(200 * 2**30)
+
+
 class LoaderConfig(Section):
-    threads: Positive = changeable(2)
+    """How a rank prepares its batches. Nothing here changes what they hold."""
+
+    workers: Annotated[int, Field(ge=0)] = changeable(0)  # processes; 0: threads of the trainer's own process
+    threads: Positive = changeable(2)  # of each process
     prefetch_batches: Positive = changeable(2)
+    requests: Positive = changeable(8)  # ranged reads in flight, of each process
+    read_ahead_bytes: Positive = changeable(2**28)  # remote bytes fetched before they are needed, of each process
+    memory_bytes: Positive = changeable(2**30)  # remote bytes kept in memory, of each process
 
 
 class DataConfig(Section):
@@ -134,12 +164,20 @@ class DataConfig(Section):
     max_pixels: Positive = 50_000_000  # a larger picture is quarantined as a decompression bomb
     augment: AugmentConfig = AugmentConfig()
     loader: LoaderConfig = changeable(LoaderConfig())
+    cache: CacheConfig = changeable(CacheConfig())
 
 
 class MaskingConfig(Section):
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the real tokens
     whole_word: bool = True
     patches: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches
+
+
+class BucketsConfig(Section):
+    """Samples of like length share a batch: each lane sorts blocks of `batches` batches' worth of its samples."""
+
+    by: Literal["caption", "image"] = "caption"  # caption: its characters; image: its aspect ratio
+    batches: Annotated[int, Field(ge=2)] = 16
 
 
 class ObjectiveConfig(Section):
@@ -179,6 +217,7 @@ class StageConfig(Section):
     batch: Positive
     max_text: Positive = 40
     masking: MaskingConfig = MaskingConfig()
+    buckets: BucketsConfig | None = None
     image_target: Literal["mean_colour", "pixels"] = "pixels"
     freeze: tuple[str, ...] = ()  # parts of the model, by name
     start_from: str = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
@@ -202,6 +241,9 @@ class ClusterConfig(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1)
     address: str | None = changeable(None)
     max_failures: Annotated[int, Field(ge=0)] = changeable(3)
+    loader_actors: Annotated[int, Field(ge=0)] = changeable(0)  # of each rank; 0: batches are prepared beside it
+    loader_cpus: Annotated[float, Field(ge=0)] = changeable(1)  # of each of these
+    loader_resource: str | None = changeable(None)  # only on nodes that offer this custom resource (ray start)
 
 
 class CheckpointConfig(Section):

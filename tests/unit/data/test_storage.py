@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
-import threading
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.errors import StorageError
+from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
-from pipeline.data import storage as module
-from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, split
+from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, retry, split
+from pipeline.data.storage.faults import Fault, GaveUp, explain
+from pipeline.data.storage.receive import Answer, receive
+from pipeline.data.storage.retry import Retry
+from pipeline.data.storage.s3 import _retry_after
 
 
 @pytest.fixture(params=["local", "file", "memory"])
@@ -76,8 +82,9 @@ def test_missing_object_is_named(folder: str):
 def test_range_past_the_end_is_refused_at_once(folder: str):
     storage, url = Storage(), join(folder, "short")
     storage.write(url, b"12345")
-    with pytest.raises(StorageError, match=r"short: .*too short: it holds 5 bytes"):
-        storage.read_range(url, 2, 9)
+    for start in (2, 7):
+        with pytest.raises(StorageError, match=rf"short: .*too short: it holds 5 bytes, and bytes {start} to 9 "):
+            storage.read_range(url, start, 9)
 
 
 def test_changed_file_is_noticed_by_its_tag(tmp_path: Path):
@@ -95,6 +102,8 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     storage.write(url, b"old")
     with pytest.raises(StorageError, match=r"uploading to"):
         storage.upload(tmp_path / "absent", url)
+    with pytest.raises(TypeError):
+        storage.write(url, "text, not bytes")  # type: ignore[arg-type]
     assert storage.read(url) == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -114,72 +123,29 @@ def test_writers_at_once_never_mix_their_bytes(tmp_path: Path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-class Flaky:
-    """A store that fails some times, then answers."""
-
-    def __init__(self, *errors: Exception):
-        self.errors, self.calls = list(errors), 0
-
-    def read(self, path: str) -> bytes:
-        self.calls += 1
-        if self.errors:
-            raise self.errors.pop(0)
-        return b"answer"
+@pytest.mark.parametrize(
+    "url", ["pipe:cat x.tar", "pipe:cat /data/{000..002}.tar", "pipe://cat x", "/data/pipe:cat x", "reference://x"]
+)
+def test_urls_that_run_a_program_are_refused(url: str):
+    for call in (Storage().read, Storage().list, Storage().open, lambda u: Storage().read_range(u, 0, 1)):
+        with pytest.raises(ConfigError, match=r"this URL runs a program when it is read.*Give where the files lie"):
+            call(url)
 
 
-@pytest.fixture
-def flaky(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_FIRST_WAIT", 0.001)
-
-    def make(*errors: Exception) -> Flaky:
-        store = Flaky(*errors)
-        monkeypatch.setattr(module, "_make_backend", lambda protocol, config: store)
-        return store
-
-    return make
-
-
-def test_transient_faults_are_tried_again(flaky):
-    store = flaky(OSError(errno.EIO, "slow down"), TimeoutError("late"), ConnectionResetError("reset"))
-    assert Storage().read("s3://bucket/key") == b"answer"
-    assert store.calls == 4
-
-
-def test_lasting_faults_are_not_tried_again(flaky):
-    for error in (FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full")):
-        store = flaky(error)
-        with pytest.raises(StorageError, match=r"s3://bucket/key: "):
-            Storage().read("s3://bucket/key")
-        assert store.calls == 1
-
-
-def test_attempts_and_deadline_bound_the_retries(flaky):
-    store = flaky(*[OSError(errno.EIO, "slow down")] * 100)
-    with pytest.raises(StorageError, match=r"s3://bucket/key: reading failed.*Tried 3 times"):
-        Storage(StorageConfig(attempts=3)).read("s3://bucket/key")
-    assert store.calls == 3
-    module._FIRST_WAIT = 0.05
-    with pytest.raises(StorageError, match=r"slow down"):
-        Storage(StorageConfig(attempts=90, deadline_seconds=0.1)).read("s3://bucket/key")
-    assert store.calls < 30
-
-
-def test_programmers_errors_are_not_disguised(flaky):
-    flaky(TypeError("a bug"))
-    with pytest.raises(TypeError, match=r"a bug"):
-        Storage().read("s3://bucket/key")
-
-
-def test_storage_survives_pickling_and_forking(tmp_path: Path):
-    storage = pickle.loads(pickle.dumps(Storage(StorageConfig(attempts=2))))  # noqa: S301
-    storage.write(str(tmp_path / "file"), b"x")
-    assert storage.config.attempts == 2
-    assert storage.read(str(tmp_path / "file")) == b"x"
+def test_names_that_only_look_like_programs_are_read(tmp_path: Path):
+    for name in ("bagpipe:1.tar", "pipe.tar", "a:b"):
+        Storage().write(str(tmp_path / name), b"x")
+        assert Storage().read(str(tmp_path / name)) == b"x"
 
 
 def test_unknown_protocol_is_refused():
     with pytest.raises(StorageError, match=r"qq:// cannot be reached"):
         Storage().read("qq://bucket/key")
+
+
+def test_an_endpoint_that_is_no_url_is_refused():
+    with pytest.raises(ConfigError, match=r"storage: .*not-a-url.*storage\.endpoint_url"):
+        Storage(StorageConfig(endpoint_url="not-a-url")).read("s3://bucket/key")
 
 
 def test_urls_join_and_split():
@@ -193,13 +159,158 @@ def test_urls_join_and_split():
     assert not is_local("s3://b")
 
 
-def test_retry_waits_hold_no_lock(flaky):
-    store = flaky(*[OSError(errno.EIO, "slow down")] * 3)
-    storage, answers = Storage(), []
-    threads = [threading.Thread(target=lambda: answers.append(storage.read("s3://b/k"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [b"answer"] * 4
-    assert store.calls == 7
+def test_storage_survives_pickling_and_forking(tmp_path: Path):
+    storage = Storage(StorageConfig(deadline_seconds=7.0))
+    storage.write(str(tmp_path / "file"), b"x")
+    with storage._lock:  # as another thread may hold it at the moment of a fork
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends a child that waits for the lock
+            os._exit(0 if storage.read(str(tmp_path / "file")) == b"x" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    copy = pickle.loads(pickle.dumps(storage))  # noqa: S301
+    assert copy.config.deadline_seconds == 7.0
+    assert copy.read(str(tmp_path / "file")) == b"x"
+
+
+class Failing:
+    """A request that meets some failures, then succeeds."""
+
+    def __init__(self, *errors: Exception):
+        self.errors, self.calls = list(errors), 0
+
+    def __call__(self) -> bytes:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"answer"
+
+
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(retry, "time", clock)
+    return clock
+
+
+def test_transient_faults_are_tried_again_after_growing_random_waits(clock: Clock):
+    errors = [Fault("slow down"), TimeoutError("late"), ConnectionResetError("reset"), OSError(errno.EIO, "x")] * 3
+    request = Failing(*errors)
+    assert Retry(300.0)("s3://bucket/key", request) == b"answer"
+    assert request.calls == len(clock.slept) + 1 == 13
+    assert all(0 <= wait <= min(10.0, 0.1 * 2**n) for n, wait in enumerate(clock.slept))
+    assert len(set(clock.slept)) == 12
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full"), TypeError("a bug")],
+    ids=lambda error: type(error).__name__,
+)
+def test_lasting_failures_are_not_tried_again(clock: Clock, error: Exception):
+    request = Failing(error)
+    with pytest.raises(type(error)) as raised:
+        Retry(300.0)("s3://bucket/key", request)
+    assert raised.value is error
+    assert (request.calls, clock.slept) == (1, [])
+
+
+def test_the_deadline_alone_bounds_the_tries_and_the_last_is_at_it(clock: Clock):
+    request = Failing(*[Fault("slow down")] * 1000)
+    with pytest.raises(GaveUp) as raised:
+        Retry(300.0)("s3://bucket/key", request)
+    assert clock.now == pytest.approx(300.0)
+    assert raised.value.tries == request.calls == len(clock.slept) + 1 > 30
+    told = explain("s3://bucket/key", "reading", raised.value, "http://store")
+    assert str(told) == (
+        "s3://bucket/key: reading failed: slow down at http://store. Check the URL, and that the store is well. "
+        f"Tried {request.calls} times in 300 s."
+    )
+
+
+def test_the_default_policy_outlives_an_absence_of_a_minute(clock: Clock):
+    def request() -> str:
+        if clock.now < 60.0:
+            raise Fault("away")
+        return "back"
+
+    assert Retry(StorageConfig().deadline_seconds)("s3://bucket/key", request) == "back"
+    assert 60.0 <= clock.now <= 70.0
+
+
+def test_a_store_is_spared_as_long_as_it_asked_but_not_beyond_the_deadline(clock: Clock):
+    request = Failing(Fault("slow down", retry_after=7.0), Fault("slow down", retry_after=3600.0))
+    assert Retry(300.0)("s3://bucket/key", request) == b"answer"
+    assert 7.0 <= clock.slept[0] <= 7.1
+    assert clock.now == 300.0
+
+
+def test_retry_after_is_read_in_both_forms():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert _retry_after({"retry-after": "7"}) == 7.0
+    assert 90 < _retry_after({"retry-after": soon}) <= 100
+    assert _retry_after({"retry-after": "soon"}) == _retry_after({}) == 0.0
+
+
+def test_an_outage_is_told_while_it_lasts(clock: Clock, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING), pytest.raises(GaveUp):
+        Retry(300.0)("s3://bucket/key", Failing(*[Fault("the store is away")] * 1000))
+    lines = [record.getMessage() for record in caplog.records]
+    assert 15 < len(lines) <= 60
+    assert all(line.startswith("s3://bucket/key: Fault: the store is away; trying on, for ") for line in lines)
+    caplog.clear()
+    Retry(300.0)("s3://bucket/key", Failing(Fault("brief")))
+    assert caplog.records == []
+
+
+def _pieces(*pieces: bytes | Exception):
+    for piece in pieces:
+        if isinstance(piece, Exception):
+            raise piece
+        yield piece
+
+
+def test_what_came_before_a_fault_is_kept(clock: Clock):
+    asked, bodies = [], [[b"ab", Fault("cut")], [Fault("cut")], [b"c"], [b"defg"], [b"de", b"f"]]
+
+    def ask(start: int, stop: int | None, etag: str | None) -> Answer:
+        asked.append((start, stop, etag))
+        return Answer(6, "tag", _pieces(*bodies.pop(0)))
+
+    assert receive(ask, "s3://b/k", 0, None, None, Retry(300.0)) == b"abcdef"
+    assert asked == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (3, 6, "tag")]
+
+
+def _trickle(clock: Clock, piece: bytes, times: int):
+    for _ in range(times):
+        clock.now += 1.0
+        yield piece
+
+
+def test_a_body_that_trickles_ends_at_the_deadline(clock: Clock):
+    with pytest.raises(GaveUp, match="tried 1 times in 300 s") as raised:
+        receive(lambda *_: Answer(2**40, None, _trickle(clock, b"x", 1000)), "s3://b/k", 0, 2**40, None, Retry(300.0))
+    assert "too slowly" in str(raised.value.__cause__)
+
+
+def test_every_16_mib_of_a_body_have_a_deadline_of_their_own(clock: Clock):
+    size, piece = 4 * retry.PIECE, bytes(retry.PIECE // 256)
+    data = receive(
+        lambda *_: Answer(size, None, _trickle(clock, piece, 4 * 256)), "s3://b/k", 0, size, None, Retry(300.0)
+    )
+    assert len(data) == size
+    assert clock.now == 4 * 256

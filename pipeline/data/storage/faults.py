@@ -1,0 +1,110 @@
+"""What can go wrong with a store, in the words of no library: which faults pass, and what the user is told of each."""
+
+from __future__ import annotations
+
+import errno
+
+from pipeline.config.errors import MomeError, StorageError
+from pipeline.data.storage.urls import parse
+
+
+class NotFound(StorageError):
+    """The object, folder or bucket is not there."""
+
+
+class ObjectChanged(StorageError):
+    """The object is no longer the one whose ETag was known."""
+
+
+class Fault(Exception):
+    """An answer that may be better next time; `retry_after`: the seconds for which the store asked to be spared."""
+
+    def __init__(self, what: str, retry_after: float = 0.0):
+        super().__init__(what)
+        self.retry_after = retry_after
+
+
+class Unreachable(Fault):
+    """No connection to the store could be made."""
+
+
+class Refused(Exception):
+    """An answer that will be the same next time."""
+
+
+class Changed(Exception):
+    """The object is not the one whose tag was known."""
+
+
+class TooShort(EOFError):
+    """The object ends before the bytes that were asked for."""
+
+    def __init__(self, size: int, start: int, stop: int):
+        super().__init__(f"it holds {size} bytes, and bytes {start} to {stop} were asked for")
+
+
+class NoBucket(FileNotFoundError):
+    """The bucket of an object is not there."""
+
+
+class NoCredentials(PermissionError):
+    """None were found, or not all of them."""
+
+
+class GaveUp(Exception):
+    """A fault that outlasted the deadline. Its cause is the last one seen."""
+
+    def __init__(self, tries: int, seconds: float):
+        super().__init__(f"tried {tries} times in {seconds:.0f} s")
+        self.tries, self.seconds = tries, seconds
+
+
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_LASTING_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.EDQUOT}
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    if isinstance(error, (MomeError, *_LASTING)):
+        return False
+    return isinstance(error, Fault) or (isinstance(error, OSError) and error.errno not in _LASTING_ERRNO)
+
+
+def explain(url: str, action: str, error: BaseException, endpoint: str | None) -> StorageError | None:
+    """The exception to tell the user, or None when it is neither the user's fault nor the store's."""
+    tried = ""
+    if isinstance(error, GaveUp) and error.__cause__ is not None:
+        tried = f" Tried {error.tries} times in {error.seconds:.0f} s."
+        error = error.__cause__
+    told = _reason(url, error, f" at {endpoint}" if endpoint and url.startswith("s3") else "")
+    return told and told[0](f"{url}: {action} failed: {told[1]}{tried}")
+
+
+def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageError], str] | None:
+    match error:
+        case MomeError():  # says all already
+            return None
+        case Changed():
+            return ObjectChanged, "the object was replaced while it was in use. Do not change what a run reads."
+        case EOFError():
+            return StorageError, f"the object is too short: {error}. It was cut or replaced; write it again."
+        case NoBucket():
+            bucket = parse(url)[1].partition("/")[0]
+            return NotFound, f"bucket '{bucket}' does not exist{where}. Create it, or correct the URL."
+        case FileNotFoundError() | NotADirectoryError():
+            return NotFound, f"it does not exist{where}. Check the URL."
+        case NoCredentials():
+            hint = "Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            return StorageError, f"no credentials{where} ({error}). {hint}"
+        case PermissionError():
+            return StorageError, f"access was denied{where} ({error}). Check the credentials and permissions."
+        case Unreachable():
+            hint = "Check storage.endpoint_url and that it is running."
+            return StorageError, f"the store did not answer{where} ({error}). {hint}"
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return StorageError, f"no space left ({error.strerror}). Free some, or choose another output."
+        case Fault() | Refused():
+            return StorageError, f"{error}{where}. Check the URL, and that the store is well."
+        case OSError():
+            return StorageError, f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."
+    return None

@@ -1,0 +1,98 @@
+"""Files of this machine. What replaces a file is written beside it and renamed, so that nobody sees half of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.data.storage.backend import ObjectInfo
+from pipeline.data.storage.faults import Changed, TooShort
+
+_COPY = 16 * 2**20
+_names = random.SystemRandom()  # never the global generator, and different in forked processes
+
+
+class Local:
+    """Paths as the operating system takes them."""
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            info = _info(os.fstat(descriptor))
+            if etag is not None and info.etag != etag:
+                raise Changed()
+            pieces, at = [], start
+            while at < stop:
+                piece = os.pread(descriptor, stop - at, at)
+                if not piece:
+                    raise TooShort(info.size, start, stop)
+                pieces.append(piece)
+                at += len(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            os.close(descriptor)
+
+    def info(self, path: str) -> ObjectInfo:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
+        return _info(os.stat(path))
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+    def entries(self, path: str) -> dict[str, ObjectInfo | None]:
+        try:
+            with os.scandir(path) as found:
+                entries = [entry for entry in found if not _is_temporary(entry.name)]
+                return {e.name: None if e.is_dir() else _info(e.stat()) for e in entries}
+        except FileNotFoundError:
+            return {}
+
+    def write(self, path: str, data: bytes) -> None:
+        with replacing(path) as file:
+            file.write(data)
+
+    def upload(self, local: str, path: str) -> None:
+        with open(local, "rb") as source, replacing(path) as target:
+            shutil.copyfileobj(source, target, _COPY)
+
+    def delete(self, path: str) -> None:
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not."""
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:100]}.{_names.getrandbits(64):016x}.partial")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _info(stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".partial")

@@ -1,0 +1,66 @@
+"""A whole run's stream through a faulty network: no sample is lost, doubled or substituted (contracts C1 and C7)."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from proxy import FaultProxy
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.data.fingerprint import fingerprint
+from pipeline.data.manifest import index_shards
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+
+OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
+
+
+def run_config(shards: str, storage: StorageConfig) -> RunConfig:
+    stage = {"name": "pairs", "sources": {"pairs": 1.0}, "steps": 50, "batch": 20, "max_text": 12}
+    values = {
+        "name": "test",
+        "storage": storage.model_dump(),
+        "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
+        "sources": {"pairs": {"shards": shards}},
+        "data": {"lanes": 4, "window": 2},
+        "stages": [stage | {"objectives": {"contrastive": {}, "masked_language": {}}}],
+    }
+    return validate(values, "test")
+
+
+@pytest.mark.parametrize(
+    ("shards", "faults", "outage"),
+    [
+        (80, {"unavailable": 0.02, "cut": 0.01, "latency": 0.02}, 0.0),
+        (40, {"unavailable": 0.2, "cut": 0.1, "short": 0.1, "lost": 0.05}, 0.0),
+        (40, {"latency": 0.02}, OUTAGE),
+    ],
+    ids=["bar", "heavy", "outage"],
+)
+def test_a_run_through_faults_is_the_undisturbed_run(
+    s3, make_pairs, shards: int, faults: dict[str, float], outage: float
+):
+    folder, url = make_pairs("pairs", [2] * shards), s3.url("pairs")
+    index_shards(Storage(), folder)
+    with ThreadPoolExecutor(8) as pool:
+        names, plain = sorted(os.listdir(folder)), Storage(s3.config)
+        list(pool.map(lambda name: plain.upload(Path(folder, name), join(url, name)), names))
+    tokenizer = Tokenizer.train(
+        [f"picture {n} shows a thing in way {way}" for n in range(2 * shards) for way in "abc"], 200
+    )
+    local = run_config(folder, StorageConfig())
+    expected = fingerprint(local, local.stages[0], Storage(), tokenizer, range(shards // 10))
+    with FaultProxy(s3.endpoint, seed=1, **faults) as proxy:
+        seen = {"endpoint_url": proxy.endpoint, "deadline_seconds": max(20.0, 2 * outage)}
+        remote = run_config(url, s3.config.model_copy(update=seen))
+        if outage:
+            proxy.away(outage, after=30)
+        assert (
+            fingerprint(remote, remote.stages[0], Storage(remote.storage), tokenizer, range(shards // 10)) == expected
+        )
+    assert bool(outage) == bool(proxy.injected["away"])
+    assert outage or sum(proxy.injected.values()) > 0, "choose another seed: nothing went wrong"

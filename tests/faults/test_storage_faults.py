@@ -1,0 +1,215 @@
+"""Contract C7's transient half: whatever the network between us and a store does, bytes come right or not at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from proxy import FaultProxy
+
+from pipeline.config.errors import StorageError
+from pipeline.data.storage import ObjectChanged, Storage
+from pipeline.data.storage import s3 as module
+
+OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
+DATA = random.Random(0).randbytes(3_000_000)
+Through = Callable[..., tuple[FaultProxy, Storage]]
+
+
+@pytest.fixture
+def through(s3) -> Iterator[Through]:
+    """through(deadline=seconds, **faults) -> a proxy before the store, and a Storage that sees only the proxy."""
+    with ExitStack() as open_proxies:
+
+        def make(deadline: float = 20.0, **faults) -> tuple[FaultProxy, Storage]:
+            proxy = open_proxies.enter_context(FaultProxy(s3.endpoint, **faults))
+            seen = {"endpoint_url": proxy.endpoint, "deadline_seconds": deadline}
+            return proxy, Storage(s3.config.model_copy(update=seen))
+
+        yield make
+
+
+@pytest.fixture
+def url(s3) -> str:
+    Storage(s3.config).write(s3.url("object"), DATA)
+    return s3.url("object")
+
+
+def test_random_ranges_are_byte_equal_under_heavy_faults(through: Through, url: str):
+    rates = {"unavailable": 0.1, "lost": 0.05, "cut": 0.1, "short": 0.1, "longer": 0.05, "misplaced": 0.05}
+    proxy, storage = through(seed=2, retry_after=0, **rates)
+    chance = random.Random(1)
+    ranges = [sorted(chance.sample(range(len(DATA) + 1), 2)) for _ in range(100)]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda place: storage.read_range(url, *place), ranges))
+    assert all(data == DATA[start:stop] for data, (start, stop) in zip(read, ranges, strict=True))
+    assert set(proxy.injected) == set(rates)
+
+
+@pytest.mark.parametrize("fault", ["cut", "short"])
+def test_a_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str, fault: str):
+    proxy, storage = through()
+    proxy.inject(fault, fault, fault)
+    assert storage.read_range(url, 100_000, 2_900_000) == DATA[100_000:2_900_000]
+    expected = 100_000
+    for served in proxy.served:
+        assert served.range == (expected, 2_900_000)
+        expected += served.sent
+    assert len(proxy.served) == 4
+    assert proxy.bytes_sent == 2_800_000  # no byte was asked for twice
+
+
+def test_a_whole_object_is_resumed_too(through: Through, url: str):
+    proxy, storage = through()
+    proxy.inject("short", "cut")
+    assert storage.read(url) == DATA
+    assert proxy.bytes_sent == len(DATA)
+    with storage.open(url) as stream:
+        proxy.inject("cut")
+        assert stream.read() == DATA
+    assert proxy.injected == {"short": 1, "cut": 2}
+    assert [served.method for served in proxy.served] == ["GET"] * 3 + ["HEAD", "GET", "GET"]
+
+
+def test_a_stalled_body_is_resumed_well_before_the_deadline(through: Through, url: str):
+    proxy, storage = through(deadline=4.0)
+    proxy.inject("stall", "stall")
+    assert storage.read(url) == DATA
+    assert proxy.injected == {"stall": 2}
+    assert proxy.bytes_sent == len(DATA)
+
+
+@pytest.mark.parametrize("fault", ["longer", "misplaced"])
+def test_an_answer_of_other_bytes_than_asked_for_is_not_taken(through: Through, url: str, fault: str):
+    proxy, storage = through()
+    proxy.inject(fault)
+    assert storage.read_range(url, 5, 1_000_000) == DATA[5:1_000_000]
+    assert proxy.injected == {fault: 1}
+    assert len(proxy.served) == 2
+
+
+def test_pieces_never_come_from_two_versions(through: Through, s3, url: str):
+    proxy, storage = through()
+    proxy.inject("short")
+    proxy.rates["unavailable"] = 1.0  # from the second request on
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(storage.read_range, url, 0, len(DATA))
+        while not proxy.injected["unavailable"]:
+            pass
+        assert 0 < proxy.bytes_sent < len(DATA)
+        Storage(s3.config).write(url, bytes(reversed(DATA)))
+        proxy.rates["unavailable"] = 0.0
+        with pytest.raises(ObjectChanged, match=r"object: reading failed: the object was replaced while it was in use"):
+            reading.result()
+
+
+def test_a_truncated_object_is_named(through: Through, s3, url: str):
+    _, storage = through(unavailable=0.3, seed=1)
+    etag = storage.info(url).etag
+    Storage(s3.config).write(url, DATA[:1000])
+    for start in (0, 5000):
+        with pytest.raises(StorageError, match=r"object: .*too short: it holds 1000 bytes, and bytes \d+ to 9000"):
+            storage.read_range(url, start, 9000)
+        with pytest.raises(ObjectChanged, match=r"object: .*replaced"):
+            storage.read_range(url, start, 9000, etag)
+
+
+def test_a_store_that_asks_to_be_spared_is_spared(through: Through, url: str):
+    proxy, storage = through(retry_after=1)
+    proxy.inject("unavailable", "unavailable")
+    assert storage.read(url) == DATA
+    assert len(proxy.served) == 3
+    assert proxy.impatient == 0
+
+
+def test_no_store_is_waited_for_beyond_the_deadline(through: Through, url: str):
+    _, storage = through(deadline=1.0, unavailable=1.0, retry_after=3600)
+    with pytest.raises(StorageError, match=r"^s3://.*/object: reading failed: .*SlowDown.*Tried 2 times in 1 s\.$"):
+        storage.read(url)
+    proxy, storage = through(deadline=1.0)
+    proxy.away(3600)
+    told = rf"did not answer at {proxy.endpoint}.*endpoint_url.*Tried \d+ times in 1 s"
+    with pytest.raises(StorageError, match=told):
+        storage.read(url)
+
+
+def test_a_body_that_always_breaks_ends_at_the_deadline(through: Through, url: str):
+    proxy, storage = through(deadline=2.0, stall=1.0)
+    with pytest.raises(StorageError, match=r"object: reading failed: .*Read timed out.*Tried \d+ times in \d s"):
+        storage.read(url)
+    assert proxy.injected["stall"] > 1
+
+
+def test_reading_continues_after_an_outage(through: Through, url: str):
+    proxy, storage = through(deadline=max(20.0, 2 * OUTAGE), latency=0.001)
+    places = [(start, start + 50_000) for start in range(0, len(DATA), 50_000)]
+    proxy.away(OUTAGE, after=10)
+    with ThreadPoolExecutor(4) as pool:
+        assert b"".join(pool.map(lambda place: storage.read_range(url, *place), places)) == DATA
+    assert proxy.injected["away"]
+
+
+def test_what_is_done_twice_for_a_lost_answer_is_done_once(through: Through, s3, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    proxy, storage = through(lost=0.2, unavailable=0.2, seed=3)
+    (tmp_path / "large").write_bytes(DATA * 4)
+    storage.upload(tmp_path / "large", s3.url("run", "large"))
+    for number in range(20):
+        storage.write(s3.url("run", f"{number}.tar"), DATA[number : 2 * number])
+    plain = Storage(s3.config)
+    assert plain.read(s3.url("run", "large")) == DATA * 4
+    assert {name: info.size for name, info in storage.list_info(s3.url("run")).items()} == {
+        "large": 4 * len(DATA),
+        **{f"{number}.tar": number for number in range(20)},
+    }
+    storage.delete(s3.url("run"))
+    assert plain.list(s3.url()) == []
+    assert min(proxy.injected[kind] for kind in ("lost", "unavailable")) > 3
+
+
+def test_a_large_upload_is_complete_though_nobody_heard_of_it(through: Through, s3, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    proxy, storage = through()
+    (tmp_path / "large").write_bytes(DATA * 4)
+    proxy.inject("lost", of="POST .*uploadId=")
+    storage.upload(tmp_path / "large", s3.url("large"))
+    assert proxy.injected == {"lost": 1}
+    assert Storage(s3.config).read(s3.url("large")) == DATA * 4
+
+
+def _read_in_child(storage: Storage, url: str, answer) -> None:
+    answer.send(storage.read(url) == DATA)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_started_while_threads_read_make_their_own_connections(through: Through, url: str, method: str):
+    _, storage = through(latency=0.001, cut=0.2)
+    done = threading.Event()
+
+    def keep_reading() -> None:
+        while not done.is_set():
+            assert storage.read_range(url, 1000, 200_000) == DATA[1000:200_000]
+
+    context = multiprocessing.get_context(method)
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(keep_reading) for _ in range(3)]
+        try:
+            for _ in range(3):
+                ours, theirs = context.Pipe()
+                child = context.Process(target=_read_in_child, args=(storage, url, theirs))
+                child.start()
+                assert ours.poll(60)
+                assert ours.recv()
+                child.join(10)
+                assert child.exitcode == 0
+        finally:
+            done.set()
+        for reader in readers:
+            reader.result()

@@ -1,0 +1,85 @@
+"""HTTP/1.x messages as they travel: heads kept as they are, bodies by their framing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+CHUNK = 2**16
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@dataclass
+class Head:
+    """The start line and headers of a request or an answer."""
+
+    start: str
+    headers: list[tuple[str, str]] = field(default_factory=list)
+
+    def get(self, name: str) -> str | None:
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+    def set(self, name: str, value: str | None) -> None:
+        """Gives a header, in its place, another value; None leaves it out."""
+        kept = [(key, value if key.lower() == name else old) for key, old in self.headers]
+        self.headers = [(key, new) for key, new in kept if new is not None]
+
+    @property
+    def length(self) -> int:
+        return int(self.get("content-length") or 0)
+
+    @property
+    def is_chunked(self) -> bool:
+        return (self.get("transfer-encoding") or "").lower() == "chunked"
+
+    def encode(self) -> bytes:
+        lines = [self.start, *(f"{key}: {value}" for key, value in self.headers)]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+async def ask(store: Streams, request: Head, body: AsyncIterator[bytes]) -> Head | None:
+    """Hands a request on. The head of the store's answer, None when it closed instead."""
+    reader, writer = store
+    writer.write(request.encode())
+    async for piece in body:
+        writer.write(piece)
+        await writer.drain()
+    answer = await read_head(reader)
+    while answer is not None and answer.start.split()[1] == "100":
+        answer = await read_head(reader)
+    return answer
+
+
+async def read_head(reader: asyncio.StreamReader) -> Head | None:
+    """None when the other side has closed."""
+    try:
+        lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+    except asyncio.IncompleteReadError:
+        return None
+    return Head(lines[0], [(key, value.strip()) for key, _, value in (line.partition(":") for line in lines[1:])])
+
+
+async def read_body(reader: asyncio.StreamReader, head: Head, until_closed: bool = False) -> AsyncIterator[bytes]:
+    """The body as it travels, chunk marks included."""
+    while until_closed and (piece := await reader.read(CHUNK)):
+        yield piece
+    if head.is_chunked:
+        size = -1
+        while size:
+            line = await reader.readuntil(b"\r\n")
+            size = int(line.split(b";")[0], 16)
+            yield line + await reader.readexactly(size + 2)
+        return
+    left = head.length
+    while left:
+        piece = await reader.read(min(left, CHUNK))
+        if not piece:
+            raise asyncio.IncompleteReadError(b"", left)
+        left -= len(piece)
+        yield piece
+
+
+async def no_body() -> AsyncIterator[bytes]:
+    return
+    yield b""

@@ -1,0 +1,340 @@
+"""A faulty network between a client and an HTTP store, for tests.
+
+    with FaultProxy(endpoint, unavailable=0.02, cut=0.01, latency=0.02, seed=1) as proxy:
+        Storage(StorageConfig(endpoint_url=proxy.endpoint, ...)).read(url)
+        assert proxy.injected["cut"]
+
+What befalls a request is drawn from the seed, what is asked for (method, key and query, range; the bucket plays no
+part) and how often it was asked before, so that neither threads nor timing change it. Heads pass as they are, `Host`
+included: a signature that was made for the proxy's address holds at the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import random
+import re
+import socket
+import struct
+import termios
+import threading
+from collections import Counter, deque
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from http_messages import CHUNK, Head, Streams, ask, no_body, read_body, read_head
+
+T = TypeVar("T")
+Range = tuple[int, int]
+SURPLUS = 16  # bytes that a longer body has too many
+
+UNAVAILABLE = (
+    b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
+
+
+@dataclass
+class Served:
+    """One request, and how many bytes of a body were sent in answer (headers not counted)."""
+
+    method: str
+    target: str
+    range: Range | None  # [start, stop) asked for
+    fault: str | None = None
+    status: int = 0
+    sent: int = 0
+
+    @property
+    def identity(self) -> str:
+        """What is asked for, whatever the bucket's name."""
+        path, _, query = self.target.partition("?")
+        return f"{self.method} {'/'.join(path.split('/')[2:])}?{query} {self.range}"
+
+
+class FaultProxy:
+    """Listens on a port of 127.0.0.1 (`endpoint`) while its `with` block runs, in a thread of its own.
+
+    Rates are probabilities of a request to meet, at most one of them:
+    `unavailable`  503 SlowDown, with Retry-After where `retry_after` gives its seconds; the store is not asked
+    `lost`         the store does what was asked, and the connection is reset instead of an answer
+    `cut`          the connection is reset in the middle of a body
+    `short`        it is closed in an orderly way in the middle of a body whose Content-Length promised more
+    `stall`        it stays open in the middle of a body, and nothing more comes
+    `longer`       the body, and its Content-Length, are longer than what was asked for
+    `misplaced`    Content-Range names other bytes than were asked for
+    `latency` (seconds) comes before every answer. Faults of a body befall answers to GET that have one;
+    the last two those with a Content-Range.
+    """
+
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        latency: float = 0.0,
+        unavailable: float = 0.0,
+        retry_after: int | None = None,
+        lost: float = 0.0,
+        cut: float = 0.0,
+        short: float = 0.0,
+        stall: float = 0.0,
+        longer: float = 0.0,
+        misplaced: float = 0.0,
+        seed: int = 0,
+    ):
+        address = urlsplit(upstream)
+        self._upstream = (address.hostname or "127.0.0.1", address.port or 80)
+        self.rates = {"unavailable": unavailable, "lost": lost, "cut": cut, "short": short}
+        self.rates |= {"stall": stall, "longer": longer, "misplaced": misplaced}
+        self.latency, self.retry_after, self._seed = latency, retry_after, seed
+        self.served: list[Served] = []
+        self.injected: Counter[str] = Counter()  # kind -> how often; "away": connections that an absence broke
+        self.impatient = 0  # requests that came again before their Retry-After was over
+        self._next: deque[tuple[str, str]] = deque()  # kind, of which requests
+        self._asked: Counter[str] = Counter()
+        self._spared: dict[str, float] = {}  # identity -> when it may come again
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
+        self._connections: set[asyncio.StreamWriter] = set()
+        self._leaving: tuple[int, float] | None = None  # requests until then, and for how long
+        self._port = 0
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of bodies that were sent to clients."""
+        return sum(served.sent for served in self.served)
+
+    def inject(self, *kinds: str, of: str = "") -> None:
+        """The next requests meet these faults, one each, and chance waits; those of a body wait for a body.
+
+        `of`: a pattern of the requests meant, sought in "METHOD target".
+        """
+        self._next.extend((kind, of) for kind in kinds)
+
+    def away(self, seconds: float, after: int = 0) -> None:
+        """For so long connections are refused, and those open are reset: from now, or from the `after`th request."""
+        if after:
+            self._leaving = (after, seconds)
+        else:
+            self._run(self._leave(seconds))
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        self._run(self._listen())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _listen(self) -> None:
+        if not self._port:
+            self._bind()
+        self._server = await asyncio.start_server(self._serve, sock=self._socket, limit=4 * CHUNK)
+
+    def _bind(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", self._port))
+        self._port = self._socket.getsockname()[1]
+
+    async def _leave(self, seconds: float) -> None:
+        # Shut down, not only closed: a forked child may hold the listening socket too.
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self.injected["away"] += len(self._connections)
+        for writer in list(self._connections):
+            _reset(writer)
+        self._bind()  # bound and not listening: the port stays ours, and connections are refused
+        self._return = self._loop.create_task(self._come_back(seconds))
+
+    async def _come_back(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        await self._listen()
+
+    async def _stop(self) -> None:
+        own = asyncio.current_task()
+        tasks = [task for task in asyncio.all_tasks() if task is not own]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._server.close()
+        self._socket.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.set_write_buffer_limits(0)  # `drain` returns when the kernel has everything
+        self._connections.add(writer)
+        store = None
+        try:
+            while (request := await read_head(reader)) is not None:
+                store = store or await asyncio.open_connection(*self._upstream, limit=4 * CHUNK)
+                if not await self._relay(request, (reader, writer), store):
+                    break
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # either side went away, or we do; the other is told by the closing
+        finally:
+            self._connections.discard(writer)
+            for end in (writer, store and store[1]):
+                if end is not None:
+                    end.close()
+
+    async def _relay(self, request: Head, client: Streams, store: Streams) -> bool:
+        """One request and its answer. False when the connection has ended with it."""
+        reader, writer = client
+        served = _served(request)
+        chance = random.Random(f"{self._seed} {served.identity} {self._asked[served.identity]}")
+        self._asked[served.identity] += 1
+        self.impatient += self._loop.time() < self._spared.get(served.identity, 0.0)
+        fault = self._draw(served, chance)
+        self.served.append(served)
+        if await self._leaves_now():
+            return False
+        if request.get("expect"):
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.set("expect", None)  # never part of a signature
+        body = read_body(reader, request)
+        await asyncio.sleep(self.latency)
+        if fault == "unavailable":
+            async for _ in body:
+                pass
+            await self._refuse(served, writer)
+            return True
+        answer = await ask(store, request, body)
+        if answer is None:
+            return False
+        served.status = int(answer.start.split()[1])
+        fault = self._befalling(fault, served, answer)
+        if fault:
+            served.fault = fault
+            self.injected[fault] += 1
+        if fault == "lost":
+            _reset(writer)
+            return False
+        ended = await self._answer(answer, store[0], writer, served, chance.random())
+        return not ended and await self._end(client, fault)
+
+    async def _leaves_now(self) -> bool:
+        """Whether this request is the one that `away` waited for."""
+        if self._leaving is None:
+            return False
+        left, seconds = self._leaving
+        self._leaving = (left - 1, seconds) if left > 1 else None
+        if self._leaving is None:
+            await self._leave(seconds)
+        return self._leaving is None
+
+    def _draw(self, served: Served, chance: random.Random) -> str | None:
+        if self._next:
+            return self._injected(served) if self._next[0][0] in ("unavailable", "lost") else None
+        drawn = chance.random()
+        for kind, rate in self.rates.items():
+            if drawn < rate:
+                return kind
+            drawn -= rate
+        return None
+
+    def _injected(self, served: Served) -> str | None:
+        kind, of = self._next[0]
+        if not re.search(of, f"{served.method} {served.target}"):
+            return None
+        self._next.popleft()
+        return kind
+
+    def _befalling(self, fault: str | None, served: Served, answer: Head) -> str | None:
+        """The fault that this answer meets: one that waited for its like, or the one drawn, where it can."""
+        if fault == "lost":
+            return fault
+        if served.method != "GET" or served.status not in (200, 206) or not answer.length:
+            return None
+        if self._next:
+            fault = self._injected(served)
+        needs_range = fault in ("longer", "misplaced")  # nobody could tell it of a body whose length is unknown
+        return None if needs_range and answer.get("content-range") is None else fault
+
+    async def _refuse(self, served: Served, writer: asyncio.StreamWriter) -> None:
+        self.injected["unavailable"] += 1
+        served.fault, served.status = "unavailable", 503
+        head = Head("HTTP/1.1 503 Slow Down", [("Content-Type", "application/xml")])
+        head.headers.append(("Content-Length", str(len(UNAVAILABLE) if served.method != "HEAD" else 0)))
+        if self.retry_after is not None:
+            head.headers.append(("Retry-After", str(self.retry_after)))
+            self._spared[served.identity] = self._loop.time() + self.retry_after
+        writer.write(head.encode() + (UNAVAILABLE if served.method != "HEAD" else b""))
+        await writer.drain()
+
+    async def _answer(
+        self, answer: Head, store: asyncio.StreamReader, client: asyncio.StreamWriter, served: Served, where: float
+    ) -> bool:
+        """Sends the answer with its fault, at `where` of the body. True when the store's connection ends with it."""
+        has_body = served.method != "HEAD" and served.status not in (204, 304)
+        until_closed = has_body and answer.get("content-length") is None and not answer.is_chunked
+        body = read_body(store, answer, until_closed) if has_body else no_body()
+        ends_at = int(where * answer.length) if served.fault in ("cut", "short", "stall") else None
+        if served.fault == "longer":
+            answer.set("content-length", str(answer.length + SURPLUS))
+        if served.fault == "misplaced":
+            answer.set("content-range", _moved(answer.get("content-range") or ""))
+        client.write(answer.encode())
+        async for piece in body:
+            piece = piece if ends_at is None else piece[: ends_at - served.sent]
+            served.sent += len(piece)  # before it is sent: who has it may look at once
+            client.write(piece)
+            await client.drain()
+            if served.sent == ends_at:
+                break
+        if served.fault == "longer":
+            client.write(bytes(SURPLUS))
+        await client.drain()
+        return until_closed
+
+    async def _end(self, client: Streams, fault: str | None) -> bool:
+        """What follows the last byte. False when the connection ends there."""
+        reader, writer = client
+        if fault == "cut":
+            while _unacknowledged(writer):  # what was sent shall be the client's, or tests could not count it
+                await asyncio.sleep(0.001)
+            _reset(writer)
+        while fault == "stall" and not (reader.at_eof() or reader.exception()):
+            await asyncio.sleep(0.02)  # until the client has had enough
+        return fault not in ("cut", "short", "stall")
+
+
+def _served(request: Head) -> Served:
+    method, target, _ = request.start.split(" ", 2)
+    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.get("range") or "")
+    return Served(method, target, (int(asked[1]), int(asked[2]) + 1) if asked else None)
+
+
+def _moved(content_range: str) -> str:
+    """The same number of bytes, said to lie one further on."""
+    first, last, size = map(int, re.findall(r"\d+", content_range))
+    return f"bytes {first + 1}-{last + 1}/{size + 1}"
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    connection = writer.get_extra_info("socket")
+    with suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def _unacknowledged(writer: asyncio.StreamWriter) -> int:
+    """Bytes that the client's kernel has not confirmed."""
+    try:
+        answer = fcntl.ioctl(writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return struct.unpack("i", answer)[0]
