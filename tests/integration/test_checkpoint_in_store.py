@@ -1,0 +1,52 @@
+"""Contract C5 in an object store, where a folder is only a name: verified, with the one before to fall back on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from pipeline.data.storage import Storage, join
+from pipeline.training.checkpoint import COMMIT, CheckpointStore
+from pipeline.training.collectives import Collectives
+from pipeline.training.engine import Fragment
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Collectives]:
+    alone = Collectives()
+    yield alone
+    alone.close()
+
+
+@pytest.fixture
+def store(s3, collectives: Collectives) -> CheckpointStore:
+    return CheckpointStore(Storage(s3.config), s3.url("run"), collectives, keep=2)
+
+
+def save(store: CheckpointStore, step: int) -> str:
+    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
+    return store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
+
+
+def newest_weight(store: CheckpointStore) -> list[float]:
+    _, saved = store.latest() or pytest.fail("nothing found")
+    return saved.read("a.weight", "weight", 0, 4).tolist()
+
+
+def test_the_newest_checkpoint_is_read_and_all_but_two_are_removed(store: CheckpointStore) -> None:
+    first, *others = [save(store, step) for step in (10, 20, 30)]
+    assert newest_weight(store) == [30, 31, 32, 33]
+    assert not store.storage.exists(first)
+    assert all(store.storage.exists(join(url, COMMIT)) for url in others)
+
+
+def test_a_checkpoint_without_its_commit_or_with_a_changed_file_is_passed_over(store: CheckpointStore) -> None:
+    *_, last = [save(store, step) for step in (10, 20, 30)]
+    store.storage.delete(join(last, COMMIT))
+    assert newest_weight(store) == [20, 21, 22, 23]
+    file = join(save(store, 40), "rank-00000.safetensors")
+    whole = store.storage.read(file)
+    store.storage.write(file, whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert newest_weight(store) == [20, 21, 22, 23]

@@ -1,0 +1,59 @@
+"""infra/swift.sh: a store that is started serves, and leaves nothing running when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+SWIFT = Path(__file__).resolve().parents[2] / "infra" / "swift.sh"
+
+
+def swift(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["/bin/bash", str(SWIFT), *map(str, arguments)]
+    return subprocess.run(command, env=environment or None, capture_output=True, text=True, timeout=120)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines that name the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # it ended just now
+            continue
+    return [line for line in found if str(folder) in line]
+
+
+def test_a_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    started = swift("start", folder)
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip())
+    try:
+        told = dict(word.split("=", 1) for word in started.stdout.split()[1:])
+        assert set(told) == {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        address = (urlsplit(told["AWS_ENDPOINT_URL"]).hostname, urlsplit(told["AWS_ENDPOINT_URL"]).port)
+        socket.create_connection(address).close()
+        assert len(processes_of(folder)) == 5
+        again = swift("start", folder)
+        assert again.returncode == 1
+        assert "a store runs in" in again.stderr
+        assert len(processes_of(folder)) == 5
+    finally:
+        assert swift("stop", folder).returncode == 0
+    assert processes_of(folder) == []
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    assert list(folder.glob("*.pid")) == []
+
+
+def test_a_machine_without_swift_is_told_what_to_install(tmp_path: Path) -> None:
+    refused = swift("start", tmp_path / "store", PATH="/nonexistent", HOME=os.environ.get("HOME", "/"))
+    assert refused.returncode == 3
+    assert "Swift is not installed; as root: infra/swift.sh install" in refused.stderr
+    assert not (tmp_path / "store").exists()
