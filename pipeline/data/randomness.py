@@ -16,6 +16,7 @@ _STEP = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _UNIT = 2.0**-53
+_ROUNDS = 8  # of a Feistel network: pairs of places are 30 % uneven after four for n = 100, below 0.5 % after eight
 
 
 def _mix(word: int) -> int:
@@ -44,14 +45,19 @@ def signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def hash64_array(key: int, values: np.ndarray) -> np.ndarray:
-    """`hash64(key, value)` of every value: uint64, the shape of `values`."""
-    words = np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))
-    with np.errstate(over="ignore"):
-        words = words + np.uint64(_STEP)
+def _mix_array(words: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # arrays wrap silently, a single number would warn
         words = (words ^ (words >> np.uint64(30))) * np.uint64(_FIRST)
         words = (words ^ (words >> np.uint64(27))) * np.uint64(_SECOND)
     return words ^ (words >> np.uint64(31))
+
+
+def hash64_array(key: int, values: np.ndarray) -> np.ndarray:
+    """`hash64(key, value)` of every value: uint64, the shape of `values`. Different values never hash alike."""
+    words = np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))
+    with np.errstate(over="ignore"):
+        words = words + np.uint64(_STEP)
+    return _mix_array(words)
 
 
 def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
@@ -85,8 +91,37 @@ class CounterRandom:
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """The numbers 0 … n-1 (int64) in the order of their hashes under `key`."""
-    return np.argsort(hash64_array(key, np.arange(n, dtype=np.uint64)), kind="stable")
+    """The numbers 0 … n-1 (int64) in the order of their hashes under `key`; no two hashes are equal."""
+    return np.argsort(hash64_array(key, np.arange(n, dtype=np.uint64)))
+
+
+def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """What stands at `place` in a random order of 0 … n-1, without making that order. Elementwise.
+
+    key (L,) uint64, n (L,) and place (L,) int64 with 0 <= place < n < 2^62; returns (L,) int64 in [0, n). For one key
+    and n it is a bijection: a Feistel network of eight rounds on a grid of a x b >= n cells, a and b about √n, walking
+    on from the fewer than a cells that lie outside (Black and Rogaway, "Ciphers with arbitrary finite domains",
+    CT-RSA 2002). Several keys and n may be asked for at once.
+    """
+    rows = np.ceil(np.sqrt(n)).astype(np.uint64)  # IEEE square roots are the same on every machine
+    bound = n.astype(np.uint64)
+    columns = (bound + rows - np.uint64(1)) // rows
+    cell = _feistel(key, rows, columns, place.astype(np.uint64))
+    outside = np.flatnonzero(cell >= bound)
+    while outside.size:
+        cell[outside] = _feistel(key[outside], rows[outside], columns[outside], cell[outside])
+        outside = outside[cell[outside] >= bound[outside]]
+    return cell.astype(np.int64)
+
+
+def _feistel(key: np.ndarray, rows: np.ndarray, columns: np.ndarray, cell: np.ndarray) -> np.ndarray:
+    """One bijection of the cells 0 … rows * columns - 1 per key. All (L,) uint64."""
+    row, column = np.divmod(cell, columns)
+    high = np.uint64(32)  # 32 bits of hash: their sum with a row cannot overflow, which would end the bijection
+    for turn in range(0, _ROUNDS, 2):
+        row = (row + (_mix_array(key + (column ^ np.uint64(turn << 32))) >> high)) % rows
+        column = (column + (_mix_array(key + (row ^ np.uint64(turn + 1 << 32))) >> high)) % columns
+    return row * columns + column
 
 
 def sample_random(seed: int, epoch: int, uid: int, purpose: str) -> CounterRandom:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
 
 from pipeline.data.randomness import (
     CounterRandom,
     hash64,
     hash64_array,
     permutation,
+    permuted,
     sample_random,
     signed,
     uniform_array,
@@ -69,3 +73,78 @@ def test_permutation_holds_each_number_once():
         assert sorted(permutation(4, n).tolist()) == list(range(n))
     random = CounterRandom(1)
     assert random.permutation(100).tolist() != random.permutation(100).tolist()
+
+
+def order_of(key: int, n: int) -> np.ndarray:
+    return permuted(np.full(n, key, dtype=np.uint64), np.full(n, n), np.arange(n))
+
+
+def keys(num: int) -> np.ndarray:
+    return hash64_array(11, np.arange(num))
+
+
+def test_permuted_places_never_change():
+    # The order of every run's data rests on these: they may never differ.
+    assert order_of(0, 10).tolist() == [1, 2, 0, 7, 9, 5, 3, 4, 8, 6]
+    assert order_of(2**64 - 1, 1000)[:5].tolist() == [540, 586, 764, 115, 149]
+    assert order_of(5, 40_000)[[0, 1, 39_999]].tolist() == [25846, 13676, 7238]
+
+
+def test_every_place_holds_another_number():
+    for n in [*range(1, 200), 1024, 1025, 40_000]:
+        for key in (0, hash64(n)):
+            assert np.array_equal(np.sort(order_of(key, n)), np.arange(n))
+
+
+def test_many_orders_at_once_are_each_the_one_alone():
+    sizes = np.array([1, 2, 3, 17, 400, 65_537, 2**40])
+    places = np.array([0, 1, 0, 16, 77, 65_536, 2**39 + 5])
+    together = permuted(keys(7), sizes, places)
+    alone = [permuted(keys(7)[[i]], sizes[[i]], places[[i]])[0] for i in range(7)]
+    assert together.tolist() == alone
+    assert (together < sizes).all()
+    assert permuted(keys(0), places[:0], places[:0]).tolist() == []
+
+
+def test_orders_of_few_are_all_about_equally_frequent():
+    for n, bound in ((2, 0.05), (3, 0.05), (4, 0.08)):
+        num = 4000 * math.factorial(n)
+        orders = permuted(np.repeat(keys(num), n), np.full(n * num, n), np.tile(np.arange(n), num)).reshape(num, n)
+        _, times = np.unique(orders, axis=0, return_counts=True)
+        assert len(times) == math.factorial(n)
+        assert abs(times / 4000 - 1).max() < bound
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 29), (7, 22), (15, 16)])
+def test_two_places_hold_every_pair_of_numbers_equally_often(first: int, second: int):
+    n, num = 30, 870 * 200
+    one, other = (permuted(keys(num), np.full(num, n), np.full(num, place)) for place in (first, second))
+    for place in (one, other):
+        assert chi_square(np.bincount(place, minlength=n)) < 59  # 29 degrees of freedom: 1 in 1000
+    pairs = np.bincount(one * n + other, minlength=n * n).reshape(n, n)
+    assert np.diag(pairs).sum() == 0
+    assert chi_square(pairs[~np.eye(n, dtype=bool)]) < 1005  # 869 degrees of freedom: 1 in 1000
+
+
+def chi_square(times: np.ndarray) -> float:
+    expected = times.sum() / len(times)
+    return float(((times - expected) ** 2 / expected).sum())
+
+
+def test_long_orders_look_as_those_of_sorted_hashes_do():
+    n, num = 1000, 400
+    orders = np.array([order_of(key, n) for key in keys(num).tolist()])
+    places = np.arange(n)
+    stay = (orders == places).sum(axis=1)
+    follow = (np.diff(orders, axis=1) == 1).sum(axis=1)
+    rise = (np.diff(orders, axis=1) > 0).sum(axis=1)
+    # Numbers that keep their place, and neighbours that stay neighbours: both Poisson of mean 1.
+    for counts in (stay, follow):
+        assert abs(counts.mean() - 1) < 0.2
+        assert abs(counts.var() - 1) < 0.3
+    assert abs(rise.mean() - (n - 1) / 2) < 2
+    assert abs(rise.var() / ((n + 1) / 12) - 1) < 0.25
+    # How far a number moves: n/3, with variance n²/18 over the numbers.
+    moved = np.abs(orders - places).mean(axis=1)
+    assert abs(moved.mean() / (n / 3) - 1) < 0.01
+    assert abs(np.corrcoef(orders[:-1].ravel(), orders[1:].ravel())[0, 1]) < 0.01
