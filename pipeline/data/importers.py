@@ -20,6 +20,7 @@ from webdataset.writer import TarWriter
 
 from pipeline.config.errors import DataError
 from pipeline.data.images import EXTENSIONS
+from pipeline.data.index import SIDECAR
 from pipeline.data.manifest import MANIFEST, Manifest, index_shards
 from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage, join
@@ -28,7 +29,6 @@ Sample = dict[str, Any]
 Kind = Literal["folder", "jsonl", "coco", "text"]
 Progress = Callable[[int, int, str], None]  # shards done, shards in all (0: not known), name
 
-SIDECAR = ".index.npz"
 MAX_KEY = 80  # a tar's plain header holds names of 100 bytes
 WORDS_PER_TEXT = 64
 

@@ -1,37 +1,34 @@
-"""Which shards a source has, and where each sample lies in them.
+"""Which shards a source has: the manifest of a folder of plain tars, made by this project or by anyone.
 
-A source is a folder of plain tars, made by this project or by anyone. Beside every tar lies a sidecar
-`<shard>.index.npz` (keys, and every member's place), and in the folder one `manifest.json` (every shard's exact
-count, size and digest). The tars stay untouched. A shard is whole only when every member is complete and both
-zero blocks end it: a tar that was cut anywhere is refused by name.
-
-Samples are as webdataset reads them: consecutive files whose paths agree up to the first dot of the file's name.
+Beside every tar lies its index, `<shard>.index.npz`, and in the folder one `manifest.json` with every shard's exact
+count, size and digest. The tars stay untouched.
 """
 
 from __future__ import annotations
 
-import builtins
 import hashlib
-import io
 import json
+import logging
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
-from typing import BinaryIO
 
-import numpy as np
-
-from pipeline.config.errors import DataError
+from pipeline.config.errors import ConfigError, DataError, StorageError
+from pipeline.data.foreign_index import trusted_count
+from pipeline.data.index import SIDECAR, ShardFacts, ShardIndex, index_tar, sidecar_facts
+from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.storage import NotFound, ObjectInfo, Storage, join, split
+from pipeline.data.tar import unpack_remedy
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_VERSION = 1
-_BLOCK = 512
-_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstd
+_VERSION = 2
+_TRUSTED = "etag:"  # begins the digest of a shard whose content was not read
+_making = tuple(threading.Lock() for _ in range(64))  # of trusted shards' indexes: threads make one once
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,13 @@ class ShardRecord:
     name: str
     samples: int
     bytes: int
-    digest: str  # SHA-256 of the tar, hex
+    digest: str  # SHA-256 of the tar, hex; 'etag:<etag>:<bytes>' while its count is another tool's word
     etag: str | None = None  # the store's tag when it was indexed; no part of the manifest's digest, for copies differ
+
+    @property
+    def is_trusted(self) -> bool:
+        """Counted by another tool and never read: its index is made when it is first asked for."""
+        return self.digest.startswith(_TRUSTED)
 
 
 @dataclass(frozen=True)
@@ -62,73 +64,6 @@ class Manifest:
         return sum(shard.samples for shard in self.shards)
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where a shard's samples lie. N samples, M members; sample i owns members first[i] … first[i+1]-1."""
-
-    keys: tuple[str, ...]  # N
-    first: np.ndarray  # (N+1,) int64
-    extension: np.ndarray  # (M,) int32 into `extensions`
-    offset: np.ndarray  # (M,) int64, of the member's data in the tar
-    size: np.ndarray  # (M,) int64
-    crc: np.ndarray  # (N,) uint32 of the sample's members' data, end to end
-    extensions: tuple[str, ...]
-    bytes: int  # of the tar
-    digest: str  # SHA-256 of the tar, hex
-    etag: str | None = field(default=None, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def members(self, sample: int) -> Iterator[tuple[str, int, int]]:
-        """(extension, offset, size) of each member of one sample, in the tar's order."""
-        for member in range(self.first[sample], self.first[sample + 1]):
-            yield self.extensions[self.extension[member]], int(self.offset[member]), int(self.size[member])
-
-    def span(self, sample: int) -> tuple[int, int]:
-        """The bytes [start, stop) of the tar that hold the sample's data."""
-        members = slice(self.first[sample], self.first[sample + 1])
-        return int(self.offset[members][0]), int((self.offset[members] + self.size[members])[-1])
-
-    def to_bytes(self) -> builtins.bytes:
-        """The sidecar's content."""
-        buffer = io.BytesIO()
-        text = {"keys": self.keys, "extensions": self.extensions, "digest": self.digest, "etag": self.etag}
-        np.savez_compressed(
-            buffer,
-            version=_VERSION,
-            text=np.frombuffer(json.dumps(text).encode(), dtype=np.uint8),
-            bytes=self.bytes,
-            first=self.first,
-            extension=self.extension,
-            offset=self.offset,
-            size=self.size,
-            crc=self.crc,
-        )
-        return buffer.getvalue()
-
-    @staticmethod
-    def from_bytes(data: builtins.bytes) -> ShardIndex:
-        """Raises ValueError when the data is no sidecar of this version."""
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as found:
-                if int(found["version"]) != _VERSION:
-                    raise ValueError(f"index version {int(found['version'])}, expected {_VERSION}")
-                text = json.loads(found["text"].tobytes())
-                arrays = {name: found[name] for name in ("first", "extension", "offset", "size", "crc")}
-                num_bytes = int(found["bytes"])
-        except (KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"not an index: {error}") from error
-        return ShardIndex(
-            keys=tuple(text["keys"]),
-            extensions=tuple(text["extensions"]),
-            digest=text["digest"],
-            etag=text["etag"],
-            bytes=num_bytes,
-            **arrays,
-        )
-
-
 def load_manifest(storage: Storage, url: str) -> Manifest:
     """The manifest of a folder of shards, or of the shards a brace pattern names ('…/{0000..0095}.tar').
 
@@ -146,13 +81,28 @@ def load_manifest(storage: Storage, url: str) -> Manifest:
         raise DataError(f"{url}: no {MANIFEST} in it. Make it from the tars: mome shards index {url}") from error
     manifest = _parse_manifest(data, location)
     if chosen is not None:
-        by_name = {shard.name: shard for shard in manifest.shards}
-        if absent := [name for name in chosen if name not in by_name]:
+        known = {shard.name for shard in manifest.shards}
+        if absent := [name for name in chosen if name not in known]:
             raise DataError(f"{url}: {absent[0]} is not in {location} ({len(absent)} such): mome shards index {url}")
-        manifest = Manifest(tuple(by_name[name] for name in sorted(set(chosen))))
-    if not manifest.num_samples:
-        raise DataError(f"{url}: its shards hold no samples. Add tars that do, then mome shards index {url}")
-    return manifest
+    return _with_samples(url, _only(manifest, chosen))
+
+
+def ensure_indexed(storage: Storage, url: str, progress: Progress | None = None) -> Manifest:
+    """The manifest of a source; made first where there is none, or where tars lie there without a place in it.
+
+    Shards that it lists must lie there at their size: a missing or cut one raises DataError, by name. No byte is read
+    of them. Raises StorageError when there is something to index and the folder cannot be written.
+    """
+    folder, chosen = _folder_and_names(url)
+    found = storage.list_info(folder)
+    stored = _stored_manifest(storage, folder, found)
+    if stored is not None:
+        manifest = _only(stored, chosen)
+        _check_found(url, manifest, found)
+        is_complete = {shard.name for shard in manifest.shards}.issuperset(_tars(found) if chosen is None else chosen)
+        if is_complete and all(shard.is_trusted or shard.name + SIDECAR in found for shard in manifest.shards):
+            return _with_samples(url, manifest)
+    return _with_samples(url, index_shards(storage, url, progress))
 
 
 def shard_folder(url: str) -> str:
@@ -160,15 +110,21 @@ def shard_folder(url: str) -> str:
     return _folder_and_names(url)[0]
 
 
+def shard_names(url: str, found: Mapping[str, ObjectInfo]) -> list[str]:
+    """The tars that a folder or pattern means, sorted, given what lies in the folder. Raises DataError for none."""
+    chosen = _folder_and_names(url)[1]
+    names = sorted(set(chosen)) if chosen is not None else _tars(found)
+    if not names:
+        packed = next((name for name in found if re.search(r"\.(tgz|tar\.\w+)$", name)), None)
+        remedy = unpack_remedy(packed) if packed else "Put tars there, or correct the URL"
+        raise DataError(f"{url}: no .tar files there. {remedy}")
+    return names
+
+
 def check_present(storage: Storage, url: str, manifest: Manifest) -> dict[str, ObjectInfo]:
     """What the store says of each shard, by one listing. Raises DataError when one is missing or of another size."""
-    folder = shard_folder(url)
-    found = storage.list_info(folder)
-    for shard in manifest.shards:
-        location = join(folder, shard.name)
-        if shard.name not in found:
-            raise DataError(f"{location}: the shard is missing. Put it back, or run mome shards index {url} again")
-        check_size(location, shard, found[shard.name].size)
+    found = storage.list_info(shard_folder(url))
+    _check_found(url, manifest, found)
     return {shard.name: found[shard.name] for shard in manifest.shards}
 
 
@@ -183,184 +139,182 @@ def check_size(location: str, shard: ShardRecord, size: int) -> None:
 
 
 def load_index(storage: Storage, url: str, record: ShardRecord) -> ShardIndex:
-    """The index of one shard of the folder or pattern `url`. Raises DataError when it is missing or of another tar."""
-    folder = shard_folder(url)
-    location = join(folder, f"{record.name}.index.npz")
+    """The index of one shard of the folder or pattern `url`; a trusted shard's is made when it is first asked for.
+
+    Raises DataError when it is missing or of another tar, or when a trusted shard does not hold what was stated.
+    """
+    location = join(shard_folder(url), record.name)
+    if record.is_trusted:
+        with _making[hash(location) % len(_making)]:
+            return _trusted_index(storage, location, record)
+    sidecar = location + SIDECAR
     try:
-        index = ShardIndex.from_bytes(storage.read(location))
+        index = ShardIndex.from_bytes(storage.read(sidecar))
     except NotFound as error:
-        raise DataError(f"{location}: the index is missing. Run mome shards index {url}") from error
+        raise DataError(f"{sidecar}: the index is missing. Run mome shards index {url}") from error
     except ValueError as error:
-        raise DataError(f"{location}: {error}. Delete it and run mome shards index {url}") from error
+        raise DataError(f"{sidecar}: {error}. Delete it and run mome shards index {url}") from error
     if (index.digest, index.bytes, len(index)) != (record.digest, record.bytes, record.samples):
-        raise DataError(f"{location}: belongs to another version of the shard. Run mome shards index {url}")
+        raise DataError(f"{sidecar}: belongs to another version of the shard. Run mome shards index {url}")
     return index
 
 
-def index_shards(storage: Storage, url: str, progress: Callable[[int, int, str], None] | None = None) -> Manifest:
+def index_shards(
+    storage: Storage, url: str, progress: Progress | None = None, *, trust_counts: bool = False
+) -> Manifest:
     """Writes the sidecars and the manifest of a folder (or brace pattern) of tars, and returns the manifest.
 
-    An index that still fits its tar is kept, so that an interrupted call continues where it stopped. `progress` is
-    told (shards done, shards in all, name). Raises DataError, by name, for a tar that is cut or cannot be read.
+    Shards are indexed in parallel. What still fits its tar is kept, so that an interrupted call continues where it
+    stopped, and a shard that the manifest knows is not looked at again. With `trust_counts` neither is one that
+    another tool counted (`foreign_index`). `progress` is told (shards done, shards in all, name). Raises DataError,
+    by name, for a tar that is cut or cannot be read.
     """
     folder, chosen = _folder_and_names(url)
     found = storage.list_info(folder)
-    names = sorted(set(chosen)) if chosen is not None else [name for name in found if name.endswith(".tar")]
-    if not names:
-        packed = next((name for name in found if re.search(r"\.(tgz|tar\.\w+)$", name)), None)
-        remedy = _unpack_remedy(packed) if packed else "Put tars there, or correct the URL"
-        raise DataError(f"{url}: no .tar files there. {remedy}")
-    shards = []
-    for done, name in enumerate(names):
-        if name not in found:
-            raise DataError(f"{join(folder, name)}: the shard is missing. Put it there, or correct the pattern {url}")
-        index = _index_one(storage, join(folder, name), found[name], f"{name}.index.npz" in found)
-        shards.append(ShardRecord(name, len(index), index.bytes, index.digest, index.etag))
+    names = shard_names(url, found)
+    if absent := [name for name in names if name not in found]:
+        raise DataError(f"{join(folder, absent[0])}: the shard is missing. Put it there, or correct the pattern {url}")
+    try:
+        stored = _stored_manifest(storage, folder, found)
+    except DataError:
+        stored = None  # damaged: made anew
+    records = _known_records(stored, names, found, trust_counts, keep_others=chosen is not None)
+    new = [name for name in names if name not in records]
+    made = in_parallel(lambda name: _record(storage, folder, name, found, trust_counts), new, folder)
+    for done, (name, record) in enumerate(made, len(names) - len(new) + 1):
+        records[name] = record
         if progress:
-            progress(done + 1, len(names), name)
-    manifest = Manifest(tuple(shards))
-    content = {"version": _VERSION, "digest": manifest.digest, "shards": [asdict(shard) for shard in shards]}
-    storage.write(join(folder, MANIFEST), json.dumps(content, indent=1).encode())
-    return manifest
+            progress(done, len(names), name)
+    manifest = Manifest(tuple(records[name] for name in sorted(records)))
+    if manifest != stored:
+        content = {"version": _VERSION, "digest": manifest.digest, "shards": [asdict(s) for s in manifest.shards]}
+        _write_beside(storage, join(folder, MANIFEST), json.dumps(content, indent=1).encode())
+    return _only(manifest, chosen)
 
 
-def _index_one(storage: Storage, location: str, info: ObjectInfo, has_sidecar: bool) -> ShardIndex:
-    sidecar = f"{location}.index.npz"
-    if has_sidecar:
-        try:
-            index = ShardIndex.from_bytes(storage.read(sidecar))
-            if index.bytes == info.size and index.etag is not None and index.etag == info.etag:
-                return index
-        except ValueError:
-            pass  # an older version's, or not whole: made anew
+def _known_records(
+    stored: Manifest | None,
+    names: list[str],
+    found: Mapping[str, ObjectInfo],
+    trust_counts: bool,
+    keep_others: bool,
+) -> dict[str, ShardRecord]:
+    """What need not be looked at again. A pattern is indexed beside the folder's other shards, which stay listed."""
+    wanted = set(names)
+    shards = stored.shards if stored else ()
+    return {
+        shard.name: shard
+        for shard in shards
+        if (
+            _is_current(shard, found) and (trust_counts or not shard.is_trusted)
+            if shard.name in wanted
+            else keep_others
+        )
+    }
+
+
+def _is_current(shard: ShardRecord, found: Mapping[str, ObjectInfo]) -> bool:
+    """Whether the tar is the one that was indexed, and its index lies beside it where there must be one."""
+    info = found.get(shard.name)
+    has_index = shard.is_trusted or shard.name + SIDECAR in found
+    return info is not None and has_index and info.etag is not None and info == ObjectInfo(shard.bytes, shard.etag)
+
+
+def _record(
+    storage: Storage, folder: str, name: str, found: Mapping[str, ObjectInfo], trust_counts: bool
+) -> ShardRecord:
+    info, location = found[name], join(folder, name)
+    facts = _current_facts(storage, location, info) if name + SIDECAR in found else None
+    if facts is None and trust_counts and info.etag is not None:
+        samples = trusted_count(storage, folder, name, info.size, found.keys())
+        if samples is not None:
+            return ShardRecord(name, samples, info.size, f"{_TRUSTED}{info.etag}:{info.size}", info.etag)
+    if facts is None:
+        index = _make_index(storage, location, info)
+        _write_beside(storage, location + SIDECAR, index.to_bytes())
+        facts = index.facts
+    return ShardRecord(name, facts.samples, facts.bytes, facts.digest, facts.etag)
+
+
+def _current_facts(storage: Storage, location: str, info: ObjectInfo) -> ShardFacts | None:
+    try:
+        facts = sidecar_facts(storage.read(location + SIDECAR))
+    except ValueError:
+        return None  # an older version's, or not whole: made anew
+    return facts if info.etag is not None and info == ObjectInfo(facts.bytes, facts.etag) else None
+
+
+def _make_index(storage: Storage, location: str, info: ObjectInfo) -> ShardIndex:
     with storage.open(location) as stream:
-        index = index_tar(stream, location, info.etag)
-    storage.write(sidecar, index.to_bytes())
+        return index_tar(stream, location, info.etag)
+
+
+def _write_beside(storage: Storage, location: str, data: bytes) -> None:
+    try:
+        storage.write(location, data)
+    except StorageError as error:
+        raise StorageError(
+            f"{error} Indexing writes a {SIDECAR} file beside every tar, and {MANIFEST}: give write access to the "
+            "folder, or index a copy of it that can be written."
+        ) from error
+
+
+def _trusted_index(storage: Storage, location: str, record: ShardRecord) -> ShardIndex:
+    info = storage.info(location)
+    if info != ObjectInfo(record.bytes, record.etag):
+        raise DataError(f"{location}: the shard was changed since it was counted. Run mome shards index again")
+    try:
+        index = ShardIndex.from_bytes(storage.read(location + SIDECAR))
+    except (NotFound, ValueError):
+        index = None
+    if index is None or index.facts.etag != info.etag or index.bytes != info.size:
+        index = _make_index(storage, location, info)
+        try:
+            storage.write(location + SIDECAR, index.to_bytes())
+        except StorageError as error:
+            log.warning("%s: its index could not be kept and will be made again: %s", location, error)
+    if len(index) != record.samples:
+        raise DataError(
+            f"{location}: it holds {len(index)} samples, and the index of another tool said {record.samples}. "
+            "Count it properly: mome shards index, without --trust-counts"
+        )
     return index
 
 
-def index_tar(source: bytes | BinaryIO, name: str, etag: str | None = None) -> ShardIndex:
-    """Indexes a tar by walking its headers. Raises DataError, with `name`, for anything but a whole, plain tar."""
-    tar = _Tar(io.BytesIO(source) if isinstance(source, bytes) else source, name)
-    keys: list[str] = []
-    first: list[int] = []
-    members: list[tuple[str, int, int]] = []
-    crcs: list[int] = []
-    for path, offset, data in tar.files():
-        key, extension = split_key(path)
-        if not extension:
-            continue
-        if not keys or keys[-1] != key:
-            keys.append(key)
-            first.append(len(members))
-            crcs.append(0)
-        elif any(extension == other for other, _, _ in members[first[-1] :]):
-            raise DataError(f"{name}: sample '{key}' has two members '.{extension}'. Give every sample its own key")
-        members.append((extension, offset, len(data)))
-        crcs[-1] = zlib.crc32(data, crcs[-1])
-    extensions = sorted({extension for extension, _, _ in members})
-    code = {extension: number for number, extension in enumerate(extensions)}
-    return ShardIndex(
-        keys=tuple(keys),
-        first=np.array([*first, len(members)], dtype=np.int64),
-        extension=np.array([code[extension] for extension, _, _ in members], dtype=np.int32),
-        offset=np.array([offset for _, offset, _ in members], dtype=np.int64),
-        size=np.array([size for _, _, size in members], dtype=np.int64),
-        crc=np.array(crcs, dtype=np.uint32),
-        extensions=tuple(extensions),
-        bytes=tar.position,
-        digest=tar.digest.hexdigest(),
-        etag=etag,
-    )
+def _stored_manifest(storage: Storage, folder: str, found: Mapping[str, ObjectInfo]) -> Manifest | None:
+    """The manifest that lies in the folder; None when there is none of this version."""
+    if MANIFEST not in found:
+        return None
+    location = join(folder, MANIFEST)
+    data = storage.read(location)
+    return None if _version_of(data) == 1 else _parse_manifest(data, location)
 
 
-def split_key(path: str) -> tuple[str, str]:
-    """('folder/0001', 'seg.png') of 'folder/0001.seg.png'; the extension is '' for what is no sample's member."""
-    path = path.removeprefix("./")
-    folder, slash, name = path.rpartition("/")
-    stem, _, extension = name.partition(".")
-    if not stem or stem.startswith("__"):  # hidden files; webdataset's own metadata
-        return path, ""
-    return folder + slash + stem, extension.lower()
+def _check_found(url: str, manifest: Manifest, found: Mapping[str, ObjectInfo]) -> None:
+    folder = shard_folder(url)
+    for shard in manifest.shards:
+        location = join(folder, shard.name)
+        if shard.name not in found:
+            raise DataError(f"{location}: the shard is missing. Put it back, or run mome shards index {url} again")
+        check_size(location, shard, found[shard.name].size)
 
 
-class _Tar:
-    """A tar read once from front to back: ustar, GNU and PAX, long names and large files included."""
+def _tars(found: Mapping[str, ObjectInfo]) -> list[str]:
+    return [name for name in found if name.endswith(".tar")]
 
-    def __init__(self, stream: BinaryIO, name: str):
-        self._stream, self._name = stream, name
-        self.position = 0
-        self.digest = hashlib.sha256()
 
-    def files(self) -> Iterator[tuple[str, int, bytes]]:
-        """(path, offset of the data, data) of every regular file, then checks that the tar ends as it must."""
-        long_name: str | None = None
-        attributes: dict[str, str] = {}
-        while header := self._header():
-            size = int(attributes.get("size", _number(header[124:136])))
-            kind = header[156:157]
-            offset = self.position
-            if kind in b"LKxg":
-                data = self._data(size)
-                if kind == b"L":
-                    long_name = _text(data)
-                elif kind == b"x":
-                    attributes = _pax(data)
-                continue
-            if kind == b"S" or any(key.startswith("GNU.sparse") for key in attributes):
-                raise self._fault("it holds a sparse file, which cannot be read by range. Pack it without --sparse")
-            if kind in b"\x0007":
-                yield attributes.get("path") or long_name or _path(header), offset, self._data(size)
-            elif kind not in b"123456":  # links, devices, folders and pipes have no data
-                self._data(size)
-            long_name, attributes = None, {}
-        self._end()
+def _only(manifest: Manifest, chosen: list[str] | None) -> Manifest:
+    """The shards of a pattern; of a folder, all."""
+    if chosen is None:
+        return manifest
+    names = set(chosen)
+    return Manifest(tuple(shard for shard in manifest.shards if shard.name in names))
 
-    def _header(self) -> bytes | None:
-        block = self._read(_BLOCK)
-        if self.position == len(block) and block.startswith(_PACKED):
-            raise self._fault(f"it is compressed and cannot be read by range. {_unpack_remedy(self._name)}")
-        if len(block) < _BLOCK:
-            raise self._cut("inside a header" if block else "before the two zero blocks that end a tar")
-        if block == bytes(_BLOCK):
-            return None
-        unsigned = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-        try:
-            stated = _number(block[148:156])
-        except ValueError:
-            stated = -1
-        if stated != unsigned:
-            place = self.position - _BLOCK
-            raise self._fault(f"no tar header at byte {place}: it is no tar, or was damaged. Rebuild or restore it")
-        return block
 
-    def _data(self, size: int) -> bytes:
-        padded = -(-size // _BLOCK) * _BLOCK
-        data = self._read(padded)
-        if len(data) < padded:
-            raise self._cut("inside a member's data")
-        return data[:size]
-
-    def _end(self) -> None:
-        if self._read(_BLOCK) != bytes(_BLOCK):
-            raise self._cut("between the two zero blocks that end a tar")
-        while rest := self._read(1 << 20):
-            if rest.count(0) != len(rest):
-                raise self._fault("data follows its end (tars put end to end?). Pack it again as one tar")
-
-    def _read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        while len(data) < size and (more := self._stream.read(size - len(data))):
-            data += more
-        self.position += len(data)
-        self.digest.update(data)
-        return data
-
-    def _cut(self, where: str) -> DataError:
-        return self._fault(f"the shard is truncated: it ends at byte {self.position}, {where}. Copy or build it again")
-
-    def _fault(self, what: str) -> DataError:
-        return DataError(f"{self._name}: {what}")
+def _with_samples(url: str, manifest: Manifest) -> Manifest:
+    if not manifest.num_samples:
+        raise DataError(f"{url}: its shards hold no samples. Add tars that do, then mome shards index {url}")
+    return manifest
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -380,12 +334,21 @@ def _choices(inside: str) -> list[str]:
 
 def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
     """The folder, and the shards' names when the URL names some: a brace pattern or a single tar."""
+    if url.startswith("pipe:"):
+        raise ConfigError(f"{url}: a pipe: URL runs a command of whoever wrote it. Name the folder of the tars")
     if "{" not in url and not re.search(r"\.(tar|tgz|tar\.\w+)$", url):
         return url, None
     folder, name = split(url)
     if "{" in folder:
         raise DataError(f"{url}: braces may stand in the shards' names only, not in the folder. Name one folder")
     return folder, expand_braces(name)
+
+
+def _version_of(data: bytes) -> object:
+    try:
+        return json.loads(data)["version"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _parse_manifest(data: bytes, location: str) -> Manifest:
@@ -399,35 +362,3 @@ def _parse_manifest(data: bytes, location: str) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{location}: no manifest of shards ({error}). Make it again: mome shards index") from error
     return manifest
-
-
-def _unpack_remedy(name: str) -> str:
-    return f"Unpack {name.rpartition('/')[2]} to a plain .tar (gunzip, or zstd -d): images gain nothing by it"
-
-
-def _number(field: bytes) -> int:
-    """A header's number: octal text, or base 256 when the first bit is set (GNU, for 8 GiB and more)."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _text(data: bytes) -> str:
-    return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _path(header: bytes) -> str:
-    name, prefix = _text(header[:100]), _text(header[345:500])
-    is_posix = header[257:263] == b"ustar\0"  # GNU's older layout keeps other things in the prefix's place
-    return f"{prefix}/{name}" if prefix and is_posix else name
-
-
-def _pax(data: bytes) -> dict[str, str]:
-    """The records 'length key=value\\n' of an extended header."""
-    found, at = {}, 0
-    while at < len(data) and (match := re.compile(rb"(\d+) ").match(data, at)):
-        stop = at + int(match[1])
-        key, _, value = data[match.end() : stop - 1].partition(b"=")
-        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-        at = max(stop, match.end())
-    return found

@@ -16,6 +16,17 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
 
 Members = Mapping[str, bytes]  # extension without its dot -> content
+# Loading one of these runs code that the shard's author wrote. Nothing here would load them; whoever reads the same
+# shards with another reader does, so a sample that carries one is refused rather than read past.
+EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
+
+
+def check_members(members: Members, is_duplicate: bool) -> None:
+    """Raises BadSample for a key that the shard has twice, and for a member that executes code when it is loaded."""
+    if is_duplicate:
+        raise BadSample("members", "its key stands twice in the shard")
+    if unsafe := sorted(name for name in members if name.rpartition(".")[2] in EXECUTABLE):
+        raise BadSample("members", f"member .{unsafe[0]} executes code when it is loaded; pack such shards without it")
 
 
 def image_bytes(members: Members) -> bytes:

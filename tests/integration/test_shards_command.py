@@ -1,4 +1,4 @@
-"""`mome shards`: build, index, show, from files to shards in a folder and in an S3 bucket."""
+"""`mome shards`: build, index, check, show, from files to shards in a folder and in an S3 bucket."""
 
 from __future__ import annotations
 
@@ -51,10 +51,8 @@ def pairs(tmp_path) -> Path:
 @pytest.fixture
 def bucket(s3, monkeypatch) -> str:
     """An S3 bucket, reached as the command reaches it: by the store's usual environment variables."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
     return s3.url()
 
 
@@ -149,6 +147,39 @@ def test_tars_in_img2dataset_layout_are_indexed_as_they_lie(tmp_path):
     shown = facts(run("show", tmp_path, "--json"))["samples"]
     assert shown[0]["captions"] == ["a black square"]
     assert shown[0]["image_size"] == [9, 9]
+
+
+def test_counts_of_another_tool_are_trusted_when_told(pairs, tmp_path):
+    run("build", pairs, tmp_path / "out", "--samples-per-shard", 5)
+    for path in (tmp_path / "out").glob("*.npz"):
+        path.unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
+    for name, count in (("000000", 5), ("000001", 5), ("000002", 2)):
+        (tmp_path / "out" / f"{name}_stats.json").write_text(json.dumps({"count": 9, "successes": count}))
+    trusted = facts(run("index", tmp_path / "out", "--trust-counts", "--json"))
+    assert (trusted["num_samples"], trusted["trusted"]) == (12, 3)
+    assert not list((tmp_path / "out").glob("*.npz"))
+    assert "counted by another tool" in run("index", tmp_path / "out", "--trust-counts").stdout
+    assert facts(run("check", tmp_path / "out", "--json", "--workers", 1))["num_samples"] == 12
+    shown = facts(run("show", tmp_path / "out", "--samples", 1, "--json"))["samples"]
+    assert shown[0]["captions"] == ["picture 0", "a grey one, 0"]
+    assert [path.name for path in (tmp_path / "out").glob("*.npz")] == ["000000.tar.index.npz"]
+    whole = facts(run("index", tmp_path / "out", "--json"))
+    assert (whole["num_samples"], whole["trusted"]) == (12, 0)
+
+
+def test_shards_in_a_bucket_are_checked(pairs, bucket):
+    run("build", pairs, f"{bucket}/pairs", "--samples-per-shard", 5)
+    found = facts(run("check", f"{bucket}/pairs", "--json", "--workers", 1))
+    assert (found["num_samples"], found["shards"], found["bad_samples"]) == (12, 3, 0)
+    one = facts(run("check", f"{bucket}/pairs/000002.tar", "--json", "--workers", 1))
+    assert (one["num_samples"], one["shards"]) == (2, 1)
+
+
+def test_a_pipe_is_never_run(tmp_path):
+    for command in ("index", "check", "show"):
+        run(command, f"pipe:touch {tmp_path}/ran; cat {tmp_path}/x.tar", fails=ConfigError)
+    assert os.listdir(tmp_path) == []
 
 
 def test_real_photos_are_built(tmp_path):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.data.members import captions_of, image_bytes, image_id_of
+from pipeline.data.members import captions_of, check_members, image_bytes, image_id_of
 from pipeline.data.quarantine import BadSample
 
 
@@ -53,3 +53,15 @@ def test_equal_images_have_equal_ids():
     named = [image_id_of({"jpg": picture, "json": b'{"image_id": 7}'}) for picture in (b"x", b"y")]
     assert named[0] == named[1] == image_id_of({"jpg": b"z", "json": b'{"image_id": "7"}'})
     assert -(2**63) <= named[0] < 2**63
+
+
+@pytest.mark.parametrize("extension", ["pkl", "pth", "pickle", "features.pt"])
+def test_a_member_that_executes_code_when_loaded_refuses_its_sample(extension: str):
+    with pytest.raises(BadSample, match=r"executes code when it is loaded"):
+        check_members({"jpg": b"", extension: b""}, is_duplicate=False)
+    check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
+
+
+def test_a_key_that_stands_twice_is_refused():
+    with pytest.raises(BadSample, match=r"stands twice"):
+        check_members({"jpg": b""}, is_duplicate=True)

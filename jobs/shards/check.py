@@ -1,0 +1,122 @@
+"""`mome shards check`: what training would quarantine or refuse, found out ahead of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from jobs.shards.report import JsonOption, ShardProgress, print_json
+from pipeline.config.schema import DataConfig
+from pipeline.data.check import Finding, ShardReport, check_shards
+from pipeline.data.storage import Storage
+
+BROKEN, BAD = 1, 3  # exit statuses
+_LISTED = 20  # broken shards named on the screen
+
+
+class UseOption(StrEnum):
+    pairs = "pairs"
+    images = "images"
+    text = "text"
+
+
+def check(
+    url: Annotated[str, typer.Argument(help="A folder of tars, a brace pattern, or one tar.")],
+    use: Annotated[UseOption, typer.Option(help="What training reads of each sample: `use` of the source.")] = (
+        UseOption.pairs
+    ),
+    report: Annotated[Path | None, typer.Option(help="Write every finding here, one JSON object a line.")] = None,
+    max_pixels: Annotated[int, typer.Option(min=1, help="A larger picture is a decompression bomb.")] = (
+        DataConfig().max_pixels
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every shard to its end and decode every sample, as training would.
+
+    A bad sample (a corrupt picture, a missing member, an empty caption, a key that stands twice, a member that
+    executes code when loaded, …) would be quarantined and replaced; a broken shard (cut, empty, replaced, missing, not
+    as it was indexed) would stop the run.
+
+    Exit status: 0 nothing found, 3 bad samples only, 1 broken shards.
+    """
+    summary = _Summary()
+    with ShardProgress("checking") as progress, ExitStack() as stack:
+        lines = stack.enter_context(_opened(report)) if report else None
+        for shard in check_shards(Storage(), url, use.value, max_pixels, workers, progress.shard):
+            summary.add(shard)
+            if lines is not None:
+                lines.writelines(json.dumps(found.as_json(), ensure_ascii=False) + "\n" for found in _findings(shard))
+    if as_json:
+        print_json(summary.as_json(url, report))
+    else:
+        _print_summary(summary, url, report)
+    if summary.broken or summary.bad:
+        raise typer.Exit(BROKEN if summary.broken else BAD)
+
+
+@dataclass
+class _Summary:
+    shards: int = 0
+    samples: int = 0
+    broken: list[Finding] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)  # of bad samples
+    examples: dict[str, Finding] = field(default_factory=dict)
+
+    @property
+    def bad(self) -> int:
+        return self.kinds.total()
+
+    def add(self, report: ShardReport) -> None:
+        self.shards += 1
+        self.samples += report.samples
+        if report.broken:
+            self.broken.append(report.broken)
+        for finding in report.bad:
+            self.kinds[finding.kind] += 1
+            self.examples.setdefault(finding.kind, finding)
+
+    def as_json(self, url: str, report: Path | None) -> dict[str, object]:
+        return {
+            "url": url,
+            "shards": self.shards,
+            "num_samples": self.samples,
+            "bad_samples": self.bad,
+            "kinds": dict(self.kinds.most_common()),
+            "broken_shards": {finding.shard: finding.reason for finding in self.broken},
+            "report": str(report) if report else None,
+        }
+
+
+def _findings(report: ShardReport) -> Iterator[Finding]:
+    yield from report.bad
+    if report.broken:
+        yield report.broken
+
+
+def _opened(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
+
+
+def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:
+    typer.echo(f"{summary.samples} samples in {summary.shards} shards at {url}")
+    typer.echo(f"{len(summary.broken)} broken shards, {summary.bad} bad samples")
+    for finding in summary.broken[:_LISTED]:
+        typer.echo(f"  {finding.shard}: {finding.reason}")
+    if len(summary.broken) > _LISTED:
+        typer.echo(f"  … and {len(summary.broken) - _LISTED} more")
+    for kind, count in summary.kinds.most_common():
+        example = summary.examples[kind]
+        typer.echo(f"  {count:>8}  {kind:<50}  {example.key} in {example.shard}")
+    if report:
+        typer.echo(f"every one of them: {report}")

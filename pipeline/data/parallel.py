@@ -1,0 +1,31 @@
+"""The same call for many names at once, by threads: for work that waits on storage or leaves the interpreter free."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+from pipeline.config.paths import is_local
+
+REMOTE = 16  # requests in flight
+
+T = TypeVar("T")
+Progress = Callable[[int, int, str], None]  # (done, in all, name of the last)
+
+
+def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Iterator[tuple[str, T]]:
+    """(name, result) of each call, in the order they end, by as many threads as suit the place `url`.
+
+    The first error is raised, and nothing more is begun then.
+    """
+    # Threads beyond the cores would only contend where nothing is waited for.
+    threads = os.cpu_count() or 1 if is_local(url) else REMOTE
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="shards")
+    try:
+        calls: dict[Future[T], str] = {pool.submit(call, name): name for name in names}
+        for done in as_completed(calls):
+            yield calls.pop(done), done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
