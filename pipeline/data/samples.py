@@ -1,42 +1,44 @@
-"""Samples by their place: read in large ranges, kept in bounded memory, and checked against what was indexed.
+"""Samples by their place: read from where their shard lies, and checked against what was indexed.
 
-Remote shards are fetched in spans of at least 8 MiB of whole samples, each at most once while it is kept, whatever
-number of threads ask. Local files are read sample by sample: the operating system keeps their pages already.
-Every sample's bytes are compared with the checksum in its index, so that a changed shard is always found out.
+Every sample's bytes are compared with the checksum in its index, so that a changed shard is always found out. Remote
+shards are read in large spans kept in bounded memory, or whole in the node's cache, and ahead of need when the reader
+is told which steps are coming.
 """
 
 from __future__ import annotations
 
+import logging
+import resource
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from pipeline.config.errors import DataError, StorageError
-from pipeline.config.paths import is_local
-from pipeline.data.manifest import (
-    Manifest,
-    ShardIndex,
-    ShardRecord,
-    check_present,
-    check_size,
-    load_index,
-    load_manifest,
-    shard_folder,
-)
+from pipeline.config.schema import LoaderConfig
+from pipeline.data.access import Access, CacheAccess, LocalAccess, SpanAccess
+from pipeline.data.cache import CachedShard, NodeCache
+from pipeline.data.index import ShardIndex
+from pipeline.data.manifest import ShardRecord, load_manifest
 from pipeline.data.members import captions_of
 from pipeline.data.plan import Slot
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
-from pipeline.data.storage import NotFound, ObjectChanged, Storage, join
+from pipeline.data.readahead import HORIZON, Need, ReadAhead
+from pipeline.data.shards import SPAN, OpenFile, OpenShard, SourceShards
+from pipeline.data.sources import Source
+from pipeline.data.storage import Storage
+from pipeline.data.working_set import WorkingSet
 
-SPAN = 8 * 2**20  # bytes of one request at least, where the shard has them
-CACHE = 2**30  # bytes of remote spans kept in memory
-_MAX_INDEXES = 1024
+log = logging.getLogger(__name__)
+
+_DOWNLOADS = 2  # shards on their way to the cache at once, beside those that readers wait for
+_MOST_EARLY = 64  # steps told as reached before one that never is
+_CHUNK = 16  # samples of a step, when a source is read from end to end
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Sample:
     key: str
     offset: int  # of its first byte in the shard
     uid: int  # int64; the same wherever this sample is read
+    image_id: int  # int64; equal for samples that show the same image, 0 where there is none
+    is_duplicate: bool  # an earlier sample of the shard has its key
     members: dict[str, bytes]  # extension -> content
 
 
@@ -57,44 +61,157 @@ def sample_uid(record: ShardRecord, sample: int) -> int:
 
 
 class SampleReader:
-    """Reads the slots of a plan from `sources`: name -> (URL, manifest). Threads may share one reader.
+    """Reads the slots of a plan from `sources`, by name. Threads may share one reader; no thread starts before its use.
 
-    Making one asks the store for every shard: a missing, truncated or replaced one raises DataError, by name.
+    Making one asks the store for every shard, unless its source was asked already: a missing, truncated or replaced one
+    raises DataError, by name. Remote shards go through `cache` where one is given. Close it, or use it in `with`.
     """
 
-    def __init__(self, storage: Storage, sources: Mapping[str, tuple[str, Manifest]], cache_bytes: int = CACHE):
-        self._shards = {name: _Shards(storage, url, manifest) for name, (url, manifest) in sources.items()}
-        self._spans = _SpanCache(cache_bytes)
+    def __init__(
+        self,
+        storage: Storage,
+        sources: Mapping[str, Source],
+        loader: LoaderConfig = LoaderConfig(),
+        cache: NodeCache | None = None,
+    ):
+        self._shards = {name: SourceShards(storage, source) for name, source in sources.items()}
+        self._loader = loader
+        self._memory: WorkingSet[Any] = WorkingSet(loader.memory_bytes, self._tell_shortage)  # indexes and spans
+        descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._files: WorkingSet[OpenFile] = WorkingSet(descriptors)
+        self._pins: WorkingSet[CachedShard] = WorkingSet(descriptors)
+        self._requests = ThreadPoolExecutor(loader.requests, thread_name_prefix="requests")
+        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
+        self._access = {name: self._access_to(name, cache) for name in sources}
+        self._ahead: ReadAhead | None = None
+        self._passed, self._early = -1, set[int]()  # all steps up to `_passed` are reached, and these besides
+        self._has_told = False
+        self._lock = threading.Lock()
 
     def read(self, slot: Slot) -> Sample:
         """The sample of a slot. Raises DataError when its shard changed, StorageError when it cannot be reached."""
-        shards = self._shards[slot.source]
-        record = shards.manifest.shards[slot.shard]
-        index = shards.index(slot.shard)
-        members = self._members(shards, slot, index)
-        if checksum(members) != index.crc[slot.sample]:
-            self._spans.clear()  # what was kept may have been damaged on its way: read it once more
-            members = self._members(shards, slot, index)
-            if checksum(members) != index.crc[slot.sample]:
-                raise shards.changed(slot.shard, f"sample '{index.keys[slot.sample]}' is not the one that was indexed")
+        shards, access = self._shards[slot.source], self._access[slot.source]
+        opened = self._open(slot.source, slot.shard)
+        index, number = opened.index, opened.number(slot.sample)
+        members, forget = access.read(slot.shard, opened, number)
+        if checksum(members) != index.crc[number]:
+            forget()  # what was kept may have been damaged on its way: once more
+            members, _ = access.read(slot.shard, opened, number)
+            if checksum(members) != index.crc[number]:
+                raise shards.changed(slot.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
+        record = shards.record(slot.shard)
         return Sample(
             source=slot.source,
             shard=record.name,
-            key=index.keys[slot.sample],
-            offset=index.span(slot.sample)[0],
-            uid=sample_uid(record, slot.sample),
+            key=index.keys[number],
+            offset=index.span(number)[0],
+            uid=sample_uid(record, number),
+            image_id=int(index.image_id[number]),
+            is_duplicate=bool(index.duplicate[number]),
             members=dict(members),
         )
 
-    def _members(self, shards: _Shards, slot: Slot, index: ShardIndex) -> list[tuple[str, bytes]]:
+    def index(self, slot: Slot) -> tuple[ShardIndex, int]:
+        """The index of the slot's shard, without the json's fields, and the sample's number in it."""
+        opened = self._open(slot.source, slot.shard)
+        return opened.index, opened.number(slot.sample)
+
+    def follow(self, slots: Callable[[int], Iterable[Slot]], step: int) -> None:
+        """Reads ahead from `step` on, in a thread; `slots(step)` gives what a step will read. Local files need none."""
+        self._stop_following()
+        if all(shards.is_local for shards in self._shards.values()):
+            return
+        self._passed, self._early = step - 1, set()
+        for store in (self._memory, self._pins):
+            store.restart(step)
+        self._ahead = ReadAhead(lambda later: self._needs(slots(later), later), step, self._loader.read_ahead_bytes)
+
+    def reached(self, step: int) -> None:
+        """All of `step` is read: what no later step needs may go. Steps may be told a little out of their order."""
+        if (ahead := self._ahead) is None:
+            return
+        with self._lock:
+            self._early.add(step)
+            if len(self._early) > _MOST_EARLY:
+                self._passed = min(self._early) - 1
+            while self._passed + 1 in self._early:
+                self._passed += 1
+                self._early.discard(self._passed)
+            passed = self._passed
+        self._memory.reached(passed)
+        self._pins.reached(passed)
+        self._pins.release(HORIZON)
+        ahead.reached(passed)
+
+    def close(self) -> None:
+        """Ends every thread, once the requests in flight are answered, and lets go of all that is kept."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        for store in (self._memory, self._files, self._pins):
+            store.close()
+        for pool in (self._downloads, self._requests):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._downloads, self._requests):
+            pool.shutdown(wait=True)
+        self._stop_following()
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _access_to(self, name: str, cache: NodeCache | None) -> Access:
+        shards = self._shards[name]
         if shards.is_local:
-            start, stop = index.span(slot.sample)
-            data = shards.fetch(slot.shard, start, stop)
-        else:
-            start, stop = span_of(index, slot.sample)
-            key = (shards.location(slot.shard), start)
-            data = self._spans.get(key, lambda: shards.fetch(slot.shard, start, stop))
-        return [(name, data[at - start : at - start + size]) for name, at, size in index.members(slot.sample)]
+            return LocalAccess(name, shards, self._files)
+        spans = SpanAccess(name, shards, self._memory, self._requests)
+        if cache is None:
+            return spans
+        each = max(2, self._loader.requests // 2)
+        return CacheAccess(name, shards, cache, self._pins, spans, self._downloads, self._requests, each)
+
+    def _open(self, source: str, shard: int) -> OpenShard:
+        shards = self._shards[source]
+        return self._memory.get((source, shard), shards.index_bytes(shard), partial(shards.open, shard))
+
+    def _stop_following(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead.join()
+            self._ahead = None
+
+    def _needs(self, slots: Iterable[Slot], step: int) -> Iterator[Need]:
+        """What the slots of remote sources need. A shard without a good index is left to whoever reads it."""
+        remote = [slot for slot in slots if not self._shards[slot.source].is_local]
+        opened = self._open_together(dict.fromkeys((slot.source, slot.shard) for slot in remote), step)
+        for slot in remote:
+            if (shard := opened.get((slot.source, slot.shard))) is not None:
+                yield self._access[slot.source].need(slot.shard, shard, shard.number(slot.sample))
+
+    def _open_together(self, wanted: Iterable[tuple[str, int]], step: int) -> dict[tuple[str, int], OpenShard]:
+        keys = list(wanted)
+        for source, shard in keys:
+            shards = self._shards[source]
+            size = shards.index_bytes(shard)
+            if self._memory.need((source, shard), size, step):
+                self._memory.ask((source, shard), size, partial(shards.open, shard), self._requests.submit)
+        opened = {}
+        for source, shard in keys:
+            try:
+                opened[source, shard] = self._open(source, shard)
+            except Exception as error:
+                log.debug("reading ahead: %s", error)
+        return opened
+
+    def _tell_shortage(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            log.warning(
+                "data.loader.memory_bytes %d holds less than the open windows of this process need: parts of shards "
+                "are fetched more than once. Raise it, lower data.window, or set data.cache.folder",
+                self._loader.memory_bytes,
+            )
 
 
 def checksum(members: list[tuple[str, bytes]]) -> int:
@@ -107,11 +224,22 @@ def checksum(members: list[tuple[str, bytes]]) -> int:
 
 def samples_of_source(storage: Storage, url: str) -> Iterator[Sample]:
     """Every sample of a folder of shards once, in the manifest's order."""
-    manifest = load_manifest(storage, url)
-    reader = SampleReader(storage, {url: (url, manifest)}, cache_bytes=4 * SPAN)
-    for shard, record in enumerate(manifest.shards):
-        for sample in range(record.samples):
-            yield reader.read(Slot(url, 0, shard, sample))
+    source = Source(url, load_manifest(storage, url))
+    ends = np.cumsum(source.counts)
+
+    def slots(step: int) -> list[Slot]:
+        numbers = np.arange(step * _CHUNK, min((step + 1) * _CHUNK, ends[-1]))
+        shards = np.searchsorted(ends, numbers, side="right")
+        samples = numbers - (ends - source.counts)[shards]
+        return [Slot(url, 0, shard, sample) for shard, sample in zip(shards.tolist(), samples.tolist(), strict=True)]
+
+    loader = LoaderConfig(memory_bytes=16 * SPAN, read_ahead_bytes=8 * SPAN)
+    with SampleReader(storage, {url: source}, loader) as reader:
+        reader.follow(slots, 0)
+        for step in range(-(-int(ends[-1]) // _CHUNK)):
+            for slot in slots(step):
+                yield reader.read(slot)
+            reader.reached(step)
 
 
 def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
@@ -121,114 +249,3 @@ def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
             yield from captions_of(sample.members)
         except BadSample:
             continue
-
-
-def span_of(index: ShardIndex, sample: int) -> tuple[int, int]:
-    """The bytes [start, stop) to fetch for a sample: at least 8 MiB of whole samples, or the whole shard."""
-    starts = index.offset[index.first[:-1]]
-    bounds = _span_bounds(starts, int(index.bytes))
-    number = int(np.searchsorted(bounds, sample, side="right")) - 1
-    return index.span(bounds[number])[0], index.span(bounds[number + 1] - 1)[1]
-
-
-def _span_bounds(starts: np.ndarray, num_bytes: int) -> list[int]:
-    """Sample numbers at which spans begin, and the number of samples at the end."""
-    bounds = [0]
-    while num_bytes - starts[bounds[-1]] >= 2 * SPAN:  # what is left becomes one span, so none is below 8 MiB
-        following = int(np.searchsorted(starts, starts[bounds[-1]] + SPAN))
-        if following >= len(starts):
-            break
-        bounds.append(following)
-    return [*bounds, len(starts)]
-
-
-class _Shards:
-    """One source's shards: their indexes, and reads that tell a changed shard from a store that fails."""
-
-    def __init__(self, storage: Storage, url: str, manifest: Manifest):
-        self._storage, self._url, self.manifest = storage, url, manifest
-        self._folder = shard_folder(url)
-        self.is_local = is_local(url)
-        self._seen = check_present(storage, url, manifest)
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def location(self, shard: int) -> str:
-        return join(self._folder, self.manifest.shards[shard].name)
-
-    def index(self, shard: int) -> ShardIndex:
-        with self._lock:
-            if shard in self._indexes:
-                self._indexes.move_to_end(shard)
-                return self._indexes[shard]
-        index = load_index(self._storage, self._url, self.manifest.shards[shard])
-        with self._lock:
-            self._indexes[shard] = index
-            if len(self._indexes) > _MAX_INDEXES:
-                self._indexes.popitem(last=False)
-        return index
-
-    def fetch(self, shard: int, start: int, stop: int) -> bytes:
-        location = self.location(shard)
-        # A remote shard is pinned to the version seen at the start; a local one is known by its checksums alone.
-        etag = None if self.is_local else self._seen[self.manifest.shards[shard].name].etag
-        try:
-            return self._storage.read_range(location, start, stop, etag)
-        except ObjectChanged as error:
-            raise self.changed(shard, "it was replaced while the run read it") from error
-        except NotFound as error:
-            raise DataError(f"{location}: the shard is missing, and was there at first. Put it back") from error
-        except StorageError:
-            check_size(location, self.manifest.shards[shard], self._storage.info(location).size)
-            raise
-
-    def changed(self, shard: int, how: str) -> DataError:
-        return DataError(
-            f"{self.location(shard)}: the shard was changed: {how}. "
-            "Restore it, or index the folder again (mome shards index) and start a new run"
-        )
-
-
-class _SpanCache:
-    """Fetched spans, the longest unused leaving first when they exceed `most` bytes; each fetched by one thread."""
-
-    def __init__(self, most: int):
-        self._most, self._held = most, 0
-        self._spans: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, int], fetch: Callable[[], bytes]) -> bytes:
-        with self._lock:
-            span = self._spans.get(key)
-            is_ours = span is None
-            if span is None:
-                span = self._spans[key] = Future()
-            self._spans.move_to_end(key)
-        if is_ours:
-            self._fill(key, span, fetch)
-        return span.result()
-
-    def clear(self) -> None:
-        with self._lock:
-            for key in [key for key, span in self._spans.items() if span.done()]:
-                self._drop(key)
-
-    def _fill(self, key: tuple[str, int], span: Future[bytes], fetch: Callable[[], bytes]) -> None:
-        try:
-            data = fetch()
-        except BaseException as error:
-            with self._lock:
-                self._spans.pop(key, None)
-            span.set_exception(error)
-            return
-        with self._lock:
-            span.set_result(data)
-            self._held += len(data)
-            while self._held > self._most:
-                oldest = next((k for k, s in self._spans.items() if s.done() and k != key), None)
-                if oldest is None:
-                    return
-                self._drop(oldest)
-
-    def _drop(self, key: tuple[str, int]) -> None:
-        self._held -= len(self._spans.pop(key).result())

@@ -1,0 +1,74 @@
+"""A process that reads random shards through a node cache and checks every byte; some are killed while they do.
+
+    python tests/cache_user.py CACHE MAX_BYTES STORE SEED ROUNDS
+
+STORE is a folder of files, `name` holding what `name` decides (`content`). Each round two of them are open.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data import cache as module
+from pipeline.data.cache import NodeCache
+from pipeline.data.storage import Storage
+
+SIZE, PIECE = 40_000, 2_000
+
+
+def content(name: str) -> bytes:
+    """The bytes of a stored file."""
+    return np.random.default_rng(int(name)).bytes(SIZE)
+
+
+def fill(store: Path, files: int) -> None:
+    """Makes the store."""
+    store.mkdir()
+    for number in range(files):
+        (store / f"{number}").write_bytes(content(f"{number}"))
+
+
+def open_checked(cache: NodeCache, store: Path, name: str) -> module.CachedShard:
+    """A pinned file of the cache, whose content is right. Each piece takes a moment to come."""
+    url = str(store / name)
+
+    def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        for start, stop in pieces:
+            time.sleep(0.0005)
+            yield Storage().read_range(url, start, stop)
+
+    shard = cache.open(url, SIZE, "tag", fetch)
+    assert shard.read(0, SIZE) == content(name), f"{name} is damaged"
+    return shard
+
+
+def use(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
+    """Opens a random file each round, and keeps the one before pinned meanwhile."""
+    names, chance = sorted(os.listdir(store)), random.Random(seed)
+    before = None
+    for _ in range(rounds):
+        name = chance.choice(names)
+        shard = open_checked(cache, store, name)
+        if before is not None:
+            held, held_name = before
+            assert held.path.exists(), f"{held_name} was evicted while it was pinned"
+            assert held.read(0, SIZE) == content(held_name)
+            held.close()
+        before = shard, name
+
+
+def main() -> None:
+    module.PIECE = PIECE
+    folder, max_bytes, store, seed, rounds = sys.argv[1:]
+    use(NodeCache(folder, int(max_bytes)), Path(store), int(seed), int(rounds))
+
+
+if __name__ == "__main__":
+    main()
