@@ -59,7 +59,7 @@ def enhance_factor(strength: float) -> float:
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
     """Stretch each channel to the whole range; a flat channel stays."""
-    low, high = image.min(axis=(0, 1)).astype(np.float64), image.max(axis=(0, 1)).astype(np.float64)
+    low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]).T
     spread = np.where(high > low, high - low, 255.0)
     offset = np.where(high > low, low, 0.0)
     return _look_up(image, (np.arange(256)[:, None] - offset) * (255.0 / spread))
@@ -67,12 +67,12 @@ def auto_contrast(image: np.ndarray) -> np.ndarray:
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """Flatten each channel's histogram."""
-    return np.dstack([cv2.equalizeHist(np.ascontiguousarray(image[:, :, c])) for c in range(3)])
+    return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """0 is black, 1 the picture itself."""
-    return _look_up(image, np.repeat(np.arange(256)[:, None] * factor, 3, axis=1))
+    return cv2.convertScaleAbs(image, alpha=factor)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -94,6 +94,8 @@ def translate(image: np.ndarray, share: float, horizontal: bool) -> np.ndarray:
     """Shift by a share of the side, so that it means the same at every resolution."""
     height, width = image.shape[:2]
     right, down = (share * width, 0.0) if horizontal else (0.0, share * height)
+    if abs(right - round(right)) < 1e-9 and abs(down - round(down)) < 1e-9:
+        return _shift(image, round(right), round(down))
     return _warp(image, [[1, 0, right], [0, 1, down]])
 
 
@@ -125,9 +127,22 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, rounded[None])
 
 
+def _shift(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    """What `_warp` gives for whole pixels, without computing any."""
+    height, width = image.shape[:2]
+    moved = np.empty_like(image)
+    moved[:] = FILL
+    from_top, from_left = max(0, -down), max(0, -right)
+    kept = image[from_top : height - max(0, down), from_left : width - max(0, right)]
+    moved[max(0, down) : height - from_top, max(0, right) : width - from_left] = kept
+    return moved
+
+
 def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
     height, width = image.shape[:2]
-    return cv2.warpAffine(
-        image, np.asarray(matrix, dtype=np.float64), (width, height),
-        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL,
+    four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
+    warped = cv2.warpAffine(
+        four, np.asarray(matrix, dtype=np.float64), (width, height),
+        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(*FILL, 0),
     )  # fmt: skip
+    return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)

@@ -41,7 +41,8 @@ def resize_square(image: np.ndarray, size: int) -> np.ndarray:
     """The whole picture as (size, size, 3), stretched: what the published models evaluate on."""
     if image.shape[:2] == (size, size):
         return image
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # channels-last: the fast kernel
+    # The batch dimension first: permuted before it is added, torch would not see channels-last, its fast kernel's way.
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     resized = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
@@ -120,13 +121,23 @@ def _rgb(picture: Image.Image) -> np.ndarray:
 
 def _orientation(data: bytes) -> int:
     """A JPEG's EXIF orientation, 1 where there is none. Damaged metadata does not make the picture bad."""
-    if b"Exif\x00\x00" not in data[:65536]:  # opening it with Pillow costs more than this look
+    if not _has_exif(data):  # opening it with Pillow costs more than this look
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             return picture.getexif().get(ORIENTATION, 1)
     except Exception:
         return 1
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether one of the segments before the picture (APP0 … APP15, comments) is EXIF."""
+    at = 2
+    while at + 4 < len(data) and data[at] == 0xFF and (0xE0 <= data[at + 1] <= 0xEF or data[at + 1] == 0xFE):
+        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

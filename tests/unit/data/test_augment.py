@@ -14,6 +14,7 @@ from pipeline.data.augment import (
     ROTATE,
     SHEAR,
     TRANSLATE,
+    _warp,
     augment,
     auto_contrast,
     brightness,
@@ -162,3 +163,11 @@ def test_allowing_flips_changes_nothing_but_the_flip():
 )
 def test_captions_that_mention_a_side_are_found(caption, said):
     assert mentions_side(caption) is said
+
+
+@pytest.mark.parametrize(("right", "down"), [(7, 0), (-7, 0), (0, 5), (0, -5)])
+def test_shifting_whole_pixels_is_warping_by_them(right: int, down: int):
+    image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+    horizontal = right != 0
+    moved = translate(image, right / 32 if horizontal else down / 40, horizontal)
+    assert np.array_equal(moved, _warp(image, [[1, 0, right], [0, 1, down]]))
