@@ -23,6 +23,8 @@ from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageErr
 from pipeline.config.load import validate
 from pipeline.config.paths import local_path, with_absolute_paths
 from pipeline.config.schema import RunConfig
+from pipeline.data.loader import local_preparer
+from pipeline.data.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.tracker import check_server, tracking_uri
 from pipeline.training.checkpoint import is_committed, stage_url
@@ -115,7 +117,9 @@ def _connect(config: RunConfig) -> None:
                 "correct the address, or leave it out to run on this machine."
             ) from error
         return
-    needed = int(config.cluster.workers * config.cluster.cpus_per_worker) + 1
+    cluster = config.cluster
+    each = cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus
+    needed = int(cluster.workers * each) + 1
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)
 
 
@@ -159,12 +163,20 @@ def run_rank(loop_config: dict[str, str]) -> None:
     if storage.exists(join(config.folder, FAILURE_FILE)):
         return
     try:
-        train(config, _ProgressFile(config, storage))
+        train(config, _ProgressFile(config, storage), _preparer(config))
     except Exception as error:
         told = _told(error)
         if told is not None:
             storage.write(join(config.folder, FAILURE_FILE), json.dumps(told).encode())
         raise
+
+
+def _preparer(config: RunConfig) -> PreparerFactory:
+    if not config.cluster.loader_actors:
+        return local_preparer
+    from jobs.loader_actors import ActorPreparer
+
+    return ActorPreparer
 
 
 def _told(error: Exception) -> dict[str, Any] | None:

@@ -87,6 +87,7 @@ class Checkpoint:
     plan_digest: str
     world_size: int
     zero_stage: int
+    data_counts: dict[str, float]  # of the stage so far, by metric: samples read and found bad
 
 
 class SavedState:
@@ -156,7 +157,7 @@ class CheckpointStore:
         if chosen is None:
             return None
         manifest, files = read_committed(self.storage, chosen)
-        names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage")
+        names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
         checkpoint = Checkpoint(url=chosen, **{name: manifest[name] for name in names})
         return checkpoint, SavedState(checkpoint, files.values())
 

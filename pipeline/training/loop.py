@@ -16,8 +16,8 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import load_manifest
+from pipeline.data.loader import Loader, local_preparer
+from pipeline.data.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
 from pipeline.models.vlmo import drop_path_rates
@@ -51,8 +51,10 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def train(config: RunConfig, report: Report) -> None:
+def train(config: RunConfig, report: Report, preparer: PreparerFactory = local_preparer) -> None:
     """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
+
+    `preparer` says who prepares the rank's batches.
 
     Raises MomeError for what a restart would only repeat; anything else may be tried again.
     """
@@ -68,7 +70,7 @@ def train(config: RunConfig, report: Report) -> None:
     try:
         for index in range(len(config.stages)):
             if not is_committed(storage, stage_url(config, index)):
-                StageRun(config, index, storage, tokenizer, collectives, tracker, report).run()
+                StageRun(config, index, storage, tokenizer, collectives, tracker, report, preparer).run()
             collectives.barrier()
         status = "FINISHED"
     finally:
@@ -98,14 +100,14 @@ class StageRun:
         collectives: Collectives,
         tracker: Tracker | SilentTracker,
         report: Report,
+        preparer: PreparerFactory,
     ):
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, tracker, report
         self.first = config.stage_start(index)  # global step at which the stage begins
-        self.loader = Loader(
-            config, self.stage, storage, tokenizer, rank=collectives.rank, world_size=collectives.world_size
-        )
+        self._counted_before: dict[str, float] = {}
+        self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint.keep)
         model = build_stage_model(config, index, storage, tokenizer.size)
         self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
@@ -152,14 +154,13 @@ class StageRun:
                 "were, or begin a new run under another `name`."
             )
         self.engine.restore(state)
+        self._counted_before = checkpoint.data_counts
         log.warning("resuming stage %s at step %d from %s", self.stage.name, checkpoint.stage_step, checkpoint.url)
         return checkpoint.stage_step
 
     def _begin_tracking(self, start: int) -> None:
         datasets = [
-            DatasetInput(name, self.config.sources[name].shards, load_manifest(self.storage, shards).digest)
-            for name in self.stage.sources
-            for shards in [self.config.sources[name].shards]
+            DatasetInput(name, self.config.sources[name].shards, digest) for name, digest in self.loader.sources.items()
         ]
         tags = {"plan_digest": self.loader.digest[:36], "start_from": self._origin()}
         if start:
@@ -180,15 +181,19 @@ class StageRun:
             "stage_step": stage_step,
             "plan_digest": self.loader.digest,
             "zero_stage": self.config.engine.zero_stage,
+            "data_counts": self._data_counts(),
             "config": self.config.model_dump(mode="json"),
         }
 
     def _data_counts(self) -> dict[str, float]:
-        """The loaders' counters, over all ranks."""
+        """The loaders' counters, over all ranks and all sessions of the stage."""
         counts = self.loader.counts()
         names = sorted(counts)
         summed = self.collectives.sum(torch.tensor([float(counts[n]) for n in names], device=self.collectives.device))
-        return {f"data/{name}": value for name, value in zip(names, summed.tolist(), strict=True)}
+        read = {f"data/{name}": value for name, value in zip(names, summed.tolist(), strict=True)}
+        # Epochs follow from the step; what was read and found bad before a restart only its checkpoint knows.
+        before = {name: value for name, value in self._counted_before.items() if not name.startswith("data/epochs/")}
+        return {name: value + before.get(name, 0.0) for name, value in read.items()}
 
     def _write_quarantine(self, reached: int) -> None:
         """What was found bad and replaced since the last call, on any rank: one JSON line each, in the run's folder."""

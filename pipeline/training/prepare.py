@@ -6,15 +6,17 @@ Everything here is idempotent, so that a restarted run goes through it again and
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import changes
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.manifest import check_present, load_manifest
+from pipeline.data.manifest import ensure_indexed
 from pipeline.data.samples import captions_of_source
 from pipeline.data.scenes import build_synthetic
+from pipeline.data.sources import open_source, selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
 from pipeline.training.checkpoint import load_weights
@@ -23,11 +25,12 @@ from pipeline.training.stages import check_stages
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+TELL_SECONDS = 5.0
 MAX_CAPTIONS = 200_000  # enough to train a vocabulary from
 
 
 def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
-    """Draw synthetic sources, check every source and stage, fix the vocabulary, and admit the config.
+    """Draw synthetic sources, index and check every source and stage, fix the vocabulary, and admit the config.
 
     Raises ConfigError, DataError, StorageError or CheckpointError with one message; nothing is half-written.
     """
@@ -35,13 +38,27 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     admit(config, storage)
     build_synthetic(storage, config.sources)
     for url in sorted({source.shards for source in config.sources.values()}):
-        check_present(storage, url, load_manifest(storage, url))
+        ensure_indexed(storage, url, _Told(f"{url}: indexed"))
+    for name, source in config.sources.items():
+        open_source(storage, source, selection_url(config, name), _Told(f"sources.{name}: filtered"))
     for stage in config.stages:
         if stage.start_from not in ("previous", "random"):
             _check_start(config, stage, storage)
     tokenizer = prepare_tokenizer(config, storage)
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())
     return tokenizer
+
+
+class _Told:
+    """Progress of long work over shards: a line now and then, and none when it is done at once."""
+
+    def __init__(self, what: str):
+        self._what, self._last = what, time.monotonic()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if time.monotonic() - self._last >= TELL_SECONDS:
+            self._last = time.monotonic()
+            log.warning("%s %d of %d shards", self._what, done, total)
 
 
 def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:

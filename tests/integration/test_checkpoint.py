@@ -62,6 +62,7 @@ def _metadata(config, stage_step: int) -> dict:
         "stage": "vision_language",
         "stage_step": stage_step,
         "plan_digest": "plan",
+        "data_counts": {},
         "zero_stage": config.engine.zero_stage,
     }
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.errors import DataError
+from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data import loader as module
+from pipeline.data import rows as module
 from pipeline.data.batch import Batch
-from pipeline.data.loader import Loader, fingerprint, hash_rows
+from pipeline.data.fingerprint import fingerprint, hash_rows
+from pipeline.data.loader import Loader
 from pipeline.data.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.data.text import Tokenizer
@@ -65,6 +66,11 @@ def run_config(folders: dict[str, str], kind: str = "vision_language", **changes
     return validate(values, "test")
 
 
+def with_loader(config: RunConfig, **changes: int) -> RunConfig:
+    loader = config.data.loader.model_copy(update=changes)
+    return config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
+
+
 def make(config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1) -> Loader:
     return Loader(config, config.stages[0], Storage(config.storage), tokenizer, rank=rank, world_size=world_size)
 
@@ -95,7 +101,7 @@ def test_global_batches_are_the_same_for_every_world_size_and_number_of_threads(
     config = run_config(folders, kind)
     stage = config.stages[0]
     prints = {
-        fingerprint(config, stage, Storage(), tokenizer, range(2, 8), world_size, threads)
+        fingerprint(with_loader(config, threads=threads), stage, Storage(), tokenizer, range(2, 8), world_size)
         for world_size in (1, 2, 3, 5)
         for threads in (1, 4)
     }
@@ -271,7 +277,9 @@ def planned_bad(config: RunConfig, tokenizer: Tokenizer) -> set[tuple[int, int]]
 def test_replacements_are_the_same_for_every_world_size(spoiled, tokenizer):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
     prints = {
-        fingerprint(config, config.stages[0], Storage(), tokenizer, range(5), w, t) for w in (1, 2, 3) for t in (1, 3)
+        fingerprint(with_loader(config, threads=t), config.stages[0], Storage(), tokenizer, range(5), w)
+        for w in (1, 2, 3)
+        for t in (1, 3)
     }
     assert len(prints) == 1
 
@@ -318,14 +326,14 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
 
 def test_a_fault_is_raised_in_its_own_step_and_every_thread_ends(folders, tokenizer, monkeypatch: pytest.MonkeyPatch):
     config = run_config(folders, data={"loader": {"threads": 3, "prefetch_batches": 4}})
-    prepare = module.Loader._prepare
+    make_rows = module.RowMaker.make
 
-    def failing(loader: Loader, step: int, place: int, pixels):
+    def failing(maker: module.RowMaker, step: int, *rest):
         if step == 3:
             raise DataError("the store is gone")
-        return prepare(loader, step, place, pixels)
+        return make_rows(maker, step, *rest)
 
-    monkeypatch.setattr(module.Loader, "_prepare", failing)
+    monkeypatch.setattr(module.RowMaker, "make", failing)
     batches = make(config, tokenizer).batches(0)
     assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"the store is gone"):
@@ -376,3 +384,21 @@ def test_pictures_whose_caption_names_a_side_are_never_flipped(
     monkeypatch.setattr(module, "augment", lambda *args: allowed.add(args[-1]) or augment(*args))
     take(run_config({"one": folder}), tokenizer, 0, 1)
     assert allowed == {may_flip}
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_a_cache_smaller_than_the_open_windows_is_refused(s3, folders, tokenizer, tmp_path: Path):
+    storage, url = Storage(s3.config), s3.url("one")
+    for file in sorted(Path(folders["one"]).iterdir()):
+        storage.upload(file, f"{url}/{file.name}")
+    sizes = sum(file.stat().st_size for file in Path(folders["one"]).glob("*.tar"))
+
+    def loader(max_bytes: int) -> Loader:
+        cache = {"folder": str(tmp_path / "cache"), "max_bytes": max_bytes}
+        run = run_config({"one": url}, data={"cache": cache}, storage=s3.config.model_dump())
+        return make(run, tokenizer)
+
+    with pytest.raises(ConfigError, match=rf"max_bytes {sizes - 1} is below the {sizes} bytes of the open windows"):
+        loader(sizes - 1)
+    with loader(sizes) as enough:
+        assert len(next(enough.batches(0))) == 10

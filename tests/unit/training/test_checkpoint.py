@@ -28,7 +28,7 @@ def store(tmp_path: Path, collectives: Collectives) -> CheckpointStore:
 
 
 def save(store: CheckpointStore, step: int) -> Path:
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2}
+    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
     fragments = [
         Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step}),
         Fragment("a.weight", 4, {"weight": torch.arange(4.0, 6.0) + step}),

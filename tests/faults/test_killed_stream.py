@@ -1,0 +1,128 @@
+"""Killed at random moments and restarted with random world sizes, a stream is the uninterrupted one (C1, C4).
+
+MOME_KILLS=100 python -m pytest tests/faults/test_killed_stream.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import stream
+from stream import record, stream_config, whole_lines
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import index_shards
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+
+KILLS = int(os.environ.get("MOME_KILLS", "5"))
+WORLDS = (1, 2, 3, 4)
+SECONDS = 120.0
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
+
+
+class Run:
+    """A stream's process and what it left."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, folder: Path):
+        self.record = folder / "record"
+        self._config, self._vocabulary = folder / "config.json", folder / "vocab.txt"
+        self._config.write_text(config.model_dump_json(), encoding="utf-8")
+        tokenizer.save(Storage(), str(self._vocabulary))
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(whole_lines(self.record))
+
+    def start(self, world: int, last: int = 1_000_000) -> None:
+        arguments = [self._config, self._vocabulary, world, self.steps, last, self.record]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, stream.__file__, *map(str, arguments)], env=environment)
+
+    def loader_processes(self) -> list[psutil.Process]:
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """SIGKILL to the process itself; its loader processes must find out and end by themselves."""
+        assert self.process is not None
+        orphans = self.loader_processes()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(orphans, timeout=20)
+        assert not alive, f"loader processes outlived their rank: {alive}"
+
+    def kill_loader_process(self, draw: random.Random) -> None:
+        """SIGKILL to one loader process; the run must go on."""
+        victims = self.loader_processes()
+        if victims:
+            victim = draw.choice(victims)
+            victim.send_signal(signal.SIGKILL)
+
+
+def wait_for(condition, what: str) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, f"waited {SECONDS} s for {what}"
+        time.sleep(0.02)
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.ray", "ray", "plasma"))}
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_a_killed_stream_is_the_uninterrupted_stream(s3, make_pairs, tokenizer, tmp_path: Path):
+    folder, url = make_pairs("pairs", [17, 9, 24, 11, 30, 9]), s3.url("pairs")
+    index_shards(Storage(), folder)
+    for file in sorted(Path(folder).glob("*.tar")):
+        Storage(s3.config).upload(file, join(url, file.name))
+    index_shards(Storage(s3.config), url)
+    cache = tmp_path / "cache"
+    loading = {"loader": {"workers": 2, "threads": 2}, "cache": {"folder": str(cache)}}
+    run = Run(stream_config(url, s3.config, **loading), tokenizer, tmp_path)
+    draw, before, killed = random.Random(11), shared_memory(), Counter()
+    while killed.total() < KILLS:
+        if run.process is None or run.process.poll() is not None:
+            assert run.process is None or killed["rank"], "the stream ended by itself"
+            run.start(draw.choice(WORLDS))
+        reached = run.steps
+        if draw.random() < 0.8:  # else it may be killed while it starts
+            wait_for(lambda: run.steps > reached or run.process.poll() is not None, "a batch")  # noqa: B023
+        time.sleep(draw.uniform(0, 0.8))
+        assert run.process.poll() is None, "the stream ended by itself"
+        if draw.random() < 0.7:
+            run.kill()
+            killed["rank"] += 1
+        else:
+            run.kill_loader_process(draw)
+            killed["loader process"] += 1
+    if run.process.poll() is None:
+        run.kill()
+    total = run.steps + 5
+    run.start(draw.choice(WORLDS), total)
+    assert run.process.wait(timeout=SECONDS) == 0
+    print(f"{dict(killed)} kills over {total} steps")
+
+    record(stream_config(folder), tokenizer, 1, range(total), tmp_path / "uninterrupted")
+    assert whole_lines(run.record) == whole_lines(tmp_path / "uninterrupted")
+    read = Counter(word for line in whole_lines(run.record) for word in line.split()[2:])
+    assert set(read.values()) == {1}, "a sample was read twice in one epoch"
+    epochs = Counter(int(word.partition(":")[0]) for word in read)
+    assert all(epochs[epoch] == 100 for epoch in range(max(epochs) - 1)), "a sample was left out of an epoch"
+    assert shared_memory() == before
+    assert not [file for file in cache.rglob("*") if file.name.endswith(".part")]

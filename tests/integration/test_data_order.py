@@ -1,0 +1,106 @@
+"""Contract C1: one order of the data for every world size, loader, cache and store.
+
+Continuous integration runs a cover of all pairs of settings. The whole table, over 500 batches:
+
+    MOME_ORDER=whole MOME_ORDER_STEPS=500 python -m pytest tests/integration/test_data_order.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+from stream import stream_config
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.fingerprint import fingerprint
+from pipeline.data.manifest import index_shards
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+
+SETTINGS = {
+    "world": (1, 2, 3, 4, 5, 6, 8),
+    "workers": (0, 1, 4),
+    "threads": (1, 4),
+    "place": ("local", "s3", "s3, cold cache", "s3, warm cache"),
+}
+STEPS = int(os.environ.get("MOME_ORDER_STEPS", "12"))
+Setting = tuple[int, int, int, str]
+
+
+def cover(settings: list[tuple[object, ...]]) -> Iterator[Setting]:
+    """Combinations in which every two values of different settings meet, chosen greedily."""
+    left = {pair for combination in product(*settings) for pair in pairs(combination)}
+    while left:
+        best = max(product(*settings), key=lambda combination: len(left & pairs(combination)))
+        left -= pairs(best)
+        yield best  # type: ignore[misc]
+
+
+def pairs(combination: tuple[object, ...]) -> set[object]:
+    return set(combinations(enumerate(combination), 2))
+
+
+WHOLE = os.environ.get("MOME_ORDER") == "whole"
+CASES = list(product(*SETTINGS.values())) if WHOLE else list(cover(list(SETTINGS.values())))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, str]:
+    """The fingerprint of the plainest case, once it was computed."""
+    return {}
+
+
+def with_loading(config: RunConfig, workers: int, threads: int, cache: Path | None) -> RunConfig:
+    data = config.data.model_dump()
+    data["loader"] |= {"workers": workers, "threads": threads}
+    data["cache"] |= {"folder": str(cache) if cache else None}
+    return config.model_copy(update={"data": type(config.data).model_validate(data)})
+
+
+@pytest.fixture
+def place(s3, make_pairs, caches: Path, tmp_path: Path) -> Callable[[str], tuple[RunConfig, Path | None]]:
+    """place(name) -> a run that reads the same pairs from there, and its cache."""
+    folder = make_pairs("pairs", [9, 4, 10, 7, 12])
+    index_shards(Storage(), folder)
+
+    def choose(name: str) -> tuple[RunConfig, Path | None]:
+        if name == "local":
+            return stream_config(folder), None
+        storage, url = Storage(s3.config), s3.url("pairs")
+        for file in sorted(Path(folder).glob("*.tar")):
+            storage.upload(file, join(url, file.name))
+        index_shards(storage, url)
+        cache = {"s3": None, "s3, cold cache": tmp_path / "cache", "s3, warm cache": caches}[name]
+        return stream_config(url, s3.config), cache
+
+    return choose
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+@pytest.mark.parametrize(("world", "workers", "threads", "where"), CASES)
+def test_the_order_is_one(place, tokenizer, expected, world: int, workers: int, threads: int, where: str):
+    config, cache = place(where)
+
+    def read(world: int, workers: int, threads: int) -> str:
+        run = with_loading(config, workers, threads, cache)
+        return fingerprint(run, run.stages[0], Storage(run.storage), tokenizer, range(STEPS), world)
+
+    if where == "s3, warm cache":
+        read(1, 0, 4)
+    if not expected:
+        expected["print"] = read(1, 0, 1)
+    assert read(world, workers, threads) == expected["print"]

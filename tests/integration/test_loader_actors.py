@@ -1,0 +1,85 @@
+"""Batches that Ray actors prepare are the batches that the rank itself would prepare, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from stream import stream_config
+
+from jobs.loader_actors import ActorPreparer
+from pipeline.config.errors import DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader, local_preparer
+from pipeline.data.manifest import index_shards
+from pipeline.data.preparation import PreparerFactory
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
+
+
+@pytest.fixture
+def config(make_pairs) -> RunConfig:
+    folder = make_pairs("pairs", [17, 9, 24])
+    index_shards(Storage(), folder)
+    config = stream_config(folder)
+    cluster = config.cluster.model_copy(update={"loader_actors": 2, "loader_cpus": 1.0})
+    return config.model_copy(update={"cluster": cluster})
+
+
+def read(config: RunConfig, tokenizer: Tokenizer, preparer: PreparerFactory, rank: int, world: int) -> list[Batch]:
+    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world, preparer) as loader:
+        return list(islice(loader.batches(2), STEPS))
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
+def test_actors_make_the_rows_that_the_rank_would_make(cluster, config, tokenizer, rank: int, world: int):
+    remote = read(config, tokenizer, ActorPreparer, rank, world)
+    for batch, expected in zip(remote, read(config, tokenizer, local_preparer, rank, world), strict=True):
+        for name in ("uid", "image_id", "image", "masked_text", "mask_labels", "patch_positions"):
+            assert getattr(batch, name).equal(getattr(expected, name)), name
+
+
+def test_a_killed_actor_comes_back_and_nothing_changes(cluster, config, tokenizer):
+    expected = read(config, tokenizer, local_preparer, 0, 1)
+    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, ActorPreparer) as loader:
+        for number, (batch, whole) in enumerate(zip(loader.batches(2), expected, strict=False)):
+            assert batch.image.equal(whole.image)
+            if number == 1:
+                os.kill(actor_processes()[0], signal.SIGKILL)
+
+
+def actor_processes() -> list[int]:
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if "ray::RowActor" in " ".join(process.info["cmdline"] or [])
+    ]
+
+
+def test_an_actors_error_is_raised_here_as_itself(cluster, config, tokenizer):
+    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, ActorPreparer) as loader:
+        for shard in Path(config.sources["pairs"].shards).glob("*.tar"):
+            shard.unlink()
+        with pytest.raises(DataError, match=r"the shard is missing"):
+            next(loader.batches(0))
