@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.bench import app as bench_app
 from jobs.console import ProgressDisplay, console
 from jobs.shards import app as shards_app
 from pipeline.config.errors import MomeError
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
 )
 app.add_typer(shards_app, name="shards")
+app.add_typer(bench_app, name="bench")
 
 Config = Annotated[Path, typer.Argument(help="A YAML config, such as configs/demo.yaml.")]
 Overrides = Annotated[
@@ -108,13 +110,15 @@ def fingerprint(
     stage: Annotated[str | None, typer.Option(help="The stage whose data are meant; the last, if not given.")] = None,
     steps: Annotated[str, typer.Option(help="Steps A:B of the stage.")] = "0:10",
     world_size: Annotated[int, typer.Option(help="Ranks that read the batches.", min=1)] = 1,
-    threads: Annotated[int, typer.Option(help="Loader threads of each rank.", min=1)] = 2,
+    workers: Annotated[int, typer.Option(help="Loader processes of each rank; 0: threads alone.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Loader threads of each process.", min=1)] = 2,
     as_json: AsJson = False,
 ) -> None:
-    """The hash of the data of steps A to B: equal for every world size and thread count (contract C1)."""
+    """The hash of the data of steps A to B: equal for every world size, number of workers and threads (contract C1)."""
     from jobs.audit import fingerprint_of
 
-    _print_result(fingerprint_of(load_config(config, overrides or []), stage, steps, world_size, threads), as_json)
+    settings = load_config(config, overrides or [])
+    _print_result(fingerprint_of(settings, stage, steps, world_size, workers, threads), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

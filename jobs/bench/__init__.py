@@ -1,0 +1,123 @@
+"""`mome bench`: measure this machine, beside what its users would otherwise run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.console import console
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine beside what its users would otherwise run.")
+
+PEERS = ("webdataset_pil", "open_clip_composition", "ray_data")
+MIB = 2**20
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
+
+
+@app.command()
+def loader(
+    shards: Annotated[str | None, typer.Option(help="A local folder of indexed shards of pairs.")] = None,
+    photos: Annotated[
+        list[Path] | None, typer.Option(help="A folder of captioned photos, repeated into shards; may be given often.")
+    ] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="A vocab.txt; else one is trained from the captions.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples each contender loads in a round.")] = 2048,
+    workers: Annotated[int, typer.Option(min=0, help="Our processes; 0: threads of the trainer's own.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each; peers get workers x threads processes.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 64,
+    rand_augment: Annotated[bool, typer.Option(help="Measure with RandAugment and without, or only without.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Every contender is measured once in each.")] = 3,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PEERS)}; may be given often.")] = None,
+    uint8_peers: Annotated[bool, typer.Option(help="Measure the peers also without their float32 output.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """CPU time of a sample by our loader, by webdataset with PIL, by open_clip's stages and by Ray Data.
+
+    Every process of a contender counts, once it is warm. Without --shards and --photos, pictures are drawn.
+    """
+    from jobs.bench.loader import Settings, bench_loader
+
+    chosen = Settings(
+        shards=shards,
+        photos=tuple(photos or ()),
+        vocabulary=str(vocabulary) if vocabulary else None,
+        samples=samples,
+        workers=workers,
+        threads=threads,
+        batch=batch,
+        rand_augment=rand_augment,
+        rounds=rounds,
+        peers=PEERS if peer is None else tuple(peer),
+        uint8_peers=uint8_peers,
+    )
+    with console.status("starting") as status:
+        _print(bench_loader(chosen, status.update), as_json)
+
+
+@app.command()
+def storage(
+    url: Annotated[str | None, typer.Argument(help="A folder or URL to write to and read; else a local S3.")] = None,
+    object_mib: Annotated[int, typer.Option(min=1, help="Size of the object that is read.")] = 128,
+    range_mib: Annotated[int, typer.Option(min=1, help="Size of one request.")] = 8,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
+    objects: Annotated[int, typer.Option(min=1, help="Objects of the folder that is listed.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="Every contender is measured once in each.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """How fast a store is read and listed from here, by us, by fsspec and by botocore."""
+    from jobs.bench.storage import bench_storage
+
+    with console.status("starting") as status:
+        result = bench_storage(
+            url,
+            object_bytes=object_mib * MIB,
+            range_bytes=range_mib * MIB,
+            in_flight=in_flight,
+            objects=objects,
+            rounds=rounds,
+            progress=status.update,
+        )
+    _print(result, as_json)
+
+
+@app.command()
+def plan(
+    samples: Annotated[int, typer.Option(min=1, help="Samples of four sources together.")] = 1_000_000_000,
+    shards: Annotated[int, typer.Option(min=1, help="Their shards.")] = 100_000,
+    ranks: Annotated[int, typer.Option(min=1, help="World size.")] = 4096,
+    lanes: Annotated[int, typer.Option(min=1, help="Must divide the batch.")] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of a global batch.")] = 65_536,
+    window: Annotated[int, typer.Option(min=1, help="Shards a lane shuffles together.")] = 4,
+    whole: Annotated[bool, typer.Option("--whole", help="Look up every sample of an epoch: minutes.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The order of a large run, simulated: whether it is right, how long a step takes, what memory it needs."""
+    from jobs.bench.plan import bench_plan
+
+    with console.status("planning"):
+        result = bench_plan(samples, shards, ranks, lanes, batch, window, whole)
+    _print(result, as_json)
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for key, value in _lines(result):
+        typer.echo(f"{key:<68} {value}")
+
+
+def _lines(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += _lines(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, list) else [value]
+            told = ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in shown)
+            lines.append((f"{prefix}{key}", told))
+    return lines

@@ -1,0 +1,346 @@
+"""`mome bench storage`: how fast a store is read and listed from here, by us and by what people use instead.
+
+Every contender reads the same object, in turn, over several rounds; figures are medians. CPU seconds are those of this
+process, so a store on the same machine is not counted, though it shares the cores. Against moto's server only CPU
+seconds mean much: it cuts every range out of a copy of the whole object.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.load import resolve_secret
+from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import Storage, join
+
+MIB = 2**20
+READ_BYTES = MIB  # that a stream is asked for at a time
+SERVER_START_SECONDS = 30.0
+
+Progress = Callable[[str], None]
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One object of `size` bytes, read in ranges of `range_bytes` with `in_flight` requests at a time."""
+
+    storage: Storage
+    url: str
+    size: int
+    range_bytes: int
+    in_flight: int
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(at, min(at + self.range_bytes, self.size)) for at in range(0, self.size, self.range_bytes)]
+
+
+def bench_storage(
+    url: str | None = None,
+    config: StorageConfig = StorageConfig(),
+    *,
+    object_bytes: int = 128 * MIB,
+    range_bytes: int = 8 * MIB,
+    in_flight: int = 4,
+    objects: int = 500,
+    rounds: int = 3,
+    progress: Progress = lambda told: None,
+) -> dict[str, Any]:
+    """Measure the store behind the folder `url`; without one, moto's server, or a local folder where moto is absent.
+
+    Writes one object of `object_bytes` and `objects` small ones into a new folder under `url`, and deletes it. `read`
+    and `list` hold, by contender, MB (10^6 bytes) per second, CPU seconds per GiB, seconds until the first byte is in
+    the caller's hands, and HTTP requests (0 where the store is not reached by S3).
+    """
+    for name, value in (("object_bytes", object_bytes), ("range_bytes", range_bytes), ("in_flight", in_flight)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if objects < 1 or rounds < 1:
+        raise ConfigError(f"objects is {objects} and rounds is {rounds}; both must be at least 1")
+    with ExitStack() as stack:
+        kind = "given"
+        if url is None:
+            kind, url, config = stack.enter_context(_own_store())
+        storage = Storage(config)
+        folder = stack.enter_context(_temporary_folder(storage, url))
+        progress(f"writing {object_bytes / MIB:.0f} MiB")
+        target = Target(storage, join(folder, "object"), object_bytes, range_bytes, in_flight)
+        _write_object(storage, target.url, object_bytes)
+        read = _rounds(partial(_measure_read, target=target), readers(target), rounds, progress)
+        progress(f"writing {objects} objects")
+        many = join(folder, "many")
+        _write_many(storage, many, objects, in_flight)
+        listing = _rounds(partial(_measure_list, objects=objects), listers(storage, many), rounds, progress)
+    return {
+        "url": url,
+        "store": kind,
+        "object_bytes": object_bytes,
+        "range_bytes": range_bytes,
+        "in_flight": in_flight,
+        "rounds": rounds,
+        "read": read,
+        "list": {"objects": objects, **listing},
+    }
+
+
+# ---- contenders: the object's bytes in any order, and the names in a folder
+
+Reader = Callable[[], Iterator[bytes]]
+Lister = Callable[[], list[str]]
+
+
+def readers(target: Target) -> dict[str, Reader]:
+    """Ways to read the object whole, by name; each call reads it once."""
+    found: dict[str, Reader] = {
+        "mome": partial(_read_ranges, target),
+        "mome.open": partial(_read_stream, partial(target.storage.open, target.url)),
+    }
+    file_system, path = _fsspec(target.storage.config, target.url)
+    found["fsspec.cat_ranges"] = partial(_cat_ranges, file_system, path, target)
+    found["fsspec.open"] = partial(_read_stream, partial(file_system.open, path, "rb"))
+    if _is_s3(target.url):
+        client = _botocore_client(target.storage.config)
+        bucket, key = _bucket_and_key(target.url)
+        get = partial(client.get_object, Bucket=bucket, Key=key)
+        found["botocore.ranges"] = partial(_in_flight, target, lambda each: get(Range=_header(*each))["Body"].read())
+        found["botocore.open"] = partial(_read_stream, lambda: get()["Body"])
+    return found
+
+
+def listers(storage: Storage, url: str) -> dict[str, Lister]:
+    """Ways to list the folder, with sizes, by name."""
+    file_system, path = _fsspec(storage.config, url)
+
+    def fsspec_ls() -> list[str]:
+        file_system.invalidate_cache()
+        return [entry["name"].rpartition("/")[2] for entry in file_system.ls(path, detail=True)]
+
+    found: dict[str, Lister] = {"mome": lambda: list(storage.list_info(url)), "fsspec.ls": fsspec_ls}
+    if _is_s3(url):
+        pages = _botocore_client(storage.config).get_paginator("list_objects_v2")
+        bucket, prefix = _bucket_and_key(url)
+        found["botocore.list_objects_v2"] = lambda: [
+            item["Key"].rpartition("/")[2]
+            for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
+            for item in page.get("Contents", [])
+        ]
+    return found
+
+
+def _read_ranges(target: Target) -> Iterator[bytes]:
+    tag = target.storage.info(target.url).etag
+    return _in_flight(target, lambda each: target.storage.read_range(target.url, *each, etag=tag))
+
+
+def _in_flight(target: Target, read: Callable[[tuple[int, int]], bytes]) -> Iterator[bytes]:
+    with ThreadPoolExecutor(target.in_flight) as threads:
+        yield from threads.map(read, target.ranges)
+
+
+def _header(start: int, stop: int) -> str:
+    return f"bytes={start}-{stop - 1}"
+
+
+def _cat_ranges(file_system: Any, path: str, target: Target) -> Iterator[bytes]:
+    starts, stops = zip(*target.ranges, strict=True)
+    options = {"batch_size": target.in_flight} if file_system.async_impl else {}
+    yield from file_system.cat_ranges([path] * len(starts), list(starts), list(stops), on_error="raise", **options)
+
+
+def _read_stream(opened: Callable[[], Any]) -> Iterator[bytes]:
+    stream = opened()
+    try:
+        while data := stream.read(READ_BYTES):
+            yield data
+    finally:
+        stream.close()
+
+
+def _fsspec(config: StorageConfig, url: str) -> tuple[Any, str]:
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if _is_s3(url):
+        options = {"key": resolve_secret(config.key), "secret": resolve_secret(config.secret)}
+        options |= {"endpoint_url": config.endpoint_url, "skip_instance_cache": True}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def _botocore_client(config: StorageConfig) -> Any:
+    import botocore.session
+    from botocore.config import Config
+
+    return botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=config.endpoint_url,
+        region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
+        aws_access_key_id=resolve_secret(config.key),
+        aws_secret_access_key=resolve_secret(config.secret),
+        config=Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"),
+    )
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
+def _bucket_and_key(url: str) -> tuple[str, str]:
+    bucket, _, key = url.partition("://")[2].partition("/")
+    return bucket, key
+
+
+# ---- measuring
+
+
+def _rounds(measure: Callable[[Any], Figures], contenders: dict[str, Any], rounds: int, progress: Progress) -> Any:
+    """Medians of each contender's figures. The order turns with the round, so that nobody is always first."""
+    names = list(contenders)
+    measured: dict[str, list[Figures]] = {name: [] for name in names}
+    for name in names:
+        measure(contenders[name])  # connections and imports
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            progress(f"round {number + 1} of {rounds}: {name}")
+            measured[name].append(measure(contenders[name]))
+    return {
+        name: {key: median(figures[key] for figures in found) for key in found[0]} for name, found in measured.items()
+    }
+
+
+def _measure_read(reader: Reader, target: Target) -> Figures:
+    size, first = 0, None
+    with _counting_requests() as requests:
+        cpu, started = time.process_time(), time.perf_counter()
+        for data in reader():
+            first = first or time.perf_counter()
+            size += len(data)
+        seconds, spent = time.perf_counter() - started, time.process_time() - cpu
+    if first is None or size != target.size:
+        raise StorageError(f"{target.url}: {size} of {target.size} bytes came")
+    return {
+        "mb_per_second": size / 1e6 / seconds,
+        "cpu_seconds_per_gib": spent / size * 2**30,
+        "first_byte_seconds": first - started,
+        "requests": len(requests),
+    }
+
+
+def _measure_list(lister: Lister, objects: int) -> Figures:
+    with _counting_requests() as requests:
+        cpu, started = time.process_time(), time.perf_counter()
+        found = lister()
+        seconds, spent = time.perf_counter() - started, time.process_time() - cpu
+    if len(found) != objects:
+        raise StorageError(f"a listing told {len(found)} of {objects} objects")
+    return {
+        "seconds": seconds,
+        "cpu_seconds": spent,
+        "objects_per_second": objects / seconds,
+        "requests": len(requests),
+    }
+
+
+@contextmanager
+def _counting_requests() -> Iterator[list[str]]:
+    """The methods of the HTTP requests that go out of this process through botocore or aiobotocore."""
+    from aiobotocore.httpsession import AIOHTTPSession
+    from botocore.httpsession import URLLib3Session
+
+    sent: list[str] = []
+    with ExitStack() as stack:
+        for session in (AIOHTTPSession, URLLib3Session):
+            send = session.send
+
+            def counted(self: Any, request: Any, send: Callable[..., Any] = send) -> Any:
+                sent.append(request.method)
+                return send(self, request)
+
+            stack.enter_context(patch.object(session, "send", counted))
+        yield sent
+
+
+# ---- what is measured
+
+
+@contextmanager
+def _temporary_folder(storage: Storage, url: str) -> Iterator[str]:
+    folder = join(url, f"mome-bench-{secrets.token_hex(6)}")
+    try:
+        yield folder
+    finally:
+        storage.delete(folder)
+
+
+def _write_object(storage: Storage, url: str, size: int) -> None:
+    with tempfile.NamedTemporaryFile(prefix="mome-bench-") as file:
+        for at in range(0, size, MIB):
+            file.write(os.urandom(min(MIB, size - at)))  # no store can compress it
+        file.flush()
+        storage.upload(file.name, url)
+
+
+def _write_many(storage: Storage, folder: str, objects: int, in_flight: int) -> None:
+    with ThreadPoolExecutor(in_flight) as threads:
+        for _ in threads.map(lambda number: storage.write(join(folder, f"{number:06d}"), b"x"), range(objects)):
+            pass
+
+
+@contextmanager
+def _own_store() -> Iterator[tuple[str, str, StorageConfig]]:
+    """A store for the purpose, gone afterwards: moto's server in a process of its own, else a local folder."""
+    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
+        with tempfile.TemporaryDirectory(prefix="mome-bench-") as folder:
+            yield "local", folder, StorageConfig()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _await(server, port)
+            with _credentials():
+                config = StorageConfig(endpoint_url=f"http://127.0.0.1:{port}", key=f"env:{_KEY}", secret=f"env:{_KEY}")
+                _botocore_client(config).create_bucket(Bucket="bench")
+                yield "moto", "s3://bench", config
+        finally:
+            server.terminate()
+
+
+_KEY = "MOME_BENCH_KEY"  # moto accepts any
+
+
+@contextmanager
+def _credentials() -> Iterator[None]:
+    os.environ[_KEY] = "bench"
+    try:
+        yield
+    finally:
+        del os.environ[_KEY]
+
+
+def _await(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + SERVER_START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise StorageError("moto's server did not start; name a store to measure: mome bench storage URL")

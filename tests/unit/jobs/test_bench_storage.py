@@ -1,0 +1,84 @@
+"""`mome bench storage`: every contender reads the same bytes, and nothing of a measurement stays behind."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+from jobs.bench.storage import MIB, Target, bench_storage, listers, readers
+from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import Storage, join
+
+module = importlib.import_module("jobs.bench.storage")  # the package's attribute of this name is the command
+READ = {"mb_per_second", "cpu_seconds_per_gib", "first_byte_seconds", "requests"}
+LIST = {"seconds", "cpu_seconds", "objects_per_second", "requests"}
+LOCAL = {"mome", "mome.open", "fsspec.cat_ranges", "fsspec.open"}
+SIZE = 3 * MIB + 5  # the last range is a short one
+
+
+def check_contenders(url: str, config: StorageConfig) -> None:
+    storage, data = Storage(config), os.urandom(SIZE)
+    storage.write(join(url, "object"), data)
+    target = Target(storage, join(url, "object"), SIZE, MIB, in_flight=2)
+    assert all(b"".join(read()) == data for read in readers(target).values())
+    storage.write(join(url, "other"), b"x")
+    assert all(sorted(names()) == ["object", "other"] for names in listers(storage, url).values())
+
+
+def test_every_contender_reads_an_object_and_lists_a_bucket(s3) -> None:
+    check_contenders(s3.url("measured"), s3.config)
+
+
+def test_every_contender_reads_a_file_and_lists_a_folder(tmp_path: Path) -> None:
+    check_contenders(str(tmp_path), StorageConfig())
+
+
+def test_figures_of_a_bucket_count_requests_and_leave_it_empty(s3) -> None:
+    found = bench_storage(s3.url("measured"), s3.config, object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=2)
+    assert found["url"] == s3.url("measured")
+    assert found["object_bytes"] == SIZE
+    assert set(found["read"]) == LOCAL | {"botocore.ranges", "botocore.open"}
+    assert all(set(figures) == READ for figures in found["read"].values())
+    assert found["read"]["botocore.ranges"]["requests"] == found["read"]["fsspec.cat_ranges"]["requests"] == 4
+    assert found["read"]["mome"]["requests"] >= 4
+    assert found["read"]["botocore.open"]["requests"] == 1
+    contenders = {name: figures for name, figures in found["list"].items() if name != "objects"}
+    assert found["list"]["objects"] == 3
+    assert set(contenders) == {"mome", "fsspec.ls", "botocore.list_objects_v2"}
+    assert all(set(figures) == LIST and figures["requests"] >= 1 for figures in contenders.values())
+    assert Storage(s3.config).list(s3.url()) == []
+
+
+def test_a_folder_is_measured_without_any_request(tmp_path: Path) -> None:
+    found = bench_storage(str(tmp_path), object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=1)
+    assert set(found["read"]) == LOCAL
+    assert {figures["requests"] for figures in found["read"].values()} == {0}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_url_a_store_is_started_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    started, popen = [], module.subprocess.Popen
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    found = bench_storage(object_bytes=MIB, objects=2, rounds=1)
+    assert found["store"] == "moto"
+    assert [server.poll() is not None for server in started] == [True]
+
+
+def test_a_contender_that_reads_too_little_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "readers", lambda target: {"short": lambda: iter([b"1"])})
+    with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes came"):
+        bench_storage(str(tmp_path), object_bytes=SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_measure_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="range_bytes is 0"):
+        bench_storage(str(tmp_path), range_bytes=0)
+    with pytest.raises(ConfigError, match="rounds is 0"):
+        bench_storage(str(tmp_path), rounds=0)
