@@ -402,3 +402,54 @@ def test_a_cache_smaller_than_the_open_windows_is_refused(s3, folders, tokenizer
         loader(sizes - 1)
     with loader(sizes) as enough:
         assert len(next(enough.batches(0))) == 10
+
+
+@pytest.fixture
+def wordy(make_pairs, make_pair) -> str:
+    """Forty pairs whose captions have 1 to 20 words; the odd ones score 0.1, the others 0.9."""
+
+    def members(number: int) -> dict[str, bytes]:
+        caption = " ".join(["thing"] * (1 + number * 7 % 20))
+        described = {"captions": [caption], "score": 0.1 if number % 2 else 0.9}
+        return make_pair(number) | {"json": json.dumps(described).encode()}
+
+    planted = {(shard, sample): members(20 * shard + sample) for shard in range(2) for sample in range(20)}
+    folder = make_pairs("wordy", [20, 20], planted)
+    index_shards(Storage(), folder)
+    return folder
+
+
+def wordy_config(folder: str, stage: dict, source: dict | None = None) -> RunConfig:
+    config = run_config({"wordy": folder}, stage={"max_text": 30, "batch": 5, **stage}, data={"window": 4})
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["sources"]["wordy"] |= source or {}
+    return validate(values, "test")
+
+
+def test_buckets_put_captions_of_like_length_together_for_every_world_size(wordy, tokenizer):
+    plain = wordy_config(wordy, {})
+    bucketed = wordy_config(wordy, {"buckets": {"by": "caption", "batches": 8}})
+    prints = {
+        fingerprint(with_loader(bucketed, workers=workers), bucketed.stages[0], Storage(), tokenizer, range(9), world)
+        for world, workers in ((1, 0), (2, 0), (3, 0), (1, 2))
+    }
+    assert len(prints) == 1
+    epoch = {kind: take(config, tokenizer, 0, 8) for kind, config in (("plain", plain), ("bucketed", bucketed))}
+    padding = {kind: sum(int((~batch.text_keep).sum()) for batch in epoch[kind]) for kind in epoch}
+    assert padding["bucketed"] < padding["plain"] / 2
+    uids = {kind: sorted(uid for batch in epoch[kind] for uid in batch.uid.tolist()) for kind in epoch}
+    assert uids["bucketed"] == uids["plain"], "a block of one epoch holds the same samples in another order"
+
+
+def test_only_what_filters_admit_and_nobody_opted_out_of_is_read(wordy, tokenizer, tmp_path: Path):
+    (tmp_path / "opt_out.txt").write_text("wordy00004\nwordy00020\n")
+    source = {"filters": {"score": {"min": 0.5}}, "opt_out": str(tmp_path / "opt_out.txt")}
+    config = wordy_config(wordy, {}, source)
+    config = config.model_copy(update={"output": str(tmp_path / "runs")})
+    with make(config, tokenizer) as loader, make(wordy_config(wordy, {}), tokenizer) as whole:
+        chosen = [uid for batch in islice(loader.batches(0), 18) for uid in batch.uid.tolist()]
+        everything = {uid for batch in islice(whole.batches(0), 8) for uid in batch.uid.tolist()}
+        assert loader.digest != whole.digest
+    assert set(Counter(chosen).values()) == {5}, "18 batches of 5 are five epochs of 18 samples"
+    assert len(set(chosen)) == 18
+    assert set(chosen) < everything
