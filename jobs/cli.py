@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from jobs.bench import app as bench_app
-from jobs.console import ProgressDisplay, console
+from jobs.console import ProgressDisplay, console, print_result
 from jobs.shards import app as shards_app
 from pipeline.config.errors import MomeError
 from pipeline.config.load import load_config
@@ -43,7 +42,7 @@ def demo(
     """Draw scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
     from jobs.demo import demo as run_demo
 
-    _print_result(run_demo(overrides or [], fresh), as_json)
+    print_result(run_demo(overrides or [], fresh), as_json)
 
 
 @app.command()
@@ -58,7 +57,7 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
     if not trained:
         console.print(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
     result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
-    _print_result(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -73,7 +72,7 @@ def evaluate(
     """Zero-shot retrieval, masked-language accuracy and matching on held-out pairs, with a report."""
     from jobs.evaluate import evaluate_checkpoint
 
-    _print_result(evaluate_checkpoint(checkpoint, source, limit, report, track), as_json)
+    print_result(evaluate_checkpoint(checkpoint, source, limit, report, track), as_json)
 
 
 @app.command()
@@ -88,7 +87,7 @@ def submit(
     """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
     from jobs.submit import submit as submit_job
 
-    _print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id), as_json)
+    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id), as_json)
 
 
 @app.command()
@@ -100,7 +99,7 @@ def sync(
     """Ship to MLflow what an unreachable server missed. Shipping twice changes nothing."""
     from jobs.sync import sync as ship
 
-    _print_result(asdict(ship(run, uri)), as_json)
+    print_result(asdict(ship(run, uri)), as_json)
 
 
 @app.command()
@@ -118,25 +117,7 @@ def fingerprint(
     from jobs.audit import fingerprint_of
 
     settings = load_config(config, overrides or [])
-    _print_result(fingerprint_of(settings, stage, steps, world_size, workers, threads), as_json)
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
-    for key, value in _lines(result):
-        typer.echo(f"{key:<44} {value}")
-
-
-def _lines(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            lines += _lines(value, f"{prefix}{key}.")
-        else:
-            lines.append((f"{prefix}{key}", f"{value:.4f}" if isinstance(value, float) else str(value)))
-    return lines
+    print_result(fingerprint_of(settings, stage, steps, world_size, workers, threads), as_json)
 
 
 def main() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
@@ -51,6 +55,26 @@ class ProgressDisplay:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.stage_steps, told="")
         self._bar.update(self._tasks[progress.stage], completed=progress.stage_step, told=told)
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    """A command's result on standard output: a line for each value, or one JSON object for a machine."""
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    lines = dict(_lines(result))
+    width = max(map(len, lines), default=0)
+    for key, told in lines.items():
+        typer.echo(f"{key:<{width}}  {told}")
+
+
+def _lines(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in result.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{prefix}{key}.")
+        else:
+            values = value if isinstance(value, list) else [value]
+            yield prefix + key, ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
 
 
 def duration(seconds: float) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from jobs.console import console
+from jobs.console import console, print_result
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine beside what its users would otherwise run.")
 
@@ -55,7 +54,7 @@ def loader(
         uint8_peers=uint8_peers,
     )
     with console.status("starting") as status:
-        _print(bench_loader(chosen, status.update), as_json)
+        print_result(bench_loader(chosen, status.update), as_json)
 
 
 @app.command()
@@ -81,7 +80,7 @@ def storage(
             rounds=rounds,
             progress=status.update,
         )
-    _print(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -100,24 +99,4 @@ def plan(
 
     with console.status("planning"):
         result = bench_plan(samples, shards, ranks, lanes, batch, window, whole)
-    _print(result, as_json)
-
-
-def _print(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    for key, value in _lines(result):
-        typer.echo(f"{key:<68} {value}")
-
-
-def _lines(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            lines += _lines(value, f"{prefix}{key}.")
-        else:
-            shown = value if isinstance(value, list) else [value]
-            told = ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in shown)
-            lines.append((f"{prefix}{key}", told))
-    return lines
+    print_result(result, as_json)
