@@ -53,7 +53,7 @@ class LocalAccess:
         return [(name, self._shards.fetch(shard, at, at + size)) for name, at, size in found], _nothing
 
     def need(self, shard: int, opened: OpenShard, number: int) -> Need:
-        raise NotImplementedError("local files need no reading ahead")
+        raise AssertionError("local files need no reading ahead")
 
 
 class SpanAccess:
