@@ -30,7 +30,8 @@ from pipeline.data.worker import Assignment, Done, Job
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 3  # of one process: what kills it again and again would do so for ever
+MAX_RESTARTS = 3  # of one process within RESTART_STEPS: what kills it again and again would do so for ever
+RESTART_STEPS = 100
 HELD = 2  # slots that the consumer may hold while the processes fill the others
 END_SECONDS = 5.0  # for a process to end by itself
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # rows are the unit of parallel work
@@ -89,7 +90,7 @@ class ProcessPreparer:
             except (EOFError, ConnectionError):
                 worker.restart()
                 continue
-            worker.jobs.pop(done.step)
+            worker.finished(done.step)
             self._done[done.step].append(done)
 
 
@@ -98,7 +99,7 @@ class _Worker:
 
     def __init__(self, assignment: Assignment, memory: int):
         self._assignment, self._memory = assignment, memory
-        self._restarts = 0
+        self._restarts = self._steps_since = 0
         self.jobs: dict[int, Job] = {}  # by step, in order
         self._start()
 
@@ -109,6 +110,12 @@ class _Worker:
         except ConnectionError:
             self.restart()
 
+    def finished(self, step: int) -> None:
+        del self.jobs[step]
+        self._steps_since += 1
+        if self._steps_since >= RESTART_STEPS:
+            self._restarts = 0
+
     def restart(self) -> None:
         """Starts the process anew with what it has not finished. Raises RunFailed when that would not end."""
         self.connection.close()
@@ -116,10 +123,10 @@ class _Worker:
         how = _how_it_ended(self._process.returncode)
         if self._restarts == MAX_RESTARTS:
             raise RunFailed(
-                f"a loader process died {MAX_RESTARTS + 1} times, the last time {how}. If the machine is short of "
-                "memory, lower data.loader.workers, memory_bytes or read_ahead_bytes"
+                f"a loader process died {MAX_RESTARTS + 1} times in a short while, the last time {how}. If the machine "
+                "is short of memory, lower data.loader.workers, memory_bytes or read_ahead_bytes"
             )
-        self._restarts += 1
+        self._restarts, self._steps_since = self._restarts + 1, 0
         log.warning("a loader process died (%s): starting it again (%d of %d)", how, self._restarts, MAX_RESTARTS)
         self._start()
         for job in self.jobs.values():

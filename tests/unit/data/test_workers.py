@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_for_ever_ends_the_run_with_a_reason(
 
     with (
         open_loader(config, tokenizer) as loader,
-        pytest.raises(RunFailed, match=r"died 2 times, the last time by SIGKILL.*memory"),
+        pytest.raises(RunFailed, match=r"died 2 times in a short while, the last time by SIGKILL.*memory"),
     ):
         kill_and_go_on(loader)
     assert children() == []
