@@ -181,7 +181,6 @@ class StageRun:
             "stage_step": stage_step,
             "plan_digest": self.loader.digest,
             "zero_stage": self.config.engine.zero_stage,
-            "data_counts": self._data_counts(),
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -209,7 +208,8 @@ class StageRun:
         started = time.perf_counter()
         self._write_quarantine(self.first + stage_step)
         self.tracker.commit(self.first + stage_step)
-        self.checkpoints.save(self.engine.fragments(), self._metadata(stage_step))
+        metadata = {**self._metadata(stage_step), "data_counts": self._data_counts()}
+        self.checkpoints.save(self.engine.fragments(), metadata)
         self.tracker.metrics(self.first + stage_step, {"ckpt/stall_s": time.perf_counter() - started})
 
     def _hand_over(self) -> None:
