@@ -7,6 +7,7 @@ would otherwise have nowhere to go.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -19,10 +20,19 @@ from pipeline.config.schema import OptimizerConfig, RunConfig, StageConfig
 from pipeline.models.passes import Outputs, Pass
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment, FragmentSource
+from pipeline.training.extensions import alone, use_own_folder
 from pipeline.training.steps import accumulation
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+
+
+def _load_extensions() -> None:
+    """Loads, and the first time builds, what DeepSpeed would load by itself, which then finds it loaded."""
+    from deepspeed.comm.torch import build_shm_op
+
+    with alone(use_own_folder()), contextlib.redirect_stdout(None):  # it prints each time that it was built
+        build_shm_op()
 
 
 class DeepSpeedEngine:
@@ -32,6 +42,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        _load_extensions()
         deepspeed.init_distributed(dist_backend="gloo" if collectives.device.type == "cpu" else "nccl", verbose=False)
         self._deepspeed = deepspeed
         self._collectives = collectives

@@ -1,0 +1,40 @@
+"""Where DeepSpeed's C++ extensions are built and loaded, and by one process of the node at a time.
+
+torch guards a build by a file that only the process that made it deletes: kill that process in the wrong second, and
+every later run on the machine waits for it for ever. So extensions lie in a folder of our own, a lock of the kernel's
+stands before torch's, and whoever holds it knows that a lock file it finds was left by the dead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import get_default_build_root
+
+FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's own variable; a folder that the user named is used as it is
+
+
+def use_own_folder() -> Path:
+    """Tells torch where to build; what is built depends on Python's and torch's versions."""
+    version = f"mome-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    return Path(os.environ.setdefault(FOLDER, str(Path(get_default_build_root()) / version)))
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While extensions are built or loaded in `folder`. A process that is killed in here is in nobody's way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "mome.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for left in folder.glob("*/lock"):
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)

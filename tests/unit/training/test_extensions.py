@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.training.extensions import FOLDER, alone, use_own_folder
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.training.extensions import alone
+with alone(Path(sys.argv[1])):
+    (Path(sys.argv[1]) / "op").mkdir()
+    (Path(sys.argv[1]) / "op" / "lock").touch()
+    print("inside", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_killed_while_it_builds_leaves_no_lock_that_another_waits_for(tmp_path: Path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "inside\n"
+    waiter = subprocess.Popen(
+        [sys.executable, "-c", HOLDER.replace(".mkdir()", ".mkdir(exist_ok=True)").replace("600", "0"), str(tmp_path)]
+    )
+    time.sleep(3)
+    assert waiter.poll() is None, "two processes build at once"
+    holder.kill()
+    holder.wait()
+    assert waiter.wait(timeout=60) == 0
+    with alone(tmp_path):
+        assert not (tmp_path / "op" / "lock").exists()
+
+
+def test_a_folder_that_the_user_named_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert use_own_folder() == tmp_path
+    monkeypatch.delenv(FOLDER)
+    assert "mome-py" in use_own_folder().name
