@@ -8,6 +8,7 @@ would otherwise have nowhere to go.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +32,7 @@ def _load_extensions() -> None:
     """Loads, and the first time builds, what DeepSpeed would load by itself, which then finds it loaded."""
     from deepspeed.comm.torch import build_shm_op
 
-    with alone(use_own_folder()), contextlib.redirect_stdout(None):  # it prints each time that it was built
+    with alone(use_own_folder()), contextlib.redirect_stdout(io.StringIO()):  # it tells each time that it was built
         build_shm_op()
 
 
