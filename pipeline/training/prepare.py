@@ -16,7 +16,8 @@ from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.manifest import ensure_indexed
 from pipeline.data.samples import captions_of_source
 from pipeline.data.scenes import build_synthetic
-from pipeline.data.sources import open_source, selection_url
+from pipeline.data.selection import select
+from pipeline.data.sources import selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
 from pipeline.training.checkpoint import load_weights
@@ -37,10 +38,11 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     check_stages(config)
     admit(config, storage)
     build_synthetic(storage, config.sources)
-    for url in sorted({source.shards for source in config.sources.values()}):
-        ensure_indexed(storage, url, _Told(f"{url}: indexed"))
+    urls = sorted({source.shards for source in config.sources.values()})
+    manifests = {url: ensure_indexed(storage, url, _Told(f"{url}: indexed")) for url in urls}
     for name, source in config.sources.items():
-        open_source(storage, source, selection_url(config, name), _Told(f"sources.{name}: filtered"))
+        told = _Told(f"sources.{name}: filtered")
+        select(storage, source, manifests[source.shards], selection_url(config, name), told)
     for stage in config.stages:
         if stage.start_from not in ("previous", "random"):
             _check_start(config, stage, storage)
