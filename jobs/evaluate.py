@@ -20,7 +20,7 @@ from pipeline.models import build_model
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
 from pipeline.training.checkpoint import Weights, is_committed, load_weights, stage_url
-from pipeline.training.stages import image_target, load_matching
+from pipeline.training.stages import heads, load_matching
 
 REPORT = "report.html"
 
@@ -62,8 +62,8 @@ def model_of(weights: Weights) -> nn.Module:
     """The model that a stage's weights are of."""
     config = weights.config
     index = config.stages.index(stage_of(config, weights.stage))
-    model = build_model(config.model, len(weights.vocabulary), image_target(config, index))
-    load_matching(model, weights.tensors, config.model, weights.stage)
+    model = build_model(config.model, len(weights.vocabulary), heads(config, index))
+    load_matching(model, weights.tensors, weights.stage)
     return model
 
 

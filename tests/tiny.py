@@ -69,6 +69,7 @@ def tiny_batch(config: RunConfig, step: int, rank: int, world_size: int, size: i
         place=torch.arange(size),
         uid=torch.arange(size) + 100 * step,
         image_id=torch.arange(size) // 2 * 2 if size > 8 else torch.arange(size),
+        source=torch.zeros(size, dtype=torch.int64),
         image=torch.randint(0, 256, (size, side, side, 3), generator=draw, dtype=torch.uint8),
         patch_positions=torch.stack([torch.randperm(patches, generator=draw)[:2] for _ in range(size)]),
         text=text,

@@ -27,11 +27,11 @@ from pipeline.config.schema import (
     AugmentConfig,
     DataConfig,
     LoaderConfig,
-    ModelConfig,
     ObjectiveConfig,
     RunConfig,
     SourceConfig,
     StageConfig,
+    VLMoConfig,
 )
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import load_manifest
@@ -73,7 +73,7 @@ class Job:
         return RunConfig(
             name="bench",
             seed=self.seed,
-            model=ModelConfig(),
+            model=VLMoConfig(),
             sources={SOURCE: SourceConfig(shards=self.shards)},
             data=DataConfig(lanes=gcd(self.batch, 16), augment=augment, loader=loading),
             stages=(stage,),

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.errors import ConfigError
+from pipeline.config.model import MODEL_SECTIONS
 from pipeline.config.schema import RunConfig
 
 Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
@@ -163,12 +164,14 @@ def _position(items: list[Any], part: str, override: str) -> int:
 
 def _describe(fault: Any) -> str:
     location = [str(part) for part in fault["loc"] if part != "[key]"]
-    path = ".".join(location)
+    path = ".".join(part for i, part in enumerate(location) if not _is_kind(location, i))
     if fault["type"] == "extra_forbidden":
         known = list(_fields(_model_at(location[:-1])))
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
         return f"{path}: unknown key; {hint}"
+    if fault["type"] == "union_tag_invalid":
+        return f"{path}.kind: expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
     if fault["type"] == "missing":
         return f"{path}: required key is missing"
     message = fault["msg"].removeprefix("Value error, ")
@@ -189,13 +192,20 @@ def _choice(fault: Any) -> str:
 
 def _model_at(location: list[str]) -> Any:
     model: Any = RunConfig
-    for part in location:
+    for index, part in enumerate(location):
         fields = _fields(model)
-        if part in fields:
+        if _is_kind(location, index):
+            model = MODEL_SECTIONS[part]
+        elif part in fields:
             model = fields[part].annotation
         elif not part.isdigit():
             model = _value_type(model)
     return model
+
+
+def _is_kind(location: list[str], index: int) -> bool:
+    """Whether a part of pydantic's path is no key but the kind of model it judged the section by."""
+    return index == 1 and location[0] == "model" and location[1] in MODEL_SECTIONS
 
 
 def _section(annotation: Any) -> Any:

@@ -8,27 +8,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Use = Literal["pairs", "images", "text"]
-Objective = Literal["contrastive", "matching", "masked_language", "masked_image"]
+from pipeline.config.model import ModelConfig, VLMoConfig
+from pipeline.config.section import Fraction, Positive, Section, changeable
+
+# What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
+# class; captions with a detector's regions; questions about a picture with answers (VQA); statements about two
+# pictures that are true or false (NLVR2).
+Use = Literal["pairs", "images", "text", "labelled", "regions", "questions", "statements"]
+Objective = Literal[
+    "contrastive",
+    "matching",
+    "masked_language",
+    "masked_image",
+    "word_patch",
+    "region_class",
+    "region_features",
+    "classification",
+    "answering",
+    "reasoning",
+    "ranking",
+]
 USES_OF: dict[Objective, frozenset[Use]] = {
     "contrastive": frozenset({"pairs"}),
-    "matching": frozenset({"pairs"}),
-    "masked_language": frozenset({"pairs", "text"}),
+    "matching": frozenset({"pairs", "regions"}),
+    "masked_language": frozenset({"pairs", "text", "regions"}),
     "masked_image": frozenset({"pairs", "images"}),
+    "word_patch": frozenset({"pairs"}),
+    "region_class": frozenset({"regions"}),
+    "region_features": frozenset({"regions"}),
+    "classification": frozenset({"labelled"}),
+    "answering": frozenset({"questions"}),
+    "reasoning": frozenset({"statements"}),
+    "ranking": frozenset({"pairs"}),
 }
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-def changeable(default: Any, **bounds: Any) -> Any:
-    """A key that may change when a run is resumed; the change is recorded, not refused."""
-    return Field(default, json_schema_extra={"changeable": True}, **bounds)
 
 
 def _secret_reference(value: str) -> str:
@@ -38,8 +54,6 @@ def _secret_reference(value: str) -> str:
 
 
 SecretReference = Annotated[str, AfterValidator(_secret_reference)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
 
 
 class StorageConfig(Section):
@@ -49,38 +63,6 @@ class StorageConfig(Section):
     key: SecretReference | None = changeable(None)
     secret: SecretReference | None = changeable(None)
     deadline_seconds: float = changeable(300.0, gt=0)  # how long a store may be away, or slow, before a run fails
-
-
-class ModelConfig(Section):
-    """VLMo (arXiv 2111.02358). The defaults are VLMo-base at 224 px."""
-
-    kind: Literal["vlmo"] = "vlmo"
-    width: Positive = 768
-    layers: Positive = 12
-    heads: Positive = 12
-    vision_language_layers: Positive = 2  # top layers whose fused sequences read the vision-language expert
-    feed_forward_ratio: Positive = 4
-    image_size: Positive = 224
-    patch_size: Positive = 16
-    positions: Literal["relative", "absolute"] = "relative"
-    max_text: Positive = 196  # longest text the positions serve, in tokens with [CLS] and [SEP]
-    layer_scale: float | None = 0.1
-    initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
-    drop_path: Fraction = 0.1
-
-    @model_validator(mode="after")
-    def _divisible(self) -> ModelConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
-        if self.vision_language_layers >= self.layers:
-            raise ValueError(f"vision_language_layers must be below layers {self.layers}")
-        return self
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 class TokenizerConfig(Section):
@@ -123,7 +105,7 @@ class SourceConfig(Section):
     shards: str = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
     use: Use = "pairs"
     synthetic: SyntheticConfig | None = None
-    filters: dict[str, FilterConfig] = {}  # by property: width, height, caption_length, or a field of the json
+    filters: dict[str, FilterConfig] = Field({})  # by property: width, height, caption_length, or a field of the json
     opt_out: str | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
 
 
@@ -219,6 +201,9 @@ class StageConfig(Section):
     masking: MaskingConfig = MaskingConfig()
     buckets: BucketsConfig | None = None
     image_target: Literal["mean_colour", "pixels"] = "pixels"
+    negatives: Literal["hard", "random"] = "hard"  # of matching: by contrastive score; or any of the same source
+    classes: Positive | None = None  # that classification tells apart
+    answers: Positive | None = None  # that answering chooses among
     freeze: tuple[str, ...] = ()  # parts of the model, by name
     start_from: str = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
     experts: ExpertsConfig = ExpertsConfig()
@@ -276,7 +261,7 @@ class RunConfig(Section):
     output: str = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
     seed: int = 0
     storage: StorageConfig = changeable(StorageConfig())
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = VLMoConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     sources: dict[str, SourceConfig]
     data: DataConfig = DataConfig()
@@ -323,9 +308,21 @@ class RunConfig(Section):
                     f"{where}.batch: {stage.batch} leaves a worker without a row; "
                     f"at least cluster.workers x every = {self.cluster.workers * every}"
                 )
-            if "matching" in stage.objectives and "contrastive" not in stage.objectives:
-                yield f"{where}.objectives: matching draws its negatives from contrastive scores; add contrastive"
+            yield from self._objective_faults(where, stage)
             yield from self._use_faults(where, stage)
+
+    def _objective_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
+        objectives = stage.objectives
+        if "matching" in objectives and stage.negatives == "hard" and "contrastive" not in objectives:
+            yield (
+                f"{where}.objectives: matching draws hard negatives from contrastive scores; "
+                "add contrastive, or set negatives: random"
+            )
+        if "word_patch" in objectives and not ("matching" in objectives and stage.negatives == "random"):
+            yield f"{where}.objectives: word_patch reads matching's random negatives; add them (negatives: random)"
+        for objective, key in (("classification", "classes"), ("answering", "answers")):
+            if objective in objectives and getattr(stage, key) is None:
+                yield f"{where}.{key}: {objective} needs to know how many there are"
 
     def _use_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
         unknown = [name for name in stage.sources if name not in self.sources]

@@ -1,6 +1,7 @@
 """The contract between data and training: one rank's rows of one global batch.
 
-Shapes: B rows, H x W pixels, P patches, L tokens, K masked tokens or patches a row.
+Shapes: B rows, H x W pixels, P patches, L tokens, R regions, F numbers of a region, K masked tokens, patches or
+regions a row.
 """
 
 from __future__ import annotations
@@ -17,20 +18,35 @@ from torch import Tensor
 class Batch:
     """Rows of global batch `step`. A member is None where the stage's objectives do not read it.
 
-    Lengths L and K are those of these rows, not of the global batch: no result may depend on them.
+    Lengths L, R and K, and H and W of pictures that keep their shape, are those of these rows and not of the global
+    batch: no result may depend on them.
     """
 
     step: int
     place: Tensor  # (B,) int64: the row's position in the global batch
     uid: Tensor  # (B,) int64: hash of (source, shard, sample), the same wherever it is read
     image_id: Tensor  # (B,) int64: equal rows show the same image and are never each other's negatives
+    source: Tensor  # (B,) int64: the number of the row's source among the stage's, by name
     image: Tensor | None = None  # (B, H, W, 3) uint8
+    image_size: Tensor | None = None  # (B, 2) int64: rows and columns of `image` that are picture, if pictures differ
+    patches_read: Tensor | None = None  # (B, K) int64: the patches that a model reads, padded with -1, if not all
+    second_image: Tensor | None = None  # (B, H, W, 3) uint8: of a statement about two pictures
+    second_image_size: Tensor | None = None  # (B, 2) int64
     patch_positions: Tensor | None = None  # (B, K) int64: the masked patches, K equal in all rows
     text: Tensor | None = None  # (B, L) int64, [CLS] … [SEP], padded with [PAD]
     text_keep: Tensor | None = None  # (B, L) bool: False at padding
     masked_text: Tensor | None = None  # (B, L) int64: `text` with whole words masked
     mask_positions: Tensor | None = None  # (B, K) int64: masked tokens, padded with 0
     mask_labels: Tensor | None = None  # (B, K) int64: the tokens that stood there, padded with -100
+    region_features: Tensor | None = None  # (B, R, F) float32
+    region_location: Tensor | None = None  # (B, R, 5) float32: see `passes.Regions`
+    region_keep: Tensor | None = None  # (B, R) bool: False at padding
+    region_class: Tensor | None = None  # (B, R) int64: the detector's most likely class
+    region_positions: Tensor | None = None  # (B, K) int64: the masked regions, padded with -1
+    region_hidden: Tensor | None = None  # (B, R) bool: the masked regions whose features are zeroed (the others stay)
+    label: Tensor | None = None  # (B,) int64: a picture's class; 1 for a true statement, 0 for a false one
+    answers: Tensor | None = None  # (B, K) int64: the answers people gave to a question, padded with -1
+    answer_scores: Tensor | None = None  # (B, K) float32: each one's soft target
 
     def __len__(self) -> int:
         return len(self.place)

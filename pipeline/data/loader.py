@@ -159,6 +159,7 @@ def to_batch(step: int, places: range, rows: RowBuffer) -> Batch:
         place=torch.arange(places.start, places.stop),
         uid=torch.from_numpy(rows["uid"]),
         image_id=torch.from_numpy(rows["image_id"]),
+        source=torch.from_numpy(rows["source"]),
         **tensors,
     )
 

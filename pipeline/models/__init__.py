@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from pipeline.config.schema import ModelConfig
-from pipeline.models.vlmo import ImageTarget, VLMo
+from pipeline.config.model import TransformerConfig, VLMoConfig
+from pipeline.models.model import Heads, Model
+from pipeline.models.vlmo import VLMo
+
+KINDS: dict[type[TransformerConfig], Callable[[Any, int, Heads], Model]] = {VLMoConfig: VLMo}
 
 
-def build_model(config: ModelConfig, vocabulary: int, image_target: ImageTarget | None = None, seed: int = 0) -> VLMo:
+def build_model(config: TransformerConfig, vocabulary: int, heads: Heads = Heads(), seed: int = 0) -> Model:
     """The model a config names, its weights drawn from `seed` alone (the global generator is left as it was)."""
     with torch.random.fork_rng(devices=[]):
-        model = VLMo(config, vocabulary, image_target)
+        model = _kind(config)(config, vocabulary, heads)
     model.initialize(seed)
     return model
+
+
+def skeleton(config: TransformerConfig, vocabulary: int = 1, heads: Heads = Heads()) -> Model:
+    """The same without memory for its weights: for names, shapes and parts."""
+    with torch.device("meta"):
+        return _kind(config)(config, vocabulary, heads)
+
+
+def _kind(config: TransformerConfig) -> Callable[[Any, int, Heads], Model]:
+    return KINDS[type(config)]

@@ -46,8 +46,11 @@ class ImageEmbedding(nn.Module):
 
     positions: nn.Parameter | None
     mask: nn.Parameter | None
+    second: nn.Parameter | None
 
-    def __init__(self, image_size: int, patch_size: int, width: int, absolute: bool, maskable: bool) -> None:
+    def __init__(
+        self, image_size: int, patch_size: int, width: int, absolute: bool, maskable: bool, second: bool = False
+    ) -> None:
         super().__init__()
         self.image_size, self.patch_size = image_size, patch_size
         self.patch = nn.Linear(3 * patch_size**2, width)
@@ -57,9 +60,14 @@ class ImageEmbedding(nn.Module):
         # Counted to the masked-image head, but used here, and ZeRO-3 gathers it for its owner only.
         self.register_parameter("mask", nn.Parameter(torch.empty(width)) if maskable else None)
         self.modality = nn.Parameter(torch.empty(width))
+        # The modality of the second of two pictures (NLVR2).
+        self.register_parameter("second", nn.Parameter(torch.empty(width)) if second else None)
 
-    def forward(self, image: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, I, D); `hidden` (B, P) bool covers patches."""
+    def forward(self, image: Tensor, hidden: Tensor | None = None, is_second: Tensor | None = None) -> Tensor:
+        """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, I, D); `hidden` (B, P) bool covers patches.
+
+        `is_second` (B,) bool says which pictures are the second of two.
+        """
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"an image batch of shape {tuple(image.shape)} does not fit the model, which reads "
@@ -76,7 +84,10 @@ class ImageEmbedding(nn.Module):
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
         if self.positions is not None:
             x = x + self.positions
-        return x + self.modality
+        if is_second is None:
+            return x + self.modality
+        assert self.second is not None, "a model that reasons about two pictures has a vector for the second"
+        return x + torch.where(is_second[:, None, None], self.second, self.modality)
 
 
 class RelativePositions(nn.Module):

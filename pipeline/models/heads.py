@@ -85,3 +85,27 @@ class MaskedImageHead(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.predict(patches).float()
+
+
+class ClassificationHead(nn.Module):
+    """ViT's: [CLS] (B, D) -> logits (B, classes)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, classes)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return self.classify(cls).float()
+
+
+class PooledHead(nn.Module):
+    """What ViLT and VLMo fine-tune for VQA and NLVR2: pooled features (B, D) -> logits (B, targets)."""
+
+    def __init__(self, width: int, hidden: int, targets: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.classify = nn.Linear(hidden, targets)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.classify(F.gelu(self.norm(self.expand(pooled)))).float()

@@ -6,7 +6,8 @@
 A pass with an image only, a text only, or both (fused) differs in nothing but its members: the model routes
 by what is there. Randomness arrives as an argument (`drop_keep`); a model draws nothing itself.
 
-Shapes: B rows, L tokens, P patches, K chosen positions a row, N layers, V vocabulary.
+Shapes: B rows, L tokens, H x W pixels, P patches, R regions, F numbers of a region, K chosen positions a row,
+N layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,28 +17,65 @@ from typing import Literal
 
 from torch import Tensor
 
-Head = Literal["itc", "itm", "mlm", "masked_image", "tokens"]
+Head = Literal[
+    "itc",
+    "itm",
+    "mlm",
+    "masked_image",
+    "alignment",
+    "region_class",
+    "region_features",
+    "classes",
+    "answers",
+    "reasoning",
+    "ranking",
+    "tokens",
+]
 Outputs = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """A detector's regions of some pictures."""
+
+    features: Tensor  # (B, R, F) float32; zeros where a region is hidden
+    location: Tensor  # (B, R, 5) float32: x1 / W, y1 / H, x2 / W, y2 / H, share of the picture's area
+    keep: Tensor  # (B, R) bool, False at padding
 
 
 @dataclass(frozen=True)
 class Pass:
     """One reading of some rows, and the heads whose outputs are wanted.
 
-    Heads and what they return:
-      itc           on an image or a text pass: `itc` and `itc_vl` (B, D), unit vectors; `scale` and `scale_vl`, the
-                    exponentiated logit scales (0-d), so that no parameter is read outside the engine's forward
-      itm           on a fused pass: `itm` (B, 2), logits of (not matched, matched)
+    A model offers the heads that its kind has, and refuses others by name. Heads and what they return:
+      itc           on an image or a text pass: `itc` (B, D), unit vectors, and `scale`, the exponentiated logit scale
+                    (0-d), so that no parameter is read outside the engine's forward; VLMo adds a second contrast,
+                    `itc_vl` and `scale_vl`
+      itm           on a fused pass: `itm` (B, 2), logits of (not matched, matched); a head of one logit z gives (0, z)
       mlm           on a text or fused pass: `mlm` (B, K, V), logits at `mask_positions`
-      masked_image  on an image pass: `masked_image` (B, K, targets), predictions at `patch_positions`
+      masked_image  on an image or fused pass: `masked_image` (B, K, targets), predictions at `patch_positions`
+      alignment     on a fused pass: `words` (B, L, D) and `patches` (B, P, D), final features without the image's
+                    [CLS]; `words_keep` (B, L) bool, False at [CLS], [SEP] and padding; `patches_keep` (B, P) bool
+      region_class, region_features
+                    on a pass with regions: (B, K, classes) and (B, K, F), predictions at `region_positions`
+      classes       on an image pass: `classes` (B, classes), logits
+      answers       on a fused pass: `answers` (B, answers), logits
+      reasoning     on a fused pass with `second_image`: `reasoning` (B, 2), logits of (false, true)
+      ranking       on a fused pass: `ranking` (B,), the higher the better text and image fit
       tokens        any pass: `tokens`, final normalised features of every position (text first, then image with its
                     CLS in front), for inspection
     """
 
     heads: tuple[Head, ...]
     image: Tensor | None = None  # (B, H, W, 3) uint8
+    image_size: Tensor | None = None  # (B, 2) int64: rows and columns of `image` that are picture; None: all
+    patches_read: Tensor | None = None  # (B, K) int64: the patches that enter the encoder, padded with -1; None: all
+    second_image: Tensor | None = None  # (B, H, W, 3) uint8
+    second_image_size: Tensor | None = None  # (B, 2) int64
+    regions: Regions | None = None
     text: Tensor | None = None  # (B, L) int64
     text_keep: Tensor | None = None  # (B, L) bool, False at padding
     mask_positions: Tensor | None = None  # (B, K) int64: tokens the mlm head reads
     patch_positions: Tensor | None = None  # (B, K) int64: patches hidden from the encoder, read by masked_image
+    region_positions: Tensor | None = None  # (B, K) int64: regions that the region heads read
     drop_keep: Tensor | None = None  # (B, N, 2) bool: attention and feed-forward branches kept; None keeps all

@@ -20,7 +20,6 @@ from pipeline.data.loader import Loader, local_preparer
 from pipeline.data.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
-from pipeline.models.vlmo import drop_path_rates
 from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
 from pipeline.training.checkpoint import CheckpointStore, is_committed, save_weights, stage_url
 from pipeline.training.collectives import Collectives
@@ -112,7 +111,7 @@ class StageRun:
         model = build_stage_model(config, index, storage, tokenizer.size)
         self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
         self.engine = DeepSpeedEngine(model, config, self.stage, collectives)
-        self.step = TrainingStep(self.engine, config, self.stage, collectives, drop_path_rates(config.model))
+        self.step = TrainingStep(self.engine, config, self.stage, collectives)
 
     def run(self) -> None:
         start = self._resume()

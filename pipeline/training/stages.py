@@ -7,51 +7,62 @@ is built: an idle but trainable expert would drift under Adam's momentum, and at
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config.errors import CheckpointError
-from pipeline.config.schema import ModelConfig, RunConfig, StageConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage
-from pipeline.models import build_model
-from pipeline.models.vlmo import ImageTarget, copy_expert, part_of, parts_named, parts_used
+from pipeline.models import build_model, skeleton
+from pipeline.models.model import Heads, Model
+from pipeline.models.vlmo import copy_expert
 from pipeline.training.checkpoint import load_weights, stage_url
 
 log = logging.getLogger(__name__)
 
-HEAD_PARTS = ("contrastive_head", "matching_head", "masked_language_head", "masked_image_head", "pooler")
-
 
 def check_stages(config: RunConfig) -> None:
-    """What the schema cannot know: that every `freeze` names parts of the model. Raises ConfigError."""
-    for stage in config.stages:
-        parts_named(stage.freeze)
+    """What the schema cannot know: that the model serves every objective, and `freeze` names its parts.
+
+    Raises ConfigError.
+    """
+    for index, stage in enumerate(config.stages):
+        trained_parts(skeleton(config.model, heads=heads(config, index)), config, stage)
 
 
-def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabulary: int) -> nn.Module:
+def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabulary: int) -> Model:
     """The model of stage `index`, with its starting weights, its unused and frozen parts frozen."""
     stage = config.stages[index]
-    model = build_model(config.model, vocabulary, image_target(config, index), seed=hash64(config.seed, "weights"))
+    model = build_model(config.model, vocabulary, heads(config, index), seed=hash64(config.seed, "weights"))
     start = starting_weights(config, index, storage)
     if start is not None:
-        load_matching(model, prepare_experts(model.state_dict(), start, config, stage), config.model, stage.name)
-    trained = trained_parts(config, stage)
+        load_matching(model, prepare_experts(model, start, stage), stage.name)
+    trained = trained_parts(model, config, stage)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name, config.model) in trained)
+        parameter.requires_grad_(model.part_of(name) in trained)
     return model
 
 
-def image_target(config: RunConfig, index: int) -> ImageTarget | None:
-    """The target of the masked-image head that a stage's model carries: that of the last stage to train it, if any."""
-    trained = [stage.image_target for stage in config.stages[: index + 1] if "masked_image" in stage.objectives]
-    return trained[-1] if trained else None
+def heads(config: RunConfig, index: int) -> Heads:
+    """The heads that a stage's model carries: its own, and those of the stages before it as the last one made them."""
+    found = Heads()
+    for stage in config.stages[: index + 1]:
+        if "masked_image" in stage.objectives:
+            found = replace(found, image_target=stage.image_target)
+        if "classification" in stage.objectives:
+            found = replace(found, classes=stage.classes)
+        if "answering" in stage.objectives:
+            found = replace(found, answers=stage.answers)
+        found = replace(found, reasoning=found.reasoning or "reasoning" in stage.objectives)
+        found = replace(found, ranking=found.ranking or "ranking" in stage.objectives)
+    return found
 
 
-def trained_parts(config: RunConfig, stage: StageConfig) -> frozenset[str]:
+def trained_parts(model: Model, config: RunConfig, stage: StageConfig) -> frozenset[str]:
     """The parts that the stage's objectives use and its `freeze` leaves free."""
-    used = parts_used(frozenset(stage.objectives), frozenset({config.use_of(stage)}), config.model)
-    return used - parts_named(stage.freeze)
+    return model.parts_used(stage.objectives, config.use_of(stage)) - model.parts_named(stage.freeze)
 
 
 def starting_weights(config: RunConfig, index: int, storage: Storage) -> dict[str, Tensor] | None:
@@ -63,21 +74,19 @@ def starting_weights(config: RunConfig, index: int, storage: Storage) -> dict[st
     return load_weights(storage, url).tensors
 
 
-def prepare_experts(
-    fresh: dict[str, Tensor], start: dict[str, Tensor], config: RunConfig, stage: StageConfig
-) -> dict[str, Tensor]:
+def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) -> dict[str, Tensor]:
     """Give the experts that the config names their start: random, a copy of another expert, or kept as handed over."""
     prepared = dict(start)
     for target, source in (("language", stage.experts.language), ("vision_language", stage.experts.vision_language)):
         if source == "random":
-            parts = parts_named([f"{target}_expert"])
-            prepared |= {name: fresh[name] for name in fresh if part_of(name, config.model) in parts}
+            parts, fresh = model.parts_named([f"{target}_expert"]), model.state_dict()
+            prepared |= {name: fresh[name] for name in fresh if model.part_of(name) in parts}
         elif source != "kept":
             prepared = copy_expert(prepared, source, target)  # type: ignore[arg-type]
     return prepared
 
 
-def load_matching(model: nn.Module, state: dict[str, Tensor], config: ModelConfig, stage: str) -> None:
+def load_matching(model: Model, state: dict[str, Tensor], stage: str) -> None:
     """Load weights into the model; only heads may be absent or of another shape.
 
     Raises CheckpointError listing missing, unexpected and wrong-shaped names of another architecture.
@@ -85,9 +94,9 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], config: ModelConfi
     own = model.state_dict()
     wrong = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
     faults = {
-        "missing": [name for name in sorted(own.keys() - state.keys()) if part_of(name, config) not in HEAD_PARTS],
-        "unexpected": [name for name in sorted(state.keys() - own.keys()) if part_of(name, config) not in HEAD_PARTS],
-        "of another shape": [name for name in wrong if part_of(name, config) not in HEAD_PARTS],
+        "missing": [n for n in sorted(own.keys() - state.keys()) if model.part_of(n) not in model.HEAD_PARTS],
+        "unexpected": [n for n in sorted(state.keys() - own.keys()) if not _is_head(model, n)],
+        "of another shape": [n for n in wrong if model.part_of(n) not in model.HEAD_PARTS],
     }
     if any(faults.values()):
         told = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
@@ -99,6 +108,14 @@ def load_matching(model: nn.Module, state: dict[str, Tensor], config: ModelConfi
     if wrong:
         log.warning("stage %s: heads of another shape start anew: %s", stage, _few(wrong))
     model.load_state_dict(kept, strict=False)
+
+
+def _is_head(model: Model, name: str) -> bool:
+    """Whether a name that this model lacks is of a head that it could have."""
+    try:
+        return model.part_of(name) in model.HEAD_PARTS
+    except (AssertionError, IndexError):
+        return False
 
 
 def _few(names: list[str]) -> str:

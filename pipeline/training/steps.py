@@ -73,7 +73,6 @@ class TrainingStep:
         config: RunConfig,
         stage: StageConfig,
         collectives: Collectives,
-        drop_path_rates: tuple[float, ...],
     ):
         self.engine = engine
         self.stage = stage
@@ -81,7 +80,7 @@ class TrainingStep:
         self.seed = hash64(config.seed, stage.name)
         self.patch_size = config.model.patch_size
         self.collectives = collectives
-        self.drop_path_rates = drop_path_rates
+        self.drop_path_rates = config.model.drop_path_rates
         self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.config.schema import ModelConfig
+from pipeline.config.model import VLMoConfig
 from pipeline.models.checkpoints.vlmo import from_published, to_published
 from pipeline.models.passes import Pass
 from pipeline.models.vlmo import VLMo
@@ -34,7 +34,7 @@ class Golden:
             for prefix in ("state.", "input.", "output.")
         )
         layers = meta["depth"]
-        self.config = ModelConfig(
+        self.config = VLMoConfig(
             width=meta["embed_dim"],
             layers=layers,
             heads=meta["num_heads"],

@@ -16,7 +16,7 @@ RATE = 1e-3
 def _engine(zero_stage: int):
     """The last tiny stage's engine and step on this rank, with some parts frozen."""
     from pipeline.models import build_model
-    from pipeline.models.vlmo import drop_path_rates, part_of
+    from pipeline.models.model import Heads
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import trained_parts
@@ -25,17 +25,17 @@ def _engine(zero_stage: int):
     config = tiny_config(zero_stage=zero_stage)
     stage = config.stages[STAGE]
     collectives = Collectives()
-    model = build_model(config.model, VOCABULARY, "pixels", seed=5)
-    trained = trained_parts(config, stage) - {"vision_expert.lower", "image_embedding"}
+    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    trained = trained_parts(model, config, stage) - {"vision_expert.lower", "image_embedding"}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name, config.model) in trained)
+        parameter.requires_grad_(model.part_of(name) in trained)
     engine = DeepSpeedEngine(model, config, stage, collectives)
     return (
         config,
         stage,
         collectives,
         engine,
-        TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model)),
+        TrainingStep(engine, config, stage, collectives),
     )
 
 

@@ -11,13 +11,14 @@ def _guarded_step(diverging: bool) -> str:
     """One guarded step on this rank; with `diverging`, rank 1 reads texts where rank 0 reads images."""
     from pipeline.config.errors import RunFailed
     from pipeline.models import build_model
+    from pipeline.models.model import Heads
     from pipeline.models.passes import Pass
     from pipeline.training.collectives import Collectives
     from pipeline.training.guards import GraphGuard
 
     collectives = Collectives()
     config = tiny_config()
-    model = build_model(config.model, VOCABULARY, "pixels", seed=5)
+    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
     guard = GraphGuard(model, collectives, every=10)
     batch = tiny_batch(config, 0, collectives.rank, 2, 12)
     image = Pass(heads=("itc",), image=batch.image)
@@ -45,9 +46,10 @@ def test_ranks_that_run_different_experts_are_stopped_with_the_names_of_the_modu
 @pytest.mark.parametrize("step", [3, 9, 11])
 def test_between_two_checks_nothing_is_compared(step: int) -> None:
     from pipeline.models import build_model
+    from pipeline.models.model import Heads
     from pipeline.training.guards import GraphGuard
 
-    model = build_model(tiny_config().model, VOCABULARY, "pixels", seed=5)
+    model = build_model(tiny_config().model, VOCABULARY, Heads("pixels"), seed=5)
     guard = GraphGuard(model, None, every=10)  # type: ignore[arg-type] - a comparison would need collectives
     guard.begin(step)
     guard.check(step)

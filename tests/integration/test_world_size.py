@@ -17,7 +17,6 @@ def _gradients_of_stages(zero_stage: int, micro_batch: int | None) -> list[tuple
 
 
 def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tuple[Gradients, dict[str, float]]:
-    from pipeline.models.vlmo import drop_path_rates
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.steps import TrainingStep
@@ -26,7 +25,7 @@ def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tu
     collectives = Collectives()
     stage = config.stages[index]
     engine = DeepSpeedEngine(_model(config, index), config, stage, collectives)
-    step = TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model))
+    step = TrainingStep(engine, config, stage, collectives)
     batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.batch)
     losses = {name: float(collectives.sum(loss)) for name, loss in step(batch).items()}
     gradients = engine.gradients()
@@ -36,13 +35,13 @@ def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tu
 
 def _model(config, index):
     from pipeline.models import build_model
-    from pipeline.models.vlmo import part_of
+    from pipeline.models.model import Heads
     from pipeline.training.stages import trained_parts
 
-    model = build_model(config.model, VOCABULARY, "pixels", seed=5)
-    trained = trained_parts(config, config.stages[index])
+    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    trained = trained_parts(model, config, config.stages[index])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name, config.model) in trained)
+        parameter.requires_grad_(model.part_of(name) in trained)
     return model
 
 
@@ -60,14 +59,13 @@ class PlainEngine:
 
 
 def _plain_gradients(index: int) -> tuple[Gradients, dict[str, float]]:
-    from pipeline.models.vlmo import drop_path_rates
     from pipeline.training.collectives import Collectives
     from pipeline.training.steps import TrainingStep
 
     config = tiny_config()
     model = _model(config, index)
     stage = config.stages[index]
-    step = TrainingStep(PlainEngine(model), config, stage, Collectives(), drop_path_rates(config.model))
+    step = TrainingStep(PlainEngine(model), config, stage, Collectives())
     losses = step(tiny_batch(config, 1, 0, 1, stage.batch))
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     return gradients, {name: float(loss) for name, loss in losses.items()}
@@ -99,7 +97,6 @@ def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, 
 
 def _losses_of_20_steps(zero_stage: int) -> list[float]:
     """The losses, then the gradient norm of the last step."""
-    from pipeline.models.vlmo import drop_path_rates
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.schedule import learning_rate
@@ -110,7 +107,7 @@ def _losses_of_20_steps(zero_stage: int) -> list[float]:
     stage = stage.model_copy(update={"batch": size})
     collectives = Collectives()
     engine = DeepSpeedEngine(_model(config, 2), config, stage, collectives)
-    step = TrainingStep(engine, config, stage, collectives, drop_path_rates(config.model))
+    step = TrainingStep(engine, config, stage, collectives)
     losses = []
     for number in range(20):
         loss = step(tiny_batch(config, number, collectives.rank, collectives.world_size, size))["loss"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError
-from pipeline.config.schema import ModelConfig
-from pipeline.models.vlmo import VLMo, part_of
+from pipeline.config.model import VLMoConfig
+from pipeline.models import skeleton
 
 # Ours on the left. `{n}` is the layer.
 _OUTSIDE = {
@@ -69,7 +69,7 @@ _OPTIONAL = ("vision_language_expert", "pooler", "contrastive_head", "matching_h
 Shape = tuple[int, ...]
 
 
-def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
     """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
 
     A DeepSpeed checkpoint's leading `module.` is ignored. The vocabulary is the one the state brings.
@@ -80,8 +80,9 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
         state.pop(_TEXT_POSITIONS, None)
     ours = _our_shapes(config, _rows_of(state, _OUTSIDE[_WORDS]))
     names = {name: _published_name(name) for name in ours}
-    present = {part_of(name, config) for name, published in names.items() if published in state}
-    kept = [name for name in ours if part_of(name, config) not in set(_OPTIONAL) - present]
+    part_of = skeleton(config).part_of
+    present = {part_of(name) for name, published in names.items() if published in state}
+    kept = [name for name in ours if part_of(name) not in set(_OPTIONAL) - present]
     _require(state, _published_shapes(kept, ours, config))
     converted = {name: state[names[name]].reshape(ours[name]) for name in kept if name not in _JOINED}
     for published, parts in _joined(config).items():
@@ -91,12 +92,13 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     return {name: converted[name] for name in kept}
 
 
-def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
     """The published form of our state. The masked-image head has none and is left out."""
-    state = {name: tensor for name, tensor in state.items() if part_of(name, config) != "masked_image_head"}
+    part_of = skeleton(config).part_of
+    state = {name: tensor for name, tensor in state.items() if part_of(name) != "masked_image_head"}
     ours = _our_shapes(config, _rows_of(state, _WORDS))
-    present = {part_of(name, config) for name in state}
-    kept = [name for name in ours if part_of(name, config) not in set(_OPTIONAL) - present]
+    present = {part_of(name) for name in state}
+    kept = [name for name in ours if part_of(name) not in set(_OPTIONAL) - present]
     _require(state, {name: ours[name] for name in kept})
     published = {
         _published_name(name): state[name].reshape(_published_shape(name, ours[name], config))
@@ -124,18 +126,16 @@ def _require(state: dict[str, Tensor], wanted: dict[str, Shape]) -> None:
         raise CheckpointError("\n".join([message, *lines]))
 
 
-def _joined(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def _joined(config: VLMoConfig) -> dict[str, tuple[str, ...]]:
     """The published tensors that hold several of ours, one under the other."""
     return {_MODALITY: _MODALITY_PARTS} | ({_TABLE: _TABLE_PARTS} if config.positions == "relative" else {})
 
 
-def _our_shapes(config: ModelConfig, vocabulary: int) -> dict[str, Shape]:
-    with torch.device("meta"):
-        model = VLMo(config, vocabulary)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def _our_shapes(config: VLMoConfig, vocabulary: int) -> dict[str, Shape]:
+    return {name: tuple(parameter.shape) for name, parameter in skeleton(config, vocabulary).named_parameters()}
 
 
-def _published_shapes(names: list[str], ours: dict[str, Shape], config: ModelConfig) -> dict[str, Shape]:
+def _published_shapes(names: list[str], ours: dict[str, Shape], config: VLMoConfig) -> dict[str, Shape]:
     shapes = {_published_name(n): _published_shape(n, ours[n], config) for n in names if n not in _JOINED}
     for published, parts in _joined(config).items():
         shapes[published] = (sum(_rows(ours[part]) for part in parts), ours[parts[0]][-1])
@@ -160,7 +160,7 @@ def _translated(name: str, names: dict[str, str]) -> str:
     return names[name] if name in names else f"{names[module]}.{last}"
 
 
-def _published_shape(ours: str, shape: Shape, config: ModelConfig) -> Shape:
+def _published_shape(ours: str, shape: Shape, config: VLMoConfig) -> Shape:
     """Convolutions keep their kernel's shape, what is one for all rows a dimension for them, scalars none."""
     if ours == "image_embedding.patch.weight":
         return (shape[0], 3, config.patch_size, config.patch_size)

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import ModelConfig
-from pipeline.models import build_model
+from pipeline.config.model import VLMoConfig
+from pipeline.models import build_model, skeleton
+from pipeline.models.model import Heads
 from pipeline.models.passes import Outputs, Pass
-from pipeline.models.vlmo import PARTS, VLMo, copy_expert, drop_path_rates, parts_named, parts_used
+from pipeline.models.vlmo import PARTS, VLMo, copy_expert
 
 VOCABULARY = 23
-RELATIVE = ModelConfig(
+RELATIVE = VLMoConfig(
     width=24,
     layers=4,
     heads=3,
@@ -38,9 +39,9 @@ def model(request: pytest.FixtureRequest) -> VLMo:
     return lively(request.param)
 
 
-def lively(config: ModelConfig) -> VLMo:
+def lively(config: VLMoConfig) -> VLMo:
     """A model no parameter of which is at a special value, so that nothing cancels by chance."""
-    model = build_model(config, VOCABULARY, "mean_colour")
+    model = build_model(config, VOCABULARY, Heads("mean_colour", classes=3, answers=4, reasoning=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -156,7 +157,7 @@ def test_several_heads_read_one_pass(model: VLMo) -> None:
 def test_a_branch_that_every_row_keeps_is_scaled_by_its_rate(model: VLMo) -> None:
     image = passes()["image"].image
     kept = model({"one": Pass(("tokens",), image=image, drop_keep=torch.ones(ROWS, 4, 2, dtype=torch.bool))})
-    for block, rate in zip(model.blocks, drop_path_rates(model.config), strict=True):
+    for block, rate in zip(model.blocks, model.config.drop_path_rates, strict=True):
         for branch in (block.attention.projection, block.experts["vision"].contract):
             with torch.no_grad():
                 branch.weight.div_(1 - rate)
@@ -172,7 +173,7 @@ def test_a_row_that_drops_every_branch_is_its_embedding(model: VLMo) -> None:
 
 
 def test_drop_path_rates_rise_linearly_to_the_last_layer() -> None:
-    assert drop_path_rates(RELATIVE) == pytest.approx((0.0, 0.1, 0.2, 0.3))
+    assert RELATIVE.drop_path_rates == pytest.approx((0.0, 0.1, 0.2, 0.3))
 
 
 def test_the_model_draws_nothing(model: VLMo) -> None:
@@ -300,7 +301,7 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objective
     wanted = {name for objective in objectives for name in READINGS[objective, use]}
     kept = {name: replace(one, drop_keep=None) for name, one in passes().items() if name in wanted}
     found = gradients(model, model(kept))
-    used = parts_used(objectives, frozenset({use}), model.config)
+    used = model.parts_used(objectives, use)
     assert {model.part_of(name) for name in found} == used
     for name, _ in model.named_parameters():
         assert (model.part_of(name) in used) == (name in found), name
@@ -309,13 +310,14 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objective
 
 def test_an_objective_with_nothing_to_read_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"contrastive.*pairs.*text"):
-        parts_used(frozenset({"contrastive"}), frozenset({"text"}), RELATIVE)
+        skeleton(RELATIVE).parts_used(frozenset({"contrastive"}), "text")
 
 
 def test_the_published_language_stage_is_written_as_names() -> None:
-    frozen = parts_named(["image_embedding", "attention", "vision_expert"])
+    model = skeleton(RELATIVE)
+    frozen = model.parts_named(["image_embedding", "attention", "vision_expert"])
     assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
-    left = parts_used(frozenset({"masked_language"}), frozenset({"text"}), RELATIVE) - frozen
+    left = model.parts_used(frozenset({"masked_language"}), "text") - frozen
     assert left == {
         "text_embedding",
         "positions.text",
@@ -328,7 +330,7 @@ def test_the_published_language_stage_is_written_as_names() -> None:
 
 def test_an_unknown_part_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'vision_expert'"):
-        parts_named(["vision_experts"])
+        skeleton(RELATIVE).parts_named(["vision_experts"])
 
 
 # ---- weights
@@ -350,7 +352,7 @@ def test_weights_follow_from_the_seed_alone() -> None:
     first = build_model(RELATIVE, VOCABULARY, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second = build_model(RELATIVE, VOCABULARY, "pixels", seed=3).state_dict()
+    second = build_model(RELATIVE, VOCABULARY, Heads("pixels"), seed=3).state_dict()
     other = build_model(RELATIVE, VOCABULARY, seed=4).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.state_dict().items())
     drawn = {name for name, tensor in first.state_dict().items() if not torch.equal(tensor, other[name])}

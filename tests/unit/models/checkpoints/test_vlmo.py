@@ -4,18 +4,19 @@ import pytest
 import torch
 
 from pipeline.config.errors import CheckpointError
-from pipeline.config.schema import ModelConfig
+from pipeline.config.model import VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import from_published, to_published
+from pipeline.models.model import Heads
 
-CONFIG = ModelConfig(
+CONFIG = VLMoConfig(
     width=16, layers=3, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text=6, layer_scale=0.1
 )
 ABSOLUTE = CONFIG.model_copy(update={"positions": "absolute", "layer_scale": None})
 
 
 @pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
-def test_there_and_back_is_exact(config: ModelConfig) -> None:
+def test_there_and_back_is_exact(config: VLMoConfig) -> None:
     state = build_model(config, vocabulary=11).state_dict()
     back = from_published(to_published(state, config), config)
     assert list(back) == list(state)
@@ -32,7 +33,7 @@ def test_published_names_and_shapes_are_those_of_the_release() -> None:
 
 
 def test_masked_image_head_is_left_out() -> None:
-    model = build_model(CONFIG, vocabulary=11, image_target="pixels")
+    model = build_model(CONFIG, vocabulary=11, heads=Heads("pixels"))
     assert set(to_published(model.state_dict(), CONFIG)) == set(
         to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
     )

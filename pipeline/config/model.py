@@ -1,0 +1,137 @@
+"""The `model` section: one class a kind of model, with the paper's base sizes as defaults.
+
+What a head predicts (classes, answers, an image target) is a stage's affair and stands there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from pipeline.config.section import Fraction, Positive, Section
+
+
+class TransformerConfig(Section):
+    """What every kind has: a transformer's sizes, and the pictures and texts it reads."""
+
+    kind: str
+    width: Positive = 768
+    layers: Positive = 12
+    heads: Positive = 12
+    feed_forward_ratio: Positive = 4
+    image_size: Positive = 224
+    patch_size: Positive = 16
+    max_text: Positive = 40  # longest text the positions serve, in tokens with [CLS] and [SEP]
+    initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
+    drop_path: Fraction = 0.0  # of the last layer's branches; from 0 in the first it rises linearly
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a square picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Of a square picture."""
+        return self.grid**2
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Each layer's chance of dropping a branch."""
+        return tuple(self.drop_path * layer / max(self.layers - 1, 1) for layer in range(self.layers))
+
+
+class VLMoConfig(TransformerConfig):
+    """VLMo (arXiv 2111.02358). The defaults are VLMo-base at 224 px."""
+
+    kind: Literal["vlmo"] = "vlmo"
+    vision_language_layers: Positive = 2  # top layers whose fused sequences read the vision-language expert
+    positions: Literal["relative", "absolute"] = "relative"
+    max_text: Positive = 196
+    layer_scale: float | None = 0.1
+    drop_path: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _has_lower_layers(self) -> Self:
+        if self.vision_language_layers >= self.layers:
+            raise ValueError(f"vision_language_layers must be below layers {self.layers}")
+        return self
+
+
+class ViLTConfig(TransformerConfig):
+    """ViLT (arXiv 2102.03334). The defaults are ViLT-B/32: pictures keep their shape, `image_size` is the shorter side.
+
+    Each side is cut to a multiple of the patch; positions are those of a square picture, resized to each picture's
+    grid.
+    """
+
+    kind: Literal["vilt"] = "vilt"
+    image_size: Positive = 384
+    patch_size: Positive = 32
+    longest_side: Positive = 640
+    patches_read: Positive | None = 200  # at most, drawn at random from each picture in pretraining; None: all
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.longest_side < self.image_size:
+            raise ValueError(
+                f"longest_side {self.longest_side} is below image_size {self.image_size}, the shorter side"
+            )
+        return self
+
+
+class ViTConfig(TransformerConfig):
+    """ViT (arXiv 2010.11929). The defaults are ViT-B/16."""
+
+    kind: Literal["vit"] = "vit"
+
+
+class ImageBERTConfig(TransformerConfig):
+    """ImageBERT (arXiv 2001.07966): BERT-base over words and a detector's regions. It reads no pixels."""
+
+    kind: Literal["imagebert"] = "imagebert"
+    max_text: Positive = 44
+    max_regions: Positive = 100
+    region_features: Positive = 2048  # numbers of a region's feature vector
+    region_classes: Positive = 1600  # of the detector
+    dropout: Fraction = 0.1  # of BERT's embeddings, attention and hidden vectors
+
+
+class DualEncoderConfig(TransformerConfig):
+    """Two towers and a contrast (CLIP, arXiv 2103.00020): the baseline. `layers` and `width` are the image tower's."""
+
+    kind: Literal["dual_encoder"] = "dual_encoder"
+    max_text: Positive = 77
+    text_layers: Positive = 12
+    embedding: Positive = 512  # width of the space that pictures and texts meet in
+
+
+def kind_of(value: Any) -> str:
+    """The kind that a section names; VLMo, if it names none."""
+    return value.get("kind", "vlmo") if isinstance(value, dict) else value.kind
+
+
+ModelConfig = Annotated[
+    Annotated[VLMoConfig, Tag("vlmo")]
+    | Annotated[ViLTConfig, Tag("vilt")]
+    | Annotated[ViTConfig, Tag("vit")]
+    | Annotated[ImageBERTConfig, Tag("imagebert")]
+    | Annotated[DualEncoderConfig, Tag("dual_encoder")],
+    Discriminator(kind_of),
+]
+MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {
+    "vlmo": VLMoConfig,
+    "vilt": ViLTConfig,
+    "vit": ViTConfig,
+    "imagebert": ImageBERTConfig,
+    "dual_encoder": DualEncoderConfig,
+}

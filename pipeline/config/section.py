@@ -1,0 +1,19 @@
+"""What all sections of a config share: strict, frozen, and refusing keys they do not know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def changeable(default: Any, **bounds: Any) -> Any:
+    """A key that may change when a run is resumed; the change is recorded, not refused."""
+    return Field(default, json_schema_extra={"changeable": True}, **bounds)

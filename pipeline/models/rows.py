@@ -1,0 +1,200 @@
+"""Several passes of one kind as one run through the layers, and what each head reads of it found again.
+
+Shapes: B rows (of all passes), L longest text, I image tokens ([CLS] in front), K positions read, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.models.attention import pick
+from pipeline.models.passes import Head, Pass
+
+FIRST = ("itc", "itm", "classes", "answers", "reasoning", "ranking")  # heads that read the first position
+
+
+class Rows:
+    """The rows of some passes joined, texts and pictures padded to the longest. A pass with two images is two rows."""
+
+    def __init__(self, passes: list[Pass]) -> None:
+        for one in passes:
+            _check(one)
+        self._pieces: list[Pass] = []
+        self._pieces_of: list[range] = []  # by pass
+        for one in passes:
+            pieces = _pieces(one)
+            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + len(pieces)))
+            self._pieces.extend(pieces)
+        self._sizes = [len(_anchor(piece)) for piece in self._pieces]
+        self.branches = "itc" in passes[0].heads
+        self.image = _joined_images([piece.image for piece in self._pieces])
+        self.image_size = None if self.image is None else self._image_sizes()
+        self.patches_read = _joined([piece.patches_read for piece in self._pieces], value=-1)
+        self.is_second = self._is_second(passes)
+        self.text = _joined([piece.text for piece in self._pieces], value=0)
+        texts_kept = [_text_keep(piece) for piece in self._pieces if piece.text is not None]
+        self.text_keep = _joined(texts_kept, value=False)
+        self.drop_keep = _joined([piece.drop_keep for piece in self._pieces])
+        self._read = [self._positions(piece) for piece in self._pieces]
+        self._whole = any(head in piece.heads for piece in self._pieces for head in ("tokens", "alignment"))
+        joined = [torch.cat(list(positions.values()), dim=1) for positions in self._read if positions]
+        # Positions in the sequence that heads read, (B, K); None where a head reads them all.
+        self.read = None if self._whole else _joined(joined, value=0)
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def hidden(self, num_patches: int) -> Tensor | None:
+        """Which patches are covered: (B, P) bool; None where none is in any pass."""
+        if all(piece.patch_positions is None for piece in self._pieces):
+            return None
+        return torch.cat([_hidden(piece, num_patches) for piece in self._pieces])
+
+    def find(self, features: Tensor, index: int, head: Head) -> Tensor:
+        """What a head of the index-th pass reads, out of the features of all rows: (B, K, D)."""
+        return torch.cat([self._find(features, piece, head) for piece in self._pieces_of[index]], dim=1)
+
+    def _find(self, features: Tensor, index: int, head: Head) -> Tensor:
+        first = sum(self._sizes[:index])
+        mine = features[first : first + self._sizes[index]]
+        if head in ("tokens", "alignment"):
+            return self._without_padding(mine, index)
+        if self._whole:
+            return pick(mine, self._read[index][head])
+        column = 0
+        for name, positions in self._read[index].items():
+            if name == head:
+                return mine[:, column : column + positions.shape[1]]
+            column += positions.shape[1]
+        raise AssertionError(f"head {head} was not read")
+
+    def _positions(self, piece: Pass) -> dict[str, Tensor]:
+        """Where in the sequence each head of a pass reads: (B, K)."""
+        positions: dict[str, Tensor] = {}
+        for head in piece.heads:
+            if head in FIRST:
+                anchor = _anchor(piece)
+                positions[head] = torch.zeros(len(anchor), 1, dtype=torch.int64, device=anchor.device)
+            elif head == "mlm":
+                assert piece.mask_positions is not None
+                positions[head] = piece.mask_positions
+            elif head == "masked_image":
+                assert piece.patch_positions is not None
+                places = piece.patch_positions
+                if piece.patches_read is not None:
+                    places = (piece.patches_read[:, None, :] == places[:, :, None]).int().argmax(dim=2)
+                positions[head] = places + (1 if self.text is None else 1 + self.text.shape[1])
+        return positions
+
+    def _image_sizes(self) -> Tensor | None:
+        if all(piece.image_size is None for piece in self._pieces):
+            return None
+        sizes = []
+        for piece in self._pieces:
+            assert piece.image is not None
+            whole = torch.tensor(piece.image.shape[1:3], device=piece.image.device)
+            sizes.append(whole.expand(len(piece.image), 2) if piece.image_size is None else piece.image_size)
+        return torch.cat(sizes)
+
+    def _is_second(self, passes: list[Pass]) -> Tensor | None:
+        """Which rows are the second picture of a statement about two: (B,) bool; None where none is."""
+        if all(one.second_image is None for one in passes):
+            return None
+        flags = [
+            torch.full((self._sizes[piece],), place == 1, device=_anchor(self._pieces[piece]).device)
+            for pieces in self._pieces_of
+            for place, piece in enumerate(pieces)
+        ]
+        return torch.cat(flags)
+
+    def _without_padding(self, x: Tensor, index: int) -> Tensor:
+        """The tokens of a pass without what joining added to its text."""
+        one = self._pieces[index]
+        if self.text is None or one.text is None or one.text.shape[1] == self.text.shape[1]:
+            return x
+        return torch.cat([x[:, : one.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
+
+
+def grouped(passes: dict[str, Pass]) -> dict[tuple, dict[str, Pass]]:
+    """Passes that can share a run: of one kind and branching, of like pictures, with drop path in all or none."""
+    groups: dict[tuple, dict[str, Pass]] = {}
+    for name, one in passes.items():
+        image = None
+        if one.image is not None:
+            shape = None if one.image_size is not None else one.image.shape[1:]  # pictures that differ are padded
+            image = (shape, one.image.dtype, one.patches_read is None)
+        key = (image, one.text is None, "itc" in one.heads, one.drop_keep is None)
+        groups.setdefault(key, {})[name] = one
+    return groups
+
+
+def _pieces(one: Pass) -> list[Pass]:
+    if one.second_image is None:
+        return [one]
+    first = replace(one, second_image=None, second_image_size=None)
+    return [first, replace(first, image=one.second_image, image_size=one.second_image_size)]
+
+
+def _check(one: Pass) -> None:
+    """A pass whose members do not serve its heads is refused, by name."""
+    kind = "an image" if one.text is None else "a text" if one.image is None else "a fused"
+    if one.image is None and one.text is None:
+        raise ValueError("a pass needs an image, a text, or both")
+    fused = one.image is not None and one.text is not None
+    serves: dict[Head, bool] = {
+        "itc": not fused,
+        "mlm": one.text is not None and one.mask_positions is not None,
+        "masked_image": one.image is not None and one.patch_positions is not None,
+        "classes": one.text is None,
+        "reasoning": fused and one.second_image is not None,
+        "tokens": True,
+    }
+    for head in one.heads:
+        if not serves.get(head, fused):
+            raise ValueError(f"head '{head}' cannot read {kind} pass with these members; see Pass for what it needs")
+
+
+def _hidden(piece: Pass, num_patches: int) -> Tensor:
+    assert piece.image is not None
+    hidden = torch.zeros(len(piece.image), num_patches, dtype=torch.bool, device=piece.image.device)
+    return hidden if piece.patch_positions is None else hidden.scatter(1, piece.patch_positions, True)
+
+
+def _anchor(one: Pass) -> Tensor:
+    """A member that the pass surely has: its rows and device are the pass's."""
+    member = one.image if one.text is None else one.text
+    assert member is not None
+    return member
+
+
+def _text_keep(one: Pass) -> Tensor:
+    assert one.text is not None
+    return torch.ones_like(one.text, dtype=torch.bool) if one.text_keep is None else one.text_keep
+
+
+def _joined_images(images: list[Tensor | None]) -> Tensor | None:
+    """All pictures, padded with zeros at the bottom and right to the tallest and widest."""
+    given = [image for image in images if image is not None]
+    if not given:
+        return None
+    height, width = max(i.shape[1] for i in given), max(i.shape[2] for i in given)
+    padded = [
+        i if i.shape[1:3] == (height, width) else F.pad(i, (0, 0, 0, width - i.shape[2], 0, height - i.shape[1]))
+        for i in given
+    ]
+    return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+
+def _joined(members: list[Tensor | None] | list[Tensor], value: float | None = None) -> Tensor | None:
+    """The rows of all members; with `value`, dimension 1 is padded to the longest. None if there are none."""
+    tensors = [member for member in members if member is not None]
+    if not tensors:
+        return None
+    if value is not None:
+        longest = max(t.shape[1] for t in tensors)
+        tensors = [t if t.shape[1] == longest else F.pad(t, (0, longest - t.shape[1]), value=value) for t in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
