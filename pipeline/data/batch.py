@@ -33,6 +33,7 @@ class Batch:
     second_image: Tensor | None = None  # (B, H, W, 3) uint8: of a statement about two pictures
     second_image_size: Tensor | None = None  # (B, 2) int64
     patch_positions: Tensor | None = None  # (B, K) int64: the masked patches, K equal in all rows
+    patch_stand_ins: Tensor | None = None  # (B, K) int64: the patch shown in its place, -1: none; None: none anywhere
     text: Tensor | None = None  # (B, L) int64, [CLS] … [SEP], padded with [PAD]
     text_keep: Tensor | None = None  # (B, L) bool: False at padding
     masked_text: Tensor | None = None  # (B, L) int64: `text` with whole words masked
@@ -52,11 +53,15 @@ class Batch:
         return len(self.place)
 
     def rows(self, which: slice | Tensor) -> Batch:
-        """The chosen rows of every member."""
-        return self._map(lambda tensor: tensor[which])
+        """The chosen rows of every member; an index tensor lies on the CPU."""
+        if isinstance(which, slice):
+            return self._map(lambda tensor: tensor[which])
+        return self._map(lambda tensor: tensor[which.to(tensor.device, non_blocking=True)])
 
     def to(self, device: torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Every member on a device but `place`, which the host reads: fetching it back would make it wait."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, place=self.place)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}

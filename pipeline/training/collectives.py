@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,11 +66,19 @@ class Collectives:
         dist.all_gather(gathered, padded)
         return torch.cat([part[: stop - start] for part, (start, stop) in zip(gathered, shares, strict=True)])
 
-    def fetch_rows(self, rows: Tensor, wanted: Tensor, batch: int) -> Tensor:
-        """The rows of the global batch named in `wanted`, from the ranks that hold them: only those travel.
+    def largest(self, sizes: list[int]) -> list[int]:
+        """The largest of each number over the ranks."""
+        if self.world_size == 1:
+            return sizes
+        tensor = torch.tensor(sizes, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
 
-        `rows` (n, …) are this rank's own; `wanted` (n,) names for each own row a place in the global batch, or -1
-        for none. Returns one row per place named, in order. All ranks call it together.
+    def fetcher(self, wanted: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
+        """What fetches rows of the global batch from the ranks that hold them: only those travel.
+
+        `wanted` (n,) names for each own row a place in the global batch, or -1 for none. The result takes this rank's
+        own rows (n, ...) and gives one row per place named, in order. All ranks call both together.
         """
         everybody = self.gather_rows(wanted.to(self.device), batch).cpu()
         starts = torch.tensor([start for start, _ in self.shares(batch)])
@@ -77,14 +86,20 @@ class Collectives:
         asked = [everybody[start:stop][owner[start:stop] == self.rank] for start, stop in self.shares(batch)]
         start, stop = self.shares(batch)[self.rank]
         mine = owner[start:stop][owner[start:stop] >= 0]
-        order = torch.argsort(mine, stable=True).to(rows.device)
-        sent = rows[(torch.cat(asked) - start).to(rows.device)]
-        received = rows.new_empty(len(mine), *rows.shape[1:])
+        order = torch.argsort(mine, stable=True)
         counts = torch.bincount(mine, minlength=self.world_size).tolist()
-        dist.all_to_all_single(received, sent, counts, [len(part) for part in asked])
-        result = torch.empty_like(received)
-        result[order] = received
-        return result
+
+        def fetch(rows: Tensor) -> Tensor:
+            if rows.dtype == torch.bool:  # which no backend sends
+                return fetch(rows.view(torch.uint8)).view(torch.bool)
+            sent = rows[(torch.cat(asked) - start).to(rows.device)]
+            received = rows.new_empty(len(mine), *rows.shape[1:])
+            dist.all_to_all_single(received, sent, counts, [len(part) for part in asked])
+            result = torch.empty_like(received)
+            result[order.to(rows.device)] = received
+            return result
+
+        return fetch
 
     def gather_objects(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size

@@ -1,59 +1,36 @@
 """One training step over a global batch: its gradient is the same for every ranks x micro-batch x accumulation (C2).
 
-How: every loss is a sum over rows or tokens divided by a count of the whole global batch. The contrastive loss needs
-the whole batch's features at once, so each rank gathers them, differentiates the whole loss with respect to them, and
-feeds its own rows' feature gradients back into its own backward ("injection"). Under accumulation the features come
-from a first forward without gradient, and each micro-batch is then read again with the same drop-path masks.
+How: every loss is a sum over rows or tokens divided by a count of the whole global batch. `terms` says what each
+objective reads and sums; `contrast` does the one that needs all ranks' features at once; `exchange` brings the rows
+that matching reads as negatives.
 
 A step without accumulation makes two engine calls and one backward: the towers, the masked and the true pairs first;
-then the negatives, which need the contrastive scores. With accumulation: the towers, then everything per micro-batch.
+then the negatives, where they need the contrastive scores. With accumulation: the towers, then everything per
+micro-batch. Which rows and objectives a step reads follows from the step and the rows' places alone, so that all ranks
+run the same graph (C3).
 
-Which rows and objectives a step reads follows from the step and the rows' places alone, so that all ranks run the same
-graph (C3). Shapes: B global batch, n this rank's rows, D feature width.
+Shapes: B global batch, n this rank's rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.config.schema import Objective, RunConfig, StageConfig
 from pipeline.data.batch import Batch
-from pipeline.data.randomness import hash64, uniform_array
+from pipeline.data.randomness import hash64
 from pipeline.models.passes import Outputs, Pass
-from pipeline.objectives.contrastive import contrastive_loss
-from pipeline.objectives.masked_image import masked_image_loss, mean_colour_targets, pixel_targets
-from pipeline.objectives.masked_language import masked_count, masked_language_loss
-from pipeline.objectives.matching import draw_negatives, matching_loss
 from pipeline.training.collectives import Collectives, share
+from pipeline.training.contrast import Contrast, contrast_of, tower_passes
 from pipeline.training.drop_path import drop_path_keeps
 from pipeline.training.engine import Engine
+from pipeline.training.exchange import exchanged
+from pipeline.training.terms import Candidates, Setting, Term, terms_of
 
-FEATURES = (("image", "itc"), ("text", "itc"), ("image", "itc_vl"), ("text", "itc_vl"))
-SCALES = ("scale", "scale_vl")
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """The whole batch's contrastive loss, and what flows back into this rank's rows."""
-
-    loss: Tensor  # weighted, mean over the global batch
-    feature_gradients: list[Tensor]  # one (n, D) for each of FEATURES
-    scale_gradients: list[Tensor]
-    image: Tensor  # (B, D), detached
-    text: Tensor
-    scale: Tensor
-
-
-@dataclass(frozen=True)
-class Negatives:
-    """Each chosen row's wrong image and wrong text, in the rows' order."""
-
-    image: Tensor  # (m, H, W, 3) uint8
-    text: Tensor  # (m, L)
-    text_keep: Tensor
+Exchanged = dict[str, tuple[Objective, Batch]]  # by pass: who asked, and its chosen rows
 
 
 @dataclass(frozen=True)
@@ -67,20 +44,12 @@ class Losses:
 class TrainingStep:
     """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        config: RunConfig,
-        stage: StageConfig,
-        collectives: Collectives,
-    ):
-        self.engine = engine
-        self.stage = stage
-        self.use = config.use_of(stage)
-        self.seed = hash64(config.seed, stage.name)
-        self.patch_size = config.model.patch_size
-        self.collectives = collectives
+    def __init__(self, engine: Engine, config: RunConfig, stage: StageConfig, collectives: Collectives):
+        self.engine, self.stage, self.collectives = engine, stage, collectives
+        self.objectives = stage.objectives
         self.drop_path_rates = config.model.drop_path_rates
+        self.seed = hash64(config.seed, stage.name)
+        self.terms = terms_of(Setting(stage, config.use_of(stage), self.seed, config.model.patch_size, self._keeps))
         self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
@@ -89,39 +58,35 @@ class TrainingStep:
         Returns this rank's part of each objective's loss (0-d, detached): their sum over ranks is the loss of the
         global batch, unweighted except in `loss`.
         """
+        batch = batch.to(self.collectives.device)
         counts = self._counts(batch)
-        device_batch = batch.to(self.collectives.device)
-        pieces = [slice(*share(len(batch), k, self.accumulation)) for k in range(self.accumulation)]
         if self.accumulation == 1:
-            return self._whole(batch.place, device_batch, counts)
-        return self._accumulated(batch.place, device_batch, pieces, counts)
+            return self._whole(batch, counts)
+        return self._accumulated(batch, counts)
 
-    def _whole(self, place: Tensor, batch: Batch, counts: dict[Objective, Tensor]) -> dict[str, Tensor]:
-        outputs = self.engine(self._passes(batch, place))
-        contrast = self._contrast(outputs, batch) if "contrastive" in self.stage.objectives else None
-        negatives = self._negatives(contrast, batch, place)
-        if negatives is not None:
-            outputs |= self.engine(self._negative_passes(batch, place, negatives))
-        losses = self._losses(outputs, batch, place, counts, contrast, slice(0, len(batch)))
+    def _whole(self, batch: Batch, counts: dict[Objective, Tensor]) -> dict[str, Tensor]:
+        given = {} if self._draws_by_contrast else self._exchange(batch, None)
+        outputs = self.engine(self._passes(batch) | self._exchanged_passes(given))
+        contrast = self._contrast(outputs, batch)
+        if self._draws_by_contrast:
+            outputs |= self.engine(self._exchanged_passes(self._exchange(batch, contrast)))
+        losses = self._losses(outputs, batch, counts, contrast, slice(0, len(batch)))
         self.engine.backward(losses.differentiated * self.collectives.world_size, last=True)
         return self._report(losses, contrast)
 
-    def _accumulated(
-        self, place: Tensor, batch: Batch, pieces: list[slice], counts: dict[Objective, Tensor]
-    ) -> dict[str, Tensor]:
+    def _accumulated(self, batch: Batch, counts: dict[Objective, Tensor]) -> dict[str, Tensor]:
+        pieces = [slice(*share(len(batch), k, self.accumulation)) for k in range(self.accumulation)]
         contrast = None
-        if "contrastive" in self.stage.objectives:
+        if "contrastive" in self.objectives:
             with torch.no_grad():
-                towers = [self.engine(self._tower_passes(batch.rows(piece), place[piece])) for piece in pieces]
+                towers = [self.engine(tower_passes(batch.rows(piece), self._keeps)) for piece in pieces]
             contrast = self._contrast(_concatenated(towers), batch)
-        negatives = self._negatives(contrast, batch, place)
+        given = self._exchange(batch, contrast)
         total: dict[str, Tensor] = {}
         for k, piece in enumerate(pieces):
-            rows, row_places = batch.rows(piece), place[piece]
-            passes = self._passes(rows, row_places)
-            if negatives is not None:
-                passes |= self._negative_passes(rows, row_places, self._negatives_of(negatives, place, piece))
-            losses = self._losses(self.engine(passes), rows, row_places, counts, contrast, piece)
+            rows = batch.rows(piece)
+            outputs = self.engine(self._passes(rows) | self._exchanged_passes(_within(given, rows.place)))
+            losses = self._losses(outputs, rows, counts, contrast, piece)
             scale = self.collectives.world_size * self.accumulation  # DeepSpeed divides by both
             self.engine.backward(losses.differentiated * scale, last=k == len(pieces) - 1)
             for name, loss in self._report(losses, contrast).items():
@@ -130,165 +95,68 @@ class TrainingStep:
 
     # ---- what is read
 
-    def _chosen(self, place: Tensor, objective: Objective) -> Tensor:
+    def _chosen(self, batch: Batch, objective: Objective) -> Tensor:
         """Which rows an objective reads in this step: one in `every`, in turn. Index tensor on the CPU."""
-        every = self.stage.objectives[objective].every
-        return torch.nonzero((place + self._step) % every == 0).flatten()
+        every = self.objectives[objective].every
+        return torch.nonzero((batch.place + batch.step) % every == 0).flatten()
 
-    def _num_chosen(self, objective: Objective) -> int:
-        """How many rows of the global batch that is."""
-        every = self.stage.objectives[objective].every
-        first = -self._step % every
-        return (self.stage.batch - first + every - 1) // every
+    def _read(self, batch: Batch, objective: Objective) -> Batch:
+        """The rows themselves."""
+        return batch if self.objectives[objective].every == 1 else batch.rows(self._chosen(batch, objective))
 
     def _counts(self, batch: Batch) -> dict[Objective, Tensor]:
         """What each objective's sum is divided by, over the whole global batch."""
-        self._step = batch.step
+        if not self.terms:
+            return {}
         device = self.collectives.device
-        counts: dict[Objective, Tensor] = {}
-        for objective in self.stage.objectives:
-            if objective == "masked_language":
-                assert batch.mask_labels is not None
-                labels = batch.mask_labels[self._chosen(batch.place, objective)]
-                count = masked_count(labels).to(device, torch.float32)
-                counts[objective] = self.collectives.sum(count).clamp(min=1)
-            else:
-                terms = self._terms_of_a_row(objective, batch)
-                counts[objective] = torch.tensor(float(terms * self._num_chosen(objective)), device=device)
-        return counts
+        own = [torch.as_tensor(t.count(self._read(batch, o)), device=device) for o, t in self.terms.items()]
+        total = self.collectives.sum(torch.stack([count.to(torch.float32) for count in own])).clamp(min=1)
+        return dict(zip(self.terms, total.unbind(), strict=True))
 
-    def _terms_of_a_row(self, objective: Objective, batch: Batch) -> int:
-        """A pair with its two negatives; the masked patches, equally many in every image; else one."""
-        if objective == "masked_image":
-            assert batch.patch_positions is not None
-            return batch.patch_positions.shape[1]
-        return 3 if objective == "matching" else 1
-
-    def _keeps(self, place: Tensor, name: str) -> Tensor | None:
-        keeps = drop_path_keeps(self.seed, self._step, place, name, self.drop_path_rates)
+    def _keeps(self, rows: Batch, name: str) -> Tensor | None:
+        keeps = drop_path_keeps(self.seed, rows.step, rows.place, name, self.drop_path_rates)
         return None if keeps is None else keeps.to(self.collectives.device, non_blocking=True)
 
-    def _tower_passes(self, batch: Batch, place: Tensor) -> dict[str, Pass]:
-        return {
-            "image": Pass(heads=("itc",), image=batch.image, drop_keep=self._keeps(place, "image")),
-            "text": Pass(
-                heads=("itc",), text=batch.text, text_keep=batch.text_keep, drop_keep=self._keeps(place, "text")
-            ),
-        }
-
-    def _passes(self, batch: Batch, place: Tensor) -> dict[str, Pass]:
-        """Every pass that needs no negatives."""
-        objectives = self.stage.objectives
-        passes = self._tower_passes(batch, place) if "contrastive" in objectives else {}
-        if "masked_image" in objectives:
-            rows = self._chosen(place, "masked_image")
-            passes["hidden"] = Pass(
-                heads=("masked_image",),
-                image=_take(batch.image, rows),
-                patch_positions=_take(batch.patch_positions, rows),
-                drop_keep=self._keeps(place[rows], "hidden"),
-            )
-        if "masked_language" in objectives:
-            rows = self._chosen(place, "masked_language")
-            passes["masked"] = Pass(
-                heads=("mlm",),
-                image=_take(batch.image, rows) if self.use == "pairs" else None,
-                text=_take(batch.masked_text, rows),
-                text_keep=_take(batch.text_keep, rows),
-                mask_positions=_take(batch.mask_positions, rows),
-                drop_keep=self._keeps(place[rows], "masked"),
-            )
-        if "matching" in objectives:
-            rows = self._chosen(place, "matching")
-            passes["pair"] = self._fused(
-                _take(batch.image, rows), _take(batch.text, rows), _take(batch.text_keep, rows), place[rows], "pair"
-            )
+    def _passes(self, batch: Batch) -> dict[str, Pass]:
+        """Every pass over rows as they are; what several objectives ask of the same name is one pass."""
+        passes = tower_passes(batch, self._keeps) if "contrastive" in self.objectives else {}
+        for objective, term in self.terms.items():
+            for name, one in term.passes(self._read(batch, objective)).items():
+                passes[name] = _merged(passes[name], one) if name in passes else one
         return passes
-
-    def _fused(self, image: Tensor, text: Tensor, keep: Tensor, place: Tensor, name: str) -> Pass:
-        return Pass(heads=("itm",), image=image, text=text, text_keep=keep, drop_keep=self._keeps(place, name))
-
-    def _negative_passes(self, batch: Batch, place: Tensor, negatives: Negatives) -> dict[str, Pass]:
-        rows = self._chosen(place, "matching")
-        image, text, keep = _take(batch.image, rows), _take(batch.text, rows), _take(batch.text_keep, rows)
-        return {
-            "wrong_image": self._fused(negatives.image, text, keep, place[rows], "wrong_image"),
-            "wrong_text": self._fused(image, negatives.text, negatives.text_keep, place[rows], "wrong_text"),
-        }
 
     # ---- the whole batch's contrast and negatives
 
-    def _contrast(self, outputs: Outputs, batch: Batch) -> Contrast:
-        """The loss over all B x B pairs, and its gradient for this rank's features (VLMo: mean of the two heads)."""
-        size = self.stage.batch
-        with torch.enable_grad():
-            gathered = [
-                self.collectives.gather_rows(outputs[name][head].float(), size).requires_grad_()
-                for name, head in FEATURES
-            ]
-            scales = [outputs["image"][name].detach().float().requires_grad_() for name in SCALES]
-            image_id = self.collectives.gather_rows(batch.image_id, size)
-            image, text, image_vl, text_vl = gathered
-            loss = contrastive_loss(image, text, scales[0], image_id) + contrastive_loss(
-                image_vl, text_vl, scales[1], image_id
-            )
-            loss = loss / (2 * size) * self.stage.objectives["contrastive"].weight
-            gradients = torch.autograd.grad(loss, [*gathered, *scales])
-        start, stop = share(size, self.collectives.rank, self.collectives.world_size)
-        return Contrast(
-            loss=loss.detach(),
-            feature_gradients=[gradient[start:stop] for gradient in gradients[:4]],
-            scale_gradients=list(gradients[4:]),
-            image=image.detach(),
-            text=text.detach(),
-            scale=scales[0].detach(),
-        )
+    @property
+    def _draws_by_contrast(self) -> bool:
+        return "matching" in self.objectives and self.stage.negatives == "hard"
 
-    def _injected(self, outputs: Outputs, contrast: Contrast, piece: slice) -> Tensor:
-        """A scalar whose gradient in this rank's rows is the whole batch's contrastive gradient."""
-        features = [outputs[name][head].float() for name, head in FEATURES]
-        gradients = [gradient[piece] for gradient in contrast.feature_gradients]
-        rows = torch.stack([(f * g).sum() for f, g in zip(features, gradients, strict=True)]).sum()
-        parts = self.collectives.world_size * self.accumulation  # every one of them adds the whole scale gradient
-        scales = [outputs["image"][n].float() * g for n, g in zip(SCALES, contrast.scale_gradients, strict=True)]
-        return rows + torch.stack(scales).sum() / parts
-
-    def _negatives(self, contrast: Contrast | None, batch: Batch, place: Tensor) -> Negatives | None:
-        """Hard negatives from the whole global batch, drawn by counter (VLMo: probability ∝ softmax of the scores)."""
-        if "matching" not in self.stage.objectives:
+    def _contrast(self, outputs: Outputs, batch: Batch) -> Contrast | None:
+        if "contrastive" not in self.objectives:
             return None
-        image, text, keep = _present(batch.image), _present(batch.text), _present(batch.text_keep)
-        assert contrast is not None, "the schema lets no stage match without contrast"
-        size, device = self.stage.batch, self.collectives.device
-        ids = self.collectives.gather_rows(batch.image_id, size)
-        rows = self._chosen(place, "matching")
-        own = place[rows].to(device)
+        weight = self.objectives["contrastive"].weight
+        return contrast_of(outputs, batch, self.stage.batch, weight, self.collectives)
 
-        def draw(queries: Tensor, candidates: Tensor, purpose: str) -> Tensor:
-            uniform = uniform_array(hash64(self.seed, self._step, purpose), place[rows].numpy())
-            scores = contrast.scale * queries[own] @ candidates.T
-            return draw_negatives(scores, ids[own], ids, torch.from_numpy(uniform).to(device, torch.float32))
-
-        wanted = torch.full((len(place),), -1, dtype=torch.int64)
-        wanted[rows] = draw(contrast.text, contrast.image, "negative image").cpu()
-        wrong_text = draw(contrast.image, contrast.text, "negative text")
-        return Negatives(
-            image=self.collectives.fetch_rows(image, wanted, size),
-            text=self.collectives.gather_rows(self._full_length(text, 0), size)[wrong_text],
-            text_keep=self.collectives.gather_rows(self._full_length(keep, False), size)[wrong_text],
+    def _exchange(self, batch: Batch, contrast: Contrast | None) -> Exchanged:
+        """The rows with other rows' pictures and texts that the terms ask for."""
+        asking = [objective for objective, term in self.terms.items() if type(term).exchanges is not Term.exchanges]
+        if not asking:
+            return {}
+        size = self.stage.batch
+        candidates = Candidates(
+            self.collectives.gather_rows(batch.image_id, size), self.collectives.gather_rows(batch.source, size)
         )
+        if contrast is not None:
+            candidates = replace(candidates, image=contrast.image, text=contrast.text, scale=contrast.scale)
+        found: Exchanged = {}
+        for objective in asking:
+            rows = self._chosen(batch, objective)
+            for name, asked in self.terms[objective].exchanges(batch.rows(rows), candidates).items():
+                found[name] = (objective, exchanged(self.collectives, batch, size, rows, asked))
+        return found
 
-    def _negatives_of(self, negatives: Negatives, place: Tensor, piece: slice) -> Negatives:
-        """The negatives of one micro-batch's chosen rows."""
-        rows = self._chosen(place, "matching")
-        which = torch.nonzero((rows >= piece.start) & (rows < piece.stop)).flatten().to(negatives.image.device)
-        return Negatives(negatives.image[which], negatives.text[which], negatives.text_keep[which])
-
-    def _full_length(self, text: Tensor, fill: int | bool) -> Tensor:
-        """Captions padded to the stage's longest, so that all ranks gather equal shapes."""
-        padded = text.new_full((len(text), self.stage.max_text), fill)
-        padded[:, : text.shape[1]] = text
-        return padded
+    def _exchanged_passes(self, given: Exchanged) -> dict[str, Pass]:
+        return {name: self.terms[objective].exchanged_pass(rows, name) for name, (objective, rows) in given.items()}
 
     # ---- losses
 
@@ -296,42 +164,22 @@ class TrainingStep:
         self,
         outputs: Outputs,
         batch: Batch,
-        place: Tensor,
         counts: dict[Objective, Tensor],
         contrast: Contrast | None,
         piece: slice,
     ) -> Losses:
-        losses: dict[Objective, Tensor] = {}
-        if "masked_image" in counts:
-            rows = self._chosen(place, "masked_image")
-            predictions = outputs["hidden"]["masked_image"]
-            image, positions = _take(batch.image, rows), _take(batch.patch_positions, rows)
-            losses["masked_image"] = masked_image_loss(predictions, self._image_targets(image, positions))
-        if "masked_language" in counts:
-            labels = _take(batch.mask_labels, self._chosen(place, "masked_language"))
-            losses["masked_language"] = masked_language_loss(outputs["masked"]["mlm"], labels)
-        if "matching" in counts:
-            logits = [outputs[name]["itm"] for name in ("pair", "wrong_image", "wrong_text")]
-            matched = torch.cat([torch.full((len(part),), part is logits[0]) for part in logits])
-            losses["matching"] = matching_loss(torch.cat(logits), matched.to(logits[0].device))
-        losses = {name: loss / counts[name] for name, loss in losses.items()}
-        weighted = [self.stage.objectives[name].weight * loss for name, loss in losses.items()]
+        losses = {o: term.loss(outputs, self._read(batch, o)) / counts[o] for o, term in self.terms.items()}
+        weighted = [self.objectives[objective].weight * loss for objective, loss in losses.items()]
         if contrast is not None:
-            weighted.append(self._injected(outputs, contrast, piece))
+            weighted.append(contrast.injected(outputs, piece, self.collectives.world_size * self.accumulation))
         return Losses(torch.stack(weighted).sum(), losses)
-
-    def _image_targets(self, image: Tensor, positions: Tensor) -> Tensor:
-        targets = mean_colour_targets if self.stage.image_target == "mean_colour" else pixel_targets
-        return targets(image, positions, self.patch_size)
 
     def _report(self, losses: Losses, contrast: Contrast | None) -> dict[str, Tensor]:
         """Losses whose sum over ranks and micro-batches is the global batch's."""
-        objectives = self.stage.objectives
         parts: dict[Objective, Tensor] = {name: loss.detach().float() for name, loss in losses.by_objective.items()}
         if contrast is not None:
-            whole = contrast.loss / objectives["contrastive"].weight
-            parts["contrastive"] = whole / (self.collectives.world_size * self.accumulation)
-        total = torch.stack([objectives[name].weight * loss for name, loss in parts.items()]).sum()
+            parts["contrastive"] = contrast.loss / (self.collectives.world_size * self.accumulation)
+        total = torch.stack([self.objectives[name].weight * loss for name, loss in parts.items()]).sum()
         return {"loss": total} | {str(name): loss for name, loss in parts.items()}
 
 
@@ -341,14 +189,18 @@ def accumulation(batch: int, world_size: int, micro_batch: int | None) -> int:
     return 1 if micro_batch is None else -(-largest_share // micro_batch)
 
 
-def _take(tensor: Tensor | None, rows: Tensor) -> Tensor:
-    tensor = _present(tensor)
-    return tensor[rows.to(tensor.device, non_blocking=True)]
+def _merged(one: Pass, other: Pass) -> Pass:
+    """What two objectives ask of the same rows, as one pass."""
+    members = {f.name: getattr(other, f.name) for f in fields(Pass) if getattr(one, f.name) is None}
+    return replace(one, **members, heads=(*one.heads, *other.heads))
 
 
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "the loader prepares what the stage's objectives read"
-    return tensor
+def _within(given: Exchanged, place: Tensor) -> Exchanged:
+    """Of the exchanged rows, those at the places of one micro-batch."""
+    return {
+        name: (objective, rows.rows(torch.nonzero(torch.isin(rows.place, place)).flatten()))
+        for name, (objective, rows) in given.items()
+    }
 
 
 def _concatenated(outputs: list[Outputs]) -> Outputs:
