@@ -5,7 +5,7 @@ What a head predicts (classes, answers, an image target) is a stage's affair and
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -14,6 +14,10 @@ from pipeline.config.section import Fraction, Positive, Section
 
 class TransformerConfig(Section):
     """What every kind has: a transformer's sizes, and the pictures and texts it reads."""
+
+    READS_TEXT: ClassVar[bool] = True
+    # Keys that no weight depends on once it is initialised.
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"initial_std", "drop_path"})
 
     kind: str
     width: Positive = 768
@@ -33,6 +37,10 @@ class TransformerConfig(Section):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
         return self
+
+    def architecture(self) -> dict[str, Any]:
+        """The keys that say what weights fit: two sections that agree in these can share them."""
+        return {key: value for key, value in self.model_dump().items() if key not in self.TRAINING_ONLY}
 
     @property
     def grid(self) -> int:
@@ -60,6 +68,10 @@ class VLMoConfig(TransformerConfig):
     layer_scale: float | None = 0.1
     drop_path: Fraction = 0.1
 
+    def architecture(self) -> dict[str, Any]:
+        # LayerScale's value is where its gammas start; that there are gammas is the architecture.
+        return super().architecture() | {"layer_scale": self.layer_scale is not None}
+
     @model_validator(mode="after")
     def _has_lower_layers(self) -> Self:
         if self.vision_language_layers >= self.layers:
@@ -71,13 +83,18 @@ class ViLTConfig(TransformerConfig):
     """ViLT (arXiv 2102.03334). The defaults are ViLT-B/32: pictures keep their shape, `image_size` is the shorter side.
 
     Each side is cut to a multiple of the patch; positions are those of a square picture, resized to each picture's
-    grid.
+    grid. The paper's longest side is 640 (at most 12 x 20 = 240 patches); the release computes 639, which cuts to 608
+    and at most 228. Published models also drop out 0.1 of hidden vectors; this one has no such noise, which would tie
+    results to generator state.
     """
+
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"longest_side", "patches_read", "norm_epsilon"}
 
     kind: Literal["vilt"] = "vilt"
     image_size: Positive = 384
     patch_size: Positive = 32
     longest_side: Positive = 640
+    norm_epsilon: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's configs say 1e-12
     patches_read: Positive | None = 200  # at most, drawn at random from each picture in pretraining; None: all
 
     @model_validator(mode="after")
@@ -92,18 +109,33 @@ class ViLTConfig(TransformerConfig):
 class ViTConfig(TransformerConfig):
     """ViT (arXiv 2010.11929). The defaults are ViT-B/16."""
 
+    READS_TEXT: ClassVar = False
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text", "norm_epsilon"}
+
     kind: Literal["vit"] = "vit"
+    norm_epsilon: float = Field(1e-6, gt=0)  # of the norms; Hugging Face's configs say 1e-12
 
 
 class ImageBERTConfig(TransformerConfig):
     """ImageBERT (arXiv 2001.07966): BERT-base over words and a detector's regions. It reads no pixels."""
+
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"image_size", "patch_size", "max_regions", "dropout"}
 
     kind: Literal["imagebert"] = "imagebert"
     max_text: Positive = 44
     max_regions: Positive = 100
     region_features: Positive = 2048  # numbers of a region's feature vector
     region_classes: Positive = 1600  # of the detector
-    dropout: Fraction = 0.1  # of BERT's embeddings, attention and hidden vectors
+    # Of BERT's embeddings, attention and hidden vectors. Its masks follow from the step and the rank, so that a resumed
+    # run draws the same ones and another world size others. No step of this model reads a row twice (it learns no
+    # contrast), so that none need be replayed.
+    dropout: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _drops_no_path(self) -> Self:
+        if self.drop_path:
+            raise ValueError("drop_path is not BERT's; leave it 0 and set dropout")
+        return self
 
 
 class DualEncoderConfig(TransformerConfig):
@@ -113,6 +145,12 @@ class DualEncoderConfig(TransformerConfig):
     max_text: Positive = 77
     text_layers: Positive = 12
     embedding: Positive = 512  # width of the space that pictures and texts meet in
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Of the deeper tower's layers; the other tower's have the last of them."""
+        layers = max(self.layers, self.text_layers)
+        return tuple(self.drop_path * layer / max(layers - 1, 1) for layer in range(layers))
 
 
 def kind_of(value: Any) -> str:

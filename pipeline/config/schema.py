@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from pipeline.config.model import ModelConfig, VLMoConfig
+from pipeline.config.model import ImageBERTConfig, ModelConfig, VLMoConfig
 from pipeline.config.section import Fraction, Positive, Section, changeable
 
 # What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
@@ -32,6 +32,7 @@ Objective = Literal[
     "reasoning",
     "ranking",
 ]
+ImageTarget = Literal["mean_colour", "pixels", "visual_tokens"]
 USES_OF: dict[Objective, frozenset[Use]] = {
     "contrastive": frozenset({"pairs"}),
     "matching": frozenset({"pairs", "regions"}),
@@ -45,6 +46,8 @@ USES_OF: dict[Objective, frozenset[Use]] = {
     "reasoning": frozenset({"statements"}),
     "ranking": frozenset({"pairs"}),
 }
+
+EVALUATED: tuple[Use, ...] = ("pairs", "labelled", "questions", "statements")  # uses that results are measured on
 
 
 def _secret_reference(value: str) -> str:
@@ -152,7 +155,21 @@ class DataConfig(Section):
 class MaskingConfig(Section):
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the real tokens
     whole_word: bool = True
+    regions: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of a detector's regions
     patches: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches
+    patch_shape: Literal["scattered", "blocks"] = "scattered"  # blocks: rectangles of at least 16 patches (BEiT)
+    # What the encoder reads where a patch is masked: the mask embedding, another patch of the picture, or the patch
+    # itself; these two shares, and what they leave (ViT: 0.8, 0.1 and 0.1).
+    patches_covered: Fraction = 1.0
+    patches_swapped: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _shares(self) -> MaskingConfig:
+        if self.patches_covered + self.patches_swapped > 1 + 1e-9:
+            raise ValueError(
+                f"patches_covered {self.patches_covered} and patches_swapped {self.patches_swapped} exceed 1 together"
+            )
+        return self
 
 
 class BucketsConfig(Section):
@@ -180,6 +197,36 @@ class OptimizerConfig(Section):
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip_norm: Annotated[float, Field(ge=0)] = 0.0  # 0: no clipping, as published
+    head_rate_factor: Annotated[float, Field(gt=0)] = 1.0  # of trained heads' rate (a VQA head: VLMo 20, ViLT 10)
+    # Decay of an exponential moving average of the weights, which the stage then hands over in their place. Early steps
+    # count more: step t keeps min(ema, (1 + t) / (10 + t)) of the average.
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+
+
+class ImageDecoderConfig(Section):
+    """Predicts masked patches that the encoder never reads (MAE, arXiv 2111.06377, section 3: the paper's sizes)."""
+
+    width: Positive = 512
+    layers: Positive = 8
+    heads: Positive = 16
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ImageDecoderConfig:
+        # Its fixed positions are a sine and a cosine for each of two axes.
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
+        return self
+
+
+class ImageTokenizerConfig(Section):
+    """What names the visual tokens of `image_target: visual_tokens` (BEiT: DALL-E's, 8192 of them).
+
+    A folder or URL with the `config.json` and `model.safetensors` of Hugging Face's FlavaImageCodebook, which is
+    DALL-E's encoder; `pipeline.models.visual_tokens` says how to write one from DALL-E's own file.
+    """
+
+    weights: str
+    tokens: Positive = 8192
 
 
 class ExpertsConfig(Section):
@@ -198,12 +245,17 @@ class StageConfig(Section):
     steps: Positive = Field(json_schema_extra={"changeable": True})
     batch: Positive
     max_text: Positive = 40
+    image_size: Positive | None = None  # of this stage's pictures; None: model.image_size
     masking: MaskingConfig = MaskingConfig()
     buckets: BucketsConfig | None = None
-    image_target: Literal["mean_colour", "pixels"] = "pixels"
+    image_target: ImageTarget = "pixels"  # of masked_image
+    image_tokenizer: ImageTokenizerConfig | None = None  # that visual_tokens needs
+    image_decoder: ImageDecoderConfig | None = None  # given: the encoder reads only what masked_image leaves visible
+    wrong_texts: Positive = 15  # that ranking reads beside each picture's own
     negatives: Literal["hard", "random"] = "hard"  # of matching: by contrastive score; or any of the same source
     classes: Positive | None = None  # that classification tells apart
     answers: Positive | None = None  # that answering chooses among
+    answer_list: str | None = None  # URL of their JSON list; None: answers.json beside the first source's shards
     freeze: tuple[str, ...] = ()  # parts of the model, by name
     start_from: str = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
     experts: ExpertsConfig = ExpertsConfig()
@@ -260,6 +312,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: str = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
     seed: int = 0
+    faithful: bool = False  # to VLMo's release: its quirks too, which `training/release.py` lists
     storage: StorageConfig = changeable(StorageConfig())
     model: ModelConfig = VLMoConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -274,10 +327,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        faults = [*self._stage_faults(), *self._source_faults()]
+        faults = [*self._faithful_faults(), *self._stage_faults(), *self._source_faults()]
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _faithful_faults(self) -> Iterator[str]:
+        if self.faithful and self.model.kind != "vlmo":
+            yield f"faithful: is said of VLMo's release, and the model is of kind {self.model.kind}"
 
     def _source_faults(self) -> Iterator[str]:
         for name, source in self.sources.items():
@@ -287,8 +344,8 @@ class RunConfig(Section):
         held_out = self.evaluation.source
         if held_out is not None and held_out not in self.sources:
             yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(self.sources)}"
-        elif held_out is not None and self.sources[held_out].use != "pairs":
-            yield f"evaluation.source: '{held_out}' is read as {self.sources[held_out].use}, evaluation needs pairs"
+        elif held_out is not None and (use := self.sources[held_out].use) not in EVALUATED:
+            yield f"evaluation.source: '{held_out}' is read as {use}; expected a source read as {', '.join(EVALUATED)}"
 
     def _stage_faults(self) -> Iterator[str]:
         names = [stage.name for stage in self.stages]
@@ -300,6 +357,8 @@ class RunConfig(Section):
                 yield f"{where}.batch: {stage.batch} must be a multiple of data.lanes {self.data.lanes}"
             if stage.max_text > self.model.max_text:
                 yield f"{where}.max_text: {stage.max_text} is above model.max_text {self.model.max_text}"
+            if stage.image_size is not None:
+                yield from self._image_size_faults(where, stage)
             if not stage.sources or not stage.objectives:
                 yield f"{where}: needs at least one source and one objective"
             every = max((objective.every for objective in stage.objectives.values()), default=1)
@@ -311,6 +370,13 @@ class RunConfig(Section):
             yield from self._objective_faults(where, stage)
             yield from self._use_faults(where, stage)
 
+    def _image_size_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
+        try:
+            self.for_stage(stage)
+        except ValidationError as error:
+            for fault in error.errors():
+                yield f"{where}.image_size: {fault['msg'].removeprefix('Value error, ')}"
+
     def _objective_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
         objectives = stage.objectives
         if "matching" in objectives and stage.negatives == "hard" and "contrastive" not in objectives:
@@ -320,15 +386,34 @@ class RunConfig(Section):
             )
         if "word_patch" in objectives and not ("matching" in objectives and stage.negatives == "random"):
             yield f"{where}.objectives: word_patch reads matching's random negatives; add them (negatives: random)"
+        elif "word_patch" in objectives and objectives["word_patch"].every != objectives["matching"].every:
+            yield f"{where}.objectives: word_patch reads the rows that matching reads; give both the same `every`"
+        if "masked_image" in objectives:
+            yield from self._masked_image_faults(where, stage)
         for objective, key in (("classification", "classes"), ("answering", "answers")):
             if objective in objectives and getattr(stage, key) is None:
                 yield f"{where}.{key}: {objective} needs to know how many there are"
+
+    def _masked_image_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
+        if stage.image_target == "visual_tokens" and stage.image_tokenizer is None:
+            yield f"{where}.image_tokenizer: visual_tokens needs to know where the tokenizer's weights lie"
+        if self.model.kind == "vilt" and stage.image_target == "visual_tokens":
+            yield f"{where}.image_target: visual_tokens name patches of square pictures, and vilt's keep their shape"
+        if self.model.kind == "vilt" and stage.masking.patch_shape == "blocks":
+            yield f"{where}.masking.patch_shape: blocks fall on square pictures, and vilt's keep their shape"
+        if stage.image_decoder is None:
+            return
+        if self.model.kind not in ("vlmo", "vit"):
+            yield f"{where}.image_decoder: a model of kind {self.model.kind} has none; vlmo and vit do"
+        if stage.masking.patches_covered < 1:
+            yield f"{where}.masking.patches_covered: image_decoder's encoder reads no masked patch, covered or not"
 
     def _use_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
         unknown = [name for name in stage.sources if name not in self.sources]
         for name in unknown:
             yield f"{where}.sources: unknown source '{name}'; known: {', '.join(self.sources)}"
         uses = {self.sources[name].use for name in stage.sources if name in self.sources}
+        yield from self._region_faults(where, stage, uses)
         if len(uses) > 1:
             yield f"{where}.sources: read as {' and '.join(sorted(uses))}; all sources of a stage must have one use"
         for objective in stage.objectives:
@@ -337,9 +422,29 @@ class RunConfig(Section):
                     f"{where}.objectives: {objective} needs sources read as {' or '.join(sorted(USES_OF[objective]))}"
                 )
 
+    def _region_faults(self, where: str, stage: StageConfig, uses: set[Use]) -> Iterator[str]:
+        if "regions" in uses and not isinstance(self.model, ImageBERTConfig):
+            yield f"{where}.sources: regions are for a model of kind imagebert, and model.kind is {self.model.kind}"
+        hidden = [o for o in ("masked_language", "region_class", "region_features") if o in stage.objectives]
+        if "regions" in uses and len({stage.objectives[objective].every for objective in hidden}) > 1:
+            yield f"{where}.objectives: {', '.join(hidden)} share one pass over the masked rows; give them one `every`"
+
     def use_of(self, stage: StageConfig) -> Use:
         """What the stage reads of its samples: the same for all its sources."""
         return self.sources[next(iter(stage.sources))].use
+
+    def for_stage(self, stage: StageConfig) -> RunConfig:
+        """The run as a stage sees it: `model.image_size` is the size of the stage's own pictures.
+
+        All that concerns one stage (its model, its loader, its weights' record) is made from this. It may be asked
+        of its own result, for the same stage or another.
+        """
+        if stage.image_size in (None, self.model.image_size):
+            return self
+        model = type(self.model).model_validate(self.model.model_dump() | {"image_size": stage.image_size})
+        sizes = ((each, each.image_size or self.model.image_size) for each in self.stages)
+        stages = tuple(each.model_copy(update={"image_size": size}) for each, size in sizes)
+        return self.model_copy(update={"model": model, "stages": stages})
 
     def stage_start(self, index: int) -> int:
         """The first global step of a stage: steps count over all stages."""

@@ -7,11 +7,28 @@ from typing import Any
 
 import torch
 
-from pipeline.config.model import TransformerConfig, VLMoConfig
+from pipeline.config.model import (
+    DualEncoderConfig,
+    ImageBERTConfig,
+    TransformerConfig,
+    ViLTConfig,
+    ViTConfig,
+    VLMoConfig,
+)
+from pipeline.models.dual_encoder import DualEncoder
+from pipeline.models.imagebert import ImageBERT
 from pipeline.models.model import Heads, Model
+from pipeline.models.vilt import ViLT
+from pipeline.models.vit import ViT
 from pipeline.models.vlmo import VLMo
 
-KINDS: dict[type[TransformerConfig], Callable[[Any, int, Heads], Model]] = {VLMoConfig: VLMo}
+KINDS: dict[type[TransformerConfig], Callable[[Any, int, Heads], Model]] = {
+    VLMoConfig: VLMo,
+    ViLTConfig: ViLT,
+    DualEncoderConfig: DualEncoder,
+    ViTConfig: ViT,
+    ImageBERTConfig: ImageBERT,
+}
 
 
 def build_model(config: TransformerConfig, vocabulary: int, heads: Heads = Heads(), seed: int = 0) -> Model:

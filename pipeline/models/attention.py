@@ -1,4 +1,6 @@
-"""Self-attention shared by all modalities (BEiT's form: query and value biases, no key bias).
+"""Self-attention: BEiT's form, which all modalities of VLMo share, has query and value biases and no key bias.
+
+A key bias adds the same to every product of a query and so changes nothing; ViT's published weights have one.
 
 Shapes: B rows, L tokens, K positions whose result is wanted, D width, H heads.
 """
@@ -17,30 +19,43 @@ def pick(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def pick_bias(bias: Tensor, positions: Tensor) -> Tensor:
-    """The rows of a bias (H, L, L) that the queries at `positions` (B, K) read: (B, H, K, L)."""
+    """The rows of a bias (1 or B, H, L, L) that the queries at `positions` (B, K) read: (B, H, K, L)."""
+    if len(bias) != 1:
+        return bias.gather(2, positions[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
     # An embedding look-up, because its backward neither sorts nor serialises as that of plain indexing does.
-    picked = F.embedding(positions, rearrange(bias, "h q k -> q (h k)"))
-    return rearrange(picked, "b q (h k) -> b h q k", h=len(bias))
+    picked = F.embedding(positions, rearrange(bias, "1 h q k -> q (h k)"))
+    return rearrange(picked, "b q (h k) -> b h q k", h=bias.shape[1])
+
+
+def pick_pairs(bias: Tensor, positions: Tensor) -> Tensor:
+    """The bias (H, L, L) among the tokens at `positions` (B, K) of each row: (B, H, K, K)."""
+    queries = pick_bias(bias.unsqueeze(0), positions)
+    return queries.gather(3, positions[:, None, None, :].expand(*queries.shape[:3], -1))
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    key_bias: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, key_bias: bool = False) -> None:
         super().__init__()
         self.heads = heads
         # Owned here and not by three Linears: ZeRO-3 gathers a parameter only for the module that owns it.
         self.weight = nn.Parameter(torch.empty(3 * width, width))
         self.query_bias = nn.Parameter(torch.zeros(width))
+        self.register_parameter("key_bias", nn.Parameter(torch.zeros(width)) if key_bias else None)
         self.value_bias = nn.Parameter(torch.zeros(width))
         self.projection = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None, padding: Tensor | None, read: Tensor | None) -> Tensor:
         """Mix the tokens of each row; the result is (B, L, D), or (B, K, D) where `read` (B, K) chooses queries.
 
-        bias (H, L, L) and padding (B, L) are added to the scaled products of queries and keys.
+        bias (H, L, L), or one of each row's own (B, H, L, L), and padding (B, L) are added to the scaled products of
+        queries and keys.
         """
         query, key, value = self._project(x, read)
         if bias is not None:
-            bias = bias.unsqueeze(0) if read is None else pick_bias(bias, read)
+            bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
+            bias = bias if read is None else pick_bias(bias, read)
         if padding is not None:
             padding = padding[:, None, None, :]
             bias = padding if bias is None else bias + padding
@@ -51,12 +66,12 @@ class Attention(nn.Module):
         return self.projection(rearrange(mixed, "b h l d -> b l (h d)"))
 
     def _project(self, x: Tensor, read: Tensor | None) -> tuple[Tensor, ...]:
-        no_bias = torch.zeros_like(self.query_bias)
+        key_bias = torch.zeros_like(self.query_bias) if self.key_bias is None else self.key_bias
         if read is None:
-            joint = F.linear(x, self.weight, torch.cat([self.query_bias, no_bias, self.value_bias]))
+            joint = F.linear(x, self.weight, torch.cat([self.query_bias, key_bias, self.value_bias]))
             return rearrange(joint, "b l (three h d) -> three b h l d", three=3, h=self.heads).unbind(0)
         width = x.shape[-1]
         query = F.linear(pick(x, read), self.weight[:width], self.query_bias)
-        joint = F.linear(x, self.weight[width:], torch.cat([no_bias, self.value_bias]))
+        joint = F.linear(x, self.weight[width:], torch.cat([key_bias, self.value_bias]))
         key, value = rearrange(joint, "b l (two h d) -> two b h l d", two=2, h=self.heads).unbind(0)
         return rearrange(query, "b l (h d) -> b h l d", h=self.heads), key, value

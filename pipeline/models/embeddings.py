@@ -1,7 +1,7 @@
 """What enters the encoder: text tokens, image patches, and the positions both are told by.
 
-Shapes: B rows, L tokens, P patches, I = 1 + P image tokens ([CLS] in front), T longest text, D width, H heads,
-N layers, p side of a patch.
+Shapes: B rows, L tokens, P patches, I = 1 + P image tokens ([CLS] in front), or 1 + K where only K patches are read,
+T longest text, D width, H heads, N layers, p side of a patch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+from pipeline.models.attention import pick
 
 TEXT_EPSILON = 1e-12  # BERT's
 
@@ -42,14 +44,22 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Patches and [CLS], then the vector that says "this is an image"."""
+    """Patches and [CLS], then the vector that says "this is an image", where texts are read too."""
 
     positions: nn.Parameter | None
     mask: nn.Parameter | None
+    modality: nn.Parameter | None
     second: nn.Parameter | None
 
     def __init__(
-        self, image_size: int, patch_size: int, width: int, absolute: bool, maskable: bool, second: bool = False
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        absolute: bool,
+        maskable: bool,
+        second: bool = False,
+        modality: bool = True,
     ) -> None:
         super().__init__()
         self.image_size, self.patch_size = image_size, patch_size
@@ -59,35 +69,82 @@ class ImageEmbedding(nn.Module):
         self.register_parameter("positions", nn.Parameter(torch.empty(count, width)) if absolute else None)
         # Counted to the masked-image head, but used here, and ZeRO-3 gathers it for its owner only.
         self.register_parameter("mask", nn.Parameter(torch.empty(width)) if maskable else None)
-        self.modality = nn.Parameter(torch.empty(width))
+        self.register_parameter("modality", nn.Parameter(torch.empty(width)) if modality else None)
         # The modality of the second of two pictures (NLVR2).
         self.register_parameter("second", nn.Parameter(torch.empty(width)) if second else None)
 
-    def forward(self, image: Tensor, hidden: Tensor | None = None, is_second: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        hidden: Tensor | None = None,
+        is_second: Tensor | None = None,
+        stand_ins: Tensor | None = None,
+        read: Tensor | None = None,
+    ) -> Tensor:
         """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, I, D); `hidden` (B, P) bool covers patches.
 
-        `is_second` (B,) bool says which pictures are the second of two.
+        `is_second` (B,) bool says which pictures are the second of two. `stand_ins` (B, P) says which patch of the
+        picture is shown at each place. With `read` (B, K) only those patches become tokens, in that order: (B, 1 + K,
+        D); what stands where it is negative means nothing.
         """
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
                 f"an image batch of shape {tuple(image.shape)} does not fit the model, which reads "
                 f"(rows, {self.image_size}, {self.image_size}, 3); resize the images or change model.image_size"
             )
-        # Cut first, convert after: rearranging bytes moves a quarter of what rearranging floats would.
-        patches = rearrange(image, "b (h p) (w q) c -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
-        patches = patches.to(self.cls.dtype)
-        x = self.patch(patches / 127.5 - 1.0 if image.dtype == torch.uint8 else patches)
-        if hidden is not None:
-            if self.mask is None:
-                raise ValueError("patches can be hidden only in a model built with an image target")
-            x = torch.where(hidden.unsqueeze(-1), self.mask, x)
+        patches = self.cut(image)
+        if read is not None:
+            read = read.clamp(min=0)
+            stand_ins = read if stand_ins is None else stand_ins.gather(1, read)
+            hidden = None if hidden is None else hidden.gather(1, read)
+        if stand_ins is not None:
+            patches = pick(patches, stand_ins)
+        x = self.project(patches, hidden)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
         if self.positions is not None:
-            x = x + self.positions
+            x = x + (self.positions if read is None else _positions_of(self.positions, read))
+        return self.tell_modality(x, is_second)
+
+    def cut(self, image: Tensor) -> Tensor:
+        """(B, H, W, 3) -> (B, P, 3 p²), as they are: rearranging bytes moves a quarter of what floats would."""
+        return rearrange(image, "b (h p) (w q) c -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+
+    def project(self, patches: Tensor, hidden: Tensor | None) -> Tensor:
+        """Patches (B, P, 3 p²), bytes or floats in [-1, 1] -> (B, P, D), the mask embedding where `hidden` (B, P)."""
+        pixels = patches.to(self.cls.dtype)
+        x = self.patch(pixels / 127.5 - 1.0 if patches.dtype == torch.uint8 else pixels)
+        if hidden is None:
+            return x
+        if self.mask is None:
+            raise ValueError("patches can be hidden only in a model built with an image target")
+        return torch.where(hidden.unsqueeze(-1), self.mask, x)
+
+    def tell_modality(self, x: Tensor, is_second: Tensor | None) -> Tensor:
+        """Add to each token (B, I, D) the vector that says what it is of."""
+        if self.modality is None:
+            return x
         if is_second is None:
             return x + self.modality
         assert self.second is not None, "a model that reasons about two pictures has a vector for the second"
         return x + torch.where(is_second[:, None, None], self.second, self.modality)
+
+
+def _positions_of(positions: Tensor, read: Tensor) -> Tensor:
+    """The positions (I, D) of [CLS] and of the patches in `read` (B, K): (B, 1 + K, D)."""
+    return nn.functional.embedding(nn.functional.pad(read + 1, (1, 0)), positions)
+
+
+def read_padding(read: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds for [CLS] and for the patches in `read` (B, K), -1 where there is none: (B, 1 + K)."""
+    return key_padding(nn.functional.pad(read >= 0, (1, 0), value=True), dtype)
+
+
+def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds for each key, from `keep` (B, L) bool: 0, or a huge negative where it is False.
+
+    Finite, so that a row of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
+    """
+    return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min / 2)
 
 
 class RelativePositions(nn.Module):

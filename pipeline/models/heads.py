@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_SCALE = 100.0  # CLIP's bound; VLMo's release has it commented out
+MAX_SCALE = 100.0  # CLIP's bound
 INITIAL_SCALE = 1 / 0.07
 TEXT_EPSILON = 1e-12  # BERT's
 
@@ -20,8 +20,9 @@ TEXT_EPSILON = 1e-12  # BERT's
 class ContrastiveHead(nn.Module):
     """Two projections of each modality's [CLS]: of its own expert's, and of the vision-language expert's."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, max_scale: float = MAX_SCALE) -> None:
         super().__init__()
+        self.max_scale = max_scale
         for name in ("image", "text", "image_vl", "text_vl"):
             self.add_module(name, nn.Linear(width, width, bias=False))
         # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
@@ -34,11 +35,25 @@ class ContrastiveHead(nn.Module):
         """Both [CLS] (B, D) -> two unit vectors (B, D), then the two scales (0-d)."""
         own = F.normalize(self.get_submodule(modality)(cls).float(), dim=-1)
         shared = F.normalize(self.get_submodule(f"{modality}_vl")(cls_vl).float(), dim=-1)
-        return own, shared, _scale(self.log_scale), _scale(self.log_scale_vl)
+        return own, shared, _scale(self.log_scale, self.max_scale), _scale(self.log_scale_vl, self.max_scale)
 
 
-def _scale(log_scale: Tensor) -> Tensor:
-    return log_scale.float().exp().clamp(max=MAX_SCALE).squeeze(0)
+class SharedSpaceHead(nn.Module):
+    """CLIP's: a projection of each modality's [CLS] into the space that pictures and texts share."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(width, embedding, bias=False)
+        self.text = nn.Linear(width, embedding, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+
+    def forward(self, modality: Literal["image", "text"], cls: Tensor) -> tuple[Tensor, Tensor]:
+        """[CLS] (B, D) -> unit vectors (B, E) and the scale (0-d)."""
+        return F.normalize(self.get_submodule(modality)(cls).float(), dim=-1), _scale(self.log_scale)
+
+
+def _scale(log_scale: Tensor, most: float = MAX_SCALE) -> Tensor:
+    return log_scale.float().exp().clamp(max=most).squeeze(0)
 
 
 class Pooler(nn.Module):
@@ -109,3 +124,14 @@ class PooledHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.classify(F.gelu(self.norm(self.expand(pooled)))).float()
+
+
+class RankingHead(nn.Module):
+    """ViLT's for retrieval: pooled [CLS] (B, D) -> scores (B,), the higher the better text and image fit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.score(pooled).squeeze(-1).float()

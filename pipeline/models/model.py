@@ -14,19 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, Use
 from pipeline.models.heads import INITIAL_SCALE
 from pipeline.models.passes import Head, Outputs, Pass
 from pipeline.models.rows import Rows, grouped
-
-ImageTarget = Literal["mean_colour", "pixels"]
 
 COLOUR_CLASSES = 512  # three bits a channel
 
@@ -36,20 +34,32 @@ class Heads:
     """What a stage, not the model's section, says of the heads; None or False builds no such head."""
 
     image_target: ImageTarget | None = None
+    visual_tokens: int = 0  # that the tokenizer of `image_target` tells apart
+    image_decoder: ImageDecoderConfig | None = None
     classes: int | None = None
     answers: int | None = None
     reasoning: bool = False
     ranking: bool = False
+    bounds_scales: bool = True  # of the contrast; VLMo's release has that commented out
+
+    @property
+    def covers_patches(self) -> bool:
+        """Whether the encoder reads an embedding in place of masked patches; a decoder's it does not read at all."""
+        return self.image_target is not None and self.image_decoder is None
 
     def image_targets(self, patch_size: int) -> int:
         """Numbers that the masked-image head predicts for a patch; 0 without one."""
-        return {None: 0, "mean_colour": COLOUR_CLASSES, "pixels": 3 * patch_size**2}[self.image_target]
+        if self.image_target is None:
+            return 0
+        sizes = {"mean_colour": COLOUR_CLASSES, "pixels": 3 * patch_size**2, "visual_tokens": self.visual_tokens}
+        return sizes[self.image_target]
 
 
 class Model(nn.Module, ABC):
     # A name stands for itself and for all that begin with it and a dot: "vision_expert" freezes both halves.
     PARTS: ClassVar[tuple[str, ...]]
     HEAD_PARTS: ClassVar[tuple[str, ...]]  # those that may start anew when weights are loaded into a stage
+    RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` bridges
 
     def __init__(self, config: TransformerConfig, heads: Heads) -> None:
         super().__init__()
@@ -128,6 +138,21 @@ class Model(nn.Module, ABC):
                 raise ConfigError(f"freeze: '{name}' is no part of the model; {hint}")
             found |= parts
         return frozenset(found)
+
+    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
+        """Weights of a model of section `before`, made to fit this one by the kind's published rule.
+
+        Of a kind that has such a rule, `RESIZABLE` names the keys it serves; a difference in any other is refused.
+        Raises ConfigError naming the keys with both values.
+        """
+        own, other = self.config.architecture(), before.architecture()
+        different = [key for key in own | other if own.get(key) != other.get(key) and key not in self.RESIZABLE]
+        if different:
+            told = ", ".join(f"{key} {other.get(key)!r} there, {own.get(key)!r} here" for key in different)
+            raise ConfigError(
+                f"the weights are of another architecture ({told}); give the same `model` section, or other weights"
+            )
+        return dict(state)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

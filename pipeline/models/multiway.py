@@ -22,9 +22,9 @@ EPSILON = 1e-6  # of the encoder's LayerNorms
 class FeedForward(nn.Module):
     """An expert: a feed-forward network with the norm before it."""
 
-    def __init__(self, width: int, ratio: int) -> None:
+    def __init__(self, width: int, ratio: int, epsilon: float = EPSILON) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         self.expand = nn.Linear(width, ratio * width)
         self.contract = nn.Linear(ratio * width, width)
 
@@ -46,12 +46,14 @@ class MultiwayBlock(nn.Module):
         experts: tuple[Expert, ...],
         layer_scale: float | None,
         drop_path: float,
+        key_bias: bool = False,
+        epsilon: float = EPSILON,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm = nn.LayerNorm(width, eps=EPSILON)
-        self.attention = Attention(width, heads)
-        self.experts = nn.ModuleDict({name: FeedForward(width, ratio) for name in experts})
+        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.attention = Attention(width, heads, key_bias)
+        self.experts = nn.ModuleDict({name: FeedForward(width, ratio, epsilon) for name in experts})
         for name in ("attention_gamma", "expert_gamma"):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
             self.register_parameter(name, gamma)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.models.attention import pick
-from pipeline.models.passes import Head, Pass
+from pipeline.models.passes import Head, Pass, Regions
 
+WHOLE = ("tokens", "alignment", "decoded_image")  # heads that read every position
 FIRST = ("itc", "itm", "classes", "answers", "reasoning", "ranking")  # heads that read the first position
 
 
@@ -38,9 +39,10 @@ class Rows:
         self.text = _joined([piece.text for piece in self._pieces], value=0)
         texts_kept = [_text_keep(piece) for piece in self._pieces if piece.text is not None]
         self.text_keep = _joined(texts_kept, value=False)
+        self.regions = _joined_regions([piece.regions for piece in self._pieces])
         self.drop_keep = _joined([piece.drop_keep for piece in self._pieces])
         self._read = [self._positions(piece) for piece in self._pieces]
-        self._whole = any(head in piece.heads for piece in self._pieces for head in ("tokens", "alignment"))
+        self._whole = any(head in piece.heads for piece in self._pieces for head in WHOLE)
         joined = [torch.cat(list(positions.values()), dim=1) for positions in self._read if positions]
         # Positions in the sequence that heads read, (B, K); None where a head reads them all.
         self.read = None if self._whole else _joined(joined, value=0)
@@ -50,9 +52,15 @@ class Rows:
 
     def hidden(self, num_patches: int) -> Tensor | None:
         """Which patches are covered: (B, P) bool; None where none is in any pass."""
-        if all(piece.patch_positions is None for piece in self._pieces):
+        if not any(_covers(piece) for piece in self._pieces):
             return None
         return torch.cat([_hidden(piece, num_patches) for piece in self._pieces])
+
+    def stand_ins(self, num_patches: int) -> Tensor | None:
+        """Which patch of the picture is shown at each place: (B, P) int64; None where each shows its own."""
+        if all(piece.patch_stand_ins is None for piece in self._pieces):
+            return None
+        return torch.cat([_stand_ins(piece, num_patches) for piece in self._pieces])
 
     def find(self, features: Tensor, index: int, head: Head) -> Tensor:
         """What a head of the index-th pass reads, out of the features of all rows: (B, K, D)."""
@@ -61,7 +69,7 @@ class Rows:
     def _find(self, features: Tensor, index: int, head: Head) -> Tensor:
         first = sum(self._sizes[:index])
         mine = features[first : first + self._sizes[index]]
-        if head in ("tokens", "alignment"):
+        if head in WHOLE:
             return self._without_padding(mine, index)
         if self._whole:
             return pick(mine, self._read[index][head])
@@ -87,7 +95,11 @@ class Rows:
                 places = piece.patch_positions
                 if piece.patches_read is not None:
                     places = (piece.patches_read[:, None, :] == places[:, :, None]).int().argmax(dim=2)
-                positions[head] = places + (1 if self.text is None else 1 + self.text.shape[1])
+                positions[head] = places.clamp(min=0) + (1 if self.text is None else 1 + self.text.shape[1])
+            elif head in ("region_class", "region_features"):
+                assert piece.region_positions is not None
+                assert self.text is not None
+                positions[head] = piece.region_positions.clamp(min=0) + self.text.shape[1]
         return positions
 
     def _image_sizes(self) -> Tensor | None:
@@ -112,8 +124,10 @@ class Rows:
         return torch.cat(flags)
 
     def _without_padding(self, x: Tensor, index: int) -> Tensor:
-        """The tokens of a pass without what joining added to its text."""
+        """The tokens of a pass without what joining added to its text, or to its regions."""
         one = self._pieces[index]
+        if self.text is not None and one.regions is not None:
+            x = x[:, : self.text.shape[1] + one.regions.keep.shape[1]]
         if self.text is None or one.text is None or one.text.shape[1] == self.text.shape[1]:
             return x
         return torch.cat([x[:, : one.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
@@ -127,7 +141,7 @@ def grouped(passes: dict[str, Pass]) -> dict[tuple, dict[str, Pass]]:
         if one.image is not None:
             shape = None if one.image_size is not None else one.image.shape[1:]  # pictures that differ are padded
             image = (shape, one.image.dtype, one.patches_read is None)
-        key = (image, one.text is None, "itc" in one.heads, one.drop_keep is None)
+        key = (image, one.regions is None, one.text is None, "itc" in one.heads, one.drop_keep is None)
         groups.setdefault(key, {})[name] = one
     return groups
 
@@ -141,14 +155,20 @@ def _pieces(one: Pass) -> list[Pass]:
 
 def _check(one: Pass) -> None:
     """A pass whose members do not serve its heads is refused, by name."""
-    kind = "an image" if one.text is None else "a text" if one.image is None else "a fused"
+    kind = "an image" if one.text is None else "a text" if one.image is None and one.regions is None else "a fused"
     if one.image is None and one.text is None:
-        raise ValueError("a pass needs an image, a text, or both")
-    fused = one.image is not None and one.text is not None
+        raise ValueError("a pass needs an image, a text, or both; regions are read with a text")
+    if one.second_image is not None and one.patches_read is not None:
+        raise ValueError("of two pictures all patches are read; leave out patches_read")
+    fused = one.text is not None and (one.image is not None or one.regions is not None)
+    masks_regions = one.text is not None and one.regions is not None and one.region_positions is not None
     serves: dict[Head, bool] = {
         "itc": not fused,
         "mlm": one.text is not None and one.mask_positions is not None,
         "masked_image": one.image is not None and one.patch_positions is not None,
+        "decoded_image": one.text is None and one.patch_positions is not None and one.patches_read is not None,
+        "region_class": masks_regions,
+        "region_features": masks_regions,
         "classes": one.text is None,
         "reasoning": fused and one.second_image is not None,
         "tokens": True,
@@ -160,8 +180,30 @@ def _check(one: Pass) -> None:
 
 def _hidden(piece: Pass, num_patches: int) -> Tensor:
     assert piece.image is not None
-    hidden = torch.zeros(len(piece.image), num_patches, dtype=torch.bool, device=piece.image.device)
-    return hidden if piece.patch_positions is None else hidden.scatter(1, piece.patch_positions, True)
+    hidden = torch.zeros(len(piece.image), num_patches + 1, dtype=torch.bool, device=piece.image.device)
+    if piece.patch_positions is not None and _covers(piece):
+        covered = True if piece.patch_stand_ins is None else piece.patch_stand_ins < 0
+        hidden = hidden.scatter(1, _or_beyond(piece.patch_positions, num_patches), covered)
+    return hidden[:, :-1]
+
+
+def _covers(piece: Pass) -> bool:
+    """Whether the encoder reads an embedding in place of masked patches; a decoder's are left out altogether."""
+    return piece.patch_positions is not None and "decoded_image" not in piece.heads
+
+
+def _stand_ins(piece: Pass, num_patches: int) -> Tensor:
+    assert piece.image is not None
+    own = torch.arange(num_patches + 1, device=piece.image.device).expand(len(piece.image), -1)
+    if piece.patch_positions is not None and piece.patch_stand_ins is not None:
+        shown = torch.where(piece.patch_stand_ins < 0, piece.patch_positions, piece.patch_stand_ins)
+        own = own.scatter(1, _or_beyond(piece.patch_positions, num_patches), shown)
+    return own[:, :-1]
+
+
+def _or_beyond(positions: Tensor, num_patches: int) -> Tensor:
+    """The positions, and one behind all patches in place of -1, which is padding."""
+    return positions.where(positions >= 0, num_patches)
 
 
 def _anchor(one: Pass) -> Tensor:
@@ -187,6 +229,22 @@ def _joined_images(images: list[Tensor | None]) -> Tensor | None:
         for i in given
     ]
     return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+
+def _joined_regions(regions: list[Regions | None]) -> Regions | None:
+    """All regions, padded to the row with most."""
+    given = [each for each in regions if each is not None]
+    if not given:
+        return None
+    if len(given) == 1:
+        return given[0]
+    most = max(each.keep.shape[1] for each in given)
+    missing = [most - each.keep.shape[1] for each in given]
+    return Regions(
+        features=torch.cat([F.pad(each.features, (0, 0, 0, n)) for each, n in zip(given, missing, strict=True)]),
+        location=torch.cat([F.pad(each.location, (0, 0, 0, n)) for each, n in zip(given, missing, strict=True)]),
+        keep=torch.cat([F.pad(each.keep, (0, n)) for each, n in zip(given, missing, strict=True)]),
+    )
 
 
 def _joined(members: list[Tensor | None] | list[Tensor], value: float | None = None) -> Tensor | None:

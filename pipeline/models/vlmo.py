@@ -10,16 +10,20 @@ heads asked for, and passes of one kind share one run through the layers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.model import VLMoConfig
+from pipeline.config.model import TransformerConfig, VLMoConfig
 from pipeline.config.schema import Objective, Use
-from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding
+from pipeline.models.attention import pick_pairs
+from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding, read_padding
 from pipeline.models.heads import (
+    MAX_SCALE,
     ClassificationHead,
     ContrastiveHead,
     MaskedImageHead,
@@ -28,9 +32,11 @@ from pipeline.models.heads import (
     PooledHead,
     Pooler,
 )
+from pipeline.models.image_decoder import ImageDecoder, build_masked_image_head
 from pipeline.models.model import Heads, Model, aligned
 from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, Route
 from pipeline.models.passes import Head, Pass
+from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
 from pipeline.models.rows import Rows
 
 PARTS = (
@@ -60,6 +66,7 @@ PARTS = (
 class VLMo(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("pooler") :]
+    RESIZABLE: ClassVar = frozenset({"image_size", "max_text"})
 
     config: VLMoConfig
 
@@ -67,9 +74,8 @@ class VLMo(Model):
         super().__init__(config, heads)
         width, absolute = config.width, config.positions == "absolute"
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text, absolute)
-        targets = heads.image_targets(config.patch_size)
         self.image_embedding = ImageEmbedding(
-            config.image_size, config.patch_size, width, absolute, maskable=targets > 0, second=heads.reasoning
+            config.image_size, config.patch_size, width, absolute, heads.covers_patches, second=heads.reasoning
         )
         self.positions = (
             None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text)
@@ -77,10 +83,10 @@ class VLMo(Model):
         self.blocks = nn.ModuleList(_block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(width, eps=EPSILON)
         self.pooler = Pooler(width)
-        self.contrastive_head = ContrastiveHead(width)
+        self.contrastive_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf)
         self.matching_head = MatchingHead(width)
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)
-        self.masked_image_head = MaskedImageHead(width, targets) if targets else None
+        self.masked_image_head = build_masked_image_head(config, heads)
         self.classification_head = ClassificationHead(width, heads.classes) if heads.classes else None
         self.answering_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
         self.reasoning_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
@@ -95,6 +101,7 @@ class VLMo(Model):
         image = rows.image is not None
         bias = None if self.positions is None else self.positions(text, image)
         biases = [None] * len(self.blocks) if bias is None else bias.unbind(0)
+        among = None if rows.patches_read is None else _tokens_read(text, rows.patches_read)
         start = len(self.blocks) - self.config.vision_language_layers
         lower, upper = _routes(text, image)
 
@@ -102,7 +109,10 @@ class VLMo(Model):
             for layer in layers:
                 keep = None if rows.drop_keep is None else rows.drop_keep[:, layer]
                 read = rows.read if layer == len(self.blocks) - 1 else None
-                x = self.blocks[layer](x, route, biases[layer], padding, keep, read)
+                bias = biases[layer]
+                if bias is not None and among is not None:
+                    bias = pick_pairs(bias, among)
+                x = self.blocks[layer](x, route, bias, padding, keep, read)
             return x
 
         below = run(x, range(start), lower)
@@ -117,20 +127,24 @@ class VLMo(Model):
         image = None if rows.image is None else self._embed_image(rows)
         if rows.text is None or rows.text_keep is None:
             assert image is not None
-            return image, None
+            return image, None if rows.patches_read is None else read_padding(rows.patches_read, image.dtype)
         x = self.text_embedding(rows.text)
-        # Finite, so that a row of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
-        padding = torch.zeros_like(rows.text, dtype=x.dtype).masked_fill(~rows.text_keep, torch.finfo(x.dtype).min / 2)
+        text_padding = key_padding(rows.text_keep, x.dtype)
         if image is None:
-            return x, padding
-        return torch.cat([x, image], dim=1), F.pad(padding, (0, image.shape[1]))
+            return x, text_padding
+        if rows.patches_read is None:
+            return torch.cat([x, image], dim=1), F.pad(text_padding, (0, image.shape[1]))
+        return torch.cat([x, image], dim=1), torch.cat([text_padding, read_padding(rows.patches_read, x.dtype)], dim=1)
 
     def _embed_image(self, rows: Rows) -> Tensor | None:
         if rows.image is None:
             return None
-        if rows.image_size is not None or rows.patches_read is not None:
+        if rows.image_size is not None:
             raise ValueError("VLMo reads whole square pictures; pictures of their own shape are for ViLT")
-        return self.image_embedding(rows.image, rows.hidden(self.config.num_patches), rows.is_second)
+        count = self.config.num_patches
+        return self.image_embedding(
+            rows.image, rows.hidden(count), rows.is_second, rows.stand_ins(count), rows.patches_read
+        )
 
     def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itc":
@@ -142,8 +156,10 @@ class VLMo(Model):
             return {head: self.matching_head(self.pooler(features[:, 0]))}
         if head == "mlm":
             return {head: self.masked_language_head(features)}
-        if head == "masked_image" and self.masked_image_head is not None:
+        if head == "masked_image" and isinstance(self.masked_image_head, MaskedImageHead):
             return {head: self.masked_image_head(features)}
+        if head == "decoded_image" and isinstance(self.masked_image_head, ImageDecoder):
+            return {"masked_image": self.masked_image_head(features, one.patches_read, one.patch_positions)}
         if head == "classes" and self.classification_head is not None:
             return {head: self.classification_head(features[:, 0])}
         if head == "answers" and self.answering_head is not None:
@@ -197,6 +213,29 @@ class VLMo(Model):
             return None
         return frozenset(parts if self.config.positions == "relative" else parts - {"positions.cross"})
 
+    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
+        """Of another picture size or text length: the release's rules (see `resize`).
+
+        A model of two pictures that starts from one of a single picture knows the second as it knows the first.
+        """
+        resized = super().resize_state(state, before)
+        resized |= {name: rule(resized[name]) for name, rule in self._resize_rules().items() if name in resized}
+        if self.heads.reasoning and "image_embedding.modality" in resized:
+            resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
+        return resized
+
+    def _resize_rules(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        grid, max_text = self.config.grid, self.config.max_text
+        if self.config.positions == "relative":
+            return {
+                "positions.image": lambda table: resize_relative_grid(table, grid),
+                "positions.text": lambda table: resize_text_distances(table, max_text),
+            }
+        return {
+            "image_embedding.positions": lambda positions: resize_grid(positions, grid, "bicubic"),
+            "text_embedding.positions": lambda positions: cut_text_positions(positions, max_text),
+        }
+
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
         if name.endswith("gamma"):
             assert self.config.layer_scale is not None
@@ -213,6 +252,12 @@ def _routes(text: int, image: bool) -> tuple[Route, Route]:
         return {"language": slice(0, text), "vision": slice(text, None)}, {"vision_language": slice(None)}
     alone: Route = {"language": slice(None)} if text else {"vision": slice(None)}
     return alone, alone
+
+
+def _tokens_read(text: int, patches: Tensor) -> Tensor:
+    """Where the tokens of rows that read only `patches` (B, K) stand in the whole sequence: (B, L + 1 + K) int64."""
+    before = torch.arange(text + 1, device=patches.device).expand(len(patches), -1)
+    return torch.cat([before, patches.clamp(min=0) + text + 1], dim=1)
 
 
 def _block(config: VLMoConfig, layer: int) -> MultiwayBlock:

@@ -1,4 +1,4 @@
-"""Masked image modelling without a tokenizer: a patch's mean colour (ViT, section B.1.2) or its pixels (MAE).
+"""Masked image modelling: a patch's mean colour (ViT, section B.1.2), its pixels (MAE), or any other class (BEiT).
 
 Shapes: B rows, H x W pixels, P patches, K masked patches a row, p side of a patch.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 COLOUR_BITS = 3  # a channel
 PIXEL_EPSILON = 1e-6
+IGNORED = -100  # the class of what is no masked patch
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -45,11 +46,18 @@ def pixel_targets(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
     return (pixels - mean) / (variance + PIXEL_EPSILON).sqrt()
 
 
-def masked_image_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Summed over masked patches: cross-entropy for classes (B, K), mean squared error a patch for pixels (B, K, …)."""
+def masked_image_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None) -> Tensor:
+    """Summed over masked patches: cross-entropy for classes (B, K), mean squared error a patch for pixels (B, K, …).
+
+    `is_masked` (B, K) is False where a row has fewer masked patches than K; None: nowhere.
+    """
     if target.is_floating_point():
-        return (prediction.float() - target).square().mean(dim=-1).sum()
-    return F.cross_entropy(prediction.float().flatten(0, 1), target.flatten(), reduction="sum")
+        errors = (prediction.float() - target).square().mean(dim=-1)
+        return (errors if is_masked is None else errors * is_masked).sum()
+    if is_masked is not None:
+        target = target.masked_fill(~is_masked, IGNORED)
+    logits = prediction.float().flatten(0, 1)
+    return F.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.config.model import VLMoConfig
-from pipeline.models.checkpoints.vlmo import from_published, to_published
+from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
 from pipeline.models.passes import Pass
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.contrastive import contrastive_loss
@@ -161,6 +161,12 @@ def test_conversion_there_and_back_is_exact(golden: Golden) -> None:
     computed = {name for name in golden.state if golden.config.positions == "absolute" or ".position_emb" not in name}
     assert set(back) == computed
     assert all(torch.equal(back[name], golden.state[name]) for name in computed)
+
+
+def test_sizes_are_told_by_the_releases_tensors(golden: Golden) -> None:
+    given = {"heads": golden.config.heads, "max_text": golden.config.max_text}  # no published model is so small
+    section = VLMoConfig(**infer_section(golden.state, given))
+    assert section.architecture() == golden.config.architecture()
 
 
 def test_language_stage_equals_the_release() -> None:

@@ -1,1 +1,56 @@
-"""Published checkpoint formats, one converter each."""
+"""Published checkpoint formats, one converter each, and the names that `mome import` and `mome export` know them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.models.checkpoints import beit, bert, vilt, vit, vlmo
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are named in files that others read or wrote. Conversions there and back are exact."""
+
+    # A published state and keys given by the user -> the `model` section, as plain values; ConfigError where unknown.
+    infer: Callable[[State, Mapping[str, Any]], dict[str, Any]]
+    # A published state, the section, and patterns of names that may differ -> ours; CheckpointError lists all faults.
+    read: Callable[[State, Any, Collection[str]], State]
+    # Ours and the section -> a published state, without what the format has no names for.
+    write: Callable[[State, Any], State]
+    kinds: tuple[str, ...] | None = None  # of model that it can hold; None: every
+    exact: bool = True  # False: what is written and read back computes the same, and may be other tensors
+
+
+def _section_as_given(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not given:
+        raise ConfigError("plain tensors do not say what model they are of; name a config with --model")
+    return dict(given)
+
+
+def _unchanged(state: State, section: Any, allowed: Collection[str] = ()) -> State:
+    return dict(state)
+
+
+FORMATS: dict[str, Format] = {
+    "vlmo": Format(vlmo.infer_section, vlmo.from_published, vlmo.to_published, ("vlmo",)),
+    "vilt": Format(vilt.infer_section, vilt.from_published, vilt.to_published, ("vilt",)),
+    "vilt-hf": Format(vilt.infer_hugging_face_section, vilt.from_hugging_face, vilt.to_hugging_face, ("vilt",)),
+    "vit": Format(vit.infer_section, vit.from_hugging_face, vit.to_hugging_face, ("vit",)),
+    "beit": Format(beit.infer_section, beit.from_published, beit.to_published, ("vlmo",), exact=False),
+    "bert": Format(bert.infer_section, bert.from_hugging_face, bert.to_hugging_face, ("imagebert",)),
+    "safetensors": Format(_section_as_given, _unchanged, _unchanged),  # our own names
+}
+
+
+def format_named(name: str) -> Format:
+    """Raises ConfigError naming the formats there are."""
+    if name not in FORMATS:
+        raise ConfigError(f"--format {name}: unknown; known: {', '.join(FORMATS)}")
+    return FORMATS[name]

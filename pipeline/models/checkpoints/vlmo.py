@@ -1,19 +1,28 @@
 """VLMo's published checkpoints (microsoft/unilm, vlmo): their names for our parameters, and back.
 
 Published checkpoints differ by stage: a head, or the vision-language expert, may be wholly absent, and is then left
-out of the result. What takes no part in the computation is dropped: position index tensors, and in the relative kind
-the text's absolute positions. Everything else must be there, with the right shape. Tensors may share the given
-state's memory.
+out of the result; a model of two pictures (NLVR2) has a third row of modalities. What takes no part in the computation
+is dropped: position index tensors, which the release's own checkpoints lack and the downloadable ones have, and in the
+relative kind the text's absolute positions. Everything else must be there, with the right shape. Tensors may share the
+given state's memory.
+
+Shapes: g grid side, T longest text, D width.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError
+from pipeline.config.errors import ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import skeleton
+from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.models.model import Heads, Model
 
 # Ours on the left. `{n}` is the layer.
 _OUTSIDE = {
@@ -37,6 +46,12 @@ _OUTSIDE = {
     "masked_language_head.norm": "mlm_score.transform.LayerNorm",
     "masked_language_head.decode.weight": "mlm_score.decoder.weight",
     "masked_language_head.decode.bias": "mlm_score.bias",
+    "answering_head.expand": "vqa_classifier.0",
+    "answering_head.norm": "vqa_classifier.1",
+    "answering_head.classify": "vqa_classifier.3",
+    "reasoning_head.expand": "nlvr2_classifier.0",
+    "reasoning_head.norm": "nlvr2_classifier.1",
+    "reasoning_head.classify": "nlvr2_classifier.3",
 }
 _INSIDE = {
     "norm": "norm1",
@@ -51,11 +66,13 @@ _EXPERTS = {"vision": "imag", "language": "text", "vision_language": "vl"}
 _EXPERT = {"norm": "norm2_{e}", "expand": "mlp_{e}.fc1", "contract": "mlp_{e}.fc2"}
 
 _WORDS = "text_embedding.word.weight"
+_ANSWERS = "answering_head.classify.bias"
+_SECOND = "image_embedding.second"
 _TEXT_POSITIONS = _OUTSIDE["text_embedding.positions"]
 _TABLE = "relative_position_bias_table"
 _MODALITY = "token_type_embeddings.weight"
 _TABLE_PARTS = ("positions.image", "positions.cross", "positions.text")
-_MODALITY_PARTS = ("text_embedding.modality", "image_embedding.modality")
+_MODALITY_PARTS = ("text_embedding.modality", "image_embedding.modality", _SECOND)
 _JOINED = _TABLE_PARTS + _MODALITY_PARTS
 _UNUSED = (
     "relative_position_index",
@@ -63,81 +80,162 @@ _UNUSED = (
     "text_imag_relative_position_index",
     "text_embeddings.position_ids",
 )
-_OPTIONAL = ("vision_language_expert", "pooler", "contrastive_head", "matching_head", "masked_language_head")
+_OPTIONAL = (
+    "vision_language_expert",
+    "pooler",
+    "contrastive_head",
+    "matching_head",
+    "masked_language_head",
+    "answering_head",
+    "reasoning_head",
+)
+UNPUBLISHED = ("masked_image_head", "classification_head")  # parts that no published checkpoint has a name for
+
+PUBLISHED_MAX_TEXT = 196  # that every published relative table was made for
+PUBLISHED_VISION_LANGUAGE_LAYERS = {12: 2, 24: 3}  # by layers
+HEAD_WIDTH = 64
+PUBLISHED_HEADS = {544: 16}  # by width, where heads are not 64 wide (base_plus)
 
 
-Shape = tuple[int, ...]
+def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a published state, by its tensors' shapes; `given` keys stand as they are.
+
+    Raises ConfigError where a size can neither be told from the shapes nor was given.
+    """
+    state = _without_leading_module(state)
+    blocks = [match for name in state if (match := re.match(r"transformer\.blocks\.(\d+)\.(\w+)", name))]
+    patch = state.get("transformer.patch_embed.proj.weight")
+    if not blocks or patch is None:
+        raise ConfigError("no VLMo checkpoint: it has no transformer.blocks or no transformer.patch_embed")
+    layers, width = 1 + max(int(match[1]) for match in blocks), len(patch)
+    upper = [int(match[1]) for match in blocks if match[2] == "mlp_vl"]
+    relative = _TABLE in state
+    section: dict[str, Any] = {
+        "kind": "vlmo",
+        "width": width,
+        "layers": layers,
+        "patch_size": patch.shape[-1],
+        "heads": state[_TABLE].shape[1] // layers if relative else PUBLISHED_HEADS.get(width, width // HEAD_WIDTH),
+        "vision_language_layers": layers - min(upper) if upper else PUBLISHED_VISION_LANGUAGE_LAYERS.get(layers, 1),
+        "positions": "relative" if relative else "absolute",
+        "layer_scale": 0.1 if "transformer.blocks.0.gamma_1" in state else None,
+    }
+    expand = state.get("transformer.blocks.0.mlp_imag.fc1.weight")
+    if expand is not None:
+        section["feed_forward_ratio"] = len(expand) // width
+    reach = _reach_of_table(state, given) if relative else _reach_of_positions(state)
+    if reach is not None:
+        section |= {"image_size": reach[0] * section["patch_size"], "max_text": reach[1]}
+    return section | dict(given)
 
 
-def from_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
+def _reach_of_table(state: dict[str, Tensor], given: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Grid side and longest text that make up the rows of the table, (2g - 1)² + 3 and 2 T + 2."""
+    texts = [PUBLISHED_MAX_TEXT]
+    texts += [len(state[name]) for name in ("text_relative_position_index", _TEXT_POSITIONS) if name in state]
+    for text in [given["max_text"]] if "max_text" in given else texts:
+        distances = len(state[_TABLE]) - 5 - 2 * text
+        side = round(max(distances, 0) ** 0.5)
+        if side % 2 and side**2 == distances:
+            return (side + 1) // 2, text
+    if {"image_size", "max_text"} <= given.keys():
+        return None
+    raise ConfigError(
+        f"{_TABLE} has {len(state[_TABLE])} rows, which do not tell the longest text and the picture's size apart; "
+        "give image_size=… and max_text=…"
+    )
+
+
+def _reach_of_positions(state: dict[str, Tensor]) -> tuple[int, int] | None:
+    image, text = state.get(_OUTSIDE["image_embedding.positions"]), state.get(_TEXT_POSITIONS)
+    return None if image is None or text is None else (round((image.shape[1] - 1) ** 0.5), len(text))
+
+
+def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
     """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
 
-    A DeepSpeed checkpoint's leading `module.` is ignored. The vocabulary is the one the state brings.
+    A DeepSpeed checkpoint's leading `module.` is ignored. The vocabulary is the one the state brings. What `allowed`
+    names (see `require`) may differ, and is left out.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    state = {name: tensor for name, tensor in state.items() if name not in _UNUSED}
+    state = {name: tensor for name, tensor in _without_leading_module(state).items() if name not in _UNUSED}
     if config.positions == "relative":
         state.pop(_TEXT_POSITIONS, None)
-    ours = _our_shapes(config, _rows_of(state, _OUTSIDE[_WORDS]))
+    model = _model_of(config, state, {name: _published_name(name) for name in (_WORDS, _ANSWERS)})
+    ours = _shapes(model)
+    if _MODALITY in state and len(state[_MODALITY]) < len(_MODALITY_PARTS):
+        ours.pop(_SECOND, None)
     names = {name: _published_name(name) for name in ours}
-    part_of = skeleton(config).part_of
-    present = {part_of(name) for name, published in names.items() if published in state}
-    kept = [name for name in ours if part_of(name) not in set(_OPTIONAL) - present]
-    _require(state, _published_shapes(kept, ours, config))
-    converted = {name: state[names[name]].reshape(ours[name]) for name in kept if name not in _JOINED}
-    for published, parts in _joined(config).items():
-        rows = state[published].split([_rows(ours[part]) for part in parts])
-        # Copies, because files of tensors do not hold two views of one memory.
-        converted |= {part: piece.reshape(ours[part]).clone() for part, piece in zip(parts, rows, strict=True)}
-    return {name: converted[name] for name in kept}
+    kept = _of_present_parts(model, ours, {n for n in ours if names[n] in state})
+    fitting = require(state, _published_shapes(kept, ours, config), allowed)
+    converted = {n: state[names[n]].reshape(ours[n]) for n in kept if n not in _JOINED and names[n] in fitting}
+    for published, parts in _joined(kept).items():
+        if published in fitting:
+            rows = state[published].split([_rows(ours[part]) for part in parts])
+            # Copies, because files of tensors do not hold two views of one memory.
+            converted |= {part: piece.reshape(ours[part]).clone() for part, piece in zip(parts, rows, strict=True)}
+    return {name: converted[name] for name in kept if name in converted}
 
 
 def to_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
-    """The published form of our state. The masked-image head has none and is left out."""
-    part_of = skeleton(config).part_of
-    state = {name: tensor for name, tensor in state.items() if part_of(name) != "masked_image_head"}
-    ours = _our_shapes(config, _rows_of(state, _WORDS))
-    present = {part_of(name) for name in state}
-    kept = [name for name in ours if part_of(name) not in set(_OPTIONAL) - present]
-    _require(state, {name: ours[name] for name in kept})
+    """The published form of our state. `UNPUBLISHED` parts have none and are left out."""
+    model = _model_of(config, state, {name: name for name in (_WORDS, _ANSWERS)})
+    unpublished = {n for n in state if n.split(".")[0] in UNPUBLISHED or n == "image_embedding.mask"}
+    state = {name: tensor for name, tensor in state.items() if name not in unpublished}
+    ours = _shapes(model)
+    kept = _of_present_parts(model, ours, state.keys() & ours.keys())
+    require(state, {name: ours[name] for name in kept})
     published = {
         _published_name(name): state[name].reshape(_published_shape(name, ours[name], config))
         for name in kept
         if name not in _JOINED
     }
-    for name, parts in _joined(config).items():
+    for name, parts in _joined(kept).items():
         published[name] = torch.cat([state[part].reshape(_rows(ours[part]), -1) for part in parts])
     return published
 
 
-def _require(state: dict[str, Tensor], wanted: dict[str, Shape]) -> None:
-    faults = {
-        "missing": [name for name in wanted if name not in state],
-        "unexpected": [name for name in state if name not in wanted],
-        "wrong shape": [
-            f"{name} (is {tuple(state[name].shape)}, must be {shape})"
-            for name, shape in wanted.items()
-            if name in state and tuple(state[name].shape) != shape
-        ],
-    }
-    if any(faults.values()):
-        lines = [f"  {kind}: {', '.join(sorted(names))}" for kind, names in faults.items() if names]
-        message = "the checkpoint does not fit the model; compare its sizes with the config's model section"
-        raise CheckpointError("\n".join([message, *lines]))
+def published_name(ours: str) -> str | None:
+    """The release's name of one of our parameters, or of the tensor that it is rows of; None where it has none."""
+    try:
+        return _published_name(ours)
+    except KeyError:
+        return None
 
 
-def _joined(config: VLMoConfig) -> dict[str, tuple[str, ...]]:
-    """The published tensors that hold several of ours, one under the other."""
-    return {_MODALITY: _MODALITY_PARTS} | ({_TABLE: _TABLE_PARTS} if config.positions == "relative" else {})
+def _without_leading_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def _our_shapes(config: VLMoConfig, vocabulary: int) -> dict[str, Shape]:
-    return {name: tuple(parameter.shape) for name, parameter in skeleton(config, vocabulary).named_parameters()}
+def _model_of(config: VLMoConfig, state: Mapping[str, Tensor], names: dict[str, str]) -> Model:
+    """A skeleton with every head that a checkpoint may have, as many words and answers as this one brings.
+
+    Any number, where it brings none: that is reported by name.
+    """
+    words, answers = (len(state[names[name]]) if names[name] in state else 1 for name in (_WORDS, _ANSWERS))
+    return skeleton(config, words, Heads(answers=answers, reasoning=True))
+
+
+def _of_present_parts(model: Model, ours: dict[str, Shape], present: Collection[str]) -> list[str]:
+    """Our names, without those of optional parts of which nothing is present."""
+    # The second picture's modality is counted to a head, but comes with the others' table and not with the head.
+    absent = set(_OPTIONAL) - {model.part_of(name) for name in present if name != _SECOND}
+    return [n for n in ours if (n in present if n == _SECOND else model.part_of(n) not in absent)]
+
+
+def _shapes(model: Model) -> dict[str, Shape]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _joined(names: list[str]) -> dict[str, list[str]]:
+    """The published tensors that hold several of these, and which, one under the other."""
+    joined = {_MODALITY: _MODALITY_PARTS, _TABLE: _TABLE_PARTS}
+    found = {published: [part for part in parts if part in names] for published, parts in joined.items()}
+    return {published: parts for published, parts in found.items() if parts}
 
 
 def _published_shapes(names: list[str], ours: dict[str, Shape], config: VLMoConfig) -> dict[str, Shape]:
     shapes = {_published_name(n): _published_shape(n, ours[n], config) for n in names if n not in _JOINED}
-    for published, parts in _joined(config).items():
+    for published, parts in _joined(names).items():
         shapes[published] = (sum(_rows(ours[part]) for part in parts), ours[parts[0]][-1])
     return shapes
 
@@ -175,8 +273,3 @@ def _published_shape(ours: str, shape: Shape, config: VLMoConfig) -> Shape:
 
 def _rows(shape: Shape) -> int:
     return shape[0] if len(shape) > 1 else 1
-
-
-def _rows_of(state: dict[str, Tensor], name: str) -> int:
-    """The vocabulary a state brings; any, where it brings none, as that is reported by name."""
-    return len(state[name]) if name in state else 1

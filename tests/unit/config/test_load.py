@@ -39,7 +39,7 @@ def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
         ("stages.language.objectives={masked_image: {}}", "masked_image needs sources read as images or pairs"),
         ("stages.vision_language.objectives={matching: {}}", "add contrastive"),
         ("stages.language.name=vision", "another stage has this name"),
-        ("evaluation.source=pictures", "evaluation needs pairs"),
+        ("evaluation.source=pictures", "expected a source read as pairs, labelled"),
         ("model.width=130", "must be a multiple of heads"),
         ("storage.key=AKIA123", "must be a reference"),
         ("stages.nothing.steps=3", "no element 'nothing'"),

@@ -74,6 +74,17 @@ def passes(seed: int = 0) -> dict[str, Pass]:
     }
 
 
+def fine_tuning_passes() -> dict[str, Pass]:
+    """A pass for each head that fine-tuning adds."""
+    pair = replace(passes()["pair"], drop_keep=None)
+    assert pair.image is not None
+    return {
+        "classes": Pass(("classes",), image=pair.image),
+        "answers": replace(pair, heads=("answers",)),
+        "reasoning": replace(pair, heads=("reasoning",), second_image=pair.image.flip(0)),
+    }
+
+
 def values(outputs: Outputs) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, result in outputs.items() for key, value in result.items()}
 
@@ -238,6 +249,33 @@ def test_scales_never_exceed_their_bound(model: VLMo) -> None:
     assert out["text"]["scale_vl"] < 100
 
 
+def test_trap_10_a_row_of_nothing_but_padding_gives_numbers_and_gradients(model: VLMo) -> None:
+    empty = replace(passes()["text"], text_keep=torch.zeros(ROWS, LENGTH, dtype=torch.bool), drop_keep=None)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = gradients(model.to(dtype), model({"text": empty}))
+        assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) -> None:
+    """With equal modalities two pictures are two single ones; with their own, the order of the pictures tells."""
+    one = fine_tuning_passes()["reasoning"]
+    swapped = replace(one, image=one.second_image, second_image=one.image)
+
+    def pooled(which: Pass) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            halves = model({"two": replace(which, heads=("tokens",))})["two"]["tokens"].chunk(2, dim=1)
+        return halves[0][:, 0], halves[1][:, 0]
+
+    first, second = pooled(one)
+    turned_first, turned_second = pooled(swapped)
+    assert not torch.allclose(first, turned_second, atol=1e-4)
+    with torch.no_grad():
+        model.image_embedding.second.copy_(model.image_embedding.modality)  # type: ignore[union-attr]
+    first, second = pooled(one)
+    turned_first, turned_second = pooled(swapped)
+    torch.testing.assert_close((first, second), (turned_second, turned_first))
+
+
 def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
     def empty(one: Pass) -> Pass:
         return Pass(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
@@ -283,6 +321,9 @@ READINGS = {
     ("masked_language", "text"): ("masked_text",),
     ("masked_image", "images"): ("masked_image",),
     ("masked_image", "pairs"): ("masked_image",),
+    ("classification", "labelled"): ("classes",),
+    ("answering", "questions"): ("answers",),
+    ("reasoning", "statements"): ("reasoning",),
 }
 STAGES = [
     ({"masked_image"}, "images"),
@@ -299,7 +340,8 @@ def cases() -> Iterator[tuple[frozenset[str], str]]:
 @pytest.mark.parametrize(("objectives", "use"), cases())
 def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objectives: frozenset[str], use: str) -> None:
     wanted = {name for objective in objectives for name in READINGS[objective, use]}
-    kept = {name: replace(one, drop_keep=None) for name, one in passes().items() if name in wanted}
+    every = passes() | fine_tuning_passes()
+    kept = {name: replace(one, drop_keep=None) for name, one in every.items() if name in wanted}
     found = gradients(model, model(kept))
     used = model.parts_used(objectives, use)
     assert {model.part_of(name) for name in found} == used

@@ -42,7 +42,7 @@ def test_distinct_images_give_the_plain_symmetric_cross_entropy() -> None:
     torch.testing.assert_close(contrastive_loss(image, text, scale, DISTINCT), plain)
 
 
-def test_equals_are_never_each_others_negatives() -> None:
+def test_trap_03_equals_are_never_each_others_negatives() -> None:
     image, text, scale = features()
     expected = contrastive_loss(image, text, scale, REPEATED)
     total = 0.0

@@ -25,7 +25,7 @@ def test_draws_follow_the_softmax_of_those_that_differ() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, 1e4, 1e30])
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-24, 1 - 2**-53])
-def test_an_equal_is_never_drawn(scale: float, uniform: float) -> None:
+def test_trap_03_an_equal_is_never_drawn(scale: float, uniform: float) -> None:
     rows, columns = 40, 50
     ids = torch.arange(columns) // 3
     row_id = torch.arange(rows) // 3
@@ -44,7 +44,7 @@ def test_rows_without_numbers_draw_evenly_among_those_that_differ(poison: float)
     torch.testing.assert_close(share, torch.tensor([1, 0, 0, 1, 1]) / 3, rtol=0, atol=1e-3)
 
 
-def test_a_confident_row_still_draws_another() -> None:
+def test_trap_02_a_confident_row_still_draws_another() -> None:
     similarity = torch.full((1, 4), -1e4)
     similarity[0, 2] = 1e4
     drawn = draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9]))

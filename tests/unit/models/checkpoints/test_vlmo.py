@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.config.errors import CheckpointError
+from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import build_model
-from pipeline.models.checkpoints.vlmo import from_published, to_published
+from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
 from pipeline.models.model import Heads
 
 CONFIG = VLMoConfig(
@@ -49,13 +49,13 @@ def test_a_language_stage_checkpoint_lacks_whole_parts_only() -> None:
 def test_every_fault_is_listed_by_name() -> None:
     published = to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
     del published["transformer.norm.bias"]
-    published["vqa_classifier.0.weight"] = torch.zeros(3)
+    published["rank_output.weight"] = torch.zeros(3)
     published["transformer.blocks.0.attn.q_bias"] = torch.zeros(3)
     with pytest.raises(CheckpointError) as error:
         from_published(published, CONFIG)
     message = str(error.value)
     assert "missing: transformer.norm.bias" in message
-    assert "unexpected: vqa_classifier.0.weight" in message
+    assert "unexpected: rank_output.weight" in message
     assert "transformer.blocks.0.attn.q_bias (is (3,), must be (16,))" in message
 
 
@@ -65,3 +65,62 @@ def test_index_tensors_and_a_leading_module_are_ignored() -> None:
     published["module.relative_position_index"] = torch.zeros(5, 5)
     published["module.text_embeddings.position_embeddings.weight"] = torch.zeros(40, 16)
     assert set(from_published(published, CONFIG)) == set(state)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
+def test_fine_tuned_heads_and_the_second_pictures_modality_go_there_and_back(config: VLMoConfig) -> None:
+    state = build_model(config, 11, Heads(answers=7, reasoning=True)).state_dict()
+    published = to_published(state, config)
+    assert published["token_type_embeddings.weight"].shape == (3, 16)
+    assert torch.equal(published["token_type_embeddings.weight"][2], state["image_embedding.second"])
+    assert published["vqa_classifier.0.weight"].shape == (32, 16)
+    assert published["vqa_classifier.3.weight"].shape == (7, 32)
+    assert published["nlvr2_classifier.0.weight"].shape == (32, 32)
+    assert {f"nlvr2_classifier.{n}.bias" for n in (0, 1, 3)} <= set(published)
+    back = from_published(published, config)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_third_modality_without_its_classifier_goes_there_and_back() -> None:
+    published = to_published(build_model(CONFIG, 11, Heads(reasoning=True)).state_dict(), CONFIG)
+    kept = {name: tensor for name, tensor in published.items() if "nlvr2" not in name}
+    back = to_published(from_published(kept, CONFIG), CONFIG)
+    assert back.keys() == kept.keys()
+    assert all(torch.equal(back[name], kept[name]) for name in kept)
+
+
+def test_what_is_excused_is_left_out_and_the_rest_converted() -> None:
+    state = build_model(CONFIG, 11).state_dict()
+    published = to_published(state, CONFIG)
+    del published["relative_position_bias_table"]
+    published["rank_output.weight"] = torch.zeros(1, 16)
+    back = from_published(published, CONFIG, ["relative_position_bias_table", "rank_output.*"])
+    assert state.keys() - back.keys() == {"positions.image", "positions.cross", "positions.text"}
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["downloaded", "self_trained"])
+@pytest.mark.parametrize("config", [CONFIG, ABSOLUTE], ids=["relative", "absolute"])
+def test_sizes_are_told_by_the_tensors(config: VLMoConfig, indexed: bool) -> None:
+    published = to_published(build_model(config, 11).state_dict(), config)
+    if indexed and config.positions == "relative":
+        published["text_relative_position_index"] = torch.zeros(6, 6)
+    given = {"heads": 2} if config.positions == "absolute" else {} if indexed else {"max_text": 6}
+    section = VLMoConfig(**infer_section(published, given))
+    assert section.architecture() == config.architecture()
+
+
+@pytest.mark.parametrize(("image_size", "rows"), [(224, 1126), (384, 2606), (480, 3878)])
+def test_published_tables_tell_their_picture_size(image_size: int, rows: int) -> None:
+    config = VLMoConfig(width=24, layers=2, heads=2, vision_language_layers=1, image_size=image_size)
+    published = to_published(build_model(config, 11).state_dict(), config)
+    assert len(published["relative_position_bias_table"]) == rows
+    assert infer_section(published, {})["image_size"] == image_size
+
+
+def test_sizes_that_nothing_tells_are_asked_for() -> None:
+    published = to_published(build_model(CONFIG, 11).state_dict(), CONFIG)
+    with pytest.raises(ConfigError, match="give image_size=… and max_text=…"):
+        infer_section(published, {})
+    with pytest.raises(ConfigError, match="no VLMo checkpoint"):
+        infer_section({"conv1.weight": torch.zeros(1)}, {})

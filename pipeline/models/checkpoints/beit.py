@@ -1,0 +1,199 @@
+"""BEiT checkpoints as VLMo's vision stage, and back: Hugging Face's names, and those of BEiT's own release.
+
+A BEiT brings the image embedding, attention, the vision expert and its part of the relative table; with a head for
+visual tokens, that too. What else a VLMo has is absent: language, the other experts, other heads. Pretraining
+checkpoints have one relative table for all layers, fine-tuned ones a table for each; VLMo has a table for each.
+VLMo's vector that says "this is an image" starts as zeros, and is written by adding it to what it is added to.
+
+Dropped is what takes no part in that: position indices, and the classifier, which reads the mean of all patches.
+Three names exist for the final norm. The pooler's, of models with a classifier, is made for that mean as well, and is
+the best that they have.
+
+Shapes: R rows of a table, H heads, g grid side, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.model import VLMoConfig
+from pipeline.models import skeleton
+from pipeline.models.checkpoints.hugging_face import Names, from_named, published_names, to_named
+from pipeline.models.checkpoints.mismatch import Shape
+from pipeline.models.model import Heads
+
+_PREFIX = "beit."
+_LAYERS = f"{_PREFIX}encoder.layer."
+_OUTSIDE = {
+    "image_embedding.patch": f"{_PREFIX}embeddings.patch_embeddings.projection",
+    "image_embedding.cls": f"{_PREFIX}embeddings.cls_token",
+    "image_embedding.mask": f"{_PREFIX}embeddings.mask_token",
+    "image_embedding.positions": f"{_PREFIX}embeddings.position_embeddings",
+    "masked_image_head.predict": "lm_head",
+}
+# Of BeitForMaskedImageModeling, of a BeitModel that pools no mean, and of one that does.
+NORMS = ("layernorm", f"{_PREFIX}layernorm", f"{_PREFIX}pooler.layernorm")
+_PARTS = ("image_embedding", "attention", "vision_expert.lower", "vision_expert.upper", "norm")
+
+_TABLE = "positions.image"
+_MASK = "image_embedding.mask"
+_MODALITY = "image_embedding.modality"
+_TOKENS = "masked_image_head.predict.bias"
+_CARRIES_MODALITY = ("image_embedding.cls", "image_embedding.patch.bias", _MASK)  # that a picture's tokens begin as
+_UNUSED = re.compile(r"relative_position_index$|^classifier\.")
+
+SHARED_TABLE = f"{_PREFIX}encoder.relative_position_bias.relative_position_bias_table"
+LAYER_TABLE = _LAYERS + "{}.attention.attention.relative_position_bias.relative_position_bias_table"
+
+# BEiT's release (microsoft/unilm, beit) on the left; `attn.qkv.weight` is cut in three besides.
+_RELEASE = (
+    (r"^(cls_token|mask_token)$", rf"{_PREFIX}embeddings.\1"),
+    (r"^pos_embed$", f"{_PREFIX}embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", f"{_PREFIX}embeddings.patch_embeddings.projection."),
+    (r"^rel_pos_bias\.relative_position", f"{_PREFIX}encoder.relative_position_bias.relative_position"),
+    (r"^norm\.", "layernorm."),
+    (r"^fc_norm\.", f"{_PREFIX}pooler.layernorm."),
+    (r"^head\.", "classifier."),
+    (r"^blocks\.", _LAYERS),
+    (r"\.gamma_([12])$", r".lambda_\1"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.q_bias$", ".attention.attention.query.bias"),
+    (r"\.attn\.v_bias$", ".attention.attention.value.bias"),
+    (r"\.attn\.relative_position", ".attention.attention.relative_position_bias.relative_position"),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+_JOINT = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
+
+
+def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of the VLMo that a BEiT starts, by its tensors' shapes; `given` keys stand as they are.
+
+    Raises ConfigError for a state that is no BEiT's.
+    """
+    state = _full_names(state)
+    patch = state.get(f"{_OUTSIDE['image_embedding.patch']}.weight")
+    expand = state.get(f"{_LAYERS}0.intermediate.dense.weight")
+    table = state.get(SHARED_TABLE, state.get(LAYER_TABLE.format(0)))
+    if patch is None or expand is None or table is None:
+        raise ConfigError("no BEiT checkpoint: it lacks the patch projection, layer 0 or a relative position table")
+    layers = {int(found[1]) for name in state if (found := re.match(rf"{re.escape(_LAYERS)}(\d+)\.", name))}
+    grid = (round((len(table) - 3) ** 0.5) + 1) // 2
+    return {
+        "kind": "vlmo",
+        "width": len(patch),
+        "layers": 1 + max(layers),
+        "heads": table.shape[1],
+        "feed_forward_ratio": len(expand) // len(patch),
+        "patch_size": patch.shape[-1],
+        "image_size": grid * patch.shape[-1],
+        "positions": "relative",
+        "layer_scale": 0.1 if f"{_LAYERS}0.lambda_1" in state else None,
+        "vision_language_layers": 3 if len(layers) > 12 else min(2, len(layers) - 1),  # VLMo's, of base and of large
+    } | dict(given)
+
+
+def from_published(state: Mapping[str, Tensor], config: VLMoConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
+    """The vision stage's state; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
+
+    Faults are told by Hugging Face's names. What `allowed` names (see `require`) may differ, and is left out.
+    """
+    state = {name: tensor for name, tensor in _full_names(state).items() if not _UNUSED.search(name)}
+    tokens = len(state["lm_head.bias"]) if "lm_head.bias" in state else 0
+    norm = next((name for name in NORMS if f"{name}.weight" in state), NORMS[0])
+    names, shapes = _names(config, norm, tokens, masked=_OUTSIDE[_MASK] in state)
+    tables = _tables(config, shared=SHARED_TABLE in state)
+    converted = from_named(state, names, shapes, config.patch_size, allowed, tables)
+    if tables and all(name in state for name in tables):
+        found = [state[name] for name in tables]
+        converted[_TABLE] = torch.cat(found, dim=1) if len(found) > 1 else found[0].repeat(1, config.layers)
+    return converted | {_MODALITY: torch.zeros(config.width)}
+
+
+def to_hugging_face(
+    state: Mapping[str, Tensor], config: VLMoConfig, norm: str = NORMS[1], shared: bool = False
+) -> dict[str, Tensor]:
+    """The vision part of a VLMo as Hugging Face's BEiT: what it computes from pictures, by the same arithmetic.
+
+    `norm` is one of NORMS. With `shared` all layers have one table; CheckpointError where theirs differ.
+    """
+    state = _with_modality_added(state)
+    tokens = len(state[_TOKENS]) if _TOKENS in state else 0
+    names, shapes = _names(config, norm, tokens, masked=_MASK in state)
+    published = to_named(state, names, shapes, config.patch_size)
+    if config.positions == "absolute":
+        return published
+    tables = state[_TABLE].chunk(config.layers, dim=1)
+    if shared and not all(torch.equal(table, tables[0]) for table in tables):
+        raise CheckpointError("the layers' relative tables differ and cannot be written as one; write a table for each")
+    return published | {
+        name: table.clone()
+        for name, table in zip(_tables(config, shared), tables[:1] if shared else tables, strict=True)
+    }
+
+
+def to_published(state: Mapping[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
+    """The form of a pretraining checkpoint where the state predicts visual tokens, else of a BeitModel."""
+    return to_hugging_face(state, config, NORMS[0] if _TOKENS in state else NORMS[1])
+
+
+def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
+    """Published names and our shapes of a VLMo's vision part, without its table."""
+    heads = Heads(image_target="visual_tokens" if masked or tokens else None, visual_tokens=tokens or 1)
+    model = skeleton(config, heads=heads)
+    parts = {*_PARTS, *(["positions.image"] if config.positions == "absolute" else [])}
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if (model.part_of(name) in parts and name != _MODALITY)
+        or (name == _MASK and masked)
+        or (name.startswith("masked_image_head.") and tokens)
+    }
+    outside = _OUTSIDE | {"norm": norm}
+    return {name: published_names(name, outside, _LAYERS) for name in shapes}, shapes
+
+
+def _tables(config: VLMoConfig, shared: bool) -> dict[str, Shape]:
+    """The published relative tables and their shapes (R, H), in the order of the layers."""
+    if config.positions == "absolute":
+        return {}
+    names = [SHARED_TABLE] if shared else [LAYER_TABLE.format(layer) for layer in range(config.layers)]
+    return dict.fromkeys(names, ((2 * config.grid - 1) ** 2 + 3, config.heads))
+
+
+def _with_modality_added(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same pictures' tokens without a vector of their own: it is added where each token begins."""
+    modality = state.get(_MODALITY)
+    if modality is None:
+        return dict(state)
+    return {name: tensor + modality if name in _CARRIES_MODALITY else tensor for name, tensor in state.items()}
+
+
+def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's names with their leading `beit.`, whatever the state's own are."""
+    if "patch_embed.proj.weight" in state:
+        return _from_release(state)
+    if any(name.startswith(_PREFIX) for name in state):
+        return dict(state)
+    return {f"{_PREFIX}{name}": tensor for name, tensor in state.items()}
+
+
+def _from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if joint := _JOINT.match(name):
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            renamed |= {f"{_LAYERS}{joint[1]}.attention.attention.{part}.weight": rows for part, rows in parts}
+            continue
+        for pattern, replacement in _RELEASE:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed

@@ -1,0 +1,115 @@
+"""BERT's weights (Hugging Face's BertModel, BertForPreTraining, BertForMaskedLM) as the start of ImageBERT, and back.
+
+BERT knows no regions: the parts that read or predict them, and the matching head, are in no result, and a stage that
+starts from BERT draws them. BERT's pooler and next-sentence head take no part in what ImageBERT computes and are
+dropped. BERT predicts masked words by their embeddings, a table that ImageBERT has twice: its copy starts as that
+embedding, and is trained apart from it, so that Hugging Face's classes read the result of `to_hugging_face` only with
+`tie_word_embeddings=False`.
+
+Positions beyond `model.max_text` are cut off (BERT has 512 of them), which is all that a round trip loses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.model import ImageBERTConfig
+from pipeline.models import skeleton
+from pipeline.models.checkpoints.hugging_face import translated
+from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.models.resize import cut_text_positions
+
+_PREFIX, _PREDICTIONS = "bert.", "cls.predictions."
+_HEAD = {
+    "masked_language_head.dense": f"{_PREDICTIONS}transform.dense",
+    "masked_language_head.norm": f"{_PREDICTIONS}transform.LayerNorm",
+    "masked_language_head.decode.weight": f"{_PREDICTIONS}decoder.weight",
+    "masked_language_head.decode.bias": f"{_PREDICTIONS}bias",
+}
+_WORDS = f"{_PREFIX}embeddings.word_embeddings.weight"
+_POSITIONS = f"{_PREFIX}embeddings.position_embeddings.weight"
+_DECODER, _BIAS = f"{_PREDICTIONS}decoder.weight", f"{_PREDICTIONS}bias"
+_BIAS_AGAIN = f"{_PREDICTIONS}decoder.bias"  # the same tensor, which some versions of transformers save twice
+_UNUSED = (f"{_PREFIX}pooler.", "cls.seq_relationship.", f"{_PREFIX}embeddings.position_ids", _BIAS_AGAIN)
+_TRUNK, _LANGUAGE = ("text_embedding.", "encoder."), "masked_language_head."
+
+HEAD_WIDTH = 64  # of every published BERT
+
+
+def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a published state, by its tensors' shapes; `given` keys stand as they are.
+
+    What BERT does not know, such as the sizes of regions, is ImageBERT's default. Raises ConfigError for a state that
+    is no BERT's.
+    """
+    state = _full_names(state)
+    layers = {int(found[1]) for name in state if (found := re.match(r"bert\.encoder\.layer\.(\d+)\.", name))}
+    expand = state.get(f"{_PREFIX}encoder.layer.0.intermediate.dense.weight")
+    if _WORDS not in state or expand is None:
+        raise ConfigError("no BERT checkpoint of Hugging Face: it lacks the words' embedding or layer 0")
+    width = state[_WORDS].shape[1]
+    return {
+        "kind": "imagebert",
+        "width": width,
+        "layers": 1 + max(layers),
+        "heads": max(1, width // HEAD_WIDTH),
+        "feed_forward_ratio": len(expand) // width,
+    } | dict(given)
+
+
+def from_hugging_face(
+    state: Mapping[str, Tensor], config: ImageBERTConfig, allowed: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
+
+    What `allowed` names (see `require`) may differ, and is left out. Raises ConfigError for a `max_text` that BERT's
+    positions do not reach.
+    """
+    state = {name: tensor for name, tensor in _full_names(state).items() if not name.startswith(_UNUSED)}
+    if _BIAS in state and _WORDS in state:  # files need not hold the decoder, which is the words' embedding
+        # A copy, because files of tensors do not hold one memory twice.
+        state[_DECODER] = state.get(_DECODER, state[_WORDS]).clone()
+    if _POSITIONS in state:
+        try:
+            state[_POSITIONS] = cut_text_positions(state[_POSITIONS], config.max_text)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    wanted = _shapes(config, len(state[_WORDS]) if _WORDS in state else 1, with_head=_BIAS in state)
+    found = require(state, {_published_name(name): shape for name, shape in wanted.items()}, allowed)
+    return {name: state[_published_name(name)] for name in wanted if _published_name(name) in found}
+
+
+def to_hugging_face(state: Mapping[str, Tensor], config: ImageBERTConfig) -> dict[str, Tensor]:
+    """The published form of what BERT has of our state, by BertForMaskedLM's names."""
+    vocabulary = len(state["text_embedding.word_embeddings.weight"])
+    wanted = _shapes(config, vocabulary, with_head=any(name.startswith(_LANGUAGE) for name in state))
+    require({name: state[name] for name in wanted if name in state}, wanted)
+    published = {_published_name(name): state[name] for name in wanted}
+    if _BIAS in published:
+        published[_BIAS_AGAIN] = published[_BIAS].clone()
+    return published
+
+
+def _shapes(config: ImageBERTConfig, vocabulary: int, with_head: bool) -> dict[str, Shape]:
+    """Our parameters that BERT has."""
+    parts = (*_TRUNK, _LANGUAGE) if with_head else _TRUNK
+    return {n: tuple(p.shape) for n, p in skeleton(config, vocabulary).named_parameters() if n.startswith(parts)}
+
+
+def _published_name(ours: str) -> str:
+    if ours.startswith(_LANGUAGE):
+        return translated(ours, _HEAD)
+    return _PREFIX + ours.replace("text_embedding.", "embeddings.")
+
+
+def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BertModel's names lead with no `bert.`; older files call a LayerNorm's weight gamma and its bias beta."""
+    modern = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): tensor for name, tensor in state.items()}
+    if any(name.startswith(_PREFIX) for name in modern):
+        return modern
+    return {name if name.startswith("cls.") else _PREFIX + name: tensor for name, tensor in modern.items()}

@@ -1,0 +1,289 @@
+"""ViLT's published checkpoints: the release's names (dandelin/ViLT), Hugging Face's, and ours, there and back.
+
+Each task has a checkpoint of its own: a head that is wholly absent is left out of the result, and so is the second
+picture's modality, which only NLVR2's has. Of BERT's two sentence types the second is never read, but is kept, so that
+the way back is exact. Tensors may share the given state's memory.
+
+Hugging Face has one name, `classifier`, for the head of questions and of statements, and none for the matching head.
+Its ViltForMaskedLM ties the decoder to the words; a file without a decoder means that. Its norms' epsilon stands in
+its config: give the model the same as `norm_epsilon`.
+
+Shapes: g grid side, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.model import ViLTConfig
+from pipeline.models import skeleton
+from pipeline.models.checkpoints.hugging_face import Names, from_named, published_names, to_named, translated
+from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.models.model import Heads
+from pipeline.models.vilt import EXPERT
+
+# Ours on the left: parameters, or their modules.
+_RELEASE = {
+    "text_embedding.word.weight": "text_embeddings.word_embeddings.weight",
+    "text_embedding.token_type": "text_embeddings.token_type_embeddings.weight",
+    "text_embedding.positions": "text_embeddings.position_embeddings.weight",
+    "text_embedding.norm": "text_embeddings.LayerNorm",
+    "image_embedding.patch": "transformer.patch_embed.proj",
+    "image_embedding.cls": "transformer.cls_token",
+    "image_embedding.positions": "transformer.pos_embed",
+    "norm": "transformer.norm",
+    "pooler.dense": "pooler.dense",
+    "matching_head.classify": "itm_score.fc",
+    "masked_language_head.dense": "mlm_score.transform.dense",
+    "masked_language_head.norm": "mlm_score.transform.LayerNorm",
+    "masked_language_head.decode.weight": "mlm_score.decoder.weight",
+    "masked_language_head.decode.bias": "mlm_score.bias",
+    "ranking_head.score": "rank_output",
+    "answering_head.expand": "vqa_classifier.0",
+    "answering_head.norm": "vqa_classifier.1",
+    "answering_head.classify": "vqa_classifier.3",
+    "reasoning_head.expand": "nlvr2_classifier.0",
+    "reasoning_head.norm": "nlvr2_classifier.1",
+    "reasoning_head.classify": "nlvr2_classifier.3",
+}
+_RELEASE_LAYER = {
+    "norm": "norm1",
+    "attention.weight": "attn.qkv.weight",
+    "attention.projection": "attn.proj",
+    f"experts.{EXPERT}.norm": "norm2",
+    f"experts.{EXPERT}.expand": "mlp.fc1",
+    f"experts.{EXPERT}.contract": "mlp.fc2",
+}
+_EMBEDDINGS = "vilt.embeddings"
+_TEXT = f"{_EMBEDDINGS}.text_embeddings"
+_DECODER = "mlm_score.decoder"
+_HUGGING_FACE = {
+    "text_embedding.word.weight": f"{_TEXT}.word_embeddings.weight",
+    "text_embedding.token_type": f"{_TEXT}.token_type_embeddings.weight",
+    "text_embedding.positions": f"{_TEXT}.position_embeddings.weight",
+    "text_embedding.norm": f"{_TEXT}.LayerNorm",
+    "image_embedding.patch": f"{_EMBEDDINGS}.patch_embeddings.projection",
+    "image_embedding.cls": f"{_EMBEDDINGS}.cls_token",
+    "image_embedding.positions": f"{_EMBEDDINGS}.position_embeddings",
+    "norm": "vilt.layernorm",
+    "pooler.dense": "vilt.pooler.dense",
+    "masked_language_head.dense": "mlm_score.transform.dense",
+    "masked_language_head.norm": "mlm_score.transform.LayerNorm",
+    "masked_language_head.decode": _DECODER,
+    "ranking_head.score": "rank_output",
+} | {
+    f"{head}.{module}": f"classifier.{number}"
+    for head in ("answering_head", "reasoning_head")
+    for module, number in (("expand", 0), ("norm", 1), ("classify", 3))
+}
+_UNUSED = ("text_embeddings.position_ids",)
+_SECOND = "image_embedding.second"
+_MODALITIES = ("text_embedding.modality", "image_embedding.modality", _SECOND)
+_MODALITY = "token_type_embeddings.weight"
+_BIASES = ("attention.query_bias", "attention.key_bias", "attention.value_bias")
+# Parts that a checkpoint may lack, and those that one format or both have no name for: the release's masked patches
+# were broken, and are in no checkpoint.
+OPTIONAL = ("pooler", "matching_head", "masked_language_head", "answering_head", "reasoning_head", "ranking_head")
+UNPUBLISHED = ("masked_image_head",)
+UNPUBLISHED_BY_HUGGING_FACE = (*UNPUBLISHED, "matching_head")
+HEAD_WIDTH = 64  # of every published ViLT
+
+
+T = TypeVar("T")
+Naming = Callable[[str], tuple[str, ...]]  # one of our parameters -> the published tensors it is, row upon row
+
+
+def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a state under the release's names, by its shapes; `given` keys stand as they are.
+
+    Raises ConfigError for a state that is no ViLT's.
+    """
+    return _section(state, given, _RELEASE, r"transformer\.blocks\.(\d+)\.mlp\.fc1\.weight")
+
+
+def infer_hugging_face_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for Hugging Face's names."""
+    return _section(_full_names(state), given, _HUGGING_FACE, r"vilt\.encoder\.layer\.(\d+)\.intermediate.dense.weight")
+
+
+def from_published(state: Mapping[str, Tensor], config: ViLTConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
+    """Our state from the release's, a Lightning file's `state_dict`.
+
+    Words and answers are as many as the state brings. CheckpointError lists every name that is missing, unexpected or
+    wrong-shaped; what `allowed` names (see `require`) may differ, and is left out.
+    """
+    shapes = _shapes(config, state, _RELEASE, "vqa_classifier.3.bias", _has_second(state, _MODALITY))
+    return _read(_used(state), shapes, _release_names, config, allowed)
+
+
+def to_published(state: Mapping[str, Tensor], config: ViLTConfig) -> dict[str, Tensor]:
+    """The release's form of our state, for a Lightning file's `state_dict`. `UNPUBLISHED` parts are left out."""
+    return _write(_without(state, UNPUBLISHED), _release_names, config)
+
+
+def from_hugging_face(
+    state: Mapping[str, Tensor], config: ViLTConfig, allowed: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Our state from Hugging Face's, of a bare ViltModel or of one with any head; faults as of `from_published`."""
+    state = _full_names(_used(state))
+    words = _HUGGING_FACE["text_embedding.word.weight"]
+    if f"{_DECODER}.bias" in state and f"{_DECODER}.weight" not in state and words in state:
+        # A copy, because files of tensors do not hold two views of one memory.
+        state[f"{_DECODER}.weight"] = state[words].clone()
+    classifier = state.get("classifier.0.weight")
+    reasons = classifier is not None and classifier.shape[-1] == 2 * config.width
+    second = _has_second(state, f"{_EMBEDDINGS}.{_MODALITY}")
+    shapes = _shapes(config, state, _HUGGING_FACE, "classifier.3.bias", second)
+    nameless = ("answering_head" if reasons else "reasoning_head", *UNPUBLISHED_BY_HUGGING_FACE)
+    return _read(state, _without(shapes, nameless), _hugging_face_names, config, allowed)
+
+
+def to_hugging_face(state: Mapping[str, Tensor], config: ViLTConfig) -> dict[str, Tensor]:
+    """Hugging Face's form of our state. `UNPUBLISHED_BY_HUGGING_FACE` parts are left out.
+
+    Raises CheckpointError for a state with heads for questions and for statements, which there share one name.
+    """
+    heads = {name.split(".")[0] for name in state} & {"answering_head", "reasoning_head"}
+    if len(heads) > 1:
+        raise CheckpointError(
+            "Hugging Face's ViLT has one classifier, and these weights both answer questions and judge statements; "
+            "export them in the release's format"
+        )
+    return _write(_without(state, UNPUBLISHED_BY_HUGGING_FACE), _hugging_face_names, config)
+
+
+def _read(
+    state: Mapping[str, Tensor],
+    shapes: dict[str, Shape],
+    naming: Naming,
+    config: ViLTConfig,
+    allowed: Collection[str],
+) -> dict[str, Tensor]:
+    """Our tensors of `shapes`, but for heads of which the published state has nothing."""
+    absent = set(OPTIONAL) - {n.split(".")[0] for n in shapes if not state.keys().isdisjoint(naming(n))}
+    shapes = _without(shapes, tuple(absent))
+    names, joined = _layout(shapes, naming)
+    more = {published: _joined_shape(parts, shapes) for published, parts in joined.items()}
+    converted = from_named(state, names, shapes, config.patch_size, allowed, more)
+    for published, parts in joined.items():
+        if published in state and tuple(state[published].shape) == more[published]:
+            # Copies, because files of tensors do not hold two views of one memory.
+            pieces = state[published].chunk(len(parts))
+            converted |= {p: piece.reshape(shapes[p]).clone() for p, piece in zip(parts, pieces, strict=True)}
+    return {name: converted[name] for name in shapes if name in converted}
+
+
+def _write(state: Mapping[str, Tensor], naming: Naming, config: ViLTConfig) -> dict[str, Tensor]:
+    shapes = _shapes(config, state, {}, "answering_head.classify.bias", _SECOND in state)
+    present = {name.split(".")[0] for name in state}
+    shapes = _without(shapes, tuple(set(OPTIONAL) - present))
+    require(state, shapes)
+    names, joined = _layout(shapes, naming)
+    published = to_named(state, names, shapes, config.patch_size)
+    for name, parts in joined.items():
+        published[name] = torch.cat([state[part] for part in parts]).reshape(_joined_shape(parts, shapes))
+    return published
+
+
+def _layout(shapes: Mapping[str, Shape], naming: Naming) -> tuple[Names, dict[str, list[str]]]:
+    """The published names of our parameters; and published tensors that join several of them, as their rows."""
+    named = {name: naming(name) for name in shapes}
+    holding: dict[str, list[str]] = {}
+    for name, published in named.items():
+        holding.setdefault(published[0], []).append(name)
+    joined = {published: sorted(ours, key=_row) for published, ours in holding.items() if len(ours) > 1}
+    return {name: published for name, published in named.items() if published[0] not in joined}, joined
+
+
+def _row(ours: str) -> int:
+    """Which row of a joined tensor a parameter is."""
+    return _MODALITIES.index(ours) if ours in _MODALITIES else [ours.endswith(bias) for bias in _BIASES].index(True)
+
+
+def _joined_shape(parts: list[str], shapes: Mapping[str, Shape]) -> Shape:
+    """Modalities are rows of a table; biases stand one after another."""
+    (width,) = shapes[parts[0]]
+    return (len(parts), width) if parts[0] in _MODALITIES else (len(parts) * width,)
+
+
+def _release_names(ours: str) -> tuple[str, ...]:
+    if ours in _MODALITIES:
+        return (_MODALITY,)
+    if not ours.startswith("blocks."):
+        return (translated(ours, _RELEASE),)
+    _, layer, inner = ours.split(".", 2)
+    name = "attn.qkv.bias" if inner in _BIASES else translated(inner, _RELEASE_LAYER)
+    return (f"transformer.blocks.{layer}.{name}",)
+
+
+def _hugging_face_names(ours: str) -> tuple[str, ...]:
+    if ours in _MODALITIES:
+        return (f"{_EMBEDDINGS}.{_MODALITY}",)
+    # What ViT's and ViLT's layers have in common is named as ViT's.
+    return published_names(ours.replace(f"experts.{EXPERT}", "experts.vision"), _HUGGING_FACE, "vilt.encoder.layer.")
+
+
+def _shapes(
+    config: ViLTConfig, state: Mapping[str, Tensor], names: Mapping[str, str], answers: str, second: bool
+) -> dict[str, Shape]:
+    """Our shapes with every head that a checkpoint may have, as many words and answers as this one brings.
+
+    Any number, where it brings none: that is reported by name. `second` says whether it knows a second picture.
+    """
+    words = names.get("text_embedding.word.weight", "text_embedding.word.weight")
+    num_words, num_answers = (len(state[name]) if name in state else 1 for name in (words, answers))
+    model = skeleton(config, num_words, Heads(answers=num_answers, reasoning=True, ranking=True))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return shapes if second else {name: shape for name, shape in shapes.items() if name != _SECOND}
+
+
+def _has_second(state: Mapping[str, Tensor], modality: str) -> bool:
+    return modality in state and len(state[modality]) == len(_MODALITIES)
+
+
+def _without(named: Mapping[str, T], parts: Collection[str]) -> dict[str, T]:
+    """What belongs to none of some parts. The mask embedding is counted to the head that predicts what it hides."""
+    hidden = {"image_embedding.mask"} if "masked_image_head" in parts else set()
+    return {name: value for name, value in named.items() if name.split(".")[0] not in parts and name not in hidden}
+
+
+def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.removeprefix("vilt.embeddings.") not in _UNUSED}
+
+
+def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A bare ViltModel's names lack the leading `vilt.`; an older MaskedLM's bias stood beside its decoder, too."""
+    if any(name.startswith("vilt.") for name in state):
+        state = dict(state)
+        if (bias := state.pop("mlm_score.bias", None)) is not None:
+            state.setdefault(f"{_DECODER}.bias", bias)
+        return state
+    return {f"vilt.{name}": tensor for name, tensor in state.items()}
+
+
+def _section(
+    state: Mapping[str, Tensor], given: Mapping[str, Any], names: Mapping[str, str], expand: str
+) -> dict[str, Any]:
+    """`expand` is the pattern of the names of layers' first feed-forward matrix."""
+    patch = state.get(f"{names['image_embedding.patch']}.weight")
+    positions, texts = (state.get(names[f"{each}_embedding.positions"]) for each in ("image", "text"))
+    layers = {int(found[1]): state[name] for name in state if (found := re.fullmatch(expand, name))}
+    if patch is None or positions is None or texts is None or not layers:
+        raise ConfigError("no ViLT checkpoint: it lacks the patch projection, positions or layers")
+    width, side = len(patch), patch.shape[-1]
+    return {
+        "kind": "vilt",
+        "width": width,
+        "layers": 1 + max(layers),
+        "heads": max(1, width // HEAD_WIDTH),
+        "feed_forward_ratio": len(next(iter(layers.values()))) // width,
+        "patch_size": side,
+        "image_size": round((positions.shape[1] - 1) ** 0.5) * side,
+        "max_text": len(texts),
+    } | dict(given)

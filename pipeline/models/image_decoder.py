@@ -1,0 +1,83 @@
+"""MAE's decoder (arXiv 2111.06377, section 3): predicts the patches that the encoder never read.
+
+The encoder spends nothing on masked patches; this light transformer reads what it made of the visible ones, and one
+embedding with its position for each masked patch. Positions are fixed sines and cosines, so that weights serve any
+grid.
+
+Shapes: B rows, V visible and K masked patches a row, P patches, g x g grid, D width of the encoder, W of the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config.model import TransformerConfig
+from pipeline.config.schema import ImageDecoderConfig
+from pipeline.models.embeddings import read_padding
+from pipeline.models.heads import MaskedImageHead
+from pipeline.models.model import Heads
+from pipeline.models.multiway import EPSILON, MultiwayBlock
+
+FEED_FORWARD_RATIO = 4
+LONGEST_WAVE = 10_000.0  # of the positions, in radians times patches
+
+
+class ImageDecoder(nn.Module):
+    positions: Tensor
+
+    def __init__(self, width: int, grid: int, targets: int, config: ImageDecoderConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width, config.width)
+        self.mask = nn.Parameter(torch.empty(config.width))
+        self.register_buffer("positions", sine_positions(grid, config.width), persistent=False)
+        self.blocks = nn.ModuleList(
+            MultiwayBlock(
+                config.width, config.heads, FEED_FORWARD_RATIO, ("vision",), None, drop_path=0.0, key_bias=True
+            )
+            for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=EPSILON)
+        self.predict = nn.Linear(config.width, targets)
+
+    def forward(self, features: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """features (B, 1 + V, D) of [CLS] and the patches `visible` (B, V) -> predictions (B, K, targets), float32.
+
+        `masked` (B, K) are the patches asked for. Where `visible` is negative, features are padding. The order of
+        tokens means nothing to a transformer that has added their positions, so masked ones stand behind the others.
+        """
+        encoded = self.embed(features)
+        positions = self.positions.to(encoded.dtype)
+        known = encoded + F.embedding(F.pad(visible.clamp(min=0) + 1, (1, 0)), positions)
+        x = torch.cat([known, self.mask + F.embedding(masked + 1, positions)], dim=1)
+        padding = F.pad(read_padding(visible, x.dtype), (0, masked.shape[1]))
+        asked = torch.arange(known.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+        for number, block in enumerate(self.blocks):
+            read = asked if number == len(self.blocks) - 1 else None
+            x = block(x, {"vision": slice(None)}, None, padding, None, read)
+        return self.predict(self.norm(x)).float()
+
+
+def sine_positions(grid: int, width: int) -> Tensor:
+    """Fixed positions of [CLS], all zeros, and of a g x g grid: (1 + P, W) float32.
+
+    The first half of the numbers tells the column and the second the row, each as sines, then cosines.
+    """
+    frequency = torch.exp(-math.log(LONGEST_WAVE) * torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(grid)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (g, W / 2)
+    across, down = axis.repeat(grid, 1), axis.repeat_interleave(grid, dim=0)
+    return torch.cat([torch.zeros(1, width), torch.cat([across, down], dim=1)])
+
+
+def build_masked_image_head(config: TransformerConfig, heads: Heads) -> MaskedImageHead | ImageDecoder | None:
+    """What predicts masked patches in a stage with these heads; None where it masks no pictures."""
+    targets = heads.image_targets(config.patch_size)
+    if heads.image_target is None:
+        return None
+    if heads.image_decoder is None:
+        return MaskedImageHead(config.width, targets)
+    return ImageDecoder(config.width, config.grid, targets, heads.image_decoder)

@@ -1,0 +1,143 @@
+"""ViT with Hugging Face's random weights computes what Hugging Face's ViT does (contract C8), and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
+from transformers import ViTConfig as Theirs
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.model import ViTConfig
+from pipeline.models import build_model
+from pipeline.models.checkpoints.vit import from_hugging_face, infer_section, to_hugging_face
+from pipeline.models.model import Heads
+from pipeline.models.passes import Pass
+from pipeline.models.vit import ViT
+
+CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8)
+CLASSES = 5
+
+
+def their_config(**more: object) -> Theirs:
+    return Theirs(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=96,
+        image_size=24,
+        patch_size=8,
+        num_labels=CLASSES,
+        **more,
+    )
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases and norms too are drawn, so that none can be forgotten unseen."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.eval()
+
+
+def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, under the names that it has there."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def ours(state: dict[str, Tensor], heads: Heads = Heads(classes=CLASSES)) -> ViT:
+    model = ViT(CONFIG, heads=heads)
+    model.load_state_dict(from_hugging_face(state, CONFIG))
+    return model
+
+
+def pictures() -> Tensor:
+    return torch.rand(3, 24, 24, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-12], ids=["the JAX release's epsilon", "Hugging Face's epsilon"])
+def test_logits_and_gradients_equal_hugging_face(tmp_path: Path, epsilon: float) -> None:
+    theirs = randomised(ViTForImageClassification(their_config(layer_norm_eps=epsilon)))
+    model = ours(saved(theirs, tmp_path))
+    image = pictures()
+    label = torch.tensor([0, 4, 2])
+    logits = model({"one": Pass(heads=("classes",), image=image)})["one"]["classes"]
+    expected = theirs(image.permute(0, 3, 1, 2)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.nn.functional.cross_entropy(logits, label).backward()
+    torch.nn.functional.cross_entropy(expected, label).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    grads = from_hugging_face(saved_gradients(theirs, tmp_path), CONFIG)
+    assert grads.keys() == gradients.keys()
+    for name, gradient in grads.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def saved_gradients(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The gradients under the checkpoint's names."""
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.load_state_dict(gradients)
+    return saved(model, folder)
+
+
+def test_features_equal_hugging_face_s_model_without_a_head(tmp_path: Path) -> None:
+    theirs = randomised(ViTModel(their_config()))
+    model = ours(saved(theirs, tmp_path), Heads())
+    image = pictures()
+    tokens = model({"one": Pass(heads=("tokens",), image=image)})["one"]["tokens"]
+    torch.testing.assert_close(tokens, theirs(image.permute(0, 3, 1, 2)).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_hugging_face_reads_what_we_write(tmp_path: Path) -> None:
+    model = build_model(CONFIG, 0, Heads(classes=CLASSES), seed=1)
+    theirs_config = their_config(layer_norm_eps=1e-6)
+    theirs_config.save_pretrained(tmp_path)
+    save_file(to_hugging_face(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
+    theirs, told = ViTForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    image = pictures()
+    logits = model({"one": Pass(heads=("classes",), image=image)})["one"]["classes"]
+    torch.testing.assert_close(theirs.eval()(image.permute(0, 3, 1, 2)).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_round_trips_are_exact(tmp_path: Path) -> None:
+    published = saved(randomised(ViTForImageClassification(their_config())), tmp_path)
+    again = to_hugging_face(from_hugging_face(published, CONFIG), CONFIG)
+    assert again.keys() == published.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
+    state = build_model(CONFIG, 0, Heads("mean_colour", classes=CLASSES), seed=2).state_dict()
+    back = from_hugging_face(to_hugging_face(state, CONFIG), CONFIG)
+    assert state.keys() - back.keys() == {"masked_image_head.predict.weight", "masked_image_head.predict.bias"}
+    assert all(torch.equal(state[name], tensor) for name, tensor in back.items())
+
+
+def test_every_fault_is_listed_by_name(tmp_path: Path) -> None:
+    published = saved(ViTForImageClassification(their_config()), tmp_path)
+    del published["vit.layernorm.bias"]
+    published["vit.encoder.layer.0.attention.attention.key.bias"] = torch.zeros(7)
+    published["vit.encoder.layer.3.layernorm_after.bias"] = torch.zeros(24)
+    with pytest.raises(CheckpointError) as error:
+        from_hugging_face(published, CONFIG)
+    message = str(error.value)
+    assert "missing: vit.layernorm.bias" in message
+    assert "unexpected: vit.encoder.layer.3.layernorm_after.bias" in message
+    assert "vit.encoder.layer.0.attention.attention.key.bias (is (7,), must be (24,))" in message
+    some = from_hugging_face(published, CONFIG, allowed=["vit.layernorm.bias", "*.layer.3.*", "*.key.bias"])
+    assert "norm.weight" in some
+    assert "norm.bias" not in some
+
+
+def test_the_section_follows_from_the_shapes(tmp_path: Path) -> None:
+    for published in (
+        saved(ViTForImageClassification(their_config()), tmp_path),
+        saved(ViTModel(their_config()), tmp_path),
+    ):
+        assert ViTConfig.model_validate(infer_section(published, {"heads": 2})) == CONFIG
+    with pytest.raises(ConfigError, match="no ViT checkpoint"):
+        infer_section({"transformer.cls_token": torch.zeros(1)}, {})

@@ -1,0 +1,215 @@
+"""ImageBERT: BERT where there are no regions, and regions as the paper embeds and reads them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from pipeline.config.model import ImageBERTConfig
+from pipeline.models import build_model, skeleton
+from pipeline.models.checkpoints.bert import from_hugging_face
+from pipeline.models.imagebert import ImageBERT
+from pipeline.models.passes import Pass, Regions
+
+CONFIG = ImageBERTConfig(
+    width=32, layers=2, heads=4, max_text=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
+)
+VOCABULARY = 40
+
+
+@pytest.fixture(scope="module")
+def model() -> ImageBERT:
+    return build_model(CONFIG, VOCABULARY, seed=1)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def text() -> Tensor:
+    return torch.randint(5, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def keep() -> Tensor:
+    return torch.arange(9)[None] < torch.tensor([9, 5, 7])[:, None]
+
+
+def regions_of(rows: int, count: int, seed: int = 2) -> Regions:
+    draw = torch.Generator().manual_seed(seed)
+    kept = torch.arange(count)[None] < torch.tensor([count, count - 1, count - 2] * rows)[:rows, None]
+    return Regions(
+        features=torch.randn(rows, count, 8, generator=draw),
+        location=torch.rand(rows, count, 5, generator=draw),
+        keep=kept,
+    )
+
+
+@pytest.fixture
+def regions() -> Regions:
+    return regions_of(3, 5)
+
+
+def agree(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def hugging_face(kind: type) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=12, initializer_range=0.3, attn_implementation="eager",
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def test_without_regions_it_is_bert(text: Tensor, keep: Tensor) -> None:
+    bert = hugging_face(BertModel)
+    ours = ImageBERT(CONFIG, VOCABULARY)
+    ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
+    with torch.no_grad():
+        found = ours({"text": Pass(heads=("tokens",), text=text, text_keep=keep)})["text"]["tokens"]
+        expected = bert(input_ids=text, attention_mask=keep.long()).last_hidden_state
+    agree(found[keep], expected[keep])
+
+
+def test_without_regions_it_predicts_masked_words_as_bert(text: Tensor, keep: Tensor) -> None:
+    bert = hugging_face(BertForMaskedLM)
+    ours = ImageBERT(CONFIG, VOCABULARY)
+    ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
+    everywhere = torch.arange(9).expand_as(text)
+    asked = Pass(heads=("mlm",), text=text, text_keep=keep, mask_positions=everywhere)
+    found = ours({"text": asked})["text"]["mlm"]
+    expected = bert(input_ids=text, attention_mask=keep.long()).logits
+    agree(found[keep], expected[keep])
+    for logits in (found, expected):
+        F.cross_entropy(logits[keep], text[keep]).backward()
+    query, expected_query = (m.encoder.layer[0].attention.self.query.weight.grad for m in (ours, bert.bert))
+    assert (query - expected_query).norm() <= 1e-5 * expected_query.norm()
+
+
+def test_a_region_is_embedded_by_its_feature_its_place_its_segment_and_one_position(
+    model: ImageBERT, regions: Regions
+) -> None:
+    part, words = model.region_embedding, model.text_embedding
+    segment = words.token_type_embeddings.weight[1]
+    expected = F.layer_norm(
+        regions.features @ part.feature.weight.T + part.feature.bias
+        + regions.location @ part.location.weight.T + part.location.bias
+        + segment + part.position,
+        (32,), part.norm.weight, part.norm.bias, 1e-12,
+    )  # fmt: skip
+    agree(part(regions, segment), expected)
+
+
+def test_regions_have_no_order(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
+    turned = Regions(*(getattr(regions, name).flip(1) for name in ("features", "location", "keep")))
+    asked = Pass(heads=("itm",), text=text, text_keep=keep, regions=regions)
+    out = model({"one": asked, "other": replace(asked, regions=turned)})
+    agree(out["one"]["itm"], out["other"]["itm"])
+
+
+def test_padding_of_words_and_regions_changes_nothing(model: ImageBERT, text: Tensor, keep: Tensor) -> None:
+    """Passes of different lengths share a run: the longer one pads the other, which must not feel it."""
+    heads = ("itm", "mlm", "region_class", "region_features", "tokens")
+    one = Pass(
+        heads=heads, text=text[:, :6], text_keep=keep[:, :6], mask_positions=torch.tensor([[1], [2], [3]]),
+        regions=regions_of(3, 3), region_positions=torch.tensor([[0, 1], [1, -1], [0, -1]]),
+    )  # fmt: skip
+    other = Pass(
+        heads=("region_class",), text=text, text_keep=keep, regions=regions_of(3, 5),
+        region_positions=torch.tensor([[4], [0], [1]]),
+    )  # fmt: skip
+    alone = model({"one": one})["one"]
+    together = model({"other": other, "one": one})["one"]
+    assert alone["tokens"].shape == (3, 6 + 3, 32)
+    for head in heads:
+        agree(together[head], alone[head])
+
+
+def test_hidden_features_reach_no_output(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
+    noise = Regions(torch.where(regions.keep.unsqueeze(-1), regions.features, 99.0), regions.location, regions.keep)
+    asked = Pass(heads=("itm",), text=text, text_keep=keep, regions=regions)
+    agree(model({"one": asked})["one"]["itm"], model({"one": replace(asked, regions=noise)})["one"]["itm"])
+
+
+def test_matching_by_cross_entropy_is_binary_cross_entropy(
+    model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
+) -> None:
+    logits = model({"one": Pass(heads=("itm",), text=text, text_keep=keep, regions=regions)})["one"]["itm"]
+    matched = torch.tensor([1, 0, 1])
+    assert torch.equal(logits[:, 0], torch.zeros(3))
+    expected = F.binary_cross_entropy_with_logits(logits[:, 1], matched.float(), reduction="sum")
+    agree(F.cross_entropy(logits, matched, reduction="sum"), expected)
+
+
+def test_region_heads_predict_classes_and_features(
+    model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
+) -> None:
+    positions = torch.tensor([[0, 3], [2, -1], [1, -1]])
+    asked = Pass(
+        heads=("region_class", "region_features", "tokens"), text=text, text_keep=keep, regions=regions,
+        region_positions=positions,
+    )  # fmt: skip
+    out = model({"one": asked})["one"]
+    assert out["region_class"].shape == (3, 2, 7)
+    assert out["region_features"].shape == (3, 2, 8)
+    agree(out["region_class"][0, 1], model.region_class_head(out["tokens"][0, 9 + 3]))
+    agree(out["region_features"][1, 0], model.region_features_head(out["tokens"][1, 9 + 2]))
+
+
+def test_every_objective_gives_every_part_that_it_reads_a_gradient(
+    text: Tensor, keep: Tensor, regions: Regions
+) -> None:
+    heads = {
+        ("matching", "regions"): "itm",
+        ("masked_language", "regions"): "mlm",
+        ("masked_language", "text"): "mlm",
+        ("region_class", "regions"): "region_class",
+        ("region_features", "regions"): "region_features",
+    }
+    for (objective, use), head in heads.items():
+        model = build_model(CONFIG, VOCABULARY, seed=1)
+        asked = Pass(
+            heads=(head,), text=text, text_keep=keep, mask_positions=torch.ones(3, 1, dtype=torch.int64),
+            regions=regions if use == "regions" else None, region_positions=torch.zeros(3, 1, dtype=torch.int64),
+        )  # fmt: skip
+        model({"one": asked})["one"][head].square().sum().backward()
+        moved = {model.part_of(name) for name, p in model.named_parameters() if p.grad is not None}
+        assert moved == model.reads(objective, use)
+        still = [n for n, p in model.named_parameters() if model.part_of(n) in moved and p.grad is None]
+        assert not still
+
+
+def test_it_reads_no_pixels(model: ImageBERT, text: Tensor) -> None:
+    with pytest.raises(ValueError, match="no pixels"):
+        model({"one": Pass(heads=("itm",), text=text, image=torch.zeros(3, 32, 32, 3))})
+
+
+def test_a_text_longer_than_the_positions_is_refused(model: ImageBERT) -> None:
+    with pytest.raises(ValueError, match=r"model\.max_text"):
+        model({"one": Pass(heads=("tokens",), text=torch.ones(1, 13, dtype=torch.int64))})
+
+
+def test_a_head_it_lacks_is_refused_by_name(model: ImageBERT, text: Tensor, regions: Regions) -> None:
+    with pytest.raises(ValueError, match="alignment"):
+        model({"one": Pass(heads=("alignment",), text=text, regions=regions)})
+
+
+def test_the_first_weights_are_the_seed_s_alone() -> None:
+    one, other = build_model(CONFIG, VOCABULARY, seed=1), build_model(CONFIG, VOCABULARY, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert not any(p.isnan().any() for p in one.parameters())
+
+
+def test_the_base_model_has_bert_base_s_size() -> None:
+    """110 M parameters of BERT-base less pooler and 468 positions, the untied decoder, and what reads regions."""
+    model = skeleton(ImageBERTConfig(), 30522)
+    counts = dict.fromkeys(model.PARTS, 0)
+    for name, parameter in model.named_parameters():
+        counts[model.part_of(name)] += parameter.numel()
+    assert counts["encoder"] == 85_054_464
+    assert counts["text_embedding"] == (30522 + 44 + 2 + 2) * 768
+    assert counts["region_embedding"] == (2048 + 5 + 2 + 1 + 2) * 768

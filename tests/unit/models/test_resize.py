@@ -1,0 +1,206 @@
+"""Every rule against a computation that shares no code with it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import RectBivariateSpline
+from scipy.ndimage import zoom
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.models.embeddings import image_distances, text_distances
+from pipeline.models.resize import (
+    cut_text_positions,
+    geometric_distances,
+    resize_grid,
+    resize_relative_grid,
+    resize_text_distances,
+    spline_weights,
+)
+
+GRIDS = [(14, 24), (14, 30), (24, 14), (7, 12), (3, 4)]
+
+
+def positions(grid: int, width: int = 3) -> Tensor:
+    return torch.randn(1 + grid**2, width, generator=torch.Generator().manual_seed(grid))
+
+
+def table(grid: int, columns: int = 4) -> Tensor:
+    return torch.randn((2 * grid - 1) ** 2 + 3, columns, generator=torch.Generator().manual_seed(grid))
+
+
+def square(rows: Tensor) -> np.ndarray:
+    side = math.isqrt(len(rows))
+    return rows.reshape(side, side, -1).double().numpy()
+
+
+def close(actual: Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual.numpy(), expected.reshape(actual.shape), rtol=1e-5, atol=1e-5)
+
+
+# ---- absolute grids
+
+
+def cubic_kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+    """Keys's convolution kernel, with the constant that torch and OpenCV use."""
+    d = np.abs(distance)
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+
+def bicubic(image: np.ndarray, new: int) -> np.ndarray:
+    """Bicubic over pixel centres, borders repeated, one tap at a time."""
+    old = len(image)
+    places = (np.arange(new) + 0.5) * old / new - 0.5
+    weights = np.zeros((new, old))
+    for row, place in enumerate(places):
+        for tap in range(math.floor(place) - 1, math.floor(place) + 3):
+            weights[row, min(max(tap, 0), old - 1)] += cubic_kernel(np.array(place - tap))
+    return np.einsum("ay,bx,yxd->abd", weights, weights, image)
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS)
+def test_bicubic_grid_equals_keys_kernel_tap_by_tap(old: int, new: int) -> None:
+    before = positions(old)
+    after = resize_grid(before, new, "bicubic")
+    close(after[1:], bicubic(square(before[1:]), new))
+    assert torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS)
+def test_bilinear_grid_equals_ndimage_zoom_of_order_1(old: int, new: int) -> None:
+    before = positions(old)
+    close(resize_grid(before, new, "bilinear")[1:], zoom(square(before[1:]), (new / old, new / old, 1), order=1))
+
+
+def test_a_grid_need_not_stay_square() -> None:
+    before = positions(4)
+    close(resize_grid(before, (3, 6), "bilinear")[1:], zoom(square(before[1:]), (3 / 4, 6 / 4, 1), order=1))
+
+
+# ---- relative tables
+
+
+def geometric_by_roots(old: int, new: int) -> np.ndarray:
+    """BEiT's progression, its ratio not found by halving: a polynomial's root, in the middle of halving's 19th cell."""
+    steps, reach = old // 2, new // 2
+    roots = np.roots([*np.ones(steps - 1), 1 - reach])
+    root = next(root.real for root in roots if abs(root.imag) < 1e-9 and root.real > 0)
+    cell = (1.5 - 1.01) / 2**18
+    ratio = 1.01 + (min(max(math.floor((root - 1.01) / cell), 0), 2**18 - 1) + 0.5) * cell
+    away = [sum(ratio**power for power in range(n + 1)) for n in range(steps)]
+    return np.array([-each for each in reversed(away)] + [0.0] + away)
+
+
+def b_splines(knots: np.ndarray, degree: int, x: float) -> np.ndarray:
+    """All B-splines at x, by Cox and de Boor's recursion."""
+    last = np.flatnonzero(np.diff(knots))[-1]
+    basis = np.array([knots[i] <= x < knots[i + 1] or (i == last and x == knots[i + 1]) for i in range(len(knots) - 1)])
+    basis = basis.astype(float)
+    for k in range(1, degree + 1):
+        left = [_share(x - knots[i], knots[i + k] - knots[i]) for i in range(len(knots) - 1 - k)]
+        right = [_share(knots[i + k + 1] - x, knots[i + k + 1] - knots[i + 1]) for i in range(len(knots) - 1 - k)]
+        basis = left * basis[:-1] + right * basis[1:]
+    return basis
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def not_a_knot_weights(places: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """FITPACK's cubic interpolation, by solving for B-spline coefficients: knots at all places but two at each end."""
+    knots = np.concatenate([[places[0]] * 4, places[2:-2], [places[-1]] * 4])
+    collocation = np.stack([b_splines(knots, 3, x) for x in places])
+    inside = np.clip(asked, places[0], places[-1])
+    return np.stack([b_splines(knots, 3, x) for x in inside]) @ np.linalg.inv(collocation)
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS)
+def test_relative_table_equals_fitpacks_bivariate_spline(old: int, new: int) -> None:
+    """`interp2d(kind='cubic')` on a grid called the FITPACK routine that RectBivariateSpline calls (regrid_smth)."""
+    before = table(old)
+    after = resize_relative_grid(before, new)
+    assert after.shape == ((2 * new - 1) ** 2 + 3, before.shape[1])
+    places = geometric_by_roots(2 * old - 1, 2 * new - 1)
+    asked = np.arange(-(new - 1), new - 1 + 0.1, 1.0)
+    for column in range(before.shape[1]):
+        spline = RectBivariateSpline(places, places, square(before[:-3])[..., column], kx=3, ky=3, s=0)
+        np.testing.assert_allclose(after[:-3, column].numpy(), spline(asked, asked).ravel(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(after[-3:], before[-3:])
+
+
+@pytest.mark.parametrize(("old", "new"), [(27, 47), (13, 23), (27, 13)])
+def test_spline_equals_b_splines_solved_by_hand(old: int, new: int) -> None:
+    places, asked = geometric_distances(old, new), np.arange(new) - new // 2
+    np.testing.assert_allclose(spline_weights(places, asked), not_a_knot_weights(places, asked), atol=1e-8)
+
+
+def test_farthest_distance_stays_the_farthest() -> None:
+    places = geometric_distances(27, 47)
+    assert places[-1] == pytest.approx(23, abs=1e-3)
+    assert np.all(np.diff(np.diff(places[13:])) > 0)
+    assert np.array_equal(places, -places[::-1])
+
+
+def test_a_table_of_smooth_distances_keeps_its_meaning() -> None:
+    """A bias that is a function of distance is that function at the old places, wherever the new grid reads it."""
+    old, new = 14, 24
+    places = geometric_distances(2 * old - 1, 2 * new - 1)
+    falling = np.exp(-np.abs(places) / 5)
+    rows = torch.from_numpy(np.outer(falling, falling).ravel()).unsqueeze(1)
+    after = resize_relative_grid(torch.cat([rows, torch.zeros(3, 1)]), new)
+    index = image_distances(new)[1:, 1:]
+    apart = torch.arange(new**2)
+    row_distance = (apart[:, None] // new - apart[None] // new).abs()
+    column_distance = (apart[:, None] % new - apart[None] % new).abs()
+    expected = torch.exp(-(row_distance + column_distance) / 5)
+    assert (after[index].squeeze(-1) - expected).abs().max() < 0.06  # the kink at 0 is no cubic
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (1, 4), (2, 1)])
+def test_tables_too_small_for_a_cubic_are_resized_all_the_same(old: int, new: int) -> None:
+    after = resize_relative_grid(table(old), new)
+    assert len(after) == (2 * new - 1) ** 2 + 3
+    assert after.isfinite().all()
+
+
+@pytest.mark.parametrize("old", [1, 2, 5])
+def test_the_same_size_changes_nothing(old: int) -> None:
+    assert torch.equal(resize_relative_grid(table(old), old), table(old))
+    assert torch.equal(resize_grid(positions(old), old, "bicubic"), positions(old))
+    assert torch.equal(
+        resize_text_distances(torch.arange(2.0 * old + 4)[:, None], old + 2), torch.arange(2.0 * old + 4)[:, None]
+    )
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize(("old", "new"), [(12, 7), (7, 12)])
+def test_words_keep_the_bias_of_their_distance(old: int, new: int) -> None:
+    before = torch.randn(2 * old, 4)
+    after = resize_text_distances(before, new)
+    shared = min(old, new)
+    read_before, read_after = before[text_distances(old)], after[text_distances(new)]
+    assert torch.equal(read_before[:shared, :shared], read_after[:shared, :shared])
+
+
+def test_words_farther_apart_than_known_are_as_the_farthest_known() -> None:
+    before = torch.randn(2 * 5, 4)
+    after = resize_text_distances(before, 9)[text_distances(9)]
+    known = before[text_distances(5)]
+    assert torch.equal(after[1, 8], known[1, 4])
+    assert torch.equal(after[8, 1], known[4, 1])
+
+
+def test_absolute_text_positions_are_cut_and_never_invented() -> None:
+    before = positions(3)
+    assert torch.equal(cut_text_positions(before, 4), before[:4])
+    with pytest.raises(ConfigError, match=r"model.max_text: 11, but the weights know absolute positions of 10 tokens"):
+        cut_text_positions(before, 11)

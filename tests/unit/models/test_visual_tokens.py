@@ -1,0 +1,127 @@
+"""Visual tokens: what a frozen DALL-E encoder names each patch of a picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.load import validate
+from pipeline.config.schema import StageConfig
+from pipeline.data.storage import Storage
+from pipeline.models.visual_tokens import read_tokenizer
+from pipeline.training.image_tokenizer import load_image_tokenizer
+
+TOKENS = 29
+
+
+@pytest.fixture(scope="module")
+def theirs() -> FlavaImageCodebook:
+    model = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=TOKENS))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # no bias may drown the picture: many tokens are to appear
+        torch.nn.init.zeros_(parameter)
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(theirs: FlavaImageCodebook, tmp_path: Path) -> Path:
+    theirs.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def read(folder: Path) -> tuple[bytes, bytes, str]:
+    return (folder / "config.json").read_bytes(), (folder / "model.safetensors").read_bytes(), str(folder)
+
+
+def pictures(side: int) -> Tensor:
+    colours = torch.randint(0, 256, (3, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return colours.repeat_interleave(side // 4, dim=1).repeat_interleave(side // 4, dim=2)
+
+
+def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> None:
+    tokenizer = read_tokenizer(*read(folder))
+    image = pictures(32)
+    mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's own pixels
+    found = tokenizer(image, 4)
+    assert torch.equal(found, theirs.get_codebook_indices(mapped).flatten(1))
+    assert found.shape == (3, 16)
+    assert found.dtype == torch.int64
+    assert len(found.unique()) > 2
+    assert tokenizer.tokens == TOKENS
+
+
+def test_a_picture_is_read_at_eight_pixels_a_patch(folder: Path) -> None:
+    """A 14 x 14 grid of 16-pixel patches is named from 112 pixels, as BEiT's is."""
+    tokenizer = read_tokenizer(*read(folder))
+    small = pictures(16)
+    large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    assert tokenizer(large, 4).shape == (3, 16)
+    assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to what smoothing blurs
+
+
+def test_dall_e_s_own_names_are_read_too(folder: Path) -> None:
+    published = {
+        re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", name)).replace(".group.", ".").replace(".path.", "."): t
+        for name, t in load_file(folder / "model.safetensors").items()
+    }
+    assert "blocks.group_1.block_1.res_path.conv_1.w" in published
+    config, _, origin = read(folder)
+    own, other = read_tokenizer(*read(folder)), read_tokenizer(config, save(published), origin)
+    assert torch.equal(own(pictures(32), 4), other(pictures(32), 4))
+
+
+def test_no_gradient_and_no_randomness(folder: Path) -> None:
+    before = torch.get_rng_state()
+    tokenizer = read_tokenizer(*read(folder))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+def test_rows_do_not_depend_on_one_another(folder: Path) -> None:
+    tokenizer, image = read_tokenizer(*read(folder)), pictures(32)
+    assert torch.equal(tokenizer(image, 4), torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
+    assert tokenizer(image[:0], 4).shape == (0, 16)
+    assert tokenizer(image[:0], 2).shape == (0, 4)
+
+
+def test_what_is_no_tokenizer_is_refused_by_name(folder: Path) -> None:
+    config, weights, origin = read(folder)
+    with pytest.raises(CheckpointError, match=r"missing: blocks\.group_1"):
+        read_tokenizer(json.dumps({**json.loads(config), "num_blocks_per_group": 2}).encode(), weights, origin)
+    with pytest.raises(CheckpointError, match="another model"):
+        read_tokenizer(b'{"model_type": "beit"}', weights, origin)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_tokenizer(b"{", weights, origin)
+
+
+def stage(**keys: object) -> StageConfig:
+    values = {"name": "v", "sources": {"a": 1.0}, "objectives": {"masked_image": {}}, "steps": 1, "batch": 16, **keys}
+    config = {"name": "t", "model": {}, "sources": {"a": {"shards": "x", "use": "images"}}, "stages": [values]}
+    return validate(config, "test").stages[0]
+
+
+def test_a_stage_loads_the_tokenizer_that_it_names(folder: Path, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert load_image_tokenizer(stage(), Storage(), cpu) is None
+    named = {"image_target": "visual_tokens", "image_tokenizer": {"weights": str(folder), "tokens": TOKENS}}
+    tokenizer = load_image_tokenizer(stage(**named), Storage(), cpu)
+    assert tokenizer is not None
+    assert tokenizer.tokens == TOKENS
+    named["image_tokenizer"] = {"weights": str(folder)}
+    with pytest.raises(ConfigError, match=f"tokens is 8192.*{TOKENS}"):
+        load_image_tokenizer(stage(**named), Storage(), cpu)
+    named["image_tokenizer"] = {"weights": str(tmp_path / "nowhere")}
+    with pytest.raises(CheckpointError, match="no image tokenizer"):
+        load_image_tokenizer(stage(**named), Storage(), cpu)
+    with pytest.raises(ConfigError, match="where the tokenizer's weights lie"):
+        stage(image_target="visual_tokens")

@@ -1,0 +1,112 @@
+"""Word-patch alignment by its properties. Shapes: 3 rows, 6 words, 8 patches, 5 numbers a feature."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.objectives.word_patch import word_patch_cost, word_patch_distance, word_patch_loss, word_patch_plan
+
+ROWS, WORDS, PATCHES, WIDTH = 3, 6, 8, 5
+
+
+@pytest.fixture
+def features() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "words": torch.randn(ROWS, WORDS, WIDTH, generator=generator),
+        "patches": torch.randn(ROWS, PATCHES, WIDTH, generator=generator),
+        "words_keep": torch.arange(WORDS) < torch.tensor([6, 4, 1])[:, None],
+        "patches_keep": torch.arange(PATCHES) < torch.tensor([5, 8, 3])[:, None],
+    }
+
+
+def plan_of(features: dict[str, Tensor]) -> Tensor:
+    cost = word_patch_cost(features["words"], features["patches"])
+    return word_patch_plan(cost, features["words_keep"], features["patches_keep"])
+
+
+def gradients(features: dict[str, Tensor], matched: Tensor) -> tuple[Tensor, Tensor]:
+    given = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in features.items()}
+    return torch.autograd.grad(word_patch_loss(**given, matched=matched), [given["words"], given["patches"]])
+
+
+def test_every_word_and_every_patch_gets_its_equal_share(features: dict[str, Tensor]) -> None:
+    plan = plan_of(features)
+    for side, keep in ((2, features["words_keep"]), (1, features["patches_keep"])):
+        share = keep / keep.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(plan.sum(dim=side), share, rtol=0.02, atol=1e-4)
+
+
+def test_the_plan_comes_near_the_cheapest_assignment() -> None:
+    """With as many words as patches the best plan is a permutation: scipy finds it exactly."""
+    from scipy.optimize import linear_sum_assignment
+
+    cost = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(3))
+    keep = torch.ones(1, 5, dtype=torch.bool)
+    best = cost[0].numpy()[linear_sum_assignment(cost[0].numpy())].mean()
+    found = word_patch_distance(cost, word_patch_plan(cost, keep, keep, outer=500)).item()
+    assert best - 1e-4 <= found <= 1.01 * best
+
+
+def test_what_stands_at_padding_changes_nothing(features: dict[str, Tensor]) -> None:
+    matched = torch.tensor([True, False, True])
+    longer = {
+        "words": torch.cat([features["words"], torch.full((ROWS, 2, WIDTH), 9.0)], dim=1),
+        "patches": torch.cat([features["patches"], torch.full((ROWS, 3, WIDTH), -7.0)], dim=1),
+        "words_keep": torch.cat([features["words_keep"], torch.zeros(ROWS, 2, dtype=torch.bool)], dim=1),
+        "patches_keep": torch.cat([features["patches_keep"], torch.zeros(ROWS, 3, dtype=torch.bool)], dim=1),
+    }
+    torch.testing.assert_close(plan_of(longer)[:, :WORDS, :PATCHES], plan_of(features))
+    for mine, other in zip(gradients(features, matched), gradients(longer, matched), strict=True):
+        torch.testing.assert_close(other[:, : mine.shape[1]], mine)
+        assert not other[:, mine.shape[1] :].any()
+
+
+@pytest.mark.parametrize("side", ["words_keep", "patches_keep"])
+def test_trap_10_a_row_of_nothing_but_padding_costs_nothing_and_has_no_gradient(
+    features: dict[str, Tensor], side: str
+) -> None:
+    """A caption of [CLS] and [SEP] alone: the published code divides by its zero words."""
+    features[side][1] = False
+    matched = torch.tensor([True, False, True])
+    assert not plan_of(features)[1].any()
+    assert word_patch_loss(**features, matched=matched).isfinite()
+    for gradient in gradients(features, matched):
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+        assert gradient[0].any()
+
+
+def test_trap_10_half_precision_features_are_computed_in_float32(features: dict[str, Tensor]) -> None:
+    rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in features.items()}
+    exact = {name: t.float() if t.is_floating_point() else t for name, t in rounded.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan, loss = plan_of(rounded), word_patch_loss(**rounded, matched=torch.ones(ROWS, dtype=torch.bool))
+    assert plan.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(plan, plan_of(exact))
+
+
+def test_the_plan_is_a_constant_to_the_gradient(features: dict[str, Tensor]) -> None:
+    matched = torch.ones(ROWS, dtype=torch.bool)
+    plan = plan_of(features)
+    words = features["words"].clone().requires_grad_()
+    (word_patch_cost(words, features["patches"]) * plan).sum().backward()
+    torch.testing.assert_close(gradients(features, matched)[0], words.grad)
+
+
+def test_matched_pairs_are_drawn_together_and_others_pushed_apart(features: dict[str, Tensor]) -> None:
+    cost = word_patch_cost(features["words"], features["patches"])
+    distance = word_patch_distance(cost, plan_of(features))
+    matched = torch.tensor([True, False, True])
+    expected = distance[0] - distance[1] + distance[2]
+    torch.testing.assert_close(word_patch_loss(**features, matched=matched), expected)
+
+
+def test_no_rows_have_a_loss_of_zero_with_a_gradient(features: dict[str, Tensor]) -> None:
+    none = {name: t[:0].requires_grad_(t.is_floating_point()) for name, t in features.items()}
+    loss = word_patch_loss(**none, matched=torch.ones(0, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert none["words"].grad is not None
