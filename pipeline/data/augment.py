@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.images import random_resized_crop
+from pipeline.data.images import Shape, random_resized_crop
 from pipeline.data.randomness import CounterRandom
 
 MAX_MAGNITUDE = 10
@@ -26,12 +26,15 @@ TRANSLATE = 10 / 224  # of the side: the published 10 pixels at 224, the same sh
 ROTATE = 30.0  # degrees
 ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 1 is the picture itself
 
+_VALUES = np.arange(256)  # of a channel
 _SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
 
 
-def augment(image: np.ndarray, config: AugmentConfig, size: int, random: CounterRandom, allow_flip: bool) -> np.ndarray:
-    """A fresh look at the picture: (size, size, 3) uint8. Without `allow_flip` it is never mirrored."""
-    image = random_resized_crop(image, size, config.crop_scale, random)
+def augment(
+    image: np.ndarray, config: AugmentConfig, shape: Shape, random: CounterRandom, allow_flip: bool
+) -> np.ndarray:
+    """A fresh look at the picture, in a shape: (H, W, 3) uint8. Without `allow_flip` it is never mirrored."""
+    image = random_resized_crop(image, shape, config.crop_scale, random)
     if random.uniform() < 0.5 and config.flip and allow_flip:
         image = cv2.flip(image, 1)
     return rand_augment(image, config.operations, config.magnitude, random)
@@ -59,10 +62,7 @@ def enhance_factor(strength: float) -> float:
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
     """Stretch each channel to the whole range; a flat channel stays."""
-    low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]).T
-    spread = np.where(high > low, high - low, 255.0)
-    offset = np.where(high > low, low, 0.0)
-    return _look_up(image, (np.arange(256)[:, None] - offset) * (255.0 / spread))
+    return cv2.merge([_stretch(channel) for channel in cv2.split(image)])
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
@@ -121,21 +121,21 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 NAMES = tuple(OPERATIONS)
 
 
-def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Map each channel through its column of `table` (256, 3)."""
-    rounded = np.clip(np.rint(table), 0, 255).astype(np.uint8)
-    return cv2.LUT(image, rounded[None])
+def _stretch(channel: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 with its values spread over 0 … 255; as it is where they are already, or are all the same."""
+    low, high, _, _ = cv2.minMaxLoc(channel)
+    if high == low or high - low == 255:
+        return channel
+    table = np.rint((_VALUES - low) * (255.0 / (high - low))).clip(0, 255)
+    return cv2.LUT(channel, table.astype(np.uint8))
 
 
 def _shift(image: np.ndarray, right: int, down: int) -> np.ndarray:
     """What `_warp` gives for whole pixels, without computing any."""
     height, width = image.shape[:2]
-    moved = np.empty_like(image)
-    moved[:] = FILL
-    from_top, from_left = max(0, -down), max(0, -right)
-    kept = image[from_top : height - max(0, down), from_left : width - max(0, right)]
-    moved[max(0, down) : height - from_top, max(0, right) : width - from_left] = kept
-    return moved
+    top, bottom, left, right = max(0, down), max(0, -down), max(0, right), max(0, -right)
+    kept = image[bottom : height - top, right : width - left]
+    return cv2.copyMakeBorder(kept, top, bottom, left, right, cv2.BORDER_CONSTANT, value=FILL)
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:

@@ -16,6 +16,8 @@ _STEP = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 _UNIT = 2.0**-53
+_STEP_WORD, *_FACTORS = (np.uint64(word) for word in (_STEP, _FIRST, _SECOND))
+_SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31))
 _ROUNDS = 8  # of a Feistel network: pairs of places are 30 % uneven after four for n = 100, below 0.5 % after eight
 
 
@@ -46,18 +48,17 @@ def signed(word: int) -> int:
 
 
 def _mix_array(words: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # arrays wrap silently, a single number would warn
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(_FIRST)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(_SECOND)
-    return words ^ (words >> np.uint64(31))
+    first, second = _FACTORS
+    words = (words ^ (words >> _SHIFTS[0])) * first
+    words = (words ^ (words >> _SHIFTS[1])) * second
+    return words ^ (words >> _SHIFTS[2])
 
 
 def hash64_array(key: int, values: np.ndarray) -> np.ndarray:
     """`hash64(key, value)` of every value: uint64, the shape of `values`. Different values never hash alike."""
     words = np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))
-    with np.errstate(over="ignore"):
-        words = words + np.uint64(_STEP)
-    return _mix_array(words)
+    with np.errstate(over="ignore"):  # arrays wrap silently, a single number would warn
+        return _mix_array(words + _STEP_WORD)
 
 
 def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
