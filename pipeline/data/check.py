@@ -29,9 +29,11 @@ from pipeline.data.manifest import (
     shard_folder,
     shard_names,
 )
-from pipeline.data.members import captions_of, check_members, image_bytes
+from pipeline.data.members import Members, captions_of, check_members, class_of, image_bytes
 from pipeline.data.parallel import Progress
 from pipeline.data.quarantine import BadSample
+from pipeline.data.questions import both_images, question_of, statement_of
+from pipeline.data.regions import regions_of
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.data.tar import Tar, TarSample
 
@@ -104,13 +106,33 @@ def fault_of(sample: TarSample, use: Use, max_pixels: int) -> BadSample | None:
     members = sample.contents
     try:
         check_members(members, sample.is_duplicate)
-        if use != "images":
-            captions_of(members)
-        if use != "text":
-            decode(image_bytes(members), max_pixels)
+        _read_annotations(members, use)
+        for each in _pictures(members, use):
+            decode(each, max_pixels)
     except BadSample as error:
         return error
     return None
+
+
+def _read_annotations(members: Members, use: Use) -> None:
+    """Raises BadSample when what the use reads beside pictures is missing."""
+    if use in ("pairs", "text", "regions"):
+        captions_of(members)
+    elif use == "questions":
+        question_of(members)
+    elif use == "statements":
+        statement_of(members)
+    elif use == "labelled":
+        class_of(members)
+    if use == "regions":
+        regions_of(members)
+
+
+def _pictures(members: Members, use: Use) -> tuple[bytes, ...]:
+    """The encoded pictures that the use reads. Raises BadSample when one is missing."""
+    if use in ("text", "regions"):
+        return ()
+    return both_images(members) if use == "statements" else (image_bytes(members),)
 
 
 def _check_shard(question: _Question, shard: tuple[str, ShardRecord | None]) -> ShardReport:

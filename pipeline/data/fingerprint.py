@@ -23,7 +23,7 @@ def fingerprint(
     steps: range,
     world_size: int = 1,
 ) -> str:
-    """SHA-256 (hex) of the global batches of some steps of a stage: every row's uid, pixels, text and masks.
+    """SHA-256 (hex) of the global batches of some steps of a stage: every row's uid, pixels, text, masks and labels.
 
     Rows are hashed without their padding, so that the result is the same for every `world_size`.
     """
@@ -51,7 +51,17 @@ def hash_rows(digest: hashlib._Hash, batch: Batch) -> None:
 
 def _real_members(batch: Batch, row: int) -> dict[str, Tensor]:
     found = {}
-    for name in ("image", "patch_positions"):
+    for name in ("image", "second_image"):
+        if (tensor := getattr(batch, name)) is not None:
+            size = getattr(batch, f"{name}_size")
+            height, width = tensor.shape[1:3] if size is None else size[row].tolist()
+            found[name] = tensor[row, :height, :width]
+    for name in ("patches_read", "patch_positions", "patch_stand_ins"):
+        if (tensor := getattr(batch, name)) is not None:
+            counted = batch.patch_positions if name == "patch_stand_ins" else tensor
+            assert counted is not None
+            found[name] = tensor[row][counted[row] >= 0]
+    for name in ("label", "answers", "answer_scores"):
         if (tensor := getattr(batch, name)) is not None:
             found[name] = tensor[row]
     for name in ("text", "masked_text"):
@@ -61,4 +71,9 @@ def _real_members(batch: Batch, row: int) -> dict[str, Tensor]:
         is_real = batch.mask_labels[row] != IGNORED
         found["mask_positions"] = batch.mask_positions[row][is_real]
         found["mask_labels"] = batch.mask_labels[row][is_real]
+    for name in ("region_features", "region_location", "region_class", "region_hidden"):
+        if (tensor := getattr(batch, name)) is not None and batch.region_keep is not None:
+            found[name] = tensor[row][batch.region_keep[row]]
+    if batch.region_positions is not None:
+        found["region_positions"] = batch.region_positions[row][batch.region_positions[row] >= 0]
     return found

@@ -1,4 +1,6 @@
-"""Encoded pictures to uint8 pixels: decoding, random-resized crops, square resizing. Images are (H, W, 3) RGB.
+"""Encoded pictures to uint8 pixels: decoding, random crops, resizing to a square or within the picture's own shape.
+
+Images are (H, W, 3) RGB.
 
 JPEG goes through simplejpeg (libjpeg-turbo, strict: a byte-corrupted file raises instead of decoding to noise);
 everything else through Pillow. Resizing is torch's antialiased bicubic on uint8, which is five times as fast as
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -16,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from pipeline.config.model import TransformerConfig, ViLTConfig
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom
 
@@ -37,20 +42,101 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
     return _decode_with_pillow(data, max_pixels)
 
 
-def resize_square(image: np.ndarray, size: int) -> np.ndarray:
-    """The whole picture as (size, size, 3), stretched: what the published models evaluate on."""
-    if image.shape[:2] == (size, size):
+@dataclass(frozen=True)
+class OwnShape:
+    """Pictures that keep their shape (ViLT, section 4.1): the shorter side as given, if the longer stays in bounds.
+
+    Both are then cut to multiples of `patch`. The paper's 384 and 640 give at most 384 x 640 pixels, 240 patches; the
+    release's longest side is int(1333 / 800 * 384) = 639, which is cut to 608, 228 patches. A side is never cut to
+    nothing, as the release's is for pictures 20 times as long as wide.
+    """
+
+    shorter: int
+    longest: int
+    patch: int
+
+    @property
+    def canvas(self) -> int:
+        """The side of a square that holds every picture."""
+        return self.longest // self.patch * self.patch
+
+    @property
+    def num_patches(self) -> int:
+        """Of the largest picture."""
+        return (self.shorter // self.patch) * (self.longest // self.patch)
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """What a picture of that height and width is resized to."""
+        scale = min(self.shorter / min(height, width), self.longest / max(height, width))
+        rows, columns = (round(side * scale) // self.patch for side in (height, width))
+        return max(1, rows) * self.patch, max(1, columns) * self.patch
+
+
+Shape = int | OwnShape  # the side of a square that pictures are stretched to; or each its own
+
+
+def shape_of(model: TransformerConfig) -> Shape:
+    """The shape in which a model reads pictures."""
+    if isinstance(model, ViLTConfig):
+        return OwnShape(model.image_size, model.longest_side, model.patch_size)
+    return model.image_size
+
+
+def resize(image: np.ndarray, shape: Shape) -> np.ndarray:
+    """The whole picture in a shape, stretched where that is a square: what the published models evaluate on."""
+    return _resized(image, *(shape.sides(*image.shape[:2]) if isinstance(shape, OwnShape) else (shape, shape)))
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
         return image
     # The batch dimension first: permuted before it is added, torch would not see channels-last, its fast kernel's way.
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(pixels, (size, size), mode="bicubic", align_corners=False, antialias=True)
+    resized = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def random_resized_crop(image: np.ndarray, size: int, scale: tuple[float, float], random: CounterRandom) -> np.ndarray:
-    """A random part of the picture, as (size, size, 3): `scale` bounds its share of the area."""
-    top, left, height, width = draw_crop(image.shape[0], image.shape[1], scale, random)
-    return resize_square(image[top : top + height, left : left + width], size)
+def put_on_canvas(image: np.ndarray, canvas: np.ndarray) -> None:
+    """Writes a picture to the top left of a canvas (S, S, 3) at least as large; the rest becomes black."""
+    height, width = image.shape[:2]
+    canvas[:height, :width] = image
+    canvas[height:] = 0
+    canvas[:height, width:] = 0
+
+
+def on_one_canvas(pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of any shapes at the top left of canvases as large as the tallest and widest: (B, H, W, 3) uint8.
+
+    And their own rows and columns: (B, 2) int64.
+    """
+    sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
+    canvases = np.empty((len(pictures), *sizes.max(axis=0).tolist(), 3), dtype=np.uint8)
+    for picture, canvas in zip(pictures, canvases, strict=True):
+        put_on_canvas(picture, canvas)
+    return canvases, sizes
+
+
+def random_resized_crop(
+    image: np.ndarray, shape: Shape, scale: tuple[float, float], random: CounterRandom
+) -> np.ndarray:
+    """A random part of the picture in a shape: `scale` bounds its share of the area.
+
+    For a square its sides are in a ratio of 3/4 … 4/3; a picture that keeps its shape is cut in the same shape, and
+    with a scale of (1, 1) not at all.
+    """
+    draw = _draw_alike if isinstance(shape, OwnShape) else draw_crop
+    top, left, height, width = draw(image.shape[0], image.shape[1], scale, random)
+    return resize(image[top : top + height, left : left + width], shape)
+
+
+def _draw_alike(
+    height: int, width: int, scale: tuple[float, float], random: CounterRandom
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop with the picture's own ratio: area uniform in `scale`, place uniform."""
+    side = math.sqrt(scale[0] + (scale[1] - scale[0]) * random.uniform())
+    crop_height, crop_width = max(1, round(side * height)), max(1, round(side * width))
+    top, left = random.integer(height - crop_height + 1), random.integer(width - crop_width + 1)
+    return top, left, crop_height, crop_width
 
 
 def draw_crop(height: int, width: int, scale: tuple[float, float], random: CounterRandom) -> tuple[int, int, int, int]:

@@ -22,10 +22,14 @@ from pipeline.config.errors import DataError
 from pipeline.data.images import EXTENSIONS
 from pipeline.data.index import SIDECAR
 from pipeline.data.manifest import MANIFEST, Manifest, index_shards
+from pipeline.data.members import REGIONS
+from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64
+from pipeline.data.regions import parse_regions
 from pipeline.data.storage import Storage, join
 
 Sample = dict[str, Any]
+Files = dict[str, bytes]  # by extension, the one that names the image first
 Kind = Literal["folder", "jsonl", "coco", "text"]
 Progress = Callable[[int, int, str], None]  # shards done, shards in all (0: not known), name
 
@@ -43,9 +47,14 @@ class Problems:
     first: list[str] = field(default_factory=list)
 
     def add(self, where: str, reason: str) -> None:
-        self.count += 1
+        """Something is wrong with it."""
+        self.leave_out(where, reason)
         if self.strict:
             raise DataError(f"{where}: {reason}. Mend it, or import without --strict to leave it out")
+
+    def leave_out(self, where: str, reason: str) -> None:
+        """Nothing is wrong with it, and it was asked to be left out."""
+        self.count += 1
         if len(self.first) < self.keep:
             self.first.append(f"{where}: {reason}")
 
@@ -53,9 +62,9 @@ class Problems:
 def find_kind(source: Path) -> Kind:
     """What a source looks like. Raises DataError when it is nothing that can be imported."""
     if source.is_dir():
-        if next(_files(source, EXTENSIONS), None) is not None:
+        if next(files_below(source, EXTENSIONS), None) is not None:
             return "folder"
-        if next(_files(source, ("txt",)), None) is not None:
+        if next(files_below(source, ("txt",)), None) is not None:
             return "text"
         raise DataError(f"{source}: no images (.jpg, .png, .webp) and no .txt files in this folder")
     if not source.exists():
@@ -84,34 +93,36 @@ def read_samples(
 
 def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
     """Every image below `folder`, in the order of their paths; a .txt beside it of the same name is its caption."""
-    key_of = _Keys()
-    for path in _files(folder, EXTENSIONS):
+    key_of = Keys()
+    for path in files_below(folder, EXTENSIONS):
         caption = path.with_suffix(".txt")
-        captions = _clean([caption.read_text("utf-8", errors="replace")]) if caption.exists() else None
+        captions = clean_captions([caption.read_text("utf-8", errors="replace")]) if caption.exists() else None
         if captions == []:
             problems.add(str(caption), "the caption is empty")
             continue
-        image = _read_image(path, str(path), problems)
+        image = read_image(path, str(path), problems)
         if image is not None:
-            yield _pair(key_of(str(path.relative_to(folder).with_suffix(""))), image, captions)
+            yield pair_sample(key_of(str(path.relative_to(folder).with_suffix(""))), image, captions)
 
 
 def jsonl_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
     """Lines {"image": path, "captions": [text, …]} or {"image": path, "caption": text}.
 
-    Paths are relative to `images`, or to the file. Lines of one image that follow each other become one sample.
+    Paths are relative to `images`, or to the file. Lines of one image that follow each other become one sample. With
+    `"regions"`, the path of a detector's .npz (see `regions`), the image may be left out, and `"image_size"` may give
+    [height, width] of the picture that the boxes are told in, where the .npz does not.
     """
-    key_of = _Keys()
+    key_of = Keys()
     root = images or file.parent
     with file.open(encoding="utf-8", errors="replace") as stream:
         numbered = ((f"{file}, line {number}", line) for number, line in enumerate(stream, 1) if line.strip())
         parsed = (record for where, line in numbered if (record := _parse_line(where, line, problems)) is not None)
-        for name, group in itertools.groupby(parsed, key=lambda record: record.image):
+        for name, group in itertools.groupby(parsed, key=lambda record: record.name):
             records = list(group)
-            image = _read_image(root / name, records[0].where, problems)
-            if image is not None:
+            found = _read_files(root, records[0], problems)
+            if found is not None:
                 captions = [caption for record in records for caption in record.captions]
-                yield _pair(key_of(str(Path(name).with_suffix(""))), image, captions, records[0].image_id)
+                yield pair_sample(key_of(str(Path(name).with_suffix(""))), found, captions, records[0].image_id)
 
 
 def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
@@ -128,15 +139,15 @@ def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> 
     captions: dict[int, list[str]] = {}
     for picture, caption in annotations:
         captions.setdefault(picture, []).append(caption)
-    key_of = _Keys()
+    key_of = Keys()
     for picture, name in pictures.items():
         where = f"{file}, image {picture}"
-        if not (said := _clean(captions.get(picture, []))):
+        if not (said := clean_captions(captions.get(picture, []))):
             problems.add(where, "it has no caption")
             continue
-        image = _read_image((images or file.parent) / name, where, problems)
+        image = read_image((images or file.parent) / name, where, problems)
         if image is not None:
-            yield _pair(key_of(str(Path(name).with_suffix(""))), image, said, picture)
+            yield pair_sample(key_of(str(Path(name).with_suffix(""))), image, said, picture)
 
 
 def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) -> Iterator[Sample]:
@@ -145,8 +156,8 @@ def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) 
     Pieces end where sentences end if they can, and never cross an empty line. WikiText's headings are left out,
     its `<unk>` is dropped and its ` @-@ ` joined again.
     """
-    key_of = _Keys()
-    for path in [source] if source.is_file() else list(_files(source, ("txt",))):
+    key_of = Keys()
+    for path in [source] if source.is_file() else list(files_below(source, ("txt",))):
         number = -1
         for number, piece in enumerate(text_pieces(_paragraphs(path), words)):
             yield {"__key__": key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
@@ -210,7 +221,7 @@ def _upload_tars(
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         for number, batch in enumerate(_batched(samples, samples_per_shard)):
             local = Path(folder) / shard_name(number)
-            _write_tar(local, batch)
+            write_tar(local, batch)
             storage.upload(local, join(url, local.name))
             local.unlink()
             if progress:
@@ -229,7 +240,8 @@ def _clear(storage: Storage, url: str) -> None:
             storage.delete(join(url, name))
 
 
-def _write_tar(path: Path, samples: Sequence[Sample]) -> None:
+def write_tar(path: Path, samples: Iterable[Sample]) -> None:
+    """One tar of the samples; the same samples give the same bytes."""
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:
             tar.write(sample)
@@ -243,9 +255,18 @@ def _batched(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
 @dataclass(frozen=True)
 class _Line:
     where: str
-    image: str
+    image: str | None
     captions: list[str]
     image_id: int | None
+    regions: str | None = None
+    image_size: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The path that names its sample."""
+        name = self.image or self.regions
+        assert name is not None
+        return name
 
 
 def _parse_line(where: str, line: str, problems: Problems) -> _Line | None:
@@ -254,15 +275,20 @@ def _parse_line(where: str, line: str, problems: Problems) -> _Line | None:
     except ValueError as error:
         problems.add(where, f"not JSON ({error})")
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+    if not isinstance(record, dict) or not isinstance(record.get("image", record.get("regions")), str):
         problems.add(where, 'expected {"image": path, "captions": [text, …]}')
+        return None
+    regions, size = record.get("regions"), record.get("image_size")
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
+        problems.add(where, f"its image_size is {size!r}, not [height, width]")
         return None
     captions = record.get("captions", record.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not (captions := _clean(captions)):
+    if not isinstance(captions, list) or not (captions := clean_captions(captions)):
         problems.add(where, "it has no caption (expected 'captions': a list of texts, or 'caption': a text)")
         return None
-    return _Line(where, record["image"], captions, _as_image_id(record.get("image_id")))
+    size = None if size is None else tuple(size)
+    return _Line(where, record.get("image"), captions, _as_image_id(record.get("image_id")), regions, size)
 
 
 def _as_image_id(value: Any) -> int | None:
@@ -271,19 +297,40 @@ def _as_image_id(value: Any) -> int | None:
     return hash64("image_id", str(value)) >> 1
 
 
-def _pair(key: str, image: tuple[str, bytes], captions: list[str] | None, image_id: int | None = None) -> Sample:
+def pair_sample(key: str, files: Files, captions: list[str] | None, image_id: int | None = None) -> Sample:
     """An image with its captions, or alone. Without an id of its own, equal bytes are the same image."""
-    extension, data = image
     if image_id is None:
-        image_id = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+        image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
     described: dict[str, Any] = {"image_id": image_id}
     if captions is not None:
         described["captions"] = captions
-    return {"__key__": key, extension: data, "json": json.dumps(described, ensure_ascii=False).encode()}
+    return {"__key__": key, **files, "json": json.dumps(described, ensure_ascii=False).encode()}
 
 
-def _read_image(path: Path, where: str, problems: Problems) -> tuple[str, bytes] | None:
-    """(extension by content, bytes). Pixels are not decoded here: a picture damaged inside is training's to count."""
+def _read_files(root: Path, line: _Line, problems: Problems) -> Files | None:
+    """The line's picture and regions, as far as it names them; None if one cannot be read."""
+    files: Files = {}
+    if line.image is not None:
+        image = read_image(root / line.image, line.where, problems)
+        if image is None:
+            return None
+        files |= image
+    if line.regions is not None:
+        try:
+            data = (root / line.regions).read_bytes()
+            found = parse_regions(data, line.image_size)
+        except OSError as error:
+            problems.add(line.where, f"regions {root / line.regions} cannot be read ({error.strerror or error})")
+            return None
+        except BadSample as error:
+            problems.add(line.where, f"{root / line.regions}: {error.reason}")
+            return None
+        files[REGIONS] = data if line.image_size is None else found.to_bytes()
+    return files
+
+
+def read_image(path: Path, where: str, problems: Problems) -> Files | None:
+    """The bytes, by the extension that fits them. Not decoded: a picture damaged inside is training's to count."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -293,7 +340,7 @@ def _read_image(path: Path, where: str, problems: Problems) -> tuple[str, bytes]
     if extension is None:
         problems.add(where, f"{path} is no JPEG, PNG or WebP (it begins with {data[:8]!r})")
         return None
-    return extension, data
+    return {extension: data}
 
 
 def _image_extension(data: bytes) -> str | None:
@@ -304,7 +351,7 @@ def _image_extension(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def _files(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
+def files_below(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
     """Files below `folder` in the order of their paths; hidden ones are passed over."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -312,7 +359,7 @@ def _files(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
             yield path
 
 
-def _clean(captions: Iterable[Any]) -> list[str]:
+def clean_captions(captions: Iterable[Any]) -> list[str]:
     """Captions on one line each, without empty ones and what is no text."""
     return [said for caption in captions if isinstance(caption, str) and (said := " ".join(caption.split()))]
 
@@ -335,7 +382,7 @@ def _untokenise(line: str) -> str:
     return re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", "")
 
 
-class _Keys:
+class Keys:
     """Distinct sample keys from paths: letters, digits, '_' and '-', as tars and webdataset want them."""
 
     def __init__(self) -> None:

@@ -22,6 +22,7 @@ from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.cache import NodeCache, open_window_bytes
+from pipeline.data.choices import load_answers
 from pipeline.data.plan import rank_slice
 from pipeline.data.preparation import Preparer, PreparerFactory, ThreadPreparer
 from pipeline.data.quarantine import Quarantine
@@ -54,11 +55,14 @@ class Loader:
         world_size: int,
         preparer: PreparerFactory = local_preparer,
     ):
+        config = config.for_stage(stage)
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
         sources = {name: _source(config, storage, name) for name in stage.sources}
         self._names, self._sizes = sorted(sources), {name: int(sources[name].counts.sum()) for name in sources}
         _check_cache(config, sources, world_size)
-        self._task = RowTask(config, stage, tokenizer, sources, rank_slice(stage.batch, rank, world_size))
+        places = rank_slice(stage.batch, rank, world_size)
+        answers = load_answers(config, stage, storage)
+        self._task = RowTask(config, stage, tokenizer, sources, places, answers)
         self.plan = self._task.plan()
         self._preparer = preparer
         self._quarantine = Quarantine(config.data.max_bad_rate)
@@ -138,10 +142,10 @@ class Loader:
 
 
 def to_batch(step: int, places: range, rows: RowBuffer) -> Batch:
-    """The rows as tensors over the same memory, cut to the longest text and the most masked tokens among them."""
-    tensors: dict[str, Tensor] = {}
-    if "image" in rows:
-        tensors["image"] = torch.from_numpy(rows["image"])
+    """The rows as tensors over the same memory, cut to what the longest among them need."""
+    whole = ("label", "answers", "answer_scores")
+    tensors: dict[str, Tensor] = {name: torch.from_numpy(rows[name]) for name in whole if name in rows}
+    tensors |= _picture_tensors(rows)
     if "text" in rows:
         lengths = rows["text_length"]
         longest = int(lengths.max())
@@ -152,8 +156,8 @@ def to_batch(step: int, places: range, rows: RowBuffer) -> Batch:
         most = int(rows["num_masked"].max())
         for name in ("mask_positions", "mask_labels"):
             tensors[name] = torch.from_numpy(rows[name][:, :most])
-    if "patch_positions" in rows:
-        tensors["patch_positions"] = torch.from_numpy(rows["patch_positions"])
+    if "region_features" in rows:
+        tensors |= _region_tensors(rows)
     return Batch(
         step=step,
         place=torch.arange(places.start, places.stop),
@@ -162,6 +166,41 @@ def to_batch(step: int, places: range, rows: RowBuffer) -> Batch:
         source=torch.from_numpy(rows["source"]),
         **tensors,
     )
+
+
+def _picture_tensors(rows: RowBuffer) -> dict[str, Tensor]:
+    """Pictures, cut to the tallest and widest if they keep their shape, and their patches, cut to the most of a row."""
+    tensors = {}
+    for name in ("image", "second_image"):
+        if name not in rows:
+            continue
+        pictures = rows[name]
+        if (size := f"{name}_size") in rows:
+            height, width = rows[size].max(axis=0)
+            pictures, tensors[size] = pictures[:, :height, :width], torch.from_numpy(rows[size])
+        tensors[name] = torch.from_numpy(pictures)
+    for name, counted in (
+        ("patches_read", "patches_read"),
+        ("patch_positions", "patch_positions"),
+        ("patch_stand_ins", "patch_positions"),
+    ):
+        if name in rows:
+            most = int((rows[counted] >= 0).sum(axis=1).max())
+            tensors[name] = torch.from_numpy(rows[name][:, :most])
+    return tensors
+
+
+def _region_tensors(rows: RowBuffer) -> dict[str, Tensor]:
+    """The regions, cut to the most regions and the most masked ones of a row."""
+    count = rows["num_regions"]
+    most = int(count.max())
+    names = ("region_features", "region_location", "region_class", "region_hidden")
+    tensors = {name: torch.from_numpy(rows[name][:, :most]) for name in names if name in rows}
+    tensors["region_keep"] = torch.from_numpy(np.arange(most) < count[:, None])
+    if "region_positions" in rows:
+        masked = int((rows["region_positions"] >= 0).sum(axis=1).max())
+        tensors["region_positions"] = torch.from_numpy(rows["region_positions"][:, :masked])
+    return tensors
 
 
 def _source(config: RunConfig, storage: Storage, name: str) -> Source:

@@ -6,6 +6,7 @@ count towards the budget (the published collators pad first, which leaves short 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from pipeline.data.randomness import CounterRandom
 from pipeline.data.text import Tokenizer, Tokens
 
+BLOCK_AREA, BLOCK_ASPECT = 16, 10 / 3  # BEiT's: a block's fewest patches, and the most that a side exceeds the other
+COVERED = -1  # stands in for a patch that the mask embedding covers
 REPLACED, KEPT = 0.8, 0.9  # BERT: 80 % of the chosen words become [MASK], 10 % random tokens, 10 % stay
 
 
@@ -50,10 +53,55 @@ def mask_whole_words(
     return Masked(ids, positions, np.array(tokens.ids, dtype=np.int64)[positions])
 
 
-def mask_patches(num_patches: int, fraction: float, random: CounterRandom) -> np.ndarray:
-    """Ascending positions (K,) int64 of the hidden patches; K depends on the fraction alone, and is at least 1."""
+def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
+    """Ascending positions (K,) int64 of the masked patches; K depends on the fraction alone, and is at least 1.
+
+    With `blocks` they are masked by rectangles of a square grid, else one by one.
+    """
     count = min(num_patches, max(1, round(fraction * num_patches)))
+    if blocks:
+        return mask_blocks(math.isqrt(num_patches), count, random)
     return np.sort(random.permutation(num_patches)[:count]).astype(np.int64)
+
+
+def mask_blocks(grid: int, count: int, random: CounterRandom) -> np.ndarray:
+    """Exactly `count` patches of a grid x grid picture, covered by rectangles: ascending positions (count,) int64.
+
+    BEiT's block-wise masking (arXiv 2106.08254, algorithm 1): rectangles of at least 16 patches and of aspect 0.3 to
+    3.3 fall anywhere, over one another too, until enough is covered. BEiT's release stops short of the count where no
+    rectangle fits any more; here the last one is cut, row by row, so that all pictures have equally many.
+    """
+    masked = np.zeros((grid, grid), dtype=bool)
+    left = count
+    while left:
+        area = BLOCK_AREA + random.uniform() * max(0, left - BLOCK_AREA)
+        stretch = math.exp((2 * random.uniform() - 1) * math.log(BLOCK_ASPECT))
+        rows = min(grid, max(1, round(math.sqrt(area * stretch))))
+        columns = min(grid, max(1, round(math.sqrt(area / stretch))))
+        top, first = random.integer(grid - rows + 1), random.integer(grid - columns + 1)
+        block = masked[top : top + rows, first : first + columns]
+        fresh = np.argwhere(~block)[:left]
+        block[fresh[:, 0], fresh[:, 1]] = True
+        left -= len(fresh)
+    return np.flatnonzero(masked).astype(np.int64)
+
+
+def stand_ins(
+    positions: np.ndarray, num_patches: int, covered: float, swapped: float, random: CounterRandom
+) -> np.ndarray:
+    """What the encoder is shown at the masked `positions` (K,): (K,) int64, -1 for the mask embedding, else a patch.
+
+    Each is covered with probability `covered`, shows another patch of the picture, any but its own, with probability
+    `swapped`, and otherwise stays (ViT, section B.1.2: 0.8, 0.1 and 0.1).
+    """
+    shown = positions.copy()
+    for place, position in enumerate(positions):
+        fate = random.uniform()
+        if fate < covered:
+            shown[place] = COVERED
+        elif fate < covered + swapped and num_patches > 1:
+            shown[place] = (position + 1 + random.integer(num_patches - 1)) % num_patches
+    return shown
 
 
 def _groups(word_of: list[int], whole_word: bool) -> list[list[int]]:

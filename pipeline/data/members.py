@@ -16,6 +16,7 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
 
 Members = Mapping[str, bytes]  # extension without its dot -> content
+REGIONS = "npz"  # the extension of a detector's regions (see `regions`)
 # Loading one of these runs code that the shard's author wrote. Nothing here would load them; whoever reads the same
 # shards with another reader does, so a sample that carries one is refused rather than read past.
 EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
@@ -34,19 +35,20 @@ def image_bytes(members: Members) -> bytes:
     for extension in EXTENSIONS:
         if extension in members:
             return members[extension]
-    raise BadSample("members", f"no picture ({', '.join(EXTENSIONS)}); it has {_names(members)}")
+    raise BadSample("members", f"no picture ({', '.join(EXTENSIONS)}); it has {names_of(members)}")
 
 
 def captions_of(members: Members) -> list[str]:
     """All captions of a pair, or the one text of a text sample. Raises BadSample when one is missing or empty."""
-    record = _record(members)
+    record = record_of(members)
     captions = record.get("captions")
     if captions is None and (caption := record.get("caption")) is not None:
         captions = [caption]
     if captions is None and "txt" in members:
         captions = [_text("txt", members["txt"])]
     if captions is None:
-        raise BadSample("members", f"no caption (json with 'captions' or 'caption', or txt); it has {_names(members)}")
+        told = names_of(members)
+        raise BadSample("members", f"no caption (json with 'captions' or 'caption', or txt); it has {told}")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample("caption", "the captions are no list of strings")
     captions = [caption.strip() for caption in captions]
@@ -57,16 +59,48 @@ def captions_of(members: Members) -> list[str]:
     return captions
 
 
+def class_of(members: Members, classes: int | None = None) -> int:
+    """The number of a picture's class, from webdataset's `cls` member.
+
+    Raises BadSample when there is none, or it is not below `classes`.
+    """
+    if "cls" not in members:
+        raise BadSample("label", f"no class (member cls, a number); it has {names_of(members)}")
+    text = members["cls"].strip()
+    if not text.isdigit():
+        raise BadSample("label", f"its cls {text[:20]!r} is no number")
+    if classes is not None and int(text) >= classes:
+        raise BadSample("label", f"its class is {int(text)}, and there are {classes}, from 0")
+    return int(text)
+
+
+def texts_of(members: Members) -> list[str]:
+    """Whatever text a sample has, of any use: its captions, else its question or statement. Raises BadSample."""
+    try:
+        return captions_of(members)
+    except BadSample:
+        record = record_of(members)
+        if said := [record[key] for key in ("question", "sentence") if isinstance(record.get(key), str)]:
+            return said
+        raise
+
+
 def image_id_of(members: Members) -> int:
-    """Equal (int64) for samples that show the same image: by their `image_id`, else by the picture's bytes."""
-    named = _record(members).get("image_id")
+    """Equal (int64) for samples that show the same image: by their `image_id`, else by the picture's bytes.
+
+    Regions stand for a picture that is not there. Raises BadSample when there is none of the three.
+    """
+    named = record_of(members).get("image_id")
     if named is not None:
         return signed(hash64("image_id", str(named)))
-    digest = hashlib.blake2b(image_bytes(members), digest_size=8).digest()
+    has_picture = not members.keys().isdisjoint(EXTENSIONS)
+    shown = members[REGIONS] if REGIONS in members and not has_picture else image_bytes(members)
+    digest = hashlib.blake2b(shown, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _record(members: Members) -> dict[str, Any]:
+def record_of(members: Members) -> dict[str, Any]:
+    """The sample's json; empty without one. Raises BadSample when it is no object."""
     if "json" not in members:
         return {}
     try:
@@ -85,5 +119,6 @@ def _text(name: str, data: bytes) -> str:
         raise BadSample("caption", f"its {name} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def _names(members: Members) -> str:
+def names_of(members: Members) -> str:
+    """What a sample has, for a message."""
     return ", ".join(sorted(members)) or "none"

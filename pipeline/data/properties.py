@@ -17,7 +17,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.data.images import EXTENSIONS, FORMATS, ORIENTATION
-from pipeline.data.members import captions_of, image_id_of
+from pipeline.data.members import image_id_of, texts_of
 from pipeline.data.quarantine import BadSample
 
 MAX_CHARACTERS = 16  # of a metadata value that is indexed as text: languages and flags, not sentences
@@ -33,7 +33,7 @@ class Properties:
     image_id: int = 0  # int64; 0: no picture, and no name of one
     width: int = 0  # pixels, of the picture held upright; 0: unknown
     height: int = 0
-    caption_length: int = 0  # characters of the longest caption; 0: no good caption
+    caption_length: int = 0  # characters of the longest caption, or of the question or statement; 0: no good one
     url_id: int = 0  # uint64 hash of the json's `url`; 0: none
     metadata: Mapping[str, Any] | None = None  # the json's fields
 
@@ -102,7 +102,7 @@ def _image_id(members: Mapping[str, bytes]) -> int:
 
 def _caption_length(members: Mapping[str, bytes]) -> int:
     try:
-        return max(len(caption) for caption in captions_of(members))
+        return max(len(text) for text in texts_of(members))
     except BadSample:
         return 0
 

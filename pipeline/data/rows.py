@@ -7,29 +7,35 @@ candidate of the same window, drawn by a hash, so that a replacement too is the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
 
 from pipeline.config.errors import DataError
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.model import ImageBERTConfig, ViLTConfig
+from pipeline.config.schema import RunConfig, StageConfig, Use
 from pipeline.data.augment import augment, mentions_side
 from pipeline.data.cache import NodeCache
-from pipeline.data.images import decode
-from pipeline.data.masking import mask_patches, mask_whole_words
-from pipeline.data.members import captions_of, check_members, image_bytes
+from pipeline.data.choices import Choices
+from pipeline.data.images import OwnShape, Shape, decode, put_on_canvas, shape_of
+from pipeline.data.masking import mask_patches, mask_whole_words, stand_ins
+from pipeline.data.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.plan import Buckets, Plan, PlanSource, Slot, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample
+from pipeline.data.questions import both_images, question_of, statement_of
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
-from pipeline.data.row_buffer import RowBuffer, RowLayout, Wants
+from pipeline.data.regions import check_fit, mask_regions, masked_at_most, regions_of
+from pipeline.data.row_buffer import RegionSizes, RowBuffer, RowLayout, Wants
 from pipeline.data.samples import Sample, SampleReader
 from pipeline.data.sources import Source
 from pipeline.data.storage import Storage
 from pipeline.data.text import Tokenizer, Tokens
 
 MAX_TRIES = 16  # candidates to replace one bad sample
+_STEPS_PLANNED = 4  # whose slots are kept: threads make the rows of one step and of the next
 IGNORED = -100  # the label of a padded masked place
 
 
@@ -42,10 +48,15 @@ class RowTask:
     tokenizer: Tokenizer
     sources: dict[str, Source]
     places: range  # of every global batch
+    answers: Choices | None = None  # that the stage chooses among
 
     @property
     def wants(self) -> Wants:
         return Wants.of(self.config, self.stage)
+
+    @property
+    def use(self) -> Use:
+        return self.config.use_of(self.stage)
 
     @property
     def seed(self) -> int:
@@ -54,9 +65,26 @@ class RowTask:
 
     @property
     def layout(self) -> RowLayout:
-        model, stage = self.config.model, self.stage
-        patches = len(mask_patches(model.num_patches, stage.masking.patches, CounterRandom(0)))
-        return RowLayout.of(self.wants, len(self.places), model.image_size, stage.max_text, patches)
+        stage, shape = self.stage, self.shape
+        if isinstance(shape, OwnShape):
+            side, patches, read = shape.canvas, self.patches_read, self.patches_read if self.wants.image else 0
+        else:
+            side, patches, read = shape, self.config.model.num_patches, 0
+        masked = len(mask_patches(patches, stage.masking.patches, CounterRandom(0)))
+        regions = _region_sizes(self.config, stage) if self.wants.regions else None
+        return RowLayout.of(self.wants, len(self.places), side, stage.max_text, masked, regions, read)
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of(self.config.model)
+
+    @property
+    def patches_read(self) -> int:
+        """The most patches that a model reads of a picture in its own shape."""
+        model = self.config.model
+        assert isinstance(model, ViLTConfig)
+        assert isinstance(self.shape, OwnShape)
+        return min(self.shape.num_patches, model.patches_read or self.shape.num_patches)
 
     def split(self, parts: int) -> list[RowTask]:
         """The task in contiguous parts, each of whole lanes as far as may be; at most one part a place."""
@@ -94,16 +122,26 @@ class RowTask:
             f"pixels {config.data.max_pixels} side {config.model.image_size} patches {config.model.num_patches}",
             f"text {stage.max_text} vocabulary {self.tokenizer.digest}" if wants.text else "no text",
             f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
+            f"answers {self.answers.digest}" if self.answers else "no answers",
+            f"regions {_region_sizes(config, stage)}" if wants.regions else "no regions",
+            f"shape {self.shape} {self.patches_read}" if isinstance(self.shape, OwnShape) else "square",
         ]
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A sample that is good as far as can be told without decoding it, and the caption drawn for it."""
+    """A sample that is good as far as can be told without decoding it, and the text that is read with it."""
 
     slot: Slot
     sample: Sample
-    caption: str
+    text: str = ""  # the caption drawn for it, its question or its statement
+    answers: Mapping[str, float] = field(default_factory=dict)
+    label: int = 0
+
+    @property
+    def mentions_side(self) -> bool:
+        """Whether a mirrored picture would make its text or its answers false."""
+        return any(mentions_side(each) for each in (self.text, *self.answers))
 
 
 class RowMaker:
@@ -117,6 +155,8 @@ class RowMaker:
         self._numbers = {name: number for number, name in enumerate(sorted(task.sources))}
         self._reader = SampleReader(storage, task.sources, task.config.data.loader, cache)
         self.plan = task.plan(self._reader)
+        # Asked for all places of a step at once: that costs little more than the few of one thread's turn.
+        self._slots = lru_cache(_STEPS_PLANNED)(partial(self.plan.slots, places=task.places))
 
     def begin(self, step: int) -> None:
         """Starts reading ahead of `step`."""
@@ -136,7 +176,9 @@ class RowMaker:
         """
         bad: list[BadRecord] = []
         drafts: dict[int, _Draft] = {}
-        for place, slot in zip(places, self.plan.slots(step, places), strict=True):
+        planned = self._slots(step)
+        for place in places:
+            slot = planned[place - self._task.places.start]
             sample = self._reader.read(slot)
             try:
                 drafts[place] = self._draft(slot, sample)
@@ -169,8 +211,17 @@ class RowMaker:
     def _draft(self, slot: Slot, sample: Sample) -> _Draft:
         """Raises BadSample."""
         check_members(sample.members, sample.is_duplicate)
+        use = self._task.use
+        if use == "questions":
+            question = question_of(sample.members)
+            return _Draft(slot, sample, question.text, question.answers)
+        if use == "statements":
+            statement = statement_of(sample.members)
+            return _Draft(slot, sample, statement.text, label=int(statement.is_true))
+        if use == "labelled":
+            return _Draft(slot, sample, label=class_of(sample.members, self._task.stage.classes))
         if not self._wants.text:
-            return _Draft(slot, sample, "")
+            return _Draft(slot, sample)
         captions = captions_of(sample.members)
         return _Draft(slot, sample, captions[self._random(slot, sample, "caption").integer(len(captions))])
 
@@ -178,7 +229,7 @@ class RowMaker:
         """One call for all texts: the tokenizer's own loop is not Python's."""
         if not self._wants.text:
             return [None] * len(drafts)
-        return self._task.tokenizer.encode_batch([draft.caption for draft in drafts], self._task.stage.max_text)
+        return self._task.tokenizer.encode_batch([draft.text for draft in drafts], self._task.stage.max_text)
 
     def _write(self, draft: _Draft, tokens: Tokens | None, buffer: RowBuffer, row: int) -> None:
         """Raises BadSample. Texts come first: they cost little, and a missing one spares the decoding."""
@@ -186,21 +237,96 @@ class RowMaker:
         if tokens is not None:
             self._write_text(draft, tokens, buffer, row)
         if self._wants.image:
-            data = self._task.config.data
-            picture = decode(image_bytes(sample.members), data.max_pixels)
-            allow_flip = not (data.augment.flip_spares_sides and mentions_side(draft.caption))
-            random, size = self._random(slot, sample, "augment"), self._task.config.model.image_size
-            buffer["image"][row] = augment(picture, data.augment, size, random, allow_flip)
+            self._write_pictures(draft, buffer, row)
+        if self._wants.regions:
+            self._write_regions(draft, buffer, row)
+        if self._wants.answers:
+            self._write_answers(draft, buffer, row)
+        if self._wants.label:
+            buffer["label"][row] = draft.label
         if self._wants.masked_image:
-            fraction, count = self._task.stage.masking.patches, self._task.config.model.num_patches
-            buffer["patch_positions"][row] = mask_patches(count, fraction, self._random(slot, sample, "patches"))
+            self._write_masked_patches(draft, buffer, row)
         buffer["uid"][row] = sample.uid
-        buffer["image_id"][row] = sample.image_id if self._wants.image else sample.uid
+        # A statement's two pictures have no one name.
+        is_shown = self._wants.image or self._wants.regions
+        buffer["image_id"][row] = (sample.image_id or sample.uid) if is_shown else sample.uid
         buffer["source"][row] = self._numbers[slot.source]
+
+    def _write_pictures(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+        data, shape = self._task.config.data, self._task.shape
+        allow_flip = not (data.augment.flip_spares_sides and draft.mentions_side)
+        members = draft.sample.members
+        encoded = both_images(members) if self._wants.second_image else (image_bytes(members),)
+        for name, purpose, each in zip(("image", "second_image"), ("augment", "augment second"), encoded, strict=False):
+            picture = decode(each, data.max_pixels)
+            random = self._random(draft.slot, draft.sample, purpose)
+            picture = augment(picture, data.augment, shape, random, allow_flip)
+            if isinstance(shape, OwnShape):
+                buffer[f"{name}_size"][row] = picture.shape[:2]
+            put_on_canvas(picture, buffer[name][row])
+        if "patches_read" in buffer:
+            self._write_patches_read(draft, buffer, row)
+
+    def _write_patches_read(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+        """All patches of a picture in its own shape; where they are more than the model reads, some at random."""
+        most, count = self._task.patches_read, self._num_patches(buffer, row)
+        read = np.arange(count)
+        if count > most:
+            read = np.sort(self._random(draft.slot, draft.sample, "patches read").permutation(count)[:most])
+        buffer.write("patches_read", row, read, -1)
+
+    def _write_masked_patches(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+        """Of a picture in its own shape only patches that are read are masked, their share the same in each picture."""
+        masking, count = self._task.stage.masking, self._num_patches(buffer, row)
+        random = self._random(draft.slot, draft.sample, "patches")
+        if "patches_read" in buffer:
+            read = buffer["patches_read"][row]
+            read = read[read >= 0]
+            positions = read[mask_patches(len(read), masking.patches, random)]
+        else:
+            positions = mask_patches(count, masking.patches, random, masking.patch_shape == "blocks")
+        buffer.write("patch_positions", row, positions, -1)
+        if self._wants.stand_ins:
+            random = self._random(draft.slot, draft.sample, "stand-ins")
+            shown = stand_ins(positions, count, masking.patches_covered, masking.patches_swapped, random)
+            buffer.write("patch_stand_ins", row, shown, -1)
+
+    def _num_patches(self, buffer: RowBuffer, row: int) -> int:
+        """Of the row's picture."""
+        model = self._task.config.model
+        if "image_size" not in buffer:
+            return model.num_patches
+        return int(buffer["image_size"][row].prod()) // model.patch_size**2
+
+    def _write_regions(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+        """Raises BadSample when there are no regions, or none that this model reads."""
+        model, wants = self._task.config.model, self._wants
+        assert isinstance(model, ImageBERTConfig)
+        found = regions_of(draft.sample.members)
+        check_fit(found, model.region_features, model.region_classes if wants.region_class else None)
+        found = found.most_confident(model.max_regions)
+        buffer["num_regions"][row] = len(found)
+        buffer.write("region_features", row, found.features, 0.0)
+        buffer.write("region_location", row, found.locations(), 0.0)
+        if found.classes is not None and wants.region_class:
+            buffer.write("region_class", row, found.classes, 0)
+        if wants.masked_regions:
+            random = self._random(draft.slot, draft.sample, "regions")
+            positions, is_zeroed = mask_regions(len(found), self._task.stage.masking.regions, random)
+            buffer.write("region_positions", row, positions, -1)
+            buffer["region_hidden"][row] = False
+            buffer["region_hidden"][row, positions[is_zeroed]] = True
+
+    def _write_answers(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+        """The listed ones among the answers; a question may have none, and teaches then what it is not."""
+        assert self._task.answers is not None
+        listed = self._task.answers.numbered(draft.answers)
+        buffer.write("answers", row, np.array(list(listed), dtype=np.int64), -1)
+        buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32), 0.0)
 
     def _write_text(self, draft: _Draft, tokens: Tokens, buffer: RowBuffer, row: int) -> None:
         if len(tokens) <= 2:
-            raise BadSample("caption", f"no token is left of {draft.caption[:40]!r}")
+            raise BadSample("caption", f"no token is left of {draft.text[:40]!r}")
         tokenizer, masking = self._task.tokenizer, self._task.stage.masking
         buffer["text_length"][row] = len(tokens)
         buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
@@ -214,6 +340,12 @@ class RowMaker:
 
     def _random(self, slot: Slot, sample: Sample, purpose: str) -> CounterRandom:
         return sample_random(self._seed, slot.epoch, sample.uid, purpose)
+
+
+def _region_sizes(config: RunConfig, stage: StageConfig) -> RegionSizes:
+    assert isinstance(config.model, ImageBERTConfig), "the schema gives regions to no other kind"
+    most = config.model.max_regions
+    return RegionSizes(most, config.model.region_features, masked_at_most(most, stage.masking.regions))
 
 
 def _lengths(reader: SampleReader | None, by: str) -> Callable[[Slot], int]:

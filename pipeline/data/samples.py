@@ -24,7 +24,7 @@ from pipeline.data.access import Access, CacheAccess, LocalAccess, SpanAccess
 from pipeline.data.cache import CachedShard, NodeCache
 from pipeline.data.index import ShardIndex
 from pipeline.data.manifest import ShardRecord, load_manifest
-from pipeline.data.members import captions_of
+from pipeline.data.members import texts_of
 from pipeline.data.plan import Slot
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
@@ -243,9 +243,9 @@ def samples_of_source(storage: Storage, url: str) -> Iterator[Sample]:
 
 
 def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
-    """Every caption or text of a folder of shards. Samples without one are passed over: training counts them."""
+    """Every text of a folder of shards, of any use. Samples without one are passed over: training counts them."""
     for sample in samples_of_source(storage, url):
         try:
-            yield from captions_of(sample.members)
+            yield from texts_of(sample.members)
         except BadSample:
             continue

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.data.images import RATIO, decode, draw_crop, random_resized_crop, resize_square
+from pipeline.data.images import RATIO, decode, draw_crop, random_resized_crop, resize
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
 
@@ -145,7 +145,7 @@ def test_a_bomb_is_refused_by_its_header_alone():
 def test_resizing_equals_pillows_bicubic(height, width, size):
     image = picture(height, width)
     expected = np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-    found = resize_square(image, size)
+    found = resize(image, size)
     assert found.shape == (size, size, 3)
     assert found.dtype == np.uint8
     assert found.flags.c_contiguous
@@ -159,12 +159,12 @@ def test_resizing_a_photo_equals_pillows_bicubic():
     for photo in photos:
         image = decode(photo.read_bytes(), LIMIT)
         expected = np.array(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC))
-        assert psnr(resize_square(image, 224), expected) > 45
+        assert psnr(resize(image, 224), expected) > 45
 
 
 def test_a_crop_of_a_view_resizes_like_its_copy():
     view = picture(200, 300)[20:150, 31:222]
-    assert (resize_square(view, 64) == resize_square(view.copy(), 64)).all()
+    assert (resize(view, 64) == resize(view.copy(), 64)).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (224, 224)])

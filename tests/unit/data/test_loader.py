@@ -147,7 +147,7 @@ def test_batch_holds_what_the_objectives_read(folders, tokenizer):
     members["vision_language"] = members["vision"] | members["language"]
     for kind, expected in members.items():
         batch = take(run_config(folders, kind), tokenizer, 0, 1)[0]
-        optional = {f.name for f in fields(Batch)} - {"step", "place", "uid", "image_id"}
+        optional = {f.name for f in fields(Batch)} - {"step", "place", "uid", "image_id", "source"}
         assert {name for name in optional if getattr(batch, name) is not None} == expected
     only_contrast = run_config(folders, stage={"objectives": {"contrastive": {}}})
     batch = take(only_contrast, tokenizer, 0, 1)[0]
@@ -453,3 +453,14 @@ def test_only_what_filters_admit_and_nobody_opted_out_of_is_read(wordy, tokenize
     assert set(Counter(chosen).values()) == {5}, "18 batches of 5 are five epochs of 18 samples"
     assert len(set(chosen)) == 18
     assert set(chosen) < everything
+
+
+def test_a_stages_own_picture_size_is_what_its_rows_hold(folders, tokenizer):
+    usual, larger = run_config(folders), run_config(folders, stage={"image_size": 24})
+    (before,), (after,) = take(usual, tokenizer, 0, 1), take(larger, tokenizer, 0, 1)
+    assert before.image.shape[1:] == (16, 16, 3)
+    assert after.image.shape[1:] == (24, 24, 3)
+    assert torch.equal(before.uid, after.uid)
+    assert torch.equal(before.masked_text, after.masked_text)
+    with make(usual, tokenizer) as one, make(larger, tokenizer) as other:
+        assert one.digest != other.digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data.masking import mask_patches, mask_whole_words
+from pipeline.data.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, stand_ins
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.text import Tokenizer, Tokens
 
@@ -23,7 +23,7 @@ def masked_many(tokenizer: Tokenizer, tokens: Tokens, times: int = 400, probabil
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_every_caption_with_a_word_gets_a_masked_word(tokenizer, caption):
+def test_trap_05_every_caption_with_a_word_gets_a_masked_word(tokenizer, caption):
     tokens = tokenizer.encode(caption, 40)
     assert all(len(masked.positions) > 0 for masked in masked_many(tokenizer, tokens))
 
@@ -35,7 +35,7 @@ def test_a_text_without_words_gets_no_mask(tokenizer):
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_a_word_is_masked_whole_or_not_at_all(tokenizer, caption):
+def test_trap_05_a_word_is_masked_whole_or_not_at_all(tokenizer, caption):
     tokens = tokenizer.encode(caption, 40)
     words = np.array(tokens.word_of)
     assert len(set(words)) < len(words)  # some word has several tokens
@@ -55,7 +55,7 @@ def test_labels_are_what_stood_there_and_the_rest_is_untouched(tokenizer):
         assert masked.ids.dtype == masked.positions.dtype == masked.labels.dtype == np.int64
 
 
-def test_all_tokens_of_a_word_share_its_fate(tokenizer):
+def test_trap_05_all_tokens_of_a_word_share_its_fate(tokenizer):
     tokens = tokenizer.encode(CAPTIONS[2], 40)
     words, before = np.array(tokens.word_of), np.array(tokens.ids)
     for masked in masked_many(tokenizer, tokens, probability=0.5):
@@ -120,3 +120,47 @@ def test_the_number_of_hidden_patches_is_fixed(patches, fraction, expected):
 def test_every_patch_is_hidden_sometimes():
     counts = np.bincount(np.concatenate([mask_patches(16, 0.5, CounterRandom(hash64(k))) for k in range(1000)]))
     assert np.abs(counts / 1000 - 0.5).max() < 0.06
+
+
+@pytest.mark.parametrize(("grid", "count"), [(14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9)])
+def test_blocks_mask_exactly_as_many_in_every_picture(grid, count):
+    drawn = [mask_blocks(grid, count, CounterRandom(hash64(key))) for key in range(50)]
+    assert {len(np.unique(positions)) for positions in drawn} == {count}
+    assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < grid**2 and p.dtype == np.int64 for p in drawn)
+    assert len({p.tobytes() for p in drawn}) > (1 if count < grid**2 else 0)
+
+
+def neighbours(positions, grid):
+    """The share of masked patches' inner borders that lie between two masked patches."""
+    masked = np.zeros((grid, grid), dtype=bool)
+    masked[positions // grid, positions % grid] = True
+    return ((masked[1:] & masked[:-1]).sum() + (masked[:, 1:] & masked[:, :-1]).sum()) / (2 * len(positions))
+
+
+def test_blocks_lie_together_and_fall_everywhere():
+    blocks = [mask_patches(196, 0.4, CounterRandom(hash64(key)), blocks=True) for key in range(400)]
+    scattered = [mask_patches(196, 0.4, CounterRandom(hash64(key))) for key in range(400)]
+    assert np.mean([neighbours(p, 14) for p in blocks]) > 0.75
+    assert np.mean([neighbours(p, 14) for p in scattered]) < 0.45
+    counts = np.bincount(np.concatenate(blocks), minlength=196)
+    assert counts.min() > 8  # corners are rare, because blocks lie wholly inside
+
+
+def test_trap_section_3_masked_patch_prediction_has_its_three_branches():
+    """80 % covered, 10 % another patch of the picture, 10 % as they are; published code leaves the last out."""
+    positions = mask_patches(196, 0.5, CounterRandom(7))
+    drawn = np.stack([stand_ins(positions, 196, 0.8, 0.1, CounterRandom(hash64(key))) for key in range(300)])
+    is_covered, is_kept = drawn == COVERED, drawn == positions
+    assert is_covered.mean() == pytest.approx(0.8, abs=0.01)
+    assert is_kept.mean() == pytest.approx(0.1, abs=0.01)
+    swapped = drawn[~is_covered & ~is_kept]
+    assert len(swapped) / drawn.size == pytest.approx(0.1, abs=0.01)
+    assert set(swapped.tolist()) == set(range(196))
+
+
+def test_the_shares_of_stand_ins_are_as_configured():
+    positions = np.arange(8)
+    assert (stand_ins(positions, 16, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
+    assert (stand_ins(positions, 16, 0.0, 0.0, CounterRandom(1)) == positions).all()
+    swapped = stand_ins(positions, 16, 0.0, 1.0, CounterRandom(1))
+    assert ((swapped != positions) & (swapped >= 0) & (swapped < 16)).all()
