@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.training.collectives import share
+from pipeline.training.trial import VOCABULARY, invented_batch
 
-VOCABULARY = 50
+__all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]
 
 
 def tiny_config(**engine: Any) -> RunConfig:
-    """Three stages of a two-layer model; drop path on, all objectives in the last stage."""
+    """Stages of a two-layer model, drop path on; the third has all of VLMo's objectives."""
     optimizer = {"peak_rate": 1e-3, "warmup_steps": 2, "clip_norm": 1.0}
     stages = [
         {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}, "steps": 4, "batch": 12},
@@ -24,6 +26,14 @@ def tiny_config(**engine: Any) -> RunConfig:
             "name": "vision_language",
             "sources": {"pairs": 1.0},
             "objectives": {"contrastive": {}, "matching": {"every": 2}, "masked_language": {}, "masked_image": {}},
+            "steps": 4,
+            "batch": 12,
+        },
+        {
+            "name": "random_negatives",
+            "sources": {"pairs": 0.5, "more_pairs": 0.5},
+            "objectives": {"matching": {"every": 2}, "masked_language": {"every": 3}},
+            "negatives": "random",
             "steps": 4,
             "batch": 12,
         },
@@ -43,6 +53,7 @@ def tiny_config(**engine: Any) -> RunConfig:
         },
         "sources": {
             "pairs": {"shards": "pairs"},
+            "more_pairs": {"shards": "pairs"},
             "pictures": {"shards": "pairs", "use": "images"},
             "texts": {"shards": "pairs", "use": "text"},
         },
@@ -55,37 +66,15 @@ def tiny_config(**engine: Any) -> RunConfig:
 
 def tiny_batch(config: RunConfig, step: int, rank: int, world_size: int, size: int) -> Batch:
     """This rank's rows of an invented global batch: a function of step and place alone."""
-    draw = torch.Generator().manual_seed(1000 + step)
-    length, patches = 10, config.model.num_patches
-    side = config.model.image_size
-    lengths = torch.randint(5, length + 1, (size,), generator=draw)
-    keep = torch.arange(length)[None] < lengths[:, None]
-    text = torch.randint(5, VOCABULARY, (size, length), generator=draw) * keep
-    positions = torch.stack([torch.ones(size, dtype=torch.int64), 2 + torch.arange(size) % 3], dim=1)
-    labels = text.gather(1, positions)
-    labels[torch.arange(size) % 4 == 0, 1] = -100
-    batch = Batch(
-        step=step,
-        place=torch.arange(size),
-        uid=torch.arange(size) + 100 * step,
-        image_id=torch.arange(size) // 2 * 2 if size > 8 else torch.arange(size),
-        source=torch.zeros(size, dtype=torch.int64),
-        image=torch.randint(0, 256, (size, side, side, 3), generator=draw, dtype=torch.uint8),
-        patch_positions=torch.stack([torch.randperm(patches, generator=draw)[:2] for _ in range(size)]),
-        text=text,
-        text_keep=keep,
-        masked_text=text.scatter(1, positions, 4),
-        mask_positions=positions,
-        mask_labels=labels,
-    )
+    batch = invented_batch(config.model, "pairs", step, size)
+    if size > 8:  # some rows show the same image
+        batch = replace(batch, image_id=torch.arange(size) // 2 * 2)
     rows = batch.rows(slice(*share(size, rank, world_size)))
     longest = int(rows.text_keep.sum(1).max())  # type: ignore[union-attr]
     return _cut_text(rows, longest)
 
 
 def _cut_text(batch: Batch, length: int) -> Batch:
-    from dataclasses import replace
-
     return replace(
         batch,
         text=batch.text[:, :length],  # type: ignore[index]

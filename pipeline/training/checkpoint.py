@@ -4,6 +4,7 @@
                                          MANIFEST.json            size and SHA-256 of each file; step, digests, config
                                          COMMIT.json              written last; without it the folder does not exist
     <run>/stages/0-vision/weights.safetensors, vocab.txt, MANIFEST.json, COMMIT.json   what the next stage starts from
+                          answers.json, classes.json   what the heads of fine-tuning choose among, if they were trained
 
 The name ends in a token of the attempt, so that a retry never mixes with the leavings of the attempt before.
 """
@@ -14,8 +15,8 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import RunConfig
+from pipeline.data.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.storage import Storage, join
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
@@ -103,6 +105,9 @@ class SavedState:
                 self._parts.setdefault((name, kind), []).append((int(start), tensor))
         for parts in self._parts.values():
             parts.sort(key=lambda part: part[0])
+
+    def holds(self, name: str, kind: str) -> bool:
+        return (name, kind) in self._parts
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         result = torch.empty(stop - start)
@@ -196,6 +201,8 @@ class Weights:
     step: int
     tensors: dict[str, Tensor]
     vocabulary: list[str]
+    absent: frozenset[str] = frozenset()  # parts of the model that imported weights were said not to hold
+    choices: Mapping[str, Choices] = field(default_factory=dict)  # what heads choose among, by file name
 
 
 def stage_url(config: RunConfig, index: int) -> str:
@@ -203,12 +210,18 @@ def stage_url(config: RunConfig, index: int) -> str:
 
 
 def save_weights(
-    storage: Storage, url: str, tensors: dict[str, Tensor], vocabulary: list[str], metadata: dict[str, Any]
+    storage: Storage,
+    url: str,
+    tensors: dict[str, Tensor],
+    vocabulary: list[str],
+    metadata: dict[str, Any],
+    choices: Mapping[str, Choices] | None = None,
 ) -> None:
-    """Commit a stage's weights and vocabulary; called on rank 0 alone."""
+    """Commit a stage's weights, its vocabulary and what its heads choose among; called on rank 0 alone."""
     files = {
         WEIGHTS: safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}),
         VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode(),
+        **{name: each.to_bytes() for name, each in (choices or {}).items()},
     }
     for name, data in files.items():
         storage.write(join(url, name), data)
@@ -241,6 +254,10 @@ def load_weights(storage: Storage, url: str) -> Weights:
         step=manifest["step"],
         tensors=safetensors.torch.load(files[WEIGHTS]),
         vocabulary=files[VOCABULARY].decode().splitlines(),
+        absent=frozenset(manifest.get("absent", ())),
+        choices={
+            name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
+        },
     )
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OptimizerConfig, RunConfig, StageConfig
+from pipeline.models.model import Model
 from pipeline.models.passes import Outputs, Pass
+from pipeline.training import release
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment, FragmentSource
 from pipeline.training.extensions import alone, use_own_folder
@@ -26,6 +28,7 @@ from pipeline.training.steps import accumulation
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
+AVERAGE = "ema"  # the moving average of a weight, where the stage keeps one
 
 
 def _load_extensions() -> None:
@@ -39,7 +42,7 @@ def _load_extensions() -> None:
 class DeepSpeedEngine:
     """One stage's model under ZeRO. Parameters that the stage does not train are frozen before it is built (C3)."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, stage: StageConfig, collectives: Collectives):
+    def __init__(self, model: Model, config: RunConfig, stage: StageConfig, collectives: Collectives):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -50,7 +53,7 @@ class DeepSpeedEngine:
         self._zero_stage = config.engine.zero_stage
         self._names = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, stage.optimizer),
+            parameter_groups(model, stage.optimizer, config.faithful),
             lr=stage.optimizer.peak_rate,
             betas=stage.optimizer.betas,
             eps=stage.optimizer.epsilon,
@@ -64,6 +67,9 @@ class DeepSpeedEngine:
         self._adam = optimizer
         self._plain_norm: Tensor | None = None
         self._prime()
+        self._steps = 0
+        self._decay = stage.optimizer.ema
+        self._averages = self._own_weights() if self._decay is not None else {}
 
     # ---- the step
 
@@ -80,11 +86,32 @@ class DeepSpeedEngine:
 
     def step(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         if self._engine.optimizer is self._adam:  # plain AdamW at stage 0 keeps no norm of what it stepped
             gradients = [p.grad for p in self._names.values() if p.grad is not None]
             self._plain_norm = nn.utils.get_total_norm(gradients)
         self._engine.step()
+        self._steps += 1
+        self._average()
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """A copy of this rank's range of every trained master weight: where the moving average starts."""
+        ranges = {n: (p, *self._range(p)) for n, p in self._names.items() if p.requires_grad}
+        return {
+            name: self._local(parameter, "weight", start, stop).float().clone()
+            for name, (parameter, start, stop) in ranges.items()
+            if start < stop
+        }
+
+    def _average(self) -> None:
+        """Moves the average, of which each rank keeps its own range, towards the weights just stepped."""
+        if self._decay is None:
+            return
+        keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        with torch.no_grad():
+            for name, average in self._averages.items():
+                parameter = self._names[name]
+                average.lerp_(self._local(parameter, "weight", *self._range(parameter)).float(), 1 - keep)
 
     def gradient_norm(self) -> float:
         """The 2-norm of the last step's gradient over all parameters, before clipping."""
@@ -131,6 +158,8 @@ class DeepSpeedEngine:
             if start < stop:
                 kinds = KINDS if parameter.requires_grad else KINDS[:1]
                 values = {kind: self._local(parameter, kind, start, stop).float().cpu() for kind in kinds}
+                if name in self._averages:
+                    values[AVERAGE] = self._averages[name].cpu()
                 yield Fragment(name, start, values)
 
     def _numel(self, parameter: nn.Parameter) -> int:
@@ -172,9 +201,13 @@ class DeepSpeedEngine:
                 if start < stop:
                     for kind in KINDS if parameter.requires_grad else KINDS[:1]:
                         self._local(parameter, kind, start, stop).copy_(source.read(name, kind, start, stop))
+                if name in self._averages:  # a checkpoint of before the average was asked for begins it
+                    kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
+                    self._averages[name].copy_(source.read(name, kind, start, stop))
                 self._write_weight(name, parameter, source)
         for tensor in self._optimized_tensors():
             self._adam.state[tensor]["step"].fill_(float(source.optimizer_step))
+        self._steps = source.optimizer_step
 
     def _write_weight(self, name: str, parameter: nn.Parameter, source: FragmentSource) -> None:
         """The weights that forward reads: each rank's own part at stage 3, else the whole parameter."""
@@ -191,7 +224,9 @@ class DeepSpeedEngine:
 
         gathered: dict[str, Tensor] = {}
         for name, parameter in self._names.items():
-            if self._zero_stage == 3 and not parameter.requires_grad:
+            if self._decay is not None and parameter.requires_grad:
+                full = self._whole_average(name, parameter)
+            elif self._zero_stage == 3 and not parameter.requires_grad:
                 with self._deepspeed.zero.GatheredParameters([parameter]):
                     full = parameter.data.clone()
             else:
@@ -201,6 +236,14 @@ class DeepSpeedEngine:
                 gathered[name] = full.detach().float().cpu().clone().view(self._shape(parameter))
         return gathered if self._collectives.rank == 0 else None
 
+    def _whole_average(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The ranks' ranges of a parameter's moving average put together, by a sum in which all others are 0."""
+        whole = torch.zeros(self._numel(parameter), device=self._collectives.device)
+        if name in self._averages:
+            start, stop = self._range(parameter)
+            whole[start:stop] = self._averages[name]
+        return self._collectives.sum(whole)
+
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
 
@@ -209,19 +252,28 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay; biases, norms, gammas, scales and embeddings' rows do not.
+def parameter_groups(model: Model, config: OptimizerConfig, faithful: bool = False) -> list[dict[str, Any]]:
+    """Trainable parameters by two questions: does it decay, and is it a head's, with a learning rate of its own.
 
-    Grouped by number of dimensions: a list of names, as in VLMo's release, misses the experts' norms.
+    Matrices decay; biases, norms, gammas, scales and embeddings' rows do not. They are told by their number of
+    dimensions: a list of names, as VLMo's release and a `faithful` run have it, misses the experts' norms. The pooler
+    is no head here: it comes from pretraining, and the published recipes give it the plain rate.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
+    heads = set(model.HEAD_PARTS) - {"pooler"}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = release.decays(name) if faithful else parameter.dim() >= 2
+            is_head = config.head_rate_factor != 1 and model.part_of(name) in heads
+            fresh = {
+                "params": [],
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "rate_factor": config.head_rate_factor if is_head else 1.0,
+            }
+            groups.setdefault((decays, is_head), fresh)["params"].append(parameter)
+    if not groups:
         raise ConfigError("no parameter is left to train: the stage's `freeze` covers all that its objectives use")
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    return [groups[key] for key in sorted(groups, reverse=True)]
 
 
 def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> dict[str, Any]:

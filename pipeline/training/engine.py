@@ -1,7 +1,7 @@
-"""What the training step needs of an engine; `deepspeed_engine` is the one there is.
+"""What training needs of an engine: `deepspeed_engine` is the one of runs, `plain_engine` that of trials.
 
-A fragment is a range of one parameter with its float32 master weight and Adam moments: the form in which a
-checkpoint holds state, readable at any world size and ZeRO stage (contract C5).
+A fragment is a range of one parameter with its float32 master weight, Adam moments and, if the stage keeps one, moving
+average: the form in which a checkpoint holds state, readable at any world size and ZeRO stage (contract C5).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pipeline.models.passes import Outputs, Pass
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start … start + len of the flattened parameter `name`. Frozen parameters have no moments."""
+    """Elements start … start + len of the flattened parameter `name`. Frozen parameters have a weight alone."""
 
     name: str
     start: int
-    values: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq": 1-d, float32
+    values: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq" and perhaps "ema": 1-d, float32
 
 
 class FragmentSource(Protocol):
@@ -29,18 +29,27 @@ class FragmentSource(Protocol):
 
     optimizer_step: int
 
+    def holds(self, name: str, kind: str) -> bool:
+        """Whether anything of that kind was saved for a parameter."""
+        ...
+
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements start … stop of a parameter's weight or moment, 1-d float32."""
+        """Elements start … stop of a parameter's weight, moment or average, 1-d float32."""
         ...
 
 
-class Engine(Protocol):
+class StepEngine(Protocol):
+    """What a training step itself calls."""
+
     def __call__(self, passes: dict[str, Pass]) -> Outputs: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add this micro-batch's gradient; `last` marks the micro-batch before `step`."""
 
-    def step(self, rate: float) -> None: ...
+
+class Engine(StepEngine, Protocol):
+    def step(self, rate: float) -> None:
+        """Update the weights at a learning rate, which heads may multiply."""
 
     def gradient_norm(self) -> float: ...
 
@@ -53,5 +62,5 @@ class Engine(Protocol):
     def restore(self, source: FragmentSource) -> None: ...
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Full float32 weights, on rank 0; a collective call."""
+        """What the stage hands over: full float32 weights, or their moving average, on rank 0; a collective call."""
         ...

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
+from pipeline.data.choices import choices_of
 from pipeline.data.loader import Loader, local_preparer
 from pipeline.data.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
@@ -25,6 +26,7 @@ from pipeline.training.checkpoint import CheckpointStore, is_committed, save_wei
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard
+from pipeline.training.image_tokenizer import load_image_tokenizer
 from pipeline.training.prepare import prepare
 from pipeline.training.schedule import learning_rate
 from pipeline.training.stages import build_stage_model
@@ -101,17 +103,20 @@ class StageRun:
         report: Report,
         preparer: PreparerFactory,
     ):
+        config = config.for_stage(config.stages[index])
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, tracker, report
         self.first = config.stage_start(index)  # global step at which the stage begins
         self._counted_before: dict[str, float] = {}
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
+        self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint.keep)
+        image_tokenizer = load_image_tokenizer(self.stage, storage, collectives.device)
         model = build_stage_model(config, index, storage, tokenizer.size)
         self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
         self.engine = DeepSpeedEngine(model, config, self.stage, collectives)
-        self.step = TrainingStep(self.engine, config, self.stage, collectives)
+        self.step = TrainingStep(self.engine, config, self.stage, collectives, image_tokenizer)
 
     def run(self) -> None:
         start = self._resume()
@@ -218,7 +223,8 @@ class StageRun:
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:
             url = stage_url(self.config, self.index)
-            save_weights(self.storage, url, weights, list(self.tokenizer.tokens), self._metadata(self.stage.steps))
+            metadata = self._metadata(self.stage.steps)
+            save_weights(self.storage, url, weights, list(self.tokenizer.tokens), metadata, self.choices)
         self.collectives.barrier()
 
     # ---- what it tells

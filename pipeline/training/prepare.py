@@ -5,6 +5,7 @@ Everything here is idempotent, so that a restarted run goes through it again and
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -12,20 +13,22 @@ from typing import Any
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import changes
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import RunConfig
+from pipeline.data.choices import choices_of
 from pipeline.data.manifest import ensure_indexed
 from pipeline.data.samples import captions_of_source
 from pipeline.data.scenes import build_synthetic
 from pipeline.data.selection import select
 from pipeline.data.sources import selection_url
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
-from pipeline.training.checkpoint import load_weights
-from pipeline.training.stages import check_stages
+from pipeline.data.text import SPECIALS, Tokenizer
+from pipeline.training.checkpoint import VOCABULARY, load_weights
+from pipeline.training.stages import check_fit, check_stages, prepare_experts, stage_skeleton
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+TEXTLESS = ("images", "labelled")  # uses of sources whose texts no stage reads
 TELL_SECONDS = 5.0
 MAX_CAPTIONS = 200_000  # enough to train a vocabulary from
 
@@ -43,10 +46,12 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     for name, source in config.sources.items():
         told = _Told(f"sources.{name}: filtered")
         select(storage, source, manifests[source.shards], selection_url(config, name), told)
-    for stage in config.stages:
+    choices_of(config, config.stages, storage)  # a wrong list is told before a cluster is held
+    tokenizer = choose_tokenizer(config, storage)
+    for index, stage in enumerate(config.stages):
         if stage.start_from not in ("previous", "random"):
-            _check_start(config, stage, storage)
-    tokenizer = prepare_tokenizer(config, storage)
+            _check_start(config, index, storage, tokenizer)
+    tokenizer.save(storage, join(config.folder, VOCABULARY))
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())
     return tokenizer
 
@@ -84,36 +89,43 @@ def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
     return allowed
 
 
-def _check_start(config: RunConfig, stage: StageConfig, storage: Storage) -> None:
-    """A stage may only start from the same architecture, and that is known before any rank is placed."""
+def _check_start(config: RunConfig, index: int, storage: Storage, tokenizer: Tokenizer) -> None:
+    """A stage may only start from weights that fit it, or are made to, and that is known before a rank is placed."""
+    stage = config.stages[index]
+    where = f"stages.{stage.name}.start_from"
     found = load_weights(storage, stage.start_from)
-    ours, theirs = config.model.model_dump(), found.config.model.model_dump()
-    different = [key for key in ours if ours[key] != theirs[key] and key != "drop_path"]
-    if different:
-        told = ", ".join(f"{key} {theirs[key]!r} there, {ours[key]!r} here" for key in different)
+    model = stage_skeleton(config, index, tokenizer.size)
+    try:
+        state = model.resize_state(found.tensors, found.config.model)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {stage.start_from}: {error}") from None
+    if found.vocabulary and found.vocabulary != list(tokenizer.tokens):
         raise ConfigError(
-            f"stages.{stage.name}.start_from: {stage.start_from} holds another architecture ({told}); "
-            "give the same `model` section, or other weights"
+            f"{where}: {stage.start_from} learnt another vocabulary than this run reads; "
+            f"set tokenizer.vocabulary to {join(found.url, VOCABULARY)}"
         )
+    check_fit(model, prepare_experts(model, state, stage), f"{where}: {stage.start_from}: the stage", found.absent)
 
 
-def prepare_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
+def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
     """The run's vocabulary: as fixed at its begin, else the configured file, else trained from the captions."""
-    url = join(config.folder, "vocab.txt")
+    url = join(config.folder, VOCABULARY)
     if storage.exists(url):
         return Tokenizer.load(storage, url)
     if config.tokenizer.vocabulary is not None:
-        tokenizer = Tokenizer.load(storage, config.tokenizer.vocabulary)
-    else:
-        tokenizer = Tokenizer.train(_captions(config, storage), config.tokenizer.size)
-    tokenizer.save(storage, url)
-    return tokenizer
+        return Tokenizer.load(storage, config.tokenizer.vocabulary)
+    texts = _captions(config, storage) if config.model.READS_TEXT else iter(())
+    first = next(texts, None)
+    textless = all(config.use_of(stage) in TEXTLESS for stage in config.stages)
+    if first is None and (textless or not config.model.READS_TEXT):
+        return Tokenizer(SPECIALS)  # of a run that reads pictures without captions: it is never used
+    return Tokenizer.train(itertools.chain([first or ""], texts), config.tokenizer.size)
 
 
 def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:
     """Captions and texts of every source that a stage reads, each folder of shards once."""
     read = {name for stage in config.stages for name in stage.sources}
-    folders = {config.sources[name].shards: None for name in read if config.sources[name].use != "images"}
+    folders = {config.sources[name].shards: None for name in read if config.sources[name].use not in TEXTLESS}
     if not folders:  # a run of masked images alone still fixes a vocabulary for the stages that follow it
         folders = {config.sources[name].shards: None for name in read}
     for url in sorted(folders):

@@ -23,12 +23,13 @@ from pipeline.config.schema import Objective, RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64
 from pipeline.models.passes import Outputs, Pass
+from pipeline.training import release
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.contrast import Contrast, contrast_of, tower_passes
 from pipeline.training.drop_path import drop_path_keeps
-from pipeline.training.engine import Engine
+from pipeline.training.engine import StepEngine
 from pipeline.training.exchange import exchanged
-from pipeline.training.terms import Candidates, Setting, Term, terms_of
+from pipeline.training.terms import Candidates, ImageTokenizer, Setting, Term, terms_of
 
 Exchanged = dict[str, tuple[Objective, Batch]]  # by pass: who asked, and its chosen rows
 
@@ -44,12 +45,25 @@ class Losses:
 class TrainingStep:
     """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
 
-    def __init__(self, engine: Engine, config: RunConfig, stage: StageConfig, collectives: Collectives):
+    def __init__(
+        self,
+        engine: StepEngine,
+        config: RunConfig,
+        stage: StageConfig,
+        collectives: Collectives,
+        image_tokenizer: ImageTokenizer | None = None,
+    ):
         self.engine, self.stage, self.collectives = engine, stage, collectives
         self.objectives = stage.objectives
         self.drop_path_rates = config.model.drop_path_rates
         self.seed = hash64(config.seed, stage.name)
-        self.terms = terms_of(Setting(stage, config.use_of(stage), self.seed, config.model.patch_size, self._keeps))
+        patch_size, use = config.model.patch_size, config.use_of(stage)
+        self.faithful = config.faithful
+        self.weights = {
+            name: objective.weight * (release.factor(name, use) if config.faithful else 1.0)
+            for name, objective in stage.objectives.items()
+        }
+        self.terms = terms_of(Setting(stage, use, self.seed, patch_size, image_tokenizer, self._keeps))
         self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
@@ -58,6 +72,8 @@ class TrainingStep:
         Returns this rank's part of each objective's loss (0-d, detached): their sum over ranks is the loss of the
         global batch, unweighted except in `loss`.
         """
+        # What a model drops out (ImageBERT) follows from the step, so that a resumed run drops the same (C4).
+        torch.manual_seed(hash64(self.seed, batch.step, "dropout", self.collectives.rank))
         batch = batch.to(self.collectives.device)
         counts = self._counts(batch)
         if self.accumulation == 1:
@@ -134,8 +150,8 @@ class TrainingStep:
     def _contrast(self, outputs: Outputs, batch: Batch) -> Contrast | None:
         if "contrastive" not in self.objectives:
             return None
-        weight = self.objectives["contrastive"].weight
-        return contrast_of(outputs, batch, self.stage.batch, weight, self.collectives)
+        found = contrast_of(outputs, batch, self.stage.batch, self.weights["contrastive"], self.collectives)
+        return release.cut(found, self.collectives.world_size) if self.faithful else found
 
     def _exchange(self, batch: Batch, contrast: Contrast | None) -> Exchanged:
         """The rows with other rows' pictures and texts that the terms ask for."""
@@ -169,7 +185,7 @@ class TrainingStep:
         piece: slice,
     ) -> Losses:
         losses = {o: term.loss(outputs, self._read(batch, o)) / counts[o] for o, term in self.terms.items()}
-        weighted = [self.objectives[objective].weight * loss for objective, loss in losses.items()]
+        weighted = [self.weights[objective] * loss for objective, loss in losses.items()]
         if contrast is not None:
             weighted.append(contrast.injected(outputs, piece, self.collectives.world_size * self.accumulation))
         return Losses(torch.stack(weighted).sum(), losses)
@@ -179,7 +195,7 @@ class TrainingStep:
         parts: dict[Objective, Tensor] = {name: loss.detach().float() for name, loss in losses.by_objective.items()}
         if contrast is not None:
             parts["contrastive"] = contrast.loss / (self.collectives.world_size * self.accumulation)
-        total = torch.stack([self.objectives[name].weight * loss for name, loss in parts.items()]).sum()
+        total = torch.stack([self.weights[name] * loss for name, loss in parts.items()]).sum()
         return {"loss": total} | {str(name): loss for name, loss in parts.items()}
 
 

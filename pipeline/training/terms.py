@@ -11,20 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import ClassVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.schema import Objective, StageConfig, Use
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
-from pipeline.models.passes import Head, Outputs, Pass, Regions
+from pipeline.models.passes import Head, Outputs, Pass, Regions, left_out
+from pipeline.models.vilt import on_canvas
+from pipeline.objectives.answering import answering_loss
+from pipeline.objectives.classification import classification_loss
 from pipeline.objectives.masked_image import masked_image_loss, mean_colour_targets, pixel_targets
 from pipeline.objectives.masked_language import masked_count, masked_language_loss
 from pipeline.objectives.matching import draw_negatives, matching_loss
+from pipeline.objectives.ranking import draw_wrong, ranking_loss
+from pipeline.objectives.reasoning import reasoning_loss
+from pipeline.objectives.regions import masked_region_count, region_class_loss, region_features_loss
+from pipeline.objectives.word_patch import word_patch_loss
 from pipeline.training.exchange import TEXT, VISUAL, Exchange
 
+ImageTokenizer = Callable[[Tensor, int], Tensor]  # pictures (n, H, W, 3) uint8 and a grid's side -> (n, P) tokens
 Keeps = Callable[[Batch, str], Tensor | None]
 
 
@@ -36,6 +45,7 @@ class Setting:
     use: Use
     seed: int  # of the stage's own draws
     patch_size: int
+    image_tokenizer: ImageTokenizer | None  # of a stage whose masked patches are named by visual tokens
     keeps: Keeps  # rows and a pass's name -> the branches that drop path keeps
 
 
@@ -113,24 +123,60 @@ class MaskedLanguage(Term):
 
 
 class MaskedImage(Term):
-    """Hidden patches of pictures read by themselves."""
+    """Masked patches of pictures: covered, or left out of the encoder where there is a decoder.
 
-    def count(self, rows: Batch) -> int:
-        return _present(rows.patch_positions).numel()
+    Pictures are read by themselves; those that keep their shape (ViLT) beside their text, where the source has one.
+    """
+
+    def count(self, rows: Batch) -> Tensor | int:
+        positions = _present(rows.patch_positions)
+        return positions.numel() if rows.image_size is None else (positions >= 0).sum()
 
     def passes(self, rows: Batch) -> dict[str, Pass]:
         one = Pass(
             heads=("masked_image",),
             image=_present(rows.image),
+            image_size=rows.image_size,
+            patches_read=rows.patches_read,
             patch_positions=_present(rows.patch_positions),
+            patch_stand_ins=rows.patch_stand_ins,
             drop_keep=self.setting.keeps(rows, "hidden"),
         )
-        return {"hidden": one}
+        if rows.image_size is not None:
+            one = replace(one, text=rows.text, text_keep=rows.text_keep)
+        return {"hidden": one if self.stage.image_decoder is None else left_out(one, self._grid(rows) ** 2)}
 
     def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        is_masked = None if rows.image_size is None else _present(rows.patch_positions) >= 0
+        return masked_image_loss(outputs["hidden"]["masked_image"], self._targets(rows), is_masked)
+
+    def _targets(self, rows: Batch) -> Tensor:
+        """What stands at the masked patches: (n, K) classes or tokens, or (n, K, p * p * 3) pixels."""
+        image, positions = _present(rows.image), _present(rows.patch_positions)
+        if rows.image_size is not None:
+            size = self.setting.patch_size
+            grid = torch.div(rows.image_size, size, rounding_mode="floor")
+            positions = on_canvas(positions.clamp(min=0), grid, image.shape[2] // size)
+        if self.stage.image_target == "visual_tokens":
+            tokenizer = self.setting.image_tokenizer
+            assert tokenizer is not None, "the loop loads the tokenizer that the stage names"
+            return tokenizer(image, self._grid(rows)).gather(1, positions)
         targets = mean_colour_targets if self.stage.image_target == "mean_colour" else pixel_targets
-        expected = targets(_present(rows.image), _present(rows.patch_positions), self.setting.patch_size)
-        return masked_image_loss(outputs["hidden"]["masked_image"], expected)
+        return targets(image, positions, self.setting.patch_size)
+
+    def _grid(self, rows: Batch) -> int:
+        return _present(rows.image).shape[1] // self.setting.patch_size
+
+
+class Classification(Term):
+    """The class of each picture."""
+
+    def passes(self, rows: Batch) -> dict[str, Pass]:
+        keeps = self.setting.keeps(rows, "labelled")
+        return {"labelled": Pass(heads=("classes",), image=_present(rows.image), drop_keep=keeps)}
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        return classification_loss(outputs["labelled"]["classes"], _present(rows.label))
 
 
 class HardMatching(Term):
@@ -198,6 +244,58 @@ class RandomMatching(Term):
         return matching_loss(logits, matched_rows(rows, self.stage).to(logits.device))
 
 
+class WordPatch(Term):
+    """Words and patches of the pairs that random matching reads, drawn together where they match (ViLT)."""
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        aligned = {name: outputs["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
+        return word_patch_loss(**aligned, matched=matched_rows(rows, self.stage).to(aligned["words"].device))
+
+
+class Ranking(Term):
+    """Each picture with its own text and with wrong ones of the global batch, which it shall score lower (ViLT)."""
+
+    def passes(self, rows: Batch) -> dict[str, Pass]:
+        return {"ranked": self.fused(rows, "ranked", "ranking")}
+
+    def exchanges(self, rows: Batch, candidates: Candidates) -> dict[str, list[Exchange]]:
+        own, size = rows.place.numpy(), len(candidates.image_id)
+        pairs = own[:, None] * size + np.arange(size)
+        keys = torch.from_numpy(uniform_array(hash64(self.setting.seed, rows.step, "wrong texts"), pairs))
+        image_id = candidates.image_id.cpu()
+        wrong = draw_wrong(keys, image_id[rows.place], image_id, self.stage.wrong_texts)
+        return {f"wrong_text_{k}": [Exchange(TEXT, wrong[:, k])] for k in range(self.stage.wrong_texts)}
+
+    def exchanged_pass(self, rows: Batch, name: str) -> Pass:
+        return self.fused(rows, name, "ranking")
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.wrong_texts))]
+        return ranking_loss(torch.stack([outputs[name]["ranking"] for name in names], dim=1))
+
+
+class Answering(Term):
+    """Questions about a picture, with soft targets."""
+
+    def passes(self, rows: Batch) -> dict[str, Pass]:
+        return {"question": self.fused(rows, "question", "answers")}
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        return answering_loss(outputs["question"]["answers"], _present(rows.answers), _present(rows.answer_scores))
+
+
+class Reasoning(Term):
+    """Statements about two pictures, each read with the statement."""
+
+    def passes(self, rows: Batch) -> dict[str, Pass]:
+        first = self.fused(rows, "statement", "reasoning")
+        both = replace(first, second_image=rows.second_image, second_image_size=rows.second_image_size)
+        return {"statement": both}
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        return reasoning_loss(outputs["statement"]["reasoning"], _present(rows.label))
+
+
 def matched_rows(rows: Batch, stage: StageConfig) -> Tensor:
     """Which rows random matching reads as true pairs: every second of those that it reads; (n,) bool, on the CPU."""
     every = stage.objectives["matching"].every
@@ -237,9 +335,54 @@ def _present(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+class _MaskedRegions(Term):
+    """What is asked at masked regions, beside masked words where the stage learns these too: both share one pass."""
+
+    head: ClassVar[Head]
+
+    def count(self, rows: Batch) -> Tensor:
+        return masked_region_count(_present(rows.region_positions))
+
+    def passes(self, rows: Batch) -> dict[str, Pass]:
+        masked = replace(
+            self.fused(rows, "masked", self.head),
+            text=rows.text if rows.masked_text is None else rows.masked_text,
+            regions=regions_of(rows, hidden=True),
+            region_positions=_present(rows.region_positions),
+        )
+        return {"masked": masked}
+
+
+class RegionClass(_MaskedRegions):
+    """The detector's class of masked regions (MOC)."""
+
+    head = "region_class"
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        logits = outputs["masked"][self.head]
+        return region_class_loss(logits, _present(rows.region_class), _present(rows.region_positions))
+
+
+class RegionFeatures(_MaskedRegions):
+    """The feature vectors of masked regions (MRFR)."""
+
+    head = "region_features"
+
+    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        predicted = outputs["masked"][self.head]
+        return region_features_loss(predicted, _present(rows.region_features), _present(rows.region_positions))
+
+
 TERMS: dict[Objective, type[Term]] = {
     "masked_language": MaskedLanguage,
     "masked_image": MaskedImage,
+    "classification": Classification,
+    "region_class": RegionClass,
+    "region_features": RegionFeatures,
+    "word_patch": WordPatch,
+    "ranking": Ranking,
+    "answering": Answering,
+    "reasoning": Reasoning,
 }
 
 

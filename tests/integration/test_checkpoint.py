@@ -13,8 +13,8 @@ STAGE = 2
 RATE = 1e-3
 
 
-def _engine(zero_stage: int):
-    """The last tiny stage's engine and step on this rank, with some parts frozen."""
+def _engine(zero_stage: int, ema: float | None = None):
+    """The last tiny stage's engine and step on this rank, with some parts frozen, and perhaps a moving average."""
     from pipeline.models import build_model
     from pipeline.models.model import Heads
     from pipeline.training.collectives import Collectives
@@ -24,6 +24,7 @@ def _engine(zero_stage: int):
 
     config = tiny_config(zero_stage=zero_stage)
     stage = config.stages[STAGE]
+    stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"ema": ema})})
     collectives = Collectives()
     model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
     trained = trained_parts(model, config, stage) - {"vision_expert.lower", "image_embedding"}
@@ -124,3 +125,64 @@ def test_stage_3_state_reads_at_stage_1(tmp_path: Path) -> None:
     for answer in run_ranks(_restore_and_train, 2, 1, str(tmp_path)):
         assert answer["exact"]
         assert answer["after"] == pytest.approx(trained["after"], rel=1e-5)
+
+
+EMA = 0.7
+
+
+def _averages(folder: str, zero_stage: int, first: int, last: int, save: bool, ema: float | None = EMA) -> dict:
+    """Steps first … last with a moving average, from the checkpoint in `folder` if any; what would be handed over."""
+    config, stage, collectives, engine, step = _engine(zero_stage, ema)
+    store = _store(config, collectives, folder)
+    if (found := store.latest()) is not None:
+        engine.restore(found[1])
+    _run(engine, step, config, stage, collectives, range(first, last))
+    if save:
+        store.save(engine.fragments(), _metadata(config, last))
+    masters = {(fragment.name, fragment.start): fragment.values["weight"] for fragment in engine.fragments()}
+    return {"handed_over": engine.weights(), "masters": masters}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return run_ranks(_averages, 2, str(tmp_path_factory.mktemp("none")), 2, 0, 5, False)[0]
+
+
+def test_the_average_of_a_resumed_run_is_bit_equal_to_the_uninterrupted(tmp_path: Path, uninterrupted: dict) -> None:
+    run_ranks(_averages, 2, str(tmp_path), 2, 0, 3, True)
+    resumed = run_ranks(_averages, 2, str(tmp_path), 2, 3, 5, False)[0]
+    for name, average in uninterrupted["handed_over"].items():
+        assert torch.equal(average, resumed["handed_over"][name]), name
+
+
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (1, 2), (3, 3)])
+def test_the_average_is_the_same_at_every_world_size_and_zero_stage(
+    tmp_path: Path, uninterrupted: dict, world_size: int, zero_stage: int
+) -> None:
+    """Restored there from another world's checkpoint, it is what the uninterrupted run has, within C2's tolerance."""
+    run_ranks(_averages, 2, str(tmp_path), 1, 0, 3, True)
+    resumed = run_ranks(_averages, world_size, str(tmp_path), zero_stage, 3, 5, False)[0]
+    for name, average in uninterrupted["handed_over"].items():
+        torch.testing.assert_close(resumed["handed_over"][name], average, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_average_is_that_of_the_weights_of_every_step(tmp_path: Path) -> None:
+    """Computed beside the engine: a_t = k a + (1 - k) w_t, with k = min(ema, (1 + t) / (10 + t)) and a_0 = w_0."""
+    masters = [
+        run_ranks(_averages, 1, str(tmp_path / str(steps)), 0, 0, steps, False)[0]["masters"] for steps in range(4)
+    ]
+    found = run_ranks(_averages, 1, str(tmp_path / "again"), 0, 0, 3, False)[0]["handed_over"]
+    for name, start in masters[0]:
+        expected = masters[0][name, start].clone()
+        for step in (1, 2, 3):
+            keep = min(EMA, (1 + step) / (10 + step))
+            expected = keep * expected + (1 - keep) * masters[step][name, start]
+        torch.testing.assert_close(found[name].flatten(), expected, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_an_average_asked_for_on_resume_starts_from_the_restored_weights(tmp_path: Path) -> None:
+    run_ranks(_averages, 1, str(tmp_path), 2, 0, 3, True, None)
+    found = run_ranks(_averages, 1, str(tmp_path), 2, 3, 3, False)[0]
+    for (name, start), master in found["masters"].items():
+        whole = found["handed_over"][name].flatten()
+        assert torch.equal(whole[start : start + len(master)], master), name

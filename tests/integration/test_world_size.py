@@ -9,11 +9,12 @@ from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor
 
 Gradients = dict[str, Tensor]
+NUM_STAGES = len(tiny_config().stages)
 
 
 def _gradients_of_stages(zero_stage: int, micro_batch: int | None) -> list[tuple[Gradients, dict[str, float]]]:
     """The global gradient and losses of one batch of each stage, through the engine, on this rank."""
-    return [_stage_gradients(index, zero_stage, micro_batch) for index in range(3)]
+    return [_stage_gradients(index, zero_stage, micro_batch) for index in range(NUM_STAGES)]
 
 
 def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tuple[Gradients, dict[str, float]]:
@@ -45,34 +46,20 @@ def _model(config, index):
     return model
 
 
-class PlainEngine:
-    """Autograd alone, in one process: what every engine must agree with."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, passes):
-        return self.model(passes)
-
-    def backward(self, loss, last):
-        loss.backward()
-
-
 def _plain_gradients(index: int) -> tuple[Gradients, dict[str, float]]:
     from pipeline.training.collectives import Collectives
+    from pipeline.training.plain_engine import PlainEngine
     from pipeline.training.steps import TrainingStep
 
     config = tiny_config()
-    model = _model(config, index)
     stage = config.stages[index]
-    step = TrainingStep(PlainEngine(model), config, stage, Collectives())
-    losses = step(tiny_batch(config, 1, 0, 1, stage.batch))
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    return gradients, {name: float(loss) for name, loss in losses.items()}
+    engine = PlainEngine(_model(config, index), stage.optimizer)
+    losses = TrainingStep(engine, config, stage, Collectives())(tiny_batch(config, 1, 0, 1, stage.batch))
+    return engine.gradients(), {name: float(loss) for name, loss in losses.items()}
 
 
 def _plain_gradients_of_stages() -> list[tuple[Gradients, dict[str, float]]]:
-    return [_plain_gradients(index) for index in range(3)]
+    return [_plain_gradients(index) for index in range(NUM_STAGES)]
 
 
 @pytest.fixture(scope="module")

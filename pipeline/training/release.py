@@ -1,0 +1,42 @@
+"""What VLMo's release does otherwise than its paper says or its authors meant, for runs that are `faithful` to it.
+
+Four quirks, all from one switch, `RunConfig.faithful`; without it a run does what the second column says:
+
+    the release                                                                         by default
+    contrast: each rank's features get 1 / world size of their gradient, because the    the whole gradient (C2)
+      gather cuts it and DDP then averages it; the two scales get theirs whole
+    masked words of pairs: their loss counts a quarter, besides any weight given        the weight given
+    logit scales: their clamp is commented out                                          at most 100
+    weight decay: spared by pieces of names, which miss the experts' norms, gammas,     matrices decay, nothing else
+      logit scales, [CLS] and absolute positions, and hit the relative table
+
+A faithful run's gradient depends on its world size, so contract C2 does not hold for it. That the release lets equal
+pictures be each other's negatives, and draws negatives from a micro-batch's ranks only, is not reproduced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.config.schema import Objective, Use
+from pipeline.models.checkpoints.vlmo import published_name
+from pipeline.training.contrast import Contrast
+
+MASKED_LANGUAGE_FACTOR = 0.25
+NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
+
+
+def factor(objective: Objective, use: Use) -> float:
+    """What the release multiplies a loss by, besides the weight that a config gives it."""
+    return MASKED_LANGUAGE_FACTOR if (objective, use) == ("masked_language", "pairs") else 1.0
+
+
+def cut(contrast: Contrast, world_size: int) -> Contrast:
+    """The contrast with the gradient that the release's gather and DDP leave of it."""
+    return replace(contrast, gradients={key: g / world_size for key, g in contrast.gradients.items()})
+
+
+def decays(name: str) -> bool:
+    """Whether the release decays one of our parameters. Ours that it has not go by our own names."""
+    published = published_name(name)
+    return not any(piece in (published or name) for piece in NO_DECAY)

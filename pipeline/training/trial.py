@@ -1,0 +1,336 @@
+"""Every objective with every kind of model that learns it, tried on one invented batch that is the same in every step.
+
+What goes with what is asked of the models (`Model.reads`), so that a new kind or objective joins by itself. A trial
+trains thirty steps with the real training step; a loss that has fallen far, and below what a model that ignores its
+input can reach, shows that the objective's whole path is joined up. It says nothing about learning from real data.
+
+Shapes: B rows, H x W pixels, L tokens, P patches, K chosen places a row, R regions, F numbers of a region.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+from pipeline.config.load import validate
+from pipeline.config.model import MODEL_SECTIONS, ImageBERTConfig, TransformerConfig, ViLTConfig
+from pipeline.config.schema import ImageTarget, Objective, RunConfig, StageConfig, Use
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.models import KINDS, skeleton
+from pipeline.models.visual_tokens import VisualTokenizer
+from pipeline.training.collectives import Collectives
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.schedule import learning_rate
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+
+STEPS = 30
+ROWS = 12
+VOCABULARY = 50
+MASK = 4  # the token that stands for a masked one; ordinary ones begin above it
+CLASSES, ANSWERS, VISUAL_TOKENS = 3, 6, 16
+
+_SIZES: dict[str, Any] = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+    "max_text": 12,
+    "initial_std": 0.2,
+    "drop_path": 0.0,
+}
+_SIZES_OF: dict[str, dict[str, Any]] = {
+    "vlmo": {"vision_language_layers": 1},
+    "vilt": {"longest_side": 24},
+    "imagebert": {"max_regions": 6, "region_features": 8, "region_classes": 7, "dropout": 0.0},
+    "dual_encoder": {"text_layers": 2, "embedding": 16},
+}
+
+# What matching scores that only ever says how often a pair matches: the entropy of the labels.
+COLLAPSED_1_TO_2 = math.log(3) - 2 / 3 * math.log(2)  # 0.6365: hard negatives, one picture and one text a pair
+COLLAPSED_1_TO_1 = math.log(2)  # 0.6931: random negatives
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An objective, a kind of model that learns it, and what it reads; `keys` are more of the stage's."""
+
+    objective: Objective
+    kind: str
+    use: Use
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = [key if isinstance(value, dict) else str(value) for key, value in self.keys.items()]
+        return "-".join([self.objective, self.kind, self.use, *told])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The objective's loss in each step, the last one after the last update."""
+
+    cell: Cell
+    losses: list[float]
+
+    @property
+    def floor(self) -> float | None:
+        """The loss of a model that has learnt the labels' frequencies and nothing else; None where nobody states it."""
+        if self.cell.objective != "matching":
+            return None
+        return COLLAPSED_1_TO_2 if self.cell.keys["negatives"] == "hard" else COLLAPSED_1_TO_1
+
+    @property
+    def is_learnt(self) -> bool:
+        """Whether the loss fell to less than half, and well below a collapsed model's.
+
+        Word-patch alignment is a difference of distances, which starts near 0 and ends near -1.
+        """
+        start, end = self.losses[0], self.losses[-1]
+        if self.cell.objective == "word_patch":
+            return end < start - 0.5
+        return end < 0.5 * start and (self.floor is None or end < 0.8 * self.floor)
+
+
+def readings(objective: Objective, kind: str) -> list[Use]:
+    """What a kind of model learns the objective from; empty where it does not."""
+    model = skeleton(tiny_section(kind))
+    return [use for use in get_args(Use) if model.reads(objective, use) is not None]
+
+
+def kinds() -> list[str]:
+    return [kind for kind, section in MODEL_SECTIONS.items() if section in KINDS]
+
+
+def cells() -> Iterator[Cell]:
+    """Everything that can be trained, in the objectives' order."""
+    for objective in get_args(Objective):
+        for kind in kinds():
+            for use in readings(objective, kind):
+                for keys in _choices(objective, kind, use):
+                    yield Cell(objective, kind, use, keys)
+
+
+def _choices(objective: Objective, kind: str, use: Use) -> Iterator[dict[str, Any]]:
+    """The ways in which a stage may read an objective."""
+    if objective == "matching":
+        yield {"negatives": "random"}
+        if use in readings("contrastive", kind):
+            yield {"negatives": "hard"}
+    elif objective == "masked_image":
+        for target in get_args(ImageTarget):
+            if (target, kind) != ("visual_tokens", "vilt"):  # visual tokens name the patches of a square
+                yield {"image_target": target}
+        if kind in ("vlmo", "vit"):
+            yield {"image_target": "pixels", "image_decoder": {"width": 16, "layers": 1, "heads": 2}}
+    else:
+        yield {}
+
+
+def tiny_section(kind: str) -> TransformerConfig:
+    return MODEL_SECTIONS[kind].model_validate(_SIZES | _SIZES_OF.get(kind, {}))
+
+
+def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
+    """A run of one stage that trains the cell, with the objectives that it cannot do without."""
+    objectives: dict[str, Any] = {cell.objective: {}}
+    keys = dict(cell.keys)
+    if cell.objective == "matching" and keys["negatives"] == "hard":
+        objectives["contrastive"] = {}
+    if cell.objective == "word_patch":
+        objectives["matching"] = {}
+        keys["negatives"] = "random"
+    if keys.get("image_target") == "visual_tokens":
+        keys["image_tokenizer"] = {"weights": "invented", "tokens": VISUAL_TOKENS}
+    stage = {
+        "name": "trial",
+        "sources": {"trial": 1.0},
+        "objectives": objectives,
+        "steps": steps,
+        "batch": ROWS,
+        "max_text": _SIZES["max_text"],
+        "classes": CLASSES,
+        "answers": ANSWERS,
+        "wrong_texts": 3,
+        "optimizer": {"peak_rate": 1e-2, "warmup_steps": 3, "decay": "constant", "weight_decay": 0.0},
+        **keys,
+    }
+    values = {
+        "name": "trial",
+        "model": {"kind": cell.kind, **_SIZES, **_SIZES_OF.get(cell.kind, {})},
+        "sources": {"trial": {"shards": "invented", "use": cell.use}},
+        "data": {"lanes": 1},
+        "stages": [stage],
+        "engine": {"precision": "float32"},
+    }
+    return validate(values, f"trial of {cell}")
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A trial before its first step."""
+
+    engine: PlainEngine
+    step: TrainingStep
+    batch: Batch
+
+
+def begin(config: RunConfig, collectives: Collectives, engine: type[PlainEngine] = PlainEngine) -> Begun:
+    """The one stage of a trial's run, with its batch."""
+    stage = config.stages[0]
+    made = engine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(made, config, stage, collectives, _image_tokenizer(stage))
+    return Begun(made, step, twice(invented_batch(config.model, config.use_of(stage), 0, stage.batch // 2)))
+
+
+def train(cell: Cell, collectives: Collectives, steps: int = STEPS) -> Trial:
+    """Train the cell on its batch, `steps` times the same."""
+    begun = begin(trial_config(cell, steps), collectives)
+    losses = []
+    for number in range(steps + 1):
+        losses.append(float(begun.step(begun.batch)[cell.objective]))
+        begun.engine.step(learning_rate(number, steps, begun.step.stage.optimizer))
+    return Trial(cell, losses)
+
+
+def _image_tokenizer(stage: StageConfig) -> VisualTokenizer | None:
+    """One with random weights: what it names patches by is arbitrary, but the same for the same patch."""
+    if stage.image_target != "visual_tokens":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=VISUAL_TOKENS)
+        return VisualTokenizer(FlavaImageCodebook(sizes))
+
+
+# ---- invented data
+
+
+def invented_batch(section: TransformerConfig, use: Use, step: int, size: int) -> Batch:
+    """A whole global batch of what a source of that use gives: a function of the step and these arguments alone."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    members: dict[str, Tensor] = {}
+    if use in ("pairs", "images", "labelled", "questions", "statements"):
+        members |= _pictures(section, size, draw)
+    if use in ("pairs", "text", "regions", "questions", "statements"):
+        members |= _texts(size, draw)
+    if use == "regions":
+        assert isinstance(section, ImageBERTConfig), "no other kind reads regions"
+        members |= _regions(section, size, draw)
+    if use == "statements":
+        members |= _second_pictures(section, size, draw)
+        members.pop("patches_read", None)  # of two pictures all patches are read
+        members["label"] = torch.arange(size) % 2
+    if use == "labelled":
+        members["label"] = torch.arange(size) % CLASSES
+    if use == "questions":
+        members["answers"] = torch.stack([torch.arange(size) % ANSWERS, torch.arange(1, size + 1) % ANSWERS], dim=1)
+        members["answers"][::2, 1] = -1
+        members["answer_scores"] = torch.tensor([[1.0, 0.3]]).expand(size, 2).clone()
+        members["answer_scores"][::2, 1] = 0.0
+    return Batch(
+        step=step,
+        place=torch.arange(size),
+        uid=torch.arange(size) + 100 * step,
+        image_id=torch.arange(size),
+        source=torch.zeros(size, dtype=torch.int64),
+        **members,
+    )
+
+
+def twice(batch: Batch) -> Batch:
+    """Each row twice, side by side, so that no text and no picture tells by itself which are matching's true pairs."""
+    rows = batch.rows(torch.arange(len(batch)).repeat_interleave(2))
+    return replace(rows, place=torch.arange(len(rows)))
+
+
+def _pictures(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Pictures, and two masked patches of each; where pictures keep their shape, one patch of each is not read."""
+    if isinstance(section, ViLTConfig):
+        return _shaped_pictures(section, size, draw)
+    positions = torch.stack([torch.randperm(section.num_patches, generator=draw)[:2] for _ in range(size)])
+    return {"image": _smooth(size, section.image_size, draw), "patch_positions": positions}
+
+
+def _shaped_pictures(section: ViLTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Square, wide and tall pictures in turn, at the top left of a square canvas."""
+    sides = _sides(section, size)
+    image = _smooth(size, section.longest_side, draw)
+    for row, (height, width) in enumerate(sides.tolist()):
+        image[row, height:] = 0
+        image[row, :, width:] = 0
+    counts = (sides // section.patch_size).prod(dim=1).tolist()
+    orders = [torch.randperm(count, generator=draw) for count in counts]
+    read = torch.full((size, max(counts) - 1), -1)
+    for row, order in enumerate(orders):
+        read[row, : len(order) - 1] = order[:-1].sort().values
+    positions = torch.stack([order[:2] for order in orders])
+    positions[::4, 1] = -1
+    return {"image": image, "image_size": sides, "patches_read": read, "patch_positions": positions}
+
+
+def _sides(section: ViLTConfig, size: int) -> Tensor:
+    short, long = section.image_size, section.longest_side
+    return torch.tensor([(short, short), (short, long), (long, short)]).repeat(-(-size // 3), 1)[:size]
+
+
+def _second_pictures(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    if isinstance(section, ViLTConfig):
+        image = _smooth(size, section.longest_side, draw)
+        return {"second_image": image, "second_image_size": _sides(section, size).flip(1)}
+    return {"second_image": _smooth(size, section.image_size, draw)}
+
+
+def _smooth(size: int, side: int, draw: torch.Generator) -> Tensor:
+    """(B, H, W, 3) uint8: soft colours, so that a patch's surroundings tell something about it."""
+    coarse = torch.randint(0, 256, (size, 3, 3, 3), generator=draw).float()
+    fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
+    return fine.permute(0, 2, 3, 1).round().to(torch.uint8).contiguous()
+
+
+def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Texts of 5 to 10 tokens, two of each masked, in every fourth row only one."""
+    length = 10
+    lengths = torch.randint(5, length + 1, (size,), generator=draw)
+    keep = torch.arange(length)[None] < lengths[:, None]
+    text = torch.randint(MASK + 1, VOCABULARY, (size, length), generator=draw) * keep
+    positions = torch.stack([torch.ones(size, dtype=torch.int64), 2 + torch.arange(size) % 3], dim=1)
+    labels = text.gather(1, positions)
+    labels[torch.arange(size) % 4 == 0, 1] = -100
+    return {
+        "text": text,
+        "text_keep": keep,
+        "masked_text": text.scatter(1, positions, MASK),
+        "mask_positions": positions,
+        "mask_labels": labels,
+    }
+
+
+def _regions(section: ImageBERTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Four regions of each picture, three in every second; one or two are masked, the second's features stay."""
+    count = 4
+    keep = torch.ones(size, count, dtype=torch.bool)
+    keep[::2, -1] = False
+    corners = torch.rand(size, count, 2, generator=draw) / 2
+    sides = torch.rand(size, count, 2, generator=draw) / 2
+    location = torch.cat([corners, corners + sides, sides.prod(dim=-1, keepdim=True)], dim=-1)
+    features = torch.randn(size, count, section.region_features, generator=draw)
+    positions = torch.stack([torch.arange(size) % 3, (torch.arange(size) + 1) % 3], dim=1)
+    hidden = torch.zeros(size, count, dtype=torch.bool).scatter(1, positions[:, :1], True)
+    positions[::3, 1] = -1
+    return {
+        "region_features": features * keep.unsqueeze(-1),
+        "region_location": location * keep.unsqueeze(-1),
+        "region_keep": keep,
+        "region_class": torch.randint(0, section.region_classes, (size, count), generator=draw),
+        "region_positions": positions,
+        "region_hidden": hidden,
+    }

@@ -1,0 +1,138 @@
+"""Tiny sets for fine-tuning, drawn: questions about coloured shapes, statements about two pictures, pictures by class.
+
+Each is a folder of tars with what `mome shards build` would have written beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.importers import write_shards
+from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.scenes import Description, Thing, draw_picture
+from pipeline.data.storage import Storage
+
+SIDE = 32
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square")
+
+
+def write_set(folder: Path, use: str, count: int, seed: int = 0) -> str:
+    """`count` samples of a use, in shards of 20; returns where they lie."""
+    samples: dict[str, Callable[[CounterRandom], dict[str, Any]]] = {
+        "questions": _question,
+        "statements": _statement,
+        "labelled": _labelled,
+    }
+    drawn = (_keyed(number, samples[use](CounterRandom(hash64("drawn", use, seed, number)))) for number in range(count))
+    url = str(folder / f"{use}-{seed}")
+    storage = Storage()
+    write_shards(storage, _bytes(drawn), url, samples_per_shard=20)
+    if use == "questions":
+        storage.write(f"{url}/answers.json", json.dumps([*COLOURS, "yes", "no"]).encode())
+    if use == "labelled":
+        storage.write(f"{url}/classes.json", json.dumps(COLOURS).encode())
+    return url
+
+
+def run_config(folder: Path, use: str, objective: str, steps: int, **stage: Any) -> RunConfig:
+    """A run of one stage that fine-tunes a tiny VLMo from random weights on drawn samples of a use."""
+    train, test = write_set(folder, use, 200), write_set(folder, use, 60, seed=1)
+    model = {
+        "width": 48, "layers": 3, "heads": 4, "vision_language_layers": 1, "image_size": SIDE, "patch_size": 8,
+        "max_text": 16, "positions": "absolute", "layer_scale": None, "drop_path": 0.0, "initial_std": 0.1,
+    }  # fmt: skip
+    values = {
+        "name": f"tiny-{use}",
+        "output": str(folder / "runs"),
+        "seed": 3,
+        "model": model,
+        "tokenizer": {"size": 200},
+        "sources": {"train": {"shards": train, "use": use}, "test": {"shards": test, "use": use}},
+        "data": {"lanes": 4, "augment": {"crop_scale": [0.9, 1.0], "operations": 0}},
+        "stages": [
+            {
+                "name": "finetune",
+                "sources": {"train": 1.0},
+                "objectives": {objective: {}},
+                "steps": steps,
+                "batch": 32,
+                "max_text": 16,
+                "optimizer": {"peak_rate": 2e-3, "warmup_steps": 5, "clip_norm": 1.0},
+                **stage,
+            }
+        ],
+        "engine": {"precision": "float32"},
+        "checkpoint": {"every": 1000},
+        "tracking": {"metrics_every": 10},
+        "evaluation": {"source": "test"},
+    }
+    return validate(values, "tiny")
+
+
+def _keyed(number: int, sample: dict[str, Any]) -> dict[str, Any]:
+    return {"__key__": f"drawn{number:05d}"} | sample
+
+
+def _bytes(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        yield {name: json.dumps(value).encode() if name == "json" else value for name, value in sample.items()}
+
+
+def _thing(random: CounterRandom, colour: str | None = None) -> Thing:
+    colour = colour or COLOURS[random.integer(len(COLOURS))]
+    return Thing("large", colour, SHAPES[random.integer(len(SHAPES))])
+
+
+def _picture(left: Thing, right: Thing, random: CounterRandom) -> bytes:
+    return simplejpeg.encode_jpeg(draw_picture(Description(left, right, True), SIDE, random), 95, "RGB", "444")
+
+
+def _question(random: CounterRandom) -> dict[str, Any]:
+    """Both shapes have one colour, and the question is which."""
+    thing = _thing(random)
+    other = _thing(random, thing.colour)
+    record = {
+        "question": "what colour are the shapes?",
+        "answers": {thing.colour: 1.0, f"dark {thing.colour}": 0.3},
+        "question_id": random.integer(10**6),
+    }
+    return {"jpg": _picture(thing, other, random), "json": record}
+
+
+def _statement(random: CounterRandom) -> dict[str, Any]:
+    """One picture is of red shapes and one of blue, and the statement says which."""
+    first, second = ("red", "blue") if random.uniform() < 0.5 else ("blue", "red")
+    is_true = random.uniform() < 0.5
+    said = first if is_true else second
+    pictures = [_picture(_thing(random, colour), _thing(random, colour), random) for colour in (first, second)]
+    record = {"sentence": f"the first picture is {said}", "label": is_true, "id": f"drawn-{random.integer(1000)}-0-0"}
+    return {"0.jpg": pictures[0], "1.jpg": pictures[1], "json": record}
+
+
+def _labelled(random: CounterRandom) -> dict[str, Any]:
+    thing = _thing(random)
+    picture = _picture(thing, _thing(random, thing.colour), random)
+    return {"jpg": picture, "cls": str(COLOURS.index(thing.colour)).encode()}
+
+
+def picture_of_sides() -> bytes:
+    """Black on the left, white on the right."""
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[:, SIDE // 2 :] = 255
+    return simplejpeg.encode_jpeg(pixels, 95, "RGB", "444")
+
+
+def write_picture(path: Path, colour: str) -> Path:
+    """Two shapes of a colour, as the drawn questions ask about; none of the sets holds this picture."""
+    things = (Thing("large", colour, "circle"), Thing("large", colour, "square"))
+    path.write_bytes(_picture(*things, CounterRandom(hash64("another picture", colour))))
+    return path

@@ -1,0 +1,103 @@
+"""Fine-tuning end to end: shards, training, hand-over, evaluation and prediction of each use, far above chance."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawn import COLOURS, picture_of_sides, run_config, write_picture
+from ranks import run_ranks
+
+from pipeline.config.errors import ConfigError
+from pipeline.data.choices import ANSWERS, Choices
+from pipeline.data.storage import Storage
+from pipeline.training.checkpoint import load_weights
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = {"questions": 40, "statements": 80, "labelled": 30}
+OBJECTIVES = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
+KEYS: dict[str, dict[str, Any]] = {"questions": {"answers": 6}, "statements": {}, "labelled": {"classes": 4}}
+
+
+def _fine_tune(folder: str, use: str, optimizer: dict[str, Any]) -> dict[str, Any] | None:
+    """A whole run on this rank; rank 0 evaluates it."""
+    from jobs.evaluate import evaluate_run
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.loop import train
+
+    config = run_config(Path(folder), use, OBJECTIVES[use], STEPS[use], optimizer=optimizer, **KEYS[use])
+    train(config, lambda progress: None)
+    return evaluate_run(config) if Collectives().rank == 0 else None
+
+
+PLAIN = {"peak_rate": 2e-3, "warmup_steps": 5, "clip_norm": 1.0}
+
+
+def fine_tuned(folder: Path, use: str, optimizer: dict[str, Any] = PLAIN) -> dict[str, Any]:
+    return run_ranks(_fine_tune, 1, str(folder), use, optimizer)[0]
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that answers questions, with a faster head and a moving average."""
+    optimizer = {**PLAIN, "head_rate_factor": 2.0, "ema": 0.9}
+    return fine_tuned(tmp_path_factory.mktemp("answering"), "questions", optimizer)
+
+
+def test_questions_are_answered_by_the_average_of_the_weights(answering: dict[str, Any]) -> None:
+    assert answering["answering"]["accuracy"] > answering["answering"]["accuracy_without_model"] + 0.3
+    assert answering["trained_on"] == []
+
+
+def test_the_list_of_answers_goes_with_the_weights(answering: dict[str, Any]) -> None:
+    weights = load_weights(Storage(), answering["checkpoint"])
+    assert weights.choices[ANSWERS] == Choices((*COLOURS, "yes", "no"))
+
+
+def test_statements_about_two_pictures_are_judged(tmp_path: Path) -> None:
+    found = fine_tuned(tmp_path, "statements")["reasoning"]
+    assert found["accuracy"] > found["accuracy_without_model"] + 0.2
+    assert found["consistency"] is not None
+
+
+def test_pictures_are_told_by_class(tmp_path: Path) -> None:
+    found = fine_tuned(tmp_path, "labelled")["classification"]
+    assert found["top1"] > found["chance"] + 0.4
+
+
+def test_a_checkpoint_answers_a_question_about_a_picture(answering: dict[str, Any], tmp_path: Path) -> None:
+    from jobs.predict import predict
+
+    right = 0
+    for colour in COLOURS:
+        image = write_picture(tmp_path / f"{colour}.jpg", colour)
+        found = predict(answering["checkpoint"], str(image), None, "what colour are the shapes?", top=2)
+        right += next(iter(found["answers"])) == colour
+        assert len(found["answers"]) == 2
+    assert right >= 3
+
+
+def test_what_a_checkpoint_cannot_predict_ends_with_status_2_and_says_what_it_can(
+    answering: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture_of_sides())
+    command = [sys.executable, "-m", "jobs.cli", "predict", answering["checkpoint"], "--image", str(tmp_path / "a.jpg")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    assert "answering needs a picture and a text, the question" in " ".join(done.stderr.split())
+    told = subprocess.run([*command, "--text", "what colour?", "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(told.stdout.splitlines()[-1])["answers"]
+
+
+def test_wrong_use_of_predict_is_refused_by_name(answering: dict[str, Any], tmp_path: Path) -> None:
+    from jobs.predict import predict
+
+    with pytest.raises(ConfigError, match="--second-image is given without --image"):
+        predict(answering["checkpoint"], None, "b.jpg", "it is")
+    with pytest.raises(ConfigError, match="nowhere.jpg: no such file"):
+        predict(answering["checkpoint"], str(tmp_path / "nowhere.jpg"), None, "why?")

@@ -1,0 +1,29 @@
+"""Ranks whose shares of a global batch differ, one of them perhaps empty, speak to each other without waiting."""
+
+from __future__ import annotations
+
+import torch
+from ranks import run_ranks
+
+from pipeline.training.collectives import Collectives, share
+
+BATCHES = (8, 2)  # on three ranks: shares of 2, 3 and 3 rows; of 0, 1 and 1
+
+
+def _gathered() -> list[tuple[int, list[int], list[int]]]:
+    """For each batch: how many rows are this rank's, all ranks' rows, and each own row's follower, fetched."""
+    collectives = Collectives()
+    found = []
+    for batch in BATCHES:
+        rows = torch.arange(*share(batch, collectives.rank, collectives.world_size))
+        followers = collectives.fetcher((rows + 1) % batch, batch)(rows)
+        found.append((len(rows), collectives.gather_rows(rows, batch).tolist(), followers.tolist()))
+    return found
+
+
+def test_trap_15_ranks_with_unequal_rows_gather_and_exchange_them_all() -> None:
+    for batch, answers in zip(BATCHES, zip(*run_ranks(_gathered, 3), strict=True), strict=True):
+        assert sum(size for size, _, _ in answers) == batch
+        assert len({size for size, _, _ in answers}) == 2
+        assert all(gathered == list(range(batch)) for _, gathered, _ in answers)
+        assert [row for _, _, fetched in answers for row in fetched] == [(row + 1) % batch for row in range(batch)]

@@ -1,0 +1,176 @@
+"""Masked pictures and classes through the real training step: covered, shown in part, decoded, named by tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.objectives.masked_image import mean_colour_targets
+from pipeline.training.collectives import Collectives
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import build_stage_model, check_stages, heads
+from pipeline.training.steps import TrainingStep
+
+ROWS, SIDE, PATCH = 8, 24, 8
+VISUAL_TOKENS = 5
+MASKING = {"patches": 0.3, "patches_covered": 0.5, "patches_swapped": 0.3}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "covered": {"image_target": "mean_colour"},
+    "shown in part": {"image_target": "mean_colour", "masking": MASKING},
+    "decoded": {"image_target": "pixels", "image_decoder": {"width": 16, "layers": 1, "heads": 2}},
+    "named by tokens": {
+        "image_target": "visual_tokens",
+        "image_tokenizer": {"weights": "nowhere", "tokens": VISUAL_TOKENS},
+    },
+}
+
+
+def run_config(kind: str, objective: str = "masked_image", **stage: Any) -> RunConfig:
+    sizes = {"width": 16, "layers": 2, "heads": 2, "image_size": SIDE, "patch_size": PATCH, "drop_path": 0.3}
+    more = {"vision_language_layers": 1, "max_text": 8} if kind == "vlmo" else {}
+    values = {
+        "name": "test",
+        "model": {"kind": kind, **sizes, **more, "initial_std": 0.2},
+        "sources": {"a": {"shards": "x", "use": "labelled" if objective == "classification" else "images"}},
+        "data": {"lanes": 1},
+        "stages": [
+            {
+                "name": "vision",
+                "sources": {"a": 1.0},
+                "objectives": {objective: {}},
+                "steps": 2,
+                "batch": ROWS,
+                "max_text": 8,
+                "classes": 3,
+                **stage,
+            }
+        ],
+        "engine": {"precision": "float32"},
+    }
+    return validate(values, "test")
+
+
+def batch_of(config: RunConfig) -> Batch:
+    draw = torch.Generator().manual_seed(3)
+    positions = torch.stack([torch.randperm(9, generator=draw)[:3] for _ in range(ROWS)])
+    shown = torch.where(torch.arange(3) == 0, -1, torch.randint(0, 9, (ROWS, 3), generator=draw))
+    return Batch(
+        step=4,
+        place=torch.arange(ROWS),
+        uid=torch.arange(ROWS),
+        image_id=torch.arange(ROWS),
+        source=torch.zeros(ROWS, dtype=torch.int64),
+        image=torch.randint(0, 256, (ROWS, SIDE, SIDE, 3), generator=draw, dtype=torch.uint8),
+        patch_positions=positions,
+        patch_stand_ins=shown if config.stages[0].masking.patches_covered < 1 else None,
+        label=torch.arange(ROWS) % 3,
+    )
+
+
+def tokens_of(image: Tensor, grid: int) -> Tensor:
+    """An invented tokenizer: a function of each patch's colour."""
+    everywhere = torch.arange(grid**2).expand(len(image), -1)
+    return mean_colour_targets(image, everywhere, image.shape[1] // grid) % VISUAL_TOKENS
+
+
+def gradients(config: RunConfig, micro_batch: int | None) -> tuple[dict[str, Tensor], float]:
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch": micro_batch})})
+    engine = PlainEngine(build_stage_model(config, 0, Storage(), 11), config.stages[0].optimizer)
+    step = TrainingStep(engine, config, config.stages[0], Collectives(), tokens_of)
+    loss = step(batch_of(config))["loss"]
+    scale = step.accumulation
+    return {name: gradient / scale for name, gradient in engine.gradients().items()}, float(loss)
+
+
+CASES = [(kind, "masked_image", name) for kind in ("vlmo", "vit") for name in VARIANTS]
+CASES += [("vit", "classification", ""), ("vlmo", "classification", "")]
+
+
+@pytest.mark.parametrize(("kind", "objective", "variant"), CASES)
+def test_micro_batches_give_the_gradient_of_the_whole(kind: str, objective: str, variant: str) -> None:
+    config = run_config(kind, objective, **VARIANTS.get(variant, {}))
+    whole, loss = gradients(config, None)
+    parts, loss_of_parts = gradients(config, 3)
+    assert loss_of_parts == pytest.approx(loss, rel=1e-5)
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vlmo", "vit"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_trained_parameter_gets_a_gradient_and_no_other_does(kind: str, variant: str) -> None:
+    config = run_config(kind, **VARIANTS[variant])
+    model = build_stage_model(config, 0, Storage(), 11)
+    found, _ = gradients(config, None)
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_trap_section_3_labels_differ_from_patch_to_patch() -> None:
+    """lucidrains/vit-pytorch#97: masked patch prediction against labels that were the same everywhere."""
+    batch = batch_of(run_config("vit"))
+    whole = mean_colour_targets(batch.image, torch.arange(9).expand(ROWS, -1), PATCH)
+    assert len(whole.unique()) > 1
+    black_and_white = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
+    black_and_white[:, :, PATCH:] = 255
+    expected = torch.tensor([[0, 511, 511] * 3])
+    assert torch.equal(mean_colour_targets(black_and_white, torch.arange(9)[None], PATCH), expected)
+
+
+def test_the_encoder_never_reads_what_a_decoder_predicts() -> None:
+    config = run_config("vlmo", **VARIANTS["decoded"])
+    step = TrainingStep(
+        PlainEngine(build_stage_model(config, 0, Storage(), 11), config.stages[0].optimizer),
+        config,
+        config.stages[0],
+        Collectives(),
+    )
+    (one,) = step._passes(batch_of(config)).values()
+    assert one.patches_read is not None
+    assert one.patch_positions is not None
+    both = torch.cat([one.patches_read, one.patch_positions], dim=1)
+    assert torch.equal(both.sort(dim=1).values, torch.arange(9).expand(ROWS, -1))
+
+
+def test_a_stage_s_heads_follow_its_target() -> None:
+    found = heads(run_config("vit", **VARIANTS["named by tokens"]), 0)
+    assert found.image_targets(PATCH) == VISUAL_TOKENS
+    assert heads(run_config("vit", **VARIANTS["decoded"]), 0).image_decoder is not None
+    for kind in ("vlmo", "vit"):
+        check_stages(run_config(kind, **VARIANTS["decoded"]))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reads no masked patch"):
+        run_config("vit", image_decoder={}, masking=MASKING)
+    with pytest.raises(ConfigError, match="exceed 1"):
+        run_config("vit", masking={"patches_covered": 0.8, "patches_swapped": 0.3})
+    with pytest.raises(ConfigError, match="multiple of heads 7"):
+        run_config("vit", image_decoder={"heads": 7})
+    with pytest.raises(ConfigError, match="kind vilt has none"):
+        run_config("vilt", image_decoder={})
+    with pytest.raises(ConfigError, match="blocks fall on square pictures"):
+        run_config("vilt", masking={"patch_shape": "blocks"})
+    with pytest.raises(ConfigError, match="how many there are"):
+        run_config("vit", "classification", classes=None)
+
+
+def test_rows_of_a_shorter_mask_count_only_their_own_patches() -> None:
+    """Pictures that keep their shape have masks of different lengths, padded with -1."""
+    from pipeline.objectives.masked_image import masked_image_loss
+
+    prediction, target = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [4, 0, 0]])
+    is_masked = torch.tensor([[True, True, True], [True, False, False]])
+    parts = masked_image_loss(prediction[:1], target[:1]) + masked_image_loss(prediction[1:, :1], target[1:, :1])
+    torch.testing.assert_close(masked_image_loss(prediction, target, is_masked), parts)
+    pixels = torch.randn(2, 3, 7)
+    parts = masked_image_loss(prediction[:1], pixels[:1]) + masked_image_loss(prediction[1:, :1], pixels[1:, :1])
+    torch.testing.assert_close(masked_image_loss(prediction, pixels, is_masked), parts)

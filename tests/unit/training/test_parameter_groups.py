@@ -1,0 +1,40 @@
+"""Which parameters decay and which have a head's rate: all trained ones once, none that is frozen."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_config
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import OptimizerConfig
+from pipeline.models import build_model
+from pipeline.models.model import Heads, Model
+from pipeline.training.deepspeed_engine import parameter_groups
+
+
+@pytest.fixture
+def model() -> Model:
+    return build_model(tiny_config().model, 50, Heads(answers=7, reasoning=True))
+
+
+def test_matrices_decay_and_everything_trained_is_in_one_group(model: Model) -> None:
+    frozen = model.norm.weight.requires_grad_(False)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.05))
+    held = [parameter for group in groups for parameter in group["params"]]
+    assert len({id(parameter) for parameter in held}) == len(held) == len(list(model.parameters())) - 1
+    assert all(parameter is not frozen for parameter in held)
+    for group in groups:
+        assert {parameter.dim() >= 2 for parameter in group["params"]} == {group["weight_decay"] == 0.05}
+        assert group["rate_factor"] == 1.0
+
+
+def test_the_factor_is_of_heads_and_not_of_the_pooler(model: Model) -> None:
+    groups = parameter_groups(model, OptimizerConfig(head_rate_factor=20.0))
+    fast = {id(parameter) for group in groups if group["rate_factor"] == 20.0 for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in fast) == model.part_of(name).endswith("_head"), name
+
+
+def test_a_stage_that_trains_nothing_is_refused(model: Model) -> None:
+    with pytest.raises(ConfigError, match="no parameter is left to train"):
+        parameter_groups(model.requires_grad_(False), OptimizerConfig())

@@ -1,0 +1,142 @@
+"""ImageBERT's four losses: what shares a pass, what negatives give, and that a tiny model learns all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.models.passes import Outputs, Pass
+from pipeline.training.collectives import Collectives
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+from pipeline.training.terms import MaskedLanguage, RegionClass, RegionFeatures, Term
+from pipeline.training.trial import COLLAPSED_1_TO_1, VOCABULARY, invented_batch, twice
+
+OBJECTIVES = ("matching", "masked_language", "region_class", "region_features")
+ROWS = 12
+
+
+def run_config(dropout: float = 0.0, **engine: int) -> RunConfig:
+    model = {
+        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12, "max_regions": 6,
+        "region_features": 8, "region_classes": 7, "initial_std": 0.2, "dropout": dropout,
+    }  # fmt: skip
+    stage = {
+        "name": "regions", "sources": {"some": 1.0}, "objectives": {name: {} for name in OBJECTIVES}, "steps": 30,
+        "batch": ROWS, "max_text": 12, "negatives": "random",
+        "optimizer": {"peak_rate": 1e-2, "warmup_steps": 3, "decay": "constant", "weight_decay": 0.0},
+    }  # fmt: skip
+    return validate(
+        {
+            "name": "test",
+            "model": model,
+            "sources": {"some": {"shards": "invented", "use": "regions"}},
+            "data": {"lanes": 1},
+            "stages": [stage],
+            "engine": {"precision": "float32", **engine},
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Collectives]:
+    alone = Collectives()
+    yield alone
+    alone.close()
+
+
+class Watched(PlainEngine):
+    """An engine that remembers what it was asked."""
+
+    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+        self.asked = passes
+        return super().__call__(passes)
+
+
+def training(config: RunConfig, collectives: Collectives) -> tuple[Watched, TrainingStep, Batch]:
+    stage = config.stages[0]
+    engine = Watched(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(engine, config, stage, collectives)
+    return engine, step, twice(invented_batch(config.model, "regions", 0, ROWS // 2))
+
+
+def test_thirty_steps_bring_all_four_losses_far_down_together(collectives: Collectives) -> None:
+    engine, step, batch = training(run_config(), collectives)
+    losses = []
+    for _ in range(31):
+        losses.append({name: float(loss) for name, loss in step(batch).items()})
+        engine.step(1e-2)
+    first, last = losses[0], losses[-1]
+    for objective in OBJECTIVES:
+        assert last[objective] < 0.5 * first[objective], (objective, first[objective], last[objective])
+    assert last["matching"] < 0.8 * COLLAPSED_1_TO_1
+
+
+def test_masked_words_classes_and_features_share_one_forward(collectives: Collectives) -> None:
+    engine, step, batch = training(run_config(), collectives)
+    step(batch)
+    assert set(engine.asked) == {"masked", "pair"}
+    assert engine.asked["masked"].heads == ("mlm", "region_class", "region_features")
+    assert engine.asked["pair"].heads == ("itm",)
+
+
+def test_masked_regions_are_zeroed_where_they_are_masked_only(collectives: Collectives) -> None:
+    engine, step, batch = training(run_config(), collectives)
+    step(batch)
+    hidden, shown = engine.asked["masked"].regions, engine.asked["pair"].regions
+    assert hidden is not None
+    assert shown is not None
+    zeroed = (hidden.features == 0).all(dim=-1)
+    assert torch.equal(zeroed[batch.region_keep], batch.region_hidden[batch.region_keep])
+    assert not (shown.features[shown.keep] == 0).any()
+
+
+def test_a_negative_has_another_row_s_caption_or_another_row_s_regions(collectives: Collectives) -> None:
+    engine, step, batch = training(run_config(), collectives)
+    exchanged = {"caption": 0, "regions": 0}
+    for number in range(20):
+        step(replace(batch, step=number))
+        pair = engine.asked["pair"]
+        other_text = (pair.text != batch.text).any(dim=1)
+        other_regions = (pair.regions.location != batch.region_location).flatten(1).any(dim=1)
+        assert not (other_text & other_regions).any()
+        assert int((other_text | other_regions).sum()) == ROWS / 2
+        exchanged["caption"] += int(other_text.sum())
+        exchanged["regions"] += int(other_regions.sum())
+    assert min(exchanged.values()) > 0.3 * sum(exchanged.values())
+
+
+def test_trap_06_losses_of_negatives_are_off_but_for_matching() -> None:
+    """The paper's conditional mask: masked words and regions are asked of true pairs; no such term exchanges rows."""
+    for term in (MaskedLanguage, RegionClass, RegionFeatures):
+        assert term.exchanges is Term.exchanges
+
+
+def test_each_loss_is_the_mean_over_what_is_masked(collectives: Collectives) -> None:
+    """Doubling the batch row for row changes no loss but matching's, whose negatives are drawn anew."""
+    engine, step, batch = training(run_config(), collectives)
+    once = step(batch)
+    engine.step(0.0)
+    half = replace(batch, region_positions=torch.cat([batch.region_positions, torch.full((ROWS, 2), -1)], dim=1))
+    again = step(half)
+    for objective in OBJECTIVES:
+        torch.testing.assert_close(once[objective], again[objective])
+
+
+def test_dropped_elements_are_the_step_s_so_that_a_resumed_run_drops_the_same(collectives: Collectives) -> None:
+    engine, step, batch = training(run_config(dropout=0.1), collectives)
+    engine.model.train()
+    torch.manual_seed(1)
+    first = step(batch)["loss"]
+    torch.manual_seed(2)
+    torch.testing.assert_close(step(batch)["loss"], first, rtol=0, atol=0)
+    assert step(replace(batch, step=1))["masked_language"] != step(batch)["masked_language"]

@@ -1,0 +1,208 @@
+"""What `faithful` changes: each quirk of VLMo's release beside the corrected behaviour, and nothing without it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import VOCABULARY, tiny_batch, tiny_config
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import validate
+from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import OptimizerConfig, RunConfig
+from pipeline.models import build_model, skeleton
+from pipeline.models.model import Heads
+from pipeline.models.passes import Pass
+from pipeline.training import release
+from pipeline.training.contrast import Contrast, contrast_of
+from pipeline.training.deepspeed_engine import parameter_groups
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import heads, trained_parts
+from pipeline.training.steps import TrainingStep
+
+RANKS, ROWS, WIDTH = 4, 12, 8
+
+
+class OneRank:
+    """Collectives of a single process that need no process group."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def gather_rows(self, rows: Tensor, size: int) -> Tensor:
+        return rows.detach().clone()
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
+def switched(faithful: bool, objectives: dict[str, dict[str, float]] | None = None, stage: int = 2) -> RunConfig:
+    """The tiny config without drop path, of one stage."""
+    config = tiny_config()
+    values = config.model_dump(mode="json")
+    values["model"]["drop_path"] = 0.0
+    values["stages"] = [values["stages"][stage]]
+    if objectives is not None:
+        values["stages"][0]["objectives"] = objectives
+    return validate(values | {"faithful": faithful}, "tiny")
+
+
+def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    stage = config.stages[0]
+    model = build_model(config.model, VOCABULARY, heads(config, 0), seed=5)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.part_of(name) in trained_parts(model, config, stage))
+    engine = PlainEngine(model, stage.optimizer)
+    losses = TrainingStep(engine, config, stage, OneRank())(tiny_batch(config, 1, 0, 1, stage.batch))  # type: ignore[arg-type]
+    return engine.gradients(), losses
+
+
+# ---- contrast
+
+
+def released_gradients(image: Tensor, text: Tensor, log_scale: Tensor) -> list[Tensor]:
+    """The release's arithmetic, spelled out: on each rank a gather whose gradient stops at the others' rows, the loss
+    of all N x N logits, its own backward; then DDP's mean over ranks, each of which holds its own rows.
+    """
+    size = len(image) // RANKS
+    found: list[list[Tensor]] = []
+    for rank in range(RANKS):
+        own = slice(rank * size, (rank + 1) * size)
+        leaves = [t.detach().clone().requires_grad_() for t in (image, text, log_scale)]
+        masks = torch.zeros(len(image), 1).index_fill(0, torch.arange(len(image))[own], 1.0)
+        gathered = [leaf * masks + leaf.detach() * (1 - masks) for leaf in leaves[:2]]
+        logits = leaves[2].exp() * gathered[0] @ gathered[1].T
+        target = torch.arange(len(image))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        found.append(list(torch.autograd.grad(loss, leaves)))
+    return [torch.stack(each).sum(dim=0) / RANKS for each in zip(*found, strict=True)]
+
+
+def contrast(image: Tensor, text: Tensor, scale: Tensor) -> Contrast:
+    batch = replace(tiny_batch(tiny_config(), 0, 0, 1, ROWS), image_id=torch.arange(ROWS))
+    outputs = {"image": {"itc": image, "scale": scale}, "text": {"itc": text}}
+    return contrast_of(outputs, batch, ROWS, 1.0, OneRank())  # type: ignore[arg-type]
+
+
+def test_trap_01_faithful_contrast_gets_the_gradient_that_the_releases_gather_leaves() -> None:
+    draw = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(ROWS, WIDTH, generator=draw), dim=1) for _ in range(2))
+    log_scale = torch.tensor(2.0)
+    whole = contrast(image, text, log_scale.exp())
+    cut = release.cut(whole, RANKS)
+    expected_image, expected_text, expected_scale = released_gradients(image, text, log_scale)
+    torch.testing.assert_close(cut.gradients["image", "itc"], expected_image)
+    torch.testing.assert_close(cut.gradients["text", "itc"], expected_text)
+    torch.testing.assert_close(cut.scale_gradients["scale"] * log_scale.exp(), expected_scale)
+    torch.testing.assert_close(whole.gradients["image", "itc"], RANKS * expected_image)
+
+
+def test_trap_01_the_step_cuts_the_gradient_of_a_faithful_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = gradients(switched(False, {"contrastive": {}}))
+    same, _ = gradients(switched(True, {"contrastive": {}}))  # of one rank
+    assert all(torch.equal(ours[name], same[name]) for name in ours)
+    told: list[int] = []
+    real = release.cut
+    monkeypatch.setattr(release, "cut", lambda found, world_size: (told.append(world_size), real(found, RANKS))[1])
+    cut, _ = gradients(switched(True, {"contrastive": {}}))
+    assert told == [1]
+    for name in ours:
+        share = 1 if "log_scale" in name else RANKS
+        torch.testing.assert_close(share * cut[name], ours[name], rtol=1e-5, atol=1e-7)
+
+
+# ---- masked words
+
+
+@pytest.mark.parametrize(("stage", "share"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
+def test_masked_words_of_pairs_count_a_quarter_and_are_reported_whole(stage: int, share: float) -> None:
+    ours, ours_told = gradients(switched(False, {"masked_language": {}}, stage))
+    theirs, theirs_told = gradients(switched(True, {"masked_language": {}}, stage))
+    for name in ours:
+        torch.testing.assert_close(theirs[name], share * ours[name])
+    assert theirs_told["masked_language"] == ours_told["masked_language"]
+    torch.testing.assert_close(theirs_told["loss"], share * ours_told["loss"])
+
+
+# ---- logit scales
+
+
+def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
+    for faithful in (False, True):
+        config = switched(faithful)
+        model = build_model(config.model, VOCABULARY, heads(config, 0))
+        with torch.no_grad():
+            model.contrastive_head.log_scale.fill_(5.0)
+        one = Pass(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+        scale = model({"image": one})["image"]["scale"].detach()
+        assert float(scale) == pytest.approx(torch.tensor(5.0).exp().item() if faithful else 100.0)
+
+
+# ---- weight decay
+
+
+# Pieces of the release's names, and whether it decays what has them.
+RELEASED = {
+    "blocks.0.experts.vision.norm.weight": True,
+    "blocks.0.experts.vision.norm.bias": False,
+    "blocks.1.experts.vision_language.norm.weight": True,
+    "blocks.0.attention_gamma": True,
+    "blocks.0.expert_gamma": True,
+    "contrastive_head.log_scale": True,
+    "contrastive_head.log_scale_vl": True,
+    "image_embedding.cls": True,
+    "image_embedding.positions": True,
+    "text_embedding.modality": True,
+    "positions.image": False,
+    "positions.cross": False,
+    "positions.text": False,
+    "blocks.0.norm.weight": False,
+    "blocks.0.attention.query_bias": False,
+    "blocks.0.attention.weight": True,
+    "norm.weight": False,
+    "text_embedding.norm.weight": False,
+    "text_embedding.word.weight": True,
+    "masked_language_head.norm.weight": False,
+    "masked_language_head.decode.weight": True,
+    "masked_language_head.decode.bias": False,
+    "answering_head.norm.weight": True,
+    "image_embedding.patch.bias": False,
+    "masked_image_head.predict.bias": False,
+    "masked_image_head.predict.weight": True,
+}
+
+
+@pytest.mark.parametrize(("name", "decayed"), RELEASED.items())
+def test_trap_08_the_release_decays_by_pieces_of_names(name: str, decayed: bool) -> None:
+    assert release.decays(name) == decayed
+
+
+def test_trap_08_we_decay_matrices_and_nothing_else() -> None:
+    config = VLMoConfig(width=16, layers=2, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text=6)
+    model = skeleton(config, 11, Heads(answers=3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def decayed(faithful: bool) -> set[str]:
+        groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1), faithful)
+        return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    assert decayed(False) == matrices
+    assert decayed(True) - matrices == {
+        name
+        for name in names.values()
+        if name.endswith(("gamma", "log_scale", "log_scale_vl", "cls", "modality", "answering_head.norm.weight"))
+        or (".experts." in name and name.endswith("norm.weight"))
+    }
+    assert matrices - decayed(True) == {"positions.image", "positions.cross", "positions.text"}
+
+
+def test_only_vlmo_has_a_release_to_be_faithful_to() -> None:
+    values = tiny_config().model_dump(mode="json")
+    values["model"] = {"kind": "vit", "width": 32, "heads": 2, "layers": 2, "image_size": 16, "patch_size": 8}
+    values["stages"] = values["stages"][:1]
+    with pytest.raises(ConfigError, match="faithful: is said of VLMo's release"):
+        validate(values | {"faithful": True}, "tiny")

@@ -1,0 +1,204 @@
+"""How a stage begins: from weights of its own architecture, or of another picture size or text length, made to fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_config
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.models import build_model
+from pipeline.models.model import Heads, Model
+from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances
+from pipeline.training.checkpoint import load_weights, save_weights, stage_url
+from pipeline.training.prepare import _check_start
+from pipeline.training.stages import build_stage_model, load_matching, prepare_experts
+
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(VOCABULARY - 5))]
+
+
+def staged(tmp_path: Path, *stages: dict[str, Any], **model: Any) -> RunConfig:
+    """The tiny run, its first stages changed as told."""
+    values = tiny_config().model_dump(mode="json")
+    values |= {"output": str(tmp_path), "model": values["model"] | model}
+    for stage, change in zip(values["stages"], stages, strict=False):
+        stage |= change
+    return validate(values, "tiny")
+
+
+def finish(config: RunConfig, index: int, model: Model, **more: Any) -> str:
+    """Leave a stage's weights as its run would."""
+    own = config.for_stage(config.stages[index])
+    metadata = {"config": own.model_dump(mode="json"), "stage": config.stages[index].name, "step": 4, **more}
+    url = stage_url(config, index)
+    save_weights(Storage(), url, dict(model.state_dict()), TOKENS, metadata)
+    return url
+
+
+def model_of_stage(config: RunConfig, index: int) -> Model:
+    return build_stage_model(config, index, Storage(), VOCABULARY)
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_vocabulary(TOKENS)
+
+
+# ---- a stage's own picture size
+
+
+def test_a_stage_without_a_size_sees_the_run_as_it_is() -> None:
+    config = tiny_config()
+    assert all(config.for_stage(stage) is config for stage in config.stages)
+
+
+def test_a_stages_size_is_the_models_wherever_the_stage_is_asked_for(tmp_path: Path) -> None:
+    config = staged(tmp_path, {}, {"image_size": 32})
+    first, second, third = (config.for_stage(stage).model.image_size for stage in config.stages[:3])
+    assert (first, second, third) == (16, 32, 16)
+    as_second = config.for_stage(config.stages[1])
+    assert as_second.for_stage(as_second.stages[1]) is as_second
+    assert as_second.for_stage(as_second.stages[2]).model == config.model
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages.1 \(language\).image_size: image_size 30 must be a multiple"):
+        staged(tmp_path, {}, {"image_size": 30})
+
+
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+def test_the_next_stage_reads_larger_pictures_with_resized_positions(tmp_path: Path, positions: str) -> None:
+    config = staged(tmp_path, {}, {"image_size": 32}, positions=positions)
+    before = model_of_stage(config, 0)
+    with torch.no_grad():
+        for parameter in before.parameters():  # the relative table starts at zero
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    finish(config, 0, before)
+    old, new = before.state_dict(), model_of_stage(config, 1).state_dict()
+    if positions == "relative":
+        rule, name = resize_relative_grid(old["positions.image"], 4), "positions.image"
+    else:
+        rule, name = resize_grid(old["image_embedding.positions"], 4, "bicubic"), "image_embedding.positions"
+    assert torch.equal(new[name], rule)
+    assert all(torch.equal(new[other], old[other]) for other in old if other != name)
+
+
+def test_a_stage_starts_from_a_run_of_another_size_and_text_length(tmp_path: Path) -> None:
+    short = staged(tmp_path, *[{"max_text": 8}] * 4, max_text=8, image_size=24)
+    before = model_of_stage(short, 0)
+    url = finish(short, 0, before)
+    config = staged(tmp_path, {"start_from": url})
+    _check_start(config, 0, Storage(), tokenizer())
+    after = model_of_stage(config, 0)
+    expected = resize_text_distances(before.state_dict()["positions.text"], 12)
+    assert torch.equal(after.state_dict()["positions.text"], expected)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        ({"layers": 3}, {}, "layers 3 there, 2 here"),
+        ({"positions": "absolute"}, {}, "positions 'absolute' there, 'relative' here"),
+        ({"layer_scale": None}, {}, "layer_scale False there, True here"),
+        ({"positions": "absolute", "max_text": 12}, {"positions": "absolute", "max_text": 20}, "model.max_text: 20"),
+    ],
+)
+def test_another_architecture_is_refused_with_both_values(
+    tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], told: str
+) -> None:
+    other = staged(tmp_path, **theirs)
+    url = finish(other, 0, build_model(other.model, VOCABULARY))
+    with pytest.raises(ConfigError) as error:
+        _check_start(staged(tmp_path, {"start_from": url}, **ours), 0, Storage(), tokenizer())
+    assert told in str(error.value)
+    assert "stages.vision.start_from" in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"drop_path": 0.3}, {"initial_std": 0.1}, {"layer_scale": 1e-5}])
+def test_what_only_training_depends_on_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
+    other = staged(tmp_path, **change)
+    url = finish(other, 0, build_model(other.model, VOCABULARY))
+    _check_start(staged(tmp_path, {"start_from": url}), 0, Storage(), tokenizer())
+
+
+def test_weights_of_another_vocabulary_are_refused_and_theirs_is_named(tmp_path: Path) -> None:
+    config = staged(tmp_path)
+    url = finish(config, 0, build_model(config.model, VOCABULARY))
+    other = Tokenizer.from_vocabulary([*TOKENS[:-1], "another"])
+    with pytest.raises(ConfigError, match=rf"set tokenizer.vocabulary to {url}/vocab.txt"):
+        _check_start(staged(tmp_path, {"start_from": url}), 0, Storage(), other)
+
+
+# ---- parts that the weights lack
+
+
+def without(state: dict[str, Tensor], piece: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if piece not in name}
+
+
+def test_a_missing_part_is_refused_unless_the_import_said_that_it_is_absent(tmp_path: Path) -> None:
+    config = staged(tmp_path)
+    state = build_model(config.model, VOCABULARY, seed=9).state_dict()
+    model = build_model(config.model, VOCABULARY, seed=5)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"missing: blocks.1.experts.vision_language"):
+        load_matching(model, without(state, "vision_language"), "language")
+    load_matching(model, without(state, "vision_language"), "language", frozenset({"vision_language_expert"}))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if "vision_language" in name else state[name]), name
+
+
+def test_an_expert_that_the_weights_lack_can_start_as_a_copy(tmp_path: Path) -> None:
+    config = staged(tmp_path, {}, {}, {"experts": {"vision_language": "language"}})
+    state = without(dict(build_model(config.model, VOCABULARY, seed=9).state_dict()), "vision_language")
+    prepared = prepare_experts(build_model(config.model, VOCABULARY), state, config.stages[2])
+    copied = {name for name in prepared if "vision_language" in name}
+    assert copied
+    assert all(torch.equal(prepared[n], state[n.replace("vision_language", "language")]) for n in copied)
+
+
+def test_two_pictures_start_as_one_known_twice(tmp_path: Path) -> None:
+    config = staged(tmp_path)
+    url = finish(config, 0, build_model(config.model, VOCABULARY, seed=9))
+    model = build_model(config.model, VOCABULARY, Heads(reasoning=True))
+    start = load_weights(Storage(), url)
+    load_matching(model, model.resize_state(start.tensors, start.config.model), "nlvr2")
+    state = model.state_dict()
+    assert torch.equal(state["image_embedding.second"], state["image_embedding.modality"])
+    learnt = state | {"image_embedding.second": torch.ones(32)}
+    assert torch.equal(model.resize_state(learnt, config.model)["image_embedding.second"], torch.ones(32))
+
+
+# ---- parts that a stage leaves alone
+
+
+def trained(config: RunConfig, index: int) -> set[str]:
+    model = model_of_stage(config, index)
+    return {model.part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_trap_11_what_no_objective_reads_is_not_trained(tmp_path: Path) -> None:
+    """A relative model has no text positions; the top vision and language experts learn from contrast alone."""
+    start = {"start_from": "random"}
+    without_contrast = {"objectives": {"masked_language": {}}} | start
+    fused = trained(staged(tmp_path, {}, {}, without_contrast), 2)
+    assert not {"vision_expert.upper", "language_expert.upper", "contrastive_head"} & fused
+    assert {"vision_expert.upper", "language_expert.upper"} <= trained(staged(tmp_path, {}, {}, start), 2)
+    assert "text_embedding.positions" not in model_of_stage(staged(tmp_path), 0).state_dict()
+
+
+def test_trap_13_a_text_stage_moves_neither_the_images_distances_nor_what_it_is_told_to_leave(tmp_path: Path) -> None:
+    """The release trains one table and the last norm, which pictures share, on texts alone."""
+    published = {"freeze": ["attention", "vision_expert", "image_embedding"], "start_from": "random"}
+    moved = trained(staged(tmp_path, {}, published), 1)
+    assert {"positions.text", "norm"} <= moved
+    assert not {"positions.image", "positions.cross"} & moved
+    published["freeze"] = [*published["freeze"], "norm"]
+    assert "norm" not in trained(staged(tmp_path, {}, published), 1)

@@ -1,0 +1,153 @@
+"""What ViLT's terms read: the pairs that random matching makes, wrong texts, masked patches beside their text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.objectives.word_patch import word_patch_loss
+from pipeline.training.collectives import Collectives
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+from pipeline.training.terms import Candidates, MaskedImage, Ranking, WordPatch, matched_rows
+from pipeline.training.trial import VOCABULARY, invented_batch, tiny_section
+
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Collectives]:
+    alone = Collectives()
+    yield alone
+    alone.close()
+
+
+def run_config(objectives: dict[str, Any], **stage: Any) -> RunConfig:
+    values = {
+        "name": "test",
+        "model": tiny_section("vilt").model_dump(),
+        "sources": {"pairs": {"shards": "invented"}},
+        "data": {"lanes": 1},
+        "stages": [
+            {
+                "name": "pairs",
+                "sources": {"pairs": 1.0},
+                "objectives": objectives,
+                "negatives": "random",
+                "steps": 2,
+                "batch": ROWS,
+                "max_text": 12,
+                "wrong_texts": 3,
+                **stage,
+            }
+        ],
+        "engine": {"precision": "float32"},
+    }
+    return validate(values, "test")
+
+
+def step_of(config: RunConfig, collectives: Collectives) -> TrainingStep:
+    stage = config.stages[0]
+    engine = PlainEngine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
+    return TrainingStep(engine, config, stage, collectives)
+
+
+def batch_of(config: RunConfig) -> Batch:
+    return invented_batch(config.model, "pairs", 1, ROWS)
+
+
+def test_word_patch_reads_the_very_pass_that_matching_judges(collectives: Collectives) -> None:
+    config = run_config({"matching": {}, "word_patch": {"weight": 0.1}})
+    step, batch = step_of(config, collectives), batch_of(config)
+    read: list[dict[str, Any]] = []
+    model = step.engine.model
+    model.register_forward_hook(lambda module, given, outputs: read.append({"passes": given[0], "outputs": outputs}))
+    losses = step(batch)
+    assert [set(each["passes"]) for each in read] == [{"pair"}]
+    found = read[0]["outputs"]["pair"]
+    matched = matched_rows(batch, config.stages[0])
+    aligned = {name: found[name] for name in ("words", "patches", "words_keep", "patches_keep")}
+    torch.testing.assert_close(losses["word_patch"], word_patch_loss(**aligned, matched=matched).detach() / ROWS)
+    swapped = read[0]["passes"]["pair"].image != batch.image
+    assert torch.equal(swapped.flatten(1).any(dim=1), ~matched)
+    torch.testing.assert_close(losses["loss"], losses["matching"] + 0.1 * losses["word_patch"])
+
+
+def test_ranking_reads_each_picture_with_its_text_and_with_wrong_ones(collectives: Collectives) -> None:
+    config = run_config({"ranking": {}})
+    step, batch = step_of(config, collectives), batch_of(config)
+    read: list[dict[str, Any]] = []
+    step.engine.model.register_forward_hook(
+        lambda module, given, outputs: read.append({"passes": given[0], "outputs": outputs})
+    )
+    losses = step(batch)
+    passes, outputs = read[0]["passes"], read[0]["outputs"]
+    assert set(passes) == {"ranked", "wrong_text_0", "wrong_text_1", "wrong_text_2"}
+    for name, one in passes.items():
+        assert torch.equal(one.image, batch.image)
+        assert torch.equal(one.patches_read, batch.patches_read)
+        differs = (one.text != batch.text).any(dim=1)
+        assert differs.all() if name != "ranked" else not differs.any()
+    scores = torch.stack([outputs[name]["ranking"] for name in passes], dim=1)
+    torch.testing.assert_close(losses["ranking"], -scores.log_softmax(dim=1)[:, 0].mean().detach())
+
+
+def test_wrong_texts_do_not_depend_on_which_rows_ask(collectives: Collectives) -> None:
+    config = run_config({"ranking": {}})
+    term, batch = step_of(config, collectives).terms["ranking"], batch_of(config)
+    assert isinstance(term, Ranking)
+    candidates = Candidates(batch.image_id, batch.source)
+    whole, part = (term.exchanges(rows, candidates) for rows in (batch, batch.rows(slice(3, 6))))
+    for name, exchanges in whole.items():
+        assert torch.equal(exchanges[0].places[3:6], part[name][0].places)
+    later = term.exchanges(replace(batch, step=2), candidates)
+    assert any(not torch.equal(later[name][0].places, whole[name][0].places) for name in whole)
+
+
+def test_masked_patches_are_read_beside_the_text_and_their_target_is_the_pictures_own(collectives: Collectives) -> None:
+    config = run_config({"masked_image": {}}, image_target="mean_colour")
+    term, batch = step_of(config, collectives).terms["masked_image"], batch_of(config)
+    assert isinstance(term, MaskedImage)
+    one = term.passes(batch)["hidden"]
+    assert one.text is batch.text
+    assert int(term.count(batch)) == int((batch.patch_positions >= 0).sum())
+    targets, size = term._targets(batch), config.model.patch_size
+    for row in range(ROWS):
+        columns = int(batch.image_size[row, 1]) // size
+        for place, position in enumerate(batch.patch_positions[row].tolist()):
+            if position < 0:
+                continue
+            down, across = divmod(position, columns)
+            patch = batch.image[row, size * down :, size * across :][:size, :size]
+            red, green, blue = (patch.float().mean(dim=(0, 1)).long() // 32).tolist()
+            assert targets[row, place] == 64 * red + 8 * green + blue
+
+
+def test_padding_among_masked_patches_changes_no_loss(collectives: Collectives) -> None:
+    for target in ("mean_colour", "pixels"):
+        config = run_config({"masked_image": {}}, image_target=target)
+        batch = batch_of(config)
+        longer = replace(batch, patch_positions=torch.nn.functional.pad(batch.patch_positions, (0, 2), value=-1))
+        losses = [step_of(config, collectives)(each)["masked_image"] for each in (batch, longer)]
+        torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_without_rows_each_term_still_has_a_gradient(collectives: Collectives) -> None:
+    config = run_config({"matching": {}, "word_patch": {}})
+    step = step_of(config, collectives)
+    term = step.terms["word_patch"]
+    assert isinstance(term, WordPatch)
+    batch = batch_of(config).rows(slice(0, 0))
+    outputs = step.engine({"pair": term.fused(batch, "pair", "itm", "alignment")})
+    loss = term.loss(outputs, batch)
+    loss.backward()
+    assert loss == 0
