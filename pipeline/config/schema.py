@@ -7,12 +7,11 @@ a run is resumed; any other change is refused by name (contract C4).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.config.model import ImageBERTConfig, ModelConfig, VLMoConfig
+from pipeline.config.model import ModelConfig, VLMoConfig
 from pipeline.config.section import Fraction, Positive, Section, changeable
 
 # What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
@@ -327,107 +326,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        faults = [*self._faithful_faults(), *self._stage_faults(), *self._source_faults()]
-        if faults:
+        # Here, because the rules speak of the classes of this module.
+        from pipeline.config.rules import faults_of
+
+        if faults := list(faults_of(self)):
             raise ValueError("\n".join(faults))
         return self
-
-    def _faithful_faults(self) -> Iterator[str]:
-        if self.faithful and self.model.kind != "vlmo":
-            yield f"faithful: is said of VLMo's release, and the model is of kind {self.model.kind}"
-
-    def _source_faults(self) -> Iterator[str]:
-        for name, source in self.sources.items():
-            excluded = source.synthetic.exclude if source.synthetic else None
-            if excluded is not None and (excluded not in self.sources or self.sources[excluded].synthetic is None):
-                yield f"sources.{name}.synthetic.exclude: '{excluded}' is no synthetic source of this run"
-        held_out = self.evaluation.source
-        if held_out is not None and held_out not in self.sources:
-            yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(self.sources)}"
-        elif held_out is not None and (use := self.sources[held_out].use) not in EVALUATED:
-            yield f"evaluation.source: '{held_out}' is read as {use}; expected a source read as {', '.join(EVALUATED)}"
-
-    def _stage_faults(self) -> Iterator[str]:
-        names = [stage.name for stage in self.stages]
-        for index, stage in enumerate(self.stages):
-            where = f"stages.{index} ({stage.name})"
-            if names.index(stage.name) != index:
-                yield f"{where}: another stage has this name"
-            if stage.batch % self.data.lanes:
-                yield f"{where}.batch: {stage.batch} must be a multiple of data.lanes {self.data.lanes}"
-            if stage.max_text > self.model.max_text:
-                yield f"{where}.max_text: {stage.max_text} is above model.max_text {self.model.max_text}"
-            if stage.image_size is not None:
-                yield from self._image_size_faults(where, stage)
-            if not stage.sources or not stage.objectives:
-                yield f"{where}: needs at least one source and one objective"
-            every = max((objective.every for objective in stage.objectives.values()), default=1)
-            if stage.batch < self.cluster.workers * every:
-                yield (
-                    f"{where}.batch: {stage.batch} leaves a worker without a row; "
-                    f"at least cluster.workers x every = {self.cluster.workers * every}"
-                )
-            yield from self._objective_faults(where, stage)
-            yield from self._use_faults(where, stage)
-
-    def _image_size_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
-        try:
-            self.for_stage(stage)
-        except ValidationError as error:
-            for fault in error.errors():
-                yield f"{where}.image_size: {fault['msg'].removeprefix('Value error, ')}"
-
-    def _objective_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
-        objectives = stage.objectives
-        if "matching" in objectives and stage.negatives == "hard" and "contrastive" not in objectives:
-            yield (
-                f"{where}.objectives: matching draws hard negatives from contrastive scores; "
-                "add contrastive, or set negatives: random"
-            )
-        if "word_patch" in objectives and not ("matching" in objectives and stage.negatives == "random"):
-            yield f"{where}.objectives: word_patch reads matching's random negatives; add them (negatives: random)"
-        elif "word_patch" in objectives and objectives["word_patch"].every != objectives["matching"].every:
-            yield f"{where}.objectives: word_patch reads the rows that matching reads; give both the same `every`"
-        if "masked_image" in objectives:
-            yield from self._masked_image_faults(where, stage)
-        for objective, key in (("classification", "classes"), ("answering", "answers")):
-            if objective in objectives and getattr(stage, key) is None:
-                yield f"{where}.{key}: {objective} needs to know how many there are"
-
-    def _masked_image_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
-        if stage.image_target == "visual_tokens" and stage.image_tokenizer is None:
-            yield f"{where}.image_tokenizer: visual_tokens needs to know where the tokenizer's weights lie"
-        if self.model.kind == "vilt" and stage.image_target == "visual_tokens":
-            yield f"{where}.image_target: visual_tokens name patches of square pictures, and vilt's keep their shape"
-        if self.model.kind == "vilt" and stage.masking.patch_shape == "blocks":
-            yield f"{where}.masking.patch_shape: blocks fall on square pictures, and vilt's keep their shape"
-        if stage.image_decoder is None:
-            return
-        if self.model.kind not in ("vlmo", "vit"):
-            yield f"{where}.image_decoder: a model of kind {self.model.kind} has none; vlmo and vit do"
-        if stage.masking.patches_covered < 1:
-            yield f"{where}.masking.patches_covered: image_decoder's encoder reads no masked patch, covered or not"
-
-    def _use_faults(self, where: str, stage: StageConfig) -> Iterator[str]:
-        unknown = [name for name in stage.sources if name not in self.sources]
-        for name in unknown:
-            yield f"{where}.sources: unknown source '{name}'; known: {', '.join(self.sources)}"
-        uses = {self.sources[name].use for name in stage.sources if name in self.sources}
-        yield from self._region_faults(where, stage, uses)
-        if len(uses) > 1:
-            yield f"{where}.sources: read as {' and '.join(sorted(uses))}; all sources of a stage must have one use"
-        for objective in stage.objectives:
-            if not unknown and not uses <= USES_OF[objective]:
-                yield (
-                    f"{where}.objectives: {objective} needs sources read as {' or '.join(sorted(USES_OF[objective]))}"
-                )
-
-    def _region_faults(self, where: str, stage: StageConfig, uses: set[Use]) -> Iterator[str]:
-        if "regions" in uses and not isinstance(self.model, ImageBERTConfig):
-            yield f"{where}.sources: regions are for a model of kind imagebert, and model.kind is {self.model.kind}"
-        hidden = [o for o in ("masked_language", "region_class", "region_features") if o in stage.objectives]
-        if "regions" in uses and len({stage.objectives[objective].every for objective in hidden}) > 1:
-            yield f"{where}.objectives: {', '.join(hidden)} share one pass over the masked rows; give them one `every`"
 
     def use_of(self, stage: StageConfig) -> Use:
         """What the stage reads of its samples: the same for all its sources."""

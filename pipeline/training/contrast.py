@@ -18,7 +18,7 @@ from pipeline.data.batch import Batch
 from pipeline.models.passes import Outputs, Pass
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.training.collectives import Collectives, share
-from pipeline.training.terms import Keeps
+from pipeline.training.terms.term import Keeps
 
 # A contrast's feature, and its scale. A model has the first, or both (VLMo): the loss is then their mean.
 CONTRASTS = {"itc": "scale", "itc_vl": "scale_vl"}

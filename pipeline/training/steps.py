@@ -29,7 +29,8 @@ from pipeline.training.contrast import Contrast, contrast_of, tower_passes
 from pipeline.training.drop_path import drop_path_keeps
 from pipeline.training.engine import StepEngine
 from pipeline.training.exchange import exchanged
-from pipeline.training.terms import Candidates, ImageTokenizer, Setting, Term, terms_of
+from pipeline.training.terms import terms_of
+from pipeline.training.terms.term import Candidates, ImageTokenizer, Setting, Term
 
 Exchanged = dict[str, tuple[Objective, Batch]]  # by pass: who asked, and its chosen rows
 

@@ -19,7 +19,7 @@ from pipeline.data.regions import parse_regions
 from pipeline.data.storage import Storage
 from pipeline.data.text import Tokenizer
 from pipeline.models import build_model
-from pipeline.training.terms import regions_of
+from pipeline.training.terms.term import regions_of
 
 LOWEST, LONGEST = 800, 1333  # sides that torchvision's Faster R-CNN resizes pictures to
 

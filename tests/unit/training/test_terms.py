@@ -9,7 +9,8 @@ from tiny import tiny_batch, tiny_config
 from pipeline.data.batch import Batch
 from pipeline.models.passes import Pass
 from pipeline.training.steps import _merged
-from pipeline.training.terms import Candidates, draw_of_source, matched_rows
+from pipeline.training.terms.matched import draw_of_source, matched_rows
+from pipeline.training.terms.term import Candidates
 
 
 @pytest.fixture

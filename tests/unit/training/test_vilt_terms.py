@@ -18,7 +18,9 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
-from pipeline.training.terms import Candidates, MaskedImage, Ranking, WordPatch, matched_rows
+from pipeline.training.terms.masked import MaskedImage
+from pipeline.training.terms.matched import Ranking, WordPatch, matched_rows
+from pipeline.training.terms.term import Candidates
 from pipeline.training.trial import VOCABULARY, invented_batch, tiny_section
 
 ROWS = 8

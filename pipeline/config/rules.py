@@ -1,0 +1,120 @@
+"""Rules between a run's keys, which no single key's type can say. Each fault is one line that begins with its path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from pipeline.config.model import ImageBERTConfig
+from pipeline.config.schema import EVALUATED, USES_OF, RunConfig, StageConfig, Use
+
+
+def faults_of(config: RunConfig) -> Iterator[str]:
+    """Everything that is wrong with a run whose keys are each right."""
+    yield from _faithful_faults(config)
+    yield from _stage_faults(config)
+    yield from _source_faults(config)
+
+
+def _faithful_faults(config: RunConfig) -> Iterator[str]:
+    if config.faithful and config.model.kind != "vlmo":
+        yield f"faithful: is said of VLMo's release, and the model is of kind {config.model.kind}"
+
+
+def _source_faults(config: RunConfig) -> Iterator[str]:
+    for name, source in config.sources.items():
+        excluded = source.synthetic.exclude if source.synthetic else None
+        if excluded is not None and (excluded not in config.sources or config.sources[excluded].synthetic is None):
+            yield f"sources.{name}.synthetic.exclude: '{excluded}' is no synthetic source of this run"
+    held_out = config.evaluation.source
+    if held_out is not None and held_out not in config.sources:
+        yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(config.sources)}"
+    elif held_out is not None and (use := config.sources[held_out].use) not in EVALUATED:
+        yield f"evaluation.source: '{held_out}' is read as {use}; expected a source read as {', '.join(EVALUATED)}"
+
+
+def _stage_faults(config: RunConfig) -> Iterator[str]:
+    names = [stage.name for stage in config.stages]
+    for index, stage in enumerate(config.stages):
+        where = f"stages.{index} ({stage.name})"
+        if names.index(stage.name) != index:
+            yield f"{where}: another stage has this name"
+        if stage.batch % config.data.lanes:
+            yield f"{where}.batch: {stage.batch} must be a multiple of data.lanes {config.data.lanes}"
+        if stage.max_text > config.model.max_text:
+            yield f"{where}.max_text: {stage.max_text} is above model.max_text {config.model.max_text}"
+        if stage.image_size is not None:
+            yield from _image_size_faults(config, where, stage)
+        if not stage.sources or not stage.objectives:
+            yield f"{where}: needs at least one source and one objective"
+        every = max((objective.every for objective in stage.objectives.values()), default=1)
+        if stage.batch < config.cluster.workers * every:
+            yield (
+                f"{where}.batch: {stage.batch} leaves a worker without a row; "
+                f"at least cluster.workers x every = {config.cluster.workers * every}"
+            )
+        yield from _objective_faults(config, where, stage)
+        yield from _use_faults(config, where, stage)
+
+
+def _image_size_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
+    try:
+        config.for_stage(stage)
+    except ValidationError as error:
+        for fault in error.errors():
+            yield f"{where}.image_size: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _objective_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
+    objectives = stage.objectives
+    if "matching" in objectives and stage.negatives == "hard" and "contrastive" not in objectives:
+        yield (
+            f"{where}.objectives: matching draws hard negatives from contrastive scores; "
+            "add contrastive, or set negatives: random"
+        )
+    if "word_patch" in objectives and not ("matching" in objectives and stage.negatives == "random"):
+        yield f"{where}.objectives: word_patch reads matching's random negatives; add them (negatives: random)"
+    elif "word_patch" in objectives and objectives["word_patch"].every != objectives["matching"].every:
+        yield f"{where}.objectives: word_patch reads the rows that matching reads; give both the same `every`"
+    if "masked_image" in objectives:
+        yield from _masked_image_faults(config, where, stage)
+    for objective, key in (("classification", "classes"), ("answering", "answers")):
+        if objective in objectives and getattr(stage, key) is None:
+            yield f"{where}.{key}: {objective} needs to know how many there are"
+
+
+def _masked_image_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
+    if stage.image_target == "visual_tokens" and stage.image_tokenizer is None:
+        yield f"{where}.image_tokenizer: visual_tokens needs to know where the tokenizer's weights lie"
+    if config.model.kind == "vilt" and stage.image_target == "visual_tokens":
+        yield f"{where}.image_target: visual_tokens name patches of square pictures, and vilt's keep their shape"
+    if config.model.kind == "vilt" and stage.masking.patch_shape == "blocks":
+        yield f"{where}.masking.patch_shape: blocks fall on square pictures, and vilt's keep their shape"
+    if stage.image_decoder is None:
+        return
+    if config.model.kind not in ("vlmo", "vit"):
+        yield f"{where}.image_decoder: a model of kind {config.model.kind} has none; vlmo and vit do"
+    if stage.masking.patches_covered < 1:
+        yield f"{where}.masking.patches_covered: image_decoder's encoder reads no masked patch, covered or not"
+
+
+def _use_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
+    unknown = [name for name in stage.sources if name not in config.sources]
+    for name in unknown:
+        yield f"{where}.sources: unknown source '{name}'; known: {', '.join(config.sources)}"
+    uses = {config.sources[name].use for name in stage.sources if name in config.sources}
+    yield from _region_faults(config, where, stage, uses)
+    if len(uses) > 1:
+        yield f"{where}.sources: read as {' and '.join(sorted(uses))}; all sources of a stage must have one use"
+    for objective in stage.objectives:
+        if not unknown and not uses <= USES_OF[objective]:
+            yield (f"{where}.objectives: {objective} needs sources read as {' or '.join(sorted(USES_OF[objective]))}")
+
+
+def _region_faults(config: RunConfig, where: str, stage: StageConfig, uses: set[Use]) -> Iterator[str]:
+    if "regions" in uses and not isinstance(config.model, ImageBERTConfig):
+        yield f"{where}.sources: regions are for a model of kind imagebert, and model.kind is {config.model.kind}"
+    hidden = [o for o in ("masked_language", "region_class", "region_features") if o in stage.objectives]
+    if "regions" in uses and len({stage.objectives[objective].every for objective in hidden}) > 1:
+        yield f"{where}.objectives: {', '.join(hidden)} share one pass over the masked rows; give them one `every`"
