@@ -30,6 +30,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),
 ]
+FORMAT_HELP = "Whose names the tensors have: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (our own)."
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
@@ -76,6 +77,21 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
+    image: Annotated[str | None, typer.Option(help="A picture (path or URL).")] = None,
+    second_image: Annotated[str | None, typer.Option(help="The second picture of a statement about two.")] = None,
+    text: Annotated[str | None, typer.Option(help="A question, a statement, a caption, or a text with [MASK].")] = None,
+    top: Annotated[int, typer.Option(help="Most answers, classes or words that are told.", min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint says of pictures and a text: answers, truth, classes, a match, a similarity, masked words."""
+    from jobs.predict import predict as run_predict
+
+    print_result(run_predict(checkpoint, image, second_image, text, top), as_json)
+
+
+@app.command()
 def submit(
     config: Config,
     overrides: Overrides = None,
@@ -118,6 +134,75 @@ def fingerprint(
 
     settings = load_config(config, overrides or [])
     print_result(fingerprint_of(settings, stage, steps, world_size, workers, threads), as_json)
+
+
+@app.command()
+def explain(
+    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
+    image: Annotated[str, typer.Option(help="A picture (path or URL).")],
+    text: Annotated[str, typer.Option(help="What is said about it.")],
+    out: Annotated[str, typer.Option(help="Where it is drawn: a name ending in .html or .png.")] = "explain.html",
+    as_json: AsJson = False,
+) -> None:
+    """Draw which patches each word aligns to, and what the model guesses for each word with and without the picture."""
+    from jobs.explain import explain_checkpoint
+
+    result = explain_checkpoint(checkpoint, image, text, out)
+    print_result(result if as_json else {key: result[key] for key in ("out", "distance", "notes")}, as_json)
+
+
+@app.command()
+def objectives(
+    train: Annotated[bool, typer.Option("--train", help="Train every combination 30 steps on a tiny batch.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which objective a model of which kind learns, and from what its sources must be read as."""
+    from jobs.objectives import as_text
+    from jobs.objectives import objectives as find
+
+    with console.status("asking the models") as status:
+        found = find(train, status.update)
+    if as_json:
+        print_result(found, as_json)
+    else:
+        typer.echo(as_text(found))
+
+
+@app.command("import")
+def import_(
+    path: Annotated[str, typer.Argument(help="A published checkpoint: a file, or a Hugging Face folder (path or URL)")],
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
+    out: Annotated[str, typer.Option(help="The new folder (path or URL), for `start_from` and `mome evaluate`.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Sizes that the tensors do not tell: heads=16 image_size=384", metavar="KEY=VALUE"),
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A config whose model section the weights are of.")] = None,
+    vocabulary: Annotated[str | None, typer.Option(help="The vocabulary of the weights, a token a line.")] = None,
+    may_differ: Annotated[
+        list[str] | None,
+        typer.Option(help="A tensor, or a pattern of names, that may be missing, unexpected or of another shape."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn published weights into ones that a stage can start from. Nothing but tensors is loaded."""
+    from jobs.convert import import_weights
+
+    allowed = tuple(may_differ or ())
+    print_result(import_weights(path, format, out, overrides or [], model, vocabulary, allowed), as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
+    out: Annotated[str, typer.Option(help="The file: safetensors if it ends so, else as torch saves.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a stage's weights under a published format's names, and check that they read back bit for bit."""
+    from jobs.convert import export_weights
+
+    print_result(export_weights(checkpoint, format, out), as_json)
 
 
 def main() -> None:

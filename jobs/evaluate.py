@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +12,19 @@ from torch import nn
 
 from jobs.console import console
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig, SourceConfig
+from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig
 from pipeline.data.storage import Storage, join
 from pipeline.data.text import Tokenizer
-from pipeline.evaluation.evaluate import Evaluation, evaluate, stage_of
+from pipeline.evaluation.evaluate import TASKS, Evaluation, evaluate, stage_of
 from pipeline.evaluation.report import write_report
 from pipeline.models import build_model
+from pipeline.models.model import Model
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
 from pipeline.training.checkpoint import Weights, is_committed, load_weights, stage_url
 from pipeline.training.stages import heads, load_matching
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 
@@ -40,7 +44,7 @@ def evaluate_checkpoint(
     """
     storage = Storage()
     weights = load_weights(storage, checkpoint.rstrip("/"))
-    config, source = _with_source(weights.config, source)
+    config, source = _with_source(weights.config, stage_of(weights.config, weights.stage), source)
     storage = Storage(config.storage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
     found = evaluate(
@@ -53,17 +57,28 @@ def evaluate_checkpoint(
         weights.stage,
         dict(_earlier_stages(config, weights, storage)),
         progress=lambda message: console.print(f"evaluating: {message}", style="dim"),
+        choices=weights.choices,
     )
+    if found.trained_on:
+        told = ", ".join(found.trained_on)
+        log.warning("source '%s' was trained on (stages: %s): these are no held-out results", found.source, told)
+    if found.matching is not None and found.matching.is_collapsed:
+        log.warning(
+            "matching has collapsed: right for %.0f %% of the true pairs and %.0f %% of the wrong ones; "
+            "train longer, or check that the stage started from the weights it should have",
+            100 * found.matching.accuracy_matched,
+            100 * found.matching.accuracy_mismatched,
+        )
     found = found.located(checkpoint=weights.url)
     return _deliver(config, storage, found, tokenizer, report, track)
 
 
-def model_of(weights: Weights) -> nn.Module:
+def model_of(weights: Weights) -> Model:
     """The model that a stage's weights are of."""
     config = weights.config
     index = config.stages.index(stage_of(config, weights.stage))
     model = build_model(config.model, len(weights.vocabulary), heads(config, index))
-    load_matching(model, weights.tensors, weights.stage)
+    load_matching(model, weights.tensors, weights.stage, weights.absent)
     return model
 
 
@@ -77,16 +92,16 @@ def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> It
             yield stage.name, model_of(load_weights(storage, url))
 
 
-def _with_source(config: RunConfig, source: str | None) -> tuple[RunConfig, str | None]:
-    """A source given as a URL of shards joins the run's own."""
+def _with_source(config: RunConfig, stage: StageConfig, source: str | None) -> tuple[RunConfig, str | None]:
+    """A source given as a URL of shards joins the run's own, read as the stage's is, or as pairs."""
     if source is None or source in config.sources:
         return config, source
     if "/" not in source:
-        known = ", ".join(name for name, each in config.sources.items() if each.use == "pairs")
+        known = ", ".join(name for name, each in config.sources.items() if each.use in EVALUATED)
         raise ConfigError(f"--source {source}: no source of this run; give one of {known}, or the URL of shards")
-    return config.model_copy(
-        update={"sources": {**config.sources, "held_out": SourceConfig(shards=source)}}
-    ), "held_out"
+    use = config.use_of(stage)
+    held_out = SourceConfig(shards=source, use=use if use in TASKS else "pairs")
+    return config.model_copy(update={"sources": {**config.sources, "held_out": held_out}}), "held_out"
 
 
 def _deliver(

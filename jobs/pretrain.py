@@ -22,7 +22,7 @@ from typing import Any
 from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.paths import local_path, with_absolute_paths
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.loader import local_preparer
 from pipeline.data.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
@@ -54,7 +54,7 @@ def pretrain(config: RunConfig, show: Show) -> bool:
         return False
     storage.delete(join(config.folder, FAILURE_FILE))
     storage.delete(join(config.folder, PROGRESS_FILE))
-    _connect(config)
+    connect(config.cluster)
     watcher = _Watcher(config, storage, show)
     try:
         _fit(config)
@@ -92,8 +92,8 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
     return next((n for i, n in enumerate(names) if not is_committed(storage, stage_url(config, i))), None)
 
 
-def _connect(config: RunConfig) -> None:
-    """Join the given cluster, or start a local one."""
+def connect(cluster: ClusterConfig) -> None:
+    """Join the given cluster, or start a local one. Raises ConfigError without Ray, RunFailed when nobody answers."""
     try:
         import ray
     except ImportError as error:
@@ -106,7 +106,7 @@ def _connect(config: RunConfig) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             _knock(address)
@@ -117,7 +117,6 @@ def _connect(config: RunConfig) -> None:
                 "correct the address, or leave it out to run on this machine."
             ) from error
         return
-    cluster = config.cluster
     each = cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus
     needed = int(cluster.workers * each) + 1
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **quiet)

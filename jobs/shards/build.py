@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +11,10 @@ import typer
 
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError
-from pipeline.data import importers
+from pipeline.data import annotation_files, importers
+from pipeline.data.choices import Choices
 from pipeline.data.manifest import index_shards
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, join
 
 
 class KindOption(StrEnum):
@@ -22,15 +23,34 @@ class KindOption(StrEnum):
     jsonl = "jsonl"
     coco = "coco"
     text = "text"
+    vqa = "vqa"
+    vg_qa = "vg_qa"
+    nlvr2 = "nlvr2"
+    karpathy = "karpathy"
+    classes = "classes"
 
 
 def build(
-    source: Annotated[Path, typer.Argument(help="A folder of images, a .jsonl, a COCO captions .json, or text.")],
+    source: Annotated[
+        Path, typer.Argument(help="A folder of images, a .jsonl, a COCO captions .json, text, or an annotation file.")
+    ],
     out: Annotated[str, typer.Argument(help="Folder or URL (s3://bucket/path) that the shards are written to.")],
     kind: Annotated[KindOption, typer.Option(help="What SOURCE is; auto looks at it.")] = KindOption.auto,
     images: Annotated[Path | None, typer.Option(help="Folder the image paths of a jsonl or COCO file are in.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each tar.")] = 1000,
     words: Annotated[int, typer.Option(min=1, help="Most words of one text sample.")] = importers.WORDS_PER_TEXT,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option("--annotations", help="vqa: a file of answers; once for each file whose answers are listed."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="karpathy: the pictures of this split only.")] = None,
+    listed_only: Annotated[
+        bool, typer.Option("--listed-only", help="vqa: leave out questions that no listed answer is right for.")
+    ] = False,
+    min_count: Annotated[
+        int | None,
+        typer.Option(min=1, help="vqa: questions that an answer must be chosen for to be listed. [default: 9]"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Import this many samples only.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards at OUT.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first missing image or bad line.")] = False,
@@ -39,21 +59,39 @@ def build(
     """Import images and captions, or text, into tars with a manifest. Nothing is left half-written.
 
     jsonl: one {"image": path, "captions": [text, …]} a line. Folder: a .txt beside an image is its caption.
+    Annotation files: VQA v2's questions, Visual Genome's question_answers.json, NLVR2's lines and Karpathy's splits are
+    told by their content; a folder of one folder of pictures a class needs --kind classes. What a head chooses among,
+    answers.json or classes.json, is written beside the shards.
     """
     storage = Storage()
-    chosen: importers.Kind = importers.find_kind(source) if kind is KindOption.auto else kind.value  # type: ignore[assignment]
+    chosen = kind.value
+    if kind is KindOption.auto:
+        chosen = annotation_files.find_annotations(source) or importers.find_kind(source)
     importers.check_writable(storage, out, overwrite)
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images}: no such folder; expected the folder that image paths are relative to")
     problems = importers.Problems(strict=strict)
-    samples = _limited(importers.read_samples(source, chosen, problems, images, words), limit)
+    choices: Mapping[str, Choices] = {}
+    if chosen in annotation_files.KINDS:
+        options = annotation_files.Options(images, tuple(answers or ()), split, listed_only, min_count)
+        found = annotation_files.read_annotations(source, chosen, problems, options)  # type: ignore[arg-type]
+        samples, choices = found.samples, found.choices
+    else:
+        samples = importers.read_samples(source, chosen, problems, images, words)  # type: ignore[arg-type]
+    samples = _limited(samples, limit)
     try:
         with ShardProgress("indexing") as progress:
             counted = progress.count(samples)
             manifest = importers.write_shards(storage, counted, out, samples_per_shard, progress.shard)
+        for name, listed in choices.items():
+            storage.write(join(out, name), listed.to_bytes())
     finally:
         _report_problems(problems)
-    report_manifest(manifest, out, as_json, {"kind": chosen, "left_out": problems.count})
+    facts = {"kind": chosen, "left_out": problems.count} | {name: len(listed) for name, listed in choices.items()}
+    report_manifest(manifest, out, as_json, facts)
+    if not as_json:
+        for name, listed in choices.items():
+            typer.echo(f"{join(out, name)}: {len(listed)} of them, the number that the stage's config names")
 
 
 def index(

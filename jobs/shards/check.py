@@ -27,6 +27,10 @@ class UseOption(StrEnum):
     pairs = "pairs"
     images = "images"
     text = "text"
+    labelled = "labelled"
+    regions = "regions"
+    questions = "questions"
+    statements = "statements"
 
 
 def check(

@@ -1,27 +1,38 @@
-"""Evaluates a stage's weights on held-out pairs: what every objective it trained is worth there.
+"""Evaluates a stage's weights on a held-out source: what every objective it trained is worth there.
 
 Contrastive training is measured by retrieval, matching by its accuracy and by re-ranking, masked language by the words
 guessed with the right picture, a wrong one and none. Earlier stages' models add what they alone can tell: the language
-stage its accuracy from text, the vision stage its reconstructions.
+stage its accuracy from text, the vision stage its reconstructions. Fine-tuned stages are measured on sources of their
+own use: questions, statements, labelled pictures.
+
+A stage hands over its last weights, and none is ever chosen by a result: there is no model selection on test data. A
+source that a stage trained on can be evaluated, and the result says so (`trained_on`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import Objective, RunConfig, StageConfig, Use
+from pipeline.data.choices import ANSWERS, Choices, load_answers
 from pipeline.data.storage import Storage
 from pipeline.data.text import Tokenizer
+from pipeline.evaluation.annotated import AnnotatedSource
+from pipeline.evaluation.answering import Answering, measure_answering
+from pipeline.evaluation.classification import Classification, measure_classification
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.evaluation.masked_image import Reconstruction, reconstruct
 from pipeline.evaluation.masked_language import Guesses, MaskedLanguage, guess, masked_language, other_images
+from pipeline.evaluation.reasoning import Reasoning, measure_reasoning
 from pipeline.evaluation.retrieval import (
+    FusedHead,
     Recall,
     Retrieval,
     embed_images,
@@ -33,6 +44,7 @@ from pipeline.evaluation.retrieval import (
 
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
+COLLAPSED = 0.05  # a matching head that is right in no more of one class has learnt only how often pairs match
 RECONSTRUCTED = 64  # pictures whose masked patches are filled in; the report shows the first few
 
 
@@ -47,6 +59,11 @@ class Matching:
     def accuracy(self) -> float:
         return (self.accuracy_matched + self.accuracy_mismatched) / 2
 
+    @property
+    def is_collapsed(self) -> bool:
+        """Whether the head gives nearly everything the same answer, as it does where it learnt nothing of pairs."""
+        return min(self.accuracy_matched, self.accuracy_mismatched) < COLLAPSED
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,6 +74,8 @@ class Evaluation:
     held_out: HeldOut
     similarity: Tensor | None = None  # (N, M)
     retrieval: Retrieval | None = None
+    retrieval_by: Literal["itc"] | FusedHead = "itc"  # the head whose scores order the candidates
+    retrieval_images: int = 0  # that take part in it
     reranked: Retrieval | None = None
     reranked_best: int = 0  # candidates a query
     matching: Matching | None = None
@@ -64,6 +83,10 @@ class Evaluation:
     language_stages: dict[str, Guesses] = field(default_factory=dict)  # text-only guesses of earlier stages, by name
     reconstruction: Reconstruction | None = None
     reconstruction_stage: str = ""
+    answering: Answering | None = None
+    reasoning: Reasoning | None = None
+    classification: Classification | None = None
+    trained_on: tuple[str, ...] = ()  # stages that read the same shards: then this is no held-out result
     checkpoint: str = ""
     report: str = ""
 
@@ -80,13 +103,24 @@ class Evaluation:
             "source": self.source,
             "source_digest": self.held_out.digest,
             "stage": self.stage,
-            "retrieval": _retrieval_json(self.retrieval),
+            "retrieval": _retrieval_json(self.retrieval, by=self.retrieval_by, images=self.retrieval_images),
             "reranked": _retrieval_json(self.reranked, best=self.reranked_best),
             "mlm": self._mlm_json(),
             "itm": self._itm_json(),
             "reconstruction": self._reconstruction_json(),
+            **{name: _figures(figures) for name, figures in self.fine_tuned.items()},
+            "trained_on": list(self.trained_on),
             "checkpoint": self.checkpoint,
             "report": self.report,
+        }
+
+    @property
+    def fine_tuned(self) -> dict[str, Answering | Reasoning | Classification | None]:
+        """What fine-tuning's uses are measured by, under the objectives' names."""
+        return {
+            "answering": self.answering,
+            "reasoning": self.reasoning,
+            "classification": self.classification,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -99,6 +133,9 @@ class Evaluation:
             found |= {prefix + name: value for name, value in (section or {}).items() if isinstance(value, float)}
         for name, guesses in self.language_stages.items():
             found[f"mlm_{name}_stage_text_only"] = guesses.accuracy
+        for name, figures in self.fine_tuned.items():
+            section = _figures(figures) or {}
+            found |= {f"{name}_{key}": value for key, value in section.items() if isinstance(value, float)}
         if self.reconstruction is not None:
             found["reconstruction_error"] = self.reconstruction.error
         return {f"eval/{self.source}/{name}": value for name, value in found.items() if value is not None}
@@ -144,24 +181,73 @@ def evaluate(
     others: Mapping[str, nn.Module] | None = None,
     rerank_best: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    choices: Mapping[str, Choices] | None = None,
 ) -> Evaluation:
-    """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source of pairs.
+    """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source.
 
     `source` and `limit` default to the config's. `others` are the models of other stages, by the stage's name.
     `rerank_best` is how many candidates of each query the fusion encoder reads again; 0 leaves re-ranking out.
-    `progress` is told what is being measured. Raises ConfigError and DataError as `load_pairs`.
+    `progress` is told what is being measured. `choices` is what the heads choose among, as kept with the weights.
+    Raises ConfigError and DataError as `load_pairs`, ConfigError for a source of a use that the stage did not train.
     """
     chosen = stage_of(config, stage)
     source = source or config.evaluation.source
     if source is None:
-        raise ConfigError("evaluation.source: no held-out source is named; set it to a source with pairs")
+        raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
+    if source in config.sources and config.sources[source].use in TASKS:
+        return _measure_task(model, tokenizer, config, storage, source, limit, chosen, progress, choices or {})
     progress("reading the held-out pairs")
     held_out = load_pairs(config, storage, source, limit or config.evaluation.limit, tokenizer, chosen.max_text)
-    found = Evaluation(source, chosen.name, held_out)
+    found = Evaluation(source, chosen.name, held_out, trained_on=stages_reading(config, source))
     found = _measure(found, model, chosen, tokenizer, config, rerank_best, progress)
     for name, other in (others or {}).items():
         found = _add_stage(found, other, stage_of(config, name), tokenizer, config, progress)
     return found
+
+
+TASKS: dict[Use, Objective] = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
+
+
+def _measure_task(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    storage: Storage,
+    source: str,
+    limit: int | None,
+    stage: StageConfig,
+    progress: Callable[[str], None],
+    choices: Mapping[str, Choices],
+) -> Evaluation:
+    """The figures of a source of questions, statements or labelled pictures."""
+    use = config.sources[source].use
+    if TASKS[use] not in stage.objectives:
+        raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {TASKS[use]}")
+    annotated = AnnotatedSource(config, storage, source, stage, tokenizer, limit or config.evaluation.limit)
+    figures: dict[str, Any] = {}
+    if use == "questions":
+        progress("answering questions")
+        listed = choices.get(ANSWERS) or load_answers(config, stage, storage)
+        assert listed is not None, "the schema lets no stage answer without a list"
+        figures["answering"] = measure_answering(model, annotated, listed)
+    elif use == "statements":
+        progress("judging statements")
+        figures["reasoning"] = measure_reasoning(model, annotated)
+    else:
+        progress("telling classes")
+        figures["classification"] = measure_classification(model, annotated)
+    held_out = HeldOut.of_no_pairs(dict(annotated.skipped), annotated.digest)
+    return Evaluation(source, stage.name, held_out, trained_on=stages_reading(config, source), **figures)
+
+
+def stages_reading(config: RunConfig, source: str) -> tuple[str, ...]:
+    """The stages that train on a source's shards, under whatever name."""
+    shards = config.sources[source].shards.rstrip("/") if source in config.sources else None
+    return tuple(
+        stage.name
+        for stage in config.stages
+        if any(config.sources[name].shards.rstrip("/") == shards for name in stage.sources)
+    )
 
 
 def stage_of(config: RunConfig, name: str | None) -> StageConfig:
@@ -191,6 +277,10 @@ def _measure(
         progress("matching captions and images")
         found = replace(found, matching=_match(model, held_out, tokenizer.pad_id, batch))
         found = _rerank(found, model, tokenizer.pad_id, rerank_best, batch)
+    head: FusedHead | None = "ranking" if "ranking" in stage.objectives else "itm" if found.matching else None
+    if head and found.retrieval is None and rerank_best != 0:
+        progress("reading images with all captions")
+        found = _retrieve_fused(found, model, tokenizer.pad_id, batch, head)
     if "masked_language" in stage.objectives:
         progress("guessing masked words")
         fused = config.use_of(stage) == "pairs"
@@ -226,53 +316,96 @@ def _retrieve(found: Evaluation, model: nn.Module, pad: int, batch: int) -> Eval
     texts = embed_texts(model, held_out.rows(), pad, batch)
     similarity = images @ texts.T
     return replace(
-        found, similarity=similarity, retrieval=recall_at_k(similarity, held_out.caption_of, held_out.image_id)
+        found,
+        similarity=similarity,
+        retrieval=recall_at_k(similarity, held_out.caption_of, held_out.image_id),
+        retrieval_images=len(held_out),
     )
 
 
 def _rerank(found: Evaluation, model: nn.Module, pad: int, best: int | None, batch: int) -> Evaluation:
     held_out, similarity = found.held_out, found.similarity
-    assert similarity is not None, "the schema lets no stage match without contrast"
+    if similarity is None:  # random negatives need no contrast, and without one nothing is ranked yet
+        return found
     affordable = RERANK_PAIRS // (len(held_out) + len(held_out.tokens))
     best = min(RERANK_BEST, affordable) if best is None else best
     if best < 2:  # the order of one candidate cannot change
         return found
-    rows = held_out.rows()
-    captions, images = rerank(
-        similarity, best, lambda pairs: matching_odds(model, held_out.images, rows, pad, pairs, batch)
-    )
+    captions, images = rerank(similarity, best, lambda pairs: _odds(model, held_out, pad, pairs, batch))
     reranked = recall_at_k(captions, held_out.caption_of, held_out.image_id, transposed=images)
     return replace(found, reranked=reranked, reranked_best=best)
+
+
+def _retrieve_fused(found: Evaluation, model: nn.Module, pad: int, batch: int, head: FusedHead) -> Evaluation:
+    """Every pair read by the fusion encoder, of as many images, from the first, as make up `RERANK_PAIRS` pairs."""
+    held_out = found.held_out
+    per_image = held_out.caption_of.bincount(minlength=len(held_out))
+    num_pairs = per_image.cumsum(0) * torch.arange(1, len(held_out) + 1)
+    num_images = int((num_pairs <= RERANK_PAIRS).sum())
+    num_captions = int(per_image[:num_images].sum())
+    if num_images < 2:
+        return found
+    pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_captions))
+    scores = _odds(model, held_out, pad, pairs, batch, head).unflatten(0, (num_images, num_captions))
+    return replace(
+        found,
+        similarity=scores if num_images == len(held_out) else None,
+        retrieval=recall_at_k(scores, held_out.caption_of[:num_captions], held_out.image_id[:num_images]),
+        retrieval_by=head,
+        retrieval_images=num_images,
+    )
 
 
 def _match(model: nn.Module, held_out: HeldOut, pad: int, batch: int) -> Matching | None:
     if len(held_out.image_id.unique()) < 2:
         return None
-    rows, captions = held_out.rows(), torch.arange(len(held_out.tokens))
+    captions = torch.arange(len(held_out.tokens))
     other = other_images(held_out.image_id)[held_out.caption_of]
     matched, mismatched = (
-        matching_odds(model, held_out.images, rows, pad, torch.stack([images, captions], dim=1), batch)
+        _odds(model, held_out, pad, torch.stack([images, captions], dim=1), batch)
         for images in (held_out.caption_of, other)
     )
     return Matching((matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item())
 
 
+def _odds(model: nn.Module, held_out: HeldOut, pad: int, pairs: Tensor, batch: int, head: FusedHead = "itm") -> Tensor:
+    return matching_odds(model, held_out.images, held_out.rows(), pad, pairs, batch, held_out.image_size, head)
+
+
 def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> Evaluation:
     held_out = found.held_out
+    if stage.image_target == "visual_tokens" or held_out.image_size is not None:
+        return found  # a token is a name and no picture; pictures of many shapes would need many drawings
     result = reconstruct(
         model,
-        held_out.images[:RECONSTRUCTED],
+        _resized(held_out.images[:RECONSTRUCTED], config.for_stage(stage).model.image_size),
         held_out.keys[:RECONSTRUCTED],
         config.model.patch_size,
         stage.masking.patches,
         stage.image_target,
         config.evaluation.batch,
+        decoded=stage.image_decoder is not None,
     )
     return replace(found, reconstruction=result, reconstruction_stage=stage.name)
 
 
+def _resized(images: Tensor, size: int) -> Tensor:
+    """Square pictures (N, H, H, 3) uint8 as a stage of another picture size reads them: (N, size, size, 3)."""
+    if images.shape[1] == size:
+        return images
+    channels = images.permute(0, 3, 1, 2).float()
+    resized = F.interpolate(channels, (size, size), mode="bicubic", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def _accuracy(guesses: Guesses | None) -> float | None:
     return None if guesses is None else _rounded(guesses.accuracy)
+
+
+def _figures(figures: Answering | Reasoning | Classification | None) -> dict[str, Any] | None:
+    if figures is None:
+        return None
+    return {name: _rounded(value) if isinstance(value, float) else value for name, value in asdict(figures).items()}
 
 
 def _rounded(fraction: float) -> float:

@@ -1,6 +1,7 @@
 """The held-out pairs: read in the manifest's order, whole pictures without augmentation, every caption of each.
 
-Shapes: N images, H x W the model's image size, M captions of all images.
+Shapes: N images, H x W the model's image size, or the tallest and widest picture where it reads each in its own
+shape, M captions of all images.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
-from pipeline.data.images import decode, resize_square
+from pipeline.data.images import OwnShape, decode, on_one_canvas, resize, shape_of
 from pipeline.data.manifest import load_manifest
 from pipeline.data.members import captions_of, image_bytes, image_id_of
 from pipeline.data.quarantine import BadSample
@@ -35,9 +36,15 @@ class HeldOut:
     keys: tuple[str, ...]  # (N) the samples' keys in their shards
     skipped: dict[str, int]  # samples left out, by reason
     digest: str  # of the manifest they were read from
+    image_size: Tensor | None = None  # (N, 2) int64: rows and columns of each canvas that are picture; None: all
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def picture(self, number: int) -> Tensor:
+        """(H, W, 3) without the canvas around it, for the eye."""
+        height, width = self.images.shape[1:3] if self.image_size is None else self.image_size[number].tolist()
+        return self.images[number, :height, :width]
 
     def rows(self) -> list[list[int]]:
         """(M) token ids, [CLS] … [SEP], without padding."""
@@ -46,6 +53,12 @@ class HeldOut:
     def texts(self) -> list[str]:
         """(M) the captions in the order of `tokens`."""
         return [caption for captions in self.captions for caption in captions]
+
+    @staticmethod
+    def of_no_pairs(skipped: dict[str, int], digest: str) -> HeldOut:
+        """What stands here for a source that holds something else: no picture, no caption."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return HeldOut(torch.zeros(0, 0, 0, 3, dtype=torch.uint8), (), (), nothing, nothing, (), skipped, digest)
 
     def numbers(self) -> list[int]:
         """(M) which of its image's captions each one is, from 0."""
@@ -76,14 +89,15 @@ def load_pairs(
         except BadSample as bad:
             skipped[str(bad)] += 1
             continue
-        images.append(resize_square(picture, config.model.image_size))
+        images.append(resize(picture, shape_of(config.model)))
         captions.append(texts)
         tokens.extend(encoded)
         ids.append(image_id_of(sample.members))
         keys.append(sample.key)
-    _check(source, len(keys), skipped, config.data.max_bad_rate)
+    check_skipped(source, len(keys), skipped, config.data.max_bad_rate)
+    canvases, sizes = on_one_canvas(images)
     return HeldOut(
-        images=torch.from_numpy(np.stack(images)),
+        images=torch.from_numpy(canvases),
         captions=tuple(captions),
         tokens=tuple(tokens),
         caption_of=torch.arange(len(keys)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
@@ -91,6 +105,7 @@ def load_pairs(
         keys=tuple(keys),
         skipped=dict(skipped),
         digest=load_manifest(storage, url).digest,
+        image_size=torch.from_numpy(sizes) if isinstance(shape_of(config.model), OwnShape) else None,
     )
 
 
@@ -112,7 +127,8 @@ def _url_of(config: RunConfig, source: str) -> str:
     return config.sources[source].shards
 
 
-def _check(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -> None:
+def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -> None:
+    """Raises DataError when no sample was used, or more were left out than the rate allows."""
     bad = sum(skipped.values())
     if used and bad <= max(1, max_bad_rate * (used + bad)):
         return

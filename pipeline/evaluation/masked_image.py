@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from pipeline.data.masking import mask_patches
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.evaluation.retrieval import reading
-from pipeline.models.passes import Pass
+from pipeline.models.passes import Pass, left_out
 from pipeline.objectives.masked_image import patchify, unpatchify
 from pipeline.objectives.masked_image import reconstruct as paint
 
-ImageTarget = Literal["mean_colour", "pixels"]
+Painted = Literal["mean_colour", "pixels"]  # targets that can be looked at; visual tokens cannot
 _SEED = 2106_08254
 _GREY = 128
 
@@ -49,14 +49,20 @@ def reconstruct(
     keys: Sequence[str],
     patch_size: int,
     fraction: float,
-    target: ImageTarget,
+    target: Painted,
     batch: int = 64,
+    decoded: bool = False,
 ) -> Reconstruction:
-    """Hides `fraction` of each picture's patches, chosen by its key, and fills them with the model's predictions."""
+    """Hides `fraction` of each picture's patches, chosen by its key, and fills them with the model's predictions.
+
+    `decoded` says that the model's encoder never reads hidden patches, and a decoder of its own predicts them.
+    """
     patches = patchify(images.float(), patch_size)  # (N, P, p*p*3), 0 to 255
     randoms = [CounterRandom(hash64(_SEED, key)) for key in keys]
     positions = torch.from_numpy(np.stack([mask_patches(patches.shape[1], fraction, each) for each in randoms]))
-    filled = paint(images, positions, _predict(model, images, positions, batch), patch_size)
+    filled = paint(
+        images, positions, _predict(model, images, positions, batch, patches.shape[1] if decoded else None), patch_size
+    )
     hidden, guessed = _at(patches, positions), _at(patchify(filled.float(), patch_size), positions)
     if target == "pixels":
         plain = _means(hidden)
@@ -68,7 +74,8 @@ def reconstruct(
     return Reconstruction(images, masked, filled, error, without)
 
 
-def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int) -> Tensor:
+def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int, decoded_of: int | None) -> Tensor:
+    """Predictions at `positions`; `decoded_of` is the number of patches where a decoder makes them."""
     parts = []
     with reading(model) as device:
         for start in range(0, len(images), batch):
@@ -76,6 +83,7 @@ def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int) ->
             wanted = Pass(
                 heads=("masked_image",), image=images[span].to(device), patch_positions=positions[span].to(device)
             )
+            wanted = wanted if decoded_of is None else left_out(wanted, decoded_of)
             parts.append(model({"only": wanted})["only"]["masked_image"].float().cpu())
     return torch.cat(parts)
 

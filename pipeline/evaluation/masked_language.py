@@ -1,8 +1,9 @@
 """Masked words of held-out captions, guessed with the pair's own image, with another one, and from text alone.
 
-What a picture adds to the guess is the distance between the first two accuracies. Words are masked whole, by
-randomness that depends on the sample and the caption only, and always stand as [MASK]: the accuracy is a property
-of the weights, the same for every batch size and limit.
+What a picture adds to the guess is the distance between the first two accuracies. Words are masked whole, also where
+training masks single tokens, whose neighbours give them away; by randomness that depends on the sample and the
+caption only; and always stand as [MASK]. So the accuracy is a property of the weights, the same for every batch size
+and limit.
 
 Shapes: N images, M captions, T masked tokens of all captions, B rows, L tokens, K masked tokens a row.
 """
@@ -74,7 +75,7 @@ def mask_captions(held_out: HeldOut, masking: MaskingConfig, tokenizer: Tokenize
     images = held_out.caption_of.tolist()
     for tokens, image, number in zip(held_out.tokens, images, held_out.numbers(), strict=True):
         random = CounterRandom(hash64(_SEED, held_out.keys[image], number))
-        masked = mask_whole_words(tokens, random, masking.probability, masking.whole_word, tokenizer)
+        masked = mask_whole_words(tokens, random, masking.probability, True, tokenizer)
         chosen = [int(position) for position in masked.positions]
         ids = list(tokens.ids)
         labels.append(tuple(int(ids[position]) for position in chosen))
@@ -110,21 +111,24 @@ def guess(
     images: Tensor | None = None,
     image_of: Tensor | None = None,
     batch: int = 64,
+    image_size: Tensor | None = None,
 ) -> Guesses:
     """The model's guesses for every masked token; `image_of` (M,) says which of `images` each caption is shown with.
 
-    Without images the caption is read by a text pass.
+    Without images the caption is read by a text pass. `image_size` (N, 2) is how much of each canvas is picture.
     """
     tokens, probabilities, of_truth = [], [], []
     with reading(model) as device:
         for start in range(0, len(masked.rows), batch):
             span = slice(start, start + batch)
             shown = None if images is None or image_of is None else images[image_of[span]].to(device)
+            sizes = None if image_size is None or image_of is None else image_size[image_of[span]].to(device)
             text, keep = padded(masked.rows[span], pad)
             positions, real = padded(masked.positions[span], 0)
             wanted = Pass(
                 heads=("mlm",),
                 image=shown,
+                image_size=sizes,
                 text=text.to(device),
                 text_keep=keep.to(device),
                 mask_positions=positions.to(device),
@@ -152,11 +156,12 @@ def masked_language(
     text_only = guess(model, masked, tokenizer.pad_id, batch=batch)
     if not fused:
         return MaskedLanguage(masked, None, None, None, text_only)
-    own = guess(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch)
+    images, sizes = held_out.images, held_out.image_size
+    own = guess(model, masked, tokenizer.pad_id, images, held_out.caption_of, batch, sizes)
     if len(held_out.image_id.unique()) < 2:
         return MaskedLanguage(masked, None, own, None, text_only)
     image_of_other = other_images(held_out.image_id)[held_out.caption_of]
-    other = guess(model, masked, tokenizer.pad_id, held_out.images, image_of_other, batch)
+    other = guess(model, masked, tokenizer.pad_id, images, image_of_other, batch, sizes)
     return MaskedLanguage(masked, image_of_other, own, other, text_only)
 
 

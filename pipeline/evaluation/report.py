@@ -121,6 +121,7 @@ def render(
         masked=_masked_captions(found, tokenizer),
         conditions=[name for name, _ in _conditions(found)],
         reconstructions=_reconstructions(found),
+        fine_tuned=_fine_tuned_rows(found),
         skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
         yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -144,14 +145,15 @@ def _drawn(name: str, points: Sequence[tuple[int, float]]) -> Curve:
 
 def _recall_rows(found: Evaluation) -> list[RecallRow]:
     rows = []
+    captions = int((found.held_out.caption_of < found.retrieval_images).sum())
     for scores, retrieval in (
-        ("contrastive", found.retrieval),
+        ({"itc": "contrastive", "itm": "matching", "ranking": "ranking"}[found.retrieval_by], found.retrieval),
         (f"best {found.reranked_best} re-ranked", found.reranked),
     ):
         if retrieval is None:
             continue
-        rows.append(_recall_row("Image → text", scores, retrieval.image_to_text, len(found.held_out.tokens)))
-        rows.append(_recall_row("Text → image", scores, retrieval.text_to_image, len(found.held_out)))
+        rows.append(_recall_row("Image → text", scores, retrieval.image_to_text, captions))
+        rows.append(_recall_row("Text → image", scores, retrieval.text_to_image, found.retrieval_images))
     return rows
 
 
@@ -177,6 +179,24 @@ def _conditions(found: Evaluation) -> list[tuple[str, Guesses]]:
     return [(name, guesses) for name, guesses in named if guesses is not None]
 
 
+def _fine_tuned_rows(found: Evaluation) -> list[tuple[str, float, str]]:
+    """(measure, share, what to hold it against) of what fine-tuning trained."""
+    rows: list[tuple[str, float, str]] = []
+    if (answering := found.answering) is not None:
+        beside = f"{answering.questions} questions; {percent(answering.accuracy_without_model)} by one answer to all"
+        rows.append(("Questions answered (VQA accuracy)", answering.accuracy, beside))
+    if (reasoning := found.reasoning) is not None:
+        beside = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
+        rows.append(("Statements judged rightly", reasoning.accuracy, beside))
+        if reasoning.consistency is not None:
+            rows.append(("Sentences judged rightly throughout", reasoning.consistency, "all pictures of a sentence"))
+    if (classified := found.classification) is not None:
+        beside = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
+        rows.append(("Class named first", classified.top1, beside))
+        rows.append(("Class among the first five", classified.top5, ""))
+    return rows
+
+
 # Retrieval ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +214,7 @@ def _image_galleries(found: Evaluation) -> dict[str, list[CaptionsOfImage]]:
         right = (caption_ids[best.indices] == ids[image]).tolist()
         listed = zip([texts[i] for i in best.indices.tolist()], right, best.values.tolist(), strict=True)
         truth = [] if any(right) else list(held_out.captions[image])
-        return CaptionsOfImage(thumbnail(held_out.images[image]), int(places[image]), list(listed), truth)
+        return CaptionsOfImage(thumbnail(held_out.picture(image)), int(places[image]), list(listed), truth)
 
     order = _by_margin(found.similarity, ids, caption_ids)
     return {end: [card(image) for image in chosen] for end, chosen in _ends(order, order).items()}
@@ -211,8 +231,8 @@ def _caption_galleries(found: Evaluation) -> dict[str, list[ImagesOfCaption]]:
     def card(caption: int) -> ImagesOfCaption:
         best = scores[caption].topk(min(CANDIDATES, len(held_out)))
         right = (ids[best.indices] == caption_ids[caption]).tolist()
-        pictures = [thumbnail(held_out.images[i]) for i in best.indices.tolist()]
-        truth = None if any(right) else thumbnail(held_out.images[int(held_out.caption_of[caption])])
+        pictures = [thumbnail(held_out.picture(i)) for i in best.indices.tolist()]
+        truth = None if any(right) else thumbnail(held_out.picture(int(held_out.caption_of[caption])))
         listed = list(zip(pictures, right, best.values.tolist(), strict=True))
         return ImagesOfCaption(texts[caption], int(places[caption]), listed, truth)
 
@@ -287,9 +307,9 @@ def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> Ma
         )
         for i, word in enumerate(words)
     ]
-    other = None if mlm.image_of_other is None else held_out.images[int(mlm.image_of_other[caption])]
+    other = None if mlm.image_of_other is None else held_out.picture(int(mlm.image_of_other[caption]))
     return MaskedCaption(
-        picture=thumbnail(held_out.images[int(held_out.caption_of[caption])]),
+        picture=thumbnail(held_out.picture(int(held_out.caption_of[caption]))),
         other_picture=None if other is None else thumbnail(other),
         pieces=_pieces(tokens.ids, tokens.word_of, number_of, tokenizer),
         words=guesses,

@@ -1,13 +1,13 @@
 """Zero-shot retrieval: images find their captions and captions their images among all held-out pairs.
 
-The dual encoder scores every pair; its similarity is the mean of the two contrastive heads' cosines
-(`itc`, and `itc_vl` through the vision-language expert), since VLMo trains both. Where the stage trained
-matching, the fusion encoder reorders each query's best few (`reranked`).
+The dual encoder scores every pair; its similarity is the mean of the contrastive heads' cosines (`itc`, and VLMo's
+`itc_vl` through the vision-language expert, since it trains both). Where the stage trained matching, the fusion
+encoder reorders each query's best few (`reranked`); a model that only fuses scores every pair by that.
 
 The rule for ties is pessimistic: a wrong candidate with the score of the best right one stands before it, so a
 collapsed model that scores everything alike recalls nothing. Candidates with the query's `image_id` are right.
 
-Shapes: N images, M captions, Q queries, C candidates, D features of a head.
+Shapes: N images, M captions, Q queries, C candidates, D features of a head, H heads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from pipeline.models.passes import Pass
 
 KS = (1, 5, 10)
+FusedHead = Literal["itm", "ranking"]
 _ROWS = 256  # queries ranked at once: bounds the memory beside the similarities themselves
 
 
@@ -68,28 +70,30 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def embed_images(model: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
-    """Unit vectors (N, 2D) of `images` (N, H, W, 3) uint8; their dot products are the mean of both heads' cosines."""
+    """Unit vectors (N, HD) of `images` (N, H, W, 3) uint8; their dot products are the mean of the H heads' cosines."""
     with reading(model) as device:
         parts = [
-            _both_heads(model, Pass(heads=("itc",), image=images[start : start + batch].to(device)))
+            all_heads(model, Pass(heads=("itc",), image=images[start : start + batch].to(device)))
             for start in range(0, len(images), batch)
         ]
     return torch.cat(parts)
 
 
 def embed_texts(model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch: int = 64) -> Tensor:
-    """Unit vectors (M, 2D) of token rows ([CLS] … [SEP], without padding)."""
+    """Unit vectors (M, HD) of token rows ([CLS] … [SEP], without padding)."""
     parts = []
     with reading(model) as device:
         for start in range(0, len(rows), batch):
             text, keep = padded(rows[start : start + batch], pad)
-            parts.append(_both_heads(model, Pass(heads=("itc",), text=text.to(device), text_keep=keep.to(device))))
+            parts.append(all_heads(model, Pass(heads=("itc",), text=text.to(device), text_keep=keep.to(device))))
     return torch.cat(parts)
 
 
-def _both_heads(model: nn.Module, wanted: Pass) -> Tensor:
-    heads = model({"only": wanted})["only"]
-    return (torch.cat([heads["itc"], heads["itc_vl"]], dim=1) / 2**0.5).float().cpu()
+def all_heads(model: nn.Module, wanted: Pass) -> Tensor:
+    """Unit vectors (B, HD) of a pass's rows, of all contrastive heads together."""
+    outputs = model({"only": wanted})["only"]
+    heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
+    return (torch.cat(heads, dim=1) / len(heads) ** 0.5).float().cpu()
 
 
 def recall_at_k(
@@ -156,18 +160,27 @@ def matching_odds(
     pad: int,
     pairs: Tensor,
     batch: int = 64,
+    image_size: Tensor | None = None,
+    head: FusedHead = "itm",
 ) -> Tensor:
-    """The fusion encoder's log-odds of 'matched' (P,) for `pairs` (P, 2) of image and caption numbers."""
+    """The fusion encoder's log-odds of 'matched', or its ranking scores: (P,) for `pairs` (P, 2) of image and caption.
+
+    `image_size` (N, 2) is how much of each of `images` is picture; None: all.
+    """
     odds = []
     with reading(model) as device:
         for start in range(0, len(pairs), batch):
             chosen = pairs[start : start + batch]
             text, keep = padded([rows[caption] for caption in chosen[:, 1].tolist()], pad)
             fused = Pass(
-                heads=("itm",), image=images[chosen[:, 0]].to(device), text=text.to(device), text_keep=keep.to(device)
+                heads=(head,),
+                image=images[chosen[:, 0]].to(device),
+                image_size=None if image_size is None else image_size[chosen[:, 0]].to(device),
+                text=text.to(device),
+                text_keep=keep.to(device),
             )
-            logits = model({"fused": fused})["fused"]["itm"].float()
-            odds.append((logits[:, 1] - logits[:, 0]).cpu())
+            scores = model({"fused": fused})["fused"][head].float()
+            odds.append((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu())
     return torch.cat(odds)
 
 

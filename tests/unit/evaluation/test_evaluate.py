@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig
+from pipeline.config.model import DualEncoderConfig
+from pipeline.config.schema import ObjectiveConfig, RunConfig
 from pipeline.data.storage import Storage
 from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.retrieval import matching_odds
+from pipeline.models import build_model
 from pipeline.models.passes import Pass
 from pipeline.models.vlmo import VLMo
 
@@ -93,6 +96,52 @@ def test_a_single_pair_has_nothing_to_compare_with(
     assert result["mlm"]["accuracy_other_image"] is None
     assert result["itm"] is None
     assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
+
+
+def test_a_dual_encoder_is_evaluated_by_its_one_contrast(
+    config: RunConfig, storage: Storage, tokenizer: Tokenizer
+) -> None:
+    sizes = {"width": 32, "layers": 1, "text_layers": 1, "heads": 2, "image_size": 32, "patch_size": 8}
+    stage = config.stages[-1].model_copy(update={"objectives": {"contrastive": ObjectiveConfig()}})
+    dual = config.model_copy(update={"model": DualEncoderConfig(**sizes, embedding=16), "stages": (stage,)})
+    found = evaluate(build_model(dual.model, tokenizer.size, seed=3), tokenizer, dual, storage)
+    assert found.similarity is not None
+    assert found.similarity.abs().max() <= 1 + 1e-5
+    result = found.to_json()
+    assert result["retrieval"]["image_to_text"].keys() >= KS
+    assert all(result[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
+
+
+def test_matching_without_a_contrast_ranks_by_reading_every_pair(
+    model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
+) -> None:
+    changes = {"objectives": {"matching": ObjectiveConfig()}, "negatives": "random"}
+    stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
+    found = evaluate(model, tokenizer, config.model_copy(update={"stages": stages}), storage)
+    result, held_out = found.to_json(), found.held_out
+    assert result["itm"] is not None
+    assert result["reranked"] is None
+    assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", len(held_out))
+    pairs = torch.cartesian_prod(torch.arange(len(held_out)), torch.arange(len(held_out.tokens)))
+    odds = matching_odds(model, held_out.images, held_out.rows(), tokenizer.pad_id, pairs)
+    torch.testing.assert_close(found.similarity, odds.view(len(held_out), -1))
+    left_out = config.model_copy(update={"stages": stages})
+    assert evaluate(model, tokenizer, left_out, storage, rerank_best=0).retrieval is None
+
+
+def test_of_many_pictures_the_first_few_are_read_with_all_their_captions(
+    model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"objectives": {"matching": ObjectiveConfig()}, "negatives": "random"}
+    stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
+    monkeypatch.setattr("pipeline.evaluation.evaluate.RERANK_PAIRS", 30)
+    found = evaluate(model, tokenizer, config.model_copy(update={"stages": stages}), storage)
+    images = found.retrieval_images
+    captions = int((found.held_out.caption_of < images).sum())
+    assert 1 < images < len(found.held_out)
+    assert images * captions <= 30
+    assert found.similarity is None
+    assert found.retrieval is not None
 
 
 def test_an_unknown_stage_is_refused_with_those_there_are(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.masked_image import ImageTarget, reconstruct
+from pipeline.evaluation.masked_image import Painted, reconstruct
 from pipeline.models.passes import Outputs, Pass
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.masked_image import mean_colour_targets, patchify, pixel_targets
@@ -18,7 +18,7 @@ from pipeline.objectives.masked_image import mean_colour_targets, patchify, pixe
 class Knowing(nn.Module):
     """Predicts exactly what the loss asks for."""
 
-    def __init__(self, target: ImageTarget):
+    def __init__(self, target: Painted):
         super().__init__()
         self.target = target
         self.unused = nn.Parameter(torch.zeros(1))
@@ -58,3 +58,16 @@ def test_hidden_patches_follow_the_key_alone(held_out: HeldOut, model: VLMo) -> 
     whole = reconstruct(model, held_out.images, held_out.keys, 8, 0.4, "pixels", batch=64)
     part = reconstruct(model, held_out.images[3:5], held_out.keys[3:5], 8, 0.4, "pixels", batch=1)
     assert torch.equal(whole.masked[3:5], part.masked)
+
+
+def test_a_decoder_s_model_is_shown_only_what_is_visible(held_out: HeldOut) -> None:
+    class Decoding(Knowing):
+        def forward(self, passes: dict[str, Pass]) -> Outputs:
+            for one in passes.values():
+                assert one.heads == ("decoded_image",)
+                both = torch.cat([one.patches_read, one.patch_positions], dim=1).sort(dim=1).values
+                assert torch.equal(both, torch.arange(16).expand(len(both), -1))
+            return super().forward(passes)
+
+    found = reconstruct(Decoding("pixels"), held_out.images, held_out.keys, 8, 0.75, "pixels", decoded=True)
+    assert found.error < 0.005 < found.error_without_model

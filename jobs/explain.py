@@ -1,0 +1,90 @@
+"""`mome explain`: a checkpoint's reading of one picture with one text, as a page or a picture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluate import model_of
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.images import decode
+from pipeline.data.quarantine import BadSample
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.evaluate import stage_of
+from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain
+from pipeline.evaluation.explain_page import to_html, to_png
+from pipeline.training.checkpoint import load_weights
+from pipeline.training.trial import kinds, readings
+
+FORMATS = (".html", ".png")
+
+
+def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict[str, Any]:
+    """Write what a run's or a stage's weights see in `image` with `text` to `out`; returns the same as numbers.
+
+    `image` and `out` are paths or URLs. Raises ConfigError for a kind of model that aligns no words, or another
+    ending of `out`; CheckpointError for a folder without finished weights; DataError for a picture or text that
+    cannot be read.
+    """
+    if not out.endswith(FORMATS):
+        raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
+    weights = load_weights(Storage(), checkpoint.rstrip("/"))
+    config = weights.config
+    stage = stage_of(config, weights.stage)
+    model = model_of(weights)
+    if model.reads("word_patch", "pairs") is None:
+        able = ", ".join(kind for kind in kinds() if readings("word_patch", kind))
+        raise ConfigError(
+            f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
+            f"give a checkpoint of one that does ({able})"
+        )
+    storage = Storage(config.storage)
+    try:
+        picture = decode(storage.read(image), config.data.max_pixels)
+    except BadSample as bad:
+        raise DataError(f"--image {image}: {bad}; give a JPEG, PNG or WebP") from bad
+    found = explain(model, Tokenizer.from_vocabulary(weights.vocabulary), picture, text, stage.max_text)
+    notes = untrained(config, weights.stage)
+    heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
+    storage.write(out, _drawn(found, text, heading, notes, Path(out).suffix))
+    return {"out": out, "distance": found.distance, "notes": notes, "words": [_word(each) for each in found.words]}
+
+
+def untrained(config: RunConfig, stage_name: str) -> list[str]:
+    """What of an explanation the weights were never trained for, by this stage or one before it."""
+    index = config.stages.index(stage_of(config, stage_name))
+    before = config.stages[: index + 1]
+    notes = []
+    if not any("word_patch" in stage.objectives for stage in before):
+        notes.append("No stage trained word_patch: the plan shows how its features happen to lie.")
+    if not any("masked_language" in stage.objectives for stage in before):
+        notes.append("No stage trained masked_language: the guesses are those of an untrained head.")
+    elif not any("masked_language" in s.objectives and config.use_of(s) == "pairs" for s in before):
+        notes.append("No stage trained masked_language beside pictures: only the guesses without one were learnt.")
+    return notes
+
+
+def _drawn(found: Explanation, text: str, heading: str, notes: list[str], suffix: str) -> bytes:
+    if suffix == ".html":
+        return to_html(found, text, heading, notes).encode()
+    buffer = io.BytesIO()
+    to_png(found, text, heading, notes).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _word(word: ExplainedWord) -> dict[str, Any]:
+    row, column = divmod(int(word.heat.argmax()), word.heat.shape[1])
+    return {
+        "word": word.word,
+        "hottest_patch": {"row": row, "column": column, "share": word.heat.max().item()},
+        "with_image": _condition(word.with_image),
+        "without_image": _condition(word.without_image),
+    }
+
+
+def _condition(condition: Condition) -> dict[str, Any]:
+    guesses = [{"word": guess.word, "probability": guess.probability} for guess in condition.guesses]
+    return {"guesses": guesses, "truth_probability": condition.truth_probability}

@@ -1,0 +1,46 @@
+"""`mome predict`: what a checkpoint says of pictures and a text, of everything that its stage was trained for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jobs.evaluate import model_of
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.images import decode
+from pipeline.data.quarantine import BadSample
+from pipeline.data.storage import NotFound, Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.evaluate import stage_of
+from pipeline.evaluation.prediction import Given, Predictor
+from pipeline.training.checkpoint import load_weights
+
+
+def predict(
+    checkpoint: str, image: str | None, second_image: str | None, text: str | None, top: int = 5
+) -> dict[str, Any]:
+    """Probabilities by name, as `mome predict --json` prints them; pictures are paths or URLs.
+
+    Raises ConfigError when the checkpoint predicts nothing from what is given, CheckpointError for a folder without
+    finished weights, DataError for a picture that cannot be read.
+    """
+    if second_image is not None and image is None:
+        raise ConfigError("--second-image is given without --image; give the first picture with --image")
+    weights = load_weights(Storage(), checkpoint.rstrip("/"))
+    stage = stage_of(weights.config, weights.stage)
+    storage = Storage(weights.config.storage)
+    pictures = tuple(_picture(storage, weights.config, url) for url in (image, second_image) if url is not None)
+    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    predictor = Predictor(model_of(weights), tokenizer, weights.config, stage, weights.choices, top)
+    return predictor(Given(pictures, text)) | {"stage": stage.name, "checkpoint": weights.url}
+
+
+def _picture(storage: Storage, config: RunConfig, url: str) -> np.ndarray:
+    try:
+        return decode(storage.read(url), config.data.max_pixels)
+    except NotFound as error:
+        raise ConfigError(f"--image {url}: no such file; give the path or URL of a JPEG, PNG or WebP") from error
+    except BadSample as bad:
+        raise DataError(f"--image {url}: {bad}; give a JPEG, PNG or WebP") from bad

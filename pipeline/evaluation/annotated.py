@@ -1,0 +1,146 @@
+"""Held-out questions, statements and labelled pictures: read once, in the manifest's order, batch by batch.
+
+Pictures are whole and without augmentation, in the shape that the model reads. Nothing but one batch is held: VQA's
+validation pictures alone would be 100 GiB.
+
+Shapes: B samples of a batch, H x W pixels, L tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.model import TransformerConfig
+from pipeline.config.schema import RunConfig, StageConfig, Use
+from pipeline.data.images import decode, on_one_canvas, resize, shape_of
+from pipeline.data.manifest import load_manifest
+from pipeline.data.members import check_members, class_of, image_bytes
+from pipeline.data.quarantine import BadSample
+from pipeline.data.questions import Question, Statement, both_images, question_of, statement_of
+from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.held_out import check_skipped
+from pipeline.evaluation.retrieval import padded
+from pipeline.models.passes import Head, Pass
+
+Annotation = Question | Statement | int  # what a sample of questions, statements or labelled pictures says
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """One sample, decoded."""
+
+    pictures: tuple[np.ndarray, ...]  # one or two, (H, W, 3) uint8
+    tokens: list[int]  # [CLS] … [SEP]; empty for a labelled picture
+    annotation: Annotation
+
+
+class AnnotatedSource:
+    """A source of the run, read as its use says. A bad sample is left out and counted, never replaced.
+
+    `batches` raises DataError when no sample can be used, or more are bad than `data.max_bad_rate` allows.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        storage: Storage,
+        source: str,
+        stage: StageConfig,
+        tokenizer: Tokenizer,
+        limit: int | None = None,
+    ):
+        self._config, self._storage, self._source = config.for_stage(stage), storage, source
+        self._stage, self._tokenizer, self._limit = stage, tokenizer, limit
+        self._url = config.sources[source].shards
+        self.use: Use = config.sources[source].use
+        self.digest = load_manifest(storage, self._url).digest
+        self.samples = 0  # read so far
+        self.skipped: Counter[str] = Counter()  # samples left out so far, by reason
+
+    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[Pass, list[Any]]]:
+        """Passes on a device, with the heads that are wanted, and what their samples say."""
+        read = itertools.islice(self._read(), self._limit)
+        while batch := list(itertools.islice(read, self._config.evaluation.batch)):
+            self.samples += len(batch)
+            pictures = [each.pictures for each in batch]
+            rows = [each.tokens for each in batch if each.tokens]
+            wanted = pass_over(pictures, rows, self._tokenizer.pad_id, self._config.model, *heads)
+            yield on_device(wanted, device), [each.annotation for each in batch]
+        check_skipped(self._source, self.samples, self.skipped, self._config.data.max_bad_rate)
+
+    def _read(self) -> Iterator[Annotated]:
+        for sample in samples_of_source(self._storage, self._url):
+            try:
+                yield self._decoded(sample)
+            except BadSample as bad:
+                self.skipped[str(bad)] += 1
+
+    def _decoded(self, sample: Sample) -> Annotated:
+        """Raises BadSample as training does."""
+        members = sample.members
+        check_members(members, sample.is_duplicate)
+        encoded: tuple[bytes, ...] = both_images(members) if self.use == "statements" else (image_bytes(members),)
+        annotation: Annotation
+        if self.use == "labelled":
+            annotation = class_of(members, self._stage.classes)
+        else:
+            annotation = question_of(members) if self.use == "questions" else statement_of(members)
+        tokens = [] if isinstance(annotation, int) else self._tokens(annotation.text)
+        return Annotated(tuple(self._picture(each) for each in encoded), tokens, annotation)
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens = self._tokenizer.encode(text, self._stage.max_text)
+        if len(tokens) <= 2:
+            raise BadSample("caption", f"no token is left of {text[:40]!r}")
+        return tokens.ids
+
+    def _picture(self, data: bytes) -> np.ndarray:
+        return resize(decode(data, self._config.data.max_pixels), shape_of(self._config.model))
+
+
+def pass_over(
+    pictures: Sequence[tuple[np.ndarray, ...]],
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    model: TransformerConfig,
+    *heads: Head,
+) -> Pass:
+    """One pass over B rows of no, one or two pictures (resized already) and token ids, if any."""
+    text, keep = padded(rows, pad) if rows else (None, None)
+    images = [_stacked([row[place] for row in pictures], model) for place in range(len(pictures[0]) if pictures else 0)]
+    images += [(None, None)] * (2 - len(images))
+    (image, size), (second, second_size) = images
+    return Pass(
+        heads=heads,
+        image=image,
+        image_size=size,
+        second_image=second,
+        second_image_size=second_size,
+        text=text,
+        text_keep=keep,
+    )
+
+
+def on_device(one: Pass, device: torch.device) -> Pass:
+    """The same pass with its tensors there."""
+    members = {name: value for name, value in vars(one).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}
+    return replace(one, **moved)
+
+
+def _stacked(pictures: Sequence[np.ndarray], model: TransformerConfig) -> tuple[Tensor | None, Tensor | None]:
+    """Pictures as (B, H, W, 3), and (B, 2) their own sizes where the model reads them in their own shapes."""
+    if isinstance(shape_of(model), int):
+        return torch.from_numpy(np.stack(pictures)), None
+    canvases, sizes = on_one_canvas(pictures)
+    return torch.from_numpy(canvases), torch.from_numpy(sizes)

@@ -1,0 +1,48 @@
+"""How well statements about two pictures are judged (NLVR2): accuracy, and over whole statements, consistency.
+
+NLVR2 shows each sentence with up to four pairs of pictures, named split-set-pair-sentence; a sentence is consistently
+understood if it is judged rightly with every pair (arXiv 1811.00491, section 5).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.evaluation.annotated import AnnotatedSource
+from pipeline.evaluation.retrieval import reading
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    statements: int
+    accuracy: float
+    accuracy_without_model: float  # of the more frequent label
+    consistency: float | None  # share of sentences judged rightly throughout; None where ids do not name sentences
+
+
+def measure_reasoning(model: nn.Module, source: AnnotatedSource) -> Reasoning:
+    """Reads the whole source. Raises DataError as its `batches`."""
+    right: list[bool] = []
+    ids: list[str] = []
+    labels: Counter[bool] = Counter()
+    with reading(model) as device:
+        for one, statements in source.batches(device, "reasoning"):
+            judged = model({"only": one})["only"]["reasoning"].argmax(dim=1).bool().tolist()
+            right += [statement.is_true == said for statement, said in zip(statements, judged, strict=True)]
+            ids += [statement.id for statement in statements]
+            labels.update(statement.is_true for statement in statements)
+    return Reasoning(len(right), sum(right) / len(right), max(labels.values()) / len(right), consistency(ids, right))
+
+
+def consistency(ids: list[str], right: list[bool]) -> float | None:
+    """The share of sentences all of whose judgements are right; None unless every id is split-set-pair-sentence."""
+    parts = [each.split("-") for each in ids]
+    if any(len(each) != 4 for each in parts):
+        return None
+    sentences: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    for (split, number, _, sentence), is_right in zip(parts, right, strict=True):
+        sentences[split, number, sentence].append(is_right)
+    return sum(all(each) for each in sentences.values()) / len(sentences)

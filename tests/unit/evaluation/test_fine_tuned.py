@@ -1,0 +1,160 @@
+"""The figures of fine-tuning's uses, against models whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawn import COLOURS, run_config
+from torch import nn
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.choices import ANSWERS, load_answers
+from pipeline.data.samples import captions_of_source
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.annotated import AnnotatedSource
+from pipeline.evaluation.answering import measure_answering
+from pipeline.evaluation.classification import measure_classification
+from pipeline.evaluation.evaluate import evaluate, stages_reading
+from pipeline.evaluation.reasoning import consistency, measure_reasoning
+from pipeline.models.passes import Outputs, Pass
+
+
+class Colourist(nn.Module):
+    """Answers with the colour that a picture's darkest pixels have, or, `wrong`, with the next one."""
+
+    def __init__(self, heads: dict[str, int], wrong: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.heads, self.wrong, self.rows = heads, wrong, 0
+
+    def forward(self, passes: dict[str, Pass]) -> Outputs:
+        (one,) = passes.values()
+        (head,) = one.heads
+        assert one.image is not None
+        self.rows += len(one.image)
+        if head == "reasoning":
+            # True where the first picture is redder than the second.
+            assert one.second_image is not None
+            redder = _redness(one.image) > _redness(one.second_image)
+            logits = nn.functional.one_hot(redder.long() ^ self.wrong, 2).float()
+        else:
+            logits = nn.functional.one_hot((_colour(one.image) + self.wrong) % 4, self.heads[head]).float()
+        return {"only": {head: logits}}
+
+
+def _redness(image: torch.Tensor) -> torch.Tensor:
+    return image.float().mean(dim=(1, 2)) @ torch.tensor([1.0, 0.0, -1.0])
+
+
+def _colour(image: torch.Tensor) -> torch.Tensor:
+    from pipeline.data.scenes import COLOURS as RGB
+
+    paint = torch.tensor([RGB[name] for name in COLOURS], dtype=torch.float32)
+    pixels = image.float().flatten(1, 2)
+    near = torch.cdist(pixels, paint.expand(len(image), -1, -1)) < 40
+    return near.sum(dim=1).argmax(dim=1)
+
+
+def source_of(folder: Path, use: str, objective: str, limit: int | None = None, **keys: Any) -> AnnotatedSource:
+    config = run_config(folder, use, objective, 1, **keys)
+    return AnnotatedSource(config, Storage(), "test", config.stages[0], tokenizer_of(config), limit)
+
+
+def tokenizer_of(config: RunConfig) -> Tokenizer:
+    return Tokenizer.train([*captions_of_source(Storage(), config.sources["test"].shards), "x"], 200)
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_vqa_accuracy_is_the_mean_score_of_the_answers_given(tmp_path: Path, limit: int | None) -> None:
+    source = source_of(tmp_path, "questions", "answering", limit, answers=6)
+    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    listed = load_answers(config, config.stages[0], Storage())
+    assert listed is not None
+    right = measure_answering(model := Colourist({"answers": 6}), source, listed)
+    assert (right.accuracy, right.questions) == (1.0, limit or 60)
+    assert model.rows == right.questions
+    wrong = measure_answering(Colourist({"answers": 6}, wrong=True), source, listed)
+    assert wrong.accuracy == 0.0
+    assert 0.25 <= wrong.accuracy_without_model < 0.6  # the most frequent of four colours
+
+
+def test_top_1_and_top_5_of_classes(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "labelled", "classification", classes=4)
+    right = measure_classification(Colourist({"classes": 4}), source)
+    assert (right.top1, right.top5, right.chance, right.pictures) == (1.0, 1.0, 0.25, 60)
+    assert measure_classification(Colourist({"classes": 4}, wrong=True), source).top1 == 0.0
+
+
+def test_nlvr2_accuracy_counts_true_and_false_alike(tmp_path: Path) -> None:
+    """The colourist says "true" where the first picture is red, whatever the sentence: right half of the time."""
+    found = measure_reasoning(Colourist({}), source_of(tmp_path, "statements", "reasoning"))
+    assert found.statements == 60
+    assert 0.25 < found.accuracy < 0.75
+    other = measure_reasoning(Colourist({}, wrong=True), source_of(tmp_path, "statements", "reasoning"))
+    assert found.accuracy + other.accuracy == pytest.approx(1.0)
+    assert found.accuracy_without_model >= 0.5
+
+
+def test_a_sentence_is_consistent_if_it_is_judged_rightly_with_every_pair() -> None:
+    ids = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "test-1-0-0"]
+    assert consistency(ids, [True, True, True, True]) == 1.0
+    assert consistency(ids, [True, False, True, True]) == pytest.approx(2 / 3)
+    assert consistency([*ids, "mine"], [True] * 5) is None
+
+
+@pytest.mark.parametrize(
+    ("use", "objective", "keys"),
+    [("questions", "answering", {"answers": 6}), ("labelled", "classification", {"classes": 4})],
+)
+def test_evaluation_reports_what_the_stage_trained_in_the_promised_shape(
+    tmp_path: Path, use: str, objective: str, keys: dict[str, int]
+) -> None:
+    config = run_config(tmp_path, use, objective, 1, **keys)
+    found = evaluate(Colourist({"answers": 6, "classes": 4}), tokenizer_of(config), config, Storage())
+    result = found.to_json()
+    assert result["pairs"] == 0
+    assert result["retrieval"] is result["mlm"] is None
+    figures = result[objective]
+    assert figures.get("accuracy", figures.get("top1")) == 1.0
+    assert f"eval/test/{objective}_{'accuracy' if objective == 'answering' else 'top1'}" in found.metrics()
+
+
+def test_a_source_of_a_use_that_the_stage_did_not_train_is_refused(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    other = run_config(tmp_path, "labelled", "classification", 1, classes=4)
+    config = config.model_copy(update={"sources": {**config.sources, "other": other.sources["test"]}})
+    with pytest.raises(ConfigError, match="read as labelled, and stage finetune did not train classification"):
+        evaluate(Colourist({}), tokenizer_of(config), config, Storage(), "other")
+
+
+def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) -> None:
+    """Nothing is selected by a result here; but a figure on training shards must not pass for a held-out one."""
+    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    model, tokenizer = Colourist({"answers": 6}), tokenizer_of(config)
+    assert evaluate(model, tokenizer, config, Storage()).to_json()["trained_on"] == []
+    assert evaluate(model, tokenizer, config, Storage(), "train").to_json()["trained_on"] == ["finetune"]
+    again = config.sources["train"].model_copy(update={"shards": config.sources["train"].shards + "/"})
+    renamed = config.model_copy(update={"sources": {**config.sources, "held_out": again}})
+    assert stages_reading(renamed, "held_out") == ("finetune",)
+
+
+def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "labelled", "classification", classes=2)  # half of the colours are no class here
+    with pytest.raises(DataError, match="its class is"):
+        list(source.batches(torch.device("cpu"), "classes"))
+    assert source.skipped.total() + source.samples == 60
+
+
+def test_the_list_kept_with_the_weights_is_the_one_that_counts(tmp_path: Path) -> None:
+    from pipeline.data.choices import Choices
+
+    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    turned = Choices((*COLOURS[1:], COLOURS[0], "yes", "no"))
+    found = evaluate(Colourist({"answers": 6}), tokenizer_of(config), config, Storage(), choices={ANSWERS: turned})
+    assert found.answering is not None
+    assert found.answering.accuracy == 0.0

@@ -1,0 +1,108 @@
+"""A ViLT on held-out pictures that keep their shape: what surrounds a picture on its canvas changes no result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+import torch.nn.functional as F
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.manifest import index_shards
+from pipeline.data.storage import Storage
+from pipeline.data.text import Tokenizer
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.held_out import HeldOut, load_pairs
+from pipeline.evaluation.masked_language import guess, mask_captions
+from pipeline.evaluation.report import render
+from pipeline.evaluation.retrieval import matching_odds
+from pipeline.models import build_model
+from pipeline.models.model import Heads, Model
+
+SHAPES = [(24, 40), (40, 24), (24, 24), (20, 50), (33, 24), (24, 31)]
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"picture {number} shows a thing in way {way}" for number in range(9) for way in "abc"], 99)
+
+
+@pytest.fixture
+def run(make_pairs, make_pair) -> RunConfig:
+    planted = {}
+    for number, (height, width) in enumerate(SHAPES):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        planted[0, number] = make_pair(number) | {"jpg": simplejpeg.encode_jpeg(pixels, 90, "RGB", "444")}
+    shards = make_pairs("shaped", [len(SHAPES)], planted)
+    index_shards(Storage(), shards)
+    sizes = {"width": 32, "layers": 2, "heads": 2, "image_size": 24, "longest_side": 40, "patch_size": 8}
+    stage = {
+        "name": "pairs",
+        "sources": {"pairs": 1.0},
+        "objectives": {"masked_language": {}, "matching": {}, "masked_image": {}},
+        "negatives": "random",
+        "steps": 4,
+        "batch": 4,
+        "max_text": 20,
+    }
+    values = {
+        "name": "shaped",
+        "model": {"kind": "vilt", **sizes, "initial_std": 0.3},
+        "sources": {"pairs": {"shards": shards}},
+        "data": {"lanes": 2},
+        "stages": [stage, {**stage, "name": "ranked", "objectives": {"ranking": {}}}],
+        "evaluation": {"source": "pairs", "batch": 5},
+    }
+    return validate(values, "shaped")
+
+
+@pytest.fixture
+def model(run: RunConfig, tokenizer: Tokenizer) -> Model:
+    return build_model(run.model, tokenizer.size, Heads("pixels", ranking=True), seed=3)
+
+
+@pytest.fixture
+def held_out(run: RunConfig, tokenizer: Tokenizer) -> HeldOut:
+    return load_pairs(run, Storage(), "pairs", None, tokenizer, 20)
+
+
+def test_pictures_are_read_in_their_own_shapes_on_one_canvas(held_out: HeldOut) -> None:
+    assert held_out.image_size.tolist() == [[24, 40], [40, 24], [24, 24], [16, 40], [32, 24], [24, 24]]
+    assert held_out.images.shape == (6, 40, 40, 3)
+    assert held_out.picture(3).shape == (16, 40, 3)
+
+
+def test_the_canvas_changes_neither_guesses_nor_odds(
+    model: Model, run: RunConfig, held_out: HeldOut, tokenizer: Tokenizer
+) -> None:
+    larger = replace(held_out, images=F.pad(held_out.images, (0, 0, 0, 8, 0, 16), value=99))
+    masked = mask_captions(held_out, run.stages[0].masking, tokenizer)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(5))
+    results = []
+    for each in (held_out, larger):
+        guesses = guess(model, masked, tokenizer.pad_id, each.images, each.caption_of, 4, each.image_size)
+        rows = each.rows()
+        itm = matching_odds(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size)
+        ranked = matching_odds(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size, "ranking")
+        results.append((guesses.truth_probability, itm, ranked))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(results[0][1], results[0][2])
+
+
+def test_a_vilt_is_evaluated_and_reported(model: Model, run: RunConfig, tokenizer: Tokenizer) -> None:
+    found = evaluate(model, tokenizer, run, Storage(), stage="pairs")
+    result = found.to_json()
+    assert result["mlm"]["accuracy"] is not None
+    assert result["mlm"]["accuracy_text_only"] is not None
+    assert result["itm"]["accuracy"] is not None
+    assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", 6)
+    assert result["reconstruction"] is None
+    assert "matching" in render(found, run, tokenizer, {}, {})
+    ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
+    assert ranked.to_json()["retrieval"]["by"] == "ranking"
+    assert ranked.similarity.shape == (6, 18)

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from jobs.cli import FORMAT_HELP, app
+from jobs.convert import export_weights, import_weights
+from jobs.evaluate import model_of
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.model import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
+from pipeline.data.storage import Storage
+from pipeline.models import build_model
+from pipeline.models.checkpoints import FORMATS
+from pipeline.models.checkpoints.vlmo import to_published
+from pipeline.models.model import Heads
+from pipeline.training.checkpoint import load_weights
+
+WORDS = 11
+TINY = VLMoConfig(
+    width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text=12, drop_path=0.1
+)
+CONTAINERS = {
+    "bare": lambda state: state,
+    "lightning": lambda state: {"state_dict": state, "epoch": 3},
+    "deepspeed": lambda state: {"module": {f"module.{name}": t for name, t in state.items()}, "global_steps": 7},
+    "beit": lambda state: {"model": state},
+}
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> str:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
+    return str(tmp_path / "vocab.txt")
+
+
+def published(heads: Heads = Heads(), config: VLMoConfig = TINY) -> dict[str, Tensor]:
+    return to_published(build_model(config, WORDS, heads, seed=5).state_dict(), config)
+
+
+def save(path: Path, contents: Any) -> str:
+    torch.save(contents, path)
+    return str(path)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_container_imports_to_the_same_weights_and_exports_to_the_same_tensors(
+    container: str, tmp_path: Path, vocabulary: str
+) -> None:
+    state = published()
+    index = {"relative_position_index": torch.zeros(17, 17, dtype=torch.int64)} if container == "lightning" else {}
+    path = save(tmp_path / "vlmo.pt", CONTAINERS[container](state | index))
+    told = import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
+    weights = load_weights(Storage(), f"{tmp_path}/imported")
+    assert equal(weights.tensors, build_model(TINY, WORDS, seed=5).state_dict())
+    assert weights.config.model == TINY
+    assert told["absent"] == []
+    assert told["objectives"] == ["masked_language", "contrastive", "matching", "masked_language"]
+    assert export_weights(f"{tmp_path}/imported", "vlmo", f"{tmp_path}/back.pt")["left_out"] == []
+    assert equal(torch.load(tmp_path / "back.pt", weights_only=True)["state_dict"], state)
+
+
+def test_our_own_safetensors_need_no_sizes(tmp_path: Path, vocabulary: str) -> None:
+    path = save(tmp_path / "vlmo.pt", published(Heads(answers=5)))
+    import_weights(path, "vlmo", f"{tmp_path}/first", ["max_text=12"], vocabulary=vocabulary)
+    export_weights(f"{tmp_path}/first", "safetensors", f"{tmp_path}/own.safetensors")
+    import_weights(f"{tmp_path}/own.safetensors", "safetensors", f"{tmp_path}/second", vocabulary=vocabulary)
+    first, second = (load_weights(Storage(), f"{tmp_path}/{name}") for name in ("first", "second"))
+    assert equal(first.tensors, second.tensors)
+    assert first.config.model == second.config.model
+    assert second.stage == "imported_questions"
+    assert second.config.stages[-1].answers == 5
+
+
+def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> None:
+    path = save(tmp_path / "vlmo.pt", {name: t.half() for name, t in published().items()})
+    import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
+    assert {t.dtype for t in load_weights(Storage(), f"{tmp_path}/imported").tensors.values()} == {torch.float32}
+
+
+def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocabulary: str) -> None:
+    path = save(tmp_path / "vlmo.pt", published(Heads(answers=5, reasoning=True)))
+    import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
+    made = model_of(load_weights(Storage(), f"{tmp_path}/imported"))
+    expected = build_model(TINY, WORDS, Heads(answers=5, reasoning=True), seed=5)
+    assert equal(made.state_dict(), expected.state_dict())
+
+
+def test_a_language_stage_lacks_the_fusion_expert_and_says_so(tmp_path: Path, vocabulary: str) -> None:
+    stage = {n: t for n, t in published().items() if "_vl" not in n and not n.startswith(("itc", "itm", "logit"))}
+    path = save(tmp_path / "textmlm.pt", {"state_dict": stage})
+    sizes = ["max_text=12", "vision_language_layers=1"]
+    told = import_weights(path, "vlmo", f"{tmp_path}/imported", sizes, vocabulary=vocabulary)
+    assert told["absent"] == ["vision_language_expert"]
+    assert load_weights(Storage(), f"{tmp_path}/imported").absent == {"vision_language_expert"}
+
+
+def test_a_mismatch_lists_every_name_and_is_refused_unless_excused(tmp_path: Path, vocabulary: str) -> None:
+    state = published() | {"rank_output.weight": torch.zeros(1, 64), "rank_output.bias": torch.zeros(1)}
+    state["itm_score.fc.bias"] = torch.zeros(3)
+    del state["pooler.dense.bias"]
+    path, out = save(tmp_path / "vlmo.pt", state), f"{tmp_path}/imported"
+    with pytest.raises(CheckpointError) as error:
+        import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary)
+    assert "missing: pooler.dense.bias" in str(error.value)
+    assert "unexpected: rank_output.bias, rank_output.weight" in str(error.value)
+    assert "itm_score.fc.bias (is (3,), must be (2,))" in str(error.value)
+    allowed = ("rank_output.*", "itm_score.fc.bias", "pooler.dense.bias")
+    import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary, may_differ=allowed)
+    tensors = load_weights(Storage(), out).tensors
+    assert "matching_head.classify.bias" not in tensors
+    assert "matching_head.classify.weight" in tensors
+
+
+class Armed:
+    """Pickles as a call: whoever loads it carelessly runs it."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = save(tmp_path / "armed.pt", {"state_dict": published(), "callbacks": Armed()})
+    with pytest.raises(CheckpointError, match="would run code that it names"):
+        import_weights(path, "vlmo", f"{tmp_path}/imported")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("contents", "told"),
+    [(b"no checkpoint", "neither safetensors nor"), (b"", "neither safetensors nor"), (None, "no such file")],
+)
+def test_what_is_no_checkpoint_is_named(contents: bytes | None, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "vlmo.pt"
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises(CheckpointError, match=told):
+        import_weights(str(path), "vlmo", f"{tmp_path}/imported")
+
+
+def test_tensors_beside_other_values_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "vlmo.pt", {"state_dict": published() | {"epoch": 3}})
+    with pytest.raises(CheckpointError, match="also holds epoch"):
+        import_weights(path, "vlmo", f"{tmp_path}/imported")
+
+
+def test_wrong_requests_say_what_to_do(tmp_path: Path, vocabulary: str) -> None:
+    path, out = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported"
+    for request, told in (
+        ({"format_name": "onnx"}, "--format onnx: unknown; known: vlmo"),
+        ({"overrides": ["max_text=12"]}, "--vocabulary"),
+        ({"overrides": ["max_text=12", "widht=3"], "vocabulary": vocabulary}, "did you mean 'width'"),
+        ({"overrides": ["max_text=12", "kind=vit"], "vocabulary": vocabulary}, "kind"),
+        ({}, "give image_size=… and max_text=…"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            import_weights(path, **({"format_name": "vlmo", "out": out} | request))  # type: ignore[arg-type]
+        assert told in str(error.value)
+
+
+def test_weights_are_never_overwritten(tmp_path: Path, vocabulary: str) -> None:
+    path, out = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported"
+    import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary)
+    with pytest.raises(ConfigError, match="holds weights already"):
+        import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary)
+
+
+def test_export_tells_what_the_format_has_no_names_for(tmp_path: Path, vocabulary: str) -> None:
+    state = build_model(TINY, WORDS, Heads("pixels"), seed=5).state_dict()
+    own = tmp_path / "own.safetensors"
+    safetensors.torch.save_file(state, own, {"model": TINY.model_dump_json()})
+    import_weights(str(own), "safetensors", f"{tmp_path}/imported", vocabulary=vocabulary)
+    told = export_weights(f"{tmp_path}/imported", "vlmo", f"{tmp_path}/out.pt")
+    assert told["left_out"] == [
+        "image_embedding.mask",
+        "masked_image_head.predict.bias",
+        "masked_image_head.predict.weight",
+    ]
+
+
+SMALL = {"width": 64, "layers": 2, "heads": 1, "image_size": 32, "patch_size": 8, "max_text": 12}
+SECTIONS: dict[str, TransformerConfig] = {
+    "vlmo": TINY,
+    "vilt": ViLTConfig(**SMALL, longest_side=48),
+    "vilt-hf": ViLTConfig(**SMALL, longest_side=48),
+    "vit": ViTConfig(**SMALL),
+    "beit": TINY,
+    "bert": ImageBERTConfig(**SMALL),
+    "safetensors": ViTConfig(**SMALL),
+}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_format_goes_out_and_comes_back_as_it_was(format_name: str, tmp_path: Path, vocabulary: str) -> None:
+    section = SECTIONS[format_name]
+    state = build_model(section, WORDS, seed=5).state_dict()
+    with torch.no_grad():
+        for name in state.keys() & {"image_embedding.modality"}:
+            state[name].zero_()  # BEiT has no such vector
+    own = tmp_path / "own.safetensors"
+    safetensors.torch.save_file(state, own, {"model": section.model_dump_json()})
+    import_weights(str(own), "safetensors", f"{tmp_path}/first", vocabulary=vocabulary)
+    told = export_weights(f"{tmp_path}/first", format_name, f"{tmp_path}/out.safetensors")
+    published = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    torch.save({"state_dict": published}, tmp_path / "out.pt")  # a header would tell the sizes
+    sizes = [f"{key}={value}" for key, value in section.model_dump(mode="json").items() if value is not None]
+    import_weights(f"{tmp_path}/out.pt", format_name, f"{tmp_path}/second", sizes, vocabulary=vocabulary)
+    back = load_weights(Storage(), f"{tmp_path}/second")
+    assert set(state) - set(back.tensors) == set(told["left_out"])
+    assert back.config.model.architecture() == section.architecture()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.tensors.items())
+
+
+def test_both_commands_work_from_the_command_line(tmp_path: Path, vocabulary: str) -> None:
+    path, imported, back = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported", f"{tmp_path}/b.safetensors"
+    options = ["--format", "vlmo", "--vocabulary", vocabulary, "--json"]
+    first = CliRunner().invoke(app, ["import", path, "max_text=12", "--out", imported, *options])
+    assert json.loads(first.stdout)["model"]["width"] == TINY.width
+    second = CliRunner().invoke(app, ["export", imported, "--format", "vlmo", "--out", back, "--json"])
+    assert json.loads(second.stdout)["path"] == back
+    assert equal(safetensors.torch.load_file(back), published())
+
+
+def test_the_help_names_every_format() -> None:
+    assert set(re.findall(r"[a-z]+(?:-hf)?", FORMAT_HELP.partition(":")[2])) >= set(FORMATS)

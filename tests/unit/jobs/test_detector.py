@@ -1,0 +1,165 @@
+"""A detector's output becomes regions by the same rule for every family: random tiny ones, saved and loaded locally."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    ConditionalDetrImageProcessorPil,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessorPil,
+    PreTrainedModel,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessorPil,
+    RTDetrResNetConfig,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
+)
+
+from jobs.shards.detector import Detector, detector_digest
+from pipeline.config.errors import ConfigError
+from pipeline.data.quarantine import BadSample
+from pipeline.data.regions import parse_regions
+
+QUERIES = 9
+SIDES = {"shortest_edge": 32, "longest_edge": 48}
+_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+_TRANSFORMER = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": QUERIES, "num_labels": 5,
+}  # fmt: skip
+
+
+def _detr(config: type, model: type) -> PreTrainedModel:
+    backbone = ResNetConfig(**_STAGES, out_features=["stage4"])
+    return model(config(backbone_config=backbone, use_timm_backbone=False, backbone=None, **_TRANSFORMER))
+
+
+def _rt_detr() -> PreTrainedModel:
+    backbone = RTDetrResNetConfig(**_STAGES, out_features=["stage2", "stage3", "stage4"])
+    sizes = {"encoder_in_channels": [8, 8, 16], "encoder_hidden_dim": 16, "decoder_in_channels": [16, 16, 16]}
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, **sizes, **_TRANSFORMER))
+
+
+def _yolos() -> PreTrainedModel:
+    return YolosForObjectDetection(
+        YolosConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=[32, 48],
+            patch_size=8, num_detection_tokens=QUERIES, num_labels=5,
+        )
+    )  # fmt: skip
+
+
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], object]] = {
+    "detr": (lambda: _detr(DetrConfig, DetrForObjectDetection), DetrImageProcessorPil(size=SIDES)),
+    "conditional_detr": (
+        lambda: _detr(ConditionalDetrConfig, ConditionalDetrForObjectDetection),
+        ConditionalDetrImageProcessorPil(size=SIDES),
+    ),
+    "rt_detr": (_rt_detr, RTDetrImageProcessorPil(size={"height": 64, "width": 64})),
+    "yolos": (_yolos, YolosImageProcessorPil(size=SIDES)),
+}
+
+
+def save(family: str, folder: Path) -> Path:
+    """A detector whose queries differ, as those of a trained one do."""
+    make, processor = FAMILIES[family]
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.fixture(params=list(FAMILIES))
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save(request.param, tmp_path / request.param)
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+def test_a_region_is_a_query_with_its_vector_box_and_most_likely_class(folder: Path, picture: np.ndarray) -> None:
+    """Compared with transformers' own post-processing, which keeps no vectors."""
+    detector = Detector(folder, torch.device("cpu"))
+    found = detector(picture, 100)
+    with torch.inference_mode():
+        output = detector._model(**detector._prepare(images=picture, return_tensors="pt"))
+    told = detector._prepare.post_process_object_detection(output, threshold=0.0, target_sizes=[(40, 60)])[0]
+    order = torch.argsort(told["scores"], descending=True, stable=True)
+    # With a class for "nothing" it tells each query once; else pairs of query and class, of which the first is ours.
+    order = order if folder.name in ("detr", "yolos") else order[:1]
+    for name, ours in (("scores", found.confidences), ("labels", found.classes)):
+        np.testing.assert_allclose(ours[: len(order)], told[name][order], atol=1e-6)
+    boxes = told["boxes"][order].numpy().clip(0, [60, 40, 60, 40])
+    np.testing.assert_allclose(found.boxes[: len(order)], boxes, atol=1e-3)
+    assert len(found) == QUERIES
+    assert found.image_size == (40, 60)
+    assert (np.diff(found.confidences) <= 0).all()
+    hidden = output.last_hidden_state[0, -QUERIES:].numpy()
+    query = [int(np.abs(hidden - vector).sum(axis=1).argmin()) for vector in found.features]
+    assert sorted(query) == list(range(QUERIES))
+    likely = (
+        output.logits[0].argmax(dim=1)
+        if folder.name not in ("detr", "yolos")
+        else output.logits[0, :, :-1].argmax(dim=1)
+    )
+    assert found.classes.tolist() == likely[query].tolist()
+
+
+def test_the_most_confident_regions_are_kept(folder: Path, picture: np.ndarray) -> None:
+    detector = Detector(folder, torch.device("cpu"))
+    few, all_of_them = detector(picture, 4), detector(picture, 9)
+    for name in ("features", "boxes", "classes", "confidences"):
+        assert np.array_equal(getattr(few, name), getattr(all_of_them, name)[:4])
+
+
+def test_what_it_makes_is_read_as_regions(folder: Path, picture: np.ndarray) -> None:
+    found = Detector(folder, torch.device("cpu"))(picture, 100)
+    again = parse_regions(found.to_bytes())
+    assert np.array_equal(again.features, found.features)
+    assert int(again.classes.max()) < 5  # type: ignore[union-attr]
+
+
+def test_a_detector_is_known_by_its_files(tmp_path: Path) -> None:
+    one, other = save("yolos", tmp_path / "one"), save("yolos", tmp_path / "other")
+    assert detector_digest(one) == detector_digest(other)
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    assert detector_digest(one) != detector_digest(other)
+
+
+def test_a_missing_detector_is_told_and_nothing_is_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        Detector(tmp_path / "facebook/detr-resnet-50", torch.device("cpu"))
+
+
+def test_a_folder_that_holds_no_detector_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no detector that transformers can load"):
+        Detector(tmp_path, torch.device("cpu"))
+
+
+def test_a_picture_that_the_detector_refuses_is_a_bad_sample(tmp_path: Path, picture: np.ndarray) -> None:
+    detector = Detector(save("yolos", tmp_path), torch.device("cpu"))
+
+    def refuse(**_: object) -> None:
+        raise ValueError("too thin")
+
+    detector._prepare = refuse
+    with pytest.raises(BadSample, match="too thin"):
+        detector(picture, 10)

@@ -1,0 +1,150 @@
+"""`mome shards regions`, its actor in this process: the same samples with regions, whatever was there before."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
+from typer.testing import CliRunner
+
+from jobs.shards import app
+from jobs.shards.regions import Done, RegionActor, RegionTask
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.data.regions import parse_regions
+from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.storage import ObjectInfo, Storage
+
+NUMBERS, CLASSES = 16, 5
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_actor(task: RegionTask, shards: Mapping[str, ObjectInfo], _: object) -> Iterator[Done]:
+        actor = RegionActor(task)
+        return (actor.detect(name, source) for name, source in shards.items())
+
+    monkeypatch.setattr(sys.modules[RegionTask.__module__], "_on_actors", one_actor)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("detector")
+    torch.manual_seed(0)
+    config = YolosConfig(
+        hidden_size=NUMBERS, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
+        patch_size=8, num_detection_tokens=12, num_labels=CLASSES,
+    )  # fmt: skip
+    YolosForObjectDetection(config).save_pretrained(folder)
+    YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(make_pairs, make_pair) -> str:
+    bad = {"jpg": b"\xff\xd8\xff no picture", "json": make_pair(0)["json"]}
+    return make_pairs("pairs", [4, 3, 5], planted={(1, 2): bad})
+
+
+def run(*arguments: object) -> tuple[dict, str]:
+    result = CliRunner().invoke(app, ["regions", *map(str, arguments), "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+
+def samples(folder: object) -> dict[str, Sample]:
+    return {sample.key: sample for sample in samples_of_source(Storage(), str(folder))}
+
+
+def test_every_sample_stays_and_gets_its_regions(pairs: str, detector: Path, tmp_path: Path) -> None:
+    report = tmp_path / "bad.jsonl"
+    told, said = run(pairs, tmp_path / "out", "--detector", detector, "--regions", 7, "--report", report)
+    assert (told["num_samples"], told["shards"], told["bad_samples"]) == (12, 3, 1)
+    CliRunner().invoke(app, ["index", pairs])
+    before, after = samples(pairs), samples(tmp_path / "out")
+    assert list(before) == list(after)
+    for key, sample in before.items():
+        regions = after[key].members.pop("npz", None)
+        assert after[key].members == sample.members
+        assert after[key].image_id == sample.image_id
+        if key == "pairs00006":
+            assert regions is None
+            continue
+        record = parse_regions(regions)
+        assert record.features.shape == (7, NUMBERS)
+        assert record.image_size == (24, 24)
+    assert "pairs00006" in said
+    found = json.loads(report.read_text())
+    assert (found["key"], found["shard"], found["stage"]) == ("pairs00006", "00001.tar", "image")
+
+
+def test_an_interrupted_command_goes_on_with_the_shards_that_are_missing(
+    pairs: str, detector: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    whole, _ = run(pairs, out, "--detector", detector)
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (out / "00000.tar").unlink()  # its record was written before
+    (out / "manifest.json").unlink()
+    again, _ = run(pairs, out, "--detector", detector)
+    assert again == whole  # the bad sample of an earlier call is told again
+    changed = {path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != kept[path.name]}
+    assert changed == {"00000.tar"}
+
+
+def test_a_shard_that_was_replaced_is_made_again(
+    pairs: str, detector: Path, tmp_path: Path, make_tar, make_pair
+) -> None:
+    out = tmp_path / "out"
+    run(pairs, out, "--detector", detector)
+    (Path(pairs) / "00002.tar").write_bytes(make_tar({"new": make_pair(99)}))
+    told, _ = run(pairs, out, "--detector", detector)
+    assert told["num_samples"] == 8
+    assert "npz" in samples(out)["new"].members
+
+
+def test_another_setting_is_refused(pairs: str, detector: Path, tmp_path: Path) -> None:
+    run(pairs, tmp_path / "out", "--detector", detector)
+    with pytest.raises(ConfigError, match="other --regions") as error:
+        run(pairs, tmp_path / "out", "--detector", detector, "--regions", 3)
+    assert error.value.exit_status == 2
+
+
+def test_a_folder_with_other_shards_is_refused(pairs: str, detector: Path, tmp_path: Path, make_pairs) -> None:
+    with pytest.raises(ConfigError, match="none of these shards with regions"):
+        run(pairs, make_pairs("other", [2]), "--detector", detector)
+    with pytest.raises(ConfigError, match="choose another folder than"):
+        run(pairs, os.path.relpath(pairs), "--detector", detector)
+
+
+def test_a_missing_detector_is_told_before_anything_starts(pairs: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing is downloaded"):
+        run(pairs, tmp_path / "out", "--detector", tmp_path / "none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_shard_stops_the_command_by_name(pairs: str, detector: Path, tmp_path: Path) -> None:
+    cut = Path(pairs) / "00001.tar"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
+        run(pairs, tmp_path / "out", "--detector", detector)
+    assert not (tmp_path / "out" / "00001.tar").exists()
+
+
+def test_shards_without_a_picture_are_told(make_pairs, detector: Path, tmp_path: Path) -> None:
+    texts = make_pairs("texts", [2], planted={(0, 0): {"txt": b"one"}, (0, 1): {"txt": b"two"}})
+    with pytest.raises(DataError, match="not one sample has a picture"):
+        run(texts, tmp_path / "out", "--detector", detector)
+
+
+def test_regions_that_were_there_are_replaced(make_pairs, make_pair, detector: Path, tmp_path: Path) -> None:
+    old = make_pairs("old", [1], planted={(0, 0): make_pair(1) | {"npz": b"old"}})
+    run(old, tmp_path / "out", "--detector", detector)
+    assert len(parse_regions(next(iter(samples(tmp_path / "out").values())).members["npz"])) == 12

@@ -1,0 +1,156 @@
+"""The fifteen traps of the papers' published code, each with the tests that would notice falling into it.
+
+Every test is named after its trap (`test_trap_NN_…`); those that no other file covers are here.
+
+    trap                                                            where its tests stand
+     1  contrast's gradient is 1/W under gather and averaging        training/test_release; integration/test_world_size
+     2  a confident softmax leaves negatives nothing to draw from    objectives/test_matching
+     3  captions of one image are each other's negatives             objectives/test_contrastive, test_matching
+     4  matching settles at the labels' frequencies, unnoticed       here; the floors: training/test_every_objective
+     5  whole-word masking that masks padding, halves or nothing     data/test_masking
+     6  words guessed beside a wrong picture                         here
+     7  loss "weights" that only switch losses on                    here
+     8  weight decay chosen by pieces of names                       training/test_release
+     9  a model chosen by its test results                           here
+    10  half precision, masked rows and unbounded scales             objectives/test_word_patch; training/test_release
+    11  parameters that no objective reads                           training/test_stages; test_every_objective
+    12  accumulation that shrinks the contrast's batch               here; integration/test_world_size
+    13  the text stage moves what images share                       training/test_stages
+    14  masked images and contrast in one stage                      training/test_recipes_of_pictures
+    15  ranks with unequal rows wait for each other for ever         integration/test_uneven_ranks, test_world_size
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import RunConfig, Use
+from pipeline.data.batch import Batch
+from pipeline.evaluation.evaluate import Matching, stages_reading
+from pipeline.models.passes import Outputs, Pass
+from pipeline.training.collectives import Collectives
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.trial import Cell, begin, trial_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Collectives]:
+    alone = Collectives()
+    yield alone
+    alone.close()
+
+
+def run_of(kind: str, use: Use, objectives: dict[str, Any], **keys: Any) -> RunConfig:
+    return trial_config(Cell("masked_language", kind, use, {"objectives": objectives, **keys}))
+
+
+def test_every_trap_has_a_test_of_its_name() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")]
+    found = {int(number) for text in texts for number in re.findall(r"def test_trap_(\d\d)_\w+", text)}
+    assert found == set(range(1, 16))
+
+
+# ---- 4
+
+
+def test_trap_04_a_head_that_gives_one_answer_to_everything_is_called_collapsed() -> None:
+    assert Matching(accuracy_matched=0.0, accuracy_mismatched=1.0).is_collapsed
+    assert Matching(accuracy_matched=1.0, accuracy_mismatched=0.01).is_collapsed
+    assert not Matching(accuracy_matched=0.3, accuracy_mismatched=0.9).is_collapsed
+
+
+# ---- 9
+
+
+def test_trap_09_a_source_that_a_stage_trains_on_is_known_under_every_name() -> None:
+    values = run_of("vlmo", "pairs", {"contrastive": {}}).model_dump(mode="json")
+    values["sources"] |= {
+        "renamed": {"shards": values["sources"]["trial"]["shards"] + "/"},
+        "held_out": {"shards": "elsewhere"},
+    }
+    config = RunConfig.model_validate_json(json.dumps(values))
+    assert stages_reading(config, "trial") == stages_reading(config, "renamed") == ("trial",)
+    assert stages_reading(config, "held_out") == ()
+
+
+# ---- 6, 7, 12: of the training step
+
+
+class Recorder(PlainEngine):
+    """Keeps every pass it is given."""
+
+    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+        self.seen: dict[str, Pass] = {**getattr(self, "seen", {}), **passes}
+        return super().__call__(passes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "use", "objectives", "negatives"),
+    [
+        ("vlmo", "pairs", ("contrastive", "matching", "masked_language"), "hard"),
+        ("vilt", "pairs", ("matching", "masked_language", "word_patch"), "random"),
+        ("imagebert", "regions", ("matching", "masked_language", "region_class", "region_features"), "random"),
+    ],
+)
+def test_trap_06_words_and_regions_are_guessed_beside_their_own_partner_alone(
+    kind: str, use: Use, objectives: tuple[str, ...], negatives: str, collectives: Collectives
+) -> None:
+    begun = begin(run_of(kind, use, {name: {} for name in objectives}, negatives=negatives), collectives, Recorder)
+    begun.step(begun.batch)
+    batch, seen = begun.batch, begun.engine.seen  # type: ignore[attr-defined]
+    guessing = [name for name, one in seen.items() if {"mlm", "region_class", "region_features"} & {*one.heads}]
+    assert guessing == ["masked"]
+    assert torch.equal(seen["masked"].text, batch.masked_text)
+    if use == "pairs":
+        assert torch.equal(seen["masked"].image, batch.image)
+    else:
+        own = batch.region_features.masked_fill(batch.region_hidden.unsqueeze(-1), 0)  # type: ignore[union-attr]
+        assert torch.equal(seen["masked"].regions.features, own)
+    assert any(
+        not torch.equal(one.text, batch.text) or not same_partner(one, batch)
+        for one in seen.values()
+        if "itm" in one.heads
+    ), "there are negatives that it could have been guessed on"
+
+
+def same_partner(one: Pass, batch: Batch) -> bool:
+    if one.regions is not None:
+        return torch.equal(one.regions.features, batch.region_features)
+    return torch.equal(one.image, batch.image)
+
+
+def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Tensor], dict[str, float]]:
+    begun = begin(config, collectives)
+    losses = begun.step(begun.batch)
+    return begun.engine.gradients(), {name: float(loss) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0])
+def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, collectives: Collectives) -> None:
+    for objective in ("contrastive", "masked_language"):
+        plain, losses = gradients(run_of("vlmo", "pairs", {objective: {}}), collectives)
+        weighted, more = gradients(run_of("vlmo", "pairs", {objective: {"weight": weight}}), collectives)
+        torch.testing.assert_close(weighted, {name: weight * g for name, g in plain.items()}, rtol=1e-4, atol=1e-6)
+        assert more["loss"] == pytest.approx(weight * losses["loss"], rel=1e-5)
+        assert more[objective] == pytest.approx(losses[objective], rel=1e-5), "reported as it is"
+
+
+@pytest.mark.parametrize("kind", ["vlmo", "dual_encoder"])
+def test_trap_12_accumulated_contrast_is_that_of_the_whole_batch(kind: str, collectives: Collectives) -> None:
+    whole = run_of(kind, "pairs", {"contrastive": {}})
+    cut = whole.model_copy(update={"engine": whole.engine.model_copy(update={"micro_batch": 5})})
+    (expected, loss), (found, same_loss) = gradients(whole, collectives), gradients(cut, collectives)
+    # An engine would divide by the number of micro-batches, which the step therefore multiplies by.
+    found = {name: gradient / 3 for name, gradient in found.items()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert same_loss == pytest.approx(loss, rel=1e-5)
