@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.config.model import DualEncoderConfig
+from pipeline.config.model import DualEncoderConfig, TransformerConfig
 from pipeline.config.schema import Objective, Use
-from pipeline.models.embeddings import ImageEmbedding, TextEmbedding
+from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
 from pipeline.models.heads import SharedSpaceHead
 from pipeline.models.model import Heads, Model
 from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock
 from pipeline.models.passes import Head, Pass
+from pipeline.models.resize import cut_text_positions, resize_grid
 from pipeline.models.rows import Rows
 
 PARTS = ("image_embedding", "text_embedding", "image_tower", "text_tower", "contrastive_head")
@@ -55,6 +55,7 @@ class Tower(nn.Module):
 class DualEncoder(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = ("contrastive_head",)
+    RESIZABLE: ClassVar = frozenset({"image_size", "max_text"})
 
     config: DualEncoderConfig
 
@@ -79,9 +80,7 @@ class DualEncoder(Model):
         assert rows.text is not None
         assert rows.text_keep is not None
         x = self.text_embedding(rows.text)
-        # Finite, so that a row of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
-        padding = torch.zeros_like(rows.text, dtype=x.dtype).masked_fill(~rows.text_keep, torch.finfo(x.dtype).min / 2)
-        return self.text_tower(x, padding, rows.drop_keep, rows.read), None
+        return self.text_tower(x, key_padding(rows.text_keep, x.dtype), rows.drop_keep, rows.read), None
 
     def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itc":
@@ -99,3 +98,12 @@ class DualEncoder(Model):
 
     def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
         return frozenset(PARTS) if (objective, use) == ("contrastive", "pairs") else None
+
+    def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
+        """Of another picture size or text length: bicubic, as open_clip resizes CLIP's positions."""
+        resized = super().resize_state(state, before)
+        image, text = "image_embedding.positions", "text_embedding.positions"
+        return resized | {
+            image: resize_grid(resized[image], self.config.grid, "bicubic"),
+            text: cut_text_positions(resized[text], self.config.max_text),
+        }

@@ -20,6 +20,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder
 from pipeline.config.model import ImageBERTConfig
 from pipeline.config.schema import Objective, Use
 from pipeline.models.attention import pick
+from pipeline.models.embeddings import key_padding
 from pipeline.models.heads import TEXT_EPSILON, MaskedLanguageHead
 from pipeline.models.model import Heads, Model
 from pipeline.models.passes import Head, Pass, Regions
@@ -106,8 +107,7 @@ class ImageBERT(Model):
             segment = self.text_embedding.token_type_embeddings(picture)
             x = torch.cat([x, self.region_embedding(rows.regions, segment)], dim=1)
             keep = torch.cat([keep, rows.regions.keep], dim=1)
-        # Finite, so that a row of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
-        padding = torch.zeros_like(keep, dtype=x.dtype).masked_fill(~keep, torch.finfo(x.dtype).min / 2)
+        padding = key_padding(keep, x.dtype)
         x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state
         return (x if rows.read is None else pick(x, rows.read)), None
 

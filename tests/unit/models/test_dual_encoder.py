@@ -162,3 +162,15 @@ def test_contrast_over_pairs_is_all_it_learns() -> None:
         model.parts_used(["matching"], "pairs")
     with pytest.raises(ConfigError, match=r"contrastive.*pairs.*text"):
         model.parts_used(["contrastive"], "text")
+
+
+def test_positions_of_another_picture_size_and_text_length_are_resized_and_nothing_else_moves() -> None:
+    before = build_model(CONFIG, VOCABULARY).state_dict()
+    changes = {"image_size": CONFIG.image_size + CONFIG.patch_size, "max_text": CONFIG.max_text - 2}
+    other = build_model(CONFIG.model_copy(update=changes), VOCABULARY)
+    after = other.resize_state(before, CONFIG)
+    other.load_state_dict(after)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"image_embedding.positions", "text_embedding.positions"}
+    assert torch.equal(after["image_embedding.positions"][0], before["image_embedding.positions"][0])
+    assert torch.equal(after["text_embedding.positions"], before["text_embedding.positions"][:-2])
