@@ -43,9 +43,11 @@ def write_set(folder: Path, use: str, count: int, seed: int = 0) -> str:
     return url
 
 
-def run_config(folder: Path, use: str, objective: str, steps: int, **stage: Any) -> RunConfig:
-    """A run of one stage that fine-tunes a tiny VLMo from random weights on drawn samples of a use."""
-    train, test = write_set(folder, use, 200), write_set(folder, use, 60, seed=1)
+def run_config(folder: Path, use: str, objective: str, steps: int, is_drawn: bool = False, **stage: Any) -> RunConfig:
+    """A run of one stage that fine-tunes a tiny VLMo from random weights on samples of a use, drawn unless they are."""
+    train, test = f"{folder}/{use}-0", f"{folder}/{use}-1"
+    if not is_drawn:
+        train, test = write_set(folder, use, 200), write_set(folder, use, 60, seed=1)
     model = {
         "width": 48, "layers": 3, "heads": 4, "vision_language_layers": 1, "image_size": SIDE, "patch_size": 8,
         "max_text": 16, "positions": "absolute", "layer_scale": None, "drop_path": 0.0, "initial_std": 0.1,

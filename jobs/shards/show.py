@@ -57,8 +57,11 @@ class Shown:
 
     @property
     def captions(self) -> list[str]:
-        """What the members say of the sample: `captions` or `caption` in the json, else the text."""
+        """What the members say of the sample: its captions, question or statement in the json, else the text."""
         described = _parsed(self.members.get("json"))
+        if isinstance(said := described.get("question") or described.get("sentence"), str):
+            answers = described.get("answers", described.get("label"))
+            return [said, *([str(answers)] if answers is not None else [])]
         found = described.get("captions") or described.get("caption")
         if isinstance(found, str):
             return [found]

@@ -16,18 +16,17 @@ from pipeline.config.model import (
     VLMoConfig,
 )
 from pipeline.models.dual_encoder import DualEncoder
-from pipeline.models.imagebert import ImageBERT
 from pipeline.models.model import Heads, Model
 from pipeline.models.vilt import ViLT
 from pipeline.models.vit import ViT
 from pipeline.models.vlmo import VLMo
 
-KINDS: dict[type[TransformerConfig], Callable[[Any, int, Heads], Model]] = {
+Kind = Callable[[Any, int, Heads], Model]
+_KINDS: dict[type[TransformerConfig], Kind] = {
     VLMoConfig: VLMo,
     ViLTConfig: ViLT,
-    DualEncoderConfig: DualEncoder,
     ViTConfig: ViT,
-    ImageBERTConfig: ImageBERT,
+    DualEncoderConfig: DualEncoder,
 }
 
 
@@ -45,5 +44,9 @@ def skeleton(config: TransformerConfig, vocabulary: int = 1, heads: Heads = Head
         return _kind(config)(config, vocabulary, heads)
 
 
-def _kind(config: TransformerConfig) -> Callable[[Any, int, Heads], Model]:
-    return KINDS[type(config)]
+def _kind(config: TransformerConfig) -> Kind:
+    if isinstance(config, ImageBERTConfig):
+        from pipeline.models.imagebert import ImageBERT  # here: its trunk's library takes seconds to load
+
+        return ImageBERT
+    return _KINDS[type(config)]

@@ -17,20 +17,19 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from pipeline.config.load import validate
 from pipeline.config.model import MODEL_SECTIONS, ImageBERTConfig, TransformerConfig, ViLTConfig
 from pipeline.config.schema import ImageTarget, Objective, RunConfig, StageConfig, Use
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.models import KINDS, skeleton
-from pipeline.models.visual_tokens import VisualTokenizer
+from pipeline.models import skeleton
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.schedule import learning_rate
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
+from pipeline.training.terms.term import ImageTokenizer
 
 STEPS = 30
 ROWS = 12
@@ -107,7 +106,7 @@ def readings(objective: Objective, kind: str) -> list[Use]:
 
 
 def kinds() -> list[str]:
-    return [kind for kind, section in MODEL_SECTIONS.items() if section in KINDS]
+    return list(MODEL_SECTIONS)
 
 
 def cells() -> Iterator[Cell]:
@@ -201,10 +200,15 @@ def train(cell: Cell, collectives: Collectives, steps: int = STEPS) -> Trial:
     return Trial(cell, losses)
 
 
-def _image_tokenizer(stage: StageConfig) -> VisualTokenizer | None:
+def _image_tokenizer(stage: StageConfig) -> ImageTokenizer | None:
     """One with random weights: what it names patches by is arbitrary, but the same for the same patch."""
     if stage.image_target != "visual_tokens":
         return None
+    # Here: the library takes seconds to load, and every rank of a test that only invents batches would pay them.
+    from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+
+    from pipeline.models.visual_tokens import VisualTokenizer
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sizes = FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=VISUAL_TOKENS)

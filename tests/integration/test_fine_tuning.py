@@ -99,5 +99,5 @@ def test_wrong_use_of_predict_is_refused_by_name(answering: dict[str, Any], tmp_
 
     with pytest.raises(ConfigError, match="--second-image is given without --image"):
         predict(answering["checkpoint"], None, "b.jpg", "it is")
-    with pytest.raises(ConfigError, match="nowhere.jpg: no such file"):
+    with pytest.raises(ConfigError, match="no such file; give the path or URL"):
         predict(answering["checkpoint"], str(tmp_path / "nowhere.jpg"), None, "why?")

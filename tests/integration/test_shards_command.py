@@ -200,3 +200,26 @@ def test_coco_photos_are_built(tmp_path):
     built = facts(run("build", file, tmp_path / "out", "--images", images, "--limit", 20, "--json"))
     assert built["num_samples"] == 20
     assert built["kind"] == "coco"
+
+
+def test_an_annotation_file_is_told_by_its_content_and_its_list_lies_beside_the_shards(tmp_path):
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "COCO_val2014_000000000005.jpg")
+    question = {"question_id": 50, "image_id": 5, "question": "What colour is it?"}
+    answers = {"question_id": 50, "multiple_choice_answer": "grey", "answers": [{"answer": "Grey."}] * 10}
+    file = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+    file.write_text(json.dumps({"data_subtype": "val2014", "questions": [question]}))
+    (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": [answers]}))
+    told = facts(run("build", file, tmp_path / "out", "--min-count", 1, "--json"))
+    assert (told["kind"], told["num_samples"], told["answers.json"]) == ("vqa", 1, 1)
+    assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["grey"]
+    assert "What colour is it?" in run("show", tmp_path / "out").stdout
+    assert run("check", tmp_path / "out", "--use", "questions", "--workers", 1).exit_code == 0
+
+
+def test_a_folder_of_a_folder_for_each_class_is_built_when_asked_for(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "train" / name / "a.png")
+    told = facts(run("build", tmp_path / "train", tmp_path / "out", "--kind", "classes", "--json"))
+    assert (told["num_samples"], told["classes.json"]) == (2, 2)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]

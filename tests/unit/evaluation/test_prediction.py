@@ -1,4 +1,4 @@
-"""Predictions of a tiny pretrained model: which are made of what is given, and that they are the model's own numbers."""
+"""Predictions of a tiny pretrained model: which are made of what is given, and that they are its own numbers."""
 
 from __future__ import annotations
 
