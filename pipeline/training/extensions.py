@@ -8,6 +8,8 @@ stands before torch's, and whoever holds it knows that a lock file it finds was 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -21,8 +23,13 @@ FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's own variable; a folder that the user 
 
 
 def use_own_folder() -> Path:
-    """Tells torch where to build; what is built depends on Python's and torch's versions."""
-    version = f"mome-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+    """Tells torch where to build; what is built depends on Python's and torch's versions, and on DeepSpeed's place.
+
+    Two installations that shared a folder would each find the other's build out of date, and build anew every time.
+    """
+    found = importlib.util.find_spec("deepspeed")
+    place = hashlib.sha256(str(found and found.origin).encode()).hexdigest()[:8]
+    version = f"mome-py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-{place}"
     return Path(os.environ.setdefault(FOLDER, str(Path(get_default_build_root()) / version)))
 
 

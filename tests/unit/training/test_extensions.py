@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,3 +44,13 @@ def test_a_folder_that_the_user_named_is_kept(tmp_path: Path, monkeypatch: pytes
     assert use_own_folder() == tmp_path
     monkeypatch.delenv(FOLDER)
     assert "mome-py" in use_own_folder().name
+
+
+def test_two_installations_of_deepspeed_build_in_two_folders(monkeypatch: pytest.MonkeyPatch):
+    folders = set()
+    for origin in ("/here/deepspeed/__init__.py", "/there/deepspeed/__init__.py"):
+        monkeypatch.delenv(FOLDER, raising=False)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, origin=origin: SimpleNamespace(origin=origin))
+        folders.add(use_own_folder())
+    monkeypatch.delenv(FOLDER)
+    assert len(folders) == 2
