@@ -13,6 +13,7 @@ from pipeline.config.schema import EVALUATED, USES_OF, RunConfig, StageConfig, U
 def faults_of(config: RunConfig) -> Iterator[str]:
     """Everything that is wrong with a run whose keys are each right."""
     yield from _faithful_faults(config)
+    yield from _engine_faults(config)
     yield from _stage_faults(config)
     yield from _source_faults(config)
 
@@ -20,6 +21,18 @@ def faults_of(config: RunConfig) -> Iterator[str]:
 def _faithful_faults(config: RunConfig) -> Iterator[str]:
     if config.faithful and config.model.kind != "vlmo":
         yield f"faithful: is said of VLMo's release, and the model is of kind {config.model.kind}"
+
+
+def _engine_faults(config: RunConfig) -> Iterator[str]:
+    """DeepSpeed takes each of these in silence, and does otherwise."""
+    engine = config.engine
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        yield "engine.offload_optimizer: ZeRO 0 keeps all state on the device; set engine.zero_stage to 1, 2 or 3"
+    if engine.offload_parameters and engine.zero_stage != 3:
+        yield (
+            f"engine.offload_parameters: at ZeRO {engine.zero_stage} every rank computes with whole weights on its "
+            "device; set engine.zero_stage to 3, or offload the optimizer alone"
+        )
 
 
 def _source_faults(config: RunConfig) -> Iterator[str]:

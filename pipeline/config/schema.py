@@ -263,6 +263,8 @@ class StageConfig(Section):
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = changeable(1)
+    offload_optimizer: bool = changeable(False)  # master weights and moments live in host memory, at ZeRO 1, 2 and 3
+    offload_parameters: bool = changeable(False)  # and so do the weights that are not in use, at ZeRO 3
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     micro_batch: Positive | None = changeable(None)  # most samples one forward may hold; None: a rank's whole share
     threads: Positive = 1  # CPU threads of a rank's tensor arithmetic

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import OptimizerConfig, RunConfig, StageConfig
+from pipeline.config.schema import EngineConfig, OptimizerConfig, RunConfig, StageConfig
 from pipeline.models.model import Model
 from pipeline.models.passes import Outputs, Pass
 from pipeline.training import release
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment, FragmentSource
 from pipeline.training.extensions import alone, use_own_folder
+from pipeline.training.gradient_buffers import GradientBuffers
 from pipeline.training.steps import accumulation
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,6 +66,10 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, stage, collectives.world_size),
         )
         self._adam = optimizer
+        self._buffers = GradientBuffers(
+            self._engine.optimizer, self._zero_stage, offloaded=config.engine.offload_optimizer
+        )
+        self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._plain_norm: Tensor | None = None
         self._prime()
         self._steps = 0
@@ -83,6 +88,8 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
+        if last:
+            self._buffers.complete(self._accumulates)
 
     def step(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -91,6 +98,7 @@ class DeepSpeedEngine:
             gradients = [p.grad for p in self._names.values() if p.grad is not None]
             self._plain_norm = nn.utils.get_total_norm(gradients)
         self._engine.step()
+        self._buffers.clear()
         self._steps += 1
         self._average()
 
@@ -287,6 +295,7 @@ def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> 
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the host too: nothing is compiled for it
         "prescale_gradients": False,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -302,5 +311,13 @@ def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> 
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_prefetch_bucket_size": 50_000_000,
+            **_offload(config.engine),
         },
     }
+
+
+def _offload(engine: EngineConfig) -> dict[str, Any]:
+    """What lives in host memory; pinned where there is a device to copy to."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    offloaded = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+    return {key: host for key, wanted in offloaded.items() if wanted}

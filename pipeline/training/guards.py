@@ -1,7 +1,8 @@
-"""The graph guard (contract C3): in the first steps and now and then later, ranks compare what they executed.
+"""The graph guard (contract C3): in the first steps and now and then later, ranks compare what they execute.
 
 DeepSpeed gives silently wrong gradients when ranks run different modules in one step (`diverging_ranks` among the
-project's probes: 96 % error at ZeRO 2), so a mismatch must stop the run before the update.
+project's probes: 96 % error at ZeRO 2; at ZeRO 3 it mixes weights, or hangs). So ranks compare before any gradient is
+reduced, at the end of each forward; and at ZeRO 3, whose forward gathers weights, before each module runs.
 """
 
 from __future__ import annotations
@@ -15,42 +16,76 @@ from pipeline.config.errors import RunFailed
 from pipeline.training.collectives import Collectives
 
 FIRST_STEPS = 3
+END = "(the end of the forward)"
 
 
 class GraphGuard:
-    """Records the order in which a step runs the model's modules and compares it across ranks."""
+    """Records the order in which a step's forwards run the model's modules and compares it across ranks.
 
-    def __init__(self, model: nn.Module, collectives: Collectives, every: int):
+    Raises RunFailed, on every rank, naming the first modules that differ. Must be built before the engine: at ZeRO 3
+    its comparison has to come before the engine's own hooks. What a backward computes once more, in activation
+    checkpointing, is not recorded.
+    """
+
+    def __init__(self, model: nn.Module, collectives: Collectives, every: int, zero_stage: int):
         self.collectives = collectives
         self.every = every
-        self._active = False
+        self._before_each = zero_stage == 3
+        self._step = 0
+        self._active = self._inside = False
         self._executed: list[str] = []
+        self._digest = hashlib.sha256()
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(self._recorder(name))
+            module.register_forward_pre_hook(self._enter if module is model else self._recorder(name))
+        model.register_forward_hook(self._leave)
+
+    def begin(self, step: int, first: int = 0) -> None:
+        """Before a step's forward; `step` counts from the start of the stage or of the process.
+
+        `first` is the global step of the first one, for messages.
+        """
+        self._step = first + step
+        self._active = step < FIRST_STEPS or step % self.every == 0
+        self._executed.clear()
+        self._digest = hashlib.sha256()
+
+    def check(self) -> None:
+        """After the step's backward, before its update: every forward of every rank has been compared by then."""
+        if self._active:
+            self._compare()
+        self._active = False
+
+    def _enter(self, module: nn.Module, arguments: object) -> None:
+        self._inside = True
 
     def _recorder(self, name: str) -> Callable[[nn.Module, object], None]:
         def record(module: nn.Module, arguments: object) -> None:
-            if self._active:
-                self._executed.append(name)
+            if self._active and self._inside:
+                self._record(name)
+                if self._before_each:
+                    self._compare()
 
         return record
 
-    def begin(self, step: int) -> None:
-        """Before a step's forward; `step` counts from the start of the stage or of the process."""
-        self._active = step < FIRST_STEPS or step % self.every == 0
-        self._executed.clear()
+    def _leave(self, module: nn.Module, arguments: object, result: object) -> None:
+        self._inside = False
+        if self._active:
+            self._record(END)
+            self._compare()
 
-    def check(self, step: int) -> None:
-        """After the step's backward, before its update. Raises RunFailed naming the first difference."""
-        if not self._active:
-            return
-        self._active = False
-        digest = hashlib.sha256("\n".join(self._executed).encode()).hexdigest()
-        digests = self.collectives.gather_objects(digest)
-        if len(set(digests)) == 1:
+    def _record(self, name: str) -> None:
+        self._executed.append(name)
+        self._digest.update(f"{name}\n".encode())
+
+    def _compare(self) -> None:
+        digest = int.from_bytes(self._digest.digest()[:7], "big")
+        if self.collectives.largest([digest, -digest]) == [digest, -digest]:
             return
         executed = self.collectives.gather_objects(self._executed)
-        raise RunFailed(f"step {step}: ranks ran different modules; {_first_difference(executed)}")
+        raise RunFailed(
+            f"step {self._step}: ranks ran different modules; {_first_difference(executed)}. Gradients would have been "
+            "wrong in silence. What a step runs must follow from its number alone, never from a rank's own data."
+        )
 
 
 def _first_difference(executed: list[list[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ STAGE = 2
 RATE = 1e-3
 
 
-def _engine(zero_stage: int, ema: float | None = None):
+def _engine(zero_stage: int, ema: float | None = None, **keys: Any):
     """The last tiny stage's engine and step on this rank, with some parts frozen, and perhaps a moving average."""
     from pipeline.models import build_model
     from pipeline.models.model import Heads
@@ -22,7 +23,7 @@ def _engine(zero_stage: int, ema: float | None = None):
     from pipeline.training.stages import trained_parts
     from pipeline.training.steps import TrainingStep
 
-    config = tiny_config(zero_stage=zero_stage)
+    config = tiny_config(zero_stage=zero_stage, **keys)
     stage = config.stages[STAGE]
     stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"ema": ema})})
     collectives = Collectives()
@@ -68,20 +69,20 @@ def _metadata(config, stage_step: int) -> dict:
     }
 
 
-def _train_and_save(zero_stage: int, folder: str) -> dict:
+def _train_and_save(zero_stage: int, folder: str, keys: dict[str, Any] = {}) -> dict:  # noqa: B006 - read alone
     """Three steps, a checkpoint, two more steps."""
-    config, stage, collectives, engine, step = _engine(zero_stage)
+    config, stage, collectives, engine, step = _engine(zero_stage, **keys)
     before = _run(engine, step, config, stage, collectives, range(3))
     _store(config, collectives, folder).save(engine.fragments(), _metadata(config, 3))
     after = _run(engine, step, config, stage, collectives, range(3, 5))
-    return {"before": before, "after": after}
+    return {"before": before, "after": after, "handed_over": engine.weights(), "norm": engine.gradient_norm()}
 
 
-def _restore_and_train(zero_stage: int, folder: str) -> dict:
+def _restore_and_train(zero_stage: int, folder: str, keys: dict[str, Any] = {}) -> dict:  # noqa: B006 - read alone
     """The checkpoint into a fresh engine; what it then holds, and the two steps after it."""
     from pipeline.training.deepspeed_engine import KINDS
 
-    config, stage, collectives, engine, step = _engine(zero_stage)
+    config, stage, collectives, engine, step = _engine(zero_stage, **keys)
     found = _store(config, collectives, folder).latest()
     assert found is not None
     checkpoint, saved = found
@@ -93,7 +94,15 @@ def _restore_and_train(zero_stage: int, folder: str) -> dict:
         if kind in KINDS
     )
     after = _run(engine, step, config, stage, collectives, range(3, 5))
-    return {"exact": exact, "after": after, "stage_step": checkpoint.stage_step}
+    handed_over = engine.weights()
+    engine.close()
+    return {
+        "exact": exact,
+        "after": after,
+        "stage_step": checkpoint.stage_step,
+        "handed_over": handed_over,
+        "norm": engine.gradient_norm(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,39 @@ def test_stage_3_state_reads_at_stage_1(tmp_path: Path) -> None:
     for answer in run_ranks(_restore_and_train, 2, 1, str(tmp_path)):
         assert answer["exact"]
         assert answer["after"] == pytest.approx(trained["after"], rel=1e-5)
+
+
+OFFLOADS: list[tuple[int, dict[str, Any]]] = [
+    *((stage, {"offload_optimizer": True}) for stage in (1, 2, 3)),
+    (3, {"offload_optimizer": True, "offload_parameters": True}),
+    (3, {"offload_parameters": True}),
+]
+
+
+def _restore_into_each(folder: str) -> list[dict]:
+    return [_restore_and_train(zero_stage, folder, keys) for zero_stage, keys in OFFLOADS]
+
+
+def test_state_of_no_offload_reads_at_every_stage_with_offload(saved: tuple[str, dict]) -> None:
+    """Its moments bit for bit, then the losses, norms and weights of the whole run."""
+    folder, trained = saved
+    for answers in zip(OFFLOADS, *run_ranks(_restore_into_each, 2, folder), strict=True):
+        where, first, *_ = answers
+        assert all(answer["exact"] for answer in answers[1:]), where
+        assert first["after"] == pytest.approx(trained["after"], rel=1e-5), where
+        assert first["norm"] == pytest.approx(trained["norm"], rel=1e-4), where
+        for name, weight in trained["handed_over"].items():
+            torch.testing.assert_close(first["handed_over"][name], weight, rtol=1e-4, atol=1e-6, msg=f"{where} {name}")
+
+
+@pytest.mark.parametrize("keys", [keys for _, keys in OFFLOADS[2:4]], ids=["optimizer", "both"])
+def test_state_of_offload_at_stage_3_reads_without_it_at_another_world_size(
+    tmp_path: Path, keys: dict[str, bool]
+) -> None:
+    trained = run_ranks(_train_and_save, 2, 3, str(tmp_path), keys)[0]
+    (answer,) = run_ranks(_restore_and_train, 1, 1, str(tmp_path))
+    assert answer["exact"]
+    assert answer["after"] == pytest.approx(trained["after"], rel=1e-5)
 
 
 EMA = 0.7

@@ -1,0 +1,172 @@
+"""The project's three DeepSpeed probes, through our engine: selectively used experts get autograd's gradient, or a stop.
+
+DeepSpeed 0.19.8 by itself re-applies the last gradient of an expert that a step leaves idle (ZeRO 3; ZeRO 1-3 with
+offload), loses or doubles gradients of several backwards over different branches, and mixes the gradients of ranks that
+run different experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import tiny_config
+from torch import Tensor, nn
+
+WIDTH, ROWS, RATE = 7, 4, 0.1  # an odd width: two ranks' parts of a tensor are cut inside a row
+LAYOUTS: list[dict[str, Any]] = [
+    *({"zero_stage": stage} for stage in range(4)),
+    *({"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)),
+    {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+]
+# Steps of micro-batches, each naming the experts it reads.
+ALTERNATING = [["A"], ["B"], ["A"], ["ABC"], ["C"]]
+DISJOINT = [["A", "B"], ["AB", "C"], ["C", "A"], ["B", "B"], ["A", "C"]]
+
+
+class Experts(nn.Module):
+    """A shared layer, and three experts of which a call runs those it names."""
+
+    HEAD_PARTS: ClassVar = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(WIDTH, WIDTH)
+        self.experts = nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in "ABC"})
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                draw = torch.Generator().manual_seed(number)
+                parameter.copy_(torch.randn(parameter.shape, generator=draw))
+
+    def forward(self, passes: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.experts[name](self.shared(x)).pow(2).mean() for name, x in passes.items()}
+
+    def part_of(self, parameter: str) -> str:
+        return parameter
+
+
+def _passes(step: int, micro_batch: int, rank: int, experts: str) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(100 * step + 10 * micro_batch + rank)
+    return {name: torch.randn(ROWS, WIDTH, generator=draw) for name in experts}
+
+
+@dataclass(frozen=True)
+class Step:
+    gradients: dict[str, Tensor]
+    norm: float
+    weights: dict[str, Tensor]
+
+
+def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
+    """Autograd in one process; an idle expert's gradient is 0, and Adam goes on."""
+    model, stage = Experts(), tiny_config().stages[0]
+    settings = stage.optimizer
+    biases = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    groups = [{"params": matrices}, {"params": biases, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(
+        groups, lr=RATE, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
+    )
+    found = []
+    for number, micro_batches in enumerate(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for k, experts in enumerate(micro_batches):
+            for rank in range(world_size):
+                torch.stack(list(model(_passes(number, k, rank, experts)).values())).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = float(nn.utils.get_total_norm(gradients.values()))
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        adam.step()
+        found.append(Step(gradients, norm, copy.deepcopy(model.state_dict())))
+    return found
+
+
+def _through_engine(steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+
+    collectives = Collectives()
+    found = []
+    for layout in layouts:
+        config = tiny_config(micro_batch=12 // collectives.world_size // len(steps[0]), **layout)
+        engine = DeepSpeedEngine(Experts(), config, config.stages[0], collectives)
+        found.append([_step(engine, collectives, number, experts) for number, experts in enumerate(steps)])
+        engine.close()
+    return found
+
+
+def _step(engine: Any, collectives: Any, number: int, micro_batches: list[str]) -> Step:
+    scale = collectives.world_size * len(micro_batches)  # DeepSpeed divides by both
+    for k, experts in enumerate(micro_batches):
+        outputs = engine(_passes(number, k, collectives.rank, experts))
+        engine.backward(torch.stack(list(outputs.values())).sum() * scale, last=k == len(micro_batches) - 1)
+    gradients = engine.gradients()
+    engine.step(RATE)
+    return Step(gradients, engine.gradient_norm(), engine.weights() or {})
+
+
+def _wrong(right: Step, found: Step) -> list[str]:
+    """What differs from autograd, each with its relative error."""
+    pairs = {
+        **{f"gradient of {name}": (g, found.gradients[name]) for name, g in right.gradients.items()},
+        **{f"weight {name}": (w, found.weights[name]) for name, w in right.weights.items()},
+        "norm": (torch.tensor(right.norm), torch.tensor(found.norm)),
+    }
+    errors = {what: float((got - good).norm() / good.norm().clamp(min=1e-3)) for what, (good, got) in pairs.items()}
+    return [f"{what} {error:.1e}" for what, error in errors.items() if error > 1e-5]
+
+
+@pytest.mark.parametrize("steps", [ALTERNATING, DISJOINT], ids=["idle experts", "several backwards"])
+def test_probe_of_experts_used_in_turn_gets_autograds_gradient_at_every_stage(steps: list[list[str]]) -> None:
+    expected = _expected(steps, 2)
+    wrong = {
+        f"{layout}, step {number}": told
+        for layout, got in zip(LAYOUTS, run_ranks(_through_engine, 2, steps, LAYOUTS)[0], strict=True)
+        for number, (right, found) in enumerate(zip(expected, got, strict=True))
+        if (told := _wrong(right, found))
+    }
+    assert not wrong, "\n".join(f"{where}: {told}" for where, told in wrong.items())
+
+
+# What each rank's first call runs: different experts, of equal shape; and one expert more.
+DIVERGING = [("A", "B"), ("A", "AC")]
+
+
+def _diverging(layouts: list[dict[str, Any]]) -> list[str]:
+    """What stops each guarded step, or what it ends with; the weights must be as they were."""
+    from pipeline.config.errors import RunFailed
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    from pipeline.training.guards import GraphGuard
+
+    collectives = Collectives()
+    told = []
+    for layout in layouts:
+        for experts in DIVERGING:
+            config = tiny_config(**layout)
+            model = Experts()
+            guard = GraphGuard(model, collectives, every=10, zero_stage=config.engine.zero_stage)
+            engine = DeepSpeedEngine(model, config, config.stages[0], collectives)  # type: ignore[arg-type]
+            guard.begin(0, first=70)
+            try:
+                outputs = engine(_passes(0, 0, collectives.rank, experts[collectives.rank]))
+                engine.backward(torch.stack(list(outputs.values())).sum(), last=True)
+                told.append("reduced the gradients of different experts")
+            except RunFailed as error:
+                told.append(str(error))
+    return told
+
+
+def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_mix_at_every_stage() -> None:
+    layouts = [layout for layout in LAYOUTS if not layout.get("offload_parameters")]
+    for answers in run_ranks(_diverging, 2, layouts):
+        for told, (_, other) in zip(answers, DIVERGING * len(layouts), strict=True):
+            second = "'experts.B'" if other == "B" else "'shared'"
+            assert told.startswith("step 70: ranks ran different modules; call "), told
+            assert ("rank 0 ran 'experts.A'" in told) == (other == "B"), told
+            assert f"rank 1 ran {second}" in told
