@@ -77,6 +77,14 @@ def _lines(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield prefix + key, ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
 
 
+def aligned(lines: list[list[str]]) -> str:
+    """A table of equally many cells a line, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
 def duration(seconds: float) -> str:
     """`1 h 02 min`, `3 min 05 s` or `12 s`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 
+from jobs.console import aligned
 from pipeline.config.schema import Objective
 from pipeline.training.collectives import Collectives
 from pipeline.training.trial import Trial, cells, kinds, readings, train
@@ -56,10 +57,10 @@ def as_text(found: dict[str, Any]) -> str:
     lines = [["objective", *kinds()]]
     for objective, by_kind in found["objectives"].items():
         lines.append([objective, *(", ".join(by_kind.get(kind, ["·"])) for kind in kinds())])
-    tables = [_aligned(lines)]
+    tables = [aligned(lines)]
     if "trials" in found:
         header = ["objective", "model", "reads", "with", "loss at the start", "at the end", "of a collapsed model", ""]
-        tables.append(_aligned([header, *map(_trial_line, found["trials"])]))
+        tables.append(aligned([header, *map(_trial_line, found["trials"])]))
     return "\n\n".join(tables)
 
 
@@ -76,10 +77,3 @@ def _trial_line(trial: dict[str, Any]) -> list[str]:
         floor,
     ]
     return [*told, "" if trial["is_learnt"] else "not learnt"]
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )

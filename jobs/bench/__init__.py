@@ -100,3 +100,21 @@ def plan(
     with console.status("planning"):
         result = bench_plan(samples, shards, ranks, lanes, batch, window, whole)
     print_result(result, as_json)
+
+
+@app.command()
+def gradients(as_json: JsonOption = False) -> None:
+    """One global batch's gradient by ranks, micro-batches, ZeRO stage and offload, against plain autograd (C2).
+
+    Runs up to five CPU ranks on this machine, for minutes. Exit status 1 if a parameter is beyond the tolerance.
+    """
+    from jobs.bench.gradients import as_text, bench_gradients
+
+    with console.status("starting") as status:
+        result = bench_gradients(progress=status.update)
+    if as_json:
+        print_result(result, as_json)
+    else:
+        typer.echo(as_text(result))
+    if not result["is_within"]:
+        raise typer.Exit(1)

@@ -116,6 +116,10 @@ class Collectives:
         dist.barrier()
 
     def close(self) -> None:
-        """End the process group: a process that exits without this can abort."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        close_group()
+
+
+def close_group() -> None:
+    """End the process group, if there is one: a process that exits without this can abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

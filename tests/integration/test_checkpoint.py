@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,44 @@ def test_stage_3_state_reads_at_stage_1(tmp_path: Path) -> None:
         assert answer["after"] == pytest.approx(trained["after"], rel=1e-5)
 
 
+# Ranks and ZeRO stage of each session of ten steps.
+SESSIONS = [[(2, 1), (1, 2), (4, 3), (3, 1)], [(2, 3), (1, 1), (4, 2), (3, 3)], [(2, 2), (1, 3), (4, 1), (3, 2)]]
+
+
+def _session(zero_stage: int, folder: str, steps: range, save: bool) -> tuple[bool, list[float]]:
+    """Whether every weight and moment restored is bit-equal to what was saved, and the steps' losses."""
+    config, stage, collectives, engine, step = _engine(zero_stage)
+    store = _store(config, collectives, folder)
+    exact = True
+    if (found := store.latest()) is not None:
+        engine.restore(found[1])
+        exact = all(
+            torch.equal(value, found[1].read(fragment.name, kind, fragment.start, fragment.start + len(value)))
+            for fragment in engine.fragments()
+            for kind, value in fragment.values.items()
+        )
+    losses = _run(engine, step, config, stage, collectives, steps)
+    if save:
+        store.save(engine.fragments(), _metadata(config, steps.stop))
+    return exact, losses
+
+
+@pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="ten minutes; set MOME_LONG_RUNS=1 to run it")
+@pytest.mark.timeout(7200)
+def test_forty_steps_on_two_one_four_and_three_ranks_have_the_uninterrupted_runs_losses(tmp_path: Path) -> None:
+    uninterrupted = run_ranks(_session, 2, 2, str(tmp_path / "none"), range(40), False)[0][1]
+    for number, sessions in enumerate(SESSIONS):
+        losses: list[float] = []
+        for index, (world_size, zero_stage) in enumerate(sessions):
+            steps = range(10 * index, 10 * index + 10)
+            answers = run_ranks(_session, world_size, zero_stage, str(tmp_path / str(number)), steps, True)
+            assert all(exact for exact, _ in answers), sessions[index]
+            losses += answers[0][1]
+        worst = max(abs(got / right - 1) for got, right in zip(losses, uninterrupted, strict=True))
+        print(f"{sessions}: worst relative difference of a loss {worst:.1e}")
+        assert worst <= 1e-5, sessions
+
+
 OFFLOADS: list[tuple[int, dict[str, Any]]] = [
     *((stage, {"offload_optimizer": True}) for stage in (1, 2, 3)),
     (3, {"offload_optimizer": True, "offload_parameters": True}),
@@ -159,10 +198,8 @@ def test_state_of_no_offload_reads_at_every_stage_with_offload(saved: tuple[str,
             torch.testing.assert_close(first["handed_over"][name], weight, rtol=1e-4, atol=1e-6, msg=f"{where} {name}")
 
 
-@pytest.mark.parametrize("keys", [keys for _, keys in OFFLOADS[2:4]], ids=["optimizer", "both"])
-def test_state_of_offload_at_stage_3_reads_without_it_at_another_world_size(
-    tmp_path: Path, keys: dict[str, bool]
-) -> None:
+def test_state_of_offload_at_stage_3_reads_without_it_at_another_world_size(tmp_path: Path) -> None:
+    keys = {"offload_optimizer": True, "offload_parameters": True}
     trained = run_ranks(_train_and_save, 2, 3, str(tmp_path), keys)[0]
     (answer,) = run_ranks(_restore_and_train, 1, 1, str(tmp_path))
     assert answer["exact"]
