@@ -32,7 +32,7 @@ KINDS = ("weight", *MOMENTS)
 AVERAGE = "ema"  # the moving average of a weight, where the stage keeps one
 
 
-def _load_extensions() -> None:
+def load_extensions() -> None:
     """Loads, and the first time builds, what DeepSpeed would load by itself, which then finds it loaded."""
     from deepspeed.comm.torch import build_shm_op
 
@@ -47,7 +47,7 @@ class DeepSpeedEngine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        _load_extensions()
+        load_extensions()
         deepspeed.init_distributed(dist_backend="gloo" if collectives.device.type == "cpu" else "nccl", verbose=False)
         self._deepspeed = deepspeed
         self._collectives = collectives

@@ -1,0 +1,175 @@
+"""The compose file: every value given, no secret in it, no port open to others, and what refers to something finds it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rendered import INFRA, ROOT, load_script, render
+
+COMPOSE = INFRA / "compose.yaml"
+ENV = INFRA / "compose.example.env"
+SECRETS = {"POSTGRES_PASSWORD", "STORE_ACCESS_KEY", "STORE_SECRET_KEY", "RAY_AUTH_TOKEN"}
+INTERPOLATED = re.compile(r"\$\{(\w+):\?[^}]*\}")
+
+
+def filled_in() -> dict[str, Any]:
+    """What compose reads, once the env file's secrets are filled in."""
+    values = {name: value or f"the-{name}" for name, value in render.read_settings(ENV.read_text(), str(ENV)).items()}
+    return yaml.safe_load(INTERPOLATED.sub(lambda found: values[found[1]], COMPOSE.read_text()))
+
+
+def services() -> dict[str, dict[str, Any]]:
+    return filled_in()["services"]
+
+
+def texts(node: object) -> Iterator[str]:
+    if isinstance(node, dict):
+        for inner in node.values():
+            yield from texts(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from texts(inner)
+    else:
+        yield str(node)
+
+
+def test_every_value_is_required_and_in_the_example() -> None:
+    text = COMPOSE.read_text()
+    assert len(re.findall(r"\$\{", text)) == len(INTERPOLATED.findall(text)), "a ${…} without :? may be empty"
+    assert set(INTERPOLATED.findall(text)) == set(render.read_settings(ENV.read_text(), str(ENV)))
+
+
+def test_the_example_holds_no_secret() -> None:
+    values = render.read_settings(ENV.read_text(), str(ENV))
+    assert {name for name, value in values.items() if not value} == SECRETS
+
+
+def test_the_env_file_that_is_made_of_the_example_stays_out_of_git() -> None:
+    def ignored(name: str) -> bool:
+        return subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT, check=False).returncode == 0
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout")
+    assert ignored("infra/compose.env")
+    assert not ignored("infra/compose.example.env")
+
+
+def test_secrets_are_no_arguments() -> None:
+    """Arguments are seen by everybody on the machine."""
+    for name, service in services().items():
+        for argument in texts([service.get("command", []), service.get("healthcheck", {})]):
+            assert not any(secret in argument for secret in SECRETS), f"{name}: {argument}"
+
+
+def test_ports_are_open_to_this_machine_alone() -> None:
+    ports = {name: service["ports"] for name, service in services().items() if "ports" in service}
+    assert ports == {
+        "store": ["127.0.0.1:7070:7070"],
+        "mlflow": ["127.0.0.1:5000:5000"],
+        "head": ["127.0.0.1:8265:8265"],
+    }
+
+
+def test_services_are_spoken_to_at_ports_that_they_listen_at() -> None:
+    found = services()
+    told = " ".join(texts(found)) + COMPOSE.read_text()
+    spoken_to = dict(re.findall(r"\b(database|store|mlflow):(\d{4})\b", told))
+    assert spoken_to == {"database": "5432", "store": "7070", "mlflow": "5000"}
+    assert found["store"]["environment"]["VGW_PORT"] == ":7070"
+    assert found["mlflow"]["command"][found["mlflow"]["command"].index("--port") + 1] == "5000"
+    assert "--dashboard-port=8265" in found["head"]["command"]
+
+
+def test_what_a_service_waits_for_exists_and_says_when_it_is_ready() -> None:
+    found = services()
+    for name, service in found.items():
+        for other, how in service.get("depends_on", {}).items():
+            assert other in found, f"{name} waits for {other}"
+            if how["condition"] == "service_healthy":
+                assert "healthcheck" in found[other]
+            if how["condition"] == "service_completed_successfully":
+                assert found[other]["restart"] == "on-failure", f"{other} would be started for ever"
+
+
+def test_volumes_are_declared_and_files_are_there() -> None:
+    config = filled_in()
+    for service in config["services"].values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("."):
+                assert (INFRA / source).is_file()
+            else:
+                assert source in config["volumes"]
+
+
+def test_our_services_run_the_image_that_is_built_here_without_privileges() -> None:
+    for name in ("bucket", "mlflow", "head"):
+        service = services()[name]
+        assert (INFRA / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == INFRA / "Dockerfile"
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_images_of_others_are_named_with_their_full_version() -> None:
+    for name in ("database", "store"):
+        assert re.search(r":v?\d+\.\d+[\w.-]*$", services()[name]["image"]), services()[name]["image"]
+
+
+def test_ray_asks_for_a_token() -> None:
+    assert services()["head"]["environment"]["RAY_AUTH_MODE"] == "token"
+    assert services()["head"]["environment"]["RAY_AUTH_TOKEN"] == "the-RAY_AUTH_TOKEN"
+
+
+def test_mlflow_takes_the_database_the_store_and_the_hosts_it_is_called_by() -> None:
+    """Its own command line reads them; `--host` and the rest are options that it has."""
+    from mlflow.cli import server
+    from mlflow.utils.uri import extract_db_type_from_uri
+
+    service = services()["mlflow"]
+    assert extract_db_type_from_uri(service["environment"]["MLFLOW_BACKEND_STORE_URI"]) == "postgresql"
+    variables = {name for option in server.params for name in _listed(option.envvar)}
+    assert {"MLFLOW_BACKEND_STORE_URI", "MLFLOW_ARTIFACTS_DESTINATION"} <= variables
+    options = {name for option in server.params for name in option.opts}
+    assert {argument for argument in service["command"][2:] if argument.startswith("--")} <= options
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def test_the_gpu_file_adds_to_a_service_that_there_is() -> None:
+    added = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())["services"]
+    assert set(added) == {"head"}
+    assert "deploy" not in services()["head"]
+
+
+def test_docker_compose_itself_takes_the_file(tmp_path: Path) -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("docker compose is not installed")
+    env = tmp_path / "compose.env"
+    env.write_text("".join(f"{line}x\n" if line.endswith("=") else f"{line}\n" for line in ENV.read_text().split("\n")))
+    files = ["--file", str(COMPOSE), "--file", str(INFRA / "compose.gpu.yaml")]
+    subprocess.run([docker, "compose", "--env-file", str(env), *files, "config", "--quiet"], check=True)
+
+
+def test_the_bucket_is_made_once_and_asked_for_twice(moto_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in moto_store.environment.items():
+        monkeypatch.setenv(name, value)
+    make_bucket = load_script(INFRA / "make_bucket.py").make_bucket
+    for _ in range(2):
+        make_bucket("mome-compose")
+    names = [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]]
+    assert names.count("mome-compose") == 1

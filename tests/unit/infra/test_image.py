@@ -1,0 +1,120 @@
+"""The container image's recipe: what it copies exists, it runs as nobody special, and its versions are ours."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from rendered import INFRA, ROOT, pins
+
+DOCKERFILE = INFRA / "Dockerfile"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(INSTRUCTION, arguments), continued lines joined, comments left out."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.strip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for word, rest in instructions():
+        if word == "FROM":
+            found[rest.split(" AS ")[1]] = []
+        if found:
+            found[list(found)[-1]].append((word, rest))
+    return found
+
+
+def test_what_builds_is_not_what_runs() -> None:
+    assert list(stages()) == ["build", "run"]
+    assert ("COPY", "--from=build /opt/mome /opt/mome") in stages()["run"]
+
+
+def test_every_instruction_is_dockers() -> None:
+    known = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    assert {word for word, _ in instructions()} <= known
+
+
+def test_the_base_is_pinned_by_digest_and_has_our_python() -> None:
+    ((_, base),) = [each for each in instructions() if each[0] == "ARG"]
+    version = re.fullmatch(r"PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert version
+    assert project["tool"]["mypy"]["python_version"] == version[1]
+    assert [rest.split()[0] for word, rest in instructions() if word == "FROM"] == ["${PYTHON_IMAGE}"] * 2
+
+
+def test_it_runs_as_the_user_that_the_manifests_name() -> None:
+    run = stages()["run"]
+    users = [rest for word, rest in run if word == "USER"]
+    assert users == ["1000:1000"]
+    after = run[run.index(("USER", "1000:1000")) :]
+    assert "CMD" in [word for word, _ in after]
+    assert "--uid 1000 --gid mome --create-home" in " ".join(rest for word, rest in run if word == "RUN")
+
+
+def copied() -> list[str]:
+    return [
+        source
+        for word, rest in instructions()
+        if word == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    ]
+
+
+@pytest.mark.parametrize("source", copied())
+def test_what_is_copied_exists_and_passes_dockerignore(source: str) -> None:
+    assert (ROOT / source).exists()
+    assert not ignored(Path(source))
+
+
+@pytest.mark.parametrize("path", [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"])
+def test_nothing_else_is_sent_to_the_builder(path: str) -> None:
+    assert ignored(Path(path))
+
+
+def ignored(path: Path) -> bool:
+    """Docker's rule: the last pattern that matches the path, or a folder it lies in, decides."""
+    result = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern = line.removeprefix("!")
+            if any(fnmatch.fnmatch(str(each), pattern) for each in (path, *path.parents[:-1])):
+                result = not line.startswith("!")
+    return result
+
+
+def test_every_package_of_ours_is_in_it() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {package.rstrip("*") for package in packages} <= set(copied())
+
+
+def test_what_submit_ships_is_in_it() -> None:
+    from jobs.submit import SHIPPED
+
+    assert set(SHIPPED) <= set(copied())
+
+
+def test_its_other_packages_are_pinned_and_fit_ours() -> None:
+    lines = [line for line in (INFRA / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
+    extra = dict(line.split("==") for line in lines)
+    assert extra["boto3"] == pins()["botocore"]  # released together; each asks for the other's number
+
+
+def test_login_shells_find_the_commands_too() -> None:
+    """Ray's launcher runs everything in one, and Debian's sets PATH anew."""
+    (command,) = [rest for _, rest in stages()["run"] if "/etc/profile.d/mome.sh" in rest]
+    (path,) = re.findall(r"export PATH=([^']+)'", command)
+    assert any(word == "ENV" and f"PATH={path}" in rest for word, rest in stages()["run"])
+
+
+def test_the_code_that_it_runs_while_it_is_built_is_there() -> None:
+    (command,) = [rest for _, rest in stages()["run"] if rest.startswith("python -c")]
+    (module, name) = re.search(r"from (\S+) import (\w+)", command).groups()
+    assert f"def {name}()" in (ROOT / f"{module.replace('.', '/')}.py").read_text()

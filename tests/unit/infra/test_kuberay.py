@@ -1,0 +1,198 @@
+"""KubeRay's manifests: valid for its definitions, read by Ray's autoscaler as meant, and closed to strangers."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from rendered import INFRA, pins, rendered
+
+KUBERAY = INFRA / "kuberay"
+KINDS = {"raycluster": "rayclusters", "rayjob": "rayjobs"}
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    spec = rendered(KUBERAY / f"{name}.yaml")[0]["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def pod_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [group["template"]["spec"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+
+
+@cache
+def definition(kind: str, folder: Path) -> dict[str, Any]:
+    """The schema of a custom resource, closed: Kubernetes drops keys that it does not know, and says little of it."""
+    text = (folder / f"ray.io_{kind}.yaml").read_text()
+    versions = yaml.load(text, Loader=yaml.CSafeLoader)["spec"]["versions"]
+    schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
+    for name in ("metadata",):  # Kubernetes' own, of which the definition says only that it is an object
+        schema["properties"][name] = {"type": "object"}
+    _close(schema)
+    return schema
+
+
+def _close(schema: dict[str, Any]) -> None:
+    if "properties" in schema:
+        schema.setdefault("additionalProperties", False)
+    for inner in [*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties")]:
+        if isinstance(inner, dict):
+            _close(inner)
+
+
+def faults(manifest: dict[str, Any], kind: str, shared: Path) -> list[str]:
+    folder = shared / "schemas" / "kuberay"
+    if not folder.is_dir():
+        pytest.skip("../shared/schemas/kuberay is absent: it holds KubeRay's definitions")
+    validator = jsonschema.Draft202012Validator(definition(kind, folder))
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(manifest)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_manifest_is_valid_for_kuberays_definition(name: str, shared: Path) -> None:
+    (manifest,) = rendered(KUBERAY / f"{name}.yaml")
+    assert faults(manifest, KINDS[name], shared) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.backoffLimits", 3),
+        ("spec.backoffLimit", "three"),
+        ("spec.rayClusterSpec.authOptions.mode", "password"),
+        ("spec.rayClusterSpec.networkPolicy.mode", "DenyEverybody"),
+        ("spec.rayClusterSpec.headGroupSpec.template.spec.restartpolicy", "Never"),
+    ],
+)
+def test_a_wrong_key_or_value_would_be_found(path: str, value: object, shared: Path) -> None:
+    (manifest,) = copy.deepcopy(rendered(KUBERAY / "rayjob.yaml"))
+    *parents, key = path.split(".")
+    place = manifest
+    for parent in parents:
+        place = place[parent]
+    place[key] = value
+    assert len(faults(manifest, "rayjobs", shared)) == 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rays_own_autoscaler_reads_the_groups_as_meant(name: str) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
+
+    metadata = {"name": "mome", "namespace": "mome"}
+    read = derive({"metadata": metadata, "spec": cluster_spec(name)})
+    types = {name: (kind["max_workers"], kind["resources"]) for name, kind in read["available_node_types"].items()}
+    assert types["headgroup"] == (0, {"CPU": 0, "memory": 16 * 2**30})
+    assert types["gpu"] == (4, {"CPU": 96, "GPU": 8, "memory": 800 * 2**30})
+    workers, resources = types["loader"]
+    assert workers == 4
+    assert resources["loader"] == 1  # what cluster.loader_resource asks a thousandth of
+    assert resources["CPU"] == 30
+    assert "GPU" not in resources
+    assert read["idle_timeout_minutes"] == 10
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_strangers_are_kept_out(name: str) -> None:
+    spec = cluster_spec(name)
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["networkPolicy"]["mode"] in ("DenyAll", "DenyAllIngress")
+    for rule in spec["networkPolicy"]["head"]["ingressRules"]:
+        assert rule["from"], "a rule without `from` lets everybody in"
+        assert [port["port"] for port in rule["ports"]] == [8265]
+    assert "serviceType" not in spec["headGroupSpec"]  # ClusterIP: reached by kubectl port-forward
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_container_runs_as_root_or_may_become_it(name: str) -> None:
+    spec = cluster_spec(name)
+    containers = [container for pod in pod_specs(spec) for container in pod["containers"]]
+    for context in [container["securityContext"] for container in containers] + [
+        spec["autoscalerOptions"]["securityContext"]
+    ]:
+        assert context["runAsNonRoot"]
+        assert context["runAsUser"] == 1000
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_container_says_what_it_needs_and_may_have(name: str) -> None:
+    for pod in pod_specs(cluster_spec(name)):
+        mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert container["image"] == "registry.example.com/mome:0.1.0"
+
+
+SECRET = re.compile(r"password|secret|token|access_key", re.IGNORECASE)
+
+
+def variables_of(node: object) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        if set(node) in ({"name", "value"}, {"name", "valueFrom"}):
+            yield node
+        for inner in node.values():
+            yield from variables_of(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from variables_of(inner)
+
+
+@pytest.mark.parametrize("path", sorted(set(KUBERAY.glob("*.yaml"))), ids=lambda path: path.name)
+def test_secrets_are_named_and_never_written(path: Path) -> None:
+    documents = rendered(path)
+    assert not any(document.get("kind") == "Secret" for document in documents)
+    for variable in variables_of(documents):
+        if SECRET.search(variable["name"]):
+            assert set(variable["valueFrom"]) == {"secretKeyRef"}, variable["name"]
+
+
+def test_a_job_is_tried_again_and_cleans_up() -> None:
+    (job,) = rendered(KUBERAY / "rayjob.yaml", JOB_RETRIES="7")
+    assert job["spec"]["backoffLimit"] == 7
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    assert "gcsFaultToleranceOptions" not in job["spec"]["rayClusterSpec"]  # a new cluster would not read it
+
+
+def test_a_cluster_that_stays_survives_the_loss_of_its_head() -> None:
+    (cluster,) = rendered(KUBERAY / "raycluster.yaml")
+    service, redis, policy = rendered(KUBERAY / "redis.yaml")
+    (port,) = service["spec"]["ports"]
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == f"redis://{service['metadata']['name']}:{port['port']}"
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    assert options["redisPassword"]["valueFrom"] == container["env"][0]["valueFrom"]
+    labels = redis["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels == policy["spec"]["podSelector"]["matchLabels"]
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_ray_is_of_the_version_that_the_image_has(name: str) -> None:
+    assert cluster_spec(name)["rayVersion"] == pins()["ray"]
+
+
+def test_the_job_runs_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its arguments are read by `mome train` itself, with the demo's config in the place of the mounted one."""
+    from typer.testing import CliRunner
+
+    from jobs import cli, pretrain
+
+    (job,) = rendered(KUBERAY / "rayjob.yaml")
+    program, command, config, *rest = job["spec"]["entrypoint"].split()
+    head = pod_specs(job["spec"]["rayClusterSpec"])[0]
+    mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "run")
+    assert (program, config) == ("mome", f"{mount['mountPath']}/run.yaml")
+    asked = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda settings, show: asked.append(settings))
+    demo = str(INFRA.parent / "configs" / "demo.yaml")
+    CliRunner().invoke(cli.app, [command, demo, f"output={tmp_path}", *rest])
+    assert [settings.cluster.address for settings in asked] == ["auto"]

@@ -1,0 +1,116 @@
+"""The scripts of infra/: bash reads them, and the Slurm job tries again, gives up, and goes back into the queue.
+
+Slurm's commands are stand-ins that write down what they were asked; `srun` runs what the test says in place of torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rendered import INFRA
+
+SCRIPTS = sorted([*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")])
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_bash_reads_it(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert os.access(path, os.X_OK)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """start(srun="exit 1", **environment): the job, as Slurm starts its script on the first node."""
+    activate = tmp_path / "venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text("")
+
+    def begin(srun: str, **environment: str) -> subprocess.Popen[str]:
+        commands = {
+            "srun": f'printf "%s " srun "$@" >> {tmp_path}/asked; echo >> {tmp_path}/asked\n{srun}',
+            "scancel": f'echo scancel "$@" >> {tmp_path}/asked; kill -USR1 $(cat {tmp_path}/ranks)',
+            "scontrol": f'[ "$1" = show ] && {{ echo node7; echo node8; }} || echo scontrol "$@" >> {tmp_path}/asked',
+        }
+        for name, script in commands.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+        slurm = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+        return subprocess.Popen(
+            ["bash", str(INFRA / "slurm.sbatch"), "configs/demo.yaml", "name=a run", "output=s3://bucket/runs"],
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", "MOME_VENV": str(tmp_path / "venv"), **slurm, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return begin
+
+
+def asked(folder: Path) -> list[str]:
+    return (folder / "asked").read_text().splitlines()
+
+
+def test_torchrun_is_started_on_every_node_with_the_runs_own_arguments(start: Start, tmp_path: Path) -> None:
+    job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
+    assert job.wait(30) == 0
+    (step,) = asked(tmp_path)
+    for expected in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node7:29400", "-m pipeline.training"):
+        assert expected in step
+    assert (tmp_path / "last").read_text().splitlines() == ["configs/demo.yaml", "name=a run", "output=s3://bucket/runs"]
+
+
+def test_torchrun_has_the_options_that_it_is_given(start: Start, tmp_path: Path) -> None:
+    from torch.distributed.run import get_args_parser
+
+    assert start("true").wait(30) == 0
+    words = asked(tmp_path)[0].split()
+    given = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert "SIGUSR1" in given.signals_to_handle  # passed on to the ranks
+    assert given.shutdown_timeout < 120  # of --signal=B:USR1@120
+    assert given.max_restarts == 0  # ranks that saved and ended are not to be started again
+
+
+def test_a_failure_is_tried_again_from_the_last_checkpoint(start: Start, tmp_path: Path) -> None:
+    job = start(f"[ $(wc -l < {tmp_path}/asked) = 3 ]")  # the third try succeeds
+    assert job.wait(30) == 0
+    steps = asked(tmp_path)
+    assert len(steps) == 3
+    assert len({step.split("--rdzv-id ")[1].split()[0] for step in steps}) == 3  # no try meets the one before
+
+
+def test_failures_are_bounded_and_the_last_status_is_the_jobs(start: Start, tmp_path: Path) -> None:
+    job = start("exit 7", MOME_MAX_FAILURES="1")
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 7
+    assert len(asked(tmp_path)) == 2
+    assert "failed 2 times, the last with status 7" in told
+
+
+@pytest.mark.parametrize("sent", ["USR1", "TERM"])
+def test_a_job_that_is_told_to_go_tells_its_ranks_and_is_queued_again(
+    sent: str, start: Start, tmp_path: Path
+) -> None:
+    ranks = f"trap 'echo saved >> {tmp_path}/asked; exit 1' USR1; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done"
+    job = start(ranks)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ranks").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(job.pid, getattr(signal, f"SIG{sent}"))  # to the script alone, as --signal=B: does
+    told, _ = job.communicate(timeout=30)
+    assert asked(tmp_path)[1:] == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], told
+    assert job.returncode == 0
+
+
+def test_a_job_without_a_config_says_how_it_is_called() -> None:
+    done = subprocess.run(["bash", str(INFRA / "slurm.sbatch")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: sbatch" in done.stderr
