@@ -284,9 +284,20 @@ class ClusterConfig(Section):
     loader_resource: str | None = changeable(None)  # only on nodes that offer this custom resource (ray start)
 
 
+class KeepBestConfig(Section):
+    """A metric that is recorded in training, such as train/loss, and which of its values is the better."""
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+
 class CheckpointConfig(Section):
+    """Saved beside training, which stops for the copy to the host's memory only: that much memory a rank is taken."""
+
     every: Positive = changeable(500)  # steps
-    keep: Positive = changeable(2)
+    keep: Positive = changeable(2)  # the last so many
+    keep_every: Positive | None = changeable(None)  # also every so many steps of the run, for ever
+    keep_best: KeepBestConfig | None = changeable(None)  # also the best of each stage
 
 
 class TrackingConfig(Section):

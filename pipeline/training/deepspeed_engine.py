@@ -165,9 +165,9 @@ class DeepSpeedEngine:
             start, stop = self._range(parameter)
             if start < stop:
                 kinds = KINDS if parameter.requires_grad else KINDS[:1]
-                values = {kind: self._local(parameter, kind, start, stop).float().cpu() for kind in kinds}
+                values = {kind: self._local(parameter, kind, start, stop) for kind in kinds}
                 if name in self._averages:
-                    values[AVERAGE] = self._averages[name].cpu()
+                    values[AVERAGE] = self._averages[name]
                 yield Fragment(name, start, values)
 
     def _numel(self, parameter: nn.Parameter) -> int:

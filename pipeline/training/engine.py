@@ -21,7 +21,9 @@ class Fragment:
 
     name: str
     start: int
-    values: dict[str, Tensor]  # "weight", "exp_avg", "exp_avg_sq" and perhaps "ema": 1-d, float32
+    # "weight", "exp_avg", "exp_avg_sq" and perhaps "ema": 1-d, where and in the precision in which the engine holds
+    # them. They may be views of its state: the next step changes them.
+    values: dict[str, Tensor]
 
 
 class FragmentSource(Protocol):

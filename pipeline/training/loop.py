@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,9 +110,10 @@ class StageRun:
         self.collectives, self.tracker, self.report = collectives, tracker, report
         self.first = config.stage_start(index)  # global step at which the stage begins
         self._counted_before: dict[str, float] = {}
+        self._points: dict[str, float] = {}  # the metrics last recorded
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
-        self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint.keep)
+        self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
         image_tokenizer = load_image_tokenizer(self.stage, storage, collectives.device)
         model = build_stage_model(config, index, storage, tokenizer.size)
         self.guard = GraphGuard(model, collectives, config.engine.check_graph_every, config.engine.zero_stage)
@@ -121,6 +123,8 @@ class StageRun:
     def run(self) -> None:
         start = self._resume()
         self._begin_tracking(start)
+        if self.config.checkpoint.every < self.stage.steps - start:
+            self.checkpoints.reserve(self.engine.fragments())
         meter = Meter(self.stage.batch, start, self.loader)
         try:
             for step, batch in self._steps(start):
@@ -133,8 +137,10 @@ class StageRun:
                     self._record(step, losses, rate, meter)
                 if self._is_checkpoint_step(step):
                     self._save(step + 1)
+                self.checkpoints.check()
             self._hand_over()
         finally:
+            self.checkpoints.close()
             self.loader.close()
             self.engine.close()
             gc.collect()
@@ -148,6 +154,7 @@ class StageRun:
     def _resume(self) -> int:
         """Steps of this stage that a whole checkpoint already holds, after restoring it; 0 without one."""
         found = self.checkpoints.latest()
+        self.checkpoints.clear_up()
         if found is None or found[0].stage != self.stage.name:
             return 0
         checkpoint, state = found
@@ -198,9 +205,12 @@ class StageRun:
         before = {name: value for name, value in self._counted_before.items() if not name.startswith("data/epochs/")}
         return {name: value + before.get(name, 0.0) for name, value in read.items()}
 
-    def _write_quarantine(self, reached: int) -> None:
-        """What was found bad and replaced since the last call, on any rank: one JSON line each, in the run's folder."""
-        records = [record for part in self.collectives.gather_objects(self.loader.quarantined()) for record in part]
+    def _quarantined(self) -> list[dict[str, Any]]:
+        """What was found bad and replaced since the last call, on any rank."""
+        return [record for part in self.collectives.gather_objects(self.loader.quarantined()) for record in part]
+
+    def _write_quarantine(self, reached: int, records: list[dict[str, Any]]) -> None:
+        """One JSON line each, in the run's folder."""
         if records and self.collectives.rank == 0:
             lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
             name = f"{self.index}-{self.stage.name}-{reached:08d}.jsonl"
@@ -209,16 +219,29 @@ class StageRun:
             log.warning("%d bad samples replaced; see %s/quarantine/%s", len(records), self.config.folder, name)
 
     def _save(self, stage_step: int) -> None:
+        """Returns when the state is copied; it is written, and committed with the journal up to here, meanwhile."""
         started = time.perf_counter()
-        self._write_quarantine(self.first + stage_step)
-        self.tracker.commit(self.first + stage_step)
-        metadata = {**self._metadata(stage_step), "data_counts": self._data_counts()}
-        self.checkpoints.save(self.engine.fragments(), metadata)
-        self.tracker.metrics(self.first + stage_step, {"ckpt/stall_s": time.perf_counter() - started})
+        reached, quarantined = self.first + stage_step, self._quarantined()
+
+        def before_commit() -> None:
+            self._write_quarantine(reached, quarantined)
+            self.tracker.commit(reached)
+
+        metadata = {**self._metadata(stage_step), "data_counts": self._data_counts(), "metrics": self._points}
+        self.checkpoints.save(self.engine.fragments(), metadata, before_commit)
+        stall = time.perf_counter() - started
+        self.tracker.metrics(reached, {"ckpt/stall_s": stall, "ckpt/wait_s": self.checkpoints.waited})
+        self._tell_written()
+
+    def _tell_written(self) -> None:
+        for step, seconds in self.checkpoints.written():
+            self.tracker.metrics(step, {"ckpt/write_s": seconds})
 
     def _hand_over(self) -> None:
+        self.checkpoints.wait()
+        self._tell_written()
         weights = self.engine.weights()
-        self._write_quarantine(self.first + self.stage.steps)
+        self._write_quarantine(self.first + self.stage.steps, self._quarantined())
         self.tracker.end_stage("FINISHED")
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:
@@ -256,6 +279,7 @@ class StageRun:
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
         points |= self._data_counts()
+        self._points = points
         self.tracker.metrics(reached, points)
         if self.collectives.rank == 0:
             left = (self.stage.steps - step - 1) / max(speed.steps_per_second, 1e-9)

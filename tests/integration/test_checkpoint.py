@@ -53,10 +53,11 @@ def _run(engine, step, config, stage, collectives, steps: range) -> list[float]:
 
 
 def _store(config, collectives, folder: str, keep: int = 9):
+    from pipeline.config.schema import CheckpointConfig
     from pipeline.data.storage import Storage
     from pipeline.training.checkpoint import CheckpointStore
 
-    return CheckpointStore(Storage(config.storage), folder, collectives, keep)
+    return CheckpointStore(Storage(config.storage), folder, collectives, CheckpointConfig(keep=keep))
 
 
 def _metadata(config, stage_step: int) -> dict:
@@ -74,8 +75,10 @@ def _train_and_save(zero_stage: int, folder: str, keys: dict[str, Any] = {}) -> 
     """Three steps, a checkpoint, two more steps."""
     config, stage, collectives, engine, step = _engine(zero_stage, **keys)
     before = _run(engine, step, config, stage, collectives, range(3))
-    _store(config, collectives, folder).save(engine.fragments(), _metadata(config, 3))
+    store = _store(config, collectives, folder)
+    store.save(engine.fragments(), _metadata(config, 3))  # written while training goes on
     after = _run(engine, step, config, stage, collectives, range(3, 5))
+    store.wait()
     return {"before": before, "after": after, "handed_over": engine.weights(), "norm": engine.gradient_norm()}
 
 
@@ -218,6 +221,7 @@ def _averages(folder: str, zero_stage: int, first: int, last: int, save: bool, e
     _run(engine, step, config, stage, collectives, range(first, last))
     if save:
         store.save(engine.fragments(), _metadata(config, last))
+        store.wait()
     masters = {(fragment.name, fragment.start): fragment.values["weight"] for fragment in engine.fragments()}
     return {"handed_over": engine.weights(), "masters": masters}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.collectives import Collectives
@@ -22,12 +23,14 @@ def collectives() -> Iterator[Collectives]:
 
 @pytest.fixture
 def store(s3, collectives: Collectives) -> CheckpointStore:
-    return CheckpointStore(Storage(s3.config), s3.url("run"), collectives, keep=2)
+    return CheckpointStore(Storage(s3.config), s3.url("run"), collectives, CheckpointConfig(keep=2))
 
 
 def save(store: CheckpointStore, step: int) -> str:
     metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
-    return store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
+    url = store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
+    store.wait()
+    return url
 
 
 def newest_weight(store: CheckpointStore) -> list[float]:

@@ -135,7 +135,7 @@ def test_listings_and_deletions_go_beyond_one_page(s3, storage, monkeypatch: pyt
 
 
 def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
-    data = os.urandom(2**20) * 120
+    data = os.urandom(2**20) * 40
     (tmp_path / "large").write_bytes(data)
     storage.upload(tmp_path / "large", s3.url("large"))
     storage.download(s3.url("large"), tmp_path / "copy")

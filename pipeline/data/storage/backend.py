@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,9 @@ class ObjectInfo:
     etag: str | None
 
 
+Part = Callable[[int, int], bytes]  # the bytes [start, stop) of what is written; may be asked twice, and by any thread
+
+
 class Backend(Protocol):
     """Operations on one kind of store; paths are its own. Failures are raised as `faults` names them."""
 
@@ -23,5 +27,7 @@ class Backend(Protocol):
     def is_folder(self, path: str) -> bool: ...
     def entries(self, path: str) -> dict[str, ObjectInfo | None]: ...  # folders: None
     def write(self, path: str, data: bytes) -> None: ...
+    def write_parts(self, path: str, size: int, part: Part) -> None: ...  # never held as a whole, where that can be
+    def abandon_uploads(self, path: str) -> int: ...  # begun under a folder and never finished
     def upload(self, local: str, path: str) -> None: ...
     def delete(self, path: str) -> None: ...

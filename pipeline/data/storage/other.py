@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from pipeline.config.errors import StorageError
-from pipeline.data.storage.backend import ObjectInfo
+from pipeline.data.storage.backend import ObjectInfo, Part
 from pipeline.data.storage.faults import Changed, Fault, Refused, TooShort
 from pipeline.data.storage.receive import Answer, receive
 from pipeline.data.storage.retry import Retry
@@ -65,6 +65,12 @@ class Other:
 
     def write(self, path: str, data: bytes) -> None:
         self._call(lambda: self._fs.pipe_file(path, data))
+
+    def write_parts(self, path: str, size: int, part: Part) -> None:
+        self.write(path, part(0, size))  # whole: fsspec knows no upload in parts that is given up when one fails
+
+    def abandon_uploads(self, path: str) -> int:
+        return 0  # fsspec lists none
 
     def upload(self, local: str, path: str) -> None:
         self._call(lambda: self._fs.put_file(local, path))

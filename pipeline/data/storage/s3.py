@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -28,7 +28,7 @@ from botocore.parsers import ResponseParserError
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_secret
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage.backend import ObjectInfo
+from pipeline.data.storage.backend import ObjectInfo, Part
 from pipeline.data.storage.faults import (
     Changed,
     Fault,
@@ -42,8 +42,8 @@ from pipeline.data.storage.receive import Answer, receive
 from pipeline.data.storage.retry import Retry
 
 PAGE = 1000  # objects in one listing or deletion
-PART = 64 * 2**20  # bytes of one part of a large object
-_PARTS_AT_ONCE = 4
+PART = 16 * 2**20  # bytes of one part of a large object: what a fault costs to send again
+_PARTS_AT_ONCE = 8
 _MOST_PARTS = 10_000
 _CHUNK = 2**20  # most bytes taken from the socket at once
 _STALL = 30.0  # seconds without a byte after which a connection is given up
@@ -92,18 +92,32 @@ class S3:
         return found
 
     def write(self, path: str, data: bytes) -> None:
-        if len(data) <= PART:
-            self._request("put_object", Body=data, **_bucket_key(path))
+        self.write_parts(path, len(data), lambda start, stop: data[start:stop])
+
+    def write_parts(self, path: str, size: int, part: Part) -> None:
+        if size <= PART:
+            self._request("put_object", Body=part(0, size), **_bucket_key(path))
         else:
-            self._write_parts(path, len(data), lambda start, stop: data[start:stop])
+            self._upload_parts(path, size, part)
+
+    def abandon_uploads(self, path: str) -> int:
+        bucket, prefix = _bucket_prefix(path)
+        query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+        count = 0
+        while True:
+            page = self._request("list_multipart_uploads", **query)
+            for found in page.get("Uploads", []):
+                with suppress(FileNotFoundError):  # finished or given up meanwhile
+                    self._request("abort_multipart_upload", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
+                    count += 1
+            if not page.get("IsTruncated"):
+                return count
+            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def upload(self, local: str, path: str) -> None:
         with open(local, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size <= PART:
-                self.write(path, file.read())
-            else:
-                self._write_parts(path, size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
+            self.write_parts(path, size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
 
     def delete(self, path: str) -> None:
         bucket, prefix = _bucket_prefix(path)
@@ -162,7 +176,7 @@ class S3:
             return Changed()
         return TooShort(info.size, start, stop) if stop is not None and info.size < stop else None
 
-    def _write_parts(self, path: str, size: int, part: Callable[[int, int], bytes]) -> None:
+    def _upload_parts(self, path: str, size: int, part: Part) -> None:
         """A multipart upload: nothing is seen of it before it is complete."""
         key, length = _bucket_key(path), max(PART, -(-size // _MOST_PARTS))
         key["UploadId"] = self._request("create_multipart_upload", **key)["UploadId"]

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage.backend import Backend, ObjectInfo
+from pipeline.data.storage.backend import Backend, ObjectInfo, Part
 from pipeline.data.storage.faults import explain
 from pipeline.data.storage.local import Local, replacing
 from pipeline.data.storage.retry import PIECE, Retry
@@ -72,6 +72,21 @@ class Storage:
     def write(self, url: str, data: bytes) -> None:
         """Readers see the old object or the whole new one."""
         self._do(url, "writing", lambda backend, path: backend.write(path, data))
+
+    def write_parts(self, url: str, size: int, part: Part) -> None:
+        """Writes `size` bytes that `part(start, stop)` gives out by ranges: whole or not at all, as `write` does.
+
+        In S3 several parts travel at once, each tried again on its own; memory holds only those. What `part` raises
+        ends the writing, and leaves nothing.
+        """
+        self._do(url, "writing", lambda backend, path: backend.write_parts(path, size, part))
+
+    def abandon_uploads(self, url: str) -> int:
+        """Removes what unfinished uploads to objects in the folder left behind, unseen and paid for; their number.
+
+        Those still under way fail. Only S3 keeps such parts.
+        """
+        return self._do(url, "removing unfinished uploads", lambda backend, path: backend.abandon_uploads(path))
 
     def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
         """Copies a local file to `url`, whole or not at all."""

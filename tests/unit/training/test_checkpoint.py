@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.config.errors import CheckpointError
+from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore, read_committed
 from pipeline.training.collectives import Collectives
@@ -24,7 +25,7 @@ def collectives() -> Iterator[Collectives]:
 
 @pytest.fixture
 def store(tmp_path: Path, collectives: Collectives) -> CheckpointStore:
-    return CheckpointStore(Storage(), str(tmp_path), collectives, keep=2)
+    return CheckpointStore(Storage(), str(tmp_path), collectives, CheckpointConfig(keep=2))
 
 
 def save(store: CheckpointStore, step: int) -> Path:
@@ -33,7 +34,9 @@ def save(store: CheckpointStore, step: int) -> Path:
         Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step}),
         Fragment("a.weight", 4, {"weight": torch.arange(4.0, 6.0) + step}),
     ]
-    return Path(store.save(fragments, metadata))
+    url = store.save(fragments, metadata)
+    store.wait()
+    return Path(url)
 
 
 def test_any_range_of_a_parameter_reads_as_it_was_written(store: CheckpointStore) -> None:

@@ -1,0 +1,172 @@
+"""Contract C5 under damage, in a folder and in an object store: each is found and told, and the one before is used."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from pipeline.config.schema import CheckpointConfig
+from pipeline.data.storage import Storage, join
+from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore
+from pipeline.training.collectives import Collectives
+from pipeline.training.engine import Fragment
+
+PART = "rank-00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Collectives]:
+    alone = Collectives()
+    yield alone
+    alone.close()
+
+
+@pytest.fixture(params=["local", "moto"])
+def store(request: pytest.FixtureRequest, tmp_path, monkeypatch, collectives: Collectives) -> CheckpointStore:
+    """The checkpoints of an empty run, in a folder or in an object store."""
+    storage, folder = Storage(), str(tmp_path / "run")
+    if request.param == "moto":
+        storage, folder = in_object_store(request, monkeypatch)
+    return CheckpointStore(storage, folder, collectives, CheckpointConfig())
+
+
+def in_object_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Storage, str]:
+    import botocore.session
+
+    from pipeline.config.schema import StorageConfig
+
+    found = request.getfixturevalue("moto_store")
+    for name, value in {**found.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    bucket = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:60]
+    botocore.session.get_session().create_client("s3").create_bucket(Bucket=bucket)
+    return Storage(StorageConfig(deadline_seconds=20.0)), f"s3://{bucket}/run"
+
+
+def save(store: CheckpointStore, step: int) -> str:
+    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
+    url = store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
+    store.wait()
+    return url
+
+
+def restored(store: CheckpointStore) -> list[float]:
+    _, saved = store.latest() or pytest.fail("nothing found")
+    return saved.read("a.weight", "weight", 0, 4).tolist()
+
+
+def flip(storage: Storage, url: str, place: int) -> None:
+    data = bytearray(storage.read(url))
+    data[place] ^= 1
+    storage.write(url, bytes(data))
+
+
+def cut(storage: Storage, url: str) -> None:
+    data = storage.read(url)
+    storage.write(url, data[: len(data) // 2])
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Storage, str], None]]] = {
+    "a flipped byte in a rank's file": (rf"{PART} is damaged", lambda s, url: flip(s, join(url, PART), -1)),
+    "a flipped byte in its header": (rf"{PART} is damaged", lambda s, url: flip(s, join(url, PART), 12)),
+    "a flipped byte in the manifest": (rf"{MANIFEST} is damaged", lambda s, url: flip(s, join(url, MANIFEST), 40)),
+    "a flipped bit of a digit in the manifest": (
+        rf"{MANIFEST} is damaged",
+        lambda s, url: flip(s, join(url, MANIFEST), s.read(join(url, MANIFEST)).index(b'"step": 20') + 8),
+    ),
+    "a cut file": (rf"{PART} is damaged: expected \d+ bytes.*found \d+ bytes", lambda s, url: cut(s, join(url, PART))),
+    "a cut manifest": (rf"{MANIFEST} is damaged", lambda s, url: cut(s, join(url, MANIFEST))),
+    "a cut commit": (rf"{COMMIT} is damaged", lambda s, url: cut(s, join(url, COMMIT))),
+    "an empty commit": (rf"{COMMIT} is damaged", lambda s, url: s.write(join(url, COMMIT), b"")),
+    "a missing file": (rf"{PART} is missing", lambda s, url: s.delete(join(url, PART))),
+    "a missing manifest": (rf"{MANIFEST} is missing", lambda s, url: s.delete(join(url, MANIFEST))),
+    "a missing commit": (rf"not committed \(no {COMMIT}\)", lambda s, url: s.delete(join(url, COMMIT))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_and_the_checkpoint_before_is_used(
+    store: CheckpointStore, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told, inflict = DAMAGES[damage]
+    save(store, 10)
+    url = save(store, 20)
+    assert restored(store) == [20, 21, 22, 23]
+    inflict(store.storage, url)
+    with caplog.at_level(logging.WARNING):
+        assert restored(store) == [10, 11, 12, 13]
+    assert re.search(rf"passed over: {re.escape(url)}: {told}", caplog.text)
+
+
+def test_every_flipped_byte_of_the_two_small_files_is_noticed(tmp_path, collectives: Collectives) -> None:
+    """Whatever byte of COMMIT.json or MANIFEST.json it is: what says that a checkpoint is whole is itself checked."""
+    store = CheckpointStore(Storage(), str(tmp_path), collectives, CheckpointConfig())
+    save(store, 10)
+    url = save(store, 20)
+    for name in (COMMIT, MANIFEST):
+        whole = store.storage.read(join(url, name))
+        for place in range(len(whole)):
+            flip(store.storage, join(url, name), place)
+            checkpoint, _ = store.latest() or pytest.fail("nothing found")
+            assert checkpoint.step == 10, f"byte {place} of {name}"
+            store.storage.write(join(url, name), whole)
+    assert restored(store) == [20, 21, 22, 23]
+
+
+def test_with_every_checkpoint_damaged_there_is_none(store: CheckpointStore) -> None:
+    for step in (10, 20):
+        flip(store.storage, join(save(store, step), PART), -1)
+    assert store.latest() is None
+
+
+def test_what_an_attempt_left_half_finished_is_passed_over_and_removed_once_a_newer_is_whole(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files of a rank without a commit, as a run leaves them that is killed while it writes."""
+    save(store, 10)
+    before, beyond = join(store.url, "step-00000010.0a0a"), join(store.url, "step-00000020.0b0b")
+    for url in (before, beyond):
+        store.storage.write(join(url, PART), b"half of it")
+        store.storage.write(join(url, "rank-00001.json"), b"{}")
+    with caplog.at_level(logging.WARNING):
+        assert restored(store) == [10, 11, 12, 13]
+        store.clear_up()
+    assert not store.storage.exists(before)
+    assert store.storage.exists(beyond), "the work of another attempt, perhaps still alive, was removed"
+    assert f"{before}: removed: it was never finished" in caplog.text
+    save(store, 20)
+    assert not store.storage.exists(beyond)
+    assert restored(store) == [20, 21, 22, 23]
+
+
+def test_nothing_is_removed_that_no_run_wrote(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    save(store, 10)
+    kept = [join(store.url, "step-00000005.copy", PART), join(store.url, "notes.txt")]
+    unfinished = join(store.url, "step-00000006.0c0c")
+    kept.append(join(unfinished, "my-notes.txt"))
+    for url in [*kept, join(unfinished, PART)]:
+        store.storage.write(url, b"mine")
+    with caplog.at_level(logging.WARNING):
+        save(store, 20)
+    assert all(store.storage.read(url) == b"mine" for url in kept)
+    assert not store.storage.exists(join(unfinished, PART))
+    assert "holds files that are not a checkpoint's: my-notes.txt" in caplog.text
+
+
+@pytest.mark.parametrize("store", ["moto"], indirect=True)
+def test_the_parts_of_uploads_that_died_are_removed_at_the_start(store: CheckpointStore) -> None:
+    import botocore.session
+
+    client = botocore.session.get_session().create_client("s3")
+    bucket, key = store.url.removeprefix("s3://").split("/", 1)
+    ours, other = f"{key}/step-00000030.0d0d/{PART}", "another-run/checkpoints/step-00000030.0d0d/x"
+    for each in (ours, other):
+        upload = client.create_multipart_upload(Bucket=bucket, Key=each)["UploadId"]
+        client.upload_part(Bucket=bucket, Key=each, UploadId=upload, PartNumber=1, Body=b"half")
+    assert store.latest() is None
+    store.clear_up()
+    assert [found["Key"] for found in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]

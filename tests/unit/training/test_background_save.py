@@ -1,0 +1,184 @@
+"""Saves beside training: what is saved is the state of that moment, whatever the store and the next steps do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.errors import StorageError
+from pipeline.config.schema import CheckpointConfig, StorageConfig
+from pipeline.data.storage import Part, Storage, join
+from pipeline.training.checkpoint import COMMIT, CheckpointStore
+from pipeline.training.collectives import Collectives
+from pipeline.training.engine import Fragment
+
+
+class GatedStorage(Storage):
+    """A store that takes no rank's file before it is let."""
+
+    def __init__(self, config: StorageConfig = StorageConfig()):
+        super().__init__(config)
+        self.gate = threading.Event()
+        self.fault: Exception | None = None
+
+    def write_parts(self, url: str, size: int, part: Part) -> None:
+        assert self.gate.wait(30)
+        if self.fault is not None:
+            raise self.fault
+        super().write_parts(url, size, part)
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Collectives]:
+    alone = Collectives()
+    yield alone
+    alone.close()
+
+
+@pytest.fixture
+def storage() -> GatedStorage:
+    return GatedStorage()
+
+
+@pytest.fixture
+def store(tmp_path: Path, storage: GatedStorage, collectives: Collectives) -> Iterator[CheckpointStore]:
+    made = CheckpointStore(storage, str(tmp_path), collectives, CheckpointConfig(keep=9))
+    yield made
+    storage.gate.set()
+    made.close()
+
+
+def metadata(step: int) -> dict[str, Any]:
+    return {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 1, "data_counts": {}}
+
+
+def state() -> list[Fragment]:
+    """A parameter in two fragments with its moments, and a frozen one in half precision."""
+    generator = torch.Generator().manual_seed(1)
+
+    def values(size: int) -> dict[str, torch.Tensor]:
+        return {kind: torch.randn(size, generator=generator) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+
+    frozen = torch.randn(5, generator=generator).bfloat16()
+    return [Fragment("a", 0, values(7)), Fragment("a", 7, values(1000)), Fragment("b", 0, {"weight": frozen})]
+
+
+def train(fragments: list[Fragment]) -> None:
+    """The next step, which overwrites the state in place."""
+    for fragment in fragments:
+        for value in fragment.values.values():
+            value.add_(1)
+
+
+def assert_restored(store: CheckpointStore, expected: list[Fragment]) -> None:
+    _, saved = store.latest() or pytest.fail("nothing found")
+    for fragment in expected:
+        for kind, value in fragment.values.items():
+            read = saved.read(fragment.name, kind, fragment.start, fragment.start + len(value))
+            assert torch.equal(read, value.float()), (fragment.name, kind)
+
+
+def thread_of_the_save() -> threading.Thread:
+    (found,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    return found
+
+
+def test_the_state_saved_is_that_of_the_save_though_training_goes_on(
+    store: CheckpointStore, storage: GatedStorage
+) -> None:
+    fragments, expected = state(), state()
+    url = store.save(fragments, metadata(1))
+    assert not storage.exists(url), "the save waited for the store"
+    train(fragments)
+    assert store.latest() is None
+    storage.gate.set()
+    store.wait()
+    assert storage.exists(join(url, COMMIT))
+    assert_restored(store, expected)
+
+
+def test_a_second_save_waits_for_the_first_and_both_are_right(store: CheckpointStore, storage: GatedStorage) -> None:
+    fragments, first = state(), state()
+    store.save(fragments, metadata(1))
+    train(fragments)
+    second = [Fragment(f.name, f.start, {k: v.clone() for k, v in f.values.items()}) for f in fragments]
+    threading.Timer(0.3, storage.gate.set).start()
+    url = store.save(fragments, metadata(2))
+    assert store.waited > 0.2
+    train(fragments)
+    store.wait()
+    assert [step for step, _ in store.written()] == [1, 2]
+    assert_restored(store, second)
+    storage.delete(url)
+    assert_restored(store, first)
+
+
+def test_a_save_that_fails_says_so_at_the_next_step_and_the_next_save_is_whole(
+    store: CheckpointStore, storage: GatedStorage
+) -> None:
+    storage.gate.set()
+    storage.fault = StorageError("no space left")
+    url = store.save(state(), metadata(1))
+    with pytest.raises(StorageError, match="no space left"):
+        store.wait()
+    assert not storage.exists(join(url, COMMIT))
+    store.save(state(), metadata(2))
+    thread_of_the_save().join(10)
+    with pytest.raises(StorageError, match="no space left"):
+        store.check()
+    storage.fault = None
+    store.save(state(), metadata(3))
+    store.wait()
+    store.check()
+    assert_restored(store, state())
+
+
+def test_the_journal_is_committed_between_the_files_and_the_commit(
+    store: CheckpointStore, storage: GatedStorage
+) -> None:
+    storage.gate.set()
+    seen: list[list[str]] = []
+    names = store.save(
+        state(), metadata(1), lambda: seen.append(storage.list(join(store.url, storage.list(store.url)[0])))
+    )
+    store.wait()
+    assert seen == [["rank-00000.safetensors"]]
+    assert COMMIT in storage.list(names)
+
+
+def test_what_fails_before_the_commit_leaves_no_checkpoint(store: CheckpointStore, storage: GatedStorage) -> None:
+    storage.gate.set()
+
+    def fail() -> None:
+        raise StorageError("the journal could not be written")
+
+    store.save(state(), metadata(1), fail)
+    with pytest.raises(StorageError, match="the journal"):
+        store.wait()
+    assert store.latest() is None
+
+
+def test_closing_gives_up_a_save_that_does_not_end(store: CheckpointStore, storage: GatedStorage, caplog) -> None:
+    url = store.save(state(), metadata(1))
+    thread = thread_of_the_save()
+    store.close(seconds=0.1)
+    assert "given up" in caplog.text
+    storage.gate.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert storage.list(url) == []
+
+
+def test_room_that_was_reserved_is_not_taken_again(store: CheckpointStore, storage: GatedStorage) -> None:
+    storage.gate.set()
+    store.reserve(state())
+    reserved = store._copy._buffer.data_ptr()
+    for step in (1, 2):
+        store.save(state(), metadata(step))
+        store.wait()
+    assert store._copy._buffer.data_ptr() == reserved
