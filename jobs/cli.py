@@ -62,6 +62,57 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    accelerator: Annotated[str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, b200, …")] = "h100",
+    network: Annotated[
+        str, typer.Option(help="Between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, ethernet-25.")
+    ] = "ib-400",
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many; else cluster.workers.")] = None,
+    price: Annotated[float, typer.Option(min=0, help="Of a GPU for an hour.")] = 0.0,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that arithmetic reaches.")] = 0.35,
+    overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of a step that hides communication.")] = 0.0,
+    goodput: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the hours that is training.")] = 0.97,
+    cpu_milliseconds: Annotated[float, typer.Option(min=0, help="Of a core for a photo: `mome bench loader`.")] = 2.7,
+    sample_bytes: Annotated[float, typer.Option(min=0, help="Of a sample in storage, where no manifest says.")] = 1.1e5,
+    store_bandwidth: Annotated[float, typer.Option(min=1, help="Bytes/s that checkpoints are written at.")] = 1e9,
+    text_tokens: Annotated[int | None, typer.Option(min=4, help="Tokens of each text; else the most.")] = None,
+    scaling: Annotated[Path | None, typer.Option(help="Also 1 to 1,024 GPUs: a table, and this SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What CONFIG needs: memory by ZeRO stage, time, communication, storage, cost. No cluster and no data are read."""
+    from jobs.plan import Target, as_json_object, plan_run, with_workers
+    from jobs.plan_chart import scaling_svg
+    from jobs.plan_text import as_text
+    from pipeline.planning.estimate import Assumptions
+    from pipeline.planning.hardware import accelerator_named, network_named
+
+    assumptions = Assumptions(
+        mfu=mfu,
+        overlap=overlap,
+        cpu_milliseconds=cpu_milliseconds,
+        sample_bytes=sample_bytes,
+        checkpoint_bandwidth=store_bandwidth,
+        price=price,
+        goodput=goodput,
+    )
+    settings = load_config(config, overrides or [])
+    settings = with_workers(settings, gpus or settings.cluster.workers)
+    machines, joined = accelerator_named(accelerator), network_named(network)
+    target = Target(machines, joined, settings.cluster.workers, assumptions, text_tokens)
+    with console.status("planning") as status:
+        plans = plan_run(settings, target, scaling is not None, status.update)
+    if scaling is not None:
+        title = f"{settings.name} on {machines.name}, {joined.name}"
+        scaling.write_text(scaling_svg(plans, target, title), encoding="utf-8")
+    if as_json:
+        print_result(as_json_object(plans, target), as_json)
+    else:
+        typer.echo(as_text(plans, target))
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
     source: Annotated[str | None, typer.Option(help="A source of the run's config, or the URL of shards.")] = None,

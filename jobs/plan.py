@@ -1,0 +1,172 @@
+"""`mome plan`: what a run will need on a named accelerator and network, stage by stage, before anything is started.
+
+It runs the stages' own training step on models without memory (`pipeline.training.workload`), and puts the result on
+the hardware's data sheets (`pipeline.planning`). Neither data nor a cluster is needed; a manifest on this machine
+replaces the assumed bytes of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipeline.config.errors import ConfigError, MomeError
+from pipeline.config.load import validate
+from pipeline.config.paths import is_local
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.data.manifest import load_manifest
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+from pipeline.planning.estimate import Assumptions, Stage, StageEstimate, estimate
+from pipeline.planning.hardware import Accelerator, Network
+from pipeline.planning.scaling import Point, curve
+from pipeline.planning.work import Work
+from pipeline.training.prepare import VOCABULARY
+from pipeline.training.sharding import sharding_of
+from pipeline.training.stages import check_stages
+from pipeline.training.workload import work_of
+
+Say = Callable[[str], None]
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the run is thought to be."""
+
+    accelerator: Accelerator
+    network: Network
+    gpus: int
+    assumptions: Assumptions
+    text_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage as configured, what other ZeRO stages would need, and how it scales."""
+
+    chosen: StageEstimate
+    assumptions: Assumptions
+    by_zero_stage: dict[str, StageEstimate]
+    scaling: list[Point]
+
+
+def plan_run(config: RunConfig, target: Target, scaling: bool, say: Say = lambda _: None) -> list[StagePlan]:
+    """Every stage's plan. Raises ConfigError for a config that no model serves, or too many GPUs for its batches."""
+    check_stages(config)
+    plans = []
+    for index, stage in enumerate(config.stages):
+        if target.gpus > stage.batch:
+            raise ConfigError(f"--gpus {target.gpus}: stage {stage.name} has a batch of {stage.batch} rows only")
+        say(f"stage {stage.name}")
+        work = work_of(config, index, _vocabulary(config), "cuda", target.text_tokens)
+        plans.append(_plan_stage(config, stage, work, target, scaling))
+    return plans
+
+
+def _plan_stage(config: RunConfig, stage: StageConfig, work: Work, target: Target, scaling: bool) -> StagePlan:
+    assumptions = _with_known_bytes(config, stage, target.assumptions)
+    micro = config.engine.micro_batch
+    described = Stage(
+        name=stage.name,
+        steps=stage.steps,
+        batch=stage.batch,
+        pictures={"text": 0, "regions": 0, "statements": 2}.get(config.use_of(stage), 1),
+        micro_batch=micro if isinstance(micro, int) else None,
+        checkpoint_every=config.checkpoint.every,
+        work=work,
+    )
+
+    def at(gpus: int, largest: bool = False, **engine: Any) -> StageEstimate:
+        settings = config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
+        sharding = sharding_of(settings, stage, gpus, on_cuda=True)
+        found = estimate(described, sharding, target.accelerator, target.network, assumptions)
+        if not largest:
+            return found
+        most = max(1, found.largest_micro_batch)
+        return estimate(described, sharding, target.accelerator, target.network, assumptions, min(most, found.share))
+
+    others: dict[str, StageEstimate] = {}
+    for zero in ZERO_STAGES:
+        others[f"ZeRO {zero}"] = at(target.gpus, zero_stage=zero, **_offload(config, False))
+        if zero and "offload_optimizer" in type(config.engine).model_fields:
+            others[f"ZeRO {zero}, offload"] = at(target.gpus, zero_stage=zero, **_offload(config, True, zero))
+    # 'auto', and the scaling curve, take the largest micro-batch that fits.
+    chosen = at(target.gpus, largest=micro == "auto")
+    points = curve(lambda gpus: at(gpus, largest=described.micro_batch is None), stage.batch) if scaling else []
+    return StagePlan(chosen, assumptions, others, points)
+
+
+def _offload(config: RunConfig, wanted: bool, zero_stage: int = 0) -> dict[str, bool]:
+    keys = {"offload_optimizer": wanted, "offload_parameters": wanted and zero_stage == 3}
+    return {key: value for key, value in keys.items() if key in type(config.engine).model_fields}
+
+
+def _vocabulary(config: RunConfig) -> int:
+    """The tokens of the run's own vocabulary where this machine has one; else as many as the config allows."""
+    for url in (join(config.folder, VOCABULARY), config.tokenizer.vocabulary):
+        if url is not None and is_local(url):
+            try:
+                return Tokenizer.load(Storage(config.storage), url).size
+            except (MomeError, OSError):
+                continue
+    return config.tokenizer.size
+
+
+def _with_known_bytes(config: RunConfig, stage: StageConfig, assumptions: Assumptions) -> Assumptions:
+    """The mean bytes of the sources' samples, by their weights, where all of their manifests lie on this machine."""
+    read = weights = 0.0
+    for name, weight in stage.sources.items():
+        url = config.sources[name].shards
+        if not is_local(url):
+            return assumptions
+        try:
+            shards = load_manifest(Storage(config.storage), url).shards
+        except (MomeError, OSError):
+            return assumptions
+        read += weight * sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
+        weights += weight
+    return replace(assumptions, sample_bytes=read / weights)
+
+
+def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
+    """The numbers of the run, and of each stage.
+
+    Of the run: memory is that of the stage which needs most, and a step's time and arithmetic are means over its steps.
+    """
+    chosen = [plan.chosen for plan in plans]
+    steps = [each.hours / each.step_seconds for each in chosen]
+    total = sum(steps)
+    most = max(chosen, key=lambda each: each.memory.total)
+    return {
+        "parameters": max(each.parameters.total for each in chosen),
+        "flops_per_step": sum(each.flops_per_step * n for each, n in zip(chosen, steps, strict=True)) / total,
+        "memory_bytes_per_gpu": most.memory.as_json(),
+        "step_seconds": sum(each.step_seconds * n for each, n in zip(chosen, steps, strict=True)) / total,
+        "hours": sum(each.hours for each in chosen),
+        "cost": sum(each.cost for each in chosen),
+        "fits": all(each.fits for each in chosen),
+        "accelerator": target.accelerator.name,
+        "network": target.network.name,
+        "gpus": target.gpus,
+        "assumptions": asdict(target.assumptions),
+        "stages": [_stage_json(plan) for plan in plans],
+    }
+
+
+def _stage_json(plan: StagePlan) -> dict[str, Any]:
+    found = asdict(plan.chosen) | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
+    others = {
+        name: {"memory_bytes": each.memory.as_json(), "fits": each.fits, "largest_micro_batch": each.largest_micro_batch}
+        | {"step_seconds": each.step_seconds}
+        for name, each in plan.by_zero_stage.items()
+    }
+    return found | {"by_zero_stage": others, "scaling": [asdict(point) for point in plan.scaling]}
+
+
+def with_workers(config: RunConfig, gpus: int) -> RunConfig:
+    """The run on so many ranks, under the schema's rules."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["cluster"] = {**values.get("cluster", {}), "workers": gpus}
+    return validate(values, config.name)

@@ -1,0 +1,86 @@
+"""The scaling curve as a picture: one SVG, drawn here, that needs nothing to be looked at.
+
+Both axes are logarithmic: GPUs across, samples a second up; the dashed line is ideal scaling from one GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from html import escape
+
+from jobs.plan import StagePlan, Target
+from jobs.plan_text import assumptions_of
+from pipeline.planning.scaling import Point
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 560, 90, 50, 200, 170
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+
+
+def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
+    """Every stage's curve, with the assumptions below it."""
+    points = [point for plan in plans for point in plan.scaling]
+    across = _Axis(1, max(point.gpus for point in points), LEFT, WIDTH - RIGHT)
+    low, high = (chosen(point.samples_per_second for point in points) for chosen in (min, max))
+    ideal = max(plan.scaling[0].samples_per_second * plan.scaling[-1].gpus for plan in plans)
+    up = _Axis(low / 1.5, max(high, ideal) * 1.2, HEIGHT - BOTTOM, TOP)
+    body = [*_frame(across, up, title)]
+    for number, plan in enumerate(plans):
+        body += _stage(plan.chosen.name, plan.scaling, COLOURS[number % len(COLOURS)], across, up)
+    told = list(assumptions_of(plans, target))
+    half = -(-len(told) // 2)
+    for number, line in enumerate(told):
+        x, row = (LEFT if number < half else WIDTH // 2), number % half
+        body.append(_text(x, HEIGHT - BOTTOM + 50 + 13 * row, line.strip(), "start", 10))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">'
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{"".join(body)}</svg>\n'
+    )
+
+
+class _Axis:
+    """A logarithmic axis from one value to another, on the pixels between two places."""
+
+    def __init__(self, low: float, high: float, start: float, end: float):
+        self.low, self.high = low, max(high, low * 2)
+        self.start, self.end = start, end
+
+    def __call__(self, value: float) -> float:
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.start + share * (self.end - self.start)
+
+    def decades(self) -> Iterator[float]:
+        for power in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1):
+            yield 10.0**power
+
+
+def _frame(across: _Axis, up: _Axis, title: str) -> Iterator[str]:
+    yield _text(WIDTH / 2, 24, title, "middle", 15)
+    yield f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="black" fill="none"/>'
+    gpus = 1
+    while gpus <= across.high:
+        yield _text(across(gpus), HEIGHT - BOTTOM + 16, str(gpus), "middle", 11)
+        gpus *= 2
+    for value in up.decades():
+        yield f'<path d="M{LEFT} {up(value):.1f}H{WIDTH - RIGHT}" stroke="#ddd" fill="none"/>'
+        yield _text(LEFT - 6, up(value) + 4, f"{value:,.0f}", "end", 11)
+    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 33, "GPUs", "middle", 12)
+    yield _text(LEFT - 6, TOP - 10, "samples/s", "end", 12)
+
+
+def _stage(name: str, points: list[Point], colour: str, across: _Axis, up: _Axis) -> Iterator[str]:
+    path = " ".join(f"{across(p.gpus):.1f},{up(p.samples_per_second):.1f}" for p in points)
+    first, last = points[0], points[-1]
+    ideal = f"M{across(1):.1f} {up(first.samples_per_second):.1f}"
+    ideal += f"L{across(last.gpus):.1f} {up(first.samples_per_second * last.gpus):.1f}"
+    yield f'<path d="{ideal}" stroke="{colour}" stroke-dasharray="4 4" stroke-opacity="0.5" fill="none"/>'
+    yield f'<polyline points="{path}" stroke="{colour}" stroke-width="2" fill="none"/>'
+    for point in points:
+        place = f'cx="{across(point.gpus):.1f}" cy="{up(point.samples_per_second):.1f}"'
+        yield f'<circle {place} r="3" fill="{colour if point.fits else "white"}" stroke="{colour}"/>'
+    told = f"{name}, {last.efficiency:.0%} at {last.gpus}"
+    yield _text(across(last.gpus) + 8, up(last.samples_per_second) + 4, told, "start", 11, colour)
+
+
+def _text(x: float, y: float, told: str, anchor: str, size: int, colour: str = "black") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(told)}</text>'

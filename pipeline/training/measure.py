@@ -1,0 +1,125 @@
+"""What a running engine really holds, by category: beside which the estimate of `pipeline.planning` is held.
+
+Tensors are told apart by their storages. Activations are the storages that autograd saves for backward; the peak is the
+allocator's own (CUDA's counter, or the CPU allocator's events as the profiler records them).
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.passes import Outputs, Pass
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
+
+Storages = dict[int, int]  # address -> bytes
+
+
+def storages_of(tensors: Iterable[Tensor]) -> Storages:
+    """The distinct storages behind some tensors."""
+    found: Storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def living(device: torch.device) -> Storages:
+    """Every storage on a device that a Python object still refers to, gradients among them."""
+    gc.collect()
+    return storages_of(tensor for tensor in _all_tensors() if tensor.device.type == device.type)
+
+
+def _all_tensors() -> Iterator[Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of deprecated objects that merely are asked what they are
+        for thing in gc.get_objects():
+            try:
+                if not isinstance(thing, Tensor):
+                    continue
+                yield thing
+                if thing.is_leaf and thing.grad is not None:
+                    yield thing.grad
+            except (ReferenceError, RuntimeError):
+                continue
+
+
+def states_of(engine: DeepSpeedEngine) -> Storages:
+    """Weights that forward reads, master weights, moments and moving averages."""
+    tensors = [*engine.module.parameters(), *engine._averages.values()]
+    tensors += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
+    for group in engine._adam.param_groups:
+        tensors += group["params"]
+    tensors += engine._optimized_tensors()
+    for state in engine._adam.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return storages_of(tensors)
+
+
+def buckets_of(engine: DeepSpeedEngine) -> Storages:
+    """The buffers through which DeepSpeed reduces gradients."""
+    buckets = getattr(engine._engine.optimizer, "ipg_buckets", {}).values()
+    held: list[Tensor] = []
+    for bucket in buckets:
+        held += [bucket.buffer] if isinstance(bucket.buffer, Tensor) else (bucket.buffer or [])
+    return storages_of(held)
+
+
+class MeasuredEngine:
+    """The engine as a training step sees it, and what autograd had saved whenever backward began."""
+
+    def __init__(self, engine: DeepSpeedEngine):
+        self._engine = engine
+        self.saved_bytes = 0
+        self._saved: Storages = {}
+        self.after_backward: Callable[[], None] | None = None
+
+    def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """While entered, what is saved is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+        if not is_weight:
+            self._saved |= storages_of([tensor])
+        return tensor
+
+    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+        return self._engine(passes)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.saved_bytes = max(self.saved_bytes, sum(self._saved.values()))
+        self._saved.clear()
+        self._engine.backward(loss, last)
+        self._saved.clear()
+        if last and self.after_backward is not None:
+            self.after_backward()
+
+
+def peak_of(run: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that `run` allocates at any time beyond what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False) as profile:
+        run()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    found = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
+    alive = most = 0
+    for _, change in changes:
+        alive += change
+        most = max(most, alive)
+    return most

@@ -1,0 +1,206 @@
+"""Time and memory of a stage's steps on this machine, beside what was estimated.
+
+    torchrun --nproc-per-node 8 -m pipeline.training.step_bench configs/vlmo_base.yaml [--stage NAME] [key=value …]
+
+The engine, the step and the model are those of a run; the weights are random and the batch is invented, of full size.
+`mome bench step` starts it on the ranks of this machine. Rank 0 prints one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.config.errors import ConfigError, MomeError
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.planning.hardware import TERA, accelerator_like
+from pipeline.planning.memory import Memory, memory_of
+from pipeline.planning.work import Work
+from pipeline.training.collectives import Collectives, share
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.full_batch import full_batch
+from pipeline.training.measure import MeasuredEngine, Storages, buckets_of, living, peak_of, states_of
+from pipeline.training.sharding import sharding_of
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+from pipeline.training.workload import work_of
+
+WARM_STEPS = 2
+Numbers = dict[str, int]
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What one rank found; times are of all ranks together, bytes of the rank that held most."""
+
+    pairs_per_second: float
+    step_seconds: float
+    tflops: float  # of one rank
+    mfu: float  # of what the accelerator's sheet promises, or, on a CPU, of what a large product reaches
+    peak_memory_bytes: int
+    measured: Numbers
+    predicted: Numbers
+
+    def as_json(self) -> dict[str, Any]:
+        ratio = {name: round(self.predicted[name] / self.measured[name], 4) for name in self.measured}
+        return {**vars(self), "predicted_to_measured": ratio}
+
+
+def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: int = 5, check: bool = True) -> StepBench:
+    """Steps of stage `index` on this rank. All ranks call it together.
+
+    With `check`, memory is taken by category too, which walks every tensor of the process.
+    """
+    torch.set_num_threads(config.engine.threads)
+    config = config.for_stage(config.stages[index])
+    stage, device, vocabulary = config.stages[index], collectives.device, config.tokenizer.size
+    random = stage.model_copy(update={"start_from": "random"})
+    config = config.model_copy(update={"stages": (*config.stages[:index], random, *config.stages[index + 1 :])})
+    before = living(device)
+    model = build_stage_model(config, index, Storage(), vocabulary)
+    engine = DeepSpeedEngine(model, config, stage, collectives)
+    measured_engine = MeasuredEngine(engine)
+    step = TrainingStep(measured_engine, config, stage, collectives)
+    rows = slice(*share(stage.batch, collectives.rank, collectives.world_size))
+    batch = full_batch(config, stage, stage.batch, vocabulary).rows(rows)
+
+    def run() -> None:
+        step(batch)
+        engine.step(stage.optimizer.peak_rate)
+
+    for _ in range(WARM_STEPS):
+        run()
+    seconds = _seconds_a_step(run, steps, collectives)
+    held = sum(_without(living(device), before).values()) - _bytes(batch)
+    peak = held + peak_of(run, device)
+    measured = _categories(engine, measured_engine, step, batch, before, device) if check else {}
+    work = work_of(config, index, vocabulary, "cuda" if device.type == "cuda" else "cpu")
+    own = rows.stop - rows.start
+    memory = predicted_memory(config, index, work, collectives.world_size, own, device.type == "cuda")
+    flops = work.step_flops(own, step.accumulation)
+    engine.close()
+    most = collectives.largest([peak, *measured.values()])
+    names = list(measured)
+    tflops = flops / seconds / TERA
+    return StepBench(
+        pairs_per_second=stage.batch / seconds,
+        step_seconds=seconds,
+        tflops=tflops,
+        mfu=tflops * TERA / _reachable(device),
+        peak_memory_bytes=most[0],
+        measured=dict(zip(names, most[1:], strict=True)) | {"total": most[0]},
+        predicted={name: memory.as_json()[name] for name in [*names, "total"]},
+    )
+
+
+def predicted_memory(
+    config: RunConfig, index: int, work: Work, world_size: int, own: int, on_cuda: bool
+) -> Memory:
+    """The estimate for a rank that reads `own` rows of the batch in its micro-batches."""
+    stage = config.stages[index]
+    sharding = sharding_of(config, stage, world_size, on_cuda)
+    micro = config.engine.micro_batch if sharding.accumulates else None
+    rows = own if micro is None else min(own, micro)
+    return memory_of(
+        work.parameters, sharding, work.activations.at(rows), work.workspace.at(rows), work.batch_bytes_per_row * own
+    )
+
+
+def _seconds_a_step(run: Any, steps: int, collectives: Collectives) -> float:
+    collectives.barrier()
+    started = time.perf_counter()
+    for _ in range(steps):
+        run()
+    if collectives.device.type == "cuda":
+        torch.cuda.synchronize(collectives.device)
+    collectives.barrier()
+    return (time.perf_counter() - started) / steps
+
+
+def _categories(
+    engine: DeepSpeedEngine,
+    measured: MeasuredEngine,
+    step: TrainingStep,
+    batch: Batch,
+    before: Storages,
+    device: torch.device,
+) -> Numbers:
+    """Bytes of the categories, by one more step that is not timed."""
+    states, gradients = states_of(engine), {}
+
+    def look() -> None:
+        own = _without(living(device), {**before, **states, **buckets_of(engine)})
+        gradients.update({k: size for k, size in own.items() if size >= 1024 or not batch})
+
+    measured.after_backward = look
+    with measured.saving():
+        step(batch)
+    measured.after_backward = None
+    engine.step(0.0)
+    found = sum(gradients.values()) - _bytes(batch)
+    return {"states": sum(states.values()), "gradients": found, "activations": measured.saved_bytes}
+
+
+def _without(storages: Storages, others: Storages) -> Storages:
+    return {address: size for address, size in storages.items() if address not in others}
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
+
+
+def _reachable(device: torch.device) -> float:
+    """Floating-point operations a second that a share of is told: the sheet's, or a measured large product's."""
+    if device.type == "cuda" and (known := accelerator_like(torch.cuda.get_device_name(device))):
+        return known.flops
+    size = 2048 if device.type == "cpu" else 8192
+    one = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        one @ one
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="torchrun -m pipeline.training.step_bench", description=__doc__)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--stage", help="the stage; the last, if not given")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    given = parser.parse_intermixed_args(arguments)
+    collectives = None
+    try:
+        config = load_config(given.config, given.overrides)
+        names = [stage.name for stage in config.stages]
+        if given.stage is not None and given.stage not in names:
+            raise ConfigError(f"--stage {given.stage}: no such stage; known: {', '.join(names)}")
+        collectives = Collectives()
+        index = len(names) - 1 if given.stage is None else names.index(given.stage)
+        found = bench_step(config, index, collectives, given.steps)
+        if collectives.rank == 0:
+            print(json.dumps({"stage": names[index], "world_size": collectives.world_size, **found.as_json()}), flush=True)
+    except MomeError as error:
+        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        return error.exit_status
+    finally:
+        if collectives is not None:
+            collectives.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

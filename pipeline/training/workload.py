@@ -1,0 +1,234 @@
+"""What one step of a stage asks for, found by running the training step itself on a model without memory.
+
+The very code that trains is run: `TrainingStep`, its terms and the model's forward and backward, over two small batches
+of full-size rows. Everything grows linearly in the rows but the contrast, which is asked of the whole global batch and
+run for its size. So the estimate follows any change of a model, an objective or the step.
+
+The model is on the meta device; what the step itself computes (losses, the draw of negatives) is computed for real.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.models.model import Model
+from pipeline.models.passes import Outputs, Pass, Regions
+from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.planning.probe import Kernels, Probe, unwatched
+from pipeline.planning.work import Line, Parameters, Work
+from pipeline.training.collectives import Collectives
+from pipeline.training.contrast import CONTRASTS
+from pipeline.training.full_batch import full_batch
+from pipeline.training.stages import stage_skeleton, trained_parts
+from pipeline.training.steps import TrainingStep
+
+SAMPLE_ROWS = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def work_of(
+    config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
+) -> Work:
+    """What stage `index` asks of each rank, by rows of a micro-batch. Takes seconds, and no memory to speak of.
+
+    `text_tokens` is the length of every text, if it is not to be the longest that the stage allows.
+    """
+    config = config.for_stage(config.stages[index])
+    stage = config.stages[index]
+    model = model_without_memory(config, index, vocabulary)
+    rows = _sample_rows(stage)
+
+    def ran(count: int, micro_batch: int | None = None) -> Ran:
+        return run_step(model, _cut(config, index, count, micro_batch), index, vocabulary, kernels, text_tokens)
+
+    few, more, pieces = ran(rows), ran(2 * rows), ran(2 * rows, rows)
+
+    def line(number: Callable[[Ran], int]) -> Line:
+        return Line.through((rows, number(few)), (2 * rows, number(more)))
+
+    contrast = _contrast(stage.batch, few.contrast_widths, kernels) if few.contrast_widths else (0, 0)
+    return Work(
+        parameters=parameters_of(model),
+        flops=line(lambda one: one.flops),
+        flops_per_row_accumulated=pieces.flops / (2 * rows),
+        activations=line(lambda one: one.activations),
+        workspace=line(lambda one: one.workspace),
+        tokens=line(lambda one: one.tokens),
+        batch_bytes_per_row=few.batch_bytes / rows,
+        contrast_flops=contrast[0],
+        contrast_bytes=contrast[1],
+        contrast_width=2 * sum(few.contrast_widths),
+    )
+
+
+def model_without_memory(config: RunConfig, index: int, vocabulary: int) -> Model:
+    """The stage's model as a rank holds it, on the meta device: its precision, and its frozen parts frozen."""
+    model = stage_skeleton(config, index, vocabulary).to(DTYPES[config.engine.precision])
+    trained = trained_parts(model, config, config.stages[index])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.part_of(name) in trained)
+    return model
+
+
+def parameters_of(model: Model) -> Parameters:
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return Parameters(
+        trained=sum(size for size, is_trained in sizes if is_trained),
+        frozen=sum(size for size, is_trained in sizes if not is_trained),
+        buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        largest=max(size for size, _ in sizes),
+        tensors=len(sizes),
+    )
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One step of one rank: all of it, and the most that one of its micro-batches held."""
+
+    flops: int
+    activations: int  # bytes alive when backward begins
+    workspace: int  # bytes beside these in backward
+    tokens: int
+    batch_bytes: int
+    contrast_widths: tuple[int, ...]
+
+
+def run_step(
+    model: Model, config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
+) -> Ran:
+    """One step of stage `index` over its whole batch, by one rank whose model has no memory."""
+    stage = config.stages[index]
+    batch = full_batch(config, stage, stage.batch, vocabulary, text_tokens)
+    members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
+    probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
+    engine = _WatchedEngine(model, probe)
+    step = TrainingStep(engine, config, stage, _ImaginedRank(), _no_tokens)
+    with probe:
+        step(batch)
+        flops = probe.flops
+    batch_bytes = sum(member.numel() * member.element_size() for member in members)
+    return Ran(flops, engine.activations, engine.workspace, engine.tokens, batch_bytes, engine.contrast_widths)
+
+
+class _WatchedEngine:
+    """Runs the model on the meta device. What the step reads of it are zeros of the right shapes, in real memory."""
+
+    def __init__(self, model: Model, probe: Probe) -> None:
+        self.model, self._probe = model, probe
+        self._made: list[tuple[Tensor, Tensor]] = []  # the model's outputs, and what the step reads in their place
+        self.activations = self.workspace = self.tokens = 0
+        self.contrast_widths: tuple[int, ...] = ()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_release)
+
+    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+        with unwatched():
+            passes = {name: _on_meta(one) for name, one in passes.items()}
+        self.tokens += sum(_num_tokens(one, self.model.config.num_patches) for one in passes.values())
+        outputs = self.model(passes)
+        if contrasted := [outputs["image"][head] for head in CONTRASTS if head in outputs.get("image", {})]:
+            self.contrast_widths = tuple(features.shape[-1] for features in contrasted)
+        return {name: {key: self._read(value) for key, value in one.items()} for name, one in outputs.items()}
+
+    def _read(self, made: Tensor) -> Tensor:
+        with unwatched():
+            read = torch.zeros(made.shape, dtype=made.dtype)
+        if made.requires_grad:
+            read.requires_grad_()
+            self._made.append((made, read))
+        return read
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        alive = self._probe.live_bytes
+        self.activations = max(self.activations, alive)
+        self._probe.forget_peak()
+        loss.backward()
+        found = [(made, read.grad) for made, read in self._made if read.grad is not None]
+        self._made.clear()
+        with unwatched():
+            gradients = [gradient.to("meta") for _, gradient in found]
+        torch.autograd.backward([made for made, _ in found], gradients)
+        self.workspace = max(self.workspace, self._probe.peak_bytes - alive)
+
+
+def _release(parameter: Tensor) -> None:
+    """Gradients are the engine's, which keeps them elsewhere; here each is alive for a moment."""
+    parameter.grad = None
+
+
+class _ImaginedRank(Collectives):
+    """The only rank, without a process group: what others would send is what this one has."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size, self.local_rank, self.device = 0, 1, 0, torch.device("cpu")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
+        return rows.detach().clone()
+
+    def fetcher(self, wanted: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
+        chosen = wanted[wanted >= 0]
+        return lambda rows: rows[chosen.to(rows.device)]
+
+
+def _no_tokens(images: Tensor, grid: int) -> Tensor:
+    """In place of a tokenizer of pictures, whose own arithmetic is not counted: (n, P) zeros."""
+    return torch.zeros(len(images), grid * grid, dtype=torch.int64)
+
+
+def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[int, int]:
+    """Arithmetic, and the most bytes alive, of the contrast of `batch` rows on each rank."""
+    features = [torch.empty(batch, width, device="meta", requires_grad=True) for width in widths for _ in range(2)]
+    ids, scale = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
+    with Probe([*features, ids, scale], kernels) as probe:
+        losses = [contrastive_loss(*features[2 * k : 2 * k + 2], scale, ids) for k in range(len(widths))]
+        torch.autograd.grad(torch.stack(losses).sum(), features)
+        return probe.flops, probe.peak_bytes + sum(4 * feature.numel() for feature in features)
+
+
+def _on_meta(one: Pass) -> Pass:
+    """The pass without its content."""
+    moved: dict[str, Any] = {}
+    for f in fields(one):
+        value = getattr(one, f.name)
+        if isinstance(value, Tensor):
+            moved[f.name] = value.to("meta")
+        elif isinstance(value, Regions):
+            moved[f.name] = Regions(*(getattr(value, g.name).to("meta") for g in fields(value)))
+    return replace(one, **moved)
+
+
+def _num_tokens(one: Pass, num_patches: int) -> int:
+    """Positions of all rows of a pass: words, regions, and patches with the picture's [CLS]."""
+    count = 0
+    if one.text is not None:
+        count += one.text.numel()
+    if one.regions is not None:
+        count += one.regions.keep.numel()
+    for image in (one.image, one.second_image):
+        if image is not None:
+            count += len(image) * (1 + (num_patches if one.patches_read is None else one.patches_read.shape[1]))
+    return count
+
+
+def _sample_rows(stage: StageConfig) -> int:
+    """Few rows, of which every objective reads its whole share; enough that what grows with them outweighs the rest."""
+    rows = math.lcm(*(objective.every for objective in stage.objectives.values()))
+    return rows * -(-SAMPLE_ROWS // rows)
+
+
+def _cut(config: RunConfig, index: int, batch: int, micro_batch: int | None) -> RunConfig:
+    """The run with a global batch of so many rows, for one rank."""
+    stages = [stage.model_copy(update={"batch": batch}) for stage in config.stages]
+    engine = config.engine.model_copy(update={"micro_batch": micro_batch})
+    return config.model_copy(update={"stages": tuple(stages), "engine": engine})
