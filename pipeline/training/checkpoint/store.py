@@ -99,8 +99,12 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raises what the save under way has died of, if it has."""
-        if self._under_way is not None and self._under_way.done():
+        if self.is_written():
             self._finish()
+
+    def is_written(self) -> bool:
+        """Whether this rank's thread has nothing left to do."""
+        return self._under_way is None or self._under_way.done()
 
     def wait(self) -> None:
         """Returns when the last save is committed, on every rank."""
