@@ -30,7 +30,7 @@ from pipeline.training.engine import Fragment
 
 VOCABULARY = 30522
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-_STEPS_ALONE = 200  # of "training" while nothing is saved
+_STEPS_ALONE = 50  # of "training" while nothing is saved
 
 Progress = Callable[[str], None]
 
