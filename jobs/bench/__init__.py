@@ -118,3 +118,19 @@ def gradients(as_json: JsonOption = False) -> None:
         typer.echo(as_text(result))
     if not result["is_within"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def checkpoint(
+    config: Annotated[Path | None, typer.Argument(help="A run's config, for its model; else VLMo base.")] = None,
+    url: Annotated[str | None, typer.Option(help="A folder or URL to save in; else a temporary folder.")] = None,
+    mb_per_second: Annotated[float, typer.Option(min=0, help="Of the store that is imitated; 0: as it is.")] = 50.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Saves of each kind.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """How long a save stops training, beside a synchronous one, on a slow store; 24 bytes of memory a parameter."""
+    from jobs.bench.checkpoint import bench_checkpoint
+
+    with console.status("starting") as status:
+        result = bench_checkpoint(config, url, mb_per_second=mb_per_second, rounds=rounds, progress=status.update)
+    print_result(result, as_json)

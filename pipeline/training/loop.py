@@ -117,6 +117,7 @@ class StageRun:
         image_tokenizer = load_image_tokenizer(self.stage, storage, collectives.device)
         model = build_stage_model(config, index, storage, tokenizer.size)
         self.guard = GraphGuard(model, collectives, config.engine.check_graph_every, config.engine.zero_stage)
+        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self.engine = DeepSpeedEngine(model, config, self.stage, collectives)
         self.step = TrainingStep(self.engine, config, self.stage, collectives, image_tokenizer)
 
@@ -227,7 +228,8 @@ class StageRun:
             self._write_quarantine(reached, quarantined)
             self.tracker.commit(reached)
 
-        metadata = {**self._metadata(stage_step), "data_counts": self._data_counts(), "metrics": self._points}
+        metadata = {**self._metadata(stage_step), "data_counts": self._data_counts()}
+        metadata |= {"metrics": self._points, "shapes": self.shapes}
         self.checkpoints.save(self.engine.fragments(), metadata, before_commit)
         stall = time.perf_counter() - started
         self.tracker.metrics(reached, {"ckpt/stall_s": stall, "ckpt/wait_s": self.checkpoints.waited})

@@ -184,6 +184,51 @@ def test_a_large_upload_is_complete_though_nobody_heard_of_it(through: Through, 
     assert Storage(s3.config).read(s3.url("large")) == DATA * 4
 
 
+def test_parts_travel_at_once_and_each_is_tried_again(through: Through, s3, monkeypatch):
+    """The source gives no part out before four were asked for; then two of them are lost on their way."""
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    proxy, storage = through()
+    proxy.inject("lost", "unavailable", of="PUT .*partNumber=")
+    data, together = DATA * 7, threading.Barrier(4)
+
+    def part(start: int, stop: int) -> bytes:
+        if start < 4 * module.PART and not together.broken and proxy.injected.total() == 0:
+            together.wait(20)
+        return data[start:stop]
+
+    storage.write_parts(s3.url("large"), len(data), part)
+    assert sum(proxy.injected.values()) == 2
+    assert Storage(s3.config).read(s3.url("large")) == data
+    assert storage.abandon_uploads(s3.url()) == 0
+
+
+def test_an_upload_that_fails_leaves_neither_object_nor_parts(through: Through, s3, monkeypatch):
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    _, storage = through()
+
+    def part(start: int, stop: int) -> bytes:
+        if start:
+            raise RuntimeError("the source is gone")
+        return DATA[:1] * (stop - start)
+
+    with pytest.raises(RuntimeError, match="the source is gone"):
+        storage.write_parts(s3.url("large"), 4 * module.PART, part)
+    assert not storage.exists(s3.url("large"))
+    assert storage.abandon_uploads(s3.url()) == 0
+
+
+def test_parts_of_uploads_that_nobody_finished_are_removed(through: Through, s3):
+    proxy, storage = through()
+    client = storage._backend(s3.url())[0]._client
+    for key in ("run/a", "run/b/c", "other"):
+        upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
+        client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
+    proxy.inject("lost", of="DELETE .*uploadId=")
+    assert storage.abandon_uploads(s3.url("run")) >= 1  # an answer that is lost is not counted
+    assert storage.abandon_uploads(s3.url("run")) == 0
+    assert storage.abandon_uploads(s3.url()) == 1
+
+
 def _read_in_child(storage: Storage, url: str, answer) -> None:
     answer.send(storage.read(url) == DATA)
 

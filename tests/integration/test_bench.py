@@ -176,3 +176,13 @@ def test_a_store_is_measured_beside_other_clients(tmp_path):
     measured = facts("storage", tmp_path, "--object-mib", 1, "--range-mib", 1, "--objects", 3, "--rounds", 1)
     assert {"mome", "fsspec.cat_ranges"} <= set(measured["read"])
     assert os.listdir(tmp_path) == []
+
+
+def test_the_stall_of_a_save_is_measured_beside_a_synchronous_one(tmp_path):
+    demo = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+    measured = facts("checkpoint", demo, "--mb-per-second", 20, "--url", tmp_path)
+    assert measured["bytes"] == 12 * measured["parameters"]
+    assert measured["synchronous_seconds"] > measured["bytes"] / 20e6
+    assert measured["ratio"] == pytest.approx(measured["stall_seconds"] / measured["synchronous_seconds"])
+    assert measured["ratio"] < 0.5
+    assert not list(tmp_path.rglob("*.safetensors"))

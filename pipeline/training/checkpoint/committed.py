@@ -45,6 +45,7 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
         raise CheckpointError(f"{url}: not committed (no {COMMIT}); it was never finished") from error
     try:
         record = json.loads(data)["manifest"]
+        record = {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be read") from error
     if data != _commit_file(record):

@@ -99,8 +99,12 @@ class CheckpointStore:
 
     def check(self) -> None:
         """Raises what the save under way has died of, if it has."""
-        if self._under_way is not None and self._under_way.done():
+        if self.is_written():
             self._finish()
+
+    def is_written(self) -> bool:
+        """Whether this rank's thread has nothing left to do."""
+        return self._under_way is None or self._under_way.done()
 
     def wait(self) -> None:
         """Returns when the last save is committed, on every rank."""
@@ -145,6 +149,7 @@ class CheckpointStore:
         else:
             records = {_part_name(0): record.result()}
             records |= self._other_records(url, time.perf_counter() - started)
+            self._stop_if_abandoned()  # who abandons it then closes what `before_commit` uses
             before_commit()
             commit(self.storage, url, records, metadata)
             self._housekeeping.after_commit(Known.of(url, metadata))
@@ -152,11 +157,14 @@ class CheckpointStore:
 
     def _unless_abandoned(self, read: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
         def part(start: int, stop: int) -> bytes:
-            if self._abandoned.is_set():
-                raise RuntimeError("the checkpoint was given up")
+            self._stop_if_abandoned()
             return read(start, stop)
 
         return part
+
+    def _stop_if_abandoned(self) -> None:
+        if self._abandoned.is_set():
+            raise RuntimeError("the checkpoint was given up")
 
     def _other_records(self, url: str, own_seconds: float) -> dict[str, Record]:
         """What the other ranks wrote, once they all did; rank 0's own file took `own_seconds`."""
@@ -171,9 +179,13 @@ class CheckpointStore:
                 missing = [rank for rank, record in found.items() if record is None]
                 if missing and time.monotonic() > deadline:
                     ranks = ", ".join(map(str, missing))
-                    raise TimeoutError(f"{url}: not committed: rank {ranks} wrote nothing in {patience:.0f} s")
-                if missing and self._abandoned.wait(pause):
-                    raise RuntimeError("the checkpoint was given up")
+                    raise TimeoutError(
+                        f"{url}: not committed: rank {ranks} wrote nothing in {patience:.0f} s. "
+                        "Is it alive, and is that folder the same on every node?"
+                    )
+                if missing:
+                    self._abandoned.wait(pause)
+                    self._stop_if_abandoned()
                 pause = min(2 * pause, _LONGEST_LOOK)
         return dict(sorted(records.items()))
 

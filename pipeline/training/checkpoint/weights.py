@@ -1,5 +1,7 @@
 """What a finished stage hands over, and where the next one starts from: weights, never optimiser state.
 
+The checkpoint of a step, such as the best that a run kept, is read as what would have been handed over there.
+
 <run>/stages/0-vision/weights.safetensors, vocab.txt, MANIFEST.json, COMMIT.json
                       answers.json, classes.json   what the heads of fine-tuning choose among, if they were trained
 """
@@ -7,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +19,18 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import RunConfig
-from pipeline.data.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint.committed import commit, file_record, is_committed, read_committed
+from pipeline.data.choices import ANSWERS, CLASSES, Choices, choices_of
+from pipeline.data.storage import Storage, join, split
+from pipeline.training.checkpoint.committed import (
+    commit,
+    file_record,
+    is_committed,
+    read_committed,
+    read_manifest,
+    verify,
+)
+from pipeline.training.checkpoint.retention import step_of
+from pipeline.training.checkpoint.saved_state import SavedState
 from pipeline.training.checkpoint.tensor_file import TensorFile
 
 WEIGHTS, VOCABULARY = "weights.safetensors", "vocab.txt"
@@ -64,7 +76,7 @@ def save_weights(
 
 
 def load_weights(storage: Storage, url: str) -> Weights:
-    """Weights of a stage's folder, or of the last finished stage of a run's folder.
+    """Weights of a stage's folder, of the last finished stage of a run's folder, or of the checkpoint of a step.
 
     Raises CheckpointError when there is none or it is damaged.
     """
@@ -76,13 +88,14 @@ def load_weights(storage: Storage, url: str) -> Weights:
     if finished:
         url = join(url, "stages", finished[-1])
     if not is_committed(storage, url):
-        raise CheckpointError(f"{url}: no finished stage here; give the folder of a run or of one of its stages")
+        raise CheckpointError(
+            f"{url}: no finished stage here; give the folder of a run, of one of its stages or of a checkpoint"
+        )
+    if step_of(split(url)[1]) is not None:
+        return _of_checkpoint(storage, url)
     manifest, files = read_committed(storage, url)
     return Weights(
-        url=url,
-        config=RunConfig.model_validate_json(json.dumps(manifest["config"])),
-        stage=manifest["stage"],
-        step=manifest["step"],
+        **_facts(url, manifest),
         tensors=safetensors.torch.load(files[WEIGHTS]),
         vocabulary=files[VOCABULARY].decode().splitlines(),
         absent=frozenset(manifest.get("absent", ())),
@@ -90,6 +103,32 @@ def load_weights(storage: Storage, url: str) -> Weights:
             name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
         },
     )
+
+
+def _of_checkpoint(storage: Storage, url: str) -> Weights:
+    """The weights in a checkpoint's fragments, or their moving average where there is one."""
+    manifest = read_manifest(storage, url)
+    if "shapes" not in manifest:
+        raise CheckpointError(f"{url}: tells no shapes, for an older version wrote it; give a stage's folder")
+    files = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
+    saved = SavedState(storage, url, files, manifest["stage_step"])
+    facts = _facts(url, manifest)
+    config, names = facts["config"], [stage.name for stage in facts["config"].stages]
+    run = split(split(url)[0])[0]
+    return Weights(
+        **facts,
+        tensors={
+            name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
+            for name, shape in manifest["shapes"].items()
+        },
+        vocabulary=storage.read(join(run, VOCABULARY)).decode().splitlines(),
+        choices=choices_of(config, config.stages[: names.index(facts["stage"]) + 1], storage),
+    )
+
+
+def _facts(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    config = RunConfig.model_validate_json(json.dumps(manifest["config"]))
+    return {"url": url, "config": config, "stage": manifest["stage"], "step": manifest["step"]}
 
 
 def _stage_order(name: str) -> tuple[int, str]:

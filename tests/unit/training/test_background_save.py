@@ -127,8 +127,11 @@ def test_a_save_that_fails_says_so_at_the_next_step_and_the_next_save_is_whole(
     with pytest.raises(StorageError, match="no space left"):
         store.wait()
     assert not storage.exists(join(url, COMMIT))
+    storage.gate.clear()
     store.save(state(), metadata(2))
-    thread_of_the_save().join(10)
+    thread = thread_of_the_save()
+    storage.gate.set()
+    thread.join(10)
     with pytest.raises(StorageError, match="no space left"):
         store.check()
     storage.fault = None

@@ -1,0 +1,162 @@
+"""`mome bench checkpoint`: how long a save stops training, beside how long a synchronous one would.
+
+Fragments have the sizes of a real model's parameters, each with a weight and two Adam moments, and are saved as runs
+save them, into a folder that takes no more than so many bytes a second. "Training" is matrix products of about a
+hundredth of a second, whose pace is told while nothing is saved and while a save is under way.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from pipeline.config.errors import CheckpointError
+from pipeline.config.load import load_config
+from pipeline.config.model import TransformerConfig, VLMoConfig
+from pipeline.config.schema import CheckpointConfig, StorageConfig
+from pipeline.data.storage import Part, Storage, join
+from pipeline.models import skeleton
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.collectives import Collectives
+from pipeline.training.engine import Fragment
+
+VOCABULARY = 30522
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+_STEPS_ALONE = 50  # of "training" while nothing is saved
+
+Progress = Callable[[str], None]
+
+
+class ThrottledStorage(Storage):
+    """A store that takes at most so many bytes a second, of all its writers together."""
+
+    def __init__(self, config: StorageConfig, bytes_per_second: float):
+        super().__init__(config)
+        self._rate, self._turn, self._free = bytes_per_second, threading.Lock(), 0.0
+
+    def write_parts(self, url: str, size: int, part: Part) -> None:
+        def slowly(start: int, stop: int) -> bytes:
+            with self._turn:
+                self._free = max(self._free, time.monotonic()) + (stop - start) / self._rate
+                ready = self._free
+            data = part(start, stop)
+            time.sleep(max(ready - time.monotonic(), 0.0))
+            return data
+
+        super().write_parts(url, size, slowly)
+
+
+def bench_checkpoint(
+    config: Path | None = None,
+    url: str | None = None,
+    *,
+    mb_per_second: float = 50.0,
+    rounds: int = 1,
+    progress: Progress = lambda told: None,
+) -> dict[str, Any]:
+    """Save the state of the model of `config` (VLMo base without one) into the folder `url` (a temporary one without).
+
+    `stall_seconds` is what a save takes from training, `synchronous_seconds` what it takes until it is committed when
+    training waits for it; both are medians of `rounds`, and `ratio` is that of the two. A store that takes
+    `mb_per_second` (10^6 bytes) is imitated; 0 takes the real one's pace. What was saved is restored and compared.
+    """
+    section = VLMoConfig() if config is None else load_config(config).model
+    progress("inventing the state")
+    fragments = invented_state(section)
+    with _folder(url) as folder:
+        settings = StorageConfig()
+        storage = ThrottledStorage(settings, mb_per_second * 1e6) if mb_per_second else Storage(settings)
+        store = CheckpointStore(storage, folder, Collectives(), CheckpointConfig(keep=1))
+        started = time.perf_counter()
+        store.reserve(fragments)
+        reserved = time.perf_counter() - started
+        try:
+            alone = _train(lambda step: step < _STEPS_ALONE)
+            synchronous, stalls, beside = [], [], []
+            for number in range(rounds):
+                progress(f"round {number + 1} of {rounds}: a save that is waited for")
+                synchronous.append(_save(store, fragments, 2 * number, wait=True))
+                progress(f"round {number + 1} of {rounds}: a save beside training")
+                stalls.append(_save(store, fragments, 2 * number + 1, wait=False))
+                beside.append(_train(lambda _: not store.is_written()))
+                store.wait()
+            progress("restoring")
+            restored = _restore(store, fragments)
+        finally:
+            store.close()
+            store.storage.delete(store.url)
+    size = sum(value.nbytes for fragment in fragments for value in fragment.values.values())
+    return {
+        "parameters": sum(len(fragment.values["weight"]) for fragment in fragments),
+        "bytes": size,
+        "store_mb_per_second": mb_per_second or None,
+        "rounds": rounds,
+        "reserve_seconds": reserved,
+        "synchronous_seconds": median(synchronous),
+        "stall_seconds": median(stalls),
+        "ratio": median(stalls) / median(synchronous),
+        "step_seconds": {"alone": alone, "beside_a_save": median(beside)},
+        "restore_seconds": restored,
+    }
+
+
+def invented_state(section: TransformerConfig) -> list[Fragment]:
+    """What one rank that holds everything has of a model: random weights and moments of its parameters' sizes."""
+    sizes = {name: parameter.numel() for name, parameter in skeleton(section, VOCABULARY).named_parameters()}
+    return [Fragment(name, 0, {kind: torch.rand(size) for kind in KINDS}) for name, size in sizes.items()]
+
+
+def _save(store: CheckpointStore, fragments: list[Fragment], step: int, wait: bool) -> float:
+    """Seconds until training may go on."""
+    metadata = {"step": step, "stage": "bench", "stage_step": step, "plan_digest": "", "zero_stage": 0}
+    started = time.perf_counter()
+    store.save(fragments, {**metadata, "data_counts": {}})
+    if wait:
+        store.wait()
+    return time.perf_counter() - started
+
+
+def _train(go_on: Callable[[int], bool]) -> float:
+    """The median seconds of a step."""
+    matrix = torch.rand(512, 512)
+    seconds, step = [], 0
+    while go_on(step):
+        started = time.perf_counter()
+        for _ in range(3):
+            matrix = torch.softmax(matrix @ matrix, dim=1)
+        seconds.append(time.perf_counter() - started)
+        step += 1
+    return median(seconds)
+
+
+def _restore(store: CheckpointStore, fragments: list[Fragment]) -> float:
+    """Seconds to find, verify and read the last checkpoint, which must be what was saved."""
+    started = time.perf_counter()
+    found = store.latest()
+    if found is None:
+        raise CheckpointError(f"{store.url}: nothing was found of what was saved")
+    same = [
+        torch.equal(found[1].read(fragment.name, kind, 0, len(value)), value)
+        for fragment in fragments
+        for kind, value in fragment.values.items()
+    ]
+    if not all(same):
+        raise CheckpointError(f"{store.url}: {same.count(False)} tensors were not restored as they were saved")
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _folder(url: str | None) -> Iterator[str]:
+    if url is not None:
+        yield join(url, "mome-bench-checkpoint")
+        return
+    with tempfile.TemporaryDirectory(prefix="mome-bench-") as folder:
+        yield folder

@@ -1,0 +1,181 @@
+"""Saves of several ranks: committed when every rank's file is there, by no collective, and never when one has died."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import _rank, run_ranks
+
+from pipeline.data.storage import Part, Storage, join
+from pipeline.training.checkpoint import COMMIT, MANIFEST
+
+
+class Troubled(Storage):
+    """A store in which a rank's file meets trouble on its way."""
+
+    trouble: Any = staticmethod(lambda: None)
+
+    def write_parts(self, url: str, size: int, part: Part) -> None:
+        self.trouble()
+        super().write_parts(url, size, part)
+
+
+class Counting(Storage):
+    """A store that tells how many bytes of each file were read."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise AssertionError("counts are of one process")
+
+    def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
+        counts = self.__dict__.setdefault("counts", {})
+        name = url.rpartition("/")[2]
+        counts[name] = counts.get(name, 0) + stop - start
+        return super().read_range(url, start, stop, etag)
+
+
+def _store(storage: Storage, folder: str):
+    from pipeline.config.schema import CheckpointConfig
+    from pipeline.training.checkpoint import CheckpointStore
+    from pipeline.training.collectives import Collectives
+
+    return CheckpointStore(storage, folder, Collectives(), CheckpointConfig())
+
+
+def _save(store, step: int) -> str:
+    """One parameter of 3000 elements, its ranks' ranges end to end; element i of step s is i + s."""
+    from pipeline.training.engine import Fragment
+
+    share = 3000 // store.collectives.world_size
+    start = share * store.collectives.rank
+    weight = torch.arange(start, start + share) + float(step)
+    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 1, "data_counts": {}}
+    return store.save([Fragment("a", start, {"weight": weight})], metadata)
+
+
+def _restored(store) -> tuple[int, bool]:
+    checkpoint, saved = store.latest()
+    return checkpoint.step, torch.equal(saved.read("a", "weight", 0, 3000), torch.arange(3000.0) + checkpoint.step)
+
+
+def _a_slow_rank(folder: str) -> tuple[float, str]:
+    storage = Troubled()
+    store = _store(storage, folder)
+    if store.collectives.rank == 1:
+        storage.trouble = lambda: time.sleep(0.5)
+    url = _save(store, 1)
+    store.collectives.barrier()  # the trainer's own collectives go on meanwhile
+    store.wait()
+    return store.written()[0][1], url
+
+
+def test_rank_0_commits_when_the_slowest_rank_s_file_is_there(tmp_path: Path) -> None:
+    (first, url), (second, _) = run_ranks(_a_slow_rank, 2, str(tmp_path))
+    assert min(first, second) > 0.45
+    manifest = json.loads((Path(url) / MANIFEST).read_text(encoding="utf-8"))
+    assert sorted(manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert run_ranks(_latest, 1, str(tmp_path)) == [(1, True)]
+    assert run_ranks(_latest, 3, str(tmp_path)) == [(1, True)] * 3
+
+
+def _latest(folder: str) -> tuple[int, bool]:
+    return _restored(_store(Storage(), folder))
+
+
+def _a_rank_that_writes_nothing(folder: str) -> str:
+    from pipeline.config.schema import StorageConfig
+
+    storage = Troubled(StorageConfig(deadline_seconds=0.5))
+    store = _store(storage, folder)
+    if store.collectives.rank == 1:
+        storage.trouble = lambda: time.sleep(8)
+    url = _save(store, 1)
+    if store.collectives.rank == 1:
+        store.close(0.0)
+        return ""
+    with pytest.raises(TimeoutError, match="not committed: rank 1 wrote nothing"):
+        store.wait()
+    assert not storage.exists(join(url, COMMIT))
+    return "told"
+
+
+def test_a_rank_that_writes_nothing_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
+    assert run_ranks(_a_rank_that_writes_nothing, 2, str(tmp_path)) == ["told", ""]
+
+
+def _save_and_die(folder: str) -> str:
+    storage = Troubled()
+    store = _store(storage, folder)
+    _save(store, 1)
+    store.wait()
+    if store.collectives.rank == 1:
+        storage.trouble = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    url = _save(store, 2)
+    store.close(2.0)
+    return url
+
+
+def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(queue, rank, 2, port, _save_and_die, (str(tmp_path),))) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    rank, _, error = queue.get(timeout=120)
+    for process in ranks:
+        process.join(60)
+    assert (rank, error) == (0, None)
+    assert ranks[1].exitcode == -signal.SIGKILL
+    unfinished = sorted((tmp_path / "checkpoints").glob("step-00000002.*"))
+    assert len(unfinished) == 1
+    assert not (unfinished[0] / COMMIT).exists()
+    assert run_ranks(_resumed, 2, str(tmp_path)) == [1, 1]
+    assert not unfinished[0].exists()
+    assert run_ranks(_latest, 1, str(tmp_path)) == [(2, True)]
+
+
+def _resumed(folder: str) -> int:
+    """The next attempt: it goes on from the checkpoint, and saves the step at which the last one died."""
+    store = _store(Storage(), folder)
+    step, right = _restored(store)
+    assert right
+    store.clear_up()
+    _save(store, step + 1)
+    store.wait()
+    return step
+
+
+def _read_own_half(folder: str) -> dict[str, int]:
+    storage = Counting()
+    store = _store(storage, folder)
+    store.latest()
+    return storage.__dict__["counts"]
+
+
+def test_ranks_share_the_reading_through_of_the_files(tmp_path: Path) -> None:
+    """Each verifies its half of four files, and reads no more than the first block of the others' (here all of it)."""
+    run_ranks(_save_committed, 4, str(tmp_path))
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    for rank, counts in enumerate(run_ranks(_read_own_half, 2, str(tmp_path))):
+        for number, (name, size) in enumerate(sorted(sizes.items())):
+            assert counts[name] == size * (2 if number % 2 == rank else 1)
+
+
+def _save_committed(folder: str) -> None:
+    store = _store(Storage(), folder)
+    _save(store, 1)
+    store.wait()

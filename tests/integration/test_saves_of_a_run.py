@@ -1,0 +1,76 @@
+"""A run's checkpoints as the loop leaves them: those that the config keeps, with their metrics, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.storage import Storage
+from pipeline.training.checkpoint import load_weights, read_committed
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one short stage, saved every two of its steps."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.yaml").write_text(
+        f"name: saved\noutput: {folder}\ntracking: {{metrics_every: 1}}\n"
+        f"sources: {{texts: {{shards: {folder}/scenes, use: text, synthetic: {{scenes: 60, image_size: 16}}}}}}\n"
+        "model: {width: 16, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
+        "data: {lanes: 2}\nengine: {precision: float32}\n"
+        "checkpoint: {every: 2, keep: 1, keep_every: 4, keep_best: {metric: train/loss, mode: max}}\n"
+        f"stages:\n- {{name: language, sources: {{texts: 1.0}}, objectives: {{masked_language: {{}}}}, batch: 4, "
+        f"steps: {STEPS}, max_text: 16}}\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "pipeline.training", str(folder / "run.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "saved"
+
+
+def metrics(run: Path, name: str) -> dict[int, float]:
+    records = [
+        json.loads(line)
+        for file in sorted((run / "journal").glob("*.jsonl"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    return {r["step"]: r["values"][name] for r in records if r["kind"] == "metrics" and name in r["values"]}
+
+
+def test_what_the_config_keeps_is_there_and_whole(run: Path) -> None:
+    losses = metrics(run, "train/loss")
+    saved = [step for step in losses if step % 2 == 0 and step < STEPS]
+    best = max(saved, key=lambda step: losses[step])
+    manifests = [read_committed(Storage(), str(folder))[0] for folder in (run / "checkpoints").iterdir()]
+    assert {manifest["step"] for manifest in manifests} == {4, 8, 10, best}
+    for manifest in manifests:
+        assert manifest["metrics"]["train/loss"] == losses[manifest["step"]]
+
+
+def test_every_save_tells_what_it_took_from_training_and_how_long_it_was_under_way(run: Path) -> None:
+    for name in ("ckpt/stall_s", "ckpt/wait_s", "ckpt/write_s"):
+        assert sorted(metrics(run, name)) == [2, 4, 6, 8, 10], name
+    stalls = metrics(run, "ckpt/stall_s")
+    assert all(waited <= stalls[step] for step, waited in metrics(run, "ckpt/wait_s").items())
+
+
+def test_the_weights_of_a_checkpoint_are_read_as_those_of_a_stage_are(run: Path) -> None:
+    """With the model's names and shapes, the vocabulary and the config: a stage may start from them."""
+    handed_over = load_weights(Storage(), str(run))
+    (folder,) = (run / "checkpoints").glob("step-00000010.*")
+    found = load_weights(Storage(), str(folder))
+    assert {n: t.shape for n, t in found.tensors.items()} == {n: t.shape for n, t in handed_over.tensors.items()}
+    assert (found.step, found.stage, found.vocabulary) == (10, "language", handed_over.vocabulary)
+    assert found.config == handed_over.config
+    far = [n for n, t in found.tensors.items() if (t - handed_over.tensors[n]).abs().max() > 0.01]
+    assert not far, "two steps from the end, weights are near those of the end"
