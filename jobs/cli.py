@@ -13,7 +13,7 @@ import typer
 from jobs.bench import app as bench_app
 from jobs.console import ProgressDisplay, console, print_result
 from jobs.shards import app as shards_app
-from pipeline.config.errors import MomeError
+from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
 
 app = typer.Typer(
@@ -217,6 +217,28 @@ def objectives(
         print_result(found, as_json)
     else:
         typer.echo(as_text(found))
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="The run that is meant: its store, sources, servers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What works on this machine, what does not, and how to mend it. Exit status 1 if something needed does not."""
+    from jobs import doctor as checks
+
+    if overrides and config is None:
+        raise ConfigError("KEY=VALUE changes a config; give one with --config")
+    settings = load_config(config, overrides or []) if config else None
+    with console.status("looking") as status:
+        findings = checks.examine(settings, lambda name: status.update(f"looked at: {name}"))
+    if as_json:
+        print_result(checks.as_json(findings), as_json)
+    else:
+        typer.echo(checks.as_text(findings))
+    if not checks.healthy(findings):
+        raise typer.Exit(1)
 
 
 @app.command("import")

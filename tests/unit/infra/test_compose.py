@@ -1,4 +1,4 @@
-"""The compose file: every value given, no secret in it, no port open to others, and what refers to something finds it."""
+"""The compose file: every value given, no secret in it, no port open to others, and every name leads somewhere."""
 
 from __future__ import annotations
 

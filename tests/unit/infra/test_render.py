@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_every_setting_of_the_example_is_used() -> None:
 def test_every_setting_of_the_example_is_explained() -> None:
     """A comment, or another setting that one explains together with it, stands right above."""
     lines = EXAMPLE.read_text().splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in itertools.pairwise(lines):
         assert "=" not in line or line.startswith("#") or above.startswith("#") or "=" in above, line
 
 

@@ -1,6 +1,6 @@
 """The scripts of infra/: bash reads them, and the Slurm job tries again, gives up, and goes back into the queue.
 
-Slurm's commands are stand-ins that write down what they were asked; `srun` runs what the test says in place of torchrun.
+Slurm's commands are stand-ins that write down what they were asked; `srun` runs what a test says for torchrun.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def test_torchrun_is_started_on_every_node_with_the_runs_own_arguments(start: St
     (step,) = asked(tmp_path)
     for expected in ("--nnodes 2", "--nproc-per-node 8", "--rdzv-endpoint node7:29400", "-m pipeline.training"):
         assert expected in step
-    assert (tmp_path / "last").read_text().splitlines() == ["configs/demo.yaml", "name=a run", "output=s3://bucket/runs"]
+    assert (tmp_path / "last").read_text().splitlines() == [
+        "configs/demo.yaml",
+        "name=a run",
+        "output=s3://bucket/runs",
+    ]
 
 
 def test_torchrun_has_the_options_that_it_is_given(start: Start, tmp_path: Path) -> None:
@@ -95,11 +99,9 @@ def test_failures_are_bounded_and_the_last_status_is_the_jobs(start: Start, tmp_
 
 
 @pytest.mark.parametrize("sent", ["USR1", "TERM"])
-def test_a_job_that_is_told_to_go_tells_its_ranks_and_is_queued_again(
-    sent: str, start: Start, tmp_path: Path
-) -> None:
-    ranks = f"trap 'echo saved >> {tmp_path}/asked; exit 1' USR1; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done"
-    job = start(ranks)
+def test_a_job_that_is_told_to_go_tells_its_ranks_and_is_queued_again(sent: str, start: Start, tmp_path: Path) -> None:
+    saves = f"trap 'echo saved >> {tmp_path}/asked; exit 1' USR1"
+    job = start(f"{saves}; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done")
     deadline = time.monotonic() + 30
     while not (tmp_path / "ranks").exists():
         assert time.monotonic() < deadline

@@ -1,0 +1,443 @@
+"""`mome doctor`: every check fails when it should, and says how to mend it; none fails for what nobody asked for."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from jobs import doctor
+from jobs.cli import app
+from jobs.doctor import compute, machine, services
+from jobs.doctor.finding import Finding, fails, not_asked, works
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+
+DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
+Serve = Callable[..., str]
+PATIENCE = 300.0  # with a Ray that starts on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_or_store_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def demo(tmp_path: Path, *overrides: str) -> RunConfig:
+    return load_config(DEMO, [f"output={tmp_path}/runs", *overrides])
+
+
+def failing(finding: Finding, *told: str) -> bool:
+    """Whether it fails, says so with all of `told`, and names a remedy."""
+    return finding.status == "fails" and all(each in finding.found for each in told) and bool(finding.mend)
+
+
+# ---- the machine
+
+
+@pytest.mark.parametrize(
+    ("requirement", "told"),
+    [("numpy>=99.1", "is older than 99.1"), ("no-such-package>=1", "no-such-package is missing")],
+)
+def test_a_package_that_is_missing_or_too_old_fails(requirement: str, told: str) -> None:
+    assert failing(machine.packages(["pydantic>=2.10", requirement]), told)
+
+
+def test_a_package_of_another_version_than_tested_is_told(tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text("# tested\nnumpy==2.0.1\n")
+    finding = machine.packages(["numpy>=2.0"], constraints)
+    assert finding.status == "works"
+    assert "(tested: 2.0.1)" in finding.found
+
+
+def test_builds_of_one_version_are_equal(tmp_path: Path) -> None:
+    constraints = tmp_path / "constraints.txt"
+    constraints.write_text(f"torch=={torch.__version__.split('+')[0]}.0\n")
+    assert "torch" not in machine.packages(["torch>=2.8"], constraints).found
+
+
+def test_what_mome_needs_is_read_from_its_own_metadata() -> None:
+    assert machine.packages(machine.requirements()).status == "works"
+    assert len(machine.requirements()) > 15
+
+
+def test_a_disk_with_too_little_room_fails(tmp_path: Path) -> None:
+    assert machine.disk("output disk", tmp_path / "runs" / "demo", needed=1).status == "works"
+    assert failing(machine.disk("output disk", tmp_path / "runs" / "demo", needed=2**60), "free")
+
+
+def test_a_folder_that_cannot_be_made_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert failing(machine.disk("output disk", tmp_path / "file" / "runs"), "is not a folder that can be written")
+
+
+def test_too_little_shared_memory_fails(tmp_path: Path) -> None:
+    assert machine.shared_memory(0, tmp_path).status == "works"
+    assert failing(machine.shared_memory(2**60, tmp_path), "needed")
+    assert failing(machine.shared_memory(0, tmp_path / "shm"), "is missing")
+
+
+def test_shared_memory_is_needed_by_loader_processes_and_by_nccl(tmp_path: Path) -> None:
+    threads = demo(tmp_path)
+    processes = demo(tmp_path, "data.loader.workers=2", "data.loader.prefetch_batches=3")
+    batch = 64 * 3 * 48 * 48  # the largest stage's rows as uint8 pictures
+    assert machine.shared_memory_of(threads, accelerators=0) == 0
+    assert machine.shared_memory_of(processes, accelerators=0) == 4 * batch
+    assert machine.shared_memory_of(processes, accelerators=1) == machine.NCCL_BYTES + 4 * batch // 2
+    assert machine.shared_memory_of(None, accelerators=8) == machine.NCCL_BYTES
+
+
+def test_too_few_open_files_fail() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        finding = machine.open_files()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert failing(finding, "1024 may be open")
+
+
+def test_memory_that_may_not_be_locked_fails_where_there_is_infiniband(tmp_path: Path) -> None:
+    assert machine.locked_memory(tmp_path / "none").status == "not asked"
+    (tmp_path / "mlx5_0").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (min(65536, soft) if soft > 0 else 65536, hard))
+    try:
+        finding = machine.locked_memory(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+    assert failing(finding, "mlx5_0")
+
+
+# ---- what ranks compute with
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an accelerator")
+
+
+@needs_no_cuda
+def test_an_accelerator_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    seen = compute.driver()
+    assert seen == ["NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15"]
+    assert failing(compute.accelerator(None, seen), "H100", "torch")
+
+
+@needs_no_cuda
+def test_no_accelerator_fails_only_where_the_run_asks_for_one_here(tmp_path: Path) -> None:
+    asks = "cluster.gpus_per_worker=1"
+    assert compute.accelerator(None, []).status == "not asked"
+    assert compute.accelerator(demo(tmp_path), []).status == "not asked"
+    assert compute.accelerator(demo(tmp_path, asks, "cluster.address=head:6379"), []).status == "not asked"
+    assert failing(compute.accelerator(demo(tmp_path, asks), []), "cluster.gpus_per_worker")
+
+
+def test_a_driver_that_answers_with_a_fault_sees_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate with the driver'\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert compute.driver() == []
+
+
+def test_ranks_that_cannot_reach_each_other_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    assert failing(compute.gloo(), "could not sum a tensor", "nosuch0")
+
+
+def test_nccl_is_not_asked_for_without_an_accelerator() -> None:
+    assert compute.nccl(0).status == "not asked"
+
+
+def test_what_hangs_is_ended_and_fails() -> None:
+    process = subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert compute.finish_child(process, 0.1) == ("it hung, and was ended", 1)
+    assert process.poll() is not None
+
+
+def test_a_folder_of_operators_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
+    assert failing(compute.operators(), "cannot be written")
+
+
+def test_operators_that_cannot_be_built_fail_and_the_compiler_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert failing(compute.operators(), "there is no C++ compiler (no-such-compiler)")
+
+
+# ---- what a run speaks to
+
+
+def test_an_output_that_can_be_written_works_and_nothing_is_left(tmp_path: Path) -> None:
+    config = demo(tmp_path)
+    assert services.output(config, services.patient(config)).status == "works"
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_a_bucket_is_written_to_and_one_that_is_not_there_fails(s3: Any, tmp_path: Path) -> None:
+    def output(url: str) -> Finding:
+        config = demo(tmp_path).model_copy(update={"output": url, "storage": s3.config})
+        return services.output(config, services.patient(config))
+
+    assert output(s3.url("runs")).status == "works"
+    assert Storage(s3.config).list(s3.url("runs")) == []
+    assert failing(output("s3://no-such-bucket/runs"), "no-such-bucket")
+
+
+def test_an_output_that_cannot_be_written_fails(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    config = demo(tmp_path)
+    assert failing(services.output(config, services.patient(config)), str(tmp_path))
+
+
+class Forgetful(Storage):
+    """A store that takes everything and lists nothing."""
+
+    def list(self, url: str) -> list[str]:
+        return []
+
+
+def test_a_store_that_is_not_consistent_fails(tmp_path: Path) -> None:
+    assert failing(services.output(demo(tmp_path), Forgetful()), "does not list")
+
+
+def of_shards(tmp_path: Path, url: str) -> RunConfig:
+    return load_config(DEMO, [f"output={tmp_path}/runs", f"sources.pictures.shards={url}"])
+
+
+def source(tmp_path: Path, url: str) -> Finding:
+    return {f.name: f for f in services.sources(of_shards(tmp_path, url), Storage())}["source pictures"]
+
+
+def test_sources_fail_when_they_are_not_there_or_empty(tmp_path: Path, make_pairs: Callable[..., str]) -> None:
+    good = make_pairs("good", [3, 2])
+    assert "2 tars, not indexed yet" in source(tmp_path, good).found
+    (tmp_path / "bare").mkdir()
+    assert failing(source(tmp_path, str(tmp_path / "bare")))
+    assert failing(source(tmp_path, str(tmp_path / "absent")), str(tmp_path / "absent"))
+
+
+def test_an_indexed_source_says_what_it_holds_and_fails_when_a_shard_is_gone(
+    tmp_path: Path, make_pairs: Callable[..., str]
+) -> None:
+    from pipeline.data.manifest import ensure_indexed
+
+    folder = make_pairs("pairs", [3, 2])
+    ensure_indexed(Storage(), folder)
+    assert source(tmp_path, folder) == works("source pictures", f"{folder}: 5 samples in 2 shards")
+    (Path(folder) / "00000.tar").unlink()
+    assert failing(source(tmp_path, folder), "00000.tar")
+
+
+def test_a_source_that_the_run_draws_is_not_missed(tmp_path: Path) -> None:
+    config = load_config(DEMO, [f"sources.scenes.shards={tmp_path}/scenes", f"sources.unseen.shards={tmp_path}/unseen"])
+    findings = {finding.name: finding for finding in services.sources(config, Storage())}
+    assert findings["source unseen"] == works("source unseen", f"{tmp_path}/unseen: drawn when the run starts")
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """serve({"/path": "body"}, date=…) -> URL of an HTTP server that answers that, and says that time."""
+    servers = []
+
+    def start(pages: dict[str, str], date: float | None = None) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = pages.get(self.path)
+                self.send_response_only(200 if body is not None else 404)
+                self.send_header("Date", formatdate(time.time() if date is None else date, usegmt=True))
+                self.end_headers()
+                self.wfile.write((body or "").encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_mlflow_fails_when_it_does_not_answer_even_where_a_run_may_start(tmp_path: Path) -> None:
+    config = demo(tmp_path, f"tracking.uri=http://127.0.0.1:{closed_port()}", "tracking.required=false")
+    assert failing(services.mlflow(config), "does not answer")
+
+
+def test_mlflow_of_another_major_version_fails(tmp_path: Path, serve: Serve) -> None:
+    old = serve({"/health": "OK", "/version": "2.9.1"})
+    assert failing(services.mlflow(demo(tmp_path, f"tracking.uri={old}")), "is of version 2.9.1")
+    same = serve({"/health": "OK", "/version": services.importlib.metadata.version("mlflow")})
+    assert services.mlflow(demo(tmp_path, f"tracking.uri={same}")).status == "works"
+
+
+def test_mlflow_in_a_file_works_and_without_a_config_is_not_asked_for(tmp_path: Path) -> None:
+    assert services.mlflow(demo(tmp_path)).status == "works"
+    assert services.mlflow(None).status == "not asked"
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_a_clock_that_is_wrong_fails(skew: float, serve: Serve) -> None:
+    silent = f"http://127.0.0.1:{closed_port()}"
+    assert failing(services.clock([silent, serve({}, date=time.time() + skew)]), "behind" if skew > 0 else "ahead of")
+
+
+def test_a_clock_is_right_or_not_asked_for(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert services.clock([serve({"/": ""})]).status == "works"
+    assert services.clock([]).status == "not asked"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:7070")
+    assert services.servers(demo(tmp_path)) == ["http://store:7070"]
+
+
+def test_a_cluster_that_does_not_answer_fails(tmp_path: Path) -> None:
+    config = demo(tmp_path, f"cluster.address=127.0.0.1:{closed_port()}")
+    assert failing(services.ray_cluster(config), "no Ray cluster answers")
+
+
+def test_a_cluster_that_is_not_named_is_not_asked_for(tmp_path: Path) -> None:
+    assert services.ray_cluster(demo(tmp_path)).status == "not asked"
+
+
+def test_a_cluster_says_what_it_has_beside_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(services, "CLUSTER_SECONDS", PATIENCE)
+    folder, port = Path(tempfile.mkdtemp(prefix="doctor")), closed_port()  # a socket's path is a short one
+    ports = [f"--port={port}", "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false"]
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=3", *ports]
+    head = subprocess.Popen([*start, f"--temp-dir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not answers(port):
+            assert time.monotonic() < deadline
+            assert head.poll() is None
+            time.sleep(0.5)
+        config = demo(tmp_path, f"cluster.address=127.0.0.1:{port}", "cluster.cpus_per_worker=2")
+        finding = services.ray_cluster(config)
+    finally:
+        head.terminate()
+        head.wait(PATIENCE)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert finding.status == "works", finding
+    assert "1 node(s) with 3 CPU, 0 GPU" in finding.found
+    assert "the run asks for 4 CPU" in finding.found
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home that others may enter: pytest's folders are closed to them."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / ".ray").mkdir(mode=0o755)
+        monkeypatch.setenv("HOME", folder)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(("mode", "status"), [(0o644, "fails"), (0o640, "fails"), (0o600, "works")])
+def test_a_token_that_others_may_read_fails(mode: int, status: str, home: Path) -> None:
+    token = home / ".ray" / "auth_token"
+    token.write_text("a token")
+    token.chmod(mode)
+    finding = services.ray_token(None)
+    assert finding.status == status
+    assert finding.mend == ("" if status == "works" else f"chmod 600 {token}")
+
+
+def test_a_token_in_a_home_that_is_closed_is_safe(home: Path) -> None:
+    (home / ".ray" / "auth_token").write_text("a token")
+    (home / ".ray" / "auth_token").chmod(0o644)
+    home.chmod(0o700)
+    assert services.ray_token(None).status == "works"
+
+
+@pytest.mark.parametrize(
+    ("address", "status"), [("head:6379", "fails"), ("127.0.0.1:6379", "not asked"), ("auto", "not asked")]
+)
+def test_a_cluster_elsewhere_is_not_entered_without_a_token(
+    address: str, status: str, home: Path, tmp_path: Path
+) -> None:
+    assert services.ray_token(demo(tmp_path, f"cluster.address={address}")).status == status
+
+
+def test_a_token_that_is_named_and_missing_or_empty_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
+    assert failing(services.ray_token(None), "is no file")
+    (home / "token").write_text("\n")
+    assert failing(services.ray_token(None), "is empty")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
+    assert services.ray_token(None).status == "works"
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize(
+    ("findings", "status"),
+    [
+        ([works("gloo", "2 ranks"), not_asked("NCCL", "none")], 0),
+        ([works("gloo", "2 ranks"), fails("disk", "full", "free some")], 1),
+    ],
+)
+def test_the_exit_status_says_whether_everything_needed_works(
+    findings: list[Finding], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_findings", lambda config: iter(findings))
+    told = CliRunner().invoke(app, ["doctor"])
+    assert told.exit_code == status
+    assert all(finding.found in told.output and finding.mend in told.output for finding in findings)
+
+
+def test_overrides_without_a_config_are_refused() -> None:
+    assert "--config" in str(CliRunner().invoke(app, ["doctor", "name=other"]).exception)
+
+
+def test_the_whole_command_on_this_machine(tmp_path: Path, serve: Serve) -> None:
+    server = serve({"/health": "OK", "/version": services.importlib.metadata.version("mlflow")})
+    command = [sys.executable, "-m", "jobs.cli", "doctor", "--json", "--config", str(DEMO)]
+    overrides = [f"output={tmp_path}/runs", f"tracking.uri={server}"]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
+    result = json.loads(done.stdout.splitlines()[-1])
+    statuses = {finding["name"]: finding["status"] for finding in result["findings"]}
+    works_here = {"packages", "gloo", "DeepSpeed operators", "output", "MLflow", "clock"}
+    assert {name for name in works_here if statuses[name] == "works"} == works_here, result
+    assert result["works"] == ("fails" not in statuses.values())
+    assert done.returncode == (0 if result["works"] else 1)
