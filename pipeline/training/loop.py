@@ -27,7 +27,9 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard
 from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.prepare import prepare
+from pipeline.training.profile import profiled
 from pipeline.training.schedule import learning_rate
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
@@ -103,7 +105,7 @@ class StageRun:
         report: Report,
         preparer: PreparerFactory,
     ):
-        config = config.for_stage(config.stages[index])
+        config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, tracker, report
@@ -123,7 +125,7 @@ class StageRun:
         self._begin_tracking(start)
         meter = Meter(self.stage.batch, start, self.loader)
         try:
-            for step, batch in self._steps(start):
+            for step, batch in self._profiled(self._steps(start)):
                 self.guard.begin(step - start)
                 losses = self.step(batch)
                 self.guard.check(self.first + step)
@@ -142,6 +144,9 @@ class StageRun:
     def _steps(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Steps first: no batch is drawn and lost."""
         return zip(range(start, self.stage.steps), self.loader.batches(start), strict=False)
+
+    def _profiled(self, steps: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        return profiled(steps, self.first, self.config, self.storage, self.tracker, self.collectives.rank)
 
     # ---- where it starts
 
