@@ -47,12 +47,28 @@ def demo(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="One full step of each stage on every rank, storage, MLflow; no run.")
+    ] = False,
+    profile: Annotated[str | None, typer.Option(help="Steps A:B, over all stages, to record a trace of.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Run the stages of CONFIG, or go on where the run stopped. A local Ray is started if no address is given."""
     from jobs.evaluate import evaluate_run
+    from jobs.preflight import preflight_on_ray
     from jobs.pretrain import pretrain
+    from pipeline.training.profile import Window
 
-    settings = load_config(config, overrides or [])
+    more = [] if profile is None else [f"tracking.profile={Window.parse(profile)}"]
+    settings = load_config(config, [*(overrides or []), *more])
+    if preflight:
+        with console.status("checking on every rank"):
+            checked = preflight_on_ray(settings)
+        print_result(checked, as_json)
+        return
     with ProgressDisplay() as show:
         trained = pretrain(settings, show)
     if not trained:

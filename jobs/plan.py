@@ -73,12 +73,13 @@ def _plan_stage(config: RunConfig, stage: StageConfig, work: Work, target: Targe
         steps=stage.steps,
         batch=stage.batch,
         pictures={"text": 0, "regions": 0, "statements": 2}.get(config.use_of(stage), 1),
-        micro_batch=micro if isinstance(micro, int) else None,
+        micro_batch=None if micro == "auto" else micro,
         checkpoint_every=config.checkpoint.every,
         work=work,
     )
 
     def at(gpus: int, largest: bool = False, **engine: Any) -> StageEstimate:
+        engine = {"micro_batch": described.micro_batch, **engine}
         settings = config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
         sharding = sharding_of(settings, stage, gpus, on_cuda=True)
         found = estimate(described, sharding, target.accelerator, target.network, assumptions)
@@ -156,9 +157,16 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
 
 
 def _stage_json(plan: StagePlan) -> dict[str, Any]:
-    found = asdict(plan.chosen) | {"memory": plan.chosen.memory.as_json(), "sample_bytes": plan.assumptions.sample_bytes}
+    found = asdict(plan.chosen) | {
+        "memory": plan.chosen.memory.as_json(),
+        "sample_bytes": plan.assumptions.sample_bytes,
+    }
     others = {
-        name: {"memory_bytes": each.memory.as_json(), "fits": each.fits, "largest_micro_batch": each.largest_micro_batch}
+        name: {
+            "memory_bytes": each.memory.as_json(),
+            "fits": each.fits,
+            "largest_micro_batch": each.largest_micro_batch,
+        }
         | {"step_seconds": each.step_seconds}
         for name, each in plan.by_zero_stage.items()
     }

@@ -83,4 +83,6 @@ def _stage(name: str, points: list[Point], colour: str, across: _Axis, up: _Axis
 
 
 def _text(x: float, y: float, told: str, anchor: str, size: int, colour: str = "black") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(told)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(told)}</text>'
+    )

@@ -26,15 +26,15 @@ def as_text(plans: list[StagePlan], target: Target) -> str:
 def _stage(plan: StagePlan, target: Target) -> Iterator[str]:
     one = plan.chosen
     yield (
-        f"stage {one.name}: {one.parameters.total / 1e6:,.1f} M parameters, {one.parameters.trained / 1e6:,.1f} M trained; "
-        f"{one.gpus} GPUs x {one.accumulation} x {one.micro_batch} rows"
+        f"stage {one.name}: {one.parameters.total / 1e6:,.1f} M parameters, {one.parameters.trained / 1e6:,.1f} M "
+        f"trained; {one.gpus} GPUs x {one.accumulation} x {one.micro_batch} rows"
     )
     rows = {
         "step": f"{one.step_seconds * 1000:,.0f} ms: arithmetic {one.compute_seconds * 1000:,.0f}, communication "
         f"{one.communication_seconds * 1000:,.0f} ({one.communication_bytes / GB:,.2f} GB sent by each GPU)",
         "arithmetic": f"{one.flops_per_step / TERA:,.1f} TFLOP a step, {one.tokens_per_step:,.0f} tokens a step",
         "speed": f"{one.samples_per_second:,.0f} samples/s",
-        "needs": f"{one.storage_bytes_per_second / GB:,.2f} GB/s of storage, {one.loader_cores:,.0f} CPU cores to prepare",
+        "needs": f"{one.storage_bytes_per_second / GB:,.2f} GB/s of storage, {one.loader_cores:,.0f} cores to prepare",
         "checkpoint": f"{one.checkpoint_bytes / GB:,.2f} GB, {duration(one.checkpoint_seconds)} to the store",
         "time": f"{one.hours:,.1f} h" + (f", cost {one.cost:,.0f}" if target.assumptions.price else ""),
     }
@@ -47,7 +47,12 @@ def _stage(plan: StagePlan, target: Target) -> Iterator[str]:
 
 def _memory(plan: StagePlan, target: Target) -> Iterator[str]:
     room = usable_bytes(target.accelerator, target.assumptions) / GB
-    yield f"  GB of each GPU, {room:,.1f} usable" + " " * 8 + "".join(f"{name:>12}" for name in CATEGORIES) + "  largest micro-batch"
+    yield (
+        f"  GB of each GPU, {room:,.1f} usable"
+        + " " * 8
+        + "".join(f"{name:>12}" for name in CATEGORIES)
+        + "  largest micro-batch"
+    )
     for name, each in {"as configured": plan.chosen, **plan.by_zero_stage}.items():
         values = "".join(f"{each.memory.as_json()[category] / GB:>12,.2f}" for category in CATEGORIES)
         yield f"  {name:<36}{values}  {_fit(each)}"
@@ -77,9 +82,11 @@ def assumptions_of(plans: list[StagePlan], target: Target) -> Iterator[str]:
         f"{accelerator.memory_bytes / GB:,.0f} GB, {accelerator.per_node} a node, joined inside it at "
         f"{accelerator.inside_bandwidth / GB:,.0f} GB/s x {INTRA_EFFICIENCY}"
     )
-    yield f"  {network.name}: {network.bandwidth / GB:,.2f} GB/s for each GPU x {network.efficiency}, {network.latency * 1e6:.0f} us"
+    speed = f"{network.bandwidth / GB:,.2f} GB/s for each GPU x {network.efficiency}"
+    yield f"  {network.name}: {speed}, {network.latency * 1e6:.0f} us"
     known = {plan.assumptions.sample_bytes for plan in plans}
     for name, value in asdict(target.assumptions).items():
         told = " or ".join(f"{each:,.0f}" for each in sorted(known)) if name == "sample_bytes" else f"{value:g}"
         yield f"  {name} {told}"
-    yield f"  texts as long as the stage allows, unless --text-tokens says otherwise; {CONTEXT_BYTES / GB} GB for CUDA and NCCL"
+    yield "  texts as long as the stage allows, unless --text-tokens says otherwise"
+    yield f"  {CONTEXT_BYTES / GB} GB for CUDA and NCCL"

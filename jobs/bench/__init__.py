@@ -134,3 +134,23 @@ def checkpoint(
     with console.status("starting") as status:
         result = bench_checkpoint(config, url, mb_per_second=mb_per_second, rounds=rounds, progress=status.update)
     print_result(result, as_json)
+
+
+@app.command()
+def step(
+    config: Annotated[Path, typer.Argument(help="A YAML config, such as configs/vlmo_base.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    stage: Annotated[str | None, typer.Option(help="The stage; the last, if not given.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="On this machine; each on a GPU, where there are any.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Time and memory of a stage's steps here, beside what `mome plan` says; without Ray, and without data.
+
+    On several machines: torchrun … -m pipeline.training.step_bench CONFIG [--stage NAME] [key=value …]
+    """
+    from jobs.bench.step import run_step_bench
+
+    with console.status("training a few steps"):
+        result = run_step_bench(config, overrides or [], stage, ranks, steps)
+    print_result(result, as_json)

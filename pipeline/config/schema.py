@@ -266,7 +266,9 @@ class EngineConfig(Section):
     offload_optimizer: bool = changeable(False)  # master weights and moments live in host memory, at ZeRO 1, 2 and 3
     offload_parameters: bool = changeable(False)  # and so do the weights that are not in use, at ZeRO 3
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    micro_batch: Positive | None = changeable(None)  # most samples one forward may hold; None: a rank's whole share
+    # Most samples one forward may hold; None: a rank's whole share; auto: as many as fit the smallest rank's memory.
+    micro_batch: Positive | Literal["auto"] | None = changeable(None)
+    memory_gb: float | None = changeable(None, gt=0)  # of a rank, that auto may fill; None: what its GPU has free
     threads: Positive = 1  # CPU threads of a rank's tensor arithmetic
     check_graph_every: Positive = changeable(100)  # steps between two comparisons of the ranks' graphs
 
@@ -308,6 +310,8 @@ class TrackingConfig(Section):
     metrics_every: Positive = changeable(10)  # steps between two points; reading them is the only host synchronisation
     flush_seconds: float = changeable(5.0, gt=0)
     required: bool = changeable(True)  # refuse to start a run when the server does not answer
+    # Steps A:B (counted over all stages) of which rank 0 records a trace, as `mome train --profile A:B` says.
+    profile: str | None = changeable(None, pattern=r"^\d+:\d+$")
 
 
 class EvaluationConfig(Section):

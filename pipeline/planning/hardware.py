@@ -1,8 +1,8 @@
 """Accelerators and networks by name, from their makers' data sheets: what an estimate divides by.
 
-Peaks are of dense bfloat16 products, without sparsity. Bandwidths are of one accelerator in one direction; a network of
-400 Gbit/s a card is shared by nobody, as is usual where every accelerator has a card of its own (DGX H100, EFA p5). What
-real runs reach of a peak is an assumption (`efficiency`), told beside every estimate.
+Peaks are of dense bfloat16 products, without sparsity. Bandwidths are of one accelerator in one direction: InfiniBand and
+EFA have a card for each, Ethernet one for the eight of a node. What real runs reach of them is an assumption, which is
+printed beside every estimate.
 """
 
 from __future__ import annotations

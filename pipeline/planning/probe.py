@@ -1,8 +1,8 @@
 """Watching code run: the bytes that its tensors hold, and the arithmetic it asks for.
 
-Storages are followed from the operation that makes them to their release, so that what autograd saves, what checkpointing
-drops, and what backward holds for a moment are all found without naming any layer. It works on tensors without memory
-(the meta device) as on real ones; only attention must be told which kernel the real device will choose.
+Storages are followed from the operation that makes them to their release, so that what autograd saves, what
+checkpointing drops, and what backward holds for a moment are found without naming any layer. It works on tensors
+without memory (the meta device) as on real ones; only attention must be told which kernel the device will choose.
 
 Shapes: B rows, H heads, Q queries, K keys, D width of a head.
 """

@@ -1,4 +1,7 @@
-"""Train without Ray:  torchrun --nproc-per-node 2 -m pipeline.training configs/demo.yaml [key=value …]"""
+"""Train without Ray:  torchrun --nproc-per-node 2 -m pipeline.training configs/demo.yaml [key=value …]
+
+`--preflight` checks everything on every rank and trains nothing; `--profile A:B` records a trace of these steps.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,24 @@ import sys
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
 from pipeline.training.loop import Progress, train
+from pipeline.training.preflight import preflight
+from pipeline.training.profile import Window
 
 
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        if not arguments:
-            raise ConfigError("usage: torchrun -m pipeline.training CONFIG [key=value …]")
-        train(load_config(arguments[0], arguments[1:]), _print_progress)
+        wants_preflight, rest = "--preflight" in arguments, [each for each in arguments if each != "--preflight"]
+        if "--profile" in rest and rest[-1] != "--profile":
+            rest.append(f"tracking.profile={Window.parse(rest.pop(rest.index('--profile') + 1))}")
+            rest.remove("--profile")
+        if not rest or any(each.startswith("-") for each in rest):
+            raise ConfigError("usage: torchrun -m pipeline.training CONFIG [--preflight] [--profile A:B] [key=value …]")
+        config = load_config(rest[0], rest[1:])
+        if wants_preflight:
+            preflight(config, lambda line: print(line, flush=True))
+        else:
+            train(config, _print_progress)
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return error.exit_status

@@ -1,7 +1,7 @@
 """A batch as large as a stage's rows can be, of invented content: what memory and speed are estimated and measured on.
 
-Texts are as long as the stage allows, pictures have the stage's size (those that keep their shape, the model's largest),
-and as many words, patches and regions are masked as the masking's shares give.
+Texts are as long as the stage allows, pictures have the stage's size (those that keep their shape, the model's
+largest), and as many words, patches and regions are masked as the masking's shares give.
 
 Shapes: B rows, L tokens, K masked places a row, R regions, F numbers of a region.
 """

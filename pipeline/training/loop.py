@@ -28,7 +28,9 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard
 from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.prepare import prepare
+from pipeline.training.profile import profiled
 from pipeline.training.schedule import learning_rate
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
@@ -104,7 +106,7 @@ class StageRun:
         report: Report,
         preparer: PreparerFactory,
     ):
-        config = config.for_stage(config.stages[index])
+        config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, tracker, report
@@ -128,7 +130,7 @@ class StageRun:
             self.checkpoints.reserve(self.engine.fragments())
         meter = Meter(self.stage.batch, start, self.loader)
         try:
-            for step, batch in self._steps(start):
+            for step, batch in self._profiled(self._steps(start)):
                 self.guard.begin(step - start, self.first + start)
                 losses = self.step(batch)
                 self.guard.check()
@@ -149,6 +151,9 @@ class StageRun:
     def _steps(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Steps first: no batch is drawn and lost."""
         return zip(range(start, self.stage.steps), self.loader.batches(start), strict=False)
+
+    def _profiled(self, steps: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        return profiled(steps, self.first, self.config, self.storage, self.tracker, self.collectives.rank)
 
     # ---- where it starts
 

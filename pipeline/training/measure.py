@@ -7,8 +7,12 @@ allocator's own (CUDA's counter, or the CPU allocator's events as the profiler r
 from __future__ import annotations
 
 import gc
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +64,26 @@ def states_of(engine: DeepSpeedEngine) -> Storages:
     for state in engine._adam.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return storages_of(tensors)
+
+
+def gradients_of(engine: DeepSpeedEngine) -> Storages:
+    """What parameters and the optimiser hold beside state and buckets: gradients, between backward and the update."""
+    held = list(_held_by(vars(engine._engine.optimizer)))
+    for parameter in engine.module.parameters():
+        held += [g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None]
+    others = {**states_of(engine), **buckets_of(engine)}
+    return {address: size for address, size in storages_of(held).items() if address not in others}
+
+
+def _held_by(thing: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in nested lists and dictionaries, and their gradients."""
+    if isinstance(thing, Tensor):
+        yield thing
+        if thing.is_leaf and thing.grad is not None:
+            yield thing.grad
+    elif depth and isinstance(thing, dict | list | tuple | set):
+        for value in thing.values() if isinstance(thing, dict) else thing:
+            yield from _held_by(value, depth - 1)
 
 
 def buckets_of(engine: DeepSpeedEngine) -> Storages:
@@ -123,3 +147,33 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
         alive += change
         most = max(most, alive)
     return most
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """The most bytes in use while entered, asked for by calling what it gives.
+
+    Of a GPU as its allocator counts them; on a CPU the process's resident memory, looked at every few milliseconds.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    most, done = [_resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            most[0] = max(most[0], _resident_bytes())
+
+    watcher = threading.Thread(target=watch, name="peak memory", daemon=True)
+    watcher.start()
+    try:
+        yield lambda: most[0]
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

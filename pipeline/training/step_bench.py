@@ -29,10 +29,11 @@ from pipeline.planning.work import Work
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.full_batch import full_batch
-from pipeline.training.measure import MeasuredEngine, Storages, buckets_of, living, peak_of, states_of
+from pipeline.training.measure import MeasuredEngine, Storages, gradients_of, living, peak_of, states_of
+from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.sharding import sharding_of
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
+from pipeline.training.steps import TrainingStep, accumulation
 from pipeline.training.workload import work_of
 
 WARM_STEPS = 2
@@ -56,14 +57,13 @@ class StepBench:
         return {**vars(self), "predicted_to_measured": ratio}
 
 
-def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: int = 5, check: bool = True) -> StepBench:
-    """Steps of stage `index` on this rank. All ranks call it together.
-
-    With `check`, memory is taken by category too, which walks every tensor of the process.
-    """
+def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: int = 5) -> StepBench:
+    """Steps of stage `index` on this rank. All ranks call it together."""
     torch.set_num_threads(config.engine.threads)
     config = config.for_stage(config.stages[index])
-    stage, device, vocabulary = config.stages[index], collectives.device, config.tokenizer.size
+    device, vocabulary = collectives.device, config.tokenizer.size
+    config = with_micro_batch(config, index, collectives, vocabulary)
+    stage = config.stages[index]
     random = stage.model_copy(update={"start_from": "random"})
     config = config.model_copy(update={"stages": (*config.stages[:index], random, *config.stages[index + 1 :])})
     before = living(device)
@@ -83,7 +83,7 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
     seconds = _seconds_a_step(run, steps, collectives)
     held = sum(_without(living(device), before).values()) - _bytes(batch)
     peak = held + peak_of(run, device)
-    measured = _categories(engine, measured_engine, step, batch, before, device) if check else {}
+    measured = _categories(engine, measured_engine, step, batch)
     work = work_of(config, index, vocabulary, "cuda" if device.type == "cuda" else "cpu")
     own = rows.stop - rows.start
     memory = predicted_memory(config, index, work, collectives.world_size, own, device.type == "cuda")
@@ -103,14 +103,12 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
     )
 
 
-def predicted_memory(
-    config: RunConfig, index: int, work: Work, world_size: int, own: int, on_cuda: bool
-) -> Memory:
+def predicted_memory(config: RunConfig, index: int, work: Work, world_size: int, own: int, on_cuda: bool) -> Memory:
     """The estimate for a rank that reads `own` rows of the batch in its micro-batches."""
     stage = config.stages[index]
     sharding = sharding_of(config, stage, world_size, on_cuda)
-    micro = config.engine.micro_batch if sharding.accumulates else None
-    rows = own if micro is None else min(own, micro)
+    pieces = accumulation(stage.batch, world_size, config.engine.micro_batch)
+    rows = -(-own // pieces)
     return memory_of(
         work.parameters, sharding, work.activations.at(rows), work.workspace.at(rows), work.batch_bytes_per_row * own
     )
@@ -127,28 +125,16 @@ def _seconds_a_step(run: Any, steps: int, collectives: Collectives) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def _categories(
-    engine: DeepSpeedEngine,
-    measured: MeasuredEngine,
-    step: TrainingStep,
-    batch: Batch,
-    before: Storages,
-    device: torch.device,
-) -> Numbers:
+def _categories(engine: DeepSpeedEngine, measured: MeasuredEngine, step: TrainingStep, batch: Batch) -> Numbers:
     """Bytes of the categories, by one more step that is not timed."""
-    states, gradients = states_of(engine), {}
-
-    def look() -> None:
-        own = _without(living(device), {**before, **states, **buckets_of(engine)})
-        gradients.update({k: size for k, size in own.items() if size >= 1024 or not batch})
-
-    measured.after_backward = look
+    gradients: Storages = {}
+    measured.after_backward = lambda: gradients.update(gradients_of(engine))
     with measured.saving():
         step(batch)
     measured.after_backward = None
     engine.step(0.0)
-    found = sum(gradients.values()) - _bytes(batch)
-    return {"states": sum(states.values()), "gradients": found, "activations": measured.saved_bytes}
+    found = {"states": states_of(engine), "gradients": gradients}
+    return {name: sum(held.values()) for name, held in found.items()} | {"activations": measured.saved_bytes}
 
 
 def _without(storages: Storages, others: Storages) -> Storages:
@@ -192,7 +178,9 @@ def main(arguments: list[str]) -> int:
         index = len(names) - 1 if given.stage is None else names.index(given.stage)
         found = bench_step(config, index, collectives, given.steps)
         if collectives.rank == 0:
-            print(json.dumps({"stage": names[index], "world_size": collectives.world_size, **found.as_json()}), flush=True)
+            print(
+                json.dumps({"stage": names[index], "world_size": collectives.world_size, **found.as_json()}), flush=True
+            )
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return error.exit_status

@@ -15,6 +15,7 @@ Shapes: B global batch, n this rank's rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -200,8 +201,9 @@ class TrainingStep:
         return {"loss": total} | {str(name): loss for name, loss in parts.items()}
 
 
-def accumulation(batch: int, world_size: int, micro_batch: int | None) -> int:
+def accumulation(batch: int, world_size: int, micro_batch: int | Literal["auto"] | None) -> int:
     """Micro-batches a rank cuts its rows into, equally many on every rank: the fewest that respect `micro_batch`."""
+    assert micro_batch != "auto", "made a number before the stage begins (training.micro_batch)"
     largest_share = -(-batch // world_size)
     return 1 if micro_batch is None else -(-largest_share // micro_batch)
 

@@ -33,9 +33,7 @@ SAMPLE_ROWS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def work_of(
-    config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
-) -> Work:
+def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
     """What stage `index` asks of each rank, by rows of a micro-batch. Takes seconds, and no memory to speak of.
 
     `text_tokens` is the length of every text, if it is not to be the longest that the stage allows.

@@ -17,9 +17,10 @@ LEVELS = {
     "pipeline.objectives": 1,
     "pipeline.data": 1,
     "pipeline.tracking": 1,
-    "pipeline.training": 2,
-    "pipeline.evaluation": 2,
-    "jobs": 3,
+    "pipeline.planning": 2,  # over models and data; training asks it what fits
+    "pipeline.training": 3,
+    "pipeline.evaluation": 3,
+    "jobs": 4,
 }
 
 HOMES = {

@@ -1,0 +1,187 @@
+"""`--preflight`: everything a run will do, once, before a large allocation is held for it; nothing is left behind.
+
+Every rank writes, reads and deletes an object under the run's storage; the first one does the same in MLflow. Then each
+stage is built as it will be trained, and takes one full step of its own data: read, forward, backward, update. The
+weights are thrown away. What has to be written meanwhile lies in a folder beside the run's, which goes at the end; only
+the index of shards that had none stays beside them.
+"""
+
+from __future__ import annotations
+
+import gc
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from pipeline.config.errors import MomeError, RunFailed, StorageError
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.loader import Loader, local_preparer
+from pipeline.data.preparation import PreparerFactory
+from pipeline.data.storage import Storage, join
+from pipeline.data.text import Tokenizer
+from pipeline.tracking.mlflow_check import try_writing
+from pipeline.tracking.tracker import check_server, tracking_uri
+from pipeline.training.collectives import Collectives
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.guards import GraphGuard
+from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.training.measure import peak_memory
+from pipeline.training.micro_batch import with_micro_batch
+from pipeline.training.prepare import VOCABULARY, prepare
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+
+WRITTEN_BYTES = 8 * 2**20
+GB = 1e9
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One thing that works, with the slowest rank's seconds."""
+
+    what: str
+    told: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"ok  {self.what:<24} {self.seconds:7.1f} s  {self.told}"
+
+
+def preflight(config: RunConfig, say: Say, preparer: PreparerFactory = local_preparer) -> list[Checked]:
+    """Called once on each rank; `say` hears of each check on the first. Raises MomeError for the first that fails."""
+    torch.set_num_threads(config.engine.threads)
+    collectives, storage = Collectives(), Storage(config.storage)
+    scratch = _beside(config, collectives.broadcast_object(secrets.token_hex(4)), storage)
+    checked: list[Checked] = []
+
+    def check(what: str, run: Callable[[], str]) -> None:
+        checked.append(_checked(collectives, what, run))
+        if collectives.rank == 0:
+            say(str(checked[-1]))
+
+    try:
+        check("storage", lambda: _try_storage(storage, scratch.folder, collectives.rank))
+        check("tracking", lambda: _try_tracking(config, collectives.rank))
+        check("data and vocabulary", lambda: _prepare(scratch, storage, collectives))
+        tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY))
+        for index, stage in enumerate(scratch.stages):
+            one = partial(_try_stage, scratch, index, storage, tokenizer, collectives, preparer)
+            check(f"stage {stage.name}", one)
+    finally:
+        if collectives.rank == 0:
+            storage.delete(scratch.folder)
+    return checked
+
+
+def _beside(config: RunConfig, token: str, storage: Storage) -> RunConfig:
+    """The same run in a folder of its own, each stage from random weights where an earlier one would hand over."""
+    values = config.model_dump(mode="json")
+    values["name"] = f"{config.name}.preflight-{token}"
+    known = join(config.folder, VOCABULARY)
+    if storage.exists(known):
+        values["tokenizer"]["vocabulary"] = known
+    for stage in values["stages"]:
+        if stage["start_from"] == "previous":
+            stage["start_from"] = "random"
+    return validate(values, config.name)
+
+
+def _checked(collectives: Collectives, what: str, run: Callable[[], str]) -> Checked:
+    """Runs a check on this rank; all ranks learn of any that failed, so that none is left waiting for it."""
+    started = time.perf_counter()
+    try:
+        told, failure = run(), ""
+    except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
+        told, failure = "", f"rank {collectives.rank}: {type(error).__name__}: {error}"
+    answers = collectives.gather_objects((told, failure, time.perf_counter() - started))
+    if failures := [failed for _, failed, _ in answers if failed]:
+        raise RunFailed(f"preflight, {what}: " + "\n".join(failures))
+    return Checked(what, answers[0][0], max(seconds for _, _, seconds in answers))
+
+
+def _try_storage(storage: Storage, folder: str, rank: int) -> str:
+    url, data = join(folder, f"preflight-rank-{rank}"), secrets.token_bytes(WRITTEN_BYTES)
+    started = time.perf_counter()
+    storage.write(url, data)
+    written = time.perf_counter()
+    if storage.read(url) != data:
+        raise StorageError(f"{url}: what was written could not be read back")
+    read = time.perf_counter()
+    storage.delete(url)
+    if storage.exists(url):
+        raise StorageError(f"{url}: could not be deleted")
+    speeds = (len(data) / 1e6 / max(seconds, 1e-9) for seconds in (written - started, read - written))
+    return "written at {:.0f} MB/s, read at {:.0f} MB/s, deleted".format(*speeds)
+
+
+def _try_tracking(config: RunConfig, rank: int) -> str:
+    """Where tracking is not required, a run starts without it, and so does this."""
+    if rank != 0:
+        return ""
+    try:
+        check_server(config.model_copy(update={"tracking": config.tracking.model_copy(update={"required": True})}))
+        return try_writing(tracking_uri(config), config.tracking.experiment)
+    except MomeError as error:
+        if config.tracking.required:
+            raise
+        return f"not required, and does not work: {error}"
+
+
+def _prepare(config: RunConfig, storage: Storage, collectives: Collectives) -> str:
+    if collectives.rank == 0:
+        prepare(config, storage)
+    return f"{len(config.sources)} sources"
+
+
+def _try_stage(
+    config: RunConfig,
+    index: int,
+    storage: Storage,
+    tokenizer: Tokenizer,
+    collectives: Collectives,
+    preparer: PreparerFactory,
+) -> str:
+    """One full step of a stage, as the loop takes it."""
+    config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
+    stage = config.stages[index]
+    with peak_memory(collectives.device) as peak, _closing() as closing:
+        loader = Loader(config, stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
+        closing.append(loader.close)
+        model = build_stage_model(config, index, storage, tokenizer.size)
+        guard = GraphGuard(model, collectives, config.engine.check_graph_every)
+        engine = DeepSpeedEngine(model, config, stage, collectives)
+        closing.append(engine.close)
+        image_tokenizer = load_image_tokenizer(stage, storage, collectives.device)
+        step = TrainingStep(engine, config, stage, collectives, image_tokenizer)
+        batch = next(iter(loader.batches(0)))
+        started = time.perf_counter()
+        guard.begin(0)
+        losses = step(batch)
+        guard.check(config.stage_start(index))
+        engine.step(stage.optimizer.peak_rate)
+        loss, norm = float(collectives.sum(losses["loss"])), engine.gradient_norm()
+        seconds = time.perf_counter() - started
+    most = collectives.largest([peak()])[0]
+    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+        raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
+    rows = f"{stage.batch} rows = {collectives.world_size} ranks x {step.accumulation} micro-batches"
+    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, most memory {most / GB:.2f} GB a rank"
+
+
+@contextmanager
+def _closing() -> Iterator[list[Callable[[], None]]]:
+    """What is appended is called at the end, the last first."""
+    calls: list[Callable[[], None]] = []
+    try:
+        yield calls
+    finally:
+        for call in reversed(calls):
+            call()
+        gc.collect()
