@@ -266,6 +266,10 @@ class EngineConfig(Section):
     offload_optimizer: bool = changeable(False)  # master weights and moments live in host memory, at ZeRO 1, 2 and 3
     offload_parameters: bool = changeable(False)  # and so do the weights that are not in use, at ZeRO 3
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    # The backward computes each transformer block again instead of keeping its activations: a third more work, and
+    # memory for one block's activations instead of all.
+    activation_checkpointing: bool = changeable(False)
+    compile: bool = changeable(False)  # the transformer blocks, by torch.compile: minutes at the start; not at ZeRO 3
     micro_batch: Positive | None = changeable(None)  # most samples one forward may hold; None: a rank's whole share
     threads: Positive = 1  # CPU threads of a rank's tensor arithmetic
     check_graph_every: Positive = changeable(100)  # steps between two comparisons of the ranks' graphs
