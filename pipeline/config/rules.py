@@ -33,6 +33,11 @@ def _engine_faults(config: RunConfig) -> Iterator[str]:
             f"engine.offload_parameters: at ZeRO {engine.zero_stage} every rank computes with whole weights on its "
             "device; set engine.zero_stage to 3, or offload the optimizer alone"
         )
+    if engine.compile and engine.zero_stage == 3:
+        yield (
+            "engine.compile: ZeRO 3 gathers each module's weights in hooks, which torch.compile breaks its graphs at or "
+            "fails on; leave it false, or set engine.zero_stage to 0, 1 or 2"
+        )
 
 
 def _source_faults(config: RunConfig) -> Iterator[str]:

@@ -269,6 +269,10 @@ class EngineConfig(Section):
     # Most samples one forward may hold; None: a rank's whole share; auto: as many as fit the smallest rank's memory.
     micro_batch: Positive | Literal["auto"] | None = changeable(None)
     memory_gb: float | None = changeable(None, gt=0)  # of a rank, that auto may fill; None: what its GPU has free
+    # The backward computes each transformer block again instead of keeping its activations: a third more work, and
+    # memory for one block's activations instead of all.
+    activation_checkpointing: bool = changeable(False)
+    compile: bool = changeable(False)  # the transformer blocks, by torch.compile: minutes at the start; not at ZeRO 3
     threads: Positive = 1  # CPU threads of a rank's tensor arithmetic
     check_graph_every: Positive = changeable(100)  # steps between two comparisons of the ranks' graphs
 

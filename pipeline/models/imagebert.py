@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
 
 from pipeline.config.model import ImageBERTConfig
 from pipeline.config.schema import Objective, Use
@@ -76,6 +76,7 @@ class ImageBERT(Model):
     PARTS: ClassVar = PARTS
     # Of these, BERT has only the masked-language head: a stage that starts from BERT draws the others.
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("region_embedding") :]
+    BLOCK: ClassVar = BertLayer
 
     config: ImageBERTConfig
 

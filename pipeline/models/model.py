@@ -23,6 +23,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, Use
 from pipeline.models.heads import INITIAL_SCALE
+from pipeline.models.multiway import MultiwayBlock
 from pipeline.models.passes import Head, Outputs, Pass
 from pipeline.models.rows import Rows, grouped
 
@@ -60,6 +61,7 @@ class Model(nn.Module, ABC):
     PARTS: ClassVar[tuple[str, ...]]
     HEAD_PARTS: ClassVar[tuple[str, ...]]  # those that may start anew when weights are loaded into a stage
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` bridges
+    BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
 
     def __init__(self, config: TransformerConfig, heads: Heads) -> None:
         super().__init__()
@@ -103,6 +105,10 @@ class Model(nn.Module, ABC):
 
         None where the model has no such head, or the objective nothing to read.
         """
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """The blocks of all its transformers, in which nearly all work is done and nearly all activations arise."""
+        return [module for module in self.modules() if isinstance(module, self.BLOCK)]
 
     def parts_used(self, objectives: Iterable[Objective], use: Use) -> frozenset[str]:
         """The parts that get a gradient in a stage. ConfigError if the model cannot serve an objective."""

@@ -21,6 +21,7 @@ from pipeline.config.schema import EngineConfig, OptimizerConfig, RunConfig, Sta
 from pipeline.models.model import Model
 from pipeline.models.passes import Outputs, Pass
 from pipeline.training import release
+from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment, FragmentSource
 from pipeline.training.extensions import alone, use_own_folder
@@ -53,6 +54,7 @@ class DeepSpeedEngine:
         self._collectives = collectives
         self._zero_stage = config.engine.zero_stage
         self._names = dict(model.named_parameters())
+        prepare_blocks(model, config.engine)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, stage.optimizer, config.faithful),
             lr=stage.optimizer.peak_rate,
