@@ -24,8 +24,13 @@ def _faithful_faults(config: RunConfig) -> Iterator[str]:
 
 
 def _engine_faults(config: RunConfig) -> Iterator[str]:
-    """DeepSpeed takes each of these in silence, and does otherwise."""
+    """What DeepSpeed takes in silence and does otherwise, or fails on without saying what to change."""
     engine = config.engine
+    if engine.precision == "bfloat16" and engine.zero_stage == 0:
+        yield (
+            "engine.precision: bfloat16 at ZeRO 0 would have no float32 master weights and sums; "
+            "set engine.zero_stage to 1, 2 or 3, or engine.precision to float32"
+        )
     if engine.offload_optimizer and engine.zero_stage == 0:
         yield "engine.offload_optimizer: ZeRO 0 keeps all state on the device; set engine.zero_stage to 1, 2 or 3"
     if engine.offload_parameters and engine.zero_stage != 3:
@@ -35,8 +40,8 @@ def _engine_faults(config: RunConfig) -> Iterator[str]:
         )
     if engine.compile and engine.zero_stage == 3:
         yield (
-            "engine.compile: ZeRO 3 gathers each module's weights in hooks, which torch.compile breaks its graphs at or "
-            "fails on; leave it false, or set engine.zero_stage to 0, 1 or 2"
+            "engine.compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks "
+            "its graphs or fails; leave it false, or set engine.zero_stage to 0, 1 or 2"
         )
 
 

@@ -54,7 +54,10 @@ class DeepSpeedEngine:
         self._collectives = collectives
         self._zero_stage = config.engine.zero_stage
         self._names = dict(model.named_parameters())
+        self._exact: dict[str, Tensor] = {}  # float32 values of frozen weights that the engine keeps rounded
         prepare_blocks(model, config.engine)
+        rounds = config.engine.precision != "float32"
+        start = {n: p.detach().clone() for n, p in self._names.items()} if rounds else {}
         optimizer = torch.optim.AdamW(
             parameter_groups(model, stage.optimizer, config.faithful),
             lr=stage.optimizer.peak_rate,
@@ -74,6 +77,7 @@ class DeepSpeedEngine:
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._plain_norm: Tensor | None = None
         self._prime()
+        self._exact = self._start_from(start)
         self._steps = 0
         self._decay = stage.optimizer.ema
         self._averages = self._own_weights() if self._decay is not None else {}
@@ -108,7 +112,7 @@ class DeepSpeedEngine:
         """A copy of this rank's range of every trained master weight: where the moving average starts."""
         ranges = {n: (p, *self._range(p)) for n, p in self._names.items() if p.requires_grad}
         return {
-            name: self._local(parameter, "weight", start, stop).float().clone()
+            name: self._local(name, "weight", start, stop).float().clone()
             for name, (parameter, start, stop) in ranges.items()
             if start < stop
         }
@@ -121,7 +125,7 @@ class DeepSpeedEngine:
         with torch.no_grad():
             for name, average in self._averages.items():
                 parameter = self._names[name]
-                average.lerp_(self._local(parameter, "weight", *self._range(parameter)).float(), 1 - keep)
+                average.lerp_(self._local(name, "weight", *self._range(parameter)).float(), 1 - keep)
 
     def gradient_norm(self) -> float:
         """The 2-norm of the last step's gradient over all parameters, before clipping."""
@@ -151,6 +155,23 @@ class DeepSpeedEngine:
         if link is not None:
             link()
 
+    def _start_from(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Begin with the float32 weights themselves, which DeepSpeed rounds before it makes masters of them.
+
+        Returns this rank's ranges of the frozen ones: they have no masters, and the next stage shall get them whole.
+        """
+        exact = {}
+        with torch.no_grad():
+            for name, weight in start.items():
+                parameter = self._names[name]
+                begin, end = self._range(parameter)
+                own = weight.view(-1)[begin:end]
+                if not parameter.requires_grad:
+                    exact[name] = own.float().cpu()
+                elif begin < end:
+                    self._local(name, "weight", begin, end).copy_(own)
+        return exact
+
     @property
     def _fused(self) -> bool:
         return self._collectives.device.type == "cuda"
@@ -167,7 +188,7 @@ class DeepSpeedEngine:
             start, stop = self._range(parameter)
             if start < stop:
                 kinds = KINDS if parameter.requires_grad else KINDS[:1]
-                values = {kind: self._local(parameter, kind, start, stop) for kind in kinds}
+                values = {kind: self._local(name, kind, start, stop) for kind in kinds}
                 if name in self._averages:
                     values[AVERAGE] = self._averages[name]
                 yield Fragment(name, start, values)
@@ -190,9 +211,12 @@ class DeepSpeedEngine:
         world_size = self._collectives.world_size
         return rank * numel // world_size, (rank + 1) * numel // world_size
 
-    def _local(self, parameter: nn.Parameter, kind: str, start: int, stop: int) -> Tensor:
+    def _local(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """The float32 master weight or moment of this rank's range, as a view that may be written."""
+        parameter = self._names[name]
         moment = None if kind == "weight" else kind
+        if name in self._exact:
+            return self._exact[name]
         if self._zero_stage == 3:
             if not parameter.requires_grad:
                 return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
@@ -210,7 +234,7 @@ class DeepSpeedEngine:
                 start, stop = self._range(parameter)
                 if start < stop:
                     for kind in KINDS if parameter.requires_grad else KINDS[:1]:
-                        self._local(parameter, kind, start, stop).copy_(source.read(name, kind, start, stop))
+                        self._local(name, kind, start, stop).copy_(source.read(name, kind, start, stop))
                 if name in self._averages:  # a checkpoint of before the average was asked for begins it
                     kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
                     self._averages[name].copy_(source.read(name, kind, start, stop))
@@ -235,7 +259,9 @@ class DeepSpeedEngine:
         gathered: dict[str, Tensor] = {}
         for name, parameter in self._names.items():
             if self._decay is not None and parameter.requires_grad:
-                full = self._whole_average(name, parameter)
+                full = self._whole(parameter, self._averages.get(name))
+            elif name in self._exact:
+                full = self._whole(parameter, self._exact[name])
             elif self._zero_stage == 3 and not parameter.requires_grad:
                 with self._deepspeed.zero.GatheredParameters([parameter]):
                     full = parameter.data.clone()
@@ -246,12 +272,12 @@ class DeepSpeedEngine:
                 gathered[name] = full.detach().float().cpu().clone().view(self._shape(parameter))
         return gathered if self._collectives.rank == 0 else None
 
-    def _whole_average(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """The ranks' ranges of a parameter's moving average put together, by a sum in which all others are 0."""
+    def _whole(self, parameter: nn.Parameter, own: Tensor | None) -> Tensor:
+        """The ranks' own ranges of a parameter put together, by a sum in which all others are 0."""
         whole = torch.zeros(self._numel(parameter), device=self._collectives.device)
-        if name in self._averages:
+        if own is not None:
             start, stop = self._range(parameter)
-            whole[start:stop] = self._averages[name]
+            whole[start:stop] = own
         return self._collectives.sum(whole)
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:

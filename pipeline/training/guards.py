@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from pipeline.config.errors import RunFailed
@@ -24,15 +25,15 @@ class GraphGuard:
 
     Raises RunFailed, on every rank, naming the first modules that differ. Must be built before the engine: at ZeRO 3
     its comparison has to come before the engine's own hooks. What a backward computes once more, in activation
-    checkpointing, is not recorded.
+    checkpointing, is not recorded; nor is what runs inside a compiled block, only the block.
     """
 
-    def __init__(self, model: nn.Module, collectives: Collectives, every: int, zero_stage: int):
+    def __init__(self, model: nn.Module, collectives: Collectives, every: int):
         self.collectives = collectives
         self.every = every
-        self._before_each = zero_stage == 3
+        self._model = model
         self._step = 0
-        self._active = self._inside = False
+        self._active = self._inside = self._before_each = False
         self._executed: list[str] = []
         self._digest = hashlib.sha256()
         for name, module in model.named_modules():
@@ -45,13 +46,15 @@ class GraphGuard:
         `first` is the global step of the first one, for messages.
         """
         self._step = first + step
+        self._before_each = any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())  # at ZeRO 3
         self._active = step < FIRST_STEPS or step % self.every == 0
         self._executed.clear()
         self._digest = hashlib.sha256()
 
-    def check(self) -> None:
-        """After the step's backward, before its update: every forward of every rank has been compared by then."""
+    def check(self, step: int) -> None:
+        """After the step's backward, before its update; `step` is the global one. Every forward was compared before."""
         if self._active:
+            self._step = step
             self._compare()
         self._active = False
 
@@ -60,7 +63,7 @@ class GraphGuard:
 
     def _recorder(self, name: str) -> Callable[[nn.Module, object], None]:
         def record(module: nn.Module, arguments: object) -> None:
-            if self._active and self._inside:
+            if not torch.compiler.is_compiling() and self._active and self._inside:
                 self._record(name)
                 if self._before_each:
                     self._compare()

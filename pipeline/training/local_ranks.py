@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-SECONDS = 600.0
+SECONDS = float(os.environ.get("MOME_RANK_SECONDS", "600"))  # for a slow machine
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
@@ -23,9 +23,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, se
 
     Raises RuntimeError with the traceback of the first rank that fails, or when one of them dies or takes longer.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     answered = context.Queue()
     processes = [
@@ -43,6 +41,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, se
             if process.is_alive():
                 process.kill()
     return [answers[rank] for rank in range(world_size)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def become(rank: int, world_size: int, port: int) -> None:
+    """This process is that rank, as a launcher would tell it, on one thread."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    torch.set_num_threads(1)
 
 
 def _answer(answered: Any, processes: list[Any], deadline: float) -> tuple[int, Any]:
@@ -70,17 +87,9 @@ def _received(answered: Any, processes: list[BaseProcess], deadline: float) -> t
 def _rank(
     answered: Any, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
     from pipeline.training.collectives import close_group
 
-    torch.set_num_threads(1)
+    become(rank, world_size, port)
     try:
         answered.put((rank, pickle.dumps(function(*arguments)), None))  # pickled here: tensors then travel by value
     except BaseException:

@@ -118,7 +118,7 @@ class StageRun:
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
         image_tokenizer = load_image_tokenizer(self.stage, storage, collectives.device)
         model = build_stage_model(config, index, storage, tokenizer.size)
-        self.guard = GraphGuard(model, collectives, config.engine.check_graph_every, config.engine.zero_stage)
+        self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
         self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
         self.engine = DeepSpeedEngine(model, config, self.stage, collectives)
         self.step = TrainingStep(self.engine, config, self.stage, collectives, image_tokenizer)
@@ -133,7 +133,7 @@ class StageRun:
             for step, batch in self._profiled(self._steps(start)):
                 self.guard.begin(step - start, self.first + start)
                 losses = self.step(batch)
-                self.guard.check()
+                self.guard.check(self.first + step)
                 rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
                 self.engine.step(rate)
                 if self._is_metric_step(step):

@@ -87,7 +87,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
         config = _config("vlmo", **layout)
         stage = config.stages[0]
         model = build_stage_model(config, 0, Storage(), VOCABULARY)
-        guard = GraphGuard(model, collectives, every=1, zero_stage=config.engine.zero_stage)
+        guard = GraphGuard(model, collectives, every=1)
         engine = DeepSpeedEngine(model, config, stage, collectives)
         step = TrainingStep(engine, config, stage, collectives)
         gradients = []
@@ -95,7 +95,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
             rows = slice(*share(stage.batch, collectives.rank, collectives.world_size))
             guard.begin(number)
             step(invented_batch(config.model, "pairs", number, stage.batch).rows(rows))
-            guard.check()
+            guard.check(number)
             gradients.append(engine.gradients())
             engine.step(1e-3)
         found.append((gradients[0], gradients[1]))
@@ -113,5 +113,5 @@ def test_recomputed_blocks_give_the_same_gradient_on_two_ranks_at_zero_1_and_3_a
     expected, *others = run_ranks(_ranked, 2, layouts)[0]
     for layout, got in zip(layouts[1:], others, strict=True):
         for number in range(2):
-            errors = relative_errors(expected[number], got[number])
-            assert max(errors.values()) <= (1 if number == 0 else 100) * TOLERANCE, (layout, number, max(errors.values()))
+            worst = max(relative_errors(expected[number], got[number]).values())
+            assert worst <= (1 if number == 0 else 100) * TOLERANCE, (layout, number, worst)  # weights differ by then

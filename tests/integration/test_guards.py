@@ -20,14 +20,14 @@ def _guarded_step(diverging: bool) -> str:
     collectives = Collectives()
     config = tiny_config()
     model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
-    guard = GraphGuard(model, collectives, every=10, zero_stage=2)
+    guard = GraphGuard(model, collectives, every=10)
     batch = tiny_batch(config, 0, collectives.rank, 2, 12)
     image = Pass(heads=("itc",), image=batch.image)
     text = Pass(heads=("itc",), text=batch.text, text_keep=batch.text_keep)
     guard.begin(0)
     try:
         model({"tower": text if diverging and collectives.rank == 1 else image})
-        guard.check()
+        guard.check(0)
     except RunFailed as error:
         return str(error)
     return ""
@@ -52,7 +52,7 @@ def test_between_two_checks_nothing_is_compared(step: int) -> None:
     from pipeline.training.guards import GraphGuard
 
     model = build_model(tiny_config().model, VOCABULARY, Heads("pixels"), seed=5)
-    guard = GraphGuard(model, None, every=10, zero_stage=2)  # type: ignore[arg-type] - a comparison would need collectives
+    guard = GraphGuard(model, None, every=10)  # type: ignore[arg-type] - a comparison would need collectives
     guard.begin(step)
     model({"tower": Pass(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))})
-    guard.check()
+    guard.check(step)

@@ -1,4 +1,4 @@
-"""The project's three DeepSpeed probes, through our engine: selectively used experts get autograd's gradient, or a stop.
+"""The project's three DeepSpeed probes, through our engine: experts used in turn get autograd's gradient, or a stop.
 
 DeepSpeed 0.19.8 by itself re-applies the last gradient of an expert that a step leaves idle (ZeRO 3; ZeRO 1-3 with
 offload), loses or doubles gradients of several backwards over different branches, and mixes the gradients of ranks that
@@ -24,8 +24,13 @@ LAYOUTS: list[dict[str, Any]] = [
     {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
 ]
 # Steps of micro-batches, each naming the experts it reads.
-ALTERNATING = [["A"], ["B"], ["A"], ["ABC"], ["C"]]
-DISJOINT = [["A", "B"], ["AB", "C"], ["C", "A"], ["B", "B"], ["A", "C"]]
+SCENARIOS = {
+    "idle experts": [["A"], ["B"], ["A"], ["ABC"], ["C"]],
+    "several backwards": [["A", "B"], ["AB", "C"], ["C", "A"], ["B", "B"], ["A", "C"]],
+}
+# What each rank's first call runs: different experts, of equal shape; and one expert more.
+DIVERGING = [("A", "B"), ("A", "AC")]
+GUARDED = [layout for layout in LAYOUTS if not layout.get("offload_parameters")]
 
 
 class Experts(nn.Module):
@@ -86,11 +91,23 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
     return found
 
 
-def _through_engine(steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
+def _probed() -> tuple[dict[str, list[list[Step]]], list[str]]:
+    """All probes in one start of the ranks: the steps of each scenario in every layout, and what stopped each step."""
     from pipeline.training.collectives import Collectives
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
     collectives = Collectives()
+    in_turn = {name: _through_engine(collectives, steps, LAYOUTS) for name, steps in SCENARIOS.items()}
+    return in_turn, _diverging(collectives, GUARDED)
+
+
+@pytest.fixture(scope="module")
+def probed() -> list[tuple[dict[str, list[list[Step]]], list[str]]]:
+    return run_ranks(_probed, 2)
+
+
+def _through_engine(collectives: Any, steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+
     found = []
     for layout in layouts:
         config = tiny_config(micro_batch=12 // collectives.world_size // len(steps[0]), **layout)
@@ -121,36 +138,30 @@ def _wrong(right: Step, found: Step) -> list[str]:
     return [f"{what} {error:.1e}" for what, error in errors.items() if error > 1e-5]
 
 
-@pytest.mark.parametrize("steps", [ALTERNATING, DISJOINT], ids=["idle experts", "several backwards"])
-def test_probe_of_experts_used_in_turn_gets_autograds_gradient_at_every_stage(steps: list[list[str]]) -> None:
-    expected = _expected(steps, 2)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_probe_of_experts_used_in_turn_gets_autograds_gradient_at_every_stage(probed, scenario: str) -> None:
+    expected = _expected(SCENARIOS[scenario], 2)
     wrong = {
         f"{layout}, step {number}": told
-        for layout, got in zip(LAYOUTS, run_ranks(_through_engine, 2, steps, LAYOUTS)[0], strict=True)
+        for layout, got in zip(LAYOUTS, probed[0][0][scenario], strict=True)
         for number, (right, found) in enumerate(zip(expected, got, strict=True))
         if (told := _wrong(right, found))
     }
     assert not wrong, "\n".join(f"{where}: {told}" for where, told in wrong.items())
 
 
-# What each rank's first call runs: different experts, of equal shape; and one expert more.
-DIVERGING = [("A", "B"), ("A", "AC")]
-
-
-def _diverging(layouts: list[dict[str, Any]]) -> list[str]:
-    """What stops each guarded step, or what it ends with; the weights must be as they were."""
+def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
+    """What stops each guarded step; it must not come to reduce a gradient."""
     from pipeline.config.errors import RunFailed
-    from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.guards import GraphGuard
 
-    collectives = Collectives()
     told = []
     for layout in layouts:
         for experts in DIVERGING:
             config = tiny_config(**layout)
             model = Experts()
-            guard = GraphGuard(model, collectives, every=10, zero_stage=config.engine.zero_stage)
+            guard = GraphGuard(model, collectives, every=10)
             engine = DeepSpeedEngine(model, config, config.stages[0], collectives)  # type: ignore[arg-type]
             guard.begin(0, first=70)
             try:
@@ -162,10 +173,9 @@ def _diverging(layouts: list[dict[str, Any]]) -> list[str]:
     return told
 
 
-def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_mix_at_every_stage() -> None:
-    layouts = [layout for layout in LAYOUTS if not layout.get("offload_parameters")]
-    for answers in run_ranks(_diverging, 2, layouts):
-        for told, (_, other) in zip(answers, DIVERGING * len(layouts), strict=True):
+def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_mix_at_every_stage(probed) -> None:
+    for _, answers in probed:
+        for told, (_, other) in zip(answers, DIVERGING * len(GUARDED), strict=True):
             second = "'experts.B'" if other == "B" else "'shared'"
             assert told.startswith("step 70: ranks ran different modules; call "), told
             assert ("rank 0 ran 'experts.A'" in told) == (other == "B"), told
