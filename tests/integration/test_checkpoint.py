@@ -165,12 +165,14 @@ def _session(zero_stage: int, folder: str, steps: range, save: bool) -> tuple[bo
 @pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="ten minutes; set MOME_LONG_RUNS=1 to run it")
 @pytest.mark.timeout(7200)
 def test_forty_steps_on_two_one_four_and_three_ranks_have_the_uninterrupted_runs_losses(tmp_path: Path) -> None:
-    uninterrupted = run_ranks(_session, 2, 2, str(tmp_path / "none"), range(40), False)[0][1]
+    uninterrupted = run_ranks(_session, 2, 2, str(tmp_path / "none"), range(40), False, seconds=3600.0)[0][1]
     for number, sessions in enumerate(SESSIONS):
         losses: list[float] = []
         for index, (world_size, zero_stage) in enumerate(sessions):
             steps = range(10 * index, 10 * index + 10)
-            answers = run_ranks(_session, world_size, zero_stage, str(tmp_path / str(number)), steps, True)
+            answers = run_ranks(
+                _session, world_size, zero_stage, str(tmp_path / str(number)), steps, True, seconds=3600.0
+            )
             assert all(exact for exact, _ in answers), sessions[index]
             losses += answers[0][1]
         worst = max(abs(got / right - 1) for got, right in zip(losses, uninterrupted, strict=True))
