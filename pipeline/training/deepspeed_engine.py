@@ -1,7 +1,6 @@
 """The DeepSpeed engine: ZeRO 0-3 behind the `Engine` protocol, and its state as named fragments (contract C5).
 
-The DeepSpeed JSON is computed from the run's config, every knob written out, because its defaults change between
-releases. Adam's state is primed here, before the first step: DeepSpeed creates it lazily, and a restored moment
+Adam's state is primed here, before the first step: DeepSpeed creates it lazily, and a restored moment
 would otherwise have nowhere to go.
 """
 
@@ -11,22 +10,20 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.errors import ConfigError
-from pipeline.config.schema import EngineConfig, OptimizerConfig, RunConfig, StageConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.models.model import Model
 from pipeline.models.passes import Outputs, Pass
-from pipeline.training import release
 from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
+from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import Fragment, FragmentSource
 from pipeline.training.extensions import alone, use_own_folder
 from pipeline.training.gradient_buffers import GradientBuffers
-from pipeline.training.steps import accumulation
+from pipeline.training.parameter_groups import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -286,66 +283,3 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Free the engine, so that the next stage may build its own."""
         self._engine.destroy()
-
-
-def parameter_groups(model: Model, config: OptimizerConfig, faithful: bool = False) -> list[dict[str, Any]]:
-    """Trainable parameters by two questions: does it decay, and is it a head's, with a learning rate of its own.
-
-    Matrices decay; biases, norms, gammas, scales and embeddings' rows do not. They are told by their number of
-    dimensions: a list of names, as VLMo's release and a `faithful` run have it, misses the experts' norms. The pooler
-    is no head here: it comes from pretraining, and the published recipes give it the plain rate.
-    """
-    heads = set(model.HEAD_PARTS) - {"pooler"}
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            decays = release.decays(name) if faithful else parameter.dim() >= 2
-            is_head = config.head_rate_factor != 1 and model.part_of(name) in heads
-            fresh = {
-                "params": [],
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "rate_factor": config.head_rate_factor if is_head else 1.0,
-            }
-            groups.setdefault((decays, is_head), fresh)["params"].append(parameter)
-    if not groups:
-        raise ConfigError("no parameter is left to train: the stage's `freeze` covers all that its objectives use")
-    return [groups[key] for key in sorted(groups, reverse=True)]
-
-
-def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON of a stage. Micro-batch size is nominal: rows are ours to cut (contract C2)."""
-    steps = accumulation(stage.batch, world_size, config.engine.micro_batch)
-    return {
-        "train_batch_size": world_size * steps,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": steps,
-        "gradient_clipping": stage.optimizer.clip_norm,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the host too: nothing is compiled for it
-        "prescale_gradients": False,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": config.engine.precision == "bfloat16", "check_grad_overflow": False},
-        "fp16": {"enabled": False},
-        "zero_optimization": {
-            "stage": config.engine.zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            **_offload(config.engine),
-        },
-    }
-
-
-def _offload(engine: EngineConfig) -> dict[str, Any]:
-    """What lives in host memory; pinned where there is a device to copy to."""
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    offloaded = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
-    return {key: host for key, wanted in offloaded.items() if wanted}

@@ -9,7 +9,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OptimizerConfig
 from pipeline.models import build_model
 from pipeline.models.model import Heads, Model
-from pipeline.training.deepspeed_engine import parameter_groups
+from pipeline.training.parameter_groups import parameter_groups
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pipeline.models.model import Heads
 from pipeline.models.passes import Pass
 from pipeline.training import release
 from pipeline.training.contrast import Contrast, contrast_of
-from pipeline.training.deepspeed_engine import parameter_groups
+from pipeline.training.parameter_groups import parameter_groups
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.stages import heads, trained_parts
 from pipeline.training.steps import TrainingStep
