@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import tiny_config
+from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor, nn
+
+from jobs.bench.gradients import relative_errors
 
 WIDTH, ROWS, RATE = 7, 4, 0.1  # an odd width: two ranks' parts of a tensor are cut inside a row
 LAYOUTS: list[dict[str, Any]] = [
@@ -91,17 +93,24 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
     return found
 
 
-def _probed() -> tuple[dict[str, list[list[Step]]], list[str]]:
-    """All probes in one start of the ranks: the steps of each scenario in every layout, and what stopped each step."""
+@dataclass(frozen=True)
+class Probed:
+    in_turn: dict[str, list[list[Step]]]  # of each scenario, in every layout, its steps
+    stopped: list[str]  # in every guarded layout, what stopped each step of ranks that diverge
+    of_vlmo: dict[str, float]  # worst relative error of each layout and step of a VLMo whose experts are idle in turn
+
+
+def _probed() -> Probed:
+    """All probes in one start of the ranks."""
     from pipeline.training.collectives import Collectives
 
     collectives = Collectives()
     in_turn = {name: _through_engine(collectives, steps, LAYOUTS) for name, steps in SCENARIOS.items()}
-    return in_turn, _diverging(collectives, GUARDED)
+    return Probed(in_turn, _diverging(collectives, GUARDED), _vlmo_in_turn(collectives))
 
 
 @pytest.fixture(scope="module")
-def probed() -> list[tuple[dict[str, list[list[Step]]], list[str]]]:
+def probed() -> list[Probed]:
     return run_ranks(_probed, 2)
 
 
@@ -143,7 +152,7 @@ def test_probe_of_experts_used_in_turn_gets_autograds_gradient_at_every_stage(pr
     expected = _expected(SCENARIOS[scenario], 2)
     wrong = {
         f"{layout}, step {number}": told
-        for layout, got in zip(LAYOUTS, probed[0][0][scenario], strict=True)
+        for layout, got in zip(LAYOUTS, probed[0].in_turn[scenario], strict=True)
         for number, (right, found) in enumerate(zip(expected, got, strict=True))
         if (told := _wrong(right, found))
     }
@@ -174,9 +183,43 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
 
 
 def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_mix_at_every_stage(probed) -> None:
-    for _, answers in probed:
-        for told, (_, other) in zip(answers, DIVERGING * len(GUARDED), strict=True):
+    for answer in probed:
+        for told, (_, other) in zip(answer.stopped, DIVERGING * len(GUARDED), strict=True):
             second = "'experts.B'" if other == "B" else "'shared'"
             assert told.startswith("step 70: ranks ran different modules; call "), told
             assert ("rank 0 ran 'experts.A'" in told) == (other == "B"), told
             assert f"rank 1 ran {second}" in told
+
+
+def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
+    """Steps that read pictures alone, then texts alone, through VLMo: the other expert and its embedding are idle."""
+    from pipeline.models import build_model
+    from pipeline.models.passes import Pass
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+
+    def loss(model: Any, config: Any, step: int, rank: int) -> Tensor:
+        rows = tiny_batch(config, step, rank, collectives.world_size, 12)
+        image = Pass(heads=("tokens",), image=rows.image)
+        text = Pass(heads=("tokens",), text=rows.text, text_keep=rows.text_keep)
+        return model({"rows": (image, text)[step % 2]})["rows"]["tokens"].pow(3).sum()
+
+    worst = {}
+    for layout in LAYOUTS[3:]:
+        config = tiny_config(**layout)
+        plain, model = (build_model(config.model, VOCABULARY, seed=5) for _ in range(2))
+        engine = DeepSpeedEngine(model, config, config.stages[0], collectives)
+        for step in range(3):
+            for parameter in plain.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            for rank in range(collectives.world_size):
+                loss(plain, config, step, rank).backward()
+            engine.backward(loss(engine, config, step, collectives.rank) * collectives.world_size, last=True)
+            expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+            worst[f"{layout}, step {step}"] = max(relative_errors(expected, engine.gradients()).values())
+            engine.step(0.0)  # so that both go on from the same weights
+        engine.close()
+    return worst
+
+
+def test_probe_of_vlmos_experts_idle_in_turn_gets_autograds_gradient_at_zero_3_and_with_offload(probed) -> None:
+    assert {where: error for where, error in probed[0].of_vlmo.items() if not error <= 1e-5} == {}
