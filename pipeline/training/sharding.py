@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.planning.memory import Sharding
-from pipeline.training.deepspeed_engine import deepspeed_config
+from pipeline.training.deepspeed_config import deepspeed_config
 
 
 def sharding_of(config: RunConfig, stage: StageConfig, world_size: int, on_cuda: bool) -> Sharding:
