@@ -159,6 +159,7 @@ def _session(zero_stage: int, folder: str, steps: range, save: bool) -> tuple[bo
     losses = _run(engine, step, config, stage, collectives, steps)
     if save:
         store.save(engine.fragments(), _metadata(config, steps.stop))
+        store.wait()
     return exact, losses
 
 

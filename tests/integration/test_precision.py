@@ -43,6 +43,7 @@ def _model(config: Any) -> Any:
 
 def _sessions(folder: str) -> list[Session] | None:
     """Two steps in each layout, each going on from the checkpoint of the one before."""
+    from pipeline.config.schema import CheckpointConfig
     from pipeline.data.storage import Storage
     from pipeline.training.checkpoint import CheckpointStore
     from pipeline.training.collectives import Collectives
@@ -55,7 +56,7 @@ def _sessions(folder: str) -> list[Session] | None:
         config = tiny_config(precision="bfloat16", **layout)
         stage = config.stages[STAGE]
         engine = DeepSpeedEngine(_model(config), config, stage, collectives)
-        store = CheckpointStore(Storage(config.storage), folder, collectives, 9)
+        store = CheckpointStore(Storage(config.storage), folder, collectives, CheckpointConfig(keep=9))
         exact, at_start = True, _bits(engine, collectives)
         if (found := store.latest()) is not None:
             engine.restore(found[1])
@@ -72,6 +73,7 @@ def _sessions(folder: str) -> list[Session] | None:
         done = 2 * number + 2
         metadata = {"step": done, "stage": stage.name, "stage_step": done, "plan_digest": "plan", "data_counts": {}}
         store.save(engine.fragments(), metadata | {"zero_stage": config.engine.zero_stage})
+        store.wait()
         rounded = {} if config.engine.zero_stage == 3 else {n: p.detach().clone() for n, p in _named(engine)}
         sessions.append(
             Session(exact, at_start, gradients, rounded, _bits(engine, collectives), engine.weights() or {})
@@ -86,10 +88,10 @@ def _named(engine: Any) -> Any:
 
 def _bits(engine: Any, collectives: Any) -> Bits:
     parts: dict[tuple[str, str], list[tuple[int, Tensor]]] = {}
-    for rank in collectives.gather_objects(list(engine.fragments())):
-        for fragment in rank:
-            for kind, value in fragment.values.items():
-                parts.setdefault((fragment.name, kind), []).append((fragment.start, value))
+    own = [(f.name, kind, f.start, value.clone()) for f in engine.fragments() for kind, value in f.values.items()]
+    for rank in collectives.gather_objects(own):
+        for name, kind, start, value in rank:
+            parts.setdefault((name, kind), []).append((start, value))
     return {key: torch.cat([value for _, value in sorted(own, key=lambda part: part[0])]) for key, own in parts.items()}
 
 
