@@ -74,7 +74,7 @@ class _Blocks:
     """Ranges of several files, through a cache of blocks that are fetched ahead.
 
     An engine reads forward, at a handful of places of every file at once (its weights, its moments). The block is so
-    small that the cache holds the next ones of all these places: none is fetched twice.
+    small that the cache holds the next ones of all these places.
     """
 
     _PLACES = 4  # of each file

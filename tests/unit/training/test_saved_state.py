@@ -66,20 +66,19 @@ def test_any_range_of_any_kind_reads_as_it_was_written(
     assert not state.holds("a", "ema")
 
 
-def test_an_engine_s_reading_fetches_no_block_twice(monkeypatch: pytest.MonkeyPatch, request) -> None:
+def test_an_engine_s_reading_fetches_hardly_more_than_it_reads(monkeypatch: pytest.MonkeyPatch, request) -> None:
     """Each parameter's own range of each kind, then its whole weight, with a cache far smaller than the files."""
     monkeypatch.setattr(saved_state, "_SMALLEST", 1024)
     monkeypatch.setattr(saved_state, "_MEMORY", 1024 * 3 * 4 * RANKS)
     state: SavedState = request.getfixturevalue("state")
+    read = 0
     for name, size in SIZES.items():
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            state.read(name, kind, *bounds(size, 1))
+            read += len(state.read(name, kind, *bounds(size, 1)))
         for start in range(0, size, 500):
-            state.read(name, "weight", start, min(start + 500, size))
-    asked = state._blocks._storage.asked
-    assert sum(asked.values()) > 20 * RANKS
-    twice = sum(count - 1 for count in asked.values())
-    assert twice <= 3 * RANKS, "more than the blocks at the seams of kinds"
+            read += len(state.read(name, "weight", start, min(start + 500, size)))
+    fetched = sum(state._blocks._storage.asked.values()) * 1024
+    assert fetched < 1.2 * 4 * read
 
 
 def test_only_the_version_that_was_verified_is_read(state: SavedState, tmp_path: Path) -> None:
