@@ -171,13 +171,14 @@ def ray_cluster(config: RunConfig | None) -> Finding:
     offered = json.loads(told)
     has = ", ".join(f"{offered['resources'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
     found = f"{address}: {offered['nodes']} node(s) with {has}, version {offered['ray']}"
-    missing = _missing(wanted, offered["resources"]) if config else []
-    if missing:
-        found += f"; the run asks for {', '.join(missing)}: it waits until nodes join, as those of an autoscaler do"
+    lacking = missing(wanted, offered["resources"]) if config else []
+    if lacking:
+        found += f"; the run asks for {', '.join(lacking)}: it waits until nodes join, as those of an autoscaler do"
     return works(name, found)
 
 
-def _missing(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
+def missing(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
+    """What all ranks and their loader actors ask for together, of each resource that the cluster has less of."""
     asked = {"CPU": wanted.workers * wanted.cpus_per_worker, "GPU": wanted.workers * wanted.gpus_per_worker}
     if wanted.loader_actors and wanted.loader_resource:
         asked[wanted.loader_resource] = 0.001 * wanted.workers * wanted.loader_actors
