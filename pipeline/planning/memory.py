@@ -163,11 +163,12 @@ def _gathered(parameters: Parameters, sharding: Sharding) -> _Layout:
     if sharding.offload_parameters:
         host, weights = host + weights, 0.0
     gathered = element * min(parameters.total, sharding.max_live)
+    scattered = FLOAT32 * min(sharding.reduce_bucket, parameters.trained)  # a bucket's copy, in the ranks' order
     return _Layout(
         states=weights + optimizer,
         gradients=gradients,
         buffers=sharding.reduce_bucket * FLOAT32,
-        backward=gathered,
+        backward=gathered + scattered,
         update=update,
         host=host,
     )

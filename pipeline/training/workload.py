@@ -139,6 +139,7 @@ class _WatchedEngine:
     def _read(self, made: Tensor) -> Tensor:
         with unwatched():
             read = torch.zeros(made.shape, dtype=made.dtype)
+        self._probe.leave_out(read)
         if made.requires_grad:
             read.requires_grad_()
             self._made.append((made, read))
