@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from ranks import run_ranks
 
 from pipeline.config.load import validate
