@@ -163,7 +163,9 @@ def _gathered(parameters: Parameters, sharding: Sharding) -> _Layout:
     if sharding.offload_parameters:
         host, weights = host + weights, 0.0
     gathered = element * min(parameters.total, sharding.max_live)
-    scattered = FLOAT32 * min(sharding.reduce_bucket, parameters.trained)  # a bucket's copy, in the ranks' order
+    # A bucket's copy in the ranks' order; and, where the bucket is of another type, the gradients it was filled from.
+    scattered = FLOAT32 + (0 if element == FLOAT32 else element)
+    scattered *= min(sharding.reduce_bucket, parameters.trained)
     return _Layout(
         states=weights + optimizer,
         gradients=gradients,

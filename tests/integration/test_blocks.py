@@ -114,4 +114,8 @@ def test_recomputed_blocks_give_the_same_gradient_on_two_ranks_at_zero_1_and_3_a
     for layout, got in zip(layouts[1:], others, strict=True):
         for number in range(2):
             errors = relative_errors(expected[number], got[number])
-            assert max(errors.values()) <= (1 if number == 0 else 100) * TOLERANCE, (layout, number, max(errors.values()))
+            assert max(errors.values()) <= (1 if number == 0 else 100) * TOLERANCE, (
+                layout,
+                number,
+                max(errors.values()),
+            )

@@ -58,3 +58,12 @@ def test_every_objective_of_every_model_can_be_planned(name):
     assert found.flops > 0
     assert found.activations > 0
     assert found.tokens > 0
+
+
+def test_recomputed_blocks_hold_less_and_compute_more():
+    def work(recomputed: bool):
+        return work_of(tiny_config(activation_checkpointing=recomputed), 2, VOCABULARY, "cuda")
+
+    kept, recomputed = work(False), work(True)
+    assert recomputed.activations.per_row < 0.6 * kept.activations.per_row
+    assert recomputed.flops.per_row > 1.15 * kept.flops.per_row
