@@ -62,7 +62,7 @@ def train(
     from jobs.pretrain import pretrain
     from pipeline.training.profile import Window
 
-    more = [] if profile is None else [f"tracking.profile={Window.parse(profile)}"]
+    more = [] if profile is None else [Window.parse(profile).override]
     settings = load_config(config, [*(overrides or []), *more])
     if preflight:
         with console.status("checking on every rank"):

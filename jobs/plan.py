@@ -7,7 +7,7 @@ replaces the assumed bytes of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from pipeline.data.text import Tokenizer
 from pipeline.planning.estimate import Assumptions, Stage, StageEstimate, estimate
 from pipeline.planning.hardware import Accelerator, Network
 from pipeline.planning.scaling import Point, curve
-from pipeline.planning.work import Work
 from pipeline.training.prepare import VOCABULARY
 from pipeline.training.sharding import sharding_of
 from pipeline.training.stages import check_stages
@@ -60,12 +59,18 @@ def plan_run(config: RunConfig, target: Target, scaling: bool, say: Say = lambda
         if target.gpus > stage.batch:
             raise ConfigError(f"--gpus {target.gpus}: stage {stage.name} has a batch of {stage.batch} rows only")
         say(f"stage {stage.name}")
-        work = work_of(config, index, _vocabulary(config), "cuda", target.text_tokens)
-        plans.append(_plan_stage(config, stage, work, target, scaling))
+        plans.append(_plan_stage(config, index, target, scaling))
     return plans
 
 
-def _plan_stage(config: RunConfig, stage: StageConfig, work: Work, target: Target, scaling: bool) -> StagePlan:
+def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) -> StagePlan:
+    stage, vocabulary = config.stages[index], _vocabulary(config)
+    works = {
+        recomputed: work_of(
+            _with(config, activation_checkpointing=recomputed), index, vocabulary, "cuda", target.text_tokens
+        )
+        for recomputed in (False, True)
+    }
     assumptions = _with_known_bytes(config, stage, target.assumptions)
     micro = config.engine.micro_batch
     described = Stage(
@@ -75,33 +80,40 @@ def _plan_stage(config: RunConfig, stage: StageConfig, work: Work, target: Targe
         pictures={"text": 0, "regions": 0, "statements": 2}.get(config.use_of(stage), 1),
         micro_batch=None if micro == "auto" else micro,
         checkpoint_every=config.checkpoint.every,
-        work=work,
+        work=works[config.engine.activation_checkpointing],
     )
 
-    def at(gpus: int, largest: bool = False, **engine: Any) -> StageEstimate:
-        engine = {"micro_batch": described.micro_batch, **engine}
-        settings = config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
+    def at(gpus: int, largest: bool = False, recomputed: bool | None = None, **engine: Any) -> StageEstimate:
+        settings = _with(config, **{"micro_batch": described.micro_batch, **engine})
         sharding = sharding_of(settings, stage, gpus, on_cuda=True)
-        found = estimate(described, sharding, target.accelerator, target.network, assumptions)
+        one = described if recomputed is None else replace(described, work=works[recomputed])
+        found = estimate(one, sharding, target.accelerator, target.network, assumptions)
         if not largest:
             return found
-        most = max(1, found.largest_micro_batch)
-        return estimate(described, sharding, target.accelerator, target.network, assumptions, min(most, found.share))
+        most = min(max(1, found.largest_micro_batch), found.share)
+        return estimate(one, sharding, target.accelerator, target.network, assumptions, most)
 
-    others: dict[str, StageEstimate] = {}
-    for zero in ZERO_STAGES:
-        others[f"ZeRO {zero}"] = at(target.gpus, zero_stage=zero, **_offload(config, False))
-        if zero and "offload_optimizer" in type(config.engine).model_fields:
-            others[f"ZeRO {zero}, offload"] = at(target.gpus, zero_stage=zero, **_offload(config, True, zero))
+    others = {name: at(target.gpus, **engine) for name, engine in _alternatives(config)}
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = at(target.gpus, largest=micro == "auto")
     points = curve(lambda gpus: at(gpus, largest=described.micro_batch is None), stage.batch) if scaling else []
     return StagePlan(chosen, assumptions, others, points)
 
 
-def _offload(config: RunConfig, wanted: bool, zero_stage: int = 0) -> dict[str, bool]:
-    keys = {"offload_optimizer": wanted, "offload_parameters": wanted and zero_stage == 3}
-    return {key: value for key, value in keys.items() if key in type(config.engine).model_fields}
+def _alternatives(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other settings of the engine, by what the table calls them: plain, offloaded, recomputed, and both."""
+    for zero in ZERO_STAGES:
+        if zero == 0 and config.engine.precision == "bfloat16":
+            continue  # DeepSpeed would keep no float32 weights there
+        for offloaded in (False, True) if zero else (False,):
+            for recomputed in (False, True):
+                words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
+                keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
+                yield ", ".join(words), {"zero_stage": zero, "recomputed": recomputed, **keys}
+
+
+def _with(config: RunConfig, **engine: Any) -> RunConfig:
+    return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
 
 
 def _vocabulary(config: RunConfig) -> int:

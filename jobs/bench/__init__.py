@@ -142,7 +142,7 @@ def step(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     stage: Annotated[str | None, typer.Option(help="The stage; the last, if not given.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="On this machine; each on a GPU, where there are any.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
+    steps: Annotated[int, typer.Option(min=0, help="Steps timed; 0: only the one measured for memory.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a stage's steps here, beside what `mome plan` says; without Ray, and without data.

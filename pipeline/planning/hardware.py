@@ -1,8 +1,8 @@
 """Accelerators and networks by name, from their makers' data sheets: what an estimate divides by.
 
-Peaks are of dense bfloat16 products, without sparsity. Bandwidths are of one accelerator in one direction: InfiniBand and
-EFA have a card for each, Ethernet one for the eight of a node. What real runs reach of them is an assumption, which is
-printed beside every estimate.
+Peaks are of dense bfloat16 products, without sparsity. Bandwidths are of one accelerator in one direction: InfiniBand
+and EFA have a card for each, Ethernet one for the eight of a node. What real runs reach of them is an assumption, which
+is printed beside every estimate.
 """
 
 from __future__ import annotations

@@ -163,11 +163,14 @@ def _gathered(parameters: Parameters, sharding: Sharding) -> _Layout:
     if sharding.offload_parameters:
         host, weights = host + weights, 0.0
     gathered = element * min(parameters.total, sharding.max_live)
+    # A bucket's copy in the ranks' order; and, where the bucket is of another type, the gradients it was filled from.
+    scattered = FLOAT32 + (0 if element == FLOAT32 else element)
+    scattered *= min(sharding.reduce_bucket, parameters.trained)
     return _Layout(
         states=weights + optimizer,
         gradients=gradients,
         buffers=sharding.reduce_bucket * FLOAT32,
-        backward=gathered,
+        backward=gathered + scattered,
         update=update,
         host=host,
     )

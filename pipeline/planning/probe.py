@@ -57,6 +57,12 @@ class Followed(TorchDispatchMode):
             self.flops += formula(*args, **kwargs, out_val=result)
         return result
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """A tensor made unwatched stays nobody's, and so do its views."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._followed[key] = weakref.ref(storage, lambda _: self._followed.pop(key, None))
+
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -149,6 +155,10 @@ class Probe:
     @property
     def peak_bytes(self) -> int:
         return self._followed.peak
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count a tensor that was made unwatched, nor its views."""
+        self._followed.leave_out(tensor)
 
     def forget_peak(self) -> None:
         """Begin `peak_bytes` anew from what is alive."""

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     try:
         wants_preflight, rest = "--preflight" in arguments, [each for each in arguments if each != "--preflight"]
         if "--profile" in rest and rest[-1] != "--profile":
-            rest.append(f"tracking.profile={Window.parse(rest.pop(rest.index('--profile') + 1))}")
+            rest.append(Window.parse(rest.pop(rest.index("--profile") + 1)).override)
             rest.remove("--profile")
         if not rest or any(each.startswith("-") for each in rest):
             raise ConfigError("usage: torchrun -m pipeline.training CONFIG [--preflight] [--profile A:B] [key=value …]")

@@ -44,8 +44,10 @@ class Window:
             raise ConfigError(f"--profile {told}: expected A:B with A below B, steps over all stages, such as 100:105")
         return cls(int(first), int(last))
 
-    def __str__(self) -> str:
-        return f"{self.first}:{self.last}"
+    @property
+    def override(self) -> str:
+        """As a key of the config; in quotes, because YAML reads a bare 3:6 as minutes and seconds."""
+        return f'tracking.profile="{self.first}:{self.last}"'
 
 
 def profiled(
@@ -53,7 +55,8 @@ def profiled(
 ) -> Iterator[Step]:
     """A stage's steps, as (step of the stage, …), those in `tracking.profile` recorded.
 
-    `first` is the stage's first global step. A step's part of the trace ends where the next one's begins, so that waiting for data is in it.
+    `first` is the stage's first global step. A step's part of the trace ends where the next one's begins, so that
+    waiting for data is in it.
     """
     if config.tracking.profile is None or rank != 0:
         return steps

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,10 @@ class StepBench:
 
 
 def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: int = 5) -> StepBench:
-    """Steps of stage `index` on this rank. All ranks call it together."""
+    """Steps of stage `index` on this rank. All ranks call it together.
+
+    Memory is measured in a step of its own, which with `steps` 0 is the only one, and the one that is timed.
+    """
     torch.set_num_threads(config.engine.threads)
     config = config.for_stage(config.stages[index])
     device, vocabulary = collectives.device, config.tokenizer.size
@@ -78,12 +82,12 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
         step(batch)
         engine.step(stage.optimizer.peak_rate)
 
-    for _ in range(WARM_STEPS):
-        run()
-    seconds = _seconds_a_step(run, steps, collectives)
+    measured: Numbers = {}
+    seconds = _seconds_a_step(run, WARM_STEPS, steps, collectives) if steps else 0.0
     held = sum(_without(living(device), before).values()) - _bytes(batch)
-    peak = held + peak_of(run, device)
-    measured = _categories(engine, measured_engine, step, batch)
+    started = time.perf_counter()
+    peak = held + peak_of(lambda: measured.update(_categories(engine, measured_engine, run)), device)
+    seconds = seconds or time.perf_counter() - started
     work = work_of(config, index, vocabulary, "cuda" if device.type == "cuda" else "cpu")
     own = rows.stop - rows.start
     memory = predicted_memory(config, index, work, collectives.world_size, own, device.type == "cuda")
@@ -114,7 +118,9 @@ def predicted_memory(config: RunConfig, index: int, work: Work, world_size: int,
     )
 
 
-def _seconds_a_step(run: Any, steps: int, collectives: Collectives) -> float:
+def _seconds_a_step(run: Callable[[], None], warm: int, steps: int, collectives: Collectives) -> float:
+    for _ in range(warm):
+        run()
     collectives.barrier()
     started = time.perf_counter()
     for _ in range(steps):
@@ -125,14 +131,13 @@ def _seconds_a_step(run: Any, steps: int, collectives: Collectives) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def _categories(engine: DeepSpeedEngine, measured: MeasuredEngine, step: TrainingStep, batch: Batch) -> Numbers:
-    """Bytes of the categories, by one more step that is not timed."""
+def _categories(engine: DeepSpeedEngine, measured: MeasuredEngine, run: Callable[[], None]) -> Numbers:
+    """Bytes of the categories, by one more step."""
     gradients: Storages = {}
     measured.after_backward = lambda: gradients.update(gradients_of(engine))
     with measured.saving():
-        step(batch)
+        run()
     measured.after_backward = None
-    engine.step(0.0)
     found = {"states": states_of(engine), "gradients": gradients}
     return {name: sum(held.values()) for name, held in found.items()} | {"activations": measured.saved_bytes}
 
@@ -166,7 +171,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--stage", help="the stage; the last, if not given")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps that are timed; 0: only the one measured for memory"
+    )
     given = parser.parse_intermixed_args(arguments)
     collectives = None
     try:

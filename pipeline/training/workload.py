@@ -23,6 +23,7 @@ from pipeline.models.passes import Outputs, Pass, Regions
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.planning.work import Line, Parameters, Work
+from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
 from pipeline.training.contrast import CONTRASTS
 from pipeline.training.full_batch import full_batch
@@ -46,7 +47,7 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
     def ran(count: int, micro_batch: int | None = None) -> Ran:
         return run_step(model, _cut(config, index, count, micro_batch), index, vocabulary, kernels, text_tokens)
 
-    few, more, pieces = ran(rows), ran(2 * rows), ran(2 * rows, rows)
+    few, more, pieces = ran(rows), ran(2 * rows), ran(2 * rows, rows)  # the last one in two micro-batches
 
     def line(number: Callable[[Ran], int]) -> Line:
         return Line.through((rows, number(few)), (2 * rows, number(more)))
@@ -72,6 +73,7 @@ def model_without_memory(config: RunConfig, index: int, vocabulary: int) -> Mode
     trained = trained_parts(model, config, config.stages[index])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)
+    prepare_blocks(model, config.engine.model_copy(update={"compile": False}))  # which changes no number here
     return model
 
 
@@ -139,6 +141,7 @@ class _WatchedEngine:
     def _read(self, made: Tensor) -> Tensor:
         with unwatched():
             read = torch.zeros(made.shape, dtype=made.dtype)
+        self._probe.leave_out(read)
         if made.requires_grad:
             read.requires_grad_()
             self._made.append((made, read))

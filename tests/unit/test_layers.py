@@ -64,3 +64,9 @@ def test_each_heavy_library_is_imported_only_in_its_home(path: Path) -> None:
         for library, homes in HOMES.items():
             if module == library or module.startswith(f"{library}."):
                 assert where.startswith(homes), f"{where} imports {module}; it belongs in {homes}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("pipeline/planning/*.py")), ids=lambda path: path.name)
+def test_planning_knows_config_models_and_data_alone(path: Path) -> None:
+    known = {"pipeline.planning", "pipeline.config", "pipeline.models", "pipeline.data", None}
+    assert {package_of(module) for module in imports_of(path)} <= known

@@ -1,0 +1,58 @@
+"""`engine.micro_batch: auto`: the rows that fit the smallest rank, the same on all."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_ranks
+from tiny import VOCABULARY, tiny_config
+
+from pipeline.config.schema import RunConfig
+
+STAGE = 2
+
+
+def _resolved(configs: list[RunConfig]) -> int | str | None:
+    from pipeline.config.errors import RunFailed
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.micro_batch import with_micro_batch
+
+    collectives = Collectives()
+    try:
+        return with_micro_batch(configs[collectives.rank], STAGE, collectives, VOCABULARY).engine.micro_batch
+    except RunFailed as error:
+        return str(error)
+
+
+def _needed(rows: int) -> float:
+    """GB that two ranks need each for micro-batches of so many rows, by the same estimate."""
+    from pipeline.planning.estimate import memory_at
+    from pipeline.training.sharding import sharding_of
+    from pipeline.training.workload import work_of
+
+    config = tiny_config(zero_stage=2)
+    work = work_of(config, STAGE, VOCABULARY, "cpu")
+    return memory_at(work, sharding_of(config, config.stages[STAGE], 2, on_cuda=False), 6, rows).total / 1e9
+
+
+def test_the_smallest_rank_decides_for_all():
+    room = (_needed(3) + _needed(4)) / 2
+    small, large = (tiny_config(zero_stage=2, micro_batch="auto", memory_gb=gb) for gb in (room, 100.0))
+    assert run_ranks(_resolved, 2, [large, small]) == [3, 3]
+
+
+def test_a_cpu_without_a_limit_reads_its_whole_share():
+    config = tiny_config(micro_batch="auto")
+    assert run_ranks(_resolved, 2, [config, config]) == [None, None]
+
+
+def test_a_rank_too_small_for_one_row_is_told_so():
+    config = tiny_config(micro_batch="auto", memory_gb=1e-6)
+    for told in run_ranks(_resolved, 2, [config, config]):
+        assert isinstance(told, str)
+        assert "not one row fits" in told
+
+
+@pytest.mark.parametrize("given", [None, 4])
+def test_what_the_config_says_stands(given):
+    config = tiny_config(micro_batch=given)
+    assert run_ranks(_resolved, 1, [config]) == [given]

@@ -1,0 +1,73 @@
+"""`--preflight`: one step of every stage on every rank, storage and MLflow written to, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ranks import run_ranks
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+
+
+def config_in(folder: Path, **more) -> RunConfig:
+    shards = str(folder / "scenes")
+    pairs = {"contrastive": {}, "matching": {}, "masked_language": {}}
+    values = {
+        "name": "checked",
+        "output": str(folder / "runs"),
+        "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 8},
+        "sources": {
+            "scenes": {"shards": shards, "synthetic": {"scenes": 40, "image_size": 24}},
+            "pictures": {"shards": shards, "use": "images"},
+        },
+        "data": {"lanes": 2},
+        "stages": [
+            {
+                "name": "vision",
+                "sources": {"pictures": 1.0},
+                "objectives": {"masked_image": {}},
+                "steps": 9,
+                "batch": 8,
+            },
+            {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": pairs, "steps": 9, "batch": 6},
+        ],
+        "engine": {"precision": "float32", "zero_stage": 2},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        **more,
+    }
+    return validate(values, "checked")
+
+
+def _preflight(config: RunConfig) -> tuple[list[tuple[str, str]], str]:
+    from pipeline.config.errors import MomeError
+    from pipeline.training.preflight import preflight
+
+    try:
+        return [(each.what, each.told) for each in preflight(config, lambda _: None)], ""
+    except MomeError as error:
+        return [], str(error)
+
+
+def test_every_stage_takes_a_step_and_nothing_is_left_behind(tmp_path):
+    from pipeline.tracking.mlflow_tracker import connect
+
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    client.search_experiments()  # makes the database
+    answers = run_ranks(_preflight, 2, config_in(tmp_path))
+    assert [failure for _, failure in answers] == ["", ""]
+    told = dict(answers[0][0])
+    assert list(told) == ["storage", "tracking", "data and vocabulary", "stage vision", "stage pairs"]
+    assert "deleted" in told["storage"]
+    assert "deleted" in told["tracking"]
+    assert "8 rows = 2 ranks x 1 micro-batches" in told["stage vision"]
+    assert not list((tmp_path / "runs").glob("*"))
+    assert not client.search_runs([each.experiment_id for each in client.search_experiments()])
+
+
+def test_all_ranks_hear_what_one_of_them_cannot_do(tmp_path):
+    (tmp_path / "runs").write_text("a file where the runs' folder should be")
+    answers = run_ranks(_preflight, 2, config_in(tmp_path))
+    for _, failure in answers:
+        assert "preflight, storage: rank 0" in failure
+        assert "rank 1" in failure

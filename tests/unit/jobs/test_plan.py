@@ -1,0 +1,53 @@
+"""`mome plan` on a small run: the shape of its answer, its table, and its picture."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from tiny import tiny_config
+
+from jobs.plan import Target, as_json_object, plan_run, with_workers
+from jobs.plan_chart import scaling_svg
+from jobs.plan_text import as_text
+from pipeline.config.errors import ConfigError
+from pipeline.planning.estimate import Assumptions
+from pipeline.planning.hardware import accelerator_named, network_named
+
+
+def target(gpus: int = 2) -> Target:
+    return Target(accelerator_named("h100"), network_named("ib-400"), gpus, Assumptions(price=2.5))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return plan_run(with_workers(tiny_config(zero_stage=2), 2), target(), scaling=True)
+
+
+def test_the_json_has_the_shape_that_was_promised(plans):
+    found = as_json_object(plans, target())
+    promised = {"parameters", "flops_per_step", "memory_bytes_per_gpu", "step_seconds", "hours", "cost"}
+    assert promised <= found.keys()
+    assert {"states", "gradients", "activations", "total"} <= found["memory_bytes_per_gpu"].keys()
+    assert len(found["stages"]) == 4
+    assert found["cost"] == pytest.approx(sum(stage["hours"] for stage in found["stages"]) * 2 * 2.5)
+    assert found["hours"] == pytest.approx(16 * found["step_seconds"] / 3600 / 0.97)  # four steps of four stages
+
+
+def test_the_table_names_every_zero_stage_and_assumption(plans):
+    told = as_text(plans, target())
+    for expected in ("stage vision:", "ZeRO 0", "ZeRO 3", "largest micro-batch", "mfu 0.35", "h100: 989 TFLOPS"):
+        assert expected in told
+
+
+def test_the_picture_is_whole_and_tells_its_assumptions(plans):
+    root = ElementTree.fromstring(scaling_svg(plans, target(), "tiny & small"))
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "tiny & small" in texts
+    assert "mfu 0.35" in texts
+    assert sum(1 for _ in root.iter("{http://www.w3.org/2000/svg}polyline")) == 4
+
+
+def test_more_gpus_than_rows_are_refused():
+    with pytest.raises(ConfigError, match="12 rows only"):
+        plan_run(tiny_config(), target(gpus=16), scaling=False)

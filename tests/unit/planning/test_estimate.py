@@ -1,0 +1,109 @@
+"""From a stage's work and the hardware to what fits, how long it takes and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config.errors import ConfigError
+from pipeline.planning.estimate import Assumptions, Stage, estimate, largest_micro_batch, memory_at
+from pipeline.planning.hardware import ACCELERATORS, NETWORKS, accelerator_like, accelerator_named
+from pipeline.planning.memory import Sharding
+from pipeline.planning.scaling import curve
+from pipeline.planning.work import Line, Parameters, Work
+
+WORK = Work(
+    parameters=Parameters(trained=200_000_000, frozen=0, buffers=0, largest=20_000_000, tensors=300),
+    flops=Line(0, 6e11),
+    flops_per_row_accumulated=6.5e11,
+    activations=Line(1e7, 5e8),
+    workspace=Line(1e7, 1e6),
+    tokens=Line(0, 1000),
+    batch_bytes_per_row=150_000,
+    contrast_flops=10**10,
+    contrast_bytes=10**7,
+    contrast_width=1536,
+)
+STAGE = Stage("vision_language", steps=1000, batch=1024, pictures=1, micro_batch=None, checkpoint_every=100, work=WORK)
+H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
+
+
+def sharding(ranks: int, zero_stage: int = 1) -> Sharding:
+    return Sharding(zero_stage, ranks, "bfloat16", 50_000_000, 50_000_000, 1_000_000_000)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_largest_micro_batch_fits_and_one_row_more_does_not(zero_stage):
+    room = 40e9
+    rows = largest_micro_batch(WORK, sharding(4, zero_stage), 256, room)
+    assert 0 < rows < 256
+    assert memory_at(WORK, sharding(4, zero_stage), 256, rows).total <= room
+    assert memory_at(WORK, sharding(4, zero_stage), 256, rows + 1).total > room
+
+
+def test_nothing_fits_where_the_states_alone_are_too_large():
+    assert largest_micro_batch(WORK, sharding(1), 16, 1e9) == 0
+
+
+def test_one_accelerator_computes_and_sends_nothing():
+    alone = estimate(STAGE, sharding(1), H100, IB, Assumptions(mfu=0.5, goodput=1.0), micro_batch=1024)
+    assert alone.communication_seconds == 0
+    assert alone.step_seconds == pytest.approx((1024 * 6e11 + 1e10) / (0.5 * 989e12))
+    assert alone.hours == pytest.approx(1000 * alone.step_seconds / 3600)
+
+
+def test_time_and_cost_follow_the_assumptions():
+    base = estimate(STAGE, sharding(8), H100, IB, Assumptions(price=2.0, goodput=1.0))
+    late = estimate(STAGE, sharding(8), H100, IB, Assumptions(price=4.0, goodput=0.5))
+    assert base.cost == pytest.approx(base.hours * 8 * 2.0)
+    assert late.cost == pytest.approx(4 * base.cost)
+
+
+def test_a_slower_network_is_felt_between_nodes_only():
+    slow = NETWORKS["ethernet-25"]
+    inside = [estimate(STAGE, sharding(8), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
+    between = [estimate(STAGE, sharding(64), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
+    assert inside[0] == inside[1]
+    assert between[1] > 5 * between[0]
+
+
+def test_accumulation_costs_the_second_reading():
+    cut = estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch=32)
+    assert (cut.accumulation, cut.micro_batch) == (4, 32)
+    whole = estimate(STAGE, sharding(8), H100, IB, Assumptions())
+    assert cut.compute_seconds / whole.compute_seconds == pytest.approx(6.5 / 6.0, rel=1e-3)
+
+
+def test_the_curve_goes_from_one_to_1024_and_stops_where_a_rank_had_no_row():
+    def at(stage: Stage):
+        return lambda gpus: estimate(stage, sharding(gpus), H100, IB, Assumptions(), micro_batch=1)
+
+    points = curve(at(STAGE), STAGE.batch)
+    assert [point.gpus for point in points] == [2**k for k in range(11)]
+    assert points[0].efficiency == 1
+    speeds = [point.samples_per_second for point in points]
+    assert speeds == sorted(speeds)
+    small = replace(STAGE, batch=48)
+    assert [point.gpus for point in curve(at(small), 48)][-1] == 32
+
+
+def test_a_wrong_name_gets_a_suggestion():
+    with pytest.raises(ConfigError, match="did you mean 'h100'"):
+        accelerator_named("h1000")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA L40S", "l40s"),
+    ],
+)
+def test_a_driver_s_name_finds_its_accelerator(device, name):
+    found = accelerator_like(device)
+    assert found is not None
+    assert found.name == name

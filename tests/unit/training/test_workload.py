@@ -1,0 +1,69 @@
+"""A stage's work, as found on a model without memory, is that of the real step."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import VOCABULARY, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.data.storage import Storage
+from pipeline.training.collectives import Collectives
+from pipeline.training.full_batch import full_batch
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+from pipeline.training.trial import cells, trial_config
+from pipeline.training.workload import model_without_memory, parameters_of, run_step, work_of
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_arithmetic_is_that_of_a_real_step(index):
+    config = tiny_config()
+    stage = config.stages[index]
+    model = build_stage_model(config, index, Storage(), VOCABULARY)
+    step = TrainingStep(PlainEngine(model, stage.optimizer), config, stage, Collectives())
+    with FlopCounterMode(display=False) as counter:
+        step(full_batch(config, stage, stage.batch, VOCABULARY))
+    # The counter sees attention where the CPU computes it plainly, as it does with VLMo's trainable bias.
+    found = run_step(model_without_memory(config, index, VOCABULARY), config, index, VOCABULARY, "cpu")
+    assert found.flops == counter.get_total_flops()
+
+
+def test_parameters_are_those_of_the_model_that_is_trained():
+    config = tiny_config()
+    model = build_stage_model(config, 0, Storage(), VOCABULARY)
+    found = parameters_of(model_without_memory(config, 0, VOCABULARY))
+    assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
+def test_cut_shares_read_the_towers_twice():
+    work = work_of(tiny_config(), 2, VOCABULARY, "cpu")
+    assert work.step_flops(12, 1) < work.step_flops(12, 2)
+    assert work.contrast_flops > 0
+
+
+def test_bfloat16_halves_most_of_the_activations():
+    exact, half = (work_of(tiny_config(precision=p), 0, VOCABULARY, "cuda") for p in ("float32", "bfloat16"))
+    assert 0.4 < half.activations.per_row / exact.activations.per_row < 0.8
+
+
+ONE_OF_A_KIND = {f"{cell.kind}-{cell.objective}": cell for cell in cells() if "visual_tokens" not in str(cell)}
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_every_objective_of_every_model_can_be_planned(name):
+    config = trial_config(ONE_OF_A_KIND[name])
+    found = run_step(model_without_memory(config, 0, VOCABULARY), config, 0, VOCABULARY, "cuda")
+    assert found.flops > 0
+    assert found.activations > 0
+    assert found.tokens > 0
+
+
+def test_recomputed_blocks_hold_less_and_compute_more():
+    def work(recomputed: bool):
+        return work_of(tiny_config(activation_checkpointing=recomputed), 2, VOCABULARY, "cuda")
+
+    kept, recomputed = work(False), work(True)
+    assert recomputed.activations.per_row < 0.6 * kept.activations.per_row
+    assert recomputed.flops.per_row > 1.15 * kept.flops.per_row
