@@ -19,6 +19,8 @@ from pipeline.training.workload import model_without_memory, parameters_of, run_
 @pytest.mark.parametrize("index", range(4))
 def test_arithmetic_is_that_of_a_real_step(index):
     config = tiny_config()
+    stages = tuple(each.model_copy(update={"start_from": "random"}) for each in config.stages)
+    config = config.model_copy(update={"stages": stages})
     stage = config.stages[index]
     model = build_stage_model(config, index, Storage(), VOCABULARY)
     step = TrainingStep(PlainEngine(model, stage.optimizer), config, stage, Collectives())
