@@ -21,6 +21,7 @@ from pipeline.models import build_model
 from pipeline.models.model import Model
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
+from pipeline.training.accounting import spent
 from pipeline.training.checkpoint import Weights, is_committed, load_weights, stage_url
 from pipeline.training.stages import heads, load_matching
 
@@ -31,7 +32,8 @@ REPORT = "report.html"
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """The last stage of a run that has just been trained."""
-    return evaluate_checkpoint(config.folder)
+    with spent(Storage(config.storage), config.folder, "evaluation"):
+        return evaluate_checkpoint(config.folder)
 
 
 def evaluate_checkpoint(

@@ -1,5 +1,52 @@
 """Runs a function on several gloo ranks of this machine, each a process of its own, for tests."""
 
-from pipeline.training.local_ranks import run_ranks
+from __future__ import annotations
 
-__all__ = ["run_ranks"]
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.training.local_ranks import SECONDS, run_ranks
+
+__all__ = ["SECONDS", "run_ranks", "say_to", "start_ranks"]
+
+
+def start_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` begun on every rank: the processes, for tests in which some do not end as they should.
+
+    Whoever starts them ends them.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, function, arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def say_to(path: str) -> None:
+    """From now on this process's standard error, also what C code writes to it, is that file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 2)
+
+
+def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    function(*arguments)

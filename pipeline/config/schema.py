@@ -297,6 +297,31 @@ class KeepBestConfig(Section):
     mode: Literal["min", "max"] = "min"
 
 
+class SpikeConfig(Section):
+    """A loss above `factor` x the median of the last `window` losses: back to the last checkpoint, past that data.
+
+    Left out are the batches since that checkpoint up to the one that spiked, and `skip` more. The stage still makes
+    all its steps.
+    """
+
+    factor: float = changeable(3.0, gt=1)
+    window: Positive = changeable(100)  # losses; nothing is judged before so many were seen
+    skip: int = changeable(0, ge=0)
+    most: Positive = changeable(3)  # rollbacks of one stage; a spike after that many ends the run
+
+
+class GuardsConfig(Section):
+    """What a run watches itself for."""
+
+    # Steps between two looks, before the update, at what all ranks must know together: a loss or gradient that is not
+    # finite, a spike, a notice of preemption. A look reads one small sum from the device, and waits for it.
+    look_every: Positive = changeable(1)
+    hang_seconds: float = changeable(120.0, gt=0)  # that a step may take; then stacks are written and the ranks end
+    start_seconds: float = changeable(1800.0, gt=0)  # the same until the first step of a stage is done
+    save_seconds: float = changeable(1800.0, gt=0)  # the same of a checkpoint or hand-over
+    spike: SpikeConfig | None = changeable(None)
+
+
 class CheckpointConfig(Section):
     """Saved beside training, which stops for the copy to the host's memory only: that much memory a rank is taken."""
 
@@ -341,6 +366,7 @@ class RunConfig(Section):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     engine: EngineConfig = changeable(EngineConfig())
     cluster: ClusterConfig = changeable(ClusterConfig())
+    guards: GuardsConfig = changeable(GuardsConfig())
     checkpoint: CheckpointConfig = changeable(CheckpointConfig())
     tracking: TrackingConfig = changeable(TrackingConfig())
     evaluation: EvaluationConfig = changeable(EvaluationConfig())

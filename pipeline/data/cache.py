@@ -9,6 +9,7 @@ file holds a shared lock on it, which is its pin; who downloads one holds an exc
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.paths import local_path
+from pipeline.data.storage.faults import NoSpace
 
 PIECE = 8 * 2**20  # bytes of one request at least, where the shard has them
 FOLDER = "mome-cache-1"
@@ -116,7 +118,8 @@ class NodeCache:
         except StorageError:
             raise
         except OSError as error:
-            raise StorageError(
+            kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+            raise kind(
                 f"data.cache.folder {self.folder.parent} cannot be used: {error.strerror or error}. Free space there "
                 "or lower data.cache.max_bytes, choose another local disk, or unset data.cache.folder"
             ) from error

@@ -81,6 +81,7 @@ class JournalWriter:
     loses none; `sync` makes them survive the machine, and is called in batches, away from the training thread."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         fcntl.flock(self._fd, fcntl.LOCK_EX)  # tells others that this session is alive (see `is_live`)
         self._lock = threading.Lock()
@@ -97,7 +98,10 @@ class JournalWriter:
                 self._failing = False
             except OSError as error:
                 if not self._failing:
-                    logger.warning("the tracking journal cannot be written (%s); records are kept in memory", error)
+                    logger.warning(
+                        "the tracking journal in %s cannot be written (%s); records are kept in memory until it can",
+                        self._path.parent, error,
+                    )  # fmt: skip
                 self._failing = True
 
     def sync(self) -> None:

@@ -9,15 +9,19 @@ Shapes: B rows of the global batch, n rows of this rank.
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Range = tuple[int, int]
+P = ParamSpec("P")
+R = TypeVar("R")
+BOARD_SECONDS = 5.0  # that the board's holder may take to answer
 
 
 def share(batch: int, rank: int, world_size: int) -> Range:
@@ -25,8 +29,30 @@ def share(batch: int, rank: int, world_size: int) -> Range:
     return rank * batch // world_size, (rank + 1) * batch // world_size
 
 
+def _counted(
+    method: Callable[Concatenate[Collectives, P], R],
+) -> Callable[Concatenate[Collectives, P], R]:
+    """So that of ranks that wait for each other it can be told which one has not come."""
+
+    @functools.wraps(method)
+    def call(self: Collectives, *arguments: P.args, **named: P.kwargs) -> R:
+        self.calls += 1
+        self.inside = method.__name__
+        try:
+            return method(self, *arguments, **named)
+        finally:
+            self.inside = ""
+
+    return call
+
+
 class Collectives:
-    """This process's place among the ranks. Without a launcher it is the only one."""
+    """This process's place among the ranks. Without a launcher it is the only one.
+
+    `calls` counts what this rank asked of the others so far, `inside` names what it waits for now.
+    """
+
+    calls, inside = 0, ""
 
     def __init__(self, timeout_seconds: float = 1800.0):
         if torch.cuda.is_available():
@@ -51,11 +77,13 @@ class Collectives:
     def shares(self, batch: int) -> list[Range]:
         return [share(batch, rank, self.world_size) for rank in range(self.world_size)]
 
+    @_counted
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
 
+    @_counted
     def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
         """Every rank's rows (n, …) in the order of the global batch: (B, …)."""
         shares = self.shares(batch)
@@ -66,6 +94,7 @@ class Collectives:
         dist.all_gather(gathered, padded)
         return torch.cat([part[: stop - start] for part, (start, stop) in zip(gathered, shares, strict=True)])
 
+    @_counted
     def largest(self, sizes: list[int]) -> list[int]:
         """The largest of each number over the ranks."""
         if self.world_size == 1:
@@ -101,19 +130,27 @@ class Collectives:
 
         return fetch
 
+    @_counted
     def gather_objects(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
 
+    @_counted
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         holder = [value]
         dist.broadcast_object_list(holder, src=0, device=self.device)
         return holder[0]
 
+    @_counted
     def barrier(self) -> None:
         dist.barrier()
+
+    def board(self) -> Board:
+        """What the ranks tell each other without waiting for each other. A connection of its own, for any thread."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        return Board(store.clone(), self.rank, self.world_size)
 
     def close(self) -> None:
         close_group()
@@ -123,3 +160,31 @@ def close_group() -> None:
     """End the process group, if there is one: a process that exits without this can abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Board:
+    """A line of text of each rank, kept by the process group's store; nobody waits for who has not written.
+
+    Every call may raise RuntimeError or OSError when the store's holder does not answer within `BOARD_SECONDS`.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int):
+        self._store, self._rank, self._world_size = store, rank, world_size
+        store.set_timeout(datetime.timedelta(seconds=BOARD_SECONDS))
+
+    def write(self, topic: str, text: str) -> None:
+        """In the place of what this rank wrote under the topic before."""
+        self._store.set(f"mome/{topic}/{self._rank}", text)
+
+    def read(self, topic: str) -> dict[int, str]:
+        """What the ranks that have written under the topic wrote last."""
+        names = {rank: f"mome/{topic}/{rank}" for rank in range(self._world_size)}
+        return {rank: self._store.get(name).decode() for rank, name in names.items() if self._store.check([name])}
+
+    def call(self, topic: str, text: str) -> None:
+        """For all ranks; what was called first under a topic stands."""
+        self._store.compare_set(f"mome/{topic}", "", text)
+
+    def called(self, topic: str) -> str | None:
+        name = f"mome/{topic}"
+        return self._store.get(name).decode() if self._store.check([name]) else None

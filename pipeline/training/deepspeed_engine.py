@@ -139,6 +139,27 @@ class DeepSpeedEngine:
             if parameter.requires_grad
         }
 
+    def local_gradients(self) -> list[Tensor]:
+        """What the next step reads: at stages 1 to 3 the gradients of this rank's partition, already reduced."""
+        partitioned = getattr(self._engine.optimizer, "averaged_gradients", None) or {}
+        found = [tensor for group in partitioned.values() if group is not None for tensor in group]
+        if not found:  # stage 0, or gradients that were offloaded with the optimizer
+            tensors = [*self._names.values(), *self._optimized_tensors()]
+            found = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        return found
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's parameters as forward reads them, gradients, and master weights with moments."""
+        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self._names.values()]
+        masters = [tensor for tensor in self._optimized_tensors() if all(tensor is not each for each in held)]
+        moments = [value for state in self._adam.state.values() for value in state.values() if torch.is_tensor(value)]
+        categories = {
+            "parameters": held,
+            "gradients": self.local_gradients(),
+            "optimizer": [*masters, *moments, *self._averages.values()],
+        }
+        return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in categories.items()}
+
     # ---- state as fragments
 
     def _prime(self) -> None:

@@ -2,69 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError, RunFailed
+from pipeline.config.errors import CheckpointError, Preempted, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.choices import choices_of
 from pipeline.data.loader import Loader, local_preparer
 from pipeline.data.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
+from pipeline.data.storage.faults import NoSpace
 from pipeline.data.text import Tokenizer
 from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
-from pipeline.training.checkpoint import CheckpointStore, is_committed, save_weights, stage_url
+from pipeline.training.accounting import metrics
+from pipeline.training.checkpoint import MANIFEST, CheckpointStore, is_committed, save_weights, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard
 from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.training.look import look
+from pipeline.training.memory import is_out_of_memory, out_of_memory
 from pipeline.training.micro_batch import with_micro_batch
+from pipeline.training.non_finite import describe, diagnose
 from pipeline.training.prepare import prepare
 from pipeline.training.profile import profiled
+from pipeline.training.progress import Meter, Progress, Report
 from pipeline.training.schedule import learning_rate
+from pipeline.training.session import Session
+from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
+
+__all__ = ["Progress", "Report", "StageRun", "train"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where the run stands, for whoever shows it."""
-
-    stage: str
-    stage_step: int
-    stage_steps: int
-    step: int  # over all stages
-    total_steps: int
-    loss: float
-    samples_per_second: float
-    seconds_left: float  # in this stage
-
-
-Report = Callable[[Progress], None]
-
-
-def train(config: RunConfig, report: Report, preparer: PreparerFactory = local_preparer) -> None:
+def train(
+    config: RunConfig,
+    report: Report,
+    preparer: PreparerFactory = local_preparer,
+    preempted: Callable[[], bool] | None = None,
+) -> None:
     """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
 
-    `preparer` says who prepares the rank's batches.
+    `preparer` says who prepares the rank's batches; `preempted`, asked on every rank, whether its machine is about to
+    be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same.
 
-    Raises MomeError for what a restart would only repeat; anything else may be tried again.
+    Raises Preempted once the run is saved, and another MomeError for what a restart would only repeat; anything else
+    may be tried again. A hung rank ends the process (`watchdog`).
     """
+    began = time.monotonic()
     torch.set_num_threads(config.engine.threads)
     collectives = Collectives()
     storage = Storage(config.storage)
+    session = Session(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
     if collectives.rank == 0:
         prepare(config, storage)
     collectives.barrier()
@@ -72,14 +73,33 @@ def train(config: RunConfig, report: Report, preparer: PreparerFactory = local_p
     tracker = _open_tracker(config, storage, collectives)
     status: Status = "FAILED"
     try:
-        for index in range(len(config.stages)):
-            if not is_committed(storage, stage_url(config, index)):
-                StageRun(config, index, storage, tokenizer, collectives, tracker, report, preparer).run()
-            collectives.barrier()
+        with session:
+            for index in range(len(config.stages)):
+                if is_committed(storage, stage_url(config, index)):
+                    continue
+                build = functools.partial(
+                    StageRun, config, index, storage, tokenizer, collectives, tracker, report, preparer, session
+                )
+                _run_stage(build, session, config.stage_start(index))
+                collectives.barrier()
         status = "FINISHED"
+    except Preempted:
+        status = "KILLED"
+        raise
     finally:
         tracker.finish(status)
         tracker.close()
+
+
+def _run_stage(build: Callable[[], StageRun], session: Session, first: int) -> None:
+    """One stage to its end, begun anew from its last checkpoint as often as `guards.spike` allows."""
+    spike = None
+    while True:
+        session.begin_stage(first, again=spike is not None)
+        try:
+            return build().run(spike)
+        except SpikeFound as found:
+            spike = found.spike
 
 
 def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Tracker | SilentTracker:
@@ -105,52 +125,125 @@ class StageRun:
         tracker: Tracker | SilentTracker,
         report: Report,
         preparer: PreparerFactory,
+        session: Session,
     ):
         config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, tracker, report
         self.first = config.stage_start(index)  # global step at which the stage begins
+        self.session, self.spikes = session, SpikeGuard(config.guards.spike)
         self._counted_before: dict[str, float] = {}
         self._points: dict[str, float] = {}  # the metrics last recorded
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
-        image_tokenizer = load_image_tokenizer(self.stage, storage, collectives.device)
-        model = build_stage_model(config, index, storage, tokenizer.size)
-        self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
-        self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        self.engine = DeepSpeedEngine(model, config, self.stage, collectives)
-        self.step = TrainingStep(self.engine, config, self.stage, collectives, image_tokenizer)
+        self.engine, self.step = self._build_engine()
 
-    def run(self) -> None:
+    def _build_engine(self) -> tuple[DeepSpeedEngine, TrainingStep]:
+        config, stage, collectives = self.config, self.stage, self.collectives
+        try:
+            image_tokenizer = load_image_tokenizer(stage, self.storage, collectives.device)
+            model = build_stage_model(config, self.index, self.storage, self.tokenizer.size)
+            self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
+            self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+            engine = DeepSpeedEngine(model, config, stage, collectives)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, config, stage, collectives, None) from error
+            raise
+        return engine, TrainingStep(engine, config, stage, collectives, image_tokenizer)
+
+    def run(self, spike: Spike | None = None) -> None:
+        """`spike`: what made the run go back to here, and is now to be left out.
+
+        Raises Preempted once the stage is saved, SpikeFound where the stage is to be taken up again, RunFailed.
+        """
         start = self._resume()
         self._begin_tracking(start)
-        if self.config.checkpoint.every < self.stage.steps - start:
-            self.checkpoints.reserve(self.engine.fragments())
-        meter = Meter(self.stage.batch, start, self.loader)
+        if spike is not None:
+            self._leave_out(spike, start)
         try:
-            for step, batch in self._profiled(self._steps(start)):
-                self.guard.begin(step - start, self.first + start)
-                losses = self.step(batch)
-                self.guard.check(self.first + step)
-                rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
-                self.engine.step(rate)
-                if self._is_metric_step(step):
-                    self._record(step, losses, rate, meter)
-                if self._is_checkpoint_step(step):
-                    self._save(step + 1)
-                self.checkpoints.check()
-            self._hand_over()
+            if self.config.checkpoint.every < self.stage.steps - start:
+                self.checkpoints.reserve(self.engine.fragments())
+            done, noticed = self._train(start)
+            if done == self.stage.steps:
+                self.session.enter("checkpoint", self.first + done)
+                self._hand_over()
+        except (RuntimeError, MemoryError, OSError) as error:
+            self._stop_if_lasting(error)
+            raise
         finally:
             self.checkpoints.close()
             self.loader.close()
             self.engine.close()
             gc.collect()
+        if noticed and self.first + done < self.config.total_steps:
+            raise Preempted(
+                f"stage {self.stage.name}, step {self.first + done}: told that a machine is about to go; the run is "
+                "saved. Run the same command to go on."
+            )
+
+    def _stop_if_lasting(self, error: Exception) -> None:
+        """Raises RunFailed for what a restart would only meet again."""
+        if isinstance(error, NoSpace):
+            raise RunFailed(
+                f"stage {self.stage.name}: {error} What is committed stays: run the same command once there is room."
+            ) from error
+        if is_out_of_memory(error):
+            raise out_of_memory(error, self.config, self.stage, self.collectives, self.engine.memory()) from error
+
+    def _train(self, start: int) -> tuple[int, bool]:
+        """Steps of the stage that are done at the end, and whether a notice of preemption ended them."""
+        meter = Meter(self.stage.batch, start, self.loader)
+        for step, batch in self._profiled(self._steps(start)):
+            self.guard.begin(step - start, self.first + start)
+            losses = self.step(batch)
+            self.guard.check(self.first + step)
+            noticed = self._look(step, batch, losses)
+            rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
+            self.engine.step(rate)
+            if self._is_metric_step(step):
+                self._record(step, losses, rate, meter)
+            if self._is_checkpoint_step(step) or (noticed and step + 1 < self.stage.steps):
+                with self.session.during("checkpoint", self.first + step):
+                    self._save(step + 1)
+                    if noticed:
+                        self.checkpoints.wait()
+            self.checkpoints.check()
+            if noticed:
+                return step + 1, True
+        return self.stage.steps, False
 
     def _steps(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Steps first: no batch is drawn and lost."""
-        return zip(range(start, self.stage.steps), self.loader.batches(start), strict=False)
+        batches = self.loader.batches(self.spikes.batch_of(start))
+        for step in range(start, self.stage.steps):
+            self.session.enter("data_wait", self.first + step)
+            batch = next(batches)
+            self.session.enter("training", self.first + step)
+            yield step, batch
+            self.session.stepped()
+
+    def _look(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> bool:
+        """What all ranks must know before the update: whether to save and end. Raises RunFailed or SpikeFound."""
+        if (step + 1) % self.config.guards.look_every and not self._is_metric_step(step):
+            return False
+        seen = look(losses, self.engine.local_gradients(), self.session.notice(), self.collectives)
+        if seen.bad_losses or seen.bad_gradients:
+            found = describe(losses, self.collectives)
+            where = diagnose(self.engine.module, lambda: self.step(batch), self.collectives)
+            raise RunFailed(
+                f"stage {self.stage.name}, step {self.first + step}: {found}; {where}. The weights were not updated. A "
+                "restart would repeat it: lower optimizer.peak_rate, set optimizer.clip_norm, or use float32."
+            )
+        try:
+            self.spikes.judge(step, seen.loss)
+        except SpikeFound:
+            with self.session.during("checkpoint", self.first + step):
+                self.checkpoints.wait()  # so that what is gone back to does not depend on how fast the store is
+            raise
+        return seen.notices > 0
 
     def _profiled(self, steps: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         return profiled(steps, self.first, self.config, self.storage, self.tracker, self.collectives.rank)
@@ -162,6 +255,7 @@ class StageRun:
         found = self.checkpoints.latest()
         self.checkpoints.clear_up()
         if found is None or found[0].stage != self.stage.name:
+            self.session.goes_on_from(self._time_at_hand_over())
             return 0
         checkpoint, state = found
         if checkpoint.plan_digest != self.loader.digest:
@@ -172,8 +266,27 @@ class StageRun:
             )
         self.engine.restore(state)
         self._counted_before = checkpoint.data_counts
+        self.session.goes_on_from(checkpoint.time_account)
+        self.spikes.restore(checkpoint.spikes)
         log.warning("resuming stage %s at step %d from %s", self.stage.name, checkpoint.stage_step, checkpoint.url)
         return checkpoint.stage_step
+
+    def _time_at_hand_over(self) -> dict[str, float]:
+        """The time account with which the stage before ended."""
+        if self.index == 0:
+            return {}
+        manifest = json.loads(self.storage.read(join(stage_url(self.config, self.index - 1), MANIFEST)))
+        return manifest.get("time_account", {})
+
+    def _leave_out(self, spike: Spike, start: int) -> None:
+        """Go on past what made the loss jump."""
+        first, stop = self.spikes.skip(spike, start, self.stage.name)
+        told = (
+            f"step {self.first + spike.step}: loss {spike.loss:.4g}, median {spike.median:.4g}; "
+            f"back to step {self.first + start} without batches {first} to {stop - 1} of the stage"
+        )
+        log.warning("stage %s: loss spike: %s", self.stage.name, told)
+        self.tracker.tag(f"mome.spike.{spike.number}", told)
 
     def _begin_tracking(self, start: int) -> None:
         datasets = [
@@ -199,6 +312,8 @@ class StageRun:
             "plan_digest": self.loader.digest,
             "zero_stage": self.config.engine.zero_stage,
             "config": self.config.model_dump(mode="json"),
+            "time_account": self.session.account.seconds(),
+            "spikes": self.spikes.state(),
         }
 
     def _data_counts(self) -> dict[str, float]:
@@ -268,24 +383,17 @@ class StageRun:
         return due or self._is_checkpoint_step(step) or step + 1 == self.stage.steps
 
     def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
-        """Read the losses, which is the step's only host synchronisation, and stop on a non-finite one."""
+        """Read the losses, their sums over the ranks, and everything else that is worth a point."""
         names = sorted(losses)
         summed = self.collectives.sum(torch.stack([losses[name].float() for name in names])).tolist()
         values = dict(zip(names, summed, strict=True))
-        norm = self.engine.gradient_norm()
-        for name, value in {**values, "gradient norm": norm}.items():
-            if not math.isfinite(value):
-                raise RunFailed(
-                    f"stage {self.stage.name}, step {self.first + step}: '{name}' is {value}. "
-                    "A restart would repeat it: lower optimizer.peak_rate, set optimizer.clip_norm, or use float32."
-                )
         reached = self.first + step + 1
         speed = meter.read(step + 1)
         points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
-        points |= {"train/lr": rate, "train/grad_norm": norm}
+        points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
-        points |= self._data_counts()
+        points |= self._data_counts() | metrics(self.session.account.seconds())
         self._points = points
         self.tracker.metrics(reached, points)
         if self.collectives.rank == 0:
@@ -302,26 +410,3 @@ class StageRun:
                     seconds_left=left,
                 )
             )
-
-
-@dataclass(frozen=True)
-class Speed:
-    steps_per_second: float
-    samples_per_second: float
-    wait_share: float
-
-
-class Meter:
-    """Speed and data wait between two readings."""
-
-    def __init__(self, batch: int, start: int, loader: Loader):
-        self.batch, self.loader = batch, loader
-        self._time, self._step, self._waited = time.perf_counter(), start, loader.wait_seconds
-
-    def read(self, step: int) -> Speed:
-        """Since the last reading; `step` counts the stage's steps done."""
-        now, waited = time.perf_counter(), self.loader.wait_seconds
-        seconds, steps = max(now - self._time, 1e-9), step - self._step
-        speed = Speed(steps / seconds, steps * self.batch / seconds, (waited - self._waited) / seconds)
-        self._time, self._step, self._waited = now, step, waited
-        return speed

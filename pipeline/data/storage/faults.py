@@ -16,6 +16,10 @@ class ObjectChanged(StorageError):
     """The object is no longer the one whose ETag was known."""
 
 
+class NoSpace(StorageError):
+    """The file system is full, or the user's quota of it."""
+
+
 class Fault(Exception):
     """An answer that may be better next time; `retry_after`: the seconds for which the store asked to be spared."""
 
@@ -102,7 +106,7 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
             hint = "Check storage.endpoint_url and that it is running."
             return StorageError, f"the store did not answer{where} ({error}). {hint}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return StorageError, f"no space left ({error.strerror}). Free some, or choose another output."
+            return NoSpace, f"no space left ({error.strerror}). Free some, or choose another output."
         case Fault() | Refused():
             return StorageError, f"{error}{where}. Check the URL, and that the store is well."
         case OSError():

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.errors import CheckpointError
@@ -48,6 +48,8 @@ class Checkpoint:
     world_size: int
     zero_stage: int
     data_counts: dict[str, float]  # of the stage so far, by metric: samples read and found bad
+    time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by kind
+    spikes: dict[str, Any] = field(default_factory=dict)  # see `spikes.SpikeGuard`
 
 
 class CheckpointStore:
@@ -205,7 +207,8 @@ class CheckpointStore:
             files = None if manifest is None else self._verify(url, manifest["files"])
             if files is not None:
                 names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
-                checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names})
+                guards = {name: manifest.get(name, {}) for name in ("time_account", "spikes")}
+                checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names}, **guards)
                 self._newest = Known.of(url, manifest)
                 return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
         return None

@@ -1,0 +1,71 @@
+"""The object store is away when a checkpoint is due: the run waits or goes on, and ends as the undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from proxy import FaultProxy
+from ranks import SECONDS, start_ranks
+from short_run import STEPS, BeforeStep, short_config, without_mlflow
+
+OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # minutes in the long version; less in integration
+HANG = max(20.0, OUTAGE / 3)  # of a step: in the long version an outage that is none takes longer
+
+
+def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
+    """Before the step after which the first checkpoint is written, this rank asks for the store to go away."""
+    from pipeline.data.storage.retry import Patience
+    from pipeline.training.loop import train
+
+    without_mlflow()
+    wait = Patience.wait
+
+    def note(self: Patience, error: Exception) -> None:
+        with Path(folder, "tried-again").open("a", encoding="utf-8") as file:
+            file.write(f"{self._url}\n")
+        wait(self, error)
+
+    Patience.wait = note  # type: ignore[method-assign]
+
+    def ask(_: object) -> None:
+        if not Path(folder, "away").exists():
+            Path(folder, "asked").touch()
+            while not Path(folder, "away").exists():
+                time.sleep(0.02)
+
+    config = short_config(
+        folder, output=output, storage=storage, cluster__workers=1, guards__hang_seconds=HANG, guards__save_seconds=900
+    )
+    with BeforeStep(2, ask):
+        train(config, lambda progress: None)
+
+
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_a_run_survives_an_outage_that_falls_on_a_checkpoint(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.data.storage import Storage
+
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
+    with FaultProxy(s3.endpoint, seed=1) as proxy:
+        seen = {"endpoint_url": proxy.endpoint, "deadline_seconds": max(30.0, 3 * OUTAGE)}
+        storage = s3.config.model_copy(update=seen).model_dump()
+        (rank,) = start_ranks(_train, 1, str(tmp_path), s3.url("runs"), storage)
+        deadline = time.monotonic() + SECONDS
+        while not (tmp_path / "asked").exists() and rank.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        proxy.away(OUTAGE, after=0)
+        (tmp_path / "away").touch()
+        rank.join(SECONDS + 2 * OUTAGE)
+        assert rank.exitcode == 0
+    assert "/run/checkpoints/step-00000003." in (tmp_path / "tried-again").read_text(encoding="utf-8")
+    plain = Storage(s3.config)
+    for name in ("0-vision", "1-pairs"):
+        assert plain.exists(s3.url("runs", "run", "stages", name, "COMMIT.json"))
+    assert not plain.list(s3.url("runs", "run", "stacks"))
+    saved = plain.list(s3.url("runs", "run", "checkpoints"))
+    assert any(name.startswith(f"step-{2 * STEPS - 2:08d}.") for name in saved)

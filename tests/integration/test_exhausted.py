@@ -1,0 +1,101 @@
+"""A run that ran out of memory or of disk ends at once, and says what it holds and what to change."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _allocate_too_much(folder: str) -> dict[str, str]:
+    """What a run says that runs out of memory, in a step and while it is built."""
+    from pipeline.config.errors import RunFailed
+    from pipeline.training import loop
+
+    without_mlflow()
+    told = {}
+    config = short_config(folder, "step", engine__zero_stage=2)
+    with BeforeStep(2, lambda _: torch.empty(10**15)), pytest.raises(RunFailed) as caught:
+        loop.train(config, lambda progress: None)
+    told["step"] = str(caught.value)
+
+    def build(*_: Any) -> Any:
+        return torch.empty(10**15)
+
+    loop.build_stage_model = build
+    with pytest.raises(RunFailed) as caught:
+        loop.train(short_config(folder, "build", engine__zero_stage=2), lambda progress: None)
+    told["build"] = str(caught.value)
+    return told
+
+
+def test_out_of_memory_ends_the_run_with_what_is_held_and_what_to_change(tmp_path: Path) -> None:
+    (told,) = run_ranks(_allocate_too_much, 1, str(tmp_path))
+    assert "stage vision, rank 0 of 1: out of memory: " in told["step"]
+    assert "engine.zero_stage 2: parameters " in told["step"]
+    assert "gradients " in told["step"]
+    assert "optimizer " in told["step"]
+    assert "8 of the rank's 8 rows (engine.micro_batch: not set)" in told["step"]
+    assert "engine.micro_batch=4" in told["step"]
+    assert "engine.zero_stage=3" in told["step"]
+    assert "before the first step" in told["build"]
+
+
+def _fill_the_disk(folder: str, disk: str) -> str:
+    """Train on a disk that is full from the fifth step on; what the run says."""
+    from pipeline.config.errors import RunFailed
+    from pipeline.training.loop import train
+
+    without_mlflow()
+    ballast = Path(disk, "ballast")
+
+    def fill(_: object) -> None:
+        with ballast.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+
+    train_short(folder, "whole")
+    with BeforeStep(4, fill), pytest.raises(RunFailed) as caught:
+        train(short_config(disk, "run", **_data_in(folder)), lambda progress: None)
+    committed = sorted(file.parent.name for file in Path(disk, "run", "checkpoints").glob("*/COMMIT.json"))
+    assert [name[:13] for name in committed] == ["step-00000003"]
+    ballast.unlink()
+    train(short_config(disk, "run", **_data_in(folder)), lambda progress: None)
+    return str(caught.value)
+
+
+def _data_in(folder: str) -> dict[str, Any]:
+    scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}}
+    return {"sources": {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "use": "images"}}}
+
+
+def test_a_full_disk_ends_the_run_by_name_and_leaves_the_checkpoint_before(tmp_path: Path, small_disk: Path) -> None:
+    (told,) = run_ranks(_fill_the_disk, 1, str(tmp_path), str(small_disk))
+    assert f"{small_disk}/run/checkpoints/step-00000006" in told
+    assert "no space left" in told
+    assert "What is committed stays" in told
+    assert len(losses(small_disk)) == 2 * STEPS
+    assert losses(small_disk) == losses(tmp_path, "whole")

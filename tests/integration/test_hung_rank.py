@@ -1,0 +1,120 @@
+"""A rank that does not come: in time every rank's stacks lie in the run's folder, and the processes are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import SECONDS, say_to, start_ranks
+from short_run import BeforeStep, train_short, without_mlflow
+
+ALLOWED = 3.0  # seconds; of a step in these tests
+
+
+@contextlib.contextmanager
+def _started(function: Any, world_size: int, *arguments: Any) -> Iterator[list[Any]]:
+    """As a launcher does: whoever is left at the end is killed, stopped or not."""
+    processes = start_ranks(function, world_size, *arguments)
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join(20)
+
+
+def _stacks(folder: Path) -> dict[int, str]:
+    return {int(file.stem[-5:]): file.read_text(encoding="utf-8") for file in folder.glob("stacks/*.rank-*.txt")}
+
+
+def _stuck(folder: str, how: str, victim: int) -> None:
+    """A barrier to which one rank does not come, and how."""
+    import logging
+
+    from pipeline.data.storage import Storage
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.watchdog import Watchdog
+
+    say_to(f"{folder}/log-{os.environ['RANK']}")
+    logging.basicConfig(force=True)
+    collectives = Collectives()
+    allowed: dict[Any, float] = {"startup": 60.0, "training": ALLOWED, "data_wait": 30.0}
+    watchdog = Watchdog(collectives, Storage(), folder, allowed)
+    watchdog.start()
+    collectives.barrier()
+    is_victim = collectives.rank == victim
+    watchdog.enter("data_wait" if is_victim and how == "waits for data" else "training", 7)
+    if is_victim:
+        _misbehave(how)
+    collectives.barrier()
+    watchdog.close()
+
+
+def _misbehave(how: str) -> None:
+    match how:
+        case "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "holds the interpreter":
+            ctypes.PyDLL(None).sleep(600)
+        case "waits for data":
+            time.sleep(3 * ALLOWED)
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["", "and-it-holds-the-board"])
+def test_a_stopped_rank_is_named_by_the_others_which_show_their_stacks_and_end(tmp_path: Path, victim: int) -> None:
+    with _started(_stuck, 2, str(tmp_path), "stopped", victim) as ranks:
+        ranks[1 - victim].join(SECONDS)
+        assert ranks[1 - victim].exitcode == 75
+    told = _stacks(tmp_path)[1 - victim]
+    assert "in 'training' of step 7" in told
+    assert "barrier" in told
+    log = (tmp_path / f"log-{1 - victim}").read_text(encoding="utf-8")
+    assert "Thread 0x" in log
+    if victim == 1:
+        assert "no sign of life of rank(s) 1" in told
+
+
+def test_a_rank_that_holds_the_interpreter_writes_its_stacks_all_the_same(tmp_path: Path) -> None:
+    with _started(_stuck, 2, str(tmp_path), "holds the interpreter", 1) as ranks:
+        for rank in ranks:
+            rank.join(SECONDS)
+        assert [rank.exitcode for rank in ranks] == [75, 1]
+    assert "no sign of life of rank(s) 1" in _stacks(tmp_path)[0]
+    assert "_misbehave" in (tmp_path / "log-1").read_text(encoding="utf-8")
+
+
+def test_ranks_wait_for_one_that_is_within_its_own_allowance(tmp_path: Path) -> None:
+    with _started(_stuck, 2, str(tmp_path), "waits for data", 1) as ranks:
+        for rank in ranks:
+            rank.join(SECONDS)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert not _stacks(tmp_path)
+
+
+def _sleeping(folder: str) -> None:
+    without_mlflow()
+    say_to(f"{folder}/log-{os.environ['RANK']}")
+    with BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None):
+        train_short(folder, guards__hang_seconds=5 * ALLOWED)
+
+
+def test_a_run_whose_rank_hangs_ends_with_every_ranks_stacks(tmp_path: Path) -> None:
+    with _started(_sleeping, 2, str(tmp_path)) as ranks:
+        for rank in ranks:
+            rank.join(SECONDS)
+        assert [rank.exitcode for rank in ranks] == [75, 75]
+    told = _stacks(tmp_path / "run")
+    assert sorted(told) == [0, 1]
+    for text in told.values():
+        assert "not reached by rank(s) 1" in text
+        assert "of step 3 for" in text
+    assert "_sleeping" in told[1] or "act" in told[1] or "lambda" in told[1]
+    assert "steps.py" in told[0]

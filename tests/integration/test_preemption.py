@@ -1,0 +1,82 @@
+"""A notice of preemption on any rank: all ranks save at the same step and end, and lose none."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CASES = {  # name -> how one rank is told, which, and before which step's passes
+    "in-the-middle": ("SIGTERM", 1, 4),
+    "in-the-first-step": ("SIGUSR1", 0, 0),
+    "in-the-last-step-of-a-stage": ("callable", 1, STEPS - 1),
+}
+
+
+def _preempt(folder: str, name: str, how: str, rank: int, step: int) -> dict[str, Any]:
+    """Train until the machine of one rank is about to go, which it hears of in the middle of a step."""
+    from pipeline.config.errors import Preempted
+    from pipeline.training.loop import train
+
+    told = False
+
+    def act(_: object) -> None:
+        nonlocal told
+        if os.environ["RANK"] == str(rank):
+            if how == "callable":
+                told = True
+            else:
+                os.kill(os.getpid(), signal.Signals[how])
+
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with BeforeStep(step, act), pytest.raises(Preempted) as caught:
+        train(short_config(folder, name), lambda progress: None, preempted=lambda: told)
+    return {
+        "told": str(caught.value),
+        "status": caught.value.exit_status,
+        "handlers": [signal.getsignal(number) for number in SIGNALS] == handlers,
+        "steps": max(losses(folder, name)),
+        "committed": sorted(file.parent.name for file in Path(folder, name).glob("*/*/COMMIT.json")),
+    }
+
+
+def _scenarios(folder: str) -> dict[str, dict[str, Any]]:
+    without_mlflow()
+    train_short(folder, "whole")
+    found = {}
+    for name, (how, rank, step) in CASES.items():
+        found[name] = _preempt(folder, name, how, rank, step)
+        train_short(folder, name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, dict[str, Any]]]]:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    return folder, run_ranks(_scenarios, 2, folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_told_to_go_is_saved_at_once_on_all_ranks(scenarios: Any, name: str) -> None:
+    step = CASES[name][2]
+    for rank in scenarios[1]:
+        found = rank[name]
+        assert "Run the same command" in found["told"]
+        assert found["status"] == 75
+        assert found["handlers"], "the handlers of before are back"
+        assert found["steps"] == step + 1, "the step was finished, and none begun"
+        last = "0-vision" if step + 1 == STEPS else f"step-{step + 1:08d}"
+        assert any(name.startswith(last) for name in found["committed"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_step_is_lost_and_the_losses_are_the_uninterrupted_runs(scenarios: Any, name: str) -> None:
+    folder = scenarios[0]
+    assert len(losses(folder, "whole")) == 2 * STEPS
+    assert losses(folder, name) == losses(folder, "whole")

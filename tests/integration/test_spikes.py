@@ -1,0 +1,97 @@
+"""A loss spike: back to the last checkpoint and past its data; killed and resumed, the run leaves out the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from short_run import STEPS, journal, short_config, without_mlflow
+
+SPIKED = 4  # the batch whose loss is planted; checkpoints hold 3 and 6 steps
+SPIKE = {"factor": 3.0, "window": 2, "skip": 1, "most": 2}
+
+
+class Killed(Exception):
+    """Stands for the process's end: nothing of the package may catch it."""
+
+
+def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (SPIKED,)) -> list[int]:
+    """The batches that stage 0 read, in order, until its end or until `killed_at` is read again after a rollback."""
+    from pipeline.training.loop import train
+    from pipeline.training.steps import TrainingStep
+
+    read: list[int] = []
+    original = TrainingStep.__call__
+
+    def call(self: Any, batch: Any) -> Any:
+        if self.stage.name != "vision":
+            return original(self, batch)
+        if batch.step == killed_at:
+            raise Killed
+        read.append(batch.step)
+        losses = original(self, batch)
+        if batch.step in planted:
+            losses["loss"] = losses["loss"] * 100
+        return losses
+
+    TrainingStep.__call__ = call  # type: ignore[method-assign]
+    try:
+        train(short_config(folder, name, guards__spike=SPIKE), lambda progress: None)
+    except Killed:
+        pass
+    finally:
+        TrainingStep.__call__ = original  # type: ignore[method-assign]
+    return read
+
+
+def _scenarios(folder: str) -> dict[str, Any]:
+    from pipeline.config.errors import RunFailed
+
+    without_mlflow()
+    found: dict[str, Any] = {"whole": _batches(folder, "whole")}
+    # Killed before the next checkpoint (6 steps: batches 0 1 2 6 7 8) and after it.
+    found["before"] = [_batches(folder, "before", 8), _batches(folder, "before")]
+    found["after"] = [_batches(folder, "after", 10), _batches(folder, "after")]
+    with pytest.raises(RunFailed) as caught:
+        _batches(folder, "spiky", planted=tuple(range(SPIKED, 60)))
+    found["told"] = str(caught.value)
+    return found
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, Any]]]:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    return folder, run_ranks(_scenarios, 2, folder)
+
+
+PAST = [6, 7, 8, 9, 10]  # from the checkpoint of 3 steps on: without batches 3 to 5 (the spike's 4, and one more)
+
+
+def test_the_stage_goes_on_past_the_spike_and_makes_all_its_steps(scenarios: Any) -> None:
+    for found in scenarios[1]:
+        assert found["whole"] == [0, 1, 2, 3, 4, *PAST]
+        assert len(PAST) == STEPS - 3
+
+
+def test_killed_and_resumed_it_leaves_out_the_same_batches(scenarios: Any) -> None:
+    for found in scenarios[1]:
+        assert found["before"] == [[0, 1, 2, 3, 4, 6, 7], [3, 4, *PAST]]
+        assert found["after"] == [[0, 1, 2, 3, 4, 6, 7, 8, 9], [9, 10]]
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_killed_and_resumed_it_ends_with_the_same_weights(scenarios: Any, name: str) -> None:
+    stage = Path("stages", "0-vision", "weights.safetensors")
+    assert Path(scenarios[0], name, stage).read_bytes() == Path(scenarios[0], "whole", stage).read_bytes()
+
+
+def test_the_rollback_is_tagged(scenarios: Any) -> None:
+    tags = {r["key"]: r["value"] for r in journal(scenarios[0], "whole") if r["kind"] == "tag"}
+    assert "back to step 3 without batches 3 to 5" in tags["mome.spike.1"]
+
+
+def test_a_stage_that_spikes_again_and_again_fails_by_name(scenarios: Any) -> None:
+    for found in scenarios[1]:
+        assert "after 2 rollbacks; guards.spike.most allows no more" in found["told"]

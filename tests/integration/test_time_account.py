@@ -1,0 +1,66 @@
+"""A run killed after a checkpoint and started again: where its time went, and that nothing of it is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import SECONDS, start_ranks
+from short_run import STEPS, BeforeStep, journal, train_short, without_mlflow
+
+STEP_SECONDS = 0.3  # beside what a step takes anyway
+DOWN_SECONDS = 3.0
+
+
+def _slow(folder: str, killed_at: int | None) -> None:
+    """Train one rank with steps of some length; SIGKILL itself before the given step's passes."""
+    from pipeline.training import accounting, loop  # noqa: F401 - imports are of no run
+    from pipeline.training.steps import TrainingStep
+
+    without_mlflow()
+    accounting.BEAT_SECONDS = 0.2
+    original = TrainingStep.__call__
+
+    def call(self: Any, batch: Any) -> Any:
+        time.sleep(STEP_SECONDS)
+        return original(self, batch)
+
+    TrainingStep.__call__ = call  # type: ignore[method-assign]
+    Path(folder, "begun").write_text(f"{time.time()}", encoding="utf-8")
+    with BeforeStep(-1 if killed_at is None else killed_at, lambda _: os.kill(os.getpid(), signal.SIGKILL)):
+        train_short(folder, cluster__workers=1)
+    Path(folder, "ended").write_text(f"{time.time()}", encoding="utf-8")
+
+
+def test_every_second_of_a_killed_and_resumed_run_is_accounted_for(tmp_path: Path) -> None:
+    (rank,) = start_ranks(_slow, 1, str(tmp_path), STEPS - 1)
+    rank.join(SECONDS)
+    assert rank.exitcode == -signal.SIGKILL
+    begun = float((tmp_path / "begun").read_text(encoding="utf-8"))
+    time.sleep(DOWN_SECONDS)
+    (rank,) = start_ranks(_slow, 1, str(tmp_path), None)
+    rank.join(SECONDS)
+    assert rank.exitcode == 0
+    wall = float((tmp_path / "ended").read_text(encoding="utf-8")) - begun
+    told = json.loads((tmp_path / "run" / "time.json").read_text(encoding="utf-8"))
+    seconds = told["seconds"]
+    assert sum(seconds.values()) == pytest.approx(wall, abs=1.0)
+    assert told["restarts"] == 1
+    assert told["ended"]
+    # Killed before step 7 with a checkpoint of 6 steps: one step was done in vain. Sixteen others stand.
+    assert seconds["lost_work"] >= STEP_SECONDS
+    assert seconds["training"] >= 2 * STEPS * STEP_SECONDS
+    assert seconds["restart"] >= DOWN_SECONDS
+    assert seconds["startup"] > 0
+    assert seconds["checkpoint"] > 0
+    points: dict[str, float] = {}
+    for record in journal(tmp_path):
+        if record["kind"] == "metrics":
+            points |= record["values"]
+    assert points["time/lost_work_s"] == pytest.approx(seconds["lost_work"])
+    assert 0 < points["perf/goodput"] < 1

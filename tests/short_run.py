@@ -1,0 +1,99 @@
+"""A run of a few steps on drawn scenes through `train`, as its ranks run it, for tests of what happens to runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+STEPS = 8
+
+
+def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
+    """Two stages of `STEPS` steps, a checkpoint every third; `a__b=c` overrides the key a.b."""
+    stages = [
+        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}},
+        {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"contrastive": {}, "masked_language": {}}},
+    ]
+    shared = {"steps": STEPS, "batch": 8, "optimizer": {"peak_rate": 1e-3, "warmup_steps": 1}}
+    values: dict[str, Any] = {
+        "output": folder,
+        "name": name,
+        "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8},
+        "sources": {
+            "scenes": {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}},
+            "pictures": {"shards": f"{folder}/scenes", "use": "images"},
+        },
+        "stages": [stage | shared for stage in stages],
+        "engine.zero_stage": 2,
+        "cluster.workers": 2,
+        "evaluation.source": None,
+        "checkpoint.every": 3,
+        "tracking.metrics_every": 1,
+        "tracking.required": False,
+    }
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+
+
+def without_mlflow() -> None:
+    """On this rank: journals are written, as always, and no process is started that would ship them."""
+    from pipeline.tracking import tracker
+
+    class Nobody:
+        def __init__(self, *_: Any) -> None: ...
+        def wake(self) -> None: ...
+        def close(self, timeout: float) -> None: ...
+
+    tracker.Shipper = Nobody  # type: ignore[misc, assignment]
+
+
+def train_short(folder: str, name: str = "run", **overrides: Any) -> None:
+    """On this rank."""
+    from pipeline.training.loop import train
+
+    train(short_config(folder, name, **overrides), lambda progress: None)
+
+
+def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
+    """Step -> the loss, exactly, as the journal holds it; a step that was recorded twice fails the test."""
+    found: dict[int, str] = {}
+    for record in journal(folder, name):
+        if record["kind"] == "metrics" and "train/loss" in record["values"]:
+            assert record["step"] not in found, "a step was journaled twice"
+            found[record["step"]] = repr(record["values"]["train/loss"])
+    return found
+
+
+def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
+    """Every record, in order."""
+    files = sorted(Path(folder, name, "journal").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+class BeforeStep:
+    """While in `with`, on this rank: `act(training_step)` before the passes over the batch `step` of any stage."""
+
+    def __init__(self, step: int, act: Callable[[Any], None]):
+        from pipeline.training.steps import TrainingStep
+
+        self._class, self._original = TrainingStep, TrainingStep.__call__
+        original = self._original
+
+        def call(training_step: Any, batch: Any) -> Any:
+            if batch.step == step:
+                act(training_step)
+            return original(training_step, batch)
+
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._class.__call__ = self._call  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        self._class.__call__ = self._original  # type: ignore[method-assign]

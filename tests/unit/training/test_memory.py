@@ -1,0 +1,39 @@
+"""What counts as out of memory, whoever says so."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.training.memory import is_out_of_memory
+
+
+def test_torch_and_numpy_say_it_in_their_own_ways() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(MemoryError) as refused:
+        np.empty(10**15)
+    assert is_out_of_memory(refused.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_accelerators_and_the_system_too(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), OSError(errno.ENOSPC, "No space left"), ValueError("out of memory")]
+)
+def test_other_failures_do_not(error: Exception) -> None:
+    assert not is_out_of_memory(error)
