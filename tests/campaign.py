@@ -1,0 +1,130 @@
+"""A tiny version of the demo's three stages run by `mome train` as a user runs it, and what its journal says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("vision", "language", "vision_language")
+SECONDS = 900
+
+Losses = dict[tuple[int, int], float]
+
+
+def overrides(folder: Path, name: str, steps: int) -> list[str]:
+    """Everything of the run lies under `folder`; runs of one folder share its data."""
+    found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "batch=16")]
+    found += ["model.width=32", "model.layers=2", "model.heads=2"]
+    found += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
+    found += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
+    found += [f"sources.{source}.shards={folder}/scenes" for source in ("scenes", "pictures", "sentences")]
+    found += [f"sources.unseen.shards={folder}/unseen", "cluster.max_failures=5", "evaluation.source=null"]
+    return found
+
+
+class Campaign:
+    """One run: its process, while there is one, and its journal."""
+
+    def __init__(
+        self, folder: Path, name: str, steps: int, *more: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder, self.name = folder, name
+        self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(folder, name, steps), *more]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Campaign:
+        """`mome train`, in the background."""
+        return self._start("-m", "jobs.cli", "train")
+
+    def start_alone(self) -> Campaign:
+        """The same in one process, without Ray."""
+        return self._start("-m", "pipeline.training")
+
+    def _start(self, *command: str) -> Campaign:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *self.arguments], cwd=ROOT, stdout=log, stderr=log, env=self.environment
+            )
+        return self
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    def told(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def finish(self) -> None:
+        assert self.process is not None
+        try:
+            assert self.process.wait(timeout=SECONDS) == 0, self.told()[-3000:]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone."""
+        if self.running():
+            assert self.process is not None
+            self.process.kill()
+            self.process.wait()
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training workers of a Ray that the driver started itself."""
+        assert self.process is not None
+        return [each for each in psutil.Process(self.process.pid).children(recursive=True) if is_rank(each)]
+
+    def points(self) -> list[dict[str, object]]:
+        """The journal's points of metrics, in the order of its files."""
+        found = []
+        for file in sorted((self.folder / self.name / "journal").glob("*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                if record["kind"] == "metrics" and "train/loss" in record["values"]:
+                    found.append(record)
+        return found
+
+    def losses(self) -> Losses:
+        """(stage, step) -> the loss as the journal holds it, exactly."""
+        found: Losses = {}
+        for record in self.points():
+            place = (record["stage"], record["step"])
+            assert place not in found, f"step {place} was journaled twice"
+            found[place] = record["values"]["train/loss"]  # type: ignore[index,assignment]
+        return found
+
+    def reached(self) -> tuple[int, int]:
+        """(stage, step) of the last loss."""
+        return max(self.losses(), default=(-1, -1))
+
+    def step(self) -> int:
+        """Steps done over all stages."""
+        return self.reached()[1]
+
+    def restarts(self) -> list[dict[str, object]]:
+        """What the run recorded of its restarts, in order."""
+        return [json.loads(file.read_bytes()) for file in sorted((self.folder / self.name / "restarts").glob("*.json"))]
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def assert_same_losses(found: Losses, expected: Losses, tolerance: float = 1e-5) -> None:
+    """Every step of the one is in the other, with the same loss to `tolerance`, relative."""
+    assert found.keys() == expected.keys()
+    worst = max(abs(found[place] - expected[place]) / abs(expected[place]) for place in expected)
+    assert worst <= tolerance, f"a loss differs by {worst:.1e}"
