@@ -31,3 +31,9 @@ class TrackingError(MomeError):
 
 class RunFailed(MomeError):
     """A run that stopped for a reason that restarting would only repeat."""
+
+
+class Preempted(MomeError):
+    """A run whose machine is about to be taken away: it is saved, and the same command goes on with it."""
+
+    exit_status = 75  # sysexits' EX_TEMPFAIL: the user is invited to try again

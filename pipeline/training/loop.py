@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError, RunFailed
+from pipeline.config.errors import CheckpointError, Preempted, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.choices import choices_of
@@ -55,7 +55,12 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-def train(config: RunConfig, report: Report, preparer: PreparerFactory = local_preparer) -> None:
+def train(
+    config: RunConfig,
+    report: Report,
+    preparer: PreparerFactory = local_preparer,
+    preempted: Callable[[], bool] | None = None,
+) -> None:
     """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
 
     `preparer` says who prepares the rank's batches.
@@ -74,7 +79,7 @@ def train(config: RunConfig, report: Report, preparer: PreparerFactory = local_p
     try:
         for index in range(len(config.stages)):
             if not is_committed(storage, stage_url(config, index)):
-                StageRun(config, index, storage, tokenizer, collectives, tracker, report, preparer).run()
+                StageRun(config, index, storage, tokenizer, collectives, tracker, report, preparer, preempted).run()
             collectives.barrier()
         status = "FINISHED"
     finally:
@@ -105,7 +110,9 @@ class StageRun:
         tracker: Tracker | SilentTracker,
         report: Report,
         preparer: PreparerFactory,
+        preempted: Callable[[], bool] | None = None,
     ):
+        self.preempted = preempted or (lambda: False)
         config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
@@ -141,6 +148,12 @@ class StageRun:
                 if self._is_checkpoint_step(step):
                     self._save(step + 1)
                 self.checkpoints.check()
+                told = torch.tensor([float(self.preempted())])
+                if self.collectives.sum(told).item() and step + 1 < self.stage.steps:
+                    if not self._is_checkpoint_step(step):
+                        self._save(step + 1)
+                    self.checkpoints.wait()
+                    raise Preempted("saved")
             self._hand_over()
         finally:
             self.checkpoints.close()
