@@ -73,13 +73,14 @@ def scaling_of(cluster: ClusterConfig) -> Any:
     out here. Its own growth, a restart from the last checkpoint at any moment, is off: ranks save first, see
     `jobs.notice`.
     """
-    from ray.train import ScalingConfig
+    import ray.train
 
     count_anew()
     fewest, most = cluster.min_workers or cluster.workers, cluster.workers
     if fewest < most and leaving_nodes():
         most = min(most, max(fewest, room(cluster, occupied=False)))
-    return ScalingConfig(
+    train: Any = ray.train  # its types are those of the version before
+    return train.ScalingConfig(
         num_workers=most if fewest == cluster.workers else (fewest, most),
         use_gpu=bool(cluster.gpus_per_worker),
         resources_per_worker=resources_of_rank(cluster),

@@ -114,21 +114,22 @@ def _train(config: RunConfig, storage: Storage) -> None:
 
 def _fit(config: RunConfig, restarts: Any, failures_left: int) -> str | None:
     """One run of Ray Train; returns why its ranks saved and stopped, if they did."""
-    from ray.train import FailureConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    import ray.train
+    import ray.train.torch
+
+    train: Any = ray.train  # its types are those of the version before
 
     cluster = config.cluster
-    trainer = TorchTrainer(
+    trainer = train.torch.TorchTrainer(
         run_rank,
         train_loop_config={"config": config.model_dump_json()},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=scaling_of(cluster),
-        run_config=RayRunConfig(
+        run_config=train.RunConfig(
             # Ray Train would resume a name it knows; where a run stands is for our checkpoints to say.
             name=f"{config.name}-{secrets.token_hex(4)}",
             storage_path=os.path.join(tempfile.gettempdir(), "mome-ray-train"),
-            failure_config=FailureConfig(
+            failure_config=train.FailureConfig(
                 max_failures=failures_left,
                 max_preemption_failures=-1 if cluster.max_preemptions is None else cluster.max_preemptions,
             ),

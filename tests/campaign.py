@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import Storage, join
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("vision", "language", "vision_language")
@@ -18,8 +27,8 @@ SECONDS = 900
 Losses = dict[tuple[int, int], float]
 
 
-def overrides(folder: Path, name: str, steps: int) -> list[str]:
-    """Everything of the run lies under `folder`; runs of one folder share its data."""
+def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
+    """Everything of the run lies under `folder`, a path or URL; runs of one folder share its data."""
     found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "batch=16")]
     found += ["model.width=32", "model.layers=2", "model.heads=2"]
     found += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
@@ -33,11 +42,23 @@ class Campaign:
     """One run: its process, while there is one, and its journal."""
 
     def __init__(
-        self, folder: Path, name: str, steps: int, *more: str, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        *more: str,
+        environment: Mapping[str, str] | None = None,
+        output: str | None = None,
+        storage: StorageConfig = StorageConfig(),
     ) -> None:
+        """`output`: the URL of a bucket in the place of `folder`, reached by the test through `storage`."""
         self.folder, self.name = folder, name
-        self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(folder, name, steps), *more]
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        self.url, self.storage = join(output or str(folder), name), Storage(storage)
+        self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(output or folder, name, steps), *more]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOME_CACHE": str(folder), **(environment or {})}
+        self.journal = folder / name / "journal"
+        if output is not None:
+            self.journal = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16] / "journal"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Campaign:
@@ -87,7 +108,7 @@ class Campaign:
     def points(self) -> list[dict[str, object]]:
         """The journal's points of metrics, in the order of its files."""
         found = []
-        for file in sorted((self.folder / self.name / "journal").glob("*.jsonl")):
+        for file in sorted(self.journal.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
                 if record["kind"] == "metrics" and "train/loss" in record["values"]:
@@ -111,9 +132,55 @@ class Campaign:
         """Steps done over all stages."""
         return self.reached()[1]
 
-    def restarts(self) -> list[dict[str, object]]:
+    def checkpoints(self) -> list[str]:
+        """URLs of the whole checkpoints there are, the newest last."""
+        folder = join(self.url, "checkpoints")
+        found = [join(folder, name.rstrip("/")) for name in self.storage.list(folder)]
+        return sorted(url for url in found if self.storage.exists(join(url, "COMMIT.json")))
+
+    def saved(self) -> list[int]:
+        """Global steps of the whole checkpoints there are, the newest last."""
+        return [int(url.rpartition("/step-")[2].partition(".")[0]) for url in self.checkpoints()]
+
+    def restarts(self) -> list[dict[str, Any]]:
         """What the run recorded of its restarts, in order."""
-        return [json.loads(file.read_bytes()) for file in sorted((self.folder / self.name / "restarts").glob("*.json"))]
+        folder = join(self.url, "restarts")
+        return [json.loads(self.storage.read(join(folder, name))) for name in sorted(self.storage.list(folder))]
+
+    def causes(self) -> list[str]:
+        return [restart["cause"] for restart in self.restarts()]
+
+
+@contextmanager
+def paced(run: Campaign, ranks: Callable[[], list[psutil.Process]], steps_per_second: float) -> Iterator[None]:
+    """The run's ranks rest (SIGSTOP) when they are ahead of a pace, so that faults find a tiny run still under way.
+
+    The test must not take longer for it than it would wait anyway, and a slow machine needs no rest.
+    """
+    over = threading.Event()
+
+    def pace() -> None:
+        began, resting = time.monotonic(), False
+        while not over.wait(0.05):
+            ahead = run.step() > (time.monotonic() - began) * steps_per_second
+            if ahead != resting:
+                resting = ahead
+                _signal(ranks(), signal.SIGSTOP if ahead else signal.SIGCONT)
+        _signal(ranks(), signal.SIGCONT)
+
+    thread = threading.Thread(target=pace, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for each in processes:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(number)
 
 
 def is_rank(process: psutil.Process) -> bool:

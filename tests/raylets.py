@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 120
+SECONDS = 600  # that anything is waited for: a loaded machine takes its time
 MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes
 # A lost node is known in seconds, not in Ray's half minute.
 HEALTH = {
@@ -53,6 +53,15 @@ def tree(pid: int) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a node runs: its address, and what its command begins with and inherits."""
+
+    address: str
+    prefix: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -106,17 +115,20 @@ class Cluster:
     """A head and nodes that join it. `cpus` of each are as many ranks as it may hold."""
 
     def __init__(
-        self, folder: Path, cpus: list[int], environment: dict[str, str] | None = None, dashboard: bool = False
+        self,
+        folder: Path,
+        cpus: list[int],
+        environment: dict[str, str] | None = None,
+        dashboard: bool = False,
+        hosts: list[Host] | None = None,
     ):
+        """`hosts`: one for each node, the head's first; without them, addresses of the loopback."""
         self.folder = folder
-        self.environment = {
-            **os.environ,
-            **HEALTH,
-            "OMP_NUM_THREADS": "1",
-            "RAY_AUTH_MODE": "disabled",
-            **(environment or {}),
-        }
+        self.environment = {**os.environ, **HEALTH, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
         self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": _python_path()}
+        self.environment |= environment or {}
+        # Not 127.0.0.1, which Ray replaces by the machine's own.
+        self.hosts = hosts or [Host(f"127.0.0.{number + 2}") for number in range(len(cpus))]
         self.port, self.dashboard_port, client = free_ports(3)
         head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
         head += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
@@ -126,7 +138,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        return f"{_address(0)}:{self.port}"
+        return f"{self.hosts[0].address}:{self.port}"
 
     @property
     def dashboard(self) -> str:
@@ -138,17 +150,19 @@ class Cluster:
 
     def _node(self, number: int, cpus: int, options: list[str]) -> Node:
         agent, grpc, runtime, metrics = free_ports(4)
-        address = _address(number)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
-        command += [f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}"]
+        host = self.hosts[number]
+        command = [*host.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command += [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
         command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
         command += [f"--temp-dir={self.folder}", "--disable-usage-stats"]
-        return Node(command, self.environment, self.folder / f"node{number}.log", address)
+        environment = {**self.environment, **dict(host.environment)}
+        return Node(command, environment, self.folder / f"node{number}.log", host.address)
 
     def start(self) -> None:
         self.head.start()
         self._wait_for_head()
+        self.wait_for_nodes(1)  # one that joins before the head has registered itself gives up
         for node in self.others:
             node.start()
         self.wait_for_nodes(len(self.nodes))
@@ -210,21 +224,21 @@ class Cluster:
 
 
 @contextmanager
-def raylets(cpus: list[int], environment: dict[str, str] | None = None, dashboard: bool = False) -> Iterator[Cluster]:
+def raylets(
+    cpus: list[int],
+    environment: dict[str, str] | None = None,
+    dashboard: bool = False,
+    hosts: list[Host] | None = None,
+) -> Iterator[Cluster]:
     """A running cluster, ended and removed at the end. Its folder's name is short: sockets lie in it."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
-    cluster = Cluster(folder, cpus, environment, dashboard)
+    cluster = Cluster(folder, cpus, environment, dashboard, hosts)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _address(number: int) -> str:
-    """Not 127.0.0.1, which Ray replaces by the machine's own."""
-    return f"127.0.0.{number + 2}"
 
 
 def _python_path() -> str:

@@ -29,4 +29,4 @@ def test_a_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     assert kills == len(STAGES)
     assert len(whole.losses()) == len(STAGES) * STEPS
     assert killed.losses() == whole.losses()
-    assert [restart["cause"] for restart in killed.restarts()] == ["failed"] * kills
+    assert killed.causes() == ["failed"] * kills
