@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def submit(
     """
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
-    job = submission_id or _next_attempt(client, job_id(config))
-    if not _is_known(client, job):
+    states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
+    job = submission_id or next_attempt(states, job_id(config))
+    if job not in states:
         _send(client, config, job)
     console.print(f"submitted as {job}; `mome jobs logs --address {address} {job}` shows its output", highlight=False)
     status = "SUBMITTED"
@@ -65,18 +67,16 @@ def job_id(config: RunConfig) -> str:
     return f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
 
 
-def _next_attempt(client: Any, base: str) -> str:
-    """The run's job that is not over, or succeeded; else an id of the next attempt: base, base-2, base-3, …"""
-    states = {job.submission_id: getattr(job.status, "value", job.status) for job in client.list_jobs()}
+def next_attempt(states: Mapping[str, str], base: str) -> str:
+    """The run's job that is not over, or succeeded; else an id of the next attempt: base, base-2, base-3, …
+
+    `states`: the status of every job that the cluster knows, by id.
+    """
     name, attempt = base, 1
     while states.get(name) in OVER:
         attempt += 1
         name = f"{base}-{attempt}"
     return name
-
-
-def _is_known(client: Any, job: str) -> bool:
-    return any(known.submission_id == job for known in client.list_jobs())
 
 
 def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
