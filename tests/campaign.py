@@ -152,20 +152,20 @@ class Campaign:
 
 
 @contextmanager
-def paced(run: Campaign, ranks: Callable[[], list[psutil.Process]], steps_per_second: float) -> Iterator[None]:
-    """The run's ranks rest (SIGSTOP) when they are ahead of a pace, so that faults find a tiny run still under way.
-
-    The test must not take longer for it than it would wait anyway, and a slow machine needs no rest.
-    """
+def paced(run: Campaign, ranks: Callable[[], list[psutil.Process]], seconds_a_step: float = 1.0) -> Iterator[None]:
+    """The run's ranks rest (SIGSTOP) after each step, so that what is done to a tiny run finds it still under way."""
     over = threading.Event()
 
     def pace() -> None:
-        began, resting = time.monotonic(), False
+        reached, resting = run.step(), 0.0
         while not over.wait(0.05):
-            ahead = run.step() > (time.monotonic() - began) * steps_per_second
-            if ahead != resting:
-                resting = ahead
-                _signal(ranks(), signal.SIGSTOP if ahead else signal.SIGCONT)
+            if run.step() > reached:
+                _signal(ranks(), signal.SIGSTOP)
+                resting = time.monotonic() + seconds_a_step
+                reached = run.step()
+            elif resting and time.monotonic() > resting:
+                _signal(ranks(), signal.SIGCONT)
+                resting = 0.0
         _signal(ranks(), signal.SIGCONT)
 
     thread = threading.Thread(target=pace, daemon=True)

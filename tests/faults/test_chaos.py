@@ -32,7 +32,7 @@ from pipeline.data.storage import join
 
 FAULTS = int(os.environ.get("MOME_CHAOS", "3"))
 STEPS = max(12, 4 * FAULTS)  # of each stage
-PACE = 4.0  # steps a second at most
+REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
 AWAY = 5.0
 HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
@@ -224,7 +224,7 @@ def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tm
             site = Site(run.start(), cluster, proxy, server, cache or tmp_path, draw, set())
             kinds = [kind for kind in KINDS if cache or kind is not disk_full]
             began = time.monotonic()
-            with paced(run, site.ranks, PACE):
+            with paced(run, site.ranks, REST):
                 for step, name in schedule(draw, kinds):
                     site.wait_for(lambda: run.step() >= step and bool(site.ranks()), f"step {step}")  # noqa: B023
                     assert run.running(), f"ended before {name}: {run.told()[-2000:]}"

@@ -28,7 +28,7 @@ def test_a_node_that_is_cut_off_is_done_without(tmp_path: Path) -> None:
             keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
             keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
             run = Campaign(tmp_path, "cut", STEPS, *keys, environment=cluster.environment).start()
-            with paced(run, ranks, steps_per_second=2):
+            with paced(run, ranks):
                 wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
                 assert [len(node.ranks()) for node in cluster.nodes] == [1, 1], run.told()
                 net.cut(1)

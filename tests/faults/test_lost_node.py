@@ -48,7 +48,7 @@ def all_ranks(cluster: Cluster) -> list[psutil.Process]:
 @pytest.mark.timeout(2400)
 def test_a_lost_node_leaves_the_losses_as_they_were_and_is_used_again(cluster: Cluster, whole: Campaign) -> None:
     run, lost = elastic(cluster, whole.folder, "lost").start(), cluster.others[0]
-    with paced(run, lambda: all_ranks(cluster), steps_per_second=2):
+    with paced(run, lambda: all_ranks(cluster)):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         assert ranks(cluster) == [1, 1], run.told()
 
@@ -68,7 +68,7 @@ def test_a_lost_node_leaves_the_losses_as_they_were_and_is_used_again(cluster: C
 def test_notice_of_a_nodes_end_costs_no_step(cluster: Cluster, whole: Campaign) -> None:
     cluster.wait_for_nodes(2)
     run = elastic(cluster, whole.folder, "warned", "checkpoint.every=1000").start()
-    with paced(run, lambda: all_ranks(cluster), steps_per_second=2):
+    with paced(run, lambda: all_ranks(cluster)):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         cluster.announce_preemption(cluster.others[0], 600)
         wait_until(lambda: run.causes() or not run.running(), "the ranks to save and stop", SECONDS)
@@ -89,7 +89,7 @@ def test_notice_of_a_nodes_end_costs_no_step(cluster: Cluster, whole: Campaign) 
 def test_a_lost_head_is_replaced_and_the_run_goes_on_under_its_name(cluster: Cluster, whole: Campaign) -> None:
     cluster.wait_for_nodes(2)
     run = elastic(cluster, whole.folder, "headless").start()
-    with paced(run, lambda: all_ranks(cluster), steps_per_second=2):
+    with paced(run, lambda: all_ranks(cluster)):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         run.kill()  # a submitted run's driver is on the head
         cluster.stop()
