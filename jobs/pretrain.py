@@ -19,7 +19,7 @@ from typing import Any
 from jobs.cluster import connect, scaling_of
 from jobs.notice import PREEMPTED
 from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, run_rank
-from pipeline.config.errors import MomeError, RunFailed, StorageError
+from pipeline.config.errors import RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.paths import local_path, with_absolute_paths
 from pipeline.config.schema import RunConfig
@@ -91,15 +91,18 @@ def _train(config: RunConfig, storage: Storage) -> None:
     cluster = config.cluster
     restarts = Restarts(config)
     while True:
+        left = cluster.max_failures - restarts.count(FAILED)
         try:
-            stopped = _fit(config, restarts, cluster.max_failures - restarts.count(FAILED))
-        except MomeError:
-            raise
+            stopped = _fit(config, restarts, left)
         except Exception as error:
             _raise_failure(config, storage)
+            if left > 0 and _is_of_controller(error):
+                restarts.record(FAILED, first_words(error))
+                log.warning("Ray Train's controller failed (%s); placing the ranks anew", first_words(error))
+                continue
             raise RunFailed(
-                f"the run stopped after {cluster.max_failures} restart(s): {first_words(error)}. "
-                "Run the same command to go on from the last checkpoint; cluster.max_failures sets the budget."
+                f"the run stopped after {restarts.count(FAILED)} failure(s), of which cluster.max_failures excuses "
+                f"{cluster.max_failures}: {first_words(error)}. Run the same command to go on from the last checkpoint."
             ) from error
         if stopped is None:
             return
@@ -110,6 +113,15 @@ def _train(config: RunConfig, storage: Storage) -> None:
                 f"the run stopped after {cluster.max_preemptions} preemption(s). It is saved: run the same command to "
                 "go on from there; cluster.max_preemptions sets the budget."
             )
+
+
+def _is_of_controller(error: Exception) -> bool:
+    """Whether Ray Train gave up over its own process or its start of the ranks, which it never tries again itself."""
+    import ray
+    import ray.train
+
+    train: Any = ray.train
+    return isinstance(error, train.ControllerError | ray.exceptions.RayActorError)
 
 
 def _fit(config: RunConfig, restarts: Any, failures_left: int) -> str | None:

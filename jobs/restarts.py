@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "restarts"
 FAILED = "failed"
+ADVICE = ("Refer to the documentation", "Consider provisioning")
 MESSAGE = 400  # characters of an error that are worth keeping
 
 
@@ -68,6 +69,6 @@ class Restarts(UserCallback):
 
 
 def first_words(error: BaseException) -> str:
-    """The line that says something of a chain of Ray's wrappers: the last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The line that says something of a chain of Ray's wrappers: the last that is not its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
     return lines[-1] if lines else type(error).__name__

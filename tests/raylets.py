@@ -136,6 +136,7 @@ class Cluster:
         """`hosts`: one for each node, the head's first; without them, addresses of the loopback."""
         self.folder = folder
         self.environment = {**os.environ, **HEALTH, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+        self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # a full machine must not look like a fault of ours
         self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": _python_path()}
         self.environment |= environment or {}
         # Not 127.0.0.1, which Ray replaces by the machine's own.
