@@ -12,6 +12,8 @@ import typer
 
 from jobs.bench import app as bench_app
 from jobs.console import ProgressDisplay, console, print_result
+from jobs.jobs_command import Address, Token
+from jobs.jobs_command import app as jobs_app
 from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
+app.add_typer(jobs_app, name="jobs")
 
 Config = Annotated[Path, typer.Argument(help="A YAML config, such as configs/demo.yaml.")]
 Overrides = Annotated[
@@ -162,15 +165,18 @@ def predict(
 def submit(
     config: Config,
     overrides: Overrides = None,
-    address: Annotated[str, typer.Option(help="The cluster's dashboard, such as http://head:8265.")] = "",
+    address: Address = "",
+    token: Token = None,
     follow: Annotated[bool, typer.Option(help="Stream the job's output until it ends.")] = True,
-    submission_id: Annotated[str | None, typer.Option(help="Submitting the same id twice is one job.")] = None,
+    submission_id: Annotated[
+        str | None, typer.Option(help="Submitting the same id twice is one job. If not given: the same run is.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
     from jobs.submit import submit as submit_job
 
-    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id), as_json)
+    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
 
 
 @app.command()

@@ -7,7 +7,8 @@ import secrets
 import tempfile
 from typing import Any
 
-from jobs.pretrain import connect, for_ranks
+from jobs.cluster import connect, scaling_of
+from jobs.pretrain import for_ranks
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.loader import local_preparer
@@ -17,20 +18,16 @@ from pipeline.training.preflight import preflight
 def preflight_on_ray(config: RunConfig) -> dict[str, Any]:
     """What was checked, with seconds, by its name. Raises MomeError with the first failure, on whichever rank."""
     from ray.train import RunConfig as RayRunConfig
-    from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = for_ranks(config)
     connect(config.cluster)
     cluster = config.cluster
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     trainer = TorchTrainer(
         check_rank,
         train_loop_config={"config": config.model_dump_json()},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
-        ),
+        scaling_config=scaling_of(cluster),
         run_config=RayRunConfig(
             name=f"{config.name}-preflight-{secrets.token_hex(4)}",
             storage_path=os.path.join(tempfile.gettempdir(), "mome-ray-train"),

@@ -42,7 +42,7 @@ def cluster(values: str) -> str:
     """The resources of a Ray cluster and its version, as JSON."""
     import ray
 
-    from jobs.pretrain import connect
+    from jobs.cluster import connect
 
     connect(ClusterConfig.model_validate_json(values))
     nodes = [node for node in ray.nodes() if node["Alive"]]

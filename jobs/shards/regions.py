@@ -179,7 +179,7 @@ def _open(folder: Path) -> Any:
 
 def _on_actors(task: RegionTask, shards: Mapping[str, ObjectInfo], cluster: ClusterConfig) -> Iterator[Done]:
     """Each shard when it is done, by whichever actor is free. Raises what the actors raise."""
-    from jobs.pretrain import connect
+    from jobs.cluster import connect
 
     connect(cluster)
     import ray

@@ -16,6 +16,7 @@ def faults_of(config: RunConfig) -> Iterator[str]:
     yield from _engine_faults(config)
     yield from _stage_faults(config)
     yield from _source_faults(config)
+    yield from _cluster_faults(config)
 
 
 def _faithful_faults(config: RunConfig) -> Iterator[str]:
@@ -43,6 +44,12 @@ def _engine_faults(config: RunConfig) -> Iterator[str]:
             "engine.compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks "
             "its graphs or fails; leave it false, or set engine.zero_stage to 0, 1 or 2"
         )
+
+
+def _cluster_faults(config: RunConfig) -> Iterator[str]:
+    fewest, most = config.cluster.min_workers, config.cluster.workers
+    if fewest is not None and fewest > most:
+        yield f"cluster.min_workers: {fewest} is above cluster.workers {most}"
 
 
 def _source_faults(config: RunConfig) -> Iterator[str]:

@@ -280,11 +280,18 @@ class EngineConfig(Section):
 class ClusterConfig(Section):
     """Where the ranks run. With `address` unset a local Ray is started."""
 
-    workers: Positive = changeable(1)
+    workers: Positive = changeable(1)  # ranks
+    min_workers: Positive | None = changeable(None)  # fewest to go on with while nodes are missing; None: `workers`
+    placement: Literal["pack", "spread"] = changeable("pack")  # of ranks: on few nodes, or on as many as there are
     gpus_per_worker: Annotated[float, Field(ge=0)] = changeable(0)
     cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1)
     address: str | None = changeable(None)
-    max_failures: Annotated[int, Field(ge=0)] = changeable(3)
+    max_failures: Annotated[int, Field(ge=0)] = changeable(3)  # restarts after errors, killed ranks and lost nodes
+    max_preemptions: Annotated[int, Field(ge=0)] | None = changeable(None)  # after announced losses; None: any number
+    # How long ranks may take to be placed, runtime environments included; then fewer are tried, down to min_workers.
+    start_seconds: float = changeable(60.0, gt=0)
+    # How long there must be room for more ranks, up to `workers`, before a smaller run saves and restarts with them.
+    grow_seconds: float = changeable(60.0, gt=0)
     loader_actors: Annotated[int, Field(ge=0)] = changeable(0)  # of each rank; 0: batches are prepared beside it
     loader_cpus: Annotated[float, Field(ge=0)] = changeable(1)  # of each of these
     loader_resource: str | None = changeable(None)  # only on nodes that offer this custom resource (ray start)

@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 
 from jobs.pretrain import pretrain
-from jobs.submit import for_cluster, submit
+from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError, TrackingError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
@@ -130,12 +130,6 @@ def test_an_unreachable_mlflow_is_one_message_and_starts_nothing(tmp_path: Path)
     assert isinstance(error, TrackingError)
     assert "tracking.required=false" in str(error)
     assert not (tmp_path / "runs").exists()
-
-
-def test_an_unreachable_ray_dashboard_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else it is set for the tests that follow in this process
-    with pytest.raises(RunFailed, match=r"--address http://127\.0\.0\.1:9: no Ray dashboard answers"):
-        submit(demo(tmp_path), "http://127.0.0.1:9", follow=False, submission_id=None)
 
 
 def test_a_cluster_is_not_given_folders_of_this_machine() -> None:

@@ -1,0 +1,87 @@
+"""What Ray Train runs on each worker: this rank's part of the run, and what it leaves for the driver.
+
+A rank that meets an error which a restart would only repeat (a config, data or checkpoint fault, NaN, out of memory)
+leaves it in the run's folder; after the restart every rank sees it and returns, and the driver raises it. Ray Train
+itself retries every exception, whatever its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from jobs.notice import PREEMPTED, Notice
+from pipeline.config.errors import MomeError, Preempted, StorageError
+from pipeline.config.schema import RunConfig
+from pipeline.data.loader import local_preparer
+from pipeline.data.preparation import PreparerFactory
+from pipeline.data.storage import Storage, join
+from pipeline.training.loop import Progress, train
+
+log = logging.getLogger(__name__)
+
+FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
+PROGRESS_SECONDS = 1.0
+
+
+def run_rank(loop_config: dict[str, str]) -> str | None:
+    """Train; returns why the ranks saved and stopped before the end, if they did (`jobs.notice`)."""
+    import ray.train
+
+    config = RunConfig.model_validate_json(loop_config["config"])
+    storage = Storage(config.storage)
+    if storage.exists(join(config.folder, FAILURE_FILE)):
+        return None
+    context = ray.train.get_context()
+    notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size())
+    try:
+        train(config, ProgressFile(config, storage), _preparer(config), preempted=notice)
+    except Preempted as error:
+        log.warning("%s", error)
+        return notice.reason or PREEMPTED
+    except Exception as error:
+        told = _told(error)
+        if told is not None:
+            storage.write(join(config.folder, FAILURE_FILE), json.dumps(told).encode())
+        raise
+    finally:
+        notice.close()
+    return None
+
+
+def _preparer(config: RunConfig) -> PreparerFactory:
+    if not config.cluster.loader_actors:
+        return local_preparer
+    from jobs.loader_actors import ActorPreparer
+
+    return ActorPreparer
+
+
+def _told(error: Exception) -> dict[str, Any] | None:
+    """The message of an error that a restart would only repeat; None for one that may be tried again."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        message = f"out of memory: {error}. Set engine.micro_batch lower, or engine.zero_stage higher."
+        return {"message": message, "exit_status": 1}
+    if isinstance(error, MomeError) and not isinstance(error, StorageError):
+        return {"message": str(error), "exit_status": error.exit_status}
+    return None
+
+
+class ProgressFile:
+    """Rank 0's report: a small file in the run's folder, at most once a second."""
+
+    def __init__(self, config: RunConfig, storage: Storage):
+        self._url = join(config.folder, PROGRESS_FILE)
+        self._storage = storage
+        self._last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        last_of_stage = progress.stage_step == progress.stage_steps
+        if last_of_stage or time.monotonic() - self._last >= PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._storage.write(self._url, json.dumps(asdict(progress)).encode())

@@ -1,0 +1,197 @@
+"""A tiny version of the demo's three stages run by `mome train` as a user runs it, and what its journal says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import Storage, join
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("vision", "language", "vision_language")
+SECONDS = 900
+
+Losses = dict[tuple[int, int], float]
+
+
+def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
+    """Everything of the run lies under `folder`, a path or URL; runs of one folder share its data."""
+    found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "batch=16")]
+    found += ["model.width=32", "model.layers=2", "model.heads=2"]
+    found += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
+    found += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
+    found += [f"sources.{source}.shards={folder}/scenes" for source in ("scenes", "pictures", "sentences")]
+    found += [f"sources.unseen.shards={folder}/unseen", "cluster.max_failures=5", "evaluation.source=null"]
+    return found
+
+
+class Campaign:
+    """One run: its process, while there is one, and its journal."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        steps: int,
+        *more: str,
+        environment: Mapping[str, str] | None = None,
+        output: str | None = None,
+        storage: StorageConfig = StorageConfig(),
+    ) -> None:
+        """`output`: the URL of a bucket in the place of `folder`, reached by the test through `storage`."""
+        self.folder, self.name = folder, name
+        self.url, self.storage = join(output or str(folder), name), Storage(storage)
+        self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(output or folder, name, steps), *more]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOME_CACHE": str(folder), **(environment or {})}
+        self.journal = folder / name / "journal"
+        if output is not None:
+            self.journal = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16] / "journal"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Campaign:
+        """`mome train`, in the background."""
+        return self._start("-m", "jobs.cli", "train")
+
+    def start_alone(self) -> Campaign:
+        """The same in one process, without Ray."""
+        return self._start("-m", "pipeline.training")
+
+    def _start(self, *command: str) -> Campaign:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command, *self.arguments], cwd=ROOT, stdout=log, stderr=log, env=self.environment
+            )
+        return self
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    def told(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def finish(self) -> None:
+        assert self.process is not None
+        try:
+            assert self.process.wait(timeout=SECONDS) == 0, self.told()[-3000:]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone."""
+        if self.running():
+            assert self.process is not None
+            self.process.kill()
+            self.process.wait()
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training workers of a Ray that the driver started itself."""
+        assert self.process is not None
+        return [each for each in psutil.Process(self.process.pid).children(recursive=True) if is_rank(each)]
+
+    def points(self) -> list[dict[str, object]]:
+        """The journal's points of metrics, in the order of its files."""
+        found = []
+        for file in sorted(self.journal.glob("*.jsonl")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                if record["kind"] == "metrics" and "train/loss" in record["values"]:
+                    found.append(record)
+        return found
+
+    def losses(self) -> Losses:
+        """(stage, step) -> the loss as the journal holds it, exactly."""
+        found: Losses = {}
+        for record in self.points():
+            place = (record["stage"], record["step"])
+            assert place not in found, f"step {place} was journaled twice"
+            found[place] = record["values"]["train/loss"]  # type: ignore[index,assignment]
+        return found
+
+    def reached(self) -> tuple[int, int]:
+        """(stage, step) of the last loss."""
+        return max(self.losses(), default=(-1, -1))
+
+    def step(self) -> int:
+        """Steps done over all stages."""
+        return self.reached()[1]
+
+    def checkpoints(self) -> list[str]:
+        """URLs of the whole checkpoints there are, the newest last."""
+        folder = join(self.url, "checkpoints")
+        found = [join(folder, name.rstrip("/")) for name in self.storage.list(folder)]
+        return sorted(url for url in found if self.storage.exists(join(url, "COMMIT.json")))
+
+    def saved(self) -> list[int]:
+        """Global steps of the whole checkpoints there are, the newest last."""
+        return [int(url.rpartition("/step-")[2].partition(".")[0]) for url in self.checkpoints()]
+
+    def restarts(self) -> list[dict[str, Any]]:
+        """What the run recorded of its restarts, in order."""
+        folder = join(self.url, "restarts")
+        return [json.loads(self.storage.read(join(folder, name))) for name in sorted(self.storage.list(folder))]
+
+    def causes(self) -> list[str]:
+        return [restart["cause"] for restart in self.restarts()]
+
+
+@contextmanager
+def paced(run: Campaign, ranks: Callable[[], list[psutil.Process]], seconds_a_step: float = 1.0) -> Iterator[None]:
+    """The run's ranks rest (SIGSTOP) after each step, so that what is done to a tiny run finds it still under way."""
+    over = threading.Event()
+
+    def pace() -> None:
+        reached, resting = run.step(), 0.0
+        while not over.wait(0.05):
+            if run.step() > reached:
+                _signal(ranks(), signal.SIGSTOP)
+                resting = time.monotonic() + seconds_a_step
+                reached = run.step()
+            elif resting and time.monotonic() > resting:
+                _signal(ranks(), signal.SIGCONT)
+                resting = 0.0
+        _signal(ranks(), signal.SIGCONT)
+
+    thread = threading.Thread(target=pace, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _signal(processes: list[psutil.Process], number: int) -> None:
+    for each in processes:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(number)
+
+
+def is_rank(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def assert_same_losses(found: Losses, expected: Losses, tolerance: float = 1e-5) -> None:
+    """Every step of the one is in the other, with the same loss to `tolerance`, relative."""
+    assert found.keys() == expected.keys()
+    worst = max(abs(found[place] - expected[place]) / abs(expected[place]) for place in expected)
+    assert worst <= tolerance, f"a loss differs by {worst:.1e}"

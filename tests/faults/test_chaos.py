@@ -1,0 +1,242 @@
+"""Faults of every kind at random moments of a run over two nodes: it ends with the losses of the uninterrupted run.
+
+MOME_CHAOS=30 python -m pytest -s tests/faults/test_chaos.py
+
+Shards, checkpoints and records lie in an object store behind a proxy, metrics go to an MLflow server. After each fault
+the harness waits for the next step and for the evidence that the fault was noticed; at the end it prints how long each
+took to recover from, and the goodput: the share of the time in which no fault was being recovered from.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+import pytest
+from campaign import STAGES, Campaign, assert_same_losses, paced
+from mlflow_server import Server
+from proxy import FaultProxy
+from raylets import Cluster, Node, raylets, wait_until
+
+from pipeline.data.storage import join
+
+FAULTS = int(os.environ.get("MOME_CHAOS", "3"))
+STEPS = max(12, 4 * FAULTS)  # of each stage
+REST = 0.3  # seconds that ranks rest after each step
+SECONDS = 900
+AWAY = 5.0
+HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
+
+
+@dataclass
+class Site:
+    """Everything that can be broken, and the run."""
+
+    run: Campaign
+    cluster: Cluster
+    proxy: FaultProxy
+    server: Server
+    cache: Path  # a file system of its own, or empty
+    draw: random.Random
+    stopped: set[int]  # ranks that must not be woken
+
+    @property
+    def node(self) -> Node:
+        """The one that comes and goes; the head stays."""
+        return self.cluster.others[0]
+
+    def ranks(self) -> list[psutil.Process]:
+        return [rank for node in self.cluster.nodes for rank in node.ranks() if rank.pid not in self.stopped]
+
+    def restarts(self, cause: str) -> int:
+        return self.run.causes().count(cause)
+
+    def told(self, words: str) -> int:
+        """How often the ranks logged something."""
+        files = self.cluster.folder.glob("session_*/logs/**/*")
+        return sum(
+            file.read_bytes().count(words.encode()) for file in files if file.is_file() and not file.is_symlink()
+        )
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        wait_until(lambda: condition() or not self.run.running(), what, SECONDS)
+
+
+# ---- the faults: each breaks something, and returns what tells that it was noticed
+
+
+def rank_killed(site: Site) -> Callable[[], bool]:
+    before = site.restarts("failed")
+    site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
+    return lambda: site.restarts("failed") > before
+
+
+def rank_stopped(site: Site) -> Callable[[], bool]:
+    before, rank = site.restarts("failed"), site.draw.choice(site.ranks())
+    site.stopped.add(rank.pid)
+    rank.send_signal(signal.SIGSTOP)
+    return lambda: site.restarts("failed") > before
+
+
+def node_lost(site: Site) -> Callable[[], bool]:
+    before, here = site.restarts("failed"), site.node.ranks()
+    site.node.lose()
+    site.wait_for(lambda: not here or site.restarts("failed") > before, "the loss to be noticed")
+    site.node.start()
+    return lambda: len(site.cluster.alive()) == 2
+
+
+def preempted(site: Site) -> Callable[[], bool]:
+    before, here = site.restarts("preempted"), site.node.ranks()
+    site.cluster.announce_preemption(site.node, 600)
+    site.wait_for(lambda: not here or site.restarts("preempted") > before, "the ranks to save and stop")
+    site.node.lose()
+    site.node.start()
+    return lambda: len(site.cluster.alive()) == 2
+
+
+def driver_killed(site: Site) -> Callable[[], bool]:
+    site.run.kill()
+    site.run.start()
+    return site.run.running
+
+
+def loader_killed(site: Site) -> Callable[[], bool]:
+    loaders = [each for rank in site.ranks() for each in rank.children(recursive=True) if "spawn_main" in _title(each)]
+    victim = site.draw.choice(loaders)
+    victim.send_signal(signal.SIGKILL)
+    return lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+
+
+def store_away(site: Site) -> Callable[[], bool]:
+    asked = len(site.proxy.served)
+    site.proxy.away(AWAY)
+    return lambda: len(site.proxy.served) > asked
+
+
+def checkpoint_damaged(site: Site) -> Callable[[], bool]:
+    """One byte of the newest, and then a rank is lost, so that it is read."""
+    before = site.told("checkpoint passed over")
+    if len(site.run.checkpoints()) > 1:
+        url = site.run.checkpoints()[-1]
+        name = next(name for name in site.run.storage.list(url) if name.endswith(".safetensors"))
+        data = bytearray(site.run.storage.read(join(url, name)))
+        data[site.draw.randrange(len(data))] ^= 1
+        site.run.storage.write(join(url, name), bytes(data))
+        site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
+        return lambda: site.told("checkpoint passed over") > before
+    return rank_killed(site)
+
+
+def mlflow_killed(site: Site) -> Callable[[], bool]:
+    site.server.kill()
+    time.sleep(AWAY)
+    site.server.start()
+    return lambda: site.server.process is not None
+
+
+def disk_full(site: Site) -> Callable[[], bool]:
+    filling = site.cache / "filling"
+    with suppress(OSError), filling.open("wb") as file:
+        while True:
+            file.write(bytes(2**16))
+    time.sleep(AWAY)
+    filling.unlink()
+    return lambda: True
+
+
+KINDS = [
+    node_lost, store_away, checkpoint_damaged, rank_killed, preempted,
+    driver_killed, mlflow_killed, loader_killed, rank_stopped, disk_full,
+]  # fmt: skip
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A file system of 8 MiB; None where this process may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "mome-test", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
+
+
+def schedule(draw: random.Random, kinds: list[Callable[[Site], Callable[[], bool]]]) -> list[tuple[int, str]]:
+    """(step, kind) of each fault: a random moment of each equal part of the run; every kind before one comes again."""
+    part = len(STAGES) * STEPS / FAULTS
+    order = [kind.__name__ for kind in kinds[:FAULTS]]
+    while len(order) < FAULTS:
+        order += [kind.__name__ for kind in draw.sample(kinds, len(kinds))]
+    return [(int(part * (number + draw.uniform(0.1, 0.6))), order[number]) for number in range(FAULTS)]
+
+
+def report(times: dict[str, list[float]], wall: float) -> None:
+    spent = sum(map(sum, times.values()))
+    print(f"\n{sum(map(len, times.values()))} faults of {len(times)} kinds in {wall:.0f} s")
+    for kind, seconds in sorted(times.items()):
+        print(f"  {kind:<20} {len(seconds)}  recovered in {median(seconds):.0f} s (longest {max(seconds):.0f} s)")
+    print(f"  goodput {max(0.0, 1 - spent / wall):.0%}")
+
+
+@pytest.mark.timeout(14400)
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tmp_path: Path) -> None:
+    whole = Campaign(tmp_path, "whole", STEPS)
+    whole.start_alone().finish()
+    draw, times = random.Random(5), defaultdict(list)
+    server = Server(tmp_path)
+    server.start()
+    try:
+        with (
+            raylets([1, 1], {**s3.environment, **HEALTH, "MOME_CACHE": str(tmp_path)}) as cluster,
+            FaultProxy(s3.endpoint) as proxy,
+            small_disk(tmp_path / "cache") as cache,
+        ):
+            keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
+            keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
+            keys += [f"cluster.max_failures={2 * FAULTS}", f"tracking.uri={server.uri}", "tracking.required=false"]
+            keys += [f"storage={{endpoint_url: '{proxy.endpoint}', deadline_seconds: 120}}", "data.loader.workers=1"]
+            keys += [f"data.cache={{folder: '{cache}', max_bytes: 4000000}}"] if cache else []
+            run = Campaign(
+                tmp_path, "chaos", STEPS, *keys,
+                environment=cluster.environment, output=s3.url("runs"), storage=s3.config,
+            )  # fmt: skip
+            site = Site(run.start(), cluster, proxy, server, cache or tmp_path, draw, set())
+            kinds = [kind for kind in KINDS if cache or kind is not disk_full]
+            began = time.monotonic()
+            with paced(run, site.ranks, REST):
+                for step, name in schedule(draw, kinds):
+                    site.wait_for(lambda: run.step() >= step and bool(site.ranks()), f"step {step}")  # noqa: B023
+                    assert run.running(), f"ended before {name}: {run.told()[-2000:]}"
+                    at, reached = time.monotonic(), run.step()
+                    noticed = {kind.__name__: kind for kind in KINDS}[name](site)
+                    site.wait_for(lambda: run.step() > reached, f"a step after {name}")  # noqa: B023
+                    times[name].append(time.monotonic() - at)
+                    print(f"{name} at step {reached}: a step again after {times[name][-1]:.0f} s", flush=True)
+                    site.wait_for(noticed, f"{name} to be noticed")
+            run.finish()
+            report(times, time.monotonic() - began)
+            assert_same_losses(run.losses(), whole.losses())
+    finally:
+        server.kill()
+    assert sum(map(len, times.values())) == FAULTS

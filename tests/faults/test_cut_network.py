@@ -1,0 +1,38 @@
+"""A node that is cut off, its processes alive and no connection told: the run goes on without it (C4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from campaign import Campaign, assert_same_losses, paced
+from network import network
+from raylets import raylets, wait_until
+
+STEPS, SECONDS = 20, 900
+
+
+@pytest.mark.timeout(2400)
+def test_a_node_that_is_cut_off_is_done_without(tmp_path: Path) -> None:
+    with network(2) as net:
+        if net is None:
+            pytest.skip("network namespaces are not permitted here")
+        whole = Campaign(tmp_path, "whole", STEPS).start_alone()
+        whole.finish()
+        with raylets([1, 1], hosts=net.hosts) as cluster:
+
+            def ranks() -> list[psutil.Process]:
+                return [rank for node in cluster.nodes for rank in node.ranks()]
+
+            keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
+            keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
+            run = Campaign(tmp_path, "cut", STEPS, *keys, environment=cluster.environment).start()
+            with paced(run, ranks):
+                wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
+                assert [len(node.ranks()) for node in cluster.nodes] == [1, 1], run.told()
+                net.cut(1)
+                assert cluster.others[0].ranks(), "its processes are alive; only the network is gone"
+            run.finish()
+        assert run.causes() == ["failed"]
+        assert_same_losses(run.losses(), whole.losses())

@@ -1,0 +1,83 @@
+"""Machines with addresses of their own on one: network namespaces joined by a bridge, whose links can be cut.
+
+Needs the right to make network namespaces (root, or CAP_SYS_ADMIN and CAP_NET_ADMIN) and `ip`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raylets import Host
+
+
+class Network:
+    """`count` machines; the first is this process's own network, each other one a namespace."""
+
+    def __init__(self, count: int):
+        self._tag = f"m{os.getpid() % 100000}"
+        self._subnet = f"10.{200 + os.getpid() // 250 % 50}.{os.getpid() % 250}"
+        self._count = count
+        self.hosts = [self._host(number) for number in range(count)]
+
+    def _host(self, number: int) -> Host:
+        """Gloo would choose the interface by the machine's name, which is the same in every namespace."""
+        interface = f"{self._tag}b" if number == 0 else f"{self._tag}e{number}"
+        prefix = ("ip", "netns", "exec", self._namespace(number)) if number else ()
+        return Host(f"{self._subnet}.{number + 1}", prefix, (("GLOO_SOCKET_IFNAME", interface),))
+
+    def _namespace(self, number: int) -> str:
+        return f"{self._tag}n{number}"
+
+    def build(self) -> None:
+        bridge = f"{self._tag}b"
+        _ip(f"link add {bridge} type bridge")
+        _ip(f"addr add {self.hosts[0].address}/24 dev {bridge}")
+        _ip(f"link set {bridge} up")
+        for number in range(1, self._count):
+            space, inside, outside = self._namespace(number), f"{self._tag}e{number}", f"{self._tag}v{number}"
+            _ip(f"netns add {space}")
+            _ip(f"link add {outside} type veth peer name {inside}")
+            _ip(f"link set {inside} netns {space}")
+            _ip(f"link set {outside} master {bridge} up")
+            _ip(f"-n {space} addr add {self.hosts[number].address}/24 dev {inside}")
+            _ip(f"-n {space} link set {inside} up")
+            _ip(f"-n {space} link set lo up")
+
+    def cut(self, number: int) -> None:
+        """Nothing goes in or out any more; no connection is told so."""
+        _ip(f"link set {self._tag}v{number} down")
+
+    def mend(self, number: int) -> None:
+        _ip(f"link set {self._tag}v{number} up")
+
+    def remove(self) -> None:
+        for number in range(1, self._count):
+            _ip(f"netns del {self._namespace(number)}", check=False)
+            _ip(f"link del {self._tag}v{number}", check=False)
+        _ip(f"link del {self._tag}b", check=False)
+
+
+@contextmanager
+def network(count: int) -> Iterator[Network | None]:
+    """None where namespaces are not permitted."""
+    made = Network(count)
+    try:
+        try:
+            made.build()
+        except (OSError, subprocess.CalledProcessError):
+            yield None
+            return
+        yield made
+    finally:
+        made.remove()
+
+
+def _ip(arguments: str, check: bool = True) -> None:
+    if shutil.which("ip") is not None:
+        subprocess.run(["ip", *arguments.split()], check=check, capture_output=True)
+    elif check:
+        raise FileNotFoundError("ip")

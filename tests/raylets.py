@@ -1,0 +1,294 @@
+"""Several Ray nodes on one machine, each a raylet in a session of its own, for tests: they start, are lost, return.
+
+Every node has its own address (127.0.0.2, 127.0.0.3, …), ports and processes. A node is lost as a machine is: all its
+processes get SIGKILL at once. Nothing here ends a process that it did not start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 600  # that anything is waited for: a loaded machine takes its time
+ATTEMPTS = 5
+MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes
+# A lost node is known in seconds, not in Ray's half minute.
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and all that descend from it, as far as they are alive."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a node runs: its address, and what its command begins with and inherits."""
+
+    address: str
+    prefix: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Node:
+    """One raylet with its workers; the head has the cluster's state and dashboard too."""
+
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    address: str
+    process: subprocess.Popen[bytes] | None = None
+    known: dict[int, psutil.Process] = field(default_factory=dict)
+    attempts: int = 0
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def start_again_if_it_gave_up(self) -> None:
+        """On a loaded machine a raylet may not be up within the half minute that `ray start` grants it."""
+        if self.process is not None and self.process.poll() is not None:
+            self.attempts += 1
+            assert self.attempts < ATTEMPTS, self.log.read_text(encoding="utf-8")[-3000:]
+            self.lose()
+            self.start()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to the node. Workers outlive the raylet as orphans for a while, so that they are noted."""
+        if self.process is not None:
+            self.known |= {each.pid: each for each in tree(self.process.pid)}
+        self.known = {pid: each for pid, each in self.known.items() if each.is_running()}
+        return list(self.known.values())
+
+    def lose(self) -> None:
+        """The machine is gone: SIGKILL to all its processes."""
+        doomed = self.processes()
+        for each in doomed:  # none may start another while the next is ended
+            _signal(each, signal.SIGSTOP)
+        for each in [*doomed, *self.processes()]:
+            _signal(each, signal.SIGKILL)
+        psutil.wait_procs(doomed, timeout=20)
+        if self.process is not None:
+            self.process.wait(timeout=20)
+            self.process = None
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training workers on this node."""
+        return [each for each in self.processes() if "RayTrainWorker" in _title(each)]
+
+
+class Cluster:
+    """A head and nodes that join it. `cpus` of each are as many ranks as it may hold."""
+
+    def __init__(
+        self,
+        folder: Path,
+        cpus: list[int],
+        environment: dict[str, str] | None = None,
+        dashboard: bool = False,
+        hosts: list[Host] | None = None,
+    ):
+        """`hosts`: one for each node, the head's first; without them, addresses of the loopback."""
+        self.folder = folder
+        self.environment = {**os.environ, **HEALTH, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+        self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # a full machine must not look like a fault of ours
+        self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": _python_path()}
+        self.environment |= environment or {}
+        # Not 127.0.0.1, which Ray replaces by the machine's own.
+        self.hosts = hosts or [Host(f"127.0.0.{number + 2}") for number in range(len(cpus))]
+        self.port, self.dashboard_port, client = free_ports(3)
+        head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
+        head += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
+        self._listening = [self.address, *([self.dashboard.removeprefix("http://")] if dashboard else [])]
+        self.head = self._node(0, cpus[0], head)
+        self.others = [self._node(i, each, [f"--address={self.address}"]) for i, each in enumerate(cpus[1:], start=1)]
+
+    @property
+    def address(self) -> str:
+        return f"{self.hosts[0].address}:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [self.head, *self.others]
+
+    def _node(self, number: int, cpus: int, options: list[str]) -> Node:
+        agent, grpc, runtime, metrics = free_ports(4)
+        host = self.hosts[number]
+        command = [*host.prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command += [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}"]
+        command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
+        command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
+        command += [f"--temp-dir={self.folder}", "--disable-usage-stats", "--include-log-monitor=false"]
+        environment = {**self.environment, **dict(host.environment)}
+        return Node(command, environment, self.folder / f"node{number}.log", host.address)
+
+    def start(self) -> None:
+        self.head.start()
+        self._wait_for_head()
+        self.wait_for_nodes(1)  # one that joins before the head has registered itself gives up
+        for node in self.others:
+            node.start()
+        self.wait_for_nodes(len(self.nodes))
+
+    def _wait_for_head(self) -> None:
+        end = time.monotonic() + SECONDS
+        for address in self._listening:
+            while True:
+                try:
+                    host, _, port = address.partition(":")
+                    socket.create_connection((host, int(port)), timeout=1).close()
+                    break
+                except OSError:
+                    assert time.monotonic() < end, self.told()
+                    self.head.start_again_if_it_gave_up()
+                    time.sleep(0.1)
+
+    def alive(self) -> dict[str, str]:
+        """Address -> id of every node that the head believes to be alive."""
+        if self.environment["RAY_AUTH_MODE"] == "token":
+            return self._alive_with_token()
+        try:
+            nodes = self._state().get_all_node_info(timeout=5).values()
+        except Exception:  # the head is away, or not yet there
+            return {}
+        return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
+
+    def _alive_with_token(self) -> dict[str, str]:
+        """In a process of its own: Ray reads how to authenticate once, when it is imported."""
+        script = (
+            "import json; from ray._raylet import GcsClient; "
+            f"nodes = GcsClient(address={self.address!r}).get_all_node_info(timeout=20).values(); "
+            "print(json.dumps({n.node_manager_address: n.node_id.hex() for n in nodes if n.state == 0}))"
+        )
+        done = self.python(script)
+        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+
+    def _state(self) -> Any:
+        from ray._raylet import GcsClient
+
+        return GcsClient(address=self.address)
+
+    def wait_for_nodes(self, count: int) -> None:
+        end = time.monotonic() + SECONDS
+        while len(self.alive()) != count:
+            assert time.monotonic() < end, self.told()
+            for node in self.nodes:
+                node.start_again_if_it_gave_up()
+            time.sleep(0.2)
+
+    def python(self, script: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+
+    def announce_preemption(self, node: Node, seconds: int) -> None:
+        """Tell the cluster, as a cloud's autoscaler does, that a node will be taken away in so many seconds."""
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline = int((time.time() + seconds) * 1000)
+        accepted, refusal = self._state().drain_node(self.alive()[node.address], reason, "a test", deadline)
+        assert accepted, refusal
+
+    def told(self) -> str:
+        return "\n".join(node.log.read_text(encoding="utf-8")[-2000:] for node in self.nodes if node.log.exists())
+
+    def stop(self) -> None:
+        for node in reversed(self.nodes):
+            node.lose()
+
+
+@contextmanager
+def raylets(
+    cpus: list[int],
+    environment: dict[str, str] | None = None,
+    dashboard: bool = False,
+    hosts: list[Host] | None = None,
+) -> Iterator[Cluster]:
+    """A running cluster, ended and removed at the end. Its folder's name is short: sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    cluster = Cluster(folder, cpus, environment, dashboard, hosts)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+
+def _end_with_parent() -> None:
+    """However the test process ends, `ray start --block` gets SIGTERM (prctl's PR_SET_PDEATHSIG) and ends its own."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def wait_until(condition: Any, what: str, seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)
