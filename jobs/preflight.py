@@ -24,7 +24,7 @@ def preflight_on_ray(config: RunConfig) -> dict[str, Any]:
     connect(config.cluster)
     cluster = config.cluster
     trainer = TorchTrainer(
-        check_rank,
+        check_rank,  # type: ignore[arg-type]  # its answer is what Result.return_value holds
         train_loop_config={"config": config.model_dump_json()},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=scaling_of(cluster),
@@ -34,7 +34,7 @@ def preflight_on_ray(config: RunConfig) -> dict[str, Any]:
         ),
     )
     try:
-        answer: Any = trainer.fit().return_value
+        answer: Any = trainer.fit().return_value  # type: ignore[attr-defined]
     except Exception as error:
         raise RunFailed(f"preflight: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
     if "error" in answer:

@@ -71,7 +71,7 @@ def _answer(answered: Any, processes: list[Any], deadline: float) -> tuple[int, 
     return rank, pickle.loads(result)  # noqa: S301 - our own process's answer
 
 
-def _received(answered: Any, processes: list[BaseProcess], deadline: float) -> tuple[int, bytes | None, str | None]:
+def _received(answered: Any, processes: list[BaseProcess], deadline: float) -> tuple[int, bytes, str | None]:
     while True:
         dead = {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}
         try:

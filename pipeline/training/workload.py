@@ -192,7 +192,8 @@ def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[in
     features = [torch.empty(batch, width, device="meta", requires_grad=True) for width in widths for _ in range(2)]
     ids, scale = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
     with Probe([*features, ids, scale], kernels) as probe:
-        losses = [contrastive_loss(*features[2 * k : 2 * k + 2], scale, ids) for k in range(len(widths))]
+        pairs = zip(features[::2], features[1::2], strict=True)
+        losses = [contrastive_loss(image, text, scale, ids) for image, text in pairs]
         torch.autograd.grad(torch.stack(losses).sum(), features)
         return probe.flops, probe.peak_bytes + sum(4 * feature.numel() for feature in features)
 
