@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.data.fingerprint import fingerprint
+from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import stage_of
 from pipeline.training.prepare import prepare

@@ -20,8 +20,8 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import DataConfig, Objective, RunConfig, StageConfig, Use
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
 from pipeline.models.checkpoints.files import Published, read_tensors, write_tensors

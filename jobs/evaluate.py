@@ -13,8 +13,8 @@ from torch import nn
 from jobs.console import console
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import TASKS, Evaluation, evaluate, stage_of
 from pipeline.evaluation.report import write_report
 from pipeline.models import build_model

@@ -9,10 +9,10 @@ from typing import Any
 from jobs.evaluate import model_of
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
-from pipeline.data.images import decode
+from pipeline.data.contents.images import decode
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain
 from pipeline.evaluation.explain_page import to_html, to_png

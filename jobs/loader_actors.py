@@ -13,10 +13,10 @@ import numpy as np
 import ray
 
 from pipeline.config.errors import MomeError
-from pipeline.data.preparation import RowThreads
+from pipeline.data.loading.preparation import RowThreads
 from pipeline.data.quarantine import BadRecord
-from pipeline.data.row_buffer import RowBuffer
-from pipeline.data.rows import RowMaker, RowTask
+from pipeline.data.rows.row_buffer import RowBuffer
+from pipeline.data.rows.rows import RowMaker, RowTask
 from pipeline.data.storage import Storage
 
 RESTARTS = 3  # of an actor whose node is lost; its unfinished steps are asked for again

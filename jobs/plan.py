@@ -15,9 +15,9 @@ from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import validate
 from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.manifest import load_manifest
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 from pipeline.planning.estimate import Assumptions, Stage, StageEstimate, estimate
 from pipeline.planning.hardware import Accelerator, Network
 from pipeline.planning.scaling import Point, curve

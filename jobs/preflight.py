@@ -11,7 +11,7 @@ from jobs.cluster import connect, scaling_of
 from jobs.pretrain import for_ranks
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.schema import RunConfig
-from pipeline.data.loader import local_preparer
+from pipeline.data.loading.loader import local_preparer
 from pipeline.training.preflight import preflight
 
 

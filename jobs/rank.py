@@ -16,8 +16,8 @@ from typing import Any
 from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, StorageError
 from pipeline.config.schema import RunConfig
-from pipeline.data.loader import local_preparer
-from pipeline.data.preparation import PreparerFactory
+from pipeline.data.loading.loader import local_preparer
+from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.training.loop import Progress, train
 

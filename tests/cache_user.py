@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import cache as module
-from pipeline.data.cache import NodeCache
+from pipeline.data.reading import cache as module
+from pipeline.data.reading.cache import NodeCache
 from pipeline.data.storage import Storage
 
 SIZE, PIECE = 40_000, 2_000

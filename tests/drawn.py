@@ -15,9 +15,9 @@ import simplejpeg
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.importers import write_shards
+from pipeline.data.building.importers import write_shards
+from pipeline.data.building.scenes import Description, Thing, draw_picture
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.scenes import Description, Thing, draw_picture
 from pipeline.data.storage import Storage
 
 SIDE = 32

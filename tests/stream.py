@@ -14,10 +14,10 @@ from pathlib import Path
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
-from pipeline.data.fingerprint import hash_rows
-from pipeline.data.loader import Loader
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.fingerprint import hash_rows
+from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:

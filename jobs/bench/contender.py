@@ -33,10 +33,10 @@ from pipeline.config.schema import (
     StageConfig,
     VLMoConfig,
 )
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import load_manifest
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 
 SOURCE = "photos"
 KEEPING_UP = 0.6  # of the rate that the loader reaches alone: what the trainer's steps ask for

@@ -26,10 +26,10 @@ from jobs.bench.peers import PEERS
 from jobs.bench.photos import write_photos
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.paths import is_local
-from pipeline.data.manifest import load_manifest
-from pipeline.data.samples import captions_of_source
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 
 PACKAGES = ("webdataset", "ray", "pillow", "torch", "simplejpeg", "opencv-python-headless", "tokenizers")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | {

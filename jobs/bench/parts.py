@@ -15,14 +15,14 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pipeline.data.augment import rand_augment
-from pipeline.data.images import decode, random_resized_crop
-from pipeline.data.masking import Masked, mask_whole_words
-from pipeline.data.members import captions_of, image_bytes
+from pipeline.data.contents.images import decode, random_resized_crop
+from pipeline.data.contents.members import captions_of, image_bytes
+from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.rows.augment import rand_augment
+from pipeline.data.rows.masking import Masked, mask_whole_words
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer, Tokens
 
 if TYPE_CHECKING:
     from jobs.bench.contender import Job

@@ -11,7 +11,7 @@ import numpy as np
 import simplejpeg
 
 from pipeline.config.errors import DataError
-from pipeline.data import importers
+from pipeline.data.building import importers
 from pipeline.data.storage import Storage
 
 SHARDS = 16  # where there are samples enough

@@ -21,7 +21,7 @@ from jobs.doctor.finding import Finding, fails, not_asked, works
 from jobs.submit import is_loopback
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.schema import ClusterConfig, RunConfig
-from pipeline.data.manifest import load_manifest, shard_folder, shard_names
+from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import redact
 from pipeline.tracking.tracker import check_server, tracking_uri

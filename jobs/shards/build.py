@@ -11,9 +11,9 @@ import typer
 
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError
-from pipeline.data import annotation_files, importers
-from pipeline.data.choices import Choices
-from pipeline.data.manifest import index_shards
+from pipeline.data.building import annotation_files, importers
+from pipeline.data.contents.choices import Choices
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 
 

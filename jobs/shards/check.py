@@ -16,7 +16,7 @@ import typer
 
 from jobs.shards.report import JsonOption, ShardProgress, print_json
 from pipeline.config.schema import DataConfig
-from pipeline.data.check import Finding, ShardReport, check_shards
+from pipeline.data.shards.check import Finding, ShardReport, check_shards
 from pipeline.data.storage import Storage
 
 BROKEN, BAD = 1, 3  # exit statuses

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from pipeline.config.errors import ConfigError
+from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.quarantine import BadSample
-from pipeline.data.regions import RegionRecord
 
 
 class Detector:

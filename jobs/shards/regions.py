@@ -20,13 +20,13 @@ from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import ClusterConfig, DataConfig
-from pipeline.data.images import decode
-from pipeline.data.importers import Sample, write_tar
-from pipeline.data.manifest import index_shards, shard_folder, shard_names
-from pipeline.data.members import REGIONS, image_bytes
+from pipeline.data.building.importers import Sample, write_tar
+from pipeline.data.contents.images import decode
+from pipeline.data.contents.members import REGIONS, image_bytes
 from pipeline.data.quarantine import BadSample
+from pipeline.data.shards.manifest import index_shards, shard_folder, shard_names
+from pipeline.data.shards.tar import Tar, TarSample
 from pipeline.data.storage import ObjectInfo, Storage, join
-from pipeline.data.tar import Tar, TarSample
 
 RECORD = ".regions.json"
 RESTARTS = 3  # of an actor whose node is lost; its shard is begun anew

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jobs.shards.report import JsonOption, manifest_facts, print_json
 from pipeline.config.schema import DataConfig
-from pipeline.data.images import EXTENSIONS, decode
-from pipeline.data.manifest import Manifest, ShardRecord, load_index, load_manifest, shard_folder
+from pipeline.data.contents.images import EXTENSIONS, decode
 from pipeline.data.quarantine import BadSample
+from pipeline.data.shards.manifest import Manifest, ShardRecord, load_index, load_manifest, shard_folder
 from pipeline.data.storage import Storage, join
 
 MAX_PIXELS = DataConfig().max_pixels

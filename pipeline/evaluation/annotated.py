@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import RunConfig, StageConfig, Use
-from pipeline.data.images import decode, on_one_canvas, resize, shape_of
-from pipeline.data.manifest import load_manifest
-from pipeline.data.members import check_members, class_of, image_bytes
+from pipeline.data.contents.images import decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.members import check_members, class_of, image_bytes
+from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
-from pipeline.data.questions import Question, Statement, both_images, question_of, statement_of
-from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.held_out import check_skipped
 from pipeline.evaluation.retrieval import padded
 from pipeline.models.passes import Head, Pass

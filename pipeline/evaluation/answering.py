@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pipeline.data.choices import Choices
+from pipeline.data.contents.choices import Choices
 from pipeline.evaluation.annotated import AnnotatedSource
 from pipeline.evaluation.retrieval import reading
 

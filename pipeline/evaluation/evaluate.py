@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Objective, RunConfig, StageConfig, Use
-from pipeline.data.choices import ANSWERS, Choices, load_answers
+from pipeline.data.contents.choices import ANSWERS, Choices, load_answers
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.annotated import AnnotatedSource
 from pipeline.evaluation.answering import Answering, measure_answering
 from pipeline.evaluation.classification import Classification, measure_classification

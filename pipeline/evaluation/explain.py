@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import DataError
-from pipeline.data.images import resize, shape_of
-from pipeline.data.text import Tokenizer, Tokens
+from pipeline.data.contents.images import resize, shape_of
+from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.evaluation.masked_language import Guesses, MaskedCaptions, guess
 from pipeline.evaluation.retrieval import reading
 from pipeline.models.model import Model

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
-from pipeline.data.images import OwnShape, decode, on_one_canvas, resize, shape_of
-from pipeline.data.manifest import load_manifest
-from pipeline.data.members import captions_of, image_bytes, image_id_of
+from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.members import captions_of, image_bytes, image_id_of
+from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample
-from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer, Tokens
 
 
 @dataclass(frozen=True)

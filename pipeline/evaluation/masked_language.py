@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import MaskingConfig
-from pipeline.data.masking import mask_whole_words
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.text import Tokenizer
+from pipeline.data.rows.masking import mask_whole_words
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.retrieval import padded, reading
 from pipeline.models.passes import Pass

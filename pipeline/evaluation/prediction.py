@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Objective, RunConfig, StageConfig
-from pipeline.data.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.images import resize, shape_of
-from pipeline.data.text import CLS, MASK, SEP, Tokenizer
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
+from pipeline.data.contents.images import resize, shape_of
+from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
 from pipeline.evaluation.annotated import on_device, pass_over
 from pipeline.evaluation.retrieval import all_heads, reading
 from pipeline.models.model import Model

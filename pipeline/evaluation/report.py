@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.text import Tokenizer
+from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.curves import Curve, curve
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked_language import Guesses, words_of

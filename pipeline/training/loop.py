@@ -16,12 +16,12 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, Preempted, RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.data.choices import choices_of
-from pipeline.data.loader import Loader, local_preparer
-from pipeline.data.preparation import PreparerFactory
+from pipeline.data.contents.choices import choices_of
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader, local_preparer
+from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
-from pipeline.data.text import Tokenizer
 from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
 from pipeline.training.accounting import metrics
 from pipeline.training.checkpoint import MANIFEST, CheckpointStore, is_committed, save_weights, stage_url

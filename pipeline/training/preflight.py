@@ -21,10 +21,10 @@ import torch
 from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.loader import Loader, local_preparer
-from pipeline.data.preparation import PreparerFactory
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader, local_preparer
+from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 from pipeline.tracking.mlflow_check import try_writing
 from pipeline.tracking.tracker import check_server, tracking_uri
 from pipeline.training.collectives import Collectives

@@ -14,14 +14,14 @@ from typing import Any
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import changes
 from pipeline.config.schema import RunConfig
-from pipeline.data.choices import choices_of
-from pipeline.data.manifest import ensure_indexed
-from pipeline.data.samples import captions_of_source
-from pipeline.data.scenes import build_synthetic
-from pipeline.data.selection import select
-from pipeline.data.sources import selection_url
+from pipeline.data.building.scenes import build_synthetic
+from pipeline.data.contents.choices import choices_of
+from pipeline.data.contents.text import SPECIALS, Tokenizer
+from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.shards.manifest import ensure_indexed
+from pipeline.data.shards.selection import select
+from pipeline.data.shards.sources import selection_url
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import SPECIALS, Tokenizer
 from pipeline.training.checkpoint import VOCABULARY, load_weights
 from pipeline.training.stages import check_fit, check_stages, prepare_experts, stage_skeleton
 

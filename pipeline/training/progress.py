@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.data.loader import Loader
+from pipeline.data.loading.loader import Loader
 
 
 @dataclass(frozen=True)

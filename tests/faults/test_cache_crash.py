@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from cache_user import SIZE, content, fill, open_checked, use
 
-from pipeline.data import cache as module
-from pipeline.data.cache import NodeCache
+from pipeline.data.reading import cache as module
+from pipeline.data.reading.cache import NodeCache
 
 FILES = 12
 USER = Path(__file__).resolve().parents[1] / "cache_user.py"

@@ -20,9 +20,9 @@ import stream
 from stream import record, stream_config, whole_lines
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import index_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 
 KILLS = int(os.environ.get("MOME_KILLS", "5"))
 WORLDS = (1, 2, 3, 4)

@@ -15,10 +15,10 @@ from jobs.shards import app
 from pipeline.config.errors import DataError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import index_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 
 BATCH = 10
 

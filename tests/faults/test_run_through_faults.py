@@ -11,10 +11,10 @@ from proxy import FaultProxy
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
-from pipeline.data.fingerprint import fingerprint
-from pipeline.data.manifest import index_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
 

@@ -20,9 +20,9 @@ from jobs.submit import for_cluster
 from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError, TrackingError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import index_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.training.checkpoint import save_weights
 from pipeline.training.prepare import prepare
 

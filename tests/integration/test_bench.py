@@ -25,10 +25,10 @@ from jobs.bench.loader import run_job
 from jobs.bench.peers import PEERS
 from jobs.bench.photos import HEIGHT, WIDTH, draw_samples, write_photos
 from pipeline.config.errors import ConfigError, DataError, RunFailed
-from pipeline.data import augment
-from pipeline.data.samples import captions_of_source
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.rows import augment
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass"
 

@@ -16,10 +16,10 @@ import pytest
 from stream import stream_config
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.fingerprint import fingerprint
-from pipeline.data.manifest import index_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
-from pipeline.data.text import Tokenizer
 
 SETTINGS = {
     "world": (1, 2, 3, 4, 5, 6, 8),

@@ -14,7 +14,7 @@ from drawn import COLOURS, picture_of_sides, run_config, write_picture
 from ranks import run_ranks
 
 from pipeline.config.errors import ConfigError
-from pipeline.data.choices import ANSWERS, Choices
+from pipeline.data.contents.choices import ANSWERS, Choices
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import load_weights
 

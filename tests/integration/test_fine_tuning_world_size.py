@@ -20,10 +20,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _gradients(folder: str, use: str, zero_stage: int, micro_batch: int | None) -> Found:
     """The gradient and losses of one batch of real rows, drop path and all, on this rank."""
-    from pipeline.data.loader import Loader
-    from pipeline.data.samples import captions_of_source
+    from pipeline.data.contents.text import Tokenizer
+    from pipeline.data.loading.loader import Loader
+    from pipeline.data.reading.samples import captions_of_source
     from pipeline.data.storage import Storage
-    from pipeline.data.text import Tokenizer
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import build_stage_model

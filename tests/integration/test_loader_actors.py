@@ -17,11 +17,11 @@ from jobs.loader_actors import ActorPreparer
 from pipeline.config.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.data.loader import Loader, local_preparer
-from pipeline.data.manifest import index_shards
-from pipeline.data.preparation import PreparerFactory
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader, local_preparer
+from pipeline.data.loading.preparation import PreparerFactory
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 
 STEPS = 6
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from jobs.shards import app
 from pipeline.config.errors import ConfigError
-from pipeline.data.manifest import load_manifest
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 
 NUMBERS, CLASSES = 16, 5

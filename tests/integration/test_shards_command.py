@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.shards import app
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.data.manifest import load_manifest
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"

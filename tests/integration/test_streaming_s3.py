@@ -17,16 +17,16 @@ import pytest
 from pipeline.config.errors import DataError, StorageError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
-from pipeline.data.fingerprint import fingerprint
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import index_shards, load_manifest
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.loading.loader import Loader
 from pipeline.data.plan import Slot
-from pipeline.data.samples import SampleReader, captions_of_source
-from pipeline.data.sources import Source
+from pipeline.data.reading.samples import SampleReader, captions_of_source
+from pipeline.data.shards.manifest import index_shards, load_manifest
+from pipeline.data.shards.sources import Source
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
 from pipeline.data.storage import s3 as module
 from pipeline.data.storage.retry import Patience
-from pipeline.data.text import Tokenizer
 
 
 @pytest.fixture

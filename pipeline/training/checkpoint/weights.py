@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import RunConfig
-from pipeline.data.choices import ANSWERS, CLASSES, Choices, choices_of
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices, choices_of
 from pipeline.data.storage import Storage, join, split
 from pipeline.training.checkpoint.committed import (
     commit,

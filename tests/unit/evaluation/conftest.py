@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.schema import RunConfig
-from pipeline.data.samples import captions_of_source
-from pipeline.data.scenes import build_synthetic
+from pipeline.data.building.scenes import build_synthetic
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import captions_of_source
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.models import build_model
 from pipeline.models.model import Heads

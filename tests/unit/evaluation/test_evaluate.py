@@ -10,8 +10,8 @@ import torch
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import DualEncoderConfig
 from pipeline.config.schema import ObjectiveConfig, RunConfig
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.evaluation.retrieval import matching_odds
 from pipeline.models import build_model

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.config.errors import DataError
-from pipeline.data.text import Tokenizer
+from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.explain import Explanation, explain, mask_each, positions_of_words, share_of
 from pipeline.evaluation.explain_page import panel, to_html, to_png
 from pipeline.models import build_model

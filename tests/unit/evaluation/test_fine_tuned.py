@@ -12,10 +12,10 @@ from torch import nn
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
-from pipeline.data.choices import ANSWERS, load_answers
-from pipeline.data.samples import captions_of_source
+from pipeline.data.contents.choices import ANSWERS, load_answers
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import captions_of_source
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.annotated import AnnotatedSource
 from pipeline.evaluation.answering import measure_answering
 from pipeline.evaluation.classification import measure_classification
@@ -52,7 +52,7 @@ def _redness(image: torch.Tensor) -> torch.Tensor:
 
 
 def _colour(image: torch.Tensor) -> torch.Tensor:
-    from pipeline.data.scenes import COLOURS as RGB
+    from pipeline.data.building.scenes import COLOURS as RGB
 
     paint = torch.tensor([RGB[name] for name in COLOURS], dtype=torch.float32)
     pixels = image.float().flatten(1, 2)
@@ -151,7 +151,7 @@ def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path
 
 
 def test_the_list_kept_with_the_weights_is_the_one_that_counts(tmp_path: Path) -> None:
-    from pipeline.data.choices import Choices
+    from pipeline.data.contents.choices import Choices
 
     config = run_config(tmp_path, "questions", "answering", 1, answers=6)
     turned = Choices((*COLOURS[1:], COLOURS[0], "yes", "no"))

@@ -12,10 +12,10 @@ from PIL import Image
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, SourceConfig
-from pipeline.data.importers import write_shards
-from pipeline.data.samples import samples_of_source
+from pipeline.data.building.importers import write_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import samples_of_source
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.schema import MaskingConfig
-from pipeline.data.text import Tokenizer
+from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.masked_language import guess, mask_captions, masked_language, other_images, words_of
 from pipeline.models.passes import Pass

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.data.manifest import index_shards
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.evaluation.masked_language import guess, mask_captions

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.data.text import Tokenizer
+from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.prediction import Given, Predictor
 from pipeline.models.passes import Pass

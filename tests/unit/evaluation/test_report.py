@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.config.schema import RunConfig
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.evaluation.report import percent, thumbnail, write_report
 from pipeline.models.vlmo import VLMo

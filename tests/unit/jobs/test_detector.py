@@ -28,8 +28,8 @@ from transformers import (
 
 from jobs.shards.detector import Detector, detector_digest
 from pipeline.config.errors import ConfigError
+from pipeline.data.contents.regions import parse_regions
 from pipeline.data.quarantine import BadSample
-from pipeline.data.regions import parse_regions
 
 QUERIES = 9
 SIDES = {"shortest_edge": 32, "longest_edge": 48}

@@ -246,7 +246,7 @@ def test_sources_fail_when_they_are_not_there_or_empty(tmp_path: Path, make_pair
 def test_an_indexed_source_says_what_it_holds_and_fails_when_a_shard_is_gone(
     tmp_path: Path, make_pairs: Callable[..., str]
 ) -> None:
-    from pipeline.data.manifest import ensure_indexed
+    from pipeline.data.shards.manifest import ensure_indexed
 
     folder = make_pairs("pairs", [3, 2])
     ensure_indexed(Storage(), folder)

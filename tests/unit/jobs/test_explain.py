@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.explain import explain_checkpoint, untrained
 from pipeline.config.errors import ConfigError, DataError
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.models import build_model
 from pipeline.training.checkpoint import save_weights
 from pipeline.training.stages import heads

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from jobs.shards import app
 from jobs.shards.regions import Done, RegionActor, RegionTask
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.data.regions import parse_regions
-from pipeline.data.samples import Sample, samples_of_source
+from pipeline.data.contents.regions import parse_regions
+from pipeline.data.reading.samples import Sample, samples_of_source
 from pipeline.data.storage import ObjectInfo, Storage
 
 NUMBERS, CLASSES = 16, 5

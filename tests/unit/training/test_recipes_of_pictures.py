@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.load import load_config
+from pipeline.data.contents.text import SPECIALS
 from pipeline.data.storage import Storage
-from pipeline.data.text import SPECIALS
 from pipeline.models import skeleton
 from pipeline.models.model import Heads
 from pipeline.training.prepare import choose_tokenizer

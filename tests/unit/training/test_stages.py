@@ -13,8 +13,8 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.data.text import Tokenizer
 from pipeline.models import build_model
 from pipeline.models.model import Heads, Model
 from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances

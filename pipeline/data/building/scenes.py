@@ -1,0 +1,321 @@
+"""Synthetic pairs: two or three coloured shapes in a relation, and captions from a small grammar.
+
+A scene is decided by its *description*: what stands first (left or top), what second, along which axis, and
+what third. Every caption of a scene is true of it and names all of the description, so scenes that differ in
+their descriptions share no caption. All randomness is hashed from the source's seed and the scene's number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import SourceConfig, SyntheticConfig
+from pipeline.data.building.importers import write_shards
+from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.shards.manifest import MANIFEST
+from pipeline.data.storage import Storage, join
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+SIZES = ("large", "small")
+COLOURS = {  # RGB, far from one another and from the light backgrounds
+    "red": (214, 32, 36),
+    "green": (36, 148, 60),
+    "blue": (38, 70, 214),
+    "yellow": (244, 206, 28),
+    "purple": (142, 48, 176),
+    "orange": (245, 128, 24),
+    "black": (28, 28, 30),
+    "cyan": (44, 196, 214),
+}
+THREE_OBJECTS = 0.3  # share of the scenes
+SAMPLES_PER_SHARD = 200  # small shards, so that lanes have something to shuffle
+MAX_REDRAWS = 10_000
+RECORD = "scenes.json"  # beside the shards: what they were drawn from
+DRAWING = 1  # raise when other pictures or captions would be drawn from the same configuration
+
+RADIUS = {"large": 0.17, "small": 0.085}  # of the picture's side
+SUPERSAMPLED = 4  # drawn this much larger, then averaged: smooth edges at any size
+
+
+@dataclass(frozen=True)
+class Thing:
+    size: str
+    colour: str
+    shape: str
+
+    @property
+    def words(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Description:
+    """`first` stands left of (horizontal) or above (vertical) `second`; `third`, if any, stands at `side`."""
+
+    first: Thing
+    second: Thing
+    horizontal: bool
+    third: Thing | None = None
+    side: str | None = None
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        return (self.first, self.second) if self.third is None else (self.first, self.second, self.third)
+
+    def __str__(self) -> str:
+        axis = "left of" if self.horizontal else "above"
+        third = f"; {self.third.words} {_at(self.side)}" if self.third and self.side else ""
+        return f"{self.first.words} {axis} {self.second.words}{third}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    key: str
+    description: Description
+    image: np.ndarray  # (size, size, 3) uint8
+    captions: list[str]
+
+    @property
+    def image_id(self) -> int:
+        """Scenes of one description are equals: captions of one are true of the other."""
+        return hash64("scene", str(self.description)) >> 1
+
+
+def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> None:
+    """Draw every synthetic source that has no manifest yet. The manifest is written last.
+
+    Raises DataError when a folder holds scenes of another configuration, or tars that are not scenes.
+    """
+    for name, source in sources.items():
+        if source.synthetic is None:
+            continue
+        if storage.exists(join(source.shards, MANIFEST)):
+            _check_record(storage, name, source, sources)
+            continue
+        _refuse_foreign(storage, source.shards)
+        storage.write(join(source.shards, RECORD), json.dumps(_record(source, sources)).encode())
+        scenes = draw_scenes(source.synthetic, _excluded(source.synthetic, sources), pictures=source.use != "text")
+        samples = (sample for scene in scenes for sample in _samples(scene, source.use))
+        write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD)
+
+
+def draw_scenes(
+    config: SyntheticConfig, excluded: frozenset[Description] = frozenset(), pictures: bool = True
+) -> Iterator[Scene]:
+    """The scenes of a configuration, one by one; none of a description in `excluded`. Without `pictures`: blank."""
+    blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
+    for number, description in enumerate(draw_descriptions(config, excluded)):
+        random = CounterRandom(hash64("scene picture", str(config.seed), number))
+        image = draw_picture(description, config.image_size, random) if pictures else blank
+        captions = write_captions(description, config.captions, random)
+        yield Scene(f"scene{number:07d}", description, image, captions)
+
+
+def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] = frozenset()) -> Iterator[Description]:
+    """What each scene shows. Raises ConfigError when no further scene can be found that is allowed."""
+    seen: set[Description] = set()
+    for number in range(config.scenes):
+        random = CounterRandom(hash64("scene", str(config.seed), number))
+        for _ in range(MAX_REDRAWS):
+            description = _draw_description(random)
+            if description not in excluded and description not in seen:
+                break
+        else:
+            raise ConfigError(f"scenes: {config.scenes} distinct scenes cannot be found; expected fewer")
+        if config.distinct:
+            seen.add(description)
+        yield description
+
+
+def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:
+    """`count` different wordings of the description, or all there are when it has fewer."""
+    wordings = _wordings(description)
+    return [wordings[i] for i in random.permutation(len(wordings))[:count]]
+
+
+def draw_picture(description: Description, size: int, random: CounterRandom) -> np.ndarray:
+    """The scene as (size, size, 3) uint8: places jittered, on a light background that shades from side to side."""
+    large = size * SUPERSAMPLED
+    canvas = _background(large, random)
+    for thing, (x, y) in zip(description.things, _places(description, random), strict=True):
+        radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform())
+        colour = tuple(int(np.clip(c + _spread(random, 12), 0, 255)) for c in COLOURS[thing.colour])
+        _draw_thing(canvas, thing.shape, (x * large, y * large), radius * large, colour)
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _draw_description(random: CounterRandom) -> Description:
+    things: list[Thing] = []
+    count = 3 if random.uniform() < THREE_OBJECTS else 2
+    while len(things) < count:
+        thing = Thing(_pick(SIZES, random), _pick(tuple(COLOURS), random), _pick(SHAPES, random))
+        if thing not in things:  # two alike could not be told apart by words
+            things.append(thing)
+    horizontal = random.uniform() < 0.5
+    side = _pick(("top", "bottom") if horizontal else ("left", "right"), random)
+    if count == 2:
+        return Description(things[0], things[1], horizontal)
+    return Description(things[0], things[1], horizontal, things[2], side)
+
+
+def _wordings(description: Description) -> list[str]:
+    """Every way the grammar says it."""
+    pairs = _pair_wordings(description)
+    if description.third is not None and description.side is not None:
+        third, at = description.third.words, _at(description.side)
+        opposite = _at({"top": "bottom", "bottom": "top", "left": "right", "right": "left"}[description.side])
+        return [
+            *(f"{pair}, and {third} {at}" for pair in pairs),
+            *(f"{third} {at} and {pair} {opposite}" for pair in pairs),
+            *(f"three shapes: {pair}, with {third} {at}" for pair in pairs),
+        ]
+    first, second = description.first.words, description.second.words
+    start, end = ("on the left", "on the right") if description.horizontal else ("at the top", "at the bottom")
+    return [
+        *pairs,
+        *(f"there is {pair}" for pair in pairs),
+        *(f"a picture of {pair}" for pair in pairs),
+        f"{start} {first}, {end} {second}",
+        f"{second} {end} and {first} {start}",
+        f"two shapes: {first} {start} and {second} {end}",
+        f"two shapes: {second} {end} and {first} {start}",
+    ]
+
+
+def _pair_wordings(description: Description) -> list[str]:
+    first, second = description.first.words, description.second.words
+    if description.horizontal:
+        before, after = ("to the left of", "left of"), ("to the right of", "right of")
+    else:
+        before, after = ("above", "over"), ("below", "under")
+    return [*(f"{first} {word} {second}" for word in before), *(f"{second} {word} {first}" for word in after)]
+
+
+def _at(side: str | None) -> str:
+    return f"at the {side}" if side in ("top", "bottom") else f"on the {side}"
+
+
+def _places(description: Description, random: CounterRandom) -> list[tuple[float, float]]:
+    """Centres in 0 … 1, worked out for a horizontal pair and turned for a vertical one."""
+    along = [(0.25, 0.5), (0.75, 0.5)]
+    if description.third is not None:
+        near = description.side in ("top", "left")
+        along = [(0.25, 0.7 if near else 0.3), (0.75, 0.7 if near else 0.3), (0.5, 0.26 if near else 0.74)]
+    across = 0.04 if description.third is not None else 0.16
+    places = [(x + _spread(random, 0.03), y + _spread(random, across)) for x, y in along]
+    return places if description.horizontal else [(y, x) for x, y in places]
+
+
+def _background(size: int, random: CounterRandom) -> np.ndarray:
+    corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
+    return cv2.resize(corners.reshape(2, 2, 3), (size, size), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
+
+
+def _draw_thing(
+    canvas: np.ndarray, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, ...]
+) -> None:
+    """Shapes of about equal area, so that only 'large' and 'small' tell sizes apart."""
+    middle = (round(centre[0]), round(centre[1]))
+    if shape == "circle":
+        cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
+    elif shape == "ring":
+        cv2.circle(canvas, middle, round(radius * 0.82), colour, round(radius * 0.42), cv2.LINE_AA)
+    else:
+        corners = np.array(_OUTLINES[shape]) * radius + np.array(centre)
+        cv2.fillPoly(canvas, [np.rint(corners).astype(np.int32)], colour, cv2.LINE_AA)
+
+
+_OUTLINES = {  # corners around the centre, y downwards, for radius 1
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "diamond": [(0.0, -1.28), (0.95, 0.0), (0.0, 1.28), (-0.95, 0.0)],
+    "triangle": [(0.0, -1.12), (1.15, 0.9), (-1.15, 0.9)],
+    "cross": [
+        (-0.36, -1.1), (0.36, -1.1), (0.36, -0.36), (1.1, -0.36), (1.1, 0.36), (0.36, 0.36),
+        (0.36, 1.1), (-0.36, 1.1), (-0.36, 0.36), (-1.1, 0.36), (-1.1, -0.36), (-0.36, -0.36),
+    ],
+}  # fmt: skip
+
+
+def _samples(scene: Scene, use: str) -> Iterator[dict[str, Any]]:
+    if use == "text":
+        for number, caption in enumerate(scene.captions):
+            yield {"__key__": f"{scene.key}-{number}", "txt": caption.encode()}
+        return
+    sample = {"__key__": scene.key, "jpg": simplejpeg.encode_jpeg(scene.image, 95, "RGB", "444")}
+    if use == "pairs":
+        sample["json"] = json.dumps({"captions": scene.captions, "image_id": scene.image_id}).encode()
+    yield sample
+
+
+def _excluded(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> frozenset[Description]:
+    """The descriptions in the source that `config` excludes, which may exclude another in turn."""
+    chain = _exclusions(config, sources)
+    excluded: frozenset[Description] = frozenset()
+    for other in reversed(chain):
+        excluded = frozenset(draw_descriptions(other, excluded))
+    return excluded
+
+
+def _exclusions(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> list[SyntheticConfig]:
+    chain: list[SyntheticConfig] = []
+    while config.exclude is not None:
+        other = sources.get(config.exclude)
+        if other is None or other.synthetic is None:
+            known = ", ".join(name for name, source in sources.items() if source.synthetic) or "none"
+            raise ConfigError(f"exclude: {config.exclude!r} is no synthetic source; expected one of: {known}")
+        if len(chain) > len(sources):
+            raise ConfigError(f"exclude: {config.exclude!r} excludes itself by way of other sources")
+        config = other.synthetic
+        chain.append(config)
+    return chain
+
+
+def _record(source: SourceConfig, sources: Mapping[str, SourceConfig]) -> dict[str, Any]:
+    """All that decides the bytes of a source."""
+    assert source.synthetic is not None
+    configs = [source.synthetic, *_exclusions(source.synthetic, sources)]
+    drawn = [config.model_dump(exclude={"exclude"}) for config in configs]
+    return {"drawing": DRAWING, "use": source.use, "scenes": drawn[0], "excluding": drawn[1:]}
+
+
+def _check_record(storage: Storage, name: str, source: SourceConfig, sources: Mapping[str, SourceConfig]) -> None:
+    """Scenes that were drawn from another configuration would be trained on unnoticed."""
+    url = join(source.shards, RECORD)
+    if not storage.exists(url):
+        return  # somebody else's shards
+    drawn, wanted = json.loads(storage.read(url)), _record(source, sources)
+    if drawn["use"] == "pairs":  # pairs serve every use
+        wanted["use"] = "pairs"
+    if drawn != wanted:
+        raise DataError(
+            f"source {name!r}: {source.shards} holds scenes drawn from another configuration ({drawn}), "
+            f"expected {wanted}. Remove the folder, or name another one"
+        )
+
+
+def _refuse_foreign(storage: Storage, url: str) -> None:
+    """An interrupted drawing is begun again; tars that are no scenes are never replaced."""
+    names = storage.list(url)
+    tars = [name for name in names if name.endswith(".tar")]
+    if tars and RECORD not in names:
+        raise DataError(
+            f"{url} holds {tars[0]} but no manifest, and scenes were to be drawn there. "
+            "Index its tars with 'mome shards index', or name an empty folder"
+        )
+
+
+def _pick(choices: tuple[str, ...], random: CounterRandom) -> str:
+    return choices[random.integer(len(choices))]
+
+
+def _spread(random: CounterRandom, width: float) -> float:
+    """Uniform in -width … width."""
+    return width * (2.0 * random.uniform() - 1.0)

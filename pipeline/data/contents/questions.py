@@ -1,0 +1,82 @@
+"""What samples for fine-tuning hold: questions about a picture with scored answers, and statements about two pictures.
+
+A sample of `questions` is a picture with json {"question": "…", "answers": {"text": score}, "question_id": …}; scores
+are 0 … 1 (see `answers`). A sample of `statements` is two pictures, members `0.jpg` and `1.jpg` or `left.jpg` and
+`right.jpg` (or another format), with json {"sentence": "…", "label": true, "id": "…"}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.contents.images import EXTENSIONS
+from pipeline.data.contents.members import Members, names_of, record_of
+from pipeline.data.quarantine import BadSample
+
+MAX_ANSWERS = 10  # different ones to a question: VQA asks ten people
+SIDES = (("0", "left"), ("1", "right"))  # what the first and the second picture's members may be named
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answers: Mapping[str, float]  # plain answer -> 0 … 1; at least one
+    id: str  # '' where the sample names none
+
+
+@dataclass(frozen=True)
+class Statement:
+    text: str
+    is_true: bool
+    id: str  # '' where the sample names none
+
+
+def question_of(members: Members) -> Question:
+    """Raises BadSample when the question or its answers are missing, empty or no such thing."""
+    record = record_of(members)
+    answers = record.get("answers")
+    if not isinstance(answers, dict) or not answers:
+        raise BadSample("answers", 'no answers (json with "answers": {"text": score})')
+    if len(answers) > MAX_ANSWERS:
+        raise BadSample("answers", f"{len(answers)} answers; at most {MAX_ANSWERS} are read")
+    for score in answers.values():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+            raise BadSample("answers", f"the score {score!r} is no number in 0 … 1")
+    return Question(_sentence(record, "question"), answers, _id(record, "question_id"))
+
+
+def statement_of(members: Members) -> Statement:
+    """Raises BadSample when the sentence or its label is missing."""
+    record = record_of(members)
+    label = record.get("label")
+    if label not in (True, False):  # 1 and 0 equal them
+        raise BadSample("label", f"the label {label!r} is neither true nor false")
+    return Statement(_sentence(record, "sentence"), bool(label), _id(record, "id"))
+
+
+def both_images(members: Members) -> tuple[bytes, bytes]:
+    """The encoded first and second picture. Raises BadSample when one is missing."""
+    first, second = (_image_named(members, names) for names in SIDES)
+    return first, second
+
+
+def _image_named(members: Members, names: tuple[str, ...]) -> bytes:
+    for name in names:
+        for extension in EXTENSIONS:
+            if (data := members.get(f"{name}.{extension}")) is not None:
+                return data
+    wanted = " or ".join(f"{name}.jpg" for name in names)
+    raise BadSample("members", f"no picture {wanted} (or png, webp); it has {names_of(members)}")
+
+
+def _sentence(record: Mapping[str, Any], key: str) -> str:
+    text = record.get(key)
+    if not isinstance(text, str) or not text.strip():
+        raise BadSample("caption", f"no {key} (json with {key!r}: a text)")
+    return text.strip()
+
+
+def _id(record: Mapping[str, Any], key: str) -> str:
+    return str(record.get(key, ""))

@@ -1,0 +1,217 @@
+"""A detector's regions of a picture: the `.npz` member that holds them, and what a batch's row gets of it.
+
+The member is what `numpy.savez` writes: `features` (R, F) float32 or float16; `boxes` (R, 4), x1 y1 x2 y2 in pixels;
+`image_size` (height, width) of the picture that the boxes are told in; `classes` (R,) the detector's most likely class
+of each; `confidences` (R,) its probability. The last three may be absent: without a size the boxes' own extent is
+taken for it, without confidences the member's order ranks the regions, and without classes none can be learned.
+
+Whoever wrote a shard may have written anything: arrays are measured before memory is given to them, nothing is ever
+unpickled, and every fault is a BadSample.
+
+Shapes: R regions, F numbers of a region, K masked regions.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.data.contents.members import REGIONS, Members, names_of
+from pipeline.data.quarantine import BadSample
+from pipeline.data.randomness import CounterRandom
+
+MAX_BYTES = 64 * 2**20  # of one array: 8,192 regions of 2,048 numbers; a larger one is a bomb
+MOST_CLASSES = 2**31
+OUTSIDE = 1.0  # pixels that a box may reach beyond the picture: detectors round; what is beyond is cut off
+ZEROED = 0.9  # ImageBERT: 90 % of the masked regions lose their features, 10 % keep them
+LOCATION = 5  # numbers that say where a region lies
+
+_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for memory beyond what they hold
+_KINDS = {"features": "f", "boxes": "fiu", "image_size": "iu", "classes": "iu", "confidences": "f"}  # of numpy's dtypes
+_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, NotImplementedError)
+
+
+@dataclass(frozen=True, eq=False)
+class RegionRecord:
+    """The regions of one picture. Boxes lie within it."""
+
+    features: np.ndarray  # (R, F) float32
+    boxes: np.ndarray  # (R, 4) float32: x1, y1, x2, y2 in pixels
+    image_size: tuple[int, int]  # height, width
+    classes: np.ndarray | None = None  # (R,) int64
+    confidences: np.ndarray | None = None  # (R,) float32
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def locations(self) -> np.ndarray:
+        """x1 / W, y1 / H, x2 / W, y2 / H and the share of the picture's area: (R, 5) float32 (ImageBERT, 3.1)."""
+        height, width = self.image_size
+        corners = self.boxes / np.array([width, height, width, height], dtype=np.float32)
+        area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+        return np.concatenate([corners, area[:, None]], axis=1).astype(np.float32)
+
+    def most_confident(self, count: int) -> RegionRecord:
+        """At most `count` regions, the most confident first if there are more; without confidences, the first ones."""
+        if len(self) <= count:
+            return self
+        order = np.arange(len(self)) if self.confidences is None else np.argsort(-self.confidences, kind="stable")
+        best = order[:count]
+        return replace(
+            self,
+            features=self.features[best],
+            boxes=self.boxes[best],
+            classes=None if self.classes is None else self.classes[best],
+            confidences=None if self.confidences is None else self.confidences[best],
+        )
+
+    def to_bytes(self) -> bytes:
+        """The member's content; the same regions give the same bytes."""
+        arrays = {"features": self.features, "boxes": self.boxes, "image_size": np.array(self.image_size, np.int64)}
+        more = {"classes": self.classes, "confidences": self.confidences}
+        buffer = io.BytesIO()
+        given = arrays | {name: array for name, array in more.items() if array is not None}
+        np.savez(buffer, allow_pickle=False, **given)
+        return buffer.getvalue()
+
+
+def regions_of(members: Members) -> RegionRecord:
+    """The regions of a sample. Raises BadSample for whatever is wrong with them."""
+    if REGIONS not in members:
+        told = f"no regions ({REGIONS}; mome shards regions makes them); it has {names_of(members)}"
+        raise BadSample("members", told)
+    return parse_regions(members[REGIONS])
+
+
+def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:
+    """The regions of a member's content. Raises BadSample for whatever is wrong with them.
+
+    `image_size` (height, width) is that of a member that does not tell its own.
+    """
+    arrays = _read_arrays(data)
+    if image_size is not None:
+        arrays.setdefault("image_size", np.array(image_size, np.int64))
+    for name in ("features", "boxes"):
+        if name not in arrays:
+            raise _fault(f"no array '{name}'; it has {', '.join(sorted(arrays)) or 'none that is known'}")
+    features, boxes = arrays["features"], arrays["boxes"]
+    if features.ndim != 2 or not features.shape[1]:
+        raise _fault(f"features have shape {features.shape}, not (regions, numbers)")
+    count = len(features)
+    if not count:
+        raise _fault("there is no region")
+    shapes = {"boxes": (count, 4), "image_size": (2,), "classes": (count,), "confidences": (count,)}
+    for name, shape in shapes.items():
+        if name in arrays and arrays[name].shape != shape:
+            raise _fault(f"{name} have shape {arrays[name].shape}, not {shape}, with features of {features.shape}")
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise _fault(f"{name} hold a number that is not finite")
+    size = _image_size(boxes, arrays.get("image_size"))
+    classes, confidences = arrays.get("classes"), arrays.get("confidences")
+    if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < MOST_CLASSES:
+        raise _fault(f"classes from {int(classes.min())} to {int(classes.max())}, which are no classes")
+    return RegionRecord(
+        features=features.astype(np.float32, copy=False),
+        boxes=_within(boxes.astype(np.float32, copy=False), size),
+        image_size=size,
+        classes=None if classes is None else classes.astype(np.int64, copy=False),
+        confidences=None if confidences is None else confidences.astype(np.float32, copy=False),
+    )
+
+
+def check_fit(record: RegionRecord, numbers: int, num_classes: int | None) -> None:
+    """Raises BadSample when a model of `numbers` a region and (if it learns them) `num_classes` cannot read these."""
+    if record.features.shape[1] != numbers:
+        raise _fault(f"features of {record.features.shape[1]} numbers, and model.region_features is {numbers}")
+    if num_classes is None:
+        return
+    if record.classes is None:
+        raise _fault(
+            "no array 'classes', which objective region_class learns; make the regions by a detector that names them "
+            "(mome shards regions), or leave out the objective"
+        )
+    if int(record.classes.max()) >= num_classes:
+        raise _fault(f"class {int(record.classes.max())}, and model.region_classes is {num_classes}")
+
+
+def mask_regions(count: int, probability: float, random: CounterRandom) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` regions are masked, at least one, and which of these lose their features.
+
+    Returns ascending positions (K,) int64 and their fate (K,) bool: True for the nine in ten that are zeroed.
+    """
+    chosen = max(1, masked_at_most(count, probability))
+    positions = np.sort(random.permutation(count)[:chosen]).astype(np.int64)
+    return positions, np.array([random.uniform() < ZEROED for _ in positions], dtype=np.bool_)
+
+
+def masked_at_most(count: int, probability: float) -> int:
+    """How many of at most `count` regions are masked: K's bound, at least 1."""
+    return max(1, round(probability * count))
+
+
+def _read_arrays(data: bytes) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            return {name: _read_array(archive, entries[name], name) for name in _KINDS if name in entries}
+    except _DAMAGE as error:
+        raise _fault(f"it is no npz that can be read: {error}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> np.ndarray:
+    """One array, whose size is known before anything is unpacked. Raises BadSample, or one of `_DAMAGE`."""
+    if entry.file_size > MAX_BYTES:
+        raise _fault(f"{name} would take {entry.file_size} bytes, more than {MAX_BYTES}")
+    if entry.compress_type not in _PLAIN:
+        raise _fault(f"{name} is packed by a method that numpy does not use")
+    with archive.open(entry) as packed:
+        content = packed.read(entry.file_size)  # told how much, zipfile unpacks no more than that
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise _fault(f"{name} is of version {version} of the npy format; expected 1.0 or 2.0")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read_header(stream)
+    if kind.kind not in _KINDS[name] or kind.itemsize > 8 or (name == "features" and kind.itemsize > 4):
+        raise _fault(
+            f"{name} are {kind}, which they must not be; see numpy.savez of float32 features and int64 classes"
+        )
+    if math.prod(shape) * kind.itemsize != len(content) - stream.tell():
+        raise _fault(f"{name} say they have shape {shape}, and hold {len(content) - stream.tell()} bytes of {kind}")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _image_size(boxes: np.ndarray, given: np.ndarray | None) -> tuple[int, int]:
+    if given is not None:
+        height, width = int(given[0]), int(given[1])
+    else:
+        width, height = math.ceil(boxes[:, 2].max()), math.ceil(boxes[:, 3].max())
+    if height <= 0 or width <= 0:
+        raise _fault(f"an image of height {height} and width {width}")
+    return height, width
+
+
+def _within(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """The boxes cut to the picture. Raises BadSample for one that lies outside, or ends before it begins."""
+    height, width = image_size
+    ends = np.array([width, height, width, height], dtype=np.float32)
+    for fault, wrong in (
+        ("ends before it begins", (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])),
+        ("lies outside", ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1)),
+    ):
+        if wrong.any():
+            which = int(wrong.argmax())
+            told = ", ".join(f"{side:.1f}" for side in boxes[which])
+            raise _fault(f"box {which} ({told}) {fault} an image of {width} x {height}")
+    return np.clip(boxes, 0, ends)
+
+
+def _fault(reason: str) -> BadSample:
+    return BadSample("regions", reason)

@@ -1,0 +1,251 @@
+"""Samples by their place: read from where their shard lies, and checked against what was indexed.
+
+Every sample's bytes are compared with the checksum in its index, so that a changed shard is always found out. Remote
+shards are read in large spans kept in bounded memory, or whole in the node's cache, and ahead of need when the reader
+is told which steps are coming.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.schema import LoaderConfig
+from pipeline.data.contents.members import texts_of
+from pipeline.data.plan import Slot
+from pipeline.data.quarantine import BadSample
+from pipeline.data.randomness import hash64, signed
+from pipeline.data.reading.access import Access, CacheAccess, LocalAccess, SpanAccess
+from pipeline.data.reading.cache import CachedShard, NodeCache
+from pipeline.data.reading.open_shards import SPAN, OpenFile, OpenShard, SourceShards
+from pipeline.data.reading.readahead import HORIZON, Need, ReadAhead
+from pipeline.data.reading.working_set import WorkingSet
+from pipeline.data.shards.index import ShardIndex
+from pipeline.data.shards.manifest import ShardRecord, load_manifest
+from pipeline.data.shards.sources import Source
+from pipeline.data.storage import Storage
+
+log = logging.getLogger(__name__)
+
+_DOWNLOADS = 2  # shards on their way to the cache at once, beside those that readers wait for
+_MOST_EARLY = 64  # steps told as reached before one that never is
+_CHUNK = 16  # samples of a step, when a source is read from end to end
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample's bytes, undecoded."""
+
+    source: str
+    shard: str
+    key: str
+    offset: int  # of its first byte in the shard
+    uid: int  # int64; the same wherever this sample is read
+    image_id: int  # int64; equal for samples that show the same image, 0 where there is none
+    is_duplicate: bool  # an earlier sample of the shard has its key
+    members: dict[str, bytes]  # extension -> content
+
+
+def sample_uid(record: ShardRecord, sample: int) -> int:
+    """The name (int64) of a sample: a hash of its shard's content and its position there."""
+    return signed(hash64(record.digest, sample))
+
+
+class SampleReader:
+    """Reads the slots of a plan from `sources`, by name. Threads may share one reader; no thread starts before its use.
+
+    Making one asks the store for every shard, unless its source was asked already: a missing, truncated or replaced one
+    raises DataError, by name. Remote shards go through `cache` where one is given. Close it, or use it in `with`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        sources: Mapping[str, Source],
+        loader: LoaderConfig = LoaderConfig(),
+        cache: NodeCache | None = None,
+    ):
+        self._shards = {name: SourceShards(storage, source) for name, source in sources.items()}
+        self._loader = loader
+        self._memory: WorkingSet[Any] = WorkingSet(loader.memory_bytes, self._tell_shortage)  # indexes and spans
+        descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self._files: WorkingSet[OpenFile] = WorkingSet(descriptors)
+        self._pins: WorkingSet[CachedShard] = WorkingSet(descriptors)
+        self._requests = ThreadPoolExecutor(loader.requests, thread_name_prefix="requests")
+        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
+        self._access = {name: self._access_to(name, cache) for name in sources}
+        self._ahead: ReadAhead | None = None
+        self._passed, self._early = -1, set[int]()  # all steps up to `_passed` are reached, and these besides
+        self._has_told = False
+        self._lock = threading.Lock()
+
+    def read(self, slot: Slot) -> Sample:
+        """The sample of a slot. Raises DataError when its shard changed, StorageError when it cannot be reached."""
+        shards, access = self._shards[slot.source], self._access[slot.source]
+        opened = self._open(slot.source, slot.shard)
+        index, number = opened.index, opened.number(slot.sample)
+        members, forget = access.read(slot.shard, opened, number)
+        if checksum(members) != index.crc[number]:
+            forget()  # what was kept may have been damaged on its way: once more
+            members, _ = access.read(slot.shard, opened, number)
+            if checksum(members) != index.crc[number]:
+                raise shards.changed(slot.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
+        record = shards.record(slot.shard)
+        return Sample(
+            source=slot.source,
+            shard=record.name,
+            key=index.keys[number],
+            offset=index.span(number)[0],
+            uid=sample_uid(record, number),
+            image_id=int(index.image_id[number]),
+            is_duplicate=bool(index.duplicate[number]),
+            members=dict(members),
+        )
+
+    def index(self, slot: Slot) -> tuple[ShardIndex, int]:
+        """The index of the slot's shard, without the json's fields, and the sample's number in it."""
+        opened = self._open(slot.source, slot.shard)
+        return opened.index, opened.number(slot.sample)
+
+    def follow(self, slots: Callable[[int], Iterable[Slot]], step: int) -> None:
+        """Reads ahead from `step` on, in a thread; `slots(step)` gives what a step will read. Local files need none."""
+        self._stop_following()
+        if all(shards.is_local for shards in self._shards.values()):
+            return
+        self._passed, self._early = step - 1, set()
+        for store in (self._memory, self._pins):
+            store.restart(step)
+        self._ahead = ReadAhead(lambda later: self._needs(slots(later), later), step, self._loader.read_ahead_bytes)
+
+    def reached(self, step: int) -> None:
+        """All of `step` is read: what no later step needs may go. Steps may be told a little out of their order."""
+        if (ahead := self._ahead) is None:
+            return
+        with self._lock:
+            self._early.add(step)
+            if len(self._early) > _MOST_EARLY:
+                self._passed = min(self._early) - 1
+            while self._passed + 1 in self._early:
+                self._passed += 1
+                self._early.discard(self._passed)
+            passed = self._passed
+        self._memory.reached(passed)
+        self._pins.reached(passed)
+        self._pins.release(HORIZON)
+        ahead.reached(passed)
+
+    def close(self) -> None:
+        """Ends every thread, once the requests in flight are answered, and lets go of all that is kept."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        for store in (self._memory, self._files, self._pins):
+            store.close()
+        for pool in (self._downloads, self._requests):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._downloads, self._requests):
+            pool.shutdown(wait=True)
+        self._stop_following()
+
+    def __enter__(self) -> SampleReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _access_to(self, name: str, cache: NodeCache | None) -> Access:
+        shards = self._shards[name]
+        if shards.is_local:
+            return LocalAccess(name, shards, self._files)
+        spans = SpanAccess(name, shards, self._memory, self._requests)
+        if cache is None:
+            return spans
+        each = max(2, self._loader.requests // 2)
+        return CacheAccess(name, shards, cache, self._pins, spans, self._downloads, self._requests, each)
+
+    def _open(self, source: str, shard: int) -> OpenShard:
+        shards = self._shards[source]
+        return self._memory.get((source, shard), shards.index_bytes(shard), partial(shards.open, shard))
+
+    def _stop_following(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead.join()
+            self._ahead = None
+
+    def _needs(self, slots: Iterable[Slot], step: int) -> Iterator[Need]:
+        """What the slots of remote sources need. A shard without a good index is left to whoever reads it."""
+        remote = [slot for slot in slots if not self._shards[slot.source].is_local]
+        opened = self._open_together(dict.fromkeys((slot.source, slot.shard) for slot in remote), step)
+        for slot in remote:
+            if (shard := opened.get((slot.source, slot.shard))) is not None:
+                yield self._access[slot.source].need(slot.shard, shard, shard.number(slot.sample))
+
+    def _open_together(self, wanted: Iterable[tuple[str, int]], step: int) -> dict[tuple[str, int], OpenShard]:
+        keys = list(wanted)
+        for source, shard in keys:
+            shards = self._shards[source]
+            size = shards.index_bytes(shard)
+            if self._memory.need((source, shard), size, step):
+                self._memory.ask((source, shard), size, partial(shards.open, shard), self._requests.submit)
+        opened = {}
+        for source, shard in keys:
+            try:
+                opened[source, shard] = self._open(source, shard)
+            except Exception as error:
+                log.debug("reading ahead: %s", error)
+        return opened
+
+    def _tell_shortage(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            log.warning(
+                "data.loader.memory_bytes %d holds less than the open windows of this process need: parts of shards "
+                "are fetched more than once. Raise it, lower data.window, or set data.cache.folder",
+                self._loader.memory_bytes,
+            )
+
+
+def checksum(members: list[tuple[str, bytes]]) -> int:
+    """CRC-32 of the members' contents, end to end."""
+    crc = 0
+    for _, data in members:
+        crc = zlib.crc32(data, crc)
+    return crc
+
+
+def samples_of_source(storage: Storage, url: str) -> Iterator[Sample]:
+    """Every sample of a folder of shards once, in the manifest's order."""
+    source = Source(url, load_manifest(storage, url))
+    ends = np.cumsum(source.counts)
+
+    def slots(step: int) -> list[Slot]:
+        numbers = np.arange(step * _CHUNK, min((step + 1) * _CHUNK, ends[-1]))
+        shards = np.searchsorted(ends, numbers, side="right")
+        samples = numbers - (ends - source.counts)[shards]
+        return [Slot(url, 0, shard, sample) for shard, sample in zip(shards.tolist(), samples.tolist(), strict=True)]
+
+    loader = LoaderConfig(memory_bytes=16 * SPAN, read_ahead_bytes=8 * SPAN)
+    with SampleReader(storage, {url: source}, loader) as reader:
+        reader.follow(slots, 0)
+        for step in range(-(-int(ends[-1]) // _CHUNK)):
+            for slot in slots(step):
+                yield reader.read(slot)
+            reader.reached(step)
+
+
+def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
+    """Every text of a folder of shards, of any use. Samples without one are passed over: training counts them."""
+    for sample in samples_of_source(storage, url):
+        try:
+            yield from texts_of(sample.members)
+        except BadSample:
+            continue

@@ -1,0 +1,148 @@
+"""Training-time augmentation: random-resized crop, flip, RandAugment on uint8 pixels. Images are (H, W, 3) RGB.
+
+RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them: no colour
+inversion, solarizing, posterizing, contrast, saturation or cutout (VLMo, section 4). All randomness is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+
+from pipeline.config.schema import AugmentConfig
+from pipeline.data.contents.images import Shape, random_resized_crop
+from pipeline.data.randomness import CounterRandom
+
+MAX_MAGNITUDE = 10
+APPLIED = 0.5  # a drawn operation is carried out half of the time, as in VLMo's published recipe
+FILL = (128, 128, 128)  # what shears, shifts and turns bring into the picture
+
+# What magnitude 10 means; lower ones scale linearly. Geometric operations go either way with equal chance.
+SHEAR = 0.3  # of the other coordinate
+TRANSLATE = 10 / 224  # of the side: the published 10 pixels at 224, the same share at every resolution
+ROTATE = 30.0  # degrees
+ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 1 is the picture itself
+
+_VALUES = np.arange(256)  # of a channel
+_SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
+
+
+def augment(
+    image: np.ndarray, config: AugmentConfig, shape: Shape, random: CounterRandom, allow_flip: bool
+) -> np.ndarray:
+    """A fresh look at the picture, in a shape: (H, W, 3) uint8. Without `allow_flip` it is never mirrored."""
+    image = random_resized_crop(image, shape, config.crop_scale, random)
+    if random.uniform() < 0.5 and config.flip and allow_flip:
+        image = cv2.flip(image, 1)
+    return rand_augment(image, config.operations, config.magnitude, random)
+
+
+def mentions_side(caption: str) -> bool:
+    """Whether a mirrored picture would make the caption false: it says 'left' or 'right'."""
+    return _SIDES.search(caption) is not None
+
+
+def rand_augment(image: np.ndarray, operations: int, magnitude: int, random: CounterRandom) -> np.ndarray:
+    """Draw `operations` operations; carry each out with chance 1/2, at `magnitude` of 10."""
+    for _ in range(operations):
+        name = NAMES[random.integer(len(NAMES))]
+        applied, sign = random.uniform() < APPLIED, 1.0 if random.uniform() < 0.5 else -1.0
+        if applied:
+            image = OPERATIONS[name](image, magnitude / MAX_MAGNITUDE, sign)
+    return image
+
+
+def enhance_factor(strength: float) -> float:
+    """The brightness or sharpness factor at `strength` 0 … 1."""
+    return ENHANCE[0] + (ENHANCE[1] - ENHANCE[0]) * strength
+
+
+def auto_contrast(image: np.ndarray) -> np.ndarray:
+    """Stretch each channel to the whole range; a flat channel stays."""
+    return cv2.merge([_stretch(channel) for channel in cv2.split(image)])
+
+
+def equalize(image: np.ndarray) -> np.ndarray:
+    """Flatten each channel's histogram."""
+    return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
+
+
+def brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """0 is black, 1 the picture itself."""
+    return cv2.convertScaleAbs(image, alpha=factor)
+
+
+def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
+    """0 is a smoothed picture, 1 the picture itself, more is sharper; the outermost pixels stay."""
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
+    smooth = cv2.filter2D(image, -1, kernel)
+    mixed = cv2.addWeighted(image, factor, smooth, 1.0 - factor, 0.0)
+    mixed[[0, -1]] = image[[0, -1]]
+    mixed[:, [0, -1]] = image[:, [0, -1]]
+    return mixed
+
+
+def shear(image: np.ndarray, amount: float, horizontal: bool) -> np.ndarray:
+    of_y, of_x = (amount, 0.0) if horizontal else (0.0, amount)
+    return _warp(image, [[1, of_y, 0], [of_x, 1, 0]])
+
+
+def translate(image: np.ndarray, share: float, horizontal: bool) -> np.ndarray:
+    """Shift by a share of the side, so that it means the same at every resolution."""
+    height, width = image.shape[:2]
+    right, down = (share * width, 0.0) if horizontal else (0.0, share * height)
+    if abs(right - round(right)) < 1e-9 and abs(down - round(down)) < 1e-9:
+        return _shift(image, round(right), round(down))
+    return _warp(image, [[1, 0, right], [0, 1, down]])
+
+
+def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
+    """Counter-clockwise about the centre."""
+    height, width = image.shape[:2]
+    return _warp(image, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0))
+
+
+# Name → operation(image, strength 0 … 1, sign ±1).
+OPERATIONS: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
+    "Identity": lambda image, strength, sign: image,
+    "AutoContrast": lambda image, strength, sign: auto_contrast(image),
+    "Equalize": lambda image, strength, sign: equalize(image),
+    "Brightness": lambda image, strength, sign: brightness(image, enhance_factor(strength)),
+    "Sharpness": lambda image, strength, sign: sharpness(image, enhance_factor(strength)),
+    "ShearX": lambda image, strength, sign: shear(image, sign * strength * SHEAR, horizontal=True),
+    "ShearY": lambda image, strength, sign: shear(image, sign * strength * SHEAR, horizontal=False),
+    "TranslateX": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=True),
+    "TranslateY": lambda image, strength, sign: translate(image, sign * strength * TRANSLATE, horizontal=False),
+    "Rotate": lambda image, strength, sign: rotate(image, sign * strength * ROTATE),
+}
+NAMES = tuple(OPERATIONS)
+
+
+def _stretch(channel: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 with its values spread over 0 … 255; as it is where they are already, or are all the same."""
+    low, high, _, _ = cv2.minMaxLoc(channel)
+    if high == low or high - low == 255:
+        return channel
+    table = np.rint((_VALUES - low) * (255.0 / (high - low))).clip(0, 255)
+    return cv2.LUT(channel, table.astype(np.uint8))
+
+
+def _shift(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    """What `_warp` gives for whole pixels, without computing any."""
+    height, width = image.shape[:2]
+    top, bottom, left, right = max(0, down), max(0, -down), max(0, right), max(0, -right)
+    kept = image[bottom : height - top, right : width - left]
+    return cv2.copyMakeBorder(kept, top, bottom, left, right, cv2.BORDER_CONSTANT, value=FILL)
+
+
+def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:
+    height, width = image.shape[:2]
+    four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # OpenCV warps four channels in half the time of three
+    warped = cv2.warpAffine(
+        four, np.asarray(matrix, dtype=np.float64), (width, height),
+        flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(*FILL, 0),
+    )  # fmt: skip
+    return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)

@@ -1,0 +1,187 @@
+"""One batch's rows as plain arrays over one piece of memory, wherever that memory lies.
+
+Whoever prepares a row writes it in place: into memory of the trainer's process, or into memory that it shares with
+a loader process, in which case nothing is ever copied or pickled on the row's way to the trainer.
+
+Shapes: B rows, S side of the square that holds every picture, L longest text, K masked patches or regions a row,
+R regions, F numbers of a region.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.data.contents.questions import MAX_ANSWERS
+from pipeline.data.contents.regions import LOCATION
+
+_ALIGNMENT = 64  # bytes, of every array: a cache line
+Field = tuple[str, tuple[int, ...], np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What the rows of a stage hold, decided by its sources' use and its objectives."""
+
+    image: bool
+    text: bool
+    masked_text: bool
+    masked_image: bool
+    stand_ins: bool = False  # of masked patches, some of which are shown
+    second_image: bool = False
+    label: bool = False
+    answers: bool = False
+    regions: bool = False
+    region_class: bool = False
+    masked_regions: bool = False
+
+    @staticmethod
+    def of(config: RunConfig, stage: StageConfig) -> Wants:
+        use, objectives = config.use_of(stage), stage.objectives
+        both = not objectives.keys().isdisjoint(
+            {"contrastive", "matching", "word_patch", "ranking", "answering", "reasoning"}
+        )
+        masked_text, masked_image = "masked_language" in objectives, "masked_image" in objectives
+        fused = masked_text and use == "pairs"  # masked words of a pair are read beside its picture
+        described = masked_image and use == "pairs" and config.model.kind == "vilt"  # and patches beside its text
+        return Wants(
+            image=(both and use != "regions") or fused or masked_image or "classification" in objectives,
+            text=both or masked_text or described or use == "regions",
+            masked_text=masked_text,
+            masked_image=masked_image,
+            stand_ins=masked_image and stage.masking.patches_covered < 1,
+            second_image="reasoning" in objectives,
+            label="classification" in objectives or "reasoning" in objectives,
+            answers="answering" in objectives,
+            regions=use == "regions",
+            region_class="region_class" in objectives,
+            masked_regions="region_class" in objectives or "region_features" in objectives,
+        )
+
+
+@dataclass(frozen=True)
+class RegionSizes:
+    """How much a row holds of a detector's regions: at most so many, of so many numbers, so many of them masked."""
+
+    most: int
+    numbers: int
+    masked: int
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which arrays `rows` rows need, and where each lies in `bytes` bytes of memory."""
+
+    rows: int
+    fields: tuple[Field, ...]
+
+    @staticmethod
+    def of(
+        wants: Wants,
+        rows: int,
+        image_size: int,
+        max_text: int,
+        masked_patches: int,
+        regions: RegionSizes | None = None,
+        patches_read: int = 0,
+    ) -> RowLayout:
+        """`patches_read` is the most patches a row has, where pictures keep their shape; 0: they are square."""
+        integer, byte = np.dtype(np.int64), np.dtype(np.uint8)
+        fields: list[Field] = [(name, (rows,), integer) for name in ("uid", "image_id", "source")]
+        if wants.image:
+            fields.append(("image", (rows, image_size, image_size, 3), byte))
+        if wants.second_image:
+            fields.append(("second_image", (rows, image_size, image_size, 3), byte))
+        if patches_read:
+            fields += [(f"{name}_size", (rows, 2), integer) for name, *_ in fields if name.endswith("image")]
+        if patches_read and not wants.second_image:  # of two pictures all patches are read
+            fields.append(("patches_read", (rows, patches_read), integer))
+        if wants.label:
+            fields.append(("label", (rows,), integer))
+        if wants.answers:
+            fields += [("answers", (rows, MAX_ANSWERS), integer)]
+            fields += [("answer_scores", (rows, MAX_ANSWERS), np.dtype(np.float32))]
+        if wants.text:
+            fields += [("text_length", (rows,), integer), ("text", (rows, max_text), integer)]
+        if wants.masked_text:
+            fields.append(("num_masked", (rows,), integer))
+            fields += [(name, (rows, max_text), integer) for name in ("masked_text", "mask_positions", "mask_labels")]
+        if wants.masked_image:
+            fields.append(("patch_positions", (rows, masked_patches), integer))
+        if wants.stand_ins:
+            fields.append(("patch_stand_ins", (rows, masked_patches), integer))
+        if regions is not None:
+            fields += _region_fields(wants, rows, regions)
+        return RowLayout(rows, tuple(fields))
+
+    @property
+    def bytes(self) -> int:
+        return sum(_aligned(shape, kind) for _, shape, kind in self.fields)
+
+
+class RowBuffer:
+    """The arrays of a layout over `memory` (anything with the buffer protocol), by name.
+
+    `source` numbers the plan's sources; a text is `text_length` tokens and padding, and of the masked places the
+    first `num_masked` are real. Pictures that keep their shape lie at the top left, and patches behind -1 are none. Of
+    the regions the first `num_regions` are real, of the masked ones those above -1.
+    """
+
+    def __init__(self, layout: RowLayout, memory: Any):
+        self.layout, self.memory = layout, memory
+        self._arrays: dict[str, np.ndarray] = {}
+        offset = 0
+        for name, shape, kind in layout.fields:
+            self._arrays[name] = np.ndarray(shape, kind, memory, offset)
+            offset += _aligned(shape, kind)
+
+    @staticmethod
+    def allocate(layout: RowLayout) -> RowBuffer:
+        return RowBuffer(layout, np.empty(layout.bytes, dtype=np.uint8))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def write(self, name: str, row: int, values: np.ndarray, fill: float) -> None:
+        """Sets one row of (B, L), filled up with `fill`."""
+        array = self._arrays[name]
+        array[row, : len(values)] = values
+        array[row, len(values) :] = fill
+
+    def copy(self) -> RowBuffer:
+        """The same rows in memory of their own."""
+        other = RowBuffer.allocate(self.layout)
+        for name, array in self._arrays.items():
+            other[name][...] = array
+        return other
+
+    def copy_rows(self, rows: range, source: RowBuffer) -> None:
+        """Takes all rows of a smaller buffer, as `rows` of this one."""
+        for name, array in self._arrays.items():
+            array[rows.start : rows.stop] = source[name]
+
+
+def _region_fields(wants: Wants, rows: int, sizes: RegionSizes) -> list[Field]:
+    integer, number = np.dtype(np.int64), np.dtype(np.float32)
+    fields: list[Field] = [
+        ("num_regions", (rows,), integer),
+        ("region_features", (rows, sizes.most, sizes.numbers), number),
+        ("region_location", (rows, sizes.most, LOCATION), number),
+    ]
+    if wants.region_class:
+        fields.append(("region_class", (rows, sizes.most), integer))
+    if wants.masked_regions:
+        fields.append(("region_positions", (rows, sizes.masked), integer))
+        fields.append(("region_hidden", (rows, sizes.most), np.dtype(np.bool_)))
+    return fields
+
+
+def _aligned(shape: tuple[int, ...], kind: np.dtype[Any]) -> int:
+    return -(-math.prod(shape) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,238 @@
+"""The index of one shard: where its samples lie, and what is known of each without decoding it.
+
+It is kept beside the tar as `<shard>.index.npz`, the sidecar.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline.data.shards.properties import Properties, columns_of, properties_of
+from pipeline.data.shards.tar import Tar, TarSample
+
+SIDECAR = ".index.npz"
+VERSION = 2
+_ARRAYS = {
+    "first": np.int64,
+    "extension": np.int32,
+    "offset": np.int64,
+    "size": np.int64,
+    "crc": np.uint32,
+    "image_id": np.int64,
+    "width": np.int32,
+    "height": np.int32,
+    "caption_length": np.int32,
+    "url_id": np.uint64,
+    "duplicate": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What a sidecar says of its tar as a whole."""
+
+    samples: int
+    bytes: int  # of the tar
+    digest: str  # SHA-256 of the tar, hex
+    etag: str | None  # the store's tag of the tar when it was indexed
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where a shard's samples lie. N samples, M members; sample i owns members first[i] … first[i+1]-1."""
+
+    keys: tuple[str, ...]  # N
+    first: np.ndarray  # (N+1,) int64
+    extension: np.ndarray  # (M,) int32 into `extensions`
+    offset: np.ndarray  # (M,) int64, of the member's data in the tar
+    size: np.ndarray  # (M,) int64
+    crc: np.ndarray  # (N,) uint32 of the sample's members' data, end to end
+    image_id: np.ndarray  # (N,) int64, equal for samples that show the same image; 0: neither picture nor name
+    width: np.ndarray  # (N,) int32 pixels, held upright; 0: unknown
+    height: np.ndarray  # (N,) int32
+    caption_length: np.ndarray  # (N,) int32 characters of the longest caption; 0: no good caption
+    url_id: np.ndarray  # (N,) uint64 hash of the json's `url`; 0: none
+    duplicate: np.ndarray  # (N,) bool: an earlier sample of the shard has the same key
+    extensions: tuple[str, ...]
+    columns: Mapping[str, np.ndarray]  # the json's fields, (N,) each: float64 with NaN, or str with ''
+    other_fields: tuple[str, ...]  # the json's fields that are no column here: texts, lists, numbers beside texts
+    bytes: int  # of the tar
+    digest: str  # SHA-256 of the tar, hex
+    etag: str | None = field(default=None, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, sample: int) -> Iterator[tuple[str, int, int]]:
+        """(extension, offset, size) of each member of one sample, in the tar's order."""
+        for member in range(self.first[sample], self.first[sample + 1]):
+            yield self.extensions[self.extension[member]], int(self.offset[member]), int(self.size[member])
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """The bytes [start, stop) of the tar that hold the sample's data."""
+        members = slice(self.first[sample], self.first[sample + 1])
+        return int(self.offset[members][0]), int((self.offset[members] + self.size[members])[-1])
+
+    @property
+    def facts(self) -> ShardFacts:
+        return ShardFacts(len(self), self.bytes, self.digest, self.etag)
+
+    def to_bytes(self) -> builtins.bytes:
+        """The sidecar's content."""
+        facts = {"samples": len(self), "bytes": self.bytes, "digest": self.digest, "etag": self.etag}
+        numbers = {name: column for name, column in self.columns.items() if column.dtype == np.float64}
+        texts = {
+            name: np.unique(self.columns[name], return_inverse=True) for name in self.columns if name not in numbers
+        }
+        names = {
+            "keys": self.keys,
+            "extensions": self.extensions,
+            "other_fields": self.other_fields,
+            "numbers": list(numbers),
+            "texts": {name: values.tolist() for name, (values, _) in texts.items()},
+        }
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            facts=_packed({"version": VERSION} | facts),
+            names=_packed(names),
+            numbers=np.array(list(numbers.values()), dtype=np.float64).reshape(len(numbers), len(self)),
+            texts=np.array([codes for _, codes in texts.values()], dtype=np.uint8).reshape(len(texts), len(self)),
+            **{name: getattr(self, name) for name in _ARRAYS},
+        )
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: builtins.bytes) -> ShardIndex:
+        """Raises ValueError when the data is no sidecar of this version."""
+        with _Sidecar(data) as found:
+            facts, names = found.facts(), found.json("names")
+            numbers, texts = found.array("numbers"), found.array("texts")
+            columns = dict(zip(names["numbers"], numbers, strict=True))
+            for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
+                columns[name] = np.array(values, dtype=str)[codes]
+            return ShardIndex(
+                keys=tuple(names["keys"]),
+                extensions=tuple(names["extensions"]),
+                columns=columns,
+                other_fields=tuple(names["other_fields"]),
+                bytes=facts.bytes,
+                digest=facts.digest,
+                etag=facts.etag,
+                **{name: found.array(name) for name in _ARRAYS},
+            )
+
+
+def sidecar_facts(data: bytes) -> ShardFacts:
+    """What a sidecar says of its tar, without reading the rest. Raises ValueError as `ShardIndex.from_bytes` does."""
+    with _Sidecar(data) as found:
+        return found.facts()
+
+
+def index_tar(source: bytes | BinaryIO, name: str, etag: str | None = None) -> ShardIndex:
+    """Indexes a tar by walking its headers. Raises DataError, with `name`, for anything but a whole, plain tar."""
+    tar = Tar(io.BytesIO(source) if isinstance(source, bytes) else source, name)
+    builder = IndexBuilder()
+    for sample in tar.samples():
+        builder.add(sample)
+    return builder.finish(tar, etag)
+
+
+class IndexBuilder:
+    """Collects the index of a tar while it is walked."""
+
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+        self._first = [0]
+        self._members: list[tuple[str, int, int]] = []
+        self._crcs: list[int] = []
+        self._duplicates: list[bool] = []
+        self._properties: list[Properties] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, sample: TarSample) -> None:
+        crc = 0
+        for extension, offset, data in sample.members:
+            self._members.append((extension, offset, len(data)))
+            crc = zlib.crc32(data, crc)
+        self._keys.append(sample.key)
+        self._first.append(len(self._members))
+        self._crcs.append(crc)
+        self._duplicates.append(sample.is_duplicate)
+        self._properties.append(properties_of(sample.contents))
+
+    def finish(self, tar: Tar, etag: str | None) -> ShardIndex:
+        """The index, once the walk of `tar` has ended."""
+        extensions = sorted({extension for extension, _, _ in self._members})
+        code = {extension: number for number, extension in enumerate(extensions)}
+        columns, other_fields = columns_of([properties.metadata for properties in self._properties])
+        lists: dict[str, list[Any]] = {
+            "first": self._first,
+            "extension": [code[extension] for extension, _, _ in self._members],
+            "offset": [offset for _, offset, _ in self._members],
+            "size": [size for _, _, size in self._members],
+            "crc": self._crcs,
+            "duplicate": self._duplicates,
+        }
+        for name in ("image_id", "width", "height", "caption_length", "url_id"):
+            lists[name] = [getattr(properties, name) for properties in self._properties]
+        return ShardIndex(
+            keys=tuple(self._keys),
+            extensions=tuple(extensions),
+            columns=columns,
+            other_fields=other_fields,
+            bytes=tar.position,
+            digest=tar.digest.hexdigest(),
+            etag=etag,
+            **{name: np.array(values, dtype=_ARRAYS[name]) for name, values in lists.items()},
+        )
+
+
+class _Sidecar:
+    """An opened sidecar; whatever is wrong with one becomes a ValueError."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+
+    def __enter__(self) -> _Sidecar:
+        if not self._data.startswith(b"PK\x03\x04"):
+            raise ValueError("not an index: no zip archive")
+        try:
+            self._file = np.load(io.BytesIO(self._data), allow_pickle=False)
+        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"not an index: {error}") from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._file.close()
+        if isinstance(error, (KeyError, OSError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error)):
+            raise ValueError(f"not an index: {error}") from error
+
+    def facts(self) -> ShardFacts:
+        if "facts" not in self._file:
+            raise ValueError("an index of an earlier version")
+        found = self.json("facts")
+        if found["version"] != VERSION:
+            raise ValueError(f"index version {found['version']}, expected {VERSION}")
+        return ShardFacts(found["samples"], found["bytes"], found["digest"], found["etag"])
+
+    def json(self, name: str) -> dict[str, Any]:
+        return json.loads(self.array(name).tobytes())
+
+    def array(self, name: str) -> np.ndarray:
+        return self._file[name]
+
+
+def _packed(content: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)

@@ -1,0 +1,138 @@
+"""Feature files of other people's detectors become samples: `mome shards build` of jsonl lines that name regions."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.load import validate
+from pipeline.data.building.importers import Problems, jsonl_samples, write_shards
+from pipeline.data.contents.regions import parse_regions
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader
+from pipeline.data.storage import Storage
+from pipeline.models import build_model
+from pipeline.training.terms.term import regions_of
+
+LOWEST, LONGEST = 800, 1333  # sides that torchvision's Faster R-CNN resizes pictures to
+
+
+@pytest.fixture
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    boxes = np.array([[0, 0, 50, 40], [10, 10, 20, 30]], np.float32)
+    np.savez(buffer, features=np.ones((2, 4), np.float32), boxes=boxes)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def write(tmp_path: Path, npz: bytes) -> Callable[..., Path]:
+    (tmp_path / "a.npz").write_bytes(npz)
+
+    def lines(*records: dict[str, object]) -> Path:
+        (tmp_path / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return tmp_path / "lines.jsonl"
+
+    return lines
+
+
+def test_regions_are_a_member_beside_the_picture_or_without_it(
+    write: Callable[..., Path], npz: bytes, tmp_path: Path, make_pair
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(make_pair(1)["jpg"])
+    file = write(
+        {"image": "a.jpg", "regions": "a.npz", "captions": ["one"]},
+        {"regions": "a.npz", "caption": "two"},
+        {"regions": "a.npz", "caption": "three"},
+    )
+    with_picture, alone = jsonl_samples(file, problems := Problems())
+    assert problems.count == 0
+    assert list(with_picture) == ["__key__", "jpg", "npz", "json"]
+    assert list(alone) == ["__key__", "npz", "json"]
+    assert with_picture["npz"] == alone["npz"] == npz
+    assert json.loads(alone["json"])["captions"] == ["two", "three"]
+
+
+def test_a_size_is_added_where_the_file_tells_none(write: Callable[..., Path]) -> None:
+    file = write({"regions": "a.npz", "caption": "one", "image_size": [60, 80]})
+    (sample,) = jsonl_samples(file, Problems(strict=True))
+    assert parse_regions(sample["npz"]).image_size == (60, 80)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"regions": "b.npz"}, "cannot be read"),
+        ({"image_size": [30, 80]}, r"box 0 .* lies outside an image of 80 x 30"),
+        ({"image_size": 30}, r"its image_size is 30, not \[height, width\]"),
+    ],
+)
+def test_what_cannot_be_used_is_left_out_and_told(
+    write: Callable[..., Path], changes: dict[str, object], reason: str
+) -> None:
+    import re
+
+    problems = Problems()
+    assert list(jsonl_samples(write({"regions": "a.npz", "caption": "one"} | changes), problems)) == []
+    assert problems.count == 1
+    assert re.search(reason, problems.first[0])
+
+
+def test_real_feature_files_are_built_read_and_understood(shared: Path, tmp_path: Path) -> None:
+    """Faster R-CNN's features of photographs, through shards and loader, into a model (`../shared/data`)."""
+    from PIL import Image
+
+    folder = shared / "data" / "region_features"
+    if not folder.is_dir():
+        pytest.skip(f"feature files are not here: {folder}")
+    lines = []
+    for path in sorted((folder / "features_npz").glob("*.npz")):
+        picture = next((folder / "images").rglob(path.name.removesuffix(".npz")))
+        width, height = Image.open(picture).size
+        scale = min(LOWEST / min(width, height), LONGEST / max(width, height))
+        size = [int(height * scale), int(width * scale)]
+        told = {"regions": str(path), "image": str(picture), "image_size": size}
+        lines.append(told | {"captions": [f"a photograph called {path.name}"]})
+    assert len(lines) == 12
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_shards(Storage(), jsonl_samples(tmp_path / "lines.jsonl", Problems(strict=True)), str(tmp_path / "shards"), 5)
+
+    config = validate(
+        {
+            "name": "real",
+            "model": {
+                "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12, "region_features": 1024,
+                "max_regions": 40, "dropout": 0.0,
+            },
+            "sources": {"real": {"shards": str(tmp_path / "shards"), "use": "regions"}},
+            "data": {"lanes": 1, "max_bad_rate": 0.0},
+            "stages": [
+                {
+                    "name": "regions", "sources": {"real": 1.0}, "steps": 9, "batch": 12, "max_text": 12,
+                    "objectives": {"region_features": {}, "masked_language": {}},
+                }
+            ],
+        },
+        "real",
+    )  # fmt: skip
+    tokenizer = Tokenizer.train([line["captions"][0] for line in lines], 100)
+    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1) as loader:
+        (batch,) = islice(loader.batches(0), 1)
+    assert batch.region_features is not None
+    assert batch.region_features.shape == (12, 40, 1024)
+    kept = sorted(batch.region_keep.sum(dim=1).tolist())
+    assert kept == sorted(min(40, len(np.load(line["regions"])["features"])) for line in lines)
+    assert batch.region_location.min() >= 0
+    assert batch.region_location.max() <= 1
+    assert len(set(batch.image_id.tolist())) == 12
+    model = build_model(config.model, tokenizer.size).eval()
+    with torch.no_grad():
+        embedded = model.region_embedding(regions_of(batch), torch.zeros(32))
+    assert embedded.isfinite().all()

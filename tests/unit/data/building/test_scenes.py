@@ -1,0 +1,212 @@
+"""Drawn scenes: captions are true and complete, distinct scenes share none, evaluation scenes are never trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import SourceConfig, SyntheticConfig
+from pipeline.data.building.scenes import (
+    COLOURS,
+    SHAPES,
+    Description,
+    Thing,
+    build_synthetic,
+    draw_descriptions,
+    draw_picture,
+    draw_scenes,
+    write_captions,
+)
+from pipeline.data.contents.images import decode
+from pipeline.data.randomness import CounterRandom
+from pipeline.data.shards.manifest import load_index, load_manifest
+from pipeline.data.storage import Storage
+
+THING = f"a (?:large|small) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+
+
+def source(folder, name: str, use: str = "pairs", **synthetic) -> SourceConfig:
+    return SourceConfig(shards=str(folder / name), use=use, synthetic=SyntheticConfig(**{"scenes": 30, **synthetic}))
+
+
+def members(url: str) -> list[dict[str, bytes]]:
+    storage, found = Storage(), []
+    for shard in load_manifest(storage, url).shards:
+        data, index = storage.read(f"{url}/{shard.name}"), load_index(storage, url, shard)
+        found += [{name: data[at : at + size] for name, at, size in index.members(i)} for i in range(len(index))]
+    return found
+
+
+def read_back(caption: str) -> tuple[frozenset, frozenset]:
+    """(things, relations) that a caption states, read by words alone and independently of the grammar's code."""
+    things = re.findall(THING, caption)
+    relations = set()
+    places = {"on the left": "left", "on the right": "right", "at the top": "top", "at the bottom": "bottom"}
+    for match in re.finditer(f"({THING}) (?:to the )?(left of|right of|above|over|below|under) ({THING})", caption):
+        one, word, other = match.groups()
+        before = word in ("left of", "above", "over")
+        axis = "x" if word in ("left of", "right of") else "y"
+        relations.add((axis, one, other) if before else (axis, other, one))
+    for match in re.finditer(f"({THING}) (on the left|on the right|at the top|at the bottom)", caption):
+        relations.add(("place", match[1], places[match[2]]))
+    for match in re.finditer(f"(on the left|on the right|at the top|at the bottom) ({THING})", caption):
+        if not re.search(f"{THING} $", caption[: match.start()]):
+            relations.add(("place", match[2], places[match[1]]))
+    return frozenset(things), frozenset(relations)
+
+
+def test_scenes_depend_on_the_configuration_alone():
+    config = SyntheticConfig(scenes=20, seed=5)
+    one, again = list(draw_scenes(config)), list(draw_scenes(config))
+    other = list(draw_scenes(SyntheticConfig(scenes=20, seed=6)))
+    assert [s.captions for s in one] == [s.captions for s in again] != [s.captions for s in other]
+    assert all((a.image == b.image).all() for a, b in zip(one, again, strict=True))
+
+
+def test_more_scenes_begin_with_the_same_ones():
+    few, many = (list(draw_descriptions(SyntheticConfig(scenes=n, seed=1, distinct=True))) for n in (50, 80))
+    assert many[:50] == few
+
+
+def test_every_caption_names_every_object_and_what_it_says_of_places_is_true():
+    for scene in draw_scenes(SyntheticConfig(scenes=300, captions=99, image_size=8)):
+        description = scene.description
+        assert len(scene.captions) == len(set(scene.captions)) >= 12
+        axis, start, end = ("x", "left", "right") if description.horizontal else ("y", "top", "bottom")
+        first, second = description.first.words, description.second.words
+        true = {(axis, first, second)}
+        if description.third is None or description.side is None:
+            true |= {("place", first, start), ("place", second, end)}
+        else:
+            true.add(("place", description.third.words, description.side))
+            opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}[description.side]
+            true |= {("place", first, opposite), ("place", second, opposite)}
+        for caption in scene.captions:
+            things, relations = read_back(caption)
+            assert things == {thing.words for thing in description.things}, caption
+            assert relations, caption
+            assert relations <= true, caption
+
+
+def test_scenes_that_differ_share_no_caption():
+    seen: dict[str, Description] = {}
+    config = SyntheticConfig(scenes=3000, distinct=True, captions=99)
+    for number, description in enumerate(draw_descriptions(config)):
+        for caption in write_captions(description, 99, CounterRandom(number)):
+            assert seen.setdefault(caption, description) == description
+    assert len(set(seen.values())) == 3000
+
+
+def test_all_shapes_colours_sizes_axes_and_counts_occur():
+    drawn = list(draw_descriptions(SyntheticConfig(scenes=500)))
+    things = [thing for description in drawn for thing in description.things]
+    assert {t.shape for t in things} == set(SHAPES)
+    assert {t.colour for t in things} == set(COLOURS)
+    assert {d.horizontal for d in drawn} == {True, False}
+    assert {d.side for d in drawn} == {None, "top", "bottom", "left", "right"}
+    assert all(len(set(d.things)) == len(d.things) for d in drawn)
+
+
+def test_the_picture_shows_what_the_description_says():
+    for seed in range(40):
+        first, second = Thing("large", "red", SHAPES[seed % 6]), Thing("small", "blue", SHAPES[seed // 6 % 6])
+        description = Description(first, second, horizontal=seed % 2 == 0)
+        image = draw_picture(description, 64, CounterRandom(seed)).astype(int)
+        red = np.argwhere((image[..., 0] > 150) & (image[..., 1] < 90) & (image[..., 2] < 90))
+        blue = np.argwhere((image[..., 2] > 150) & (image[..., 0] < 110) & (image[..., 1] < 110))
+        assert len(red) > 1.8 * len(blue) > 0
+        distance = blue.mean(axis=0) - red.mean(axis=0)
+        along, across = (distance[1], distance[0]) if description.horizontal else (distance[0], distance[1])
+        assert along > 20
+        assert abs(across) < along
+        assert red.min() >= 0
+        assert 0 < red.mean() < 63
+
+
+def test_excluded_scenes_are_never_drawn():
+    config = SyntheticConfig(scenes=400, seed=3)
+    excluded = frozenset(draw_descriptions(SyntheticConfig(scenes=200, seed=3)))
+    assert set(draw_descriptions(SyntheticConfig(scenes=200, seed=3))) & set(draw_descriptions(config))
+    assert not excluded & set(draw_descriptions(config, excluded))
+
+
+def test_sources_are_built_as_pairs_texts_and_pictures(tmp_path):
+    sources = {
+        "pairs": source(tmp_path, "pairs", scenes=450, image_size=24),
+        "text": source(tmp_path, "text", "text", seed=2),
+        "images": source(tmp_path, "images", "images", seed=3, image_size=24),
+        "unseen": source(tmp_path, "unseen", seed=4, image_size=24, distinct=True, exclude="pairs"),
+        "other": SourceConfig(shards=str(tmp_path / "other")),
+    }
+    build_synthetic(Storage(), sources)
+    assert len(load_manifest(Storage(), sources["pairs"].shards).shards) == 3
+    pair = members(sources["pairs"].shards)[7]
+    assert decode(pair["jpg"], 10_000).shape == (24, 24, 3)
+    assert set(pair) == {"jpg", "json"}
+    record = json.loads(pair["json"])
+    assert len(record["captions"]) == 3
+    assert 0 <= record["image_id"] < 1 << 63
+    texts = members(sources["text"].shards)
+    assert len(texts) == 90
+    assert {tuple(text) for text in texts} == {("txt",)}
+    assert {tuple(image) for image in members(sources["images"].shards)} == {("jpg",)}
+    trained = {json.loads(m["json"])["image_id"] for m in members(sources["pairs"].shards)}
+    unseen = [json.loads(m["json"])["image_id"] for m in members(sources["unseen"].shards)]
+    assert not trained & set(unseen)
+    assert len(set(unseen)) == 30
+    assert not (tmp_path / "other").exists()
+
+
+def test_equal_scenes_have_equal_image_ids():
+    scenes = list(draw_scenes(SyntheticConfig(scenes=2000, image_size=8, captions=1)))
+    by_id: dict[int, set[Description]] = {}
+    for scene in scenes:
+        by_id.setdefault(scene.image_id, set()).add(scene.description)
+    assert len(by_id) == len({s.description for s in scenes}) < 2000
+    assert all(len(descriptions) == 1 for descriptions in by_id.values())
+
+
+def test_building_again_changes_nothing_and_building_elsewhere_gives_equal_shards(tmp_path):
+    one, other = source(tmp_path, "one", image_size=16), source(tmp_path, "other", image_size=16)
+    build_synthetic(Storage(), {"one": one})
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    build_synthetic(Storage(), {"one": one, "other": other})
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    assert load_manifest(Storage(), one.shards).digest == load_manifest(Storage(), other.shards).digest
+
+
+def test_an_interrupted_drawing_is_begun_again(tmp_path):
+    whole, cut = source(tmp_path, "whole", image_size=16), source(tmp_path, "cut", image_size=16)
+    build_synthetic(Storage(), {"whole": whole, "cut": cut})
+    (tmp_path / "cut" / "manifest.json").unlink()
+    (tmp_path / "cut" / "000000.tar").write_bytes(b"half a shard")
+    (tmp_path / "cut" / "000001.tar").write_bytes(b"of another configuration")
+    build_synthetic(Storage(), {"cut": cut})
+    assert load_manifest(Storage(), cut.shards).digest == load_manifest(Storage(), whole.shards).digest
+
+
+def test_scenes_of_another_configuration_are_refused_by_name(tmp_path):
+    build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=16)})
+    with pytest.raises(DataError, match=r"'scenes'.*another configuration"):
+        build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=24)})
+
+
+def test_tars_that_are_no_scenes_are_never_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000000.tar").write_bytes(b"precious")
+    with pytest.raises(DataError, match="mome shards index"):
+        build_synthetic(Storage(), {"mine": source(tmp_path, "mine")})
+    assert (tmp_path / "mine" / "000000.tar").read_bytes() == b"precious"
+
+
+def test_excluding_what_is_no_synthetic_source_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="'nothing' is no synthetic source"):
+        build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", exclude="nothing")})
+    circle = {name: source(tmp_path, name, exclude=other) for name, other in (("a", "b"), ("b", "a"))}
+    with pytest.raises(ConfigError, match="excludes itself"):
+        build_synthetic(Storage(), circle)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,250 @@
+"""The regions member: read as written, measured before it is trusted, and masked by counters."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.data.contents import regions
+from pipeline.data.contents.members import image_id_of
+from pipeline.data.contents.regions import (
+    RegionRecord,
+    check_fit,
+    mask_regions,
+    masked_at_most,
+    parse_regions,
+    regions_of,
+)
+from pipeline.data.quarantine import BadSample
+from pipeline.data.randomness import CounterRandom
+
+HEIGHT, WIDTH = 60, 80
+
+
+def arrays(count: int = 5, numbers: int = 8) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 30, (count, 2))
+    return {
+        "features": random.normal(size=(count, numbers)).astype(np.float32),
+        "boxes": np.concatenate([corners, corners + random.uniform(1, 30, (count, 2))], axis=1).astype(np.float32),
+        "image_size": np.array([HEIGHT, WIDTH]),
+        "classes": np.arange(count),
+        "confidences": np.linspace(0.2, 0.9, count).astype(np.float32),
+    }
+
+
+def packed(compressed: bool = False, **changed: Any) -> bytes:
+    """The member with some arrays changed, or left out where None is given."""
+    given = {name: array for name, array in (arrays() | changed).items() if array is not None}
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, **given)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_is_written_is_read(compressed: bool) -> None:
+    found, given = parse_regions(packed(compressed)), arrays()
+    assert np.array_equal(found.features, given["features"])
+    assert np.array_equal(found.boxes, given["boxes"])
+    assert found.image_size == (HEIGHT, WIDTH)
+    assert np.array_equal(found.classes, given["classes"])
+    assert np.array_equal(found.confidences, given["confidences"])
+
+
+def test_our_own_member_is_read_as_it_was_and_always_the_same_bytes() -> None:
+    found = parse_regions(packed())
+    assert found.to_bytes() == found.to_bytes()
+    again = parse_regions(found.to_bytes())
+    for name in ("features", "boxes", "classes", "confidences"):
+        assert np.array_equal(getattr(again, name), getattr(found, name))
+    assert again.image_size == found.image_size
+
+
+def test_features_and_boxes_suffice() -> None:
+    found = parse_regions(packed(image_size=None, classes=None, confidences=None))
+    assert found.classes is found.confidences is None
+    boxes = arrays()["boxes"]
+    assert found.image_size == (int(np.ceil(boxes[:, 3].max())), int(np.ceil(boxes[:, 2].max())))
+
+
+def test_half_precision_features_are_read_as_float32() -> None:
+    found = parse_regions(packed(features=arrays()["features"].astype(np.float16)))
+    assert found.features.dtype == np.float32
+
+
+def test_location_is_corners_by_sides_and_the_share_of_the_area() -> None:
+    record = RegionRecord(np.zeros((1, 2), np.float32), np.array([[8, 6, 40, 30]], np.float32), (60, 80))
+    expected = [[8 / 80, 6 / 60, 40 / 80, 30 / 60, 32 * 24 / (80 * 60)]]
+    np.testing.assert_allclose(record.locations(), expected, rtol=1e-6)
+
+
+def test_the_most_confident_regions_come_first_if_there_are_too_many() -> None:
+    record = parse_regions(packed(confidences=np.array([0.3, 0.9, 0.1, 0.9, 0.5], np.float32)))
+    best = record.most_confident(3)
+    assert best.classes.tolist() == [1, 3, 4]  # equals keep their order
+    assert np.array_equal(best.features, record.features[[1, 3, 4]])
+    assert np.array_equal(best.boxes, record.boxes[[1, 3, 4]])
+    assert record.most_confident(5) is record
+    assert parse_regions(packed(confidences=None)).most_confident(2).classes.tolist() == [0, 1]
+
+
+def test_a_box_that_rounding_took_outside_is_cut() -> None:
+    boxes = arrays()["boxes"]
+    boxes[0] = [-0.4, 0, WIDTH + 0.7, HEIGHT]
+    assert parse_regions(packed(boxes=boxes)).boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
+
+
+def changed(name: str, where: tuple[int, ...], value: float) -> dict[str, np.ndarray]:
+    array = arrays()[name]
+    array[where] = value
+    return {name: array}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"features": None}, "no array 'features'; it has boxes, classes, confidences, image_size"),
+        ({"boxes": None}, "no array 'boxes'"),
+        ({"features": np.zeros((0, 8), np.float32)}, "no region"),
+        ({"features": np.zeros(8, np.float32)}, r"features have shape \(8,\)"),
+        ({"features": np.zeros((5, 0), np.float32)}, r"features have shape \(5, 0\)"),
+        ({"features": np.zeros((5, 8))}, "features are float64"),
+        ({"features": np.zeros((5, 8), np.int32)}, "features are int32"),
+        ({"features": np.array([[None] * 8] * 5)}, "features are object"),
+        ({"boxes": np.zeros((5, 5), np.float32)}, r"boxes have shape \(5, 5\), not \(5, 4\)"),
+        ({"boxes": np.zeros((4, 4), np.float32)}, r"boxes have shape \(4, 4\), not \(5, 4\)"),
+        ({"boxes": np.array([["a"] * 4] * 5)}, "boxes are <U1"),
+        ({"classes": np.zeros(5, np.float32)}, "classes are float32"),
+        ({"classes": np.zeros(4, np.int64)}, r"classes have shape \(4,\)"),
+        ({"classes": np.array([0, 1, 2, 3, -1])}, "classes from -1 to 3"),
+        ({"classes": np.full(5, 2**64 - 1, np.uint64)}, "no classes"),
+        ({"confidences": np.zeros((5, 1), np.float32)}, r"confidences have shape \(5, 1\)"),
+        ({"image_size": np.array([60])}, r"image_size have shape \(1,\)"),
+        ({"image_size": np.array([60.0, 80.0])}, "image_size are float64"),
+        ({"image_size": np.array([0, 80])}, "an image of height 0 and width 80"),
+        (changed("features", (2, 3), np.nan), "features hold a number that is not finite"),
+        (changed("boxes", (2, 3), np.inf), "boxes hold a number that is not finite"),
+        (changed("confidences", (0,), np.nan), "confidences hold a number that is not finite"),
+        (changed("boxes", (3, 2), WIDTH + 1.5), r"box 3 \(.*, 81\.5, .*\) lies outside an image of 80 x 60"),
+        (changed("boxes", (3, 1), -1.5), r"box 3 \(.*, -1\.5, .*\) lies outside"),
+        (changed("boxes", (1, 2), 0.0), r"box 1 \(.*\) ends before it begins"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_fault_is_told(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadSample, match=reason) as error:
+        parse_regions(packed(**change))
+    assert error.value.stage == "regions"
+
+
+def test_a_sample_without_regions_says_what_makes_them() -> None:
+    with pytest.raises(BadSample, match=r"no regions \(npz; mome shards regions makes them\); it has jpg, json"):
+        regions_of({"jpg": b"", "json": b""})
+
+
+@pytest.mark.parametrize("data", [b"", b"no zip", b"PK\x03\x04 cut"])
+def test_bytes_that_are_no_npz_are_a_bad_sample(data: bytes) -> None:
+    with pytest.raises(BadSample, match="no npz"):
+        parse_regions(data)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "MAX_BYTES", 100_000)
+    bomb = packed(compressed=True, features=np.zeros((5, 8000), np.float32))
+    assert len(bomb) < 5000
+    with pytest.raises(BadSample, match="features would take 160128 bytes, more than 100000"):
+        parse_regions(bomb)
+
+
+def npy(header: bytes, data: bytes) -> bytes:
+    """An npy file whose header may lie."""
+    header = header.ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+@pytest.mark.parametrize("shape", [b"(99999999999, 1024)", b"(-5, 8)", b"(-5, -8)", b"(2, 2)", b"()"])
+def test_a_header_that_promises_more_than_there_is_is_refused_before_memory_is_given(shape: bytes) -> None:
+    buffer = io.BytesIO(packed())
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w") as new:
+        for entry in old.infolist():
+            lie = npy(b"{'descr': '<f4', 'fortran_order': False, 'shape': " + shape + b"}", bytes(5 * 8 * 4))
+            new.writestr(entry.filename, lie if entry.filename == "features.npy" else old.read(entry))
+    with pytest.raises(BadSample, match=r"features say they have shape|no npz"):
+        parse_regions(out.getvalue())
+
+
+def test_a_size_that_lies_in_the_zip_is_found_out() -> None:
+    """The zip's directory says 40 bytes where megabytes are packed: no more than 40 are unpacked."""
+    data = bytearray(packed(compressed=True, features=np.zeros((5, 200_000), np.float32)))
+    size = (128 + 5 * 200_000 * 4).to_bytes(4, "little")
+    while (at := data.find(size)) >= 0:
+        data[at : at + 4] = (40).to_bytes(4, "little")
+    with pytest.raises(BadSample):
+        parse_regions(bytes(data))
+
+
+def test_packing_that_numpy_does_not_use_is_refused() -> None:
+    buffer = io.BytesIO(packed())
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_LZMA) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(BadSample, match="method that numpy does not use"):
+        parse_regions(out.getvalue())
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_the_bytes_only_a_bad_sample_is_raised(compressed: bool) -> None:
+    whole, random = packed(compressed), np.random.default_rng(1)
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in random.integers(0, len(data), random.integers(1, 12)):
+            data[at] = random.integers(256)
+        cut = bytes(data[: random.integers(1, len(data) + 1)]) if random.random() < 0.3 else bytes(data)
+        try:
+            parse_regions(cut)
+        except BadSample:
+            continue
+
+
+def test_a_model_that_cannot_read_the_regions_says_which_key() -> None:
+    record = parse_regions(packed())
+    check_fit(record, 8, 5)
+    with pytest.raises(BadSample, match=r"features of 8 numbers, and model\.region_features is 2048"):
+        check_fit(record, 2048, None)
+    with pytest.raises(BadSample, match=r"class 4, and model\.region_classes is 4"):
+        check_fit(record, 8, 4)
+    unnamed = parse_regions(packed(classes=None))
+    check_fit(unnamed, 8, None)
+    with pytest.raises(BadSample, match="no array 'classes', which objective region_class learns"):
+        check_fit(unnamed, 8, 5)
+
+
+def test_fifteen_in_a_hundred_regions_are_masked_at_least_one_and_nine_in_ten_zeroed() -> None:
+    zeroed = total = 0
+    for seed in range(300):
+        positions, is_zeroed = mask_regions(40, 0.15, CounterRandom(seed))
+        assert len(positions) == 6 == masked_at_most(40, 0.15)
+        assert (np.diff(positions) > 0).all()
+        assert 0 <= positions[0] <= positions[-1] < 40
+        zeroed, total = zeroed + int(is_zeroed.sum()), total + len(is_zeroed)
+    assert abs(zeroed / total - 0.9) < 3 * (0.09 / total) ** 0.5
+    assert len(mask_regions(1, 0.15, CounterRandom(0))[0]) == 1
+    assert masked_at_most(3, 0.15) == 1
+
+
+def test_masking_is_the_counter_s_alone() -> None:
+    one, other = (mask_regions(20, 0.15, CounterRandom(7)) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_sample_without_a_picture_is_named_by_its_regions() -> None:
+    one, other = packed(), packed(confidences=None)
+    assert image_id_of({"npz": one}) == image_id_of({"npz": one, "txt": b"a caption"}) != image_id_of({"npz": other})
+    named = {"json": b'{"image_id": 3}'}
+    assert image_id_of(named | {"npz": one}) == image_id_of(named | {"npz": other})
+    assert image_id_of({"npz": one, "jpg": b"j"}) == image_id_of({"npz": other, "jpg": b"j"})

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cache_user import SIZE, content, fill, open_checked
+
+from pipeline.config.errors import ConfigError, StorageError
+from pipeline.data.reading.cache import FOLDER, CacheFull, Fetch, NodeCache, open_window_bytes
+
+USER = Path(__file__).resolve().parents[3] / "cache_user.py"
+
+
+def serving(data: bytes, asked: list[tuple[int, int]] | None = None) -> Fetch:
+    """The pieces of an object; notes which were asked for."""
+
+    def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        for start, stop in pieces:
+            if asked is not None:
+                asked.append((start, stop))
+            yield data[start:stop]
+
+    return fetch
+
+
+def refused(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    raise AssertionError("it is cached already")
+
+
+def put(cache: NodeCache, name: str, size: int = 100) -> Path:
+    """Caches an object of that many bytes; returns its file."""
+    with cache.open(f"s3://bucket/{name}", size, "tag", serving(bytes(size))) as shard:
+        return shard.path
+
+
+def names(cache: NodeCache) -> set[str]:
+    return set(os.listdir(cache.folder)) - {"lock"}
+
+
+def test_an_object_is_downloaded_once_in_large_pieces_and_then_read_from_its_file(tmp_path: Path):
+    data, asked = os.urandom(20 * 2**20), []
+    cache = NodeCache(tmp_path, 2**30)
+    with cache.open("s3://bucket/cc3m/00000.tar", len(data), "tag", serving(data, asked)) as shard:
+        assert shard.read(5, 9_000_000) == data[5:9_000_000]
+        assert shard.path.read_bytes() == data
+        assert shard.path.name == hashlib.sha256(b"s3://bucket/cc3m/00000.tar\ntag").hexdigest() + ".tar"
+    assert asked == [(0, 8 * 2**20), (8 * 2**20, 20 * 2**20)]
+    with NodeCache(tmp_path, 2**30).open("s3://bucket/cc3m/00000.tar", len(data), "tag", refused) as shard:
+        assert shard.read(0, len(data)) == data
+
+
+def test_shards_of_one_name_in_two_datasets_do_not_collide(tmp_path: Path):
+    cache = NodeCache(tmp_path, 2**30)
+    for url, data in [("s3://b/cc3m/00000.tar", b"three"), ("s3://b/cc12m/00000.tar", b"twelve")] * 2:
+        with cache.open(url, len(data), "tag", serving(data)) as shard:
+            assert shard.read(0, 10) == data
+    assert len(names(cache)) == 2
+
+
+def test_a_changed_etag_is_another_file(tmp_path: Path):
+    cache = NodeCache(tmp_path, 2**30)
+    for etag, data in [("old", b"12345"), ("new", b"54321")]:
+        with cache.open("s3://b/0.tar", 5, etag, serving(data)) as shard:
+            assert shard.read(0, 5) == data
+    assert len(names(cache)) == 2
+
+
+def test_the_longest_unused_leaves_first(tmp_path: Path):
+    cache = NodeCache(tmp_path, 350)
+    first, second, third = (put(cache, name) for name in "abc")
+    put(cache, "a")
+    fourth = put(cache, "d")
+    assert names(cache) == {first.name, third.name, fourth.name}
+    assert cache.held_bytes() == 300
+    assert not second.exists()
+
+
+def test_when_a_file_was_last_read_counts_not_when_it_was_opened(tmp_path: Path):
+    cache = NodeCache(tmp_path, 250)
+    with cache.open("s3://bucket/a", 100, "tag", serving(bytes(100))) as shard:
+        second = put(cache, "b")
+    third = put(cache, "c")
+    assert names(cache) == {shard.path.name, third.name}
+    assert not second.exists()
+
+
+def test_a_pinned_file_is_never_evicted(tmp_path: Path):
+    cache = NodeCache(tmp_path, 250)
+    with cache.open("s3://bucket/a", 100, "tag", serving(b"a" * 100)) as pinned:
+        for name in "bcd":
+            put(cache, name)
+        assert pinned.path.read_bytes() == b"a" * 100
+    put(cache, "e")
+    put(cache, "f")
+    assert not pinned.path.exists()
+
+
+def test_no_room_beside_the_pins_is_told_and_evicts_nothing(tmp_path: Path):
+    cache = NodeCache(tmp_path, 250)
+    other = put(cache, "other")
+    with cache.open("s3://bucket/a", 100, "tag", serving(bytes(100))) as pinned:
+        with pytest.raises(CacheFull, match=r"s3://bucket/big: no room for its 200 bytes.*data.cache.max_bytes is 250"):
+            put(cache, "big", 200)
+        assert names(cache) == {other.name, pinned.path.name}
+    put(cache, "big", 200)
+    assert cache.held_bytes() == 200
+
+
+def test_a_foreign_file_is_neither_counted_nor_deleted(tmp_path: Path):
+    cache = NodeCache(tmp_path, 250)
+    put(cache, "a")
+    foreign = [tmp_path / "00000.tar", tmp_path / "dataset" / "00000.tar", cache.folder / "00000.tar"]
+    foreign += [cache.folder / "notes.part", cache.folder / f"{'0' * 64}.txt"]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(10_000))
+        os.utime(path, (0, 0))
+    (cache.folder / f"{'1' * 64}.tar").symlink_to(foreign[0])
+    for name in "bcdef":
+        put(cache, name)
+    assert cache.held_bytes() == 200
+    assert all(path.stat().st_size == 10_000 for path in foreign)
+    assert (cache.folder / f"{'1' * 64}.tar").is_symlink()
+
+
+def test_what_a_failed_download_leaves_is_nothing(tmp_path: Path):
+    cache = NodeCache(tmp_path, 250)
+
+    def failing(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        raise StorageError("the store went away")
+        yield b""
+
+    with pytest.raises(StorageError, match="the store went away"):
+        cache.open("s3://bucket/a", 100, "tag", failing)
+    assert names(cache) == set()
+    put(cache, "a")
+
+
+@pytest.mark.parametrize("size", [0, 99, 101])
+def test_a_file_of_another_size_is_downloaded_again(tmp_path: Path, size: int):
+    cache = NodeCache(tmp_path, 2**20)
+    os.truncate(put(cache, "a"), size)
+    with cache.open("s3://bucket/a", 100, "tag", serving(b"n" * 100)) as shard:
+        assert shard.path.read_bytes() == b"n" * 100
+
+
+def test_a_discarded_file_is_downloaded_again_and_never_another_in_its_place(tmp_path: Path):
+    cache = NodeCache(tmp_path, 2**20)
+    bad = cache.open("s3://bucket/a", 3, "tag", serving(b"bad"))
+    seen_too = cache.open("s3://bucket/a", 3, "tag", refused)
+    cache.discard(bad)
+    with cache.open("s3://bucket/a", 3, "tag", serving(b"new")) as good:
+        cache.discard(seen_too)
+        assert good.path.read_bytes() == b"new"
+
+
+def test_threads_that_open_one_object_download_it_once(tmp_path: Path):
+    data, asked, started = os.urandom(1000), [], threading.Barrier(8)
+
+    def open_and_read(number: int) -> bytes:
+        cache = NodeCache(tmp_path, 2**20)
+        started.wait()
+        with cache.open("s3://bucket/a", 1000, "tag", serving(data, asked)) as shard:
+            return shard.read(0, 1000)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(open_and_read, range(8))) == {data}
+    assert asked == [(0, 1000)]
+
+
+def test_a_budget_below_the_open_windows_is_refused_with_both_numbers(tmp_path: Path):
+    needed = open_window_bytes([50, 10, 30, 40], lanes=1, window=3)
+    assert needed == 120
+    NodeCache(tmp_path, 120).check_budget(needed, "the open windows")
+    with pytest.raises(ConfigError, match=r"max_bytes 119 is below the 120 bytes of the open windows.*at least 120"):
+        NodeCache(tmp_path, 119).check_budget(needed, "the open windows")
+    assert open_window_bytes([50, 10], lanes=9, window=3) == 60
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"data\.cache\.folder .*/file cannot be used: Not a directory"):
+        put(NodeCache(tmp_path / "file", 1000), "a")
+
+
+def test_a_folder_deleted_under_the_cache_is_made_again(tmp_path: Path):
+    cache = NodeCache(tmp_path, 1000)
+    put(cache, "a")
+    shutil.rmtree(cache.folder)
+    path = put(cache, "a")
+    assert names(cache) == {path.name}
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path):
+    mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*mount, f"mount -t tmpfs -o size=1m none {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here")
+    code = f"""
+import os
+from pipeline.data.reading.cache import NodeCache
+try:
+    NodeCache({str(tmp_path)!r}, 2**30).open("s3://b/a", 2**22, "tag", lambda p: (os.urandom(b - a) for a, b in p))
+except Exception as error:
+    print(type(error).__name__, error, sorted(os.listdir({str(tmp_path)!r} + "/mome-cache-1")))
+"""
+    script = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$0" -c "$1"'
+    told = subprocess.run([*mount, script, sys.executable, code], capture_output=True, text=True, timeout=60)
+    assert told.stdout == (
+        f"StorageError data.cache.folder {tmp_path} cannot be used: No space left on device. Free space there or lower "
+        "data.cache.max_bytes, choose another local disk, or unset data.cache.folder ['lock']\n"
+    )
+
+
+def accounted(cache: NodeCache) -> int:
+    """What lies in the cache, looked at from outside while nobody changes it."""
+    with open(cache.folder / "lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return sum(path.stat().st_size for path in cache.folder.iterdir())
+
+
+def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
+    """Four processes with two pins each fit exactly; every byte they read is checked, and so are their pins."""
+    store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 8 * SIZE)
+    fill(store, 20)
+    open_checked(cache, store, "0").close()
+    command = [sys.executable, str(USER), str(tmp_path / "cache"), str(cache.max_bytes), str(store)]
+    users = [subprocess.Popen([*command, str(seed), "60"]) for seed in range(4)]
+    most, samples = 0, 0
+    while any(user.poll() is None for user in users):
+        most, samples = max(most, accounted(cache)), samples + 1
+    assert [user.wait() for user in users] == [0] * 4
+    assert samples > 50
+    assert most == cache.max_bytes
+    assert {path.suffix for path in cache.folder.iterdir()} == {".tar", ""}
+    for path in cache.folder.glob("*.tar"):
+        assert path.read_bytes() in [content(f"{number}") for number in range(20)]
+
+
+def test_making_a_cache_touches_nothing(tmp_path: Path):
+    cache = NodeCache(tmp_path / "none", 10)
+    assert not (tmp_path / "none").exists()
+    assert cache.folder == tmp_path / "none" / FOLDER

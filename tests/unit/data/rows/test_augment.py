@@ -1,0 +1,173 @@
+"""Augmentation: exactly VLMo's ten operations, at written magnitudes, by counted randomness."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from pipeline.config.schema import AugmentConfig
+from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.rows.augment import (
+    FILL,
+    NAMES,
+    OPERATIONS,
+    ROTATE,
+    SHEAR,
+    TRANSLATE,
+    _warp,
+    augment,
+    auto_contrast,
+    brightness,
+    enhance_factor,
+    equalize,
+    mentions_side,
+    rand_augment,
+    rotate,
+    sharpness,
+    shear,
+    translate,
+)
+
+PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, operations=0)
+
+
+def picture(size: int = 64) -> np.ndarray:
+    y, x = np.mgrid[0:size, 0:size] / size
+    image = np.stack([40 + 170 * x, 60 + 120 * y, 120 + 60 * np.sin(9 * x) * np.cos(7 * y)], axis=2)
+    return image.astype(np.uint8)
+
+
+def close(one: np.ndarray, other: np.ndarray, by: float = 2.0) -> bool:
+    return np.abs(one.astype(int) - other.astype(int)).max() <= by
+
+
+def test_the_operations_are_vlmos_ten_and_no_others():
+    assert set(NAMES) == {
+        "Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness",
+        "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
+    }  # fmt: skip
+
+
+def test_magnitudes_are_the_written_ones():
+    assert (SHEAR, TRANSLATE, ROTATE) == (0.3, 10 / 224, 30.0)
+    assert [round(enhance_factor(level / 10), 6) for level in (0, 5, 7, 10)] == [0.1, 1.0, 1.36, 1.9]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_every_operation_keeps_shape_type_and_input(name, sign):
+    image = picture()
+    before = image.copy()
+    found = OPERATIONS[name](image, 0.7, sign)
+    assert found.shape == image.shape
+    assert found.dtype == np.uint8
+    assert (image == before).all()
+
+
+def test_each_operation_does_what_its_magnitude_says():
+    image = picture()
+    assert (OPERATIONS["Identity"](image, 0.7, 1) == image).all()
+    assert (OPERATIONS["Brightness"](image, 0.7, 1) == brightness(image, 1.36)).all()
+    assert (OPERATIONS["Sharpness"](image, 0.7, 1) == sharpness(image, 1.36)).all()
+    assert (OPERATIONS["ShearX"](image, 0.7, -1) == shear(image, -0.21, True)).all()
+    assert (OPERATIONS["ShearY"](image, 0.7, 1) == shear(image, 0.21, False)).all()
+    assert (OPERATIONS["TranslateX"](image, 1.0, 1) == translate(image, 10 / 224, True)).all()
+    assert (OPERATIONS["TranslateY"](image, 1.0, -1) == translate(image, -10 / 224, False)).all()
+    assert (OPERATIONS["Rotate"](image, 0.7, -1) == rotate(image, -21.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("ours", "pillows", "by"),
+    [
+        (auto_contrast, ImageOps.autocontrast, 1),
+        (equalize, ImageOps.equalize, 4),  # the two round histograms differently
+        (lambda i: brightness(i, 1.36), lambda i: ImageEnhance.Brightness(i).enhance(1.36), 1),
+        (lambda i: brightness(i, 0.3), lambda i: ImageEnhance.Brightness(i).enhance(0.3), 1),
+        (lambda i: sharpness(i, 1.9), lambda i: ImageEnhance.Sharpness(i).enhance(1.9), 1),
+        (lambda i: sharpness(i, 0.1), lambda i: ImageEnhance.Sharpness(i).enhance(0.1), 1),
+    ],
+)
+def test_colour_operations_agree_with_pillow(ours, pillows, by):
+    image = picture(512)
+    assert close(ours(image), np.array(pillows(Image.fromarray(image))), by)
+
+
+@pytest.mark.parametrize("operation", [auto_contrast, equalize])
+def test_a_flat_picture_stays(operation):
+    flat = np.full((16, 16, 3), 77, np.uint8)
+    assert (operation(flat) == flat).all()
+
+
+def test_geometric_operations_move_the_picture_and_fill_with_grey():
+    image = picture()
+    moved = translate(image, 8 / 64, True)
+    assert (moved[:, 8:] == image[:, :-8]).all()
+    assert (moved[:, :8] == FILL).all()
+    assert (rotate(image, 90.0) == np.rot90(image)).all()
+    assert close(shear(shear(image, 0.2, True), -0.2, True)[24:40, 24:40], image[24:40, 24:40], 4)
+    assert (rotate(image, 21.0)[0, 0] == FILL).all()
+
+
+def test_randaugment_applies_each_drawn_operation_half_of_the_time():
+    image = picture()
+    unchanged = sum((rand_augment(image, 1, 7, CounterRandom(hash64(k))) == image).all() for k in range(2000))
+    assert abs(unchanged / 2000 - (0.5 + 0.5 / len(NAMES))) < 0.05  # not applied, or Identity
+
+
+def test_no_operations_leave_the_picture():
+    assert (rand_augment(picture(), 0, 7, CounterRandom(1)) == picture()).all()
+
+
+def test_an_augmentation_is_decided_by_its_key():
+    config = AugmentConfig()
+    one, again, other = (augment(picture(), config, 32, CounterRandom(key), True) for key in (3, 3, 4))
+    assert (one == again).all()
+    assert (one != other).any()
+    assert one.shape == (32, 32, 3)
+
+
+def test_a_flip_mirrors_half_of_the_pictures_and_none_where_it_is_not_allowed():
+    config = PLAIN.model_copy(update={"flip": True})
+    base = augment(picture(), PLAIN, 64, CounterRandom(0), True)
+    ratio = 0
+    for key in range(200):
+        plain = augment(picture(), PLAIN, 64, CounterRandom(hash64(key)), True)
+        assert (augment(picture(), config, 64, CounterRandom(hash64(key)), False) == plain).all()
+        ratio += (augment(picture(), config, 64, CounterRandom(hash64(key)), True) == plain[:, ::-1]).all()
+    assert base.shape == (64, 64, 3)
+    assert 70 < ratio < 130
+
+
+def test_allowing_flips_changes_nothing_but_the_flip():
+    config = AugmentConfig(operations=0)
+    for key in range(30):
+        allowed, forbidden = (
+            augment(picture(), config, 32, CounterRandom(hash64(key)), flip) for flip in (True, False)
+        )
+        assert (allowed == forbidden).all() or (allowed == forbidden[:, ::-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a dog to the left of a cat", True),
+        ("the RIGHT hand", True),
+        ("leftmost house", True),
+        ("a right-handed player", True),
+        ("a bright copyright sign", False),
+        ("leftovers on a plate", False),
+        ("a dog above a cat", False),
+        ("", False),
+    ],
+)
+def test_captions_that_mention_a_side_are_found(caption, said):
+    assert mentions_side(caption) is said
+
+
+@pytest.mark.parametrize(("right", "down"), [(7, 0), (-7, 0), (0, 5), (0, -5)])
+def test_shifting_whole_pixels_is_warping_by_them(right: int, down: int):
+    image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+    horizontal = right != 0
+    moved = translate(image, right / 32 if horizontal else down / 40, horizontal)
+    assert np.array_equal(moved, _warp(image, [[1, 0, right], [0, 1, down]]))

@@ -1,0 +1,166 @@
+"""Masking: whole words, a budget of real tokens, at least one masked word; a fixed number of patches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.data.contents.text import Tokenizer, Tokens
+from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.data.rows.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, stand_ins
+
+CAPTIONS = ["a zebra", "dogs", "an antelope overtakes the hippopotamus quickly", "a man in a red shirt rides a horse"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["a man in a red shirt the dog an o", "abcdefghijklmnopqrstuvwxyz"] * 9, size=90)
+
+
+def masked_many(tokenizer: Tokenizer, tokens: Tokens, times: int = 400, probability: float = 0.15, whole: bool = True):
+    for key in range(times):
+        yield mask_whole_words(tokens, CounterRandom(hash64("test", key)), probability, whole, tokenizer)
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_trap_05_every_caption_with_a_word_gets_a_masked_word(tokenizer, caption):
+    tokens = tokenizer.encode(caption, 40)
+    assert all(len(masked.positions) > 0 for masked in masked_many(tokenizer, tokens))
+
+
+def test_a_text_without_words_gets_no_mask(tokenizer):
+    masked = next(masked_many(tokenizer, tokenizer.encode("", 40)))
+    assert len(masked.positions) == len(masked.labels) == 0
+    assert masked.ids.tolist() == [tokenizer.cls_id, tokenizer.sep_id]
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_trap_05_a_word_is_masked_whole_or_not_at_all(tokenizer, caption):
+    tokens = tokenizer.encode(caption, 40)
+    words = np.array(tokens.word_of)
+    assert len(set(words)) < len(words)  # some word has several tokens
+    for masked in masked_many(tokenizer, tokens):
+        hidden = set(words[masked.positions])
+        assert -1 not in hidden  # neither [CLS] nor [SEP]
+        assert masked.positions.tolist() == np.flatnonzero(np.isin(words, list(hidden))).tolist()
+
+
+def test_labels_are_what_stood_there_and_the_rest_is_untouched(tokenizer):
+    tokens = tokenizer.encode(CAPTIONS[3], 40)
+    before = np.array(tokens.ids)
+    for masked in masked_many(tokenizer, tokens):
+        assert (masked.labels == before[masked.positions]).all()
+        rest = np.setdiff1d(np.arange(len(before)), masked.positions)
+        assert (masked.ids[rest] == before[rest]).all()
+        assert masked.ids.dtype == masked.positions.dtype == masked.labels.dtype == np.int64
+
+
+def test_trap_05_all_tokens_of_a_word_share_its_fate(tokenizer):
+    tokens = tokenizer.encode(CAPTIONS[2], 40)
+    words, before = np.array(tokens.word_of), np.array(tokens.ids)
+    for masked in masked_many(tokenizer, tokens, probability=0.5):
+        for word in set(words[masked.positions]):
+            now = masked.ids[words == word]
+            assert (now == tokenizer.mask_id).all() or (now != tokenizer.mask_id).all()
+            assert (now == before[words == word]).all() or len(now) == 1 or (now != before[words == word]).any()
+
+
+def test_eight_words_in_ten_become_masks_and_one_in_ten_stays(tokenizer):
+    tokens = tokenizer.encode("a b c d e f g h i j", 40)
+    fates = {"mask": 0, "kept": 0, "random": 0}
+    for masked in masked_many(tokenizer, tokens, 5000, probability=0.1):
+        now = masked.ids[masked.positions]
+        assert (now > tokenizer.mask_id).sum() + (now == tokenizer.mask_id).sum() == 1  # random ids: never special
+        fates["mask" if now == tokenizer.mask_id else "kept" if now == masked.labels else "random"] += 1
+    assert abs(fates["mask"] / 5000 - 0.8) < 0.02
+    assert abs(fates["kept"] / 5000 - 0.1 - 0.1 / len(tokenizer.ordinary_ids)) < 0.02
+    assert abs(fates["random"] / 5000 - 0.1) < 0.02
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_long_texts_lose_about_the_asked_share(tokenizer, whole):
+    tokens = tokenizer.encode("the man in a red shirt overtakes a dog " * 20, 180)
+    real = sum(word >= 0 for word in tokens.word_of)
+    shares = [len(masked.positions) / real for masked in masked_many(tokenizer, tokens, 200, whole=whole)]
+    assert max(shares) <= round(0.15 * real) / real
+    assert abs(np.mean(shares) - 0.15) < 0.005
+
+
+def test_every_word_is_masked_equally_often_in_a_text_of_single_tokens(tokenizer):
+    tokens = tokenizer.encode("a b c d e f g h i j", 40)
+    counts = np.zeros(len(tokens))
+    for masked in masked_many(tokenizer, tokens, 4000, probability=0.2):
+        counts[masked.positions] += 1
+    assert counts[0] == counts[-1] == 0
+    assert np.abs(counts[1:-1] / 4000 - 0.2).max() < 0.03
+
+
+def test_without_whole_words_single_tokens_are_masked(tokenizer):
+    tokens = tokenizer.encode("hippopotamus", 40)
+    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20, whole=False)} < {1, 2}
+    assert {len(masked.positions) for masked in masked_many(tokenizer, tokens, 20)} == {len(tokens) - 2}
+
+
+def test_masks_depend_on_the_key_alone(tokenizer):
+    tokens = tokenizer.encode(CAPTIONS[3], 40)
+    for one, other in zip(masked_many(tokenizer, tokens, 20), masked_many(tokenizer, tokens, 20), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.positions.tolist() == other.positions.tolist()
+
+
+@pytest.mark.parametrize(
+    ("patches", "fraction", "expected"), [(196, 0.4, 78), (36, 0.4, 14), (4, 0.01, 1), (4, 0.99, 4)]
+)
+def test_the_number_of_hidden_patches_is_fixed(patches, fraction, expected):
+    drawn = [mask_patches(patches, fraction, CounterRandom(key)) for key in range(50)]
+    assert {len(np.unique(positions)) for positions in drawn} == {expected}
+    assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < patches and p.dtype == np.int64 for p in drawn)
+
+
+def test_every_patch_is_hidden_sometimes():
+    counts = np.bincount(np.concatenate([mask_patches(16, 0.5, CounterRandom(hash64(k))) for k in range(1000)]))
+    assert np.abs(counts / 1000 - 0.5).max() < 0.06
+
+
+@pytest.mark.parametrize(("grid", "count"), [(14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9)])
+def test_blocks_mask_exactly_as_many_in_every_picture(grid, count):
+    drawn = [mask_blocks(grid, count, CounterRandom(hash64(key))) for key in range(50)]
+    assert {len(np.unique(positions)) for positions in drawn} == {count}
+    assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < grid**2 and p.dtype == np.int64 for p in drawn)
+    assert len({p.tobytes() for p in drawn}) > (1 if count < grid**2 else 0)
+
+
+def neighbours(positions, grid):
+    """The share of masked patches' inner borders that lie between two masked patches."""
+    masked = np.zeros((grid, grid), dtype=bool)
+    masked[positions // grid, positions % grid] = True
+    return ((masked[1:] & masked[:-1]).sum() + (masked[:, 1:] & masked[:, :-1]).sum()) / (2 * len(positions))
+
+
+def test_blocks_lie_together_and_fall_everywhere():
+    blocks = [mask_patches(196, 0.4, CounterRandom(hash64(key)), blocks=True) for key in range(400)]
+    scattered = [mask_patches(196, 0.4, CounterRandom(hash64(key))) for key in range(400)]
+    assert np.mean([neighbours(p, 14) for p in blocks]) > 0.75
+    assert np.mean([neighbours(p, 14) for p in scattered]) < 0.45
+    counts = np.bincount(np.concatenate(blocks), minlength=196)
+    assert counts.min() > 8  # corners are rare, because blocks lie wholly inside
+
+
+def test_trap_section_3_masked_patch_prediction_has_its_three_branches():
+    """80 % covered, 10 % another patch of the picture, 10 % as they are; published code leaves the last out."""
+    positions = mask_patches(196, 0.5, CounterRandom(7))
+    drawn = np.stack([stand_ins(positions, 196, 0.8, 0.1, CounterRandom(hash64(key))) for key in range(300)])
+    is_covered, is_kept = drawn == COVERED, drawn == positions
+    assert is_covered.mean() == pytest.approx(0.8, abs=0.01)
+    assert is_kept.mean() == pytest.approx(0.1, abs=0.01)
+    swapped = drawn[~is_covered & ~is_kept]
+    assert len(swapped) / drawn.size == pytest.approx(0.1, abs=0.01)
+    assert set(swapped.tolist()) == set(range(196))
+
+
+def test_the_shares_of_stand_ins_are_as_configured():
+    positions = np.arange(8)
+    assert (stand_ins(positions, 16, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
+    assert (stand_ins(positions, 16, 0.0, 0.0, CounterRandom(1)) == positions).all()
+    swapped = stand_ins(positions, 16, 0.0, 1.0, CounterRandom(1))
+    assert ((swapped != positions) & (swapped >= 0) & (swapped < 16)).all()

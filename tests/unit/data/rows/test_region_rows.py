@@ -1,0 +1,218 @@
+"""Captions with regions through the loader: what a batch holds, the same for every reader; faults are told."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.data.contents.regions import RegionRecord
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.loading.loader import Loader
+from pipeline.data.shards.check import check_shards
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage
+
+NUMBERS, CLASSES, MOST = 6, 5, 8
+OBJECTIVES = ("matching", "masked_language", "region_class", "region_features")
+
+
+def record(number: int, **changed: Any) -> RegionRecord:
+    """Between 1 and 12 regions that no other number gives."""
+    random = np.random.default_rng(number)
+    count = 1 + number % 12
+    corners = random.uniform(0, 30, (count, 2))
+    given: dict[str, Any] = {
+        "features": random.normal(size=(count, NUMBERS)).astype(np.float32),
+        "boxes": np.concatenate([corners, corners + random.uniform(1, 30, (count, 2))], axis=1).astype(np.float32),
+        "image_size": (60, 80),
+        "classes": random.integers(0, CLASSES, count),
+        "confidences": random.permutation(count).astype(np.float32) / count,
+    }
+    return RegionRecord(**(given | changed))
+
+
+def members(number: int, found: RegionRecord | None = None) -> dict[str, bytes]:
+    captions = [f"picture {number} shows a thing in way {way}" for way in "abc"]
+    return {
+        "json": json.dumps({"captions": captions}).encode(),
+        "npz": (record(number) if found is None else found).to_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_tar) -> str:
+    number = 0
+    for shard, size in enumerate([9, 4, 10]):
+        samples = {f"s{n:05d}": members(n) for n in range(number, number + size)}
+        (tmp_path / f"{shard:05d}.tar").write_bytes(make_tar(samples))
+        number += size
+    index_shards(Storage(), str(tmp_path))
+    return str(tmp_path)
+
+
+def run_config(shards: str, objectives: tuple[str, ...] = OBJECTIVES, **changes: Any) -> RunConfig:
+    model = {
+        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12,
+        "max_regions": MOST, "region_features": NUMBERS, "region_classes": CLASSES,
+    }  # fmt: skip
+    stage: dict[str, Any] = {
+        "name": "regions", "sources": {"some": 1.0}, "objectives": {name: {} for name in objectives}, "steps": 100,
+        "batch": 10, "max_text": 12, "negatives": "random",
+    }  # fmt: skip
+    values = {
+        "name": "test",
+        "seed": 3,
+        "model": model | changes.pop("model", {}),
+        "sources": {"some": {"shards": shards, "use": "regions"}},
+        "data": {"lanes": 5, "window": 2, "max_bad_rate": changes.pop("max_bad_rate", 1.0)},
+        "stages": [stage | changes],
+    }
+    return validate(values, "test")
+
+
+def take(config: RunConfig, tokenizer: Tokenizer, count: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world) as loader:
+        return list(islice(loader.batches(0), count))
+
+
+def test_a_row_holds_its_sample_s_regions(shards: str, tokenizer: Tokenizer) -> None:
+    given = {}
+    for number in range(23):
+        best = record(number).most_confident(MOST)
+        given[best.features.tobytes()] = best
+    (batch,) = take(run_config(shards), tokenizer, 1)
+    assert batch.image is None
+    for row in range(len(batch)):
+        keep = batch.region_keep[row]
+        best = given[batch.region_features[row][keep].numpy().tobytes()]
+        np.testing.assert_array_equal(batch.region_location[row][keep], best.locations())
+        np.testing.assert_array_equal(batch.region_class[row][keep], best.classes)
+        for name in ("region_features", "region_location", "region_class", "region_hidden"):
+            assert not getattr(batch, name)[row][~keep].any()
+        masked = batch.region_positions[row][batch.region_positions[row] >= 0]
+        assert len(masked) == max(1, round(0.15 * len(best)))
+        assert keep[masked].all()
+        hidden = torch.nonzero(batch.region_hidden[row]).flatten()
+        assert set(hidden.tolist()) <= set(masked.tolist())
+    assert int(batch.region_keep.sum(dim=1).max()) == batch.region_keep.shape[1]
+
+
+@pytest.mark.parametrize("objectives", [OBJECTIVES, ("masked_language",), ("region_features",)])
+def test_batches_are_the_same_for_every_world_size(
+    shards: str, tokenizer: Tokenizer, objectives: tuple[str, ...]
+) -> None:
+    config = run_config(shards, objectives)
+    prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(2, 5), world) for world in (1, 2, 3)}
+    assert len(prints) == 1
+
+
+def test_loader_processes_make_the_same_rows(shards: str, tokenizer: Tokenizer) -> None:
+    config = run_config(shards)
+    loader = config.data.loader.model_copy(update={"workers": 1})
+    other = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
+    (one,), (same,) = take(config, tokenizer, 1), take(other, tokenizer, 1)
+    for name in ("region_features", "region_keep", "region_positions", "region_hidden", "masked_text", "image_id"):
+        assert torch.equal(getattr(one, name), getattr(same, name)), name
+
+
+def test_masks_change_from_epoch_to_epoch(shards: str, tokenizer: Tokenizer) -> None:
+    seen: dict[int, set[bytes]] = {}
+    for batch in take(run_config(shards), tokenizer, 12):
+        for row, uid in enumerate(batch.uid.tolist()):
+            if batch.region_keep[row].sum() > 4:
+                masked = batch.region_positions[row][batch.region_positions[row] >= 0]
+                seen.setdefault(uid, set()).add(masked.numpy().tobytes())
+    assert max(len(masks) for masks in seen.values()) > 1
+
+
+def test_a_stage_holds_only_what_its_objectives_read(shards: str, tokenizer: Tokenizer) -> None:
+    (batch,) = take(run_config(shards, ("region_features",)), tokenizer, 1)
+    assert batch.text is not None
+    assert batch.region_positions is not None
+    assert batch.region_class is batch.masked_text is None
+    (batch,) = take(run_config(shards, ("matching",)), tokenizer, 1)
+    assert batch.region_features is not None
+    assert batch.region_positions is batch.region_hidden is None
+
+
+def test_equal_images_are_named_alike(shards: str, tokenizer: Tokenizer) -> None:
+    ids = {}
+    for batch in take(run_config(shards), tokenizer, 4):
+        for row in range(len(batch)):
+            key = batch.region_features[row][batch.region_keep[row]].numpy().tobytes()
+            assert ids.setdefault(key, int(batch.image_id[row])) == int(batch.image_id[row])
+    assert len(set(ids.values())) == len(ids) > 10
+
+
+def test_bad_regions_are_replaced_and_told(tmp_path: Path, make_tar, tokenizer: Tokenizer) -> None:
+    """What training quarantines, the check finds ahead of it, with the same reason."""
+    bad = {
+        "no_npz": {"json": members(0)["json"]},
+        "no_zip": {"json": members(0)["json"], "npz": b"no zip"},
+        "outside": members(0, record(0, boxes=np.array([[0, 0, 90, 10]], np.float32))),
+        "nothing": members(0, record(0, features=np.zeros((0, NUMBERS), np.float32))),
+    }
+    samples: dict[str, dict[str, bytes]] = {}
+    for number, key in enumerate(bad):
+        samples |= {f"s{n:05d}": members(n) for n in range(9 * number, 9 * number + 9)} | {key: bad[key]}
+    (tmp_path / "00000.tar").write_bytes(make_tar(samples))
+    index_shards(Storage(), str(tmp_path))
+    (report,) = check_shards(Storage(), str(tmp_path), "regions", 10**6, workers=1)
+    assert {found.key for found in report.bad} == set(bad)
+    config = run_config(str(tmp_path))
+    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1) as loader:
+        list(islice(loader.batches(0), 4))
+        found = {(entry["key"], entry["reason"]) for entry in loader.quarantined()}
+    assert found == {(finding.key, finding.reason) for finding in report.bad}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"region_features": 2048}, r"features of 6 numbers, and model\.region_features is 2048"),
+        ({"region_classes": 2}, r"class \d, and model\.region_classes is 2"),
+    ],
+)
+def test_a_model_for_other_regions_stops_with_the_key_to_change(
+    shards: str, tokenizer: Tokenizer, model: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        take(run_config(shards, model=model, max_bad_rate=0.01), tokenizer, 20)
+
+
+def test_only_imagebert_reads_regions() -> None:
+    with pytest.raises(ConfigError, match=r"regions are for a model of kind imagebert, and model\.kind is vlmo"):
+        validate(
+            {
+                "name": "test",
+                "sources": {"some": {"shards": "x", "use": "regions"}},
+                "stages": [
+                    {"name": "a", "sources": {"some": 1.0}, "objectives": {"region_class": {}}, "steps": 1, "batch": 16}
+                ],
+            },
+            "test",
+        )
+
+
+def test_objectives_that_share_a_masked_pass_read_the_same_rows(shards: str) -> None:
+    config = run_config(shards)
+    values = config.model_dump(mode="json")
+    values["stages"][0]["objectives"]["region_class"]["every"] = 2
+    with pytest.raises(ConfigError, match="masked_language, region_class, region_features share one pass"):
+        validate(values, "test")

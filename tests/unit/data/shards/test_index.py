@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from pipeline.config.errors import DataError
+from pipeline.data.contents.images import decode
+from pipeline.data.contents.members import image_id_of
+from pipeline.data.shards.index import ShardIndex, index_tar, sidecar_facts
+from pipeline.data.shards.tar import split_key
+
+
+def packed(names: list[str], format: int = tarfile.GNU_FORMAT, size: int = 700) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name in names:
+            header = tarfile.TarInfo(name)
+            header.size = size
+            tar.addfile(header, io.BytesIO(name.encode().ljust(size)[:size]))
+    return buffer.getvalue()
+
+
+def contents(index: ShardIndex, data: bytes) -> dict[str, dict[str, bytes]]:
+    return {
+        key: {name: data[at : at + size] for name, at, size in index.members(number)}
+        for number, key in enumerate(index.keys)
+    }
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_index_finds_what_tarfile_finds(format: int):
+    long = "d" * 90 + "/" + "é" * 40 if format != tarfile.USTAR_FORMAT else "d" * 90 + "/" + "e" * 60
+    data = packed(["a/1.jpg", "a/1.json", f"{long}.jpg", f"{long}.txt", "b.seg.PNG"], format)
+    index = index_tar(data, "shard.tar")
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected: dict[str, dict[str, bytes]] = {}
+        for member in tar:
+            key, extension = split_key(member.name)
+            expected.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    assert contents(index, data) == expected
+    assert index.keys == ("a/1", long, "b")
+    assert index.extensions == ("jpg", "json", "seg.png", "txt")
+    assert index.bytes == len(data)
+
+
+def test_index_survives_its_sidecar(make_tar, make_pair):
+    described = [
+        b'{"caption": "one", "score": 0.5, "safe": true, "tongue": "en"}',
+        b'{"caption": "two", "score": null}',
+        b"no json",
+    ]
+    samples = {str(n): make_pair(n) | {"json": data} for n, data in enumerate(described)}
+    index = index_tar(make_tar(samples | {"text": {"txt": b"only words"}}), "shard.tar", etag="tag")
+    again = ShardIndex.from_bytes(index.to_bytes())
+    arrays = [name for name, value in vars(index).items() if isinstance(value, np.ndarray)]
+    assert len(arrays) == 11
+    for name in arrays:
+        assert np.array_equal(getattr(again, name), getattr(index, name)), name
+        assert getattr(again, name).dtype == getattr(index, name).dtype, name
+    for name in ("keys", "extensions", "other_fields", "bytes", "digest", "etag"):
+        assert getattr(again, name) == getattr(index, name)
+    assert list(again.columns) == ["safe", "score", "tongue"]
+    assert again.columns["tongue"].tolist() == ["en", "", "", ""]
+    assert np.array_equal(again.columns["score"], [0.5, np.nan, np.nan, np.nan], equal_nan=True)
+    assert sidecar_facts(index.to_bytes()) == index.facts
+
+
+@pytest.mark.parametrize("keep", [0, 2, 40, 0.5, -1])
+def test_a_damaged_sidecar_is_a_value_error(keep: float):
+    data = index_tar(packed(["1.jpg", "1.txt"]), "x.tar").to_bytes()
+    cut = data[: int(keep * len(data)) if isinstance(keep, float) else keep]
+    for read in (ShardIndex.from_bytes, sidecar_facts):
+        with pytest.raises(ValueError, match="not an index"):
+            read(cut)
+
+
+def test_a_sidecar_of_the_first_version_is_told_apart():
+    buffer = io.BytesIO()
+    np.savez(buffer, version=1, first=np.zeros(1))
+    with pytest.raises(ValueError, match="an index of an earlier version"):
+        ShardIndex.from_bytes(buffer.getvalue())
+
+
+def test_folders_links_and_nameless_files_are_no_samples():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, kind in (("d", tarfile.DIRTYPE), ("d/1.txt", tarfile.REGTYPE), ("link.txt", tarfile.SYMTYPE)):
+            header = tarfile.TarInfo(name)
+            header.type = kind
+            tar.addfile(header)
+        for name in ("README", "d/.hidden.txt", "._1.txt", "__meta__.json", "./2.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    assert index_tar(buffer.getvalue(), "shard.tar").keys == ("d/1", "2")
+
+
+def test_empty_tar_has_no_samples():
+    index = index_tar(packed([]), "shard.tar")
+    assert len(index) == 0
+    assert index.first.tolist() == [0]
+
+
+def cuts(data: bytes) -> dict[str, bytes]:
+    """The five places a tar of three 700-byte members can be cut: each member takes 512 + 1024 bytes."""
+    end = 3 * 1536
+    return {
+        "inside a header": data[: 1536 + 200],
+        "inside a member's data": data[: 1536 + 512 + 300],
+        "before the two zero blocks": data[:1536],
+        "between the two zero blocks": data[: end + 512],
+        "with its last member's padding missing": data[: end - 10],
+    }
+
+
+@pytest.mark.parametrize("cut", list(cuts(b"")))
+def test_a_tar_cut_anywhere_is_refused_by_name(cut: str):
+    data = cuts(packed(["1.jpg", "1.txt", "2.jpg"]))[cut]
+    with pytest.raises(DataError, match=r"s3://b/00007\.tar: the shard is truncated"):
+        index_tar(data, "s3://b/00007.tar")
+
+
+def test_damaged_compressed_and_foreign_files_are_refused_with_a_remedy():
+    good = packed(["1.jpg", "1.txt", "2.jpg"])
+    with pytest.raises(DataError, match=r"compressed.*Unpack x.tgz"):
+        index_tar(gzip.compress(good), "x.tgz")
+    with pytest.raises(DataError, match=r"x\.tar: no tar header at byte 0"):
+        index_tar(b"hello world " * 100, "x.tar")
+    with pytest.raises(DataError, match=r"x\.tar: no tar header at byte 1536"):
+        index_tar(good[:1536] + b"\x01" + good[1537:], "x.tar")
+    with pytest.raises(DataError, match=r"tars put end to end"):
+        index_tar(good + good, "x.tar")
+
+
+def tar_of(members: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_a_key_seen_before_begins_a_flagged_sample_next_to_it_and_apart():
+    names = ["a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "a.txt", "c.jpg", "b.txt"]
+    index = index_tar(tar_of([(name, name.encode()) for name in names]), "x.tar")
+    assert index.keys == ("a", "a", "b", "a", "c", "b")
+    assert index.duplicate.tolist() == [False, True, False, True, False, True]
+    assert [[name for name, _, _ in index.members(n)] for n in range(6)] == [
+        ["jpg", "txt"],
+        ["jpg", "txt"],
+        ["jpg"],
+        ["txt"],
+        ["jpg"],
+        ["txt"],
+    ]
+
+
+def encoded(format: str, size: tuple[int, int], orientation: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size, "white").save(buffer, format, exif=exif if orientation > 1 else b"")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_pictures_size_is_the_decoded_ones(format: str, orientation: int):
+    data = encoded(format, (40, 30), orientation)
+    index = index_tar(tar_of([(f"a.{format.lower()}", data)]), "x.tar")
+    assert (int(index.height[0]), int(index.width[0])) == decode(data, 10_000).shape[:2]
+    assert (int(index.width[0]) == 30) == (orientation == 6)
+
+
+def test_what_cannot_be_told_is_nought():
+    members = [
+        ("a.jpg", b"\xff\xd8 no picture"),
+        ("a.json", b"{"),
+        ("b.txt", b"words only"),
+        ("c.json", b"[1]"),
+        ("d.cls", b"1"),
+    ]
+    index = index_tar(tar_of(members), "x.tar")
+    assert index.width.tolist() == index.height.tolist() == [0, 0, 0, 0]
+    assert index.caption_length.tolist() == [0, 10, 0, 0]
+    assert index.url_id.tolist() == [0, 0, 0, 0]
+    assert index.image_id.tolist() == [image_id_of({"jpg": b"\xff\xd8 no picture"}), 0, 0, 0]
+    assert index.columns == {}
+
+
+def test_image_ids_are_those_of_the_members(make_tar, make_pair):
+    samples = {"a": make_pair(1), "b": make_pair(1), "c": make_pair(2) | {"json": b'{"image_id": 7, "caption": "x"}'}}
+    index = index_tar(make_tar(samples), "x.tar")
+    assert index.image_id.tolist() == [image_id_of(members) for members in samples.values()]
+    assert index.image_id[0] == index.image_id[1] != index.image_id[2]
+
+
+def test_caption_length_is_the_longest_captions(make_tar):
+    samples = {
+        "a": {"json": json.dumps({"captions": ["four", "six ch", "äöü"]}).encode()},
+        "b": {"txt": " süß ".encode()},
+        "c": {"json": b'{"captions": ["fine", ""]}'},
+    }
+    assert index_tar(make_tar(samples), "x.tar").caption_length.tolist() == [6, 3, 0]
+
+
+def test_fields_of_the_json_become_columns_or_are_named(make_tar):
+    rows = [
+        {"score": 1, "safe": True, "tongue": "en", "mixed": 1, "list": [1], "long": "x" * 17, "huge": 10**400},
+        {"score": 2.5, "safe": False, "mixed": "one", "width": 9, "key": "k", "url": "u", "image_id": 3},
+        {"tongue": "de", "status": "ok"},
+    ]
+    rows += [{"name": f"n{number}"} for number in range(300)]
+    index = index_tar(make_tar({f"{n:03d}": {"json": json.dumps(row).encode()} for n, row in enumerate(rows)}), "x.tar")
+    assert sorted(index.columns) == ["safe", "score", "status", "tongue"]
+    assert index.other_fields == ("huge", "list", "long", "mixed", "name")
+    assert index.columns["score"][:2].tolist() == [1, 2.5]
+    assert np.isnan(index.columns["score"][2:]).all()
+    assert index.columns["safe"][:2].tolist() == [1, 0]
+    assert index.columns["tongue"][:3].tolist() == ["en", "", "de"]
+    assert index.width.tolist() == [0] * len(rows)
+
+
+def test_a_truncated_pictures_size_is_still_known(make_tar):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    whole = simplejpeg.encode_jpeg(noise, 90, "RGB")
+    index = index_tar(make_tar({"a": {"jpg": whole[: len(whole) // 2]}}), "x.tar")
+    assert (index.width[0], index.height[0]) == (40, 30)

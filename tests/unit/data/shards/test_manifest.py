@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.errors import ConfigError, DataError, StorageError
+from pipeline.data.shards.index import ShardIndex
+from pipeline.data.shards.manifest import (
+    check_present,
+    ensure_indexed,
+    expand_braces,
+    index_shards,
+    load_index,
+    load_manifest,
+)
+from pipeline.data.storage import Storage
+
+
+class Watched(Storage):
+    """A storage that tells which files were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def open(self, url: str):
+        self.seen.append(Path(url).name)
+        return super().open(url)
+
+    def read(self, url: str) -> bytes:
+        self.seen.append(Path(url).name)
+        return super().read(url)
+
+
+def empty_tar() -> bytes:
+    buffer = io.BytesIO()
+    tarfile.open(fileobj=buffer, mode="w").close()
+    return buffer.getvalue()
+
+
+def test_folder_is_indexed_and_its_tars_stay_untouched(make_pairs, tmp_path: Path):
+    storage, folder = Storage(), make_pairs("pairs", [5, 3])
+    before = {name: (Path(folder) / name).read_bytes() for name in os.listdir(folder)}
+    manifest = index_shards(storage, folder)
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("00000.tar", 5), ("00001.tar", 3)]
+    assert manifest.num_samples == 8
+    assert {name: (Path(folder) / name).read_bytes() for name in before} == before
+    assert load_manifest(storage, folder) == manifest
+    assert [len(load_index(storage, folder, record)) for record in manifest.shards] == [5, 3]
+
+
+def test_indexing_continues_where_it_stopped(make_pairs):
+    storage, folder = Storage(), make_pairs("pairs", [5, 3, 4])
+    manifest = index_shards(storage, folder)
+    for name in ("manifest.json", "00002.tar.index.npz"):
+        os.unlink(f"{folder}/{name}")
+    (Path(folder) / "00001.tar.index.npz").write_bytes(b"half an index")
+    watched = Watched()
+    assert index_shards(watched, folder) == manifest
+    assert sorted(name for name in watched.seen if name.endswith(".tar")) == ["00001.tar", "00002.tar"]
+
+
+def test_digest_names_contents_and_not_places(make_pairs, make_tar, make_pair):
+    storage = Storage()
+    first = index_shards(storage, make_pairs("pairs", [5, 3]))
+    shutil.copytree(Path(make_pairs("copied", [])).parent / "pairs", Path(make_pairs("copies", [])) / "in")
+    folder = str(Path(make_pairs("more", [])).parent / "copies" / "in")
+    assert index_shards(storage, folder).digest == first.digest
+    (Path(folder) / "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(3)}))
+    assert index_shards(storage, folder).digest != first.digest
+
+
+def test_brace_patterns_choose_shards(make_pairs):
+    storage, folder = Storage(), make_pairs("pairs", [2, 3, 4])
+    index_shards(storage, folder)
+    manifest = load_manifest(storage, f"{folder}/0000{{1..2}}.tar")
+    assert [shard.samples for shard in manifest.shards] == [3, 4]
+    assert load_manifest(storage, f"{folder}/00000.tar").num_samples == 2
+    with pytest.raises(DataError, match=r"00003\.tar is not in"):
+        load_manifest(storage, f"{folder}/{{00000..00003}}.tar")
+
+
+def test_braces_expand():
+    assert expand_braces("a-{08..11}.{x,y}") == [f"a-{n}.{e}" for n in ("08", "09", "10", "11") for e in "xy"]
+    assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
+    storage = Storage()
+    with pytest.raises(DataError, match=r"no such folder of shards.*mome shards build"):
+        load_manifest(storage, str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no manifest\.json in it.*mome shards index"):
+        load_manifest(storage, str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=r"no \.tar files there"):
+        index_shards(storage, str(tmp_path / "empty"))
+    (tmp_path / "empty" / "x.tgz").write_bytes(gzip.compress(empty_tar()))
+    with pytest.raises(DataError, match=r"no \.tar files there\. Unpack x\.tgz"):
+        index_shards(storage, str(tmp_path / "empty"))
+    (tmp_path / "empty" / "x.tar").write_bytes(empty_tar())
+    index_shards(storage, str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=r"hold no samples"):
+        load_manifest(storage, str(tmp_path / "empty"))
+
+
+def test_edited_manifest_and_foreign_index_are_refused(make_pairs):
+    storage, folder = Storage(), make_pairs("pairs", [5, 3])
+    manifest = index_shards(storage, folder)
+    shutil.copy(f"{folder}/00000.tar.index.npz", f"{folder}/00001.tar.index.npz")
+    with pytest.raises(DataError, match=r"00001\.tar\.index\.npz: belongs to another version"):
+        load_index(storage, folder, manifest.shards[1])
+    content = json.loads(Path(folder, "manifest.json").read_text())
+    content["shards"][0]["samples"] = 50
+    Path(folder, "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"edited or damaged"):
+        load_manifest(storage, folder)
+
+
+def test_missing_and_cut_shards_are_found_by_one_listing(make_pairs):
+    storage, folder = Storage(), make_pairs("pairs", [5, 3])
+    manifest = index_shards(storage, folder)
+    check_present(storage, folder, manifest)
+    os.truncate(f"{folder}/00001.tar", 4096)
+    with pytest.raises(DataError, match=r"00001\.tar: the shard was truncated: 4096 bytes"):
+        check_present(storage, folder, manifest)
+    os.unlink(f"{folder}/00000.tar")
+    with pytest.raises(DataError, match=r"00000\.tar: the shard is missing"):
+        check_present(storage, folder, manifest)
+
+
+def test_a_shard_that_the_manifest_knows_is_not_looked_at_again(make_pairs):
+    folder = make_pairs("many", [1] * 300)
+    told = []
+    manifest = index_shards(Storage(), folder, lambda *progress: told.append(progress))
+    assert [done for done, total, _ in told] == list(range(1, 301))
+    assert {total for _, total, _ in told} == {300}
+    assert {name for _, _, name in told} == {shard.name for shard in manifest.shards}
+    for call in (index_shards, ensure_indexed, load_manifest):
+        watched = Watched()
+        assert call(watched, folder) == manifest
+        assert watched.seen == ["manifest.json"]
+
+
+def test_a_replaced_shard_is_indexed_anew(make_pairs, make_tar, make_pair):
+    folder = make_pairs("pairs", [5, 3])
+    before = index_shards(Storage(), folder)
+    Path(folder, "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(2)}))
+    after = index_shards(Storage(), folder)
+    assert [shard.samples for shard in after.shards] == [5, 2]
+    assert after.shards[0] == before.shards[0]
+    assert len(load_index(Storage(), folder, after.shards[1])) == 2
+
+
+def test_a_cut_shard_stops_the_indexing_by_name_and_what_is_done_stays_done(make_pairs):
+    folder = make_pairs("pairs", [5, 3, 4])
+    os.truncate(f"{folder}/00001.tar", 4096)
+    with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
+        index_shards(Storage(), folder)
+    assert not Path(folder, "manifest.json").exists()
+    assert Path(folder, "00000.tar.index.npz").exists()
+
+
+def test_a_pattern_is_indexed_beside_the_folders_other_shards(make_pairs):
+    folder = make_pairs("pairs", [2, 3, 4])
+    assert [shard.samples for shard in index_shards(Storage(), f"{folder}/0000{{0..1}}.tar").shards] == [2, 3]
+    assert [shard.samples for shard in index_shards(Storage(), f"{folder}/00002.tar").shards] == [4]
+    assert [shard.samples for shard in load_manifest(Storage(), folder).shards] == [2, 3, 4]
+
+
+def test_ensuring_makes_the_manifest_once_and_adds_new_shards(make_pairs, make_tar, make_pair):
+    folder = make_pairs("pairs", [5, 3])
+    told = []
+    manifest = ensure_indexed(Storage(), folder, lambda *progress: told.append(progress))
+    assert manifest == load_manifest(Storage(), folder)
+    assert [done for done, _, _ in told] == [1, 2]
+    Path(folder, "00002.tar").write_bytes(make_tar({"new": make_pair(9)}))
+    watched = Watched()
+    assert [shard.samples for shard in ensure_indexed(watched, folder).shards] == [5, 3, 1]
+    assert [name for name in watched.seen if name.endswith(".tar")] == ["00002.tar"]
+    assert [shard.samples for shard in ensure_indexed(Storage(), f"{folder}/00001.tar").shards] == [3]
+
+
+def test_ensuring_makes_a_lost_index_again(make_pairs):
+    folder = make_pairs("pairs", [5, 3])
+    manifest = index_shards(Storage(), folder)
+    os.unlink(f"{folder}/00001.tar.index.npz")
+    watched = Watched()
+    assert ensure_indexed(watched, folder) == manifest
+    assert [name for name in watched.seen if name.endswith(".tar")] == ["00001.tar"]
+    assert len(load_index(Storage(), folder, manifest.shards[1])) == 3
+
+
+def test_ensuring_never_takes_a_lost_or_cut_shard_for_granted(make_pairs):
+    folder = make_pairs("pairs", [5, 3])
+    index_shards(Storage(), folder)
+    before = Path(folder, "manifest.json").read_bytes()
+    os.truncate(f"{folder}/00001.tar", 4096)
+    with pytest.raises(DataError, match=r"00001\.tar: the shard was truncated"):
+        ensure_indexed(Storage(), folder)
+    os.unlink(f"{folder}/00001.tar")
+    with pytest.raises(DataError, match=r"00001\.tar: the shard is missing"):
+        ensure_indexed(Storage(), folder)
+    assert Path(folder, "manifest.json").read_bytes() == before
+
+
+def test_what_an_earlier_version_indexed_is_indexed_again(make_pairs):
+    folder = make_pairs("pairs", [5, 3])
+    manifest = index_shards(Storage(), folder)
+    path = Path(folder, "manifest.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    with pytest.raises(DataError, match=r"version 1, expected 2"):
+        load_manifest(Storage(), folder)
+    assert ensure_indexed(Storage(), folder) == manifest
+    assert load_manifest(Storage(), folder) == manifest
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may write everywhere: for a while this process is nobody."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_written_is_told_so(make_tar, make_pair):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "0.tar").write_bytes(make_tar({"a": make_pair(0)}))
+        os.chmod(folder, 0o555)
+        try:
+            with as_nobody(), pytest.raises(StorageError, match=r"denied.*give write access to the folder"):
+                ensure_indexed(Storage(), folder)
+            os.chmod(folder, 0o755)
+            manifest = ensure_indexed(Storage(), folder)
+            os.chmod(folder, 0o555)
+            with as_nobody():
+                assert ensure_indexed(Storage(), folder) == manifest
+        finally:
+            os.chmod(folder, 0o755)
+
+
+def test_pipes_are_refused(tmp_path: Path):
+    for call in (index_shards, ensure_indexed, load_manifest):
+        with pytest.raises(ConfigError, match=r"runs a command"):
+            call(Storage(), f"pipe:touch {tmp_path}/done; cat x.tar")
+    assert os.listdir(tmp_path) == []
+
+
+def energon_index(path: Path) -> bytes:
+    """As Megatron-Energon's `prepare` writes it: where each sample begins, then where the last ends."""
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar if member.name.endswith(".jpg")]
+        return struct.pack(f"<{len(offsets) + 1}Q", *offsets, tar.offset)
+
+
+def dali_index(path: Path) -> bytes:
+    """As DALI's wds2idx v1.2 writes it."""
+    with tarfile.open(path) as tar:
+        members = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in tar]
+    return "\n".join(
+        [f"v1.2 {len(members) // 2}", *(" ".join(members[i : i + 2]) for i in range(0, len(members), 2)), ""]
+    ).encode()
+
+
+@pytest.fixture
+def counted(make_pairs) -> str:
+    """Four shards: three were counted by other tools, each in its own way, one by nobody."""
+    folder = Path(make_pairs("counted", [5, 3, 4, 2]))
+    (folder / "00000.tar.idx").write_bytes(energon_index(folder / "00000.tar"))
+    (folder / "00001.idx").write_bytes(dali_index(folder / "00001.tar"))
+    (folder / "00002_stats.json").write_text(json.dumps({"count": 6, "successes": 4, "failed_to_download": 2}))
+    return str(folder)
+
+
+def test_counts_of_other_tools_spare_the_reading(counted: str):
+    watched = Watched()
+    manifest = index_shards(watched, counted, trust_counts=True)
+    assert [name for name in watched.seen if name.endswith(".tar")] == ["00003.tar"]
+    assert [shard.samples for shard in manifest.shards] == [5, 3, 4, 2]
+    assert [shard.is_trusted for shard in manifest.shards] == [True, True, True, False]
+    assert load_manifest(Storage(), counted) == ensure_indexed(Storage(), counted) == manifest
+    again = Watched()
+    assert index_shards(again, counted, trust_counts=True) == manifest
+    assert again.seen == ["manifest.json"]
+
+
+def test_a_trusted_shard_is_indexed_when_it_is_first_asked_for_and_then_kept(counted: str):
+    manifest = index_shards(Storage(), counted, trust_counts=True)
+    watched = Watched()
+    index = load_index(watched, counted, manifest.shards[1])
+    assert index.keys == ("counted00005", "counted00006", "counted00007")
+    again = load_index(watched, counted, manifest.shards[1])
+    assert (again.keys, again.digest) == (index.keys, index.digest)
+    assert watched.seen.count("00001.tar") == 1
+    whole = index_shards(Storage(), counted)
+    assert not any(shard.is_trusted for shard in whole.shards)
+    assert whole.shards[1].digest == index.digest
+    assert whole.digest != manifest.digest
+
+
+def test_a_trusted_count_that_proves_wrong_is_fatal_by_name(counted: str):
+    Path(counted, "00002_stats.json").write_text(json.dumps({"successes": 3}))
+    manifest = index_shards(Storage(), counted, trust_counts=True)
+    assert [shard.samples for shard in manifest.shards] == [5, 3, 3, 2]
+    with pytest.raises(DataError, match=r"00002\.tar: it holds 4 samples, and the index of another tool said 3"):
+        load_index(Storage(), counted, manifest.shards[2])
+
+
+def test_a_trusted_shard_that_was_replaced_is_fatal_by_name(counted: str, make_tar, make_pair):
+    manifest = index_shards(Storage(), counted, trust_counts=True)
+    Path(counted, "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(3)}))
+    with pytest.raises(DataError, match=r"00001\.tar: the shard was changed"):
+        load_index(Storage(), counted, manifest.shards[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("00000.tar.idx", b"12345", "no list of 8-byte offsets"),
+        ("00000.tar.idx", struct.pack("<3Q", 0, 100, 2048), "no growing multiples of 512"),
+        ("00000.tar.idx", struct.pack("<3Q", 0, 512, 1 << 30), "samples end at byte 1073741824"),
+        ("00001.idx", b"v2.0 1\njpg 512 10\n", "version v2.0"),
+        ("00001.idx", b"v1.1 2\njpg 512 10\n", "states 2 samples and lists 1"),
+        ("00001.idx", b"v1.0 1\njpg 512\n", "line 2 is no list of members"),
+        ("00001.idx", b"v1.0 1\njpg 512 99999999\n", "no member of 99999999 bytes"),
+        ("00002_stats.json", b'{"successes": 4000}', "4000 samples in a tar of"),
+        ("00002_stats.json", b'{"count": 4}', "successes"),
+    ],
+)
+def test_counts_that_cannot_be_the_tars_are_refused_by_name(counted: str, name: str, content: bytes, reason: str):
+    Path(counted, name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: it does not fit .*{reason}"):
+        index_shards(Storage(), counted, trust_counts=True)
+    assert index_shards(Storage(), counted).num_samples == 14
+
+
+def contents(index: ShardIndex, data: bytes) -> dict[str, dict[str, bytes]]:
+    return {
+        key: {name: data[at : at + size] for name, at, size in index.members(number)}
+        for number, key in enumerate(index.keys)
+    }
+
+
+def test_tars_made_by_others_are_indexed_as_they_are(shared: Path, tmp_path: Path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for path in (shared / "data" / "webdataset_tars").glob("*.tar"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    manifest = index_shards(Storage(), str(folder))
+    counts = {shard.name: shard.samples for shard in manifest.shards}
+    assert counts == {
+        "aistore_single-png-cls.tar": 1,
+        "aistore_small-mnist-3.tar": 3,
+        "clipretrieval_image1.tar": 4,
+        "clipretrieval_image2.tar": 3,
+        "clipretrieval_image3.tar": 2,
+        "clipretrieval_image4.tar": 2,
+        "webdataset_compressed.tar": 3,
+        "webdataset_mpdata.tar": 100,
+        "webdataset_tendata.tar": 100,
+        "webdataset_testgz.tar": 1000,
+    }
+    for record in manifest.shards:
+        data = (folder / record.name).read_bytes()
+        found = contents(load_index(Storage(), str(folder), record), data)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        assert {f"{key}.{name}": data for key, ms in found.items() for name, data in ms.items()} == files

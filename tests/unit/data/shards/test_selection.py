@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import FilterConfig, SourceConfig
+from pipeline.data.shards.index import ShardIndex
+from pipeline.data.shards.manifest import index_shards, load_index
+from pipeline.data.shards.sources import Source, open_source
+from pipeline.data.storage import Storage
+
+ROWS = [  # of two shards: five samples, then four
+    {"score": 0.1, "tongue": "en", "url": "http://x/0", "caption": "a"},
+    {"score": 0.5, "tongue": "de", "url": "http://x/1", "caption": "a b c d"},
+    {"score": 0.9, "tongue": "en", "url": "http://x/2", "caption": "a b"},
+    {"tongue": "fr", "caption": "a b c"},
+    {"score": 0.3, "caption": "a b c d e f", "image_id": 77},
+    {"score": 0.7, "image_id": "seven", "caption": "x"},
+    {"score": 0.2, "caption": "x"},
+    {"score": 0.8, "caption": "x", "note": "a text that is too long for an index"},
+    {"score": 0.6, "caption": "x", "note": 3},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
+    """Nine pairs with metadata; the picture of sample n is 24 pixels wide."""
+    for shard, rows in enumerate((range(5), range(5, 9))):
+        samples = {f"k{n}": make_pair(n) | {"json": json.dumps(ROWS[n]).encode()} for n in rows}
+        (tmp_path / f"{shard}.tar").write_bytes(make_tar(samples))
+    index_shards(Storage(), str(tmp_path))
+    return str(tmp_path)
+
+
+def indexes(source: Source) -> list[ShardIndex]:
+    return [load_index(Storage(), source.url, record) for record in source.manifest.shards]
+
+
+def read(folder: str, opt_out: str | None = None, **filters: dict) -> list[int]:
+    """The samples that are left, by the numbers of their keys; the counts must agree."""
+    source = opened(folder, opt_out, **filters)
+    found = [[int(index.keys[n][1:]) for n in source.chosen(index)] for index in indexes(source)]
+    assert source.counts.tolist() == [len(keys) for keys in found]
+    return [key for keys in found for key in keys]
+
+
+def opened(folder: str, opt_out: str | None = None, saved: str | None = None, **filters: dict) -> Source:
+    conditions = {name: FilterConfig(**condition) for name, condition in filters.items()}
+    return open_source(Storage(), SourceConfig(shards=folder, filters=conditions, opt_out=opt_out), saved)
+
+
+def test_a_source_without_conditions_is_its_manifest(folder: str):
+    source = opened(folder)
+    assert source.selection is None
+    assert source.chosen(indexes(source)[0]) is None
+    assert source.counts.tolist() == [5, 4]
+    assert source.counts.dtype == np.int64
+    assert source.digest == source.manifest.digest
+
+
+def test_bounds_admit_what_lies_between_them(folder: str):
+    assert read(folder, score={"min": 0.5}) == [1, 2, 5, 7, 8]
+    assert read(folder, score={"max": 0.3}) == [0, 4, 6]
+    assert read(folder, score={"min": 0.3, "max": 0.7}) == [1, 4, 5, 8]
+    assert read(folder, score={"min": 0.8, "keep_missing": True}) == [2, 3, 7]
+
+
+def test_texts_are_admitted_by_name(folder: str):
+    assert read(folder, tongue={"any_of": ("en", "fr")}) == [0, 2, 3]
+    assert read(folder, tongue={"none_of": ("en",)}) == [1, 3]
+    assert read(folder, tongue={"none_of": ("en",), "keep_missing": True}) == [1, 3, 4, 5, 6, 7, 8]
+
+
+def test_what_is_measured_can_be_filtered(folder: str):
+    assert read(folder, caption_length={"min": 4}) == [1, 3, 4]
+    assert read(folder, width={"min": 24}, height={"max": 24}) == list(range(9))
+
+
+def test_every_condition_must_hold(folder: str):
+    assert read(folder, score={"min": 0.5}, tongue={"any_of": ("en",)}) == [2]
+
+
+def test_a_shard_may_be_left_empty_and_a_source_not(folder: str):
+    source = opened(folder, tongue={"any_of": ("de",)})
+    assert source.counts.tolist() == [1, 0]
+    assert [source.chosen(index).tolist() for index in indexes(source)] == [[1], []]
+    with pytest.raises(DataError, match=r"none of its 9 samples is left"):
+        opened(folder, tongue={"any_of": ("nl",)})
+
+
+def test_listed_ids_are_never_read(folder: str, tmp_path: Path):
+    listed = tmp_path / "opt_out.txt"
+    listed.write_text("\ufeffk0\n\nhttp://x/2\r\n  77 \nseven\nk00\nhttp://x\nnobody\n", encoding="utf-8")
+    assert read(folder, str(listed)) == [1, 3, 6, 7, 8]
+    assert read(folder, str(listed), score={"min": 0.7}) == [7]
+
+
+def test_an_opt_out_list_is_read_from_a_store(folder: str, s3):
+    storage = Storage(s3.config)
+    storage.write(s3.url("out.txt"), "\n".join(f"k{n}" for n in range(1, 8)).encode())
+    source = open_source(storage, SourceConfig(shards=folder, opt_out=s3.url("out.txt")))
+    assert source.counts.tolist() == [1, 1]
+
+
+def test_a_missing_and_a_foreign_opt_out_list_are_named(folder: str, tmp_path: Path):
+    with pytest.raises(DataError, match=r"absent\.txt: the opt-out list is missing"):
+        opened(folder, str(tmp_path / "absent.txt"))
+    (tmp_path / "latin.txt").write_bytes("k0\nkäse\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt: line 2 of the opt-out list is not UTF-8"):
+        opened(folder, str(tmp_path / "latin.txt"))
+
+
+def test_properties_that_cannot_be_compared_so_are_told(folder: str):
+    with pytest.raises(
+        ConfigError, match=r"no sample has 'scor'; its shards have caption_length, height, score, tongue, width"
+    ):
+        opened(folder, scor={"min": 1})
+    with pytest.raises(ConfigError, match=r"tongue: it is a text in 0\.tar"):
+        opened(folder, tongue={"min": 1})
+    with pytest.raises(ConfigError, match=r"score: it is a number in .\.tar"):
+        opened(folder, score={"any_of": ("1",)})
+    with pytest.raises(ConfigError, match=r"note: it is neither a number nor a short text throughout 1\.tar"):
+        opened(folder, note={"min": 1})
+
+
+def test_every_change_of_the_choice_changes_the_digest(folder: str, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("nobody\n")
+    (tmp_path / "b.txt").write_text("no one\n")
+    sources = [
+        opened(folder),
+        opened(folder, score={"min": 0.5}),
+        opened(folder, score={"min": 0.51}),
+        opened(folder, score={"min": 0.5, "keep_missing": True}),
+        opened(folder, str(tmp_path / "a.txt")),
+        opened(folder, str(tmp_path / "b.txt")),
+    ]
+    assert len({source.digest for source in sources}) == 6
+    assert opened(folder, score={"min": 0.5}).digest == sources[1].digest
+
+
+class Counting(Storage):
+    """A storage that counts the indexes that are read."""
+
+    read_indexes = 0
+
+    def read(self, url: str) -> bytes:
+        self.read_indexes += url.endswith(".index.npz")
+        return super().read(url)
+
+
+def test_saved_counts_spare_the_indexes_and_answer_only_their_own_question(folder: str, tmp_path: Path):
+    saved = str(tmp_path / "counts" / "pairs.json")
+    config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.5)})
+    storage = Counting()
+    first = open_source(storage, config, saved)
+    assert storage.read_indexes == 2
+    again = open_source(storage, config, saved)
+    assert storage.read_indexes == 2
+    assert (again.digest, again.counts.tolist()) == (first.digest, first.counts.tolist())
+    other = open_source(storage, SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.6)}), saved)
+    assert storage.read_indexes == 4
+    assert other.counts.tolist() == [1, 3]
+    Path(saved).write_text("{")
+    assert open_source(storage, config, saved).counts.tolist() == first.counts.tolist()
+
+
+def test_counting_tells_its_progress(folder: str):
+    told = []
+    config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.5)})
+    open_source(Storage(), config, progress=lambda *progress: told.append(progress))
+    assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
+
+
+def test_a_source_travels_to_other_processes(folder: str, tmp_path: Path):
+    (tmp_path / "out.txt").write_text("k1\n")
+    source = opened(folder, str(tmp_path / "out.txt"), score={"min": 0.5})
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301
+    assert (again.digest, again.counts.tolist()) == (source.digest, source.counts.tolist())
+    assert [again.chosen(index).tolist() for index in indexes(again)] == [[2], [0, 2, 3]]
