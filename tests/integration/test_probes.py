@@ -55,6 +55,9 @@ class Experts(nn.Module):
     def part_of(self, parameter: str) -> str:
         return parameter
 
+    def transformer_blocks(self) -> list[nn.Module]:
+        return []
+
 
 def _passes(step: int, micro_batch: int, rank: int, experts: str) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(100 * step + 10 * micro_batch + rank)
