@@ -17,7 +17,6 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -78,26 +77,33 @@ class Followed(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-class FusedAttention(TorchFunctionMode):
+class FusedAttention:
     """Runs every attention as the chosen device's kernels would, as far as bytes and arithmetic go; `flops` counts it.
 
-    Values are not computed: it is for tensors without memory.
+    Values are not computed: it is for tensors without memory. While it is entered it stands in torch's own place: a
+    function mode would not be there when a backward computes blocks again.
     """
 
     def __init__(self, kernels: Kernels) -> None:
-        super().__init__()
         self.kernels, self.flops = kernels, 0
+        self._plain: Callable[..., Tensor] = F.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention or args[0].device.type != "meta":
-            return function(*args, **kwargs)
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-        if self.kernels == "cpu" and mask is not None and mask.requires_grad:
-            return function(*args, **kwargs)  # tensors without memory take the plain path by themselves
-        return _Kernel.apply(self, *args[:3], mask)
+    def __enter__(self) -> Self:
+        self._plain = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._attend  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        F.scaled_dot_product_attention = self._plain
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        biased = attn_mask is not None and attn_mask.requires_grad
+        if query.device.type != "meta" or (self.kernels == "cpu" and biased):
+            # Tensors without memory take the plain path, as a bias with a gradient does on the CPU, by themselves.
+            return self._plain(query, key, value, attn_mask=attn_mask, **kwargs)
+        return _Kernel.apply(self, query, key, value, attn_mask)
 
 
 class _Kernel(torch.autograd.Function):
@@ -146,7 +152,7 @@ class Probe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._followed.__exit__(kind, error, trace)
-        self._attention.__exit__(kind, error, trace)
+        self._attention.__exit__()
 
     @property
     def live_bytes(self) -> int:
