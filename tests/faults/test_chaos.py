@@ -30,7 +30,7 @@ from raylets import Cluster, Node, raylets, wait_until
 
 from pipeline.data.storage import join
 
-FAULTS = int(os.environ.get("MOME_CHAOS", "3"))
+FAULTS = int(os.environ.get("MOME_CHAOS", "0"))
 STEPS = max(12, 4 * FAULTS)  # of each stage
 REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
@@ -198,6 +198,7 @@ def report(times: dict[str, list[float]], wall: float) -> None:
     print(f"  goodput {max(0.0, 1 - spent / wall):.0%}")
 
 
+@pytest.mark.skipif(FAULTS == 0, reason="a minute a fault; set MOME_CHAOS to how many")
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,8 @@ import pytest
 from campaign import Campaign, assert_same_losses, paced
 from network import network
 from raylets import raylets, wait_until
+
+pytestmark = pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
 
 STEPS, SECONDS = 20, 900
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import psutil
 import pytest
 from campaign import Campaign, assert_same_losses, paced
 from raylets import Cluster, raylets, wait_until
+
+pytestmark = pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
 
 STEPS = 40
 SECONDS = 900  # that anything is waited for: a loaded machine takes its time
