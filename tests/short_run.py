@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.tracking.journal import read_records
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 STEPS = 8
@@ -71,9 +72,9 @@ def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
 
 
 def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
-    """Every record, in order."""
+    """Every whole record, in order."""
     files = sorted(Path(folder, name, "journal").glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [record for file in files for _, record in read_records(file)]
 
 
 class BeforeStep:

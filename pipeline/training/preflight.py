@@ -9,6 +9,7 @@ the index of shards that had none stays beside them.
 from __future__ import annotations
 
 import gc
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.prepare import VOCABULARY, prepare
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
+
+log = logging.getLogger(__name__)
 
 WRITTEN_BYTES = 8 * 2**20
 GB = 1e9
@@ -76,8 +79,15 @@ def preflight(config: RunConfig, say: Say, preparer: PreparerFactory = local_pre
             check(f"stage {stage.name}", one)
     finally:
         if collectives.rank == 0:
-            storage.delete(scratch.folder)
+            _clear_away(storage, scratch.folder)
     return checked
+
+
+def _clear_away(storage: Storage, folder: str) -> None:
+    try:
+        storage.delete(folder)
+    except StorageError as error:  # what a check found wrong is what must be told
+        log.warning("preflight's folder could not be removed: %s", error)
 
 
 def _beside(config: RunConfig, token: str, storage: Storage) -> RunConfig:
