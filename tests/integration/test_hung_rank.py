@@ -63,6 +63,7 @@ def _misbehave(how: str) -> None:
         case "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "holds the interpreter":
+            time.sleep(ALLOWED / 2)  # its watchdog has seen the step begin
             ctypes.PyDLL(None).sleep(600)
         case "waits for data":
             time.sleep(3 * ALLOWED)
