@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import _rank, run_ranks
+from ranks import run_ranks
 
 from pipeline.data.storage import Part, Storage, join
 from pipeline.training.checkpoint import COMMIT, MANIFEST
+from pipeline.training.local_ranks import _rank
 
 
 class Troubled(Storage):

