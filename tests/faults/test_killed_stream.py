@@ -124,5 +124,5 @@ def test_a_killed_stream_is_the_uninterrupted_stream(s3, make_pairs, tokenizer, 
     assert set(read.values()) == {1}, "a sample was read twice in one epoch"
     epochs = Counter(int(word.partition(":")[0]) for word in read)
     assert all(epochs[epoch] == 100 for epoch in range(max(epochs) - 1)), "a sample was left out of an epoch"
-    assert shared_memory() == before
+    assert shared_memory() <= before  # nothing is left; what others had may go meanwhile
     assert not [file for file in cache.rglob("*") if file.name.endswith(".part")]
