@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.schema import ClusterConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,31 @@ def scaling_of(cluster: ClusterConfig) -> Any:
         placement_strategy=cluster.placement.upper(),
         elastic_resize_monitor_interval_s=NEVER_SECONDS,
     )
+
+
+def on_ranks(function: Callable[[dict[str, str]], Any], config: RunConfig, name: str, **run: Any) -> Any:
+    """`function({"config": json})` on every rank that Ray Train places; what rank 0 returned.
+
+    `run`: more of Ray Train's RunConfig. Raises what Ray Train raises when it gives up.
+    """
+    import ray.train
+    import ray.train.torch
+
+    train: Any = ray.train  # its types are those of the version before
+
+    trainer = train.torch.TorchTrainer(
+        function,
+        train_loop_config={"config": config.model_dump_json()},
+        torch_config=train.torch.TorchConfig(backend="nccl" if config.cluster.gpus_per_worker else "gloo"),
+        scaling_config=scaling_of(config.cluster),
+        run_config=train.RunConfig(
+            # Ray Train would resume a name it knows; where a run stands is for our checkpoints to say.
+            name=f"{name}-{secrets.token_hex(4)}",
+            storage_path=os.path.join(tempfile.gettempdir(), "mome-ray-train"),
+            **run,
+        ),
+    )
+    return trainer.fit().return_value
 
 
 def room(cluster: ClusterConfig, occupied: bool = True) -> int:

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from jobs.cluster import connect, scaling_of
+from jobs.cluster import connect, on_ranks
 from jobs.notice import PREEMPTED
-from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, run_rank
+from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, as_error, run_rank
 from pipeline.config.errors import RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.paths import local_path, with_absolute_paths
@@ -127,38 +124,19 @@ def _is_of_controller(error: Exception) -> bool:
 def _fit(config: RunConfig, restarts: Any, failures_left: int) -> str | None:
     """One run of Ray Train; returns why its ranks saved and stopped, if they did."""
     import ray.train
-    import ray.train.torch
 
     train: Any = ray.train  # its types are those of the version before
 
-    cluster = config.cluster
-    trainer = train.torch.TorchTrainer(
-        run_rank,
-        train_loop_config={"config": config.model_dump_json()},
-        torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        scaling_config=scaling_of(cluster),
-        run_config=train.RunConfig(
-            # Ray Train would resume a name it knows; where a run stands is for our checkpoints to say.
-            name=f"{config.name}-{secrets.token_hex(4)}",
-            storage_path=os.path.join(tempfile.gettempdir(), "mome-ray-train"),
-            failure_config=train.FailureConfig(
-                max_failures=failures_left,
-                max_preemption_failures=-1 if cluster.max_preemptions is None else cluster.max_preemptions,
-            ),
-            callbacks=[restarts],
-        ),
-    )
-    stopped: str | None = trainer.fit().return_value
+    most = config.cluster.max_preemptions
+    budgets = train.FailureConfig(max_failures=failures_left, max_preemption_failures=-1 if most is None else most)
+    stopped: str | None = on_ranks(run_rank, config, config.name, failure_config=budgets, callbacks=[restarts])
     return stopped
 
 
 def _raise_failure(config: RunConfig, storage: Storage) -> None:
     url = join(config.folder, FAILURE_FILE)
     if storage.exists(url):
-        failure = json.loads(storage.read(url))
-        error = RunFailed(failure["message"])
-        error.exit_status = failure["exit_status"]
-        raise error
+        raise as_error(json.loads(storage.read(url)))
 
 
 class _Watcher:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.notice import PREEMPTED, Notice
-from pipeline.config.errors import MomeError, Preempted, StorageError
+from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
@@ -38,7 +38,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     context = ray.train.get_context()
     notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size())
     try:
-        train(config, ProgressFile(config, storage), _preparer(config), preempted=notice)
+        train(config, ProgressFile(config, storage), preparer_of(config), preempted=notice)
     except Preempted as error:
         log.warning("%s", error)
         return notice.reason or PREEMPTED
@@ -52,7 +52,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     return None
 
 
-def _preparer(config: RunConfig) -> PreparerFactory:
+def preparer_of(config: RunConfig) -> PreparerFactory:
     if not config.cluster.loader_actors:
         return local_preparer
     from jobs.loader_actors import ActorPreparer
@@ -68,8 +68,20 @@ def _told(error: Exception) -> dict[str, Any] | None:
         message = f"out of memory: {error}. Set engine.micro_batch lower, or engine.zero_stage higher."
         return {"message": message, "exit_status": 1}
     if isinstance(error, MomeError) and not isinstance(error, StorageError):
-        return {"message": str(error), "exit_status": error.exit_status}
+        return as_told(error)
     return None
+
+
+def as_told(error: MomeError) -> dict[str, Any]:
+    """What a rank tells the driver of an error, as JSON."""
+    return {"message": str(error), "exit_status": error.exit_status}
+
+
+def as_error(told: dict[str, Any]) -> RunFailed:
+    """The error that the driver raises for it."""
+    error = RunFailed(told["message"])
+    error.exit_status = told["exit_status"]
+    return error
 
 
 class ProgressFile:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.training.local_ranks import SECONDS, run_ranks
+from pipeline.training.local_ranks import SECONDS, become, free_port, run_ranks
 
 __all__ = ["SECONDS", "run_ranks", "say_to", "start_ranks"]
 
@@ -18,9 +17,7 @@ def start_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) 
 
     Whoever starts them ends them.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=_rank, args=(rank, world_size, port, function, arguments), daemon=True)
@@ -38,15 +35,5 @@ def say_to(path: str) -> None:
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    import torch
-
-    torch.set_num_threads(1)
+    become(rank, world_size, port)
     function(*arguments)

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from jobs.dashboard import is_loopback
 from jobs.doctor.compute import finish_child, start_child
 from jobs.doctor.finding import Finding, fails, not_asked, works
-from jobs.submit import is_loopback
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names

@@ -7,13 +7,12 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
+from small_checkpoint import newest_weight, save
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import Fragment
 
 PART = "rank-00000.safetensors"
 
@@ -45,18 +44,6 @@ def in_object_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     bucket = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:60]
     botocore.session.get_session().create_client("s3").create_bucket(Bucket=bucket)
     return Storage(StorageConfig(deadline_seconds=20.0)), f"s3://{bucket}/run"
-
-
-def save(store: CheckpointStore, step: int) -> str:
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
-    url = store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
-    store.wait()
-    return url
-
-
-def restored(store: CheckpointStore) -> list[float]:
-    _, saved = store.latest() or pytest.fail("nothing found")
-    return saved.read("a.weight", "weight", 0, 4).tolist()
 
 
 def flip(storage: Storage, url: str, place: int) -> None:
@@ -95,10 +82,10 @@ def test_damage_is_told_and_the_checkpoint_before_is_used(
     told, inflict = DAMAGES[damage]
     save(store, 10)
     url = save(store, 20)
-    assert restored(store) == [20, 21, 22, 23]
+    assert newest_weight(store) == [20, 21, 22, 23]
     inflict(store.storage, url)
     with caplog.at_level(logging.WARNING):
-        assert restored(store) == [10, 11, 12, 13]
+        assert newest_weight(store) == [10, 11, 12, 13]
     assert re.search(rf"passed over: {re.escape(url)}: {told}", caplog.text)
 
 
@@ -114,7 +101,7 @@ def test_every_flipped_byte_of_the_two_small_files_is_noticed(tmp_path, collecti
             checkpoint, _ = store.latest() or pytest.fail("nothing found")
             assert checkpoint.step == 10, f"byte {place} of {name}"
             store.storage.write(join(url, name), whole)
-    assert restored(store) == [20, 21, 22, 23]
+    assert newest_weight(store) == [20, 21, 22, 23]
 
 
 def test_with_every_checkpoint_damaged_there_is_none(store: CheckpointStore) -> None:
@@ -133,14 +120,14 @@ def test_what_an_attempt_left_half_finished_is_passed_over_and_removed_once_a_ne
         store.storage.write(join(url, PART), b"half of it")
         store.storage.write(join(url, "rank-00001.json"), b"{}")
     with caplog.at_level(logging.WARNING):
-        assert restored(store) == [10, 11, 12, 13]
+        assert newest_weight(store) == [10, 11, 12, 13]
         store.clear_up()
     assert not store.storage.exists(before)
     assert store.storage.exists(beyond), "the work of another attempt, perhaps still alive, was removed"
     assert f"{before}: removed: it was never finished" in caplog.text
     save(store, 20)
     assert not store.storage.exists(beyond)
-    assert restored(store) == [20, 21, 22, 23]
+    assert newest_weight(store) == [20, 21, 22, 23]
 
 
 def test_nothing_is_removed_that_no_run_wrote(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
+from small_checkpoint import newest_weight, save
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import Fragment
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +23,6 @@ def collectives() -> Iterator[Collectives]:
 @pytest.fixture
 def store(s3, collectives: Collectives) -> CheckpointStore:
     return CheckpointStore(Storage(s3.config), s3.url("run"), collectives, CheckpointConfig(keep=2))
-
-
-def save(store: CheckpointStore, step: int) -> str:
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
-    url = store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
-    store.wait()
-    return url
-
-
-def newest_weight(store: CheckpointStore) -> list[float]:
-    _, saved = store.latest() or pytest.fail("nothing found")
-    return saved.read("a.weight", "weight", 0, 4).tolist()
 
 
 def test_the_newest_checkpoint_is_read_and_all_but_two_are_removed(store: CheckpointStore) -> None:

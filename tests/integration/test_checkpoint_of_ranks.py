@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ranks import run_ranks
 
 from pipeline.data.storage import Part, Storage, join
 from pipeline.training.checkpoint import COMMIT, MANIFEST
-from pipeline.training.local_ranks import _rank
+from pipeline.training.local_ranks import _rank, free_port
 
 
 class Troubled(Storage):
@@ -125,9 +124,7 @@ def _save_and_die(folder: str) -> str:
 
 
 def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     ranks = [
