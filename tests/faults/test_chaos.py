@@ -35,6 +35,7 @@ STEPS = max(12, 4 * FAULTS)  # of each stage
 REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
 AWAY = 5.0
+STORE_AWAY = 15.0  # the log passes over five seconds of trouble
 HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
 
 
@@ -122,7 +123,7 @@ def loader_killed(site: Site) -> Callable[[], bool]:
 
 def store_away(site: Site) -> Callable[[], bool]:
     before = site.told("trying on, for")
-    site.proxy.away(AWAY)
+    site.proxy.away(STORE_AWAY)
     return lambda: site.told("trying on, for") > before
 
 
