@@ -116,9 +116,9 @@ def driver_killed(site: Site) -> Callable[[], bool]:
 
 def loader_killed(site: Site) -> Callable[[], bool]:
     loaders = [each for rank in site.ranks() for each in rank.children(recursive=True) if "spawn_main" in _title(each)]
-    victim = site.draw.choice(loaders)
-    victim.send_signal(signal.SIGKILL)
-    return lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+    before = site.told("a loader process died")
+    site.draw.choice(loaders).send_signal(signal.SIGKILL)
+    return lambda: site.told("a loader process died") > before
 
 
 def store_away(site: Site) -> Callable[[], bool]:
@@ -128,15 +128,17 @@ def store_away(site: Site) -> Callable[[], bool]:
 
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:
-    """One byte of the newest, and then a rank is lost, so that it is read."""
+    """One byte of the newest, while the ranks are gone because one was lost: the restart is the next to read it."""
     before = site.told("checkpoint passed over")
     site.wait_for(lambda: len(site.run.checkpoints()) > 1 and bool(site.ranks()), "two checkpoints")
+    ranks = site.ranks()
+    site.draw.choice(ranks).send_signal(signal.SIGKILL)
+    site.wait_for(lambda: not any(_runs(rank) for rank in ranks), "the ranks to end")
     url = site.run.checkpoints()[-1]
     name = next(name for name in site.run.storage.list(url) if name.endswith(".safetensors"))
     data = bytearray(site.run.storage.read(join(url, name)))
     data[site.draw.randrange(len(data))] ^= 1
     site.run.storage.write(join(url, name), bytes(data))
-    site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
     return lambda: site.told("checkpoint passed over") > before
 
 
@@ -168,6 +170,12 @@ KINDS = [
     node_lost, store_away, checkpoint_damaged, rank_killed, preempted,
     driver_killed, mlflow_killed, loader_killed, rank_stopped, disk_full,
 ]  # fmt: skip
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _title(process: psutil.Process) -> str:
