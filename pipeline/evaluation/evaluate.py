@@ -204,7 +204,7 @@ def evaluate(
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
     if source in config.sources and config.sources[source].use in TASKS:
-        return _measure_task(model, tokenizer, config, storage, source, limit, chosen, progress, choices or {})
+        return _measure_task(model, tokenizer, config, storage, source, limit, chosen, progress, choices or {}, ranks)
     if held_out is None:
         progress("reading the held-out pairs")
         limit = limit or config.evaluation.limit
@@ -249,12 +249,13 @@ def _measure_task(
     stage: StageConfig,
     progress: Callable[[str], None],
     choices: Mapping[str, Choices],
+    ranks: Ranks,
 ) -> Evaluation:
     """The figures of a source of questions, statements or labelled pictures."""
     use = config.sources[source].use
     if TASKS[use] not in stage.objectives:
         raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {TASKS[use]}")
-    annotated = AnnotatedSource(config, storage, source, stage, tokenizer, limit or config.evaluation.limit)
+    annotated = AnnotatedSource(config, storage, source, stage, tokenizer, limit or config.evaluation.limit, ranks)
     figures: dict[str, Any] = {}
     if use == "questions":
         progress("answering questions")

@@ -60,6 +60,11 @@ class HeldOut:
         height, width = picture.shape[:2] if self.image_size is None else self.image_size[number].tolist()
         return picture[:height, :width]
 
+    def close(self) -> None:
+        """No picture is asked for any more."""
+        if isinstance(self.images, StoredPictures):
+            self.images.close()
+
     def rows(self) -> list[list[int]]:
         """(M) token ids, [CLS] … [SEP], without padding."""
         return [tokens.ids for tokens in self.tokens]

@@ -87,7 +87,7 @@ def together(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
         answers = ranks.gather_objects((work(), None))
     except MomeError as error:
         answers = ranks.gather_objects((None, error))
-    for _, error in answers:
-        if error is not None:
-            raise error
+    for _, failed in answers:
+        if failed is not None:
+            raise failed
     return [answer for answer, _ in answers]
