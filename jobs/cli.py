@@ -34,6 +34,9 @@ Overrides = Annotated[
     typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),
 ]
 FORMAT_HELP = "Whose names the tensors have: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (our own)."
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Ranks on the run's Ray cluster that share the work; else this process.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
 
@@ -138,12 +141,18 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Most images to read.")] = None,
     report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
     track: Annotated[bool, typer.Option(help="Record the result in the run's MLflow.")] = True,
+    workers: Workers = None,
+    rerank: Annotated[
+        int | None, typer.Option(min=0, help="Best candidates of each query that the fusion encoder reads again.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Zero-shot retrieval, masked-language accuracy and matching on held-out pairs, with a report."""
     from jobs.evaluate import evaluate_checkpoint
 
-    print_result(evaluate_checkpoint(checkpoint, source, limit, report, track), as_json)
+    result = evaluate_checkpoint(checkpoint, source, limit, report, track, workers, rerank)
+    if result is not None:  # under torchrun the first rank tells
+        print_result(result, as_json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config.errors import ConfigError, RunFailed
@@ -92,8 +92,14 @@ def scaling_of(cluster: ClusterConfig) -> Any:
     )
 
 
-def on_ranks(function: Callable[[dict[str, str]], Any], config: RunConfig, name: str, **run: Any) -> Any:
-    """`function({"config": json})` on every rank that Ray Train places; what rank 0 returned.
+def on_ranks(
+    function: Callable[[dict[str, str]], Any],
+    config: RunConfig,
+    name: str,
+    given: Mapping[str, str] | None = None,
+    **run: Any,
+) -> Any:
+    """`function({"config": json, **given})` on every rank that Ray Train places; what rank 0 returned.
 
     `run`: more of Ray Train's RunConfig. Raises what Ray Train raises when it gives up.
     """
@@ -104,7 +110,7 @@ def on_ranks(function: Callable[[dict[str, str]], Any], config: RunConfig, name:
 
     trainer = train.torch.TorchTrainer(
         function,
-        train_loop_config={"config": config.model_dump_json()},
+        train_loop_config={"config": config.model_dump_json(), **(given or {})},
         torch_config=train.torch.TorchConfig(backend="nccl" if config.cluster.gpus_per_worker else "gloo"),
         scaling_config=scaling_of(config.cluster),
         run_config=train.RunConfig(

@@ -1,28 +1,44 @@
-"""`mome evaluate`: a stage's weights on held-out pairs, with the report, recorded where the run was tracked."""
+"""`mome evaluate`: a checkpoint's weights on held-out pairs, with the report, recorded where the run was tracked.
+
+One process does it, or ranks share it: those that `--workers` has Ray place, or those of
+
+    torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from jobs.cluster import connect, on_ranks
 from jobs.console import console
-from pipeline.config.errors import ConfigError
+from jobs.plan import with_workers
+from jobs.pretrain import for_ranks
+from jobs.rank import as_error, as_told
+from pipeline.config.errors import ConfigError, MomeError, RunFailed
+from pipeline.config.paths import absolute
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.evaluate import TASKS, Evaluation, evaluate, stage_of
+from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.evaluation.report import write_report
 from pipeline.models import build_model
 from pipeline.models.model import Model
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
 from pipeline.training.accounting import spent
-from pipeline.training.checkpoint import Weights, is_committed, load_weights, stage_url
+from pipeline.training.checkpoint import Weights, config_of_weights, is_committed, load_weights, stage_url
+from pipeline.training.collectives import Collectives
 from pipeline.training.stages import heads, load_matching
 
 log = logging.getLogger(__name__)
@@ -30,49 +46,136 @@ log = logging.getLogger(__name__)
 REPORT = "report.html"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured, on what."""
+
+    checkpoint: str
+    source: str | None = None
+    limit: int | None = None
+    rerank_best: int | None = None
+    report: str | None = None  # where it will be written; None: the run's folder
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the first rank tells of an evaluation: everything that is then written, printed and tracked."""
+
+    config: RunConfig
+    step: int  # global, at which the weights were
+    result: dict[str, Any]  # as `mome evaluate --json` prints it
+    metrics: dict[str, float]
+    page: bytes
+    warnings: list[str]
+
+
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
-    """The last stage of a run that has just been trained."""
+    """The last stage of a run that has just been trained; on its ranks where they have what the driver may lack."""
+    asked = Asked(config.folder)
     with spent(Storage(config.storage), config.folder, "evaluation"):
-        return evaluate_checkpoint(config.folder)
+        if config.cluster.gpus_per_worker:
+            return _deliver(_measured_on_ray(asked, config.cluster.workers), track=True)
+        return _deliver(_measured(asked, ALONE), track=True)
 
 
 def evaluate_checkpoint(
-    checkpoint: str, source: str | None = None, limit: int | None = None, report: Path | None = None, track: bool = True
-) -> dict[str, Any]:
-    """Evaluate a run's or a stage's weights; returns the numbers as `mome evaluate --json` prints them.
+    checkpoint: str,
+    source: str | None = None,
+    limit: int | None = None,
+    report: Path | None = None,
+    track: bool = True,
+    workers: int | None = None,
+    rerank_best: int | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate a run's, a stage's or a step's weights; the numbers as `mome evaluate --json` prints them.
 
-    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`.
+    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`. With
+    `workers` so many ranks on Ray share the work; under torchrun its ranks do, and all but the first get None.
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source.
     """
-    storage = Storage()
-    weights = load_weights(storage, checkpoint.rstrip("/"))
-    config, source = _with_source(weights.config, stage_of(weights.config, weights.stage), source)
-    storage = Storage(config.storage)
+    asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, None if report is None else str(report))
+    if workers is not None:
+        return _deliver(_measured_on_ray(asked, workers), track)
+    ranks = ranks_here()
+    measured = _measured(asked, ranks)
+    return _deliver(measured, track) if ranks.rank == 0 else None
+
+
+def ranks_here() -> Ranks:
+    """Those that torchrun started this process among, or this process alone."""
+    return Collectives() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ALONE
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    if isinstance(ranks, Collectives):
+        return ranks.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _measured_on_ray(asked: Asked, workers: int) -> Measured:
+    """Raises MomeError with the first failure, on whichever rank."""
+    asked = replace(asked, checkpoint=absolute(asked.checkpoint))
+    if asked.source is not None and "/" in asked.source:
+        asked = replace(asked, source=absolute(asked.source))
+    config = config_of_weights(Storage(), asked.checkpoint)
+    config = for_ranks(with_workers(config, workers))
+    connect(config.cluster)
+    try:
+        told = on_ranks(_evaluate_rank, config, f"{config.name}-evaluation", {"asked": json.dumps(asdict(asked))})
+    except Exception as error:
+        raise RunFailed(f"evaluation: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
+    if "failure" in told:
+        raise as_error(told["failure"])
+    return Measured(**{**told, "config": RunConfig.model_validate_json(told["config"])})
+
+
+def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
+    """What Ray Train runs on each worker. A failure is returned: Ray would try it again."""
+    try:
+        found = _measured(Asked(**json.loads(loop_config["asked"])), Collectives())
+    except MomeError as error:
+        return {"failure": as_told(error)}
+    return {**vars(found), "config": found.config.model_dump_json()}
+
+
+def _measured(asked: Asked, ranks: Ranks) -> Measured:
+    """Called on each of the ranks, which get the same; only the first makes the page."""
+    weights = load_weights(Storage(), asked.checkpoint)
+    config, source = _with_source(weights.config, stage_of(weights.config, weights.stage), asked.source)
+    storage, device = Storage(config.storage), device_of(ranks)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
     found = evaluate(
-        model_of(weights),
+        model_of(weights).to(device),
         tokenizer,
         config,
         storage,
         source,
-        limit,
+        asked.limit,
         weights.stage,
-        dict(_earlier_stages(config, weights, storage)),
-        progress=lambda message: console.print(f"evaluating: {message}", style="dim"),
+        {name: model.to(device) for name, model in _earlier_stages(config, weights, storage)},
+        asked.rerank_best,
+        progress=lambda message: console.print(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
         choices=weights.choices,
+        ranks=ranks,
     )
+    found = found.located(checkpoint=weights.url, report=asked.report or join(config.folder, REPORT))
+    page = _page(found, config, tokenizer) if ranks.rank == 0 else b""
+    found.held_out.close()
+    return Measured(config, weights.step, found.to_json(), found.metrics(), page, _warnings(found))
+
+
+def _warnings(found: Evaluation) -> list[str]:
+    told = []
     if found.trained_on:
-        told = ", ".join(found.trained_on)
-        log.warning("source '%s' was trained on (stages: %s): these are no held-out results", found.source, told)
+        stages = ", ".join(found.trained_on)
+        told.append(f"source '{found.source}' was trained on (stages: {stages}): these are no held-out results")
     if found.matching is not None and found.matching.is_collapsed:
-        log.warning(
-            "matching has collapsed: right for %.0f %% of the true pairs and %.0f %% of the wrong ones; "
-            "train longer, or check that the stage started from the weights it should have",
-            100 * found.matching.accuracy_matched,
-            100 * found.matching.accuracy_mismatched,
+        told.append(
+            f"matching has collapsed: right for {100 * found.matching.accuracy_matched:.0f} % of the true pairs and "
+            f"{100 * found.matching.accuracy_mismatched:.0f} % of the wrong ones; "
+            "train longer, or check that the stage started from the weights it should have"
         )
-    found = found.located(checkpoint=weights.url)
-    return _deliver(config, storage, found, tokenizer, report, track)
+    return told
 
 
 def model_of(weights: Weights) -> Model:
@@ -106,25 +209,26 @@ def _with_source(config: RunConfig, stage: StageConfig, source: str | None) -> t
     return config.model_copy(update={"sources": {**config.sources, "held_out": held_out}}), "held_out"
 
 
-def _deliver(
-    config: RunConfig, storage: Storage, found: Evaluation, tokenizer: Tokenizer, report: Path | None, track: bool
-) -> dict[str, Any]:
-    place = str(report) if report is not None else join(config.folder, REPORT)
-    found = found.located(report=place)
+def _page(found: Evaluation, config: RunConfig, tokenizer: Tokenizer) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / REPORT
         write_report(found, config, tokenizer, page, curves=_curves(config))
-        storage.write(place, page.read_bytes())
-        if track:
-            _record(config, storage, found, page)
-    return found.to_json()
+        return page.read_bytes()
 
 
-def _record(config: RunConfig, storage: Storage, found: Evaluation, page: Path) -> None:
-    tracker = Tracker.open(config, storage)
-    tracker.metrics(config.total_steps, found.metrics())
-    tracker.artifact(f"evaluation/{found.source}/{REPORT}", page)
-    tracker.close(timeout=60)
+def _deliver(measured: Measured, track: bool) -> dict[str, Any]:
+    """Warnings to the log, the page to its place, the figures to the run's tracker at the step of the weights."""
+    config, result = measured.config, measured.result
+    for warning in measured.warnings:
+        log.warning("%s", warning)
+    storage = Storage(config.storage)
+    storage.write(result["report"], measured.page)
+    if track:
+        tracker = Tracker.open(config, storage)
+        tracker.metrics(measured.step, measured.metrics)
+        tracker.artifact(f"evaluation/{result['source']}/{REPORT}", measured.page)
+        tracker.close(timeout=60)
+    return result
 
 
 def _curves(config: RunConfig) -> dict[str, list[tuple[int, float]]]:

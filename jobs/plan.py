@@ -188,5 +188,5 @@ def _stage_json(plan: StagePlan) -> dict[str, Any]:
 def with_workers(config: RunConfig, gpus: int) -> RunConfig:
     """The run on so many ranks, under the schema's rules."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    values["cluster"] = {**values.get("cluster", {}), "workers": gpus}
+    values["cluster"] = {**values.get("cluster", {}), "workers": gpus, "min_workers": None}
     return validate(values, config.name)

@@ -19,6 +19,11 @@ def local_path(url: str) -> Path:
     return Path(url.removeprefix("file://")).expanduser().absolute()
 
 
+def absolute(url: str) -> str:
+    """The same place whatever the working folder."""
+    return str(local_path(url)) if is_local(url) else url
+
+
 def local_paths(config: RunConfig) -> dict[str, str]:
     """Dotted path -> value of every key that names a folder or file of this machine's own."""
     places = {"output": config.output}

@@ -1,7 +1,7 @@
 """Held-out questions, statements and labelled pictures: read once, in the manifest's order, batch by batch.
 
 Pictures are whole and without augmentation, in the shape that the model reads. Nothing but one batch is held: VQA's
-validation pictures alone would be 100 GiB.
+validation pictures alone would be 100 GiB. Ranks share the batches.
 
 Shapes: B samples of a batch, H x W pixels, L tokens.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,19 +20,22 @@ from torch import Tensor
 
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import RunConfig, StageConfig, Use
-from pipeline.data.contents.images import decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize, shape_of
 from pipeline.data.contents.members import check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import Sample, samples_of_source
 from pipeline.data.shards.manifest import load_manifest
+from pipeline.data.shards.sources import Source
 from pipeline.data.storage import Storage
 from pipeline.evaluation.held_out import check_skipped
+from pipeline.evaluation.ranks import ALONE, Ranks, batches_of, together
 from pipeline.evaluation.retrieval import padded
 from pipeline.models.passes import Head, Pass
 
 Annotation = Question | Statement | int  # what a sample of questions, statements or labelled pictures says
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Annotated:
 class AnnotatedSource:
     """A source of the run, read as its use says. A bad sample is left out and counted, never replaced.
 
-    `batches` raises DataError when no sample can be used, or more are bad than `data.max_bad_rate` allows.
+    `shared` raises DataError when no sample can be used, or more are bad than `data.max_bad_rate` allows.
     """
 
     def __init__(
@@ -58,28 +61,57 @@ class AnnotatedSource:
         stage: StageConfig,
         tokenizer: Tokenizer,
         limit: int | None = None,
+        ranks: Ranks = ALONE,
     ):
         self._config, self._storage, self._source = config.for_stage(stage), storage, source
-        self._stage, self._tokenizer, self._limit = stage, tokenizer, limit
-        self._url = config.sources[source].shards
+        self._stage, self._tokenizer, self._ranks = stage, tokenizer, ranks
+        url = config.sources[source].shards
+        self._opened = Source(url, load_manifest(storage, url))
+        count = int(self._opened.counts.sum())
+        self._count = count if limit is None else min(limit, count)
         self.use: Use = config.sources[source].use
-        self.digest = load_manifest(storage, self._url).digest
+        self.digest = self._opened.digest
         self.samples = 0  # read so far
         self.skipped: Counter[str] = Counter()  # samples left out so far, by reason
 
-    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[Pass, list[Any]]]:
-        """Passes on a device, with the heads that are wanted, and what their samples say."""
-        read = itertools.islice(self._read(), self._limit)
-        while batch := list(itertools.islice(read, self._config.evaluation.batch)):
-            self.samples += len(batch)
-            pictures = [each.pictures for each in batch]
-            rows = [each.tokens for each in batch if each.tokens]
-            wanted = pass_over(pictures, rows, self._tokenizer.pad_id, self._config.model, *heads)
-            yield on_device(wanted, device), [each.annotation for each in batch]
+    def shared(self, read: Callable[[], T]) -> list[T]:
+        """What `read`, which goes once through `batches`, found on each of the ranks: on every one."""
+        self.samples, self.skipped = 0, Counter()
+        parts = together(self._ranks, lambda: (read(), self.samples, self.skipped))
+        self.samples = sum(samples for _, samples, _ in parts)
+        self.skipped = sum((skipped for _, _, skipped in parts), Counter[str]())
         check_skipped(self._source, self.samples, self.skipped, self._config.data.max_bad_rate)
+        return [found for found, _, _ in parts]
 
-    def _read(self) -> Iterator[Annotated]:
-        for sample in samples_of_source(self._storage, self._url):
+    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[Pass, list[Any]]]:
+        """Passes on a device, with the heads that are wanted, and what their first samples say: this rank's share.
+
+        Every rank gets equally many passes; some may be of no sample.
+        """
+        turns = list(batches_of(self._count, self._config.evaluation.batch, self._ranks))
+        own = [rows for rows, is_own in turns if is_own]
+        span = (own[0].start, own[-1].stop) if own else (0, 0)
+        samples = samples_of_source(self._storage, self._opened, *span)
+        for rows, is_own in turns:
+            batch = list(self._read(itertools.islice(samples, rows.stop - rows.start))) if is_own else []
+            self.samples += len(batch)
+            wanted = self._pass(batch or [self._nothing()], heads)
+            yield on_device(wanted, device), [each.annotation for each in batch]
+
+    def _pass(self, batch: Sequence[Annotated], heads: tuple[Head, ...]) -> Pass:
+        rows = [each.tokens for each in batch if each.tokens]
+        return pass_over([e.pictures for e in batch], rows, self._tokenizer.pad_id, self._config.model, *heads)
+
+    def _nothing(self) -> Annotated:
+        """What is read where there is no sample and other ranks read one."""
+        shape = shape_of(self._config.model)
+        side = shape.shorter if isinstance(shape, OwnShape) else shape
+        picture = np.zeros((side, side, 3), dtype=np.uint8)
+        tokens = [] if self.use == "labelled" else self._tokenizer.encode("a", self._stage.max_text).ids
+        return Annotated((picture, picture) if self.use == "statements" else (picture,), tokens, 0)
+
+    def _read(self, samples: Iterable[Sample]) -> Iterator[Annotated]:
+        for sample in samples:
             try:
                 yield self._decoded(sample)
             except BadSample as bad:

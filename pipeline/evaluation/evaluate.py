@@ -30,14 +30,20 @@ from pipeline.evaluation.classification import Classification, measure_classific
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.evaluation.masked_image import Reconstruction, reconstruct
 from pipeline.evaluation.masked_language import Guesses, MaskedLanguage, guess, masked_language, other_images
+from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.evaluation.reasoning import Reasoning, measure_reasoning
 from pipeline.evaluation.retrieval import (
+    KEPT,
     FusedHead,
+    Rankings,
     Recall,
     Retrieval,
+    dot_products,
     embed_images,
     embed_texts,
     matching_odds,
+    rankings,
+    reading,
     recall_at_k,
     rerank,
 )
@@ -72,7 +78,7 @@ class Evaluation:
     source: str
     stage: str
     held_out: HeldOut
-    similarity: Tensor | None = None  # (N, M)
+    rankings: Rankings | None = None  # of all images and captions
     retrieval: Retrieval | None = None
     retrieval_by: Literal["itc"] | FusedHead = "itc"  # the head whose scores order the candidates
     retrieval_images: int = 0  # that take part in it
@@ -182,12 +188,15 @@ def evaluate(
     rerank_best: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
     choices: Mapping[str, Choices] | None = None,
+    ranks: Ranks = ALONE,
+    held_out: HeldOut | None = None,
 ) -> Evaluation:
     """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source.
 
     `source` and `limit` default to the config's. `others` are the models of other stages, by the stage's name.
     `rerank_best` is how many candidates of each query the fusion encoder reads again; 0 leaves re-ranking out.
     `progress` is told what is being measured. `choices` is what the heads choose among, as kept with the weights.
+    All of `ranks` call it together and get the same. `held_out`: the source's pairs, where they were read before.
     Raises ConfigError and DataError as `load_pairs`, ConfigError for a source of a use that the stage did not train.
     """
     chosen = stage_of(config, stage)
@@ -195,14 +204,36 @@ def evaluate(
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
     if source in config.sources and config.sources[source].use in TASKS:
-        return _measure_task(model, tokenizer, config, storage, source, limit, chosen, progress, choices or {})
-    progress("reading the held-out pairs")
-    held_out = load_pairs(config, storage, source, limit or config.evaluation.limit, tokenizer, chosen.max_text)
+        return _measure_task(model, tokenizer, config, storage, source, limit, chosen, progress, choices or {}, ranks)
+    if held_out is None:
+        progress("reading the held-out pairs")
+        limit = limit or config.evaluation.limit
+        held_out = load_pairs(config, storage, source, limit, tokenizer, chosen.max_text, ranks)
+    setting = _Setting(config, tokenizer, ranks, progress, rerank_best)
     found = Evaluation(source, chosen.name, held_out, trained_on=stages_reading(config, source))
-    found = _measure(found, model, chosen, tokenizer, config, rerank_best, progress)
+    found = _measure(found, model, chosen, setting)
     for name, other in (others or {}).items():
-        found = _add_stage(found, other, stage_of(config, name), tokenizer, config, progress)
+        found = _add_stage(found, other, stage_of(config, name), setting)
     return found
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What all measures of one evaluation share."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    ranks: Ranks
+    progress: Callable[[str], None]
+    rerank_best: int | None
+
+    @property
+    def pad(self) -> int:
+        return self.tokenizer.pad_id
+
+    @property
+    def batch(self) -> int:
+        return self.config.evaluation.batch
 
 
 TASKS: dict[Use, Objective] = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
@@ -218,12 +249,13 @@ def _measure_task(
     stage: StageConfig,
     progress: Callable[[str], None],
     choices: Mapping[str, Choices],
+    ranks: Ranks,
 ) -> Evaluation:
     """The figures of a source of questions, statements or labelled pictures."""
     use = config.sources[source].use
     if TASKS[use] not in stage.objectives:
         raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {TASKS[use]}")
-    annotated = AnnotatedSource(config, storage, source, stage, tokenizer, limit or config.evaluation.limit)
+    annotated = AnnotatedSource(config, storage, source, stage, tokenizer, limit or config.evaluation.limit, ranks)
     figures: dict[str, Any] = {}
     if use == "questions":
         progress("answering questions")
@@ -260,83 +292,76 @@ def stage_of(config: RunConfig, name: str | None) -> StageConfig:
     raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in config.stages)}")
 
 
-def _measure(
-    found: Evaluation,
-    model: nn.Module,
-    stage: StageConfig,
-    tokenizer: Tokenizer,
-    config: RunConfig,
-    rerank_best: int | None,
-    progress: Callable[[str], None],
-) -> Evaluation:
-    held_out, batch = found.held_out, config.evaluation.batch
+def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: _Setting) -> Evaluation:
+    held_out, progress = found.held_out, setting.progress
     if "contrastive" in stage.objectives:
         progress("retrieving images by captions and captions by images")
-        found = _retrieve(found, model, tokenizer.pad_id, batch)
+        found = _retrieve(found, model, setting)
     if "matching" in stage.objectives:
         progress("matching captions and images")
-        found = replace(found, matching=_match(model, held_out, tokenizer.pad_id, batch))
-        found = _rerank(found, model, tokenizer.pad_id, rerank_best, batch)
+        found = replace(found, matching=_match(model, held_out, setting))
+        found = _rerank(found, model, setting)
     head: FusedHead | None = "ranking" if "ranking" in stage.objectives else "itm" if found.matching else None
-    if head and found.retrieval is None and rerank_best != 0:
+    if head and found.retrieval is None and setting.rerank_best != 0:
         progress("reading images with all captions")
-        found = _retrieve_fused(found, model, tokenizer.pad_id, batch, head)
+        found = _retrieve_fused(found, model, setting, head)
     if "masked_language" in stage.objectives:
         progress("guessing masked words")
-        fused = config.use_of(stage) == "pairs"
-        found = replace(found, mlm=masked_language(model, held_out, stage.masking, tokenizer, fused, batch))
+        fused = setting.config.use_of(stage) == "pairs"
+        mlm = masked_language(model, held_out, stage.masking, setting.tokenizer, fused, setting.batch, setting.ranks)
+        found = replace(found, mlm=mlm)
     if "masked_image" in stage.objectives:
         progress("filling in masked patches")
-        found = _reconstructed(found, model, stage, config)
+        found = _reconstructed(found, model, stage, setting.config)
     return found
 
 
-def _add_stage(
-    found: Evaluation,
-    model: nn.Module,
-    stage: StageConfig,
-    tokenizer: Tokenizer,
-    config: RunConfig,
-    progress: Callable[[str], None],
-) -> Evaluation:
+def _add_stage(found: Evaluation, model: nn.Module, stage: StageConfig, setting: _Setting) -> Evaluation:
     """What an earlier stage's model tells: words from text alone, on the same masks, and reconstructions."""
     if "masked_language" in stage.objectives and found.mlm is not None:
-        progress(f"guessing masked words from text with the stage '{stage.name}'")
-        guesses = guess(model, found.mlm.masked, tokenizer.pad_id, batch=config.evaluation.batch)
+        setting.progress(f"guessing masked words from text with the stage '{stage.name}'")
+        guesses = guess(model, found.mlm.masked, setting.pad, batch=setting.batch, ranks=setting.ranks)
         found = replace(found, language_stages=found.language_stages | {stage.name: guesses})
     if "masked_image" in stage.objectives and found.reconstruction is None:
-        progress(f"filling in masked patches with the stage '{stage.name}'")
-        found = _reconstructed(found, model, stage, config)
+        setting.progress(f"filling in masked patches with the stage '{stage.name}'")
+        found = _reconstructed(found, model, stage, setting.config)
     return found
 
 
-def _retrieve(found: Evaluation, model: nn.Module, pad: int, batch: int) -> Evaluation:
-    held_out = found.held_out
-    images = embed_images(model, held_out.images, batch)
-    texts = embed_texts(model, held_out.rows(), pad, batch)
-    similarity = images @ texts.T
-    return replace(
-        found,
-        similarity=similarity,
-        retrieval=recall_at_k(similarity, held_out.caption_of, held_out.image_id),
-        retrieval_images=len(held_out),
+def _retrieve(found: Evaluation, model: nn.Module, setting: _Setting) -> Evaluation:
+    held_out, ranks = found.held_out, setting.ranks
+    images = embed_images(model, held_out.images, setting.batch, ranks)
+    texts = embed_texts(model, held_out.rows(), setting.pad, setting.batch, ranks)
+    with reading(model) as device:
+        images, texts = images.to(device), texts.to(device)
+    ranked = rankings(
+        dot_products(images, texts),
+        dot_products(texts, images),
+        held_out.caption_of,
+        held_out.image_id,
+        max(KEPT, setting.rerank_best or 0),
+        ranks,
     )
+    retrieval = recall_at_k(
+        ranked.image_to_text.place, ranked.text_to_image.place, held_out.caption_of, held_out.image_id
+    )
+    return replace(found, rankings=ranked, retrieval=retrieval, retrieval_images=len(held_out))
 
 
-def _rerank(found: Evaluation, model: nn.Module, pad: int, best: int | None, batch: int) -> Evaluation:
-    held_out, similarity = found.held_out, found.similarity
-    if similarity is None:  # random negatives need no contrast, and without one nothing is ranked yet
+def _rerank(found: Evaluation, model: nn.Module, setting: _Setting) -> Evaluation:
+    held_out, ranked = found.held_out, found.rankings
+    if ranked is None:  # random negatives need no contrast, and without one nothing is ranked yet
         return found
     affordable = RERANK_PAIRS // (len(held_out) + len(held_out.tokens))
-    best = min(RERANK_BEST, affordable) if best is None else best
+    best = min(RERANK_BEST, affordable) if setting.rerank_best is None else setting.rerank_best
     if best < 2:  # the order of one candidate cannot change
         return found
-    captions, images = rerank(similarity, best, lambda pairs: _odds(model, held_out, pad, pairs, batch))
-    reranked = recall_at_k(captions, held_out.caption_of, held_out.image_id, transposed=images)
-    return replace(found, reranked=reranked, reranked_best=best)
+    captions, images = held_out.caption_of, held_out.image_id
+    places = rerank(ranked, best, lambda pairs: _odds(model, held_out, setting, pairs), captions, images)
+    return replace(found, reranked=recall_at_k(*places, captions, images), reranked_best=best)
 
 
-def _retrieve_fused(found: Evaluation, model: nn.Module, pad: int, batch: int, head: FusedHead) -> Evaluation:
+def _retrieve_fused(found: Evaluation, model: nn.Module, setting: _Setting, head: FusedHead) -> Evaluation:
     """Every pair read by the fusion encoder, of as many images, from the first, as make up `RERANK_PAIRS` pairs."""
     held_out = found.held_out
     per_image = held_out.caption_of.bincount(minlength=len(held_out))
@@ -346,30 +371,33 @@ def _retrieve_fused(found: Evaluation, model: nn.Module, pad: int, batch: int, h
     if num_images < 2:
         return found
     pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_captions))
-    scores = _odds(model, held_out, pad, pairs, batch, head).unflatten(0, (num_images, num_captions))
+    scores = _odds(model, held_out, setting, pairs, head).unflatten(0, (num_images, num_captions))
+    caption_of, image_id = held_out.caption_of[:num_captions], held_out.image_id[:num_images]
+    ranked = rankings(scores.__getitem__, scores.T.__getitem__, caption_of, image_id, ranks=setting.ranks)
     return replace(
         found,
-        similarity=scores if num_images == len(held_out) else None,
-        retrieval=recall_at_k(scores, held_out.caption_of[:num_captions], held_out.image_id[:num_images]),
+        rankings=ranked if num_images == len(held_out) else None,
+        retrieval=recall_at_k(ranked.image_to_text.place, ranked.text_to_image.place, caption_of, image_id),
         retrieval_by=head,
         retrieval_images=num_images,
     )
 
 
-def _match(model: nn.Module, held_out: HeldOut, pad: int, batch: int) -> Matching | None:
+def _match(model: nn.Module, held_out: HeldOut, setting: _Setting) -> Matching | None:
     if len(held_out.image_id.unique()) < 2:
         return None
     captions = torch.arange(len(held_out.tokens))
     other = other_images(held_out.image_id)[held_out.caption_of]
     matched, mismatched = (
-        _odds(model, held_out, pad, torch.stack([images, captions], dim=1), batch)
+        _odds(model, held_out, setting, torch.stack([images, captions], dim=1))
         for images in (held_out.caption_of, other)
     )
     return Matching((matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item())
 
 
-def _odds(model: nn.Module, held_out: HeldOut, pad: int, pairs: Tensor, batch: int, head: FusedHead = "itm") -> Tensor:
-    return matching_odds(model, held_out.images, held_out.rows(), pad, pairs, batch, held_out.image_size, head)
+def _odds(model: nn.Module, held_out: HeldOut, setting: _Setting, pairs: Tensor, head: FusedHead = "itm") -> Tensor:
+    images, sizes, rows = held_out.images, held_out.image_size, held_out.rows()
+    return matching_odds(model, images, rows, setting.pad, pairs, setting.batch, sizes, head, setting.ranks)
 
 
 def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> Evaluation:

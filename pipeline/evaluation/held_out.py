@@ -1,13 +1,20 @@
 """The held-out pairs: read in the manifest's order, whole pictures without augmentation, every caption of each.
 
-Shapes: N images, H x W the model's image size, or the tallest and widest picture where it reads each in its own
-shape, M captions of all images.
+What is held is small: captions, tokens, ids. Pictures are decoded when they are asked for, and the last of them stay
+decoded within a bound; so a source of any size can be evaluated. Ranks share the reading.
+
+Shapes: N images, H x W the model's image size, or the tallest and widest of some pictures where the model reads each in
+its own shape, M captions of all images.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +26,22 @@ from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resiz
 from pipeline.data.contents.members import captions_of, image_bytes, image_id_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample
-from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, SampleReader, samples_of_source, slots_of
+from pipeline.data.reading.working_set import WorkingSet
 from pipeline.data.shards.manifest import load_manifest
+from pipeline.data.shards.sources import Source
 from pipeline.data.storage import Storage
+from pipeline.evaluation.ranks import ALONE, Ranks, together
+from pipeline.evaluation.retrieval import Images
+
+DECODED_BYTES = 256 * 2**20  # of pictures that stay decoded: all of a small source, and of a large one the last
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Pairs as evaluation reads them. Captions of one image stand together, in the images' order."""
 
-    images: Tensor  # (N, H, W, 3) uint8
+    images: Images  # N of them, (H, W, 3) uint8
     captions: tuple[tuple[str, ...], ...]  # of each image
     tokens: tuple[Tokens, ...]  # (M) of every caption
     caption_of: Tensor  # (M,) int64: the image of each caption
@@ -43,8 +56,14 @@ class HeldOut:
 
     def picture(self, number: int) -> Tensor:
         """(H, W, 3) without the canvas around it, for the eye."""
-        height, width = self.images.shape[1:3] if self.image_size is None else self.image_size[number].tolist()
-        return self.images[number, :height, :width]
+        picture = self.images[number]
+        height, width = picture.shape[:2] if self.image_size is None else self.image_size[number].tolist()
+        return picture[:height, :width]
+
+    def close(self) -> None:
+        """No picture is asked for any more."""
+        if isinstance(self.images, StoredPictures):
+            self.images.close()
 
     def rows(self) -> list[list[int]]:
         """(M) token ids, [CLS] … [SEP], without padding."""
@@ -65,48 +84,126 @@ class HeldOut:
         return [number for captions in self.captions for number in range(len(captions))]
 
 
-def load_pairs(
-    config: RunConfig, storage: Storage, source: str, limit: int | None, tokenizer: Tokenizer, max_text: int
-) -> HeldOut:
-    """At most `limit` pairs of a source of the run. A bad sample is left out and counted, never replaced.
+class StoredPictures:
+    """A source's pictures as the model reads them, decoded when they are asked for.
 
+    Indexed like a tensor (N, H, W, 3): by a number, a slice, or a 1-d tensor of numbers.
+    """
+
+    def __init__(self, config: RunConfig, storage: Storage, source: Source):
+        self._shape, self._max_pixels = shape_of(config.model), config.data.max_pixels
+        self._slots = slots_of(source)
+        self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
+        self._threads = ThreadPoolExecutor(config.data.loader.threads, "held-out")
+        self._decoded: WorkingSet[np.ndarray] = WorkingSet(DECODED_BYTES)
+        side = self._shape.canvas if isinstance(self._shape, OwnShape) else self._shape
+        self._bytes = 3 * side**2  # of a picture, at most
+        self._places: np.ndarray = np.zeros(0, dtype=np.int64)  # of each picture's sample in the source
+
+    def choose(self, places: Sequence[int]) -> None:
+        """From now on the pictures are those of the samples at these places of the source, in this order."""
+        self._places = np.asarray(places, dtype=np.int64)
+
+    def decode(self, sample: Sample, place: int) -> np.ndarray:
+        """The picture of a sample that was read already, (H, W, 3). Raises BadSample as training does."""
+        return self._decoded.get(place, self._bytes, partial(self._resized, sample))
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, numbers: Any) -> Tensor:
+        places = self._places[numbers.numpy() if isinstance(numbers, Tensor) else numbers]
+        if places.ndim == 0:
+            return torch.from_numpy(self._at(int(places)))
+        different, where = np.unique(places, return_inverse=True)
+        pictures = list(self._threads.map(self._at, different.tolist()))
+        return torch.from_numpy(on_one_canvas(pictures)[0])[torch.from_numpy(where)]
+
+    def _at(self, place: int) -> np.ndarray:
+        def read() -> np.ndarray:
+            return self._resized(self._reader.read(self._slots(place, place + 1)[0]))
+
+        return self._decoded.get(place, self._bytes, read)
+
+    def _resized(self, sample: Sample) -> np.ndarray:
+        return resize(decode(image_bytes(sample.members), self._max_pixels), self._shape)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is held of a sample."""
+
+    place: int  # in the source
+    key: str
+    captions: tuple[str, ...]
+    tokens: list[Tokens]
+    image_id: int
+    size: tuple[int, int]  # of the picture
+
+
+def load_pairs(
+    config: RunConfig,
+    storage: Storage,
+    source: str,
+    limit: int | None,
+    tokenizer: Tokenizer,
+    max_text: int,
+    ranks: Ranks = ALONE,
+) -> HeldOut:
+    """The pairs among a source's first `limit` samples. A bad sample is left out and counted, never replaced.
+
+    Every picture is decoded once here, each by one rank, so that what is bad is known before anything is measured.
     Raises ConfigError when the source is unknown or holds no pairs; DataError when no sample can be used, or more are
     bad than `data.max_bad_rate` allows.
     """
-    url = _url_of(config, source)
-    images: list[np.ndarray] = []
-    captions: list[tuple[str, ...]] = []
-    tokens: list[Tokens] = []
-    ids: list[int] = []
-    keys: list[str] = []
+    opened = Source(_url_of(config, source), load_manifest(storage, _url_of(config, source)))
+    count = int(opened.counts.sum()) if limit is None else min(limit, int(opened.counts.sum()))
+    pictures = StoredPictures(config, storage, opened)
+    span = ranks.shares(count)[ranks.rank]
+    parts = together(ranks, lambda: _read(opened, storage, span, pictures, tokenizer, max_text))
+    pairs: list[_Pair] = [pair for share, _ in parts for pair in share]
+    skipped = sum((each for _, each in parts), Counter[str]())
+    check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
+    pictures.choose([pair.place for pair in pairs])
+    per_image = torch.tensor([len(pair.captions) for pair in pairs])
+    sizes = torch.tensor([pair.size for pair in pairs], dtype=torch.int64)
+    return HeldOut(
+        images=pictures,
+        captions=tuple(pair.captions for pair in pairs),
+        tokens=tuple(each for pair in pairs for each in pair.tokens),
+        caption_of=torch.arange(len(pairs)).repeat_interleave(per_image),
+        image_id=torch.tensor([pair.image_id for pair in pairs], dtype=torch.int64),
+        keys=tuple(pair.key for pair in pairs),
+        skipped=dict(skipped),
+        digest=opened.digest,
+        image_size=sizes if isinstance(shape_of(config.model), OwnShape) else None,
+    )
+
+
+def _read(
+    source: Source,
+    storage: Storage,
+    span: tuple[int, int],
+    pictures: StoredPictures,
+    tokenizer: Tokenizer,
+    max_text: int,
+) -> tuple[list[_Pair], Counter[str]]:
+    """The pairs at some places of the source, and how many others, by reason."""
+    pairs: list[_Pair] = []
     skipped: Counter[str] = Counter()
-    for sample in samples_of_source(storage, url):
-        if limit is not None and len(keys) >= limit:
-            break
+    for place, sample in enumerate(samples_of_source(storage, source, *span), span[0]):
         try:
-            texts, encoded = _captions(sample, tokenizer, max_text)
-            picture = decode(image_bytes(sample.members), config.data.max_pixels)
+            captions, tokens = _captions(sample, tokenizer, max_text)
+            height, width = pictures.decode(sample, place).shape[:2]
         except BadSample as bad:
             skipped[str(bad)] += 1
             continue
-        images.append(resize(picture, shape_of(config.model)))
-        captions.append(texts)
-        tokens.extend(encoded)
-        ids.append(image_id_of(sample.members))
-        keys.append(sample.key)
-    check_skipped(source, len(keys), skipped, config.data.max_bad_rate)
-    canvases, sizes = on_one_canvas(images)
-    return HeldOut(
-        images=torch.from_numpy(canvases),
-        captions=tuple(captions),
-        tokens=tuple(tokens),
-        caption_of=torch.arange(len(keys)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
-        image_id=torch.tensor(ids, dtype=torch.int64),
-        keys=tuple(keys),
-        skipped=dict(skipped),
-        digest=load_manifest(storage, url).digest,
-        image_size=torch.from_numpy(sizes) if isinstance(shape_of(config.model), OwnShape) else None,
-    )
+        pairs.append(_Pair(place, sample.key, captions, tokens, image_id_of(sample.members), (height, width)))
+    return pairs, skipped
 
 
 def _captions(sample: Sample, tokenizer: Tokenizer, max_text: int) -> tuple[tuple[str, ...], list[Tokens]]:

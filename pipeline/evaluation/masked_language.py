@@ -21,7 +21,8 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.rows.masking import mask_whole_words
 from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.retrieval import padded, reading
+from pipeline.evaluation.ranks import ALONE, Ranks, computed
+from pipeline.evaluation.retrieval import Images, padded, reading
 from pipeline.models.passes import Pass
 
 _SEED = 2111_02358  # fixed, so that every checkpoint is asked for the same words
@@ -108,19 +109,19 @@ def guess(
     model: nn.Module,
     masked: MaskedCaptions,
     pad: int,
-    images: Tensor | None = None,
+    images: Images | None = None,
     image_of: Tensor | None = None,
     batch: int = 64,
     image_size: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Guesses:
     """The model's guesses for every masked token; `image_of` (M,) says which of `images` each caption is shown with.
 
     Without images the caption is read by a text pass. `image_size` (N, 2) is how much of each canvas is picture.
     """
-    tokens, probabilities, of_truth = [], [], []
     with reading(model) as device:
-        for start in range(0, len(masked.rows), batch):
-            span = slice(start, start + batch)
+
+        def guess_rows(span: slice) -> tuple[Tensor, Tensor, Tensor]:
             shown = None if images is None or image_of is None else images[image_of[span]].to(device)
             sizes = None if image_size is None or image_of is None else image_size[image_of[span]].to(device)
             text, keep = padded(masked.rows[span], pad)
@@ -136,32 +137,37 @@ def guess(
             odds = model({"only": wanted})["only"]["mlm"].float().softmax(dim=-1).cpu()[real]  # (tokens, V)
             best = odds.topk(min(_TOP, odds.shape[1]), dim=1)
             truth = padded(masked.labels[span], 0)[0][real]
-            tokens.append(best.indices)
-            probabilities.append(best.values)
-            of_truth.append(odds.gather(1, truth[:, None])[:, 0])
-    found = torch.cat(tokens)
+            return best.indices, best.values, odds.gather(1, truth[:, None])[:, 0]
+
+        tokens, probabilities, of_truth = computed(len(masked.rows), batch, ranks, guess_rows)
     return Guesses(
-        tokens=found,
-        probabilities=torch.cat(probabilities),
-        truth_probability=torch.cat(of_truth),
-        accuracy=(found[:, 0] == masked.truth()).double().mean().item(),
+        tokens=tokens,
+        probabilities=probabilities,
+        truth_probability=of_truth,
+        accuracy=(tokens[:, 0] == masked.truth()).double().mean().item(),
     )
 
 
 def masked_language(
-    model: nn.Module, held_out: HeldOut, masking: MaskingConfig, tokenizer: Tokenizer, fused: bool, batch: int = 64
+    model: nn.Module,
+    held_out: HeldOut,
+    masking: MaskingConfig,
+    tokenizer: Tokenizer,
+    fused: bool,
+    batch: int = 64,
+    ranks: Ranks = ALONE,
 ) -> MaskedLanguage:
     """All conditions of one model; `fused` says whether its stage trained guessing words beside an image."""
     masked = mask_captions(held_out, masking, tokenizer)
-    text_only = guess(model, masked, tokenizer.pad_id, batch=batch)
+    text_only = guess(model, masked, tokenizer.pad_id, batch=batch, ranks=ranks)
     if not fused:
         return MaskedLanguage(masked, None, None, None, text_only)
     images, sizes = held_out.images, held_out.image_size
-    own = guess(model, masked, tokenizer.pad_id, images, held_out.caption_of, batch, sizes)
+    own = guess(model, masked, tokenizer.pad_id, images, held_out.caption_of, batch, sizes, ranks)
     if len(held_out.image_id.unique()) < 2:
         return MaskedLanguage(masked, None, own, None, text_only)
     image_of_other = other_images(held_out.image_id)[held_out.caption_of]
-    other = guess(model, masked, tokenizer.pad_id, images, image_of_other, batch, sizes)
+    other = guess(model, masked, tokenizer.pad_id, images, image_of_other, batch, sizes, ranks)
     return MaskedLanguage(masked, image_of_other, own, other, text_only)
 
 

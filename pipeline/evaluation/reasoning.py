@@ -6,6 +6,7 @@ understood if it is judged rightly with every pair (arXiv 1811.00491, section 5)
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -24,17 +25,20 @@ class Reasoning:
 
 
 def measure_reasoning(model: nn.Module, source: AnnotatedSource) -> Reasoning:
-    """Reads the whole source. Raises DataError as its `batches`."""
-    right: list[bool] = []
-    ids: list[str] = []
-    labels: Counter[bool] = Counter()
-    with reading(model) as device:
-        for one, statements in source.batches(device, "reasoning"):
-            judged = model({"only": one})["only"]["reasoning"].argmax(dim=1).bool().tolist()
-            right += [statement.is_true == said for statement, said in zip(statements, judged, strict=True)]
-            ids += [statement.id for statement in statements]
-            labels.update(statement.is_true for statement in statements)
-    return Reasoning(len(right), sum(right) / len(right), max(labels.values()) / len(right), consistency(ids, right))
+    """Reads the whole source. Raises DataError as its `shared`."""
+
+    def read() -> list[tuple[str, bool, bool]]:
+        """Each statement's id, its truth, and whether it was judged rightly."""
+        found: list[tuple[str, bool, bool]] = []
+        with reading(model) as device:
+            for one, statements in source.batches(device, "reasoning"):
+                judged = model({"only": one})["only"]["reasoning"].argmax(dim=1).bool().tolist()
+                found += [(s.id, s.is_true, s.is_true == said) for s, said in zip(statements, judged, strict=False)]
+        return found
+
+    ids, labels, right = (list(each) for each in zip(*itertools.chain(*source.shared(read)), strict=True))
+    count = len(right)
+    return Reasoning(count, sum(right) / count, max(Counter(labels).values()) / count, consistency(ids, right))
 
 
 def consistency(ids: list[str], right: list[bool]) -> float | None:

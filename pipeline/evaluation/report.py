@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -25,7 +24,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.curves import Curve, curve
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked_language import Guesses, words_of
-from pipeline.evaluation.retrieval import Recall, ranks
+from pipeline.evaluation.retrieval import Ranked, Recall
 
 THUMBNAIL = 160  # pixels at most
 LOSSLESS = 96  # pictures up to this side are kept exact
@@ -201,52 +200,45 @@ def _fine_tuned_rows(found: Evaluation) -> list[tuple[str, float, str]]:
 
 
 def _image_galleries(found: Evaluation) -> dict[str, list[CaptionsOfImage]]:
-    if found.similarity is None:
+    if found.rankings is None:
         return {}
-    held_out = found.held_out
-    ids, caption_ids = held_out.image_id, held_out.image_id[held_out.caption_of]
-    places = ranks(found.similarity, ids, caption_ids)
-    texts = held_out.texts()
+    held_out, ranked = found.held_out, found.rankings.image_to_text
+    caption_ids, texts = held_out.image_id[held_out.caption_of], held_out.texts()
 
     def card(image: int) -> CaptionsOfImage:
-        assert found.similarity is not None
-        best = found.similarity[image].topk(min(CANDIDATES, len(texts)))
-        right = (caption_ids[best.indices] == ids[image]).tolist()
-        listed = zip([texts[i] for i in best.indices.tolist()], right, best.values.tolist(), strict=True)
+        best = ranked.best[image, :CANDIDATES]
+        right = (caption_ids[best] == held_out.image_id[image]).tolist()
+        listed = zip([texts[i] for i in best.tolist()], right, ranked.score[image].tolist(), strict=False)
         truth = [] if any(right) else list(held_out.captions[image])
-        return CaptionsOfImage(thumbnail(held_out.picture(image)), int(places[image]), list(listed), truth)
+        return CaptionsOfImage(thumbnail(held_out.picture(image)), int(ranked.place[image]), list(listed), truth)
 
-    order = _by_margin(found.similarity, ids, caption_ids)
+    order = _by_margin(ranked)
     return {end: [card(image) for image in chosen] for end, chosen in _ends(order, order).items()}
 
 
 def _caption_galleries(found: Evaluation) -> dict[str, list[ImagesOfCaption]]:
-    if found.similarity is None:
+    if found.rankings is None:
         return {}
-    held_out, scores = found.held_out, found.similarity.T
-    ids, caption_ids = held_out.image_id, held_out.image_id[held_out.caption_of]
-    places = ranks(scores, caption_ids, ids)
+    held_out, ranked = found.held_out, found.rankings.text_to_image
     texts = held_out.texts()
 
     def card(caption: int) -> ImagesOfCaption:
-        best = scores[caption].topk(min(CANDIDATES, len(held_out)))
-        right = (ids[best.indices] == caption_ids[caption]).tolist()
-        pictures = [thumbnail(held_out.picture(i)) for i in best.indices.tolist()]
-        truth = None if any(right) else thumbnail(held_out.picture(int(held_out.caption_of[caption])))
-        listed = list(zip(pictures, right, best.values.tolist(), strict=True))
-        return ImagesOfCaption(texts[caption], int(places[caption]), listed, truth)
+        best = ranked.best[caption, :CANDIDATES]
+        image = int(held_out.caption_of[caption])
+        right = (held_out.image_id[best] == held_out.image_id[image]).tolist()
+        pictures = [thumbnail(held_out.picture(i)) for i in best.tolist()]
+        truth = None if any(right) else thumbnail(held_out.picture(image))
+        listed = list(zip(pictures, right, ranked.score[caption].tolist(), strict=False))
+        return ImagesOfCaption(texts[caption], int(ranked.place[caption]), listed, truth)
 
-    order = _by_margin(scores, caption_ids, ids)
+    order = _by_margin(ranked)
     ends = _ends(order, [int(held_out.caption_of[caption]) for caption in order])
     return {end: [card(caption) for caption in chosen] for end, chosen in ends.items()}
 
 
-def _by_margin(scores: Tensor, query_id: Tensor, candidate_id: Tensor) -> list[int]:
+def _by_margin(ranked: Ranked) -> list[int]:
     """Queries from the surest success to the surest failure."""
-    right = query_id[:, None] == candidate_id[None]
-    best_right = scores.masked_fill(~right, -torch.inf).amax(dim=1)
-    best_wrong = scores.masked_fill(right, -torch.inf).amax(dim=1)
-    return (best_right - best_wrong).argsort(descending=True, stable=True).tolist()
+    return ranked.margin.argsort(descending=True, stable=True).tolist()
 
 
 def _ends(order: list[int], group_of: list[int]) -> dict[str, list[int]]:

@@ -7,7 +7,10 @@ encoder reorders each query's best few (`reranked`); a model that only fuses sco
 The rule for ties is pessimistic: a wrong candidate with the score of the best right one stands before it, so a
 collapsed model that scores everything alike recalls nothing. Candidates with the query's `image_id` are right.
 
-Shapes: N images, M captions, Q queries, C candidates, D features of a head, H heads.
+Every query is ranked against every candidate, a block of queries at a time: the N x M scores are never held whole, and
+of each query only its place, its margin and its best few candidates are kept. Ranks share the blocks.
+
+Shapes: N images, M captions, Q queries, C candidates, K best candidates kept, D features of a head, H heads.
 """
 
 from __future__ import annotations
@@ -15,16 +18,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.evaluation.ranks import ALONE, Ranks, computed
 from pipeline.models.passes import Pass
 
 KS = (1, 5, 10)
+KEPT = 10  # best candidates of each query that are kept, where nobody asks for more
 FusedHead = Literal["itm", "ranking"]
-_ROWS = 256  # queries ranked at once: bounds the memory beside the similarities themselves
+Scores = Callable[[slice], Tensor]  # some queries' scores of all candidates: (rows, C)
+_ROWS = 256  # queries ranked at once
+
+
+class Images(Protocol):
+    """Pictures by number: a tensor (N, H, W, 3) uint8, or what reads those that are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, numbers: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,22 @@ class Retrieval:
     def chance(self) -> dict[int, float]:
         """The higher of the two directions' chances, for a single figure to hold results against."""
         return {k: max(c, self.text_to_image.chance[k]) for k, c in self.image_to_text.chance.items()}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """How the candidates of each query of one direction stand."""
+
+    place: Tensor  # (Q,) int64, from 1: of the best right candidate; C + 1 where no candidate is right
+    margin: Tensor  # (Q,) float32: the score of the best right candidate above that of the best wrong one
+    best: Tensor  # (Q, K) int64: the first candidates; of equal scores the first stands first
+    score: Tensor  # (Q, K) float32: theirs
+
+
+@dataclass(frozen=True)
+class Rankings:
+    image_to_text: Ranked
+    text_to_image: Ranked
 
 
 @contextmanager
@@ -69,63 +99,112 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return text, keep
 
 
-def embed_images(model: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = ALONE) -> Tensor:
     """Unit vectors (N, HD) of `images` (N, H, W, 3) uint8; their dot products are the mean of the H heads' cosines."""
     with reading(model) as device:
-        parts = [
-            all_heads(model, Pass(heads=("itc",), image=images[start : start + batch].to(device)))
-            for start in range(0, len(images), batch)
-        ]
-    return torch.cat(parts)
+
+        def embed(rows: slice) -> tuple[Tensor]:
+            return (all_heads(model, Pass(heads=("itc",), image=images[rows].to(device))),)
+
+        return computed(len(images), batch, ranks, embed)[0]
 
 
-def embed_texts(model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch: int = 64) -> Tensor:
+def embed_texts(
+    model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = ALONE
+) -> Tensor:
     """Unit vectors (M, HD) of token rows ([CLS] … [SEP], without padding)."""
-    parts = []
     with reading(model) as device:
-        for start in range(0, len(rows), batch):
-            text, keep = padded(rows[start : start + batch], pad)
-            parts.append(all_heads(model, Pass(heads=("itc",), text=text.to(device), text_keep=keep.to(device))))
-    return torch.cat(parts)
+
+        def embed(chosen: slice) -> tuple[Tensor]:
+            text, keep = padded(rows[chosen], pad)
+            return (all_heads(model, Pass(heads=("itc",), text=text.to(device), text_keep=keep.to(device))),)
+
+        return computed(len(rows), batch, ranks, embed)[0]
 
 
 def all_heads(model: nn.Module, wanted: Pass) -> Tensor:
     """Unit vectors (B, HD) of a pass's rows, of all contrastive heads together."""
     outputs = model({"only": wanted})["only"]
     heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
-    return (torch.cat(heads, dim=1) / len(heads) ** 0.5).float().cpu()
+    return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()
 
 
-def recall_at_k(
-    similarity: Tensor, caption_of: Tensor, image_id: Tensor, ks: Sequence[int] = KS, transposed: Tensor | None = None
-) -> Retrieval:
-    """Recall both ways from `similarity` (N, M), the image of each caption (M,) and the images' ids (N,).
+def dot_products(queries: Tensor, candidates: Tensor) -> Scores:
+    """Scores of unit vectors (Q, D) and (C, D), float32.
 
-    Image to text counts a hit if any right caption is among the first k; text to image, if a right image is.
-    `transposed` (M, N) replaces the similarities of text to image, where re-ranking made them differ.
+    They are rounded from sums in float64: a pair's score is then the same in both directions and in every block, and
+    equal vectors score equally, which float32's own sums would leave to the order in which a kernel adds.
+    """
+    wide = candidates.double().T
+    return lambda rows: (queries[rows].double() @ wide).float()
+
+
+def rankings(
+    image_scores: Scores,
+    text_scores: Scores,
+    caption_of: Tensor,
+    image_id: Tensor,
+    keep: int = KEPT,
+    ranks: Ranks = ALONE,
+) -> Rankings:
+    """Both directions, from the images' scores of the captions and the captions' of the images.
+
+    `caption_of` (M,) is the image of each caption, `image_id` (N,) the images' ids.
     """
     caption_id = image_id[caption_of]
-    other = similarity.T if transposed is None else transposed
-    return Retrieval(
-        image_to_text=_recall(ranks(similarity, image_id, caption_id), image_id, caption_id, ks),
-        text_to_image=_recall(ranks(other, caption_id, image_id), caption_id, image_id, ks),
+    return Rankings(
+        image_to_text=rank_candidates(image_scores, image_id, caption_id, keep, ranks),
+        text_to_image=rank_candidates(text_scores, caption_id, image_id, keep, ranks),
     )
 
 
-def ranks(scores: Tensor, query_id: Tensor, candidate_id: Tensor) -> Tensor:
-    """(Q,) int64: the place, from 1, of each query's best right candidate; C + 1 where no candidate is right.
+def rank_candidates(
+    scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int = KEPT, ranks: Ranks = ALONE
+) -> Ranked:
+    """Every query against every candidate. Those of one id are right for each other.
 
     Raises ValueError where a score is not a number: such a model would otherwise seem perfect or hopeless.
     """
-    found = []
-    for start in range(0, len(scores), _ROWS):
-        rows = scores[start : start + _ROWS]
-        if torch.isnan(rows).any():
+
+    def rank(rows: slice) -> tuple[Tensor, ...]:
+        block = scores(rows)
+        if torch.isnan(block).any():
             raise ValueError("similarities hold NaN: the model's features are not numbers; evaluate another checkpoint")
-        right = query_id[start : start + _ROWS, None] == candidate_id[None]
-        best = rows.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(1 + ((rows >= best) & ~right).sum(dim=1))
-    return torch.cat(found)
+        right = (query_id[rows, None] == candidate_id[None]).to(block.device)
+        best_right = block.masked_fill(~right, -torch.inf).amax(dim=1)
+        best_wrong = block.masked_fill(right, -torch.inf).amax(dim=1)
+        place = 1 + ((block >= best_right[:, None]) & ~right).sum(dim=1)
+        best = first_few(block, min(keep, block.shape[1]))
+        return tuple(t.cpu() for t in (place, best_right - best_wrong, best, block.gather(1, best)))
+
+    return Ranked(*computed(len(query_id), _ROWS, ranks, rank))
+
+
+def first_few(scores: Tensor, k: int) -> Tensor:
+    """The k highest of each row (Q, C), by falling score: (Q, k) int64. Of equal scores the first stands first.
+
+    `topk` alone leaves open which of several equals it takes.
+    """
+    last = scores.topk(k, dim=1).values[:, -1:]
+    above, level = scores > last, scores == last
+    missing = k - above.sum(dim=1, keepdim=True)
+    chosen = (above | (level & (level.cumsum(dim=1) <= missing))).nonzero()[:, 1].view(-1, k)
+    order = scores.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
+    return chosen.gather(1, order)
+
+
+def recall_at_k(
+    image_places: Tensor, caption_places: Tensor, caption_of: Tensor, image_id: Tensor, ks: Sequence[int] = KS
+) -> Retrieval:
+    """Recall both ways from the places of each image's (N,) and each caption's (M,) best right candidate.
+
+    Image to text counts a hit if any right caption is among the first k; text to image, if a right image is.
+    """
+    caption_id = image_id[caption_of]
+    return Retrieval(
+        image_to_text=_recall(image_places, image_id, caption_id, ks),
+        text_to_image=_recall(caption_places, caption_id, image_id, ks),
+    )
 
 
 def _recall(places: Tensor, query_id: Tensor, candidate_id: Tensor, ks: Sequence[int]) -> Recall:
@@ -155,22 +234,25 @@ def _chance_of(right: int, total: int, k: int) -> float:
 
 def matching_odds(
     model: nn.Module,
-    images: Tensor,
+    images: Images,
     rows: Sequence[Sequence[int]],
     pad: int,
     pairs: Tensor,
     batch: int = 64,
     image_size: Tensor | None = None,
     head: FusedHead = "itm",
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The fusion encoder's log-odds of 'matched', or its ranking scores: (P,) for `pairs` (P, 2) of image and caption.
 
-    `image_size` (N, 2) is how much of each of `images` is picture; None: all.
+    `image_size` (N, 2) is how much of each of `images` is picture; None: all. Pairs are read picture after picture.
     """
-    odds = []
+    order = pairs[:, 0].argsort(stable=True)
+    ordered = pairs[order]
     with reading(model) as device:
-        for start in range(0, len(pairs), batch):
-            chosen = pairs[start : start + batch]
+
+        def score(span: slice) -> tuple[Tensor]:
+            chosen = ordered[span]
             text, keep = padded([rows[caption] for caption in chosen[:, 1].tolist()], pad)
             fused = Pass(
                 heads=(head,),
@@ -180,28 +262,40 @@ def matching_odds(
                 text_keep=keep.to(device),
             )
             scores = model({"fused": fused})["fused"][head].float()
-            odds.append((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu())
-    return torch.cat(odds)
+            return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
+
+        (odds,) = computed(len(pairs), batch, ranks, score)
+    return torch.empty_like(odds).index_copy_(0, order, odds)
 
 
-def rerank(similarity: Tensor, k: int, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Scores (N, M) and (M, N) in which each query's k best by `similarity` stand reordered by `score`.
+def rerank(
+    found: Rankings, k: int, score: Callable[[Tensor], Tensor], caption_of: Tensor, image_id: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Places (N,) and (M,) where each query's first k stand in the order of `score`, before all others in theirs.
 
     `score` takes (P, 2) image and caption numbers and gives (P,) numbers. A pair that is a candidate in both
-    directions is scored once. What is not among a query's k best keeps its order behind them.
+    directions is scored once. `found` holds at least k candidates of each query, or all.
     """
-    num_images, num_captions = similarity.shape
-    captions = similarity.topk(min(k, num_captions), dim=1).indices
-    images = similarity.T.topk(min(k, num_images), dim=1).indices
-    wanted = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, captions, True)
-    wanted |= torch.zeros_like(similarity.T, dtype=torch.bool).scatter_(1, images, True).T
-    pairs = wanted.nonzero()
-    odds = torch.zeros_like(similarity)
-    odds[wanted] = score(pairs).to(odds.dtype)  # nonzero() and masks both go row by row
-    return _lifted(similarity, captions, odds), _lifted(similarity.T, images, odds.T)
+    captions, images = found.image_to_text.best[:, :k], found.text_to_image.best[:, :k]
+    num_captions = len(caption_of)
+    of_images = torch.arange(len(image_id))[:, None] * num_captions + captions  # a pair as one number
+    of_captions = images * num_captions + torch.arange(num_captions)[:, None]
+    pairs = torch.cat([of_images.flatten(), of_captions.flatten()]).unique()
+    odds = score(torch.stack([pairs // num_captions, pairs % num_captions], dim=1))
+    caption_id = image_id[caption_of]
+    return (
+        _place_again(
+            found.image_to_text.place, odds[torch.searchsorted(pairs, of_images)], caption_id[captions], image_id
+        ),
+        _place_again(
+            found.text_to_image.place, odds[torch.searchsorted(pairs, of_captions)], image_id[images], caption_id
+        ),
+    )
 
 
-def _lifted(scores: Tensor, best: Tensor, odds: Tensor) -> Tensor:
-    chosen = odds.gather(1, best)
-    floor = scores.amax() + 1.0
-    return scores.scatter(1, best, floor + chosen - chosen.amin(dim=1, keepdim=True))
+def _place_again(place: Tensor, odds: Tensor, candidate_id: Tensor, query_id: Tensor) -> Tensor:
+    """A query without a right candidate among its first k keeps its place: those were all before it already."""
+    right = candidate_id == query_id[:, None]
+    best = odds.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    again = 1 + ((odds >= best) & ~right).sum(dim=1)
+    return torch.where(right.any(dim=1), again, place)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -86,13 +86,19 @@ class Collectives:
     @_counted
     def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
         """Every rank's rows (n, …) in the order of the global batch: (B, …)."""
-        shares = self.shares(batch)
-        longest = max(stop - start for start, stop in shares)
-        padded = rows.new_zeros(longest, *rows.shape[1:])
+        return self._gather(rows, [stop - start for start, stop in self.shares(batch)])
+
+    @_counted
+    def gather_parts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Every rank's rows, of which there are `counts`, in the order of the ranks: on the device of `rows`."""
+        return self._gather(rows.to(self.device), counts).to(rows.device)
+
+    def _gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows.detach()
-        gathered = [torch.empty_like(padded) for _ in shares]
+        gathered = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(gathered, padded)
-        return torch.cat([part[: stop - start] for part, (start, stop) in zip(gathered, shares, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     @_counted
     def largest(self, sizes: list[int]) -> list[int]:

@@ -18,9 +18,9 @@ LEVELS = {
     "pipeline.data": 1,
     "pipeline.tracking": 1,
     "pipeline.planning": 2,  # over models and data; training asks it what fits
-    "pipeline.training": 3,
     "pipeline.evaluation": 3,
-    "jobs": 4,
+    "pipeline.training": 4,  # evaluates while it trains
+    "jobs": 5,
 }
 
 HOMES = {

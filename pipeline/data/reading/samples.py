@@ -222,21 +222,36 @@ def checksum(members: list[tuple[str, bytes]]) -> int:
     return crc
 
 
-def samples_of_source(storage: Storage, url: str) -> Iterator[Sample]:
-    """Every sample of a folder of shards once, in the manifest's order."""
-    source = Source(url, load_manifest(storage, url))
+def slots_of(source: Source) -> Callable[[int, int], list[Slot]]:
+    """`slots(start, stop)`: the samples of a source from one number to another, in the manifest's order."""
     ends = np.cumsum(source.counts)
 
-    def slots(step: int) -> list[Slot]:
-        numbers = np.arange(step * _CHUNK, min((step + 1) * _CHUNK, ends[-1]))
+    def slots(start: int, stop: int) -> list[Slot]:
+        numbers = np.arange(start, stop)
         shards = np.searchsorted(ends, numbers, side="right")
         samples = numbers - (ends - source.counts)[shards]
-        return [Slot(url, 0, shard, sample) for shard, sample in zip(shards.tolist(), samples.tolist(), strict=True)]
+        places = zip(shards.tolist(), samples.tolist(), strict=True)
+        return [Slot(source.url, 0, shard, sample) for shard, sample in places]
+
+    return slots
+
+
+def samples_of_source(
+    storage: Storage, source: str | Source, start: int = 0, stop: int | None = None
+) -> Iterator[Sample]:
+    """Samples `start` to `stop`, or all, of a folder of shards, each once, in the manifest's order."""
+    opened = Source(source, load_manifest(storage, source)) if isinstance(source, str) else source
+    end = int(opened.counts.sum()) if stop is None else stop
+    between = slots_of(opened)
+
+    def slots(step: int) -> list[Slot]:
+        first = start + step * _CHUNK
+        return between(first, max(first, min(first + _CHUNK, end)))
 
     loader = LoaderConfig(memory_bytes=16 * SPAN, read_ahead_bytes=8 * SPAN)
-    with SampleReader(storage, {url: source}, loader) as reader:
+    with SampleReader(storage, {opened.url: opened}, loader) as reader:
         reader.follow(slots, 0)
-        for step in range(-(-int(ends[-1]) // _CHUNK)):
+        for step in range(-(-(end - start) // _CHUNK)):
             for slot in slots(step):
                 yield reader.read(slot)
             reader.reached(step)

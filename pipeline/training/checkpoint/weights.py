@@ -75,10 +75,10 @@ def save_weights(
     commit(storage, url, records, metadata)
 
 
-def load_weights(storage: Storage, url: str) -> Weights:
-    """Weights of a stage's folder, of the last finished stage of a run's folder, or of the checkpoint of a step.
+def find_weights(storage: Storage, url: str) -> str:
+    """The folder of weights that `url` means: itself, or that of the last finished stage of the run that it names.
 
-    Raises CheckpointError when there is none or it is damaged.
+    Raises CheckpointError when there is none.
     """
     try:
         names = [name.rstrip("/") for name in storage.list(join(url, "stages"))]
@@ -91,6 +91,22 @@ def load_weights(storage: Storage, url: str) -> Weights:
         raise CheckpointError(
             f"{url}: no finished stage here; give the folder of a run, of one of its stages or of a checkpoint"
         )
+    return url
+
+
+def config_of_weights(storage: Storage, url: str) -> RunConfig:
+    """The config of the run that made the weights which `load_weights` would read. Raises CheckpointError as it."""
+    found = find_weights(storage, url)
+    config: RunConfig = _facts(found, read_manifest(storage, found))["config"]
+    return config
+
+
+def load_weights(storage: Storage, url: str) -> Weights:
+    """Weights of a stage's folder, of the last finished stage of a run's folder, or of the checkpoint of a step.
+
+    Raises CheckpointError when there is none or it is damaged.
+    """
+    url = find_weights(storage, url)
     if step_of(split(url)[1]) is not None:
         return _of_checkpoint(storage, url)
     manifest, files = read_committed(storage, url)

@@ -54,13 +54,14 @@ def test_metrics_are_flat_numbers_under_the_source(found: Evaluation) -> None:
 def test_similarity_is_the_mean_of_both_heads_cosines(found: Evaluation, model: VLMo) -> None:
     held_out = found.held_out
     row = held_out.tokens[5].ids
+    ranked = found.rankings.text_to_image  # type: ignore[union-attr]
     with torch.no_grad():
-        image = model({"x": Pass(heads=("itc",), image=held_out.images[4:5])})["x"]
+        image = model({"x": Pass(heads=("itc",), image=held_out.images[ranked.best[5, :1]])})["x"]
         text = model(
             {"x": Pass(heads=("itc",), text=torch.tensor([row]), text_keep=torch.ones(1, len(row), dtype=torch.bool))}
         )["x"]
     expected = (image["itc"] @ text["itc"].T + image["itc_vl"] @ text["itc_vl"].T) / 2
-    torch.testing.assert_close(found.similarity[4, 5], expected[0, 0], atol=1e-6, rtol=1e-5)  # type: ignore[index]
+    torch.testing.assert_close(ranked.score[5, 0], expected[0, 0], atol=1e-6, rtol=1e-5)
 
 
 def test_the_batch_size_changes_nothing(
@@ -68,7 +69,12 @@ def test_the_batch_size_changes_nothing(
 ) -> None:
     other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch": 64})})
     again = evaluate(model, tokenizer, other, storage, others={"vision": model, "language": model})
-    torch.testing.assert_close(found.similarity, again.similarity, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        found.rankings.image_to_text.score,  # type: ignore[union-attr]
+        again.rankings.image_to_text.score,  # type: ignore[union-attr]
+        atol=1e-6,
+        rtol=1e-5,
+    )
     assert found.mlm.own_image.accuracy == again.mlm.own_image.accuracy  # type: ignore[union-attr]
     assert found.matching == again.matching
 
@@ -105,8 +111,8 @@ def test_a_dual_encoder_is_evaluated_by_its_one_contrast(
     stage = config.stages[-1].model_copy(update={"objectives": {"contrastive": ObjectiveConfig()}})
     dual = config.model_copy(update={"model": DualEncoderConfig(**sizes, embedding=16), "stages": (stage,)})
     found = evaluate(build_model(dual.model, tokenizer.size, seed=3), tokenizer, dual, storage)
-    assert found.similarity is not None
-    assert found.similarity.abs().max() <= 1 + 1e-5
+    assert found.rankings is not None
+    assert found.rankings.image_to_text.score.abs().max() <= 1 + 1e-5
     result = found.to_json()
     assert result["retrieval"]["image_to_text"].keys() >= KS
     assert all(result[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
@@ -124,7 +130,8 @@ def test_matching_without_a_contrast_ranks_by_reading_every_pair(
     assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", len(held_out))
     pairs = torch.cartesian_prod(torch.arange(len(held_out)), torch.arange(len(held_out.tokens)))
     odds = matching_odds(model, held_out.images, held_out.rows(), tokenizer.pad_id, pairs)
-    torch.testing.assert_close(found.similarity, odds.view(len(held_out), -1))
+    best = odds.view(len(held_out), -1).topk(10, dim=1).values
+    torch.testing.assert_close(found.rankings.image_to_text.score, best)  # type: ignore[union-attr]
     left_out = config.model_copy(update={"stages": stages})
     assert evaluate(model, tokenizer, left_out, storage, rerank_best=0).retrieval is None
 
@@ -140,7 +147,7 @@ def test_of_many_pictures_the_first_few_are_read_with_all_their_captions(
     captions = int((found.held_out.caption_of < images).sum())
     assert 1 < images < len(found.held_out)
     assert images * captions <= 30
-    assert found.similarity is None
+    assert found.rankings is None
     assert found.retrieval is not None
 
 

@@ -72,14 +72,14 @@ def held_out(run: RunConfig, tokenizer: Tokenizer) -> HeldOut:
 
 def test_pictures_are_read_in_their_own_shapes_on_one_canvas(held_out: HeldOut) -> None:
     assert held_out.image_size.tolist() == [[24, 40], [40, 24], [24, 24], [16, 40], [32, 24], [24, 24]]
-    assert held_out.images.shape == (6, 40, 40, 3)
+    assert held_out.images[:].shape == (6, 40, 40, 3)
     assert held_out.picture(3).shape == (16, 40, 3)
 
 
 def test_the_canvas_changes_neither_guesses_nor_odds(
     model: Model, run: RunConfig, held_out: HeldOut, tokenizer: Tokenizer
 ) -> None:
-    larger = replace(held_out, images=F.pad(held_out.images, (0, 0, 0, 8, 0, 16), value=99))
+    larger = replace(held_out, images=F.pad(held_out.images[:], (0, 0, 0, 8, 0, 16), value=99))
     masked = mask_captions(held_out, run.stages[0].masking, tokenizer)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(5))
     results = []
@@ -105,4 +105,4 @@ def test_a_vilt_is_evaluated_and_reported(model: Model, run: RunConfig, tokenize
     assert "matching" in render(found, run, tokenizer, {}, {})
     ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
     assert ranked.to_json()["retrieval"]["by"] == "ranking"
-    assert ranked.similarity.shape == (6, 18)
+    assert ranked.rankings.text_to_image.best.shape == (18, 6)

@@ -15,6 +15,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import Evaluation, evaluate
 from pipeline.evaluation.report import percent, thumbnail, write_report
+from pipeline.evaluation.retrieval import rankings
 from pipeline.models.vlmo import VLMo
 
 CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}
@@ -98,7 +99,8 @@ def test_a_perfect_model_shows_only_right_answers_first(
 ) -> None:
     held_out = found.held_out
     perfect = (torch.arange(len(held_out))[:, None] == held_out.caption_of[None]).float()
-    write_report(replace(found, similarity=perfect), config, tokenizer, tmp_path / "r.html")
+    both = rankings(perfect.__getitem__, perfect.T.__getitem__, held_out.caption_of, held_out.image_id)
+    write_report(replace(found, rankings=both), config, tokenizer, tmp_path / "r.html")
     text = Page((tmp_path / "r.html").read_text()).text
     assert text.count("found first") == 16
     assert "at place" not in text

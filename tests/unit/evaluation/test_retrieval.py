@@ -1,4 +1,4 @@
-"""Recall against an independent count in NumPy; chance against every order; re-ranking against a full sort."""
+"""Places against an independent brute force in NumPy, whole, in blocks and re-ranked; chance against every order."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation.retrieval import chance_level, padded, ranks, recall_at_k, rerank
+from pipeline.evaluation import retrieval
+from pipeline.evaluation.retrieval import (
+    Rankings,
+    chance_level,
+    dot_products,
+    first_few,
+    padded,
+    rankings,
+    recall_at_k,
+    rerank,
+)
 
 
-def brute_force(similarity: np.ndarray, caption_of: np.ndarray, image_id: np.ndarray, k: int) -> tuple[float, float]:
-    """Sorts every row with wrong candidates first among equals, and looks at the first k."""
+def places_by_sorting(scores: np.ndarray, query_id: np.ndarray, candidate_id: np.ndarray) -> np.ndarray:
+    """Sorts every row with wrong candidates first among equals, and looks where the first right one stands."""
+    places = []
+    for row, query in zip(scores, query_id, strict=True):
+        order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_id[c] == query))
+        places.append(1 + [candidate_id[c] == query for c in order].index(True))
+    return np.array(places)
 
-    def direction(scores: np.ndarray, query_id: np.ndarray, candidate_id: np.ndarray) -> float:
-        hits = 0
-        for row, query in zip(scores, query_id, strict=True):
-            order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_id[c] == query))
-            hits += any(candidate_id[c] == query for c in order[:k])
-        return hits / len(scores)
 
-    caption_id = image_id[caption_of]
-    return direction(similarity, image_id, caption_id), direction(similarity.T, caption_id, image_id)
+def ranked(similarity: np.ndarray, caption_of: np.ndarray, image_id: np.ndarray, keep: int = 10) -> Rankings:
+    scores = torch.tensor(similarity)
+    of, ids = torch.tensor(caption_of), torch.tensor(image_id)
+    return rankings(scores.__getitem__, scores.T.__getitem__, of, ids, keep)
+
+
+def recall_of(similarity: np.ndarray, caption_of: np.ndarray, image_id: np.ndarray):
+    found = ranked(similarity, caption_of, image_id)
+    places = found.image_to_text.place, found.text_to_image.place
+    return recall_at_k(*places, torch.tensor(caption_of), torch.tensor(image_id))
 
 
 def drawn(num_images: int, per_image: int, levels: int | None, duplicates: int, seed: int):
@@ -38,45 +55,109 @@ def drawn(num_images: int, per_image: int, levels: int | None, duplicates: int, 
     return similarity, caption_of, image_id
 
 
-@pytest.mark.parametrize("per_image", [1, 5])
-@pytest.mark.parametrize("levels", [None, 1, 3])
-@pytest.mark.parametrize("duplicates", [0, 4])
-def test_recall_equals_a_brute_force_count(per_image: int, levels: int | None, duplicates: int) -> None:
+every_kind = pytest.mark.parametrize(
+    ("per_image", "levels", "duplicates"), list(itertools.product((1, 5), (None, 1, 3), (0, 4)))
+)
+
+
+@every_kind
+def test_recall_and_ranks_equal_a_brute_force(per_image: int, levels: int | None, duplicates: int) -> None:
     similarity, caption_of, image_id = drawn(37, per_image, levels, duplicates, seed=per_image)
-    found = recall_at_k(torch.tensor(similarity), torch.tensor(caption_of), torch.tensor(image_id))
-    for k in (1, 5, 10):
-        expected = brute_force(similarity, caption_of, image_id, k)
-        assert (found.image_to_text.at[k], found.text_to_image.at[k]) == pytest.approx(expected, abs=1e-12)
+    found = recall_of(similarity, caption_of, image_id)
+    caption_id = image_id[caption_of]
+    for recall, places in (
+        (found.image_to_text, places_by_sorting(similarity, image_id, caption_id)),
+        (found.text_to_image, places_by_sorting(similarity.T, caption_id, image_id)),
+    ):
+        assert recall.at == {k: np.mean(places <= k) for k in (1, 5, 10)}
+        assert recall.mean_rank == pytest.approx(np.mean(places), abs=1e-12)
+        assert recall.median_rank == np.median(places)
 
 
-def test_ranking_in_slices_changes_nothing() -> None:
-    scores = torch.randint(0, 50, (700, 700)).float()
-    ids = torch.arange(700)
-    assert torch.equal(ranks(scores, ids, ids), torch.cat([ranks(scores[i : i + 1], ids[i : i + 1], ids) for i in ids]))
+@every_kind
+def test_reranked_places_equal_a_brute_force(per_image: int, levels: int | None, duplicates: int) -> None:
+    similarity, caption_of, image_id = drawn(23, per_image, levels, duplicates, seed=7)
+    second = np.round(np.random.default_rng(1).normal(size=similarity.shape) * 2)
+    asked: list[torch.Tensor] = []
+
+    def score(pairs: torch.Tensor) -> torch.Tensor:
+        asked.append(pairs)
+        return torch.tensor(second)[pairs[:, 0], pairs[:, 1]]
+
+    found = rerank(ranked(similarity, caption_of, image_id), 4, score, torch.tensor(caption_of), torch.tensor(image_id))
+    caption_id = image_id[caption_of]
+    for places, first, exact, query_id, candidate_id in (
+        (found[0], similarity, second, image_id, caption_id),
+        (found[1], similarity.T, second.T, caption_id, image_id),
+    ):
+        expected = []
+        for row, odds, query in zip(first, exact, query_id, strict=True):
+            few = sorted(range(len(row)), key=lambda c: (-row[c], c))[:4]
+            lifted = np.array([1000 + odds[c] if c in few else row[c] for c in range(len(row))])
+            expected.append(places_by_sorting(lifted[None], np.array([query]), candidate_id)[0])
+        assert places.tolist() == expected
+    assert len(asked[0].unique(dim=0)) == len(asked[0]) <= 4 * sum(similarity.shape)
+
+
+def test_blocks_of_queries_rank_as_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also equal vectors, whose scores float32's own sums would tell apart here and there."""
+    torch.manual_seed(0)
+    images, texts = (torch.nn.functional.normalize(torch.randn(n, 96), dim=1) for n in (130, 650))
+    images[40:60], texts[300:400] = images[7], texts[11]
+    caption_of, ids = torch.arange(130).repeat_interleave(5), torch.arange(130)
+    both = dot_products(images, texts), dot_products(texts, images)
+    whole = (images.double() @ texts.double().T).float()
+    expected = rankings(whole.__getitem__, whole.T.__getitem__, caption_of, ids)
+    for rows in (1, 7, 256, 1000):
+        monkeypatch.setattr(retrieval, "_ROWS", rows)
+        found = rankings(*both, caption_of, ids)
+        for mine, other in (
+            (found.image_to_text, expected.image_to_text),
+            (found.text_to_image, expected.text_to_image),
+        ):
+            assert torch.equal(mine.place, other.place)
+            assert torch.equal(mine.best, other.best)
+            assert torch.equal(mine.score, other.score)
+            assert torch.equal(mine.margin, other.margin)
+
+
+def test_the_first_of_equal_scores_stands_first() -> None:
+    torch.manual_seed(1)
+    for levels in (1, 2, 5, 1000):
+        scores = torch.randint(0, levels, (40, 90)).float()
+        expected = scores.argsort(dim=1, descending=True, stable=True)
+        for k in (1, 3, 10, 90):
+            assert torch.equal(first_few(scores, k), expected[:, :k])
+
+
+def test_the_margin_is_what_the_best_right_candidate_is_ahead() -> None:
+    found = ranked(np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.7]]), np.array([0, 0, 1]), np.array([4, 9]))
+    torch.testing.assert_close(found.image_to_text.margin.float(), torch.tensor([0.8, 0.4]))
+    torch.testing.assert_close(found.text_to_image.margin.float(), torch.tensor([0.7, 0.2, 0.6]))
 
 
 def test_a_model_that_scores_everything_alike_recalls_nothing() -> None:
-    same = recall_at_k(torch.zeros(30, 30), torch.arange(30), torch.arange(30))
+    same = recall_of(np.zeros((30, 30)), np.arange(30), np.arange(30))
     assert same.image_to_text.at == same.text_to_image.at == {1: 0.0, 5: 0.0, 10: 0.0}
     assert same.image_to_text.median_rank == 30
 
 
 def test_a_perfect_model_recalls_everything() -> None:
-    caption_of = torch.arange(20).repeat_interleave(5)
-    perfect = recall_at_k((torch.arange(20)[:, None] == caption_of[None]).float(), caption_of, torch.arange(20))
+    caption_of = np.arange(20).repeat(5)
+    perfect = recall_of((np.arange(20)[:, None] == caption_of[None]).astype(float), caption_of, np.arange(20))
     assert perfect.image_to_text.at[1] == perfect.text_to_image.at[1] == 1.0
     assert perfect.image_to_text.mean_rank == 1.0
 
 
 def test_a_second_picture_of_the_same_image_is_right_too() -> None:
-    similarity = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.1, 0.2], [0.0, 0.0, 1.0]])
-    assert recall_at_k(similarity, torch.arange(3), torch.tensor([7, 7, 8])).image_to_text.at[1] == 1.0
-    assert recall_at_k(similarity, torch.arange(3), torch.tensor([7, 6, 8])).image_to_text.at[1] == pytest.approx(1 / 3)
+    similarity = np.array([[0.1, 0.9, 0.2], [0.9, 0.1, 0.2], [0.0, 0.0, 1.0]])
+    assert recall_of(similarity, np.arange(3), np.array([7, 7, 8])).image_to_text.at[1] == 1.0
+    assert recall_of(similarity, np.arange(3), np.array([7, 6, 8])).image_to_text.at[1] == pytest.approx(1 / 3)
 
 
 def test_scores_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        recall_at_k(torch.full((3, 3), torch.nan), torch.arange(3), torch.arange(3))
+        recall_of(np.full((3, 3), np.nan), np.arange(3), np.arange(3))
 
 
 @pytest.mark.parametrize(("counts", "k"), [((1, 1, 1, 1), 2), ((2, 1, 3), 1), ((2, 1, 3), 2), ((1, 4), 3)])
@@ -91,24 +172,6 @@ def test_chance_equals_the_mean_over_every_order(counts: tuple[int, ...], k: int
 def test_chance_among_single_captions_is_k_of_n() -> None:
     assert chance_level(torch.arange(200), torch.arange(200), 10) == pytest.approx(0.05)
     assert chance_level(torch.arange(4), torch.arange(4), 10) == 1.0
-
-
-def test_reranking_orders_the_first_k_by_the_second_score_and_leaves_the_rest() -> None:
-    torch.manual_seed(0)
-    similarity, second = torch.randn(9, 18), 10 * torch.randn(9, 18)
-    asked: list[torch.Tensor] = []
-
-    def score(pairs: torch.Tensor) -> torch.Tensor:
-        asked.append(pairs)
-        return second[pairs[:, 0], pairs[:, 1]]
-
-    captions, images = rerank(similarity, 4, score)
-    for scores, first, exact in ((captions, similarity, second), (images, similarity.T, second.T)):
-        for row, before, odds in zip(scores, first, exact, strict=True):
-            was = before.argsort(descending=True)
-            expected = torch.cat([was[:4][odds[was[:4]].argsort(descending=True)], was[4:]])
-            assert torch.equal(row.argsort(descending=True), expected)
-    assert len(asked[0].unique(dim=0)) == len(asked[0]) <= 9 * 4 + 18 * 4
 
 
 def test_padding_marks_only_what_stands_behind_a_row() -> None:

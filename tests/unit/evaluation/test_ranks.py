@@ -1,0 +1,76 @@
+"""An evaluation shared among ranks is the evaluation of one process, to the last bit, for any number of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.errors import DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.storage import Storage
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.ranks import ALONE, Alone, Ranks, batches_of, together
+from pipeline.models import build_model
+from pipeline.models.model import Heads
+from tests.ranks import run_ranks
+
+
+class One(Alone):
+    """One of several, who are asked nothing."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+
+    def shares(self, count: int) -> list[tuple[int, int]]:
+        return [(r * count // self.world_size, (r + 1) * count // self.world_size) for r in range(self.world_size)]
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 50, 64])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 9])
+def test_every_row_is_computed_once_and_all_make_equally_many_forwards(count: int, world_size: int) -> None:
+    turns = [list(batches_of(count, 7, One(rank, world_size))) for rank in range(world_size)]
+    own = [row for each in turns for rows, is_own in each if is_own for row in range(count)[rows]]
+    assert own == list(range(count))
+    assert len({len(each) for each in turns}) == 1
+    assert all(0 < rows.stop - rows.start <= 7 for each in turns for rows, _ in each)
+
+
+def test_an_error_of_one_rank_is_raised_on_all() -> None:
+    class Two(Alone):
+        def gather_objects(self, value: Any) -> list[Any]:
+            return [value, (None, DataError("shard 3 changed"))]
+
+    with pytest.raises(DataError, match="shard 3 changed"):
+        together(Two(), lambda: 1)
+
+
+def measured(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """Everything that one rank is told: figures, places, best candidates, guesses."""
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.train(["a red square", "two blue circles and a green star"], 200)
+    model = build_model(config.model, tokenizer.size, Heads("pixels"), seed=3)
+    found = evaluate(model, tokenizer, config, Storage(), others={"language": model}, ranks=ranks)
+    assert found.rankings is not None
+    assert found.mlm is not None
+    assert found.mlm.own_image is not None
+    tensors = [*vars(found.rankings.image_to_text).values(), *vars(found.rankings.text_to_image).values()]
+    tensors += [found.mlm.own_image.truth_probability, found.mlm.text_only.tokens]
+    return {"json": found.to_json(), "metrics": found.metrics(), "tensors": tensors}
+
+
+def measured_on_ranks(config: RunConfig) -> dict[str, Any]:
+    from pipeline.training.collectives import Collectives
+
+    return measured(config, Collectives())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_number_of_ranks_changes_nothing(config: RunConfig, world_size: int) -> None:
+    expected = measured(config, ALONE)
+    for found in run_ranks(measured_on_ranks, world_size, config):
+        assert found["json"] == expected["json"]
+        assert found["metrics"] == expected["metrics"]
+        assert all(torch.equal(mine, other) for mine, other in zip(found["tensors"], expected["tensors"], strict=True))
