@@ -17,10 +17,12 @@ LEVELS = {
     "pipeline.objectives": 1,
     "pipeline.data": 1,
     "pipeline.tracking": 1,
+    "pipeline.pages": 1,
     "pipeline.planning": 2,  # over models and data; training asks it what fits
     "pipeline.training": 3,
     "pipeline.evaluation": 3,
-    "jobs": 4,
+    "pipeline.reports": 4,  # over a run's folder: what training and evaluation left there
+    "jobs": 5,
 }
 
 HOMES = {
