@@ -138,12 +138,13 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Most images to read.")] = None,
     report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
     track: Annotated[bool, typer.Option(help="Record the result in the run's MLflow.")] = True,
+    against: Annotated[str | None, typer.Option(help="Another evaluated run, whose figures stand beside.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Zero-shot retrieval, masked-language accuracy and matching on held-out pairs, with a report."""
     from jobs.evaluate import evaluate_checkpoint
 
-    print_result(evaluate_checkpoint(checkpoint, source, limit, report, track), as_json)
+    print_result(evaluate_checkpoint(checkpoint, source, limit, report, track, against), as_json)
 
 
 @app.command()

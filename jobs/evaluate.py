@@ -15,10 +15,13 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
+from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import TASKS, Evaluation, evaluate, stage_of
 from pipeline.evaluation.report import write_report
+from pipeline.evaluation.shown import Shown, keep, kept
 from pipeline.models import build_model
 from pipeline.models.model import Model
+from pipeline.reports.run_folder import open_run
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
 from pipeline.training.accounting import spent
@@ -37,20 +40,29 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
 
 
 def evaluate_checkpoint(
-    checkpoint: str, source: str | None = None, limit: int | None = None, report: Path | None = None, track: bool = True
+    checkpoint: str,
+    source: str | None = None,
+    limit: int | None = None,
+    report: Path | None = None,
+    track: bool = True,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run's or a stage's weights; returns the numbers as `mome evaluate --json` prints them.
 
-    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`.
-    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source.
+    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`; the
+    figures of the run in folder `against` stand beside. With `track` the result is kept in the run's folder too.
+    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
+    ConfigError for a run to stand beside that was never evaluated.
     """
+    other = None if against is None else _evaluation_of(against, source)
     storage = Storage()
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config, source = _with_source(weights.config, stage_of(weights.config, weights.stage), source)
     storage = Storage(config.storage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    model = model_of(weights)
     found = evaluate(
-        model_of(weights),
+        model,
         tokenizer,
         config,
         storage,
@@ -71,8 +83,26 @@ def evaluate_checkpoint(
             100 * found.matching.accuracy_matched,
             100 * found.matching.accuracy_mismatched,
         )
-    found = found.located(checkpoint=weights.url)
-    return _deliver(config, storage, found, tokenizer, report, track)
+    alignments = aligned(model, tokenizer, found.held_out, config, stage_of(config, weights.stage))
+    place = str(report) if report is not None else join(config.folder, REPORT)
+    found = found.located(checkpoint=weights.url, report=place)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / REPORT
+        shown = write_report(found, config, tokenizer, page, _curves(config), alignments, other)
+        storage.write(place, page.read_bytes())
+        if track:
+            keep(storage, config.folder, shown)
+            _record(config, storage, found, page)
+    return found.to_json()
+
+
+def _evaluation_of(run: str, source: str | None) -> Shown:
+    """The last evaluation of another run, of the same source if there is one."""
+    opened = open_run(run)
+    found = kept(opened.storage, opened.folder)
+    if not found:
+        raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
+    return next((each for each in found if each.source == source), found[0])
 
 
 def model_of(weights: Weights) -> Model:
@@ -104,20 +134,6 @@ def _with_source(config: RunConfig, stage: StageConfig, source: str | None) -> t
     use = config.use_of(stage)
     held_out = SourceConfig(shards=source, use=use if use in TASKS else "pairs")
     return config.model_copy(update={"sources": {**config.sources, "held_out": held_out}}), "held_out"
-
-
-def _deliver(
-    config: RunConfig, storage: Storage, found: Evaluation, tokenizer: Tokenizer, report: Path | None, track: bool
-) -> dict[str, Any]:
-    place = str(report) if report is not None else join(config.folder, REPORT)
-    found = found.located(report=place)
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / REPORT
-        write_report(found, config, tokenizer, page, curves=_curves(config))
-        storage.write(place, page.read_bytes())
-        if track:
-            _record(config, storage, found, page)
-    return found.to_json()
 
 
 def _record(config: RunConfig, storage: Storage, found: Evaluation, page: Path) -> None:
