@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jobs.console import console
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import join
 from pipeline.reports.campaign import gather
@@ -40,20 +43,24 @@ def report(
         "step": campaign.reached,
         "goodput": campaign.goodput,
         "restarts": campaign.restarts,
-        "bad_samples": campaign.quarantine.total,
+        "bad_samples": campaign.bad_samples,
         "alarms": [alarm.name for alarm in campaign.alarms],
         "rank_hours": campaign.cost.rank_hours if campaign.cost else None,
         "cost": campaign.cost.total if campaign.cost and campaign.cost.price else None,
     }
 
 
-def report_at_end(config: RunConfig) -> str | None:
-    """The page of a run that ended, well or not; None where it could not be written, which is told and no more."""
+@contextmanager
+def reported(config: RunConfig) -> Iterator[None]:
+    """Writes the page of the run that the block works on, however it ends. A fault of the page is told and no more."""
     try:
-        return str(report(config.folder)["report"])
-    except Exception as error:  # whatever it is, it must not hide how the run ended
-        log.warning("the campaign's report was not written: %s: %s; try `mome report %s`", type(error).__name__, error, config.folder)
-        return None
+        yield
+    finally:
+        try:
+            page = report(config.folder)["report"]
+            console.print(f"Campaign    {page}", highlight=False, soft_wrap=True)
+        except Exception as error:  # whatever it is, it must not hide how the run ended
+            log.warning("no campaign report: %s: %s", type(error).__name__, error)
 
 
 def _record(opened: RunFolder, page: bytes) -> None:

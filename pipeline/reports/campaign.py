@@ -22,6 +22,7 @@ from pipeline.reports.run_folder import EVALUATION, Point, RunFolder, Session, S
 from pipeline.training.accounting import KINDS
 
 ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
+PART = "train/loss_"  # begins the names of a loss's parts
 VERSION = "version."
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
 
@@ -127,6 +128,11 @@ class Campaign:
     quarantine: Quarantined
     lineage: dict[str, str]
 
+    @property
+    def bad_samples(self) -> float:
+        """Replaced so far; the quarantine's lists may lag behind by the steps since the last checkpoint."""
+        return sum(source.bad for stage in self.stages for source in stage.sources)
+
 
 def gather(run: RunFolder, price: float | None = None) -> Campaign:
     """`price` of a rank for an hour; without it the run's own `cluster.price`. The shards are asked what they are."""
@@ -142,7 +148,7 @@ def gather(run: RunFolder, price: float | None = None) -> Campaign:
         status=run.status or ("UNFINISHED" if started else "NOT STARTED"),
         started=min(started, default=None),
         ended=ended,
-        reached=max((p.step for r in run.stages for p in r.points), default=0),
+        reached=run.reached,
         total_steps=config.total_steps,
         config=config,
         stages=[_stage(run, index) for index in range(len(config.stages))],
@@ -164,21 +170,26 @@ def _stage(run: RunFolder, index: int) -> StageFacts:
     stage, record = run.config.stages[index], run.stages[index]
     begun = {each["name"]: each["digest"] for entry in record.begun for each in entry["datasets"]}
     speeds = [value for _, _, value in record.series("perf/samples_per_s")]
-    last = record.points[-1].values if record.points else {}
+    first, parts = run.config.stage_start(index), (f"{PART}{name}" for name in stage.objectives)
     return StageFacts(
         name=stage.name,
         steps=stage.steps,
-        reached=max((p.step for p in record.points), default=run.config.stage_start(index))
-        - run.config.stage_start(index),
+        reached=(record.reached or first) - first,
         status=record.status or ("begun" if record.begun else "not begun"),
         objectives=list(stage.objectives),
-        start_from=record.tags.get("start_from", stage.start_from),
+        start_from=_origin(run, record.tags.get("start_from", stage.start_from)),
         sources=[_source(run, record, name, w, begun.get(name, "")) for name, w in stage.sources.items()],
         loss=record.last("train/loss"),
-        losses={k.removeprefix("train/loss_"): v for k, v in last.items() if k.startswith("train/loss_")},
+        losses={name.removeprefix(PART): value for name in parts if (value := record.last(name)) is not None},
         samples_per_second=statistics.median(speeds) if speeds else None,
         seconds=(record.points[-1].at - record.begun[0]["at"]) / 1000 if record.points and record.begun else 0.0,
     )
+
+
+def _origin(run: RunFolder, start_from: str) -> str:
+    """Where weights came from: an earlier stage of this run by its name, else as it was given."""
+    own = {f"/stages/{index}-{stage.name}": stage.name for index, stage in enumerate(run.config.stages)}
+    return next((f"stage {name}" for end, name in own.items() if start_from.endswith(f"/{run.name}{end}")), start_from)
 
 
 def _source(run: RunFolder, record: StageRecord, name: str, weight: float, digest: str) -> SourceFacts:

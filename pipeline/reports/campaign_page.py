@@ -93,9 +93,8 @@ def _measured(campaign: Campaign, in_seconds: bool) -> Iterator[Stretch]:
 
 def _reach(campaign: Campaign, record: StageRecord, in_seconds: bool) -> tuple[float, float]:
     """From where to where a stage goes on the axis."""
-    points = record.points
     if in_seconds:
-        first = record.begun[0]["at"] if record.begun else points[0].at
-        return _since(campaign, first), _since(campaign, points[-1].at)
+        first = record.begun[0]["at"] if record.begun else record.points[0].at
+        return _since(campaign, first), _since(campaign, record.points[-1].at)
     names = [stage.name for stage in campaign.config.stages]
-    return float(campaign.config.stage_start(names.index(record.name))), float(points[-1].step)
+    return float(campaign.config.stage_start(names.index(record.name))), float(record.reached or 0)

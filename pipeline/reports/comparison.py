@@ -57,18 +57,27 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [run.folder for run in runs]
-    return Comparison(names, differences(dict(zip(names, (r.values for r in runs), strict=True))), _results(runs), _curves(runs))
+    config = differences(dict(zip(names, runs, strict=True)))
+    return Comparison(names, config, _results(runs), _curves(runs))
 
 
-def differences(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Dotted path -> run -> value, of the keys that not all configs have alike. Stages go by their names."""
-    flat = {run: flatten(_by_name(values)) for run, values in configs.items()}
-    paths = dict.fromkeys(path for values in flat.values() for path in values)
+def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
+    """Dotted path -> run -> value, of the keys that not all configs have alike. Stages go by their names.
+
+    Of a section that only some runs have, such as a stage, what it leaves at the defaults is no difference.
+    """
+    flat = {name: flatten(_by_name(run.values)) for name, run in runs.items()}
+    chosen = {
+        path
+        for run in runs.values()
+        for path in flatten(_by_name(run.config.model_dump(mode="json", exclude_defaults=True)))
+    }
+    paths = dict.fromkeys(path for values in flat.values() for path in values if path not in PARTS_OF_NAME)
     found = {path: {run: values[path] for run, values in flat.items() if path in values} for path in paths}
     return {
         path: values
         for path, values in found.items()
-        if path not in PARTS_OF_NAME and (len(values) < len(flat) or len({json.dumps(v) for v in values.values()}) > 1)
+        if len({json.dumps(value) for value in values.values()}) > 1 or (len(values) < len(flat) and path in chosen)
     }
 
 
@@ -93,7 +102,7 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, list[Row]]:
 def _results_of(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
     """((group, name), result)."""
     yield ("Run", "status"), run.status or "unfinished"
-    yield ("Run", "steps"), float(max((p.step for r in run.stages for p in r.points), default=0))
+    yield ("Run", "steps"), float(run.reached)
     yield ("Run", "restarts"), float(max(len(run.sessions) - 1, 0))
     yield ("Run", "bad samples replaced"), float(len(run.quarantined()))
     for record in run.stages:

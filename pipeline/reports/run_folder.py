@@ -46,6 +46,11 @@ class StageRecord:
     tags: dict[str, str] = field(default_factory=dict)  # the last value of each
     status: str = ""  # of its last end; empty while it goes on, or where it was cut off
 
+    @property
+    def reached(self) -> int | None:
+        """The highest step. Points of a checkpoint come when it is written, after those of later steps."""
+        return max((point.step for point in self.points), default=None)
+
     def last(self, metric: str) -> float | None:
         return next((p.values[metric] for p in reversed(self.points) if metric in p.values), None)
 
@@ -94,6 +99,11 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def reached(self) -> int:
+        """The highest global step that was recorded."""
+        return max((stage.reached or 0 for stage in self.stages), default=0)
 
     def restarts(self) -> list[Values]:
         """{time, cause, message} of what Ray Train was told, in order."""
