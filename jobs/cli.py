@@ -66,6 +66,7 @@ def train(
     from jobs.evaluate import evaluate_run
     from jobs.preflight import preflight_on_ray
     from jobs.pretrain import pretrain
+    from jobs.report import reported
     from pipeline.training.profile import Window
 
     more = [] if profile is None else [Window.parse(profile).override]
@@ -75,11 +76,12 @@ def train(
             checked = preflight_on_ray(settings)
         print_result(checked, as_json)
         return
-    with ProgressDisplay() as show:
-        trained = pretrain(settings, show)
-    if not trained:
-        console.print(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
-    result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
+    with reported(settings):
+        with ProgressDisplay() as show:
+            trained = pretrain(settings, show)
+        if not trained:
+            console.print(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
+        result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
     print_result(result, as_json)
 
 
@@ -92,7 +94,7 @@ def plan(
         str, typer.Option(help="Between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, ethernet-25.")
     ] = "ib-400",
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; else cluster.workers.")] = None,
-    price: Annotated[float, typer.Option(min=0, help="Of a GPU for an hour.")] = 0.0,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour; else cluster.price.")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that arithmetic reaches.")] = 0.35,
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of a step that hides communication.")] = 0.0,
     goodput: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the hours that is training.")] = 0.97,
@@ -110,16 +112,16 @@ def plan(
     from pipeline.planning.estimate import Assumptions
     from pipeline.planning.hardware import accelerator_named, network_named
 
+    settings = load_config(config, overrides or [])
     assumptions = Assumptions(
         mfu=mfu,
         overlap=overlap,
         cpu_milliseconds=cpu_milliseconds,
         sample_bytes=sample_bytes,
         checkpoint_bandwidth=store_bandwidth,
-        price=price,
+        price=settings.cluster.price if price is None else price,
         goodput=goodput,
     )
-    settings = load_config(config, overrides or [])
     settings = with_workers(settings, gpus or settings.cluster.workers)
     machines, joined = accelerator_named(accelerator), network_named(network)
     target = Target(machines, joined, settings.cluster.workers, assumptions, text_tokens)
@@ -145,14 +147,46 @@ def evaluate(
     rerank: Annotated[
         int | None, typer.Option(min=0, help="Best candidates of each query that the fusion encoder reads again.")
     ] = None,
+    against: Annotated[str | None, typer.Option(help="Another evaluated run, whose figures stand beside.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Zero-shot retrieval, masked-language accuracy and matching on held-out pairs, with a report."""
     from jobs.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(checkpoint, source, limit, report, track, workers, rerank)
+    result = evaluate_checkpoint(checkpoint, source, limit, report, track, against, workers, rerank)
     if result is not None:  # under torchrun the first rank tells
         print_result(result, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="The folder of a run (path or URL).")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes, if not into the run's folder.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Of a rank for an hour; else cluster.price.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help="Another run, to stand beside. May be given again.")] = None,
+    track: Annotated[bool, typer.Option(help="Log the page in the run's MLflow.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """One page for a whole run: its curves, restarts, alarms, data, quarantine, time, cost and last evaluation."""
+    from jobs.report import report as write_report
+
+    print_result(write_report(run, out, price, against, track), as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="The folders of two runs or more (paths or URLs).")],
+    html: Annotated[Path | None, typer.Option(help="Also a page, here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Runs beside one another: the keys in which their configs differ, and what came out of each."""
+    from jobs.compare import as_table, compare_runs
+
+    found = compare_runs(runs, html)
+    if as_json:
+        print_result(found.as_json(), as_json)
+    else:
+        typer.echo(as_table(found))
 
 
 @app.command()

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from pipeline.pages.words import duration
 from pipeline.training.loop import Progress as RunProgress
 
 PLAIN_SECONDS = 10.0
@@ -83,11 +84,3 @@ def aligned(lines: list[list[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def duration(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 05 s` or `12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

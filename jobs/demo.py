@@ -9,6 +9,7 @@ from typing import Any
 from jobs.console import ProgressDisplay, console
 from jobs.evaluate import evaluate_run
 from jobs.pretrain import pretrain
+from jobs.report import reported
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.tracker import tracking_uri
@@ -22,11 +23,12 @@ def demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     console.print(f"[bold]mome demo[/bold]: {len(config.stages)} stages on drawn scenes, in {config.folder}")
-    with ProgressDisplay() as show:
-        trained = pretrain(config, show)
-    if not trained:
-        console.print(f"{config.folder} is finished already; `mome demo --fresh` trains again")
-    result = evaluate_run(config)
+    with reported(config):
+        with ProgressDisplay() as show:
+            trained = pretrain(config, show)
+        if not trained:
+            console.print(f"{config.folder} is finished already; `mome demo --fresh` trains again")
+        result = evaluate_run(config)
     _tell(config, result)
     return result
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,11 +28,14 @@ from pipeline.config.paths import absolute
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
+from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import TASKS, Evaluation, evaluate, stage_of
 from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.evaluation.report import write_report
+from pipeline.evaluation.report import render, show
+from pipeline.evaluation.shown import Shown, keep, kept
 from pipeline.models import build_model
 from pipeline.models.model import Model
+from pipeline.reports.run_folder import open_run
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
 from pipeline.training.accounting import spent
@@ -65,7 +67,7 @@ class Measured:
     step: int  # global, at which the weights were
     result: dict[str, Any]  # as `mome evaluate --json` prints it
     metrics: dict[str, float]
-    page: bytes
+    shown: Shown | None  # on the first rank
     warnings: list[str]
 
 
@@ -84,21 +86,25 @@ def evaluate_checkpoint(
     limit: int | None = None,
     report: Path | None = None,
     track: bool = True,
+    against: str | None = None,
     workers: int | None = None,
     rerank_best: int | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a run's, a stage's or a step's weights; the numbers as `mome evaluate --json` prints them.
 
-    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`. With
+    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`; the
+    figures of the run in folder `against` stand beside. With `track` the result is kept in the run's folder too. With
     `workers` so many ranks on Ray share the work; under torchrun its ranks do, and all but the first get None.
-    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source.
+    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
+    ConfigError for a run to stand beside that was never evaluated.
     """
+    other = None if against is None else _evaluation_of(against, source)
     asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, None if report is None else str(report))
     if workers is not None:
-        return _deliver(_measured_on_ray(asked, workers), track)
+        return _deliver(_measured_on_ray(asked, workers), track, other)
     ranks = ranks_here()
     measured = _measured(asked, ranks)
-    return _deliver(measured, track) if ranks.rank == 0 else None
+    return _deliver(measured, track, other) if ranks.rank == 0 else None
 
 
 def ranks_here() -> Ranks:
@@ -144,8 +150,9 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
     config, source = _with_source(weights.config, stage_of(weights.config, weights.stage), asked.source)
     storage, device = Storage(config.storage), device_of(ranks)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    model = model_of(weights).to(device)
     found = evaluate(
-        model_of(weights).to(device),
+        model,
         tokenizer,
         config,
         storage,
@@ -159,9 +166,14 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
         ranks=ranks,
     )
     found = found.located(checkpoint=weights.url, report=asked.report or join(config.folder, REPORT))
-    page = _page(found, config, tokenizer) if ranks.rank == 0 else b""
+    shown = _shown(found, model, tokenizer, config) if ranks.rank == 0 else None
     found.held_out.close()
-    return Measured(config, weights.step, found.to_json(), found.metrics(), page, _warnings(found))
+    return Measured(config, weights.step, found.to_json(), found.metrics(), shown, _warnings(found))
+
+
+def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig) -> Shown:
+    stage = stage_of(config, found.stage)
+    return show(found, config, tokenizer, aligned(model, tokenizer, found.held_out, config, stage))
 
 
 def _warnings(found: Evaluation) -> list[str]:
@@ -176,6 +188,15 @@ def _warnings(found: Evaluation) -> list[str]:
             "train longer, or check that the stage started from the weights it should have"
         )
     return told
+
+
+def _evaluation_of(run: str, source: str | None) -> Shown:
+    """The last evaluation of another run, of the same source if there is one."""
+    opened = open_run(run)
+    found = kept(opened.storage, opened.folder)
+    if not found:
+        raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
+    return next((each for each in found if each.source == source), found[0])
 
 
 def model_of(weights: Weights) -> Model:
@@ -209,24 +230,20 @@ def _with_source(config: RunConfig, stage: StageConfig, source: str | None) -> t
     return config.model_copy(update={"sources": {**config.sources, "held_out": held_out}}), "held_out"
 
 
-def _page(found: Evaluation, config: RunConfig, tokenizer: Tokenizer) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / REPORT
-        write_report(found, config, tokenizer, page, curves=_curves(config))
-        return page.read_bytes()
-
-
-def _deliver(measured: Measured, track: bool) -> dict[str, Any]:
+def _deliver(measured: Measured, track: bool, other: Shown | None = None) -> dict[str, Any]:
     """Warnings to the log, the page to its place, the figures to the run's tracker at the step of the weights."""
     config, result = measured.config, measured.result
+    assert measured.shown is not None
     for warning in measured.warnings:
         log.warning("%s", warning)
     storage = Storage(config.storage)
-    storage.write(result["report"], measured.page)
+    page = render(measured.shown, config, _curves(config), other).encode()
+    storage.write(result["report"], page)
     if track:
+        keep(storage, config.folder, measured.shown)
         tracker = Tracker.open(config, storage)
         tracker.metrics(measured.step, measured.metrics)
-        tracker.artifact(f"evaluation/{result['source']}/{REPORT}", measured.page)
+        tracker.artifact(f"evaluation/{result['source']}/{REPORT}", page)
         tracker.close(timeout=60)
     return result
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from jobs.evaluate import model_of
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import stage_of
-from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain
+from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain, untrained
 from pipeline.evaluation.explain_page import to_html, to_png
 from pipeline.training.checkpoint import load_weights
 from pipeline.training.trial import kinds, readings
@@ -51,20 +50,6 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict
     heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
     storage.write(out, _drawn(found, text, heading, notes, Path(out).suffix))
     return {"out": out, "distance": found.distance, "notes": notes, "words": [_word(each) for each in found.words]}
-
-
-def untrained(config: RunConfig, stage_name: str) -> list[str]:
-    """What of an explanation the weights were never trained for, by this stage or one before it."""
-    index = config.stages.index(stage_of(config, stage_name))
-    before = config.stages[: index + 1]
-    notes = []
-    if not any("word_patch" in stage.objectives for stage in before):
-        notes.append("No stage trained word_patch: the plan shows how its features happen to lie.")
-    if not any("masked_language" in stage.objectives for stage in before):
-        notes.append("No stage trained masked_language: the guesses are those of an untrained head.")
-    elif not any("masked_language" in s.objectives and config.use_of(s) == "pairs" for s in before):
-        notes.append("No stage trained masked_language beside pictures: only the guesses without one were learnt.")
-    return notes
 
 
 def _drawn(found: Explanation, text: str, heading: str, notes: list[str], suffix: str) -> bytes:

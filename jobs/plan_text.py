@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from jobs.console import duration
 from jobs.plan import StagePlan, Target
+from pipeline.pages.words import duration
 from pipeline.planning.estimate import CONTEXT_BYTES, StageEstimate, usable_bytes
 from pipeline.planning.hardware import INTRA_EFFICIENCY, TERA
 from pipeline.planning.scaling import Point

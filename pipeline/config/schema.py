@@ -295,6 +295,7 @@ class ClusterConfig(Section):
     loader_actors: Annotated[int, Field(ge=0)] = changeable(0)  # of each rank; 0: batches are prepared beside it
     loader_cpus: Annotated[float, Field(ge=0)] = changeable(1)  # of each of these
     loader_resource: str | None = changeable(None)  # only on nodes that offer this custom resource (ray start)
+    price: float = changeable(0.0, ge=0)  # of a rank for an hour, in any currency: for `mome plan` and the report
 
 
 class KeepBestConfig(Section):

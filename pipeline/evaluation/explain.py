@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import DataError
+from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import resize, shape_of
 from pipeline.data.contents.text import Tokenizer, Tokens
+from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.masked_language import Guesses, MaskedCaptions, guess
 from pipeline.evaluation.retrieval import reading
 from pipeline.models.model import Model
@@ -82,6 +84,20 @@ def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, 
         for number, places in enumerate(words)
     ]
     return Explanation(shown, tuple(explained), distance)
+
+
+def untrained(config: RunConfig, stage_name: str) -> list[str]:
+    """What of an explanation the weights were never trained for, by this stage or one before it."""
+    index = config.stages.index(stage_of(config, stage_name))
+    before = config.stages[: index + 1]
+    notes = []
+    if not any("word_patch" in stage.objectives for stage in before):
+        notes.append("No stage trained word_patch: the plan shows how its features happen to lie.")
+    if not any("masked_language" in stage.objectives for stage in before):
+        notes.append("No stage trained masked_language: the guesses are those of an untrained head.")
+    elif not any("masked_language" in s.objectives and config.use_of(s) == "pairs" for s in before):
+        notes.append("No stage trained masked_language beside pictures: only the guesses without one were learnt.")
+    return notes
 
 
 def positions_of_words(tokens: Tokens) -> list[list[int]]:

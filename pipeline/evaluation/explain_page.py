@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation
+from pipeline.pages.page import data_uri, render_page
 
 PANEL = 224  # pixels of a panel's longer side
 LINE = 15  # pixels of a line of text below it
@@ -22,14 +21,9 @@ STRONGEST = 0.8  # how much of the picture the hottest patch covers
 
 def to_html(found: Explanation, text: str, heading: str, notes: Sequence[str]) -> str:
     """`notes` say what the checkpoint was not trained for."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("explain.html.j2").render(
+    return render_page(
+        "explain.html.j2",
+        [Path(__file__).parent],
         found=found,
         text=text,
         heading=heading,
@@ -91,4 +85,4 @@ def _told(condition: Condition) -> str:
 def _uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(buffer.getvalue(), "PNG")

@@ -6,79 +6,43 @@ candidate, masked words by how much the right picture changed the truth's probab
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.curves import Curve, curve
 from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked_language import Guesses, words_of
 from pipeline.evaluation.retrieval import Ranked, Recall
+from pipeline.evaluation.shown import (
+    Alignments,
+    CaptionsOfImage,
+    ImagesOfCaption,
+    MaskedCaption,
+    MeasureRow,
+    RecallRow,
+    Shown,
+    WordGuess,
+)
+from pipeline.pages import page as pages
+from pipeline.pages.curves import Curve, curve
+from pipeline.pages.page import render_page
+from pipeline.pages.words import percent
 
-THUMBNAIL = 160  # pixels at most
-LOSSLESS = 96  # pictures up to this side are kept exact
+HERE = Path(__file__).parent  # of the templates
 SHOWN = 4  # retrievals at each end
 CANDIDATES = 5  # of each retrieval
 MASKED_SHOWN = 4  # captions of each kind
 RECONSTRUCTIONS_SHOWN = 6
 REASONS_SHOWN = 8
+OTHER = "another picture"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-
-
-@dataclass(frozen=True)
-class RecallRow:
-    """A line of the headline table: recall beside chance."""
-
-    direction: str
-    scores: str
-    cells: list[tuple[float, float]]  # (recall, chance) at each k
-    median_rank: float
-    candidates: int
-
-
-@dataclass(frozen=True)
-class CaptionsOfImage:
-    picture: str
-    rank: int
-    found: list[tuple[str, bool, float]]  # caption, is right, similarity
-    truth: list[str]  # its own captions, where none is among the found
-
-
-@dataclass(frozen=True)
-class ImagesOfCaption:
-    caption: str
-    rank: int
-    found: list[tuple[str, bool, float]]  # picture, is right, similarity
-    truth: str | None  # its own picture, where it is not among the found
-
-
-@dataclass(frozen=True)
-class WordGuess:
-    """A masked word, and for each condition (guess, probability, is right)."""
-
-    truth: str
-    number: int
-    guesses: list[tuple[str, float, bool] | None]
-
-
-@dataclass(frozen=True)
-class MaskedCaption:
-    picture: str
-    other_picture: str | None
-    pieces: list[tuple[str, int | None]]  # words; the number of the masked one, or None
-    words: list[WordGuess]
 
 
 def write_report(
@@ -87,55 +51,69 @@ def write_report(
     tokenizer: Tokenizer,
     page: Path,
     curves: Curves | None = None,
-    digests: Mapping[str, str] | None = None,
-) -> None:
-    """Writes the page. `curves` holds each stage's (step, loss); `digests` each source's manifest digest."""
-    page.write_text(render(found, config, tokenizer, curves or {}, digests or {}), encoding="utf-8")
+    alignments: Alignments = Alignments(),
+    against: Shown | None = None,
+) -> Shown:
+    """Writes the page and returns what it shows. `curves` holds each stage's (step, loss)."""
+    shown = show(found, config, tokenizer, alignments)
+    page.write_text(render(shown, config, curves or {}, against), encoding="utf-8")
+    return shown
 
 
-def render(
-    found: Evaluation, config: RunConfig, tokenizer: Tokenizer, curves: Curves, digests: Mapping[str, str]
-) -> str:
-    """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def show(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, alignments: Alignments = Alignments()) -> Shown:
+    """What is worth showing of an evaluation, chosen and drawn small."""
+    held_out, prefix = found.held_out, f"eval/{found.source}/"
+    return Shown(
+        name=config.name,
+        stage=found.stage,
+        source=found.source,
+        digest=held_out.digest,
+        checkpoint=found.checkpoint,
+        at=time.time_ns() // 1_000_000,
+        pairs=len(held_out),
+        captions=len(held_out.tokens),
+        trained_on=list(found.trained_on),
+        metrics={name.removeprefix(prefix): value for name, value in found.metrics().items()},
+        small_pictures=config.model.image_size <= pages.LOSSLESS,
+        retrieval_by=found.retrieval_by,
+        retrieval_images=found.retrieval_images,
+        reranked_best=found.reranked_best if found.reranked else 0,
+        ks=list(found.retrieval.image_to_text.at) if found.retrieval else [],
+        recall=_recall_rows(found),
+        fine_tuned=_fine_tuned_rows(found),
+        masked_rows=_masked_rows(found),
+        images=_image_galleries(found),
+        sentences=_caption_galleries(found),
+        conditions=[name for name, _ in _conditions(found)],
+        masked=_masked_captions(found, tokenizer),
+        reconstruction_stage=found.reconstruction_stage,
+        reconstructions=_reconstructions(found),
+        alignments=alignments,
+        skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
     )
-    environment.filters |= {"percent": percent, "number": number}
-    held_out = found.held_out
-    return environment.get_template("report.html.j2").render(
-        found=found,
+
+
+def render(shown: Shown, config: RunConfig, curves: Curves, against: Shown | None = None) -> str:
+    """The page as text. `against`: another run's evaluation, whose figures stand beside."""
+    return render_page(
+        "report.html.j2",
+        [HERE],
+        shown=shown,
         config=config,
         curves=[_drawn(name, points) for name, points in curves.items() if points],
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
-        digests={**digests, found.source: held_out.digest},
-        recall=_recall_rows(found),
-        ks=list(found.retrieval.image_to_text.at) if found.retrieval else [],
-        mlm=_mlm_rows(found),
-        images=_image_galleries(found),
-        captions=_caption_galleries(found),
-        masked=_masked_captions(found, tokenizer),
-        conditions=[name for name, _ in _conditions(found)],
-        reconstructions=_reconstructions(found),
-        fine_tuned=_fine_tuned_rows(found),
-        skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
+        against=against,
+        beside=beside(shown, against) if against else [],
         yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def percent(fraction: float | None) -> str:
-    """'12.5 %' with a space that does not break: one decimal, two below one percent; a dash where there is no value."""
-    if fraction is None:
-        return "–"
-    return f"{fraction * 100:.{2 if 0 < round(fraction, 4) < 0.01 else 1}f}\N{NO-BREAK SPACE}%"
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
+def beside(shown: Shown, other: Shown) -> list[tuple[str, float, float, float]]:
+    """(measure, here, there, difference) of every figure that both evaluations have."""
+    common = [name for name in shown.metrics if name in other.metrics and name != "pairs"]
+    return [
+        (name, shown.metrics[name], other.metrics[name], shown.metrics[name] - other.metrics[name]) for name in common
+    ]
 
 
 def _drawn(name: str, points: Sequence[tuple[int, float]]) -> Curve:
@@ -161,8 +139,25 @@ def _recall_row(direction: str, scores: str, recall: Recall, candidates: int) ->
     return RecallRow(direction, scores, cells, recall.median_rank, candidates)
 
 
-def _mlm_rows(found: Evaluation) -> list[tuple[str, float]]:
-    return [(name, guesses.accuracy) for name, guesses in _conditions(found)]
+def _masked_rows(found: Evaluation) -> list[MeasureRow]:
+    """Masked words, matching and masked patches."""
+    rows = []
+    conditions = _conditions(found)
+    for number, (name, guesses) in enumerate(conditions):
+        beside = f"{len(guesses.tokens)} masked tokens, the same for every row" if number == 0 else ""
+        if name == OTHER:
+            beside = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+.1f} points"
+        rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, beside))
+    if (matching := found.matching) is not None:
+        beside = f"{percent(matching.accuracy_matched)} of the true pairs, {percent(matching.accuracy_mismatched)} of "
+        rows.append(
+            MeasureRow("Caption matched with its picture", matching.accuracy, beside + "the false; chance 50 %", 0.5)
+        )
+    if (patches := found.reconstruction) is not None:
+        beside = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
+        name = f"Error of filled patches ({found.reconstruction_stage})"
+        rows.append(MeasureRow(name, patches.error, beside, patches.error_without_model))
+    return rows
 
 
 def _conditions(found: Evaluation) -> list[tuple[str, Guesses]]:
@@ -171,28 +166,30 @@ def _conditions(found: Evaluation) -> list[tuple[str, Guesses]]:
         return []
     named = [
         ("own picture", found.mlm.own_image),
-        ("another picture", found.mlm.other_image),
+        (OTHER, found.mlm.other_image),
         ("text only", found.mlm.text_only),
         *((f"text only, {name} stage", guesses) for name, guesses in found.language_stages.items()),
     ]
     return [(name, guesses) for name, guesses in named if guesses is not None]
 
 
-def _fine_tuned_rows(found: Evaluation) -> list[tuple[str, float, str]]:
-    """(measure, share, what to hold it against) of what fine-tuning trained."""
-    rows: list[tuple[str, float, str]] = []
+def _fine_tuned_rows(found: Evaluation) -> list[MeasureRow]:
+    """What fine-tuning trained."""
+    rows = []
     if (answering := found.answering) is not None:
         beside = f"{answering.questions} questions; {percent(answering.accuracy_without_model)} by one answer to all"
-        rows.append(("Questions answered (VQA accuracy)", answering.accuracy, beside))
+        rows.append(MeasureRow("Questions answered (VQA accuracy)", answering.accuracy, beside))
     if (reasoning := found.reasoning) is not None:
         beside = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
-        rows.append(("Statements judged rightly", reasoning.accuracy, beside))
+        rows.append(MeasureRow("Statements judged rightly", reasoning.accuracy, beside))
         if reasoning.consistency is not None:
-            rows.append(("Sentences judged rightly throughout", reasoning.consistency, "all pictures of a sentence"))
+            rows.append(
+                MeasureRow("Sentences judged rightly throughout", reasoning.consistency, "all pictures of a sentence")
+            )
     if (classified := found.classification) is not None:
         beside = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
-        rows.append(("Class named first", classified.top1, beside))
-        rows.append(("Class among the first five", classified.top5, ""))
+        rows.append(MeasureRow("Class named first", classified.top1, beside))
+        rows.append(MeasureRow("Class among the first five", classified.top5, ""))
     return rows
 
 
@@ -345,10 +342,5 @@ def _reconstructions(found: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def thumbnail(image: Tensor) -> str:
-    """A picture (H, W, 3) uint8 as a data URI, at most THUMBNAIL pixels wide; small ones without loss."""
-    picture = Image.fromarray(image.numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    kind, options = ("PNG", {"optimize": True}) if max(picture.size) <= LOSSLESS else ("JPEG", {"quality": 80})
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    """A picture (H, W, 3) uint8 as a data URI."""
+    return pages.thumbnail(image.numpy())

@@ -17,10 +17,12 @@ LEVELS = {
     "pipeline.objectives": 1,
     "pipeline.data": 1,
     "pipeline.tracking": 1,
+    "pipeline.pages": 1,
     "pipeline.planning": 2,  # over models and data; training asks it what fits
     "pipeline.evaluation": 3,
     "pipeline.training": 4,  # evaluates while it trains
-    "jobs": 5,
+    "pipeline.reports": 5,  # over a run's folder: what training and evaluation left there
+    "jobs": 6,
 }
 
 HOMES = {

@@ -18,7 +18,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.evaluation.masked_language import guess, mask_captions
-from pipeline.evaluation.report import render
+from pipeline.evaluation.report import render, show
 from pipeline.evaluation.retrieval import matching_odds
 from pipeline.models import build_model
 from pipeline.models.model import Heads, Model
@@ -102,7 +102,7 @@ def test_a_vilt_is_evaluated_and_reported(model: Model, run: RunConfig, tokenize
     assert result["itm"]["accuracy"] is not None
     assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", 6)
     assert result["reconstruction"] is None
-    assert "matching" in render(found, run, tokenizer, {}, {})
+    assert "matching" in render(show(found, run, tokenizer), run, {})
     ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
     assert ranked.to_json()["retrieval"]["by"] == "ranking"
     assert ranked.rankings.text_to_image.best.shape == (18, 6)

@@ -32,8 +32,8 @@ class Curve:
 def curve(name: str, points: Sequence[tuple[int, float]]) -> Curve:
     """The drawing of (step, loss) points in the order of their steps; points that are not finite are left out."""
     finite = [(step, loss) for step, loss in points if math.isfinite(loss)] or [(0, 0.0)]
-    shown = _thinned(finite)
-    low, high, ticks = _scale([loss for _, loss in shown])
+    shown = thinned(finite)
+    low, high, ticks = scale([loss for _, loss in shown])
     first, last = shown[0][0], shown[-1][0]
 
     def place(step: float, loss: float) -> tuple[float, float]:
@@ -53,13 +53,14 @@ def curve(name: str, points: Sequence[tuple[int, float]]) -> Curve:
     )
 
 
-def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    size = -(-len(points) // MOST_POINTS)
+def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most `most` points: the means of as many stretches, all but the last of them equally long."""
+    size = max(-(-len(points) // most), 1)
     stretches = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(s for s, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in stretches]
 
 
-def _scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
+def scale(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """Round bounds around the values, and three to six round ticks."""
     low, high = min(values), max(values)
     span = (high - low) or max(abs(high), 1.0)

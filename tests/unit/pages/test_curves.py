@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.evaluation.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curve
+from pipeline.pages.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, curve
 
 
 @pytest.mark.parametrize(

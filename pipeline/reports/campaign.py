@@ -1,0 +1,306 @@
+"""What a campaign's report says, gathered: every stage's curves and data, what happened, where time went, what it cost.
+
+Drawing is `campaign_page`'s. Everything is read from the run's folder (`run_folder`), but for the shards: their
+manifests, to see whether they are still what was trained on, and a few bad samples, to show them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.errors import MomeError
+from pipeline.config.schema import RunConfig
+from pipeline.data.shards.sources import open_source, selection_url
+from pipeline.data.storage import Storage
+from pipeline.evaluation.shown import Shown, kept
+from pipeline.pages.words import significant
+from pipeline.reports.rejected import Quarantined, look_again
+from pipeline.reports.run_folder import EVALUATION, Point, RunFolder, Session, StageRecord, Tag
+from pipeline.training.accounting import KINDS
+
+ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
+PART = "train/loss_"  # begins the names of a loss's parts
+VERSION = "version."
+SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
+
+EventKind = Literal["begun", "restart", "spike", "alarm", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the run, at `at` milliseconds since 1970."""
+
+    at: int
+    step: int | None  # global; None before the first
+    kind: EventKind
+    told: str
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What the run says is wrong, and what to do about it."""
+
+    name: str
+    at: int
+    step: int | None
+    stage: str | None
+    told: str
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """A source as a stage read it."""
+
+    name: str
+    shards: str
+    weight: float
+    digest: str  # of what the stage began with; empty where it never began
+    num_shards: int | None  # now; None where they cannot be read
+    num_samples: int | None
+    now: str  # what is to be said of the shards as they are now; empty while they are those that were trained on
+    read: float  # samples read so far
+    bad: float
+    epochs: float
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    name: str
+    steps: int
+    reached: int  # steps done
+    status: str
+    objectives: list[str]
+    start_from: str
+    sources: list[SourceFacts]
+    loss: float | None  # the last
+    losses: dict[str, float]  # its parts
+    samples_per_second: float | None  # the median over its points
+    seconds: float  # from its first point to its last, interruptions included
+
+
+@dataclass(frozen=True)
+class TimeShare:
+    """Seconds of one kind (`pipeline.training.accounting`)."""
+
+    kind: str
+    seconds: float
+    share: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of all the time from the first start on, restarts and lost work included."""
+
+    ranks: float  # the mean over the time of training
+    rank_hours: float
+    price: float  # of a rank for an hour; 0: not given
+    total: float
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """One run as its report tells it."""
+
+    name: str
+    folder: str
+    run: str
+    experiment: str
+    status: str
+    started: int | None  # milliseconds since 1970
+    ended: int | None  # the last sign of life
+    reached: int
+    total_steps: int
+    config: RunConfig
+    stages: list[StageFacts]
+    records: list[StageRecord] = field(repr=False)
+    events: list[Event]
+    alarms: list[Alarm]
+    time: list[TimeShare]
+    goodput: float | None
+    restarts: int
+    cost: Cost | None
+    evaluations: list[Shown]  # as they were kept, the newest first
+    measured: list[Point]  # every evaluation, with the step it was made at
+    quarantine: Quarantined
+    lineage: dict[str, str]
+
+    @property
+    def bad_samples(self) -> float:
+        """Replaced so far; the quarantine's lists may lag behind by the steps since the last checkpoint."""
+        return sum(source.bad for stage in self.stages for source in stage.sources)
+
+
+def gather(run: RunFolder, price: float | None = None) -> Campaign:
+    """`price` of a rank for an hour; without it the run's own `cluster.price`. The shards are asked what they are."""
+    config, started = run.config, [session.start for session in run.sessions]
+    ended = max((p.at for r in run.stages for p in r.points), default=None)
+    seconds = {} if run.time is None else run.time["seconds"]
+    cost = _cost(run, sum(seconds.values()), config.cluster.price if price is None else price)
+    return Campaign(
+        name=run.name,
+        folder=run.folder,
+        run=run.run,
+        experiment=config.tracking.experiment,
+        status=run.status or ("UNFINISHED" if started else "NOT STARTED"),
+        started=min(started, default=None),
+        ended=ended,
+        reached=run.reached,
+        total_steps=config.total_steps,
+        config=config,
+        stages=[_stage(run, index) for index in range(len(config.stages))],
+        records=run.stages,
+        events=_events(run),
+        alarms=[_alarm(tag) for tag in _latest(run.tags, ALARM)],
+        time=_time(seconds, cost),
+        goodput=seconds["training"] / sum(seconds.values()) if sum(seconds.values()) else None,
+        restarts=max(len(run.sessions) - 1, 0),
+        cost=cost,
+        evaluations=kept(run.storage, run.folder),
+        measured=run.evaluations,
+        quarantine=look_again(config, run.storage, run.quarantined()),
+        lineage=_lineage(run),
+    )
+
+
+def _stage(run: RunFolder, index: int) -> StageFacts:
+    stage, record = run.config.stages[index], run.stages[index]
+    begun = {each["name"]: each["digest"] for entry in record.begun for each in entry["datasets"]}
+    speeds = [value for _, _, value in record.series("perf/samples_per_s")]
+    first, parts = run.config.stage_start(index), (f"{PART}{name}" for name in stage.objectives)
+    return StageFacts(
+        name=stage.name,
+        steps=stage.steps,
+        reached=(record.reached or first) - first,
+        status=record.status or ("begun" if record.begun else "not begun"),
+        objectives=list(stage.objectives),
+        start_from=_origin(run, record.tags.get("start_from", stage.start_from)),
+        sources=[_source(run, record, name, w, begun.get(name, "")) for name, w in stage.sources.items()],
+        loss=record.last("train/loss"),
+        losses={name.removeprefix(PART): value for name in parts if (value := record.last(name)) is not None},
+        samples_per_second=statistics.median(speeds) if speeds else None,
+        seconds=(record.points[-1].at - record.begun[0]["at"]) / 1000 if record.points and record.begun else 0.0,
+    )
+
+
+def _origin(run: RunFolder, start_from: str) -> str:
+    """Where weights came from: an earlier stage of this run by its name, else as it was given."""
+    own = {f"/stages/{index}-{stage.name}": stage.name for index, stage in enumerate(run.config.stages)}
+    return next((f"stage {name}" for end, name in own.items() if start_from.endswith(f"/{run.name}{end}")), start_from)
+
+
+def _source(run: RunFolder, record: StageRecord, name: str, weight: float, digest: str) -> SourceFacts:
+    found, fault = _shards_now(run.config, run.storage, name)
+    num_shards, num_samples, now = found or (None, None, "")
+    changed = bool(digest and now) and digest != now
+    return SourceFacts(
+        name=name,
+        shards=run.config.sources[name].shards,
+        weight=weight,
+        digest=digest,
+        num_shards=num_shards,
+        num_samples=num_samples,
+        now=fault or (f"the shards are others now: digest {now[:12]}…" if changed else ""),
+        read=record.last(f"data/samples/{name}") or 0.0,
+        bad=record.last(f"data/bad/{name}") or 0.0,
+        epochs=record.last(f"data/epochs/{name}") or 0.0,
+    )
+
+
+def _shards_now(config: RunConfig, storage: Storage, name: str) -> tuple[tuple[int, int, str] | None, str]:
+    """((shards, samples read of them, digest), "") of a source as it lies there, or (None, what is wrong)."""
+    try:
+        source = open_source(storage, config.sources[name], selection_url(config, name))
+    except MomeError as error:
+        return None, f"cannot be read now: {error}"
+    return (len(source.manifest.shards), int(source.counts.sum()), source.digest), ""
+
+
+def _events(run: RunFolder) -> list[Event]:
+    """In their order."""
+    found = [Event(tag.at, tag.step, "spike", tag.value) for tag in run.tags if tag.key.startswith(SPIKE)]
+    found += [Event(tag.at, tag.step, "alarm", tag.value) for tag in run.tags if tag.key.startswith(ALARM)]
+    found += [Event(point.at, point.step, "evaluation", headline(point)) for point in run.evaluations]
+    return sorted([*found, *_starts(run)], key=lambda event: event.at)
+
+
+def _starts(run: RunFolder) -> Iterator[Event]:
+    """The first start and every restart, with what is known of its cause."""
+    causes = [(1000 * each["time"], f"{each['cause']}: {each['message']}") for each in run.restarts()]
+    before = 0
+    for number, session in enumerate(run.sessions):
+        told = f"{session.tags.get('world_size', '?')} ranks, rank 0 on {session.tags.get('mome.host', '?')}"
+        if number == 0:
+            yield Event(session.start, None, "begun", told)
+        else:
+            cause = [words for at, words in causes if before <= at <= session.start]
+            resumed = _resumed(run, session)
+            after = "began again" if resumed is None else f"went on after step {resumed}"
+            yield Event(session.start, resumed, "restart", "; ".join([after, told, *cause[-1:]]))
+        before = session.start
+
+
+def _resumed(run: RunFolder, session: Session) -> int | None:
+    """The step of the checkpoint that a session went on from; None where it began its stage anew."""
+    begun = [
+        entry for record in run.stages for entry in record.begun if session.start <= entry["at"] <= session.end
+    ]
+    found = begun[0]["tags"].get("resumed_at") if begun else None
+    return None if found is None else int(found)
+
+
+def headline(point: Point) -> str:
+    """What an evaluation found, in a line: its retrieval, else its first figures."""
+    short = {name.removeprefix(EVALUATION): value for name, value in point.values.items() if name.startswith(EVALUATION)}
+    recalls = {name: value for name, value in short.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
+    shown = recalls or {name: value for name, value in short.items() if not name.endswith("/pairs")}
+    return ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
+
+
+def _alarm(tag: Tag) -> Alarm:
+    return Alarm(tag.key.removeprefix(ALARM), tag.at, tag.step, tag.stage, tag.value)
+
+
+def _latest(tags: list[Tag], prefix: str) -> list[Tag]:
+    """Of tags that were set more than once, on the same stage, the last."""
+    found = {(tag.stage, tag.key): tag for tag in tags if tag.key.startswith(prefix)}
+    return sorted(found.values(), key=lambda tag: tag.at)
+
+
+def _time(seconds: dict[str, float], cost: Cost | None) -> list[TimeShare]:
+    total = sum(seconds.values())
+    each_second = cost.total / total if cost and total else 0.0
+    kinds = [kind for kind in KINDS if seconds.get(kind)]
+    return [TimeShare(kind, seconds[kind], seconds[kind] / total, seconds[kind] * each_second) for kind in kinds]
+
+
+def _cost(run: RunFolder, seconds: float, price: float) -> Cost | None:
+    """Ranks are held for all of the account's time; where their number changed, by its mean over the training."""
+    sizes = [
+        (float(s.tags["world_size"]), max(s.end - s.start, 1)) for s in run.sessions if "world_size" in s.tags
+    ]
+    if not sizes or not seconds:
+        return None
+    ranks = sum(size * length for size, length in sizes) / sum(length for _, length in sizes)
+    hours = ranks * seconds / 3600
+    return Cost(ranks, hours, price, hours * price)
+
+
+def _lineage(run: RunFolder) -> dict[str, str]:
+    """What made this run, as its last start recorded it."""
+    tags = run.sessions[-1].tags if run.sessions else {}
+    commit = tags.get("mlflow.source.git.commit", "")
+    if commit and tags.get("mome.git.dirty") == "true":
+        commit += " with changes that are not committed"
+    named = {
+        "MLflow run": run.run,
+        "Experiment": run.config.tracking.experiment,
+        "Code": commit,
+        "Submission": tags.get("ray.submission_id", ""),
+        "Started by": tags.get("mlflow.user", ""),
+        "Versions": ", ".join(f"{p} {tags[VERSION + p]}" for p in SHOWN_VERSIONS if VERSION + p in tags),
+    }
+    return {name: value for name, value in named.items() if value}

@@ -1,0 +1,149 @@
+"""Runs beside one another: the config keys in which they differ, and what came out of each."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.load import flatten
+from pipeline.reports.run_folder import RunFolder, StageRecord
+
+Result = float | str | None
+PARTS_OF_NAME = ("name",)  # keys that differ in any two runs, and say nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result of every run, in the runs' order; None where a run has none."""
+
+    name: str
+    values: list[Result]
+
+    @property
+    def differs(self) -> bool:
+        return any(value != self.values[0] for value in self.values)
+
+
+@dataclass(frozen=True)
+class StageCurves:
+    """A stage's losses by step since its beginning, of each run that has such a stage: (number of the run, points)."""
+
+    name: str
+    runs: list[tuple[int, list[tuple[int, float]]]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    runs: list[str]  # what each is called: its name, or its folder where names are alike
+    config: dict[str, dict[str, Any]]  # dotted path -> run -> value; a run that has no such key is left out
+    results: dict[str, list[Row]]  # by group
+    curves: list[StageCurves]
+
+    def as_json(self) -> dict[str, Any]:
+        """Results that are not numbers JSON knows become null."""
+        results = {
+            row.name: {run: _plain(value) for run, value in zip(self.runs, row.values, strict=True)}
+            for rows in self.results.values()
+            for row in rows
+        }
+        return {"runs": self.runs, "config": self.config, "results": results}
+
+
+def compare(runs: Sequence[RunFolder]) -> Comparison:
+    """Two runs or more."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [run.folder for run in runs]
+    config = differences(dict(zip(names, runs, strict=True)))
+    return Comparison(names, config, _results(runs), _curves(runs))
+
+
+def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
+    """Dotted path -> run -> value, of the keys that not all configs have alike. Stages go by their names.
+
+    Of a section that only some runs have, such as a stage, what it leaves at the defaults is no difference.
+    """
+    flat = {name: flatten(_by_name(run.values)) for name, run in runs.items()}
+    chosen = {
+        path
+        for run in runs.values()
+        for path in flatten(_by_name(run.config.model_dump(mode="json", exclude_defaults=True)))
+    }
+    paths = dict.fromkeys(path for values in flat.values() for path in values if path not in PARTS_OF_NAME)
+    found = {path: {run: values[path] for run, values in flat.items() if path in values} for path in paths}
+    return {
+        path: values
+        for path, values in found.items()
+        if len({json.dumps(value) for value in values.values()}) > 1 or (len(values) < len(flat) and path in chosen)
+    }
+
+
+def _by_name(values: Any) -> Any:
+    """Lists of named sections as mappings: a stage more in one run shifts no other."""
+    if isinstance(values, dict):
+        return {key: _by_name(value) for key, value in values.items()}
+    if isinstance(values, list) and values and all(isinstance(v, dict) and "name" in v for v in values):
+        return {v["name"]: {key: _by_name(value) for key, value in v.items() if key != "name"} for v in values}
+    return values
+
+
+def _results(runs: Sequence[RunFolder]) -> dict[str, list[Row]]:
+    each = [dict(_results_of(run)) for run in runs]
+    names = dict.fromkeys(name for found in each for name in found)
+    rows: dict[str, list[Row]] = {}
+    for group, name in names:
+        rows.setdefault(group, []).append(Row(name, [found.get((group, name)) for found in each]))
+    return rows
+
+
+def _results_of(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
+    """((group, name), result)."""
+    yield ("Run", "status"), run.status or "unfinished"
+    yield ("Run", "steps"), float(run.reached)
+    yield ("Run", "restarts"), float(max(len(run.sessions) - 1, 0))
+    yield ("Run", "bad samples replaced"), float(len(run.quarantined()))
+    for record in run.stages:
+        yield ("Last loss", record.name), record.last("train/loss")
+    for record in run.stages:
+        yield ("Samples a second, the median", record.name), _speed(record)
+    for point in run.evaluations:  # the last of each stands
+        for name, value in point.values.items():
+            yield ("Evaluation", name), value
+    if run.time is not None:
+        seconds = run.time["seconds"]
+        total = sum(seconds.values())
+        yield ("Time", "hours"), total / 3600
+        yield ("Time", "goodput"), seconds["training"] / total if total else None
+        for kind, value in seconds.items():
+            yield ("Time", f"{kind} seconds"), value
+    for record in run.stages:
+        for entry in record.begun:
+            for each in entry["datasets"]:
+                yield ("Data digest", f"{record.name}: {each['name']}"), each["digest"][:16]
+
+
+def _speed(record: StageRecord) -> float | None:
+    speeds = [value for _, _, value in record.series("perf/samples_per_s")]
+    return statistics.median(speeds) if speeds else None
+
+
+def _curves(runs: Sequence[RunFolder]) -> list[StageCurves]:
+    names = dict.fromkeys(record.name for run in runs for record in run.stages)
+    found = [StageCurves(name, list(_losses(runs, name))) for name in names]
+    return [stage for stage in found if stage.runs]
+
+
+def _losses(runs: Sequence[RunFolder], stage: str) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+    for number, run in enumerate(runs):
+        for index, record in enumerate(run.stages):
+            series = record.series("train/loss")
+            if record.name == stage and series:
+                first = run.config.stage_start(index)
+                yield number, [(step - first, value) for _, step, value in series]
+
+
+def _plain(value: Result) -> Result:
+    return None if isinstance(value, float) and not (value - value == 0) else value

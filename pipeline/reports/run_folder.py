@@ -1,0 +1,223 @@
+"""A run as its folder tells it, finished or not: its config, its journal, its account of time, its restarts.
+
+Nothing here needs the run's weights, its data or its MLflow server; of a remote folder the committed journal is read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.paths import is_local
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage, join
+from pipeline.tracking.journal import CommittedJournal, Journal, Record
+from pipeline.tracking.tracker import journal_folder
+from pipeline.training import accounting
+from pipeline.training.prepare import RUN_FILE
+
+RESTARTS = "restarts"
+QUARANTINE = "quarantine"
+EVALUATION = "eval/"  # begins the names of what an evaluation measures
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Metrics recorded at once."""
+
+    at: int  # milliseconds since 1970
+    step: int  # global
+    values: dict[str, float]
+
+
+@dataclass
+class StageRecord:
+    """What the journal holds of one stage, over all its sessions."""
+
+    name: str
+    points: list[Point] = field(default_factory=list)
+    begun: list[Record] = field(default_factory=list)  # its `stage` records, one for each time it was taken up
+    tags: dict[str, str] = field(default_factory=dict)  # the last value of each
+    status: str = ""  # of its last end; empty while it goes on, or where it was cut off
+
+    @property
+    def reached(self) -> int | None:
+        """The highest step. Points of a checkpoint come when it is written, after those of later steps."""
+        return max((point.step for point in self.points), default=None)
+
+    def last(self, metric: str) -> float | None:
+        return next((p.values[metric] for p in reversed(self.points) if metric in p.values), None)
+
+    def series(self, metric: str) -> list[tuple[int, int, float]]:
+        """(milliseconds, step, value) of one metric."""
+        return [(p.at, p.step, p.values[metric]) for p in self.points if metric in p.values]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process that trained: from its first record to its last."""
+
+    start: int
+    end: int
+    first_step: int | None  # that it recorded
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A tag as it was set, on the run or on one of its stages."""
+
+    at: int
+    step: int | None  # the last one recorded before
+    stage: str | None
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run. `values` is the config as it was kept, `config` the same as this version understands it."""
+
+    folder: str
+    storage: Storage
+    config: RunConfig
+    values: Values
+    run: str  # MLflow's name of the parent run's place in the journal; empty before its first start
+    stages: list[StageRecord]
+    sessions: list[Session]
+    tags: list[Tag]
+    evaluations: list[Point]  # of any checkpoint, in the order they were made
+    status: str  # of the last process that trained: FINISHED, FAILED, KILLED; empty while none has ended
+    time: Values | None  # as `pipeline.training.accounting` keeps it
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def reached(self) -> int:
+        """The highest global step that was recorded."""
+        return max((stage.reached or 0 for stage in self.stages), default=0)
+
+    def restarts(self) -> list[Values]:
+        """{time, cause, message} of what Ray Train was told, in order."""
+        return [json.loads(self.storage.read(url)) for url in self._files(RESTARTS, ".json")]
+
+    def quarantined(self) -> list[Values]:
+        """Every bad sample that was replaced, in the order they were met."""
+        files = self._files(QUARANTINE, ".jsonl")
+        return [json.loads(line) for url in files for line in self.storage.read(url).splitlines()]
+
+    def _files(self, folder: str, suffix: str) -> list[str]:
+        place = join(self.folder, folder)
+        return [join(place, name) for name in self.storage.list(place) if name.endswith(suffix)]
+
+
+def open_run(run: str) -> RunFolder:
+    """The run in folder `run` (path or URL). Raises ConfigError, naming it, where there is none that can be read."""
+    folder = run.rstrip("/")
+    values = _values(run, folder)
+    try:
+        config = RunConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{run}: its {RUN_FILE} is not of this version ({error.error_count()} faults, the first: "
+            f"{error.errors()[0]['msg']}); read it with the version that made it"
+        ) from None
+    parent, _, name = folder.rpartition("/")
+    if name == config.name:  # where it lies now, which may be another place than where it was made
+        config = config.model_copy(update={"output": parent or "."})
+    storage = Storage(config.storage)
+    journal = Journal(journal_folder(folder))
+    if not is_local(folder):
+        CommittedJournal(storage, f"{folder}/journal").restore(journal)
+    read = _Reading(config)
+    for session in journal.sessions():
+        read.session([record for _, record in journal.records(session)])
+    return RunFolder(
+        folder=folder,
+        storage=storage,
+        config=config,
+        values=values,
+        run=read.run,
+        stages=read.stages,
+        sessions=read.sessions,
+        tags=read.tags,
+        evaluations=read.evaluations,
+        status=read.status,
+        time=accounting.read(storage, folder),
+    )
+
+
+def _values(run: str, folder: str) -> Values:
+    url = join(folder, RUN_FILE)
+    storage = Storage()
+    if not storage.exists(url):
+        raise ConfigError(f"{run}: no run there (no {RUN_FILE} in it); give the folder of a run, <output>/<name>")
+    try:
+        values = json.loads(storage.read(url))
+    except ValueError as error:
+        raise ConfigError(f"{url}: not JSON ({error}); the run's folder is damaged") from error
+    assert isinstance(values, dict), "prepare writes the config as an object"
+    return values
+
+
+class _Reading:
+    """Sorts a journal's records by what they tell."""
+
+    def __init__(self, config: RunConfig):
+        self.stages = [StageRecord(stage.name) for stage in config.stages]
+        self.sessions: list[Session] = []
+        self.tags: list[Tag] = []
+        self.evaluations: list[Point] = []
+        self.run = ""
+        self.status = ""
+        self._step: int | None = None  # the last one recorded in this session
+
+    def session(self, records: list[Record]) -> None:
+        """One process's records, the first of which says what it was."""
+        self._step = None
+        steps = [r["step"] for r in records if r["kind"] == "metrics" and r["stage"] is not None]
+        if any(record["kind"] == "stage" for record in records):
+            first = steps[0] if steps else None
+            self.sessions.append(Session(records[0]["at"], records[-1]["at"], first, records[0].get("tags", {})))
+            self.status = ""
+        for record in records:
+            self._record(record, None if record["stage"] is None else self.stages[record["stage"]])
+
+    def _record(self, record: Record, stage: StageRecord | None) -> None:
+        kind = record["kind"]
+        if kind == "campaign":
+            self.run = record["run"]
+        elif kind == "campaign_end":
+            self.status = record["status"]
+        elif kind == "metrics":
+            self._point(record, stage)
+        elif kind == "tag":
+            self.tags.append(
+                Tag(record["at"], self._step, None if stage is None else stage.name, record["key"], record["value"])
+            )
+        if stage is None:
+            return
+        if kind == "stage":
+            stage.begun.append(record)
+            stage.tags.update(record["tags"])
+        elif kind == "tag":
+            stage.tags[record["key"]] = record["value"]
+        elif kind == "stage_end":
+            stage.status = record["status"]
+
+    def _point(self, record: Record, stage: StageRecord | None) -> None:
+        # The journal keeps numbers that JSON does not know as words.
+        point = Point(record["at"], record["step"], {name: float(v) for name, v in record["values"].items()})
+        if stage is not None:
+            stage.points.append(point)
+            self._step = point.step
+        if any(name.startswith(EVALUATION) for name in point.values):
+            self.evaluations.append(point)
