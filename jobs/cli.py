@@ -343,6 +343,20 @@ def export(
     print_result(export_weights(checkpoint, format, out), as_json)
 
 
+@app.command()
+def register(
+    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, a stage or a checkpoint (path or URL).")],
+    name: Annotated[str, typer.Option(help="The registered model, of which this becomes the next version.")],
+    alias: Annotated[str | None, typer.Option(help="Points at this version from now on: candidate, champion.")] = None,
+    uri: Annotated[str | None, typer.Option(help="The MLflow server, if not the run's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a checkpoint into MLflow's registry: `mlflow.pyfunc.load_model` then gives embeddings and matching scores."""
+    from jobs.register import register_checkpoint
+
+    print_result(register_checkpoint(checkpoint, name, alias, uri), as_json)
+
+
 def main() -> None:
     """The console script: errors a user can cause end in one message, never in a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

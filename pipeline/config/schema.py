@@ -343,7 +343,7 @@ class TrackingConfig(Section):
     """MLflow. With `uri` unset: SQLite in the run's folder, or in the working folder when that is remote."""
 
     uri: str | None = changeable(None)
-    experiment: str = "mome"
+    experiment: str | None = None  # None: the family of the model, such as vlmo
     metrics_every: Positive = changeable(10)  # steps between two points; reading them is the only host synchronisation
     flush_seconds: float = changeable(5.0, gt=0)
     required: bool = changeable(True)  # refuse to start a run when the server does not answer

@@ -358,6 +358,17 @@ def tracking_uri(config: RunConfig) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
+def experiment_of(config: RunConfig) -> str:
+    """The MLflow experiment of a run: as configured, else the family of its model, whose runs are worth comparing."""
+    return config.tracking.experiment or config.model.kind
+
+
+def run_of(config: RunConfig, storage: Store) -> str | None:
+    """What every MLflow run of this run is tagged with as `mome.run`; None before it was first started."""
+    url = f"{config.folder}/tracking.json"
+    return json.loads(storage.read(url))["run"] if storage.exists(url) else None
+
+
 def check_server(config: RunConfig) -> None:
     """Refuse to start a run whose tracking server does not answer, where `tracking.required` asks for that.
 
@@ -410,11 +421,11 @@ def _now() -> int:
 
 def _run_id(config: RunConfig, storage: Store) -> tuple[str, bool]:
     """The run's id, kept in its folder from its first start on, and whether there was one already."""
-    url = f"{config.folder}/tracking.json"
-    if storage.exists(url):
-        return json.loads(storage.read(url))["run"], True
+    known = run_of(config, storage)
+    if known is not None:
+        return known, True
     run = uuid.uuid4().hex
-    storage.write(url, json.dumps({"run": run, "name": config.name}).encode())
+    storage.write(f"{config.folder}/tracking.json", json.dumps({"run": run, "name": config.name}).encode())
     return run, False
 
 
@@ -424,7 +435,7 @@ def _campaign_record(config: RunConfig, run: str, tags: dict[str, str], server_h
     uri = redact(tracking_uri(config))
     return {
         "kind": "campaign", "at": _now(), "stage": None, "run": run, "name": config.name, "uri": uri,
-        "experiment": config.tracking.experiment, "params": params, "tags": tags | changing, "datasets": [],
+        "experiment": experiment_of(config), "params": params, "tags": tags | changing, "datasets": [],
         "server_has_more": server_has_more,
     }  # fmt: skip
 

@@ -27,7 +27,7 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.mlflow_check import try_writing
-from pipeline.tracking.tracker import check_server, tracking_uri
+from pipeline.tracking.tracker import check_server, experiment_of, tracking_uri
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard
@@ -137,7 +137,7 @@ def _try_tracking(config: RunConfig, rank: int) -> str:
         return ""
     try:
         check_server(config.model_copy(update={"tracking": config.tracking.model_copy(update={"required": True})}))
-        return try_writing(tracking_uri(config), config.tracking.experiment)
+        return try_writing(tracking_uri(config), experiment_of(config))
     except MomeError as error:
         if config.tracking.required:
             raise

@@ -1,0 +1,76 @@
+"""`mome register CHECKPOINT --name NAME`: a checkpoint in MLflow's registry, from where anything can load and serve it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from jobs.served import outputs_of
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.evaluation.evaluate import stage_of
+from pipeline.tracking.journal import redact
+from pipeline.tracking.mlflow_model import Export, register
+from pipeline.tracking.tracker import experiment_of, run_of, tracking_uri
+from pipeline.training.checkpoint import Weights, load_weights, save_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (ROOT / "pipeline", ROOT / "jobs")
+# What `jobs.served` imports, and nothing that only training needs.
+SERVING = (
+    "botocore", "einops", "fsspec", "jinja2", "numpy", "opencv-python-headless", "pandas", "pillow", "pydantic",
+    "pyyaml", "rich", "safetensors", "scipy", "simplejpeg", "tokenizers", "torch", "typer", "urllib3",
+)  # fmt: skip
+
+
+def register_checkpoint(checkpoint: str, name: str, alias: str | None = None, uri: str | None = None) -> dict[str, Any]:
+    """Register the weights of a run, a stage or a checkpoint's folder; returns the version and how to load it.
+
+    `uri` is the MLflow server, if not the run's own. Raises CheckpointError for a folder without whole weights,
+    ConfigError for weights that give neither embeddings nor matching scores, TrackingError for what MLflow refuses.
+    """
+    weights = load_weights(Storage(), checkpoint.rstrip("/"))
+    config = weights.config
+    stage = stage_of(config, weights.stage)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(weights, folder)
+        export = Export(
+            folder=Path(folder),
+            loader="jobs.served",
+            code=CODE,
+            requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
+            outputs=outputs_of(weights),
+            example={"image": _example_picture(), "text": "a grey square"},
+            step=weights.step,
+            params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
+            tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
+            run=run_of(config, Storage(config.storage)),
+            stage_index=config.stages.index(stage),
+        )
+        done = register(uri or tracking_uri(config), experiment_of(config), name, alias, export)
+    return asdict(done) | {"checkpoint": weights.url}
+
+
+def _write(weights: Weights, folder: str) -> None:
+    """The folder of a stage, as `load_weights` reads it; from the checkpoint of a step, what it would hand over."""
+    config: RunConfig = weights.config
+    metadata = {
+        "config": json.loads(redact(config.model_dump_json())),
+        "stage": weights.stage,
+        "step": weights.step,
+        "absent": sorted(weights.absent),
+    }
+    save_weights(Storage(), folder, weights.tensors, weights.vocabulary, metadata, weights.choices)
+
+
+def _example_picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()

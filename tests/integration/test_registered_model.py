@@ -1,0 +1,115 @@
+"""`mome register`: what MLflow loads from its registry in a fresh process gives what the checkpoint gives."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+
+from jobs.convert import import_weights
+from jobs.evaluate import model_of
+from jobs.register import register_checkpoint
+from jobs.served import outputs_of
+from pipeline.config.errors import ConfigError
+from pipeline.config.model import VLMoConfig
+from pipeline.data.contents.images import decode, resize
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.storage import Storage
+from pipeline.evaluation.retrieval import embed_images, embed_texts, matching_odds
+from pipeline.models import build_model
+from pipeline.models.checkpoints.vlmo import to_published
+from pipeline.training.checkpoint import load_weights
+
+TINY = VLMoConfig(width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text=12)
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
+PICTURES = [picture(number) for number in range(70)]  # more than one batch
+TEXTS = ["a", "b c", "d e f a b", "c c c", "f"] * 14
+LOAD = """
+import base64, json, sys
+import mlflow, pandas as pd
+
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+given = [json.loads(line) for line in sys.stdin]
+frame = pd.DataFrame([{"image": base64.b64decode(g["image"]), "text": g["text"]} for g in given])
+answer = model.predict(frame)
+import pipeline
+json.dump(
+    {
+        "rows": answer.to_dict("records"),
+        "only_text": model.predict(pd.DataFrame({"text": frame["text"][:2]})).to_dict("records"),
+        "without_matching": list(model.predict(frame[:1], params={"matching": False}).columns),
+        "code": pipeline.__file__,
+        "imported": [name for name in ("deepspeed", "ray", "transformers") if name in sys.modules],
+        "signature": model.metadata.signature.to_dict(),
+        "example": list(model.input_example.columns),
+    },
+    sys.stdout,
+)
+"""
+
+
+def imported(folder: Path) -> str:
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCABULARY))
+    torch.save(to_published(build_model(TINY, len(VOCABULARY), seed=5).state_dict(), TINY), folder / "vlmo.pt")
+    import_weights(
+        str(folder / "vlmo.pt"), "vlmo", f"{folder}/weights", ["max_text=12"], vocabulary=f"{folder}/vocab.txt"
+    )
+    return f"{folder}/weights"
+
+
+def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    checkpoint = imported(tmp_path)
+    told = register_checkpoint(checkpoint, "tiny", "candidate", uri)
+    given = [
+        json.dumps({"image": base64.b64encode(image).decode(), "text": text})
+        for image, text in zip(PICTURES, TEXTS, strict=True)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, uri, told["uri"]], input="\n".join(given), capture_output=True, text=True,
+        check=False, cwd=tmp_path, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    served = json.loads(done.stdout)
+
+    weights = load_weights(Storage(), checkpoint)
+    model, tokenizer = model_of(weights), Tokenizer.from_vocabulary(weights.vocabulary)
+    images = torch.from_numpy(np.stack([resize(decode(image, 10_000), TINY.image_size) for image in PICTURES]))
+    rows = [tokenizer.encode(text, 12).ids for text in TEXTS]
+    image, text = embed_images(model, images), embed_texts(model, rows, tokenizer.pad_id)
+    pairs = torch.arange(len(rows))[:, None].expand(-1, 2)
+    expected = {
+        "image_embedding": image,
+        "text_embedding": text,
+        "similarity": (image * text).sum(dim=1),
+        "matched": matching_odds(model, images, rows, tokenizer.pad_id, pairs).sigmoid(),
+    }
+
+    assert told["uri"] == "models:/tiny@candidate"
+    for name, values in expected.items():
+        found = np.array([row[name] for row in served["rows"]])
+        assert np.abs(found - values.numpy()).max() <= 1e-6, name
+    assert [row["image_embedding"] for row in served["only_text"]] == [None, None]
+    assert np.abs(np.array(served["only_text"][1]["text_embedding"]) - text[1].numpy()).max() <= 1e-6
+    assert "matched" not in served["without_matching"]
+    assert not Path(served["code"]).is_relative_to(Path(__file__).parents[2]), "the model's own copy of the code"
+    assert served["imported"] == []
+    assert served["example"] == ["image", "text"]
+    assert [column["name"] for column in json.loads(served["signature"]["outputs"])] == list(expected)
+
+
+def test_weights_that_give_neither_embeddings_nor_scores_are_refused_with_what_they_lack(tmp_path: Path) -> None:
+    weights = load_weights(Storage(), imported(tmp_path))
+    only_text = next(stage for stage in weights.config.stages if list(stage.objectives) == ["masked_language"])
+    with pytest.raises(ConfigError, match="retrieval embeddings need contrastive"):
+        outputs_of(replace(weights, stage=only_text.name))
