@@ -115,9 +115,13 @@ def driver_killed(site: Site) -> Callable[[], bool]:
 
 
 def loader_killed(site: Site) -> Callable[[], bool]:
-    loaders = [each for rank in site.ranks() for each in rank.children(recursive=True) if "spawn_main" in _title(each)]
+    def loaders() -> list[psutil.Process]:
+        children = (each for rank in site.ranks() for each in rank.children(recursive=True))
+        return [each for each in children if "spawn_main" in _title(each)]
+
     before = site.told("a loader process died")
-    site.draw.choice(loaders).send_signal(signal.SIGKILL)
+    site.wait_for(lambda: bool(loaders()), "a loader")  # between two stages there is none
+    site.draw.choice(loaders()).send_signal(signal.SIGKILL)
     return lambda: site.told("a loader process died") > before
 
 
