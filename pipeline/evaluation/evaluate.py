@@ -236,6 +236,7 @@ class _Setting:
         return self.config.evaluation.batch
 
 
+MEASURED: frozenset[Objective] = frozenset({"contrastive", "matching", "ranking", "masked_language", "masked_image"})
 TASKS: dict[Use, Objective] = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
 
 
@@ -270,6 +271,14 @@ def _measure_task(
         figures["classification"] = measure_classification(model, annotated)
     held_out = HeldOut.of_no_pairs(dict(annotated.skipped), annotated.digest)
     return Evaluation(source, stage.name, held_out, trained_on=stages_reading(config, source), **figures)
+
+
+def is_measured_by(config: RunConfig, source: str, stage: StageConfig) -> bool:
+    """Whether a stage trains anything that the source can tell the worth of."""
+    use = config.sources[source].use
+    if use in TASKS:
+        return TASKS[use] in stage.objectives
+    return not MEASURED.isdisjoint(stage.objectives)
 
 
 def stages_reading(config: RunConfig, source: str) -> tuple[str, ...]:
