@@ -55,6 +55,13 @@ def _secret_reference(value: str) -> str:
     return value
 
 
+def _prompt(value: str) -> str:
+    if value.count("{}") != 1:
+        raise ValueError("must hold {} once, in the place of a class's name, such as 'a photo of a {}.'")
+    return value
+
+
+Prompt = Annotated[str, AfterValidator(_prompt)]
 SecretReference = Annotated[str, AfterValidator(_secret_reference)]
 
 
@@ -357,6 +364,8 @@ class EvaluationConfig(Section):
     source: str | None = changeable(None)
     limit: Positive | None = changeable(None)  # images
     batch: Positive = changeable(64)
+    # Texts that zero-shot classification holds pictures against, with {} in the place of a class's name.
+    prompts: tuple[Prompt, ...] = changeable(("a photo of a {}.",), min_length=1)
     every: Positive | None = changeable(None)  # steps between two evaluations of a stage; None: only at the run's end
     limit_during: Positive = changeable(1000)  # images that each of those reads
 
