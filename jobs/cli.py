@@ -17,6 +17,7 @@ from jobs.jobs_command import app as jobs_app
 from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
+from pipeline.config.schema import EVALUATED, Use
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -148,12 +149,43 @@ def evaluate(
         int | None, typer.Option(min=0, help="Best candidates of each query that the fusion encoder reads again.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Another evaluated run, whose figures stand beside.")] = None,
+    use: Annotated[
+        str | None, typer.Option(help="What a URL of shards is read as: pairs, labelled, questions or statements.")
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="Labelled pictures to train a linear classifier on; --source measures it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Zero-shot retrieval, masked-language accuracy and matching on held-out pairs, with a report."""
+    """What the checkpoint's stage trained, on held-out data, with a report.
+
+    Pairs: retrieval, re-ranking, matching, masked words. Labelled pictures: classes told by their names, by a head
+    that was trained for them, by a linear probe. Questions and statements: accuracy.
+    """
     from jobs.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(checkpoint, source, limit, report, track, against, workers, rerank)
+    read_as: Use | None = None
+    if use is not None:
+        if use not in EVALUATED:
+            raise ConfigError(f"--use {use}: expected one of {', '.join(EVALUATED)}")
+        read_as = use  # type: ignore[assignment]
+    result = evaluate_checkpoint(checkpoint, source, limit, report, track, against, workers, rerank, read_as, probe)
+    if result is not None:  # under torchrun the first rank tells
+        print_result(result, as_json)
+
+
+@app.command()
+def embed(
+    shards: Annotated[str, typer.Argument(help="A folder of indexed shards (path or URL).")],
+    checkpoint: Annotated[str, typer.Option(help="The folder of a run, of a stage or of a checkpoint (path or URL).")],
+    out: Annotated[str, typer.Option(help="Where a Parquet file for each shard goes (path or URL).")],
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the vectors of every picture and caption of SHARDS. The same command again goes on where it stopped."""
+    from jobs.embed import embed as run_embed
+
+    result = run_embed(shards, checkpoint, out, workers)
     if result is not None:  # under torchrun the first rank tells
         print_result(result, as_json)
 

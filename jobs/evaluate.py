@@ -1,31 +1,23 @@
 """`mome evaluate`: a checkpoint's weights on held-out pairs, with the report, recorded where the run was tracked.
 
-One process does it, or ranks share it: those that `--workers` has Ray place, or those of
-
-    torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
+One process does it, or ranks share it: those that `--workers` has Ray place, or those of torchrun.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from jobs.cluster import connect, on_ranks
 from jobs.console import console
-from jobs.plan import with_workers
-from jobs.pretrain import for_ranks
-from jobs.rank import as_error, as_told
-from pipeline.config.errors import ConfigError, MomeError, RunFailed
+from jobs.shared import answered, device_of, on_workers, ranks_here
+from pipeline.config.errors import ConfigError
 from pipeline.config.paths import absolute
-from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig
+from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig, Use
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.aligned import aligned
@@ -40,7 +32,6 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.tracker import Tracker, journal_folder
 from pipeline.training.accounting import spent
 from pipeline.training.checkpoint import Weights, config_of_weights, is_committed, load_weights, stage_url
-from pipeline.training.collectives import Collectives
 from pipeline.training.stages import heads, load_matching
 
 log = logging.getLogger(__name__)
@@ -56,6 +47,8 @@ class Asked:
     source: str | None = None
     limit: int | None = None
     rerank_best: int | None = None
+    use: Use | None = None  # what a URL of shards is read as; None: as the stage's own, or as pairs
+    probe: str | None = None  # labelled pictures that a linear classifier is trained on
     report: str | None = None  # where it will be written; None: the run's folder
 
 
@@ -89,6 +82,8 @@ def evaluate_checkpoint(
     against: str | None = None,
     workers: int | None = None,
     rerank_best: int | None = None,
+    use: Use | None = None,
+    probe: str | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a run's, a stage's or a step's weights; the numbers as `mome evaluate --json` prints them.
 
@@ -99,7 +94,8 @@ def evaluate_checkpoint(
     ConfigError for a run to stand beside that was never evaluated.
     """
     other = None if against is None else _evaluation_of(against, source)
-    asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, None if report is None else str(report))
+    place = None if report is None else str(report)
+    asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, place)
     if workers is not None:
         return _deliver(_measured_on_ray(asked, workers), track, other)
     ranks = ranks_here()
@@ -107,47 +103,34 @@ def evaluate_checkpoint(
     return _deliver(measured, track, other) if ranks.rank == 0 else None
 
 
-def ranks_here() -> Ranks:
-    """Those that torchrun started this process among, or this process alone."""
-    return Collectives() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ALONE
-
-
-def device_of(ranks: Ranks) -> torch.device:
-    if isinstance(ranks, Collectives):
-        return ranks.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _measured_on_ray(asked: Asked, workers: int) -> Measured:
     """Raises MomeError with the first failure, on whichever rank."""
-    asked = replace(asked, checkpoint=absolute(asked.checkpoint))
-    if asked.source is not None and "/" in asked.source:
-        asked = replace(asked, source=absolute(asked.source))
+    source, probe = (
+        each if each is None or "/" not in each else absolute(each) for each in (asked.source, asked.probe)
+    )
+    asked = replace(asked, checkpoint=absolute(asked.checkpoint), source=source, probe=probe)
     config = config_of_weights(Storage(), asked.checkpoint)
-    config = for_ranks(with_workers(config, workers))
-    connect(config.cluster)
-    try:
-        told = on_ranks(_evaluate_rank, config, f"{config.name}-evaluation", {"asked": json.dumps(asdict(asked))})
-    except Exception as error:
-        raise RunFailed(f"evaluation: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
-    if "failure" in told:
-        raise as_error(told["failure"])
+    told = on_workers(_evaluate_rank, config, workers, "evaluation", asdict(asked))
     return Measured(**{**told, "config": RunConfig.model_validate_json(told["config"])})
 
 
 def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
-    """What Ray Train runs on each worker. A failure is returned: Ray would try it again."""
-    try:
-        found = _measured(Asked(**json.loads(loop_config["asked"])), Collectives())
-    except MomeError as error:
-        return {"failure": as_told(error)}
-    return {**vars(found), "config": found.config.model_dump_json()}
+    """What Ray Train runs on each worker."""
+
+    def measure(asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+        found = _measured(Asked(**asked), ranks)
+        return {**vars(found), "config": found.config.model_dump_json()}
+
+    return answered(loop_config, measure)
 
 
 def _measured(asked: Asked, ranks: Ranks) -> Measured:
     """Called on each of the ranks, which get the same; only the first makes the page."""
     weights = load_weights(Storage(), asked.checkpoint)
-    config, source = _with_source(weights.config, stage_of(weights.config, weights.stage), asked.source)
+    stage = stage_of(weights.config, weights.stage)
+    use = asked.use or ("labelled" if asked.probe else None)
+    config, source = _with_source(weights.config, stage, asked.source, "--source", use)
+    config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
     storage, device = Storage(config.storage), device_of(ranks)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
     model = model_of(weights).to(device)
@@ -164,6 +147,7 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
         progress=lambda message: console.print(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
         choices=weights.choices,
         ranks=ranks,
+        probe=probe,
     )
     found = found.located(checkpoint=weights.url, report=asked.report or join(config.folder, REPORT))
     shown = _shown(found, model, tokenizer, config) if ranks.rank == 0 else None
@@ -218,16 +202,20 @@ def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> It
             yield stage.name, model_of(load_weights(storage, url))
 
 
-def _with_source(config: RunConfig, stage: StageConfig, source: str | None) -> tuple[RunConfig, str | None]:
-    """A source given as a URL of shards joins the run's own, read as the stage's is, or as pairs."""
+def _with_source(
+    config: RunConfig, stage: StageConfig, source: str | None, option: str, use: Use | None
+) -> tuple[RunConfig, str | None]:
+    """A source given as a URL of shards joins the run's own, read as `use`, else as the stage's is, or as pairs."""
     if source is None or source in config.sources:
         return config, source
     if "/" not in source:
         known = ", ".join(name for name, each in config.sources.items() if each.use in EVALUATED)
-        raise ConfigError(f"--source {source}: no source of this run; give one of {known}, or the URL of shards")
-    use = config.use_of(stage)
-    held_out = SourceConfig(shards=source, use=use if use in TASKS else "pairs")
-    return config.model_copy(update={"sources": {**config.sources, "held_out": held_out}}), "held_out"
+        raise ConfigError(f"{option} {source}: no source of this run; give one of {known}, or the URL of shards")
+    if use is None:
+        use = config.use_of(stage) if config.use_of(stage) in TASKS else "pairs"
+    name = {"--source": "held_out", "--probe": "probe"}[option]
+    given = SourceConfig(shards=source, use=use)
+    return config.model_copy(update={"sources": {**config.sources, name: given}}), name
 
 
 def _deliver(measured: Measured, track: bool, other: Shown | None = None) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+import torch
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.importers import write_shards
+from pipeline.data.building.scenes import COLOURS as RGB
 from pipeline.data.building.scenes import Description, Thing, draw_picture
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.storage import Storage
@@ -41,6 +43,13 @@ def write_set(folder: Path, use: str, count: int, seed: int = 0) -> str:
     if use == "labelled":
         storage.write(f"{url}/classes.json", json.dumps(COLOURS).encode())
     return url
+
+
+def colour_of(image: torch.Tensor) -> torch.Tensor:
+    """(B,) int64: which of COLOURS most of each picture's painted pixels have; image (B, H, W, 3)."""
+    paint = torch.tensor([RGB[name] for name in COLOURS], dtype=torch.float32)
+    near = torch.cdist(image.float().flatten(1, 2), paint.expand(len(image), -1, -1)) < 40
+    return near.sum(dim=1).argmax(dim=1)
 
 
 def run_config(folder: Path, use: str, objective: str, steps: int, is_drawn: bool = False, **stage: Any) -> RunConfig:

@@ -62,6 +62,8 @@ def _source_faults(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(config.sources)}"
     elif held_out is not None and (use := config.sources[held_out].use) not in EVALUATED:
         yield f"evaluation.source: '{held_out}' is read as {use}; expected a source read as {', '.join(EVALUATED)}"
+    if config.evaluation.every is not None and held_out is None:
+        yield "evaluation.every: given without evaluation.source; name the held-out source that is to be read"
 
 
 def _stage_faults(config: RunConfig) -> Iterator[str]:

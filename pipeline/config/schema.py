@@ -55,6 +55,13 @@ def _secret_reference(value: str) -> str:
     return value
 
 
+def _prompt(value: str) -> str:
+    if value.count("{}") != 1:
+        raise ValueError("must hold {} once, in the place of a class's name, such as 'a photo of a {}.'")
+    return value
+
+
+Prompt = Annotated[str, AfterValidator(_prompt)]
 SecretReference = Annotated[str, AfterValidator(_secret_reference)]
 
 
@@ -327,6 +334,7 @@ class GuardsConfig(Section):
     hang_seconds: float = changeable(120.0, gt=0)  # that a step may take; then stacks are written and the ranks end
     start_seconds: float = changeable(1800.0, gt=0)  # the same until the first step of a stage is done
     save_seconds: float = changeable(1800.0, gt=0)  # the same of a checkpoint or hand-over
+    evaluate_seconds: float = changeable(3600.0, gt=0)  # the same of an evaluation (`evaluation.every`)
     spike: SpikeConfig | None = changeable(None)
 
 
@@ -352,11 +360,15 @@ class TrackingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The held-out pairs the last stage is evaluated on."""
+    """The held-out pairs that the last stage is evaluated on at its end, and every stage while it trains."""
 
     source: str | None = changeable(None)
     limit: Positive | None = changeable(None)  # images
     batch: Positive = changeable(64)
+    # Texts that zero-shot classification holds pictures against, with {} in the place of a class's name.
+    prompts: tuple[Prompt, ...] = changeable(("a photo of a {}.",), min_length=1)
+    every: Positive | None = changeable(None)  # steps between two evaluations of a stage; None: only at the run's end
+    limit_during: Positive = changeable(1000)  # images that each of those reads
 
 
 class RunConfig(Section):

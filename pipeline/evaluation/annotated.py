@@ -124,7 +124,8 @@ class AnnotatedSource:
         encoded: tuple[bytes, ...] = both_images(members) if self.use == "statements" else (image_bytes(members),)
         annotation: Annotation
         if self.use == "labelled":
-            annotation = class_of(members, self._stage.classes)
+            trains = "classification" in self._stage.objectives
+            annotation = class_of(members, self._stage.classes if trains else None)
         else:
             annotation = question_of(members) if self.use == "questions" else statement_of(members)
         tokens = [] if isinstance(annotation, int) else self._tokens(annotation.text)

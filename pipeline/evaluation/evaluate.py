@@ -30,6 +30,7 @@ from pipeline.evaluation.classification import Classification, measure_classific
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.evaluation.masked_image import Reconstruction, reconstruct
 from pipeline.evaluation.masked_language import Guesses, MaskedLanguage, guess, masked_language, other_images
+from pipeline.evaluation.probe import Probe, measure_probe
 from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.evaluation.reasoning import Reasoning, measure_reasoning
 from pipeline.evaluation.retrieval import (
@@ -47,9 +48,11 @@ from pipeline.evaluation.retrieval import (
     recall_at_k,
     rerank,
 )
+from pipeline.evaluation.zero_shot import class_names, class_vectors, measure_zero_shot
 
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
+Figures = Answering | Reasoning | Classification | Probe
 COLLAPSED = 0.05  # a matching head that is right in no more of one class has learnt only how often pairs match
 RECONSTRUCTED = 64  # pictures whose masked patches are filled in; the report shows the first few
 
@@ -92,6 +95,8 @@ class Evaluation:
     answering: Answering | None = None
     reasoning: Reasoning | None = None
     classification: Classification | None = None
+    zero_shot: Classification | None = None
+    linear_probe: Probe | None = None
     trained_on: tuple[str, ...] = ()  # stages that read the same shards: then this is no held-out result
     checkpoint: str = ""
     report: str = ""
@@ -114,19 +119,21 @@ class Evaluation:
             "mlm": self._mlm_json(),
             "itm": self._itm_json(),
             "reconstruction": self._reconstruction_json(),
-            **{name: _figures(figures) for name, figures in self.fine_tuned.items()},
+            **{name: _figures(figures) for name, figures in self.annotated.items()},
             "trained_on": list(self.trained_on),
             "checkpoint": self.checkpoint,
             "report": self.report,
         }
 
     @property
-    def fine_tuned(self) -> dict[str, Answering | Reasoning | Classification | None]:
-        """What fine-tuning's uses are measured by, under the objectives' names."""
+    def annotated(self) -> dict[str, Figures | None]:
+        """What sources of questions, statements and labelled pictures are measured by."""
         return {
             "answering": self.answering,
             "reasoning": self.reasoning,
             "classification": self.classification,
+            "zero_shot": self.zero_shot,
+            "linear_probe": self.linear_probe,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -139,7 +146,7 @@ class Evaluation:
             found |= {prefix + name: value for name, value in (section or {}).items() if isinstance(value, float)}
         for name, guesses in self.language_stages.items():
             found[f"mlm_{name}_stage_text_only"] = guesses.accuracy
-        for name, figures in self.fine_tuned.items():
+        for name, figures in self.annotated.items():
             section = _figures(figures) or {}
             found |= {f"{name}_{key}": value for key, value in section.items() if isinstance(value, float)}
         if self.reconstruction is not None:
@@ -190,6 +197,7 @@ def evaluate(
     choices: Mapping[str, Choices] | None = None,
     ranks: Ranks = ALONE,
     held_out: HeldOut | None = None,
+    probe: str | None = None,
 ) -> Evaluation:
     """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source.
 
@@ -197,6 +205,7 @@ def evaluate(
     `rerank_best` is how many candidates of each query the fusion encoder reads again; 0 leaves re-ranking out.
     `progress` is told what is being measured. `choices` is what the heads choose among, as kept with the weights.
     All of `ranks` call it together and get the same. `held_out`: the source's pairs, where they were read before.
+    `probe`: a labelled source on whose frozen features a linear classifier is trained, to be measured on `source`.
     Raises ConfigError and DataError as `load_pairs`, ConfigError for a source of a use that the stage did not train.
     """
     chosen = stage_of(config, stage)
@@ -204,7 +213,10 @@ def evaluate(
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
     if source in config.sources and config.sources[source].use in TASKS:
-        return _measure_task(model, tokenizer, config, storage, source, limit, chosen, progress, choices or {}, ranks)
+        setting = _Setting(config, tokenizer, ranks, progress, None)
+        return _measure_task(model, setting, storage, source, limit, chosen, choices or {}, probe)
+    if probe is not None:
+        raise ConfigError(f"a linear probe is measured on labelled pictures, and '{source}' is no source of them")
     if held_out is None:
         progress("reading the held-out pairs")
         limit = limit or config.evaluation.limit
@@ -236,26 +248,29 @@ class _Setting:
         return self.config.evaluation.batch
 
 
+MEASURED: frozenset[Objective] = frozenset({"contrastive", "matching", "ranking", "masked_language", "masked_image"})
 TASKS: dict[Use, Objective] = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
 
 
 def _measure_task(
     model: nn.Module,
-    tokenizer: Tokenizer,
-    config: RunConfig,
+    setting: _Setting,
     storage: Storage,
     source: str,
     limit: int | None,
     stage: StageConfig,
-    progress: Callable[[str], None],
     choices: Mapping[str, Choices],
-    ranks: Ranks,
+    probe: str | None,
 ) -> Evaluation:
     """The figures of a source of questions, statements or labelled pictures."""
+    config, progress = setting.config, setting.progress
     use = config.sources[source].use
-    if TASKS[use] not in stage.objectives:
-        raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {TASKS[use]}")
-    annotated = AnnotatedSource(config, storage, source, stage, tokenizer, limit or config.evaluation.limit, ranks)
+    trains, contrasts = TASKS[use] in stage.objectives, "contrastive" in stage.objectives
+    if not (trains or (use == "labelled" and (contrasts or probe))):
+        able = f"{TASKS[use]}, nor the contrast that zero-shot needs" if use == "labelled" else TASKS[use]
+        raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {able}")
+    limit = limit or config.evaluation.limit
+    annotated = AnnotatedSource(config, storage, source, stage, setting.tokenizer, limit, setting.ranks)
     figures: dict[str, Any] = {}
     if use == "questions":
         progress("answering questions")
@@ -265,11 +280,34 @@ def _measure_task(
     elif use == "statements":
         progress("judging statements")
         figures["reasoning"] = measure_reasoning(model, annotated)
-    else:
+    elif trains:
         progress("telling classes")
         figures["classification"] = measure_classification(model, annotated)
+    if use == "labelled" and contrasts:
+        progress("telling classes by their names")
+        figures["zero_shot"] = _zero_shot(model, annotated, setting, storage, source, stage)
+    if probe is not None:
+        progress("training a linear classifier on frozen features")
+        training = AnnotatedSource(config, storage, probe, stage, setting.tokenizer, None, setting.ranks)
+        figures["linear_probe"] = measure_probe(model, training, annotated)
     held_out = HeldOut.of_no_pairs(dict(annotated.skipped), annotated.digest)
     return Evaluation(source, stage.name, held_out, trained_on=stages_reading(config, source), **figures)
+
+
+def _zero_shot(
+    model: nn.Module, annotated: AnnotatedSource, setting: _Setting, storage: Storage, source: str, stage: StageConfig
+) -> Classification:
+    names, prompts = class_names(setting.config, source, storage), setting.config.evaluation.prompts
+    vectors = class_vectors(model, setting.tokenizer, names, prompts, stage.max_text, setting.batch, setting.ranks)
+    return measure_zero_shot(model, annotated, vectors)
+
+
+def is_measured_by(config: RunConfig, source: str, stage: StageConfig) -> bool:
+    """Whether a stage trains anything that the source can tell the worth of."""
+    use = config.sources[source].use
+    if use in TASKS:
+        return TASKS[use] in stage.objectives or (use == "labelled" and "contrastive" in stage.objectives)
+    return not MEASURED.isdisjoint(stage.objectives)
 
 
 def stages_reading(config: RunConfig, source: str) -> tuple[str, ...]:
@@ -430,7 +468,7 @@ def _accuracy(guesses: Guesses | None) -> float | None:
     return None if guesses is None else _rounded(guesses.accuracy)
 
 
-def _figures(figures: Answering | Reasoning | Classification | None) -> dict[str, Any] | None:
+def _figures(figures: Figures | None) -> dict[str, Any] | None:
     if figures is None:
         return None
     return {name: _rounded(value) if isinstance(value, float) else value for name, value in asdict(figures).items()}

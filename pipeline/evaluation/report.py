@@ -190,6 +190,13 @@ def _fine_tuned_rows(found: Evaluation) -> list[MeasureRow]:
         beside = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
         rows.append(MeasureRow("Class named first", classified.top1, beside))
         rows.append(MeasureRow("Class among the first five", classified.top5, ""))
+    if (named := found.zero_shot) is not None:
+        beside = f"{named.pictures} pictures; chance {percent(named.chance)}"
+        rows.append(MeasureRow("Class named first, told by its name alone", named.top1, beside))
+        rows.append(MeasureRow("Class among the first five, by its name alone", named.top5, ""))
+    if (probed := found.linear_probe) is not None:
+        beside = f"{probed.pictures} pictures, trained on {probed.trained_on}; chance {percent(probed.chance)}"
+        rows.append(MeasureRow("Class named first by a linear classifier", probed.top1, beside))
     return rows
 
 

@@ -86,6 +86,11 @@ class DeepSpeedEngine:
         return self._engine(passes)
 
     @property
+    def reader(self) -> nn.Module:
+        """Reads passes as a step does: at ZeRO 3 it gathers the weights, so all ranks call it together."""
+        return self._engine
+
+    @property
     def module(self) -> nn.Module:
         return self._engine.module
 

@@ -28,6 +28,7 @@ from pipeline.training.alarms import Alarms, Reading, rank_metrics, sign_metrics
 from pipeline.training.checkpoint import MANIFEST, CheckpointStore, is_committed, save_weights, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.evaluation import StageEvaluation
 from pipeline.training.guards import GraphGuard
 from pipeline.training.image_tokenizer import load_image_tokenizer
 from pipeline.training.look import look
@@ -140,6 +141,7 @@ class StageRun:
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
+        self.evaluation = StageEvaluation(config, index, storage, tokenizer, collectives, self.choices)
         self.engine, self.step = self._build_engine()
 
     def _build_engine(self) -> tuple[DeepSpeedEngine, TrainingStep]:
@@ -178,6 +180,7 @@ class StageRun:
         finally:
             self.checkpoints.close()
             self.loader.close()
+            self.evaluation.close()
             self.engine.close()
             gc.collect()
         if noticed and self.first + done < self.config.total_steps:
@@ -207,6 +210,8 @@ class StageRun:
             self.engine.step(rate)
             if self._is_metric_step(step):
                 self._record(step, losses, rate, meter)
+            if self.evaluation.is_due(step) and not noticed:
+                self._evaluate(step, meter)
             if self._is_checkpoint_step(step) or (noticed and step + 1 < self.stage.steps):
                 with self.session.during("checkpoint", self.first + step):
                     self._save(step + 1)
@@ -387,6 +392,14 @@ class StageRun:
         """Also before every checkpoint and hand-over: what is not finite is found there, and never saved."""
         due = (step + 1) % self.config.tracking.metrics_every == 0
         return due or self._is_checkpoint_step(step) or step + 1 == self.stage.steps
+
+    def _evaluate(self, step: int, meter: Meter) -> None:
+        """After the update; before a checkpoint of the same step, which may be kept for what is found."""
+        with self.session.during("evaluation", self.first + step):
+            found = self.evaluation(self.engine.reader)
+        self._points = self._points | found
+        self.tracker.metrics(self.first + step + 1, found)
+        meter.restart(step + 1)
 
     def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
         """Read the losses, their sums over the ranks, and everything else that is worth a point."""

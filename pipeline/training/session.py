@@ -99,4 +99,5 @@ def _allowances(config: RunConfig) -> Allowances:
         "training": guards.hang_seconds,
         "data_wait": guards.hang_seconds + away,
         "checkpoint": guards.save_seconds,
+        "evaluation": guards.evaluate_seconds,
     }

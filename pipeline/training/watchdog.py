@@ -41,7 +41,7 @@ SILENT_TICKS = 4  # signs of life that may be missed
 ASK_SECONDS = 5.0  # for the board's answer; a stopped holder never gives one
 AGAIN_SECONDS = 60.0  # until a board that did not answer is asked again
 T = TypeVar("T")
-PLACES: tuple[Kind, ...] = ("startup", "data_wait", "training", "checkpoint")  # in the order of a step
+PLACES: tuple[Kind, ...] = ("startup", "data_wait", "training", "evaluation", "checkpoint")  # in the order of a step
 Allowances = dict[Kind, float]  # seconds; kinds that are not named have no limit
 
 

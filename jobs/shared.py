@@ -1,0 +1,68 @@
+"""Work that ranks share once, beside any run: on Ray, under torchrun, or in this process alone.
+
+torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from jobs.cluster import connect, on_ranks
+from jobs.plan import with_workers
+from jobs.pretrain import for_ranks
+from jobs.rank import as_error, as_told
+from pipeline.config.errors import MomeError, RunFailed
+from pipeline.config.schema import RunConfig
+from pipeline.evaluation.ranks import ALONE, Ranks
+from pipeline.training.collectives import Collectives
+
+Answer = dict[str, Any]
+
+
+def ranks_here() -> Ranks:
+    """Those that torchrun started this process among, or this process alone."""
+    return Collectives() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ALONE
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    if isinstance(ranks, Collectives):
+        return ranks.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_workers(
+    work: Callable[[dict[str, str]], Answer], config: RunConfig, workers: int, name: str, asked: Mapping[str, Any]
+) -> Answer:
+    """`work` on so many ranks that Ray places as the run's, and what it gave on the first; `asked_of` reads `asked`.
+
+    Ranks that are lost are placed anew, as often as `cluster.max_failures` says. Raises MomeError with the first
+    failure, on whichever rank.
+    """
+    import ray.train
+
+    train: Any = ray.train  # its types are those of the version before
+
+    config = for_ranks(with_workers(config, workers))
+    connect(config.cluster)
+    budget = train.FailureConfig(max_failures=config.cluster.max_failures)
+    given = {"asked": json.dumps(asked)}
+    try:
+        answer: Answer = on_ranks(work, config, f"{config.name}-{name}", given, failure_config=budget)
+    except Exception as error:
+        raise RunFailed(f"{name}: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
+    if "failure" in answer:
+        raise as_error(answer["failure"])
+    return answer
+
+
+def answered(loop_config: dict[str, str], work: Callable[[Any, Ranks], Answer]) -> Answer:
+    """`work(asked, ranks)` on a worker. A failure is returned: Ray would try it again."""
+    try:
+        return work(json.loads(loop_config["asked"]), Collectives())
+    except MomeError as error:
+        return {"failure": as_told(error)}

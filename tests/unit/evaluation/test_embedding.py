@@ -1,0 +1,122 @@
+"""Embeddings of a folder of shards: the vectors of one picture or caption at a time, whoever wrote them and when."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import RunConfig
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import samples_of_source
+from pipeline.data.storage import Storage
+from pipeline.evaluation import embedding
+from pipeline.evaluation.embedding import Embedder, embed_source
+from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.ranks import Alone
+from pipeline.evaluation.retrieval import embed_images, embed_texts
+from pipeline.models.vlmo import VLMo
+
+
+@pytest.fixture
+def shards(config: RunConfig, tmp_path: Path) -> str:
+    """The session's scenes in shards of seven."""
+    from pipeline.data.building.importers import write_shards
+
+    samples = [
+        {"__key__": sample.key, **sample.members}
+        for sample in samples_of_source(Storage(), config.sources["unseen"].shards)
+    ]
+    write_shards(Storage(), iter(samples), str(tmp_path / "shards"), 7)
+    return str(tmp_path / "shards")
+
+
+@pytest.fixture
+def embedder(model: VLMo, config: RunConfig, tokenizer: Tokenizer) -> Embedder:
+    return Embedder(model, tokenizer, config, config.stages[-1], "weights-a")
+
+
+def tables(out: Path) -> dict[str, Any]:
+    return {file.name: parquet.read_table(file) for file in sorted(out.glob("*.parquet"))}
+
+
+def test_every_picture_and_caption_has_its_vector(
+    embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, held_out: HeldOut, tokenizer: Tokenizer
+) -> None:
+    found = embed_source(embedder, Storage(), shards, str(tmp_path / "out"))
+    assert (found.shards, found.found_done, found.pictures, found.captions, found.skipped) == (4, 0, 24, 48, 0)
+    rows = [row for table in tables(tmp_path / "out").values() for row in table.to_pylist()]
+    assert [row["key"] for row in rows] == [key for key in held_out.keys for _ in range(3)]
+    assert [row["caption"] for row in rows] == [None, 0, 1] * 24
+    assert [row["image_id"] for row in rows[::3]] == held_out.image_id.tolist()
+    vectors = torch.tensor(np.array([row["vector"] for row in rows], dtype=np.float32))
+    images, texts = embed_images(model, held_out.images), embed_texts(model, held_out.rows(), tokenizer.pad_id)
+    torch.testing.assert_close(vectors.view(24, 3, -1)[:, 0], images, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(vectors.view(24, 3, -1)[:, 1:].flatten(0, 1), texts, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
+    embedder: Embedder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_source(embedder, Storage(), shards, str(tmp_path / "whole"))
+    original, written = Storage.write, []
+
+    def write(self: Storage, url: str, data: bytes) -> None:
+        """Dies before the third record, when its file is written already."""
+        if embedding.DONE in url:
+            written.append(url)
+            if len(written) == 3:
+                raise KeyboardInterrupt
+        original(self, url, data)
+
+    monkeypatch.setattr(Storage, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        embed_source(embedder, Storage(), shards, str(tmp_path / "killed"))
+    assert len(tables(tmp_path / "killed")) == 3
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
+    found = embed_source(embedder, Storage(), shards, str(tmp_path / "killed"))
+    assert (found.shards, found.found_done, found.pictures) == (4, 2, 24)
+    assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
+    assert sum(after[name] == before[name] for name in before) == 2, "what was finished is not written again"
+
+
+def test_other_weights_changed_shards_and_lost_files_are_embedded_again(
+    embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, config: RunConfig, tokenizer: Tokenizer
+) -> None:
+    out = tmp_path / "out"
+    embed_source(embedder, Storage(), shards, str(out))
+    assert embed_source(embedder, Storage(), shards, str(out)).found_done == 4
+    first = sorted(out.glob("*.parquet"))[0]
+    first.unlink()
+    assert embed_source(embedder, Storage(), shards, str(out)).found_done == 3
+    record = next(iter((out / embedding.DONE).iterdir()))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "shard": "another"}))
+    assert embed_source(embedder, Storage(), shards, str(out)).found_done == 3
+    others = Embedder(model, tokenizer, config, config.stages[-1], "weights-b")
+    assert embed_source(others, Storage(), shards, str(out)).found_done == 0
+    assert parquet.read_schema(first).metadata[b"mome.checkpoint"] == b"weights-b"
+
+
+def test_ranks_share_the_shards(embedder: Embedder, shards: str, tmp_path: Path) -> None:
+    class One(Alone):
+        def __init__(self, rank: int):
+            self.rank, self.world_size = rank, 3
+
+    alone = embed_source(embedder, Storage(), shards, str(tmp_path / "alone"))
+    found = [embed_source(embedder, Storage(), shards, str(tmp_path / "three"), One(rank)) for rank in (2, 1)]
+    assert [each.pictures for each in found] == [7, 7]
+    assert embed_source(embedder, Storage(), shards, str(tmp_path / "three")).found_done == 2
+    assert tables(tmp_path / "three") == tables(tmp_path / "alone")
+    assert alone.pictures == 24
+
+
+def test_weights_without_a_contrast_are_refused(model: VLMo, config: RunConfig, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="stage vision trained no contrast"):
+        Embedder(model, tokenizer, config, config.stages[0], "weights-a")

@@ -1,0 +1,106 @@
+"""Labelled pictures without training for them: classes by the prompts of their names, and the linear probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from drawn import COLOURS, colour_of, run_config
+from torch import Tensor, nn
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import ObjectiveConfig, RunConfig
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.storage import Storage
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.probe import fit
+from pipeline.evaluation.zero_shot import class_vectors
+from pipeline.models.passes import Outputs, Pass
+
+PROMPTS = ("a photo of a {}.", "the {} thing")
+
+
+class ColourSpace(nn.Module):
+    """Pictures and texts lie at the colour they show or name; a text of several prompts' words lies a little off."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.ids = [tokenizer.encode(name, 8).ids[1] for name in COLOURS]
+
+    def forward(self, passes: dict[str, Pass]) -> Outputs:
+        (one,) = passes.values()
+        if one.heads == ("tokens",):
+            assert one.image is not None
+            tokens = F.one_hot(colour_of(one.image), 4).float()[:, None].expand(-1, 5, -1)
+            return {"only": {"tokens": tokens}}
+        if one.text is None:
+            assert one.image is not None
+            return {"only": {"itc": F.one_hot(colour_of(one.image), 4).float()}}
+        named = torch.stack([(one.text == number).any(dim=1) for number in self.ids], dim=1).float()
+        noise = 0.1 * (one.text.sum(dim=1, keepdim=True) % 7)
+        return {"only": {"itc": F.normalize(named + noise, dim=1)}}
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([*COLOURS, "a photo of the thing."] * 5, 200)
+
+
+def contrastive(config: RunConfig) -> RunConfig:
+    """The same run, whose stage trained a contrast."""
+    stage = config.stages[0].model_copy(update={"objectives": {"contrastive": ObjectiveConfig()}, "classes": None})
+    section = config.evaluation.model_copy(update={"prompts": PROMPTS})
+    return config.model_copy(update={"stages": (stage,), "evaluation": section})
+
+
+def test_a_class_is_the_mean_of_its_prompts(tokenizer: Tokenizer) -> None:
+    model = ColourSpace(tokenizer)
+
+    def vector(text: str) -> Tensor:
+        ids = torch.tensor([tokenizer.encode(text, 16).ids])
+        return model({"x": Pass(heads=("itc",), text=ids)})["only"]["itc"][0]
+
+    found = class_vectors(model, tokenizer, COLOURS, PROMPTS, 16, batch=3)
+    for row, name in zip(found, COLOURS, strict=True):
+        mean = torch.stack([vector(prompt.replace("{}", name)) for prompt in PROMPTS]).mean(dim=0)
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-6, rtol=1e-5)
+
+
+def test_pictures_are_told_by_the_names_of_their_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    config = contrastive(run_config(tmp_path, "labelled", "classification", 1, classes=4))
+    found = evaluate(ColourSpace(tokenizer), tokenizer, config, Storage(), probe="train")
+    result = found.to_json()
+    assert result["zero_shot"] == {"pictures": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
+    assert result["linear_probe"]["top1"] == 1.0
+    assert result["linear_probe"]["trained_on"] == 200
+    assert result["classification"] is None
+    assert {"eval/test/zero_shot_top1", "eval/test/linear_probe_top1"} <= found.metrics().keys()
+    (tmp_path / "labelled-1" / "classes.json").unlink()
+    with pytest.raises(ConfigError, match=r"no .*classes\.json to name its classes"):
+        evaluate(ColourSpace(tokenizer), tokenizer, config, Storage())
+
+
+def test_the_probe_is_the_minimum_of_its_loss() -> None:
+    """Its gradient, worked out by hand in NumPy, vanishes there."""
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(80, 6)), random.integers(0, 3, 80)
+    penalty = 0.01
+    weight, bias = (each.numpy() for each in fit(torch.tensor(x), torch.tensor(y), 3, penalty))
+    odds = np.exp(x @ weight + bias)
+    wrong = odds / odds.sum(axis=1, keepdims=True) - np.eye(3)[y]
+    assert np.abs(x.T @ wrong / 80 + penalty * weight).max() < 1e-5
+    assert np.abs(wrong.mean(axis=0)).max() < 1e-5
+    assert np.abs(weight).max() > 0.1
+
+
+def test_a_prompt_has_a_place_for_the_name(tmp_path: Path) -> None:
+    from pipeline.config.load import validate
+
+    values = run_config(tmp_path, "labelled", "classification", 1, classes=4).model_dump(mode="json")
+    values["evaluation"]["prompts"] = ["a photo"]
+    with pytest.raises(ConfigError, match=r"evaluation.prompts.*must hold \{\} once"):
+        validate(values, "tiny")
