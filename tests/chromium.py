@@ -41,6 +41,7 @@ class Browser:
     def __init__(self, executable: str, folder: str):
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
+
         # It reads commands from 3 and writes answers to 4; numbers of ours may be the same, so by way of others.
         def give() -> None:
             given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
@@ -78,6 +79,13 @@ class Browser:
             assert time.monotonic() < end, f"no {method} in {seconds} s"
             self.events.append(self._next())
 
+    def listen(self, seconds: float) -> None:
+        """Takes in what the browser says: one that nobody listens to stops working."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if b"\0" in self._buffer or select.select([self._from], [], [], left)[0]:
+                self.events.append(self._next())
+
     def _next(self) -> dict[str, Any]:
         end = time.monotonic() + SECONDS
         while b"\0" not in self._buffer:
@@ -102,9 +110,10 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", tab, **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", tab, features=[scheme])
+        self.call("Page.bringToFront", tab)  # what is behind another tab is drawn late or not at all
         self.call("Page.navigate", tab, url=address)
         self.wait_for("Page.loadEventFired")
-        time.sleep(settle)
+        self.listen(settle)
         if first:
             self.evaluate(tab, first)
         found = Opened(width=self.evaluate(tab, "document.documentElement.scrollWidth"))

@@ -40,9 +40,8 @@ def fullest(name: str = "recorded") -> Shown:
         )
         for _ in range(3 * MASKED_SHOWN)
     ]
-    sentences = [
-        ImagesOfCaption(CAPTION, 7, [(noise(), False, 0.1) for _ in range(CANDIDATES)], noise()) for _ in range(2 * SHOWN)
-    ]
+    found = [[(noise(), False, 0.1) for _ in range(CANDIDATES)] for _ in range(2 * SHOWN)]
+    sentences = [ImagesOfCaption(CAPTION, 7, each, noise()) for each in found]
     images = [CaptionsOfImage(noise(), 7, listed, [CAPTION]) for _ in range(2 * SHOWN)]
     words = CAPTION.split()
     return Shown(

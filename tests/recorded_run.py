@@ -67,7 +67,12 @@ class _Session:
     def steps(self, stage: int, first: int, last: int, **more: float) -> None:
         """Points of the global steps `first` to `last`."""
         for step in range(first, last + 1):
-            values = {"train/loss": 8.0 / step, "train/grad_norm": 1.0 + step, "train/lr": 1e-3, "perf/samples_per_s": 40.0}
+            values = {
+                "train/loss": 8.0 / step,
+                "train/grad_norm": 1.0 + step,
+                "train/lr": 1e-3,
+                "perf/samples_per_s": 40.0,
+            }
             values |= {"train/loss_contrastive": 5.0 / step, "train/loss_matching": 3.0 / step} if stage else {}
             source = "pairs" if stage else "pictures"
             values |= {f"data/samples/{source}": 8.0 * step, f"data/bad/{source}": 1.0, f"data/epochs/{source}": 0.1}

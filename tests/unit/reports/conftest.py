@@ -40,9 +40,7 @@ def campaign(run: RunFolder) -> Campaign:
 
 
 @pytest.fixture
-def s3_run(
-    request: pytest.FixtureRequest, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
+def s3_run(request: pytest.FixtureRequest, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The URL of the recorded run in an object store, its journal as checkpoints commit it, on a machine without it."""
     store = request.getfixturevalue("moto_store")
     for name, value in (store.environment | {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}).items():

@@ -80,11 +80,11 @@ def test_bad_samples_are_shown_where_they_decode_and_else_say_why(campaign: Camp
     assert len(quarantine.samples) == PICTURES
     for each in quarantine.samples:
         assert (each.picture is None) == bool(each.why)
-        if each.reason in ("the truncated JPEG", "the PNG bomb", "the missing picture"):
+        if each.fault.reason in ("the truncated JPEG", "the PNG bomb", "the missing picture"):
             assert each.picture is None
-    shown = next(each for each in quarantine.samples if each.reason == "the missing caption")
-    with Path(planted.folder, shown.shard).open("rb") as shard:
-        shard.seek(shown.offset)
+    shown = next(each for each in quarantine.samples if each.fault.reason == "the missing caption")
+    with Path(planted.folder, shown.fault.shard).open("rb") as shard:
+        shard.seek(shown.fault.offset)
         data = shard.read(100_000)
     end = data.index(b"\xff\xd9") + 2
     assert shown.picture == thumbnail(decode(data[:end], 10_000), SIDE)
