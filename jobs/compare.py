@@ -60,4 +60,4 @@ def _result(value: Result) -> str:
 
 def _short(text: str) -> str:
     """Its end, which tells paths apart."""
-    return text if len(text) <= LONGEST else f"…{text[1 - LONGEST:]}"
+    return text if len(text) <= LONGEST else f"…{text[1 - LONGEST :]}"

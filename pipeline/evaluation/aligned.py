@@ -17,9 +17,7 @@ ALIGNED = 4  # pictures
 HEAT = 112  # pixels of a heat map
 
 
-def aligned(
-    model: Model, tokenizer: Tokenizer, held_out: HeldOut, config: RunConfig, stage: StageConfig
-) -> Alignments:
+def aligned(model: Model, tokenizer: Tokenizer, held_out: HeldOut, config: RunConfig, stage: StageConfig) -> Alignments:
     """The first captions of pictures at even distances; none where the model does not read words and patches together.
 
     What the weights were never trained for is noted, and shown none the less.

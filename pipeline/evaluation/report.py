@@ -149,10 +149,9 @@ def _masked_rows(found: Evaluation) -> list[MeasureRow]:
             beside = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+.1f} points"
         rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, beside))
     if (matching := found.matching) is not None:
-        beside = f"{percent(matching.accuracy_matched)} of the true pairs, {percent(matching.accuracy_mismatched)} of "
-        rows.append(
-            MeasureRow("Caption matched with its picture", matching.accuracy, beside + "the false; chance 50 %", 0.5)
-        )
+        right, wrong = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)
+        beside = f"{right} of the true pairs, {wrong} of the false; chance {percent(0.5)}"
+        rows.append(MeasureRow("Caption matched with its picture", matching.accuracy, beside, 0.5))
     if (patches := found.reconstruction) is not None:
         beside = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
         name = f"Error of filled patches ({found.reconstruction_stage})"
@@ -183,9 +182,8 @@ def _fine_tuned_rows(found: Evaluation) -> list[MeasureRow]:
         beside = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
         rows.append(MeasureRow("Statements judged rightly", reasoning.accuracy, beside))
         if reasoning.consistency is not None:
-            rows.append(
-                MeasureRow("Sentences judged rightly throughout", reasoning.consistency, "all pictures of a sentence")
-            )
+            beside = "all pictures of a sentence"
+            rows.append(MeasureRow("Sentences judged rightly throughout", reasoning.consistency, beside))
     if (classified := found.classification) is not None:
         beside = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
         rows.append(MeasureRow("Class named first", classified.top1, beside))

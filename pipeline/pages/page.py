@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pipeline.pages.words import duration, moment, number, percent, significant
+from pipeline.pages.words import duration, moment, money, number, percent, significant
 
 THUMBNAIL = 160  # pixels at most
 LOSSLESS = 96  # pictures up to this side are kept exact
@@ -29,7 +29,7 @@ def render_page(template: str, folders: Sequence[Path], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {each.__name__: each for each in (percent, number, significant, duration, moment)}
+    environment.filters |= {each.__name__: each for each in (percent, number, significant, money, duration, moment)}
     return environment.get_template(template).render(written=moment(1000 * time.time()), **values)
 
 

@@ -1,4 +1,4 @@
-"""Measures of several stages over one axis, as the lines and labels of a drawing; the page's template makes SVG of them.
+"""Measures of several stages over one axis, as the lines and labels of a drawing; a page's template makes SVG of them.
 
 Each measure has a panel of its own, one above the other; stages are bands of the axis they share, and what happened is
 marked across all panels.
@@ -86,7 +86,7 @@ def timeline(
     width: int,
     in_seconds: bool,
 ) -> Timeline:
-    """`stages`: (name, first x, last x) of each stage that was begun. x is a global step, or seconds since the start."""
+    """`stages`: (name, first x, last x) of each stage that was begun. x is a step, or seconds since the start."""
     found = [x for measure in measures for stretch in measure.stretches for x, _ in stretch.points]
     edges = [x for _, first, last in stages for x in (first, last)]
     across = _Across([*found, *edges, *(mark.x for mark in marks)], width)

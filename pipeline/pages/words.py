@@ -21,6 +21,11 @@ def significant(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def money(value: float) -> str:
+    """Two digits behind the point, whatever the currency."""
+    return f"{value:,.2f}"
+
+
 def duration(seconds: float) -> str:
     """`1 h 02 min`, `3 min 05 s` or `12 s`; below ten seconds with one decimal."""
     if 0 < seconds < 9.95:

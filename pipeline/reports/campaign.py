@@ -245,16 +245,15 @@ def _starts(run: RunFolder) -> Iterator[Event]:
 
 def _resumed(run: RunFolder, session: Session) -> int | None:
     """The step of the checkpoint that a session went on from; None where it began its stage anew."""
-    begun = [
-        entry for record in run.stages for entry in record.begun if session.start <= entry["at"] <= session.end
-    ]
+    begun = [entry for record in run.stages for entry in record.begun if session.start <= entry["at"] <= session.end]
     found = begun[0]["tags"].get("resumed_at") if begun else None
     return None if found is None else int(found)
 
 
 def headline(point: Point) -> str:
     """What an evaluation found, in a line: its retrieval, else its first figures."""
-    short = {name.removeprefix(EVALUATION): value for name, value in point.values.items() if name.startswith(EVALUATION)}
+    found = {name: value for name, value in point.values.items() if name.startswith(EVALUATION)}
+    short = {name.removeprefix(EVALUATION): value for name, value in found.items()}
     recalls = {name: value for name, value in short.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
     shown = recalls or {name: value for name, value in short.items() if not name.endswith("/pairs")}
     return ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
@@ -279,9 +278,7 @@ def _time(seconds: dict[str, float], cost: Cost | None) -> list[TimeShare]:
 
 def _cost(run: RunFolder, seconds: float, price: float) -> Cost | None:
     """Ranks are held for all of the account's time; where their number changed, by its mean over the training."""
-    sizes = [
-        (float(s.tags["world_size"]), max(s.end - s.start, 1)) for s in run.sessions if "world_size" in s.tags
-    ]
+    sizes = [(float(s.tags["world_size"]), max(s.end - s.start, 1)) for s in run.sessions if "world_size" in s.tags]
     if not sizes or not seconds:
         return None
     ranks = sum(size * length for size, length in sizes) / sum(length for _, length in sizes)

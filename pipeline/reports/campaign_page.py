@@ -56,7 +56,7 @@ def _timeline(campaign: Campaign, width: int, in_seconds: bool) -> Timeline:
         measures.append(Measure("retrieval R@1, both ways", list(_measured(campaign, in_seconds)), 60))
     stages = [(record.name, *_reach(campaign, record, in_seconds)) for record in campaign.records if record.points]
     marks = [
-        Mark(_since(campaign, event.at) if in_seconds else float(event.step), event.kind, event.told)
+        Mark(_since(campaign, event.at) if in_seconds else float(event.step or 0), event.kind, event.told)
         for event in campaign.events
         if event.kind != "begun" and (in_seconds or event.step is not None)
     ]
@@ -85,7 +85,8 @@ def _stretches(campaign: Campaign, metric: str, in_seconds: bool) -> Iterator[St
 
 
 def _measured(campaign: Campaign, in_seconds: bool) -> Iterator[Stretch]:
-    names = sorted({n for p in campaign.measured for n in p.values if n.startswith(EVALUATION) and n.endswith(RETRIEVAL)})
+    found = {name for point in campaign.measured for name in point.values}
+    names = sorted(name for name in found if name.startswith(EVALUATION) and name.endswith(RETRIEVAL))
     for number, name in enumerate(names):
         points = [(p.at, p.step, p.values[name]) for p in campaign.measured if name in p.values]
         yield Stretch(number, [(_since(campaign, at) if in_seconds else float(step), v) for at, step, v in points])

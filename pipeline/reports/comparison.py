@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,4 +147,4 @@ def _losses(runs: Sequence[RunFolder], stage: str) -> Iterator[tuple[int, list[t
 
 
 def _plain(value: Result) -> Result:
-    return None if isinstance(value, float) and not (value - value == 0) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from pipeline.config.errors import MomeError
+from pipeline.config.errors import DataError, MomeError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
@@ -21,15 +21,26 @@ SIDE = 96  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """One bad sample. `picture` is a data URI; without one, `why` says what keeps it from being shown."""
+class Fault:
+    """A bad sample and what is wrong with it, as training found it."""
 
     source: str
     shard: str
     key: str
-    offset: int
+    offset: int  # of its first byte in the shard
     stage: str  # of reading that found it: members, caption, image, …
     reason: str
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        return self.source, self.stage, self.reason
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One bad sample looked at again. `picture` is a data URI; where there is none, `why` says what is in the way."""
+
+    fault: Fault
     times: int  # it was met: once an epoch, in every stage that reads it
     picture: str | None
     why: str
@@ -44,47 +55,40 @@ class Quarantined:
 
 def look_again(config: RunConfig, storage: Storage, records: list[dict[str, Any]]) -> Quarantined:
     """Sums up a run's quarantine and reads a few of its samples once more."""
-    times = Counter((r["source"], r["shard"], r["key"], r["offset"], r["stage"], r["reason"]) for r in records)
-    samples, repeats = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
-    for (source, _, _, _, stage, reason), count in times.items():
-        samples[source, stage, reason] += 1
-        repeats[source, stage, reason] += count
-    by_reason = [(*kind, samples[kind], count) for kind, count in repeats.most_common()]
-    return Quarantined(len(records), by_reason, [_look(config, storage, *one, times[one]) for one in _some(times)])
+    names = [each.name for each in fields(Fault)]
+    times = Counter(Fault(**{name: record[name] for name in names}) for record in records)
+    kinds: dict[tuple[str, str, str], list[Fault]] = {}
+    for fault in times:
+        kinds.setdefault(fault.kind, []).append(fault)
+    sums = [(*kind, len(faults), sum(times[fault] for fault in faults)) for kind, faults in kinds.items()]
+    samples = [_look(config, storage, fault, times[fault]) for fault in _some(list(kinds.values()))]
+    return Quarantined(len(records), sorted(sums, key=lambda row: -row[-1]), samples)
 
 
-def _some(times: Counter[tuple[str, str, str, int, str, str]]) -> list[tuple[str, str, str, int, str, str]]:
-    """A few of each reason, rare reasons included: no more of any until every reason had its share."""
-    kinds: dict[tuple[str, str, str], list[tuple[str, str, str, int, str, str]]] = {}
-    for one in times:
-        kinds.setdefault((one[0], one[4], one[5]), []).append(one)
-    rounds = [found[turn] for turn in range(EACH) for found in kinds.values() if turn < len(found)]
+def _some(kinds: list[list[Fault]]) -> list[Fault]:
+    """A few of each kind, rare ones included: no more of any until every kind had its share."""
+    rounds = [faults[turn] for turn in range(EACH) for faults in kinds if turn < len(faults)]
     return rounds[:PICTURES]
 
 
-def _look(
-    config: RunConfig, storage: Storage, source: str, shard: str, key: str, offset: int, stage: str, reason: str, times: int
-) -> Rejected:
-    picture, why = None, ""
+def _look(config: RunConfig, storage: Storage, fault: Fault, times: int) -> Rejected:
     try:
-        data = image_bytes(_members(storage, config.sources[source].shards, shard, offset))
-        picture = thumbnail(decode(data, config.data.max_pixels), SIDE)
+        data = image_bytes(_members(storage, config.sources[fault.source].shards, fault))
+        return Rejected(fault, times, thumbnail(decode(data, config.data.max_pixels), SIDE), "")
     except BadSample as bad:
-        why = f"no picture to show: {bad.reason}"
+        return Rejected(fault, times, None, bad.reason)
     except (MomeError, KeyError) as error:
-        why = f"not read again: {error}"
-    return Rejected(source, shard, key, offset, stage, reason, times, picture, why)
+        return Rejected(fault, times, None, f"not read again: {error}")
 
 
-def _members(storage: Storage, url: str, shard: str, offset: int) -> dict[str, bytes]:
-    """The members of the sample whose first byte is at `offset`. Raises DataError where the shards have changed."""
-    manifest = load_manifest(storage, url)
-    record = next((each for each in manifest.shards if each.name == shard), None)
+def _members(storage: Storage, url: str, fault: Fault) -> dict[str, bytes]:
+    """The sample whose first byte is where the fault's was. Raises DataError where the shards have changed."""
+    record = next((each for each in load_manifest(storage, url).shards if each.name == fault.shard), None)
     if record is None:
-        raise BadSample("members", f"{shard} is no longer in the manifest of {url}")
+        raise DataError(f"{fault.shard} is no longer in the manifest of {url}")
     index = load_index(storage, url, record)
-    number = next((n for n in range(len(index)) if index.span(n)[0] == offset), None)
-    if number is None:
-        raise BadSample("members", f"no sample begins at byte {offset} of {shard}: it was written anew")
-    location = join(shard_folder(url), shard)
+    number = next((n for n in range(len(index)) if index.span(n)[0] == fault.offset), None)
+    if number is None or index.keys[number] != fault.key:
+        raise DataError(f"{fault.shard} holds another sample at byte {fault.offset} now")
+    location = join(shard_folder(url), fault.shard)
     return {name: storage.read_range(location, at, at + size) for name, at, size in index.members(number)}

@@ -15,6 +15,7 @@ from jobs.explain import explain_checkpoint
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
+from pipeline.evaluation.explain import untrained
 from pipeline.models import build_model
 from pipeline.training.checkpoint import save_weights
 from pipeline.training.stages import heads

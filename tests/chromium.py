@@ -1,0 +1,167 @@
+"""A headless Chromium that tests open pages in, spoken to over its debugging pipe: no driver and no port."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+SECONDS = 60.0
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def installed() -> str | None:
+    """The browser's path, where there is one."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+@dataclass
+class Opened:
+    """What opening a page came to."""
+
+    faults: list[str] = field(default_factory=list)  # of the console: errors, warnings, exceptions
+    requests: list[str] = field(default_factory=list)  # addresses asked for, but for the page's own and data: ones
+    width: int = 0  # of the document, in pixels
+    screenshot: bytes = b""  # PNG, of the whole page
+
+
+class Browser:
+    """One browser process. Made by `browser()`."""
+
+    def __init__(self, executable: str, folder: str):
+        theirs_in, self._to = os.pipe()
+        self._from, theirs_out = os.pipe()
+
+        # It reads commands from 3 and writes answers to 4; numbers of ours may be the same, so by way of others.
+        def give() -> None:
+            given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
+            os.dup2(given[0], 3)
+            os.dup2(given[1], 4)
+
+        command = [executable, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += ["--no-first-run", f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, stdin=quiet, stdout=quiet, stderr=quiet, close_fds=False, preexec_fn=give, start_new_session=True
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._buffer, self._number = b"", 0
+        self.events: list[dict[str, Any]] = []
+
+    def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+        """The answer to one command; events that come before it are kept."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if session is not None:
+            message["sessionId"] = session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def wait_for(self, method: str, seconds: float = SECONDS) -> None:
+        end = time.monotonic() + seconds
+        while not any(event.get("method") == method for event in self.events):
+            assert time.monotonic() < end, f"no {method} in {seconds} s"
+            self.events.append(self._next())
+
+    def listen(self, seconds: float) -> None:
+        """Takes in what the browser says: one that nobody listens to stops working."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if b"\0" in self._buffer or select.select([self._from], [], [], left)[0]:
+                self.events.append(self._next())
+
+    def _next(self) -> dict[str, Any]:
+        end = time.monotonic() + SECONDS
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._from], [], [], max(end - time.monotonic(), 0.0))
+            assert ready, "the browser says nothing"
+            data = os.read(self._from, 1 << 20)
+            assert data, "the browser has ended"
+            self._buffer += data
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+    def open(
+        self, address: str, width: int, dark: bool = False, first: str = "", picture: bool = False, settle: float = 0.0
+    ) -> Opened:
+        """Opens an address in a window `width` pixels wide. `first`: script to run once it is there."""
+        self.events.clear()
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable", tab)
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 640}
+        self.call("Emulation.setDeviceMetricsOverride", tab, **metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", tab, features=[scheme])
+        self.call("Page.bringToFront", tab)  # what is behind another tab is drawn late or not at all
+        self.call("Page.navigate", tab, url=address)
+        self.wait_for("Page.loadEventFired")
+        self.listen(settle)
+        if first:
+            self.evaluate(tab, first)
+        found = Opened(width=self.evaluate(tab, "document.documentElement.scrollWidth"))
+        if picture:
+            height = min(self.evaluate(tab, "document.documentElement.scrollHeight"), 12_000)
+            clip = {"x": 0, "y": 0, "width": max(width, found.width), "height": height, "scale": 1}
+            data = self.call("Page.captureScreenshot", tab, captureBeyondViewport=True, clip=clip)["data"]
+            found.screenshot = base64.b64decode(data)
+        self.call("Target.closeTarget", targetId=target)
+        for event in self.events:
+            _sort(event, address, found)
+        return found
+
+    def evaluate(self, tab: str, script: str) -> Any:
+        return self.call("Runtime.evaluate", tab, expression=script, returnByValue=True)["result"].get("value")
+
+    def close(self) -> None:
+        os.close(self._to)  # it ends when nobody speaks to it
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._from)
+
+
+def _sort(event: dict[str, Any], address: str, found: Opened) -> None:
+    told = event.get("params", {})
+    if event.get("method") == "Runtime.exceptionThrown":
+        found.faults.append(str(told["exceptionDetails"].get("exception", told["exceptionDetails"])))
+    elif event.get("method") == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
+        found.faults.append(str(told["args"]))
+    elif event.get("method") == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
+        found.faults.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
+    elif event.get("method") == "Network.requestWillBeSent":
+        url = told["request"]["url"]
+        if url != address and not url.startswith("data:"):
+            found.requests.append(url)
+
+
+@contextmanager
+def browser() -> Iterator[Browser]:
+    """A browser of its own, with an empty profile."""
+    executable = installed()
+    assert executable is not None, "ask `installed` first"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        opened = Browser(executable, folder)
+        try:
+            yield opened
+        finally:
+            opened.close()

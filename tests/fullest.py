@@ -1,0 +1,77 @@
+"""An evaluation that shows as much as any can: every gallery full, of pictures that no encoder makes small."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.evaluation.aligned import ALIGNED, HEAT
+from pipeline.evaluation.report import CANDIDATES, MASKED_SHOWN, RECONSTRUCTIONS_SHOWN, SHOWN
+from pipeline.evaluation.shown import (
+    AlignedCaption,
+    Alignments,
+    CaptionsOfImage,
+    ImagesOfCaption,
+    MaskedCaption,
+    MeasureRow,
+    RecallRow,
+    Shown,
+    WordGuess,
+)
+from pipeline.pages.page import THUMBNAIL, thumbnail
+
+WORD = "counterrevolutionaries"  # longer than a telephone's column is wide, told often enough
+CAPTION = " ".join([WORD, "a", "picture", "<script>alert(1)</script>"] * 9)
+CONDITIONS = ["own picture", "another picture", "text only", "text only, language stage"]
+
+
+def fullest(name: str = "recorded") -> Shown:
+    random = np.random.default_rng(0)
+
+    def noise(side: int = THUMBNAIL) -> str:
+        return thumbnail(random.integers(0, 256, (side, side, 3), dtype=np.uint8), side)
+
+    listed = [(CAPTION, False, 0.5)] * CANDIDATES
+    masked = [
+        MaskedCaption(
+            noise(),
+            noise(),
+            [(word, None) for word in CAPTION.split()] + [(WORD, 1), (WORD, 2)],
+            [WordGuess(WORD, number, [(WORD, 0.5, True)] * len(CONDITIONS)) for number in range(6)],
+        )
+        for _ in range(3 * MASKED_SHOWN)
+    ]
+    found = [[(noise(), False, 0.1) for _ in range(CANDIDATES)] for _ in range(2 * SHOWN)]
+    sentences = [ImagesOfCaption(CAPTION, 7, each, noise()) for each in found]
+    images = [CaptionsOfImage(noise(), 7, listed, [CAPTION]) for _ in range(2 * SHOWN)]
+    words = CAPTION.split()
+    return Shown(
+        name=name,
+        stage="pairs",
+        source="pairs",
+        digest="d" * 64,
+        checkpoint=f"s3://a-bucket/{'runs/' * 20}",
+        at=1_790_000_300_000,
+        pairs=5000,
+        captions=25_000,
+        trained_on=["pairs"],
+        metrics={"pairs": 5000.0, "i2t_r1": 0.5},
+        small_pictures=False,
+        retrieval_by="itc",
+        retrieval_images=5000,
+        reranked_best=10,
+        ks=[1, 5, 10],
+        recall=[RecallRow("Image → text", "contrastive", [(0.5, 0.001)] * 3, 1.0, 25_000)] * 4,
+        fine_tuned=[MeasureRow("Questions answered (VQA accuracy)", 0.7, CAPTION)],
+        masked_rows=[MeasureRow("Masked words guessed, own picture", 0.7, CAPTION)],
+        images={"best": images[:SHOWN], "worst": images[SHOWN:]},
+        sentences={"best": sentences[:SHOWN], "worst": sentences[SHOWN:]},
+        conditions=CONDITIONS,
+        masked={"helped": masked[:4], "misled": masked[4:8], "even": masked[8:]},
+        reconstruction_stage="vision",
+        reconstructions=[(noise(), noise(), noise()) for _ in range(RECONSTRUCTIONS_SHOWN)],
+        alignments=Alignments(
+            [AlignedCaption(noise(HEAT), CAPTION, [(w, noise(HEAT), 0.3) for w in words]) for _ in range(ALIGNED)],
+            ["No stage trained word_patch: the plan shows how its features happen to lie."],
+        ),
+        skipped=[(CAPTION, 3)],
+    )

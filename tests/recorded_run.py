@@ -1,0 +1,144 @@
+"""The folder of a run of two stages, as training leaves it: one restart, a spike, an alarm, two evaluations, bad data.
+
+Its journal, quarantine and account of time are written by what training writes them with; no step is made.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from planted import Planted, plant
+
+from pipeline.config.load import apply_override, validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.quarantine import BadRecord
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal, JournalWriter
+from pipeline.tracking.tracker import DatasetInput
+
+START = 1_790_000_000_000  # milliseconds since 1970
+STEPS = 10  # of each stage
+RESUMED_AT = 14
+SECONDS = {"startup": 60.0, "training": 600.0, "data_wait": 30.0, "checkpoint": 12.0, "restart": 90.0, "lost_work": 8.0}
+SPIKE = "step 12: loss 9, median 2; back to step 10 without batches 0 to 2 of the stage"
+ALARM = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.matching.weight"
+
+
+def plant_pairs(folder: Path) -> Planted:
+    planted = plant(folder)
+    index_shards(Storage(), planted.folder)
+    return planted
+
+
+def config_of(folder: Path, shards: str, name: str, *overrides: str) -> RunConfig:
+    stage = {"steps": STEPS, "batch": 8, "max_text": 12}
+    values: dict[str, Any] = {
+        "name": name,
+        "output": str(folder),
+        "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8},
+        "sources": {"pictures": {"shards": shards, "use": "images"}, "pairs": {"shards": shards}},
+        "data": {"max_bad_rate": 1.0, "lanes": 4},
+        "stages": [
+            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}, **stage},
+            {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"contrastive": {}, "matching": {}}, **stage},
+        ],
+        "evaluation": {"source": "pairs"},
+    }
+    for override in overrides:
+        apply_override(values, override)
+    return validate(values, name)
+
+
+class _Session:
+    """One process's records, a second apart."""
+
+    def __init__(self, journal: Journal, at: int):
+        self.writer: JournalWriter = journal.start_session()
+        self.at = at
+
+    def append(self, kind: str, stage: int | None = None, **values: Any) -> None:
+        self.writer.append({"kind": kind, "at": self.at, "stage": stage, **values})
+        self.at += 1000
+
+    def steps(self, stage: int, first: int, last: int, **more: float) -> None:
+        """Points of the global steps `first` to `last`."""
+        for step in range(first, last + 1):
+            values = {
+                "train/loss": 8.0 / step,
+                "train/grad_norm": 1.0 + step,
+                "train/lr": 1e-3,
+                "perf/samples_per_s": 40.0,
+            }
+            values |= {"train/loss_contrastive": 5.0 / step, "train/loss_matching": 3.0 / step} if stage else {}
+            source = "pairs" if stage else "pictures"
+            values |= {f"data/samples/{source}": 8.0 * step, f"data/bad/{source}": 1.0, f"data/epochs/{source}": 0.1}
+            self.append("metrics", stage, step=step, values=values | more)
+
+
+def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> RunConfig:
+    """Writes `<folder>/<name>`, and returns the run's config."""
+    config = config_of(folder, planted.folder, name, *overrides)
+    place = folder / name
+    place.mkdir(parents=True)
+    (place / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
+    _record_journal(place, planted)
+    told = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
+    (place / "time.json").write_text(json.dumps(told), encoding="utf-8")
+    (place / "restarts").mkdir()
+    cause = {"time": START / 1000 + 99.0, "cause": "failed", "message": "rank 1: killed"}
+    (place / "restarts" / "0.json").write_text(json.dumps(cause), encoding="utf-8")
+    (place / "quarantine").mkdir()
+    lines = [json.dumps(record.as_json()) for record in bad_records(planted)]
+    (place / "quarantine" / "1-pairs-00000020.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return config
+
+
+def bad_records(planted: Planted) -> list[BadRecord]:
+    """Every planted bad sample, met once; the first of them twice."""
+    found = [
+        BadRecord("pairs", bad.shard, bad.key, bad.offset, 0, number, 0, bad.stage, f"the {kind}", "s00001")
+        for number, (kind, bad) in enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)
+    ]
+    return [*found, found[0]]
+
+
+def _record_journal(place: Path, planted: Planted) -> None:
+    journal = Journal(place / "journal")
+    digest = json.loads(Path(planted.folder, "manifest.json").read_text(encoding="utf-8"))["digest"]
+    tags = {"world_size": "4", "mome.host": "node-1", "mlflow.source.git.commit": "c0ffee", "version.torch": "2"}
+
+    def begin(session: _Session, stage: int, **more: str) -> None:
+        name = ("vision", "pairs")[stage]
+        origin = "random" if stage == 0 else f"{place}/stages/0-vision"
+        read = asdict(DatasetInput(("pictures", "pairs")[stage], planted.folder, digest))
+        session.append("stage", stage, name=name, params={}, tags={"start_from": origin, **more}, datasets=[read])
+
+    first = _Session(journal, START)
+    first.append("campaign", run="f00d", params={}, tags=tags, datasets=[])
+    begin(first, 0)
+    first.steps(0, 1, STEPS)
+    first.append("stage_end", 0, status="FINISHED")
+    begin(first, 1)
+    first.append("tag", 1, key="mome.spike.1", value=SPIKE)
+    first.steps(1, STEPS + 1, RESUMED_AT + 2)
+    first.writer.close()
+
+    second = _Session(journal, START + 100_000)
+    second.append("campaign", run="f00d", params={}, tags=tags, datasets=[])
+    begin(second, 1, resumed_at=str(RESUMED_AT))
+    second.steps(1, RESUMED_AT + 3, 2 * STEPS)
+    second.append("tag", 1, key="mome.alarm.matching_collapsed", value=ALARM)
+    second.append("stage_end", 1, status="FINISHED")
+    second.append("campaign_end", status="FINISHED")
+    second.writer.close()
+
+    evaluation = _Session(journal, START + 200_000)
+    evaluation.append("campaign", run="f00d", params={}, tags={}, datasets=[])
+    for recall in (0.25, 0.5):
+        values = {"eval/pairs/pairs": 64.0, "eval/pairs/i2t_r1": recall, "eval/pairs/t2i_r1": recall / 2}
+        evaluation.append("metrics", step=2 * STEPS, values=values)
+    evaluation.writer.close()

@@ -1,0 +1,55 @@
+"""A recorded run, and what its campaign's report is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import botocore.session
+import pytest
+from planted import Planted
+from recorded_run import plant_pairs, record_run
+
+from pipeline.data.storage import Storage, join
+from pipeline.reports.campaign import Campaign, gather
+from pipeline.reports.run_folder import RunFolder, open_run
+from pipeline.tracking.journal import CommittedJournal, Journal
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant_pairs(tmp_path_factory.mktemp("planted") / "pairs")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, planted: Planted) -> Path:
+    """A folder with one recorded run, and another that differs in three keys."""
+    folder = tmp_path_factory.mktemp("runs")
+    record_run(folder, planted)
+    record_run(folder, planted, "other", "seed=5", "stages.pairs.batch=16", "model.width=64")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(runs: Path) -> RunFolder:
+    return open_run(str(runs / "recorded"))
+
+
+@pytest.fixture(scope="session")
+def campaign(run: RunFolder) -> Campaign:
+    return gather(run, price=2.5)
+
+
+@pytest.fixture
+def s3_run(request: pytest.FixtureRequest, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of the recorded run in an object store, its journal as checkpoints commit it, on a machine without it."""
+    store = request.getfixturevalue("moto_store")
+    for name, value in (store.environment | {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(name, value)
+    client = botocore.session.get_session().create_client("s3", endpoint_url=store.endpoint)
+    client.create_bucket(Bucket="recorded-run")
+    storage, url = Storage(), "s3://recorded-run/recorded"
+    for path in Path(run.folder).rglob("*"):
+        if path.is_file() and "journal" not in path.parts:
+            storage.write(join(url, str(path.relative_to(run.folder))), path.read_bytes())
+    CommittedJournal(storage, f"{url}/journal").commit(Journal(Path(run.folder) / "journal"))
+    return url

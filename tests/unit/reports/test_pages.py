@@ -1,0 +1,76 @@
+"""The pages need nothing from outside, stay small however much they show, and are whole in a browser of any width."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chromium import Browser, browser, installed
+from fullest import fullest
+
+from pipeline.data.storage import Storage
+from pipeline.evaluation.report import render
+from pipeline.evaluation.shown import keep, kept
+from pipeline.reports.campaign import Campaign
+from pipeline.reports.campaign_page import render_campaign
+from pipeline.reports.comparison import compare
+from pipeline.reports.comparison_page import render_comparison
+from pipeline.reports.run_folder import RunFolder, open_run
+
+MOST_BYTES = 5_000_000
+TELEPHONE, DESK = 390, 1280
+
+
+@pytest.fixture(scope="module")
+def pages(campaign: Campaign, run: RunFolder, runs: Path) -> dict[str, str]:
+    """Each kind of page, as full as it can be."""
+    shown, beside = fullest(), compare([run, open_run(str(runs / "other"))])
+    curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
+    return {
+        "evaluation": render(shown, run.config, curves, against=replace(shown, digest="e" * 64)),
+        "campaign": render_campaign(replace(campaign, evaluations=[shown]), beside),
+        "comparison": render_comparison(beside),
+    }
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "campaign", "comparison"])
+def test_a_page_is_one_small_file_without_script(pages: dict[str, str], kind: str) -> None:
+    page = pages[kind]
+    assert len(page.encode()) < MOST_BYTES
+    assert not re.search(r"<script|@import|url\(|https?://|<link rel=.stylesheet", page)
+    assert all(address.startswith("data:") for address in re.findall(r'(?:src|href)="([^"]*)"', page))
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Browser]:
+    if installed() is None:
+        pytest.skip("no Chromium here (apt-get install chromium): how pages look in a browser is not tested")
+    with browser() as found:
+        yield found
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [TELEPHONE, DESK])
+@pytest.mark.parametrize("kind", ["evaluation", "campaign", "comparison"])
+def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(
+    pages: dict[str, str], opened: Browser, tmp_path: Path, kind: str, width: int, dark: bool
+) -> None:
+    path = tmp_path / f"{kind}.html"
+    path.write_text(pages[kind], encoding="utf-8")
+    everything = "document.querySelectorAll('details').forEach(each => each.open = true)"
+    found = opened.open(path.as_uri(), width, dark, first=everything)
+    assert found.faults == []
+    assert found.requests == []
+    assert found.width == width  # nothing sticks out of the page
+
+
+def test_what_was_shown_is_read_back_as_it_was(tmp_path: Path) -> None:
+    older, newer = fullest(), replace(fullest(), stage="vision", at=fullest().at + 1)
+    for shown in (newer, older):
+        keep(Storage(), str(tmp_path), shown)
+    assert kept(Storage(), str(tmp_path)) == [newer, older]
+    (tmp_path / "evaluations" / "vision-pairs.json").write_text('{"name": "of another version"}')
+    assert kept(Storage(), str(tmp_path)) == [older]
