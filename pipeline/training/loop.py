@@ -22,9 +22,16 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
-from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
+from pipeline.tracking.tracker import DatasetInput, Kept, SilentTracker, Status, Tracker
 from pipeline.training.accounting import metrics
-from pipeline.training.checkpoint import MANIFEST, CheckpointStore, is_committed, save_weights, stage_url
+from pipeline.training.checkpoint import (
+    MANIFEST,
+    CheckpointStore,
+    finished_stage,
+    is_committed,
+    save_weights,
+    stage_url,
+)
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard
@@ -135,6 +142,7 @@ class StageRun:
         self.session, self.spikes = session, SpikeGuard(config.guards.spike)
         self._counted_before: dict[str, float] = {}
         self._points: dict[str, float] = {}  # the metrics last recorded
+        self._resumed_from = ""  # URL of the checkpoint
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
@@ -265,6 +273,7 @@ class StageRun:
                 "were, or begin a new run under another `name`."
             )
         self.engine.restore(state)
+        self._resumed_from = checkpoint.url
         self._counted_before = checkpoint.data_counts
         self.session.goes_on_from(checkpoint.time_account)
         self.spikes.restore(checkpoint.spikes)
@@ -294,12 +303,13 @@ class StageRun:
         ]
         tags = {"plan_digest": self.loader.digest[:36], "start_from": self._origin()}
         if start:
-            tags["resumed_at"] = str(self.first + start)
+            tags |= {"resumed_at": str(self.first + start), "resumed_from": self._resumed_from}
         self.tracker.begin_stage(self.index, self.stage, tags, datasets)
 
     def _origin(self) -> str:
         if self.stage.start_from != "previous":
-            return self.stage.start_from
+            start = self.stage.start_from
+            return start if start == "random" else finished_stage(self.storage, start)
         return stage_url(self.config, self.index - 1) if self.index else "random"
 
     # ---- what it leaves
@@ -356,18 +366,24 @@ class StageRun:
         self._tell_written()
 
     def _tell_written(self) -> None:
-        for step, seconds in self.checkpoints.written():
+        """Of saves that have ended: how long they took, and which checkpoints there now are."""
+        ended = self.checkpoints.written()
+        for step, seconds in ended:
             self.tracker.metrics(step, {"ckpt/write_s": seconds})
+        if ended:
+            names = [stage.name for stage in self.config.stages]
+            self.tracker.keeps([Kept(k.url, k.step, names.index(k.stage)) for k in self.checkpoints.kept() if k.stage])
 
     def _hand_over(self) -> None:
         self.checkpoints.wait()
         self._tell_written()
         weights = self.engine.weights()
         self._write_quarantine(self.first + self.stage.steps, self._quarantined())
+        url = stage_url(self.config, self.index)
+        self.tracker.hands_over(Kept(url, self.first + self.stage.steps, self.index))
         self.tracker.end_stage("FINISHED")
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:
-            url = stage_url(self.config, self.index)
             metadata = self._metadata(self.stage.steps)
             save_weights(self.storage, url, weights, list(self.tokenizer.tokens), metadata, self.choices)
         self.collectives.barrier()

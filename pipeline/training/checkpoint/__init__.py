@@ -14,7 +14,15 @@ The name ends in a token of the attempt, so that a retry never mixes with the le
 from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed
 from pipeline.training.checkpoint.saved_state import SavedState
 from pipeline.training.checkpoint.store import Checkpoint, CheckpointStore
-from pipeline.training.checkpoint.weights import VOCABULARY, WEIGHTS, Weights, load_weights, save_weights, stage_url
+from pipeline.training.checkpoint.weights import (
+    VOCABULARY,
+    WEIGHTS,
+    Weights,
+    finished_stage,
+    load_weights,
+    save_weights,
+    stage_url,
+)
 
 __all__ = [
     "COMMIT",
@@ -25,6 +33,7 @@ __all__ = [
     "CheckpointStore",
     "SavedState",
     "Weights",
+    "finished_stage",
     "is_committed",
     "load_weights",
     "read_committed",
