@@ -16,8 +16,15 @@ from typing import Any
 from pipeline.config.schema import RunConfig, StageConfig
 
 PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transformers", "numpy", "pydantic")
-# Told to every rank by who starts them: the Ray job that the run is, and the image that its containers are of.
-TOLD = {"ray.submission_id": "MOME_SUBMISSION_ID", "image_digest": "MOME_IMAGE_DIGEST"}
+COMMIT, DIRTY = "mlflow.source.git.commit", "mome.git.dirty"
+# Told to every rank by who starts them: the Ray job that the run is, the commit of the code that was sent along without
+# its history, and the image that its containers are of.
+TOLD = {
+    "ray.submission_id": "MOME_SUBMISSION_ID",
+    COMMIT: "MOME_GIT_COMMIT",
+    DIRTY: "MOME_GIT_DIRTY",
+    "image_digest": "MOME_IMAGE_DIGEST",
+}
 # Of a config, what says nothing of what is learnt: names, places, machines, and how the run is watched.
 NOT_OF_RECIPE = ("name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation")
 
@@ -63,17 +70,26 @@ def environment_tags() -> dict[str, str]:
     tags = {"mlflow.source.name": "mome", "mlflow.source.type": "JOB", "mome.host": socket.gethostname()}
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
-    tags |= {tag: os.environ[name] for tag, name in TOLD.items() if os.environ.get(name)}
     for package in PACKAGES:
         try:
             tags[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return tags | code_tags() | {tag: os.environ[name] for tag, name in TOLD.items() if os.environ.get(name)}
+
+
+def code_tags() -> dict[str, str]:
+    """The commit that this code is of, and whether it was changed since; nothing outside a checkout."""
     tree = Path(__file__).resolve().parents[2]
-    if (tree / ".git").exists() and (commit := _git(tree, "rev-parse", "HEAD")):
-        tags["mlflow.source.git.commit"] = commit
-        tags["mome.git.dirty"] = str(bool(_git(tree, "status", "--porcelain"))).lower()
-    return tags
+    if not (tree / ".git").exists() or (commit := _git(tree, "rev-parse", "HEAD")) is None:
+        return {}
+    return {COMMIT: commit, DIRTY: str(bool(_git(tree, "status", "--porcelain"))).lower()}
+
+
+def told_environment(submission_id: str) -> dict[str, str]:
+    """What to set for the ranks of a job that this checkout's code is sent to."""
+    tags = code_tags() | {"ray.submission_id": submission_id}
+    return {TOLD[tag]: value for tag, value in tags.items()}
 
 
 def _git(tree: Path, *arguments: str) -> str | None:

@@ -408,10 +408,11 @@ class StageRun:
         points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
         points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
+        points |= {"perf/samples_per_s_per_gpu": speed.samples_per_second / self.collectives.world_size}
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
         points |= self._data_counts() | metrics(self.session.account.seconds())
         self._points = points
-        self.tracker.metrics(reached, points)
+        self.tracker.metrics(reached, points | self.session.nodes.take())
         if self.collectives.rank == 0:
             left = (self.stage.steps - step - 1) / max(speed.steps_per_second, 1e-9)
             self.report(
