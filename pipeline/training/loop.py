@@ -48,6 +48,7 @@ from pipeline.training.session import Session
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
+from pipeline.training.utilisation import seconds_at_peak
 
 __all__ = ["Progress", "Report", "StageRun", "train"]
 
@@ -147,6 +148,7 @@ class StageRun:
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
         self.engine, self.step = self._build_engine()
+        self._seconds_at_peak = seconds_at_peak(config, index, tokenizer.size, collectives)
 
     def _build_engine(self) -> tuple[DeepSpeedEngine, TrainingStep]:
         config, stage, collectives = self.config, self.stage, self.collectives
@@ -206,7 +208,7 @@ class StageRun:
         meter = Meter(self.stage.batch, start, self.loader)
         for step, batch in self._profiled(self._steps(start)):
             self.guard.begin(step - start, self.first + start)
-            losses = self.step(batch)
+            losses = self.step(batch, tell_sources=self._is_metric_step(step))
             self.guard.check(self.first + step)
             noticed = self._look(step, batch, losses)
             rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
@@ -398,6 +400,20 @@ class StageRun:
         due = (step + 1) % self.config.tracking.metrics_every == 0
         return due or self._is_checkpoint_step(step) or step + 1 == self.stage.steps
 
+    def _losses_by_source(self) -> dict[str, float]:
+        """Each source's mean over its own rows, where the stage mixes sources."""
+        if not self.step.by_source:
+            return {}
+        objectives, names = sorted(self.step.by_source), sorted(self.stage.sources)
+        own = torch.stack([self.step.by_source[each] for each in objectives])
+        found = zip(objectives, self.collectives.sum(own).tolist(), strict=True)
+        return {
+            f"train/{name}/loss_{objective}": total / count
+            for objective, sources in found
+            for name, (total, count) in zip(names, sources, strict=True)
+            if count  # a source may have no row in a batch
+        }
+
     def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
         """Read the losses, their sums over the ranks, and everything else that is worth a point."""
         names = sorted(losses)
@@ -406,9 +422,12 @@ class StageRun:
         reached = self.first + step + 1
         speed = meter.read(step + 1)
         points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
+        points |= self._losses_by_source()
         points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
         points |= {"perf/samples_per_s_per_gpu": speed.samples_per_second / self.collectives.world_size}
+        if self._seconds_at_peak is not None:
+            points["perf/mfu"] = speed.steps_per_second * self._seconds_at_peak
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
         points |= self._data_counts() | metrics(self.session.account.seconds())
         self._points = points
