@@ -27,27 +27,7 @@ install() {
         echo "Swift is installed already" >&2
         return
     fi
-    command -v apt-get >/dev/null || fail 3 "Swift comes from Debian's packages, and there is no apt-get here"
-    [ "$(id -u)" = 0 ] || fail 3 "installing packages needs root"
-    forbid_services
-    export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq || true # yesterday's lists may do
-    apt-get install -qq --yes --no-install-recommends "${packages[@]}"
-    # Nor may they start when the machine does: they are for `start` alone.
-    for script in /etc/init.d/*; do
-        if ! grep -qxF "$script" "$scripts_before"; then update-rc.d "$(basename "$script")" disable; fi
-    done
-}
-
-# Debian starts what it installs unless this file says no (invoke-rc.d(8)). The machine's own comes back on exit.
-forbid_services() {
-    scripts_before=$(mktemp)
-    ls -d /etc/init.d/* >"$scripts_before" || true
-    policy=/usr/sbin/policy-rc.d
-    if [ -e $policy ] && [ ! -e $policy.kept ]; then mv $policy $policy.kept; fi
-    trap 'rm -f $policy "$scripts_before"; if [ -e $policy.kept ]; then mv $policy.kept $policy; fi' EXIT
-    printf '#!/bin/sh\nexit 101\n' >$policy
-    chmod 755 $policy
+    "$(dirname "$0")/packages.sh" "${packages[@]}"
 }
 
 start() {

@@ -1,4 +1,4 @@
-"""`mome register CHECKPOINT --name NAME`: a checkpoint in MLflow's registry, from where anything can load and serve it."""
+"""`mome register CHECKPOINT --name NAME`: a checkpoint in MLflow's registry, from where anything can load it."""
 
 from __future__ import annotations
 

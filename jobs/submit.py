@@ -27,6 +27,7 @@ from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import validate
 from pipeline.config.paths import local_paths
 from pipeline.config.schema import RunConfig
+from pipeline.tracking.describe import told_environment
 from pipeline.tracking.tracker import tracking_uri
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ def _send(client: Any, config: RunConfig, job: str) -> None:
             try:
                 client.submit_job(
                     entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder},
+                    runtime_env={"working_dir": folder, "env_vars": told_environment(job)},
                     submission_id=job,
                     metadata={"run": config.name, "checkpoint": config.folder},
                 )

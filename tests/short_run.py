@@ -86,10 +86,10 @@ class BeforeStep:
         self._class, self._original = TrainingStep, TrainingStep.__call__
         original = self._original
 
-        def call(training_step: Any, batch: Any) -> Any:
+        def call(training_step: Any, batch: Any, **asked: Any) -> Any:
             if batch.step == step:
                 act(training_step)
-            return original(training_step, batch)
+            return original(training_step, batch, **asked)
 
         self._call = call
 

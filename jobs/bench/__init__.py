@@ -154,3 +154,17 @@ def step(
     with console.status("training a few steps"):
         result = run_step_bench(config, overrides or [], stage, ranks, steps)
     print_result(result, as_json)
+
+
+@app.command()
+def tracking(
+    points: Annotated[int, typer.Option(min=1, help="Steps whose metrics are recorded.")] = 2000,
+    pause: Annotated[float, typer.Option(min=0, help="Seconds between two, as a step takes.")] = 0.005,
+    as_json: JsonOption = False,
+) -> None:
+    """What recording a step costs the trainer, while another process ships to MLflow (contract C6)."""
+    from jobs.bench.tracking import bench_tracking
+
+    with console.status("recording"):
+        result = bench_tracking(points, pause)
+    print_result(result, as_json)

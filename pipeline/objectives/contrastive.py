@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, image_id: Tensor, rows: slice = slice(None)) -> Tensor:
+def contrastive_loss(
+    image: Tensor, text: Tensor, scale: Tensor, image_id: Tensor, rows: slice | Tensor = slice(None)
+) -> Tensor:
     """Symmetric cross-entropy, summed over the pairs in `rows` (all, by default) against all N candidates.
 
     image and text (N, D) are unit vectors, row i of both is one pair. Pairs of equal `image_id` (N,) are never each

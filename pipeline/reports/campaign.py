@@ -19,6 +19,7 @@ from pipeline.evaluation.shown import Shown, kept
 from pipeline.pages.words import significant
 from pipeline.reports.rejected import Quarantined, look_again
 from pipeline.reports.run_folder import EVALUATION, Point, RunFolder, Session, StageRecord, Tag
+from pipeline.tracking.tracker import experiment_of
 from pipeline.training.accounting import KINDS
 
 ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
@@ -144,7 +145,7 @@ def gather(run: RunFolder, price: float | None = None) -> Campaign:
         name=run.name,
         folder=run.folder,
         run=run.run,
-        experiment=config.tracking.experiment,
+        experiment=experiment_of(config),
         status=run.status or ("UNFINISHED" if started else "NOT STARTED"),
         started=min(started, default=None),
         ended=ended,

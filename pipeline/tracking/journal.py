@@ -6,7 +6,8 @@ only tear a session's last line, that nobody has to repair a file another proces
 nodes never append to two copies of one file.
 
 A record is one line: {"kind": …, "at": milliseconds, "stage": index or null, …}. Kinds: campaign (first record
-of every session), stage, metrics, tag, artifact, stage_end, campaign_end. Numbers keep every bit; those that
+of every session), stage, metrics, tag, artifact, model and model_gone (weights that are kept, and are no longer),
+stage_end, campaign_end. Numbers keep every bit; those that
 JSON does not know are strings ("nan", "inf", "-inf").
 """
 

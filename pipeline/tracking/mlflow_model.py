@@ -92,21 +92,34 @@ def _register(
     )
     if run_id is not None:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=export.step)])
-    with_name = mlflow.register_model(f"models:/{model.model_id}", name, tags=dict(export.tags))
-    version = int(with_name.version)
+    version = _version(client, name, model.model_id, run_id, dict(export.tags))
     if alias is not None:
         client.set_registered_model_alias(name, alias, str(version))
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     return Registered(name, version, alias, model.model_id, run_id, address)
 
 
+def _version(client: MlflowClient, name: str, model_id: str, run_id: str | None, tags: dict[str, str]) -> int:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return int(client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id).version)
+
+
 def signature(outputs: Sequence[str]) -> ModelSignature:
     """Of a request: an encoded picture, a text, or both, in a row; and of the answer's columns."""
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    asked = [ColSpec(DataType.binary, "image", required=False), ColSpec(DataType.string, "text", required=False)]
-    answered = [
+    asked: list[ColSpec | TensorSpec] = [
+        ColSpec(DataType.binary, "image", required=False),
+        ColSpec(DataType.string, "text", required=False),
+    ]
+    answered: list[ColSpec | TensorSpec] = [
         ColSpec(Array(DataType.double) if name in VECTORS else DataType.double, name, required=False)
         for name in outputs
     ]

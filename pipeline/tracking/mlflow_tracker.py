@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from pipeline.tracking.journal import Journal, Record, complete_length, redact
+from pipeline.tracking.mlflow_models import LoggedModels
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,6 +37,7 @@ logger = logging.getLogger("mome.tracking")
 POINTS_A_BATCH, PAIRS_A_BATCH = 1000, 100  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two attempts while the server is away
+EVALUATION = "eval/"  # begins the keys of what was measured of kept weights
 ORPHAN_SECONDS = 30.0  # to ship what a dead trainer left
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry; a request repeated inside the client could create a run twice
@@ -111,6 +113,7 @@ class MlflowShipper:
         self._client: MlflowClient | None = None
         self._experiment = ""
         self._runs: dict[int | None, str] = {}  # stage index, or None for the parent -> run id
+        self._logged_models: LoggedModels | None = None
         self._points: list[Metric] = []
         self._points_run = ""
         self.num_points = 0
@@ -128,7 +131,7 @@ class MlflowShipper:
         try:
             self._ship()
         except RunGone:  # deleted, or another database: the whole journal is due
-            self._client = None
+            self._client = self._logged_models = None
             self._runs = {}
             self._cursor.reset()
             self._ship()
@@ -165,7 +168,8 @@ class MlflowShipper:
         held = self._cursor.marks.get(str(record["stage"]), {})
         for key, value in record["values"].items():
             if record["step"] > held.get(key, -1):
-                self._points.append(Metric(key, float(value), record["at"], record["step"]))
+                of = self._models.at_step(record["step"]) if key.startswith(EVALUATION) else None
+                self._points.append(Metric(key, float(value), record["at"], record["step"], model_id=of))
 
     def _send_points(self) -> None:
         points, self._points = self._points, []
@@ -193,6 +197,12 @@ class MlflowShipper:
                 self._unless_refused(client.log_artifact, self._run_of(stage), str(path), folder)
             else:
                 self._say(f"tracking: the artifact {record['name']} is missing from {path} and was left out")
+        elif kind == "model":
+            with self._refusals_told():
+                self._log_model(record)
+        elif kind == "model_gone":
+            with self._refusals_told():
+                self._models.remove(record["url"])
         elif kind in ("stage_end", "campaign_end"):
             run = self._run_of(stage)
             self._unless_refused(client.set_terminated, run, record["status"], record["at"])
@@ -211,6 +221,31 @@ class MlflowShipper:
             self._ask(self._connected().update_run, run, status="RUNNING")
             self._add_datasets(run, record["datasets"])
         self._describe(child, record)
+        origin = record["tags"].get("start_from")
+        if origin not in (None, "random"):
+            with self._refusals_told():
+                made_by = self._models.start_from(origin, child)
+                if made_by is not None:
+                    self._ask(self._connected().set_tag, child, "start_from.run_id", made_by)
+
+    def _log_model(self, record: Record) -> None:
+        """Weights that are kept, with the points of their step, which the run has already at the same times."""
+        from mlflow.entities import Metric
+
+        run = self._run_of(record["stage"])
+        stage = self._ask(self._connected().get_run, run).data.tags.get("stage", str(record["stage"]))
+        model_id = self._models.log(record, run, stage)
+        if model_id is None:
+            return
+        for of in (record["stage"], None):
+            self._points_run = self._run_of(of)
+            self._points = [
+                Metric(point["key"], float(point["value"]), point["at"], record["step"], model_id=model_id)
+                for point in record["points"]
+                if point["stage"] == of
+            ]
+            self.num_points -= len(self._points)  # they were counted when they were shipped
+            self._send_points()
 
     def _describe(self, run: str, record: Record) -> None:
         """Params and tags. A param that already has another value cannot change: it becomes a tag."""
@@ -286,6 +321,13 @@ class MlflowShipper:
         """The first campaign record: a run stays in the experiment it began in."""
         return self._journal.campaigns()[0]
 
+    @property
+    def _models(self) -> LoggedModels:
+        if self._logged_models is None:
+            client = self._connected()
+            self._logged_models = LoggedModels(self._ask, client, self._experiment, self._campaign, self._journal)
+        return self._logged_models
+
     def _connected(self) -> MlflowClient:
         if self._client is None:
             self._client = self._ask(self._connect)
@@ -302,8 +344,13 @@ class MlflowShipper:
         return client
 
     def _unless_refused(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
-        try:
+        with self._refusals_told():
             self._ask(action, *args, **values)
+
+    @contextlib.contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
         except Refused as error:
             self._say(f"tracking: {redact(self._uri)} refused a record, which stays in the journal only: {error}")
 

@@ -11,11 +11,8 @@ which run before training starts.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import getpass
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -30,7 +27,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol
@@ -41,6 +39,7 @@ from pipeline.config.errors import TrackingError
 from pipeline.config.load import flatten, is_changeable
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.tracking.describe import environment_tags, note_of_run, note_of_stage, recipe_hash
 from pipeline.tracking.journal import (
     CommittedJournal,
     HighWater,
@@ -56,8 +55,9 @@ from pipeline.tracking.journal import (
 logger = logging.getLogger("mome.tracking")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights that are kept
+EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
 P = ParamSpec("P")
-PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transformers", "numpy", "pydantic")
 ANSWER_SECONDS = 5.0
 _NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
 
@@ -72,6 +72,15 @@ class DatasetInput:
     context: str = "training"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Weights that a run keeps: their URL, the global step, the index of their stage."""
+
+    url: str
+    step: int
+    stage: int
+
+
 class Recorder(Protocol):
     """What training and evaluation may record. `Tracker` does; `SilentTracker` is for the ranks that must not."""
 
@@ -81,6 +90,8 @@ class Recorder(Protocol):
     def metrics(self, step: int, values: dict[str, float]) -> None: ...
     def tag(self, key: str, value: str) -> None: ...
     def artifact(self, name: str, content: str | Path | bytes) -> None: ...
+    def keeps(self, checkpoints: Sequence[Kept]) -> None: ...
+    def hands_over(self, weights: Kept) -> None: ...
     def end_stage(self, status: Status = "FINISHED") -> None: ...
     def finish(self, status: Status = "FINISHED") -> None: ...
     def commit(self, step: int) -> None: ...
@@ -100,6 +111,12 @@ class SilentTracker:
         pass
 
     def artifact(self, name: str, content: str | Path | bytes) -> None:
+        pass
+
+    def keeps(self, checkpoints: Sequence[Kept]) -> None:
+        pass
+
+    def hands_over(self, weights: Kept) -> None:
         pass
 
     def end_stage(self, status: Status = "FINISHED") -> None:
@@ -130,11 +147,43 @@ def _told_not_raised(method: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+class RecentPoints:
+    """The points of the last steps and of every evaluation, as they were recorded: what kept weights are told with."""
+
+    _STEPS = 256
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[int, list[Record]] = OrderedDict()
+        self._evaluations: dict[int, list[Record]] = {}
+
+    def observe(self, record: Record) -> None:
+        if record["kind"] != "metrics":
+            return
+        step = record["step"]
+        self._recent.setdefault(step, []).append(record)
+        if any(key.startswith(EVALUATION) for key in record["values"]):
+            self._evaluations.setdefault(step, []).append(record)
+        if len(self._recent) > self._STEPS:
+            self._recent.popitem(last=False)
+
+    def at(self, step: int, stage: int) -> list[dict[str, Any]]:
+        """Each point of a stage or the campaign at a global step, once: its stage, key, value and time."""
+        records = self._recent.get(step) or self._evaluations.get(step) or []
+        return [
+            {"stage": record["stage"], "key": key, "value": value, "at": record["at"]}
+            for record in records
+            if record["stage"] in (stage, None)
+            for key, value in record["values"].items()
+        ]
+
+
 class History:
     """What the sessions before this one recorded."""
 
     def __init__(self, journal: Journal):
         self.seen = HighWater()
+        self.points = RecentPoints()
+        self.checkpoints: dict[str, int] = {}  # those that are kept: URL -> the index of their stage
         self.stage_starts: dict[int, int] = {}
         self.training_sessions = 0  # those that began a stage; an evaluation begins none
         for session in journal.sessions():
@@ -145,7 +194,12 @@ class History:
         begun = 0
         for _, record in journal.records(session):
             self.seen.observe(record)
-            if record["kind"] == "stage":
+            self.points.observe(record)
+            if record["kind"] == "model" and record["role"] == CHECKPOINT:
+                self.checkpoints[record["url"]] = record["stage"]
+            elif record["kind"] == "model_gone":
+                self.checkpoints.pop(record["url"], None)
+            elif record["kind"] == "stage":
                 begun += 1
                 self.stage_starts[record["stage"]] = self.stage_starts.get(record["stage"], 0) + 1
         return begun
@@ -180,7 +234,7 @@ class Tracker:
         lost = known and not journal.sessions()
         history = History(journal)
         writer = journal.start_session()
-        tags = _environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
+        tags = environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
         writer.append(_campaign_record(config, run, tags, server_has_more=restored or lost))
         tracker = cls(journal, writer, history, Shipper(journal, writer, config))
         tracker._committed = committed
@@ -192,11 +246,16 @@ class Tracker:
         """What follows belongs to stage `index`, until `end_stage`. A stage begun before is continued."""
         values = stage.model_dump(mode="json")
         params, changing = split_changeable(values, f"stages.{index}")
-        tags = {"stage": stage.name, "stage_index": str(index)} | {k: str(v) for k, v in tags.items()} | changing
+        tags = (
+            {"stage": stage.name, "stage_index": str(index)} | {k: redact(str(v)) for k, v in tags.items()} | changing
+        )
+        tags["mlflow.note.content"] = note_of_stage(stage, tags.get("start_from", "random"))
+        tags["attempt"] = str(self._history.training_sessions + 1)
         if starts := self._history.stage_starts.get(index, 0):
             tags["mome.restarts"] = str(starts)
+        self._stage = None
+        self.tag("attempt", str(self._history.training_sessions + 1))
         if self._history.training_sessions:
-            self._stage = None
             self.tag("mome.restarts", str(self._history.training_sessions))
         self._stage = index
         self._replaying = False
@@ -214,7 +273,7 @@ class Tracker:
             self.tag("mome.resumed_at_step", str(step))
             self.tag("mome.resumed_below_step", str(highest))
         if fresh:
-            self._append("metrics", step=int(step), values=fresh)
+            self._history.points.observe(self._append("metrics", step=int(step), values=fresh))
 
     @_told_not_raised
     def tag(self, key: str, value: str) -> None:
@@ -229,6 +288,26 @@ class Tracker:
         if not path.exists():
             write_whole(path, data)
         self._append("artifact", name=name, file=file)
+
+    @_told_not_raised
+    def keeps(self, checkpoints: Sequence[Kept]) -> None:
+        """The run's checkpoints as they now are: of those before, the ones that are not named are gone."""
+        known, now = self._history.checkpoints, {redact(each.url): each for each in checkpoints}
+        for url in known.keys() - now.keys():
+            self._append("model_gone", stage=known.pop(url), url=url)
+        for url, each in now.items():
+            if url not in known:
+                self._append_model(each, CHECKPOINT)
+                known[url] = each.stage
+
+    @_told_not_raised
+    def hands_over(self, weights: Kept) -> None:
+        """The stage's own weights, which the next one, an evaluation or an export starts from."""
+        self._append_model(weights, HAND_OVER)
+
+    def _append_model(self, kept: Kept, role: str) -> None:
+        points = self._history.points.at(kept.step, kept.stage)
+        self._append("model", stage=kept.stage, step=kept.step, url=redact(kept.url), role=role, points=points)
 
     @_told_not_raised
     def end_stage(self, status: Status = "FINISHED") -> None:
@@ -258,8 +337,10 @@ class Tracker:
         self._shipper.close(timeout)
         self._writer.close()
 
-    def _append(self, kind: str, **values: Any) -> None:
-        self._writer.append({"kind": kind, "at": _now(), "stage": self._stage, **values})
+    def _append(self, kind: str, **values: Any) -> Record:
+        record = {"kind": kind, "at": _now(), "stage": self._stage, **values}
+        self._writer.append(record)
+        return record
 
 
 class Shipper:
@@ -433,35 +514,12 @@ def _campaign_record(config: RunConfig, run: str, tags: dict[str, str], server_h
     """`server_has_more`: this journal was lost here, and the server may have later points than what is left of it."""
     params, changing = split_changeable(config.model_dump(mode="json"))
     uri = redact(tracking_uri(config))
+    own = {"recipe_hash": recipe_hash(config), "mlflow.note.content": redact(note_of_run(config))}
     return {
         "kind": "campaign", "at": _now(), "stage": None, "run": run, "name": config.name, "uri": uri,
-        "experiment": experiment_of(config), "params": params, "tags": tags | changing, "datasets": [],
+        "experiment": experiment_of(config), "params": params, "tags": tags | own | changing, "datasets": [],
         "server_has_more": server_has_more,
     }  # fmt: skip
-
-
-def _environment_tags() -> dict[str, str]:
-    tags = {"mlflow.source.name": "mome", "mlflow.source.type": "JOB", "mome.host": socket.gethostname()}
-    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-        tags["mlflow.user"] = getpass.getuser()
-    for package in PACKAGES:
-        try:
-            tags[f"version.{package}"] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    tree = Path(__file__).resolve().parents[2]
-    if (tree / ".git").exists() and (commit := _git(tree, "rev-parse", "HEAD")):
-        tags["mlflow.source.git.commit"] = commit
-        tags["mome.git.dirty"] = str(bool(_git(tree, "status", "--porcelain"))).lower()
-    return tags
-
-
-def _git(tree: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], check=False, cwd=tree, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _fault_of(uri: str) -> str | None:

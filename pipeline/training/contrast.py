@@ -42,6 +42,7 @@ class Contrast:
     image: Tensor  # (B, D) of the first contrast, which negatives are drawn by
     text: Tensor
     scale: Tensor
+    by_source: Tensor | None = None  # (S, 2): the loss summed over each source's pairs, and their number; if asked for
 
     def injected(self, outputs: Outputs, piece: slice, parts: int) -> Tensor:
         """A scalar whose gradient in the rows of `piece` is the whole batch's contrastive gradient.
@@ -54,8 +55,13 @@ class Contrast:
         return torch.stack([*rows, *scales]).sum()
 
 
-def contrast_of(outputs: Outputs, batch: Batch, size: int, weight: float, collectives: Collectives) -> Contrast:
-    """The loss over all B x B pairs, from this rank's features of all its rows. All ranks call it together."""
+def contrast_of(
+    outputs: Outputs, batch: Batch, size: int, weight: float, collectives: Collectives, num_sources: int = 0
+) -> Contrast:
+    """The loss over all B x B pairs, from this rank's features of all its rows. All ranks call it together.
+
+    `num_sources`: S, where each source's own share is asked for.
+    """
     heads = [head for head in CONTRASTS if head in outputs["image"]]
     with torch.enable_grad():
         features = {
@@ -71,6 +77,11 @@ def contrast_of(outputs: Outputs, batch: Batch, size: int, weight: float, collec
         ]
         loss = torch.stack(losses).sum() / (len(heads) * size)
         found = torch.autograd.grad(loss * weight, [*features.values(), *scales.values()])
+    by_source = None
+    if num_sources:
+        source = collectives.gather_rows(batch.source, size)
+        chosen = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
+        by_source = torch.stack([_share(features, scales, image_id, pairs) for pairs in chosen])
     rows = slice(*share(size, collectives.rank, collectives.world_size))
     return Contrast(
         loss=loss.detach(),
@@ -80,4 +91,18 @@ def contrast_of(outputs: Outputs, batch: Batch, size: int, weight: float, collec
         image=features["image", "itc"].detach(),
         text=features["text", "itc"].detach(),
         scale=scales["scale"].detach(),
+        by_source=by_source,
     )
+
+
+@torch.no_grad()
+def _share(
+    features: dict[tuple[str, str], Tensor], scales: dict[str, Tensor], image_id: Tensor, pairs: Tensor
+) -> Tensor:
+    """(2,) the loss summed over the chosen pairs of the batch, the mean of the contrasts; and the number of pairs."""
+    heads = [head for head in CONTRASTS if ("image", head) in features]
+    losses = [
+        contrastive_loss(features["image", head], features["text", head], scales[CONTRASTS[head]], image_id, pairs)
+        for head in heads
+    ]
+    return torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(float(len(pairs)))])

@@ -22,10 +22,17 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
-from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
+from pipeline.tracking.tracker import DatasetInput, Kept, SilentTracker, Status, Tracker
 from pipeline.training.accounting import metrics
 from pipeline.training.alarms import Alarms, Reading, rank_metrics, sign_metrics
-from pipeline.training.checkpoint import MANIFEST, CheckpointStore, is_committed, save_weights, stage_url
+from pipeline.training.checkpoint import (
+    MANIFEST,
+    CheckpointStore,
+    finished_stage,
+    is_committed,
+    save_weights,
+    stage_url,
+)
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.evaluation import StageEvaluation
@@ -43,6 +50,7 @@ from pipeline.training.session import Session
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
+from pipeline.training.utilisation import seconds_at_peak
 
 __all__ = ["Progress", "Report", "StageRun", "train"]
 
@@ -138,11 +146,13 @@ class StageRun:
         self.alarms = Alarms(self.stage.name, tracker)
         self._counted_before: dict[str, float] = {}
         self._points: dict[str, float] = {}  # the metrics last recorded
+        self._resumed_from = ""  # URL of the checkpoint
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
         self.evaluation = StageEvaluation(config, index, storage, tokenizer, collectives, self.choices)
         self.engine, self.step = self._build_engine()
+        self._seconds_at_peak = seconds_at_peak(config, index, tokenizer.size, collectives)
 
     def _build_engine(self) -> tuple[DeepSpeedEngine, TrainingStep]:
         config, stage, collectives = self.config, self.stage, self.collectives
@@ -203,7 +213,7 @@ class StageRun:
         meter = Meter(self.stage.batch, start, self.loader)
         for step, batch in self._profiled(self._steps(start)):
             self.guard.begin(step - start, self.first + start)
-            losses = self.step(batch)
+            losses = self.step(batch, tell_sources=self._is_metric_step(step))
             self.guard.check(self.first + step)
             noticed = self._look(step, batch, losses)
             rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
@@ -276,6 +286,7 @@ class StageRun:
                 "were, or begin a new run under another `name`."
             )
         self.engine.restore(state)
+        self._resumed_from = checkpoint.url
         self._counted_before = checkpoint.data_counts
         self.session.goes_on_from(checkpoint.time_account)
         self.spikes.restore(checkpoint.spikes)
@@ -305,12 +316,13 @@ class StageRun:
         ]
         tags = {"plan_digest": self.loader.digest[:36], "start_from": self._origin()}
         if start:
-            tags["resumed_at"] = str(self.first + start)
+            tags |= {"resumed_at": str(self.first + start), "resumed_from": self._resumed_from}
         self.tracker.begin_stage(self.index, self.stage, tags, datasets)
 
     def _origin(self) -> str:
         if self.stage.start_from != "previous":
-            return self.stage.start_from
+            start = self.stage.start_from
+            return start if start == "random" else finished_stage(self.storage, start)
         return stage_url(self.config, self.index - 1) if self.index else "random"
 
     # ---- what it leaves
@@ -367,18 +379,24 @@ class StageRun:
         self._tell_written()
 
     def _tell_written(self) -> None:
-        for step, seconds in self.checkpoints.written():
+        """Of saves that have ended: how long they took, and which checkpoints there now are."""
+        ended = self.checkpoints.written()
+        for step, seconds in ended:
             self.tracker.metrics(step, {"ckpt/write_s": seconds})
+        if ended:
+            names = [stage.name for stage in self.config.stages]
+            self.tracker.keeps([Kept(k.url, k.step, names.index(k.stage)) for k in self.checkpoints.kept() if k.stage])
 
     def _hand_over(self) -> None:
         self.checkpoints.wait()
         self._tell_written()
         weights = self.engine.weights()
         self._write_quarantine(self.first + self.stage.steps, self._quarantined())
+        url = stage_url(self.config, self.index)
+        self.tracker.hands_over(Kept(url, self.first + self.stage.steps, self.index))
         self.tracker.end_stage("FINISHED")
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:
-            url = stage_url(self.config, self.index)
             metadata = self._metadata(self.stage.steps)
             save_weights(self.storage, url, weights, list(self.tokenizer.tokens), metadata, self.choices)
         self.collectives.barrier()
@@ -401,19 +419,37 @@ class StageRun:
         self.tracker.metrics(self.first + step + 1, found)
         meter.restart(step + 1)
 
+    def _losses_by_source(self) -> dict[str, float]:
+        """Each source's mean over its own rows, where the stage mixes sources."""
+        if not self.step.by_source:
+            return {}
+        objectives, names = sorted(self.step.by_source), sorted(self.stage.sources)
+        own = torch.stack([self.step.by_source[each] for each in objectives])
+        found = zip(objectives, self.collectives.sum(own).tolist(), strict=True)
+        return {
+            f"train/{name}/loss_{objective}": total / count
+            for objective, sources in found
+            for name, (total, count) in zip(names, sources, strict=True)
+            if count  # a source may have no row in a batch
+        }
+
     def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
         """Read the losses, their sums over the ranks, and everything else that is worth a point."""
         speed = meter.read(step + 1)
         reached = self.first + step + 1
         values, reading = self._summed(step, losses, speed)
         points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
+        points |= self._losses_by_source()
         points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
         points |= sign_metrics(reading.signs) | rank_metrics(reading)
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
+        points |= {"perf/samples_per_s_per_gpu": speed.samples_per_second / self.collectives.world_size}
+        if self._seconds_at_peak is not None:
+            points["perf/mfu"] = speed.steps_per_second * self._seconds_at_peak
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
         points |= self._data_counts() | metrics(self.session.account.seconds())
         self._points = points
-        self.tracker.metrics(reached, points)
+        self.tracker.metrics(reached, points | self.session.nodes.take())
         if self.collectives.rank == 0:
             self.alarms.read(reading)
             left = (self.stage.steps - step - 1) / max(speed.steps_per_second, 1e-9)

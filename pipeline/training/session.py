@@ -14,12 +14,13 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.training.accounting import Account, Kind, Ledger, Seconds
 from pipeline.training.collectives import Collectives
+from pipeline.training.nodes import NodeMonitor
 from pipeline.training.preemption import Notice
 from pipeline.training.watchdog import Allowances, Watchdog
 
 
 class Session:
-    """Between `with` and its end, signals give notice, the watchdog minds the rank and the account is kept."""
+    """Between `with` and its end, signals give notice, the rank and its node are watched and the account is kept."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Session:
         self.notice = Notice(preempted)
         self._ledger = Ledger(storage, config.folder, writes=collectives.rank == 0, elapsed=elapsed)
         self._watchdog = Watchdog(collectives, storage, config.folder, _allowances(config))
+        self.nodes = NodeMonitor(collectives)
         self._begun = False  # whether a stage was
         self._at_work = False  # whether this stage has done a step in this process
         self._settled = False  # whether the account knows what the run goes on from
@@ -79,11 +81,13 @@ class Session:
         self.notice.__enter__()
         self._ledger.start()
         self._watchdog.start()
+        self.nodes.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.nodes.close()
         self._watchdog.close()
         self._ledger.close(ended=error is None)
         self.notice.__exit__(kind, error, trace)

@@ -25,6 +25,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64
 from pipeline.models.passes import Outputs, Pass
 from pipeline.training import release
+from pipeline.training.by_source import of_each_source
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.contrast import Contrast, contrast_of, tower_passes
 from pipeline.training.drop_path import drop_path_keeps
@@ -70,13 +71,18 @@ class TrainingStep:
         self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
         self.signs: dict[str, Tensor] = {}  # of the last batch: this rank's part of what the terms tell beside losses
         self.pace = Pace(collectives.device)
+        # Of the last call that was asked for it, by objective: (S, 2) this rank's sums and counts of each source.
+        self.by_source: dict[Objective, Tensor] = {}
+        self._tells_sources = False
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, tell_sources: bool = False) -> dict[str, Tensor]:
         """Forward and backward over this rank's rows of one global batch.
 
         Returns this rank's part of each objective's loss (0-d, detached): their sum over ranks is the loss of the
-        global batch, unweighted except in `loss`.
+        global batch, unweighted except in `loss`. With `tell_sources`, in a stage of several, also fills `by_source`.
         """
+        self._tells_sources = tell_sources and len(self.stage.sources) > 1
+        self.by_source = {}
         # What a model drops out (ImageBERT) follows from the step, so that a resumed run drops the same (C4).
         torch.manual_seed(hash64(self.seed, batch.step, "dropout", self.collectives.rank))
         batch = batch.to(self.collectives.device)
@@ -159,8 +165,11 @@ class TrainingStep:
     def _contrast(self, outputs: Outputs, batch: Batch) -> Contrast | None:
         if "contrastive" not in self.objectives:
             return None
-        found = contrast_of(outputs, batch, self.stage.batch, self.weights["contrastive"], self.collectives)
+        sources = len(self.stage.sources) if self._tells_sources else 0
+        found = contrast_of(outputs, batch, self.stage.batch, self.weights["contrastive"], self.collectives, sources)
         self._tell({"itc_scale": found.scale / self.collectives.world_size})
+        if found.by_source is not None:  # of the whole batch, on every rank
+            self.by_source["contrastive"] = found.by_source / self.collectives.world_size
         return release.cut(found, self.collectives.world_size) if self.faithful else found
 
     def _exchange(self, batch: Batch, contrast: Contrast | None) -> Exchanged:
@@ -197,6 +206,8 @@ class TrainingStep:
         losses = {o: term.loss(outputs, self._read(batch, o)) / counts[o] for o, term in self.terms.items()}
         for objective, term in self.terms.items():
             self._tell(term.signs(outputs, self._read(batch, objective)))
+        if self._tells_sources:
+            self._add_by_source(outputs, batch)
         weighted = [self.weights[objective] * loss for objective, loss in losses.items()]
         if contrast is not None:
             weighted.append(contrast.injected(outputs, piece, self.collectives.world_size * self.accumulation))
@@ -205,6 +216,13 @@ class TrainingStep:
     def _tell(self, signs: dict[str, Tensor]) -> None:
         for name, value in signs.items():
             self.signs[name] = self.signs[name] + value if name in self.signs else value
+
+    def _add_by_source(self, outputs: Outputs, batch: Batch) -> None:
+        source, sources = batch.source.cpu(), len(self.stage.sources)
+        for objective, term in self.terms.items():
+            own = source[self._chosen(batch, objective)]
+            found = of_each_source(term, outputs, self._read(batch, objective), own, sources)
+            self.by_source[objective] = self.by_source.get(objective, torch.zeros_like(found)) + found
 
     def _report(self, losses: Losses, contrast: Contrast | None) -> dict[str, Tensor]:
         """Losses whose sum over ranks and micro-batches is the global batch's."""

@@ -13,29 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from mlflow_server import Server
+from tracked import PHOTOS, checkpoint, config_of, crash, record, weights
 
 from jobs.sync import sync
 from pipeline.config.errors import TrackingError
-from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.tracker import DatasetInput, Tracker, journal_folder
-
-PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
-
-
-def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
-    stage = {"sources": {"photos": 1.0}, "objectives": {"masked_image": {}}, "steps": 100, "batch": 16}
-    values = {
-        "name": name,
-        "output": str(output),
-        "sources": {"photos": {"shards": f"{output}/photos"}},
-        "stages": [{"name": "vision", **stage}, {"name": "second", **stage}],
-        "tracking": {"uri": uri, "flush_seconds": 0.2},
-    }
-    return validate(values, "test")
+from pipeline.tracking.tracker import Tracker, journal_folder
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +70,8 @@ def points_of(database: Path, run_id: str, key: str) -> list[tuple[int, float]]:
 def content(database: Path) -> list[list[tuple[Any, ...]]]:
     """Everything a resent record could double. Run statuses and times included."""
     tables = ("runs", "metrics", "latest_metrics", "params", "tags", "datasets", "inputs")
+    tables += ("logged_models", "logged_model_metrics", "logged_model_params", "logged_model_tags")
     return [sorted(rows(database, f"select * from {table}"), key=repr) for table in tables]
-
-
-def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> None:
-    tracker.begin_stage(stage, config.stages[stage], {"zero_stage": "1"}, [PHOTOS])
-    for step in steps:
-        tracker.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
-
-
-def crash(tracker: Tracker) -> None:
-    """End the tracker, and the process that ships for it, without any last words."""
-    process = tracker._shipper._process
-    tracker._shipper._stop.set()
-    tracker._shipper._minder.join()
-    if process is not None:
-        process.kill()
-        process.wait()
-    tracker._writer.close()
 
 
 def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_path: Path, database: Path) -> None:
@@ -135,7 +106,7 @@ def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_
     assert tags_of(database, vision)["mome.resumed_at_step"] == "40"
     assert tags_of(database, parent)["attempt"] == "3"
     assert tags_of(database, parent)["mome.restarts"] == "2"
-    artifacts = database.parent / "mlartifacts" / "mome"
+    artifacts = database.parent / "mlartifacts" / "vlmo"
     assert (artifacts / second_stage / "artifacts" / "report" / "index.html").read_bytes() == b"<p>good</p>"
     assert (artifacts / parent / "artifacts" / "config.yaml").exists()
     digests = "select count(*) from datasets join inputs on source_id = dataset_uuid where digest = ?"
@@ -292,3 +263,58 @@ def rows_if_there(database: Path, query: str) -> list[tuple[Any, ...]]:
         return rows(database, query)
     except sqlite3.OperationalError:
         return []
+
+
+def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_it_removes_is_none(
+    tmp_path: Path, database: Path
+) -> None:
+    config = config_of(tmp_path, f"sqlite:///{database}", name="kept.models")
+    first = Tracker.open(config, Storage())
+    record(first, config, 0, range(1, 91))
+    first.keeps([checkpoint(config, 30), checkpoint(config, 60)])
+    first.metrics(60, {"eval/unseen/r1": 0.2})  # of a checkpoint that is there
+    crash(first)
+    second = Tracker.open(config, Storage())
+    record(second, config, 0, range(61, 101))
+    second.metrics(90, {"eval/unseen/r1": 0.5})  # of one that is written meanwhile
+    second.keeps([checkpoint(config, 60), checkpoint(config, 90)])
+    second.hands_over(weights(config, 0))
+    second.end_stage()
+    record(second, config, 1, range(101, 201))
+    second.hands_over(weights(config, 1))
+    second.end_stage()
+    second.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
+    second.finish()
+    second.close(timeout=60)
+    before = content(database)
+    for cursor in journal_folder(config.folder).glob("cursor-*"):
+        cursor.unlink()
+    sync(config.folder)
+
+    assert content(database) == before
+    client = MlflowClient(f"sqlite:///{database}")
+    runs = {name: client.get_run(run_id) for name, (run_id, _) in runs_of(database, config).items()}
+    (run,) = {each.data.tags["mome.run"] for each in runs.values()}
+    found = client.search_logged_models(
+        [runs["run"].info.experiment_id],
+        filter_string=f"tags.`mome.run` = '{run}'",
+        order_by=[{"field_name": "metrics.eval/unseen/r1", "ascending": False}],
+    )
+    results = [
+        (model.params["step"], model.source_run_id, {metric.key: metric.value for metric in model.metrics})
+        for model in found
+    ]
+    vision, second_stage = (runs[name].info.run_id for name in ("vision", "second"))
+    assert results == [
+        ("200", second_stage, {"train/loss": 1 / 201, "train/lr": 200 / 3, "eval/unseen/r1": 0.75}),
+        ("90", vision, {"train/loss": 1 / 91, "train/lr": 90 / 3, "eval/unseen/r1": 0.5}),
+        ("60", vision, {"train/loss": 1 / 61, "train/lr": 60 / 3, "eval/unseen/r1": 0.2}),
+        ("100", vision, {"train/loss": 1 / 101, "train/lr": 100 / 3}),
+    ]
+    assert [model.tags["mome.url"] for model in found][-1] == weights(config, 0).url
+    handed_over = found[-1].model_id
+    assert [each.model_id for each in runs["vision"].outputs.model_outputs] == [handed_over]
+    assert [each.model_id for each in runs["second"].inputs.model_inputs] == [handed_over]
+    assert runs["second"].data.tags["start_from.run_id"] == vision
+    assert points_of(database, vision, "train/loss") == [(step, 1 / (step + 1)) for step in range(1, 101)]
+    assert runs["run"].data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")

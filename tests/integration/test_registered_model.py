@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
+from mlflow import MlflowClient
 
 from jobs.convert import import_weights
 from jobs.evaluate import model_of
@@ -27,7 +28,8 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, matching_odds
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import to_published
-from pipeline.training.checkpoint import load_weights
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.checkpoint import Weights, load_weights
 
 TINY = VLMoConfig(width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text=12)
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
@@ -67,10 +69,22 @@ def imported(folder: Path) -> str:
     return f"{folder}/weights"
 
 
+def track(weights: Weights) -> None:
+    """The run that is said to have made the weights."""
+    config = weights.config
+    index = [stage.name for stage in config.stages].index(weights.stage)
+    tracker = Tracker.open(config, Storage())
+    tracker.begin_stage(index, config.stages[index], {}, [])
+    tracker.finish()
+    tracker.close(timeout=120)
+
+
 def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     checkpoint = imported(tmp_path)
-    told = register_checkpoint(checkpoint, "tiny", "candidate", uri)
+    track(load_weights(Storage(), checkpoint))
+    register_checkpoint(checkpoint, "tiny", "candidate")
+    told = register_checkpoint(checkpoint, "tiny", "candidate")
     given = [
         json.dumps({"image": base64.b64encode(image).decode(), "text": text})
         for image, text in zip(PICTURES, TEXTS, strict=True)
@@ -95,7 +109,13 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
         "matched": matching_odds(model, images, rows, tokenizer.pad_id, pairs).sigmoid(),
     }
 
-    assert told["uri"] == "models:/tiny@candidate"
+    client = MlflowClient(uri)
+    version = client.get_model_version_by_alias("tiny", "candidate")
+    made_by = client.get_run(told["run_id"])
+    assert (told["uri"], told["version"]) == ("models:/tiny@candidate", 2)
+    assert (str(version.version), version.run_id, version.tags["mome.checkpoint"]) == ("2", told["run_id"], checkpoint)
+    assert made_by.data.tags["stage"] == weights.stage
+    assert told["model_id"] in {each.model_id for each in made_by.outputs.model_outputs}
     for name, values in expected.items():
         found = np.array([row[name] for row in served["rows"]])
         assert np.abs(found - values.numpy()).max() <= 1e-6, name

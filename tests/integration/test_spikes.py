@@ -25,13 +25,13 @@ def _batches(folder: str, name: str, killed_at: int | None = None, planted: tupl
     read: list[int] = []
     original = TrainingStep.__call__
 
-    def call(self: Any, batch: Any) -> Any:
+    def call(self: Any, batch: Any, **asked: Any) -> Any:
         if self.stage.name != "vision":
-            return original(self, batch)
+            return original(self, batch, **asked)
         if batch.step == killed_at:
             raise Killed
         read.append(batch.step)
-        losses = original(self, batch)
+        losses = original(self, batch, **asked)
         if batch.step in planted:
             losses["loss"] = losses["loss"] * 100
         return losses

@@ -27,9 +27,9 @@ def _slow(folder: str, killed_at: int | None) -> None:
     accounting.BEAT_SECONDS = BEAT_SECONDS
     original = TrainingStep.__call__
 
-    def call(self: Any, batch: Any) -> Any:
+    def call(self: Any, batch: Any, **asked: Any) -> Any:
         time.sleep(STEP_SECONDS)
-        return original(self, batch)
+        return original(self, batch, **asked)
 
     TrainingStep.__call__ = call  # type: ignore[method-assign]
     Path(folder, "begun").write_text(f"{time.time()}", encoding="utf-8")

@@ -24,6 +24,7 @@ class Housekeeping:
     def __init__(self, storage: Storage, url: str, config: CheckpointConfig):
         self._storage, self._url, self._config = storage, url, config
         self._known: dict[str, Known] = {}  # committed checkpoints whose manifests were read
+        self.kept: tuple[Known, ...] = ()  # those that there were after the last commit
 
     def at_start(self, newest: Known | None) -> None:
         """Remove what attempts before this one left; `newest` is the checkpoint that the run goes on from."""
@@ -47,6 +48,7 @@ class Housekeeping:
                 if each.url not in stay:
                     remove(self._storage, each.url)
                     self._known.pop(each.url)
+            self.kept = tuple(each for each in committed if each.url in stay)
         best = self._config.keep_best
         if best is not None and best.metric not in newest.metrics:
             known = ", ".join(sorted(newest.metrics)) or "none"

@@ -118,6 +118,10 @@ class CheckpointStore:
         ended, self._written = self._written, []
         return ended
 
+    def kept(self) -> tuple[Known, ...]:
+        """On rank 0, the run's checkpoints as the last commit left them; nothing before it."""
+        return self._housekeeping.kept
+
     def close(self, seconds: float = 20.0) -> None:
         """End the thread: a save under way is given so long, then abandoned. What it raises is told, not raised."""
         if self._under_way is None:

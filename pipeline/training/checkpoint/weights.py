@@ -80,13 +80,7 @@ def find_weights(storage: Storage, url: str) -> str:
 
     Raises CheckpointError when there is none.
     """
-    try:
-        names = [name.rstrip("/") for name in storage.list(join(url, "stages"))]
-    except StorageError as error:
-        raise CheckpointError(f"{url}: cannot be read: {error}") from error
-    finished = [name for name in sorted(names, key=_stage_order) if is_committed(storage, join(url, "stages", name))]
-    if finished:
-        url = join(url, "stages", finished[-1])
+    url = finished_stage(storage, url)
     if not is_committed(storage, url):
         raise CheckpointError(
             f"{url}: no finished stage here; give the folder of a run, of one of its stages or of a checkpoint"
@@ -119,6 +113,16 @@ def load_weights(storage: Storage, url: str) -> Weights:
             name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
         },
     )
+
+
+def finished_stage(storage: Storage, url: str) -> str:
+    """The folder of the last finished stage where `url` is a run's; `url` itself otherwise."""
+    try:
+        names = [name.rstrip("/") for name in storage.list(join(url, "stages"))]
+    except StorageError as error:
+        raise CheckpointError(f"{url}: cannot be read: {error}") from error
+    finished = [name for name in sorted(names, key=_stage_order) if is_committed(storage, join(url, "stages", name))]
+    return join(url, "stages", finished[-1]) if finished else url
 
 
 def _of_checkpoint(storage: Storage, url: str) -> Weights:

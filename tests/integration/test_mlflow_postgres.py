@@ -1,0 +1,154 @@
+"""The MLflow that clusters have: a server on PostgreSQL, artifacts in an S3 store, and a login.
+
+The outage lasts seconds here; `MOME_OUTAGE_SECONDS=600` makes it ten minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import S3
+from mlflow import MlflowClient
+from mlflow_server import ADMIN, PASSWORD, Server
+from postgres import USER, Postgres
+from tracked import PHOTOS, checkpoint, config_of, record, weights
+
+from jobs.sync import sync
+from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.tracker import Tracker, journal_folder
+
+OUTAGE_SECONDS = float(os.environ.get("MOME_OUTAGE_SECONDS", "4"))
+STEP_SECONDS = 0.01
+KEYS = ("train/loss", "train/lr", "samples_seen")
+Point = tuple[Any, ...]  # step, value, milliseconds
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    pytest.importorskip("psycopg2", reason="psycopg2-binary is not installed")
+    postgres = Postgres()
+    yield postgres.start()
+    postgres.stop()
+
+
+def rows(postgres: Postgres, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    import psycopg2
+
+    connection = psycopg2.connect(host="127.0.0.1", port=postgres.port, user=USER, dbname="postgres")
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(query, values)
+            return cursor.fetchall()
+    finally:
+        connection.close()
+
+
+def journaled(folder: str, stage: int) -> dict[str, list[Point]]:
+    """A stage's points by their key, as the journal holds them."""
+    records = Journal(journal_folder(folder)).all_records()
+    mine = (each for each in records if each["kind"] == "metrics" and each["stage"] == stage)
+    return _by_key((key, r["step"], float(value), r["at"]) for r in mine for key, value in r["values"].items())
+
+
+def stored(postgres: Postgres, run_id: str) -> dict[str, list[Point]]:
+    """A run's points in the order that MLflow draws them in; of a table's rows PostgreSQL promises none."""
+    asked = "select key, step, value, timestamp from metrics where run_uuid = %s order by timestamp, step"
+    return _by_key(rows(postgres, asked, run_id))
+
+
+def _by_key(points: Iterable[tuple[Any, ...]]) -> dict[str, list[Point]]:
+    found: dict[str, list[Point]] = {}
+    for key, *point in points:
+        found.setdefault(key, []).append(tuple(point))
+    return found
+
+
+@pytest.mark.timeout(900 + OUTAGE_SECONDS)
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_a_server_away_in_the_middle_of_a_run_has_every_point_once_and_in_order_afterwards(
+    postgres: Postgres, s3: S3, tmp_path: Path
+) -> None:
+    """The store's credentials are the server's alone, and so are the database's: the run knows one URL."""
+    environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
+    server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
+    server.start()
+    config = config_of(tmp_path / "runs", server.uri)
+    tracker = Tracker.open(config, Storage(), {"world_size": "1"})
+    tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
+    steps, slowest = 0, 0.0
+
+    def train(seconds: float) -> None:
+        nonlocal steps, slowest
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            steps += 1
+            began = time.perf_counter()
+            tracker.metrics(steps, dict(zip(KEYS, (1 / steps, steps / 3, 16.0 * steps), strict=True)))
+            slowest = max(slowest, time.perf_counter() - began)
+            time.sleep(STEP_SECONDS)
+
+    while not rows(postgres, "select step from metrics limit 1"):
+        train(1)
+    server.kill()
+    train(OUTAGE_SECONDS / 2)
+    tracker.keeps([checkpoint(config, 50)])
+    tracker.artifact("report.html", b"<p>recorded while the server was away</p>")
+    train(OUTAGE_SECONDS / 2)
+    server.start()
+    train(2)
+    tracker.hands_over(weights(config, 0))
+    tracker.end_stage()
+    tracker.finish()
+    tracker.close(timeout=120 + OUTAGE_SECONDS)
+    try:
+        client = MlflowClient(server.uri)
+        (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "vlmo")
+        asked = f"dataset.digest = '{PHOTOS.digest[:36]}' and tags.`mome.role` = 'stage'"
+        (found,) = client.search_runs([experiment], filter_string=asked)
+        shipped = stored(postgres, found.info.run_id)
+        assert found.info.status == "FINISHED"
+        assert shipped == journaled(config.folder, 0)
+        assert {key: len(points) for key, points in shipped.items()} == dict.fromkeys(KEYS, steps)
+        assert slowest < 0.5 * OUTAGE_SECONDS, "no step waited for the server"
+        models = client.search_logged_models([experiment])
+        assert sorted(model.tags["mome.step"] for model in models) == ["100", "50"]
+        storage, folder = Storage(s3.config), s3.url("artifacts", experiment, found.info.run_id, "artifacts")
+        assert storage.read(f"{folder}/report.html") == b"<p>recorded while the server was away</p>"
+        print(
+            f"{steps} steps, {len(KEYS) * steps} points, away for {OUTAGE_SECONDS:.0f} s, slowest call {slowest:.4f} s"
+        )
+    finally:
+        server.kill()
+
+
+def test_a_server_with_a_login_takes_what_the_environment_says_and_nothing_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
+    server = Server(tmp_path, login=True)
+    server.start()
+    config = config_of(tmp_path / "runs", server.uri)
+    try:
+        tracker = Tracker.open(config, Storage())
+        record(tracker, config, 0, range(50))
+        tracker.finish()
+        tracker.close(timeout=5)
+        assert journal_folder(config.folder).joinpath("shipper.log").exists()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", ADMIN)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+        client = MlflowClient(server.uri)
+        assert client.get_experiment_by_name("vlmo") is None
+        assert sync(config.folder).points == 100
+        experiment = client.get_experiment_by_name("vlmo")
+        assert experiment is not None
+        assert len(client.search_runs([experiment.experiment_id])) == 2
+    finally:
+        server.kill()
+    folder = journal_folder(config.folder)
+    assert not any(PASSWORD.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())

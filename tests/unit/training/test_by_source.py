@@ -1,0 +1,40 @@
+"""Each source's share of a loss: the shares, weighed by their counts, are the whole, whatever the micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_batch, tiny_config
+
+from pipeline.data.storage import Storage
+from pipeline.training.collectives import Collectives
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+
+
+@pytest.mark.parametrize("micro_batch", [None, 5])
+@pytest.mark.parametrize("index", [2, 3])
+def test_the_sources_shares_are_the_whole(index: int, micro_batch: int | None) -> None:
+    config = tiny_config(micro_batch=micro_batch)
+    stage = config.stages[index].model_copy(
+        update={"start_from": "random", "sources": {"pairs": 0.5, "more_pairs": 0.5}}
+    )
+    config = config.model_copy(update={"stages": (*config.stages[:index], stage)})
+    model = build_stage_model(config, index, Storage(), VOCABULARY)
+    step = TrainingStep(PlainEngine(model, stage.optimizer), config, stage, Collectives())
+    batch = tiny_batch(config, 4, 0, 1, 12)
+    batch = replace(batch, source=batch.place // 3 % 2)
+
+    alone = step(batch)
+    assert step.by_source == {}
+    losses = step(batch, tell_sources=True)
+
+    assert step.by_source.keys() == stage.objectives.keys()
+    for objective, shares in step.by_source.items():
+        total, count = shares.sum(dim=0)
+        torch.testing.assert_close(total / count, losses[objective])
+        assert (shares[:, 1] > 0).all()
+        assert losses[objective] == alone[objective]
