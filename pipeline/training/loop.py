@@ -24,7 +24,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
 from pipeline.tracking.tracker import DatasetInput, Kept, SilentTracker, Status, Tracker
 from pipeline.training.accounting import metrics
-from pipeline.training.alarms import Alarms, Reading, rank_metrics, sign_metrics
+from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import (
     MANIFEST,
     CheckpointStore,
@@ -38,19 +38,19 @@ from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.evaluation import StageEvaluation
 from pipeline.training.guards import GraphGuard
 from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.training.instruments import Instruments
 from pipeline.training.look import look
 from pipeline.training.memory import is_out_of_memory, out_of_memory
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.non_finite import describe, diagnose
 from pipeline.training.prepare import prepare
 from pipeline.training.profile import profiled
-from pipeline.training.progress import Meter, Progress, Report, Speed
+from pipeline.training.progress import Progress, Report
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Session
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
-from pipeline.training.utilisation import seconds_at_peak
 
 __all__ = ["Progress", "Report", "StageRun", "train"]
 
@@ -144,7 +144,6 @@ class StageRun:
         self.first = config.stage_start(index)  # global step at which the stage begins
         self.session, self.spikes = session, SpikeGuard(config.guards.spike)
         self.alarms = Alarms(self.stage.name, tracker)
-        self._counted_before: dict[str, float] = {}
         self._points: dict[str, float] = {}  # the metrics last recorded
         self._resumed_from = ""  # URL of the checkpoint
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
@@ -152,7 +151,7 @@ class StageRun:
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
         self.evaluation = StageEvaluation(config, index, storage, tokenizer, collectives, self.choices)
         self.engine, self.step = self._build_engine()
-        self._seconds_at_peak = seconds_at_peak(config, index, tokenizer.size, collectives)
+        self.instruments = Instruments(config, index, self.loader, collectives, tokenizer.size)
 
     def _build_engine(self) -> tuple[DeepSpeedEngine, TrainingStep]:
         config, stage, collectives = self.config, self.stage, self.collectives
@@ -210,7 +209,7 @@ class StageRun:
 
     def _train(self, start: int) -> tuple[int, bool]:
         """Steps of the stage that are done at the end, and whether a notice of preemption ended them."""
-        meter = Meter(self.stage.batch, start, self.loader)
+        self.instruments.begin(start)
         for step, batch in self._profiled(self._steps(start)):
             self.guard.begin(step - start, self.first + start)
             losses = self.step(batch, tell_sources=self._is_metric_step(step))
@@ -219,9 +218,9 @@ class StageRun:
             rate = learning_rate(step, self.stage.steps, self.stage.optimizer)
             self.engine.step(rate)
             if self._is_metric_step(step):
-                self._record(step, losses, rate, meter)
+                self._record(step, losses, rate)
             if self.evaluation.is_due(step) and not noticed:
-                self._evaluate(step, meter)
+                self._evaluate(step)
             if self._is_checkpoint_step(step) or (noticed and step + 1 < self.stage.steps):
                 with self.session.during("checkpoint", self.first + step):
                     self._save(step + 1)
@@ -287,7 +286,7 @@ class StageRun:
             )
         self.engine.restore(state)
         self._resumed_from = checkpoint.url
-        self._counted_before = checkpoint.data_counts
+        self.instruments.counted_before = checkpoint.data_counts
         self.session.goes_on_from(checkpoint.time_account)
         self.spikes.restore(checkpoint.spikes)
         log.warning("resuming stage %s at step %d from %s", self.stage.name, checkpoint.stage_step, checkpoint.url)
@@ -339,16 +338,6 @@ class StageRun:
             "spikes": self.spikes.state(),
         }
 
-    def _data_counts(self) -> dict[str, float]:
-        """The loaders' counters, over all ranks and all sessions of the stage."""
-        counts = self.loader.counts()
-        names = sorted(counts)
-        summed = self.collectives.sum(torch.tensor([float(counts[n]) for n in names], device=self.collectives.device))
-        read = {f"data/{name}": value for name, value in zip(names, summed.tolist(), strict=True)}
-        # Epochs follow from the step; what was read and found bad before a restart only its checkpoint knows.
-        before = {name: value for name, value in self._counted_before.items() if not name.startswith("data/epochs/")}
-        return {name: value + before.get(name, 0.0) for name, value in read.items()}
-
     def _quarantined(self) -> list[dict[str, Any]]:
         """What was found bad and replaced since the last call, on any rank."""
         return [record for part in self.collectives.gather_objects(self.loader.quarantined()) for record in part]
@@ -371,7 +360,7 @@ class StageRun:
             self._write_quarantine(reached, quarantined)
             self.tracker.commit(reached)
 
-        metadata = {**self._metadata(stage_step), "data_counts": self._data_counts()}
+        metadata = {**self._metadata(stage_step), "data_counts": self.instruments.data_counts()}
         metadata |= {"metrics": self._points, "shapes": self.shapes}
         self.checkpoints.save(self.engine.fragments(), metadata, before_commit)
         stall = time.perf_counter() - started
@@ -411,48 +400,24 @@ class StageRun:
         due = (step + 1) % self.config.tracking.metrics_every == 0
         return due or self._is_checkpoint_step(step) or step + 1 == self.stage.steps
 
-    def _evaluate(self, step: int, meter: Meter) -> None:
+    def _evaluate(self, step: int) -> None:
         """After the update; before a checkpoint of the same step, which may be kept for what is found."""
         with self.session.during("evaluation", self.first + step):
             found = self.evaluation(self.engine.reader)
         self._points = self._points | found
         self.tracker.metrics(self.first + step + 1, found)
-        meter.restart(step + 1)
+        self.instruments.begin(step + 1)
 
-    def _losses_by_source(self) -> dict[str, float]:
-        """Each source's mean over its own rows, where the stage mixes sources."""
-        if not self.step.by_source:
-            return {}
-        objectives, names = sorted(self.step.by_source), sorted(self.stage.sources)
-        own = torch.stack([self.step.by_source[each] for each in objectives])
-        found = zip(objectives, self.collectives.sum(own).tolist(), strict=True)
-        return {
-            f"train/{name}/loss_{objective}": total / count
-            for objective, sources in found
-            for name, (total, count) in zip(names, sources, strict=True)
-            if count  # a source may have no row in a batch
-        }
-
-    def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
-        """Read the losses, their sums over the ranks, and everything else that is worth a point."""
-        speed = meter.read(step + 1)
-        reached = self.first + step + 1
-        values, reading = self._summed(step, losses, speed)
-        points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
-        points |= self._losses_by_source()
-        points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
-        points |= sign_metrics(reading.signs) | rank_metrics(reading)
-        points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
-        points |= {"perf/samples_per_s_per_gpu": speed.samples_per_second / self.collectives.world_size}
-        if self._seconds_at_peak is not None:
-            points["perf/mfu"] = speed.steps_per_second * self._seconds_at_peak
-        points |= {"samples_seen": float((step + 1) * self.stage.batch)}
-        points |= self._data_counts() | metrics(self.session.account.seconds())
+    def _record(self, step: int, losses: dict[str, Tensor], rate: float) -> None:
+        """Everything that is worth a point, to the tracker; to the alarms; and how far the stage is."""
+        reached, read = self.first + step + 1, self.instruments.read(step, self.step, losses)
+        points = read.points | {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
+        points |= metrics(self.session.account.seconds())
         self._points = points
         self.tracker.metrics(reached, points | self.session.nodes.take())
         if self.collectives.rank == 0:
-            self.alarms.read(reading)
-            left = (self.stage.steps - step - 1) / max(speed.steps_per_second, 1e-9)
+            self.alarms.read(read.ranks)
+            left = (self.stage.steps - step - 1) / max(read.speed.steps_per_second, 1e-9)
             self.report(
                 Progress(
                     stage=self.stage.name,
@@ -460,22 +425,8 @@ class StageRun:
                     stage_steps=self.stage.steps,
                     step=reached,
                     total_steps=self.config.total_steps,
-                    loss=values["loss"],
-                    samples_per_second=speed.samples_per_second,
+                    loss=read.losses["loss"],
+                    samples_per_second=read.speed.samples_per_second,
                     seconds_left=left,
                 )
             )
-
-    def _summed(self, step: int, losses: dict[str, Tensor], speed: Speed) -> tuple[dict[str, float], Reading]:
-        """The global batch's losses by name, and what the alarms are judged by, from one sum over the ranks."""
-        names, signs = sorted(losses), sorted(self.step.signs)
-        parts = [losses[name].float() for name in names] + [self.step.signs[name].float() for name in signs]
-        by_rank = torch.zeros(2, self.collectives.world_size, device=self.collectives.device)
-        by_rank[:, self.collectives.rank] = torch.tensor([speed.wait_share, self.step.pace.read()])
-        summed = self.collectives.sum(torch.cat([torch.stack(parts), by_rank.flatten()])).tolist()
-        told = dict(zip(signs, summed[len(names) :], strict=False))
-        of_ranks, world_size = summed[len(parts) :], self.collectives.world_size
-        waits, forwards = of_ranks[:world_size], of_ranks[world_size:]
-        warm = step >= self.stage.optimizer.warmup_steps
-        reading = Reading(self.first + step + 1, warm, told, waits, forwards)
-        return dict(zip(names, summed, strict=False)), reading

@@ -40,10 +40,6 @@ class Meter:
         self.batch, self.loader = batch, loader
         self._time, self._step, self._waited = time.perf_counter(), start, loader.wait_seconds
 
-    def restart(self, step: int) -> None:
-        """Leave out what came since the last reading: it was no training. `step` counts the stage's steps done."""
-        self.read(step)
-
     def read(self, step: int) -> Speed:
         """Since the last reading; `step` counts the stage's steps done."""
         now, waited = time.perf_counter(), self.loader.wait_seconds
