@@ -117,7 +117,7 @@ def driver_killed(site: Site) -> Callable[[], bool]:
 def loader_killed(site: Site) -> Callable[[], bool]:
     def loaders() -> list[psutil.Process]:
         children = (each for rank in site.ranks() for each in rank.children(recursive=True))
-        return [each for each in children if "spawn_main" in _title(each)]
+        return [each for each in children if "data.loading.worker" in _title(each)]
 
     before = site.told("a loader process died")
     site.wait_for(lambda: bool(loaders()), "a loader")  # between two stages there is none
