@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig
@@ -34,6 +33,7 @@ from pipeline.pages import page as pages
 from pipeline.pages.curves import Curve, curve
 from pipeline.pages.page import render_page
 from pipeline.pages.words import percent
+from pipeline.tracking.tracker import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates
 SHOWN = 4  # retrievals at each end
@@ -105,7 +105,7 @@ def render(shown: Shown, config: RunConfig, curves: Curves, against: Shown | Non
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         against=against,
         beside=beside(shown, against) if against else [],
-        yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
+        yaml=chosen_keys(config),
     )
 
 
