@@ -140,7 +140,7 @@ def open_run(run: str) -> RunFolder:
         CommittedJournal(storage, f"{folder}/journal").restore(journal)
     read = _Reading(config)
     for session in journal.sessions():
-        read.session([record for _, record in journal.records(session)])
+        read.session([record for _, record in journal.records(session) if record["kind"] != "damaged"])
     return RunFolder(
         folder=folder,
         storage=storage,
