@@ -20,6 +20,7 @@ from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.training.loop import Progress, train
+from pipeline.training.memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,7 @@ def preparer_of(config: RunConfig) -> PreparerFactory:
 
 def _told(error: Exception) -> dict[str, Any] | None:
     """The message of an error that a restart would only repeat; None for one that may be tried again."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         message = f"out of memory: {error}. Set engine.micro_batch lower, or engine.zero_stage higher."
         return {"message": message, "exit_status": 1}
     if isinstance(error, MomeError) and not isinstance(error, StorageError):

@@ -8,6 +8,7 @@ idempotent: a job's id follows from the run's name and config, so that the same 
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import sys
 import tempfile
@@ -99,6 +100,14 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
     return validate(values, "the config as submitted")
 
 
+def interpreter() -> str:
+    """The job's Python, in the shell's words: this one where the head has it, which is then this machine.
+
+    An address of the loopback does not tell: it may be the end of a tunnel.
+    """
+    return f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
+
+
 def _send(client: Any, config: RunConfig, job: str) -> None:
     """Submit the code and the config."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,12 +115,11 @@ def _send(client: Any, config: RunConfig, job: str) -> None:
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
         values = config.model_dump(mode="json", exclude_unset=True)
         (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-        python = sys.executable if is_loopback(client.get_address()) else "python"
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
                 client.submit_job(
-                    entrypoint=f"{python} -m jobs.cli train run.yaml --json",
+                    entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
                     runtime_env={"working_dir": folder},
                     submission_id=job,
                     metadata={"run": config.name, "checkpoint": config.folder},

@@ -115,6 +115,10 @@ class Campaign:
                     found.append(record)
         return found
 
+    def sessions(self) -> int:
+        """How many processes began to record this run."""
+        return len(list(self.journal.glob("*.jsonl")))
+
     def losses(self) -> Losses:
         """(stage, step) -> the loss as the journal holds it, exactly."""
         found: Losses = {}

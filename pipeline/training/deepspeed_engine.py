@@ -21,7 +21,7 @@ from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import Fragment, FragmentSource
-from pipeline.training.extensions import alone, use_own_folder
+from pipeline.training.extensions import alone, use_own_folder, use_own_ninja
 from pipeline.training.gradient_buffers import GradientBuffers
 from pipeline.training.parameter_groups import parameter_groups
 
@@ -34,6 +34,7 @@ def load_extensions() -> None:
     """Loads, and the first time builds, what DeepSpeed would load by itself, which then finds it loaded."""
     from deepspeed.comm.torch import build_shm_op
 
+    use_own_ninja()
     with alone(use_own_folder()), contextlib.redirect_stdout(io.StringIO()):  # it tells each time that it was built
         build_shm_op()
 

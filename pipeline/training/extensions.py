@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,17 @@ import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's own variable; a folder that the user named is used as it is
+
+
+def use_own_ninja() -> None:
+    """Puts this installation's ninja before any other of the machine, whatever PATH the process was started with.
+
+    Two versions of it find each other's builds out of date, and build anew every time.
+    """
+    scripts = sysconfig.get_path("scripts")
+    paths = os.environ.get("PATH", "").split(os.pathsep)
+    if Path(scripts, "ninja").exists() and paths[0] != scripts:
+        os.environ["PATH"] = os.pathsep.join([scripts, *paths])
 
 
 def use_own_folder() -> Path:

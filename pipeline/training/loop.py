@@ -24,6 +24,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
 from pipeline.tracking.tracker import DatasetInput, SilentTracker, Status, Tracker
 from pipeline.training.accounting import metrics
+from pipeline.training.alarms import Alarms, Reading, rank_metrics, sign_metrics
 from pipeline.training.checkpoint import MANIFEST, CheckpointStore, is_committed, save_weights, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -35,7 +36,7 @@ from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.non_finite import describe, diagnose
 from pipeline.training.prepare import prepare
 from pipeline.training.profile import profiled
-from pipeline.training.progress import Meter, Progress, Report
+from pipeline.training.progress import Meter, Progress, Report, Speed
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Session
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
@@ -133,6 +134,7 @@ class StageRun:
         self.collectives, self.tracker, self.report = collectives, tracker, report
         self.first = config.stage_start(index)  # global step at which the stage begins
         self.session, self.spikes = session, SpikeGuard(config.guards.spike)
+        self.alarms = Alarms(self.stage.name, tracker)
         self._counted_before: dict[str, float] = {}
         self._points: dict[str, float] = {}  # the metrics last recorded
         self.loader = Loader(config, self.stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
@@ -233,10 +235,14 @@ class StageRun:
         if seen.bad_losses or seen.bad_gradients:
             found = describe(losses, self.collectives)
             where = diagnose(self.engine.module, lambda: self.step(batch), self.collectives)
+            if self.collectives.rank == 0:
+                self.alarms.sound("not_finite", self.first + step, f"{found}; {where}")
             raise RunFailed(
                 f"stage {self.stage.name}, step {self.first + step}: {found}; {where}. The weights were not updated. A "
                 "restart would repeat it: lower optimizer.peak_rate, set optimizer.clip_norm, or use float32."
             )
+        if self.collectives.rank == 0:
+            self.alarms.see_loss(self.first + step, seen.loss)
         try:
             self.spikes.judge(step, seen.loss)
         except SpikeFound:
@@ -384,19 +390,19 @@ class StageRun:
 
     def _record(self, step: int, losses: dict[str, Tensor], rate: float, meter: Meter) -> None:
         """Read the losses, their sums over the ranks, and everything else that is worth a point."""
-        names = sorted(losses)
-        summed = self.collectives.sum(torch.stack([losses[name].float() for name in names])).tolist()
-        values = dict(zip(names, summed, strict=True))
-        reached = self.first + step + 1
         speed = meter.read(step + 1)
+        reached = self.first + step + 1
+        values, reading = self._summed(step, losses, speed)
         points = {("train/loss" if name == "loss" else f"train/loss_{name}"): value for name, value in values.items()}
         points |= {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
+        points |= sign_metrics(reading.signs) | rank_metrics(reading)
         points |= {"perf/samples_per_s": speed.samples_per_second, "perf/data_wait_share": speed.wait_share}
         points |= {"samples_seen": float((step + 1) * self.stage.batch)}
         points |= self._data_counts() | metrics(self.session.account.seconds())
         self._points = points
         self.tracker.metrics(reached, points)
         if self.collectives.rank == 0:
+            self.alarms.read(reading)
             left = (self.stage.steps - step - 1) / max(speed.steps_per_second, 1e-9)
             self.report(
                 Progress(
@@ -410,3 +416,17 @@ class StageRun:
                     seconds_left=left,
                 )
             )
+
+    def _summed(self, step: int, losses: dict[str, Tensor], speed: Speed) -> tuple[dict[str, float], Reading]:
+        """The global batch's losses by name, and what the alarms are judged by, from one sum over the ranks."""
+        names, signs = sorted(losses), sorted(self.step.signs)
+        parts = [losses[name].float() for name in names] + [self.step.signs[name].float() for name in signs]
+        by_rank = torch.zeros(2, self.collectives.world_size, device=self.collectives.device)
+        by_rank[:, self.collectives.rank] = torch.tensor([speed.wait_share, self.step.pace.read()])
+        summed = self.collectives.sum(torch.cat([torch.stack(parts), by_rank.flatten()])).tolist()
+        told = dict(zip(signs, summed[len(names) :], strict=False))
+        of_ranks, world_size = summed[len(parts) :], self.collectives.world_size
+        waits, forwards = of_ranks[:world_size], of_ranks[world_size:]
+        warm = step >= self.stage.optimizer.warmup_steps
+        reading = Reading(self.first + step + 1, warm, told, waits, forwards)
+        return dict(zip(names, summed, strict=False)), reading

@@ -60,10 +60,10 @@ def _remedies(config: RunConfig, rows: int) -> list[str]:
         found.append("engine.activation_checkpointing=true (activations are computed twice, and not kept)")
     if engine.zero_stage < 3:
         found.append(f"engine.zero_stage={engine.zero_stage + 1} (ranks share more of the state)")
-    if not engine.offload_optimizer:
+    if not engine.offload_optimizer and engine.zero_stage:  # without ZeRO nothing is offloaded
         found.append("engine.offload_optimizer=true (moments in the host's memory)")
     if engine.precision == "float32":
-        found.append("engine.precision=bfloat16")
+        found.append("engine.precision=bfloat16 (in a new run: it stays as it is within one)")
     return [*found, "more ranks (cluster.workers)"]
 
 

@@ -30,6 +30,7 @@ from pipeline.training.contrast import Contrast, contrast_of, tower_passes
 from pipeline.training.drop_path import drop_path_keeps
 from pipeline.training.engine import StepEngine
 from pipeline.training.exchange import exchanged
+from pipeline.training.pace import Pace
 from pipeline.training.terms import terms_of
 from pipeline.training.terms.term import Candidates, ImageTokenizer, Setting, Term
 
@@ -67,6 +68,8 @@ class TrainingStep:
         }
         self.terms = terms_of(Setting(stage, use, self.seed, patch_size, image_tokenizer, self._keeps))
         self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
+        self.signs: dict[str, Tensor] = {}  # of the last batch: this rank's part of what the terms tell beside losses
+        self.pace = Pace(collectives.device)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Forward and backward over this rank's rows of one global batch.
@@ -77,14 +80,16 @@ class TrainingStep:
         # What a model drops out (ImageBERT) follows from the step, so that a resumed run drops the same (C4).
         torch.manual_seed(hash64(self.seed, batch.step, "dropout", self.collectives.rank))
         batch = batch.to(self.collectives.device)
-        counts = self._counts(batch)
+        counts, self.signs = self._counts(batch), {}
         if self.accumulation == 1:
             return self._whole(batch, counts)
         return self._accumulated(batch, counts)
 
     def _whole(self, batch: Batch, counts: dict[Objective, Tensor]) -> dict[str, Tensor]:
         given = {} if self._draws_by_contrast else self._exchange(batch, None)
-        outputs = self.engine(self._passes(batch) | self._exchanged_passes(given))
+        passes = self._passes(batch) | self._exchanged_passes(given)
+        with self.pace.forward():
+            outputs = self.engine(passes)
         contrast = self._contrast(outputs, batch)
         if self._draws_by_contrast:
             outputs |= self.engine(self._exchanged_passes(self._exchange(batch, contrast)))
@@ -103,7 +108,9 @@ class TrainingStep:
         total: dict[str, Tensor] = {}
         for k, piece in enumerate(pieces):
             rows = batch.rows(piece)
-            outputs = self.engine(self._passes(rows) | self._exchanged_passes(_within(given, rows.place)))
+            passes = self._passes(rows) | self._exchanged_passes(_within(given, rows.place))
+            with self.pace.forward():
+                outputs = self.engine(passes)
             losses = self._losses(outputs, rows, counts, contrast, piece)
             scale = self.collectives.world_size * self.accumulation  # DeepSpeed divides by both
             self.engine.backward(losses.differentiated * scale, last=k == len(pieces) - 1)
@@ -153,6 +160,7 @@ class TrainingStep:
         if "contrastive" not in self.objectives:
             return None
         found = contrast_of(outputs, batch, self.stage.batch, self.weights["contrastive"], self.collectives)
+        self._tell({"itc_scale": found.scale / self.collectives.world_size})
         return release.cut(found, self.collectives.world_size) if self.faithful else found
 
     def _exchange(self, batch: Batch, contrast: Contrast | None) -> Exchanged:
@@ -187,10 +195,16 @@ class TrainingStep:
         piece: slice,
     ) -> Losses:
         losses = {o: term.loss(outputs, self._read(batch, o)) / counts[o] for o, term in self.terms.items()}
+        for objective, term in self.terms.items():
+            self._tell(term.signs(outputs, self._read(batch, objective)))
         weighted = [self.weights[objective] * loss for objective, loss in losses.items()]
         if contrast is not None:
             weighted.append(contrast.injected(outputs, piece, self.collectives.world_size * self.accumulation))
         return Losses(torch.stack(weighted).sum(), losses)
+
+    def _tell(self, signs: dict[str, Tensor]) -> None:
+        for name, value in signs.items():
+            self.signs[name] = self.signs[name] + value if name in self.signs else value
 
     def _report(self, losses: Losses, contrast: Contrast | None) -> dict[str, Tensor]:
         """Losses whose sum over ranks and micro-batches is the global batch's."""

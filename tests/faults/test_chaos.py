@@ -35,6 +35,7 @@ STEPS = max(12, 4 * FAULTS)  # of each stage
 REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
 AWAY = 5.0
+STORE_AWAY = 15.0  # the log passes over five seconds of trouble
 HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
 
 
@@ -106,51 +107,65 @@ def preempted(site: Site) -> Callable[[], bool]:
 
 
 def driver_killed(site: Site) -> Callable[[], bool]:
+    """Submitted anew, the run goes on: in a session of its own."""
+    sessions = site.run.sessions()
     site.run.kill()
     site.run.start()
-    return site.run.running
+    return lambda: site.run.sessions() > sessions
 
 
 def loader_killed(site: Site) -> Callable[[], bool]:
-    loaders = [each for rank in site.ranks() for each in rank.children(recursive=True) if "spawn_main" in _title(each)]
-    victim = site.draw.choice(loaders)
-    victim.send_signal(signal.SIGKILL)
-    return lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
+    def loaders() -> list[psutil.Process]:
+        children = (each for rank in site.ranks() for each in rank.children(recursive=True))
+        return [each for each in children if "spawn_main" in _title(each)]
+
+    before = site.told("a loader process died")
+    site.wait_for(lambda: bool(loaders()), "a loader")  # between two stages there is none
+    site.draw.choice(loaders()).send_signal(signal.SIGKILL)
+    return lambda: site.told("a loader process died") > before
 
 
 def store_away(site: Site) -> Callable[[], bool]:
-    asked = len(site.proxy.served)
-    site.proxy.away(AWAY)
-    return lambda: len(site.proxy.served) > asked
+    before = site.told("trying on, for")
+    site.proxy.away(STORE_AWAY)
+    return lambda: site.told("trying on, for") > before
 
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:
-    """One byte of the newest, and then a rank is lost, so that it is read."""
+    """One byte of the newest, while the ranks are gone because one was lost: the restart is the next to read it."""
     before = site.told("checkpoint passed over")
-    if len(site.run.checkpoints()) > 1:
-        url = site.run.checkpoints()[-1]
-        name = next(name for name in site.run.storage.list(url) if name.endswith(".safetensors"))
-        data = bytearray(site.run.storage.read(join(url, name)))
-        data[site.draw.randrange(len(data))] ^= 1
-        site.run.storage.write(join(url, name), bytes(data))
-        site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
-        return lambda: site.told("checkpoint passed over") > before
-    return rank_killed(site)
+    site.wait_for(lambda: len(site.run.checkpoints()) > 1 and bool(site.ranks()), "two checkpoints")
+    ranks = site.ranks()
+    site.draw.choice(ranks).send_signal(signal.SIGKILL)
+    site.wait_for(lambda: not any(_runs(rank) for rank in ranks), "the ranks to end")
+    url = site.run.checkpoints()[-1]
+    name = next(name for name in site.run.storage.list(url) if name.endswith(".safetensors"))
+    data = bytearray(site.run.storage.read(join(url, name)))
+    data[site.draw.randrange(len(data))] ^= 1
+    site.run.storage.write(join(url, name), bytes(data))
+    return lambda: site.told("checkpoint passed over") > before
 
 
 def mlflow_killed(site: Site) -> Callable[[], bool]:
+    missed, back = site.told("takes no records"), site.told("is back after")
     site.server.kill()
     time.sleep(AWAY)
+    site.wait_for(lambda: site.told("takes no records") > missed, "the server to be missed")
     site.server.start()
-    return lambda: site.server.process is not None
+    return lambda: site.told("is back after") > back
 
 
 def disk_full(site: Site) -> Callable[[], bool]:
+    """The shards' copies are gone and there is no room for others; and then a rank is lost, so that they are missed."""
+    before = site.told("such shards are read over the network")
+    for copy in site.cache.rglob("*.tar"):
+        copy.unlink(missing_ok=True)
     filling = site.cache / "filling"
     with suppress(OSError), filling.open("wb") as file:
         while True:
-            file.write(bytes(2**16))
-    time.sleep(AWAY)
+            file.write(bytes(2**12))
+    site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
+    site.wait_for(lambda: site.told("such shards are read over the network") > before, "the full disk to be noticed")
     filling.unlink()
     return lambda: True
 
@@ -159,6 +174,12 @@ KINDS = [
     node_lost, store_away, checkpoint_damaged, rank_killed, preempted,
     driver_killed, mlflow_killed, loader_killed, rank_stopped, disk_full,
 ]  # fmt: skip
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _title(process: psutil.Process) -> str:
@@ -216,6 +237,7 @@ def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tm
             keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
             keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
             keys += [f"cluster.max_failures={2 * FAULTS}", f"tracking.uri={server.uri}", "tracking.required=false"]
+            keys += ["tracking.flush_seconds=1"]
             keys += [f"storage={{endpoint_url: '{proxy.endpoint}', deadline_seconds: 120}}", "data.loader.workers=1"]
             keys += [f"data.cache={{folder: '{cache}', max_bytes: 4000000}}"] if cache else []
             run = Campaign(
@@ -235,6 +257,7 @@ def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tm
                     times[name].append(time.monotonic() - at)
                     print(f"{name} at step {reached}: a step again after {times[name][-1]:.0f} s", flush=True)
                     site.wait_for(noticed, f"{name} to be noticed")
+                    assert noticed(), f"{name} at step {reached}: the run ended, and nothing tells that it was noticed"
             run.finish()
             report(times, time.monotonic() - began)
             assert_same_losses(run.losses(), whole.losses())

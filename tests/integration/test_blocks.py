@@ -115,3 +115,19 @@ def test_recomputed_blocks_give_the_same_gradient_on_two_ranks_at_zero_1_and_3_a
         for number in range(2):
             worst = max(relative_errors(expected[number], got[number]).values())
             assert worst <= (1 if number == 0 else 100) * TOLERANCE, (layout, number, worst)  # weights differ by then
+
+
+def _compiled() -> tuple[Gradients, Gradients, dict[str, int], dict[str, int]]:
+    """A ViT's gradient without and with compiled blocks; what torch compiled, and where it broke off."""
+    from torch._dynamo.utils import counters
+
+    expected, _ = _plain("vit")
+    got, _ = _plain("vit", compile=True)
+    return expected, got, dict(counters["stats"]), dict(counters["graph_break"])
+
+
+def test_compiled_blocks_give_the_same_gradient_from_whole_graphs() -> None:
+    expected, got, compiled, broken = run_ranks(_compiled, 1)[0]
+    assert compiled["unique_graphs"] > 0
+    assert broken == {}
+    assert max(relative_errors(expected, got).values()) <= TOLERANCE

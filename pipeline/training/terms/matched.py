@@ -47,9 +47,16 @@ class HardMatching(Term):
         return self.fused(rows, name, "itm")
 
     def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        return matching_loss(*self._judged(outputs))
+
+    def signs(self, outputs: Outputs, rows: Batch) -> dict[str, Tensor]:
+        return matching_signs(*self._judged(outputs))
+
+    def _judged(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Logits (3n, 2), and which of them are of true pairs (3n,)."""
         logits = [outputs[name]["itm"] for name in ("pair", "wrong_image", "wrong_text")]
         matched = torch.cat([torch.full((len(part),), part is logits[0]) for part in logits])
-        return matching_loss(torch.cat(logits), matched.to(logits[0].device))
+        return torch.cat(logits), matched.to(logits[0].device)
 
 
 class RandomMatching(Term):
@@ -77,8 +84,14 @@ class RandomMatching(Term):
         return self.fused(rows, name, "itm", *aligned)
 
     def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+        return matching_loss(*self._judged(outputs, rows))
+
+    def signs(self, outputs: Outputs, rows: Batch) -> dict[str, Tensor]:
+        return matching_signs(*self._judged(outputs, rows))
+
+    def _judged(self, outputs: Outputs, rows: Batch) -> tuple[Tensor, Tensor]:
         logits = outputs["pair"]["itm"]
-        return matching_loss(logits, matched_rows(rows, self.stage).to(logits.device))
+        return logits, matched_rows(rows, self.stage).to(logits.device)
 
 
 class WordPatch(Term):
@@ -109,6 +122,17 @@ class Ranking(Term):
     def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
         names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.wrong_texts))]
         return ranking_loss(torch.stack([outputs[name]["ranking"] for name in names], dim=1))
+
+
+def matching_signs(logits: Tensor, matched: Tensor) -> dict[str, Tensor]:
+    """Pairs of each class (0-d), and how many of them the head gets right: recalls tell a collapse from learning."""
+    said = logits.detach().argmax(dim=1).bool()
+    return {
+        "itm_matched": matched.sum(),
+        "itm_matched_right": (matched & said).sum(),
+        "itm_wrong": (~matched).sum(),
+        "itm_wrong_right": (~matched & ~said).sum(),
+    }
 
 
 def matched_rows(rows: Batch, stage: StageConfig) -> Tensor:

@@ -74,6 +74,10 @@ class Term:
         """Summed over the rows."""
         raise NotImplementedError
 
+    def signs(self, outputs: Outputs, rows: Batch) -> dict[str, Tensor]:
+        """Beside the loss, what tells whether the objective is learnt: 0-d, summed over the rows, detached."""
+        return {}
+
     def fused(self, rows: Batch, name: str, *heads: Head) -> Pass:
         """Text and picture, or text and regions, read together."""
         return Pass(

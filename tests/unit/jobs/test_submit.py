@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.submit import job_id, next_attempt
+from jobs.submit import interpreter, job_id, next_attempt
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 
@@ -57,3 +57,14 @@ def test_submitting_needs_neither_cuda_nor_what_trains() -> None:
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_job_runs_in_this_python_where_the_head_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def found() -> str:
+        return subprocess.check_output(["bash", "-c", f"echo {interpreter()}"], text=True).strip()
+
+    assert found() == sys.executable
+    monkeypatch.setattr(sys, "executable", "/no such/python")
+    assert found() == "python"

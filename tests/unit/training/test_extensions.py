@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.training.extensions import FOLDER, alone, use_own_folder
+from pipeline.training.extensions import FOLDER, alone, use_own_folder, use_own_ninja
 
 HOLDER = """
 import sys, time
@@ -37,6 +39,15 @@ def test_a_process_killed_while_it_builds_leaves_no_lock_that_another_waits_for(
     assert waiter.wait(timeout=60) == 0
     with alone(tmp_path):
         assert not (tmp_path / "op" / "lock").exists()
+
+
+def test_this_installations_ninja_comes_before_the_machines(monkeypatch: pytest.MonkeyPatch):
+    """DeepSpeed requires ninja, so it was installed with it."""
+    monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))
+    use_own_ninja()
+    use_own_ninja()
+    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin", "/bin"]
+    assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
 
 
 def test_a_folder_that_the_user_named_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

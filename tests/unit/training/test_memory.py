@@ -7,8 +7,10 @@ import errno
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 
-from pipeline.training.memory import is_out_of_memory
+from pipeline.training.collectives import Collectives
+from pipeline.training.memory import is_out_of_memory, out_of_memory
 
 
 def test_torch_and_numpy_say_it_in_their_own_ways() -> None:
@@ -37,3 +39,12 @@ def test_accelerators_and_the_system_too(error: Exception) -> None:
 )
 def test_other_failures_do_not(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(0, False), (1, True), (2, True)])
+def test_only_what_the_engine_takes_is_advised(zero_stage: int, offload: bool) -> None:
+    """Without ZeRO the config refuses to offload."""
+    config = tiny_config(zero_stage=zero_stage)
+    told = str(out_of_memory(MemoryError("no room"), config, config.stages[0], Collectives(), None))
+    assert ("engine.offload_optimizer=true" in told) == offload
+    assert f"engine.zero_stage={zero_stage + 1}" in told

@@ -1,0 +1,75 @@
+"""Alarms of a run on two ranks: each is a tag on its stage's run and a line in the log, and the run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from short_run import STEPS, journal, short_config, without_mlflow
+
+from pipeline.training.alarms import READINGS
+
+OBJECTIVES = {"contrastive": {}, "matching": {}}
+
+
+def _troubled(folder: str) -> list[str]:
+    """A head that calls every pair matched, a contrast at its clamp, a slow rank, a slow store; what was logged."""
+    from pipeline.data.loading.preparation import ThreadPreparer
+    from pipeline.training import loop
+    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+
+    class SlowPreparer(ThreadPreparer):
+        def finish(self, step: int) -> Any:
+            time.sleep(0.1)
+            return super().finish(step)
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    lines: list[str] = []
+    without_mlflow()
+    build, call = loop.build_stage_model, DeepSpeedEngine.__call__
+
+    def spoilt(*arguments: Any) -> Any:
+        model = build(*arguments)
+        with torch.no_grad():
+            model.matching_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
+            for name, parameter in model.named_parameters():
+                if "log_scale" in name:
+                    parameter.fill_(10.0)
+        return model
+
+    def slow(engine: Any, passes: Any) -> Any:
+        if dist.get_rank() == 1:
+            time.sleep(0.2)
+        return call(engine, passes)
+
+    loop.build_stage_model, DeepSpeedEngine.__call__ = spoilt, slow  # type: ignore[assignment, method-assign]
+    logging.getLogger("pipeline.training.alarms").addHandler(Lines())
+    try:
+        stages = {"stages.pairs.objectives": OBJECTIVES, "stages.pairs.batch": 8}
+        config = short_config(folder, data__lanes=8, **stages)
+        loop.train(config, lambda progress: None, preparer=SlowPreparer)
+    finally:
+        loop.build_stage_model, DeepSpeedEngine.__call__ = build, call  # type: ignore[method-assign]
+    return lines
+
+
+def test_a_troubled_run_says_so_in_tags_and_in_its_log_and_goes_on(tmp_path: Path) -> None:
+    first, second = run_ranks(_troubled, 2, str(tmp_path))
+    records = journal(tmp_path)
+    tags = {r["key"]: r["value"] for r in records if r["kind"] == "tag" and r["stage"] == 1}
+    names = ["itm_collapse", "itc_clamp", "loader_starved", "ranks_out_of_step"]
+    assert [name for name in names if f"mome.alarm.{name}" not in tags] == []
+    assert "rank 1 needs" in tags["mome.alarm.ranks_out_of_step"]
+    assert tags["mome.alarm.itm_collapse"].startswith(f"since step {STEPS + 1 + READINGS}: matching is right for 100%")
+    assert sum("stage pairs: ALARM" in line for line in first) == len(names)
+    assert second == [], "one rank speaks for all"
+    assert records[-1]["kind"] == "campaign_end"
+    assert records[-1]["status"] == "FINISHED"
