@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import console
+from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import join
 from pipeline.reports.campaign import gather
@@ -27,7 +28,8 @@ def report(
 ) -> dict[str, Any]:
     """Write the page of the run in folder `run` (path or URL) there, or to `out`. Returns what `--json` prints.
 
-    Raises ConfigError, naming it, for a folder without a run.
+    The page is logged in MLflow unless the run goes on just now on this machine. Raises ConfigError, naming it, for a
+    folder without a run.
     """
     opened = open_run(run)
     campaign = gather(opened, price)
@@ -35,7 +37,7 @@ def report(
     page = render_campaign(campaign, comparison).encode()
     place = str(out) if out is not None else join(opened.folder, CAMPAIGN)
     opened.storage.write(place, page)
-    if track and opened.run:
+    if track and opened.run and not opened.is_live:  # the process that trains alone commits its journal
         _record(opened, page)
     return {
         "report": place,
@@ -44,7 +46,7 @@ def report(
         "goodput": campaign.goodput,
         "restarts": campaign.restarts,
         "bad_samples": campaign.bad_samples,
-        "alarms": [alarm.name for alarm in campaign.alarms],
+        "alarms": [alarm.name for alarm in campaign.alarms if not alarm.is_over],
         "rank_hours": campaign.cost.rank_hours if campaign.cost else None,
         "cost": campaign.cost.total if campaign.cost and campaign.cost.price else None,
     }
@@ -53,17 +55,26 @@ def report(
 @contextmanager
 def reported(config: RunConfig) -> Iterator[None]:
     """Writes the page of the run that the block works on, however it ends. A fault of the page is told and no more."""
+    begun = True
     try:
         yield
+    except ConfigError:  # nothing was started, so there is nothing to tell
+        begun = False
+        raise
     finally:
-        try:
-            page = report(config.folder)["report"]
-            console.print(f"Campaign    {page}", highlight=False, soft_wrap=True)
-        except Exception as error:  # whatever it is, it must not hide how the run ended
-            log.warning("no campaign report: %s: %s", type(error).__name__, error)
+        if begun:
+            _write_after(config)
+
+
+def _write_after(config: RunConfig) -> None:
+    try:
+        page = report(config.folder)["report"]
+        console.print(f"Campaign    {page}", highlight=False, soft_wrap=True)
+    except Exception as error:  # whatever it is, it must not hide how the run ended
+        log.warning("no campaign report: %s: %s", type(error).__name__, error)
 
 
 def _record(opened: RunFolder, page: bytes) -> None:
     tracker = Tracker.open(opened.config, opened.storage)
     tracker.artifact(CAMPAIGN, page)
-    tracker.close(timeout=60)
+    tracker.close()

@@ -132,6 +132,8 @@ def _record_journal(place: Path, planted: Planted) -> None:
     begin(second, 1, resumed_at=str(RESUMED_AT))
     second.steps(1, RESUMED_AT + 3, 2 * STEPS)
     second.append("tag", 1, key="mome.alarm.matching_collapsed", value=ALARM)
+    second.append("tag", 1, key="mome.alarm.starved", value="since step 18: the loader is slow: add workers")
+    second.append("tag", 1, key="mome.alarm.starved", value="over at step 19; since step 18: the loader is slow")
     second.append("stage_end", 1, status="FINISHED")
     second.append("campaign_end", status="FINISHED")
     second.writer.close()

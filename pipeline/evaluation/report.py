@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig
@@ -33,6 +32,7 @@ from pipeline.pages import page as pages
 from pipeline.pages.curves import Curve, curve
 from pipeline.pages.page import render_page
 from pipeline.pages.words import percent
+from pipeline.tracking.tracker import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates
 SHOWN = 4  # retrievals at each end
@@ -104,7 +104,7 @@ def render(shown: Shown, config: RunConfig, curves: Curves, against: Shown | Non
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         against=against,
         beside=beside(shown, against) if against else [],
-        yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
+        yaml=chosen_keys(config),
     )
 
 

@@ -24,6 +24,7 @@ from pipeline.training.accounting import KINDS
 
 ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
 PART = "train/loss_"  # begins the names of a loss's parts
+OVER = "over at step"  # begins what an alarm says once its cause is gone (`pipeline.training.alarms`)
 VERSION = "version."
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
 
@@ -49,6 +50,10 @@ class Alarm:
     step: int | None
     stage: str | None
     told: str
+
+    @property
+    def is_over(self) -> bool:
+        return self.told.startswith(OVER)
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def gather(run: RunFolder, price: float | None = None) -> Campaign:
         stages=[_stage(run, index) for index in range(len(config.stages))],
         records=run.stages,
         events=_events(run),
-        alarms=[_alarm(tag) for tag in _latest(run.tags, ALARM)],
+        alarms=sorted((_alarm(tag) for tag in _latest(run.tags, ALARM)), key=lambda alarm: alarm.is_over),
         time=_time(seconds, cost),
         goodput=seconds["training"] / sum(seconds.values()) if sum(seconds.values()) else None,
         restarts=max(len(run.sessions) - 1, 0),

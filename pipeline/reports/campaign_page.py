@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from pipeline.evaluation import report
 from pipeline.pages.page import render_page
 from pipeline.pages.timeline import Mark, Measure, Stretch, Timeline, timeline
 from pipeline.reports.campaign import Campaign
 from pipeline.reports.comparison import Comparison
 from pipeline.reports.run_folder import EVALUATION, StageRecord
+from pipeline.tracking.tracker import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates
 WIDE, NARROW = 1040, 350  # of a timeline, in pixels: for a desk, for a telephone
@@ -30,7 +29,6 @@ RETRIEVAL = ("i2t_r1", "t2i_r1")
 
 def render_campaign(campaign: Campaign, against: Comparison | None = None) -> str:
     """The page as text. `against`: this run beside others."""
-    config = campaign.config
     return render_page(
         "campaign.html.j2",
         [HERE, report.HERE],
@@ -42,7 +40,7 @@ def render_campaign(campaign: Campaign, against: Comparison | None = None) -> st
         listed=campaign.events[:MOST_LISTED],
         unlisted=max(len(campaign.events) - MOST_LISTED, 0),
         comparison=against,
-        yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True),
+        yaml=chosen_keys(campaign.config),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.load import flatten
 from pipeline.reports.run_folder import RunFolder, StageRecord
+from pipeline.tracking.journal import redact
 
 Result = float | str | None
 PARTS_OF_NAME = ("name",)  # keys that differ in any two runs, and say nothing
@@ -67,7 +68,7 @@ def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
 
     Of a section that only some runs have, such as a stage, what it leaves at the defaults is no difference.
     """
-    flat = {name: flatten(_by_name(run.values)) for name, run in runs.items()}
+    flat = {name: _shown(flatten(_by_name(run.values))) for name, run in runs.items()}
     chosen = {
         path
         for run in runs.values()
@@ -80,6 +81,11 @@ def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
         for path, values in found.items()
         if len({json.dumps(value) for value in values.values()}) > 1 or (len(values) < len(flat) and path in chosen)
     }
+
+
+def _shown(values: dict[str, Any]) -> dict[str, Any]:
+    """No password that an address holds."""
+    return {path: redact(value) if isinstance(value, str) else value for path, value in values.items()}
 
 
 def _by_name(values: Any) -> Any:

@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import CommittedJournal, Journal, Record
+from pipeline.tracking.journal import CommittedJournal, Journal, Record, is_live
 from pipeline.tracking.tracker import journal_folder
 from pipeline.training import accounting
 from pipeline.training.prepare import RUN_FILE
@@ -94,6 +94,7 @@ class RunFolder:
     tags: list[Tag]
     evaluations: list[Point]  # of any checkpoint, in the order they were made
     status: str  # of the last process that trained: FINISHED, FAILED, KILLED; empty while none has ended
+    is_live: bool  # some process of this machine is writing its journal
     time: Values | None  # as `pipeline.training.accounting` keeps it
 
     @property
@@ -139,7 +140,7 @@ def open_run(run: str) -> RunFolder:
         CommittedJournal(storage, f"{folder}/journal").restore(journal)
     read = _Reading(config)
     for session in journal.sessions():
-        read.session([record for _, record in journal.records(session)])
+        read.session([record for _, record in journal.records(session) if record["kind"] != "damaged"])
     return RunFolder(
         folder=folder,
         storage=storage,
@@ -151,6 +152,7 @@ def open_run(run: str) -> RunFolder:
         tags=read.tags,
         evaluations=read.evaluations,
         status=read.status,
+        is_live=any(is_live(journal.path(session)) for session in journal.sessions()),
         time=accounting.read(storage, folder),
     )
 

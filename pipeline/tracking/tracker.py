@@ -479,6 +479,12 @@ def resolved_config(config: RunConfig) -> str:
     return redact(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def chosen_keys(config: RunConfig) -> str:
+    """The keys of the run that differ from the defaults, as YAML."""
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    return redact(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
 def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
     """Flattened (params, tags): MLflow's params are immutable, so what may change on resume is tagged instead."""
     params, tags = {}, {}

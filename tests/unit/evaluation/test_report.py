@@ -13,11 +13,13 @@ import torch
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
+from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import Evaluation, evaluate
-from pipeline.evaluation.report import percent, thumbnail, write_report
+from pipeline.evaluation.report import beside, percent, render, show, thumbnail, write_report
 from pipeline.evaluation.retrieval import rankings
 from pipeline.models.vlmo import VLMo
 
+PAIRS = 24  # of the source
 CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}
 VOID = {"meta", "link", "img", "br", "line", "circle", "polyline"}
 
@@ -137,3 +139,26 @@ def test_percentages_keep_what_small_shares_need() -> None:
         "100.0\u00a0%",
         "–",
     ]
+
+
+def test_words_and_patches_are_shown_with_what_was_never_trained(
+    model: VLMo, found: Evaluation, config: RunConfig, tokenizer: Tokenizer
+) -> None:
+    alignments = aligned(model, tokenizer, found.held_out, config, config.stages[-1])
+    captions = [found.held_out.captions[number][0] for number in range(0, PAIRS, PAIRS // 4)]
+    assert [each.caption for each in alignments.captions] == captions
+    assert [word for word, _, _ in alignments.captions[0].words] == captions[0].split()
+    assert all(0 < share <= 1 for each in alignments.captions for _, _, share in each.words)
+    page = render(show(found, config, tokenizer, alignments), config, {})
+    assert "No stage trained word_patch" in page
+    assert page.count('alt="heat map of') == sum(len(each.words) for each in alignments.captions)
+
+
+def test_another_run_stands_beside_and_other_data_are_told(
+    found: Evaluation, config: RunConfig, tokenizer: Tokenizer
+) -> None:
+    shown = show(found, config, tokenizer)
+    other = replace(shown, name="other", metrics={**shown.metrics, "i2t_r1": 2.0})
+    assert ("i2t_r1", shown.metrics["i2t_r1"], 2.0, shown.metrics["i2t_r1"] - 2.0) in beside(shown, other)
+    assert "cannot be compared" not in render(shown, config, {}, other)
+    assert "cannot be compared" in render(shown, config, {}, replace(other, digest="another"))

@@ -28,16 +28,19 @@ def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) ->
         ("spike", STEPS),
         ("restart", RESUMED_AT),
         ("alarm", 2 * STEPS),
+        ("alarm", 2 * STEPS),
+        ("alarm", 2 * STEPS),
         ("evaluation", 2 * STEPS),
         ("evaluation", 2 * STEPS),
     ]
     assert "failed: rank 1: killed" in campaign.events[2].told
-    assert "pairs/i2t_r1 0.25" in campaign.events[4].told
+    assert "pairs/i2t_r1 0.25" in campaign.events[6].told
 
 
 def test_an_alarm_stands_before_everything_else_with_what_to_do(campaign: Campaign) -> None:
     page = render_campaign(campaign)
-    assert [(alarm.name, alarm.stage) for alarm in campaign.alarms] == [("matching_collapsed", "pairs")]
+    told = [(alarm.name, alarm.stage, alarm.is_over) for alarm in campaign.alarms]
+    assert told == [("matching_collapsed", "pairs", False), ("starved", "pairs", True)]
     assert page.index(ALARM) < page.index("<h2>")
     assert SPIKE in page
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from chromium import Browser, browser, installed
 from fullest import fullest
+from planted import Planted
+from recorded_run import record_run
 
 from pipeline.data.storage import Storage
 from pipeline.evaluation.report import render
 from pipeline.evaluation.shown import keep, kept
-from pipeline.reports.campaign import Campaign
+from pipeline.reports.campaign import Campaign, gather
 from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
 from pipeline.reports.comparison_page import render_comparison
@@ -65,6 +67,19 @@ def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(
     assert found.faults == []
     assert found.requests == []
     assert found.width == width  # nothing sticks out of the page
+
+
+def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
+    for name, password in (("one", "secret-one"), ("two", "secret-two")):
+        record_run(tmp_path, planted, name, f"tracking.uri=http://user:{password}@server:5000")
+    one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
+    for page in (
+        render_campaign(gather(one)),
+        render_comparison(compare([one, two])),
+        render(fullest(), one.config, {}),
+    ):
+        assert "secret" not in page
+    assert "server:5000" in render_campaign(gather(one))
 
 
 def test_what_was_shown_is_read_back_as_it_was(tmp_path: Path) -> None:
