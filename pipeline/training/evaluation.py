@@ -18,6 +18,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate, is_measured_by
 from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.zero_shot import class_names
 from pipeline.training.collectives import Collectives
 
 
@@ -38,6 +39,15 @@ class StageEvaluation:
         self._choices = choices
         self._is_last = index + 1 == len(config.stages)
         self._held_out: HeldOut | None = None  # kept from one evaluation to the next
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """That classes told by their names have some is known before the stage trains. Raises ConfigError."""
+        config, source = self._config, self._config.evaluation.source
+        if config.evaluation.every is None or source is None or "contrastive" not in self._stage.objectives:
+            return
+        if config.sources[source].use == "labelled":
+            class_names(config, source, self._storage)
 
     def is_due(self, step: int) -> bool:
         """After this step of the stage: every so many, and at its end, but not at the run's: that is `evaluate_run`."""
@@ -52,12 +62,13 @@ class StageEvaluation:
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """`eval/<source>/…` of the first `evaluation.limit_during` samples, the same on every rank."""
+        section = self._config.evaluation
         found = evaluate(
             model,
             self._tokenizer,
             self._config,
             self._storage,
-            limit=self._config.evaluation.limit_during,
+            limit=min(section.limit_during, section.limit or section.limit_during),
             stage=self._stage.name,
             rerank_best=0,
             choices=self._choices,
