@@ -41,6 +41,9 @@ from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.describe import environment_tags, note_of_run, note_of_stage, recipe_hash
 from pipeline.tracking.journal import (
+    CHECKPOINT,
+    EVALUATION,
+    HAND_OVER,
     CommittedJournal,
     HighWater,
     Journal,
@@ -55,8 +58,6 @@ from pipeline.tracking.journal import (
 logger = logging.getLogger("mome.tracking")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights that are kept
-EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
 OF_WEIGHTS = ("train/", EVALUATION)  # begin the keys that say how good weights are
 P = ParamSpec("P")
 ANSWER_SECONDS = 5.0
@@ -250,9 +251,8 @@ class Tracker:
         """What follows belongs to stage `index`, until `end_stage`. A stage begun before is continued."""
         values = stage.model_dump(mode="json")
         params, changing = split_changeable(values, f"stages.{index}")
-        tags = (
-            {"stage": stage.name, "stage_index": str(index)} | {k: redact(str(v)) for k, v in tags.items()} | changing
-        )
+        which = {"stage": stage.name, "stage_index": str(index)}
+        tags = which | {key: redact(str(value)) for key, value in tags.items()} | changing
         if "resumed_at" in tags:  # a run that was started from may have gone on since
             tags["start_from"] = self._history.origins.get(index, tags.get("start_from", "random"))
         tags["mlflow.note.content"] = note_of_stage(stage, tags.get("start_from", "random"))
