@@ -47,9 +47,9 @@ def checkpoint(config: RunConfig, step: int) -> Kept:
 
 def crash(tracker: Tracker) -> None:
     """End the tracker, and the process that ships for it, without any last words."""
-    process = tracker._shipper._process
     tracker._shipper._stop.set()
     tracker._shipper._minder.join()
+    process = tracker._shipper._process  # which the minder may have started just now
     if process is not None:
         process.kill()
         process.wait()
