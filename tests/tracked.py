@@ -1,11 +1,16 @@
-"""A run of two stages as the tests of tracking record it, without training anything."""
+"""A run of two stages as tests of tracking record it, without training anything; and what MLflow has of a real one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from campaign import STAGES, Campaign
+from mlflow import MlflowClient
+
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from pipeline.data.shards.manifest import load_manifest
+from pipeline.data.storage import Storage
 from pipeline.tracking.tracker import DatasetInput, Kept, Tracker
 
 PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
@@ -42,10 +47,34 @@ def checkpoint(config: RunConfig, step: int) -> Kept:
 
 def crash(tracker: Tracker) -> None:
     """End the tracker, and the process that ships for it, without any last words."""
-    process = tracker._shipper._process
     tracker._shipper._stop.set()
     tracker._shipper._minder.join()
+    process = tracker._shipper._process  # which the minder may have started just now
     if process is not None:
         process.kill()
         process.wait()
     tracker._writer.close()
+
+
+def assert_tracked_once(run: Campaign, folder: Path, attempts: int) -> None:
+    """A parent and a child a stage, found by their data's digest, with each journaled step once; and what they keep."""
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "vlmo")
+    digest = load_manifest(Storage(), f"{folder}/scenes").digest[:36]
+    found = client.search_runs([experiment], filter_string=f"dataset.digest = '{digest}'")
+    (parent,) = (each for each in found if each.data.tags["mome.role"] == "campaign" and each.info.run_name == run.name)
+    children = [each for each in found if each.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(each.info.run_name for each in children) == sorted(STAGES)
+    assert {each.info.status for each in (parent, *children)} == {"FINISHED"}
+    assert parent.data.tags["attempt"] == str(attempts)
+    for child in children:
+        points = client.get_metric_history(child.info.run_id, "train/loss")
+        expected = {
+            s: loss for (index, s), loss in run.losses().items() if str(index) == child.data.tags["stage_index"]
+        }
+        assert len(points) == len(expected)
+        assert {point.step: point.value for point in points} == expected
+    kept = client.search_logged_models([experiment], f"tags.`mome.run` = '{parent.data.tags['mome.run']}'")
+    handed_over = [model for model in kept if model.tags["mome.role"] == "hand_over"]
+    assert sorted(model.params["stage"] for model in handed_over) == sorted(STAGES)
+    assert {m.tags["mome.url"] for m in kept if m not in handed_over} == set(run.checkpoints())

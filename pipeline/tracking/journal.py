@@ -7,8 +7,7 @@ nodes never append to two copies of one file.
 
 A record is one line: {"kind": …, "at": milliseconds, "stage": index or null, …}. Kinds: campaign (first record
 of every session), stage, metrics, tag, artifact, model and model_gone (weights that are kept, and are no longer),
-stage_end, campaign_end. Numbers keep every bit; those that
-JSON does not know are strings ("nan", "inf", "-inf").
+stage_end, campaign_end. Numbers keep every bit; those that JSON does not know are strings ("nan", "inf", "-inf").
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from typing import Any, Protocol
 logger = logging.getLogger("mome.tracking")
 
 Record = dict[str, Any]
+CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights in model records; hand-overs are never removed
+EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
 SEGMENT = re.compile(r"^(?P<session>\d{6}-[0-9a-f]+)\.(?P<start>\d{12})-(?P<end>\d{12})\.jsonl$")
 
 

@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pipeline.tracking.journal import Journal, Record
+from pipeline.tracking.journal import HAND_OVER, Journal, Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-HAND_OVER = "hand_over"  # the role of weights that are never removed
 IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's own name for a model whose files it does not hold
 _NOT_IN_NAMES = re.compile(r"[/:.%\"']")
 _A_PAGE = 100

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pipeline.tracking.journal import Journal, Record, complete_length, redact
+from pipeline.tracking.journal import EVALUATION, Journal, Record, complete_length, redact
 from pipeline.tracking.mlflow_models import LoggedModels
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ logger = logging.getLogger("mome.tracking")
 POINTS_A_BATCH, PAIRS_A_BATCH = 1000, 100  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two attempts while the server is away
-EVALUATION = "eval/"  # begins the keys of what was measured of kept weights
 ORPHAN_SECONDS = 30.0  # to ship what a dead trainer left
 CLIENT_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry; a request repeated inside the client could create a run twice

@@ -41,6 +41,9 @@ from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.describe import environment_tags, note_of_run, note_of_stage, recipe_hash
 from pipeline.tracking.journal import (
+    CHECKPOINT,
+    EVALUATION,
+    HAND_OVER,
     CommittedJournal,
     HighWater,
     Journal,
@@ -55,8 +58,7 @@ from pipeline.tracking.journal import (
 logger = logging.getLogger("mome.tracking")
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights that are kept
-EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
+OF_WEIGHTS = ("train/", EVALUATION)  # begin the keys that say how good weights are
 P = ParamSpec("P")
 ANSWER_SECONDS = 5.0
 _NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
@@ -167,13 +169,14 @@ class RecentPoints:
             self._recent.popitem(last=False)
 
     def at(self, step: int, stage: int) -> list[dict[str, Any]]:
-        """Each point of a stage or the campaign at a global step, once: its stage, key, value and time."""
+        """What is known of the weights of a global step: each point's stage (or None), key, value and time."""
         records = self._recent.get(step) or self._evaluations.get(step) or []
         return [
             {"stage": record["stage"], "key": key, "value": value, "at": record["at"]}
             for record in records
             if record["stage"] in (stage, None)
             for key, value in record["values"].items()
+            if key.startswith(OF_WEIGHTS)
         ]
 
 
@@ -184,6 +187,7 @@ class History:
         self.seen = HighWater()
         self.points = RecentPoints()
         self.checkpoints: dict[str, int] = {}  # those that are kept: URL -> the index of their stage
+        self.origins: dict[int, str] = {}  # what each stage started from when it last began anew
         self.stage_starts: dict[int, int] = {}
         self.training_sessions = 0  # those that began a stage; an evaluation begins none
         for session in journal.sessions():
@@ -201,6 +205,7 @@ class History:
                 self.checkpoints.pop(record["url"], None)
             elif record["kind"] == "stage":
                 begun += 1
+                self.origins[record["stage"]] = record["tags"].get("start_from", "random")
                 self.stage_starts[record["stage"]] = self.stage_starts.get(record["stage"], 0) + 1
         return begun
 
@@ -246,9 +251,10 @@ class Tracker:
         """What follows belongs to stage `index`, until `end_stage`. A stage begun before is continued."""
         values = stage.model_dump(mode="json")
         params, changing = split_changeable(values, f"stages.{index}")
-        tags = (
-            {"stage": stage.name, "stage_index": str(index)} | {k: redact(str(v)) for k, v in tags.items()} | changing
-        )
+        which = {"stage": stage.name, "stage_index": str(index)}
+        tags = which | {key: redact(str(value)) for key, value in tags.items()} | changing
+        if "resumed_at" in tags:  # a run that was started from may have gone on since
+            tags["start_from"] = self._history.origins.get(index, tags.get("start_from", "random"))
         tags["mlflow.note.content"] = note_of_stage(stage, tags.get("start_from", "random"))
         tags["attempt"] = str(self._history.training_sessions + 1)
         if starts := self._history.stage_starts.get(index, 0):

@@ -296,7 +296,7 @@ def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_i
     runs = {name: client.get_run(run_id) for name, (run_id, _) in runs_of(database, config).items()}
     (run,) = {each.data.tags["mome.run"] for each in runs.values()}
     found = client.search_logged_models(
-        [runs["run"].info.experiment_id],
+        [runs[config.name].info.experiment_id],
         filter_string=f"tags.`mome.run` = '{run}'",
         order_by=[{"field_name": "metrics.eval/unseen/r1", "ascending": False}],
     )
@@ -317,4 +317,4 @@ def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_i
     assert [each.model_id for each in runs["second"].inputs.model_inputs] == [handed_over]
     assert runs["second"].data.tags["start_from.run_id"] == vision
     assert points_of(database, vision, "train/loss") == [(step, 1 / (step + 1)) for step in range(1, 101)]
-    assert runs["run"].data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")
+    assert runs[config.name].data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")

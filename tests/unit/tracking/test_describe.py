@@ -1,0 +1,73 @@
+"""What is told of a run: its recipe's hash, its summary, and who started it with which code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.tracking.describe import environment_tags, note_of_run, note_of_stage, recipe_hash, told_environment
+
+
+def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None = None, **values: Any) -> RunConfig:
+    stages = [
+        {"name": "vision", "sources": {"photos": 3.0, "drawings": 1.0}, "objectives": {"masked_image": {}}},
+        {"name": "second", "sources": {"photos": 1.0}, "objectives": {"masked_image": {}}},
+    ]
+    base = {
+        "name": "run",
+        "sources": {"photos": {"shards": "photos", **(source or {})}, "drawings": {"shards": "drawings"}},
+        "stages": [{"steps": 1000, "batch": 16, **each, **(stage or {})} for each in stages],
+    }
+    return validate(base | values, "test")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"name": "other", "output": "s3://bucket/runs", "seed": 7},
+        {"cluster": {"workers": 8}, "engine": {"zero_stage": 2, "micro_batch": 4}, "tracking": {"experiment": "mine"}},
+        {"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"workers": 4}}},
+    ],
+    ids=["names and seeds", "machines", "places"],
+)
+def test_one_recipe_has_one_hash_wherever_it_runs(same: dict[str, Any]) -> None:
+    assert recipe_hash(config_of(**same)) == recipe_hash(config_of())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"stage": {"steps": 2000}},
+        {"stage": {"objectives": {"masked_image": {"weight": 2.0}}}},
+        {"source": {"filters": {"width": {"min": 64}}}},
+        {"model": {"width": 192, "heads": 3}},
+        {"engine": {"precision": "float32"}},
+    ],
+    ids=["steps", "weights of objectives", "what is read", "the model", "precision"],
+)
+def test_another_recipe_has_another_hash(other: dict[str, Any]) -> None:
+    assert recipe_hash(config_of(**other)) != recipe_hash(config_of())
+
+
+def test_a_run_is_summed_up_by_its_stages() -> None:
+    config = config_of()
+    assert "| vision | masked_image | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note_of_run(config)
+    assert "2,000 steps in runs/run" in note_of_run(config)
+    assert "Started from random weights." in note_of_stage(config.stages[0], "random")
+
+
+def test_ranks_of_a_submitted_job_know_its_id_and_the_commit_that_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = told_environment("run-1a2b-2")
+    here = environment_tags()
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MOME_IMAGE_DIGEST", "sha256:ab12")
+    tags = environment_tags()
+    assert (tags["ray.submission_id"], tags["image_digest"]) == ("run-1a2b-2", "sha256:ab12")
+    if (Path(__file__).parents[3] / ".git").exists():
+        assert told["MOME_GIT_COMMIT"] == here["mlflow.source.git.commit"]
+        assert told["MOME_GIT_DIRTY"] == here["mome.git.dirty"]
