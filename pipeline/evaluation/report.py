@@ -45,21 +45,6 @@ OTHER = "another picture"
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def write_report(
-    found: Evaluation,
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    page: Path,
-    curves: Curves | None = None,
-    alignments: Alignments = Alignments(),
-    against: Shown | None = None,
-) -> Shown:
-    """Writes the page and returns what it shows. `curves` holds each stage's (step, loss)."""
-    shown = show(found, config, tokenizer, alignments)
-    page.write_text(render(shown, config, curves or {}, against), encoding="utf-8")
-    return shown
-
-
 def show(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, alignments: Alignments = Alignments()) -> Shown:
     """What is worth showing of an evaluation, chosen and drawn small."""
     held_out, prefix = found.held_out, f"eval/{found.source}/"

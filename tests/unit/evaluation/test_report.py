@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import Evaluation, evaluate
-from pipeline.evaluation.report import beside, percent, render, show, thumbnail, write_report
+from pipeline.evaluation.report import beside, percent, render, show, thumbnail
 from pipeline.evaluation.retrieval import rankings
 from pipeline.models.vlmo import VLMo
 
@@ -60,8 +61,14 @@ def found(model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 @pytest.fixture(scope="module")
 def page(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
     path: Path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(found.located("s3://bucket/run", str(path)), config, tokenizer, path, CURVES)
+    _write(found.located("s3://bucket/run", str(path)), config, tokenizer, path, CURVES)
     return path.read_text()
+
+
+def _write(
+    found: Evaluation, config: RunConfig, tokenizer: Tokenizer, page: Path, curves: dict[str, Any] | None = None
+) -> None:
+    page.write_text(render(show(found, config, tokenizer), config, curves or {}), encoding="utf-8")
 
 
 def test_the_page_needs_nothing_from_outside(page: str) -> None:
@@ -88,9 +95,7 @@ def test_the_page_says_the_figures_with_chance_beside(page: str, found: Evaluati
 def test_captions_cannot_write_html(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     attack = "<script>alert('caption')</script>"
     captions = tuple(tuple(attack for _ in each) for each in found.held_out.captions)
-    write_report(
-        replace(found, held_out=replace(found.held_out, captions=captions)), config, tokenizer, tmp_path / "r.html"
-    )
+    _write(replace(found, held_out=replace(found.held_out, captions=captions)), config, tokenizer, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -102,7 +107,7 @@ def test_a_perfect_model_shows_only_right_answers_first(
     held_out = found.held_out
     perfect = (torch.arange(len(held_out))[:, None] == held_out.caption_of[None]).float()
     both = rankings(perfect.__getitem__, perfect.T.__getitem__, held_out.caption_of, held_out.image_id)
-    write_report(replace(found, rankings=both), config, tokenizer, tmp_path / "r.html")
+    _write(replace(found, rankings=both), config, tokenizer, tmp_path / "r.html")
     text = Page((tmp_path / "r.html").read_text()).text
     assert text.count("found first") == 16
     assert "at place" not in text
@@ -114,14 +119,14 @@ def test_stages_without_retrieval_have_a_page_too(
 ) -> None:
     for limit in (1, 6):
         part = evaluate(model, tokenizer, config, storage, stage=stage, limit=limit)
-        write_report(part, config, tokenizer, tmp_path / "r.html", CURVES)
+        _write(part, config, tokenizer, tmp_path / "r.html", CURVES)
         assert "R@1" not in Page((tmp_path / "r.html").read_text()).text
 
 
 def test_a_single_pair_has_a_page(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    write_report(evaluate(model, tokenizer, config, storage, limit=1), config, tokenizer, tmp_path / "r.html")
+    _write(evaluate(model, tokenizer, config, storage, limit=1), config, tokenizer, tmp_path / "r.html")
     assert "1 held-out pictures" in Page((tmp_path / "r.html").read_text()).text
 
 
