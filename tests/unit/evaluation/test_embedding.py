@@ -117,6 +117,20 @@ def test_ranks_share_the_shards(embedder: Embedder, shards: str, tmp_path: Path)
     assert alone.pictures == 24
 
 
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+def test_buckets_are_read_and_written_as_folders_are(embedder: Embedder, shards: str, tmp_path: Path, s3: Any) -> None:
+    storage = Storage(s3.config)
+    for file in Path(shards).iterdir():
+        storage.upload(file, s3.url("shards", file.name))
+    embed_source(embedder, Storage(), shards, str(tmp_path / "here"))
+    found = embed_source(embedder, storage, s3.url("shards"), s3.url("out"))
+    assert (found.found_done, found.pictures) == (0, 24)
+    assert embed_source(embedder, storage, s3.url("shards"), s3.url("out")).found_done == 4
+    for name, table in tables(tmp_path / "here").items():
+        storage.download(s3.url("out", name), str(tmp_path / name))
+        assert parquet.read_table(tmp_path / name) == table
+
+
 def test_weights_without_a_contrast_are_refused(model: VLMo, config: RunConfig, tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="stage vision trained no contrast"):
         Embedder(model, tokenizer, config, config.stages[0], "weights-a")
