@@ -23,7 +23,6 @@ from pathlib import Path
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.paths import local_path
-from pipeline.data.storage.faults import NoSpace
 
 PIECE = 8 * 2**20  # bytes of one request at least, where the shard has them
 FOLDER = "mome-cache-1"
@@ -34,7 +33,7 @@ Fetch = Callable[[Sequence[tuple[int, int]]], Iterable[bytes]]
 
 
 class CacheFull(StorageError):
-    """There is no room for a shard: what the cache holds is in use."""
+    """There is no room for a shard: what the cache holds is in use, or something else fills the disk."""
 
 
 class CachedShard:
@@ -118,7 +117,8 @@ class NodeCache:
         except StorageError:
             raise
         except OSError as error:
-            kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+            # A cache is a convenience: a full disk costs its help, and no run.
+            kind = CacheFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
             raise kind(
                 f"data.cache.folder {self.folder.parent} cannot be used: {error.strerror or error}. Free space there "
                 "or lower data.cache.max_bytes, choose another local disk, or unset data.cache.folder"

@@ -215,7 +215,7 @@ except Exception as error:
     script = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$0" -c "$1"'
     told = subprocess.run([*mount, script, sys.executable, code], capture_output=True, text=True, timeout=60)
     assert told.stdout == (
-        f"NoSpace data.cache.folder {tmp_path} cannot be used: No space left on device. Free space there or lower "
+        f"CacheFull data.cache.folder {tmp_path} cannot be used: No space left on device. Free space there or lower "
         "data.cache.max_bytes, choose another local disk, or unset data.cache.folder ['lock']\n"
     )
 
