@@ -5,7 +5,6 @@ And in MLflow one run with a child a stage, each step once.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -38,7 +37,6 @@ def test_a_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     assert_tracked_once(killed, tmp_path, attempts=kills + 1)
 
 
-@pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
 @pytest.mark.timeout(1800)
 def test_a_process_killed_twice_is_one_run_in_mlflow(tmp_path: Path) -> None:
     """Without Ray: who runs the same command again."""
