@@ -212,7 +212,7 @@ class StageRun:
         self.instruments.begin(start)
         for step, batch in self._profiled(self._steps(start)):
             self.guard.begin(step - start, self.first + start)
-            losses = self.step(batch, tell_sources=self._is_metric_step(step))
+            losses = self.step(batch, tell=self._is_metric_step(step))
             self.guard.check(self.first + step)
             noticed = self._look(step, batch, losses)
             rate = learning_rate(step, self.stage.steps, self.stage.optimizer)

@@ -69,24 +69,26 @@ class TrainingStep:
         }
         self.terms = terms_of(Setting(stage, use, self.seed, patch_size, image_tokenizer, self._keeps))
         self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
-        self.signs: dict[str, Tensor] = {}  # of the last batch: this rank's part of what the terms tell beside losses
         self.pace = Pace(collectives.device)
-        # Of the last call that was asked for it, by objective: (S, 2) this rank's sums and counts of each source.
+        # Of the last call that was asked to tell: this rank's part of what terms know beside losses, by name; and by
+        # objective (S, 2) its sums and counts of each source.
+        self.signs: dict[str, Tensor] = {}
         self.by_source: dict[Objective, Tensor] = {}
-        self._tells_sources = False
+        self._tells = False
 
-    def __call__(self, batch: Batch, tell_sources: bool = False) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, tell: bool = False) -> dict[str, Tensor]:
         """Forward and backward over this rank's rows of one global batch.
 
         Returns this rank's part of each objective's loss (0-d, detached): their sum over ranks is the loss of the
-        global batch, unweighted except in `loss`. With `tell_sources`, in a stage of several, also fills `by_source`.
+        global batch, unweighted except in `loss`. With `tell` also fills `signs`, and in a stage of several sources
+        `by_source`.
         """
-        self._tells_sources = tell_sources and len(self.stage.sources) > 1
-        self.by_source = {}
+        self._tells = tell
+        self.signs, self.by_source = {}, {}
         # What a model drops out (ImageBERT) follows from the step, so that a resumed run drops the same (C4).
         torch.manual_seed(hash64(self.seed, batch.step, "dropout", self.collectives.rank))
         batch = batch.to(self.collectives.device)
-        counts, self.signs = self._counts(batch), {}
+        counts = self._counts(batch)
         if self.accumulation == 1:
             return self._whole(batch, counts)
         return self._accumulated(batch, counts)
@@ -165,9 +167,10 @@ class TrainingStep:
     def _contrast(self, outputs: Outputs, batch: Batch) -> Contrast | None:
         if "contrastive" not in self.objectives:
             return None
-        sources = len(self.stage.sources) if self._tells_sources else 0
+        sources = self._num_sources_told
         found = contrast_of(outputs, batch, self.stage.batch, self.weights["contrastive"], self.collectives, sources)
-        self._tell({"itc_scale": found.scale / self.collectives.world_size})
+        if self._tells:
+            self.signs["itc_scale"] = found.scale / self.collectives.world_size
         if found.by_source is not None:  # of the whole batch, on every rank
             self.by_source["contrastive"] = found.by_source / self.collectives.world_size
         return release.cut(found, self.collectives.world_size) if self.faithful else found
@@ -204,18 +207,25 @@ class TrainingStep:
         piece: slice,
     ) -> Losses:
         losses = {o: term.loss(outputs, self._read(batch, o)) / counts[o] for o, term in self.terms.items()}
-        for objective, term in self.terms.items():
-            self._tell(term.signs(outputs, self._read(batch, objective)))
-        if self._tells_sources:
+        if self._tells:
+            self._add_signs(outputs, batch)
+        if self._num_sources_told:
             self._add_by_source(outputs, batch)
         weighted = [self.weights[objective] * loss for objective, loss in losses.items()]
         if contrast is not None:
             weighted.append(contrast.injected(outputs, piece, self.collectives.world_size * self.accumulation))
         return Losses(torch.stack(weighted).sum(), losses)
 
-    def _tell(self, signs: dict[str, Tensor]) -> None:
-        for name, value in signs.items():
-            self.signs[name] = self.signs[name] + value if name in self.signs else value
+    @property
+    def _num_sources_told(self) -> int:
+        """A stage of one source has nothing to tell of each."""
+        sources = len(self.stage.sources)
+        return sources if self._tells and sources > 1 else 0
+
+    def _add_signs(self, outputs: Outputs, batch: Batch) -> None:
+        for objective, term in self.terms.items():
+            for name, value in term.signs(outputs, self._read(batch, objective)).items():
+                self.signs[name] = self.signs[name] + value if name in self.signs else value
 
     def _add_by_source(self, outputs: Outputs, batch: Batch) -> None:
         source, sources = batch.source.cpu(), len(self.stage.sources)

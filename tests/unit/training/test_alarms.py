@@ -100,7 +100,7 @@ def test_signs_count_every_pair_of_each_class_however_the_batch_is_cut(stage: in
     with torch.no_grad():
         model.matching_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
     step = TrainingStep(PlainEngine(model, one.optimizer), config, one, Collectives())
-    step(tiny_batch(config, 0, 0, 1, one.batch))
+    step(tiny_batch(config, 0, 0, 1, one.batch), tell=True)
     read = one.batch // one.objectives["matching"].every
     matched, wrong = (read, 2 * read) if one.negatives == "hard" else (read // 2, read - read // 2)
     signs = {name: float(value) for name, value in step.signs.items()}

@@ -30,7 +30,7 @@ def test_the_sources_shares_are_the_whole(index: int, micro_batch: int | None) -
 
     alone = step(batch)
     assert step.by_source == {}
-    losses = step(batch, tell_sources=True)
+    losses = step(batch, tell=True)
 
     assert step.by_source.keys() == stage.objectives.keys()
     for objective, shares in step.by_source.items():
