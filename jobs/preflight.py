@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.cluster import connect, on_ranks
-from jobs.pretrain import for_ranks
-from jobs.rank import as_error, as_told, preparer_of
-from pipeline.config.errors import MomeError, RunFailed
+from jobs.rank import as_told, preparer_of
+from jobs.shared import answer_of
+from pipeline.config.errors import MomeError
 from pipeline.config.schema import RunConfig
 from pipeline.training.preflight import preflight
 
 
 def preflight_on_ray(config: RunConfig) -> dict[str, Any]:
     """What was checked, with seconds, by its name. Raises MomeError with the first failure, on whichever rank."""
-    config = for_ranks(config)
-    connect(config.cluster)
-    try:
-        answer = on_ranks(check_rank, config, f"{config.name}-preflight")
-    except Exception as error:
-        raise RunFailed(f"preflight: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
-    if "failure" in answer:
-        raise as_error(answer["failure"])
-    checked: dict[str, Any] = answer["checked"]
+    checked: dict[str, Any] = answer_of(check_rank, config, "preflight")["checked"]
     return checked
 
 

@@ -1,4 +1,4 @@
-"""Work that ranks share once, beside any run: on Ray, under torchrun, or in this process alone.
+"""Work that ranks do once, beside any run: on Ray, under torchrun, or in this process alone.
 
 torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
 """
@@ -38,21 +38,31 @@ def device_of(ranks: Ranks) -> torch.device:
 def on_workers(
     work: Callable[[dict[str, str]], Answer], config: RunConfig, workers: int, name: str, asked: Mapping[str, Any]
 ) -> Answer:
-    """`work` on so many ranks that Ray places as the run's, and what it gave on the first; `asked_of` reads `asked`.
+    """`work` on so many ranks that Ray places as the run's, and what it gave on the first; `answered` reads `asked`.
 
-    Ranks that are lost are placed anew, as often as `cluster.max_failures` says. Raises MomeError with the first
-    failure, on whichever rank.
+    Ranks that are lost are placed anew, as often as `cluster.max_failures` says. Raises as `answer_of`.
     """
     import ray.train
 
     train: Any = ray.train  # its types are those of the version before
 
-    config = for_ranks(with_workers(config, workers))
-    connect(config.cluster)
+    config = with_workers(config, workers)
     budget = train.FailureConfig(max_failures=config.cluster.max_failures)
-    given = {"asked": json.dumps(asked)}
+    return answer_of(work, config, name, {"asked": json.dumps(asked)}, failure_config=budget)
+
+
+def answer_of(
+    work: Callable[[dict[str, str]], Answer],
+    config: RunConfig,
+    name: str,
+    given: Mapping[str, str] | None = None,
+    **run: Any,
+) -> Answer:
+    """`work` on the run's ranks, as `on_ranks` has it done. Raises MomeError with the first failure, on any rank."""
+    config = for_ranks(config)
+    connect(config.cluster)
     try:
-        answer: Answer = on_ranks(work, config, f"{config.name}-{name}", given, failure_config=budget)
+        answer: Answer = on_ranks(work, config, f"{config.name}-{name}", given, **run)
     except Exception as error:
         raise RunFailed(f"{name}: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
     if "failure" in answer:

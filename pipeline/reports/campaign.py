@@ -18,7 +18,8 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.shown import Shown, kept
 from pipeline.pages.words import significant
 from pipeline.reports.rejected import Quarantined, look_again
-from pipeline.reports.run_folder import EVALUATION, Point, RunFolder, Session, StageRecord, Tag
+from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, Tag
+from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.tracker import experiment_of
 from pipeline.training.accounting import KINDS
 
@@ -300,7 +301,7 @@ def _lineage(run: RunFolder) -> dict[str, str]:
         commit += " with changes that are not committed"
     named = {
         "MLflow run": run.run,
-        "Experiment": run.config.tracking.experiment,
+        "Experiment": experiment_of(run.config),
         "Code": commit,
         "Submission": tags.get("ray.submission_id", ""),
         "Started by": tags.get("mlflow.user", ""),

@@ -10,7 +10,8 @@ from pipeline.pages.page import render_page
 from pipeline.pages.timeline import Mark, Measure, Stretch, Timeline, timeline
 from pipeline.reports.campaign import Campaign
 from pipeline.reports.comparison import Comparison
-from pipeline.reports.run_folder import EVALUATION, StageRecord
+from pipeline.reports.run_folder import StageRecord
+from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.tracker import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates

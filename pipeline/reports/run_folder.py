@@ -15,14 +15,13 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import CommittedJournal, Journal, Record, is_live
+from pipeline.tracking.journal import EVALUATION, CommittedJournal, Journal, Record, is_live
 from pipeline.tracking.tracker import journal_folder
 from pipeline.training import accounting
 from pipeline.training.prepare import RUN_FILE
 
 RESTARTS = "restarts"
 QUARANTINE = "quarantine"
-EVALUATION = "eval/"  # begins the names of what an evaluation measures
 
 Values = dict[str, Any]
 

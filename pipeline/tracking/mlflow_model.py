@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.errors import TrackingError
 from pipeline.tracking.journal import redact
-from pipeline.tracking.mlflow_tracker import artifact_location, connect
+from pipeline.tracking.mlflow_tracker import connect, experiment_id
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -77,10 +77,8 @@ def _register(
     import mlflow
     from mlflow.entities import LoggedModelOutput
 
-    run_id, experiment_id = _made_by(client, export) or (None, _experiment(client, uri, experiment))
-    model = client.create_logged_model(
-        experiment_id, name, run_id, dict(export.tags), dict(export.params), model_type="export"
-    )
+    run_id, place = _made_by(client, export) or (None, experiment_id(client, uri, experiment))
+    model = client.create_logged_model(place, name, run_id, dict(export.tags), dict(export.params), model_type="export")
     mlflow.pyfunc.log_model(
         model_id=model.model_id,
         loader_module=export.loader,
@@ -141,10 +139,3 @@ def _made_by(client: MlflowClient, export: Export) -> tuple[str, str] | None:
     everywhere = [each.experiment_id for each in client.search_experiments()]
     runs = client.search_runs(everywhere, filter_string=asked, max_results=1)
     return (runs[0].info.run_id, runs[0].info.experiment_id) if runs else None
-
-
-def _experiment(client: MlflowClient, uri: str, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    return client.create_experiment(name, artifact_location=artifact_location(uri, name))

@@ -334,12 +334,7 @@ class MlflowShipper:
 
     def _connect(self) -> MlflowClient:
         client = connect(self._uri)
-        name = self._campaign["experiment"]
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            self._experiment = client.create_experiment(name, artifact_location=artifact_location(self._uri, name))
-        else:
-            self._experiment = experiment.experiment_id
+        self._experiment = experiment_id(client, self._uri, self._campaign["experiment"])
         return client
 
     def _unless_refused(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
@@ -377,6 +372,14 @@ def connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """Of the experiment of that name, which is created where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    return client.create_experiment(name, artifact_location=artifact_location(uri, name))
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:

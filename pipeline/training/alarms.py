@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.evaluation.evaluate import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
 from pipeline.tracking.tracker import Recorder
 
 log = logging.getLogger(__name__)
 
 READINGS = 5  # in a row, for or against
-COLLAPSED = 0.05  # a class that matching gets right no more often is one that it never answers
 CLAMPED = 0.999  # of the contrast's largest scale
 STARVED = 0.1  # share of its time that a rank waits for data
 BEHIND = 1.5  # x the median rank's forward
@@ -104,11 +104,12 @@ class Alarms:
 
 
 def _collapsed_matching(reading: Reading) -> str | None:
-    recall = {kind: sign_metrics(reading.signs).get(f"train/itm_recall_{kind}") for kind in ("matched", "wrong")}
-    if not reading.warm or None in recall.values() or min(recall.values()) >= COLLAPSED:  # type: ignore[type-var,operator]
+    found = sign_metrics(reading.signs)
+    matched, wrong = found.get("train/itm_recall_matched"), found.get("train/itm_recall_wrong")
+    if not reading.warm or matched is None or wrong is None or min(matched, wrong) >= COLLAPSED:
         return None
     return (
-        f"matching is right for {recall['matched']:.0%} of the true pairs and {recall['wrong']:.0%} of the wrong ones: "
+        f"matching is right for {matched:.0%} of the true pairs and {wrong:.0%} of the wrong ones: "
         "it gives nearly all the same answer and has learnt nothing of pairs. Check that the stage started from the "
         "weights it should have (tag start_from); lower optimizer.peak_rate or warm up longer; begin with "
         "negatives=random"
