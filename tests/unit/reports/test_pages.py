@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from chromium import Browser, browser, installed
 from fullest import fullest
 from planted import Planted
 from recorded_run import record_run
 
 from pipeline.data.storage import Storage
+from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess
+from pipeline.evaluation.explain_page import to_html
 from pipeline.evaluation.report import render
 from pipeline.evaluation.shown import keep, kept
 from pipeline.reports.campaign import Campaign, gather
@@ -24,6 +27,7 @@ from pipeline.reports.run_folder import RunFolder, open_run
 
 MOST_BYTES = 5_000_000
 TELEPHONE, DESK = 390, 1280
+KINDS = ["evaluation", "campaign", "comparison", "explanation"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +39,20 @@ def pages(campaign: Campaign, run: RunFolder, runs: Path) -> dict[str, str]:
         "evaluation": render(shown, run.config, curves, against=replace(shown, digest="e" * 64)),
         "campaign": render_campaign(replace(campaign, evaluations=[shown]), beside),
         "comparison": render_comparison(beside),
+        "explanation": to_html(_explanation(), "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]),
     }
 
 
-@pytest.mark.parametrize("kind", ["evaluation", "campaign", "comparison"])
+def _explanation() -> Explanation:
+    heat = torch.arange(12.0).reshape(3, 4) / 66
+    condition = Condition(
+        (Guess("of-the-longest-kind", 0.5, True), Guess("b", 0.25, False), Guess("c", 0.2, False)), 0.5
+    )
+    words = [ExplainedWord(word, heat, condition, condition) for word in ("short", "incomprehensibilities", "a")]
+    return Explanation(torch.zeros(24, 32, 3, dtype=torch.uint8), tuple(words), 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_page_is_one_small_file_without_script(pages: dict[str, str], kind: str) -> None:
     page = pages[kind]
     assert len(page.encode()) < MOST_BYTES
@@ -56,7 +70,7 @@ def opened() -> Iterator[Browser]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [TELEPHONE, DESK])
-@pytest.mark.parametrize("kind", ["evaluation", "campaign", "comparison"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(
     pages: dict[str, str], opened: Browser, tmp_path: Path, kind: str, width: int, dark: bool
 ) -> None:
