@@ -161,11 +161,19 @@ def disk_full(site: Site) -> Callable[[], bool]:
     for copy in site.cache.rglob("*.tar"):
         copy.unlink(missing_ok=True)
     filling = site.cache / "filling"
-    with suppress(OSError), filling.open("wb") as file:
-        while True:
-            file.write(bytes(2**12))
+
+    def fill() -> bool:
+        with suppress(OSError), filling.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(2**12))
+        return True
+
+    fill()
     site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
-    site.wait_for(lambda: site.told("such shards are read over the network") > before, "the full disk to be noticed")
+    # And again: copies that the ranks still had open leave room when these end.
+    site.wait_for(
+        lambda: fill() and site.told("such shards are read over the network") > before, "the full disk to be noticed"
+    )
     filling.unlink()
     return lambda: True
 
