@@ -24,6 +24,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.tracking.tracker import check_server, tracking_uri
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.loop import Progress
+from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,13 @@ def pretrain(config: RunConfig, show: Show) -> bool:
     storage.delete(join(config.folder, FAILURE_FILE))
     storage.delete(join(config.folder, PROGRESS_FILE))
     connect(config.cluster)
+    ownership = Ownership.take(storage, config.folder)
     watcher = _Watcher(config, storage, show)
     try:
-        _train(config, storage)
+        _train(config, storage, ownership)
     finally:
         watcher.stop()
-    _raise_failure(config, storage)
+    _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
         raise RunFailed(
@@ -78,7 +80,7 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
     return next((n for i, n in enumerate(names) if not is_committed(storage, stage_url(config, i))), None)
 
 
-def _train(config: RunConfig, storage: Storage) -> None:
+def _train(config: RunConfig, storage: Storage, ownership: Ownership) -> None:
     """Ray Train's runs, one after the other: each ends when the ranks are done, cannot go on, or saved and stopped.
 
     Raises RunFailed when a budget is spent.
@@ -90,9 +92,9 @@ def _train(config: RunConfig, storage: Storage) -> None:
     while True:
         left = cluster.max_failures - restarts.count(FAILED)
         try:
-            stopped = _fit(config, restarts, left)
+            stopped = _fit(config, restarts, left, ownership.claim)
         except Exception as error:
-            _raise_failure(config, storage)
+            _raise_failure(config, storage, ownership)
             if left > 0 and _is_of_controller(error):
                 restarts.record(FAILED, first_words(error))
                 log.warning("Ray Train's controller failed (%s); placing the ranks anew", first_words(error))
@@ -121,7 +123,7 @@ def _is_of_controller(error: Exception) -> bool:
     return isinstance(error, train.ControllerError | ray.exceptions.RayActorError)
 
 
-def _fit(config: RunConfig, restarts: Any, failures_left: int) -> str | None:
+def _fit(config: RunConfig, restarts: Any, failures_left: int, claim: str) -> str | None:
     """One run of Ray Train; returns why its ranks saved and stopped, if they did."""
     import ray.train
 
@@ -129,11 +131,15 @@ def _fit(config: RunConfig, restarts: Any, failures_left: int) -> str | None:
 
     most = config.cluster.max_preemptions
     budgets = train.FailureConfig(max_failures=failures_left, max_preemption_failures=-1 if most is None else most)
-    stopped: str | None = on_ranks(run_rank, config, config.name, failure_config=budgets, callbacks=[restarts])
+    stopped: str | None = on_ranks(
+        run_rank, config, config.name, given={"claim": claim}, failure_config=budgets, callbacks=[restarts]
+    )
     return stopped
 
 
-def _raise_failure(config: RunConfig, storage: Storage) -> None:
+def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) -> None:
+    """What ended the ranks for good, if anything did."""
+    ownership.check()
     url = join(config.folder, FAILURE_FILE)
     if storage.exists(url):
         raise as_error(json.loads(storage.read(url)))

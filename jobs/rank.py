@@ -21,6 +21,7 @@ from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.training.loop import Progress, train
 from pipeline.training.memory import is_out_of_memory
+from pipeline.training.ownership import Ownership
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +35,19 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
 
     config = RunConfig.model_validate_json(loop_config["config"])
     storage = Storage(config.storage)
-    if storage.exists(join(config.folder, FAILURE_FILE)):
+    ownership = Ownership(storage, config.folder, loop_config["claim"])
+    if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
         return None
     context = ray.train.get_context()
     notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size())
     try:
-        train(config, ProgressFile(config, storage), preparer_of(config), preempted=notice)
+        train(config, ProgressFile(config, storage), preparer_of(config), preempted=notice, claim=ownership.claim)
     except Preempted as error:
         log.warning("%s", error)
         return notice.reason or PREEMPTED
     except Exception as error:
         told = _told(error)
-        if told is not None:
+        if told is not None and ownership.holds():
             storage.write(join(config.folder, FAILURE_FILE), json.dumps(told).encode())
         raise
     finally:

@@ -45,17 +45,6 @@ def checkpoint(config: RunConfig, step: int) -> Kept:
     return Kept(f"{config.folder}/checkpoints/step-{step:08d}.abcd", step, (step - 1) // 100)
 
 
-def crash(tracker: Tracker) -> None:
-    """End the tracker, and the process that ships for it, without any last words."""
-    tracker._shipper._stop.set()
-    tracker._shipper._minder.join()
-    process = tracker._shipper._process  # which the minder may have started just now
-    if process is not None:
-        process.kill()
-        process.wait()
-    tracker._writer.close()
-
-
 def assert_tracked_once(run: Campaign, folder: Path, attempts: int) -> None:
     """A parent and a child a stage, found by their data's digest, with each journaled step once; and what they keep."""
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")

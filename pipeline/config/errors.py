@@ -33,6 +33,10 @@ class RunFailed(MomeError):
     """A run that stopped for a reason that restarting would only repeat."""
 
 
+class Superseded(RunFailed):
+    """A run that a later start of the same command has taken up: this one must leave it alone."""
+
+
 class Preempted(MomeError):
     """A run whose machine is about to be taken away: it is saved, and the same command goes on with it."""
 

@@ -98,6 +98,7 @@ class Recorder(Protocol):
     def finish(self, status: Status = "FINISHED") -> None: ...
     def commit(self, step: int) -> None: ...
     def close(self, timeout: float = 20.0) -> None: ...
+    def abandon(self) -> None: ...
 
 
 class SilentTracker:
@@ -131,6 +132,9 @@ class SilentTracker:
         pass
 
     def close(self, timeout: float = 20.0) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
 
@@ -343,6 +347,12 @@ class Tracker:
         self._shipper.close(timeout)
         self._writer.close()
 
+    @_told_not_raised
+    def abandon(self) -> None:
+        """Stop at once, without last words, instead of `close`: another process records this run now."""
+        self._shipper.abandon()
+        self._writer.close()
+
     def _append(self, kind: str, **values: Any) -> Record:
         record = {"kind": kind, "at": _now(), "stage": self._stage, **values}
         self._writer.append(record)
@@ -377,6 +387,15 @@ class Shipper:
                 "%s did not take the whole journal in %.0f s; it is kept in %s: ship it later with `mome sync`",
                 redact(self._uri), timeout, self._journal.folder,
             )  # fmt: skip
+
+    def abandon(self) -> None:
+        """End the process, whatever is not shipped yet."""
+        self._stop.set()
+        self._minder.join()
+        process = self._process  # which the minder may have started just now
+        if process is not None:
+            process.kill()
+            process.wait()
 
     def _finish(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
         self._tell(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")

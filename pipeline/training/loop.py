@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError, Preempted, RunFailed
+from pipeline.config.errors import CheckpointError, Preempted, RunFailed, Superseded
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.choices import choices_of
@@ -22,7 +22,7 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
-from pipeline.tracking.tracker import DatasetInput, Kept, SilentTracker, Status, Tracker
+from pipeline.tracking.tracker import DatasetInput, Kept, Recorder, SilentTracker, Status, Tracker
 from pipeline.training.accounting import metrics
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import (
@@ -43,6 +43,7 @@ from pipeline.training.look import look
 from pipeline.training.memory import is_out_of_memory, out_of_memory
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.non_finite import describe, diagnose
+from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
 from pipeline.training.profile import profiled
 from pipeline.training.progress import Progress, Report
@@ -62,14 +63,16 @@ def train(
     report: Report,
     preparer: PreparerFactory = local_preparer,
     preempted: Callable[[], bool] | None = None,
+    claim: str | None = None,
 ) -> None:
     """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
 
     `preparer` says who prepares the rank's batches; `preempted`, asked on every rank, whether its machine is about to
-    be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same.
+    be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same. `claim` is what the launcher
+    took the run with (`ownership`); without it rank 0 takes it.
 
-    Raises Preempted once the run is saved, and another MomeError for what a restart would only repeat; anything else
-    may be tried again. A hung rank ends the process (`watchdog`).
+    Raises Preempted once the run is saved, Superseded (on rank 0) when a later start has it, and another MomeError for
+    what a restart would only repeat; anything else may be tried again. A hung rank ends the process (`watchdog`).
     """
     began = time.monotonic()
     torch.set_num_threads(config.engine.threads)
@@ -78,27 +81,42 @@ def train(
     session = Session(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
     if collectives.rank == 0:
         prepare(config, storage)
-    collectives.barrier()
+        claim = claim or Ownership.take(storage, config.folder).claim
+    ownership = Ownership(storage, config.folder, collectives.broadcast_object(claim))
     tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"))
     tracker = _open_tracker(config, storage, collectives)
-    status: Status = "FAILED"
     try:
         with session:
             for index in range(len(config.stages)):
                 if is_committed(storage, stage_url(config, index)):
                     continue
                 build = functools.partial(
-                    StageRun, config, index, storage, tokenizer, collectives, tracker, report, preparer, session
+                    StageRun,
+                    config,
+                    index,
+                    storage,
+                    tokenizer,
+                    collectives,
+                    tracker,
+                    report,
+                    preparer,
+                    session,
+                    ownership,
                 )
                 _run_stage(build, session, config.stage_start(index))
                 collectives.barrier()
-        status = "FINISHED"
-    except Preempted:
-        status = "KILLED"
+    except Superseded:
+        tracker.abandon()  # how the run ends is for its owner to say
         raise
-    finally:
-        tracker.finish(status)
-        tracker.close()
+    except BaseException as error:
+        _end(tracker, "KILLED" if isinstance(error, Preempted) else "FAILED")
+        raise
+    _end(tracker, "FINISHED")
+
+
+def _end(tracker: Recorder, status: Status) -> None:
+    tracker.finish(status)
+    tracker.close()
 
 
 def _run_stage(build: Callable[[], StageRun], session: Session, first: int) -> None:
@@ -112,7 +130,7 @@ def _run_stage(build: Callable[[], StageRun], session: Session, first: int) -> N
             spike = found.spike
 
 
-def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Tracker | SilentTracker:
+def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Recorder:
     if collectives.rank != 0:
         return SilentTracker()
     tags = {
@@ -132,16 +150,18 @@ class StageRun:
         storage: Storage,
         tokenizer: Tokenizer,
         collectives: Collectives,
-        tracker: Tracker | SilentTracker,
+        tracker: Recorder,
         report: Report,
         preparer: PreparerFactory,
         session: Session,
+        ownership: Ownership,
     ):
         config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
         self.config, self.index, self.stage = config, index, config.stages[index]
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, tracker, report
         self.first = config.stage_start(index)  # global step at which the stage begins
+        self.ownership = ownership
         self.session, self.spikes = session, SpikeGuard(config.guards.spike)
         self.alarms = Alarms(self.stage.name, tracker)
         self._points: dict[str, float] = {}  # the metrics last recorded
@@ -357,6 +377,7 @@ class StageRun:
         reached, quarantined = self.first + stage_step, self._quarantined()
 
         def before_commit() -> None:
+            self.ownership.check()
             self._write_quarantine(reached, quarantined)
             self.tracker.commit(reached)
 
@@ -380,6 +401,8 @@ class StageRun:
         self.checkpoints.wait()
         self._tell_written()
         weights = self.engine.weights()
+        if self.collectives.rank == 0:
+            self.ownership.check()
         self._write_quarantine(self.first + self.stage.steps, self._quarantined())
         url = stage_url(self.config, self.index)
         self.tracker.hands_over(Kept(url, self.first + self.stage.steps, self.index))

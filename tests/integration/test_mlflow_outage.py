@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow_server import Server
-from tracked import PHOTOS, checkpoint, config_of, crash, record, weights
+from tracked import PHOTOS, checkpoint, config_of, record, weights
 
 from jobs.sync import sync
 from pipeline.config.errors import TrackingError
@@ -78,12 +78,12 @@ def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_
     config = config_of(tmp_path, f"sqlite:///{database}")
     first = Tracker.open(config, Storage(), {"attempt": "1"})
     record(first, config, 0, range(0, 60))
-    crash(first)
+    first.abandon()
     second = Tracker.open(config, Storage(), {"attempt": "2"})
     record(second, config, 0, range(40, 100))
     second.end_stage()
     record(second, config, 1, range(100, 130))
-    crash(second)
+    second.abandon()
     third = Tracker.open(config, Storage(), {"attempt": "3"})
     record(third, config, 1, range(120, 200))
     third.artifact("report/index.html", b"<p>good</p>")
@@ -146,7 +146,7 @@ def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_ne
     first.commit(60)
     for step in range(60, 80):
         first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
-    crash(first)
+    first.abandon()
     sync(str(journal_folder(config.folder).parent))  # as its shipper would have, a moment before the loss
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
@@ -273,7 +273,7 @@ def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_i
     record(first, config, 0, range(1, 91))
     first.keeps([checkpoint(config, 30), checkpoint(config, 60)])
     first.metrics(60, {"eval/unseen/r1": 0.2})  # of a checkpoint that is there
-    crash(first)
+    first.abandon()
     second = Tracker.open(config, Storage())
     record(second, config, 0, range(61, 101))
     second.metrics(90, {"eval/unseen/r1": 0.5})  # of one that is written meanwhile

@@ -1,0 +1,71 @@
+"""A run that a later start has taken up: the earlier one ends at its next checkpoint and changes nothing any more."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from campaign import SECONDS, Campaign
+from ranks import run_ranks
+from short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
+
+from pipeline.data.storage import Storage
+from pipeline.training.ownership import OWNER_FILE, Ownership
+
+TAKEN = 4  # before this step's passes, with the checkpoint of step 3 committed
+
+
+def test_only_the_latest_claim_holds(tmp_path: Path) -> None:
+    storage, folder = Storage(), str(tmp_path)
+    assert Ownership(storage, folder, "of a run that nobody claimed").holds()
+    first = Ownership.take(storage, folder)
+    first.check()
+    second = Ownership.take(storage, folder)
+    assert second.holds()
+    assert Ownership(storage, folder, second.claim).holds(), "restarted ranks share their launcher's claim"
+    with pytest.raises(Exception, match=f"taken up by a later start.*{OWNER_FILE}"):
+        first.check()
+
+
+def _superseded(folder: str) -> dict[str, Any]:
+    """A run that is taken away in the middle of a stage, then in its last steps; and one that takes it up."""
+    from pipeline.config.errors import Superseded
+    from pipeline.training.loop import train
+
+    without_mlflow()
+    train_short(folder, "whole", cluster__workers=1)
+    config, committed = short_config(folder, "run", cluster__workers=1), []
+    for step in (TAKEN, STEPS - 1):
+        taken = BeforeStep(step, lambda _: Ownership.take(Storage(), config.folder))
+        with taken, pytest.raises(Superseded, match="taken up by a later start"):
+            train(config, lambda progress: None)
+        committed.append(sorted(file.parent.name for file in Path(config.folder).glob("*/*/COMMIT.json")))
+    ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "campaign_end")]
+    train(config, lambda progress: None)
+    return {"committed": committed, "ended": ended}
+
+
+def test_a_superseded_run_commits_nothing_and_its_successor_goes_on(tmp_path: Path) -> None:
+    (found,) = run_ranks(_superseded, 1, str(tmp_path))
+    first, second = found["committed"]
+    assert [name.partition(".")[0] for name in first] == ["step-00000003"], "step 6 was reached, and not saved"
+    assert [name.partition(".")[0] for name in second] == ["step-00000003", "step-00000006"], "no stage was handed over"
+    assert not found["ended"], "how the run ends is for its owner to say"
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+
+
+@pytest.mark.timeout(1200)
+def test_ray_does_not_place_the_ranks_of_a_superseded_run_again(tmp_path: Path) -> None:
+    run = Campaign(tmp_path, "run", 12).start()
+    deadline = time.monotonic() + SECONDS
+    while run.step() < 6 and run.running() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    Ownership.take(Storage(), run.url)
+    assert run.process is not None
+    assert run.process.wait(timeout=SECONDS) == 1
+    assert "taken up by a later start" in run.told()
+    assert not (tmp_path / "run" / "failure.json").exists(), "what its successor's ranks would give up for"
+    run.start().finish()
+    assert run.reached()[1] == 36
