@@ -12,7 +12,7 @@ from jobs.pretrain import pretrain
 from jobs.report import reported
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.tracker import tracking_uri
+from pipeline.tracking.places import tracking_uri
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 

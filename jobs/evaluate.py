@@ -29,7 +29,8 @@ from pipeline.models import build_model
 from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.tracker import Tracker, journal_folder
+from pipeline.tracking.places import journal_folder
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.accounting import spent
 from pipeline.training.checkpoint import Weights, config_of_weights, is_committed, load_weights, stage_url
 from pipeline.training.stages import heads, load_matching

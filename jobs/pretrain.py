@@ -21,7 +21,8 @@ from pipeline.config.load import validate
 from pipeline.config.paths import local_path, with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.tracker import check_server, tracking_uri
+from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.server import check_server
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.loop import Progress
 from pipeline.training.ownership import Ownership

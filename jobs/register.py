@@ -18,7 +18,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import stage_of
 from pipeline.tracking.journal import redact
 from pipeline.tracking.mlflow_model import Export, register
-from pipeline.tracking.tracker import experiment_of, run_of, tracking_uri
+from pipeline.tracking.places import experiment_of, run_of, tracking_uri
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]

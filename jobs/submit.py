@@ -28,7 +28,7 @@ from pipeline.config.load import validate
 from pipeline.config.paths import local_paths
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.describe import told_environment
-from pipeline.tracking.tracker import tracking_uri
+from pipeline.tracking.places import tracking_uri
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("pipeline", "jobs", "configs")

@@ -11,7 +11,7 @@ from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import CommittedJournal, Journal, redact
 from pipeline.tracking.mlflow_tracker import MlflowShipper, Outage, num_pending, shipping_alone
-from pipeline.tracking.tracker import journal_folder
+from pipeline.tracking.places import journal_folder
 
 logger = logging.getLogger("mome.tracking")
 

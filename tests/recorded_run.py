@@ -18,7 +18,7 @@ from pipeline.data.quarantine import BadRecord
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal, JournalWriter
-from pipeline.tracking.tracker import DatasetInput
+from pipeline.tracking.recorder import DatasetInput
 
 START = 1_790_000_000_000  # milliseconds since 1970
 STEPS = 10  # of each stage

@@ -11,7 +11,8 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.tracking.tracker import DatasetInput, Kept, Tracker
+from pipeline.tracking.recorder import DatasetInput, Kept
+from pipeline.tracking.tracker import Tracker
 
 PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
 

@@ -16,7 +16,7 @@ from jobs.doctor import compute, machine, services
 from jobs.doctor.finding import Finding, not_asked
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.tracker import journal_folder
+from pipeline.tracking.places import journal_folder
 
 
 def examine(config: RunConfig | None, say: Callable[[str], None] = lambda _: None) -> list[Finding]:

@@ -24,7 +24,8 @@ from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import redact
-from pipeline.tracking.tracker import check_server, tracking_uri
+from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.server import check_server
 
 PATIENCE_SECONDS = 20.0  # with a store; a run has storage.deadline_seconds
 ANSWER_SECONDS = 5.0

@@ -32,7 +32,7 @@ from pipeline.pages import page as pages
 from pipeline.pages.curves import Curve, curve
 from pipeline.pages.page import render_page
 from pipeline.pages.words import percent
-from pipeline.tracking.tracker import chosen_keys
+from pipeline.tracking.describe import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates
 SHOWN = 4  # retrievals at each end

@@ -20,7 +20,7 @@ from pipeline.pages.words import significant
 from pipeline.reports.rejected import Quarantined, look_again
 from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, Tag
 from pipeline.tracking.journal import EVALUATION
-from pipeline.tracking.tracker import experiment_of
+from pipeline.tracking.places import experiment_of
 from pipeline.training.accounting import KINDS
 
 ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags

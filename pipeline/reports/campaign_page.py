@@ -11,8 +11,8 @@ from pipeline.pages.timeline import Mark, Measure, Stretch, Timeline, timeline
 from pipeline.reports.campaign import Campaign
 from pipeline.reports.comparison import Comparison
 from pipeline.reports.run_folder import StageRecord
+from pipeline.tracking.describe import chosen_keys
 from pipeline.tracking.journal import EVALUATION
-from pipeline.tracking.tracker import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates
 WIDE, NARROW = 1040, 350  # of a timeline, in pixels: for a desk, for a telephone

@@ -16,7 +16,7 @@ from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import EVALUATION, CommittedJournal, Journal, Record, is_live
-from pipeline.tracking.tracker import journal_folder
+from pipeline.tracking.places import journal_folder
 from pipeline.training import accounting
 from pipeline.training.prepare import RUN_FILE
 

@@ -1,19 +1,26 @@
-"""What a run is, in words and tags: where it came from, what its recipe is, and a summary for MLflow's overview."""
+"""What a run is, in MLflow's terms: its config as params and tags, where it came from, its recipe, and a summary."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import importlib.metadata
 import json
 import os
+import posixpath
+import re
 import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from pipeline.config.load import flatten, is_changeable
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.tracking.journal import redact
 
 PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transformers", "numpy", "pydantic")
 COMMIT, DIRTY = "mlflow.source.git.commit", "mome.git.dirty"
@@ -25,6 +32,7 @@ TOLD = {
     DIRTY: "MOME_GIT_DIRTY",
     "image_digest": "MOME_IMAGE_DIGEST",
 }
+_NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
 # Of a config, what says nothing of what is learnt: names, places, machines, and how the run is watched.
 NOT_OF_RECIPE = ("name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation")
 
@@ -98,3 +106,32 @@ def _git(tree: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def resolved_config(config: RunConfig) -> str:
+    """Every key of the run as YAML, defaults included."""
+    return redact(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def chosen_keys(config: RunConfig) -> str:
+    """The keys of the run that differ from the defaults, as YAML."""
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    return redact(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
+    """Flattened (params, tags): MLflow's params are immutable, so what may change on resume is tagged instead."""
+    params, tags = {}, {}
+    for path, value in flatten(values).items():
+        text = redact(value if isinstance(value, str) else json.dumps(value))
+        if is_changeable(f"{prefix}.{path}" if prefix else path):
+            tags[f"config.{clean_key(path)}"] = text
+        else:
+            params[clean_key(path)] = text
+    return params, tags
+
+
+@functools.lru_cache(maxsize=4096)
+def clean_key(name: str) -> str:
+    """The name as MLflow takes it for a metric, param or tag."""
+    return posixpath.normpath(_NOT_IN_KEYS.sub("_", name)).lstrip("/")

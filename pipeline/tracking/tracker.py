@@ -5,8 +5,8 @@ of its own (`mlflow_tracker`) because the import of mlflow and its Python work, 
 take the interpreter lock from it: measured, steps four times as long while mlflow is imported, and single steps
 0.3 s late. As a process it costs them nothing.
 
-Faults of tracking are told in one warning line and never raised, except by `Tracker.open` and `check_server`,
-which run before training starts.
+Faults of tracking are told in one warning line and never raised, except by `Tracker.open`, which runs before
+training starts.
 """
 
 from __future__ import annotations
@@ -15,31 +15,26 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import posixpath
-import re
-import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol
+from typing import Any, ParamSpec
 
-import yaml
-
-from pipeline.config.errors import TrackingError
-from pipeline.config.load import flatten, is_changeable
-from pipeline.config.paths import is_local, local_path
+from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.tracking.describe import environment_tags, note_of_run, note_of_stage, recipe_hash
+from pipeline.tracking.describe import (
+    clean_key,
+    environment_tags,
+    note_of_run,
+    note_of_stage,
+    recipe_hash,
+    resolved_config,
+    split_changeable,
+)
 from pipeline.tracking.journal import (
     CHECKPOINT,
     EVALUATION,
@@ -54,88 +49,14 @@ from pipeline.tracking.journal import (
     redact,
     write_whole,
 )
+from pipeline.tracking.places import experiment_of, journal_folder, run_of, tracking_uri
+from pipeline.tracking.recorder import DatasetInput, Kept, Status
+from pipeline.tracking.shipper import Shipper
 
 logger = logging.getLogger("mome.tracking")
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
 OF_WEIGHTS = ("train/", EVALUATION)  # begin the keys that say how good weights are
 P = ParamSpec("P")
-ANSWER_SECONDS = 5.0
-_NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
-
-
-@dataclass(frozen=True)
-class DatasetInput:
-    """Data that a stage reads: the source's name, the URL of its shards, the digest of its manifest."""
-
-    name: str
-    source: str
-    digest: str
-    context: str = "training"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Weights that a run keeps: their URL, the global step, the index of their stage."""
-
-    url: str
-    step: int
-    stage: int
-
-
-class Recorder(Protocol):
-    """What training and evaluation may record. `Tracker` does; `SilentTracker` is for the ranks that must not."""
-
-    def begin_stage(
-        self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]
-    ) -> None: ...
-    def metrics(self, step: int, values: dict[str, float]) -> None: ...
-    def tag(self, key: str, value: str) -> None: ...
-    def artifact(self, name: str, content: str | Path | bytes) -> None: ...
-    def keeps(self, checkpoints: Sequence[Kept]) -> None: ...
-    def hands_over(self, weights: Kept) -> None: ...
-    def end_stage(self, status: Status = "FINISHED") -> None: ...
-    def finish(self, status: Status = "FINISHED") -> None: ...
-    def commit(self, step: int) -> None: ...
-    def close(self, timeout: float = 20.0) -> None: ...
-    def abandon(self) -> None: ...
-
-
-class SilentTracker:
-    """Records nothing."""
-
-    def begin_stage(self, index: int, stage: StageConfig, tags: dict[str, str], datasets: list[DatasetInput]) -> None:
-        pass
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def tag(self, key: str, value: str) -> None:
-        pass
-
-    def artifact(self, name: str, content: str | Path | bytes) -> None:
-        pass
-
-    def keeps(self, checkpoints: Sequence[Kept]) -> None:
-        pass
-
-    def hands_over(self, weights: Kept) -> None:
-        pass
-
-    def end_stage(self, status: Status = "FINISHED") -> None:
-        pass
-
-    def finish(self, status: Status = "FINISHED") -> None:
-        pass
-
-    def commit(self, step: int) -> None:
-        pass
-
-    def close(self, timeout: float = 20.0) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
 
 
 def _told_not_raised(method: Callable[P, None]) -> Callable[P, None]:
@@ -275,7 +196,7 @@ class Tracker:
     @_told_not_raised
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One point a key at the global optimiser step. Replayed steps are left out: the first points stand."""
-        encoded = {_key(key): encode_number(value) for key, value in values.items()}
+        encoded = {clean_key(key): encode_number(value) for key, value in values.items()}
         highest = self._seen.of_stage(self._stage) if self._stage is not None and not self._replaying else -1
         fresh = self._seen.fresh(self._stage, step, encoded)
         if len(fresh) < len(encoded) and step <= highest:
@@ -287,7 +208,7 @@ class Tracker:
 
     @_told_not_raised
     def tag(self, key: str, value: str) -> None:
-        self._append("tag", key=_key(key), value=str(value))
+        self._append("tag", key=clean_key(key), value=str(value))
 
     @_told_not_raised
     def artifact(self, name: str, content: str | Path | bytes) -> None:
@@ -359,174 +280,6 @@ class Tracker:
         return record
 
 
-class Shipper:
-    """The process that ships the journal, and the thread that minds it and syncs the journal to disk in batches."""
-
-    _LONGEST_REST = 60.0
-
-    def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
-        self._journal = journal
-        self._writer = writer
-        self._every = config.tracking.flush_seconds
-        self._uri = tracking_uri(config)
-        self._stop = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._minder = threading.Thread(target=self._mind, name="mome-tracking", daemon=True)
-        self._minder.start()
-
-    def wake(self) -> None:
-        self._tell("ship")
-
-    def close(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        self._stop.set()
-        self._minder.join(timeout)
-        process = self._process
-        if process is None or not self._finish(process, deadline):
-            logger.warning(
-                "%s did not take the whole journal in %.0f s; it is kept in %s: ship it later with `mome sync`",
-                redact(self._uri), timeout, self._journal.folder,
-            )  # fmt: skip
-
-    def abandon(self) -> None:
-        """End the process, whatever is not shipped yet."""
-        self._stop.set()
-        self._minder.join()
-        process = self._process  # which the minder may have started just now
-        if process is not None:
-            process.kill()
-            process.wait()
-
-    def _finish(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        self._tell(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
-        try:
-            return process.wait(max(deadline - time.monotonic(), 0.0)) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()  # shipping again what it had begun changes nothing
-            process.wait()
-            return False
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-
-    def _mind(self) -> None:
-        rest = self._every
-        self._start()
-        while not self._stop.wait(rest):
-            rest = self._every
-            try:
-                self._writer.sync()
-                if self._process is None or self._process.poll() is not None:
-                    rest = min(2 * rest, self._LONGEST_REST)
-                    self._start()
-            except OSError as error:
-                logger.warning("tracking: %s", error)
-
-    def _start(self) -> None:
-        """Start the shipping process. It ends when its input closes, so it cannot outlive this process for long."""
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
-        command = [sys.executable, "-m", "pipeline.tracking.mlflow_tracker", str(self._journal.folder)]
-        try:
-            with (self._journal.folder / "shipper.log").open("ab") as log:
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                    start_new_session=True,  # Ctrl-C ends training, which then closes this process in order
-                )  # fmt: skip
-        except OSError as error:
-            logger.warning("tracking: the shipping process did not start (%s); the journal is kept", error)
-            return
-        # Through its input, not its arguments: the URI may hold a password, and arguments are seen by everybody.
-        self._tell(json.dumps({"uri": self._uri, "every": self._every}))
-        threading.Thread(target=_relay, args=(self._process,), daemon=True).start()
-
-    def _tell(self, line: str) -> None:
-        if self._process is None or self._process.stdin is None:
-            return
-        try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError):  # it has ended; `_mind` starts another
-            pass
-
-
-def _relay(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        logger.warning("%s", line.decode(errors="replace").rstrip())
-
-
-def tracking_uri(config: RunConfig) -> str:
-    """The MLflow URI of a run: as configured, else SQLite beside the run's folder, or in the working folder when
-    the run's folder is remote."""
-    if config.tracking.uri is not None:
-        return config.tracking.uri
-    folder = local_path(config.output) if is_local(config.output) else Path.cwd()
-    return f"sqlite:///{folder}/mlflow.db"
-
-
-def experiment_of(config: RunConfig) -> str:
-    """The MLflow experiment of a run: as configured, else the family of its model, whose runs are worth comparing."""
-    return config.tracking.experiment or config.model.kind
-
-
-def run_of(config: RunConfig, storage: Store) -> str | None:
-    """What every MLflow run of this run is tagged with as `mome.run`; None before it was first started."""
-    url = f"{config.folder}/tracking.json"
-    return json.loads(storage.read(url))["run"] if storage.exists(url) else None
-
-
-def check_server(config: RunConfig) -> None:
-    """Refuse to start a run whose tracking server does not answer, where `tracking.required` asks for that.
-
-    Raises TrackingError. An answer takes at most about five seconds; mlflow is not imported.
-    """
-    if not config.tracking.required:
-        return
-    uri = tracking_uri(config)
-    fault = _fault_of(uri)
-    if fault is not None:
-        raise TrackingError(
-            f"tracking.uri {redact(uri)}: {fault}. Start the server, correct the address, or set "
-            "tracking.required=false: the run is then recorded locally and shipped later by `mome sync`"
-        )
-
-
-def journal_folder(folder: str) -> Path:
-    """Where this machine keeps the journal of the run in `folder`: there, or in the cache when that is remote."""
-    if is_local(folder):
-        return local_path(folder) / "journal"
-    root = Path(os.environ.get("MOME_CACHE", "~/.cache/mome")).expanduser()
-    return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
-
-
-def resolved_config(config: RunConfig) -> str:
-    """Every key of the run as YAML, defaults included."""
-    return redact(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def chosen_keys(config: RunConfig) -> str:
-    """The keys of the run that differ from the defaults, as YAML."""
-    values = config.model_dump(mode="json", exclude_defaults=True)
-    return redact(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
-    """Flattened (params, tags): MLflow's params are immutable, so what may change on resume is tagged instead."""
-    params, tags = {}, {}
-    for path, value in flatten(values).items():
-        text = redact(value if isinstance(value, str) else json.dumps(value))
-        if is_changeable(f"{prefix}.{path}" if prefix else path):
-            tags[f"config.{_key(path)}"] = text
-        else:
-            params[_key(path)] = text
-    return params, tags
-
-
-@functools.lru_cache(maxsize=4096)
-def _key(name: str) -> str:
-    return posixpath.normpath(_NOT_IN_KEYS.sub("_", name)).lstrip("/")
-
-
 def _now() -> int:
     return time.time_ns() // 1_000_000
 
@@ -551,45 +304,3 @@ def _campaign_record(config: RunConfig, run: str, tags: dict[str, str], server_h
         "experiment": experiment_of(config), "params": params, "tags": tags | own | changing, "datasets": [],
         "server_has_more": server_has_more,
     }  # fmt: skip
-
-
-def _fault_of(uri: str) -> str | None:
-    """What is wrong with the server at `uri`, in words; None when it answers."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme == "sqlite":
-        return _fault_of_folder(Path(uri.removeprefix("sqlite:///")).absolute().parent)
-    if parts.scheme in ("http", "https"):
-        return _fault_of_http(redact(uri).rstrip("/") + "/health")
-    if parts.scheme.startswith(("postgresql", "mysql", "mssql")):
-        return _fault_of_port(parts.hostname or "localhost", parts.port or 5432)
-    if parts.scheme == "databricks" or uri == "databricks":
-        return None
-    return "expected http(s)://…, sqlite:///path or postgresql://… (MLflow's file store is not supported)"
-
-
-def _fault_of_folder(folder: Path) -> str | None:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    return None if writable else f"{existing} is not a folder that can be written"
-
-
-def _fault_of_http(url: str) -> str | None:
-    try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS):
-            return None
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):  # it is there; whether it lets us in shows when it is asked for a run
-            return None
-        return f"the server answered {error.code} {error.reason} to {url}; is it an MLflow server?"
-    except urllib.error.URLError as error:
-        return f"the server does not answer ({error.reason})"
-    except OSError as error:
-        return f"the server does not answer ({error})"
-
-
-def _fault_of_port(host: str, port: int) -> str | None:
-    try:
-        socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
-    except OSError as error:
-        return f"the database does not answer ({error})"
-    return None

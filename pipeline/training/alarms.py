@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.evaluate import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
-from pipeline.tracking.tracker import Recorder
+from pipeline.tracking.recorder import Recorder
 
 log = logging.getLogger(__name__)
 

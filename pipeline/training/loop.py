@@ -22,7 +22,8 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.faults import NoSpace
-from pipeline.tracking.tracker import DatasetInput, Kept, Recorder, SilentTracker, Status, Tracker
+from pipeline.tracking.recorder import DatasetInput, Kept, Recorder, SilentTracker, Status
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.accounting import metrics
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import (

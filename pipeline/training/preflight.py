@@ -27,7 +27,8 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.mlflow_check import try_writing
-from pipeline.tracking.tracker import check_server, experiment_of, tracking_uri
+from pipeline.tracking.places import experiment_of, tracking_uri
+from pipeline.tracking.server import check_server
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.guards import GraphGuard

@@ -22,7 +22,8 @@ from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.tracker import Tracker, journal_folder
+from pipeline.tracking.places import journal_folder
+from pipeline.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from tracked import PHOTOS, checkpoint, config_of, record, weights
 from jobs.sync import sync
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.tracker import Tracker, journal_folder
+from pipeline.tracking.places import journal_folder
+from pipeline.tracking.tracker import Tracker
 
 OUTAGE_SECONDS = float(os.environ.get("MOME_OUTAGE_SECONDS", "4"))
 STEP_SECONDS = 0.01

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.pretrain import for_ranks
 from pipeline.config.load import load_config
-from pipeline.tracking.tracker import tracking_uri
+from pipeline.tracking.places import tracking_uri
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 

@@ -16,18 +16,12 @@ from pipeline.config.errors import TrackingError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
+from pipeline.tracking.describe import resolved_config, split_changeable
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.tracker import (
-    DatasetInput,
-    Recorder,
-    SilentTracker,
-    Tracker,
-    check_server,
-    journal_folder,
-    resolved_config,
-    split_changeable,
-    tracking_uri,
-)
+from pipeline.tracking.places import journal_folder, tracking_uri
+from pipeline.tracking.recorder import DatasetInput, Recorder, SilentTracker
+from pipeline.tracking.server import check_server
+from pipeline.tracking.tracker import Tracker
 
 
 def config_of(output: Path | str, **tracking: Any) -> RunConfig:
@@ -182,7 +176,7 @@ def test_an_unreachable_server_refuses_the_start_in_one_message(tmp_path: Path) 
 def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.tracker.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.tracking.server.ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.perf_counter()
         with pytest.raises(TrackingError, match="does not answer"):

@@ -11,7 +11,7 @@ from tiny import VOCABULARY, tiny_batch, tiny_config
 from pipeline.models import build_model
 from pipeline.models.heads import MAX_SCALE
 from pipeline.models.model import Heads
-from pipeline.tracking.tracker import SilentTracker
+from pipeline.tracking.recorder import SilentTracker
 from pipeline.training.alarms import JUMP, LOSSES, READINGS, Alarms, Reading, sign_metrics
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine

@@ -1,0 +1,113 @@
+"""The process that ships a journal to MLflow, started and minded by the process that writes the journal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+from pipeline.config.schema import RunConfig
+from pipeline.tracking.journal import Journal, JournalWriter, redact
+from pipeline.tracking.places import tracking_uri
+
+logger = logging.getLogger("mome.tracking")
+
+
+class Shipper:
+    """The process that ships the journal, and the thread that minds it and syncs the journal to disk in batches."""
+
+    _LONGEST_REST = 60.0
+
+    def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
+        self._journal = journal
+        self._writer = writer
+        self._every = config.tracking.flush_seconds
+        self._uri = tracking_uri(config)
+        self._stop = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._minder = threading.Thread(target=self._mind, name="mome-tracking", daemon=True)
+        self._minder.start()
+
+    def wake(self) -> None:
+        self._tell("ship")
+
+    def close(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self._stop.set()
+        self._minder.join(timeout)
+        process = self._process
+        if process is None or not self._finish(process, deadline):
+            logger.warning(
+                "%s did not take the whole journal in %.0f s; it is kept in %s: ship it later with `mome sync`",
+                redact(self._uri), timeout, self._journal.folder,
+            )  # fmt: skip
+
+    def abandon(self) -> None:
+        """End the process, whatever is not shipped yet."""
+        self._stop.set()
+        self._minder.join()
+        process = self._process  # which the minder may have started just now
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def _finish(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        self._tell(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
+        try:
+            return process.wait(max(deadline - time.monotonic(), 0.0)) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()  # shipping again what it had begun changes nothing
+            process.wait()
+            return False
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def _mind(self) -> None:
+        rest = self._every
+        self._start()
+        while not self._stop.wait(rest):
+            rest = self._every
+            try:
+                self._writer.sync()
+                if self._process is None or self._process.poll() is not None:
+                    rest = min(2 * rest, self._LONGEST_REST)
+                    self._start()
+            except OSError as error:
+                logger.warning("tracking: %s", error)
+
+    def _start(self) -> None:
+        """Start the shipping process. It ends when its input closes, so it cannot outlive this process for long."""
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
+        command = [sys.executable, "-m", "pipeline.tracking.mlflow_tracker", str(self._journal.folder)]
+        try:
+            with (self._journal.folder / "shipper.log").open("ab") as log:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                    start_new_session=True,  # Ctrl-C ends training, which then closes this process in order
+                )  # fmt: skip
+        except OSError as error:
+            logger.warning("tracking: the shipping process did not start (%s); the journal is kept", error)
+            return
+        # Through its input, not its arguments: the URI may hold a password, and arguments are seen by everybody.
+        self._tell(json.dumps({"uri": self._uri, "every": self._every}))
+        threading.Thread(target=_relay, args=(self._process,), daemon=True).start()
+
+    def _tell(self, line: str) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # it has ended; `_mind` starts another
+            pass
+
+
+def _relay(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        logger.warning("%s", line.decode(errors="replace").rstrip())
