@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from pipeline.config.errors import StorageError
 from pipeline.pages.words import duration
 from pipeline.training.loop import Progress as RunProgress
+
+log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0
 
@@ -56,6 +62,31 @@ class ProgressDisplay:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.stage_steps, told="")
         self._bar.update(self._tasks[progress.stage], completed=progress.stage_step, told=told)
+
+
+@contextmanager
+def repeatedly(look: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Within `with`, and once more at its end, `look` is called: for what goes on elsewhere, and is seen in a store."""
+    over = threading.Event()
+
+    def guarded() -> None:
+        try:
+            look()
+        except StorageError as error:  # the picture may be late; the work goes on
+            log.debug("progress not read: %s", error)
+
+    def watch() -> None:
+        while not over.wait(seconds):
+            guarded()
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=10)
+        guarded()
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jobs.console import PLAIN_SECONDS, console, repeatedly
 from jobs.evaluate import model_of
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.paths import absolute
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.evaluation.embedding import Embedder, digest_of, embed_source
+from pipeline.evaluation.embedding import DONE, Embedder, digest_of, embed_source
 from pipeline.evaluation.evaluate import stage_of
-from pipeline.evaluation.ranks import Ranks
+from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.training.checkpoint import COMMIT, config_of_weights, load_weights
 
 
@@ -30,12 +32,32 @@ def embed(shards: str, checkpoint: str, out: str, workers: int | None = None) ->
     Raises ConfigError for a checkpoint that trained no contrast, CheckpointError, DataError.
     """
     asked = Asked(*(absolute(url.rstrip("/")) for url in (shards, checkpoint, out)))
-    if workers is not None:
-        config = config_of_weights(Storage(), asked.checkpoint)
-        return on_workers(_embed_rank, config, workers, "embedding", asdict(asked))
-    ranks = ranks_here()
-    found = _embed(asked, ranks)
-    return found if ranks.rank == 0 else None
+    config = config_of_weights(Storage(), asked.checkpoint)
+    ranks = ranks_here() if workers is None else ALONE
+    if ranks.rank != 0:
+        _embed(asked, ranks)
+        return None
+    with repeatedly(_Shown(asked, Storage(config.storage)).look, PLAIN_SECONDS):
+        if workers is not None:
+            return on_workers(_embed_rank, config, workers, "embedding", asdict(asked))
+        return _embed(asked, ranks)
+
+
+class _Shown:
+    """How far the ranks are, wherever they run: by the records of finished shards."""
+
+    def __init__(self, asked: Asked, storage: Storage):
+        self._shards = len(load_manifest(storage, asked.shards).shards)
+        self._folder, self._storage = join(asked.out, DONE), storage
+        self._before = self._shown = storage.list_info(self._folder)
+
+    def look(self) -> None:
+        """A line, where there is something new."""
+        now = self._storage.list_info(self._folder)
+        if now != self._shown:
+            self._shown = now
+            new = sum(self._before.get(name) != info for name, info in now.items())
+            console.print(f"embedding: {new} shards done by now, of {self._shards} in the folder", style="dim")
 
 
 def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:

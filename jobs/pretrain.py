@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Callable
 from typing import Any
 
 from jobs.cluster import connect, on_ranks
+from jobs.console import repeatedly
 from jobs.notice import PREEMPTED
 from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, as_error, run_rank
-from pipeline.config.errors import RunFailed, StorageError
+from pipeline.config.errors import RunFailed
 from pipeline.config.load import validate
 from pipeline.config.paths import local_path, with_absolute_paths
 from pipeline.config.schema import RunConfig
@@ -50,11 +50,8 @@ def pretrain(config: RunConfig, show: Show) -> bool:
     storage.delete(join(config.folder, PROGRESS_FILE))
     connect(config.cluster)
     ownership = Ownership.take(storage, config.folder)
-    watcher = _Watcher(config, storage, show)
-    try:
+    with repeatedly(_Shown(config, storage, show).look, PROGRESS_SECONDS):
         _train(config, storage, ownership)
-    finally:
-        watcher.stop()
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
@@ -146,34 +143,18 @@ def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) ->
         raise as_error(json.loads(storage.read(url)))
 
 
-class _Watcher:
-    """Shows the progress file of a run on the driver, wherever its ranks are."""
+class _Shown:
+    """The progress file of a run as the driver shows it, wherever its ranks are."""
 
     def __init__(self, config: RunConfig, storage: Storage, show: Show):
         self._url = join(config.folder, PROGRESS_FILE)
         self._storage, self._show = storage, show
-        self._stop = threading.Event()
         self._seen: bytes = b""
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._thread.start()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(PROGRESS_SECONDS):
-            self._look()
-
-    def _look(self) -> None:
-        try:
-            if not self._storage.exists(self._url):
-                return
-            data = self._storage.read(self._url)
-        except StorageError as error:  # the picture may be late; the run goes on
-            log.debug("progress not read: %s", error)
+    def look(self) -> None:
+        if not self._storage.exists(self._url):
             return
+        data = self._storage.read(self._url)
         if data != self._seen:
             self._seen = data
             self._show(Progress(**json.loads(data)))
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
-        self._look()

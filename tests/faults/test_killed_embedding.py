@@ -1,0 +1,82 @@
+"""`mome embed` killed with SIGKILL again and again: the same command ends with what it would have written at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+from campaign import ROOT, SECONDS
+from untrained import untrained_weights
+
+from pipeline.data.building.importers import write_shards
+from pipeline.data.reading.samples import samples_of_source
+from pipeline.data.storage import Storage
+from pipeline.evaluation.embedding import DONE
+
+SHARDS = 60
+AFTER = (5, 20)  # records, each time in a process of its own
+
+
+class Embedding:
+    """`mome embed` in a process."""
+
+    def __init__(self, shards: str, checkpoint: str, out: Path):
+        command = [sys.executable, "-m", "jobs.cli", "embed", shards, "--checkpoint", checkpoint, "--out", str(out)]
+        self._out = out
+        self.process = subprocess.Popen(
+            [*command, "--json"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def records(self) -> int:
+        return len(list((self._out / DONE).glob("*.json")))
+
+    def kill_at(self, records: int) -> int:
+        """SIGKILL once so many shards are done; how many were in the end."""
+        deadline = time.monotonic() + SECONDS
+        while self.records() < records and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+        return self.records()
+
+    def result(self) -> dict[str, Any]:
+        out, told = self.process.communicate(timeout=SECONDS)
+        assert self.process.returncode == 0, told
+        assert "shards done by now" in told
+        return json.loads(out)
+
+
+def test_a_killed_embedding_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    config, checkpoint = untrained_weights(tmp_path)
+    samples = (
+        {"__key__": sample.key, **sample.members}
+        for sample in samples_of_source(Storage(), config.sources["scenes"].shards)
+    )
+    shards = str(tmp_path / "shards")
+    write_shards(Storage(), samples, shards, 1)
+    whole = Embedding(shards, checkpoint, tmp_path / "whole").result()
+    done = 0
+    for records in AFTER:
+        done = Embedding(shards, checkpoint, tmp_path / "killed").kill_at(records)
+        assert records <= done < SHARDS, "killed in the middle"
+    found = Embedding(shards, checkpoint, tmp_path / "killed").result()
+    assert (whole["shards"], whole["found_done"], found["found_done"]) == (SHARDS, 0, done)
+    files = sorted(file.name for file in (tmp_path / "whole").glob("*.parquet"))
+    assert len(files) == SHARDS
+    assert sorted(file.name for file in (tmp_path / "killed").iterdir()) == sorted([*files, DONE]), (
+        "nothing is left over"
+    )
+    for name in files:
+        assert parquet.read_table(tmp_path / "killed" / name) == parquet.read_table(tmp_path / "whole" / name)
