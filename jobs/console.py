@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pipeline.config.errors import StorageError
 from pipeline.pages.words import duration
-from pipeline.training.loop import Progress as RunProgress
+from pipeline.training.progress import Progress as RunProgress
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from pipeline.data.storage import Storage, join
 from pipeline.tracking.places import tracking_uri
 from pipeline.tracking.server import check_server
 from pipeline.training.checkpoint import is_committed, stage_url
-from pipeline.training.loop import Progress
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
+from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
-from pipeline.training.loop import Progress, train
+from pipeline.training.loop import train
 from pipeline.training.memory import is_out_of_memory
 from pipeline.training.ownership import Ownership
+from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ import sys
 
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
-from pipeline.training.loop import Progress, train
+from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
 from pipeline.training.profile import Window
+from pipeline.training.progress import Progress
 
 
 def main(arguments: list[str]) -> int:

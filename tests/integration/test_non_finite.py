@@ -16,7 +16,8 @@ STEP = 2
 def _spoil(folder: str, kind: str, zero_stage: int, precision: str = "float32") -> dict[str, Any]:
     """What the run says, and whether its weights are those of before the step, when rank 1 is spoilt in step `STEP`."""
     from pipeline.config.errors import RunFailed
-    from pipeline.training.loop import StageRun, train
+    from pipeline.training.loop import train
+    from pipeline.training.stage_run import StageRun
 
     kept: dict[str, Any] = {}
 
