@@ -64,10 +64,23 @@ class Site:
 
     def told(self, words: str) -> int:
         """How often the ranks logged something."""
-        files = self.cluster.folder.glob("session_*/logs/**/*")
-        return sum(
-            file.read_bytes().count(words.encode()) for file in files if file.is_file() and not file.is_symlink()
-        )
+        found = 0
+        for session in self.cluster.folder.glob("session_2*"):  # by its date; `session_latest` comes and goes
+            for file in (session / "logs").glob("**/*"):
+                with suppress(FileNotFoundError):
+                    if file.is_file() and not file.is_symlink():
+                        found += file.read_bytes().count(words.encode())
+        return found
+
+    def strike(self, number: signal.Signals) -> psutil.Process | None:
+        """Sends a signal to a rank; None where the run ended before there was one."""
+        while self.run.running():
+            self.wait_for(lambda: bool(self.ranks()), "a rank")
+            with suppress(IndexError, psutil.NoSuchProcess):
+                rank = self.draw.choice(self.ranks())
+                rank.send_signal(number)
+                return rank
+        return None
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         wait_until(lambda: condition() or not self.run.running(), what, SECONDS)
@@ -78,14 +91,14 @@ class Site:
 
 def rank_killed(site: Site) -> Callable[[], bool]:
     before = site.restarts("failed")
-    site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
+    site.strike(signal.SIGKILL)
     return lambda: site.restarts("failed") > before
 
 
 def rank_stopped(site: Site) -> Callable[[], bool]:
-    before, rank = site.restarts("failed"), site.draw.choice(site.ranks())
-    site.stopped.add(rank.pid)
-    rank.send_signal(signal.SIGSTOP)
+    before = site.restarts("failed")
+    if rank := site.strike(signal.SIGSTOP):
+        site.stopped.add(rank.pid)
     return lambda: site.restarts("failed") > before
 
 
@@ -116,8 +129,10 @@ def driver_killed(site: Site) -> Callable[[], bool]:
 
 def loader_killed(site: Site) -> Callable[[], bool]:
     def loaders() -> list[psutil.Process]:
-        children = (each for rank in site.ranks() for each in rank.children(recursive=True))
-        return [each for each in children if "data.loading.worker" in _title(each)]
+        with suppress(psutil.NoSuchProcess):
+            children = [each for rank in site.ranks() for each in rank.children(recursive=True)]
+            return [each for each in children if "data.loading.worker" in _title(each)]
+        return []
 
     before = site.told("a loader process died")
     site.wait_for(lambda: bool(loaders()), "a loader")  # between two stages there is none
@@ -136,7 +151,7 @@ def checkpoint_damaged(site: Site) -> Callable[[], bool]:
     before = site.told("checkpoint passed over")
     site.wait_for(lambda: len(site.run.checkpoints()) > 1 and bool(site.ranks()), "two checkpoints")
     ranks = site.ranks()
-    site.draw.choice(ranks).send_signal(signal.SIGKILL)
+    site.strike(signal.SIGKILL)
     site.wait_for(lambda: not any(_runs(rank) for rank in ranks), "the ranks to end")
     url = site.run.checkpoints()[-1]
     name = next(name for name in site.run.storage.list(url) if name.endswith(".safetensors"))
@@ -169,7 +184,7 @@ def disk_full(site: Site) -> Callable[[], bool]:
         return True
 
     fill()
-    site.draw.choice(site.ranks()).send_signal(signal.SIGKILL)
+    site.strike(signal.SIGKILL)
     # And again: copies that the ranks still had open leave room when these end.
     site.wait_for(
         lambda: fill() and site.told("such shards are read over the network") > before, "the full disk to be noticed"
