@@ -90,7 +90,7 @@ def repeatedly(look: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """A command's result on standard output: a line for each value, or one JSON object for a machine."""
+    """A command's result on standard output: a line for each value there is, or one JSON object for a machine."""
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -104,7 +104,7 @@ def _lines(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
     for key, value in result.items():
         if isinstance(value, dict):
             yield from _lines(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:
             values = value if isinstance(value, list) else [value]
             yield prefix + key, ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
 
