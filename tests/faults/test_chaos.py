@@ -141,9 +141,20 @@ def loader_killed(site: Site) -> Callable[[], bool]:
 
 
 def store_away(site: Site) -> Callable[[], bool]:
-    before = site.told("trying on, for")
-    site.proxy.away(STORE_AWAY)
-    return lambda: site.told("trying on, for") > before
+    """Again, until it is missed: ranks that start meanwhile want nothing of it."""
+    before, back = site.told("trying on, for"), 0.0
+
+    def missed() -> bool:
+        nonlocal back
+        if site.told("trying on, for") > before:
+            return True
+        if time.monotonic() > back:
+            site.proxy.away(STORE_AWAY)
+            back = time.monotonic() + STORE_AWAY + 1.0
+        return False
+
+    missed()
+    return missed
 
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:

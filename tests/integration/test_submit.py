@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from campaign import ROOT, STAGES, Campaign
+from mlflow import MlflowClient
 from raylets import Cluster, raylets
 
 from jobs.dashboard import find_token, is_loopback, open_dashboard
@@ -77,6 +78,10 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
     assert (result["job"], result["status"]) == (job, "SUCCEEDED")
     assert f"vision_language {STEPS}/{STEPS}" in followed.stderr, "progress was not streamed"
     assert len(run.losses()) == len(STAGES) * STEPS
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    (parent,) = client.search_runs(experiments, filter_string="tags.`mome.role` = 'campaign'")
+    assert parent.data.tags["ray.submission_id"] == job
 
     listed = mome("jobs", "list", *at, "--token", secret, "--json", home=tmp_path)
     jobs = json.loads(listed.stdout.splitlines()[-1])["jobs"]
