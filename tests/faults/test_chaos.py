@@ -128,16 +128,28 @@ def driver_killed(site: Site) -> Callable[[], bool]:
 
 
 def loader_killed(site: Site) -> Callable[[], bool]:
+    """Again, until one is missed: a rank that is ending misses none, and between two stages there is none."""
+
     def loaders() -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             children = [each for rank in site.ranks() for each in rank.children(recursive=True)]
             return [each for each in children if "data.loading.worker" in _title(each)]
         return []
 
-    before = site.told("a loader process died")
-    site.wait_for(lambda: bool(loaders()), "a loader")  # between two stages there is none
-    site.draw.choice(loaders()).send_signal(signal.SIGKILL)
-    return lambda: site.told("a loader process died") > before
+    before, again = site.told("a loader process died"), 0.0
+
+    def missed() -> bool:
+        nonlocal again
+        if site.told("a loader process died") > before:
+            return True
+        if time.monotonic() > again and (there := loaders()):
+            with suppress(psutil.NoSuchProcess):
+                site.draw.choice(there).send_signal(signal.SIGKILL)
+            again = time.monotonic() + AWAY
+        return False
+
+    site.wait_for(missed, "a loader to be missed")
+    return missed
 
 
 def store_away(site: Site) -> Callable[[], bool]:
