@@ -45,7 +45,6 @@ CLIENT_ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-OF_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's pages take it for one of prompts
 REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
 
 
@@ -380,7 +379,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    return client.create_experiment(name, artifact_location=artifact_location(uri, name), tags=OF_TRAINING)
+    return client.create_experiment(name, artifact_location=artifact_location(uri, name))
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
