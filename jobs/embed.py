@@ -32,11 +32,11 @@ def embed(shards: str, checkpoint: str, out: str, workers: int | None = None) ->
     Raises ConfigError for a checkpoint that trained no contrast, CheckpointError, DataError.
     """
     asked = Asked(*(absolute(url.rstrip("/")) for url in (shards, checkpoint, out)))
-    config = config_of_weights(Storage(), asked.checkpoint)
     ranks = ranks_here() if workers is None else ALONE
     if ranks.rank != 0:
         _embed(asked, ranks)
         return None
+    config = config_of_weights(Storage(), asked.checkpoint)
     with repeatedly(_Shown(asked, Storage(config.storage)).look, PLAIN_SECONDS):
         if workers is not None:
             return on_workers(_embed_rank, config, workers, "embedding", asdict(asked))

@@ -11,6 +11,7 @@ from campaign import SECONDS, Campaign
 from ranks import run_ranks
 from short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
 
+from pipeline.config.errors import Superseded
 from pipeline.data.storage import Storage
 from pipeline.training.ownership import OWNER_FILE, Ownership
 
@@ -25,13 +26,12 @@ def test_only_the_latest_claim_holds(tmp_path: Path) -> None:
     second = Ownership.take(storage, folder)
     assert second.holds()
     assert Ownership(storage, folder, second.claim).holds(), "restarted ranks share their launcher's claim"
-    with pytest.raises(Exception, match=f"taken up by a later start.*{OWNER_FILE}"):
+    with pytest.raises(Superseded, match=f"taken up by a later start.*{OWNER_FILE}"):
         first.check()
 
 
 def _superseded(folder: str) -> dict[str, Any]:
     """A run that is taken away in the middle of a stage, then in its last steps; and one that takes it up."""
-    from pipeline.config.errors import Superseded
     from pipeline.training.loop import train
 
     without_mlflow()
