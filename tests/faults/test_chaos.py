@@ -127,46 +127,38 @@ def driver_killed(site: Site) -> Callable[[], bool]:
     return lambda: site.run.sessions() > sessions
 
 
-def loader_killed(site: Site) -> Callable[[], bool]:
-    """Again, until one is missed: a rank that is ending misses none, and between two stages there is none."""
+def until_missed(site: Site, words: str, pause: float, blow: Callable[[], object]) -> Callable[[], bool]:
+    """Strikes every so many seconds until the ranks log the words.
 
-    def loaders() -> list[psutil.Process]:
-        with suppress(psutil.NoSuchProcess):
-            children = [each for rank in site.ranks() for each in rank.children(recursive=True)]
-            return [each for each in children if "data.loading.worker" in _title(each)]
-        return []
-
-    before, again = site.told("a loader process died"), 0.0
+    One blow may go unmissed, rightly: a rank that is starting or ending wants nothing of what it breaks.
+    """
+    before, again = site.told(words), 0.0
 
     def missed() -> bool:
         nonlocal again
-        if site.told("a loader process died") > before:
+        if site.told(words) > before:
             return True
-        if time.monotonic() > again and (there := loaders()):
-            with suppress(psutil.NoSuchProcess):
-                site.draw.choice(there).send_signal(signal.SIGKILL)
-            again = time.monotonic() + AWAY
+        if time.monotonic() > again:
+            blow()
+            again = time.monotonic() + pause
         return False
 
-    site.wait_for(missed, "a loader to be missed")
-    return missed
+    site.wait_for(missed, f"a log that says '{words}'")
+    return lambda: site.told(words) > before
+
+
+def loader_killed(site: Site) -> Callable[[], bool]:
+    def kill() -> None:
+        with suppress(psutil.NoSuchProcess):
+            children = [each for rank in site.ranks() for each in rank.children(recursive=True)]
+            if there := [each for each in children if "data.loading.worker" in _title(each)]:
+                site.draw.choice(there).kill()
+
+    return until_missed(site, "a loader process died", AWAY, kill)
 
 
 def store_away(site: Site) -> Callable[[], bool]:
-    """Again, until it is missed: ranks that start meanwhile want nothing of it."""
-    before, back = site.told("trying on, for"), 0.0
-
-    def missed() -> bool:
-        nonlocal back
-        if site.told("trying on, for") > before:
-            return True
-        if time.monotonic() > back:
-            site.proxy.away(STORE_AWAY)
-            back = time.monotonic() + STORE_AWAY + 1.0
-        return False
-
-    missed()
-    return missed
+    return until_missed(site, "trying on, for", STORE_AWAY + 1.0, lambda: site.proxy.away(STORE_AWAY))
 
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:
@@ -195,25 +187,21 @@ def mlflow_killed(site: Site) -> Callable[[], bool]:
 
 def disk_full(site: Site) -> Callable[[], bool]:
     """The shards' copies are gone and there is no room for others; and then a rank is lost, so that they are missed."""
-    before = site.told("such shards are read over the network")
     for copy in site.cache.rglob("*.tar"):
         copy.unlink(missing_ok=True)
     filling = site.cache / "filling"
 
-    def fill() -> bool:
+    def fill() -> None:
         with suppress(OSError), filling.open("ab", buffering=0) as file:
             while True:
                 file.write(bytes(2**12))
-        return True
 
     fill()
     site.strike(signal.SIGKILL)
-    # And again: copies that the ranks still had open leave room when these end.
-    site.wait_for(
-        lambda: fill() and site.told("such shards are read over the network") > before, "the full disk to be noticed"
-    )
+    # And again at once: copies that the ranks still had open leave room when these end.
+    noticed = until_missed(site, "such shards are read over the network", 0.0, fill)
     filling.unlink()
-    return lambda: True
+    return noticed
 
 
 KINDS = [
@@ -249,8 +237,11 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def schedule(draw: random.Random, kinds: list[Callable[[Site], Callable[[], bool]]]) -> list[tuple[int, str]]:
-    """(step, kind) of each fault: a random moment of each equal part of the run; every kind before one comes again."""
-    part = len(STAGES) * STEPS / FAULTS
+    """(step, kind) of each fault: a random moment of each equal part of the run; every kind before one comes again.
+
+    A part is left over at the end: what breaks just before the run ends may be missed by nobody.
+    """
+    part = len(STAGES) * STEPS / (FAULTS + 1)
     order = [kind.__name__ for kind in kinds[:FAULTS]]
     while len(order) < FAULTS:
         order += [kind.__name__ for kind in draw.sample(kinds, len(kinds))]
