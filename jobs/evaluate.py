@@ -27,9 +27,7 @@ from pipeline.evaluation.report import render, show
 from pipeline.evaluation.shown import Shown, keep, kept
 from pipeline.models import build_model
 from pipeline.models.model import Model
-from pipeline.reports.run_folder import open_run
-from pipeline.tracking.journal import Journal
-from pipeline.tracking.places import journal_folder
+from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.accounting import spent
 from pipeline.training.checkpoint import Weights, config_of_weights, is_committed, load_weights, stage_url
@@ -238,11 +236,6 @@ def _deliver(measured: Measured, track: bool, other: Shown | None = None) -> dic
 
 
 def _curves(config: RunConfig) -> dict[str, list[tuple[int, float]]]:
-    """Each stage's loss by step, as far as this machine's journal of the run knows it."""
-    journal = Journal(journal_folder(config.folder))
-    curves: dict[str, list[tuple[int, float]]] = {stage.name: [] for stage in config.stages}
-    for record in journal.all_records():
-        if record["kind"] == "metrics" and record["stage"] is not None and "train/loss" in record["values"]:
-            name = config.stages[record["stage"]].name
-            curves[name].append((record["step"], float(record["values"]["train/loss"])))
-    return {name: points for name, points in curves.items() if points}
+    """Each stage's loss by step."""
+    stages = stages_of(config)
+    return {stage.name: [(step, loss) for _, step, loss in stage.series("train/loss")] for stage in stages}

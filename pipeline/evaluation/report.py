@@ -131,7 +131,7 @@ def _masked_rows(found: Evaluation) -> list[MeasureRow]:
     for number, (name, guesses) in enumerate(conditions):
         beside = f"{len(guesses.tokens)} masked tokens, the same for every row" if number == 0 else ""
         if name == OTHER:
-            beside = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+.1f} points"
+            beside = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+z.1f} points"
         rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, beside))
     if (matching := found.matching) is not None:
         right, wrong = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)

@@ -134,12 +134,7 @@ def open_run(run: str) -> RunFolder:
     if name == config.name:  # where it lies now, which may be another place than where it was made
         config = config.model_copy(update={"output": parent or "."})
     storage = Storage(config.storage)
-    journal = Journal(journal_folder(folder))
-    if not is_local(folder):
-        CommittedJournal(storage, f"{folder}/journal").restore(journal)
-    read = _Reading(config)
-    for session in journal.sessions():
-        read.session([record for _, record in journal.records(session) if record["kind"] != "damaged"])
+    journal, read = _read_journal(storage, config, folder)
     return RunFolder(
         folder=folder,
         storage=storage,
@@ -154,6 +149,21 @@ def open_run(run: str) -> RunFolder:
         is_live=any(is_live(journal.path(session)) for session in journal.sessions()),
         time=accounting.read(storage, folder),
     )
+
+
+def stages_of(config: RunConfig) -> list[StageRecord]:
+    """What was recorded of each stage of a run; nothing where there is no journal."""
+    return _read_journal(Storage(config.storage), config, config.folder)[1].stages
+
+
+def _read_journal(storage: Storage, config: RunConfig, folder: str) -> tuple[Journal, _Reading]:
+    journal = Journal(journal_folder(folder))
+    if not is_local(folder):
+        CommittedJournal(storage, f"{folder}/journal").restore(journal)
+    read = _Reading(config)
+    for session in journal.sessions():
+        read.session([record for _, record in journal.records(session) if record["kind"] != "damaged"])
+    return journal, read
 
 
 def _values(run: str, folder: str) -> Values:
