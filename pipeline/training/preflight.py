@@ -30,14 +30,10 @@ from pipeline.tracking.mlflow_check import try_writing
 from pipeline.tracking.places import experiment_of, tracking_uri
 from pipeline.tracking.server import check_server
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.guards import GraphGuard
-from pipeline.training.image_tokenizer import load_image_tokenizer
 from pipeline.training.measure import peak_memory
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.prepare import VOCABULARY, prepare
-from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
+from pipeline.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -165,24 +161,20 @@ def _try_stage(
     with peak_memory(collectives.device) as peak, _closing() as closing:
         loader = Loader(config, stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
         closing.append(loader.close)
-        model = build_stage_model(config, index, storage, tokenizer.size)
-        guard = GraphGuard(model, collectives, config.engine.check_graph_every)
-        engine = DeepSpeedEngine(model, config, stage, collectives)
-        closing.append(engine.close)
-        image_tokenizer = load_image_tokenizer(stage, storage, collectives.device)
-        step = TrainingStep(engine, config, stage, collectives, image_tokenizer)
+        trainer = build_trainer(config, index, storage, tokenizer.size, collectives)
+        closing.append(trainer.engine.close)
         batch = next(iter(loader.batches(0)))
         started = time.perf_counter()
-        guard.begin(0)
-        losses = step(batch)
-        guard.check(config.stage_start(index))
-        engine.step(stage.optimizer.peak_rate)
-        loss, norm = float(collectives.sum(losses["loss"])), engine.gradient_norm()
+        trainer.guard.begin(0)
+        losses = trainer.step(batch)
+        trainer.guard.check(config.stage_start(index))
+        trainer.engine.step(stage.optimizer.peak_rate)
+        loss, norm = float(collectives.sum(losses["loss"])), trainer.engine.gradient_norm()
         seconds = time.perf_counter() - started
     most = collectives.largest([peak()])[0]
     if not (torch.isfinite(torch.tensor([loss, norm])).all()):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
-    rows = f"{stage.batch} rows = {collectives.world_size} ranks x {step.accumulation} micro-batches"
+    rows = f"{stage.batch} rows = {collectives.world_size} ranks x {trainer.step.accumulation} micro-batches"
     return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, most memory {most / GB:.2f} GB a rank"
 
 

@@ -32,10 +32,7 @@ from pipeline.training.checkpoint import (
     stage_url,
 )
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.evaluation import StageEvaluation
-from pipeline.training.guards import GraphGuard
-from pipeline.training.image_tokenizer import load_image_tokenizer
 from pipeline.training.instruments import Instruments
 from pipeline.training.look import look
 from pipeline.training.memory import is_out_of_memory, out_of_memory
@@ -47,8 +44,7 @@ from pipeline.training.progress import Progress, Report
 from pipeline.training.schedule import learning_rate
 from pipeline.training.session import Session
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
-from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
+from pipeline.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -88,22 +84,9 @@ class StageRun:
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
         self.evaluation = StageEvaluation(config, index, storage, tokenizer, collectives, self.choices)
-        self.engine, self.step = self._build_engine()
+        trainer = build_trainer(config, index, storage, tokenizer.size, collectives)
+        self.engine, self.step, self.guard, self.shapes = trainer.engine, trainer.step, trainer.guard, trainer.shapes
         self.instruments = Instruments(config, index, self.loader, collectives, tokenizer.size)
-
-    def _build_engine(self) -> tuple[DeepSpeedEngine, TrainingStep]:
-        config, stage, collectives = self.config, self.stage, self.collectives
-        try:
-            image_tokenizer = load_image_tokenizer(stage, self.storage, collectives.device)
-            model = build_stage_model(config, self.index, self.storage, self.tokenizer.size)
-            self.guard = GraphGuard(model, collectives, config.engine.check_graph_every)
-            self.shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-            engine = DeepSpeedEngine(model, config, stage, collectives)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(error, config, stage, collectives, None) from error
-            raise
-        return engine, TrainingStep(engine, config, stage, collectives, image_tokenizer)
 
     def run(self, spike: Spike | None = None) -> None:
         """`spike`: what made the run go back to here, and is now to be left out.

@@ -20,7 +20,7 @@ OBJECTIVES = {"contrastive": {}, "matching": {}}
 def _troubled(folder: str) -> list[str]:
     """A head that calls every pair matched, a contrast at its clamp, a slow rank, a slow store; what was logged."""
     from pipeline.data.loading.preparation import ThreadPreparer
-    from pipeline.training import loop, stage_run
+    from pipeline.training import loop, trainer
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
     class SlowPreparer(ThreadPreparer):
@@ -34,7 +34,7 @@ def _troubled(folder: str) -> list[str]:
 
     lines: list[str] = []
     without_mlflow()
-    build, call = stage_run.build_stage_model, DeepSpeedEngine.__call__
+    build, call = trainer.build_stage_model, DeepSpeedEngine.__call__
 
     def spoilt(*arguments: Any) -> Any:
         model = build(*arguments)
@@ -50,14 +50,14 @@ def _troubled(folder: str) -> list[str]:
             time.sleep(0.2)
         return call(engine, passes)
 
-    stage_run.build_stage_model, DeepSpeedEngine.__call__ = spoilt, slow  # type: ignore[assignment, method-assign]
+    trainer.build_stage_model, DeepSpeedEngine.__call__ = spoilt, slow  # type: ignore[assignment, method-assign]
     logging.getLogger("pipeline.training.alarms").addHandler(Lines())
     try:
         stages = {"stages.pairs.objectives": OBJECTIVES, "stages.pairs.batch": 8}
         config = short_config(folder, data__lanes=8, **stages)
         loop.train(config, lambda progress: None, preparer=SlowPreparer)
     finally:
-        stage_run.build_stage_model, DeepSpeedEngine.__call__ = build, call  # type: ignore[method-assign]
+        trainer.build_stage_model, DeepSpeedEngine.__call__ = build, call  # type: ignore[method-assign]
     return lines
 
 

@@ -30,7 +30,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def _allocate_too_much(folder: str) -> dict[str, str]:
     """What a run says that runs out of memory, in a step and while it is built."""
     from pipeline.config.errors import RunFailed
-    from pipeline.training import loop, stage_run
+    from pipeline.training import loop, trainer
 
     without_mlflow()
     told = {}
@@ -42,7 +42,7 @@ def _allocate_too_much(folder: str) -> dict[str, str]:
     def build(*_: Any) -> Any:
         return torch.empty(10**15)
 
-    stage_run.build_stage_model = build
+    trainer.build_stage_model = build
     with pytest.raises(RunFailed) as caught:
         loop.train(short_config(folder, "build", engine__zero_stage=2), lambda progress: None)
     told["build"] = str(caught.value)
