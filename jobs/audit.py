@@ -8,7 +8,6 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.storage import Storage
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.training.prepare import prepare
 
 
@@ -26,6 +25,6 @@ def fingerprint_of(
     config = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
     storage = Storage(config.storage)
     tokenizer = prepare(config, storage)
-    chosen = stage_of(config, stage)
+    chosen = config.stage_named(stage)
     found = fingerprint(config, chosen, storage, tokenizer, range(int(first), int(last)), world_size)
     return {"fingerprint": found, "steps": [int(first), int(last)], "stage": chosen.name}

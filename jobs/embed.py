@@ -13,7 +13,6 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.embedding import DONE, Embedder, digest_of, embed_source
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.training.checkpoint import COMMIT, config_of_weights, load_weights
 
@@ -67,7 +66,7 @@ def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 
 def _embed(asked: Asked, ranks: Ranks) -> dict[str, Any]:
     weights = load_weights(Storage(), asked.checkpoint)
-    config, stage = weights.config, stage_of(weights.config, weights.stage)
+    config, stage = weights.config, weights.config.stage_named(weights.stage)
     storage = Storage(config.storage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
     digest = digest_of(storage.read(join(weights.url, COMMIT)))

@@ -21,9 +21,10 @@ from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConf
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.aligned import aligned
-from pipeline.evaluation.evaluate import TASKS, Evaluation, evaluate, stage_of
+from pipeline.evaluation.evaluate import TASKS, evaluate
 from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.evaluation.report import render, show
+from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.shown import Shown, keep, kept
 from pipeline.models import build_model
 from pipeline.models.model import Model
@@ -126,7 +127,7 @@ def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 def _measured(asked: Asked, ranks: Ranks) -> Measured:
     """Called on each of the ranks, which get the same; only the first makes the page."""
     weights = load_weights(Storage(), asked.checkpoint)
-    stage = stage_of(weights.config, weights.stage)
+    stage = weights.config.stage_named(weights.stage)
     use = asked.use or ("labelled" if asked.probe else None)
     config, source = _with_source(weights.config, stage, asked.source, "--source", use)
     config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
@@ -155,7 +156,7 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
 
 
 def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig) -> Shown:
-    stage = stage_of(config, found.stage)
+    stage = config.stage_named(found.stage)
     return show(found, config, tokenizer, aligned(model, tokenizer, found.held_out, config, stage))
 
 
@@ -185,7 +186,7 @@ def _evaluation_of(run: str, source: str | None) -> Shown:
 def model_of(weights: Weights) -> Model:
     """The model that a stage's weights are of."""
     config = weights.config
-    index = config.stages.index(stage_of(config, weights.stage))
+    index = config.stages.index(config.stage_named(weights.stage))
     model = build_model(config.model, len(weights.vocabulary), heads(config, index))
     load_matching(model, weights.tensors, weights.stage, weights.absent)
     return model

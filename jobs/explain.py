@@ -12,7 +12,6 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain, untrained
 from pipeline.evaluation.explain_page import to_html, to_png
 from pipeline.training.checkpoint import load_weights
@@ -32,7 +31,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     weights = load_weights(Storage(), checkpoint.rstrip("/"))
     config = weights.config
-    stage = stage_of(config, weights.stage)
+    stage = config.stage_named(weights.stage)
     model = model_of(weights)
     if model.reads("word_patch", "pairs") is None:
         able = ", ".join(kind for kind in kinds() if readings("word_patch", kind))

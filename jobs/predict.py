@@ -13,7 +13,6 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.prediction import Given, Predictor
 from pipeline.training.checkpoint import load_weights
 
@@ -29,7 +28,7 @@ def predict(
     if second_image is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first picture with --image")
     weights = load_weights(Storage(), checkpoint.rstrip("/"))
-    stage = stage_of(weights.config, weights.stage)
+    stage = weights.config.stage_named(weights.stage)
     storage = Storage(weights.config.storage)
     pictures = tuple(_picture(storage, weights.config, url) for url in (image, second_image) if url is not None)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)

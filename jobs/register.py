@@ -15,7 +15,6 @@ from PIL import Image
 from jobs.served import outputs_of
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.tracking.journal import redact
 from pipeline.tracking.mlflow_model import Export, register
 from pipeline.tracking.places import experiment_of, run_of, tracking_uri
@@ -38,7 +37,7 @@ def register_checkpoint(checkpoint: str, name: str, alias: str | None = None, ur
     """
     weights = load_weights(Storage(), checkpoint.rstrip("/"))
     config = weights.config
-    stage = stage_of(config, weights.stage)
+    stage = config.stage_named(weights.stage)
     with tempfile.TemporaryDirectory() as folder:
         _write(weights, folder)
         export = Export(

@@ -20,7 +20,6 @@ from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resiz
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.retrieval import embed_images, embed_texts, matching_odds
 from pipeline.training.checkpoint import Weights, load_weights
 
@@ -33,7 +32,7 @@ BATCH = 64  # rows read at once: bounds the memory of a large request
 
 def outputs_of(weights: Weights) -> tuple[str, ...]:
     """The columns that weights can answer with. Raises ConfigError where there are none."""
-    objectives = stage_of(weights.config, weights.stage).objectives
+    objectives = weights.config.stage_named(weights.stage).objectives
     found = (*(EMBEDDINGS if "contrastive" in objectives else ()), *((MATCHED,) if "matching" in objectives else ()))
     if not found:
         raise ConfigError(
@@ -48,7 +47,7 @@ class Served:
 
     def __init__(self, weights: Weights):
         self.outputs = outputs_of(weights)
-        stage = stage_of(weights.config, weights.stage)
+        stage = weights.config.stage_named(weights.stage)
         self._config, self._max_text = weights.config.for_stage(stage), stage.max_text
         self._model, self._tokenizer = model_of(weights), Tokenizer.from_vocabulary(weights.vocabulary)
         if torch.cuda.is_available():

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.config.errors import ConfigError
 from pipeline.config.model import ModelConfig, VLMoConfig
 from pipeline.config.section import Fraction, Positive, Section, changeable
 
@@ -403,6 +404,15 @@ class RunConfig(Section):
     def use_of(self, stage: StageConfig) -> Use:
         """What the stage reads of its samples: the same for all its sources."""
         return self.sources[next(iter(stage.sources))].use
+
+    def stage_named(self, name: str | None) -> StageConfig:
+        """The stage of that name, or the last one. Raises ConfigError naming the stages there are."""
+        if name is None:
+            return self.stages[-1]
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in self.stages)}")
 
     def for_stage(self, stage: StageConfig) -> RunConfig:
         """The run as a stage sees it: `model.image_size` is the size of the stage's own pictures.

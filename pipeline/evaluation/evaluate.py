@@ -12,8 +12,8 @@ source that a stage trained on can be evaluated, and the result says so (`traine
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,18 @@ from pipeline.data.contents.choices import ANSWERS, Choices, load_answers
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.annotated import AnnotatedSource
-from pipeline.evaluation.answering import Answering, measure_answering
+from pipeline.evaluation.answering import measure_answering
 from pipeline.evaluation.classification import Classification, measure_classification
 from pipeline.evaluation.held_out import HeldOut, load_pairs
-from pipeline.evaluation.masked_image import Reconstruction, reconstruct
-from pipeline.evaluation.masked_language import Guesses, MaskedLanguage, guess, masked_language, other_images
-from pipeline.evaluation.probe import Probe, measure_probe
+from pipeline.evaluation.masked_image import reconstruct
+from pipeline.evaluation.masked_language import guess, masked_language, other_images
+from pipeline.evaluation.probe import measure_probe
 from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.evaluation.reasoning import Reasoning, measure_reasoning
+from pipeline.evaluation.reasoning import measure_reasoning
+from pipeline.evaluation.results import Evaluation, Matching
 from pipeline.evaluation.retrieval import (
     KEPT,
     FusedHead,
-    Rankings,
-    Recall,
-    Retrieval,
     dot_products,
     embed_images,
     embed_texts,
@@ -52,135 +50,7 @@ from pipeline.evaluation.zero_shot import class_names, class_vectors, measure_ze
 
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
-Figures = Answering | Reasoning | Classification | Probe
-COLLAPSED = 0.05  # a matching head that is right in no more of one class has learnt only how often pairs match
 RECONSTRUCTED = 64  # pictures whose masked patches are filled in; the report shows the first few
-
-
-@dataclass(frozen=True)
-class Matching:
-    """The matching head on every caption with its own image and with another one (never the same `image_id`)."""
-
-    accuracy_matched: float
-    accuracy_mismatched: float
-
-    @property
-    def accuracy(self) -> float:
-        return (self.accuracy_matched + self.accuracy_mismatched) / 2
-
-    @property
-    def is_collapsed(self) -> bool:
-        """Whether the head gives nearly everything the same answer, as it does where it learnt nothing of pairs."""
-        return min(self.accuracy_matched, self.accuracy_mismatched) < COLLAPSED
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results on one source, and what a report shows of them. A member is None where the stage did not train it."""
-
-    source: str
-    stage: str
-    held_out: HeldOut
-    rankings: Rankings | None = None  # of all images and captions
-    retrieval: Retrieval | None = None
-    retrieval_by: Literal["itc"] | FusedHead = "itc"  # the head whose scores order the candidates
-    retrieval_images: int = 0  # that take part in it
-    reranked: Retrieval | None = None
-    reranked_best: int = 0  # candidates a query
-    matching: Matching | None = None
-    mlm: MaskedLanguage | None = None
-    language_stages: dict[str, Guesses] = field(default_factory=dict)  # text-only guesses of earlier stages, by name
-    reconstruction: Reconstruction | None = None
-    reconstruction_stage: str = ""
-    answering: Answering | None = None
-    reasoning: Reasoning | None = None
-    classification: Classification | None = None
-    zero_shot: Classification | None = None
-    linear_probe: Probe | None = None
-    trained_on: tuple[str, ...] = ()  # stages that read the same shards: then this is no held-out result
-    checkpoint: str = ""
-    report: str = ""
-
-    def located(self, checkpoint: str = "", report: str = "") -> Evaluation:
-        """The same, told where the checkpoint came from and where the report went."""
-        return replace(self, checkpoint=checkpoint or self.checkpoint, report=report or self.report)
-
-    def to_json(self) -> dict[str, Any]:
-        """The shape that `mome evaluate --json` promises: fractions, null where something was not trained."""
-        return {
-            "pairs": len(self.held_out),
-            "captions": len(self.held_out.tokens),
-            "skipped": sum(self.held_out.skipped.values()),
-            "source": self.source,
-            "source_digest": self.held_out.digest,
-            "stage": self.stage,
-            "retrieval": _retrieval_json(self.retrieval, by=self.retrieval_by, images=self.retrieval_images),
-            "reranked": _retrieval_json(self.reranked, best=self.reranked_best),
-            "mlm": self._mlm_json(),
-            "itm": self._itm_json(),
-            "reconstruction": self._reconstruction_json(),
-            **{name: _figures(figures) for name, figures in self.annotated.items()},
-            "trained_on": list(self.trained_on),
-            "checkpoint": self.checkpoint,
-            "report": self.report,
-        }
-
-    @property
-    def annotated(self) -> dict[str, Figures | None]:
-        """What sources of questions, statements and labelled pictures are measured by."""
-        return {
-            "answering": self.answering,
-            "reasoning": self.reasoning,
-            "classification": self.classification,
-            "zero_shot": self.zero_shot,
-            "linear_probe": self.linear_probe,
-        }
-
-    def metrics(self) -> dict[str, float]:
-        """The same figures flat, as MLflow logs them: `eval/<source>/i2t_r1`, …"""
-        found: dict[str, float | None] = {"pairs": float(len(self.held_out))}
-        for prefix, retrieval in (("", self.retrieval), ("reranked_", self.reranked)):
-            if retrieval is not None:
-                found |= _retrieval_metrics(prefix, retrieval)
-        for prefix, section in (("mlm_", self._mlm_json()), ("itm_", self._itm_json())):
-            found |= {prefix + name: value for name, value in (section or {}).items() if isinstance(value, float)}
-        for name, guesses in self.language_stages.items():
-            found[f"mlm_{name}_stage_text_only"] = guesses.accuracy
-        for name, figures in self.annotated.items():
-            section = _figures(figures) or {}
-            found |= {f"{name}_{key}": value for key, value in section.items() if isinstance(value, float)}
-        if self.reconstruction is not None:
-            found["reconstruction_error"] = self.reconstruction.error
-        return {f"eval/{self.source}/{name}": value for name, value in found.items() if value is not None}
-
-    def _mlm_json(self) -> dict[str, Any] | None:
-        if self.mlm is None:
-            return None
-        return {
-            "accuracy": _accuracy(self.mlm.own_image),
-            "accuracy_other_image": _accuracy(self.mlm.other_image),
-            "accuracy_text_only": _accuracy(self.mlm.text_only),
-            "language_stage_text_only": _accuracy(next(reversed(self.language_stages.values()), None)),
-            "masked_tokens": len(self.mlm.masked.truth()),
-        }
-
-    def _itm_json(self) -> dict[str, Any] | None:
-        if self.matching is None:
-            return None
-        return {
-            "accuracy": _rounded(self.matching.accuracy),
-            "accuracy_matched": _rounded(self.matching.accuracy_matched),
-            "accuracy_mismatched": _rounded(self.matching.accuracy_mismatched),
-        }
-
-    def _reconstruction_json(self) -> dict[str, Any] | None:
-        if self.reconstruction is None:
-            return None
-        return {
-            "error": _rounded(self.reconstruction.error),
-            "error_without_model": _rounded(self.reconstruction.error_without_model),
-            "stage": self.reconstruction_stage,
-        }
 
 
 def evaluate(
@@ -208,7 +78,7 @@ def evaluate(
     `probe`: a labelled source on whose frozen features a linear classifier is trained, to be measured on `source`.
     Raises ConfigError and DataError as `load_pairs`, ConfigError for a source of a use that the stage did not train.
     """
-    chosen = stage_of(config, stage)
+    chosen = config.stage_named(stage)
     source = source or config.evaluation.source
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
@@ -225,7 +95,7 @@ def evaluate(
     found = Evaluation(source, chosen.name, held_out, trained_on=stages_reading(config, source))
     found = _measure(found, model, chosen, setting)
     for name, other in (others or {}).items():
-        found = _add_stage(found, other, stage_of(config, name), setting)
+        found = _add_stage(found, other, config.stage_named(name), setting)
     return found
 
 
@@ -318,16 +188,6 @@ def stages_reading(config: RunConfig, source: str) -> tuple[str, ...]:
         for stage in config.stages
         if any(config.sources[name].shards.rstrip("/") == shards for name in stage.sources)
     )
-
-
-def stage_of(config: RunConfig, name: str | None) -> StageConfig:
-    """A stage by its name, or the last one. Raises ConfigError naming the stages there are."""
-    if name is None:
-        return config.stages[-1]
-    for stage in config.stages:
-        if stage.name == name:
-            return stage
-    raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in config.stages)}")
 
 
 def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: _Setting) -> Evaluation:
@@ -462,43 +322,3 @@ def _resized(images: Tensor, size: int) -> Tensor:
     channels = images.permute(0, 3, 1, 2).float()
     resized = F.interpolate(channels, (size, size), mode="bicubic", antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _accuracy(guesses: Guesses | None) -> float | None:
-    return None if guesses is None else _rounded(guesses.accuracy)
-
-
-def _figures(figures: Figures | None) -> dict[str, Any] | None:
-    if figures is None:
-        return None
-    return {name: _rounded(value) if isinstance(value, float) else value for name, value in asdict(figures).items()}
-
-
-def _rounded(fraction: float) -> float:
-    return round(fraction, 6)
-
-
-def _retrieval_json(retrieval: Retrieval | None, **more: Any) -> dict[str, Any] | None:
-    if retrieval is None:
-        return None
-    return {
-        "image_to_text": _recall_json(retrieval.image_to_text),
-        "text_to_image": _recall_json(retrieval.text_to_image),
-        "chance": {f"r{k}": _rounded(share) for k, share in retrieval.chance().items()},
-        **more,
-    }
-
-
-def _recall_json(recall: Recall) -> dict[str, float]:
-    return {f"r{k}": _rounded(share) for k, share in recall.at.items()} | {
-        "median_rank": recall.median_rank,
-        "mean_rank": round(recall.mean_rank, 2),
-    }
-
-
-def _retrieval_metrics(prefix: str, retrieval: Retrieval) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, recall in (("i2t", retrieval.image_to_text), ("t2i", retrieval.text_to_image)):
-        found |= {f"{prefix}{name}_r{k}": share for k, share in recall.at.items()}
-        found |= {f"{prefix}{name}_median_rank": recall.median_rank, f"{prefix}{name}_mean_rank": recall.mean_rank}
-    return found

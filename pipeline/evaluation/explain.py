@@ -19,7 +19,6 @@ from pipeline.config.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import resize, shape_of
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.evaluation.evaluate import stage_of
 from pipeline.evaluation.masked_language import Guesses, MaskedCaptions, guess
 from pipeline.evaluation.retrieval import reading
 from pipeline.models.model import Model
@@ -88,7 +87,7 @@ def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, 
 
 def untrained(config: RunConfig, stage_name: str) -> list[str]:
     """What of an explanation the weights were never trained for, by this stage or one before it."""
-    index = config.stages.index(stage_of(config, stage_name))
+    index = config.stages.index(config.stage_named(stage_name))
     before = config.stages[: index + 1]
     notes = []
     if not any("word_patch" in stage.objectives for stage in before):

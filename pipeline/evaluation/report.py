@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.evaluate import Evaluation
 from pipeline.evaluation.masked_language import Guesses, words_of
+from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import Ranked, Recall
 from pipeline.evaluation.shown import (
     Alignments,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.evaluation.evaluate import COLLAPSED
+from pipeline.evaluation.results import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
 from pipeline.tracking.recorder import Recorder
 

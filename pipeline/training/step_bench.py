@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.errors import ConfigError, MomeError
+from pipeline.config.errors import MomeError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
@@ -178,16 +178,12 @@ def main(arguments: list[str]) -> int:
     collectives = None
     try:
         config = load_config(given.config, given.overrides)
-        names = [stage.name for stage in config.stages]
-        if given.stage is not None and given.stage not in names:
-            raise ConfigError(f"--stage {given.stage}: no such stage; known: {', '.join(names)}")
+        stage = config.stage_named(given.stage)
         collectives = Collectives()
-        index = len(names) - 1 if given.stage is None else names.index(given.stage)
-        found = bench_step(config, index, collectives, given.steps)
+        found = bench_step(config, config.stages.index(stage), collectives, given.steps)
         if collectives.rank == 0:
-            print(
-                json.dumps({"stage": names[index], "world_size": collectives.world_size, **found.as_json()}), flush=True
-            )
+            measured = {"stage": stage.name, "world_size": collectives.world_size, **found.as_json()}
+            print(json.dumps(measured), flush=True)
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return error.exit_status

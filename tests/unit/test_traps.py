@@ -34,7 +34,8 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig, Use
 from pipeline.data.batch import Batch
-from pipeline.evaluation.evaluate import Matching, stages_reading
+from pipeline.evaluation.evaluate import stages_reading
+from pipeline.evaluation.results import Matching
 from pipeline.models.passes import Outputs, Pass
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine

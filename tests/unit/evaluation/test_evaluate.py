@@ -12,7 +12,8 @@ from pipeline.config.model import DualEncoderConfig
 from pipeline.config.schema import ObjectiveConfig, RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import matching_odds
 from pipeline.models import build_model
 from pipeline.models.passes import Pass

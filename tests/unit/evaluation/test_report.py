@@ -15,8 +15,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.aligned import aligned
-from pipeline.evaluation.evaluate import Evaluation, evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.report import beside, percent, render, show, thumbnail
+from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import rankings
 from pipeline.models.vlmo import VLMo
 
