@@ -10,7 +10,8 @@ from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import CommittedJournal, Journal, redact
-from pipeline.tracking.mlflow_tracker import MlflowShipper, Outage, num_pending, shipping_alone
+from pipeline.tracking.mlflow_client import Outage
+from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
 from pipeline.tracking.places import journal_folder
 
 logger = logging.getLogger("mome.tracking")

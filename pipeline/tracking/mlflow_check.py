@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.config.errors import TrackingError
 from pipeline.tracking.journal import redact
-from pipeline.tracking.mlflow_tracker import connect
+from pipeline.tracking.mlflow_client import connect
 
 SQLITE = "sqlite:///"
 

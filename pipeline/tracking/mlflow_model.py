@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.errors import TrackingError
 from pipeline.tracking.journal import redact
-from pipeline.tracking.mlflow_tracker import connect, experiment_id
+from pipeline.tracking.mlflow_client import connect, experiment_id
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

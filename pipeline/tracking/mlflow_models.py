@@ -7,10 +7,11 @@ The files stay where they are; what is logged says where that is (`mome.url`), w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pipeline.tracking.journal import HAND_OVER, Journal, Record
+from pipeline.tracking.mlflow_client import ask
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,14 +21,12 @@ IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's own name for a model whose f
 _NOT_IN_NAMES = re.compile(r"[/:.%\"']")
 _A_PAGE = 100
 
-Ask = Callable[..., Any]  # `MlflowShipper`'s: one request, whose failures it tells apart
-
 
 class LoggedModels:
     """Those of one campaign on one server."""
 
-    def __init__(self, ask: Ask, client: MlflowClient, experiment: str, campaign: Record, journal: Journal):
-        self._ask, self._client, self._experiment = ask, client, experiment
+    def __init__(self, client: MlflowClient, experiment: str, campaign: Record, journal: Journal):
+        self._client, self._experiment = client, experiment
         self._run, self._name, self._journal = campaign["run"], campaign["name"], journal
         self._by_url: dict[str, str] | None = None
         self._by_step: dict[int, str] = {}
@@ -47,15 +46,15 @@ class LoggedModels:
             tags = {"mome.run": self._run, "mome.url": url, "mome.step": str(step), "mome.role": record["role"]}
             about = {"stage": stage, "step": str(step), "role": record["role"]}
             create = self._client.create_logged_model
-            model = self._ask(create, self._experiment, name, run_id, tags | {IS_EXTERNAL: "true"}, about, "weights")
+            model = ask(create, self._experiment, name, run_id, tags | {IS_EXTERNAL: "true"}, about, "weights")
             model_id = self._remember(model)
         if model_id in self._pending:
-            self._ask(self._client.finalize_logged_model, model_id, LoggedModelStatus.READY)
+            ask(self._client.finalize_logged_model, model_id, LoggedModelStatus.READY)
             self._pending.discard(model_id)
         if record["role"] == HAND_OVER:  # an output cannot be taken back, so checkpoints are none
-            outputs = self._ask(self._client.get_run, run_id).outputs
+            outputs = ask(self._client.get_run, run_id).outputs
             if model_id not in {each.model_id for each in (outputs.model_outputs if outputs else ())}:
-                self._ask(self._client.log_outputs, run_id, [LoggedModelOutput(model_id, step)])
+                ask(self._client.log_outputs, run_id, [LoggedModelOutput(model_id, step)])
         return model_id
 
     def remove(self, url: str) -> None:
@@ -63,7 +62,7 @@ class LoggedModels:
         model_id = self._known().pop(url, None)
         if model_id is not None:
             self._by_step = {step: other for step, other in self._by_step.items() if other != model_id}
-            self._ask(self._client.delete_logged_model, model_id)
+            ask(self._client.delete_logged_model, model_id)
 
     def at_step(self, step: int) -> str | None:
         """The weights of a global step, which an evaluation at that step is of."""
@@ -77,19 +76,19 @@ class LoggedModels:
         model = self._at(url)
         if model is None:
             return None
-        inputs = self._ask(self._client.get_run, run_id).inputs
-        if model.model_id not in {each.model_id for each in inputs.model_inputs}:
-            self._ask(self._client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])
+        inputs = ask(self._client.get_run, run_id).inputs
+        if model.model_id not in {each.model_id for each in (inputs.model_inputs if inputs else ())}:
+            ask(self._client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])
         return model.source_run_id
 
     def _at(self, url: str) -> LoggedModel | None:
         """This campaign's, or another's in any experiment."""
         own = self._known().get(url)
         if own is not None:
-            return self._ask(self._client.get_logged_model, own)
-        everywhere = [each.experiment_id for each in self._ask(self._client.search_experiments)]
+            return ask(self._client.get_logged_model, own)
+        everywhere = [each.experiment_id for each in ask(self._client.search_experiments)]
         asked = f"tags.`mome.url` = '{url}'"
-        found = self._ask(self._client.search_logged_models, everywhere, asked, max_results=1) if "'" not in url else []
+        found = ask(self._client.search_logged_models, everywhere, asked, max_results=1) if "'" not in url else []
         return found[0] if found else None
 
     def _known(self) -> dict[str, str]:
@@ -104,7 +103,7 @@ class LoggedModels:
         asked, token = f"tags.`mome.run` = '{self._run}'", None
         while True:
             search = self._client.search_logged_models
-            page = self._ask(search, [self._experiment], asked, max_results=_A_PAGE, page_token=token)
+            page = ask(search, [self._experiment], asked, max_results=_A_PAGE, page_token=token)
             yield from (model for model in page if "mome.url" in model.tags)
             token = page.token
             if not token:

@@ -83,7 +83,7 @@ class Shipper:
     def _start(self) -> None:
         """Start the shipping process. It ends when its input closes, so it cannot outlive this process for long."""
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
-        command = [sys.executable, "-m", "pipeline.tracking.mlflow_tracker", str(self._journal.folder)]
+        command = [sys.executable, "-m", "pipeline.tracking.mlflow_process", str(self._journal.folder)]
         try:
             with (self._journal.folder / "shipper.log").open("ab") as log:
                 self._process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Tracking as the rest of the code sees it: appending to a local journal, which another process ships to MLflow.
 
 Nothing here waits for a server (contract C6). `metrics` is one line appended to a file; the shipper is a process
-of its own (`mlflow_tracker`) because the import of mlflow and its Python work, run as a thread of the trainer,
+of its own (`mlflow_process`) because the import of mlflow and its Python work, run as a thread of the trainer,
 take the interpreter lock from it: measured, steps four times as long while mlflow is imported, and single steps
 0.3 s late. As a process it costs them nothing.
 

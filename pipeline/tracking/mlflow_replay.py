@@ -1,7 +1,5 @@
 """Replays a run's journal into MLflow: one parent run a campaign, one child a stage, every point exactly once.
 
-Run as a process (`python -m pipeline.tracking.mlflow_tracker FOLDER`) beside the trainer, or by `mome sync`.
-
 Replaying is idempotent, so that a lost cursor or an answer that never arrived costs only time: runs are found by
 tags that are set in the same request that creates them, params and tags say the same again, and MLflow's SQL store
 drops points it has with the same key, step, value and timestamp. Only points that were journaled anew, after the
@@ -14,50 +12,22 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
-import select
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from pipeline.tracking.journal import EVALUATION, Journal, Record, complete_length, redact
+from pipeline.tracking.mlflow_client import Outage, Refused, RunGone, ask, connect, experiment_id, prepare_client
 from pipeline.tracking.mlflow_models import LoggedModels
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-T = TypeVar("T")
-logger = logging.getLogger("mome.tracking")
-
 POINTS_A_BATCH, PAIRS_A_BATCH = 1000, 100  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two attempts while the server is away
-ORPHAN_SECONDS = 30.0  # to ship what a dead trainer left
-CLIENT_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # we retry; a request repeated inside the client could create a run twice
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
-
-
-class Outage(Exception):
-    """The server did not answer, or not as it should; the same request may succeed later."""
-
-
-class Refused(Exception):
-    """The server understood and refused; repeating the request is useless."""
-
-
-class RunGone(Exception):
-    """A run that had been shipped before is not there any more."""
 
 
 class Cursor:
@@ -104,7 +74,7 @@ class MlflowShipper:
     """Ships one journal to one MLflow server."""
 
     def __init__(self, folder: Path, uri: str, say: Callable[[str], None]):
-        os.environ.update(CLIENT_ENVIRONMENT)  # before the first import of mlflow
+        prepare_client()
         self._journal = Journal(folder)
         self._uri = uri
         self._say = say
@@ -175,7 +145,7 @@ class MlflowShipper:
         for start in range(0, len(points), POINTS_A_BATCH):
             batch = points[start : start + POINTS_A_BATCH]
             try:
-                self._ask(self._connected().log_batch, self._points_run, metrics=batch)
+                ask(self._connected().log_batch, self._points_run, metrics=batch)
             except Refused:  # one bad point must not take the others with it
                 for point in batch:
                     self._unless_refused(self._connected().log_batch, self._points_run, metrics=[point])
@@ -217,7 +187,7 @@ class MlflowShipper:
         parent = self._run_of(None)
         child = self._find(stage) or self._create(record, {"mome.role": "stage", "mlflow.parentRunId": parent})
         for run in (parent, child):
-            self._ask(self._connected().update_run, run, status="RUNNING")
+            ask(self._connected().update_run, run, status="RUNNING")
             self._add_datasets(run, record["datasets"])
         self._describe(child, record)
         origin = record["tags"].get("start_from")
@@ -225,14 +195,14 @@ class MlflowShipper:
             with self._refusals_told():
                 made_by = self._models.start_from(origin, child)
                 if made_by is not None:
-                    self._ask(self._connected().set_tag, child, "start_from.run_id", made_by)
+                    ask(self._connected().set_tag, child, "start_from.run_id", made_by)
 
     def _log_model(self, record: Record) -> None:
         """Weights that are kept, with the points of their step, which the run has already at the same times."""
         from mlflow.entities import Metric
 
         run = self._run_of(record["stage"])
-        stage = self._ask(self._connected().get_run, run).data.tags.get("stage", str(record["stage"]))
+        stage = ask(self._connected().get_run, run).data.tags.get("stage", str(record["stage"]))
         model_id = self._models.log(record, run, stage)
         if model_id is None:
             return
@@ -250,7 +220,7 @@ class MlflowShipper:
         """Params and tags. A param that already has another value cannot change: it becomes a tag."""
         from mlflow.entities import Param, RunTag
 
-        held = self._ask(self._connected().get_run, run).data.params
+        held = ask(self._connected().get_run, run).data.params
         params = {key: value[:LONGEST_PARAM] for key, value in record["params"].items()}
         tags = dict(record["tags"])
         tags |= {f"mome.changed.{key}": value for key, value in params.items() if held.get(key, value) != value}
@@ -277,7 +247,7 @@ class MlflowShipper:
         """Ask which points the server has: those journaled from here on may have been shipped before the loss."""
         for stage, run in self._children().items():
             marks = self._cursor.marks.setdefault(str(stage), {})
-            for metric in self._ask(self._connected().get_run, run).data.to_proto().metrics:
+            for metric in ask(self._connected().get_run, run).data.to_proto().metrics:
                 marks[metric.key] = max(metric.step, marks.get(metric.key, -1))
 
     def _run_of(self, stage: int | None) -> str:
@@ -303,7 +273,7 @@ class MlflowShipper:
     def _search(self, which: str) -> list[Any]:
         client = self._connected()
         text = f"tags.`mome.run` = '{self._campaign['run']}' and {which}"
-        return self._ask(client.search_runs, [self._experiment], filter_string=text, order_by=["start_time ASC"])
+        return ask(client.search_runs, [self._experiment], filter_string=text, order_by=["start_time ASC"])
 
     def _create(self, record: Record, tags: dict[str, str]) -> str:
         """Create a run together with the tags it is found by: an answer that is lost then creates no second one."""
@@ -311,7 +281,7 @@ class MlflowShipper:
         if record["stage"] is not None:
             tags["stage_index"] = str(record["stage"])
         create = self._connected().create_run
-        run = self._ask(create, self._experiment, start_time=record["at"], tags=tags, run_name=record["name"])
+        run = ask(create, self._experiment, start_time=record["at"], tags=tags, run_name=record["name"])
         self._runs[record["stage"]] = run.info.run_id
         return run.info.run_id
 
@@ -324,12 +294,12 @@ class MlflowShipper:
     def _models(self) -> LoggedModels:
         if self._logged_models is None:
             client = self._connected()
-            self._logged_models = LoggedModels(self._ask, client, self._experiment, self._campaign, self._journal)
+            self._logged_models = LoggedModels(client, self._experiment, self._campaign, self._journal)
         return self._logged_models
 
     def _connected(self) -> MlflowClient:
         if self._client is None:
-            self._client = self._ask(self._connect)
+            self._client = ask(self._connect)
         return self._client
 
     def _connect(self) -> MlflowClient:
@@ -339,7 +309,7 @@ class MlflowShipper:
 
     def _unless_refused(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
         with self._refusals_told():
-            self._ask(action, *args, **values)
+            ask(action, *args, **values)
 
     @contextlib.contextmanager
     def _refusals_told(self) -> Iterator[None]:
@@ -347,147 +317,3 @@ class MlflowShipper:
             yield
         except Refused as error:
             self._say(f"tracking: {redact(self._uri)} refused a record, which stays in the journal only: {error}")
-
-    def _ask(self, action: Callable[..., T], *args: Any, **values: Any) -> T:
-        """One request. Its failures become Outage, Refused or RunGone."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return action(*args, **values)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                raise RunGone(str(error)) from error
-            kind = Refused if error.error_code in REFUSED else Outage
-            raise kind(str(error)) from error
-        except Exception as error:  # connection, database and file faults of every library underneath
-            raise Outage(f"{type(error).__name__}: {error}") from error
-
-
-def connect(uri: str) -> MlflowClient:
-    """An MLflow client. Creates or migrates an SQLite database, which takes seconds."""
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """Of the experiment of that name, which is created where there is none."""
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    return client.create_experiment(name, artifact_location=artifact_location(uri, name))
-
-
-def artifact_location(uri: str, experiment: str) -> str | None:
-    """Beside an SQLite database; a server decides for itself."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / experiment).as_uri()
-
-
-class Commands:
-    """Lines from the process that started this one: 'ship', 'close SECONDS'.
-
-    The end of input means that it died; so does another parent, where a child of its own keeps our input open.
-    """
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-        self._parent = os.getppid()
-        self._buffer = b""
-        self.deadline: float | None = None
-
-    def wait(self, seconds: float) -> None:
-        """Until a line comes, at most `seconds`."""
-        if self.deadline is not None:
-            time.sleep(max(0.0, min(seconds, 0.5, self.deadline - time.monotonic())))
-        elif select.select([self._descriptor], [], [], seconds)[0]:
-            data = os.read(self._descriptor, 65536)
-            lines = (self._buffer + data).split(b"\n")
-            self._buffer = lines.pop()
-            closing = [line for line in lines if line.startswith(b"close ")]
-            if closing or not data:
-                self._close_in(float(closing[0].split()[1]) if closing else ORPHAN_SECONDS)
-        elif os.getppid() != self._parent:
-            self._close_in(ORPHAN_SECONDS)
-
-    def _close_in(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-
-    @property
-    def late(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
-
-def ship_until_closed(folder: Path, uri: str, every: float, commands: Commands, say: Callable[[str], None]) -> bool:
-    """Ship again and again until told to close; True if nothing is left."""
-    while True:
-        with shipping_alone(folder) as alone:
-            if alone:
-                return _ship_repeatedly(folder, uri, every, commands, say)
-        # The shipper of an earlier start or of an evaluation is at work: while it lives, it ships our records too.
-        if commands.deadline is not None and (commands.late or not num_pending(folder, uri)):
-            return not num_pending(folder, uri)
-        commands.wait(1.0)
-
-
-def _ship_repeatedly(folder: Path, uri: str, every: float, commands: Commands, say: Callable[[str], None]) -> bool:
-    shipper, wait, away_since = MlflowShipper(folder, uri, say), FIRST_WAIT, None
-    while True:
-        closing = commands.deadline is not None
-        try:
-            shipper.ship()
-        except Outage as error:
-            if away_since is None:
-                away_since = time.monotonic()
-                say(f"tracking: {redact(uri)} takes no records; they are kept and sent later ({error})"[:500])
-            commands.wait(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
-        else:
-            if away_since is not None:
-                say(f"tracking: {redact(uri)} is back after {time.monotonic() - away_since:.0f} s; nothing was lost")
-            wait, away_since = FIRST_WAIT, None
-            if closing:
-                return True
-            commands.wait(every)
-        if commands.late:
-            return not num_pending(folder, uri)
-
-
-def _speaker() -> Callable[[str], None]:
-    """Says lines to the process that started this one; whatever else is printed goes to the log."""
-    channel = os.dup(1)
-    os.dup2(2, 1)
-
-    def say(line: str) -> None:
-        with contextlib.suppress(OSError):  # nobody may be listening any more
-            os.write(channel, " ".join(line.split()).encode() + b"\n")
-
-    return say
-
-
-def _read_line(descriptor: int) -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
-        line += byte
-    return line
-
-
-def main() -> int:
-    os.nice(10)  # the trainer comes first
-    descriptor = sys.stdin.fileno()
-    first = _read_line(descriptor)
-    if not first:
-        return 1
-    settings = json.loads(first)
-    folder = Path(sys.argv[1])
-    done = ship_until_closed(folder, settings["uri"], settings["every"], Commands(descriptor), _speaker())
-    return 0 if done else 3
-
-
-if __name__ == "__main__":
-    sys.exit(main())
