@@ -96,10 +96,20 @@ def rank_killed(site: Site) -> Callable[[], bool]:
 
 
 def rank_stopped(site: Site) -> Callable[[], bool]:
-    before = site.restarts("failed")
-    if rank := site.strike(signal.SIGSTOP):
-        site.stopped.add(rank.pid)
-    return lambda: site.restarts("failed") > before
+    """And again: what paces the ranks may be about to wake it."""
+    before, rank = site.restarts("failed"), site.strike(signal.SIGSTOP)
+
+    def missed() -> bool:
+        if site.restarts("failed") > before:
+            return True
+        with suppress(psutil.NoSuchProcess):
+            if rank is not None:
+                site.stopped.add(rank.pid)
+                rank.suspend()
+        return False
+
+    site.wait_for(missed, "the stopped rank to be missed")
+    return missed
 
 
 def node_lost(site: Site) -> Callable[[], bool]:
