@@ -36,6 +36,7 @@ from pipeline.data.storage import Storage
 
 MAX_TRIES = 16  # candidates to replace one bad sample
 _STEPS_PLANNED = 4  # whose slots are kept: threads make the rows of one step and of the next
+_DECODED_BYTES = 8 * 2**20  # of pictures that wait to be augmented, of each thread
 IGNORED = -100  # the label of a padded masked place
 
 
@@ -184,12 +185,10 @@ class RowMaker:
                 drafts[place] = self._draft(slot, sample)
             except BadSample as error:
                 bad.append(self._replace(step, place, buffer, place - first, _record(error, sample, slot, step, place)))
-        for (place, draft), tokens in zip(drafts.items(), self._encode(list(drafts.values())), strict=True):
-            try:
-                self._write(draft, tokens, buffer, place - first)
-            except BadSample as error:
-                record = _record(error, draft.sample, draft.slot, step, place)
-                bad.append(self._replace(step, place, buffer, place - first, record))
+        for row, fault in self._write({place - first: draft for place, draft in drafts.items()}, buffer).items():
+            place = first + row
+            record = _record(fault, drafts[place].sample, drafts[place].slot, step, place)
+            bad.append(self._replace(step, place, buffer, row, record))
         return bad
 
     def _replace(self, step: int, place: int, buffer: RowBuffer, row: int, bad: BadRecord) -> BadRecord:
@@ -198,10 +197,10 @@ class RowMaker:
             sample = self._reader.read(slot)
             try:
                 draft = self._draft(slot, sample)
-                self._write(draft, self._encode([draft])[0], buffer, row)
             except BadSample:
                 continue  # counted in the place that planned it
-            return bad.replaced_with(sample.key)
+            if not self._write({row: draft}, buffer):
+                return bad.replaced_with(sample.key)
         raise DataError(
             f"source '{bad.source}': {bad.key} in {bad.shard} is bad ({bad.stage}: {bad.reason}), and so were "
             f"{MAX_TRIES} candidates around it. The shards do not hold what `use` says, or were built wrongly: "
@@ -225,19 +224,51 @@ class RowMaker:
         captions = captions_of(sample.members)
         return _Draft(slot, sample, captions[self._random(slot, sample, "caption").integer(len(captions))])
 
-    def _encode(self, drafts: Sequence[_Draft]) -> Sequence[Tokens | None]:
+    def _encode(self, drafts: Sequence[_Draft]) -> Sequence[Tokens]:
         """One call for all texts: the tokenizer's own loop is not Python's."""
-        if not self._wants.text:
-            return [None] * len(drafts)
         return self._task.tokenizer.encode_batch([draft.text for draft in drafts], self._task.stage.max_text)
 
-    def _write(self, draft: _Draft, tokens: Tokens | None, buffer: RowBuffer, row: int) -> None:
-        """Raises BadSample. Texts come first: they cost little, and a missing one spares the decoding."""
-        sample, slot = draft.sample, draft.slot
-        if tokens is not None:
-            self._write_text(draft, tokens, buffer, row)
+    def _write(self, drafts: Mapping[int, _Draft], buffer: RowBuffer) -> dict[int, BadSample]:
+        """Writes rows by their number; returns those that could not be, with what was wrong.
+
+        One thing is done for all rows before the next: decoding a picture empties the processor's caches, and what
+        follows it takes half as long again when it comes back to each row in turn. Texts come first: they cost little,
+        and a missing one spares the decoding.
+        """
+        bad: dict[int, BadSample] = {}
+
+        def for_each(write: Callable[[int, _Draft], None]) -> None:
+            for row, draft in drafts.items():
+                if row not in bad:
+                    try:
+                        write(row, draft)
+                    except BadSample as error:
+                        bad[row] = error
+
+        if self._wants.text:
+            tokens = dict(zip(drafts, self._encode(list(drafts.values())), strict=True))
+            for_each(lambda row, draft: self._write_text(draft, tokens[row], buffer, row))
         if self._wants.image:
-            self._write_pictures(draft, buffer, row)
+            decoded: dict[int, list[np.ndarray]] = {}
+
+            def decode_one(row: int, draft: _Draft) -> None:
+                decoded[row] = self._decode(draft)
+                if sum(picture.nbytes for pictures in decoded.values() for picture in pictures) > _DECODED_BYTES:
+                    augment_all()
+
+            def augment_all() -> None:
+                for row, pictures in decoded.items():
+                    self._write_pictures(drafts[row], pictures, buffer, row)
+                decoded.clear()
+
+            for_each(decode_one)
+            augment_all()
+        for_each(lambda row, draft: self._write_rest(draft, buffer, row))
+        return bad
+
+    def _write_rest(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+        """All but the text and the pictures. Raises BadSample."""
+        sample, slot = draft.sample, draft.slot
         if self._wants.regions:
             self._write_regions(draft, buffer, row)
         if self._wants.answers:
@@ -252,18 +283,23 @@ class RowMaker:
         buffer["image_id"][row] = (sample.image_id or sample.uid) if is_shown else sample.uid
         buffer["source"][row] = self._numbers[slot.source]
 
-    def _write_pictures(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
-        data, shape = self._task.config.data, self._task.shape
-        allow_flip = not (data.augment.flip_spares_sides and draft.mentions_side)
+    def _decode(self, draft: _Draft) -> list[np.ndarray]:
+        """Raises BadSample."""
         members = draft.sample.members
         encoded = both_images(members) if self._wants.second_image else (image_bytes(members),)
-        for name, purpose, each in zip(("image", "second_image"), ("augment", "augment second"), encoded, strict=False):
-            picture = decode(each, data.max_pixels)
+        return [decode(each, self._task.config.data.max_pixels) for each in encoded]
+
+    def _write_pictures(self, draft: _Draft, decoded: list[np.ndarray], buffer: RowBuffer, row: int) -> None:
+        data, shape = self._task.config.data, self._task.shape
+        allow_flip = not (data.augment.flip_spares_sides and draft.mentions_side)
+        for name, purpose, picture in zip(
+            ("image", "second_image"), ("augment", "augment second"), decoded, strict=False
+        ):
             random = self._random(draft.slot, draft.sample, purpose)
-            picture = augment(picture, data.augment, shape, random, allow_flip)
+            seen = augment(picture, data.augment, shape, random, allow_flip)
             if isinstance(shape, OwnShape):
-                buffer[f"{name}_size"][row] = picture.shape[:2]
-            put_on_canvas(picture, buffer[name][row])
+                buffer[f"{name}_size"][row] = seen.shape[:2]
+            put_on_canvas(seen, buffer[name][row])
         if "patches_read" in buffer:
             self._write_patches_read(draft, buffer, row)
 
