@@ -28,6 +28,7 @@ logger = logging.getLogger("mome.tracking")
 
 Record = dict[str, Any]
 CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights in model records; hand-overs are never removed
+RESTORED = "restored"  # a file of a journal that came from another node
 EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
 SEGMENT = re.compile(r"^(?P<session>\d{6}-[0-9a-f]+)\.(?P<start>\d{12})-(?P<end>\d{12})\.jsonl$")
 
@@ -154,6 +155,18 @@ class Journal:
         firsts = (next(self.records(session), None) for session in self.sessions())
         return [first[1] for first in firsts if first is not None and first[1]["kind"] == "campaign"]
 
+    @property
+    def was_restored(self) -> bool:
+        """Whether some of it came from another node, if only for a report, and no run has gone on from that here."""
+        return (self.folder / RESTORED).exists()
+
+    def restored(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / RESTORED).touch()
+
+    def goes_on(self) -> None:
+        (self.folder / RESTORED).unlink(missing_ok=True)
+
     def start_session(self) -> JournalWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [int(session.split("-")[0]) for session in self.sessions()]
@@ -237,6 +250,7 @@ class CommittedJournal:
         missing = [s for s, end in self._ends.items() if not journal.path(s).exists() or _size(journal.path(s)) < end]
         if not missing:
             return False
+        journal.restored()
         for session in journal.sessions():
             self._cut(journal.path(session), self._ends.get(session, 0))
         for session in missing:

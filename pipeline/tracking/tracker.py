@@ -160,12 +160,14 @@ class Tracker:
         run, known = _run_id(config, storage)
         if any(campaign["run"] != run for campaign in journal.campaigns()):
             journal.discard()
-        restored = committed is not None and committed.restore(journal)
+        if committed is not None:
+            committed.restore(journal)
         lost = known and not journal.sessions()
         history = History(journal)
         writer = journal.start_session()
         tags = environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
-        writer.append(_campaign_record(config, run, tags, server_has_more=restored or lost))
+        writer.append(_campaign_record(config, run, tags, server_has_more=journal.was_restored or lost))
+        journal.goes_on()
         tracker = cls(journal, writer, history, Shipper(journal, writer, config))
         tracker._committed = committed
         tracker.artifact("config.yaml", resolved_config(config).encode())

@@ -196,6 +196,18 @@ def test_what_a_lost_node_never_committed_is_void_when_it_comes_back(tmp_path: P
     assert steps(first) == steps(second) == list(range(1, 13))
 
 
+def test_what_a_report_restored_is_news_to_the_run_that_goes_on(tmp_path: Path, store: FolderStore) -> None:
+    first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second")
+    session_of(first, 1, 5).close()
+    CommittedJournal(store, "run/journal").commit(first)
+
+    assert CommittedJournal(store, "run/journal").restore(second), "read for a report"
+    assert not CommittedJournal(store, "run/journal").restore(second)
+    assert second.was_restored, "no run has gone on from it here"
+    second.goes_on()
+    assert not second.was_restored
+
+
 def test_a_session_that_is_being_written_is_never_cut(tmp_path: Path, store: FolderStore) -> None:
     first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second")
     session_of(second, 1, 2).close()
