@@ -185,7 +185,8 @@ class RowMaker:
                 drafts[place] = self._draft(slot, sample)
             except BadSample as error:
                 bad.append(self._replace(step, place, buffer, place - first, _record(error, sample, slot, step, place)))
-        for row, fault in self._write({place - first: draft for place, draft in drafts.items()}, buffer).items():
+        faults = self._write({place - first: draft for place, draft in drafts.items()}, buffer)
+        for row, fault in sorted(faults.items()):
             place = first + row
             record = _record(fault, drafts[place].sample, drafts[place].slot, step, place)
             bad.append(self._replace(step, place, buffer, row, record))
@@ -249,17 +250,16 @@ class RowMaker:
             tokens = dict(zip(drafts, self._encode(list(drafts.values())), strict=True))
             for_each(lambda row, draft: self._write_text(draft, tokens[row], buffer, row))
         if self._wants.image:
-            decoded: dict[int, list[np.ndarray]] = {}
+            waiting: dict[int, list[np.ndarray]] = {}
 
             def decode_one(row: int, draft: _Draft) -> None:
-                decoded[row] = self._decode(draft)
-                if sum(picture.nbytes for pictures in decoded.values() for picture in pictures) > _DECODED_BYTES:
+                waiting[row] = self._decode(draft)
+                if _bytes_of(waiting) > _DECODED_BYTES:
                     augment_all()
 
             def augment_all() -> None:
-                for row, pictures in decoded.items():
-                    self._write_pictures(drafts[row], pictures, buffer, row)
-                decoded.clear()
+                for row in list(waiting):
+                    self._write_pictures(drafts[row], waiting.pop(row), buffer, row)
 
             for_each(decode_one)
             augment_all()
@@ -376,6 +376,10 @@ class RowMaker:
 
     def _random(self, slot: Slot, sample: Sample, purpose: str) -> CounterRandom:
         return sample_random(self._seed, slot.epoch, sample.uid, purpose)
+
+
+def _bytes_of(decoded: Mapping[int, Sequence[np.ndarray]]) -> int:
+    return sum(picture.nbytes for pictures in decoded.values() for picture in pictures)
 
 
 def _region_sizes(config: RunConfig, stage: StageConfig) -> RegionSizes:
