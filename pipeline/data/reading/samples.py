@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import resource
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from pipeline.data.reading.cache import CachedShard, NodeCache
 from pipeline.data.reading.open_shards import SPAN, OpenFile, OpenShard, SourceShards
 from pipeline.data.reading.readahead import HORIZON, Need, ReadAhead
 from pipeline.data.reading.working_set import WorkingSet
-from pipeline.data.shards.index import ShardIndex
+from pipeline.data.shards.index import ShardIndex, checksum
 from pipeline.data.shards.manifest import ShardRecord, load_manifest
 from pipeline.data.shards.sources import Source
 from pipeline.data.storage import Storage
@@ -94,10 +93,10 @@ class SampleReader:
         opened = self._open(slot.source, slot.shard)
         index, number = opened.index, opened.number(slot.sample)
         members, forget = access.read(slot.shard, opened, number)
-        if checksum(members) != index.crc[number]:
+        if checksum(data for _, data in members) != index.crc[number]:
             forget()  # what was kept may have been damaged on its way: once more
             members, _ = access.read(slot.shard, opened, number)
-            if checksum(members) != index.crc[number]:
+            if checksum(data for _, data in members) != index.crc[number]:
                 raise shards.changed(slot.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
         record = shards.record(slot.shard)
         return Sample(
@@ -212,14 +211,6 @@ class SampleReader:
                 "are fetched more than once. Raise it, lower data.window, or set data.cache.folder",
                 self._loader.memory_bytes,
             )
-
-
-def checksum(members: list[tuple[str, bytes]]) -> int:
-    """CRC-32 of the members' contents, end to end."""
-    crc = 0
-    for _, data in members:
-        crc = zlib.crc32(data, crc)
-    return crc
 
 
 def slots_of(source: Source) -> Callable[[int, int], list[Slot]]:

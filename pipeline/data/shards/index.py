@@ -10,11 +10,12 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal import isal_zlib
 
 from pipeline.data.shards.properties import Properties, columns_of, properties_of
 from pipeline.data.shards.tar import Tar, TarSample
@@ -147,6 +148,14 @@ def index_tar(source: bytes | BinaryIO, name: str, etag: str | None = None) -> S
     return builder.finish(tar, etag)
 
 
+def checksum(contents: Iterable[builtins.bytes]) -> int:
+    """CRC-32 of a sample's members, end to end: zlib's number, which ISA-L finds in a tenth of the time."""
+    crc = 0
+    for data in contents:
+        crc = isal_zlib.crc32(data, crc)
+    return crc
+
+
 class IndexBuilder:
     """Collects the index of a tar while it is walked."""
 
@@ -162,13 +171,10 @@ class IndexBuilder:
         return len(self._keys)
 
     def add(self, sample: TarSample) -> None:
-        crc = 0
-        for extension, offset, data in sample.members:
-            self._members.append((extension, offset, len(data)))
-            crc = zlib.crc32(data, crc)
+        self._members.extend((extension, offset, len(data)) for extension, offset, data in sample.members)
         self._keys.append(sample.key)
         self._first.append(len(self._members))
-        self._crcs.append(crc)
+        self._crcs.append(checksum(data for _, _, data in sample.members))
         self._duplicates.append(sample.is_duplicate)
         self._properties.append(properties_of(sample.contents))
 
