@@ -26,7 +26,7 @@ def loader(
     vocabulary: Annotated[Path | None, typer.Option(help="A vocab.txt; else one is trained from the captions.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples each contender loads in a round.")] = 2048,
     workers: Annotated[int, typer.Option(min=0, help="Our processes; 0: threads of the trainer's own.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each; peers get workers x threads processes.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each; peers get workers x threads processes.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 64,
     rand_augment: Annotated[bool, typer.Option(help="Measure with RandAugment and without, or only without.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Every contender is measured once in each.")] = 3,

@@ -54,7 +54,7 @@ class Settings:
     vocabulary: str | None = None
     samples: int = 2048
     workers: int = 1
-    threads: int = 2
+    threads: int = 1  # with one of one thread, every contender works on one core
     batch: int = 64
     rand_augment: bool = True  # measured on and off; False: off alone
     rounds: int = 3

@@ -80,8 +80,8 @@ class ShardIndex:
 
     def span(self, sample: int) -> tuple[int, int]:
         """The bytes [start, stop) of the tar that hold the sample's data."""
-        members = slice(self.first[sample], self.first[sample + 1])
-        return int(self.offset[members][0]), int((self.offset[members] + self.size[members])[-1])
+        first, last = self.first[sample], self.first[sample + 1] - 1
+        return int(self.offset[first]), int(self.offset[last] + self.size[last])
 
     @property
     def facts(self) -> ShardFacts:
