@@ -20,7 +20,8 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,14 @@ Record = dict[str, Any]
 CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights in model records; hand-overs are never removed
 RESTORED = "restored"  # a file of a journal that came from another node
 EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
-SEGMENT = re.compile(r"^(?P<session>\d{6}-[0-9a-f]+)\.(?P<start>\d{12})-(?P<end>\d{12})\.jsonl$")
+_SESSION = r"(?P<session>\d{6}-[0-9a-f]+)"
+_SEGMENT = re.compile(_SESSION + r"\.(?P<start>\d{12})-(?P<end>\d{12})\.jsonl")
+_WHOLE = re.compile(_SESSION + r"\.jsonl")  # as a journal lies in a local run's folder, which somebody copied
+
+
+class Sized(Protocol):
+    @property
+    def size(self) -> int: ...
 
 
 class Store(Protocol):
@@ -38,7 +46,7 @@ class Store(Protocol):
 
     def read(self, url: str) -> bytes: ...
     def write(self, url: str, data: bytes) -> None: ...
-    def list(self, url: str) -> list[str]: ...
+    def list_info(self, url: str) -> Mapping[str, Sized]: ...
     def exists(self, url: str) -> bool: ...
 
 
@@ -212,22 +220,34 @@ class HighWater:
         return max((step for (index, _), step in self._steps.items() if index == stage), default=-1)
 
 
-def committed_segments(store: Store, url: str) -> dict[str, list[tuple[int, int]]]:
-    """Per session the byte ranges that were committed to `url`, from 0 on without a gap."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for name in sorted(store.list(url)):
-        if match := SEGMENT.match(name):
-            ranges = found.setdefault(match["session"], [])
-            start, end = int(match["start"]), int(match["end"])
-            if start == (ranges[-1][1] if ranges else 0):
-                ranges.append((start, end))
-            else:
-                logger.warning("%s/%s does not follow the segment before it and was left out", url, name)
-    return {session: ranges for session, ranges in found.items() if ranges}
+@dataclass(frozen=True)
+class Segment:
+    """The bytes [start, end) of a session, committed as one object of that name."""
+
+    name: str
+    start: int
+    end: int
 
 
-def segment_url(url: str, session: str, start: int, end: int) -> str:
-    return f"{url}/{session}.{start:012d}-{end:012d}.jsonl"
+def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
+    """Per session what was committed to `url`, from its first byte on without a gap.
+
+    A session may also lie there as one file: a run's folder was copied to the store.
+    """
+    found: dict[str, list[Segment]] = {}
+    for name, info in sorted(store.list_info(url).items()):
+        if match := _SEGMENT.fullmatch(name):
+            segment = Segment(name, int(match["start"]), int(match["end"]))
+        elif match := _WHOLE.fullmatch(name):
+            segment = Segment(name, 0, info.size)
+        else:
+            continue
+        segments = found.setdefault(match["session"], [])
+        if segment.start == (segments[-1].end if segments else 0):
+            segments.append(segment)
+        else:
+            logger.warning("%s/%s does not follow the segment before it and was left out", url, name)
+    return {session: segments for session, segments in found.items() if segments}
 
 
 class CommittedJournal:
@@ -246,7 +266,7 @@ class CommittedJournal:
         node resumed before it, and recorded those steps itself.
         """
         segments = committed_segments(self._store, self._url)
-        self._ends = {session: ranges[-1][1] for session, ranges in segments.items()}
+        self._ends = {session: committed[-1].end for session, committed in segments.items()}
         missing = [s for s, end in self._ends.items() if not journal.path(s).exists() or _size(journal.path(s)) < end]
         if not missing:
             return False
@@ -268,7 +288,7 @@ class CommittedJournal:
                     self._store.write(f"{self._url}/files/{name}", journal.file(name).read_bytes())
                     self._files.add(name)
             data = _read_range(journal.path(session), start, end)
-            self._store.write(segment_url(self._url, session, start, end), data)
+            self._store.write(f"{self._url}/{session}.{start:012d}-{end:012d}.jsonl", data)
             self._ends[session] = end
 
     def _cut(self, path: Path, end: int) -> None:
@@ -279,8 +299,8 @@ class CommittedJournal:
         else:
             path.unlink()
 
-    def _download(self, journal: Journal, session: str, ranges: list[tuple[int, int]]) -> None:
-        data = b"".join(self._store.read(segment_url(self._url, session, *bounds)) for bounds in ranges)
+    def _download(self, journal: Journal, session: str, segments: list[Segment]) -> None:
+        data = b"".join(self._store.read(f"{self._url}/{segment.name}") for segment in segments)
         journal.folder.mkdir(parents=True, exist_ok=True)
         write_whole(journal.path(session), data)
         for name in _artifact_names(journal, session):

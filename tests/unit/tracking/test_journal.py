@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.storage import ObjectInfo
 from pipeline.tracking.journal import CommittedJournal, HighWater, Journal, JournalWriter, encode_number, read_records
 
 
@@ -28,8 +30,9 @@ class FolderStore:
         (self.root / url).parent.mkdir(parents=True, exist_ok=True)
         (self.root / url).write_bytes(data)
 
-    def list(self, url: str) -> list[str]:
-        return sorted(os.listdir(self.root / url)) if self.exists(url) else []
+    def list_info(self, url: str) -> dict[str, ObjectInfo]:
+        folder = self.root / url
+        return {p.name: ObjectInfo(p.stat().st_size, None) for p in folder.glob("*") if p.is_file()}
 
     def exists(self, url: str) -> bool:
         return (self.root / url).exists()
@@ -175,7 +178,7 @@ def test_segments_of_several_commits_make_the_whole_journal(tmp_path: Path, stor
     assert CommittedJournal(store, "run/journal").restore(elsewhere)
 
     assert steps(elsewhere) == list(range(1, 9))
-    assert len(store.list("run/journal")) == 2
+    assert len(store.list_info("run/journal")) == 2
     assert not CommittedJournal(store, "run/journal").restore(elsewhere), "nothing is missing any more"
 
 
@@ -218,6 +221,22 @@ def test_a_session_that_is_being_written_is_never_cut(tmp_path: Path, store: Fol
 
     assert sorted(steps(first)) == [1, 2, 3, 4]
     alive.close()
+
+
+def test_a_local_runs_folder_can_be_copied_to_a_store_and_go_on_there(tmp_path: Path, store: FolderStore) -> None:
+    local, elsewhere, third = (Journal(tmp_path / name) for name in ("local", "elsewhere", "third"))
+    session_of(local, 1, 5).close()
+    shutil.copytree(local.folder, store.root / "run/journal")
+
+    copied = CommittedJournal(store, "run/journal")
+    assert copied.restore(elsewhere)
+    assert steps(elsewhere) == [1, 2, 3, 4, 5]
+    session_of(elsewhere, 6, 8).close()
+    copied.commit(elsewhere)
+
+    assert CommittedJournal(store, "run/journal").restore(third)
+    assert steps(third) == list(range(1, 9))
+    assert len(store.list_info("run/journal")) == 2, "what was copied is not committed again"
 
 
 def test_artifacts_travel_with_the_journal(tmp_path: Path, store: FolderStore) -> None:
