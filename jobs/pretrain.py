@@ -18,10 +18,10 @@ from jobs.notice import PREEMPTED
 from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, as_error, run_rank
 from pipeline.config.errors import RunFailed
 from pipeline.config.load import validate
-from pipeline.config.paths import local_path, with_absolute_paths
+from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.places import absolute_uri, tracking_uri
 from pipeline.tracking.server import check_server
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.ownership import Ownership
@@ -29,8 +29,6 @@ from pipeline.training.prepare import prepare
 from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
-
-SQLITE = "sqlite:///"
 
 Show = Callable[[Progress], None]
 
@@ -65,10 +63,7 @@ def pretrain(config: RunConfig, show: Show) -> bool:
 def for_ranks(config: RunConfig) -> RunConfig:
     """The config as every rank must read it, whatever its working folder: local paths and the MLflow file absolute."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    uri = tracking_uri(config)
-    if uri.startswith(SQLITE):
-        uri = SQLITE + str(local_path(uri.removeprefix(SQLITE)))
-    values["tracking"] = {**values.get("tracking", {}), "uri": uri}
+    values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(tracking_uri(config))}
     return validate(values, config.name)
 
 

@@ -6,13 +6,12 @@ import logging
 from dataclasses import dataclass
 
 from pipeline.config.errors import TrackingError
-from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage
-from pipeline.tracking.journal import CommittedJournal, Journal, redact
+from pipeline.tracking.journal import redact
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
-from pipeline.tracking.places import journal_folder
+from pipeline.tracking.places import read_journal
 
 logger = logging.getLogger("mome.tracking")
 
@@ -32,9 +31,7 @@ def sync(run: str, uri: str | None = None) -> Synced:
     Shipping again what the server has changes nothing. Raises TrackingError when there is no journal, when another
     process is shipping it, or when the server does not take it.
     """
-    journal = Journal(journal_folder(run.rstrip("/")))
-    if not is_local(run):
-        CommittedJournal(Storage(StorageConfig()), f"{run.rstrip('/')}/journal").restore(journal)
+    journal = read_journal(run, Storage(StorageConfig()))
     campaigns = journal.campaigns()
     if not campaigns:
         raise TrackingError(

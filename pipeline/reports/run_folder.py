@@ -12,11 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import EVALUATION, CommittedJournal, Journal, Record, is_live
-from pipeline.tracking.places import journal_folder
+from pipeline.tracking.journal import EVALUATION, Journal, Record, is_live
+from pipeline.tracking.places import read_journal
 from pipeline.training import accounting
 from pipeline.training.prepare import RUN_FILE
 
@@ -157,9 +156,7 @@ def stages_of(config: RunConfig) -> list[StageRecord]:
 
 
 def _read_journal(storage: Storage, config: RunConfig, folder: str) -> tuple[Journal, _Reading]:
-    journal = Journal(journal_folder(folder))
-    if not is_local(folder):
-        CommittedJournal(storage, f"{folder}/journal").restore(journal)
+    journal = read_journal(folder, storage)
     read = _Reading(config)
     for session in journal.sessions():
         read.session([record for _, record in journal.records(session) if record["kind"] != "damaged"])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pipeline.config.errors import TrackingError
 from pipeline.tracking.journal import redact
 from pipeline.tracking.mlflow_client import connect
-
-SQLITE = "sqlite:///"
+from pipeline.tracking.places import database_file
 
 
 def try_writing(uri: str, experiment: str) -> str:
@@ -17,7 +14,7 @@ def try_writing(uri: str, experiment: str) -> str:
     A run goes into the experiment, if there is one of that name, else into MLflow's default one. A database that does
     not exist yet is not made. Raises TrackingError saying what the server refused.
     """
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    if (database := database_file(uri)) is not None and not database.exists():
         return "its database will be created with the run"
     from mlflow.exceptions import MlflowException
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.tracking.places import database_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,8 +58,8 @@ def prepare_client() -> None:
 
 def connect(uri: str) -> MlflowClient:
     """An MLflow client. Creates or migrates an SQLite database, which takes seconds."""
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if (database := database_file(uri)) is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
@@ -76,6 +77,5 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 def artifact_location(uri: str, experiment: str) -> str | None:
     """Beside an SQLite database; a server decides for itself."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / experiment).as_uri()
+    database = database_file(uri)
+    return None if database is None else (database.absolute().parent / "mlartifacts" / experiment).as_uri()

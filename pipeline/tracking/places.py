@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.journal import Store
+from pipeline.tracking.journal import CommittedJournal, Journal, Store
+
+_SQLITE = "sqlite:///"
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -18,7 +20,17 @@ def tracking_uri(config: RunConfig) -> str:
     if config.tracking.uri is not None:
         return config.tracking.uri
     folder = local_path(config.output) if is_local(config.output) else Path.cwd()
-    return f"sqlite:///{folder}/mlflow.db"
+    return f"{_SQLITE}{folder}/mlflow.db"
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of an SQLite URI; None for a server's."""
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+def absolute_uri(uri: str) -> str:
+    """The same server or file, whatever the working folder."""
+    return uri if (file := database_file(uri)) is None else f"{_SQLITE}{local_path(str(file))}"
 
 
 def experiment_of(config: RunConfig) -> str:
@@ -38,3 +50,16 @@ def journal_folder(folder: str) -> Path:
         return local_path(folder) / "journal"
     root = Path(os.environ.get("MOME_CACHE", "~/.cache/mome")).expanduser()
     return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
+
+
+def committed_journal(folder: str, storage: Store) -> CommittedJournal | None:
+    """The journal's copy in a remote run's folder; None for a local run, whose journal is there itself."""
+    return None if is_local(folder) else CommittedJournal(storage, f"{folder.rstrip('/')}/journal")
+
+
+def read_journal(folder: str, storage: Store) -> Journal:
+    """The journal of the run in `folder`, as far as it is known here or committed there."""
+    journal = Journal(journal_folder(folder))
+    if (committed := committed_journal(folder, storage)) is not None:
+        committed.restore(journal)
+    return journal

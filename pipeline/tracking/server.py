@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.journal import redact
-from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.places import database_file, tracking_uri
 
 ANSWER_SECONDS = 5.0
 
@@ -35,9 +35,9 @@ def check_server(config: RunConfig) -> None:
 
 def _fault_of(uri: str) -> str | None:
     """What is wrong with the server at `uri`, in words; None when it answers."""
+    if (database := database_file(uri)) is not None:
+        return _fault_of_folder(database.absolute().parent)
     parts = urllib.parse.urlsplit(uri)
-    if parts.scheme == "sqlite":
-        return _fault_of_folder(Path(uri.removeprefix("sqlite:///")).absolute().parent)
     if parts.scheme in ("http", "https"):
         return _fault_of_http(redact(uri).rstrip("/") + "/health")
     if parts.scheme.startswith(("postgresql", "mysql", "mssql")):

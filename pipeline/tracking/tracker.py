@@ -24,7 +24,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ParamSpec
 
-from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.describe import (
     clean_key,
@@ -49,7 +48,7 @@ from pipeline.tracking.journal import (
     redact,
     write_whole,
 )
-from pipeline.tracking.places import experiment_of, journal_folder, run_of, tracking_uri
+from pipeline.tracking.places import committed_journal, experiment_of, journal_folder, run_of, tracking_uri
 from pipeline.tracking.recorder import DatasetInput, Kept, Status
 from pipeline.tracking.shipper import Shipper
 
@@ -156,7 +155,7 @@ class Tracker:
         Raises StorageError or OSError when the run's folder cannot be reached: no run could start there anyway.
         """
         journal = Journal(journal_folder(config.folder))
-        committed = None if is_local(config.folder) else CommittedJournal(storage, f"{config.folder}/journal")
+        committed = committed_journal(config.folder, storage)
         run, known = _run_id(config, storage)
         if any(campaign["run"] != run for campaign in journal.campaigns()):
             journal.discard()
