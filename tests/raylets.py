@@ -167,7 +167,8 @@ class Cluster:
         command += [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
         command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
-        command += [f"--temp-dir={self.folder}", "--disable-usage-stats", "--include-log-monitor=false"]
+        # Of its own, as a machine has: a node that unpacks a job's code clears the folder that it unpacks it into.
+        command += [f"--temp-dir={self.folder / str(number)}", "--disable-usage-stats", "--include-log-monitor=false"]
         environment = {**self.environment, **dict(host.environment)}
         return Node(command, environment, self.folder / f"node{number}.log", host.address)
 
@@ -239,6 +240,10 @@ class Cluster:
         deadline = int((time.time() + seconds) * 1000)
         accepted, refusal = self._state().drain_node(self.alive()[node.address], reason, "a test", deadline)
         assert accepted, refusal
+
+    def sessions(self) -> list[Path]:
+        """Where each node keeps its logs and the code of jobs; `session_latest` comes and goes."""
+        return sorted(self.folder.glob("*/session_2*"))
 
     def told(self) -> str:
         return "\n".join(node.log.read_text(encoding="utf-8")[-2000:] for node in self.nodes if node.log.exists())

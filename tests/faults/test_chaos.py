@@ -65,7 +65,7 @@ class Site:
     def told(self, words: str) -> int:
         """How often the ranks logged something."""
         found = 0
-        for session in self.cluster.folder.glob("session_2*"):  # by its date; `session_latest` comes and goes
+        for session in self.cluster.sessions():
             for file in (session / "logs").glob("**/*"):
                 with suppress(FileNotFoundError):
                     if file.is_file() and not file.is_symlink():

@@ -83,6 +83,9 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
     (parent,) = client.search_runs(experiments, filter_string="tags.`mome.role` = 'campaign'")
     assert parent.data.tags["ray.submission_id"] == job
 
+    unpacked = [list(each.glob("runtime_resources/working_dir_files/*/jobs")) for each in cluster.sessions()]
+    assert [len(found) for found in unpacked] == [1, 1], "one node's code of the job is another's: it may vanish"
+
     listed = mome("jobs", "list", *at, "--token", secret, "--json", home=tmp_path)
     jobs = json.loads(listed.stdout.splitlines()[-1])["jobs"]
     assert [(each["job"], each["run"], each["status"]) for each in jobs] == [(job, "submitted", "SUCCEEDED")]
