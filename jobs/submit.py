@@ -28,7 +28,7 @@ from pipeline.config.load import validate
 from pipeline.config.paths import local_paths
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.describe import told_environment
-from pipeline.tracking.places import database_file, tracking_uri
+from pipeline.tracking.places import tracking_uri
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("pipeline", "jobs", "configs")
@@ -94,7 +94,7 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
             "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
         )
     uri = tracking_uri(config)
-    if not same_machine and database_file(uri) is not None:
+    if not same_machine and uri.startswith("sqlite:"):
         raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
     values = for_ranks(config).model_dump(mode="json", exclude_unset=True)
     values["cluster"] = {**values.get("cluster", {}), "address": "auto"}
