@@ -1,0 +1,33 @@
+"""How long the fuzz tests run: `MOME_FUZZ=20 pytest …` tries twenty times as many inputs as `make test` does."""
+
+from __future__ import annotations
+
+import os
+import random
+
+__all__ = ["fuzz_rounds", "mutate"]
+
+
+def fuzz_rounds(default: int) -> int:
+    """Return the number of inputs to try: `default` times the factor in MOME_FUZZ (default: 1)."""
+    return int(default * float(os.environ.get("MOME_FUZZ", "1")))
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Return a damaged copy of `data`: bytes flipped, removed, inserted or repeated, or the end cut off."""
+    damaged = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        position = rng.randrange(len(damaged) + 1)
+        length = rng.choice((1, 1, 2, 8, 64))
+        operation = rng.randrange(5)
+        if operation == 0 and position < len(damaged):
+            damaged[position] ^= rng.randrange(1, 256)
+        elif operation == 1:
+            del damaged[position : position + length]
+        elif operation == 2:
+            damaged[position:position] = rng.randbytes(length)
+        elif operation == 3:
+            damaged[position:position] = damaged[position : position + length]
+        else:
+            del damaged[max(position, 1) :]
+    return bytes(damaged)
