@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from jobs.bench import app as bench_app
-from jobs.console import ProgressDisplay, console, print_result
+from jobs.console import ProgressDisplay, console, echo, notify, print_result, status
 from jobs.jobs_command import Address, Token
 from jobs.jobs_command import app as jobs_app
 from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
+from pipeline.config.printable import configure_logging, printable
 from pipeline.config.schema import EVALUATED, Use
 
 app = typer.Typer(
@@ -73,7 +74,7 @@ def train(
     more = [] if profile is None else [Window.parse(profile).override]
     settings = load_config(config, [*(overrides or []), *more])
     if preflight:
-        with console.status("checking on every rank"):
+        with status("checking on every rank"):
             checked = preflight_on_ray(settings)
         print_result(checked, as_json)
         return
@@ -81,7 +82,7 @@ def train(
         with ProgressDisplay() as show:
             trained = pretrain(settings, show)
         if not trained:
-            console.print(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
+            notify(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
         result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
     print_result(result, as_json)
 
@@ -126,15 +127,15 @@ def plan(
     settings = with_workers(settings, gpus or settings.cluster.workers)
     machines, joined = accelerator_named(accelerator), network_named(network)
     target = Target(machines, joined, settings.cluster.workers, assumptions, text_tokens)
-    with console.status("planning") as status:
-        plans = plan_run(settings, target, scaling is not None, status.update)
+    with status("planning") as update:
+        plans = plan_run(settings, target, scaling is not None, update)
     if scaling is not None:
         title = f"{settings.name} on {machines.name}, {joined.name}"
         scaling.write_text(scaling_svg(plans, target, title), encoding="utf-8")
     if as_json:
         print_result(as_json_object(plans, target), as_json)
     else:
-        typer.echo(as_text(plans, target))
+        echo(as_text(plans, target))
 
 
 @app.command()
@@ -218,7 +219,7 @@ def compare(
     if as_json:
         print_result(found.as_json(), as_json)
     else:
-        typer.echo(as_table(found))
+        echo(as_table(found))
 
 
 @app.command()
@@ -308,12 +309,12 @@ def objectives(
     from jobs.objectives import as_text
     from jobs.objectives import objectives as find
 
-    with console.status("asking the models") as status:
-        found = find(train, status.update)
+    with status("asking the models") as update:
+        found = find(train, update)
     if as_json:
         print_result(found, as_json)
     else:
-        typer.echo(as_text(found))
+        echo(as_text(found))
 
 
 @app.command()
@@ -328,12 +329,12 @@ def doctor(
     if overrides and config is None:
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
     settings = load_config(config, overrides or []) if config else None
-    with console.status("looking") as status:
-        findings = checks.examine(settings, lambda name: status.update(f"looked at: {name}"))
+    with status("looking") as update:
+        findings = checks.examine(settings, lambda name: update(f"looked at: {name}"))
     if as_json:
         print_result(checks.as_json(findings), as_json)
     else:
-        typer.echo(checks.as_text(findings))
+        echo(checks.as_text(findings))
     if not checks.healthy(findings):
         raise typer.Exit(1)
 
@@ -391,19 +392,15 @@ def register(
 
 def main() -> None:
     """The console script: errors a user can cause end in one message, never in a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    configure_logging()
     try:
         app()
     except MomeError as error:
-        console.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("error: ", "red"), printable(str(error))))
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from the last checkpoint")
+        notify("interrupted; the same command goes on from the last checkpoint")
         sys.exit(1)
-
-
-def _plain(error: MomeError) -> str:
-    return str(error).replace("[", "\\[")
 
 
 if __name__ == "__main__":

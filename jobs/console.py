@@ -13,8 +13,10 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from pipeline.config.errors import StorageError
+from pipeline.config.printable import printable
 from pipeline.pages.words import duration
 from pipeline.training.progress import Progress as RunProgress
 
@@ -22,7 +24,25 @@ log = logging.getLogger(__name__)
 
 PLAIN_SECONDS = 10.0
 
-console = Console(stderr=True)
+# Standard error, for people. Data is never markup, and files get whole lines; print to it by `notify` and `status`.
+console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def notify(message: str, style: str = "") -> None:
+    """Print a message on standard error."""
+    console.print(Text(printable(message), style))
+
+
+def echo(text: str, err: bool = False, newline: bool = True) -> None:
+    """Print a result on standard output, or on standard error with `err`."""
+    typer.echo(printable(text), err=err, nl=newline)
+
+
+@contextmanager
+def status(message: str) -> Iterator[Callable[[str], None]]:
+    """Show on the terminal what is being done; yield a function that replaces the message."""
+    with console.status(Text(printable(message))) as shown:
+        yield lambda text: shown.update(Text(printable(text)))
 
 
 class ProgressDisplay:
@@ -56,7 +76,7 @@ class ProgressDisplay:
             self._show_bar(progress, told)
         elif progress.stage_step == progress.stage_steps or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            console.print(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {told}", highlight=False)
+            notify(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {told}")
 
     def _show_bar(self, progress: RunProgress, told: str) -> None:
         if progress.stage not in self._tasks:
@@ -92,12 +112,12 @@ def repeatedly(look: Callable[[], None], seconds: float) -> Iterator[None]:
 def print_result(result: dict[str, Any], as_json: bool) -> None:
     """A command's result on standard output: a line for each value there is, or one JSON object for a machine."""
     if as_json:
-        typer.echo(json.dumps(result))
+        echo(json.dumps(result))
         return
     lines = dict(_lines(result))
     width = max(map(len, lines), default=0)
     for key, told in lines.items():
-        typer.echo(f"{key:<{width}}  {told}")
+        echo(f"{key:<{width}}  {told}")
 
 
 def _lines(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jobs.console import ProgressDisplay, console
+from jobs.console import ProgressDisplay, notify
 from jobs.evaluate import evaluate_run
 from jobs.pretrain import pretrain
 from jobs.report import reported
@@ -22,12 +22,12 @@ def demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
     config = load_config(CONFIG, overrides)
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
-    console.print(f"[bold]mome demo[/bold]: {len(config.stages)} stages on drawn scenes, in {config.folder}")
+    notify(f"mome demo: {len(config.stages)} stages on drawn scenes, in {config.folder}", style="bold")
     with reported(config):
         with ProgressDisplay() as show:
             trained = pretrain(config, show)
         if not trained:
-            console.print(f"{config.folder} is finished already; `mome demo --fresh` trains again")
+            notify(f"{config.folder} is finished already; `mome demo --fresh` trains again")
         result = evaluate_run(config)
     _tell(config, result)
     return result
@@ -35,7 +35,7 @@ def demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
 
 def _tell(config: RunConfig, result: dict[str, Any]) -> None:
     retrieval, mlm = result["retrieval"], result["mlm"]
-    console.print(
+    notify(
         f"\nOn {result['pairs']} scenes never trained on, by contrastive scores alone:\n"
         f"  picture to caption R@1 {retrieval['image_to_text']['r1']:.1%}, "
         f"caption to picture R@1 {retrieval['text_to_image']['r1']:.1%} (chance {retrieval['chance']['r1']:.1%})\n"
@@ -43,7 +43,5 @@ def _tell(config: RunConfig, result: dict[str, Any]) -> None:
         f"with another {mlm['accuracy_other_image']:.1%}, from text alone {mlm['accuracy_text_only']:.1%}\n\n"
         f"Report      {result['report']}\n"
         f"Checkpoint  {result['checkpoint']}\n"
-        f"MLflow      mlflow ui --backend-store-uri {tracking_uri(config)}",
-        highlight=False,
-        soft_wrap=True,
+        f"MLflow      mlflow ui --backend-store-uri {tracking_uri(config)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jobs.console import PLAIN_SECONDS, console, repeatedly
+from jobs.console import PLAIN_SECONDS, notify, repeatedly
 from jobs.evaluate import model_of
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.paths import absolute
@@ -56,7 +56,7 @@ class _Shown:
         if now != self._shown:
             self._shown = now
             new = sum(self._before.get(name) != info for name, info in now.items())
-            console.print(f"embedding: {new} shards done by now, of {self._shards} in the folder", style="dim")
+            notify(f"embedding: {new} shards done by now, of {self._shards} in the folder", style="dim")
 
 
 def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from jobs.console import console
+from jobs.console import notify
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError
 from pipeline.config.paths import absolute
@@ -144,7 +144,7 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
         weights.stage,
         {name: model.to(device) for name, model in _earlier_stages(config, weights, storage)},
         asked.rerank_best,
-        progress=lambda message: console.print(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
+        progress=lambda message: notify(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
         choices=weights.choices,
         ranks=ranks,
         probe=probe,

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.dashboard import first_line
 from pipeline.config.errors import RunFailed
+from pipeline.config.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ async def _stream(client: Any, job: str, shown: int) -> int:
         new = chunk[max(0, shown - passed) :]
         passed += len(chunk)
         if new:
-            sys.stderr.write(new)
+            sys.stderr.write(printable(new))
             sys.stderr.flush()
             shown = passed
     return shown

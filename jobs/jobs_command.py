@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.console import print_result
+from jobs.console import echo, print_result
 from jobs.dashboard import first_line, open_dashboard
 from jobs.follow import follow as follow_job
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
@@ -40,7 +40,7 @@ def list_(address: Address = "", token: Token = None, as_json: AsJson = False) -
         print_result({"jobs": told}, as_json)
         return
     for job in told:
-        typer.echo(f"{job['job']:<40}  {job['status']:<9}  {job['started'] or '-':<20}  {job['run'] or '-'}")
+        echo(f"{job['job']:<40}  {job['status']:<9}  {job['started'] or '-':<20}  {job['run'] or '-'}")
 
 
 @app.command()
@@ -70,7 +70,7 @@ def logs(
     if as_json:
         print_result({"job": job, "logs": output}, as_json)
     else:
-        typer.echo(output, nl=False)
+        echo(output, newline=False)
 
 
 @app.command()

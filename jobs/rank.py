@@ -15,6 +15,7 @@ from typing import Any
 
 from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError
+from pipeline.config.printable import configure_logging
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
@@ -34,6 +35,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     """Train; returns why the ranks saved and stopped before the end, if they did (`jobs.notice`)."""
     import ray.train
 
+    configure_logging()
     config = RunConfig.model_validate_json(loop_config["config"])
     storage = Storage(config.storage)
     ownership = Ownership(storage, config.folder, loop_config["claim"])

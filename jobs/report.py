@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.console import console
+from jobs.console import notify
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import join
@@ -69,7 +69,7 @@ def reported(config: RunConfig) -> Iterator[None]:
 def _write_after(config: RunConfig) -> None:
     try:
         page = report(config.folder)["report"]
-        console.print(f"Campaign    {page}", highlight=False, soft_wrap=True)
+        notify(f"Campaign    {page}")
     except Exception as error:  # whatever it is, it must not hide how the run ended
         log.warning("no campaign report: %s: %s", type(error).__name__, error)
 

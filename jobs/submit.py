@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from jobs.console import console
+from jobs.console import notify
 from jobs.dashboard import first_line, is_loopback, open_dashboard
 from jobs.follow import follow as follow_job
 from jobs.pretrain import for_ranks
@@ -51,7 +51,7 @@ def submit(
     job = submission_id or next_attempt(states, job_id(config))
     if job not in states:
         _send(client, config, job)
-    console.print(f"submitted as {job}; `mome jobs logs --address {address} {job}` shows its output", highlight=False)
+    notify(f"submitted as {job}; `mome jobs logs --address {address} {job}` shows its output")
     status = "SUBMITTED"
     if follow:
         try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.console import console, print_result
+from jobs.console import echo, print_result, status
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine beside what its users would otherwise run.")
 
@@ -53,8 +53,8 @@ def loader(
         peers=PEERS if peer is None else tuple(peer),
         uint8_peers=uint8_peers,
     )
-    with console.status("starting") as status:
-        print_result(bench_loader(chosen, status.update), as_json)
+    with status("starting") as update:
+        print_result(bench_loader(chosen, update), as_json)
 
 
 @app.command()
@@ -70,7 +70,7 @@ def storage(
     """How fast a store is read and listed from here, by us, by fsspec and by botocore."""
     from jobs.bench.storage import bench_storage
 
-    with console.status("starting") as status:
+    with status("starting") as update:
         result = bench_storage(
             url,
             object_bytes=object_mib * MIB,
@@ -78,7 +78,7 @@ def storage(
             in_flight=in_flight,
             objects=objects,
             rounds=rounds,
-            progress=status.update,
+            progress=update,
         )
     print_result(result, as_json)
 
@@ -97,7 +97,7 @@ def plan(
     """The order of a large run, simulated: whether it is right, how long a step takes, what memory it needs."""
     from jobs.bench.plan import bench_plan
 
-    with console.status("planning"):
+    with status("planning"):
         result = bench_plan(samples, shards, ranks, lanes, batch, window, whole)
     print_result(result, as_json)
 
@@ -110,12 +110,12 @@ def gradients(as_json: JsonOption = False) -> None:
     """
     from jobs.bench.gradients import as_text, bench_gradients
 
-    with console.status("starting") as status:
-        result = bench_gradients(progress=status.update)
+    with status("starting") as update:
+        result = bench_gradients(progress=update)
     if as_json:
         print_result(result, as_json)
     else:
-        typer.echo(as_text(result))
+        echo(as_text(result))
     if not result["is_within"]:
         raise typer.Exit(1)
 
@@ -131,8 +131,8 @@ def checkpoint(
     """How long a save stops training, beside a synchronous one, on a slow store; 24 bytes of memory a parameter."""
     from jobs.bench.checkpoint import bench_checkpoint
 
-    with console.status("starting") as status:
-        result = bench_checkpoint(config, url, mb_per_second=mb_per_second, rounds=rounds, progress=status.update)
+    with status("starting") as update:
+        result = bench_checkpoint(config, url, mb_per_second=mb_per_second, rounds=rounds, progress=update)
     print_result(result, as_json)
 
 
@@ -151,7 +151,7 @@ def step(
     """
     from jobs.bench.step import run_step_bench
 
-    with console.status("training a few steps"):
+    with status("training a few steps"):
         result = run_step_bench(config, overrides or [], stage, ranks, steps)
     print_result(result, as_json)
 
@@ -165,6 +165,6 @@ def tracking(
     """What recording a step costs the trainer, while another process ships to MLflow (contract C6)."""
     from jobs.bench.tracking import bench_tracking
 
-    with console.status("recording"):
+    with status("recording"):
         result = bench_tracking(points, pause)
     print_result(result, as_json)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.console import echo
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError
 from pipeline.data.building import annotation_files, importers
@@ -91,7 +92,7 @@ def build(
     report_manifest(manifest, out, as_json, facts)
     if not as_json:
         for name, listed in choices.items():
-            typer.echo(f"{join(out, name)}: {len(listed)} of them, the number that the stage's config names")
+            echo(f"{join(out, name)}: {len(listed)} of them, the number that the stage's config names")
 
 
 def index(
@@ -121,6 +122,6 @@ def _limited(samples: Iterator[importers.Sample], limit: int | None) -> Iterator
 
 def _report_problems(problems: importers.Problems) -> None:
     for problem in problems.first:
-        typer.echo(f"left out: {problem}", err=True)
+        echo(f"left out: {problem}", err=True)
     if problems.count > len(problems.first):
-        typer.echo(f"left out: {problems.count - len(problems.first)} more", err=True)
+        echo(f"left out: {problems.count - len(problems.first)} more", err=True)

@@ -14,6 +14,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from jobs.console import echo
 from jobs.shards.report import JsonOption, ShardProgress, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.shards.check import Finding, ShardReport, check_shards
@@ -113,14 +114,14 @@ def _opened(path: Path) -> TextIO:
 
 
 def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:
-    typer.echo(f"{summary.samples} samples in {summary.shards} shards at {url}")
-    typer.echo(f"{len(summary.broken)} broken shards, {summary.bad} bad samples")
+    echo(f"{summary.samples} samples in {summary.shards} shards at {url}")
+    echo(f"{len(summary.broken)} broken shards, {summary.bad} bad samples")
     for finding in summary.broken[:_LISTED]:
-        typer.echo(f"  {finding.shard}: {finding.reason}")
+        echo(f"  {finding.shard}: {finding.reason}")
     if len(summary.broken) > _LISTED:
-        typer.echo(f"  … and {len(summary.broken) - _LISTED} more")
+        echo(f"  … and {len(summary.broken) - _LISTED} more")
     for kind, count in summary.kinds.most_common():
         example = summary.examples[kind]
-        typer.echo(f"  {count:>8}  {kind:<50}  {example.key} in {example.shard}")
+        echo(f"  {count:>8}  {kind:<50}  {example.key} in {example.shard}")
     if report:
-        typer.echo(f"every one of them: {report}")
+        echo(f"every one of them: {report}")

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.console import echo
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.paths import is_local, local_path
@@ -240,6 +241,6 @@ def _report_bad(bad: list[dict[str, str]], report: Path | None) -> None:
         report.parent.mkdir(parents=True, exist_ok=True)
         report.write_text("".join(json.dumps(found, ensure_ascii=False) + "\n" for found in bad), encoding="utf-8")
     for found in bad[:_TOLD]:
-        typer.echo(f"no regions: {found['key']} in {found['shard']}: {found['stage']}: {found['reason']}", err=True)
+        echo(f"no regions: {found['key']} in {found['shard']}: {found['stage']}: {found['reason']}", err=True)
     if len(bad) > _TOLD:
-        typer.echo(f"no regions: {len(bad) - _TOLD} more", err=True)
+        echo(f"no regions: {len(bad) - _TOLD} more", err=True)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from jobs.console import echo
 from pipeline.data.shards.manifest import Manifest
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
@@ -61,11 +62,11 @@ def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str,
         print_json(facts)
         return
     left_out = f", {facts['left_out']} left out" if facts.get("left_out") else ""
-    typer.echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}{left_out}")
+    echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}{left_out}")
     if trusted := facts.get("trusted"):
-        typer.echo(f"{trusted} of the shards were counted by another tool; each is read when it is first needed")
-    typer.echo(f"look at them: mome shards show {url} --sheet sheet.png")
+        echo(f"{trusted} of the shards were counted by another tool; each is read when it is first needed")
+    echo(f"look at them: mome shards show {url} --sheet sheet.png")
 
 
 def print_json(facts: dict[str, object]) -> None:
-    typer.echo(json.dumps(facts, ensure_ascii=False))
+    echo(json.dumps(facts, ensure_ascii=False))

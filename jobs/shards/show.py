@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
+from jobs.console import echo
 from jobs.shards.report import JsonOption, manifest_facts, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.contents.images import EXTENSIONS, decode
@@ -42,9 +43,9 @@ def show(
         described = [sample.described() for sample in shown]
         print_json({"samples": described, "sheet": str(sheet) if sheet else None, **manifest_facts(manifest, url)})
     else:
-        typer.echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}")
+        echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}")
         if sheet is not None:
-            typer.echo(f"contact sheet: {sheet}")
+            echo(f"contact sheet: {sheet}")
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,11 @@ def _print_sample(sample: Shown) -> None:
     members = ", ".join(f"{name} {len(data)} B" for name, data in sample.members.items())
     size = described["image_size"]
     shape = f"  {size[0]} x {size[1]}" if isinstance(size, list) else ""
-    typer.echo(f"{sample.shard}  {sample.key}  ({members}){shape}")
+    echo(f"{sample.shard}  {sample.key}  ({members}){shape}")
     if described["fault"]:
-        typer.echo(f"    {described['fault']}")
+        echo(f"    {described['fault']}")
     for caption in sample.captions:
-        typer.echo(f"    - {textwrap.shorten(caption, 200)}")
+        echo(f"    - {textwrap.shorten(caption, 200)}")
 
 
 def _parsed(data: bytes | None) -> dict[str, object]:

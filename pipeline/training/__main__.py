@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
+from pipeline.config.printable import configure_logging, printable
 from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
 from pipeline.training.profile import Window
@@ -18,7 +18,7 @@ from pipeline.training.progress import Progress
 
 
 def main(arguments: list[str]) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging()
     try:
         wants_preflight, rest = "--preflight" in arguments, [each for each in arguments if each != "--preflight"]
         if "--profile" in rest and rest[-1] != "--profile":
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         else:
             train(config, _print_progress)
     except MomeError as error:
-        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
+        print(f"rank {os.environ.get('RANK', '0')}: {printable(str(error))}", file=sys.stderr)
         return error.exit_status
     return 0
 

@@ -6,7 +6,6 @@ the memory has no name, there is no semaphore, and when its rank dies, however i
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import signal
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from pipeline.config.errors import MomeError, RunFailed
+from pipeline.config.printable import configure_logging
 from pipeline.data.loading.preparation import RowThreads
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.rows.row_buffer import RowBuffer, RowLayout
@@ -113,7 +113,7 @@ def _locked(call: Callable[[Done], None]) -> Callable[[Done], None]:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides what ends
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging()
     torch.set_num_threads(1)
     socket, memory = int(sys.argv[1]), int(sys.argv[2])
     try:

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from jobs.console import print_result
+from jobs import cli
+from jobs.console import echo, notify, print_result
+from pipeline.config.errors import RunFailed
 
 RESULT = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
 
@@ -20,3 +22,27 @@ def test_machines_read_everything_on_one_line(capsys: pytest.CaptureFixture[str]
     print_result(RESULT, as_json=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == RESULT
+
+
+def test_values_from_data_never_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = {"caption": "\x1b]52;c;eA==\x07\x9b2J\u202e", "key": "\ud83d\x7f"}
+    print_result(hostile, as_json=False)
+    echo(hostile["caption"], err=True)
+    notify(hostile["caption"])
+    shown = "".join(capsys.readouterr())
+    assert not set(shown) & set("\x1b\x07\x9b\u202e\x7f\ud83d")
+    print_result(hostile, as_json=True)
+    assert json.loads(capsys.readouterr().out) == hostile
+
+
+@pytest.mark.parametrize("message", [r"C:\[/bold]", "[red]", "[/]", "a [link=http://x]b[/link]", r"\[x]"])
+def test_an_error_text_with_markup_is_printed_as_it_is(
+    message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RunFailed(message)
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == f"error: {message}\n"

@@ -1,0 +1,35 @@
+"""Text from data made safe to print: no caption, key or error text may control the reader's terminal."""
+
+from __future__ import annotations
+
+import logging
+import re
+import traceback
+from typing import Any
+
+# C0 and C1 controls except newline and tab, DEL, line separators, bidirectional overrides and isolates, and lone
+# surrogates, which no UTF-8 stream can take.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with every character that could control a terminal written as JSON writes it, such as `\u001b`."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+class _PrintableRecord(logging.LogRecord):
+    """A log record whose message and traceback are printable, whichever handler writes them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = printable("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def configure_logging() -> None:
+    """Log warnings to standard error, each record printable. Call it once, where a process starts."""
+    logging.setLogRecordFactory(_PrintableRecord)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
