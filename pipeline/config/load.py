@@ -16,21 +16,31 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import MODEL_SECTIONS
 from pipeline.config.schema import RunConfig
 
+_MERGE = "tag:yaml.org,2002:merge"
+_PART = re.compile(r'(?:^|\.)(?:"([^"]*)"|([^."]+))')
+_OVERRIDE = re.compile(r'(?P<path>(?:"[^"]*"|[^="\s.]+)(?:\.(?:"[^"]*"|[^=".]+))*)=(?P<value>.*)', re.DOTALL)
+
 Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML keeps the last, silently)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.constructor.ConstructorError(problem=f"duplicate key '{key}' in line {line}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"line {line}: a key is a {key_node.id}; quote values that begin with a brace or bracket"
+                )
+            if key_node.tag != _MERGE:  # `<<: *base` may be there beside keys that it also has
+                key_node.tag = "tag:yaml.org,2002:str"  # 2017, on, null: a name all the same
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(problem=f"duplicate key '{key_node.value}' in line {line}")
+                seen.add(key_node.value)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -46,12 +56,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML config") from error
-    values = _parse(text, str(path))
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a YAML config") from error
+    values = parse_yaml(content, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(values).__name__}")
+        kind = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{path}: expected a mapping of keys, such as configs/demo.yaml has, got {kind}")
     for override in overrides:
         apply_override(values, override)
     return validate(values, str(path))
@@ -60,9 +72,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def validate(values: dict[str, Any], origin: str) -> RunConfig:
     """Validate plain values; `origin` heads the error. Strict pydantic takes lists for tuples only from JSON."""
     try:
-        return RunConfig.model_validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{origin}: {error.object!r:.200} is not valid Unicode; write \\ud83d\\ude00 as one character"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: a value contains itself (an anchor inside its own value)") from error
+    try:
+        return RunConfig.model_validate_json(text)
     except ValidationError as error:
-        faults = [line for fault in error.errors() for line in _describe(fault).splitlines()]
+        faults = [line for fault in _causes(error.errors()) for line in _describe(fault, values).splitlines()]
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(faults)) from None
 
@@ -120,27 +140,48 @@ def is_changeable(path: str) -> bool:
     return False
 
 
-def _parse(text: str, origin: str) -> Any:
+def parse_yaml(content: str | bytes, origin: str) -> Any:
+    """Return the value of YAML; bytes may be UTF-8 or, with a byte order mark, UTF-16."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(content, Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{origin}: not a text in UTF-8 ({error.reason}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
+    except (RecursionError, ValueError, OverflowError) as error:  # nested too deep; a date or number that is none
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted `key=value` in plain values. Raises ConfigError for a path that leads nowhere."""
-    path, separator, text = override.partition("=")
-    if not separator or not path:
+    """Set one dotted `key=value` in plain values. Raises ConfigError for a path that leads nowhere.
+
+    A key that contains a dot is found where it is in the config already; `"…"` quotes one that is not, or that
+    contains `=`.
+    """
+    match = _OVERRIDE.fullmatch(override)
+    if match is None:
         raise ConfigError(f"override '{override}': expected key=value, such as stages.vision.steps=100")
     target: Any = values
-    *parents, last = path.split(".")
-    for part in parents:
+    rest = [quoted or plain for quoted, plain in _PART.findall(match["path"])]
+    while True:
+        size = _key_parts(target, rest)
+        part, rest = ".".join(rest[:size]), rest[size:]
+        if not rest:
+            break
         target = _child(target, part, override)
-    value = _parse(text, f"override '{override}'")
+    value = parse_yaml(match["value"], f"override '{override}'")
     if isinstance(target, list):
-        target[_position(target, last, override)] = value
+        target[_position(target, part, override)] = value
     else:
-        target[last] = value
+        target[part] = value
+
+
+def _key_parts(target: Any, parts: list[str]) -> int:
+    """Return how many leading parts of a dotted path are one key of `target`, as in `sources.coco.2017.use`."""
+    if not isinstance(target, dict):
+        return 1
+    return next((size for size in range(len(parts), 1, -1) if ".".join(parts[:size]) in target), 1)
 
 
 def _child(target: Any, part: str, override: str) -> Any:
@@ -162,9 +203,20 @@ def _position(items: list[Any], part: str, override: str) -> int:
     raise ConfigError(f"override '{override}': no element '{part}'; there are {', '.join(map(str, names))}")
 
 
-def _describe(fault: Any) -> str:
+def _causes(faults: list[Any]) -> list[Any]:
+    """Return the faults without those that follow from another: a tuple is too short where its items failed."""
+    locations = [fault["loc"] for fault in faults]
+    return [
+        fault
+        for fault in faults
+        if fault["type"] != "too_short"
+        or not any(len(at) > len(fault["loc"]) and at[: len(fault["loc"])] == fault["loc"] for at in locations)
+    ]
+
+
+def _describe(fault: Any, values: dict[str, Any]) -> str:
     location = [str(part) for part in fault["loc"] if part != "[key]"]
-    path = ".".join(part for i, part in enumerate(location) if not _is_kind(location, i))
+    path = ".".join(_named(location, i, values) for i in range(len(location)) if not _is_kind(location, i))
     if fault["type"] == "extra_forbidden":
         known = list(_fields(_model_at(location[:-1])))
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -180,6 +232,19 @@ def _describe(fault: Any) -> str:
     if fault["type"] == "value_error" or isinstance(fault["input"], dict):
         return f"{path}: {message}"
     return f"{path}: {message} (got {fault['input']!r}){_choice(fault)}"
+
+
+def _named(location: list[str], index: int, values: dict[str, Any]) -> str:
+    """Return a part of a fault's location; the number of a stage becomes its name, where it has one."""
+    part = location[index]
+    if index != 1 or location[0] != "stages" or not part.isdigit():
+        return part
+    stage = values["stages"][int(part)]
+    name = stage.get("name") if isinstance(stage, dict) else None
+    is_name = (
+        isinstance(name, str) and [s.get("name") for s in values["stages"] if isinstance(s, dict)].count(name) == 1
+    )
+    return name if is_name and name and location[2:] != ["name"] else part
 
 
 def _choice(fault: Any) -> str:

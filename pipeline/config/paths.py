@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from pipeline.config.load import apply_override, validate
+from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 
 
@@ -25,30 +25,37 @@ def absolute(url: str) -> str:
 
 
 def local_paths(config: RunConfig) -> dict[str, str]:
-    """Dotted path -> value of every key that names a folder or file of this machine's own."""
-    places = {"output": config.output}
-    places |= {f"sources.{name}.shards": source.shards for name, source in config.sources.items()}
-    places |= {
-        f"sources.{name}.opt_out": source.opt_out
-        for name, source in config.sources.items()
-        if source.opt_out is not None
-    }
-    places |= {
-        f"stages.{index}.start_from": stage.start_from
-        for index, stage in enumerate(config.stages)
-        if stage.start_from not in ("previous", "random")
-    }
-    if config.tokenizer.vocabulary is not None:
-        places["tokenizer.vocabulary"] = config.tokenizer.vocabulary
-    return {path: value for path, value in places.items() if is_local(value)}
+    """Return dotted path -> value of every key that names a folder or file of this machine."""
+    return {".".join(map(str, key)): value for key, value in _local_keys(config).items()}
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run, its local paths absolute: a rank may have another working folder than the driver."""
+    """Return the same run with absolute local paths: a rank may have another working folder than the driver."""
     values = config.model_dump(mode="json", exclude_unset=True)
-    places = local_paths(config)
+    places = _local_keys(config)
     if config.data.cache.folder is not None:  # of each node's own: no place that the machines must share
-        places["data.cache.folder"] = config.data.cache.folder
-    for path, value in places.items():
-        apply_override(values, f"{path}={json.dumps(str(local_path(value)))}")
+        places["data", "cache", "folder"] = config.data.cache.folder
+    for (*parents, last), value in places.items():
+        target: Any = values
+        for part in parents:
+            target = target[part] if isinstance(part, int) else target.setdefault(part, {})
+        target[last] = str(local_path(value))
     return validate(values, config.name)
+
+
+def _local_keys(config: RunConfig) -> dict[tuple[str | int, ...], str]:
+    """Return the keys, each as the parts of its path: a source's name may itself contain dots."""
+    places: dict[tuple[str | int, ...], str | None] = {
+        ("output",): config.output,
+        ("tokenizer", "vocabulary"): config.tokenizer.vocabulary,
+    }
+    for name, source in config.sources.items():
+        places["sources", name, "shards"] = source.shards
+        places["sources", name, "opt_out"] = source.opt_out
+    for index, stage in enumerate(config.stages):
+        if stage.start_from not in ("previous", "random"):
+            places["stages", index, "start_from"] = stage.start_from
+        places["stages", index, "answer_list"] = stage.answer_list
+        if stage.image_tokenizer is not None:
+            places["stages", index, "image_tokenizer", "weights"] = stage.image_tokenizer.weights
+    return {key: value for key, value in places.items() if value is not None and is_local(value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pydantic import ValidationError
@@ -54,6 +55,8 @@ def _cluster_faults(config: RunConfig) -> Iterator[str]:
 
 def _source_faults(config: RunConfig) -> Iterator[str]:
     for name, source in config.sources.items():
+        if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+            yield f"sources: {name!r}: a source's name is a file's name too; use no slash and no control character"
         excluded = source.synthetic.exclude if source.synthetic else None
         if excluded is not None and (excluded not in config.sources or config.sources[excluded].synthetic is None):
             yield f"sources.{name}.synthetic.exclude: '{excluded}' is no synthetic source of this run"
@@ -69,9 +72,9 @@ def _source_faults(config: RunConfig) -> Iterator[str]:
 def _stage_faults(config: RunConfig) -> Iterator[str]:
     names = [stage.name for stage in config.stages]
     for index, stage in enumerate(config.stages):
-        where = f"stages.{index} ({stage.name})"
+        where = f"stages.{stage.name}"
         if names.index(stage.name) != index:
-            yield f"{where}: another stage has this name"
+            yield f"stages.{index}.name: another stage has this name, '{stage.name}'"
         if stage.batch % config.data.lanes:
             yield f"{where}.batch: {stage.batch} must be a multiple of data.lanes {config.data.lanes}"
         if stage.max_text > config.model.max_text:

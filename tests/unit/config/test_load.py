@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from pathlib import Path
 
 import pytest
+import yaml
+from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import changes, is_changeable, load_config, resolve_secret
+from pipeline.config.load import changes, is_changeable, load_config, parse_yaml, resolve_secret
+from pipeline.config.paths import local_paths, with_absolute_paths
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -24,7 +29,7 @@ def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
         load_config(DEMO, overrides)
     told = str(error.value)
     assert "4 faults" in told
-    assert "stages.0.stepps: unknown key; did you mean 'steps'?" in told
+    assert "stages.vision.stepps: unknown key; did you mean 'steps'?" in told
     assert "engine.precision: Input should be 'float32' or 'bfloat16' (got 'float3'); did you mean 'float32'?" in told
     assert "model.width: Input should be a valid integer" in told
     assert "data.augment.flp: unknown key; did you mean 'flip'?" in told
@@ -70,6 +75,146 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nname: b\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="duplicate key 'name'"):
         load_config(tmp_path / "run.yaml")
+
+
+MERGED = """
+a: &a {x: 1, y: 1}
+deep: {deeper: {base: &b {<<: *a, x: 2}}}
+c: {<<: *b, z: 3}
+"""
+
+
+def test_merge_keys_are_read_and_a_mapping_overrides_what_it_merges() -> None:
+    values = parse_yaml(MERGED, "here")
+    assert values["deep"]["deeper"]["base"] == {"x": 2, "y": 1}
+    assert values["c"] == {"x": 2, "y": 1, "z": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"output: {{ bucket }}\n", "a key is a mapping"),
+        (b"? [a, b]\n: c\n", "a key is a sequence"),
+        ("name: caf\xe9\n".encode("latin-1"), "not a text in UTF-8"),
+        (b"name: &a [*a]\n", "contains itself"),
+        (b"name: &a {b: *a}\n", "contains itself"),
+        (b"[" * 5000, "nested too deep"),
+        (b"name: 2026-99-99\n", "not valid YAML"),
+        (b"", "an empty file"),
+        (b"- a\n", "a list"),
+        (b"\x00", "not a text in UTF-8"),
+        (b'name: "a\\ud83d"\n', "not valid Unicode"),
+        (b"<<: 5\n", "not valid YAML"),
+        (b"a: !!python/object:os.system x\n", "not valid YAML"),
+        (b"a: *missing\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_message_that_names_it(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=expected) as error:
+        load_config(tmp_path / "run.yaml")
+    assert "run.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_that_windows_writes_are_read(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(DEMO.read_text(encoding="utf-8").encode(encoding))
+    assert load_config(tmp_path / "run.yaml") == load_config(DEMO)
+
+
+def test_mutated_configs_end_in_a_config_or_a_config_error(tmp_path: Path) -> None:
+    rng = random.Random(14)
+    content = DEMO.read_bytes()
+    for _ in range(fuzz_rounds(60)):
+        (tmp_path / "run.yaml").write_bytes(mutate(content, rng))
+        with contextlib.suppress(ConfigError):
+            load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "guards.hang_seconds",
+        "storage.deadline_seconds",
+        "stages.vision.optimizer.peak_rate",
+        "stages.vision.sources.scenes",
+        "engine.memory_gb",
+        "data.augment.crop_scale.1",
+        "cluster.price",
+    ],
+)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_are_finite(key: str, value: str) -> None:
+    overrides = ["data.augment={crop_scale: [0.5, 1.0]}"] if key.startswith("data.augment") else []
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        load_config(DEMO, [*overrides, f"{key}={value}"])
+
+
+@pytest.mark.parametrize("name", ["coco.2017", "cc3m.v2", "a=b", "storage", "0", "with space", 'quo"te'])
+def test_a_source_may_have_any_name(tmp_path: Path, name: str) -> None:
+    values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    values["sources"][name] = {"shards": "runs/some", "use": "text"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    config = with_absolute_paths(load_config(tmp_path / "run.yaml"))
+    assert Path(config.sources[name].shards).is_absolute()
+    assert config.sources[name].use == "text"
+    if '"' not in name:
+        changed = load_config(
+            tmp_path / "run.yaml", [f'sources."{name}".shards=s3://b/x', f'sources."{name}".use=pairs']
+        )
+        assert changed.sources[name].shards == "s3://b/x"
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a/b", "a\\b", "a\nb"])
+def test_a_source_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    values["sources"][name] = {"shards": "runs/some", "use": "text"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match="a source's name"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_every_local_path_of_a_config_becomes_absolute() -> None:
+    config = load_config(
+        DEMO,
+        [
+            "tokenizer.vocabulary=vocab.txt",
+            "sources.scenes.opt_out=list.txt",
+            "stages.vision.start_from=weights",
+            "stages.vision.answer_list=answers.json",
+            "stages.vision.image_tokenizer={weights: dalle}",
+            "data.cache.folder=cache",
+            "output=out",
+        ],
+    )
+    absolute = with_absolute_paths(config)
+    assert len(local_paths(config)) == len(local_paths(absolute))
+    assert all(Path(path).is_absolute() for path in local_paths(absolute).values())
+    assert Path(absolute.data.cache.folder or "").is_absolute()
+    assert with_absolute_paths(absolute) == absolute
+
+
+def test_an_override_finds_a_key_that_contains_dots(tmp_path: Path) -> None:
+    values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    values["sources"]["coco.2017"] = {"shards": "runs/some"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    config = load_config(tmp_path / "run.yaml", ["sources.coco.2017.use=images", "sources.new.shards=runs/new"])
+    assert config.sources["coco.2017"].use == "images"
+    assert config.sources["new"].shards == "runs/new"
+
+
+@pytest.mark.parametrize("override", ["stages.pairs.batch=abc", "stages.vision.steps=0", "stages.1.nme=x"])
+def test_one_wrong_value_in_a_stage_is_one_fault(override: str) -> None:
+    override = override.replace("pairs", "vision_language")
+    with pytest.raises(ConfigError) as error:
+        load_config(DEMO, [override])
+    assert "one fault" in str(error.value)
+    assert "stages.vision_language.batch: " in str(error.value) or "stages.1" not in str(error.value)
+
+
+def test_a_run_without_stages_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stages"):
+        load_config(DEMO, ["stages=[]"])
 
 
 def test_a_missing_file_is_one_message() -> None:

@@ -69,7 +69,7 @@ def test_a_stages_size_is_the_models_wherever_the_stage_is_asked_for(tmp_path: P
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"stages.1 \(language\).image_size: image_size 30 must be a multiple"):
+    with pytest.raises(ConfigError, match=r"stages.language.image_size: image_size 30 must be a multiple"):
         staged(tmp_path, {}, {"image_size": 30})
 
 
