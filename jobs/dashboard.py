@@ -7,20 +7,31 @@ RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token.
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
+import json
 import os
+import re
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from email.message import Message
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from typing import IO, Any, NoReturn
+from urllib.parse import urlsplit
 
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import resolve_secret
 
-TOKEN_FILE = Path("~/.ray/auth_token")
-ANSWER_SECONDS = 20.0
+TOKEN_FILE = "~/.ray/auth_token"
+ANSWER_SECONDS = 20.0  # that the dashboard may be silent in an answer
 REFUSED = (401, 403)
+LONGEST_LIST = 2**28  # bytes of the list of jobs
+# With these Ray's client replaces the address that it was given.
+OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+EXPECTED = "expected the cluster's dashboard, such as http://head:8265"
+OTHER_PORTS = {6379: "where Ray's nodes and `cluster.address` connect", 10001: "the port of ray:// clients"}
 GIVE_TOKEN = (
     "Name the cluster's token: --token file:PATH or --token env:NAME, or RAY_AUTH_TOKEN_PATH, or put it into "
     "~/.ray/auth_token."
@@ -28,18 +39,14 @@ GIVE_TOKEN = (
 
 
 def open_dashboard(address: str, token: str | None = None) -> Any:
-    """Ray's JobSubmissionClient of the dashboard at `address`; `token` is a reference. Nothing is sent before it is
-    known that the cluster asks everyone for a token, or is on this machine.
+    """Return Ray's JobSubmissionClient of the dashboard at `address`; `token` is a reference. Nothing is sent before it
+    is known that the cluster asks everyone for a token, or is on this machine; and nothing to any other address.
 
     Raises ConfigError for an address that must not be used, RunFailed when it does not answer or does not let us in.
     """
-    if not address:
-        raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
-    address = (address if "://" in address else f"http://{address}").rstrip("/")
-    if urlparse(address).scheme not in ("http", "https"):
-        raise ConfigError(f"--address {address}: expected the cluster's dashboard, such as http://head:8265")
+    address = dashboard_address(address)
     secret = find_token(token)
-    guarded = _answer(address, None) in REFUSED
+    guarded = _is_guarded(address, None)
     if not guarded and not is_loopback(address):
         raise ConfigError(
             f"--address {address}: refused, because it lets anyone run code there. Start the cluster with "
@@ -47,51 +54,171 @@ def open_dashboard(address: str, token: str | None = None) -> Any:
         )
     if guarded and secret is None:
         raise RunFailed(f"--address {address}: the cluster asks for a token, and none is known here. {GIVE_TOKEN}")
-    if guarded and _answer(address, secret) in REFUSED:
+    if guarded and _is_guarded(address, secret):
         raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}")
-    from ray.job_submission import JobSubmissionClient
+    with _without(OVERRIDING):
+        try:
+            client = _client_class()(address, headers=_headers(secret) if guarded else None)
+        except (ConnectionError, RuntimeError) as error:
+            raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
+    if client.get_address() != address:
+        raise RunFailed(f"--address {address}: Ray's client would use {client.get_address()} instead; nothing was sent")
+    return client
 
+
+def dashboard_address(address: str) -> str:
+    """Return `scheme://host:port` of what a user gives as a dashboard's address, its page in a browser included.
+
+    Raises ConfigError for what cannot be one.
+    """
+    if not address:
+        raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
     try:
-        return JobSubmissionClient(address, headers=_headers(secret) if guarded else None)
-    except (ConnectionError, RuntimeError) as error:
-        raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
+        parts = urlsplit(address if "://" in address else f"http://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ConfigError(f"--address {address}: is not an address ({error}); {EXPECTED}") from error
+    if parts.scheme not in ("http", "https") or not host or not re.fullmatch(r"[\w.:%-]+", host):
+        told = " (ray:// is for clients of another kind)" if parts.scheme == "ray" else ""
+        raise ConfigError(f"--address {address}: {EXPECTED}{told}")
+    if "@" in parts.netloc:
+        raise ConfigError(f"--address: has a user name or a password before the host {host}. {GIVE_TOKEN}")
+    found = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}"
+    return found + (f":{port}" if port is not None else "") + parts.path.rstrip("/")
 
 
 def find_token(reference: str | None) -> str | None:
-    """The token behind `env:NAME` or `file:PATH`, else where Ray looks for it; None if there is none."""
+    """Return the token behind `env:NAME` or `file:PATH`, else where Ray looks for it; None if there is none."""
     if reference is not None:
         if not reference.startswith(("env:", "file:")):
             raise ConfigError("--token: is a secret and must be a reference: env:NAME or file:PATH")
-        return resolve_secret(reference)
+        return _checked(resolve_secret(reference), f"--token {reference}")
     if "RAY_AUTH_TOKEN" in os.environ:
-        return os.environ["RAY_AUTH_TOKEN"].strip()
+        return _checked(os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_TOKEN")
     if "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return resolve_secret(f"file:{os.environ['RAY_AUTH_TOKEN_PATH']}")
-    file = TOKEN_FILE.expanduser()
-    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+        path = os.environ["RAY_AUTH_TOKEN_PATH"]
+        return _checked(resolve_secret(f"file:{path}"), f"RAY_AUTH_TOKEN_PATH {path}")
+    file = token_file()
+    if file is None or not os.path.lexists(file):
+        return None
+    return _checked(resolve_secret(f"file:{file}"), TOKEN_FILE)
+
+
+def token_file() -> Path | None:
+    """Return where Ray keeps this user's token; None for a user without a home."""
+    try:
+        return Path(TOKEN_FILE).expanduser()
+    except RuntimeError:
+        return None
+
+
+def _checked(token: str | None, place: str) -> str | None:
+    """Return the token without the space around it. Raises ConfigError, which does not show it, for one that no HTTP
+    header can carry."""
+    token = (token or "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigError(f"{place}: expected a token, one line of printable ASCII characters without spaces")
+    return token
 
 
 def is_loopback(address: str) -> bool:
-    host = urlparse(address if "://" in address else f"http://{address}").hostname or ""
+    host = urlsplit(address if "://" in address else f"http://{address}").hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def _answer(address: str, secret: str | None) -> int:
-    """The status with which the list of jobs is given, or refused, to who holds the token, or to anyone."""
+class Refused(RunFailed, RuntimeError):
+    """The dashboard did not do what it was asked for. Ray's client raises RuntimeError for it."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """An answer that names another place is an error: the token must not go there."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        return None
+
+
+def _is_guarded(address: str, secret: str | None) -> bool:
+    """Whether the list of jobs is refused to who holds the token, or to anyone. Raises RunFailed for what is no Ray
+    dashboard."""
     request = urllib.request.Request(f"{address}/api/jobs/", headers=_headers(secret))
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
+    if is_loopback(address):  # a proxy would connect to its own loopback
+        handlers.append(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-            return int(response.status)
+        with urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS) as response:
+            jobs = json.loads(response.read(LONGEST_LIST))
     except urllib.error.HTTPError as error:
-        return error.code
-    except (OSError, ValueError) as error:
+        if error.code in REFUSED:
+            return True
+        where = error.headers.get("Location", "")
+        told = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
+        raise RunFailed(f"--address {address}: no Ray dashboard ({told}). {_right_port(address)}") from error
+    except (OSError, http.client.HTTPException) as error:
         raise RunFailed(
-            f"--address {address}: no Ray dashboard answers there ({error}). Start a head with "
-            "`ray start --head`, or open a tunnel to the cluster's port 8265."
+            f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {_right_port(address)}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise RunFailed(
+            f"--address {address}: a web server answers there that is no Ray dashboard. {_right_port(address)}"
+        ) from error
+    if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
+        raise RunFailed(f"--address {address}: what answers there is no Ray dashboard. {_right_port(address)}")
+    return False
+
+
+def _right_port(address: str) -> str:
+    other = OTHER_PORTS.get(urlsplit(address).port or 0)
+    told = f"Port {urlsplit(address).port} is {other}; the dashboard's port is 8265. " if other else ""
+    return f"{told}Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
+
+
+def _client_class() -> Any:
+    """Return Ray's client, with a limit on how long an answer may take, without redirects, and one message a fault."""
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+            address = self.get_address()
+            more |= {"timeout": ANSWER_SECONDS, "allow_redirects": False}
+            if is_loopback(address):
+                more["proxies"] = {"http": "", "https": ""}
+            try:
+                response = super()._do_request(method, endpoint, **more)
+                if response.status_code == 200:
+                    response.json()
+            except AuthenticationError as error:
+                raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}") from error
+            except (requests.RequestException, ValueError) as error:
+                raise RunFailed(
+                    f"--address {address}: the dashboard gave no answer to {endpoint} ({first_line(error)})"
+                ) from error
+            if 300 <= response.status_code < 400:
+                self._raise_error(response)
+            return response
+
+        def _raise_error(self, r: Any) -> NoReturn:
+            lines = [line.strip() for line in r.text.splitlines() if line.strip()]  # of a traceback, often
+            told = f": {lines[-1]}" if lines else ""
+            raise Refused(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{told}")
+
+    return Client
+
+
+@contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """Within `with`, these environment variables are not set."""
+    before: Mapping[str, str] = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def _headers(secret: str | None) -> dict[str, str]:

@@ -15,18 +15,19 @@ from pipeline.config.printable import printable
 log = logging.getLogger(__name__)
 
 AWAY_SECONDS = 120.0  # that the dashboard may be away
+SILENT_SECONDS = 60.0  # without output, after which the job's status is asked for: a dead connection is silent too
 POLL_SECONDS = 2.0
 
 
 def follow(client: Any, job: str) -> str:
-    """Stream a job's output to standard error; returns the status it ended with.
+    """Stream a job's output to standard error; return the status it ended with.
 
     Raises RunFailed when the cluster does not answer for `AWAY_SECONDS`.
     """
-    shown, answered = 0, time.monotonic()
+    output, answered = _Output(), time.monotonic()
     while True:
         try:
-            shown = asyncio.run(_stream(client, job, shown))
+            asyncio.run(output.show(client, job))
             status = client.get_job_status(job)
         except KeyboardInterrupt:
             raise
@@ -39,19 +40,29 @@ def follow(client: Any, job: str) -> str:
         else:
             answered = time.monotonic()
             if status.is_terminal():
-                asyncio.run(_stream(client, job, shown))
+                asyncio.run(output.show(client, job))
                 return str(status.value)
         time.sleep(POLL_SECONDS)
 
 
-async def _stream(client: Any, job: str, shown: int) -> int:
-    """Print what the job printed beyond the first `shown` characters, until it ends or the connection does."""
-    passed = 0
-    async for chunk in client.tail_job_logs(job):
-        new = chunk[max(0, shown - passed) :]
-        passed += len(chunk)
-        if new:
-            sys.stderr.write(printable(new))
-            sys.stderr.flush()
-            shown = passed
-    return shown
+class _Output:
+    """What a job printed, each character shown once however often the connection breaks."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    async def show(self, client: Any, job: str) -> None:
+        """Print what is new until the job or the connection ends, or nothing has come for `SILENT_SECONDS`."""
+        passed = 0
+        chunks = client.tail_job_logs(job)
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), SILENT_SECONDS)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            new = chunk[max(0, self._shown - passed) :]
+            passed += len(chunk)
+            if new:
+                sys.stderr.write(printable(new))
+                sys.stderr.flush()
+                self._shown = passed

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from jobs.console import notify
-from jobs.dashboard import first_line, is_loopback, open_dashboard
+from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dashboard
 from jobs.follow import follow as follow_job
 from jobs.pretrain import for_ranks
 from pipeline.config.errors import ConfigError, RunFailed
@@ -45,13 +45,15 @@ def submit(
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
     cluster does not answer or the job fails.
     """
+    address = dashboard_address(address)
     config = for_cluster(config, is_loopback(address))
     client = open_dashboard(address, token)
     states = {known.submission_id: getattr(known.status, "value", known.status) for known in client.list_jobs()}
     job = submission_id or next_attempt(states, job_id(config))
     if job not in states:
         _send(client, config, job)
-    notify(f"submitted as {job}; `mome jobs logs --address {address} {job}` shows its output")
+    given = f" --token {token}" if token else ""
+    notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{given}` shows its output")
     status = "SUBMITTED"
     if follow:
         try:

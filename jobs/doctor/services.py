@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from jobs.dashboard import is_loopback
+from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
 from jobs.doctor.compute import finish_child, start_child
 from jobs.doctor.finding import Finding, fails, not_asked, works
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
@@ -31,7 +31,6 @@ PATIENCE_SECONDS = 20.0  # with a store; a run has storage.deadline_seconds
 ANSWER_SECONDS = 5.0
 CLUSTER_SECONDS = 90.0
 SKEW_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off
-TOKEN = Path("~/.ray/auth_token")
 
 
 def patient(config: RunConfig) -> Storage:
@@ -192,13 +191,13 @@ def ray_token(config: RunConfig | None) -> Finding:
     if os.environ.get("RAY_AUTH_TOKEN"):
         return works(name, "in RAY_AUTH_TOKEN; a file shows it to fewer")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named or TOKEN).expanduser()
+    path = Path(named) if named else token_file()
     address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or ""
-    if not path.is_file():
+    if path is None or not path.is_file():
         if named:
             return fails(name, f"RAY_AUTH_TOKEN_PATH names {path}, which is no file", "correct it, or unset it")
         if address and address not in ("auto", "local") and not is_loopback(address):
-            mend = f"copy the cluster's token to {TOKEN}, then chmod 600 {TOKEN}"
+            mend = f"copy the cluster's token to {TOKEN_FILE}, then chmod 600 {TOKEN_FILE}"
             return fails(name, f"none, and the cluster {address} is not on this machine", mend)
         return not_asked(name, "none; a cluster on this machine needs none of yours")
     if not path.read_text(encoding="utf-8").strip():

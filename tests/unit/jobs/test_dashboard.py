@@ -1,0 +1,256 @@
+"""A dashboard: the address that was given is checked and used; whatever answers there, mome ends in one message."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from jobs import dashboard, follow
+from jobs.dashboard import dashboard_address, find_token, open_dashboard
+from pipeline.config.errors import ConfigError, MomeError, RunFailed
+
+TOKEN = "a-token"
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+class Server(ThreadingHTTPServer):
+    """A web server on the loopback that remembers each request's method, path and token."""
+
+    def __init__(self, answer: Answer):
+        self.seen: list[tuple[str, str, str | None]] = []
+        seen = self.seen
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_any(self) -> None:
+                seen.append((self.command, self.path, self.headers.get("Authorization")))
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                answer(self)
+
+            do_GET = do_POST = do_PUT = handle_any
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    with Server(answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def give(body: object, status: int = 200, **headers: str) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return answer
+
+
+def ray_dashboard(handler: BaseHTTPRequestHandler) -> None:
+    """One that asks for the token."""
+    if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
+        give("no token", 401)(handler)
+    elif handler.path == "/api/version":
+        give({"ray_version": "2.60.0"})(handler)
+    else:
+        give([])(handler)
+
+
+@pytest.fixture(autouse=True)
+def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+@pytest.mark.parametrize("other", ["http", "auto", "ray://127.0.0.1:10001", "127.0.0.1:6379"])
+def test_the_address_that_was_given_wins_over_rays_variables(
+    variable: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(ray_dashboard) as named, serving(ray_dashboard) as another:
+        monkeypatch.setenv(variable, another.url if other == "http" else other)
+        client = open_dashboard(named.url)
+        assert client.get_address() == named.url
+        assert client.list_jobs() == []
+        assert another.seen == [], "something was sent to the other cluster"
+        assert named.seen[0] == ("GET", "/api/jobs/", None), "the token was sent before it was asked for"
+        assert {token for *_, token in named.seen[1:]} == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("asks_first", [False, True])
+def test_the_token_does_not_follow_a_redirect(status: int, asks_first: bool) -> None:
+    with serving(ray_dashboard) as target:
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            if asks_first and "Authorization" not in handler.headers:
+                give("no token", 401)(handler)
+            else:
+                give("", status, Location=f"{target.url}{handler.path}")(handler)
+
+        with serving(answer) as server, pytest.raises(RunFailed, match=f"redirects to {target.url}"):
+            open_dashboard(server.url)
+        assert target.seen == []
+
+
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_after_the_client_was_let_in_is_not_followed(status: int) -> None:
+    with serving(give("stolen")) as target:
+
+        def answer(handler: BaseHTTPRequestHandler) -> None:
+            if handler.path.startswith("/api/jobs/job"):
+                give("", status, Location=target.url)(handler)
+            else:
+                ray_dashboard(handler)
+
+        with serving(answer) as server:
+            client = open_dashboard(server.url)
+            with pytest.raises(MomeError, match=f"answers with {status}"):
+                client.get_job_info("job")
+        assert target.seen == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("head:8265", "http://head:8265"),
+        ("http://head:8265/", "http://head:8265"),
+        ("http://head:8265/#/overview", "http://head:8265"),
+        ("head:8265/#/jobs/mome-demo?tab=logs", "http://head:8265"),
+        ("http://[::1]:8265", "http://[::1]:8265"),
+        ("https://HEAD.example.org/ray/", "https://head.example.org/ray"),
+    ],
+)
+def test_an_address_may_be_that_of_the_page_in_a_browser(given: str, expected: str) -> None:
+    assert dashboard_address(given) == expected
+    assert dashboard_address(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "http://[::1", "http://head:82x65", "http://head:99999999", "ray://head:10001", "file:///etc", "http://",
+     "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265"],
+)  # fmt: skip
+def test_what_is_no_address_of_a_dashboard_is_one_message(given: str) -> None:
+    with pytest.raises(ConfigError, match="--address") as error:
+        open_dashboard(given)
+    assert "secret" not in str(error.value)
+
+
+def drop(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"\x00\x00\x12\x04 this is not HTTP\r\n")  # as Ray's own ports answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [drop, give("<html>"), give({"jobs": []}), give([1]), give("[" * 100_000), give("no", 404), give("oh", 500)],
+    ids=["not-http", "html", "object", "numbers", "deep", "404", "500"],
+)
+def test_another_server_is_told_from_a_dashboard(answer: Answer) -> None:
+    with serving(answer) as server, pytest.raises(RunFailed, match="no Ray dashboard"):
+        open_dashboard(server.url)
+
+
+@pytest.mark.parametrize(("port", "told"), [(6379, "cluster.address"), (10001, "ray://"), (8265, "tunnel")])
+def test_the_right_port_is_named(port: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(RunFailed, match=rf"{told}.*8265"):
+        open_dashboard(f"127.0.0.1:{port}")
+
+
+def test_a_dashboard_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both before the client is made and after."""
+    monkeypatch.setattr(dashboard, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RunFailed, match="no Ray dashboard answers"):
+        open_dashboard(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    over = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == "/api/jobs/job":
+            over.wait(20)
+        else:
+            ray_dashboard(handler)
+
+    with serving(answer) as server:
+        client = open_dashboard(server.url)
+        with pytest.raises(RunFailed, match="gave no answer to /api/jobs/job"):
+            client.get_job_info("job")
+        over.set()
+
+
+@pytest.mark.parametrize("proxy", ["http_proxy", "all_proxy", "HTTP_PROXY"])
+def test_what_is_on_this_machine_is_asked_directly(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(give("proxied")) as other, serving(ray_dashboard) as server:
+        monkeypatch.setenv(proxy, other.url)
+        assert open_dashboard(server.url).list_jobs() == []
+        assert other.seen == []
+
+
+@pytest.mark.parametrize("token", ["two\nlines", "caf\xe9", "a b", "", "nul\0"])
+def test_a_token_that_no_header_carries_is_refused_unseen(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.dashboard.resolve_secret", lambda reference: token)
+    with pytest.raises(ConfigError, match="expected a token") as error:
+        find_token("env:SECRET")
+    assert not token.strip() or token not in str(error.value)
+
+
+def test_a_user_without_a_home_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setattr("pathlib.Path.expanduser", homeless)
+    assert find_token(None) is None
+
+
+class _Job:
+    """A client whose connection breaks, or goes silent, in the middle of the output."""
+
+    def __init__(self, silent: bool):
+        self.silent, self.times = silent, 0
+
+    async def tail_job_logs(self, job: str):  # type: ignore[no-untyped-def]
+        self.times += 1
+        yield "one "
+        if self.times == 1:
+            if self.silent:
+                await follow.asyncio.sleep(60)
+            raise RuntimeError("the connection broke")
+        yield "two\n"
+
+    def get_job_status(self, job: str) -> object:
+        from ray.job_submission import JobStatus
+
+        return JobStatus.SUCCEEDED if self.times > 1 else JobStatus.RUNNING
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_followed_output_is_shown_once(
+    silent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(follow, "SILENT_SECONDS", 0.2)
+    assert follow.follow(_Job(silent), "job") == "SUCCEEDED"
+    assert capsys.readouterr().err == "one two\n"
