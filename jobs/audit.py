@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 from pipeline.config.errors import ConfigError
+from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.storage import Storage
-from pipeline.training.prepare import prepare
+from pipeline.training.prepare import apart, prepare
 
 
 def fingerprint_of(
     config: RunConfig, stage: str | None, steps: str, world_size: int, workers: int, threads: int
 ) -> dict[str, Any]:
-    """Reads the batches of steps A:B as `world_size` ranks of so many loader processes and threads would.
+    """Read the batches of steps A:B as `world_size` ranks of so many loader processes and threads would.
 
-    Raises ConfigError for a wrong range.
+    Nothing is written into the run's folder. Raises ConfigError for a wrong range, and where `mome train` would.
     """
     first, separator, last = steps.partition(":")
     if not (separator and first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise ConfigError(f"--steps {steps}: expected A:B with A below B, such as 0:10")
     loader = config.data.loader.model_copy(update={"workers": workers, "threads": threads})
+    config = with_absolute_paths(config)
     config = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
-    storage = Storage(config.storage)
-    tokenizer = prepare(config, storage)
     chosen = config.stage_named(stage)
-    found = fingerprint(config, chosen, storage, tokenizer, range(int(first), int(last)), world_size)
+    storage = Storage(config.storage)
+    with tempfile.TemporaryDirectory(prefix="mome-fingerprint-") as folder:
+        scratch = apart(config, storage, folder, config.name)
+        tokenizer = prepare(scratch, storage)
+        found = fingerprint(scratch, chosen, storage, tokenizer, range(int(first), int(last)), world_size)
     return {"fingerprint": found, "steps": [int(first), int(last)], "stage": chosen.name}

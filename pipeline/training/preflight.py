@@ -32,7 +32,7 @@ from pipeline.tracking.server import check_server
 from pipeline.training.collectives import Collectives
 from pipeline.training.measure import peak_memory
 from pipeline.training.micro_batch import with_micro_batch
-from pipeline.training.prepare import VOCABULARY, prepare
+from pipeline.training.prepare import VOCABULARY, apart, prepare
 from pipeline.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
@@ -88,12 +88,8 @@ def _clear_away(storage: Storage, folder: str) -> None:
 
 
 def _beside(config: RunConfig, token: str, storage: Storage) -> RunConfig:
-    """The same run in a folder of its own, each stage from random weights where an earlier one would hand over."""
-    values = config.model_dump(mode="json")
-    values["name"] = f"{config.name}.preflight-{token}"
-    known = join(config.folder, VOCABULARY)
-    if storage.exists(known):
-        values["tokenizer"]["vocabulary"] = known
+    """Return the same run in a folder of its own, with random weights where an earlier stage would hand over."""
+    values = apart(config, storage, config.output, f"{config.name}.preflight-{token}").model_dump(mode="json")
     for stage in values["stages"]:
         if stage["start_from"] == "previous":
             stage["start_from"] = "random"

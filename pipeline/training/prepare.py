@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import changes
+from pipeline.config.load import changes, stored_config, validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.choices import choices_of
@@ -39,7 +39,8 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     Raises ConfigError, DataError, StorageError or CheckpointError with one message; nothing is half-written.
     """
     check_stages(config)
-    admit(config, storage)
+    for path, (old, new) in admit(config, storage).items():
+        log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
     urls = sorted({source.shards for source in config.sources.values()})
     manifests = {url: ensure_indexed(storage, url, _Told(f"{url}: indexed")) for url in urls}
@@ -76,17 +77,27 @@ def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
     url = join(config.folder, RUN_FILE)
     if not storage.exists(url):
         return {}
-    before = RunConfig.model_validate_json(storage.read(url))
-    allowed, refused = changes(before, config)
+    allowed, refused = changes(stored_config(storage.read(url), url), config)
     if refused:
         told = "\n".join(f"{path}: was {old!r}, now {new!r}" for path, (old, new) in refused.items())
         raise ConfigError(
             f"{config.folder} holds a run begun with other values of keys that may not change on resume:\n{told}\n"
             "Give them their old values, or give the run another `name`."
         )
-    for path, (old, new) in allowed.items():
-        log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     return allowed
+
+
+def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunConfig:
+    """Return the same run in another folder, with the vocabulary of its own: preparing it changes nothing of the run.
+
+    Raises ConfigError where the run itself could not be resumed with this config (`admit`).
+    """
+    admit(config, storage)
+    values = config.model_dump(mode="json") | {"output": output, "name": name}
+    vocabulary = join(config.folder, VOCABULARY)
+    if storage.exists(vocabulary):
+        values["tokenizer"]["vocabulary"] = vocabulary
+    return validate(values, config.name)
 
 
 def _check_start(config: RunConfig, index: int, storage: Storage, tokenizer: Tokenizer) -> None:
