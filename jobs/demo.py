@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
+from jobs.configs import configs_folder
 from jobs.console import ProgressDisplay, notify
 from jobs.evaluate import evaluate_run
 from jobs.pretrain import pretrain
@@ -14,12 +14,10 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.places import tracking_uri
 
-CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
-
 
 def demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
     """Draw the scenes, run the three stages, evaluate on scenes never trained on, and say where everything lies."""
-    config = load_config(CONFIG, overrides)
+    config = load_config(configs_folder() / "demo.yaml", overrides)
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     notify(f"mome demo: {len(config.stages)} stages on drawn scenes, in {config.folder}", style="bold")

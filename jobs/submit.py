@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from jobs.configs import configs_folder
 from jobs.console import notify
 from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dashboard
 from jobs.follow import follow as follow_job
@@ -31,7 +32,6 @@ from pipeline.tracking.describe import told_environment
 from pipeline.tracking.places import tracking_uri
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("pipeline", "jobs", "configs")
 POLL_SECONDS = 2.0
 START_SECONDS = 60.0
 OVER = ("FAILED", "STOPPED")  # a job that ended so is submitted anew, as the next attempt
@@ -114,8 +114,8 @@ def interpreter() -> str:
 def _send(client: Any, config: RunConfig, job: str) -> None:
     """Submit the code and the config."""
     with tempfile.TemporaryDirectory() as folder:
-        for name in SHIPPED:
-            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for shipped in (ROOT / "pipeline", ROOT / "jobs", configs_folder()):
+            shutil.copytree(shipped, Path(folder) / shipped.name, ignore=shutil.ignore_patterns("__pycache__"))
         values = config.model_dump(mode="json", exclude_unset=True)
         (Path(folder) / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         deadline = time.monotonic() + START_SECONDS

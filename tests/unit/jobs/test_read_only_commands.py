@@ -1,4 +1,4 @@
-"""Commands that only read write nothing into a run, its weights or its data, and accept the config it was trained with."""
+"""Commands that only read write nothing into a run, its weights or its data, and accept what `mome train` accepts."""
 
 from __future__ import annotations
 
