@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import EVALUATION, Journal, Record, is_live
+from pipeline.tracking.journal import EVALUATION, Journal
+from pipeline.tracking.liveness import is_held
 from pipeline.tracking.places import read_journal
+from pipeline.tracking.records import Record
 from pipeline.training import accounting
 from pipeline.training.prepare import RUN_FILE
 
@@ -145,7 +147,7 @@ def open_run(run: str) -> RunFolder:
         tags=read.tags,
         evaluations=read.evaluations,
         status=read.status,
-        is_live=any(is_live(journal.path(session)) for session in journal.sessions()),
+        is_live=any(is_held(journal.path(session)) for session in journal.sessions()),
         time=accounting.read(storage, folder),
     )
 

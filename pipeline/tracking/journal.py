@@ -5,75 +5,53 @@ of its own, a *session*; the sessions in order are the run's journal. One writer
 only tear a session's last line, that nobody has to repair a file another process may be writing, and that two
 nodes never append to two copies of one file.
 
-A record is one line: {"kind": …, "at": milliseconds, "stage": index or null, …}. Kinds: campaign (first record
-of every session), stage, metrics, tag, artifact, model and model_gone (weights that are kept, and are no longer),
-stage_end, campaign_end. Numbers keep every bit; those that JSON does not know are strings ("nan", "inf", "-inf").
+What a record may hold: `pipeline.tracking.records`. How a journal is kept in a remote run's storage:
+`pipeline.tracking.committed`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
+import contextlib
 import logging
-import math
 import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from pipeline.tracking.liveness import Lease
+from pipeline.tracking.records import Record, decode, encode, is_file_name
 
 logger = logging.getLogger("mome.tracking")
 
-Record = dict[str, Any]
 CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights in model records; hand-overs are never removed
 RESTORED = "restored"  # a file of a journal that came from another node
 EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
-_SESSION = r"(?P<session>\d{6}-[0-9a-f]+)"
-_SEGMENT = re.compile(_SESSION + r"\.(?P<start>\d{12})-(?P<end>\d{12})\.jsonl")
-_WHOLE = re.compile(_SESSION + r"\.jsonl")  # as a journal lies in a local run's folder, which somebody copied
-
-
-class Sized(Protocol):
-    @property
-    def size(self) -> int: ...
-
-
-class Store(Protocol):
-    """What the journal needs of an object store (`pipeline.data.storage.Storage` has it)."""
-
-    def read(self, url: str) -> bytes: ...
-    def write(self, url: str, data: bytes) -> None: ...
-    def list_info(self, url: str) -> Mapping[str, Sized]: ...
-    def exists(self, url: str) -> bool: ...
-
-
-def encode_number(value: float) -> float | str:
-    value = float(value)
-    return value if math.isfinite(value) else str(value)
-
-
-def encode(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+SESSION_NAME = r"(?P<session>[0-9]{6}-[0-9a-f]{1,32})"
+_BLOCK = 2**16
 
 
 def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
     """The records from byte `start` on, each with the offset behind it; an unfinished last line is left alone."""
-    offset = start
     with path.open("rb") as file:
         file.seek(start)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                logger.warning("%s: the record that ends at byte %d is damaged and is left out", path, offset)
-                record = {"kind": "damaged", "stage": None}
-            yield offset, record
+        yield from parse_records(file, str(path), start)
+
+
+def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Iterator[tuple[int, Record]]:
+    """Yield the records of a session's lines, each with the offset behind it; a line that is none is reported."""
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return
+        offset += len(line)
+        try:
+            record = decode(line)
+        except ValueError as error:
+            logger.warning("%s: the record that ends at byte %d is damaged and is left out (%s)", origin, offset, error)
+            record = {"kind": "damaged", "stage": None}
+        yield offset, record
 
 
 def redact(text: str) -> str:
@@ -82,9 +60,17 @@ def redact(text: str) -> str:
 
 
 def complete_length(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
-    data = path.read_bytes()
-    return data.rfind(b"\n") + 1
+    """Return the number of bytes up to the end of the last whole line, reading backwards from the end."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(end - _BLOCK, 0)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
 
 
 class JournalWriter:
@@ -93,8 +79,9 @@ class JournalWriter:
 
     def __init__(self, path: Path):
         self._path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)  # tells others that this session is alive (see `is_live`)
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        self._lease = Lease(path)  # tells others that this session is alive (see `liveness`)
+        sync_folder(path.parent)
         self._lock = threading.Lock()
         self._pending = b""
         self._failing = False
@@ -121,16 +108,7 @@ class JournalWriter:
     def close(self) -> None:
         os.fsync(self._fd)
         os.close(self._fd)
-
-
-def is_live(path: Path) -> bool:
-    """True while some process writes this session."""
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+        self._lease.release()
 
 
 class Journal:
@@ -140,14 +118,19 @@ class Journal:
         self.folder = folder
 
     def sessions(self) -> list[str]:
-        return sorted(path.stem for path in self.folder.glob("*.jsonl"))
+        names = (path.stem for path in self.folder.glob("*.jsonl") if path.is_file())
+        return sorted(name for name in names if re.fullmatch(SESSION_NAME, name))
 
     def path(self, session: str) -> Path:
         return self.folder / f"{session}.jsonl"
 
-    def file(self, name: str) -> Path:
-        """Where the artifact that a record calls `name` lies."""
-        return self.folder / "files" / name
+    def file(self, name: str) -> Path | None:
+        """Return the path of the artifact that a record calls `name`; None, reported, for one outside this folder."""
+        path = self.folder / "files" / name
+        if is_file_name(name) and path.resolve().is_relative_to(self.folder.resolve() / "files"):
+            return path
+        logger.warning("%s: the file %r lies outside this journal and is left out", self.folder, name[:200])
+        return None
 
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
         return read_records(self.path(session), start)
@@ -178,7 +161,8 @@ class Journal:
     def start_session(self) -> JournalWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [int(session.split("-")[0]) for session in self.sessions()]
-        return JournalWriter(self.path(f"{max(numbers, default=0) + 1:06d}-{secrets.token_hex(4)}"))
+        number = min(max(numbers, default=0) + 1, 999_999)
+        return JournalWriter(self.path(f"{number:06d}-{secrets.token_hex(4)}"))
 
     def discard(self) -> None:
         """Set the whole journal aside: it belongs to another run that had this name."""
@@ -220,111 +204,27 @@ class HighWater:
         return max((step for (index, _), step in self._steps.items() if index == stage), default=-1)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The bytes [start, end) of a session, committed as one object of that name."""
-
-    name: str
-    start: int
-    end: int
-
-
-def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
-    """Per session what was committed to `url`, from its first byte on without a gap.
-
-    A session may also lie there as one file: a run's folder was copied to the store.
-    """
-    found: dict[str, list[Segment]] = {}
-    for name, info in sorted(store.list_info(url).items()):
-        if match := _SEGMENT.fullmatch(name):
-            segment = Segment(name, int(match["start"]), int(match["end"]))
-        elif match := _WHOLE.fullmatch(name):
-            segment = Segment(name, 0, info.size)
-        else:
-            continue
-        segments = found.setdefault(match["session"], [])
-        if segment.start == (segments[-1].end if segments else 0):
-            segments.append(segment)
-        else:
-            logger.warning("%s/%s does not follow the segment before it and was left out", url, name)
-    return {session: segments for session, segments in found.items() if segments}
-
-
-class CommittedJournal:
-    """The copy of a journal in the run's storage: what a restart on another node continues from."""
-
-    def __init__(self, store: Store, url: str):
-        self._store = store
-        self._url = url
-        self._ends: dict[str, int] = {}
-        self._files: set[str] = set()
-
-    def restore(self, journal: Journal) -> bool:
-        """Bring `journal` up to the committed copy; True if something of it was not here.
-
-        In that case another node went on with this run. Whatever this node never committed is then void: that
-        node resumed before it, and recorded those steps itself.
-        """
-        segments = committed_segments(self._store, self._url)
-        self._ends = {session: committed[-1].end for session, committed in segments.items()}
-        missing = [s for s, end in self._ends.items() if not journal.path(s).exists() or _size(journal.path(s)) < end]
-        if not missing:
-            return False
-        journal.restored()
-        for session in journal.sessions():
-            self._cut(journal.path(session), self._ends.get(session, 0))
-        for session in missing:
-            self._download(journal, session, segments[session])
-        return True
-
-    def commit(self, journal: Journal) -> None:
-        """Upload every whole record that was not committed yet, and the artifacts they name before them."""
-        for session in journal.sessions():
-            start, end = self._ends.get(session, 0), complete_length(journal.path(session))
-            if end <= start:
-                continue
-            for name in _artifact_names(journal, session, start):
-                if name not in self._files:
-                    self._store.write(f"{self._url}/files/{name}", journal.file(name).read_bytes())
-                    self._files.add(name)
-            data = _read_range(journal.path(session), start, end)
-            self._store.write(f"{self._url}/{session}.{start:012d}-{end:012d}.jsonl", data)
-            self._ends[session] = end
-
-    def _cut(self, path: Path, end: int) -> None:
-        if is_live(path) or _size(path) <= end:
-            return
-        if end:
-            os.truncate(path, end)
-        else:
-            path.unlink()
-
-    def _download(self, journal: Journal, session: str, segments: list[Segment]) -> None:
-        data = b"".join(self._store.read(f"{self._url}/{segment.name}") for segment in segments)
-        journal.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(journal.path(session), data)
-        for name in _artifact_names(journal, session):
-            if not journal.file(name).exists():
-                write_whole(journal.file(name), self._store.read(f"{self._url}/files/{name}"))
-            self._files.add(name)
-
-
-def _artifact_names(journal: Journal, session: str, start: int = 0) -> list[str]:
-    return [r["file"] for _, r in journal.records(session, start) if r["kind"] == "artifact"]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
-
-
-def _read_range(path: Path, start: int, end: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(end - start)
-
-
 def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new and renamed entries of a folder survive a power cut, where its file system can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # EINVAL: this file system syncs no folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

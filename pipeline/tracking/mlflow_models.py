@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.tracking.journal import HAND_OVER, Journal, Record
+from pipeline.tracking.journal import HAND_OVER, Journal
 from pipeline.tracking.mlflow_client import ask
+from pipeline.tracking.records import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -9,7 +9,6 @@ journal of their first recording was lost, have another timestamp; they are comp
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.tracking.journal import EVALUATION, Journal, Record, complete_length, redact
+from pipeline.tracking.journal import EVALUATION, Journal, complete_length, redact, write_whole
+from pipeline.tracking.liveness import InUse, Lease
 from pipeline.tracking.mlflow_client import Outage, Refused, RunGone, ask, connect, experiment_id, prepare_client
 from pipeline.tracking.mlflow_models import LoggedModels
+from pipeline.tracking.records import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,9 +43,7 @@ class Cursor:
             self.offsets, self.marks = state["offsets"], state["marks"]
 
     def save(self) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps({"offsets": self.offsets, "marks": self.marks}))
-        os.replace(partial, self._path)
+        write_whole(self._path, json.dumps({"offsets": self.offsets, "marks": self.marks}).encode())
 
     def reset(self) -> None:
         self.offsets, self.marks = {}, {}
@@ -61,13 +60,15 @@ def num_pending(folder: Path, uri: str) -> int:
 @contextlib.contextmanager
 def shipping_alone(folder: Path) -> Iterator[bool]:
     """Yields whether this process is the only one that ships this journal."""
-    with (folder / "shipper.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    try:
+        lease = Lease(folder / "shipper.lock")
+    except InUse:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lease.release()
 
 
 class MlflowShipper:
@@ -162,7 +163,9 @@ class MlflowShipper:
         elif kind == "artifact":
             folder = os.path.dirname(record["name"]) or None
             path = self._journal.file(record["file"])
-            if path.exists():
+            if path is None:
+                self._say(f"tracking: the artifact {record['name']} lies outside the journal and was left out")
+            elif path.exists():
                 self._unless_refused(client.log_artifact, self._run_of(stage), str(path), folder)
             else:
                 self._say(f"tracking: the artifact {record['name']} is missing from {path} and was left out")

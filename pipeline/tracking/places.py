@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.journal import CommittedJournal, Journal, Store
+from pipeline.tracking.committed import CommittedJournal, Store
+from pipeline.tracking.journal import Journal
 
 _SQLITE = "sqlite:///"
 

@@ -85,7 +85,9 @@ class Shipper:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS="1")
         command = [sys.executable, "-m", "pipeline.tracking.mlflow_process", str(self._journal.folder)]
         try:
-            with (self._journal.folder / "shipper.log").open("ab") as log:
+            # No link is followed: the journal's folder may have been made by somebody else.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(self._journal.folder / "shipper.log", flags, 0o644), "ab") as log:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
                     start_new_session=True,  # Ctrl-C ends training, which then closes this process in order

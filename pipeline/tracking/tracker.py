@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.describe import (
     clean_key,
     environment_tags,
@@ -38,18 +39,15 @@ from pipeline.tracking.journal import (
     CHECKPOINT,
     EVALUATION,
     HAND_OVER,
-    CommittedJournal,
     HighWater,
     Journal,
     JournalWriter,
-    Record,
-    Store,
-    encode_number,
     redact,
     write_whole,
 )
 from pipeline.tracking.places import committed_journal, experiment_of, journal_folder, run_of, tracking_uri
 from pipeline.tracking.recorder import DatasetInput, Kept, Status
+from pipeline.tracking.records import Record, encode_number
 from pipeline.tracking.shipper import Shipper
 
 logger = logging.getLogger("mome.tracking")
@@ -217,6 +215,8 @@ class Tracker:
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
         file = f"{hashlib.sha256(data).hexdigest()[:16]}/{posixpath.basename(name)}"
         path = self._journal.file(file)
+        if path is None:
+            raise ValueError(f"{name!r} cannot be the name of an artifact")
         if not path.exists():
             write_whole(path, data)
         self._append("artifact", name=name, file=file)

@@ -12,7 +12,8 @@ from recorded_run import plant_pairs, record_run
 from pipeline.data.storage import Storage, join
 from pipeline.reports.campaign import Campaign, gather
 from pipeline.reports.run_folder import RunFolder, open_run
-from pipeline.tracking.journal import CommittedJournal, Journal
+from pipeline.tracking.committed import CommittedJournal
+from pipeline.tracking.journal import Journal
 
 
 @pytest.fixture(scope="session")

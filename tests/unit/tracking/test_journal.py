@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 
 from pipeline.data.storage import ObjectInfo
-from pipeline.tracking.journal import CommittedJournal, HighWater, Journal, JournalWriter, encode_number, read_records
+from pipeline.tracking.committed import CommittedJournal
+from pipeline.tracking.journal import HighWater, Journal, JournalWriter, read_records
+from pipeline.tracking.records import encode, encode_number
+
+END = encode({"kind": "campaign_end", "at": 1, "stage": None, "status": "FINISHED"})
+REPORT = "0123456789abcdef/report.html"
 
 
 class FolderStore:
@@ -102,9 +107,9 @@ def test_a_torn_last_line_is_left_out_and_never_committed(tmp_path: Path, store:
 
 def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "000001-ab.jsonl"
-    path.write_bytes(b'{"kind":"tag"}\n\x00\x00\x00\n{"kind":"stage"}\n')
+    path.write_bytes(END + b"\x00\x00\x00\n" + END)
 
-    assert [record["kind"] for _, record in read_records(path)] == ["tag", "damaged", "stage"]
+    assert [record["kind"] for _, record in read_records(path)] == ["campaign_end", "damaged", "campaign_end"]
     assert "damaged" in caplog.text
 
 
@@ -112,7 +117,7 @@ def test_a_killed_writer_loses_no_record_it_appended(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
         "writer = Journal(Path(sys.argv[1])).start_session()\n"
-        "for step in range(500): writer.append({'kind': 'metrics', 'step': step})\n"
+        "for step in range(500): writer.append({'kind': 'metrics', 'at': 0, 'stage': 0, 'step': step, 'values': {}})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
 
@@ -241,14 +246,14 @@ def test_a_local_runs_folder_can_be_copied_to_a_store_and_go_on_there(tmp_path: 
 
 def test_artifacts_travel_with_the_journal(tmp_path: Path, store: FolderStore) -> None:
     journal = Journal(tmp_path / "here")
-    journal.file("ab12/report.html").parent.mkdir(parents=True)
-    journal.file("ab12/report.html").write_bytes(b"<p>")
+    (journal.folder / "files" / REPORT).parent.mkdir(parents=True)
+    (journal.folder / "files" / REPORT).write_bytes(b"<p>")
     writer = journal.start_session()
-    writer.append({"kind": "artifact", "at": 1, "stage": None, "name": "report.html", "file": "ab12/report.html"})
+    writer.append({"kind": "artifact", "at": 1, "stage": None, "name": "report.html", "file": REPORT})
     CommittedJournal(store, "run/journal").commit(journal)
     writer.close()
 
     elsewhere = Journal(tmp_path / "elsewhere")
     CommittedJournal(store, "run/journal").restore(elsewhere)
 
-    assert elsewhere.file("ab12/report.html").read_bytes() == b"<p>"
+    assert (elsewhere.folder / "files" / REPORT).read_bytes() == b"<p>"

@@ -199,7 +199,7 @@ def test_the_resolved_config_is_an_artifact_of_the_campaign(tmp_path: Path) -> N
     train(config, range(1))
 
     (record,) = recorded(config, "artifact")
-    content = Journal(journal_folder(config.folder)).file(record["file"]).read_text()
+    content = (journal_folder(config.folder) / "files" / record["file"]).read_text()
 
     assert (record["name"], record["stage"]) == ("config.yaml", None)
     assert content == resolved_config(config)
