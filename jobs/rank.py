@@ -20,6 +20,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
+from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
 from pipeline.training.loop import train
 from pipeline.training.memory import is_out_of_memory
 from pipeline.training.ownership import Ownership
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
 PROGRESS_SECONDS = 1.0
+PROGRESS_CLOSE_SECONDS = 5.0  # for the last report to be written
 
 
 def run_rank(loop_config: dict[str, str]) -> str | None:
@@ -43,8 +45,9 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
         return None
     context = ray.train.get_context()
     notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size())
+    progress = ProgressFile(config, storage)
     try:
-        train(config, ProgressFile(config, storage), preparer_of(config), preempted=notice, claim=ownership.claim)
+        train(config, progress, preparer_of(config), preempted=notice, claim=ownership.claim)
     except Preempted as error:
         log.warning("%s", error)
         return notice.reason or PREEMPTED
@@ -54,6 +57,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
             storage.write(join(config.folder, FAILURE_FILE), json.dumps(told).encode())
         raise
     finally:
+        progress.close()
         notice.close()
     return None
 
@@ -89,15 +93,18 @@ def as_error(told: dict[str, Any]) -> RunFailed:
 
 
 class ProgressFile:
-    """Rank 0's report: a small file in the run's folder, at most once a second."""
+    """Rank 0's report: a small file in the run's folder, at most once a second, written in the background."""
 
     def __init__(self, config: RunConfig, storage: Storage):
         self._url = join(config.folder, PROGRESS_FILE)
-        self._storage = storage
+        self._writer = BackgroundWriter(storage, DEADLINE_SECONDS, logging.DEBUG)
         self._last = 0.0
 
     def __call__(self, progress: Progress) -> None:
         last_of_stage = progress.stage_step == progress.stage_steps
         if last_of_stage or time.monotonic() - self._last >= PROGRESS_SECONDS:
             self._last = time.monotonic()
-            self._storage.write(self._url, json.dumps(asdict(progress)).encode())
+            self._writer.write(self._url, json.dumps(asdict(progress)).encode())
+
+    def close(self) -> None:
+        self._writer.close(PROGRESS_CLOSE_SECONDS)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage, join
+from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ Kind = Literal["startup", "training", "data_wait", "checkpoint", "evaluation", "
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PROGRESS: tuple[Kind, ...] = ("training", "data_wait")  # what is lost where no checkpoint holds it
 FILE = "time.json"
+CLOSE_SECONDS = 10.0  # for the last account to be written, whatever the store's own patience is
 BEAT_SECONDS = 5.0  # between two signs of life: how finely lost work is told from the restart's time
 
 Seconds = dict[str, float]  # by kind
@@ -92,7 +94,8 @@ class Ledger:
     """The account of a run in its folder. On other ranks than 0 nothing is read or written."""
 
     def __init__(self, storage: Storage, folder: str, writes: bool, elapsed: float = 0.0):
-        self._storage, self._folder, self._writes = storage, folder, writes
+        self._url, self._writes = join(folder, FILE), writes
+        self._writer = BackgroundWriter(storage, DEADLINE_SECONDS)
         self.account = Account(read(storage, folder) if writes else None, elapsed=elapsed)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="mome-ledger", daemon=True)
@@ -101,12 +104,17 @@ class Ledger:
         if self._writes:
             self._thread.start()
 
-    def close(self, ended: bool) -> None:
-        """`ended`: the run has done all its steps."""
+    def close(self, ended: bool, last_word: bool = True) -> None:
+        """Write the account once more, unless `last_word` is False: another process keeps it now.
+
+        `ended`: the run has done all its steps.
+        """
         if self._thread.is_alive():
             self._ended.set()
             self._thread.join()
-            self._write(ended)
+            if last_word:
+                self._write(ended)
+            self._writer.close(CLOSE_SECONDS)
 
     def _beat(self) -> None:
         self._write(False)
@@ -116,7 +124,7 @@ class Ledger:
     def _write(self, ended: bool) -> None:
         seconds, at = self.account.seconds(), time.time()
         told = {"at": at, "seconds": seconds, "restarts": self.account.restarts, "ended": ended}
-        _write(self._storage, self._folder, told)
+        self._writer.write(self._url, json.dumps(told).encode())
 
 
 def read(storage: Storage, folder: str) -> dict[str, Any] | None:
@@ -139,11 +147,7 @@ def spent(storage: Storage, folder: str, kind: Kind) -> Iterator[None]:
         told = read(storage, folder)
         if told is not None:
             told["seconds"][kind] += time.monotonic() - started
-            _write(storage, folder, told | {"at": time.time()})
-
-
-def _write(storage: Storage, folder: str, told: dict[str, Any]) -> None:
-    try:
-        storage.write(join(folder, FILE), json.dumps(told).encode())
-    except StorageError as error:  # the account is less exact then; the run goes on
-        log.warning("time account: %s", error)
+            try:
+                storage.write(join(folder, FILE), json.dumps(told | {"at": time.time()}).encode())
+            except StorageError as error:  # the account is less exact then; the run goes on
+                log.warning("time account: %s", error)

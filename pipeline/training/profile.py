@@ -19,8 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
+from pipeline.training.background_writer import BackgroundWriter
 
 log = logging.getLogger(__name__)
+
+UPLOAD_SECONDS = 60.0  # that the end of a stage waits for a trace to be written
 
 Step = TypeVar("Step", bound="tuple[int, Any]")
 
@@ -67,7 +70,7 @@ def _profiled(
     steps: Iterator[Step], first: int, window: Window, folder: str, storage: Storage, tracker: Artifacts
 ) -> Iterator[Step]:
     recording: _Recording | None = None
-    reached = first
+    reached, writer = first, BackgroundWriter(storage)
     try:
         for item in steps:
             reached = first + item[0]
@@ -75,13 +78,14 @@ def _profiled(
             if inside and recording is None:
                 recording = _Recording(reached)
             elif not inside and recording is not None:
-                recording.end(reached, folder, storage, tracker)
+                recording.end(reached, folder, writer, tracker)
                 recording = None
             yield item
             reached += 1
     finally:
         if recording is not None:
-            recording.end(reached, folder, storage, tracker)
+            recording.end(reached, folder, writer, tracker)
+        writer.close(UPLOAD_SECONDS)
 
 
 class _Recording:
@@ -95,13 +99,14 @@ class _Recording:
         self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
         self._profile.start()
 
-    def end(self, last: int, folder: str, storage: Storage, tracker: Artifacts) -> None:
-        """Write the trace of the steps up to `last`, which is not in it."""
+    def end(self, last: int, folder: str, writer: BackgroundWriter, tracker: Artifacts) -> None:
+        """Write the trace of the steps up to `last`, which is not in it; the upload goes on in the background."""
         self._profile.stop()
         name = f"profile/steps-{self._first:08d}-{last:08d}.json.gz"
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "trace.json.gz"
             self._profile.export_chrome_trace(str(path))
-            storage.upload(path, join(folder, name))
-            tracker.artifact(name, path)
-        log.warning("the trace of steps %d:%d is %s", self._first, last, join(folder, name))
+            trace = path.read_bytes()
+        tracker.artifact(name, trace)
+        writer.write(join(folder, name), trace)
+        log.warning("the trace of steps %d:%d goes to %s", self._first, last, join(folder, name))

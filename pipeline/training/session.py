@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from pipeline.config.errors import Superseded
 from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
@@ -89,7 +90,7 @@ class Session:
     ) -> None:
         self.nodes.close()
         self._watchdog.close()
-        self._ledger.close(ended=error is None)
+        self._ledger.close(ended=error is None, last_word=not isinstance(error, Superseded))
         self.notice.__exit__(kind, error, trace)
 
 

@@ -1,0 +1,89 @@
+"""Writing in the background: the caller never waits and never sees a fault, and the newest data wins."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import pytest
+
+from pipeline.config.errors import StorageError
+from pipeline.data.storage import Storage
+from pipeline.training.accounting import Ledger
+from pipeline.training.background_writer import BackgroundWriter
+
+
+class SlowStore:
+    """What `Storage.write` does while the store is away: it waits for `back`, and then fails or writes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None):
+        self.back, self.reached = threading.Event(), threading.Event()
+        self.written: list[tuple[str, bytes]] = []
+        self._fault = fault
+        monkeypatch.setattr(Storage, "write", lambda _, url, data: self._write(url, data))
+
+    def _write(self, url: str, data: bytes) -> None:
+        self.reached.set()
+        assert self.back.wait(30)
+        if self._fault is not None:
+            raise self._fault
+        self.written.append((url, data))
+
+
+def test_of_each_url_the_newest_data_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, writer = SlowStore(monkeypatch), BackgroundWriter(Storage())
+    writer.write("a", b"first")
+    assert store.reached.wait(10)
+    for data in (b"1", b"2", b"3"):
+        writer.write("a", data)
+        writer.write("b", data)
+    store.back.set()
+    assert writer.close(10)
+    assert store.written == [("a", b"first"), ("a", b"3"), ("b", b"3")]
+
+
+@pytest.mark.parametrize("fault", [StorageError("away"), ValueError("no URL"), MemoryError()])
+def test_a_fault_is_logged_and_not_raised(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
+) -> None:
+    store, writer = SlowStore(monkeypatch, fault), BackgroundWriter(Storage())
+    store.back.set()
+    with caplog.at_level(logging.WARNING):
+        writer.write("memory://run/progress.json", b"")
+        assert writer.close(10)
+    assert f"progress.json was not written: {type(fault).__name__}" in caplog.text
+
+
+def test_closing_waits_no_longer_than_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, writer = SlowStore(monkeypatch), BackgroundWriter(Storage())
+    writer.write("a", b"1")
+    assert store.reached.wait(10)
+    writer.write("b", b"2")
+    assert not writer.close(0.05)
+    assert "not written within" in caplog.text
+    writer.write("c", b"after the end")
+    store.back.set()
+    time.sleep(0.05)
+    assert store.written == [("a", b"1")]
+
+
+def test_a_ledger_closes_while_its_store_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.accounting.CLOSE_SECONDS", 0.05)
+    store, ledger = SlowStore(monkeypatch), Ledger(Storage(), "memory://run", writes=True)
+    ledger.start()
+    assert store.reached.wait(10)
+    ledger.close(ended=True)
+    assert not store.written
+    store.back.set()
+
+
+def test_a_superseded_run_leaves_the_account_to_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, ledger = SlowStore(monkeypatch), Ledger(Storage(), "memory://run", writes=True)
+    store.back.set()
+    ledger.start()
+    assert store.reached.wait(10)
+    ledger.close(ended=False, last_word=False)
+    assert len(store.written) == 1
