@@ -229,6 +229,30 @@ def test_parts_of_uploads_that_nobody_finished_are_removed(through: Through, s3)
     assert storage.abandon_uploads(s3.url()) == 1
 
 
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_object_is_created_once(s3, monkeypatch, parts: int):
+    """Whole and in parts; by a condition, and by a look where the store answers that it knows none."""
+    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    storage, data = Storage(s3.config), DATA[:1] * ((parts - 1) * 5 * 2**20 + 10)
+    assert storage.create_parts(s3.url("a"), len(data), lambda start, stop: data[start:stop])
+    assert not storage.create_parts(s3.url("a"), len(data), lambda start, stop: b"x" * (stop - start))
+    assert storage.read(s3.url("a")) == data
+    assert storage.abandon_uploads(s3.url()) == 0
+    s3_class = type(storage._backend(s3.url())[0])
+    put = s3_class._put
+
+    def without_conditions(backend, path, size, part, condition):
+        if condition:
+            raise module._NotImplemented("501")
+        put(backend, path, size, part, condition)
+
+    monkeypatch.setattr(s3_class, "_put", without_conditions)
+    assert storage.create(s3.url("b"), b"first")
+    assert not storage.create(s3.url("b"), b"second")
+    assert storage.read(s3.url("b")) == b"first"
+
+
 def _read_in_child(storage: Storage, url: str, answer) -> None:
     answer.send(storage.read(url) == DATA)
 

@@ -16,6 +16,10 @@ class ObjectChanged(StorageError):
     """The object is no longer the one whose ETag was known."""
 
 
+class AlreadyExists(StorageError):
+    """The object was to be created, and there is one."""
+
+
 class NoSpace(StorageError):
     """The file system is full, or the user's quota of it."""
 
@@ -105,6 +109,8 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
         case Unreachable():
             hint = "Check storage.endpoint_url and that it is running."
             return StorageError, f"the store did not answer{where} ({error}). {hint}"
+        case FileExistsError():
+            return AlreadyExists, "it exists already."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return NoSpace, f"no space left ({error.strerror}). Free some, or choose another output."
         case Fault() | Refused():

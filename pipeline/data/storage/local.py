@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,7 @@ from pipeline.data.storage.backend import ObjectInfo, Part
 from pipeline.data.storage.faults import Changed, TooShort
 
 _COPY = 16 * 2**20
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _names = random.SystemRandom()  # never the global generator, and different in forked processes
 
 
@@ -66,7 +67,12 @@ class Local:
             for start in range(0, size, _COPY):
                 file.write(part(start, min(start + _COPY, size)))
 
-    def abandon_uploads(self, path: str) -> int:
+    def create_parts(self, path: str, size: int, part: Part) -> None:
+        with replacing(path, _link) as file:
+            for start in range(0, size, _COPY):
+                file.write(part(start, min(start + _COPY, size)))
+
+    def abandon_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
         return 0  # what was begun lies in its folder, and goes with it
 
     def upload(self, local: str, path: str) -> None:
@@ -80,9 +86,26 @@ class Local:
             Path(path).unlink(missing_ok=True)
 
 
+def _link(temporary: str, path: str) -> None:
+    """Give the file its name, and raise FileExistsError where another has it."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):  # two steps, where the file system has no hard links
+            raise FileExistsError(errno.EEXIST, "exists already", path) from error
+        os.replace(temporary, path)
+    else:
+        os.unlink(temporary)
+
+
 @contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not."""
+def replacing(path: str, place: Callable[[str, str], None] = os.replace) -> Iterator[BinaryIO]:
+    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
+
+    `place(temporary, path)` gives it its name.
+    """
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name[:100]}.{_names.getrandbits(64):016x}.partial")
@@ -92,7 +115,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        place(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

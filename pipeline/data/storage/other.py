@@ -69,7 +69,12 @@ class Other:
     def write_parts(self, path: str, size: int, part: Part) -> None:
         self.write(path, part(0, size))  # whole: fsspec knows no upload in parts that is given up when one fails
 
-    def abandon_uploads(self, path: str) -> int:
+    def create_parts(self, path: str, size: int, part: Part) -> None:
+        if self._call(lambda: self._fs.exists(path)):  # two steps: fsspec knows no condition
+            raise FileExistsError(errno.EEXIST, "exists already", path)
+        self.write_parts(path, size, part)
+
+    def abandon_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
         return 0  # fsspec lists none
 
     def upload(self, local: str, path: str) -> None:

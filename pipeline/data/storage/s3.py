@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -95,18 +95,34 @@ class S3:
         self.write_parts(path, len(data), lambda start, stop: data[start:stop])
 
     def write_parts(self, path: str, size: int, part: Part) -> None:
-        if size <= PART:
-            self._request("put_object", Body=part(0, size), **_bucket_key(path))
-        else:
-            self._upload_parts(path, size, part)
+        self._put(path, size, part, {})
 
-    def abandon_uploads(self, path: str) -> int:
+    def create_parts(self, path: str, size: int, part: Part) -> None:
+        try:
+            self._put(path, size, part, {"IfNoneMatch": "*"})
+        except Changed:
+            raise FileExistsError(errno.EEXIST, "exists already") from None
+        except _NotImplemented:  # a store without conditional writes: a look, then the write
+            with suppress(FileNotFoundError):
+                self.info(path)
+                raise FileExistsError(errno.EEXIST, "exists already") from None
+            self._put(path, size, part, {})
+
+    def _put(self, path: str, size: int, part: Part, condition: dict[str, str]) -> None:
+        if size <= PART:
+            self._request("put_object", Body=part(0, size), **_bucket_key(path), **condition)
+        else:
+            self._upload_parts(path, size, part, condition)
+
+    def abandon_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
         bucket, prefix = _bucket_prefix(path)
         query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
         count = 0
         while True:
             page = self._request("list_multipart_uploads", **query)
             for found in page.get("Uploads", []):
+                if not chosen(found["Key"][len(prefix) :]):
+                    continue
                 with suppress(FileNotFoundError):  # finished or given up meanwhile
                     self._request("abort_multipart_upload", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
                     count += 1
@@ -176,7 +192,7 @@ class S3:
             return Changed()
         return TooShort(info.size, start, stop) if stop is not None and info.size < stop else None
 
-    def _upload_parts(self, path: str, size: int, part: Part) -> None:
+    def _upload_parts(self, path: str, size: int, part: Part, condition: dict[str, str]) -> None:
         """A multipart upload: nothing is seen of it before it is complete."""
         key, length = _bucket_key(path), max(PART, -(-size // _MOST_PARTS))
         key["UploadId"] = self._request("create_multipart_upload", **key)["UploadId"]
@@ -190,7 +206,7 @@ class S3:
 
         def complete() -> None:
             try:
-                self._try("complete_multipart_upload", MultipartUpload={"Parts": parts}, **key)
+                self._try("complete_multipart_upload", MultipartUpload={"Parts": parts}, **key, **condition)
             except FileNotFoundError:  # an earlier try may have done it, and its answer been lost
                 if self.info(path).size != size:
                     raise
@@ -207,6 +223,10 @@ class S3:
 
 class _OutOfRange(Exception):
     """Status 416."""
+
+
+class _NotImplemented(Refused):
+    """Status 501: the store does not know a header that was sent."""
 
 
 def _client(config: StorageConfig) -> Any:
@@ -305,6 +325,8 @@ def _refusal(error: botocore_errors.ClientError) -> Exception:
         return Changed()
     if status == 416:
         return _OutOfRange(str(error))
+    if status == 501 or code == "NotImplemented":
+        return _NotImplemented(str(error))
     if {status, code} & _PASSING or not 300 <= status < 500:
         return Fault(str(error), _retry_after(meta.get("HTTPHeaders", {})))
     if status in (401, 403):

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage.backend import Backend, ObjectInfo, Part
-from pipeline.data.storage.faults import explain
+from pipeline.data.storage.faults import AlreadyExists, explain
 from pipeline.data.storage.local import Local, replacing
 from pipeline.data.storage.retry import PIECE, Retry
 from pipeline.data.storage.urls import parse
@@ -81,12 +81,30 @@ class Storage:
         """
         self._do(url, "writing", lambda backend, path: backend.write_parts(path, size, part))
 
-    def abandon_uploads(self, url: str) -> int:
-        """Removes what unfinished uploads to objects in the folder left behind, unseen and paid for; their number.
+    def create(self, url: str, data: bytes) -> bool:
+        """Write an object that is not there yet; return False, and change nothing, where there is one.
 
-        Those still under way fail. Only S3 keeps such parts.
+        Of several that create one object, one succeeds: in one step in folders and in S3, by a look before the write in
+        other stores and in an S3 that knows no conditional writes. After a fault the call is tried again, and may then
+        find the object that it wrote itself: compare the content where that matters.
         """
-        return self._do(url, "removing unfinished uploads", lambda backend, path: backend.abandon_uploads(path))
+        return self.create_parts(url, len(data), lambda start, stop: data[start:stop])
+
+    def create_parts(self, url: str, size: int, part: Part) -> bool:
+        """As `create`, of `size` bytes that `part(start, stop)` gives out by ranges (see `write_parts`)."""
+        try:
+            self._do(url, "writing", lambda backend, path: backend.create_parts(path, size, part))
+        except AlreadyExists:
+            return False
+        return True
+
+    def abandon_uploads(self, url: str, chosen: Callable[[str], bool] = lambda name: True) -> int:
+        """Remove the parts that unfinished uploads to objects in the folder left behind; return the number of uploads.
+
+        Only of objects whose names, relative to the folder, are `chosen`. Those still under way fail. Only S3 keeps
+        such parts.
+        """
+        return self._do(url, "removing unfinished uploads", lambda backend, path: backend.abandon_uploads(path, chosen))
 
     def upload(self, local_path: str | os.PathLike[str], url: str) -> None:
         """Copies a local file to `url`, whole or not at all."""

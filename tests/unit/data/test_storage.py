@@ -42,6 +42,26 @@ def test_what_was_written_is_read(folder: str):
     assert storage.read(url) == b"new"
 
 
+def test_an_object_is_created_once(folder: str):
+    storage, url = Storage(), join(folder, "deep", "claim")
+    assert storage.create(url, b"first")
+    assert not storage.create(url, b"second")
+    assert storage.read(url) == b"first"
+    assert storage.list(join(folder, "deep")) == ["claim"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_many_creations_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool):
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links here")))
+    storage, url = Storage(), str(tmp_path / "claim")
+    with ThreadPoolExecutor(8 if has_links else 1) as pool:
+        created = list(pool.map(lambda number: storage.create(url, b"%d" % number), range(32)))
+    assert storage.read(url) == b"%d" % created.index(True)
+    assert created.count(True) == 1
+    assert storage.list(str(tmp_path)) == ["claim"]
+
+
 def test_folders_list_what_lies_directly_in_them(folder: str):
     storage = Storage()
     for name in ("b.tar", "a.tar", "inner/c.tar"):
