@@ -26,7 +26,7 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import REGIONS, image_bytes
 from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.manifest import index_shards, shard_folder, shard_names
-from pipeline.data.shards.tar import Tar, TarSample
+from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import ObjectInfo, Storage, join
 
 RECORD = ".regions.json"
@@ -150,8 +150,8 @@ class RegionActor:
         done = Done(name, task.setting, source)
         with tempfile.TemporaryDirectory(prefix="mome-regions-") as folder:
             local = Path(folder) / name
-            with task.storage.open(location) as stream:
-                write_tar(local, (self._with_regions(sample, done) for sample in Tar(stream, location).samples()))
+            with open_tar(task.storage, location, source) as tar:
+                write_tar(local, (self._with_regions(sample, done) for sample in tar.samples()))
             task.storage.write(join(task.out, name + RECORD), json.dumps(asdict(done), indent=1).encode())
             task.storage.upload(local, join(task.out, name))
         return done

@@ -7,11 +7,13 @@ decompression bomb. Storage faults and changed shards are none: they never subst
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
-from pipeline.config.errors import DataError
+from pipeline.config.errors import DataError, MomeError
 
+_MAX_REASON = 300  # characters of a parser's own words
 MIN_SEEN = 100  # a rate over fewer samples says nothing
 
 
@@ -19,12 +21,28 @@ class BadSample(Exception):
     """One sample cannot be used; `stage` names what found it (members, caption, decode, …), `reason` says why."""
 
     def __init__(self, stage: str, reason: str):
+        reason = reason.encode("utf-8", "backslashreplace").decode()  # logs, reports and MLflow refuse lone surrogates
         super().__init__(f"{stage}: {reason}")
         self.stage = stage
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         return BadSample, (self.stage, self.reason)
+
+
+@contextmanager
+def judging(stage: str) -> Iterator[None]:
+    """Raise BadSample(stage, type: text) for any exception of judging one sample: parsers fail in every shape.
+
+    BadSample passes as it is, and so does what is no fault of the sample: the package's own errors (StorageError,
+    DataError, …) and MemoryError.
+    """
+    try:
+        yield
+    except (BadSample, MomeError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadSample(stage, f"{type(error).__name__}: {error}"[:_MAX_REASON]) from error
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resiz
 from pipeline.data.contents.members import check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.quarantine import BadSample
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.samples import Sample, samples_of_source
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.shards.sources import Source
@@ -113,9 +113,12 @@ class AnnotatedSource:
     def _read(self, samples: Iterable[Sample]) -> Iterator[Annotated]:
         for sample in samples:
             try:
-                yield self._decoded(sample)
+                with judging("members"):
+                    decoded = self._decoded(sample)
             except BadSample as bad:
                 self.skipped[str(bad)] += 1
+                continue
+            yield decoded
 
     def _decoded(self, sample: Sample) -> Annotated:
         """Raises BadSample as training does."""

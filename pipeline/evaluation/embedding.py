@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.images import decode, resize, shape_of
-from pipeline.data.contents.members import captions_of, check_members, image_bytes, image_id_of
+from pipeline.data.contents.members import captions_of, check_members, image_bytes
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.quarantine import BadSample
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.samples import Sample, samples_of_source
 from pipeline.data.shards.manifest import Manifest, ShardRecord, load_manifest
 from pipeline.data.shards.sources import Source
@@ -98,9 +98,10 @@ class Embedder:
     def _picture(self, sample: Sample) -> np.ndarray | str:
         """As the model reads it; or why it cannot."""
         try:
-            check_members(sample.members, sample.is_duplicate)
-            data = image_bytes(sample.members)
-            return resize(decode(data, self.config.data.max_pixels), shape_of(self.config.model))
+            with judging("members"):
+                check_members(sample.members, sample.is_duplicate)
+                data = image_bytes(sample.members)
+                return resize(decode(data, self.config.data.max_pixels), shape_of(self.config.model))
         except BadSample as bad:
             return str(bad)
 
@@ -119,7 +120,7 @@ class Embedder:
         counts = [1 + len(each) for each in captions]
         return _table(
             keys=[s.key for s, n in zip(samples, counts, strict=True) for _ in range(n)],
-            ids=[image_id_of(s.members) for s, n in zip(samples, counts, strict=True) for _ in range(n)],
+            ids=[s.image_id for s, n in zip(samples, counts, strict=True) for _ in range(n)],
             numbers=[number for n in counts for number in (None, *range(n - 1))],
             vectors=torch.cat(parts),
         )
@@ -208,7 +209,8 @@ def _record_name(shard: str) -> str:
 def _captions(sample: Sample) -> list[str]:
     """Empty where a picture has none: then its own vector is all there is to it."""
     try:
-        return list(captions_of(sample.members))
+        with judging("members"):
+            return list(captions_of(sample.members))
     except BadSample:
         return []
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize, shape_of
-from pipeline.data.contents.members import captions_of, image_bytes, image_id_of
+from pipeline.data.contents.members import captions_of, image_bytes
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.data.quarantine import BadSample
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.samples import Sample, SampleReader, samples_of_source, slots_of
 from pipeline.data.reading.working_set import WorkingSet
 from pipeline.data.shards.manifest import load_manifest
@@ -197,12 +197,13 @@ def _read(
     skipped: Counter[str] = Counter()
     for place, sample in enumerate(samples_of_source(storage, source, *span), span[0]):
         try:
-            captions, tokens = _captions(sample, tokenizer, max_text)
-            height, width = pictures.decode(sample, place).shape[:2]
+            with judging("members"):
+                captions, tokens = _captions(sample, tokenizer, max_text)
+                height, width = pictures.decode(sample, place).shape[:2]
         except BadSample as bad:
             skipped[str(bad)] += 1
             continue
-        pairs.append(_Pair(place, sample.key, captions, tokens, image_id_of(sample.members), (height, width)))
+        pairs.append(_Pair(place, sample.key, captions, tokens, sample.image_id, (height, width)))
     return pairs, skipped
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.contents.images import EXTENSIONS
-from pipeline.data.contents.members import Members, names_of, record_of
+from pipeline.data.contents.members import Members, is_visible, names_of, record_of
 from pipeline.data.quarantine import BadSample
 
 MAX_ANSWERS = 10  # different ones to a question: VQA asks ten people
@@ -43,7 +43,7 @@ def question_of(members: Members) -> Question:
         raise BadSample("answers", f"{len(answers)} answers; at most {MAX_ANSWERS} are read")
     for score in answers.values():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise BadSample("answers", f"the score {score!r} is no number in 0 … 1")
+            raise BadSample("answers", f"the score {_short(score)} is no number in 0 … 1")
     return Question(_sentence(record, "question"), answers, _id(record, "question_id"))
 
 
@@ -52,7 +52,7 @@ def statement_of(members: Members) -> Statement:
     record = record_of(members)
     label = record.get("label")
     if label not in (True, False):  # 1 and 0 equal them
-        raise BadSample("label", f"the label {label!r} is neither true nor false")
+        raise BadSample("label", f"the label {_short(label)} is neither true nor false")
     return Statement(_sentence(record, "sentence"), bool(label), _id(record, "id"))
 
 
@@ -73,9 +73,14 @@ def _image_named(members: Members, names: tuple[str, ...]) -> bytes:
 
 def _sentence(record: Mapping[str, Any], key: str) -> str:
     text = record.get(key)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not is_visible(text := text.strip()):
         raise BadSample("caption", f"no {key} (json with {key!r}: a text)")
-    return text.strip()
+    return text
+
+
+def _short(value: object) -> str:
+    """A value for a message: numbers and lists may be of any length."""
+    return repr(value)[:40]
 
 
 def _id(record: Mapping[str, Any], key: str) -> str:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import io
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline.data.contents.members import REGIONS, Members, names_of
+from pipeline.data.contents.npz import Npz
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom
 
@@ -31,9 +30,7 @@ OUTSIDE = 1.0  # pixels that a box may reach beyond the picture: detectors round
 ZEROED = 0.9  # ImageBERT: 90 % of the masked regions lose their features, 10 % keep them
 LOCATION = 5  # numbers that say where a region lies
 
-_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for memory beyond what they hold
 _KINDS = {"features": "f", "boxes": "fiu", "image_size": "iu", "classes": "iu", "confidences": "f"}  # of numpy's dtypes
-_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, RuntimeError, NotImplementedError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,35 +154,15 @@ def masked_at_most(count: int, probability: float) -> int:
 
 def _read_arrays(data: bytes) -> dict[str, np.ndarray]:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-            return {name: _read_array(archive, entries[name], name) for name in _KINDS if name in entries}
-    except _DAMAGE as error:
+        npz = Npz(data)
+        arrays = {name: npz.read(name, kinds, MAX_BYTES) for name, kinds in _KINDS.items() if name in npz}
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes reach zipfile's and numpy's parsers in every shape
         raise _fault(f"it is no npz that can be read: {error}") from error
-
-
-def _read_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> np.ndarray:
-    """One array, whose size is known before anything is unpacked. Raises BadSample, or one of `_DAMAGE`."""
-    if entry.file_size > MAX_BYTES:
-        raise _fault(f"{name} would take {entry.file_size} bytes, more than {MAX_BYTES}")
-    if entry.compress_type not in _PLAIN:
-        raise _fault(f"{name} is packed by a method that numpy does not use")
-    with archive.open(entry) as packed:
-        content = packed.read(entry.file_size)  # told how much, zipfile unpacks no more than that
-    stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise _fault(f"{name} is of version {version} of the npy format; expected 1.0 or 2.0")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, kind = read_header(stream)
-    if kind.kind not in _KINDS[name] or kind.itemsize > 8 or (name == "features" and kind.itemsize > 4):
-        raise _fault(
-            f"{name} are {kind}, which they must not be; see numpy.savez of float32 features and int64 classes"
-        )
-    if math.prod(shape) * kind.itemsize != len(content) - stream.tell():
-        raise _fault(f"{name} say they have shape {shape}, and hold {len(content) - stream.tell()} bytes of {kind}")
-    stream.seek(0)
-    return np.lib.format.read_array(stream, allow_pickle=False)
+    if "features" in arrays and arrays["features"].itemsize > 4:
+        raise _fault(f"features are {arrays['features'].dtype}; expected float32 or float16")
+    return arrays
 
 
 def _image_size(boxes: np.ndarray, given: np.ndarray | None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class OpenShard:
     index: ShardIndex
     chosen: np.ndarray | None  # the numbers of the samples that are read; None: all
     bounds: list[int]  # the sample numbers at which spans begin, and the number of samples
+    spans: list[tuple[int, int]]  # the bytes [start, stop) of each
 
     def number(self, sample: int) -> int:
         """The number in the shard of the `sample`-th chosen one."""
@@ -39,8 +41,7 @@ class OpenShard:
 
     def span(self, number: int) -> tuple[int, int]:
         """The bytes [start, stop) of the shard to fetch for a sample."""
-        which = self.span_number(number)
-        return self.index.span(self.bounds[which])[0], self.index.span(self.bounds[which + 1] - 1)[1]
+        return self.spans[self.span_number(number)]
 
     def chosen_in(self, which: int) -> int:
         """How many chosen samples a span holds."""
@@ -52,14 +53,16 @@ class OpenShard:
 
 def open_shard(index: ShardIndex, chosen: np.ndarray | None = None) -> OpenShard:
     """Cuts a shard into spans of at least 8 MiB, or one of all it has."""
-    starts = index.offset[index.first[:-1]]
+    starts = np.maximum.accumulate(index.offset[index.first[:-1]])  # a hard link's data lies before its place
     bounds = [0]
     while len(starts) and index.bytes - starts[bounds[-1]] >= 2 * SPAN:  # what is left becomes one, so none is smaller
         following = int(np.searchsorted(starts, starts[bounds[-1]] + SPAN))
         if following >= len(starts):
             break
         bounds.append(following)
-    return OpenShard(replace(index, columns={}), chosen, [*bounds, len(starts)])
+    bounds.append(len(starts))
+    spans = [index.span(first, stop) for first, stop in pairwise(bounds) if first < stop]
+    return OpenShard(replace(index, columns={}), chosen, bounds, spans)
 
 
 class SourceShards:

@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.config.schema import LoaderConfig
 from pipeline.data.contents.members import texts_of
 from pipeline.data.plan import Slot
-from pipeline.data.quarantine import BadSample
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.randomness import hash64, signed
 from pipeline.data.reading.access import Access, CacheAccess, LocalAccess, SpanAccess
 from pipeline.data.reading.cache import CachedShard, NodeCache
@@ -103,7 +103,7 @@ class SampleReader:
             source=slot.source,
             shard=record.name,
             key=index.keys[number],
-            offset=index.span(number)[0],
+            offset=index.place(number),
             uid=sample_uid(record, number),
             image_id=int(index.image_id[number]),
             is_duplicate=bool(index.duplicate[number]),
@@ -252,6 +252,8 @@ def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
     """Every text of a folder of shards, of any use. Samples without one are passed over: training counts them."""
     for sample in samples_of_source(storage, url):
         try:
-            yield from texts_of(sample.members)
+            with judging("members"):
+                texts = texts_of(sample.members)
         except BadSample:
             continue
+        yield from texts

@@ -7,7 +7,7 @@ candidate of the same window, drawn by a hash, so that a replacement too is the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -24,7 +24,7 @@ from pipeline.data.contents.questions import both_images, question_of, statement
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.plan import Buckets, Plan, PlanSource, Slot, rank_slice
-from pipeline.data.quarantine import BadRecord, BadSample
+from pipeline.data.quarantine import BadRecord, BadSample, judging
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
@@ -210,6 +210,10 @@ class RowMaker:
 
     def _draft(self, slot: Slot, sample: Sample) -> _Draft:
         """Raises BadSample."""
+        with judging("members"):
+            return self._judged_draft(slot, sample)
+
+    def _judged_draft(self, slot: Slot, sample: Sample) -> _Draft:
         check_members(sample.members, sample.is_duplicate)
         use = self._task.use
         if use == "questions":
@@ -238,17 +242,18 @@ class RowMaker:
         """
         bad: dict[int, BadSample] = {}
 
-        def for_each(write: Callable[[int, _Draft], None]) -> None:
-            for row, draft in drafts.items():
+        def judge(stage: str, write: Callable[[int, _Draft], None], rows: Iterable[int] = drafts) -> None:
+            for row in rows:
                 if row not in bad:
                     try:
-                        write(row, draft)
+                        with judging(stage):
+                            write(row, drafts[row])
                     except BadSample as error:
                         bad[row] = error
 
         if self._wants.text:
             tokens = dict(zip(drafts, self._encode(list(drafts.values())), strict=True))
-            for_each(lambda row, draft: self._write_text(draft, tokens[row], buffer, row))
+            judge("caption", lambda row, draft: self._write_text(draft, tokens[row], buffer, row))
         if self._wants.image:
             waiting: dict[int, list[np.ndarray]] = {}
 
@@ -257,13 +262,15 @@ class RowMaker:
                 if _bytes_of(waiting) > _DECODED_BYTES:
                     augment_all()
 
-            def augment_all() -> None:
-                for row in list(waiting):
-                    self._write_pictures(drafts[row], waiting.pop(row), buffer, row)
+            def augment_one(row: int, draft: _Draft) -> None:
+                self._write_pictures(draft, waiting.pop(row), buffer, row)
 
-            for_each(decode_one)
+            def augment_all() -> None:
+                judge("image", augment_one, list(waiting))
+
+            judge("image", decode_one)
             augment_all()
-        for_each(lambda row, draft: self._write_rest(draft, buffer, row))
+        judge("members", lambda row, draft: self._write_rest(draft, buffer, row))
         return bad
 
     def _write_rest(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:

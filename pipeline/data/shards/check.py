@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import Use
+from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import Members, captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import regions_of
 from pipeline.data.parallel import Progress
-from pipeline.data.quarantine import BadSample
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.index import SIDECAR, IndexBuilder, ShardIndex
 from pipeline.data.shards.manifest import (
     MANIFEST,
@@ -34,7 +35,7 @@ from pipeline.data.shards.manifest import (
     shard_folder,
     shard_names,
 )
-from pipeline.data.shards.tar import Tar, TarSample
+from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import NotFound, Storage, join
 
 SHARD = "shard"  # the stage of what makes a shard broken
@@ -67,6 +68,7 @@ class ShardReport:
     samples: int  # walked
     bad: tuple[Finding, ...] = ()
     broken: Finding | None = None
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # entries that are no sample's, by what they are
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class _Question:
     url: str
     use: Use
     max_pixels: int
+    classes: int | None  # that the list beside the shards names
 
 
 def check_shards(
@@ -93,7 +96,7 @@ def check_shards(
     records = {record.name: record for record in listed}
     tars = shard_names(url, found) if any(name.endswith(".tar") for name in found) or not records else []
     names = sorted({*tars, *records})
-    call = partial(_check_shard, _Question(storage, url, use, max_pixels))
+    call = partial(_check_shard, _Question(storage, url, use, max_pixels, _num_classes(storage, folder, use, found)))
     reports = _in_processes(call, [(name, records.get(name)) for name in names], min(workers, len(names)))
     for done, report in enumerate(reports, 1):
         yield report
@@ -101,20 +104,30 @@ def check_shards(
             progress(done, len(names), report.shard)
 
 
-def fault_of(sample: TarSample, use: Use, max_pixels: int) -> BadSample | None:
+def _num_classes(storage: Storage, folder: str, use: Use, found: Collection[str]) -> int | None:
+    """The classes that a list beside the shards names, which a stage that trains on them must have; None without."""
+    if use != "labelled" or CLASSES not in found:
+        return None
+    return len(Choices.from_bytes(storage.read(join(folder, CLASSES)), join(folder, CLASSES)))
+
+
+def fault_of(sample: TarSample, use: Use, max_pixels: int, classes: int | None = None) -> BadSample | None:
     """Why training would quarantine a sample; None when it would read it. Judged in the loader's own order."""
     members = sample.contents
     try:
-        check_members(members, sample.is_duplicate)
-        _read_annotations(members, use)
-        for each in _pictures(members, use):
-            decode(each, max_pixels)
+        with judging("members"):
+            check_members(members, sample.is_duplicate)
+            _read_annotations(members, use, classes)
+            encoded = _pictures(members, use)
+        with judging("image"):
+            for each in encoded:
+                decode(each, max_pixels)
     except BadSample as error:
         return error
     return None
 
 
-def _read_annotations(members: Members, use: Use) -> None:
+def _read_annotations(members: Members, use: Use, classes: int | None) -> None:
     """Raises BadSample when what the use reads beside pictures is missing."""
     if use in ("pairs", "text", "regions"):
         captions_of(members)
@@ -123,7 +136,7 @@ def _read_annotations(members: Members, use: Use) -> None:
     elif use == "statements":
         statement_of(members)
     elif use == "labelled":
-        class_of(members)
+        class_of(members, classes)
     if use == "regions":
         regions_of(members)
 
@@ -141,11 +154,10 @@ def _check_shard(question: _Question, shard: tuple[str, ShardRecord | None]) -> 
     builder, bad = IndexBuilder(), []
     try:
         info = question.storage.info(location)
-        with question.storage.open(location) as stream:
-            tar = Tar(stream, location)
+        with open_tar(question.storage, location, info) as tar:
             for sample in tar.samples():
                 builder.add(sample)
-                if fault := fault_of(sample, question.use, question.max_pixels):
+                if fault := fault_of(sample, question.use, question.max_pixels, question.classes):
                     bad.append(Finding(name, sample.key, sample.offset, fault.stage, fault.reason))
         index = builder.finish(tar, info.etag)
         if record is not None:
@@ -153,7 +165,7 @@ def _check_shard(question: _Question, shard: tuple[str, ShardRecord | None]) -> 
     except (DataError, NotFound) as error:
         reason = "the shard is missing" if isinstance(error, NotFound) else str(error).removeprefix(f"{location}: ")
         return ShardReport(name, len(builder), tuple(bad), Finding(name, "", 0, SHARD, reason))
-    return ShardReport(name, len(index), tuple(bad))
+    return ShardReport(name, len(index), tuple(bad), passed_over=dict(tar.passed_over))
 
 
 def _compare(question: _Question, record: ShardRecord, location: str, index: ShardIndex) -> None:

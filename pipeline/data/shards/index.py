@@ -9,19 +9,21 @@ import builtins
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from isal import isal_zlib
 
+from pipeline.data.contents.npz import Npz
 from pipeline.data.shards.properties import Properties, columns_of, properties_of
-from pipeline.data.shards.tar import Tar, TarSample
+from pipeline.data.shards.tar import BLOCK, Tar, TarSample, clean_name
 
 SIDECAR = ".index.npz"
 VERSION = 2
+_MAX_FACTS = 2**20  # bytes
+_MAX_RATIO = 4  # of an array's bytes to the tar's; what the columns of a tar of tiny samples come to
 _ARRAYS = {
     "first": np.int64,
     "extension": np.int32,
@@ -78,10 +80,18 @@ class ShardIndex:
         for member in range(self.first[sample], self.first[sample + 1]):
             yield self.extensions[self.extension[member]], int(self.offset[member]), int(self.size[member])
 
-    def span(self, sample: int) -> tuple[int, int]:
-        """The bytes [start, stop) of the tar that hold the sample's data."""
-        first, last = self.first[sample], self.first[sample + 1] - 1
-        return int(self.offset[first]), int(self.offset[last] + self.size[last])
+    def place(self, sample: int) -> int:
+        """The offset in the tar of the sample's first member's data."""
+        return int(self.offset[self.first[sample]])
+
+    def span(self, sample: int, stop: int | None = None) -> tuple[int, int]:
+        """The bytes [start, stop) of the tar that hold the data of a sample, or of all up to sample `stop`.
+
+        The data of a hard link lies with the file it names, so that members need not follow each other.
+        """
+        members = slice(self.first[sample], self.first[sample + 1 if stop is None else stop])
+        ends = self.offset[members] + self.size[members]
+        return int(self.offset[members].min()), int(ends.max())
 
     @property
     def facts(self) -> ShardFacts:
@@ -117,20 +127,27 @@ class ShardIndex:
         """Raises ValueError when the data is no sidecar of this version."""
         with _Sidecar(data) as found:
             facts, names = found.facts(), found.json("names")
-            numbers, texts = found.array("numbers"), found.array("texts")
+            numbers, texts = found.array("numbers", "f"), found.array("texts", "u")
             columns = dict(zip(names["numbers"], numbers, strict=True))
             for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
-            return ShardIndex(
-                keys=tuple(names["keys"]),
+            index = ShardIndex(
+                keys=tuple(_clean_key(key) for key in names["keys"]),
                 extensions=tuple(names["extensions"]),
                 columns=columns,
                 other_fields=tuple(names["other_fields"]),
                 bytes=facts.bytes,
                 digest=facts.digest,
                 etag=facts.etag,
-                **{name: found.array(name) for name in _ARRAYS},
+                **{name: found.array(name, np.dtype(kind).kind) for name, kind in _ARRAYS.items()},
             )
+            _check_arrays(index, facts.samples)
+            return index
+
+
+def _clean_key(key: str) -> str:
+    """A key as `tar.clean_name` has it: earlier versions kept bytes that are not UTF-8 as lone surrogates."""
+    return key if key.isascii() else clean_name(key.encode("utf-8", "surrogateescape"))
 
 
 def sidecar_facts(data: bytes) -> ShardFacts:
@@ -139,9 +156,13 @@ def sidecar_facts(data: bytes) -> ShardFacts:
         return found.facts()
 
 
-def index_tar(source: bytes | BinaryIO, name: str, etag: str | None = None) -> ShardIndex:
-    """Indexes a tar by walking its headers. Raises DataError, with `name`, for anything but a whole, plain tar."""
-    tar = Tar(io.BytesIO(source) if isinstance(source, bytes) else source, name)
+def index_tar(data: bytes, name: str, etag: str | None = None) -> ShardIndex:
+    """Indexes a tar's bytes; see `index_walk`."""
+    return index_walk(Tar(io.BytesIO(data), name, len(data), lambda start, stop: data[start:stop]), etag)
+
+
+def index_walk(tar: Tar, etag: str | None) -> ShardIndex:
+    """Indexes a tar by walking its headers. Raises DataError, with its name, for anything but a whole, plain tar."""
     builder = IndexBuilder()
     for sample in tar.samples():
         builder.add(sample)
@@ -210,34 +231,63 @@ class _Sidecar:
 
     def __init__(self, data: bytes):
         self._data = data
+        self._max_bytes = _MAX_FACTS
 
     def __enter__(self) -> _Sidecar:
         if not self._data.startswith(b"PK\x03\x04"):
             raise ValueError("not an index: no zip archive")
         try:
-            self._file = np.load(io.BytesIO(self._data), allow_pickle=False)
-        except (OSError, EOFError, zipfile.BadZipFile) as error:
+            self._file = Npz(self._data)
+        except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
             raise ValueError(f"not an index: {error}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        self._file.close()
-        if isinstance(error, (KeyError, OSError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error)):
+        if isinstance(error, Exception) and not isinstance(error, (MemoryError, _OtherVersion)):
             raise ValueError(f"not an index: {error}") from error
 
     def facts(self) -> ShardFacts:
+        """Its tar's facts; no array is read that is out of proportion to the tar."""
         if "facts" not in self._file:
-            raise ValueError("an index of an earlier version")
+            raise _OtherVersion("an index of an earlier version")
         found = self.json("facts")
         if found["version"] != VERSION:
-            raise ValueError(f"index version {found['version']}, expected {VERSION}")
-        return ShardFacts(found["samples"], found["bytes"], found["digest"], found["etag"])
+            raise _OtherVersion(f"index version {found['version']}, expected {VERSION}")
+        facts = ShardFacts(found["samples"], found["bytes"], found["digest"], found["etag"])
+        if not 0 <= facts.samples * BLOCK <= facts.bytes:
+            raise ValueError(f"{facts.samples} samples in a tar of {facts.bytes} bytes")
+        self._max_bytes = _MAX_FACTS + _MAX_RATIO * facts.bytes
+        return facts
 
     def json(self, name: str) -> dict[str, Any]:
-        return json.loads(self.array(name).tobytes())
+        found = json.loads(self.array(name, "u").tobytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"{name} is no object")
+        return found
 
-    def array(self, name: str) -> np.ndarray:
-        return self._file[name]
+    def array(self, name: str, kinds: str) -> np.ndarray:
+        return self._file.read(name, kinds, self._max_bytes)
+
+
+class _OtherVersion(ValueError):
+    """A sidecar that a newer or an older version of this program wrote."""
+
+
+def _check_arrays(index: ShardIndex, samples: int) -> None:
+    """Raises ValueError for arrays that do not fit each other or the tar: of a sidecar, anyone may have written it."""
+    members = len(index.offset)
+    lengths = {"first": samples + 1, "extension": members, "size": members}
+    for name, kind in _ARRAYS.items():
+        array = getattr(index, name)
+        if array.dtype != kind or array.shape != (lengths.get(name, members if name == "offset" else samples),):
+            raise ValueError(f"{name} is an array of {array.dtype} of shape {array.shape}")
+    if len(index.keys) != samples or not all(isinstance(text, str) for text in (*index.keys, *index.extensions)):
+        raise ValueError(f"{len(index.keys)} keys for {samples} samples")
+    is_whole = index.first[0] == 0 and index.first[-1] == members and (np.diff(index.first) > 0).all()
+    named = not members or 0 <= index.extension.min() <= index.extension.max() < len(index.extensions)
+    inside = (index.offset >= 0) & (index.size >= 0) & (index.size <= index.bytes - index.offset)
+    if not (is_whole and named and inside.all()):
+        raise ValueError("its members lie outside the tar")
 
 
 def _packed(content: dict[str, Any]) -> np.ndarray:

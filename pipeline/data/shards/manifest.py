@@ -19,8 +19,8 @@ from itertools import product
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.shards.foreign_index import trusted_count
-from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_tar, sidecar_facts
-from pipeline.data.shards.tar import unpack_remedy
+from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_walk, sidecar_facts
+from pipeline.data.shards.tar import open_tar, unpack_remedy
 from pipeline.data.storage import NotFound, ObjectInfo, Storage, join, split
 
 log = logging.getLogger(__name__)
@@ -245,8 +245,11 @@ def _current_facts(storage: Storage, location: str, info: ObjectInfo) -> ShardFa
 
 
 def _make_index(storage: Storage, location: str, info: ObjectInfo) -> ShardIndex:
-    with storage.open(location) as stream:
-        return index_tar(stream, location, info.etag)
+    with open_tar(storage, location, info) as tar:
+        index = index_walk(tar, info.etag)
+    if told := tar.told_passed():
+        log.warning("%s: passed over, for they are no sample's: %s", location, told)
+    return index
 
 
 def _write_beside(storage: Storage, location: str, data: bytes) -> None:

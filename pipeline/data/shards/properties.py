@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
 from pipeline.data.contents.images import EXTENSIONS, FORMATS, ORIENTATION
-from pipeline.data.contents.members import image_id_of, texts_of
-from pipeline.data.quarantine import BadSample
+from pipeline.data.contents.members import Members, image_id_of, record_of, texts_of
+from pipeline.data.quarantine import BadSample, judging
 
 MAX_CHARACTERS = 16  # of a metadata value that is indexed as text: languages and flags, not sentences
 MAX_VALUES = 255  # distinct texts of one field in one shard; more are names, by which nobody filters
 _OWN = ("width", "height", "caption_length")  # measured here, whatever the json says
+T = TypeVar("T")
 _NAMES = ("key", "url", "caption", "captions", "image_id")  # say which sample it is, not what it is like
 
 
@@ -38,16 +38,16 @@ class Properties:
     metadata: Mapping[str, Any] | None = None  # the json's fields
 
 
-def properties_of(members: Mapping[str, bytes]) -> Properties:
+def properties_of(members: Members) -> Properties:
     """What can be told without decoding. Never fails: what a damaged sample does not tell stays 0."""
     width, height = _picture_size(members)
-    metadata = _metadata(members.get("json"))
+    metadata: Mapping[str, Any] = _told(record_of, members, {})
     url = metadata.get("url")
     return Properties(
         image_id=_image_id(members),
         width=width,
         height=height,
-        caption_length=_caption_length(members),
+        caption_length=_told(_caption_length, members, 0),
         url_id=text_hash(url) if isinstance(url, str) else 0,
         metadata={name: value for name, value in metadata.items() if name not in _OWN and name not in _NAMES},
     )
@@ -89,30 +89,22 @@ def _column(values: list[Any]) -> np.ndarray | None:
     return None
 
 
-def _image_id(members: Mapping[str, bytes]) -> int:
+def _image_id(members: Members) -> int:
+    without_json = {name: data for name, data in members.items() if name != "json"}  # a damaged one unnames no picture
+    return _told(image_id_of, members, 0) or _told(image_id_of, without_json, 0)
+
+
+def _caption_length(members: Members) -> int:
+    return max(len(text) for text in texts_of(members))
+
+
+def _told(ask: Callable[[Members], T], members: Members, otherwise: T) -> T:
+    """What a sample tells; `otherwise` where it is too damaged to: who reads it counts it as bad, with the reason."""
     try:
-        return image_id_of(members)
+        with judging("members"):
+            return ask(members)
     except BadSample:
-        pass
-    try:  # a damaged json does not unname the picture
-        return image_id_of({name: data for name, data in members.items() if name != "json"})
-    except BadSample:
-        return 0
-
-
-def _caption_length(members: Mapping[str, bytes]) -> int:
-    try:
-        return max(len(text) for text in texts_of(members))
-    except BadSample:
-        return 0
-
-
-def _metadata(data: bytes | None) -> dict[str, Any]:
-    try:
-        found = json.loads(data) if data is not None else {}
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return otherwise
 
 
 def _picture_size(members: Mapping[str, bytes]) -> tuple[int, int]:

@@ -95,7 +95,7 @@ def test_folders_links_and_nameless_files_are_no_samples():
             header = tarfile.TarInfo(name)
             header.type = kind
             tar.addfile(header)
-        for name in ("README", "d/.hidden.txt", "._1.txt", "__meta__.json", "./2.txt"):
+        for name in ("README", "d/.hidden.txt", "._1.txt", "__meta__", "__meta__/info.json", "./2.txt"):
             tar.addfile(tarfile.TarInfo(name))
     assert index_tar(buffer.getvalue(), "shard.tar").keys == ("d/1", "2")
 

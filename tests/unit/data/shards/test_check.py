@@ -1,0 +1,234 @@
+"""`shards check`, the index and training judge each sample alike, however it is damaged (contract C7)."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fuzz import fuzz_rounds, mutate
+from PIL import Image
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig, Use
+from pipeline.data.contents.choices import Choices
+from pipeline.data.contents.members import captions_of, image_id_of
+from pipeline.data.contents.regions import RegionRecord
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader
+from pipeline.data.quarantine import BadSample
+from pipeline.data.reading.samples import captions_of_source, samples_of_source
+from pipeline.data.shards.check import ShardReport, check_shards
+from pipeline.data.shards.index import index_tar
+from pipeline.data.shards.manifest import index_shards
+from pipeline.data.storage import Storage
+
+Members = dict[str, bytes]
+CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8
+USES: tuple[Use, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
+DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+
+# Members that must make a pair bad, whoever judges it.
+POISON: dict[str, Members] = {
+    "lone surrogate in a caption": {"json": b'{"caption": "nice \\ud83d"}'},
+    "lone surrogate in a list": {"json": b'{"captions": ["fine", "nice \\udE00 day"]}'},
+    "surrogates in the wrong order": {"json": b'{"caption": "\\ude00\\ud83d"}'},
+    "lone surrogate in another field": {"json": b'{"caption": "fine", "title": "\\ud83d"}'},
+    "lone surrogate in a field's name": {"json": b'{"caption": "fine", "\\ud83d": 1}'},
+    "lone surrogate as image_id": {"json": b'{"caption": "fine", "image_id": "\\ud83d"}'},
+    "surrogate encoded as UTF-8": {"json": b'{"caption": "nice \xed\xa0\xbd"}'},
+    "deep json": {"json": DEEP},
+    "deep json in another field": {"json": b'{"caption": "fine", "x": ' + DEEP + b"}"},
+    "number of too many digits": {"json": b'{"caption": "fine", "x": ' + b"9" * 5000 + b"}"},
+    "UTF-16 json": {"json": '{"caption": "fine"}'.encode("utf-16")},
+    "UTF-16 txt": {"txt": "a thing".encode("utf-16")},
+    "Latin-1 txt": {"txt": "Tür".encode("latin-1")},
+    "invisible caption": {"txt": "\u200b\u200d \ufeff".encode()},
+    "controls": {"txt": b"\0\x01\x02"},
+    "replacement characters": {"txt": "\ufffd\ufffd".encode()},
+    "accents without letters": {"json": '{"captions": ["fine", "\u0301"]}'.encode()},
+}
+GOOD: dict[str, Members] = {
+    "surrogate pair": {"json": b'{"caption": "nice \\ud83d\\ude00"}'},
+    "escaped backslash": {"json": b'{"caption": "nice \\\\ud83d"}'},
+    "byte order mark": {"json": b'\xef\xbb\xbf{"caption": "fine"}'},
+    "byte order mark in txt": {"txt": b"\xef\xbb\xbffine"},
+    "not a number elsewhere": {"json": b'{"caption": "fine", "x": NaN, "y": 1e400, "z": ' + b"9" * 400 + b"}"},
+    "punctuation": {"txt": b"?!"},
+    "emoji": {"txt": "\U0001f600".encode()},
+    "image_id that is no number": {"json": b'{"caption": "fine", "image_id": NaN}'},
+    "infinite image_id": {"json": b'{"caption": "fine", "image_id": 1e400}'},
+    "list as image_id": {"json": b'{"caption": "fine", "image_id": [1, {"a": null}]}'},
+}
+OTHERS: dict[Use, list[Members]] = {
+    "labelled": [
+        {"cls": text}
+        for text in (b"9" * 5000, b"9" * 19, b"-1", b"+1", b"1.0", b"", "\u0661".encode(), b"1_0", b"nan", b"4")
+    ],
+    "questions": [
+        {"json": json.dumps(record).encode()}
+        for answers in (1e400, float("nan"), 10**400, "1", None, True, -1, [[]])
+        for record in ({"question": "what?", "answers": {"yes": answers}},)
+    ]
+    + [
+        {"json": b'{"question": "what \\ud83d?", "answers": {"yes": 1}}'},
+        {"json": b'{"question": "what?", "answers": {"\\ud83d": 1}}'},
+        {"json": '{"question": "\u200b", "answers": {"yes": 1}}'.encode()},
+    ],
+    "statements": [
+        {"json": b'{"sentence": "so", "label": %s}' % label}
+        for label in (b"NaN", b"1e400", b"2", b"[]", b"{}", b'"true"', b"null", b"9" * 400)
+    ]
+    + [{"json": b'{"sentence": "so \\ud83d", "label": true}'}],
+    "regions": [{"npz": b""}, {"npz": b"PK\x03\x04"}],
+}
+
+
+def picture(number: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, ("JPEG", "PNG", "WEBP")[number % 3])
+    return buffer.getvalue()
+
+
+def sample(use: Use, number: int) -> Members:
+    """A good sample of a use."""
+    shown = picture(number)
+    if use == "labelled":
+        return {"jpg": shown, "cls": b"%d" % (number % CLASSES)}
+    if use == "questions":
+        record: dict[str, Any] = {"question": f"what is {number}?", "answers": {"yes": 1.0}, "question_id": number}
+        return {"jpg": shown, "json": json.dumps(record).encode()}
+    if use == "statements":
+        record = {"sentence": f"it is {number}", "label": number % 2 == 0, "id": str(number)}
+        return {"0.jpg": shown, "1.jpg": picture(number + 1), "json": json.dumps(record).encode()}
+    text = {"json": json.dumps({"captions": [f"a thing {number}", "another way"], "url": f"u/{number}"}).encode()}
+    if use == "regions":
+        features = np.full((2, NUMBERS), number, dtype=np.float32)
+        boxes = np.array([[0, 0, 5, 5], [1, 1, 9, 9]], dtype=np.float32)
+        return text | {"npz": RegionRecord(features, boxes, (10, 10), np.array([0, 1])).to_bytes()}
+    return text | ({"jpg": shown} if use == "pairs" else {})
+
+
+def run_config(folder: str, use: Use, count: int) -> RunConfig:
+    objectives: dict[Use, dict[str, Any]] = {
+        "pairs": {"contrastive": {}, "masked_language": {}},
+        "text": {"masked_language": {}},
+        "labelled": {"classification": {}},
+        "regions": {"masked_language": {}, "region_class": {}},
+        "questions": {"answering": {}},
+        "statements": {"reasoning": {}},
+    }
+    kind: dict[str, Any] = {"kind": "vlmo", "vision_language_layers": 1}
+    if use == "labelled":
+        kind = {"kind": "vit"}
+    if use == "regions":
+        kind = {"kind": "imagebert", "region_features": NUMBERS, "region_classes": 2, "max_regions": 4}
+    stage = {"name": "stage", "sources": {"one": 1.0}, "objectives": objectives[use], "steps": -(-count // BATCH)}
+    more = {"labelled": {"classes": CLASSES}, "questions": {"answers": len(ANSWERS)}}.get(use, {})
+    return validate(
+        {
+            "name": "test",
+            "model": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 8} | kind,
+            "sources": {"one": {"shards": folder, "use": use}},
+            "data": {"lanes": 1, "window": 2, "max_bad_rate": 1.0},
+            "stages": [stage | {"batch": BATCH, "max_text": 8} | more],
+        },
+        "test",
+    )
+
+
+def checked(folder: str, use: Use) -> ShardReport:
+    (report,) = check_shards(Storage(), folder, use, 10_000, workers=1)
+    return report
+
+
+def trained(folder: str, use: Use, count: int) -> set[tuple[str, str, str]]:
+    """(key, stage, reason) of what one epoch of training quarantines."""
+    config = run_config(folder, use, count)
+    tokenizer = Tokenizer.train(["a thing in another way is what it is"], 100)
+    with Loader(config, config.stages[0], Storage(), tokenizer, rank=0, world_size=1) as loader:
+        assert len(list(islice(loader.batches(0), -(-count // BATCH)))) == -(-count // BATCH)
+        return {(bad["key"], bad["stage"], bad["reason"]) for bad in loader.quarantined()}
+
+
+def judge(tmp_path: Path, make_tar: Any, use: Use, damaged: dict[str, Members]) -> set[tuple[str, str, str]]:
+    """What checking and training alike find bad among damaged samples, between twice as many good ones."""
+    samples = damaged | {f"good{number}": sample(use, number) for number in range(2 * len(damaged) + BATCH)}
+    samples |= {f"more{number}": sample(use, number) for number in range(-len(samples) % BATCH)}
+    keys = sorted(samples, key=lambda key: random.Random(key).random())
+    folder = tmp_path / use
+    folder.mkdir()
+    (folder / "0.tar").write_bytes(make_tar({key: samples[key] for key in keys}))
+    (folder / "answers.json").write_bytes(Choices(ANSWERS).to_bytes())
+    (folder / "classes.json").write_bytes(Choices(tuple("abcd")).to_bytes())
+    index_shards(Storage(), str(folder))
+    report = checked(str(folder), use)
+    assert report.broken is None
+    found = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
+    assert found == trained(str(folder), use, len(samples))
+    assert {key for key, *_ in found} <= damaged.keys()
+    for text in captions_of_source(Storage(), str(folder)):
+        text.encode()
+    return found
+
+
+def variants(use: Use) -> dict[str, Members]:
+    named = {f"poison {name}": change for name, change in POISON.items() if use in ("pairs", "text", "regions")}
+    named |= {f"fine {name}": change for name, change in GOOD.items() if use in ("pairs", "text", "regions")}
+    named |= {f"poison {number}": change for number, change in enumerate(OTHERS.get(use, []))}
+    damaged = {}
+    for number, (name, change) in enumerate(named.items()):
+        whole = sample(use, number)
+        if "txt" in change:
+            del whole["json"]
+        damaged[name] = whole | change
+    return {name.replace(".", "").replace(" ", "_"): members for name, members in damaged.items()}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_poison_is_counted_with_the_same_reason_by_checking_and_training(
+    use: Use, tmp_path: Path, make_tar: Any
+) -> None:
+    damaged = variants(use)
+    bad = judge(tmp_path, make_tar, use, damaged)
+    assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
+    for _, _, reason in bad:
+        assert "Error" not in reason, "a fault that was foreseen has words of its own"
+
+
+@pytest.mark.parametrize("use", USES)
+def test_checking_and_training_agree_on_every_damaged_sample(use: Use, tmp_path: Path, make_tar: Any) -> None:
+    rng = random.Random(use)
+    damaged = {}
+    for number in range(fuzz_rounds(60)):
+        members = sample(use, number)
+        hurt = rng.choice([name for name in members if name not in ("jpg", "0.jpg", "1.jpg")] * 3 + list(members))
+        damaged[f"hurt{number}"] = members | {hurt: mutate(members[hurt], rng)}
+    assert judge(tmp_path, make_tar, use, damaged)
+
+
+def test_indexing_never_fails_and_names_images_by_their_pictures(make_tar: Any) -> None:
+    damaged = variants("pairs")
+    index = index_tar(make_tar(damaged), "x.tar")
+    assert index.keys == tuple(damaged)
+    assert (index.image_id != 0).all()
+    for number, members in enumerate(damaged.values()):
+        try:
+            expected = max(len(text) for text in captions_of(members))
+        except BadSample:
+            expected = 0
+        assert index.caption_length[number] == expected
+
+
+def test_an_image_id_that_is_no_number_unnames_no_picture(make_tar: Any, tmp_path: Path) -> None:
+    named = [sample("pairs", n) | {"json": b'{"caption": "fine", "image_id": NaN}'} for n in range(2)]
+    (tmp_path / "0.tar").write_bytes(make_tar({str(n): members for n, members in enumerate(named)}))
+    index_shards(Storage(), str(tmp_path))
+    read = [found.image_id for found in samples_of_source(Storage(), str(tmp_path))]
+    assert read == [image_id_of({"jpg": members["jpg"]}) for members in named]
