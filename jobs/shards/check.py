@@ -75,6 +75,7 @@ class _Summary:
     samples: int = 0
     broken: list[Finding] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)  # of bad samples
+    passed_over: Counter[str] = field(default_factory=Counter)  # entries that are no sample's, by what they are
     examples: dict[str, Finding] = field(default_factory=dict)
 
     @property
@@ -84,6 +85,7 @@ class _Summary:
     def add(self, report: ShardReport) -> None:
         self.shards += 1
         self.samples += report.samples
+        self.passed_over.update(report.passed_over)
         if report.broken:
             self.broken.append(report.broken)
         for finding in report.bad:
@@ -97,6 +99,7 @@ class _Summary:
             "num_samples": self.samples,
             "bad_samples": self.bad,
             "kinds": dict(self.kinds.most_common()),
+            "passed_over": dict(self.passed_over.most_common()),
             "broken_shards": {finding.shard: finding.reason for finding in self.broken},
             "report": str(report) if report else None,
         }
@@ -123,5 +126,7 @@ def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:
     for kind, count in summary.kinds.most_common():
         example = summary.examples[kind]
         echo(f"  {count:>8}  {kind:<50}  {example.key} in {example.shard}")
+    for kind, count in summary.passed_over.most_common():
+        echo(f"  {count:>8}  passed over, no sample's: {kind}")
     if report:
         echo(f"every one of them: {report}")

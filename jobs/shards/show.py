@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +15,8 @@ from jobs.console import echo
 from jobs.shards.report import JsonOption, manifest_facts, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.contents.images import EXTENSIONS, decode
-from pipeline.data.quarantine import BadSample
+from pipeline.data.contents.members import record_of
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.manifest import Manifest, ShardRecord, load_index, load_manifest, shard_folder
 from pipeline.data.storage import Storage, join
 
@@ -57,9 +57,18 @@ class Shown:
     members: Mapping[str, bytes]
 
     @property
+    def record(self) -> Mapping[str, Any]:
+        """The sample's json; empty where training would not read it."""
+        try:
+            with judging("members"):
+                return record_of(self.members)
+        except BadSample:
+            return {}
+
+    @property
     def captions(self) -> list[str]:
         """What the members say of the sample: its captions, question or statement in the json, else the text."""
-        described = _parsed(self.members.get("json"))
+        described = self.record
         if isinstance(said := described.get("question") or described.get("sentence"), str):
             answers = described.get("answers", described.get("label"))
             return [said, *([str(answers)] if answers is not None else [])]
@@ -158,11 +167,3 @@ def _print_sample(sample: Shown) -> None:
         echo(f"    {described['fault']}")
     for caption in sample.captions:
         echo(f"    - {textwrap.shorten(caption, 200)}")
-
-
-def _parsed(data: bytes | None) -> dict[str, object]:
-    try:
-        found = json.loads(data) if data is not None else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

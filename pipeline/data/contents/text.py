@@ -83,10 +83,16 @@ class Tokenizer:
         return np.array([i for i, token in enumerate(self.tokens) if not reserved.fullmatch(token)], dtype=np.int64)
 
     def encode(self, text: str, max_length: int) -> Tokens:
-        """At most `max_length` tokens, [CLS] and [SEP] included; what is longer is cut at the end."""
+        """At most `max_length` tokens, [CLS] and [SEP] included; what is longer is cut at the end.
+
+        Raises DataError for a text that is not valid Unicode, such as an argument in another encoding than UTF-8.
+        """
+        _check_unicode([text])
         return self._framed(self._pieces.encode(text, add_special_tokens=False), max_length)
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
+        """Each text as by `encode`."""
+        _check_unicode(texts)
         pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
         return [self._framed(each, max_length) for each in pieces]
 
@@ -111,6 +117,15 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["tokens"])  # type: ignore[misc]
+
+
+def _check_unicode(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"{error.object[error.start]!r} at character {error.start}"
+            raise DataError(f"the text {text[:40]!r} is not valid Unicode ({where}); give it as UTF-8") from error
 
 
 def _checked_ids(tokens: tuple[str, ...]) -> dict[str, int]:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
@@ -114,11 +114,27 @@ def shard_names(url: str, found: Mapping[str, ObjectInfo]) -> list[str]:
     """The tars that a folder or pattern means, sorted, given what lies in the folder. Raises DataError for none."""
     chosen = _folder_and_names(url)[1]
     names = sorted(set(chosen)) if chosen is not None else _tars(found)
+    other = next((name for name in sorted(found) if _is_other_tar(name, found)), None)
     if not names:
-        packed = next((name for name in found if re.search(r"\.(tgz|tar\.\w+)$", name)), None)
-        remedy = unpack_remedy(packed) if packed else "Put tars there, or correct the URL"
+        remedy = _other_remedy(other) if other else "Put tars there, or correct the URL"
         raise DataError(f"{url}: no .tar files there. {remedy}")
+    if chosen is None and other is not None:
+        raise DataError(
+            f"{url}: {other} would not be read beside {names[0]}. {_other_remedy(other)}. Or move it away, or name the "
+            "shards that are to be read by a pattern: …/{0000..0095}.tar"
+        )
     return names
+
+
+def _is_other_tar(name: str, found: Collection[str]) -> bool:
+    """Whether a file is a tar that is not read, for its name does not end in .tar, and no plain tar of its name lies
+    beside it."""
+    match = re.fullmatch(r"(.*)\.(tgz|tbz2?|txz|tzst|tar(\.(gz|bz2|xz|zst|zstd|lz4|lzma|z))?)", name, re.IGNORECASE)
+    return match is not None and not name.endswith(".tar") and f"{match[1]}.tar" not in found
+
+
+def _other_remedy(name: str) -> str:
+    return unpack_remedy(name) if not name.lower().endswith(".tar") else f"Rename {name}: shards' names end in .tar"
 
 
 def check_present(storage: Storage, url: str, manifest: Manifest) -> dict[str, ObjectInfo]:

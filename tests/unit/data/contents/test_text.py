@@ -144,3 +144,12 @@ def test_the_published_vocabulary_encodes_as_transformers_does():
     assert len(expected) > 400
     assert [tokens.ids for tokens in ours.encode_batch(captions + CAPTIONS, 20)] == expected
     assert not any(ours.tokens[i].startswith("[unused") for i in ours.ordinary_ids)
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "nice \ud83d", "\ude00\ud83d"])
+def test_a_text_that_is_no_unicode_is_a_data_error(text: str) -> None:
+    tokenizer = Tokenizer.train(["a cat"], 64)
+    with pytest.raises(DataError, match="is not valid Unicode"):
+        tokenizer.encode(text, 8)
+    with pytest.raises(DataError, match="is not valid Unicode"):
+        tokenizer.encode_batch(["fine", text], 8)

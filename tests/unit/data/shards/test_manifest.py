@@ -108,7 +108,15 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
     (tmp_path / "empty" / "x.tgz").write_bytes(gzip.compress(empty_tar()))
     with pytest.raises(DataError, match=r"no \.tar files there\. Unpack x\.tgz"):
         index_shards(storage, str(tmp_path / "empty"))
+    (tmp_path / "empty" / "y.tar").write_bytes(empty_tar())
+    with pytest.raises(DataError, match=r"x\.tgz would not be read beside y\.tar\. Unpack x\.tgz"):
+        index_shards(storage, str(tmp_path / "empty"))
+    index_shards(storage, str(tmp_path / "empty" / "{y}.tar"))
     (tmp_path / "empty" / "x.tar").write_bytes(empty_tar())
+    (tmp_path / "empty" / "z.TAR").write_bytes(empty_tar())
+    with pytest.raises(DataError, match=r"z\.TAR would not be read beside x\.tar\. Rename z\.TAR"):
+        index_shards(storage, str(tmp_path / "empty"))
+    (tmp_path / "empty" / "z.TAR").unlink()
     index_shards(storage, str(tmp_path / "empty"))
     with pytest.raises(DataError, match=r"hold no samples"):
         load_manifest(storage, str(tmp_path / "empty"))
