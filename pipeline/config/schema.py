@@ -160,7 +160,7 @@ class DataConfig(Section):
 
 
 class MaskingConfig(Section):
-    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the real tokens
+    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the words
     whole_word: bool = True
     regions: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of a detector's regions
     patches: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches

@@ -8,6 +8,8 @@ Shapes: B rows, L tokens, K masked places a row, R regions, F numbers of a regio
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -79,7 +81,8 @@ def _pictures(section: TransformerConfig, stage: StageConfig, rows: int, draw: t
 def _texts(stage: StageConfig, rows: int, length: int, vocabulary: int, draw: torch.Generator) -> dict[str, Tensor]:
     first = min(vocabulary - 1, SPECIAL_TOKENS + 3)
     text = torch.randint(first, vocabulary, (rows, length), generator=draw)
-    masked = max(1, round(stage.masking.probability * (length - SPECIAL_TOKENS)))
+    words = length - SPECIAL_TOKENS
+    masked = min(words, 2 * math.ceil(stage.masking.probability * words))  # as if the masked words had two pieces each
     positions = 1 + torch.stack([torch.randperm(length - SPECIAL_TOKENS, generator=draw)[:masked] for _ in range(rows)])
     return {
         "text": text,

@@ -1,7 +1,7 @@
 """What is hidden from the model: whole words of a text, patches of a picture.
 
-Masking acts on one text before padding, so that neither padding nor [CLS] and [SEP] can take a masked place or
-count towards the budget (the published collators pad first, which leaves short captions without a masked word).
+Masking acts on one text before padding, so that neither padding nor [CLS] and [SEP] can take a masked place (the
+published collators pad first, which leaves short captions without a masked word).
 """
 
 from __future__ import annotations
@@ -31,24 +31,21 @@ class Masked:
 def mask_whole_words(
     tokens: Tokens, random: CounterRandom, probability: float, whole_word: bool, tokenizer: Tokenizer
 ) -> Masked:
-    """Hide about `probability` of the real tokens, whole words at a time (single tokens if not `whole_word`).
+    """Mask each word (each token, unless `whole_word`) with the same `probability`, and at least one word of a text.
 
-    Words are chosen in random order; one that exceeds what is left of the budget is passed over, except the
-    first, so that every text with a word has a masked word. Each chosen word is replaced as one: all of its
-    tokens become [MASK], or all become random ordinary tokens, or all stay.
+    `probability` times the number of words are masked, rounded up or down at random, so that the expected fraction of
+    masked words, and of masked tokens, is `probability` for any length of text and of words. A budget of tokens, as
+    in BERT's and VLMo's collators, masks words of several pieces less often: they exceed what is left of it. Each
+    chosen word is replaced as one: all of its tokens become [MASK], or all become random ordinary tokens, or all stay.
     """
     ids = np.array(tokens.ids, dtype=np.int64)
     groups = _groups(tokens.word_of, whole_word)
-    budget = max(1, round(probability * sum(len(group) for group in groups)))
+    order = random.permutation(len(groups))
+    count = max(1, math.floor(probability * len(groups) + random.uniform()))
     chosen: list[int] = []
-    for which in random.permutation(len(groups)):
-        group = groups[which]
-        if chosen and len(chosen) + len(group) > budget:
-            continue
-        _replace(ids, group, random, tokenizer)
-        chosen.extend(group)
-        if len(chosen) >= budget:
-            break
+    for which in order[:count]:
+        _replace(ids, groups[which], random, tokenizer)
+        chosen.extend(groups[which])
     positions = np.array(sorted(chosen), dtype=np.int64)
     return Masked(ids, positions, np.array(tokens.ids, dtype=np.int64)[positions])
 
