@@ -11,6 +11,7 @@ from jobs.evaluate import evaluate_run
 from jobs.pretrain import pretrain
 from jobs.report import reported
 from pipeline.config.load import load_config
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.places import tracking_uri
 
@@ -41,5 +42,5 @@ def _tell(config: RunConfig, result: dict[str, Any]) -> None:
         f"with another {mlm['accuracy_other_image']:.1%}, from text alone {mlm['accuracy_text_only']:.1%}\n\n"
         f"Report      {result['report']}\n"
         f"Checkpoint  {result['checkpoint']}\n"
-        f"MLflow      mlflow ui --backend-store-uri {tracking_uri(config)}"
+        f"MLflow      mlflow ui --backend-store-uri {redact(tracking_uri(config))}"
     )

@@ -21,7 +21,7 @@ from pipeline.config.load import validate
 from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.places import absolute_uri, tracking_uri
+from pipeline.tracking.places import absolute_uri, named_uri
 from pipeline.tracking.server import check_server
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.ownership import Ownership
@@ -63,7 +63,7 @@ def pretrain(config: RunConfig, show: Show) -> bool:
 def for_ranks(config: RunConfig) -> RunConfig:
     """The config as every rank must read it, whatever its working folder: local paths and the MLflow file absolute."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(tracking_uri(config))}
+    values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(named_uri(config))}
     return validate(values, config.name)
 
 

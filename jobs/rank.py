@@ -16,6 +16,7 @@ from typing import Any
 from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError
 from pipeline.config.printable import configure_logging
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
@@ -73,7 +74,7 @@ def preparer_of(config: RunConfig) -> PreparerFactory:
 def _told(error: Exception) -> dict[str, Any] | None:
     """The message of an error that a restart would only repeat; None for one that may be tried again."""
     if is_out_of_memory(error):
-        message = f"out of memory: {error}. Set engine.micro_batch lower, or engine.zero_stage higher."
+        message = f"out of memory: {redact(str(error))}. Set engine.micro_batch lower, or engine.zero_stage higher."
         return {"message": message, "exit_status": 1}
     if isinstance(error, MomeError) and not isinstance(error, StorageError):
         return as_told(error)
@@ -82,7 +83,7 @@ def _told(error: Exception) -> dict[str, Any] | None:
 
 def as_told(error: MomeError) -> dict[str, Any]:
     """What a rank tells the driver of an error, as JSON."""
-    return {"message": str(error), "exit_status": error.exit_status}
+    return {"message": redact(str(error)), "exit_status": error.exit_status}
 
 
 def as_error(told: dict[str, Any]) -> RunFailed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 from PIL import Image
 
 from jobs.served import outputs_of
+from pipeline.config.redaction import redact, redact_values
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
-from pipeline.tracking.journal import redact
 from pipeline.tracking.mlflow_model import Export, register
 from pipeline.tracking.places import experiment_of, run_of, tracking_uri
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
@@ -61,7 +60,7 @@ def _write(weights: Weights, folder: str) -> None:
     """The folder of a stage, as `load_weights` reads it; from the checkpoint of a step, what it would hand over."""
     config: RunConfig = weights.config
     metadata = {
-        "config": json.loads(redact(config.model_dump_json())),
+        "config": redact_values(config.model_dump(mode="json")),
         "stage": weights.stage,
         "step": weights.step,
         "absent": sorted(weights.absent),

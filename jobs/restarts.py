@@ -12,6 +12,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from jobs.cluster import count_anew
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 
@@ -71,4 +72,4 @@ class Restarts(UserCallback):
 def first_words(error: BaseException) -> str:
     """The line that says something of a chain of Ray's wrappers: the last that is not its advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
-    return lines[-1] if lines else type(error).__name__
+    return redact(lines[-1]) if lines else type(error).__name__

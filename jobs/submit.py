@@ -29,7 +29,7 @@ from pipeline.config.load import validate
 from pipeline.config.paths import local_paths
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.describe import told_environment
-from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.places import named_uri
 
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 2.0
@@ -95,7 +95,7 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
             f"the cluster cannot see folders of this machine:\n{told}\n"
             "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
         )
-    uri = tracking_uri(config)
+    uri = named_uri(config)
     if not same_machine and uri.startswith("sqlite:"):
         raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
     values = for_ranks(config).model_dump(mode="json", exclude_unset=True)

@@ -6,12 +6,12 @@ import logging
 from dataclasses import dataclass
 
 from pipeline.config.errors import TrackingError
+from pipeline.config.redaction import redact
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage
-from pipeline.tracking.journal import redact
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
-from pipeline.tracking.places import read_journal
+from pipeline.tracking.places import read_journal, resolve_uri
 
 logger = logging.getLogger("mome.tracking")
 
@@ -37,7 +37,7 @@ def sync(run: str, uri: str | None = None) -> Synced:
         raise TrackingError(
             f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
         )
-    target = uri or campaigns[-1]["uri"]
+    target = resolve_uri(uri or campaigns[-1]["uri"])
     with shipping_alone(journal.folder) as alone:
         if not alone:
             raise TrackingError(f"{run}: another process is shipping this journal; the run seems to be going on")

@@ -20,10 +20,10 @@ from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
 from jobs.doctor.compute import finish_child, start_child
 from jobs.doctor.finding import Finding, fails, not_asked, works
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
+from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import redact
 from pipeline.tracking.places import tracking_uri
 from pipeline.tracking.server import check_server
 
@@ -98,10 +98,10 @@ def mlflow(config: RunConfig | None) -> Finding:
     """Whether the tracking server answers, and is of the version whose client is here."""
     if config is None:
         return not_asked("MLflow", f"{importlib.metadata.version('mlflow')} is installed; --config says which server")
-    uri = tracking_uri(config)
     try:
+        uri = tracking_uri(config)
         check_server(config.model_copy(update={"tracking": config.tracking.model_copy(update={"required": True})}))
-    except TrackingError as error:
+    except (TrackingError, ConfigError) as error:
         return fails("MLflow", str(error), "start it, or correct tracking.uri")
     client = importlib.metadata.version("mlflow")
     if not uri.startswith(("http://", "https://")):

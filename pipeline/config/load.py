@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import MODEL_SECTIONS
+from pipeline.config.redaction import remember
 from pipeline.config.schema import RunConfig
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -103,6 +104,12 @@ def resolve_secret(reference: str | None) -> str | None:
     """The value behind `env:NAME` or `file:PATH`; it is never stored or logged."""
     if reference is None:
         return None
+    secret = _secret_behind(reference)
+    remember(secret)
+    return secret
+
+
+def _secret_behind(reference: str) -> str:
     kind, _, name = reference.partition(":")
     if kind == "env":
         if name not in os.environ:

@@ -7,6 +7,8 @@ import re
 import traceback
 from typing import Any
 
+from pipeline.config.redaction import redact
+
 # C0 and C1 controls except newline and tab, DEL, line separators, bidirectional overrides and isolates, and lone
 # surrogates, which no UTF-8 stream can take.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,18 +20,18 @@ def printable(text: str) -> str:
 
 
 class _PrintableRecord(logging.LogRecord):
-    """A log record whose message and traceback are printable, whichever handler writes them."""
+    """A log record whose message and traceback are printable and hold no secret, whichever handler writes them."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.exc_info and self.exc_info[0] is not None:
-            self.exc_text = printable("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+            self.exc_text = printable(redact("".join(traceback.format_exception(*self.exc_info)).rstrip("\n")))
 
     def getMessage(self) -> str:
-        return printable(super().getMessage())
+        return printable(redact(super().getMessage()))
 
 
 def configure_logging() -> None:
-    """Log warnings to standard error, each record printable. Call it once, where a process starts."""
+    """Log warnings to standard error, printable and without secrets. Call it once, where a process starts."""
     logging.setLogRecordFactory(_PrintableRecord)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

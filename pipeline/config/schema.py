@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ModelConfig, VLMoConfig
+from pipeline.config.redaction import holds_secret
 from pipeline.config.section import Fraction, Positive, Section, changeable
 
 # What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
@@ -56,6 +57,29 @@ def _secret_reference(value: str) -> str:
     return value
 
 
+def is_reference(value: str) -> bool:
+    """Return True for 'env:NAME' and 'file:PATH', which name a secret; 'file://…' is a URL."""
+    return value.startswith(("env:", "file:")) and not value.startswith("file://")
+
+
+def _endpoint(value: str) -> str:
+    if holds_secret(value):
+        raise ValueError(
+            "holds a user, password or token, which would be recorded; give the URL without them, and storage.key and "
+            "storage.secret as 'env:NAME' or 'file:PATH'"
+        )
+    return value
+
+
+def _server(value: str) -> str:
+    if not is_reference(value) and holds_secret(value):
+        raise ValueError(
+            "holds a user, password or token, which would be recorded; give 'env:NAME' or 'file:PATH' of the whole "
+            "URI, or a URI without them and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
+        )
+    return value
+
+
 def _prompt(value: str) -> str:
     if value.count("{}") != 1:
         raise ValueError("must hold {} once, in the place of a class's name, such as 'a photo of a {}.'")
@@ -69,7 +93,7 @@ SecretReference = Annotated[str, AfterValidator(_secret_reference)]
 class StorageConfig(Section):
     """How object stores are reached. What is not given comes from the store's usual environment variables."""
 
-    endpoint_url: str | None = changeable(None)
+    endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = changeable(None)
     key: SecretReference | None = changeable(None)
     secret: SecretReference | None = changeable(None)
     deadline_seconds: float = changeable(300.0, gt=0)  # how long a store may be away, or slow, before a run fails
@@ -351,7 +375,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """MLflow. With `uri` unset: SQLite in the run's folder, or in the working folder when that is remote."""
 
-    uri: str | None = changeable(None)
+    uri: Annotated[str, AfterValidator(_server)] | None = changeable(None)  # a URI, or 'env:NAME' or 'file:PATH' of one
     experiment: str | None = None  # None: the family of the model, such as vlmo
     metrics_every: Positive = changeable(10)  # steps between two points; reading them is the only host synchronisation
     flush_seconds: float = changeable(5.0, gt=0)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.load import flatten
+from pipeline.config.redaction import redact
 from pipeline.reports.run_folder import RunFolder, StageRecord
-from pipeline.tracking.journal import redact
 
 Result = float | str | None
 PARTS_OF_NAME = ("name",)  # keys that differ in any two runs, and say nothing

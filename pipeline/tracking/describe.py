@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from pipeline.config.load import flatten, is_changeable
+from pipeline.config.redaction import redact, redact_values
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.tracking.journal import redact
 
 PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transformers", "numpy", "pydantic")
 COMMIT, DIRTY = "mlflow.source.git.commit", "mome.git.dirty"
@@ -110,13 +110,17 @@ def _git(tree: Path, *arguments: str) -> str | None:
 
 def resolved_config(config: RunConfig) -> str:
     """Every key of the run as YAML, defaults included."""
-    return redact(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return _as_yaml(config.model_dump(mode="json"))
 
 
 def chosen_keys(config: RunConfig) -> str:
     """The keys of the run that differ from the defaults, as YAML."""
-    values = config.model_dump(mode="json", exclude_defaults=True)
-    return redact(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return _as_yaml(config.model_dump(mode="json", exclude_defaults=True))
+
+
+def _as_yaml(values: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(redact_values(values), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:

@@ -54,11 +54,6 @@ def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Itera
         yield offset, record
 
 
-def redact(text: str) -> str:
-    """Any `user:password@` in URLs is removed: what is recorded is read by many."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
-
-
 def complete_length(path: Path) -> int:
     """Return the number of bytes up to the end of the last whole line, reading backwards from the end."""
     with path.open("rb") as file:

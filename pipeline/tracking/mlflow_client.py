@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.config.redaction import describe_error, redact
 from pipeline.tracking.places import database_file
 
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ def ask(action: Callable[..., T], *args: Any, **values: Any) -> T:
         return action(*args, **values)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise RunGone(str(error)) from error
+            raise RunGone(redact(str(error))) from error
         kind = Refused if error.error_code in REFUSED else Outage
-        raise kind(str(error)) from error
+        raise kind(redact(str(error))) from error
     except Exception as error:  # connection, database and file faults of every library underneath
-        raise Outage(f"{type(error).__name__}: {error}") from error
+        raise Outage(describe_error(error)) from error
 
 
 def prepare_client() -> None:

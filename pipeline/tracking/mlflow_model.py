@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.errors import TrackingError
-from pipeline.tracking.journal import redact
+from pipeline.config.redaction import redact
 from pipeline.tracking.mlflow_client import connect, experiment_id
+from pipeline.tracking.places import resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,6 +57,7 @@ def register(uri: str, experiment: str, name: str, alias: str | None, export: Ex
 
     Raises TrackingError with what the server refused.
     """
+    uri = resolve_uri(uri)
     client = connect(uri)
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -66,8 +68,8 @@ def register(uri: str, experiment: str, name: str, alias: str | None, export: Ex
         return _register(client, uri, experiment, name, alias, export)
     except MlflowException as error:
         raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server did not register {name}: {error}. Check its address, and the name "
-            "and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"tracking.uri {redact(uri)}: the server did not register {name}: {redact(str(error))}. Check its "
+            "address, and the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         ) from error
 
 

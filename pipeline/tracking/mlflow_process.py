@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.tracking.journal import redact
+from pipeline.config.redaction import redact
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
 

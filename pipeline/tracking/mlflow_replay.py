@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.tracking.journal import EVALUATION, Journal, complete_length, redact, write_whole
+from pipeline.config.redaction import describe_error, redact
+from pipeline.tracking.journal import EVALUATION, Journal, complete_length, write_whole
 from pipeline.tracking.liveness import InUse, Lease
 from pipeline.tracking.mlflow_client import Outage, Refused, RunGone, ask, connect, experiment_id, prepare_client
 from pipeline.tracking.mlflow_models import LoggedModels
@@ -95,7 +96,7 @@ class MlflowShipper:
         except (Refused, RunGone) as error:  # such as a deleted experiment: its owner can mend that
             raise Outage(str(error)) from error
         except OSError as error:
-            raise Outage(f"{type(error).__name__}: {error}") from error
+            raise Outage(describe_error(error)) from error
 
     def _ship_or_begin_again(self) -> None:
         try:

@@ -7,8 +7,11 @@ import json
 import os
 from pathlib import Path
 
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import resolve_secret
 from pipeline.config.paths import is_local, local_path
-from pipeline.config.schema import RunConfig
+from pipeline.config.redaction import remember
+from pipeline.config.schema import RunConfig, is_reference
 from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.journal import Journal
 
@@ -16,12 +19,35 @@ _SQLITE = "sqlite:///"
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The MLflow URI of a run: as configured, else SQLite beside the run's folder, or in the working folder when
-    the run's folder is remote."""
-    if config.tracking.uri is not None:
-        return config.tracking.uri
-    folder = local_path(config.output) if is_local(config.output) else Path.cwd()
+    """Return the MLflow URI of a run, which may hold a password: for connections, never for a record.
+
+    Raises ConfigError where it is a reference to nothing.
+    """
+    return resolve_uri(named_uri(config))
+
+
+def named_uri(config: RunConfig) -> str:
+    """Return the MLflow URI of a run as it is configured, maybe as a reference, else SQLite."""
+    return config.tracking.uri if config.tracking.uri is not None else default_uri(config.output)
+
+
+def default_uri(output: str) -> str:
+    """Return the MLflow URI of the runs in the folder `output` that are configured without one.
+
+    SQLite beside the runs' folders, or in the working folder when `output` is remote.
+    """
+    folder = local_path(output) if is_local(output) else Path.cwd()
     return f"{_SQLITE}{folder}/mlflow.db"
+
+
+def resolve_uri(uri: str) -> str:
+    """Return an MLflow URI given as it is, or as 'env:NAME' or 'file:PATH'. Raises ConfigError for an empty one."""
+    if is_reference(uri):
+        reference, uri = uri, (resolve_secret(uri) or "").strip()
+        if not uri:
+            raise ConfigError(f"tracking.uri: {reference} is empty; expected the URI of an MLflow server")
+    remember(uri)
+    return uri
 
 
 def database_file(uri: str) -> Path | None:

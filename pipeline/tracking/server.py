@@ -10,8 +10,8 @@ import urllib.request
 from pathlib import Path
 
 from pipeline.config.errors import TrackingError
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.journal import redact
 from pipeline.tracking.places import database_file, tracking_uri
 
 ANSWER_SECONDS = 5.0

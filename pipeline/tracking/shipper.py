@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.journal import Journal, JournalWriter, redact
+from pipeline.tracking.journal import Journal, JournalWriter
 from pipeline.tracking.places import tracking_uri
 
 logger = logging.getLogger("mome.tracking")

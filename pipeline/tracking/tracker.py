@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.describe import (
@@ -42,7 +43,6 @@ from pipeline.tracking.journal import (
     HighWater,
     Journal,
     JournalWriter,
-    redact,
     write_whole,
 )
 from pipeline.tracking.places import committed_journal, experiment_of, journal_folder, run_of, tracking_uri
@@ -64,9 +64,7 @@ def _told_not_raised(method: Callable[P, None]) -> Callable[P, None]:
         try:
             method(*args, **kwargs)
         except Exception as error:  # any fault at all
-            logger.warning(
-                "tracking: %s failed and was passed over: %s: %s", method.__name__, type(error).__name__, error
-            )
+            logger.warning("tracking: %s failed and was passed over: %s", method.__name__, describe_error(error))
 
     return guarded
 

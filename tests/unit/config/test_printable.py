@@ -50,3 +50,17 @@ def test_log_messages_and_tracebacks_of_any_handler_are_printable() -> None:
     assert b"\x1b" not in finished.stderr
     assert b"key \\u001b[2J" in finished.stderr
     assert b"ValueError: \\u001b]52;c;\\u0007" in finished.stderr
+
+
+def test_log_messages_and_tracebacks_of_any_handler_hold_no_secret() -> None:
+    program = (
+        "import logging\n"
+        "from pipeline.config.printable import configure_logging\n"
+        "configure_logging()\n"
+        "logging.getLogger('x').warning('at %s', 'http://me:hunter2@server/')\n"
+        "try:\n    raise ValueError('postgresql://me:a/hunter2@db/x')\n"
+        "except ValueError:\n    logging.getLogger('x').exception('failed')\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert b"at http://server/" in finished.stderr
+    assert b"hunter2@" not in finished.stderr.replace(b"raise ValueError('postgresql://me:a/hunter2@db/x')", b"")

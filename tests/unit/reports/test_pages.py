@@ -85,7 +85,7 @@ def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(
 
 def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
     for name, password in (("one", "secret-one"), ("two", "secret-two")):
-        record_run(tmp_path, planted, name, f"tracking.uri=http://user:{password}@server:5000")
+        record_run(tmp_path, planted, name, f"sources.pairs.opt_out=http://user:{password}@server:5000")
     one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
     for page in (
         render_campaign(gather(one)),

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.errors import TrackingError
+from pipeline.config import redaction
+from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
@@ -138,13 +139,38 @@ def test_what_may_change_is_a_tag_and_what_may_not_is_a_param(tmp_path: Path) ->
     assert not any(f"config.{key}" in tags for key in params)
 
 
-def test_passwords_in_addresses_are_never_recorded(tmp_path: Path) -> None:
-    config = config_of(tmp_path, uri="http://me:hunter2@127.0.0.1:1", required=False)
+@pytest.mark.parametrize("password", ["hunter2", "hunter2/b+c", "hunter2@d", "a/hunter2@d"])
+def test_passwords_in_addresses_are_never_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, password: str
+) -> None:
+    monkeypatch.setattr(redaction, "_known", set())
+    uri = f"http://me:{password}@127.0.0.1:1"
+    with pytest.raises(ConfigError, match=r"tracking.uri: holds a user.*env:NAME") as refused:
+        config_of(tmp_path, uri=uri)
+    monkeypatch.setenv("SERVER", uri)
+    config = config_of(tmp_path, uri="env:SERVER", required=False)
     train(config, range(1))
+    with pytest.raises(TrackingError) as unanswered:
+        check_server(config_of(tmp_path, uri="env:SERVER"))
 
-    folder = journal_folder(config.folder)
-    assert "hunter2" not in resolved_config(config)
-    assert not any(b"hunter2" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert tracking_uri(config) == uri
+    shown = [resolved_config(config), config.model_dump_json(), caplog.text, str(refused.value), str(unanswered.value)]
+    assert "hunter2" not in "".join(shown)
+    assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("reference", ["env:ABSENT", "file:/absent", "env:EMPTY"])
+def test_a_reference_to_no_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
+    monkeypatch.setenv("EMPTY", " ")
+
+    with pytest.raises(ConfigError, match=reference):
+        tracking_uri(config_of(tmp_path, uri=reference))
+
+
+@pytest.mark.parametrize("query", ["token", "sig", "password", "access_token", "X-Amz-Signature"])
+def test_secret_looking_queries_of_servers_are_refused(tmp_path: Path, query: str) -> None:
+    with pytest.raises(ConfigError, match="holds a user, password or token"):
+        config_of(tmp_path, uri=f"https://server/?{query}=abc")
 
 
 def test_the_silent_tracker_has_every_method_of_the_tracker() -> None:

@@ -1,0 +1,126 @@
+"""Passwords and tokens taken out of what is shown, logged or recorded.
+
+`redact` is applied to values and messages, never to serialised text such as JSON or YAML, whose quotes and commas may
+be parts of a password just as well.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import quote, unquote
+
+HIDDEN = "***"
+_SHORTEST_KNOWN = 6  # a shorter secret would be found in words that are none
+_known: set[str] = set()
+
+_URL = re.compile(r"""\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s"'<>`]+)""")
+_CLOSING = ")]},.;:!?"  # behind a URL in a sentence
+_WORDS = r"(?:password|passwd|passphrase|pwd|secret|token|signature|credentials?|api[_-]?key|access[_-]?key|sig)"
+_SECRET_PAIR = re.compile(
+    rf"""(?P<name>\b(?:[\w-]*[._-])?(?:ssl|db|user|auth|access|bearer)?{_WORDS}(?:[_-]?id)?)=(?!(?:env|file):)[^\s&"',;)\]]+""",
+    re.IGNORECASE,
+)
+_SECRET_NAME = re.compile(
+    rf"(?:.*[._-])?(?:ssl|db|user|auth|access|bearer)?(?:{_WORDS}|key|auth|authorization|pass|pw|jwt|code)",
+    re.IGNORECASE,
+)
+_AUTHORIZATION = re.compile(
+    r"""(?P<name>\b(?:proxy-)?authorization["']?\s*[:=]\s*["']?)(?:(?:basic|bearer|digest|aws4-hmac-sha256)\s+)?[^\s"',]+""",
+    re.IGNORECASE,
+)
+_BEARER = re.compile(r"(?P<name>\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """Return `text` without the secrets in it: user and password of URLs, and what is named as a token or password.
+
+    The user part of a URL reaches to its last '@', so that passwords with '/', '#' or '@' go whole.
+    """
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = _URL.sub(_redact_url, text)
+    text = _AUTHORIZATION.sub(rf"\g<name>{HIDDEN}", text)
+    text = _BEARER.sub(rf"\g<name>{HIDDEN}", text)
+    return _SECRET_PAIR.sub(rf"\g<name>={HIDDEN}", text)
+
+
+def redact_values(values: Any) -> Any:
+    """Return nested mappings and lists with every text in them redacted."""
+    if isinstance(values, dict):
+        return {key: redact_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [redact_values(value) for value in values]
+    return redact(values) if isinstance(values, str) else values
+
+
+def remember(secret: str) -> None:
+    """Have `redact` take out this secret, or the password in this URL, wherever it appears in this process."""
+    if "://" in secret:
+        secret = password_of(secret) or ""
+    for form in (secret, quote(secret, safe=""), unquote(secret)):
+        if len(form) >= _SHORTEST_KNOWN:
+            _known.add(form)
+
+
+def holds_secret(url: str) -> bool:
+    """Return True for a URL with a user, a password or a secret-looking query in it."""
+    return redact(url) != url
+
+
+def password_of(url: str) -> str | None:
+    """Return the password in a URL as it is written there; None where there is none."""
+    match = _URL.match(url)
+    if match is None:
+        return None
+    end = _end_of_user(match["rest"], _is_web(match["scheme"]))
+    _, colon, password = match["rest"][: max(end - 1, 0)].partition(":")
+    return password if colon and password else None
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the kind and message of an error, without secrets: libraries quote the URLs they were given."""
+    message = redact(str(error))
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _redact_url(match: re.Match[str]) -> str:
+    scheme, rest = match["scheme"], match["rest"]
+    url = rest.rstrip(_CLOSING)
+    closing = rest[len(url) :]
+    url = url[_end_of_user(url, _is_web(scheme)) :]
+    url = _URL.sub(_redact_url, url)  # another one in its path or query
+    base, parts = re.match(r"([^?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
+    kept = ""
+    for part in re.findall(r"[?#][^?#]*", parts):
+        pairs = [pair for pair in re.split(r"[&;]", part[1:]) if not _is_secret(pair)]
+        if pairs:
+            kept += part[0] + "&".join(pairs)
+    return f"{scheme}://{base}{kept}{closing}"
+
+
+def _is_secret(pair: str) -> bool:
+    name, equals, _ = pair.partition("=")
+    return bool(equals) and (_SECRET_NAME.fullmatch(unquote(name)) is not None)
+
+
+def _is_web(scheme: str) -> bool:
+    """Return True for schemes whose URLs have a path in which '@' is a character like others."""
+    return not scheme.lower().startswith(
+        ("postgres", "mysql", "mariadb", "mssql", "oracle", "mongodb", "redis", "amqp")
+    )
+
+
+def _end_of_user(rest: str, web: bool) -> int:
+    """Return where `user:password@` of a URL ends behind its scheme; 0 where there is none.
+
+    A password may hold the '/', '?', '#' and '@' that should have been percent-encoded, as SQLAlchemy accepts them;
+    where that is unclear, more is taken out than need be.
+    """
+    authority = re.match(r"[^/?#\\]*", rest).group()  # type: ignore[union-attr]
+    if "@" in authority:
+        return rest.rfind("@") + 1
+    if "@" not in rest or authority.startswith("[") or ":" not in authority:
+        return 0
+    is_host = re.fullmatch(r"[^:]*:[0-9]+", authority) is not None
+    return 0 if web and is_host else rest.rfind("@") + 1
