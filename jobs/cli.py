@@ -18,7 +18,6 @@ from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
 from pipeline.config.printable import configure_logging, printable
-from pipeline.config.redaction import redact
 from pipeline.config.schema import EVALUATED, Use
 
 app = typer.Typer(
@@ -397,7 +396,7 @@ def main() -> None:
     try:
         app()
     except MomeError as error:
-        console.print(Text.assemble(("error: ", "red"), printable(redact(str(error)))))
+        console.print(Text.assemble(("error: ", "red"), printable(str(error))))
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         notify("interrupted; the same command goes on from the last checkpoint")

@@ -83,7 +83,7 @@ def _told(error: Exception) -> dict[str, Any] | None:
 
 def as_told(error: MomeError) -> dict[str, Any]:
     """What a rank tells the driver of an error, as JSON."""
-    return {"message": redact(str(error)), "exit_status": error.exit_status}
+    return {"message": str(error), "exit_status": error.exit_status}
 
 
 def as_error(told: dict[str, Any]) -> RunFailed:

@@ -1,10 +1,18 @@
 """The errors a user can cause, and the exit status each one ends the command with."""
 
+from pipeline.config.redaction import redact
+
 
 class MomeError(Exception):
-    """A failure told to the user in one message: what was given, what was expected, what to do."""
+    """A failure told to the user in one message: what was given, what was expected, what to do.
+
+    The message holds no secret, whatever the library said whose error it quotes.
+    """
 
     exit_status = 1
+
+    def __init__(self, *arguments: object):
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in arguments))
 
 
 class ConfigError(MomeError, ValueError):

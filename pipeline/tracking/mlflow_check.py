@@ -30,7 +30,7 @@ def try_writing(uri: str, experiment: str) -> str:
             client.delete_run(run.info.run_id)
     except MlflowException as error:
         raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server refused a run: {redact(str(error))}. Check its address, and the "
+            f"tracking.uri {redact(uri)}: the server refused a run: {error}. Check its address, and the "
             "name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         ) from error
     return "a run was written, read back and deleted"

@@ -68,7 +68,7 @@ def register(uri: str, experiment: str, name: str, alias: str | None, export: Ex
         return _register(client, uri, experiment, name, alias, export)
     except MlflowException as error:
         raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server did not register {name}: {redact(str(error))}. Check its "
+            f"tracking.uri {redact(uri)}: the server did not register {name}: {error}. Check its "
             "address, and the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         ) from error
 

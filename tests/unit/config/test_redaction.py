@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 from fuzz import fuzz_rounds
 
 from pipeline.config import redaction
+from pipeline.config.errors import MomeError
 from pipeline.config.redaction import describe_error, holds_secret, password_of, redact
 
 PASSWORDS = [
@@ -111,3 +113,11 @@ def test_a_secret_that_is_known_goes_wherever_it_appears(monkeypatch: pytest.Mon
     redaction.remember("pa ss/wörd")
 
     assert redact("login failed for 'pa ss/wörd' (pa%20ss%2Fw%C3%B6rd)") == "login failed for '***' (***)"
+
+
+@pytest.mark.parametrize("kind", [MomeError, *MomeError.__subclasses__()], ids=lambda kind: kind.__name__)
+def test_no_error_of_ours_holds_a_secret_and_copies_neither(kind: type[MomeError]) -> None:
+    error = kind("http://me:S3CRET@server refused: token=S3CRET")
+
+    for each in (error, copy.copy(error)):
+        assert str(each) == "http://server refused: token=***"
