@@ -1,4 +1,7 @@
-"""Files of tensors, as others publish them: safetensors, or what torch saves. Nothing but tensors is ever loaded."""
+"""Tensor files as others publish them: safetensors, or what torch saves. Nothing but tensors is ever loaded.
+
+Every damaged or hostile file ends in CheckpointError, and none takes much more memory than it has bytes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import io
 import json
 import pickle
 import re
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,64 +20,116 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError
 
-CONTAINERS = ("state_dict", "module", "model")  # Lightning's, DeepSpeed's, BEiT's and MAE's
+CONTAINERS = ("state_dict", "module", "model")  # of Lightning, of DeepSpeed, of BEiT and MAE
+METADATA = "mome"  # beside `state_dict` in files of torch that we write: what a safetensors header would say
 TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip file; before torch 1.6, a pickle
-_HEADER_LENGTH = 8  # bytes in front of a safetensors header, which says how long it is
+MAX_SHARING = 4  # times the bytes of a file that its tensors may take: two names may share one memory (tied weights)
+_HEADER_LENGTH = 8  # bytes in front of a safetensors header, which say how long it is
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
 class Published:
-    """The tensors of one file, and what a safetensors header says beside them."""
+    """The tensors of a file or folder, what its header says beside them, and the JSON files that lie with it."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None  # of Hugging Face's config.json
+    processor: Mapping[str, Any] | None = None  # of its preprocessor_config.json
 
 
 def read_tensors(data: bytes, origin: str) -> Published:
-    """The tensors of a file's bytes, whatever container they lie in; floating ones as float32.
+    """Return the tensors of a file's bytes, whatever container they lie in; floating ones as float32.
 
-    Raises CheckpointError, which names `origin`, for a file that holds no tensors by name, or needs code to be read.
+    Prefixes that wrappers put before names (DataParallel, torch.compile) are removed. Raises CheckpointError naming
+    `origin` for a damaged file, and for one that holds no tensors by name or needs code to be read.
     """
-    if data[_HEADER_LENGTH : _HEADER_LENGTH + 1] == b"{":
-        header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
-        loaded, metadata = safetensors.torch.load(data), header.get("__metadata__", {})
-    else:
-        loaded, metadata = _unwrapped(_load(data, origin)), {}
-    others = sorted(str(name) for name, value in loaded.items() if not isinstance(value, Tensor))
-    if not loaded or others:
-        found = f"also holds {', '.join(others[:4])}" if loaded else "holds none"
+    try:
+        return _read(data, origin)
+    except CheckpointError:
+        raise
+    except Exception as error:  # parsers of damaged files raise everything: struct.error, KeyError, AssertionError, …
         raise CheckpointError(
-            f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {found}"
-        )
-    return Published({name: t.float() if t.is_floating_point() else t for name, t in loaded.items()}, metadata)
+            f"{origin}: neither safetensors nor a file that torch saved can be read from its {len(data)} bytes; it is "
+            f"damaged or cut off ({type(error).__name__}: {str(error)[:200]}). Download or copy it again"
+        ) from error
+
+
+def read_json(data: bytes, origin: str) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises CheckpointError naming `origin` for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin}: is no JSON ({error}); download or copy it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{origin}: holds {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> bytes:
-    """The bytes of a file named `path`: safetensors by its ending, else torch's, under `state_dict`."""
+    """Return the bytes of a file named `path`: safetensors by its ending, else torch's, under `state_dict`."""
     if path.endswith(".safetensors"):
         return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     file = io.BytesIO()
-    torch.save({"state_dict": tensors}, file)
+    torch.save({"state_dict": tensors, METADATA: metadata}, file)
     return file.getvalue()
 
 
+def _read(data: bytes, origin: str) -> Published:
+    if data[_HEADER_LENGTH : _HEADER_LENGTH + 1] == b"{":
+        found = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's place
+        header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
+        metadata = header.get("__metadata__")
+    else:
+        whole = _load(data, origin)
+        found, metadata = _unwrapped(whole), whole.get(METADATA) if isinstance(whole, dict) else None
+    others = sorted(str(name) for name, value in found.items() if not _is_plain(value))
+    if not found or others:
+        told = f"also holds {', '.join(others[:4])}" if found else "holds none"
+        raise CheckpointError(
+            f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {told}"
+        )
+    if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > MAX_SHARING * len(data):
+        raise CheckpointError(f"{origin}: its tensors are many times as large as the file, which no published one's are")
+    tensors = {str(name): t.float() if t.is_floating_point() else t for name, t in found.items()}
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return Published(
+        _without_wrappers(tensors, origin), {k: v for k, v in texts if isinstance(k, str) and isinstance(v, str)}
+    )
+
+
 def _load(data: bytes, origin: str) -> Any:
+    if not data.startswith(TORCH_BEGINNINGS):
+        raise ValueError(f"it begins with {data[:8]!r}")
+    if data.startswith(b"PK"):
+        _refuse_compressed(data, origin)
     try:
-        if not data.startswith(TORCH_BEGINNINGS):
-            raise ValueError(f"it begins with {data[:8]!r}")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        called = ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or "what torch does not know"
+        called = ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error))))
+        if not called:
+            raise
+        containers = ", ".join(repr(name) for name in CONTAINERS)
         raise CheckpointError(
             f"{origin}: holds more than tensors; reading it would run code that it names ({called}). If you trust it, "
-            "save its tensors alone, where it was made: "
-            "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
+            "save its tensors alone, where it was made: torch.save({k: v for k, v in torch.load(FILE, "
+            f"weights_only=False).items() if k in ({containers}) or torch.is_tensor(v)}}, NEW_FILE)"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{origin}: is neither safetensors nor a file that torch saved ({error})") from error
 
 
-def _unwrapped(loaded: Any) -> dict[str, Any]:
+def _refuse_compressed(data: bytes, origin: str) -> None:
+    """torch stores tensors as they are; a compressed entry could unpack to any size."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+    compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if compressed or sum(entry.file_size for entry in entries) > len(data):
+        raise CheckpointError(
+            f"{origin}: holds compressed entries ({', '.join(compressed[:3])}), which torch never writes; save it again "
+            "with torch.save"
+        )
+
+
+def _unwrapped(loaded: Any) -> dict[Any, Any]:
     """What lies in the containers, if there are any."""
     while isinstance(loaded, dict):
         inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
@@ -80,3 +137,32 @@ def _unwrapped(loaded: Any) -> dict[str, Any]:
             return loaded
         loaded = inner
     return {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor that lies in memory number by number, none of them read twice."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
+def _without_wrappers(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """Names as the model itself has them: `module.` stands in front, the other wrappers wherever a module was wrapped.
+
+    Raises CheckpointError where two names become one.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = name
+        for wrapper in _WRAPPERS[1:]:
+            own = own.replace(wrapper, "")
+        while own.startswith(_WRAPPERS[0]):
+            own = own.removeprefix(_WRAPPERS[0])
+        if own in renamed:
+            raise CheckpointError(f"{origin}: names the tensor {own} more than once, with and without a wrapper's prefix")
+        renamed[own] = tensor
+    return renamed

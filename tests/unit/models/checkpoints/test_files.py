@@ -1,0 +1,167 @@
+"""Weight files of any content: tensors come out, or CheckpointError, and never much more memory than the file has."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from fuzz import fuzz_rounds, mutate
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError
+from pipeline.models.checkpoints.files import read_json, read_tensors, write_tensors
+
+STATE = {"layer.0.weight": torch.arange(6.0).view(2, 3), "layer.0.bias": torch.arange(3), "half": torch.ones(2).half()}
+
+
+def as_torch(contents: Any, legacy: bool = False) -> bytes:
+    file = io.BytesIO()
+    torch.save(contents, file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+def with_header(header: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + body
+
+
+def deflated(data: bytes, zeros: int = 0) -> bytes:
+    """The same zip file with compressed entries, `zeros` more bytes in each."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as after:
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry) + bytes(zeros))
+    return file.getvalue()
+
+
+SEEDS: dict[str, bytes] = {
+    "safetensors": safetensors.torch.save(STATE, {"model": '{"kind": "vit"}'}),
+    "pt": as_torch({"state_dict": STATE, "epoch": 3}),
+    "pt-legacy": as_torch({"model": STATE}, legacy=True),
+}
+SAFETENSORS = SEEDS["safetensors"]
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_mutated_files_end_in_tensors_or_a_checkpoint_error(kind: str) -> None:
+    rng, refused = random.Random(f"files {kind}"), 0
+    for _ in range(fuzz_rounds(120)):
+        try:
+            published = read_tensors(mutate(SEEDS[kind], rng), "weights")
+            assert all(isinstance(tensor, Tensor) for tensor in published.tensors.values())
+        except CheckpointError as error:
+            refused += 1
+            assert str(error).startswith("weights: ")
+    assert refused > 0
+
+
+def test_mutated_json_ends_in_an_object_or_a_checkpoint_error() -> None:
+    seed = json.dumps({"model_type": "vit", "hidden_size": 24, "id2label": {"0": "a"}, "x": [1e9, None]}).encode()
+    rng = random.Random("json")
+    for _ in range(fuzz_rounds(100)):
+        try:
+            assert isinstance(read_json(mutate(seed, rng), "config.json"), dict)
+        except CheckpointError as error:
+            assert str(error).startswith("config.json: ")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 9, 40, len(SAFETENSORS) // 2, len(SAFETENSORS) - 1])
+def test_a_truncated_download_is_named(cut: int) -> None:
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*(damaged|cut off)"):
+        read_tensors(SAFETENSORS[:cut], "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"........{",
+        with_header(b'{"a":' * 100_000),
+        with_header(b"{" + b"[" * 100_000),
+        with_header(b'{"\xff": 1}'),
+        with_header(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
+        with_header(b'{"a": {"dtype": "F99", "shape": [], "data_offsets": [0, 0]}}'),
+        with_header(b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}', b"abcd"),
+        with_header(b'{"__metadata__": {"model": "{}"}}'),
+        struct.pack("<Q", 2**63) + b"{}",
+        b"PK\x03\x04",
+        b"\x80",
+        b"\x80\x02}.",
+        b"\x80\x05\x95\xff\xff\xff\xff\xff\xff\xff\xff",
+        as_torch(STATE)[:-100],
+        as_torch([1, 2]),
+        as_torch(torch.ones(3)),
+        as_torch({"state_dict": {}}),
+        as_torch({"a": torch.ones(3).to_sparse()}),
+        as_torch({"a": torch.empty(3, device="meta")}),
+    ],
+)
+def test_crafted_files_end_in_a_checkpoint_error(data: bytes) -> None:
+    with pytest.raises(CheckpointError, match="^weights: "):
+        read_tensors(data, "weights")
+
+
+@pytest.mark.parametrize("zeros", [0, 10**6])
+def test_compressed_entries_are_refused_before_they_are_unpacked(zeros: int) -> None:
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_tensors(deflated(SEEDS["pt"], zeros), "weights")
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {"a": torch.ones(1).expand(10**6, 10**6)},
+        dict.fromkeys([f"a{number}" for number in range(9)], torch.ones(1000)),
+    ],
+    ids=["one number read as a million squared", "nine names of one memory"],
+)
+def test_tensors_far_larger_than_their_file_are_refused(contents: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError):
+        read_tensors(as_torch(contents), "weights")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
+def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
+    wrapped = {f"{prefix}{name}".replace("layer.0.", "layer.0._orig_mod."): t for name, t in STATE.items()}
+    assert read_tensors(as_torch({"model": wrapped}), "weights").tensors.keys() == STATE.keys()
+    assert read_tensors(safetensors.torch.save(wrapped), "weights").tensors.keys() == STATE.keys()
+
+
+def test_a_name_with_and_without_its_prefix_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"tensor half more than once"):
+        read_tensors(as_torch(STATE | {"module.half": torch.ones(2)}), "weights")
+
+
+CONTAINERS: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Any]]] = {
+    "model": lambda state, other: {"model": state, "args": other},
+    "state_dict": lambda state, other: {"state_dict": state, "hyper_parameters": other},
+    "module": lambda state, other: {"module": state, "ds_config": other},
+    "bare": lambda state, other: {**state, "args": other},
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_command_that_the_message_gives_makes_a_file_that_is_read(container: str, tmp_path: Any) -> None:
+    path, new = tmp_path / "old.pth", tmp_path / "new.pth"
+    torch.save(CONTAINERS[container](STATE, argparse.Namespace(lr=1)), path)
+    with pytest.raises(CheckpointError, match="would run code that it names") as error:
+        read_tensors(path.read_bytes(), "old.pth")
+    command = str(error.value)[str(error.value).index("torch.save(") :]
+    exec(command, {"torch": torch, "FILE": path, "NEW_FILE": new})
+    assert read_tensors(new.read_bytes(), "new.pth").tensors.keys() == STATE.keys()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_both_kinds_of_file_carry_their_metadata(name: str) -> None:
+    published = read_tensors(write_tensors(STATE, name, {"model": "{}"}), name)
+    assert published.metadata == {"model": "{}"}
+    assert published.tensors.keys() == STATE.keys()
