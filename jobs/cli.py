@@ -354,13 +354,16 @@ def import_(
         list[str] | None,
         typer.Option(help="A tensor, or a pattern of names, that may be missing, unexpected or of another shape."),
     ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="The answers that a VQA head chooses among: a JSON list, or one a line.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Turn published weights into ones that a stage can start from. Nothing but tensors is loaded."""
     from jobs.convert import import_weights
 
     allowed = tuple(may_differ or ())
-    print_result(import_weights(path, format, out, overrides or [], model, vocabulary, allowed), as_json)
+    print_result(import_weights(path, format, out, overrides or [], model, vocabulary, allowed, answers), as_json)
 
 
 @app.command()

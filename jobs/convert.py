@@ -9,32 +9,38 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError, ConfigError
+from jobs.published import choices_of_published, read_published, vocabulary_of
+from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import DataConfig, Objective, RunConfig, StageConfig, Use
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.storage import Storage, join
+from pipeline.data.storage import Storage
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
-from pipeline.models.checkpoints.files import Published, read_tensors, write_tensors
+from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
+from pipeline.models.checkpoints.hugging_face import ConfigFile
 from pipeline.models.model import COLOUR_CLASSES, Heads, ImageTarget, Model
-from pipeline.training.checkpoint import is_committed, load_weights, save_weights
+from pipeline.training.checkpoint import Weights, is_committed, load_weights, save_weights
 from pipeline.training.stages import check_fit
+from pipeline.training.stages import heads as heads_of
 
 NO_SOURCE = "none"
-MODEL_KEY = "model"  # of a safetensors header that we write: the model's section as JSON
+# What the files that we write say beside their tensors, as JSON: the model's section, what its masked-image head
+# predicts, and what other heads choose among.
+MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # A stage for each use that the heads serve, the last of these being the one the weights are told to be of.
 USES: tuple[Use, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
 MAX_TEXT = StageConfig.model_fields["max_text"].default
-WEIGHTS_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")  # Hugging Face's
 
 
 def import_weights(
@@ -45,27 +51,29 @@ def import_weights(
     model: Path | None = None,
     vocabulary: str | None = None,
     may_differ: tuple[str, ...] = (),
+    answers: str | None = None,
 ) -> dict[str, Any]:
-    """Write the weights of a published file where `start_from` reads them; returns what they are.
+    """Write the weights of a published file or folder where `start_from` reads them; return what they are.
 
-    Sizes come from the tensors' shapes, the section of the config `model`, and `overrides` (`heads=16`), the latter
-    going first. `may_differ` are names or patterns of the file's tensors that may be missing, unexpected or of another
-    shape. Raises ConfigError for a wrong request, CheckpointError for a file that does not fit.
+    Sizes come from `overrides` (`heads=16`), else the section of the config `model`, else the file's own header where
+    we wrote it, else the config.json beside the weights, else the tensors' shapes. `may_differ` are names or patterns
+    of the file's tensors that may be missing, unexpected or of another shape. `answers` lists what an answering head
+    chooses among. Raises ConfigError for a wrong request, CheckpointError for a file that does not fit.
     """
     storage, chosen = Storage(), format_named(format_name)
     if is_committed(storage, out):
         raise ConfigError(f"--out {out}: holds weights already; name another folder, or delete it first")
-    published = _read(storage, path)
-    section = _section(published, chosen, model, overrides)
-    if chosen.kinds is not None and section.kind not in chosen.kinds:
-        raise ConfigError(f"--format {format_name} holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
-    # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
-    state = {name: t.clone() for name, t in chosen.read(published.tensors, section, may_differ).items()}
-    words, heads = _num_words(section, state), _heads(state, section.patch_size)
-    tokens = _tokens(storage, vocabulary, words)
-    whole = skeleton(section, max(words, 1), heads)
-    absent = {whole.part_of(name) for name in whole.state_dict() if name not in state} - set(whole.HEAD_PARTS)
-    check_fit(whole, state, f"{path}: the model", frozenset(absent))
+    published, folder = read_published(storage, path, hugging_face=chosen.config is not None)
+    with _damage_named(path, format_name):
+        section = _section(published, chosen, model, overrides)
+        # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
+        state = {name: t.clone() for name, t in chosen.read(published.tensors, section, may_differ).items()}
+        words, heads = _num_words(section, state), _heads(state, section.patch_size, _image_target(published, chosen))
+        whole = skeleton(section, max(words, 1), heads)
+        absent = {whole.part_of(name) for name in whole.state_dict() if name not in state} - set(whole.HEAD_PARTS)
+        check_fit(whole, state, f"{path}: the model", frozenset(absent))
+    tokens = _tokens(storage, vocabulary, folder if chosen.config is not None else None, words)
+    choices = choices_of_published(storage, published, heads.answers, heads.classes, answers)
     config = _config(out, section.model_dump(mode="json"), _stages(section, heads, whole, state))
     stage = config.stages[-1].name
     metadata = {
@@ -75,13 +83,14 @@ def import_weights(
         "absent": sorted(absent),
         "imported": {"from": path, "format": format_name},
     }
-    save_weights(storage, out, state, tokens, metadata)
+    save_weights(storage, out, state, tokens, metadata, choices)
     return {
         "checkpoint": out,
         "model": section.model_dump(mode="json"),
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "absent": sorted(absent),
         "objectives": [objective for each in config.stages for objective in each.objectives],
+        "choices": {name: len(each) for name, each in choices.items()},
     }
 
 
@@ -96,7 +105,7 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"--format {format_name} holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
     published = chosen.write(weights.tensors, section)
-    data = write_tensors(published, out, {"format": "pt", MODEL_KEY: section.model_dump_json()})
+    data = write_tensors(published, out, {"format": "pt", **_header(weights)})
     back = chosen.read(read_tensors(data, out).tensors, section, ())
     left_out = weights.tensors.keys() - back.keys()
     changed = [n for n in back if chosen.exact and not torch.equal(back[n], weights.tensors[n])]
@@ -111,24 +120,65 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     }
 
 
-def _read(storage: Storage, path: str) -> Published:
-    inside = (join(path, name) for name in WEIGHTS_IN_FOLDER)
-    file = path if storage.exists(path) else next((each for each in inside if storage.exists(each)), None)
-    if file is None:
+@contextmanager
+def _damage_named(path: str, format_name: str) -> Iterator[None]:
+    """Tensors of any shapes under a format's names end in CheckpointError, whatever a converter trips over."""
+    try:
+        yield
+    except MomeError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"{path}: no such file, and no folder with {' or '.join(WEIGHTS_IN_FOLDER)}; give a published checkpoint"
-        )
-    return read_tensors(storage.read(file), file)
+            f"{path}: its tensors are not those of a model in the format {format_name} "
+            f"({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+
+
+def _header(weights: Weights) -> dict[str, str]:
+    """What a file says of the weights in it, so that importing it needs no sizes and gives the same predictions."""
+    stages = weights.config.stages
+    index = stages.index(weights.config.stage_named(weights.stage))
+    target = heads_of(weights.config, index).image_target
+    return {
+        MODEL_KEY: weights.config.model.model_dump_json(),
+        **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),
+        **{name: each.to_bytes().decode() for name, each in weights.choices.items()},
+    }
 
 
 def _section(published: Published, chosen: Format, model: Path | None, overrides: Iterable[str]) -> TransformerConfig:
-    given: dict[str, Any] = json.loads(published.metadata.get(MODEL_KEY, "{}"))
+    given: dict[str, Any] = {}
     if model is not None:
         given = load_config(model).model.model_dump(mode="json")
+    elif MODEL_KEY in published.metadata:
+        given = read_json(published.metadata[MODEL_KEY].encode(), "the file's header")
+    elif chosen.config is not None:
+        given = _told_beside(published, chosen.config)
     for override in overrides:
         apply_override(given, override)
-    section = chosen.infer(published.tensors, given)
-    return _config("imported", section, [_stage("images", ["masked_image"])]).model
+    inferred = chosen.infer(published.tensors, given)
+    if chosen.config is not None and published.config is not None:
+        chosen.config.check(published.config, inferred)
+    section = _config("imported", inferred, [_stage("images", ["masked_image"])]).model
+    if chosen.kinds is not None and section.kind not in chosen.kinds:
+        raise ConfigError(f"the format holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
+    if section.layers > len(published.tensors):
+        raise CheckpointError(
+            f"{section.layers} layers are claimed, and the file holds {len(published.tensors)} tensors"
+        )
+    return section
+
+
+def _told_beside(published: Published, config: ConfigFile) -> dict[str, Any]:
+    """What the JSON files of a Hugging Face folder tell of the model's section."""
+    told = {} if published.config is None else config.section(published.config)
+    return told if published.processor is None else told | config.reading(published.processor)
+
+
+def _image_target(published: Published, chosen: Format) -> ImageTarget | None:
+    """What the masked-image head predicts, where the file or its format says so."""
+    told = json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))
+    return chosen.image_target if told is None else TypeAdapter(ImageTarget).validate_python(told)
 
 
 def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]]) -> RunConfig:
@@ -146,7 +196,9 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]]) -> 
 
 def _stage(use: Use, objectives: list[Objective], heads: Heads = Heads(), max_text: int = 1) -> dict[str, Any]:
     negatives = "hard" if "contrastive" in objectives else "random"
-    target = {} if heads.image_target is None else {"image_target": heads.image_target}
+    target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
+    if heads.image_target == "visual_tokens":
+        target["image_tokenizer"] = {"weights": NO_SOURCE, "tokens": heads.visual_tokens}
     return {
         "name": f"imported_{use}",
         "sources": {use: 1.0},
@@ -163,7 +215,8 @@ def _stage(use: Use, objectives: list[Objective], heads: Heads = Heads(), max_te
 
 def _stages(section: TransformerConfig, heads: Heads, model: Model, state: dict[str, Tensor]) -> list[dict[str, Any]]:
     """A stage for every use of data that a head of the weights serves."""
-    present = {model.part_of(name) for name in state}
+    absent = {model.part_of(name) for name in model.state_dict() if name not in state}
+    present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
     max_text = min(section.max_text, MAX_TEXT)
 
     def serves(objective: Objective, use: Use) -> bool:
@@ -175,12 +228,17 @@ def _stages(section: TransformerConfig, heads: Heads, model: Model, state: dict[
     return found or [_stage("images", ["masked_image"], heads, max_text)]
 
 
-def _heads(state: dict[str, Tensor], patch_size: int) -> Heads:
-    """The heads that weights of ours carry, as a stage would have asked for them."""
-    targets = _rows(state, "masked_image_head.predict.bias")
+def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> Heads:
+    """The heads that weights of ours carry, as a stage would have asked for them.
+
+    `target` is what a masked-image head predicts; None: told by the number of its outputs.
+    """
+    outputs = _rows(state, "masked_image_head.predict.bias")
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
+    found = None if not outputs else target or known.get(outputs, "visual_tokens")
     return Heads(
-        image_target=known.get(targets),
+        image_target=found,
+        visual_tokens=outputs if found == "visual_tokens" else 0,
         classes=_rows(state, "classification_head.classify.bias") or None,
         answers=_rows(state, "answering_head.classify.bias") or None,
         reasoning=any(name.startswith("reasoning_head.") for name in state),
@@ -198,16 +256,18 @@ def _num_words(section: TransformerConfig, state: dict[str, Tensor]) -> int:
     return next((len(state[name]) for name in few if few[name].shape != more[name].shape and name in state), 0)
 
 
-def _tokens(storage: Storage, vocabulary: str | None, words: int) -> list[str]:
-    """The vocabulary file's tokens, one for each row of the weights' word embedding."""
+def _tokens(storage: Storage, vocabulary: str | None, folder: str | None, words: int) -> list[str]:
+    """The tokens of a vocabulary file, or of the weights' folder: one for each row of the word embedding."""
     if not words:
         return []
-    if vocabulary is None:
+    beside = vocabulary_of(storage, folder) if vocabulary is None and folder is not None else None
+    if vocabulary is None and beside is None:
         raise ConfigError(
             f"the weights know {words} tokens, but not which; name the vocabulary file they were trained with, one "
             "token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
         )
-    tokens = list(Tokenizer.load(storage, vocabulary).tokens)
+    tokens = list(Tokenizer.load(storage, vocabulary).tokens) if vocabulary is not None else beside or []
     if len(tokens) != words:
-        raise ConfigError(f"--vocabulary {vocabulary}: has {len(tokens)} tokens, the weights have {words}")
+        where = f"--vocabulary {vocabulary}" if vocabulary is not None else f"the vocabulary in {folder}"
+        raise ConfigError(f"{where}: has {len(tokens)} tokens, the weights have {words}")
     return tokens

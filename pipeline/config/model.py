@@ -17,7 +17,7 @@ class TransformerConfig(Section):
 
     READS_TEXT: ClassVar[bool] = True
     # Keys that no weight depends on once it is initialised.
-    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"initial_std", "drop_path"})
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"initial_std", "drop_path", "interpolation"})
 
     kind: str
     width: Positive = 768
@@ -29,6 +29,8 @@ class TransformerConfig(Section):
     max_text: Positive = 40  # longest text the positions serve, in tokens with [CLS] and [SEP]
     initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
     drop_path: Fraction = 0.0  # of the last layer's branches; from 0 in the first it rises linearly
+    # Kernel that images are resized with: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear.
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -61,12 +63,17 @@ class TransformerConfig(Section):
 class VLMoConfig(TransformerConfig):
     """VLMo (arXiv 2111.02358). The defaults are VLMo-base at 224 px."""
 
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_epsilon", "contrasts"}
+
     kind: Literal["vlmo"] = "vlmo"
     vision_language_layers: Positive = 2  # top layers whose fused sequences read the vision-language expert
     positions: Literal["relative", "absolute"] = "relative"
     max_text: Positive = 196
     layer_scale: float | None = 0.1
     drop_path: Fraction = 0.1
+    norm_epsilon: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's BEiT configs say 1e-12
+    # Contrastive projections: 2 in pretraining (own experts, vision-language expert), 1 in the release's retrieval.
+    contrasts: Literal[1, 2] = 2
 
     def architecture(self) -> dict[str, Any]:
         # LayerScale's value is where its gammas start; that there are gammas is the architecture.
@@ -88,13 +95,19 @@ class ViLTConfig(TransformerConfig):
     results to generator state.
     """
 
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"longest_side", "patches_read", "norm_epsilon"}
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
+        "longest_side",
+        "patches_read",
+        "norm_epsilon",
+        "text_norm_epsilon",
+    }
 
     kind: Literal["vilt"] = "vilt"
     image_size: Positive = 384
     patch_size: Positive = 32
     longest_side: Positive = 640
     norm_epsilon: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's configs say 1e-12
+    text_norm_epsilon: float = Field(1e-12, gt=0)  # of the text embedding's norm, and of masked language's
     patches_read: Positive | None = 200  # at most, drawn at random from each picture in pretraining; None: all
 
     @model_validator(mode="after")
@@ -119,13 +132,20 @@ class ViTConfig(TransformerConfig):
 class ImageBERTConfig(TransformerConfig):
     """ImageBERT (arXiv 2001.07966): BERT-base over words and a detector's regions. It reads no pixels."""
 
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"image_size", "patch_size", "max_regions", "dropout"}
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
+        "image_size",
+        "patch_size",
+        "max_regions",
+        "dropout",
+        "norm_epsilon",
+    }
 
     kind: Literal["imagebert"] = "imagebert"
     max_text: Positive = 44
     max_regions: Positive = 100
     region_features: Positive = 2048  # numbers of a region's feature vector
     region_classes: Positive = 1600  # of the detector
+    norm_epsilon: float = Field(1e-12, gt=0)  # of every norm
     # Of BERT's embeddings, attention and hidden vectors. Its masks follow from the step and the rank, so that a resumed
     # run draws the same ones and another world size others. No step of this model reads a row twice (it learns no
     # contrast), so that none need be replayed.

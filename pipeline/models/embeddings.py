@@ -20,13 +20,15 @@ class TextEmbedding(nn.Module):
 
     positions: nn.Parameter | None
 
-    def __init__(self, vocabulary: int, width: int, max_text: int, absolute: bool) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, max_text: int, absolute: bool, epsilon: float = TEXT_EPSILON
+    ) -> None:
         super().__init__()
         self.max_text = max_text
         self.word = nn.Embedding(vocabulary, width)
         self.token_type = nn.Parameter(torch.empty(2, width))  # BERT's sentence A and B; A alone is read
         self.register_parameter("positions", nn.Parameter(torch.empty(max_text, width)) if absolute else None)
-        self.norm = nn.LayerNorm(width, eps=TEXT_EPSILON)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         self.modality = nn.Parameter(torch.empty(width))
 
     def forward(self, text: Tensor) -> Tensor:

@@ -18,24 +18,26 @@ TEXT_EPSILON = 1e-12  # BERT's
 
 
 class ContrastiveHead(nn.Module):
-    """Two projections of each modality's [CLS]: of its own expert's, and of the vision-language expert's."""
+    """One or two projections of each modality's [CLS]: its own expert's, and the vision-language expert's."""
 
-    def __init__(self, width: int, max_scale: float = MAX_SCALE) -> None:
+    def __init__(self, width: int, max_scale: float = MAX_SCALE, contrasts: Literal[1, 2] = 2) -> None:
         super().__init__()
         self.max_scale = max_scale
-        for name in ("image", "text", "image_vl", "text_vl"):
-            self.add_module(name, nn.Linear(width, width, bias=False))
-        # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
-        self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
-        self.log_scale_vl = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+        self.suffixes = ("", "_vl")[:contrasts]
+        for suffix in self.suffixes:
+            for name in ("image", "text"):
+                self.add_module(f"{name}{suffix}", nn.Linear(width, width, bias=False))
+            # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
+            self.register_parameter(f"log_scale{suffix}", nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)])))
 
-    def forward(
-        self, modality: Literal["image", "text"], cls: Tensor, cls_vl: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both [CLS] (B, D) -> two unit vectors (B, D), then the two scales (0-d)."""
-        own = F.normalize(self.get_submodule(modality)(cls).float(), dim=-1)
-        shared = F.normalize(self.get_submodule(f"{modality}_vl")(cls_vl).float(), dim=-1)
-        return own, shared, _scale(self.log_scale, self.max_scale), _scale(self.log_scale_vl, self.max_scale)
+    def forward(self, modality: Literal["image", "text"], *cls: Tensor) -> dict[str, Tensor]:
+        """A [CLS] (B, D) for each contrast -> `itc` and `itc_vl`, unit vectors (B, D); `scale` and `scale_vl`, 0-d."""
+        outputs = {}
+        for suffix, features in zip(self.suffixes, cls, strict=True):
+            projected = self.get_submodule(f"{modality}{suffix}")(features)
+            outputs[f"itc{suffix}"] = F.normalize(projected.float(), dim=-1)
+            outputs[f"scale{suffix}"] = _scale(self.get_parameter(f"log_scale{suffix}"), self.max_scale)
+        return outputs
 
 
 class SharedSpaceHead(nn.Module):
@@ -81,10 +83,10 @@ class MatchingHead(nn.Module):
 class MaskedLanguageHead(nn.Module):
     """BERT's transform, then a decoder with weights of its own: (B, K, D) -> logits (B, K, V)."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, width: int, vocabulary: int, epsilon: float = TEXT_EPSILON) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=TEXT_EPSILON)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         self.decode = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pipeline.config.model import ImageBERTConfig
 from pipeline.config.schema import Objective, Use
 from pipeline.models.attention import pick
 from pipeline.models.embeddings import key_padding
-from pipeline.models.heads import TEXT_EPSILON, MaskedLanguageHead
+from pipeline.models.heads import MaskedLanguageHead
 from pipeline.models.model import Heads, Model
 from pipeline.models.passes import Head, Pass, Regions
 from pipeline.models.rows import Rows
@@ -43,12 +43,12 @@ _FUSED = _TEXT | {"region_embedding"}
 
 
 class RegionEmbedding(nn.Module):
-    def __init__(self, numbers: int, width: int, dropout: float) -> None:
+    def __init__(self, numbers: int, width: int, dropout: float, epsilon: float) -> None:
         super().__init__()
         self.feature = nn.Linear(numbers, width)
         self.location = nn.Linear(LOCATION, width)
         self.position = nn.Parameter(torch.empty(width))
-        self.norm = nn.LayerNorm(width, eps=TEXT_EPSILON)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, regions: Regions, segment: Tensor) -> Tensor:
@@ -84,11 +84,13 @@ class ImageBERT(Model):
         super().__init__(config, heads)
         bert = bert_config(config, vocabulary)
         self.text_embedding = BertEmbeddings(bert)
-        self.region_embedding = RegionEmbedding(config.region_features, config.width, config.dropout)
+        self.region_embedding = RegionEmbedding(
+            config.region_features, config.width, config.dropout, config.norm_epsilon
+        )
         self.encoder = BertEncoder(bert)
         self.matching_head = BinaryMatchingHead(config.width)
         # Not tied to the words' embedding: each parameter has one owner, which is what ZeRO-3 gathers it for.
-        self.masked_language_head = MaskedLanguageHead(config.width, vocabulary)
+        self.masked_language_head = MaskedLanguageHead(config.width, vocabulary, config.norm_epsilon)
         self.region_class_head = nn.Linear(config.width, config.region_classes)
         self.region_features_head = nn.Linear(config.width, config.region_features)
 
@@ -160,7 +162,7 @@ def bert_config(config: ImageBERTConfig, vocabulary: int) -> BertConfig:
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         max_position_embeddings=config.max_text,
-        layer_norm_eps=TEXT_EPSILON,
+        layer_norm_eps=config.norm_epsilon,
         pad_token_id=None,  # padding is kept out by the attention mask; a fixed id would freeze that row of the table
         attn_implementation="sdpa",
     )

@@ -132,7 +132,9 @@ class ViLT(Model):
     def __init__(self, config: ViLTConfig, vocabulary: int, heads: Heads = Heads()) -> None:
         super().__init__(config, heads)
         width, targets = config.width, heads.image_targets(config.patch_size)
-        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text, absolute=True)
+        self.text_embedding = TextEmbedding(
+            vocabulary, width, config.max_text, absolute=True, epsilon=config.text_norm_epsilon
+        )
         self.image_embedding = ShapedImageEmbedding(
             config.image_size, config.patch_size, width, absolute=True, maskable=targets > 0, second=heads.reasoning
         )
@@ -152,7 +154,7 @@ class ViLT(Model):
         self.norm = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.pooler = Pooler(width)
         self.matching_head = MatchingHead(width)
-        self.masked_language_head = MaskedLanguageHead(width, vocabulary)
+        self.masked_language_head = MaskedLanguageHead(width, vocabulary, config.text_norm_epsilon)
         self.masked_image_head = MaskedImageHead(width, targets) if targets else None
         self.answering_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
         self.reasoning_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None

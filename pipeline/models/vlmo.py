@@ -34,7 +34,7 @@ from pipeline.models.heads import (
 )
 from pipeline.models.image_decoder import ImageDecoder, build_masked_image_head
 from pipeline.models.model import Heads, Model, aligned
-from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock, Route
+from pipeline.models.multiway import Expert, MultiwayBlock, Route
 from pipeline.models.passes import Head, Pass
 from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
 from pipeline.models.rows import Rows
@@ -81,9 +81,9 @@ class VLMo(Model):
             None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text)
         )
         self.blocks = nn.ModuleList(_block(config, layer) for layer in range(config.layers))
-        self.norm = nn.LayerNorm(width, eps=EPSILON)
+        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon)
         self.pooler = Pooler(width)
-        self.contrastive_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf)
+        self.contrastive_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf, config.contrasts)
         self.matching_head = MatchingHead(width)
         self.masked_language_head = MaskedLanguageHead(width, vocabulary)
         self.masked_image_head = build_masked_image_head(config, heads)
@@ -117,7 +117,7 @@ class VLMo(Model):
 
         below = run(x, range(start), lower)
         features = self.norm(run(below, range(start, len(self.blocks)), upper))
-        if not rows.branches:
+        if not rows.branches or self.config.contrasts == 1:
             return features, None
         branch = run(below, range(start, len(self.blocks)), {"vision_language": slice(None)})
         return features, self.norm(branch)
@@ -149,9 +149,8 @@ class VLMo(Model):
     def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itc":
             modality: Literal["image", "text"] = "image" if one.text is None else "text"
-            assert branch is not None
-            values = self.contrastive_head(modality, features[:, 0], branch[:, 0])
-            return dict(zip(("itc", "itc_vl", "scale", "scale_vl"), values, strict=True))
+            read = (features,) if branch is None else (features, branch)
+            return self.contrastive_head(modality, *(each[:, 0] for each in read))
         if head == "itm":
             return {head: self.matching_head(self.pooler(features[:, 0]))}
         if head == "mlm":
@@ -211,6 +210,8 @@ class VLMo(Model):
         parts = readable.get((objective, use))
         if parts is None:
             return None
+        if objective == "contrastive" and self.config.contrasts == 1:
+            parts = parts - {"vision_language_expert"}
         return frozenset(parts if self.config.positions == "relative" else parts - {"positions.cross"})
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
@@ -265,7 +266,15 @@ def _block(config: VLMoConfig, layer: int) -> MultiwayBlock:
     if layer >= config.layers - config.vision_language_layers:
         experts += ("vision_language",)
     rate = config.drop_path_rates[layer]
-    return MultiwayBlock(config.width, config.heads, config.feed_forward_ratio, experts, config.layer_scale, rate)
+    return MultiwayBlock(
+        config.width,
+        config.heads,
+        config.feed_forward_ratio,
+        experts,
+        config.layer_scale,
+        rate,
+        epsilon=config.norm_epsilon,
+    )
 
 
 _ALWAYS = {"attention", "norm"}

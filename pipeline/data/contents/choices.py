@@ -50,7 +50,7 @@ class Choices:
         """Raises ConfigError, with `where` it was read from, for anything but a JSON list of different texts."""
         try:
             names = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where} is no JSON ({error}); expected a JSON list of texts") from error
         if not isinstance(names, list) or not names or not all(isinstance(each, str) for each in names):
             raise ConfigError(f"{where}: expected a JSON list of texts, as mome shards build writes beside shards")

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
+from pipeline.config.schema import ImageTarget
 from pipeline.models.checkpoints import beit, bert, vilt, vit, vlmo
+from pipeline.models.checkpoints.hugging_face import ConfigFile
 
 State = dict[str, Tensor]
 
@@ -26,6 +28,8 @@ class Format:
     write: Callable[[State, Any], State]
     kinds: tuple[str, ...] | None = None  # of model that it can hold; None: every
     exact: bool = True  # False: what is written and read back computes the same, and may be other tensors
+    config: ConfigFile | None = None  # of a Hugging Face folder: what its config.json tells
+    image_target: ImageTarget | None = None  # of its masked-image head; None: told by the number of its outputs
 
 
 def _section_as_given(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,10 +45,22 @@ def _unchanged(state: State, section: Any, allowed: Collection[str] = ()) -> Sta
 FORMATS: dict[str, Format] = {
     "vlmo": Format(vlmo.infer_section, vlmo.from_published, vlmo.to_published, ("vlmo",)),
     "vilt": Format(vilt.infer_section, vilt.from_published, vilt.to_published, ("vilt",)),
-    "vilt-hf": Format(vilt.infer_hugging_face_section, vilt.from_hugging_face, vilt.to_hugging_face, ("vilt",)),
-    "vit": Format(vit.infer_section, vit.from_hugging_face, vit.to_hugging_face, ("vit",)),
-    "beit": Format(beit.infer_section, beit.from_published, beit.to_published, ("vlmo",), exact=False),
-    "bert": Format(bert.infer_section, bert.from_hugging_face, bert.to_hugging_face, ("imagebert",)),
+    "vilt-hf": Format(
+        vilt.infer_hugging_face_section, vilt.from_hugging_face, vilt.to_hugging_face, ("vilt",), config=vilt.CONFIG
+    ),
+    "vit": Format(vit.infer_section, vit.from_hugging_face, vit.to_hugging_face, ("vit",), config=vit.CONFIG),
+    "beit": Format(
+        beit.infer_section,
+        beit.from_published,
+        beit.to_published,
+        ("vlmo",),
+        exact=False,
+        config=beit.CONFIG,
+        image_target="visual_tokens",
+    ),
+    "bert": Format(
+        bert.infer_section, bert.from_hugging_face, bert.to_hugging_face, ("imagebert",), config=bert.CONFIG
+    ),
     "safetensors": Format(_section_as_given, _unchanged, _unchanged),  # our own names
 }
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import Names, from_named, published_names, to_named
+from pipeline.models.checkpoints.hugging_face import ConfigFile, Names, from_named, published_names, to_named
 from pipeline.models.checkpoints.mismatch import Shape
+from pipeline.models.checkpoints.sizes import assumed, layer_count
 from pipeline.models.model import Heads
 
 _PREFIX = "beit."
@@ -71,6 +72,17 @@ _RELEASE = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
+CONFIG = ConfigFile(
+    "beit",
+    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
+    computed={"hidden_act": ("gelu",), "num_channels": (3,)},
+    sizes={
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+    },
+)
 _JOINT = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
 
 
@@ -85,19 +97,20 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
     table = state.get(SHARED_TABLE, state.get(LAYER_TABLE.format(0)))
     if patch is None or expand is None or table is None:
         raise ConfigError("no BEiT checkpoint: it lacks the patch projection, layer 0 or a relative position table")
-    layers = {int(found[1]) for name in state if (found := re.match(rf"{re.escape(_LAYERS)}(\d+)\.", name))}
+    layers = layer_count(state, rf"{re.escape(_LAYERS)}(\d+)\.")
+    upper = 3 if layers > 12 else min(2, layers - 1)  # VLMo's, of base and of large
     grid = (round((len(table) - 3) ** 0.5) + 1) // 2
     return {
         "kind": "vlmo",
         "width": len(patch),
-        "layers": 1 + max(layers),
+        "layers": layers,
         "heads": table.shape[1],
         "feed_forward_ratio": len(expand) // len(patch),
         "patch_size": patch.shape[-1],
         "image_size": grid * patch.shape[-1],
         "positions": "relative",
         "layer_scale": 0.1 if f"{_LAYERS}0.lambda_1" in state else None,
-        "vision_language_layers": 3 if len(layers) > 12 else min(2, len(layers) - 1),  # VLMo's, of base and of large
+        "vision_language_layers": assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", given),
     } | dict(given)
 
 

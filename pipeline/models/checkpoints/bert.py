@@ -20,8 +20,9 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ImageBERTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import translated
+from pipeline.models.checkpoints.hugging_face import ConfigFile, translated
 from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.resize import cut_text_positions
 
 _PREFIX, _PREDICTIONS = "bert.", "cls.predictions."
@@ -38,7 +39,19 @@ _BIAS_AGAIN = f"{_PREDICTIONS}decoder.bias"  # the same tensor, which some versi
 _UNUSED = (f"{_PREFIX}pooler.", "cls.seq_relationship.", f"{_PREFIX}embeddings.position_ids", _BIAS_AGAIN)
 _TRUNK, _LANGUAGE = ("text_embedding.", "encoder."), "masked_language_head."
 
-HEAD_WIDTH = 64  # of every published BERT
+MAX_TEXT = ImageBERTConfig.model_fields["max_text"].default
+
+CONFIG = ConfigFile(
+    "bert",
+    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
+    computed={
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    },
+    sizes={"width": "hidden_size", "layers": "num_hidden_layers"},
+)
 
 
 def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,17 +61,17 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
     is no BERT's.
     """
     state = _full_names(state)
-    layers = {int(found[1]) for name in state if (found := re.match(r"bert\.encoder\.layer\.(\d+)\.", name))}
     expand = state.get(f"{_PREFIX}encoder.layer.0.intermediate.dense.weight")
-    if _WORDS not in state or expand is None:
-        raise ConfigError("no BERT checkpoint of Hugging Face: it lacks the words' embedding or layer 0")
+    if _WORDS not in state or _POSITIONS not in state or expand is None:
+        raise ConfigError("no BERT checkpoint of Hugging Face: it lacks the words' embedding, positions or layer 0")
     width = state[_WORDS].shape[1]
     return {
         "kind": "imagebert",
         "width": width,
-        "layers": 1 + max(layers),
-        "heads": max(1, width // HEAD_WIDTH),
+        "layers": layer_count(state, r"bert\.encoder\.layer\.(\d+)\."),
+        "heads": assumed_heads(width, given),
         "feed_forward_ratio": len(expand) // width,
+        "max_text": min(len(state[_POSITIONS]), MAX_TEXT),
     } | dict(given)
 
 

@@ -90,7 +90,9 @@ def _read(data: bytes, origin: str) -> Published:
             f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {told}"
         )
     if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > MAX_SHARING * len(data):
-        raise CheckpointError(f"{origin}: its tensors are many times as large as the file, which no published one's are")
+        raise CheckpointError(
+            f"{origin}: its tensors are many times as large as the file, which no published one's are"
+        )
     tensors = {str(name): t.float() if t.is_floating_point() else t for name, t in found.items()}
     texts = metadata.items() if isinstance(metadata, dict) else ()
     return Published(
@@ -124,8 +126,8 @@ def _refuse_compressed(data: bytes, origin: str) -> None:
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if compressed or sum(entry.file_size for entry in entries) > len(data):
         raise CheckpointError(
-            f"{origin}: holds compressed entries ({', '.join(compressed[:3])}), which torch never writes; save it again "
-            "with torch.save"
+            f"{origin}: holds compressed entries ({', '.join(compressed[:3])}), which torch never writes; save it with "
+            "torch.save"
         )
 
 
@@ -163,6 +165,8 @@ def _without_wrappers(tensors: dict[str, Tensor], origin: str) -> dict[str, Tens
         while own.startswith(_WRAPPERS[0]):
             own = own.removeprefix(_WRAPPERS[0])
         if own in renamed:
-            raise CheckpointError(f"{origin}: names the tensor {own} more than once, with and without a wrapper's prefix")
+            raise CheckpointError(
+                f"{origin}: names the tensor {own} more than once, with and without a wrapper's prefix"
+            )
         renamed[own] = tensor
     return renamed

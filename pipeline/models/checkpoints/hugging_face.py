@@ -6,14 +6,23 @@ Of our tensors one may be several published ones, row upon row: query, key and v
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.config.errors import ConfigError
 from pipeline.models.checkpoints.mismatch import Shape, require
 
 Names = Mapping[str, tuple[str, ...]]  # ours -> the published tensors that, row upon row, are it
+
+log = logging.getLogger(__name__)
+
+BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
+INTERPOLATIONS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
 
 _ATTENTION = "attention.attention"
 _LAYER = {
@@ -31,6 +40,61 @@ _LAYER_TENSORS = {
     "attention_gamma": ("lambda_1",),
     "expert_gamma": ("lambda_2",),
 }
+
+_BIASES = ("query.bias", "key.bias", "value.bias")
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What a kind's config.json says that its tensors do not: keys that become ours, and values that we compute."""
+
+    model_type: str
+    keys: Mapping[str, str]  # ours -> theirs
+    computed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # their key -> the values that a model serves
+    sizes: Mapping[str, str] = field(default_factory=dict)  # ours -> theirs, of keys that tensors tell as well
+    resample: int = BICUBIC  # Pillow's number of the kernel that the kind's processor uses unless it says so
+
+    def section(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys of the `model` section that a config.json tells.
+
+        Raises ConfigError for a config of another kind, or of a variant that our model would compute differently.
+        """
+        model_type = config.get("model_type", self.model_type)
+        if model_type != self.model_type:
+            raise ConfigError(f"config.json: model_type is {model_type!r}, this format reads {self.model_type!r}")
+        for key, served in self.computed.items():
+            if key in config and config[key] not in served:
+                told = " or ".join(str(value) for value in served)
+                raise ConfigError(f"config.json: {key} is {config[key]!r}; mome's model computes {key}={told} only")
+        return {ours: config[theirs] for ours, theirs in self.keys.items() if config.get(theirs) is not None}
+
+    def reading(self, processor: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys of the `model` section that an image processor's config tells, and log what differs."""
+        number = processor.get("resample", self.resample)
+        if number not in INTERPOLATIONS:
+            raise ConfigError(
+                f"preprocessor_config.json: resample is {number!r}; expected 2 (bilinear) or 3 (bicubic). Give "
+                "interpolation=bicubic and remove the file, or resize otherwise"
+            )
+        for key in ("image_mean", "image_std"):
+            told = processor.get(key, [0.5])
+            if any(value != 0.5 for value in (told if isinstance(told, list) else [told])):
+                log.warning(
+                    "preprocessor_config.json: %s is %s; mome scales pixels with 0.5, so results differ", key, told
+                )
+        if processor.get("do_center_crop"):
+            log.warning("preprocessor_config.json: do_center_crop; mome reads whole images, so results differ")
+        return {"interpolation": INTERPOLATIONS[number]}
+
+    def check(self, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
+        """Raise ConfigError where a config.json contradicts the sizes of a section that tensors told."""
+        for ours, theirs in self.sizes.items():
+            told = config.get(theirs)
+            if isinstance(told, int) and ours in section and told != section[ours]:
+                raise ConfigError(
+                    f"config.json: {theirs} is {told}, the tensors have {section[ours]}: it is another model's. "
+                    "Give the folder that both were published in, or the file alone"
+                )
 
 
 def published_names(ours: str, outside: Mapping[str, str], layer_prefix: str) -> tuple[str, ...]:
@@ -61,8 +125,10 @@ def from_named(
 ) -> dict[str, Tensor]:
     """Our tensors of `names`, in the shapes `ours`; `more` are published tensors that the caller converts itself.
 
-    Raises CheckpointError as `require`.
+    Models without biases of query, key and value (`qkv_bias: false`) compute what zeros do. Raises CheckpointError as
+    `require`.
     """
+    state = _with_biases(state, names, ours)
     wanted = {published: shape for name in names for published, shape in _published(name, names, ours, patch_size)}
     found = require(state, wanted | dict(more or {}), allowed)
     converted = {}
@@ -71,6 +137,14 @@ def from_named(
             pieces = [state[part] for part in parts]
             converted[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(ours[name])
     return converted
+
+
+def _with_biases(state: Mapping[str, Tensor], names: Names, ours: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The state with zeros for the biases of attention, where no layer has any."""
+    biases = {part: ours[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
+    if any(name in state for name in biases):
+        return dict(state)
+    return {**state, **{name: torch.zeros(shape) for name, shape in biases.items()}}
 
 
 def to_named(

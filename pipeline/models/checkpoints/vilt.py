@@ -6,7 +6,8 @@ the way back is exact. Tensors may share the given state's memory.
 
 Hugging Face has one name, `classifier`, for the head of questions and of statements, and none for the matching head.
 Its ViltForMaskedLM ties the decoder to the words; a file without a decoder means that. Its norms' epsilon stands in
-its config: give the model the same as `norm_epsilon`.
+its config: give the model the same as `norm_epsilon` and `text_norm_epsilon`. Both formats' pictures are at most
+int(1333 / 800 * shorter side) pixels long, which is 639 for 384; the paper's 640 is our config's default.
 
 Shapes: g grid side, D width.
 """
@@ -23,8 +24,16 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import ViLTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import Names, from_named, published_names, to_named, translated
+from pipeline.models.checkpoints.hugging_face import (
+    ConfigFile,
+    Names,
+    from_named,
+    published_names,
+    to_named,
+    translated,
+)
 from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.model import Heads
 from pipeline.models.vilt import EXPERT
 
@@ -92,7 +101,20 @@ _BIASES = ("attention.query_bias", "attention.key_bias", "attention.value_bias")
 OPTIONAL = ("pooler", "matching_head", "masked_language_head", "answering_head", "reasoning_head", "ranking_head")
 UNPUBLISHED = ("masked_image_head",)
 UNPUBLISHED_BY_HUGGING_FACE = (*UNPUBLISHED, "matching_head")
-HEAD_WIDTH = 64  # of every published ViLT
+LONGER_TO_SHORTER = 1333 / 800  # sides of pictures, in the release and in Hugging Face's processor
+
+CONFIG = ConfigFile(
+    "vilt",
+    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps", "text_norm_epsilon": "layer_norm_eps"},
+    computed={"hidden_act": ("gelu",), "num_channels": (3,), "num_images": (-1, 1, 2)},
+    sizes={
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+        "max_text": "max_position_embeddings",
+    },
+)
 
 
 T = TypeVar("T")
@@ -273,17 +295,18 @@ def _section(
     """`expand` is the pattern of the names of layers' first feed-forward matrix."""
     patch = state.get(f"{names['image_embedding.patch']}.weight")
     positions, texts = (state.get(names[f"{each}_embedding.positions"]) for each in ("image", "text"))
-    layers = {int(found[1]): state[name] for name in state if (found := re.fullmatch(expand, name))}
-    if patch is None or positions is None or texts is None or not layers:
+    first = next((state[name] for name in state if re.fullmatch(expand, name)), None)
+    if patch is None or positions is None or texts is None or first is None:
         raise ConfigError("no ViLT checkpoint: it lacks the patch projection, positions or layers")
     width, side = len(patch), patch.shape[-1]
-    return {
+    section = {
         "kind": "vilt",
         "width": width,
-        "layers": 1 + max(layers),
-        "heads": max(1, width // HEAD_WIDTH),
-        "feed_forward_ratio": len(next(iter(layers.values()))) // width,
+        "layers": layer_count(state, expand),
+        "heads": assumed_heads(width, given),
+        "feed_forward_ratio": len(first) // width,
         "patch_size": side,
         "image_size": round((positions.shape[1] - 1) ** 0.5) * side,
         "max_text": len(texts),
     } | dict(given)
+    return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section

@@ -17,8 +17,9 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ViTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import Names, from_named, published_names, to_named
+from pipeline.models.checkpoints.hugging_face import BILINEAR, ConfigFile, Names, from_named, published_names, to_named
 from pipeline.models.checkpoints.mismatch import Shape
+from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.model import Heads
 
 _PREFIX = "vit."
@@ -36,7 +37,18 @@ _MASK, _POSITIONS = "image_embedding.mask", "image_embedding.positions"
 _UNUSED = (f"{_PREFIX}pooler.dense.weight", f"{_PREFIX}pooler.dense.bias")
 _UNPUBLISHED = "masked_image_head."  # what predicts masked patches has no name there
 
-HEAD_WIDTH = 64  # of every published ViT
+CONFIG = ConfigFile(
+    "vit",
+    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
+    computed={"hidden_act": ("gelu",), "num_channels": (3,)},
+    sizes={
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+    },
+    resample=BILINEAR,
+)
 
 
 def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +58,6 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
     """
     state = _full_names(state)
     patch, positions = state.get(f"{_OUTSIDE['image_embedding.patch']}.weight"), state.get(_OUTSIDE[_POSITIONS])
-    layers = {int(found[1]) for name in state if (found := re.match(rf"{re.escape(_LAYERS)}(\d+)\.", name))}
     expand = state.get(f"{_LAYERS}0.intermediate.dense.weight")
     if patch is None or positions is None or expand is None:
         raise ConfigError("no ViT checkpoint of Hugging Face: it lacks the patch projection, positions or layer 0")
@@ -54,8 +65,8 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
     return {
         "kind": "vit",
         "width": width,
-        "layers": 1 + max(layers),
-        "heads": max(1, width // HEAD_WIDTH),
+        "layers": layer_count(state, rf"{re.escape(_LAYERS)}(\d+)\."),
+        "heads": assumed_heads(width, given),
         "feed_forward_ratio": len(expand) // width,
         "patch_size": side,
         "image_size": round((positions.shape[1] - 1) ** 0.5) * side,

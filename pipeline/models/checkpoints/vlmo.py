@@ -22,6 +22,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
 from pipeline.models.model import Heads, Model
 
 # Ours on the left. `{n}` is the layer.
@@ -93,7 +94,6 @@ UNPUBLISHED = ("masked_image_head", "classification_head")  # parts that no publ
 
 PUBLISHED_MAX_TEXT = 196  # that every published relative table was made for
 PUBLISHED_VISION_LANGUAGE_LAYERS = {12: 2, 24: 3}  # by layers
-HEAD_WIDTH = 64
 PUBLISHED_HEADS = {544: 16}  # by width, where heads are not 64 wide (base_plus)
 
 
@@ -107,7 +107,7 @@ def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[st
     patch = state.get("transformer.patch_embed.proj.weight")
     if not blocks or patch is None:
         raise ConfigError("no VLMo checkpoint: it has no transformer.blocks or no transformer.patch_embed")
-    layers, width = 1 + max(int(match[1]) for match in blocks), len(patch)
+    layers, width = layer_count(state, r"transformer\.blocks\.(\d+)\."), len(patch)
     upper = [int(match[1]) for match in blocks if match[2] == "mlp_vl"]
     relative = _TABLE in state
     section: dict[str, Any] = {
@@ -115,11 +115,14 @@ def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[st
         "width": width,
         "layers": layers,
         "patch_size": patch.shape[-1],
-        "heads": state[_TABLE].shape[1] // layers if relative else PUBLISHED_HEADS.get(width, width // HEAD_WIDTH),
-        "vision_language_layers": layers - min(upper) if upper else PUBLISHED_VISION_LANGUAGE_LAYERS.get(layers, 1),
+        "heads": state[_TABLE].shape[1] // layers if relative else _published_heads(width, given),
+        "vision_language_layers": layers - min(upper) if upper else _published_upper(layers, given),
         "positions": "relative" if relative else "absolute",
         "layer_scale": 0.1 if "transformer.blocks.0.gamma_1" in state else None,
     }
+    contrasts = {name for name in state if name.startswith(("itc_", "logit_"))}
+    if contrasts and not any(name.startswith(("itc_vl_", "logit_vl_")) for name in contrasts):
+        section["contrasts"] = 1  # of retrieval; pretraining has two
     expand = state.get("transformer.blocks.0.mlp_imag.fc1.weight")
     if expand is not None:
         section["feed_forward_ratio"] = len(expand) // width
@@ -127,6 +130,17 @@ def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[st
     if reach is not None:
         section |= {"image_size": reach[0] * section["patch_size"], "max_text": reach[1]}
     return section | dict(given)
+
+
+def _published_heads(width: int, given: Mapping[str, Any]) -> int:
+    if width in PUBLISHED_HEADS:
+        return assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", given)
+    return assumed_heads(width, given)
+
+
+def _published_upper(layers: int, given: Mapping[str, Any]) -> int:
+    upper = PUBLISHED_VISION_LANGUAGE_LAYERS.get(layers, 1)
+    return assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", given)
 
 
 def _reach_of_table(state: dict[str, Tensor], given: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -50,27 +50,28 @@ SEEDS: dict[str, bytes] = {
 SAFETENSORS = SEEDS["safetensors"]
 
 
+def refusal(read: Callable[[bytes, str], Any], data: bytes) -> str | None:
+    """The CheckpointError that reading ends in; None where it succeeds. Anything else fails the test."""
+    try:
+        read(data, "weights")
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("kind", SEEDS)
 def test_mutated_files_end_in_tensors_or_a_checkpoint_error(kind: str) -> None:
-    rng, refused = random.Random(f"files {kind}"), 0
-    for _ in range(fuzz_rounds(120)):
-        try:
-            published = read_tensors(mutate(SEEDS[kind], rng), "weights")
-            assert all(isinstance(tensor, Tensor) for tensor in published.tensors.values())
-        except CheckpointError as error:
-            refused += 1
-            assert str(error).startswith("weights: ")
-    assert refused > 0
+    rng = random.Random(f"files {kind}")
+    refused = [refusal(read_tensors, mutate(SEEDS[kind], rng)) for _ in range(fuzz_rounds(120))]
+    assert all(text.startswith("weights: ") for text in refused if text is not None)
+    assert any(refused)
 
 
 def test_mutated_json_ends_in_an_object_or_a_checkpoint_error() -> None:
     seed = json.dumps({"model_type": "vit", "hidden_size": 24, "id2label": {"0": "a"}, "x": [1e9, None]}).encode()
     rng = random.Random("json")
-    for _ in range(fuzz_rounds(100)):
-        try:
-            assert isinstance(read_json(mutate(seed, rng), "config.json"), dict)
-        except CheckpointError as error:
-            assert str(error).startswith("config.json: ")
+    refused = [refusal(read_json, mutate(seed, rng)) for _ in range(fuzz_rounds(100))]
+    assert all(text.startswith("weights: ") for text in refused if text is not None)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 9, 40, len(SAFETENSORS) // 2, len(SAFETENSORS) - 1])
@@ -104,7 +105,7 @@ def test_a_truncated_download_is_named(cut: int) -> None:
     ],
 )
 def test_crafted_files_end_in_a_checkpoint_error(data: bytes) -> None:
-    with pytest.raises(CheckpointError, match="^weights: "):
+    with pytest.raises(CheckpointError, match=r"^weights: "):
         read_tensors(data, "weights")
 
 
