@@ -50,7 +50,7 @@ def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Pub
 
 
 def vocabulary_of(storage: Storage, folder: str) -> list[str] | None:
-    """Return the tokens of a Hugging Face folder's vocabulary; None if it has none. CheckpointError if it is damaged"""
+    """Return the tokens of a Hugging Face folder's vocabulary; None where there is none. CheckpointError if damaged."""
     url = join(folder, VOCABULARY)
     if storage.exists(url):
         return list(Tokenizer.load(storage, url).tokens)

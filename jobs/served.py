@@ -16,7 +16,7 @@ import torch
 
 from jobs.evaluate import model_of
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
@@ -97,10 +97,12 @@ class Served:
     def _pictures(self, column: Sequence[Any], first: int) -> tuple[list[int], list[np.ndarray]]:
         """The rows that have a picture, and these, in the shape that the model reads."""
         rows = [row for row, data in enumerate(column) if data is not None]
-        shape, pictures = shape_of(self._config.model), []
+        pictures = []
         for row in rows:
             try:
-                pictures.append(resize(decode(bytes(column[row]), self._config.data.max_pixels), shape))
+                pictures.append(
+                    resize_for(decode(bytes(column[row]), self._config.data.max_pixels), self._config.model)
+                )
             except BadSample as bad:
                 raise DataError(f"row {first + row}: {bad}; give the bytes of a JPEG, PNG or WebP file") from bad
         return rows, pictures

@@ -11,6 +11,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.config.section import Fraction, Positive, Section
 
+Interpolation = Literal["bicubic", "bilinear"]
+
 
 class TransformerConfig(Section):
     """What every kind has: a transformer's sizes, and the pictures and texts it reads."""
@@ -30,7 +32,7 @@ class TransformerConfig(Section):
     initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
     drop_path: Fraction = 0.0  # of the last layer's branches; from 0 in the first it rises linearly
     # Kernel that images are resized with: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear.
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import RunConfig, StageConfig, Use
-from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.members import check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer
@@ -141,7 +141,7 @@ class AnnotatedSource:
         return tokens.ids
 
     def _picture(self, data: bytes) -> np.ndarray:
-        return resize(decode(data, self._config.data.max_pixels), shape_of(self._config.model))
+        return resize_for(decode(data, self._config.data.max_pixels), self._config.model)
 
 
 def pass_over(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
-from pipeline.data.contents.images import decode, resize, shape_of
+from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.members import captions_of, check_members, image_bytes
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample, judging
@@ -101,7 +101,7 @@ class Embedder:
             with judging("members"):
                 check_members(sample.members, sample.is_duplicate)
                 data = image_bytes(sample.members)
-                return resize(decode(data, self.config.data.max_pixels), shape_of(self.config.model))
+                return resize_for(decode(data, self.config.data.max_pixels), self.config.model)
         except BadSample as bad:
             return str(bad)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.images import resize, shape_of
+from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.evaluation.masked_language import Guesses, MaskedCaptions, guess
 from pipeline.evaluation.retrieval import reading
@@ -65,7 +65,7 @@ def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, 
     words = positions_of_words(tokens)
     if not words:
         raise DataError(f"no token is left of the text {text!r}; give at least one word")
-    shown = torch.from_numpy(resize(picture, shape_of(model.config)).copy())
+    shown = torch.from_numpy(resize_for(picture, model.config).copy())
     plan, distance = _plan(model, shown, tokens)
     masked = mask_each(tokens, words, tokenizer.mask_id)
     every_word = torch.zeros(len(words), dtype=torch.int64)

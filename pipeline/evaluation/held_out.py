@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize, shape_of
+from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.members import captions_of, image_bytes
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
@@ -91,7 +91,8 @@ class StoredPictures:
     """
 
     def __init__(self, config: RunConfig, storage: Storage, source: Source):
-        self._shape, self._max_pixels = shape_of(config.model), config.data.max_pixels
+        self._model, self._shape = config.model, shape_of(config.model)
+        self._max_pixels = config.data.max_pixels
         self._slots = slots_of(source)
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads, "held-out")
@@ -130,7 +131,7 @@ class StoredPictures:
         return self._decoded.get(place, self._bytes, read)
 
     def _resized(self, sample: Sample) -> np.ndarray:
-        return resize(decode(image_bytes(sample.members), self._max_pixels), self._shape)
+        return resize_for(decode(image_bytes(sample.members), self._max_pixels), self._model)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Objective, RunConfig, StageConfig
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.contents.images import resize, shape_of
+from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
 from pipeline.evaluation.annotated import on_device, pass_over
 from pipeline.evaluation.retrieval import all_heads, reading
@@ -145,7 +145,7 @@ class Predictor:
         return self._pass(given.pictures, ids, head)
 
     def _pass(self, pictures: Sequence[np.ndarray], ids: list[int], head: Head) -> Pass:
-        resized = tuple(resize(picture, shape_of(self.config.model)) for picture in pictures)
+        resized = tuple(resize_for(picture, self.config.model) for picture in pictures)
         rows = [ids] if ids else []
         return pass_over([resized] if resized else [], rows, self.tokenizer.pad_id, self.config.model, head)
 

@@ -15,6 +15,14 @@ exceed what is left of its budget of tokens, which masks words of several pieces
 
 A faithful run's gradient depends on its world size, so contract C2 does not hold for it. That the release lets equal
 pictures be each other's negatives, and draws negatives from a micro-batch's ranks only, is not reproduced.
+
+Nor are three differences that no setting removes:
+
+    RandAugment: AutoContrast and Sharpness of the release overflow uint8, so that bright pixels turn dark; ours clip
+    AdamW: transformers' adds epsilon before it corrects the second moment's bias, so that epsilon is larger by
+      1 / sqrt(1 - beta2^t), 7 times at the first step and 1.00 from step 300 on; ours, torch's, adds it after
+    retrieval: the release scores by the first contrast alone; ours by the mean of both where a model has two
+      (`model.contrasts: 1`, as fine-tuned for retrieval, scores by the first)
 """
 
 from __future__ import annotations

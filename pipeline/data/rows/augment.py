@@ -2,6 +2,10 @@
 
 RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them: no colour
 inversion, solarizing, posterizing, contrast, saturation or cutout (VLMo, section 4). All randomness is counted.
+
+Magnitudes are of 10, as in VLMo's recipe. ViLT's are of 30 over the same ranges, so that its 9 is 3 here; but its
+translations reach 100 pixels at any size, and it carries out every operation that it draws. VLMo's release overflows
+uint8 in AutoContrast and Sharpness, where ours clips.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
+from pipeline.config.model import Interpolation
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.contents.images import Shape, random_resized_crop
 from pipeline.data.randomness import CounterRandom
@@ -31,10 +36,15 @@ _SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECA
 
 
 def augment(
-    image: np.ndarray, config: AugmentConfig, shape: Shape, random: CounterRandom, allow_flip: bool
+    image: np.ndarray,
+    config: AugmentConfig,
+    shape: Shape,
+    random: CounterRandom,
+    allow_flip: bool,
+    interpolation: Interpolation = "bicubic",
 ) -> np.ndarray:
     """A fresh look at the picture, in a shape: (H, W, 3) uint8. Without `allow_flip` it is never mirrored."""
-    image = random_resized_crop(image, shape, config.crop_scale, random)
+    image = random_resized_crop(image, shape, config.crop_scale, random, interpolation)
     if random.uniform() < 0.5 and config.flip and allow_flip:
         image = cv2.flip(image, 1)
     return rand_augment(image, config.operations, config.magnitude, random)

@@ -126,6 +126,7 @@ class RowTask:
             f"answers {self.answers.digest}" if self.answers else "no answers",
             f"regions {_region_sizes(config, stage)}" if wants.regions else "no regions",
             f"shape {self.shape} {self.patches_read}" if isinstance(self.shape, OwnShape) else "square",
+            *([] if config.model.interpolation == "bicubic" else [f"interpolation {config.model.interpolation}"]),
         ]
 
 
@@ -303,7 +304,7 @@ class RowMaker:
             ("image", "second_image"), ("augment", "augment second"), decoded, strict=False
         ):
             random = self._random(draft.slot, draft.sample, purpose)
-            seen = augment(picture, data.augment, shape, random, allow_flip)
+            seen = augment(picture, data.augment, shape, random, allow_flip, self._task.config.model.interpolation)
             if isinstance(shape, OwnShape):
                 buffer[f"{name}_size"][row] = seen.shape[:2]
             put_on_canvas(seen, buffer[name][row])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
+from pipeline.config.load import load_config
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.rows.augment import (
     FILL,
+    MAX_MAGNITUDE,
     NAMES,
     OPERATIONS,
     ROTATE,
@@ -29,6 +33,7 @@ from pipeline.data.rows.augment import (
     translate,
 )
 
+CONFIGS = Path(__file__).parents[4] / "configs"
 PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, operations=0)
 
 
@@ -52,6 +57,18 @@ def test_the_operations_are_vlmos_ten_and_no_others():
 def test_magnitudes_are_the_written_ones():
     assert (SHEAR, TRANSLATE, ROTATE) == (0.3, 10 / 224, 30.0)
     assert [round(enhance_factor(level / 10), 6) for level in (0, 5, 7, 10)] == [0.1, 1.0, 1.36, 1.9]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/vilt_*.yaml")), ids=lambda path: path.stem)
+def test_vilts_recipes_have_the_strengths_of_vilts_own_list(path):
+    """Its list of operations, ranges and magnitude: value = 9 / 30 * (largest - smallest) + smallest."""
+    ranges = {"rotate": (0.0, 30.0), "brightness": (0.1, 1.9), "sharpness": (0.1, 1.9), "shear": (0.0, 0.3)}
+    published = {name: 9 / 30 * (high - low) + low for name, (low, high) in ranges.items()}
+    assert published == pytest.approx({"rotate": 9.0, "brightness": 0.64, "sharpness": 0.64, "shear": 0.09})
+    strength = load_config(path).data.augment.magnitude / MAX_MAGNITUDE
+    ours = {"rotate": strength * ROTATE, "shear": strength * SHEAR}
+    ours |= dict.fromkeys(("brightness", "sharpness"), enhance_factor(strength))
+    assert ours == pytest.approx(published)
 
 
 @pytest.mark.parametrize("name", NAMES)
