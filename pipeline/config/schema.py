@@ -181,7 +181,7 @@ class DataConfig(Section):
     lanes: Positive = 16
     window: Positive = 4  # shards a lane shuffles together
     max_bad_rate: Fraction = changeable(0.01)
-    max_pixels: Positive = 50_000_000  # a larger picture is quarantined as a decompression bomb
+    max_pixels: Positive = 25_000_000  # a larger picture is quarantined; decoding one takes up to 8 bytes per pixel
     augment: AugmentConfig = AugmentConfig()
     loader: LoaderConfig = changeable(LoaderConfig())
     cache: CacheConfig = changeable(CacheConfig())

@@ -2,19 +2,26 @@
 
 Images are (H, W, 3) RGB.
 
-JPEG goes through simplejpeg (libjpeg-turbo, strict: a byte-corrupted file raises instead of decoding to noise);
-everything else through Pillow. Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as
-Pillow's. Rows are resized before columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey
-levels. Pillow 13 resizes columns first where that is cheaper, for many upright images: rounding and clipping between
-the two passes then differ, by up to 5 levels in photos and more at sharp edges.
+JPEG goes through simplejpeg (libjpeg-turbo, strict: a byte-corrupted file raises instead of decoding to noise). Where
+it fails, the file is decoded again without its metadata, and by Pillow where simplejpeg does not know the chroma
+sampling: damaged metadata makes no picture bad, damaged pixels do. Everything else goes through Pillow; of several
+frames the first is taken. `measure` reads the size that `decode` gives from the header alone.
+
+Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's. Rows are resized before
+columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey levels. Pillow 13 resizes columns first
+where that is cheaper, for many upright images: rounding and clipping between the two passes then differ, by up to 5
+levels in photos and more at sharp edges.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
@@ -23,25 +30,79 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.config.model import Interpolation, TransformerConfig, ViLTConfig
+from pipeline.data.contents import jpeg
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's names, each with its file extensions, the usual one first
+    "JPEG": ("jpg", "jpeg", "jfif", "jpe", "pjpeg", "pjp"),
+    "PNG": ("png", "apng"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif", "avifs"),
+}
+EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
+MAX_SIDE = 65_500  # pixels; the most that JPEG can hold is 65,535
+MAX_ASPECT = 200  # longer side by shorter side
+STRIP = 1 << 20  # pixels that are converted at a time
 RATIO = (3 / 4, 4 / 3)  # of a random crop's sides
 CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # the EXIF tag
+_LYING = (5, 6, 7, 8)  # orientations that exchange height and width
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_WEBP_METADATA = 0x2C  # VP8X's flags for ICC profile, EXIF and XMP
+
+
+def format_of(data: bytes) -> str | None:
+    """Return the name in FORMATS of an encoded picture, by its first bytes; None for anything else."""
+    if data[:2] == jpeg.SOI:
+        return "JPEG"
+    if data[:8] == _PNG_SIGNATURE:
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if data[:2] == b"BM":
+        return "BMP"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF"
+    if data[4:8] == b"ftyp" and (brands := data[8 : min(64, int.from_bytes(data[:4], "big"))]):
+        return "AVIF" if b"avif" in brands or b"avis" in brands else None
+    return None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An encoded picture's size in pixels, held upright, and whether it has further frames, which are not read."""
+
+    height: int
+    width: int
+    is_animated: bool = False
+
+
+def measure(data: bytes) -> Measured:
+    """Return what a picture's header says. Raise BadSample for what is no picture; its pixels are not decoded."""
+    with _judging(data):
+        if _known_format(data) == "JPEG":
+            header = jpeg.read_header(data)
+            return _measured(header.height, header.width, _orientation(data))
+        return _with_repair(data, _measure_with_pillow)
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
-    """The picture as it is meant to be seen: (H, W, 3) uint8 RGB, upright, over white where it is transparent.
+    """Return the picture as it is meant to be seen: (H, W, 3) uint8 RGB, upright, over white where it is transparent.
 
-    Raises BadSample("image", reason) when the bytes are damaged, of another format, or would decode to more
-    than `max_pixels`. The size is read from the header, before anything is decoded.
+    Raise BadSample("image", reason) when the bytes are damaged, of another format, or would cost too much to decode:
+    more than `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans. The size is read from the
+    header, before anything is decoded.
     """
-    if data[:2] == b"\xff\xd8":
-        return _decode_jpeg(data, max_pixels)
-    return _decode_with_pillow(data, max_pixels)
+    with _judging(data):
+        if _known_format(data) == "JPEG":
+            return _decode_jpeg(data, max_pixels)
+        return _with_repair(data, lambda each: _decode_with_pillow(each, max_pixels))
 
 
 @dataclass(frozen=True)
@@ -173,74 +234,233 @@ def _centred_crop(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
+@contextmanager
+def _judging(data: bytes) -> Iterator[None]:
+    """Turn every exception of a decoder into BadSample: damaged files reach the parsers in every shape."""
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        _refuse_bomb(width, height, max_pixels)
-        if colours in ("CMYK", "YCCK"):  # libjpeg-turbo does not convert these
-            return _decode_with_pillow(data, max_pixels)
-        image = simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError as error:
-        raise BadSample("image", f"corrupt JPEG: {error}") from error
+        yield
+    except (BadSample, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise BadSample("image", f"corrupt {format_of(data) or 'image'}: {reason}") from error
+
+
+def _known_format(data: bytes) -> str:
+    found = format_of(data)
+    if found is None:
+        raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
+    return found
+
+
+def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadSample("image", f"decompression bomb: {width} x {height} is more than {max_pixels} pixels")
+    if max(height, width) > min(MAX_SIDE, MAX_ASPECT * min(height, width)):
+        raise BadSample(
+            "image", f"{width} x {height} pixels; expected sides up to {MAX_SIDE}, in a ratio up to {MAX_ASPECT}"
+        )
+
+
+def _measured(height: int, width: int, orientation: object, is_animated: bool = False) -> Measured:
+    if orientation in _LYING:
+        height, width = width, height
+    return Measured(height, width, is_animated)
+
+
+# JPEG -----------------------------------------------------------------------------------------------------------------
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
+    header = jpeg.read_header(data)
+    _refuse_costly(header.height, header.width, max_pixels)
+    if jpeg.has_too_many_scans(data):
+        raise BadSample("image", f"more than {jpeg.MAX_SCANS} scans, each of which costs a pass over all pixels")
+    if len(header.components) == 4:  # CMYK or YCCK, which libjpeg-turbo does not convert
+        image = _decode_odd_jpeg(data, "CMYK")
+    else:
+        try:
+            image = simplejpeg.decode_jpeg(data, "RGB")
+        except Exception:
+            image = _decode_odd_jpeg(data, "RGB")
+    if image.shape != (header.height, header.width, 3):
+        raise BadSample("image", f"decoded to {image.shape}, where its header says {header.height} x {header.width}")
     return _upright(image, _orientation(data))
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+def _decode_odd_jpeg(data: bytes, colours: str) -> np.ndarray:
+    """Decode what simplejpeg refuses or does not convert, if its entropy-coded data is intact."""
+    plain = jpeg.without_metadata(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _refuse_bomb(*picture.size, max_pixels)
-            orientation = picture.getexif().get(ORIENTATION, 1)
-            return _upright(_rgb(picture), orientation)
-    except BadSample:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("image", f"not a JPEG, PNG or WebP (begins with {data[:8]!r})") from error
-    except Image.DecompressionBombError as error:
-        raise BadSample("image", f"decompression bomb: {error}") from error
-    except Exception as error:  # damaged files reach Pillow's parsers in every shape: OSError, SyntaxError, struct…
-        raise BadSample("image", f"corrupt image: {type(error).__name__}: {error}") from error
+        simplejpeg.decode_jpeg_header(plain)
+    except KeyError:  # a chroma sampling without a name, which is decoded all the same
+        is_known = True
+    except ValueError:
+        is_known = False
+    else:
+        is_known = True
+    if is_known:
+        image: np.ndarray = simplejpeg.decode_jpeg(plain, colours)
+        if colours == "RGB":
+            return image
+    else:
+        jpeg.check_entropy(plain)
+    with Image.open(io.BytesIO(plain), formats=("JPEG",)) as picture:
+        return _rgb(picture)
 
 
-def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadSample("image", f"decompression bomb: {width} x {height} is more than {max_pixels} pixels")
-
-
-def _rgb(picture: Image.Image) -> np.ndarray:
-    if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip it to white
-        grey = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return np.array(picture.convert("RGB"))
-
-
-def _orientation(data: bytes) -> int:
-    """A JPEG's EXIF orientation, 1 where there is none. Damaged metadata does not make the picture bad."""
-    if not _has_exif(data):  # opening it with Pillow costs more than this look
+def _orientation(data: bytes) -> object:
+    """Return a JPEG's EXIF orientation, 1 where there is none. Damaged metadata does not make the picture bad."""
+    payload = jpeg.exif_of(data)
+    if payload is None:
         return 1
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            return picture.getexif().get(ORIENTATION, 1)
+        exif = Image.Exif()
+        exif.load(payload)
+        return exif.get(ORIENTATION, 1)
     except Exception:
         return 1
 
 
-def _has_exif(data: bytes) -> bool:
-    """Whether one of the segments before the picture (APP0 … APP15, comments) is EXIF."""
-    at = 2
-    while at + 4 < len(data) and data[at] == 0xFF and (0xE0 <= data[at + 1] <= 0xEF or data[at + 1] == 0xFE):
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 10] == b"Exif\x00\x00":
-            return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return False
+# Other formats --------------------------------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
 
 
-def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+def _with_repair(data: bytes, read: Callable[[bytes], Result]) -> Result:
+    """Return what `read` makes of the picture or, if it fails, of the same picture without its metadata."""
+    try:
+        return read(data)
+    except BadSample:
+        raise
+    except Exception:
+        repaired = _without_metadata(data)
+        if repaired == data:
+            raise
+        return read(repaired)
+
+
+def _measure_with_pillow(data: bytes) -> Measured:
+    with _opened(data) as picture:
+        width, height = picture.size
+        return _measured(height, width, _pillow_orientation(picture), _is_animated(picture))
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
+    with _opened(data) as picture:
+        width, height = picture.size
+        _refuse_costly(height, width, max_pixels)
+        if picture.format == "PNG":
+            _check_png(data)
+        orientation = _pillow_orientation(picture)
+        image = _rgb(picture)
+    if image.shape != (height, width, 3):
+        raise BadSample("image", f"decoded to {image.shape}, where its header says {height} x {width}")
+    return _upright(image, orientation)
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=(_known_format(data),))
+
+
+def _pillow_orientation(picture: Image.Image) -> object:
+    if picture.format == "TIFF":  # Pillow turns these itself
+        return 1
+    try:
+        return picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata does not make the picture bad
+        return 1
+
+
+def _is_animated(picture: Image.Image) -> bool:
+    try:
+        return bool(getattr(picture, "is_animated", False))
+    except Exception:  # a damaged second frame
+        return True
+
+
+def _rgb(picture: Image.Image) -> np.ndarray:
+    """Return (H, W, 3) uint8 of a picture of any mode, converted in strips: a whole copy in each mode would add up."""
+    picture.load()
+    width, height = picture.size
+    image = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        strip = picture.crop((0, top, width, min(height, top + rows)))
+        image[top : top + rows] = _rgb_strip(strip)
+    return image
+
+
+def _rgb_strip(strip: Image.Image) -> np.ndarray:
+    if strip.mode.startswith("I;16"):
+        pixels = np.asarray(strip).astype(np.uint16)
+        grey = (pixels >> 8).astype(np.uint8)
+        if "transparency" in strip.info:
+            grey[pixels == strip.info["transparency"]] = 255
+        return grey[:, :, None]
+    if strip.mode in ("I", "F"):
+        raise BadSample("image", "its pixels are 32-bit numbers of unknown range; expected 8 or 16 bits per channel")
+    if strip.has_transparency_data:
+        strip = strip.convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        strip = Image.alpha_composite(white, strip)
+    return np.asarray(strip.convert("RGB"))
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Return a PNG or WebP without the chunks that say nothing of its pixels; other formats as they are."""
+    if data[:8] == _PNG_SIGNATURE:
+        return _PNG_SIGNATURE + b"".join(
+            chunk
+            for name, chunk in _png_chunks(data)
+            if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and _is_intact(chunk))
+        )
+    if data[:4] == b"RIFF":
+        body = b"WEBP" + b"".join(_webp_chunks(data))
+        return b"RIFF" + len(body).to_bytes(4, "little") + body
+    return data
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's."""
+    at = len(_PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], data[at:end]
+        at = end
+
+
+def _is_intact(chunk: bytes) -> bool:
+    length = 12 + int.from_bytes(chunk[:4], "big")
+    return len(chunk) == length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+
+
+def _check_png(data: bytes) -> None:
+    """Raise BadSample for damaged pixels: Pillow does not look at their checksums, and returns noise."""
+    for name, chunk in _png_chunks(data):
+        if name[:1].isupper() and not _is_intact(chunk):
+            raise BadSample(
+                "image", f"corrupt PNG: the checksum of its {name.decode('latin-1')} is wrong, or it is cut"
+            )
+
+
+def _webp_chunks(data: bytes) -> Iterator[bytes]:
+    """Yield the chunks of the pixels, and of the animation; VP8X, which announces the others, no longer does."""
+    at = 12
+    while at + 8 <= len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        name = data[at : at + 4]
+        chunk = data[at : end + end % 2]
+        if name == b"VP8X" and len(chunk) > 8:
+            yield chunk[:8] + bytes([chunk[8] & ~_WEBP_METADATA]) + chunk[9:]
+        elif name in (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"):
+            yield chunk
+        at = end + end % 2
+
+
+def _upright(image: np.ndarray, orientation: object) -> np.ndarray:
     """Undo the camera's rotation: EXIF values 2-8 are the seven ways to lay a picture wrongly."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in _LYING:
         image = image.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         image = image[::-1]

@@ -1,7 +1,8 @@
 """What a sample's members mean: its picture, its captions, and the name of the image it shows.
 
-A pair is `jpg|jpeg|png|webp` with `json` ({"captions": […]} or {"caption": "…"}, and perhaps "image_id") or `txt`;
-img2dataset's output is read as it is. Other members are never looked at, least of all unpickled.
+A pair is a picture (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and
+perhaps "image_id") or `txt`; img2dataset's output is read as it is. Other members are never looked at, least of all
+unpickled.
 
 A `txt` is one caption, however many lines it has: most tools break long captions. Several captions of a picture are a
 json's "captions".

@@ -68,7 +68,7 @@ def _image_named(members: Members, names: tuple[str, ...]) -> bytes:
             if (data := members.get(f"{name}.{extension}")) is not None:
                 return data
     wanted = " or ".join(f"{name}.jpg" for name in names)
-    raise BadSample("members", f"no picture {wanted} (or png, webp); it has {names_of(members)}")
+    raise BadSample("members", f"no picture {wanted} (or png, webp, …); it has {names_of(members)}")
 
 
 def _sentence(record: Mapping[str, Any], key: str) -> str:

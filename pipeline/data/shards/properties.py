@@ -6,22 +6,20 @@ Everything is found without decoding a picture. Sources are filtered, and bucket
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 
-from pipeline.data.contents.images import EXTENSIONS, FORMATS, ORIENTATION
+from pipeline.data.contents.images import EXTENSIONS, Measured, measure
 from pipeline.data.contents.members import Members, image_id_of, record_of, texts_of
 from pipeline.data.quarantine import BadSample, judging
 
 MAX_CHARACTERS = 16  # of a metadata value that is indexed as text: languages and flags, not sentences
 MAX_VALUES = 255  # distinct texts of one field in one shard; more are names, by which nobody filters
 _OWN = ("width", "height", "caption_length")  # measured here, whatever the json says
+_UNKNOWN = Measured(0, 0)
 T = TypeVar("T")
 _NAMES = ("key", "url", "caption", "captions", "image_id")  # say which sample it is, not what it is like
 
@@ -35,21 +33,22 @@ class Properties:
     height: int = 0
     caption_length: int = 0  # characters of the longest caption, or of the question or statement; 0: no good one
     url_id: int = 0  # uint64 hash of the json's `url`; 0: none
-    metadata: Mapping[str, Any] | None = None  # the json's fields
+    metadata: Mapping[str, Any] | None = None  # the json's fields; and `animated`, of a picture with further frames
 
 
 def properties_of(members: Members) -> Properties:
     """What can be told without decoding. Never fails: what a damaged sample does not tell stays 0."""
-    width, height = _picture_size(members)
+    picture = _told(_measured, members, _UNKNOWN)
     metadata: Mapping[str, Any] = _told(record_of, members, {})
     url = metadata.get("url")
     return Properties(
         image_id=_image_id(members),
-        width=width,
-        height=height,
+        width=picture.width,
+        height=picture.height,
         caption_length=_told(_caption_length, members, 0),
         url_id=text_hash(url) if isinstance(url, str) else 0,
-        metadata={name: value for name, value in metadata.items() if name not in _OWN and name not in _NAMES},
+        metadata={name: value for name, value in metadata.items() if name not in _OWN and name not in _NAMES}
+        | ({"animated": True} if picture.is_animated else {}),
     )
 
 
@@ -107,25 +106,6 @@ def _told(ask: Callable[[Members], T], members: Members, otherwise: T) -> T:
         return otherwise
 
 
-def _picture_size(members: Mapping[str, bytes]) -> tuple[int, int]:
-    """(width, height) of the picture held upright, from its header alone; (0, 0) where there is none to be read."""
+def _measured(members: Members) -> Measured:
     data = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-    if data is None:
-        return 0, 0
-    try:
-        if data[:2] == b"\xff\xd8" and data.find(b"Exif\x00\x00", 0, 65536) < 0:  # Pillow would take ten times as long
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-            return width, height
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            width, height = picture.size
-            is_lying = _orientation(picture) in (5, 6, 7, 8)
-    except Exception:  # damaged files reach the parsers in every shape; decoding tells what is wrong with them
-        return 0, 0
-    return (height, width) if is_lying else (width, height)
-
-
-def _orientation(picture: Image.Image) -> int:
-    try:
-        return picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata does not make the picture bad
-        return 1
+    return measure(data) if data is not None else _UNKNOWN
