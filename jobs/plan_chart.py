@@ -6,6 +6,7 @@ Both axes are logarithmic: GPUs across, samples a second up; the dashed line is 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from html import escape
 
@@ -13,7 +14,8 @@ from jobs.plan import StagePlan, Target
 from jobs.plan_text import assumptions_of
 from pipeline.planning.scaling import Point
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 560, 90, 50, 200, 170
+WIDTH, LEFT, TOP, RIGHT, PLOT_BOTTOM = 900, 90, 50, 200, 390
+LINE_CHARACTERS, LINE_HEIGHT = 120, 14  # of the assumptions below the plot, at 10 px
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 
 
@@ -23,18 +25,17 @@ def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     across = _Axis(1, max(point.gpus for point in points), LEFT, WIDTH - RIGHT)
     low, high = (chosen(point.samples_per_second for point in points) for chosen in (min, max))
     ideal = max(plan.scaling[0].samples_per_second * plan.scaling[-1].gpus for plan in plans)
-    up = _Axis(low / 1.5, max(high, ideal) * 1.2, HEIGHT - BOTTOM, TOP)
+    up = _Axis(low / 1.5, max(high, ideal) * 1.2, PLOT_BOTTOM, TOP)
     body = [*_frame(across, up, title)]
     for number, plan in enumerate(plans):
         body += _stage(plan.chosen.name, plan.scaling, COLOURS[number % len(COLOURS)], across, up)
-    told = list(assumptions_of(plans, target))
-    half = -(-len(told) // 2)
-    for number, line in enumerate(told):
-        x, row = (LEFT if number < half else WIDTH // 2), number % half
-        body.append(_text(x, HEIGHT - BOTTOM + 50 + 13 * row, line.strip(), "start", 10))
+    lines = [part for line in assumptions_of(plans, target) for part in textwrap.wrap(line.strip(), LINE_CHARACTERS)]
+    for row, line in enumerate(lines):
+        body.append(_text(LEFT, PLOT_BOTTOM + 55 + LINE_HEIGHT * row, line, "start", 10))
+    height = PLOT_BOTTOM + 65 + LINE_HEIGHT * len(lines)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>{"".join(body)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif">'
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>{"".join(body)}</svg>\n'
     )
 
 
@@ -56,15 +57,15 @@ class _Axis:
 
 def _frame(across: _Axis, up: _Axis, title: str) -> Iterator[str]:
     yield _text(WIDTH / 2, 24, title, "middle", 15)
-    yield f'<path d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}" stroke="black" fill="none"/>'
+    yield f'<path d="M{LEFT} {TOP}V{PLOT_BOTTOM}H{WIDTH - RIGHT}" stroke="black" fill="none"/>'
     gpus = 1
     while gpus <= across.high:
-        yield _text(across(gpus), HEIGHT - BOTTOM + 16, str(gpus), "middle", 11)
+        yield _text(across(gpus), PLOT_BOTTOM + 16, str(gpus), "middle", 11)
         gpus *= 2
     for value in up.decades():
         yield f'<path d="M{LEFT} {up(value):.1f}H{WIDTH - RIGHT}" stroke="#ddd" fill="none"/>'
         yield _text(LEFT - 6, up(value) + 4, f"{value:,.0f}", "end", 11)
-    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 33, "GPUs", "middle", 12)
+    yield _text((LEFT + WIDTH - RIGHT) / 2, PLOT_BOTTOM + 33, "GPUs", "middle", 12)
     yield _text(LEFT - 6, TOP - 10, "samples/s", "end", 12)
 
 

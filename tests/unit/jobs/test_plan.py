@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -46,6 +47,17 @@ def test_the_picture_is_whole_and_tells_its_assumptions(plans):
     assert "tiny & small" in texts
     assert "mfu 0.35" in texts
     assert sum(1 for _ in root.iter("{http://www.w3.org/2000/svg}polyline")) == 4
+
+
+def test_no_line_below_the_picture_runs_into_another_or_out_of_it(plans):
+    root = ElementTree.fromstring(scaling_svg(plans, target(), "tiny"))
+    width, height = (float(each) for each in root.attrib["viewBox"].split()[2:])
+    lines = [each for each in root.iter("{http://www.w3.org/2000/svg}text") if each.attrib["font-size"] == "10"]
+    assert len(lines) >= 10
+    tops = [float(each.attrib["y"]) for each in lines]
+    assert all(below - above >= 12 for above, below in itertools.pairwise(tops))
+    assert tops[-1] < height
+    assert all(float(each.attrib["x"]) + 6.5 * len(each.text or "") < width for each in lines)  # wide letters
 
 
 def test_more_gpus_than_rows_are_refused():
