@@ -4,29 +4,36 @@
 set -euo pipefail
 port=${1:-5000}
 bucket=${2:-mome}
-bin=$(cd "$(dirname "$0")/../.venv/bin" && pwd)
+venv=$(dirname "$0")/../.venv/bin
+if [ ! -x "$venv/moto_server" ]; then
+    echo "$venv/moto_server: not installed. Run 'make .venv/installed' in the checkout first" >&2
+    exit 2
+fi
+bin=$(cd "$venv" && pwd)
 
 "$bin/moto_server" -H 127.0.0.1 -p "$port" >/dev/null 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null || true' EXIT
 
 export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local
-"$bin/python" - "$bucket" <<'PYTHON'
+# The bucket is made in this server only: another process may listen at the port, whose store is not ours to write to.
+"$bin/python" - "$bucket" "$server" "$port" <<'PYTHON'
 import sys
 import time
 
 import boto3
-import botocore.exceptions
+import psutil
 
-store = boto3.client("s3", region_name="us-east-1")
-for _ in range(60):
-    try:
-        store.create_bucket(Bucket=sys.argv[1])
+bucket, server, port = sys.argv[1], psutil.Process(int(sys.argv[2])), int(sys.argv[3])
+for _ in range(120):
+    if not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
+        sys.exit(f"port {port} is taken, or moto_server failed to start: give another one: infra/local_s3.sh PORT BUCKET")
+    if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in server.net_connections("tcp")):
         break
-    except botocore.exceptions.EndpointConnectionError:
-        time.sleep(0.5)
+    time.sleep(0.5)
 else:
-    sys.exit("the store did not start; is the port taken?")
+    sys.exit(f"moto_server does not listen at port {port} after 60 s")
+boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=bucket)
 PYTHON
 
 echo "export AWS_ENDPOINT_URL=$AWS_ENDPOINT_URL AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local"

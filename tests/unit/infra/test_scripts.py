@@ -6,13 +6,16 @@ Slurm's commands are stand-ins that write down what they were asked; `srun` runs
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import botocore.session
 import pytest
+from conftest import Store
 from rendered import INFRA
 
 SCRIPTS = sorted([*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")])
@@ -110,6 +113,34 @@ def test_a_job_that_is_told_to_go_tells_its_ranks_and_is_queued_again(sent: str,
     told, _ = job.communicate(timeout=30)
     assert asked(tmp_path)[1:] == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], told
     assert job.returncode == 0
+
+
+def test_a_local_store_at_a_taken_port_is_refused_and_the_other_server_left_alone(moto_store: Store) -> None:
+    port = moto_store.endpoint.rpartition(":")[2]
+    command = ["bash", str(INFRA / "local_s3.sh"), port, "not-made"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if "not installed" in done.stderr:
+        pytest.skip("this checkout has no .venv")
+    assert done.returncode == 1
+    assert f"port {port} is taken" in done.stderr
+    assert "is served" not in done.stderr
+    assert done.stdout == ""
+    client = botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=moto_store.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=moto_store.key,
+        aws_secret_access_key=moto_store.secret,
+    )
+    assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
+
+
+def test_a_local_store_needs_the_checkouts_environment_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "infra").mkdir()
+    script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Run 'make .venv/installed' in the checkout first" in done.stderr
 
 
 def test_a_job_without_a_config_says_how_it_is_called() -> None:
