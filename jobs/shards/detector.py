@@ -29,8 +29,12 @@ class Detector:
         check_folder(folder)
         try:
             # By Pillow, whatever else is installed: torchvision's resizing gives other pixels.
-            self._prepare = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-            model = AutoModelForObjectDetection.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+            self._prepare = AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, backend="pil"
+            )
+            model = AutoModelForObjectDetection.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+            )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise ConfigError(
                 f"--detector {folder}: no detector that transformers can load ({error}). Expected what save_pretrained "

@@ -69,6 +69,12 @@ def test_secrets_are_no_arguments() -> None:
             assert not any(secret in argument for secret in SECRETS), f"{name}: {argument}"
 
 
+def test_no_service_keeps_or_gains_privileges_that_it_does_not_need() -> None:
+    for name, service in services().items():
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["cap_drop"] == ["ALL"], name
+
+
 def test_ports_are_open_to_this_machine_alone() -> None:
     ports = {name: service["ports"] for name, service in services().items() if "ports" in service}
     assert ports == {

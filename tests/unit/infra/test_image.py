@@ -6,6 +6,7 @@ import fnmatch
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rendered import INFRA, ROOT, pins
@@ -18,6 +19,10 @@ def instructions() -> list[tuple[str, str]]:
     lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.strip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
@@ -43,9 +48,9 @@ def test_every_instruction_is_dockers() -> None:
 def test_the_base_is_pinned_by_digest_and_has_our_python() -> None:
     ((_, base),) = [each for each in instructions() if each[0] == "ARG"]
     version = re.fullmatch(r"PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert version
-    assert project["tool"]["mypy"]["python_version"] == version[1]
+    assert pyproject["tool"]["mypy"]["python_version"] == version[1]
     assert [rest.split()[0] for word, rest in instructions() if word == "FROM"] == ["${PYTHON_IMAGE}"] * 2
 
 
@@ -91,6 +96,24 @@ def ignored(path: Path) -> bool:
 
 def test_every_package_of_ours_is_in_it() -> None:
     assert {"pipeline", "jobs", "configs", "setup.py"} <= set(copied())
+
+
+def test_every_package_of_it_is_locked_by_hash_at_our_versions() -> None:
+    locked: dict[str, int] = {}
+    name = ""
+    for line in (INFRA / "requirements.lock").read_text().splitlines():
+        if match := re.match(r"([\w.-]+)==([^ ;]+)", line):
+            name = f"{match[1].lower()}=={match[2]}"
+            locked[name] = 0
+        elif line and not line.startswith("#"):
+            assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+            locked[name] += 1
+    assert all(locked.values())
+    assert ("RUN", "pip install --require-hashes --no-deps --requirement infra/requirements.lock") in stages()["build"]
+    ours = {re.split(r"[\[>=]", each)[0].lower() for each in project()["dependencies"]} | {"ray"}
+    assert {f"{name}=={version}".lower() for name, version in pins().items() if name.lower() in ours} <= set(locked)
+    lines = (INFRA / "requirements.txt").read_text().splitlines()
+    assert {line for line in lines if line and line[0] != "#"} <= set(locked)
 
 
 def test_its_other_packages_are_pinned_and_fit_ours() -> None:

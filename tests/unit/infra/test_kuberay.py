@@ -124,12 +124,29 @@ def test_no_container_runs_as_root_or_may_become_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_container_says_what_it_needs_and_may_have(name: str) -> None:
+    autoscaler = {mount["name"] for mount in cluster_spec(name)["autoscalerOptions"]["volumeMounts"]}
     for pod in pod_specs(cluster_spec(name)):
         mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
-        assert mounted == {volume["name"] for volume in pod["volumes"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]} - autoscaler
         for container in pod["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert container["image"] == "registry.example.com/mome:0.1.0"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_container_that_runs_a_jobs_code_holds_a_token_of_kubernetes(name: str) -> None:
+    spec = cluster_spec(name)
+    for pod in pod_specs(spec):
+        assert pod["automountServiceAccountToken"] is False
+        tokens = {
+            volume["name"]
+            for volume in pod["volumes"]
+            if any("serviceAccountToken" in source for source in volume.get("projected", {}).get("sources", []))
+        }
+        assert tokens.isdisjoint(mount["name"] for each in pod["containers"] for mount in each["volumeMounts"])
+    (mount,) = spec["autoscalerOptions"]["volumeMounts"]
+    assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+    assert mount["name"] in {volume["name"] for volume in spec["headGroupSpec"]["template"]["spec"]["volumes"]}
 
 
 SECRET = re.compile(r"password|secret|token|access_key", re.IGNORECASE)
