@@ -23,7 +23,7 @@ from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import DataConfig, Objective, RunConfig, StageConfig, Use
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import Tokenizer, is_cased
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
@@ -72,9 +72,10 @@ def import_weights(
         whole = skeleton(section, max(words, 1), heads)
         absent = {whole.part_of(name) for name in whole.state_dict() if name not in state} - set(whole.HEAD_PARTS)
         check_fit(whole, state, f"{path}: the model", frozenset(absent))
-    tokens = _tokens(storage, vocabulary, folder if chosen.config is not None else None, words)
+    tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, words)
+    tokens = list(tokenizer.tokens) if tokenizer is not None else []
     choices = choices_of_published(storage, published, heads.answers, heads.classes, answers)
-    config = _config(out, section.model_dump(mode="json"), _stages(section, heads, whole, state))
+    config = _config(out, section.model_dump(mode="json"), _stages(section, heads, whole, state), tokenizer)
     stage = config.stages[-1].name
     metadata = {
         "config": config.model_dump(mode="json"),
@@ -159,7 +160,7 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     inferred = chosen.infer(published.tensors, given)
     if chosen.config is not None and published.config is not None:
         chosen.config.check(published.config, inferred)
-    section = _config("imported", inferred, [_stage("images", ["masked_image"])]).model
+    section = _config("imported", inferred, [_stage("images", ["masked_image"])], None).model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"the format holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
     if section.layers > len(published.tensors):
@@ -181,7 +182,7 @@ def _image_target(published: Published, chosen: Format) -> ImageTarget | None:
     return chosen.image_target if told is None else TypeAdapter(ImageTarget).validate_python(told)
 
 
-def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]]) -> RunConfig:
+def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> RunConfig:
     """The config that imported weights are told to come from. Its folder is `out`, if that can be a run's name."""
     output, _, name = out.rstrip("/").rpartition("/")
     values = {
@@ -191,6 +192,8 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]]) -> 
         "sources": {use: {"shards": NO_SOURCE, "use": use} for use in USES},
         "stages": stages,
     }
+    if tokenizer is not None and tokenizer.lowercase == is_cased(tokenizer.tokens):
+        values["tokenizer"] = {"lowercase": tokenizer.lowercase}  # as the file beside the vocabulary says
     return validate(values, "imported weights")
 
 
@@ -256,18 +259,19 @@ def _num_words(section: TransformerConfig, state: dict[str, Tensor]) -> int:
     return next((len(state[name]) for name in few if few[name].shape != more[name].shape and name in state), 0)
 
 
-def _tokens(storage: Storage, vocabulary: str | None, folder: str | None, words: int) -> list[str]:
-    """The tokens of a vocabulary file, or of the weights' folder: one for each row of the word embedding."""
+def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, words: int) -> Tokenizer | None:
+    """A vocabulary file, or the weights' folder's: one token for each row of the word embedding. None without rows."""
     if not words:
-        return []
+        return None
     beside = vocabulary_of(storage, folder) if vocabulary is None and folder is not None else None
     if vocabulary is None and beside is None:
         raise ConfigError(
             f"the weights know {words} tokens, but not which; name the vocabulary file they were trained with, one "
             "token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
         )
-    tokens = list(Tokenizer.load(storage, vocabulary).tokens) if vocabulary is not None else beside or []
-    if len(tokens) != words:
+    found = Tokenizer.load(storage, vocabulary) if vocabulary is not None else beside
+    assert found is not None
+    if found.size != words:
         where = f"--vocabulary {vocabulary}" if vocabulary is not None else f"the vocabulary in {folder}"
-        raise ConfigError(f"{where}: has {len(tokens)} tokens, the weights have {words}")
-    return tokens
+        raise ConfigError(f"{where}: has {found.size} tokens, the weights have {words}")
+    return found

@@ -68,7 +68,7 @@ def _embed(asked: Asked, ranks: Ranks) -> dict[str, Any]:
     weights = load_weights(Storage(), asked.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     storage = Storage(config.storage)
-    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     digest = digest_of(storage.read(join(weights.url, COMMIT)))
     embedder = Embedder(model_of(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
     found = embed_source(embedder, storage, asked.shards, asked.out, ranks, config.data.max_bad_rate)

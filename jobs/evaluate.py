@@ -132,7 +132,7 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
     config, source = _with_source(weights.config, stage, asked.source, "--source", use)
     config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
     storage, device = Storage(config.storage), device_of(ranks)
-    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     model = model_of(weights).to(device)
     found = evaluate(
         model,

@@ -44,7 +44,13 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict
         picture = decode(storage.read(image), config.data.max_pixels)
     except BadSample as bad:
         raise DataError(f"--image {image}: {bad}; give a JPEG, PNG or WebP") from bad
-    found = explain(model, Tokenizer.from_vocabulary(weights.vocabulary), picture, text, stage.max_text)
+    found = explain(
+        model,
+        Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase),
+        picture,
+        text,
+        stage.max_text,
+    )
     notes = untrained(config, weights.stage)
     heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
     storage.write(out, _drawn(found, text, heading, notes, Path(out).suffix))

@@ -31,7 +31,7 @@ def predict(
     stage = weights.config.stage_named(weights.stage)
     storage = Storage(weights.config.storage)
     pictures = tuple(_picture(storage, weights.config, url) for url in (image, second_image) if url is not None)
-    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary)
+    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     predictor = Predictor(model_of(weights), tokenizer, weights.config, stage, weights.choices, top)
     return predictor(Given(pictures, text)) | {"stage": stage.name, "checkpoint": weights.url}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError, StorageError
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
-from pipeline.data.contents.text import Tokenizer
+from pipeline.data.contents.text import Tokenizer, stated_lowercase
 from pipeline.data.storage import NotFound, Storage, join, split
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors
 
@@ -49,11 +49,11 @@ def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Pub
     return published, folder
 
 
-def vocabulary_of(storage: Storage, folder: str) -> list[str] | None:
-    """Return the tokens of a Hugging Face folder's vocabulary; None where there is none. CheckpointError if damaged."""
+def vocabulary_of(storage: Storage, folder: str) -> Tokenizer | None:
+    """Return a Hugging Face folder's tokenizer, of its case; None where there is none. CheckpointError if damaged."""
     url = join(folder, VOCABULARY)
     if storage.exists(url):
-        return list(Tokenizer.load(storage, url).tokens)
+        return Tokenizer.load(storage, url)
     tokenizer = _json(storage, folder, TOKENIZER)
     if tokenizer is None:
         return None
@@ -64,7 +64,11 @@ def vocabulary_of(storage: Storage, folder: str) -> list[str] | None:
         raise CheckpointError(
             f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
         )
-    return [tokens[number] for number in range(len(tokens))]
+    lowercase = stated_lowercase(storage, folder)
+    normalizer = tokenizer.get("normalizer")
+    if lowercase is None and isinstance(normalizer, dict) and isinstance(normalizer.get("lowercase"), bool):
+        lowercase = normalizer["lowercase"]
+    return Tokenizer([tokens[number] for number in range(len(tokens))], lowercase)
 
 
 def _weights_of(storage: Storage, path: str) -> tuple[str, str]:

@@ -49,7 +49,10 @@ class Served:
         self.outputs = outputs_of(weights)
         stage = weights.config.stage_named(weights.stage)
         self._config, self._max_text = weights.config.for_stage(stage), stage.max_text
-        self._model, self._tokenizer = model_of(weights), Tokenizer.from_vocabulary(weights.vocabulary)
+        self._model, self._tokenizer = (
+            model_of(weights),
+            Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase),
+        )
         if torch.cuda.is_available():
             self._model.cuda()
 

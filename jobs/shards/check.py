@@ -99,9 +99,9 @@ class _Summary:
             "num_samples": self.samples,
             "bad_samples": self.bad,
             "kinds": dict(self.kinds.most_common()),
-            "passed_over": dict(self.passed_over.most_common()),
             "broken_shards": {finding.shard: finding.reason for finding in self.broken},
             "report": str(report) if report else None,
+            **({"passed_over": dict(self.passed_over.most_common())} if self.passed_over else {}),
         }
 
 

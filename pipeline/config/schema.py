@@ -104,6 +104,7 @@ class TokenizerConfig(Section):
 
     vocabulary: str | None = None
     size: Positive = 30522  # at most this many tokens, when trained
+    lowercase: bool | None = None  # lower-case text, strip its accents; default: unless the vocabulary has capitals
 
 
 class SyntheticConfig(Section):

@@ -50,7 +50,7 @@ def train(
         prepare(config, storage)
         claim = claim or Ownership.take(storage, config.folder).claim
     ownership = Ownership(storage, config.folder, collectives.broadcast_object(claim))
-    tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"))
+    tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"), config.tokenizer.lowercase)
     tracker = _open_tracker(config, storage, collectives)
     run = Run(config, storage, tokenizer, collectives, tracker, report, preparer, session, ownership)
     try:

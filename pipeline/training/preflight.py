@@ -70,7 +70,7 @@ def preflight(config: RunConfig, say: Say, preparer: PreparerFactory = local_pre
         check("storage", lambda: _try_storage(storage, scratch.folder, collectives.rank))
         check("tracking", lambda: _try_tracking(config, collectives.rank))
         check("data and vocabulary", lambda: _prepare(scratch, storage, collectives))
-        tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY))
+        tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
         for index, stage in enumerate(scratch.stages):
             one = partial(_try_stage, scratch, index, storage, tokenizer, collectives, preparer)
             check(f"stage {stage.name}", one)

@@ -16,13 +16,14 @@ from pipeline.config.load import changes, stored_config, validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.choices import choices_of
-from pipeline.data.contents.text import SPECIALS, Tokenizer
+from pipeline.data.contents.text import SPECIALS, Tokenizer, is_cased
 from pipeline.data.reading.samples import captions_of_source
 from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.selection import select
 from pipeline.data.shards.sources import selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import VOCABULARY, load_weights
+from pipeline.training.coverage import measure_coverage
 from pipeline.training.stages import check_fit, check_stages, prepare_experts, stage_skeleton
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         if stage.start_from not in ("previous", "random"):
             _check_start(config, index, storage, tokenizer)
     tokenizer.save(storage, join(config.folder, VOCABULARY))
+    if config.model.READS_TEXT:
+        measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())
     return tokenizer
 
@@ -110,6 +113,12 @@ def _check_start(config: RunConfig, index: int, storage: Storage, tokenizer: Tok
         state = model.resize_state(found.tensors, found.config.model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {stage.start_from}: {error}") from None
+    learnt = Tokenizer(found.vocabulary or SPECIALS, found.config.tokenizer.lowercase)
+    if found.vocabulary and learnt.lowercase != tokenizer.lowercase:
+        raise ConfigError(
+            f"{where}: {stage.start_from} was trained with tokenizer.lowercase {str(learnt.lowercase).lower()}, "
+            f"and this run has {str(tokenizer.lowercase).lower()}; set the key"
+        )
     if found.vocabulary and found.vocabulary != list(tokenizer.tokens):
         raise ConfigError(
             f"{where}: {stage.start_from} learnt another vocabulary than this run reads; "
@@ -120,26 +129,37 @@ def _check_start(config: RunConfig, index: int, storage: Storage, tokenizer: Tok
 
 def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
     """The run's vocabulary: as fixed at its begin, else the configured file, else trained from the captions."""
-    url = join(config.folder, VOCABULARY)
+    url, given = join(config.folder, VOCABULARY), config.tokenizer
     if storage.exists(url):
-        return Tokenizer.load(storage, url)
-    if config.tokenizer.vocabulary is not None:
-        return Tokenizer.load(storage, config.tokenizer.vocabulary)
+        return Tokenizer.load(storage, url, given.lowercase)
+    if given.vocabulary is not None:
+        found = Tokenizer.load(storage, given.vocabulary, given.lowercase)
+        if given.lowercase is None and found.lowercase == is_cased(found.tokens):
+            has = "words with capital letters" if found.lowercase else "no word with a capital letter"
+            raise ConfigError(
+                f"tokenizer.lowercase: {given.vocabulary} has {has}, and the tokenizer_config.json beside it says "
+                f"do_lower_case {str(found.lowercase).lower()}; set the key to what the weights were trained with"
+            )
+        return found
     texts = _captions(config, storage) if config.model.READS_TEXT else iter(())
     first = next(texts, None)
     textless = all(config.use_of(stage) in TEXTLESS for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
         return Tokenizer(SPECIALS)  # of a run that reads pictures without captions: it is never used
-    return Tokenizer.train(itertools.chain([first or ""], texts), config.tokenizer.size)
+    return Tokenizer.train(itertools.chain([first or ""], texts), given.size, given.lowercase is not False)
+
+
+def _folders_with_text(config: RunConfig) -> list[str]:
+    """The folders of shards whose texts a stage reads, each once."""
+    read = {name for stage in config.stages for name in stage.sources}
+    return sorted({config.sources[name].shards for name in read if config.sources[name].use not in TEXTLESS})
 
 
 def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:
     """Captions and texts of every source that a stage reads, each folder of shards once."""
     read = {name for stage in config.stages for name in stage.sources}
-    folders = {config.sources[name].shards: None for name in read if config.sources[name].use not in TEXTLESS}
-    if not folders:  # a run of masked images alone still fixes a vocabulary for the stages that follow it
-        folders = {config.sources[name].shards: None for name in read}
-    for url in sorted(folders):
+    # A run of masked images alone still fixes a vocabulary for the stages that follow it.
+    for url in _folders_with_text(config) or sorted({config.sources[name].shards for name in read}):
         for number, caption in enumerate(captions_of_source(storage, url)):
             if number >= MAX_CAPTIONS:
                 break

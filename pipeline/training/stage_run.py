@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import (
     stage_url,
 )
 from pipeline.training.collectives import Collectives
+from pipeline.training.coverage import load_coverage
 from pipeline.training.evaluation import StageEvaluation
 from pipeline.training.instruments import Instruments
 from pipeline.training.look import look
@@ -237,7 +238,12 @@ class StageRun:
         tags = {"plan_digest": self.loader.digest[:36], "start_from": self._origin()}
         if start:
             tags |= {"resumed_at": str(self.first + start), "resumed_from": self._resumed_from}
+        coverage = load_coverage(self.storage, self.config.folder) if self.collectives.rank == 0 else None
+        if coverage is not None and self.config.model.READS_TEXT:
+            tags["unknown_tokens"] = f"{coverage.worst:.4f}"  # share of [UNK] in the worst source's captions
         self.tracker.begin_stage(self.index, self.stage, tags, datasets)
+        if coverage is not None and coverage.alert is not None:
+            self.alarms.sound("unknown_tokens", self.first + start, coverage.alert)
 
     def _origin(self) -> str:
         if self.stage.start_from != "previous":

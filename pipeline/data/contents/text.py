@@ -1,11 +1,13 @@
-"""Captions to token ids: BERT's uncased WordPiece, by the `tokenizers` library, with the word each token is part of.
+"""Captions to token ids: BERT's WordPiece, by the `tokenizers` library, with the word each token is part of.
 
-A vocabulary is a list of tokens; a token's id is its place. On disk it is BERT's `vocab.txt`, one token a line.
+A vocabulary is a list of tokens; a token's id is its place. On disk it is BERT's `vocab.txt`, one token a line. Text is
+lower-cased and stripped of accents first, unless the vocabulary is a cased one (`is_cased`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,11 +20,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.config.errors import DataError
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, join, split
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
-MAX_ALPHABET = 1000  # distinct characters a trained vocabulary spells with, as in BERT's own training
+MIN_ALPHABET = 1000  # most frequent characters that a trained vocabulary spells with at least, if it has room
+CONTINUES = "##"  # begins a token that continues a word
+RARE = 1e-7  # share of all characters below which a further one is not worth a token
+HUGGING_FACE = "tokenizer_config.json"  # beside a vocabulary; its `do_lower_case` says whether it is uncased
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,35 @@ class Tokens:
 
 
 class Tokenizer:
-    """An uncased WordPiece tokenizer. Equal vocabularies give equal tokenizers; `digest` names the vocabulary."""
+    """A WordPiece tokenizer. Equal vocabularies give equal tokenizers; `digest` names the vocabulary.
 
-    def __init__(self, tokens: Sequence[str]):
+    `lowercase`: whether text is lower-cased and its accents are stripped (default: unless the vocabulary is cased).
+    """
+
+    def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
         self.tokens = tuple(tokens)
+        self.lowercase = not is_cased(self.tokens) if lowercase is None else lowercase
         ids = _checked_ids(self.tokens)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[name] for name in SPECIALS)
         model = models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=100)
-        self._pieces = _bert_pieces(model)
-        self._pieces.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+        self._pieces = _bert_pieces(model, self.lowercase)
+        self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
 
     @classmethod
-    def from_vocabulary(cls, tokens: Sequence[str]) -> Tokenizer:
-        return cls(tokens)
+    def from_vocabulary(cls, tokens: Sequence[str], lowercase: bool | None = None) -> Tokenizer:
+        return cls(tokens, lowercase)
 
     @classmethod
-    def load(cls, storage: Storage, url: str) -> Tokenizer:
-        """Read a `vocab.txt`. Raises DataError naming the file when it is no such vocabulary."""
+    def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
+        """Read a `vocab.txt`; a byte order mark and blank lines at its end are no tokens.
+
+        Unless `lowercase` is given, `do_lower_case` of Hugging Face's tokenizer_config.json beside it is, where there
+        is one. Raises DataError naming the file when it is no such vocabulary.
+        """
         try:
-            lines = storage.read(url).decode("utf-8").removesuffix("\n").split("\n")
-            return cls([line.removesuffix("\r") for line in lines])
+            lines = storage.read(url).decode("utf-8-sig").rstrip("\r\n").split("\n")
+            stated = stated_lowercase(storage, split(url)[0]) if lowercase is None else lowercase
+            return cls([line.removesuffix("\r") for line in lines], stated)
         except (UnicodeDecodeError, DataError) as error:
             raise DataError(f"{url} is no WordPiece vocabulary: {error}. Expected one token a line") from error
 
@@ -64,9 +78,9 @@ class Tokenizer:
         storage.write(url, self._text.encode("utf-8"))
 
     @classmethod
-    def train(cls, captions: Iterable[str], size: int) -> Tokenizer:
+    def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
         """A vocabulary of at most `size` tokens, the same whenever the captions are the same."""
-        return cls(_train_vocabulary(captions, size))
+        return cls(_train_vocabulary(captions, size, lowercase), lowercase)
 
     @property
     def size(self) -> int:
@@ -74,7 +88,8 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self._text.encode("utf-8")).hexdigest()
+        case = "" if self.lowercase else "cased\n"
+        return hashlib.sha256((case + self._text).encode("utf-8")).hexdigest()
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
@@ -96,6 +111,12 @@ class Tokenizer:
         pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
         return [self._framed(each, max_length) for each in pieces]
 
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """The share of [UNK] among the tokens of some texts: what the vocabulary cannot spell. 0 for no token."""
+        pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
+        total = sum(len(each.ids) for each in pieces)
+        return sum(each.ids.count(self.unk_id) for each in pieces) / max(1, total)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Readable text, lower-case, without [PAD], [CLS] and [SEP]; [MASK] and [UNK] stay visible."""
         frame = {self.pad_id, self.cls_id, self.sep_id}
@@ -113,10 +134,27 @@ class Tokenizer:
         return "\n".join(self.tokens) + "\n"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}
+        return {"tokens": self.tokens, "lowercase": self.lowercase}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["tokens"])  # type: ignore[misc]
+        self.__init__(state["tokens"], state["lowercase"])  # type: ignore[misc]
+
+
+def is_cased(tokens: Iterable[str]) -> bool:
+    """Whether a vocabulary has words with capital letters, which no lower-cased text could be spelled with."""
+    return any(re.search(r"[A-Z]", token) and not re.fullmatch(r"\[.*\]", token) for token in tokens)
+
+
+def stated_lowercase(storage: Storage, folder: str) -> bool | None:
+    """What Hugging Face's file in a folder says of its vocabulary's case; None where there is none, or says nothing."""
+    beside = join(folder, HUGGING_FACE)
+    if not storage.exists(beside):
+        return None
+    try:
+        stated = json.loads(storage.read(beside)).get("do_lower_case")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{beside} is no JSON object ({error}). Correct it, or set tokenizer.lowercase") from error
+    return stated if isinstance(stated, bool) else None
 
 
 def _check_unicode(texts: Sequence[str]) -> None:
@@ -138,40 +176,66 @@ def _checked_ids(tokens: tuple[str, ...]) -> dict[str, int]:
     return ids
 
 
-def _bert_pieces(model: models.Model) -> tokenizers.Tokenizer:
-    """BERT uncased: clean, lower-case, strip accents, split at spaces and punctuation.
+def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
+    """BERT: clean, lower-case and strip accents (if `lowercase`), split at spaces and punctuation.
 
     No special token is registered, so a caption that spells "[MASK]" is text like any other.
     """
     pieces = tokenizers.Tokenizer(model)
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     return pieces
 
 
-def _train_vocabulary(captions: Iterable[str], size: int) -> list[str]:
-    """WordPiece by merges of the most frequent pair.
+def _train_vocabulary(captions: Iterable[str], size: int, lowercase: bool) -> list[str]:
+    """WordPiece by merges of the most frequent pair, over an alphabet of the most frequent characters.
+
+    The alphabet takes as much of the size as it needs: a character that is not in it makes its whole word [UNK]. Only
+    beyond the first 1,000 are the rarest left out (stray characters of a large collection).
 
     The library numbers characters in the order of a hash table and breaks ties between merges by number, so
     that the same captions give another vocabulary each time. Handing it the characters as tokens that already
     have a number, in sorted order, makes it a function of the captions.
     """
-    lines = [normalizers.BertNormalizer(lowercase=True).normalize_str(caption) for caption in captions]
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    lines = [normalizer.normalize_str(caption) for caption in captions]
     counts = Counter(character for line in lines for character in line if not character.isspace())
     if not counts:
         raise DataError("no vocabulary can be trained: there is no caption with a visible character")
-    room = min(MAX_ALPHABET, (size - len(SPECIALS)) // 2)  # a character may begin a word or continue one
-    if room < 1:
+    alphabet = _alphabet(counts, size - len(SPECIALS), normalizer)
+    if not alphabet:
         raise DataError(f"a vocabulary of {size} tokens has no room for characters; expected at least 64")
-    alphabet = sorted(sorted(counts, key=lambda c: (-counts[c], c))[:room])
-    spelled = str.maketrans(dict.fromkeys(counts.keys() - set(alphabet), " "))
-    pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK))
+    known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
+    spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
+    pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
-        special_tokens=[*SPECIALS, *alphabet, *(f"##{character}" for character in alphabet)],
-        limit_alphabet=len(alphabet),
+        special_tokens=[*SPECIALS, *alphabet],
+        limit_alphabet=len(known),
         show_progress=False,
     )
     pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
     vocabulary = pieces.get_vocab()
     return sorted(vocabulary, key=lambda token: vocabulary[token])
+
+
+def _alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
+    """The tokens of single characters, at most `room`: first those that begin a word, then those that continue one.
+
+    Punctuation and Chinese characters are words of their own, so that none continues a word.
+    """
+    splitter = pre_tokenizers.BertPreTokenizer()
+    begins: list[str] = []
+    continues: list[str] = []
+    total = counts.total()
+    for place, character in enumerate(sorted(counts, key=lambda c: (-counts[c], c))):
+        is_word = len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{character}"))) > 1
+        needed = 1 if is_word else 2
+        if len(begins) + len(continues) + needed > room:
+            break
+        if place >= MIN_ALPHABET and counts[character] < RARE * total:
+            break
+        begins.append(character)
+        if not is_word:
+            continues.append(f"{CONTINUES}{character}")
+    return [*sorted(begins), *sorted(continues)]

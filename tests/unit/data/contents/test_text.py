@@ -153,3 +153,89 @@ def test_a_text_that_is_no_unicode_is_a_data_error(text: str) -> None:
         tokenizer.encode(text, 8)
     with pytest.raises(DataError, match="is not valid Unicode"):
         tokenizer.encode_batch(["fine", text], 8)
+
+
+def written(tmp_path: Path, content: bytes, config: str | None = None) -> str:
+    (tmp_path / "vocab.txt").write_bytes(content)
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(config)
+    return str(tmp_path / "vocab.txt")
+
+
+@pytest.mark.parametrize("content", ["\ufeff{}", "{}\n", "{}\n\n", "{}\r\n\r\n", "\ufeff{}\n\n\n"])
+def test_a_byte_order_mark_and_blank_last_lines_are_no_tokens(tmp_path: Path, content: str) -> None:
+    tokens = [*SPECIALS, "red", "##s"]
+    url = written(tmp_path, content.format("\n".join(tokens)).encode())
+    assert Tokenizer.load(Storage(), url).tokens == tuple(tokens)
+    assert Tokenizer.load(Storage(), url).digest == Tokenizer(tokens).digest
+
+
+CASED = [*SPECIALS, "the", "Rome", "rome", "é", "e", "RED"]
+
+
+def test_a_cased_vocabulary_keeps_capitals_and_accents(tmp_path: Path) -> None:
+    cased, lower = Tokenizer(CASED), Tokenizer(CASED, lowercase=True)
+    words = [[t.tokens[i] for i in t.encode("the Rome RED é", 9).ids[1:-1]] for t in (cased, lower)]
+    assert words == [["the", "Rome", "RED", "é"], ["the", "rome", "[UNK]", "e"]]
+    assert cased.digest != lower.digest
+    assert pickle.loads(pickle.dumps(lower)).encode("Rome", 9) == lower.encode("Rome", 9)  # noqa: S301
+    url = written(tmp_path, "\n".join(CASED).encode())
+    assert Tokenizer.load(Storage(), url).digest == cased.digest
+    assert Tokenizer.load(Storage(), url, lowercase=True).digest == lower.digest
+
+
+def test_capitals_of_reserved_tokens_make_no_vocabulary_cased() -> None:
+    assert Tokenizer([*SPECIALS, "[unused0]", "[START A]", "red"]).lowercase
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_case_is_what_hugging_faces_file_beside_the_vocabulary_says(tmp_path: Path, stated: bool) -> None:
+    url = written(tmp_path, "\n".join(CASED).encode(), json.dumps({"do_lower_case": stated}))
+    assert Tokenizer.load(Storage(), url).lowercase is stated
+    assert Tokenizer.load(Storage(), url, lowercase=not stated).lowercase is not stated
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "[" * 20_000, '"x"'])
+def test_a_damaged_file_beside_the_vocabulary_is_a_data_error(tmp_path: Path, config: str) -> None:
+    with pytest.raises(DataError, match=r"tokenizer_config\.json"):
+        Tokenizer.load(Storage(), written(tmp_path, "\n".join(CASED).encode(), config))
+
+
+def chinese(count: int) -> list[str]:
+    """Captions that hold `count` different Chinese characters, the first ones most often."""
+    characters = [chr(0x4E00 + n) for n in range(count)]
+    return ["".join(characters[first : first + 20]) for first in range(0, count, 20)] + ["".join(characters[:100])] * 9
+
+
+def test_the_alphabet_grows_with_the_size_and_spends_no_token_on_what_never_occurs() -> None:
+    captions = chinese(3500)
+    whole, small = Tokenizer.train(captions, 30522), Tokenizer.train(captions, 2000)
+    assert whole.unknown_share(captions) == 0
+    assert not [token for token in whole.tokens if token.startswith("##")]
+    assert small.size == 2000
+    assert 0.2 < small.unknown_share(captions) < 0.5
+    assert {chr(0x4E00 + n) for n in range(100)} <= set(small.tokens)
+
+
+def test_stray_characters_of_a_large_collection_are_left_out_beyond_the_first_thousand() -> None:
+    from collections import Counter
+
+    from tokenizers.normalizers import BertNormalizer
+
+    from pipeline.data.contents.text import _alphabet
+
+    counts = Counter({chr(0x4E00 + n): 10_000_000 if n < 1100 else 2 for n in range(1200)})
+    assert len(_alphabet(counts, 30_000, BertNormalizer())) == 1100
+    counts = Counter(dict.fromkeys(counts, 2))
+    assert len(_alphabet(counts, 30_000, BertNormalizer())) == 1200
+
+
+def test_a_cased_vocabulary_can_be_trained() -> None:
+    assert not Tokenizer.train(["Rome is Rome"] * 9, 64, lowercase=False).lowercase
+    assert "R" in Tokenizer.train(["Rome is Rome"] * 9, 64, lowercase=False).tokens
+
+
+def test_the_share_of_unknown_tokens_is_of_all_tokens() -> None:
+    tokenizer = Tokenizer([*SPECIALS, "a", "cat"])
+    assert tokenizer.unknown_share(["a cat", "a dog", ""]) == 0.25
+    assert tokenizer.unknown_share([]) == tokenizer.unknown_share([" "]) == 0
