@@ -101,11 +101,18 @@ def stored_config(content: bytes | str, origin: str) -> RunConfig:
 
 
 def resolve_secret(reference: str | None) -> str | None:
-    """The value behind `env:NAME` or `file:PATH`; it is never stored or logged."""
+    """Return the value behind `env:NAME` or `file:PATH` without surrounding blanks; it is never stored or logged."""
     if reference is None:
         return None
-    secret = _secret_behind(reference)
+    secret = _secret_behind(reference).strip()  # files end in a line break, values of a Windows env file in \r
+    if not secret:
+        raise ConfigError(f"secret '{reference}': it is empty")
     remember(secret)
+    if not secret.isprintable():
+        raise ConfigError(
+            f"secret '{reference}': it holds a line break or another control character, which no header can. "
+            "Give the value alone, on one line"
+        )
     return secret
 
 
@@ -116,9 +123,11 @@ def _secret_behind(reference: str) -> str:
             raise ConfigError(f"secret '{reference}': the environment variable {name} is not set")
         return os.environ[name]
     try:
-        return Path(name).read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigError(f"secret '{reference}': the file cannot be read ({error.strerror})") from error
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"secret '{reference}': the file is no UTF-8 text") from None
+    except (OSError, ValueError, RuntimeError) as error:  # the latter two: a NUL in the path, an unknown user's home
+        raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -96,7 +96,14 @@ class StorageConfig(Section):
     endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = changeable(None)
     key: SecretReference | None = changeable(None)
     secret: SecretReference | None = changeable(None)
+    anonymous: bool = changeable(False)  # send unsigned requests, which public buckets answer
     deadline_seconds: float = changeable(300.0, gt=0)  # how long a store may be away, or slow, before a run fails
+
+    @model_validator(mode="after")
+    def _signs_or_not(self) -> StorageConfig:
+        if self.anonymous and (self.key or self.secret):
+            raise ValueError("anonymous: true sends no key; remove storage.key and storage.secret, or set it to false")
+        return self
 
 
 class TokenizerConfig(Section):

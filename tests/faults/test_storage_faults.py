@@ -244,7 +244,7 @@ def test_an_object_is_created_once(s3, monkeypatch, parts: int):
 
     def without_conditions(backend, path, size, part, condition):
         if condition:
-            raise module._NotImplemented("501")
+            raise module._Unsupported("501")
         put(backend, path, size, part, condition)
 
     monkeypatch.setattr(s3_class, "_put", without_conditions)

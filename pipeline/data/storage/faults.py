@@ -37,7 +37,11 @@ class Unreachable(Fault):
 
 
 class Refused(Exception):
-    """An answer that will be the same next time."""
+    """An answer that will be the same next time; `hint`: what the user can do."""
+
+    def __init__(self, what: str, hint: str = "Check the URL, and that the store is well."):
+        super().__init__(what)
+        self.hint = hint
 
 
 class Changed(Exception):
@@ -102,7 +106,10 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
         case FileNotFoundError() | NotADirectoryError():
             return NotFound, f"it does not exist{where}. Check the URL."
         case NoCredentials():
-            hint = "Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            hint = (
+                "Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+                "for a public bucket, storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES."
+            )
             return StorageError, f"no credentials{where} ({error}). {hint}"
         case PermissionError():
             return StorageError, f"access was denied{where} ({error}). Check the credentials and permissions."
@@ -113,7 +120,9 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
             return AlreadyExists, "it exists already."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return NoSpace, f"no space left ({error.strerror}). Free some, or choose another output."
-        case Fault() | Refused():
+        case Refused():
+            return StorageError, f"{error}{where}. {error.hint}"
+        case Fault():
             return StorageError, f"{error}{where}. Check the URL, and that the store is well."
         case OSError():
             return StorageError, f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."

@@ -16,17 +16,23 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from http.client import BadStatusLine, RemoteDisconnected
 from time import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import botocore.exceptions as botocore_errors
 import botocore.session
 import urllib3.exceptions
+from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.credentials import Credentials
 from botocore.parsers import ResponseParserError
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_secret
+from pipeline.config.printable import printable
+from pipeline.config.redaction import redact, remember
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage.backend import ObjectInfo, Part
 from pipeline.data.storage.faults import (
@@ -43,21 +49,39 @@ from pipeline.data.storage.retry import Retry
 
 PAGE = 1000  # objects in one listing or deletion
 PART = 16 * 2**20  # bytes of one part of a large object: what a fault costs to send again
-_PARTS_AT_ONCE = 8
+_REQUESTS_AT_ONCE = 8
 _MOST_PARTS = 10_000
 _CHUNK = 2**20  # most bytes taken from the socket at once
 _STALL = 30.0  # seconds without a byte after which a connection is given up
 _CONNECT = 10.0
 _CONNECTIONS = 64
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-_LIBRARIES = (
-    botocore_errors.ClientError,
-    botocore_errors.BotoCoreError,
-    ResponseParserError,  # throttling proxies answer with pages that are no XML
-    urllib3.exceptions.HTTPError,  # from the body of an error
-)
 # Answers below 500 that another try may better: throttling, a body that was cut on its way up, a collision.
 _PASSING = {408, 409, 429, "RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
+# Answers of 500 and more that no other try betters: not implemented, HTTP version, log in to the network.
+_LASTING = {501, 505, 510, 511, "NotImplemented"}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NO_SPACE = re.compile(r"quota|storage_?full|insufficient_?storage|(storage|cap).{0,20}exceeded", re.IGNORECASE)
+_HINTS = {
+    "RequestTimeTooSkewed": "The clocks of this machine and the store differ. Set this machine's clock (NTP).",
+    "ExpiredToken": "The credentials have expired. Renew them.",
+    "InvalidToken": "The session token is not valid. Renew the credentials.",
+    "TokenRefreshRequired": "The credentials have expired. Renew them.",
+    "InvalidObjectState": "The object is archived. Restore it to a storage class that can be read.",
+    "AuthorizationHeaderMalformed": "Set AWS_DEFAULT_REGION to the bucket's region.",
+    "IllegalLocationConstraintException": "Set AWS_DEFAULT_REGION to the bucket's region.",
+}
+_MOST_SKEW = 15 * 60  # seconds that a signature may be away from the store's clock
+# TLS failures of a connection that broke; all others last: a plain HTTP port, a certificate, an unsupported version.
+_BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
+_YES = ("yes", "true", "1")
+_ENDPOINT_HINT = "Check storage.endpoint_url (or AWS_ENDPOINT_URL): scheme, host and port."
+_TLS_HINT = (
+    "Check that storage.endpoint_url (or AWS_ENDPOINT_URL) has the scheme and port of the store: http:// where it "
+    "speaks no TLS. For a certificate of your own, set AWS_CA_BUNDLE."
+)
+_KEYS_HINT = "Check storage.key, storage.secret and the AWS_ variables."
+_MOST_SAID = 300  # characters of a library's or store's message that are repeated
 
 
 class S3:
@@ -66,6 +90,8 @@ class S3:
     def __init__(self, config: StorageConfig, retry: Retry):
         self._client = _client(config)
         self._retry = retry
+        self._deletes_singly = False  # once the store has refused to delete many objects in one request
+        self._answered = False  # whether the endpoint has ever spoken HTTP
 
     def read(self, path: str) -> bytes:
         return receive(lambda *what: self._ask(path, *what), _url(path), 0, None, None, self._retry)
@@ -74,20 +100,22 @@ class S3:
         return receive(lambda *what: self._ask(path, *what), _url(path), start, stop, etag, self._retry)
 
     def info(self, path: str) -> ObjectInfo:
-        return _info(self._request("head_object", **_bucket_key(path)))
+        query = _bucket_key(path)
+        return self._info(query, self._request("head_object", **query))
 
     def is_folder(self, path: str) -> bool:
         bucket, prefix = _bucket_prefix(path)
-        return bool(self._request("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"))
+        return any(_objects(page, prefix) for page in self._pages(1, Bucket=bucket, Prefix=prefix))
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
         bucket, prefix = _bucket_prefix(path)
         found: dict[str, ObjectInfo | None] = {}
         for page in self._pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
             for folder in page.get("CommonPrefixes", []):
-                found[folder["Prefix"][len(prefix) :].rstrip("/")] = None
-            for item in page.get("Contents", []):
-                found[item["Key"][len(prefix) :]] = ObjectInfo(item["Size"], item["ETag"].strip('"'))
+                found[_field(folder, "Prefix")[len(prefix) :].rstrip("/")] = None
+            for item in _objects(page, prefix):
+                name, _, deeper = item["Key"][len(prefix) :].partition("/")
+                found[name] = None if deeper else ObjectInfo(_field(item, "Size"), _etag(item))
         found.pop("", None)  # the folder's own marker object
         return found
 
@@ -102,7 +130,7 @@ class S3:
             self._put(path, size, part, {"IfNoneMatch": "*"})
         except Changed:
             raise FileExistsError(errno.EEXIST, "exists already") from None
-        except _NotImplemented:  # a store without conditional writes: a look, then the write
+        except _Unsupported:  # a store without conditional writes: a look, then the write
             with suppress(FileNotFoundError):
                 self.info(path)
                 raise FileExistsError(errno.EEXIST, "exists already") from None
@@ -121,14 +149,18 @@ class S3:
         while True:
             page = self._request("list_multipart_uploads", **query)
             for found in page.get("Uploads", []):
-                if not chosen(found["Key"][len(prefix) :]):
+                upload = {"Key": _field(found, "Key"), "UploadId": _field(found, "UploadId")}
+                if not upload["Key"].startswith(prefix) or not chosen(upload["Key"][len(prefix) :]):
                     continue
                 with suppress(FileNotFoundError):  # finished or given up meanwhile
-                    self._request("abort_multipart_upload", Bucket=bucket, Key=found["Key"], UploadId=found["UploadId"])
+                    self._request("abort_multipart_upload", Bucket=bucket, **upload)
                     count += 1
             if not page.get("IsTruncated"):
                 return count
-            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            markers = {"KeyMarker": _field(page, "NextKeyMarker"), "UploadIdMarker": _field(page, "NextUploadIdMarker")}
+            if markers.items() <= query.items():
+                raise _lacking("a next page")
+            query |= markers
 
     def upload(self, local: str, path: str) -> None:
         with open(local, "rb") as file:
@@ -139,12 +171,29 @@ class S3:
         bucket, prefix = _bucket_prefix(path)
         keys = [prefix.rstrip("/")] if prefix else []
         for page in self._pages(Bucket=bucket, Prefix=prefix):
-            keys += [item["Key"] for item in page.get("Contents", [])]
+            keys += [item["Key"] for item in _objects(page, prefix)]
         for first in range(0, len(keys), PAGE):
-            chosen = [{"Key": key} for key in keys[first : first + PAGE]]
-            answer = self._request("delete_objects", Bucket=bucket, Delete={"Objects": chosen, "Quiet": True})
-            if errors := answer.get("Errors"):
-                raise Fault(f"{len(errors)} objects stayed, the first: {errors[0]}")
+            self._delete(bucket, keys[first : first + PAGE])
+
+    def _delete(self, bucket: str, keys: list[str]) -> None:
+        """Delete objects in one request, or where the store refuses that, in one request each."""
+        left = set(keys)
+        if len(keys) > 1 and not self._deletes_singly:
+            chosen = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+            try:
+                answer = self._request("delete_objects", Bucket=bucket, Delete=chosen)
+                left &= {error.get("Key", "") for error in answer.get("Errors", [])}
+            except (Refused, PermissionError, FileNotFoundError) as error:
+                if isinstance(error, (NoBucket, NoCredentials)):
+                    raise
+                self._deletes_singly = True
+
+        def delete(key: str) -> None:
+            with suppress(FileNotFoundError):  # some stores say so of what is not there
+                self._request("delete_object", Bucket=bucket, Key=key)
+
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            list(pool.map(delete, sorted(left)))
 
     def _request(self, operation: str, **query: Any) -> dict[str, Any]:
         """One request, until it is answered."""
@@ -153,17 +202,36 @@ class S3:
 
     def _try(self, operation: str, **query: Any) -> dict[str, Any]:
         try:
-            return getattr(self._client, operation)(**query)
-        except _LIBRARIES as error:
-            raise _translated(error) from error
+            answer = getattr(self._client, operation)(**query)
+        except Refused:  # from `_stop_at_redirect`
+            raise
+        except Exception as error:
+            said = _said(error)
+            # A traceback must not show what `_said` has left out either.
+            raise _translated(error, said, self._answered) from (error if said == str(error) else None)
+        self._answered = True
+        return answer
 
-    def _pages(self, **query: Any) -> Iterator[dict[str, Any]]:
+    def _pages(self, most: int = PAGE, **query: Any) -> Iterator[dict[str, Any]]:
         while True:
-            page = self._request("list_objects_v2", MaxKeys=PAGE, **query)
+            page = self._request("list_objects_v2", MaxKeys=most, **query)
             yield page
             if not page.get("IsTruncated"):
                 return
-            query["ContinuationToken"] = page["NextContinuationToken"]
+            token = _field(page, "NextContinuationToken")
+            if token == query.get("ContinuationToken"):
+                raise _lacking("a next page")
+            query["ContinuationToken"] = token
+
+    def _info(self, query: dict[str, Any], head: dict[str, Any]) -> ObjectInfo:
+        """Return size and ETag from the answer to a HEAD request; one without Content-Length is asked for a listing."""
+        if "ContentLength" in head:
+            return ObjectInfo(head["ContentLength"], _etag(head))
+        page = self._try("list_objects_v2", Bucket=query["Bucket"], Prefix=query["Key"], MaxKeys=1)
+        for item in page.get("Contents", []):
+            if item.get("Key") == query["Key"]:
+                return ObjectInfo(_field(item, "Size"), _etag(head) or _etag(item))
+        raise _lacking("Content-Length")
 
     def _ask(self, path: str, start: int, stop: int | None, etag: str | None) -> Answer:
         query = _bucket_key(path)
@@ -176,43 +244,70 @@ class S3:
         except _OutOfRange as error:
             raise self._why_out_of_range(path, start, stop, etag) or Fault(str(error)) from error
         try:
-            found = reply.get("ETag", "").strip('"') or None
+            found = _etag(reply)
             if etag is not None and found not in (etag, None):
                 raise Changed()  # a store that overlooks If-Match
-            stop = reply["ContentLength"] if stop is None else _checked_stop(reply, start, stop)
+            if etag is not None and found is None and stop is not None and "ContentRange" not in reply:
+                raise Fault(f"no bytes {start} to {stop} came, and nothing says that they are of the object")
+            skipped, length = self._extent(query, reply, start, stop)
         except BaseException:
             reply["Body"].close()
             raise
-        return Answer(stop, found, _pieces(reply["Body"], stop - start))
+        exactly = "ContentLength" not in reply and (stop is None or "ContentRange" in reply)
+        return Answer(start + length, found, _pieces(reply["Body"], skipped, length, exactly))
+
+    def _extent(self, query: dict[str, Any], reply: dict[str, Any], start: int, stop: int | None) -> tuple[int, int]:
+        """Return how many bytes of an answer come before those asked for, and how many are these."""
+        length, place = reply.get("ContentLength"), _CONTENT_RANGE.fullmatch(reply.get("ContentRange", ""))
+        if place is None and reply["ResponseMetadata"]["HTTPStatusCode"] == 206:
+            raise Fault(f"{length} bytes of no stated range came for bytes {start} to {stop}")
+        if place is None:  # the whole object: asked for, or from a store that serves no ranges
+            if length is None:
+                length = self._info(query, self._try("head_object", **query)).size
+            if stop is not None and length < stop:
+                raise TooShort(length, start, stop)
+            return start, (length if stop is None else stop) - start
+        first, last, size = map(int, place.groups())
+        if stop is None:
+            raise Fault(f"bytes {first} to {last + 1} came for the whole object")
+        if size < stop:
+            raise TooShort(size, start, stop)
+        if (first, last + 1) != (start, stop) or length not in (stop - start, None):
+            raise Fault(f"{length} bytes, said to be {first} to {last + 1}, came for bytes {start} to {stop}")
+        return 0, stop - start
 
     def _why_out_of_range(self, path: str, start: int, stop: int | None, etag: str | None) -> Exception | None:
         """What a store that judges the range before the condition did not say."""
-        info = _info(self._try("head_object", **_bucket_key(path)))
-        if etag is not None and info.etag != etag:
+        query = _bucket_key(path)
+        info = self._info(query, self._try("head_object", **query))
+        if etag is not None and info.etag not in (etag, None):
             return Changed()
         return TooShort(info.size, start, stop) if stop is not None and info.size < stop else None
 
     def _upload_parts(self, path: str, size: int, part: Part, condition: dict[str, str]) -> None:
         """A multipart upload: nothing is seen of it before it is complete."""
         key, length = _bucket_key(path), max(PART, -(-size // _MOST_PARTS))
-        key["UploadId"] = self._request("create_multipart_upload", **key)["UploadId"]
+        key["UploadId"] = _field(self._request("create_multipart_upload", **key), "UploadId")
 
         def send(number: int) -> dict[str, Any]:
             body = part((number - 1) * length, min(number * length, size))
-            return {
-                "PartNumber": number,
-                "ETag": self._request("upload_part", PartNumber=number, Body=body, **key)["ETag"],
-            }
+            answer = self._request("upload_part", PartNumber=number, Body=body, **key)
+            return {"PartNumber": number, "ETag": _field(answer, "ETag")}
 
         def complete() -> None:
             try:
                 self._try("complete_multipart_upload", MultipartUpload={"Parts": parts}, **key, **condition)
-            except FileNotFoundError:  # an earlier try may have done it, and its answer been lost
-                if self.info(path).size != size:
-                    raise
+            except NoBucket:
+                raise
+            except FileNotFoundError as error:  # an earlier try may have done it, and its answer been lost
+                if not self._is_made_of(path, size, parts, part, length):
+                    raise Refused(
+                        "the upload was removed before it was complete",
+                        "Another process took up this run, or the store removes unfinished uploads too early.",
+                    ) from error
 
         try:
-            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
                 parts = list(pool.map(send, range(1, -(-size // length) + 1)))
             self._retry(_url(path), complete)
         except BaseException:
@@ -220,13 +315,24 @@ class S3:
                 self._try("abort_multipart_upload", **key)
             raise
 
+    def _is_made_of(self, path: str, size: int, parts: list[dict[str, Any]], part: Part, length: int) -> bool:
+        """Return whether an object holds what an upload's parts hold, by its ETag or else by reading it."""
+        try:
+            info = self.info(path)
+        except FileNotFoundError:
+            return False
+        if info.size != size or info.etag == _etag_of_parts(parts):
+            return info.size == size
+        ranges = ((start, min(start + length, size)) for start in range(0, size, length))
+        return all(self.read_range(path, *each, info.etag) == part(*each) for each in ranges)
+
 
 class _OutOfRange(Exception):
     """Status 416."""
 
 
-class _NotImplemented(Refused):
-    """Status 501: the store does not know a header that was sent."""
+class _Unsupported(Refused):
+    """The store does not know a request, or a header that was sent."""
 
 
 def _client(config: StorageConfig) -> Any:
@@ -240,20 +346,70 @@ def _client(config: StorageConfig) -> Any:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
+    for name, value in os.environ.items():
+        if name.startswith("AWS_") and not value.isprintable():
+            raise ConfigError(
+                f"storage: the environment variable {name} holds a line break or another control character. "
+                "Set it again without; a file of variables with Windows line endings gives such values"
+            )
     if config.endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"):
         options["s3"] = {"addressing_style": "path"}
-    secrets = {"aws_access_key_id": resolve_secret(config.key), "aws_secret_access_key": resolve_secret(config.secret)}
+    if config.anonymous or (os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in _YES and not config.key):
+        options["signature_version"] = UNSIGNED
+    key, secret = resolve_secret(config.key), resolve_secret(config.secret)
+    session = botocore.session.get_session()
     try:
-        client = botocore.session.get_session().create_client(
-            "s3", endpoint_url=config.endpoint_url, config=Config(**options), **secrets
+        if config.endpoint_url is not None:
+            _check_endpoint(config.endpoint_url)
+        client = session.create_client(
+            "s3",
+            endpoint_url=config.endpoint_url,
+            config=Config(**options),
+            aws_access_key_id=key,
+            aws_secret_access_key=secret,
         )
+        _check_endpoint(client.meta.endpoint_url)
     except (botocore_errors.BotoCoreError, ValueError) as error:
         raise ConfigError(
             f"storage: no S3 client can be made: {error}. "
             "Check storage.endpoint_url (http://host:port), storage.key and storage.secret, and the AWS_ variables"
         ) from error
     client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
+    if "amazonaws" not in client.meta.endpoint_url:
+        client.meta.events.register("response-received.s3", _stop_at_redirect)
+    found = None if key or "signature_version" in options else session.get_credentials()
+    if found and type(found) is Credentials:
+        for value in filter(None, (found.access_key, found.secret_key, found.token)):
+            remember(value)
     return client
+
+
+def _check_endpoint(url: str) -> None:
+    """Raise ValueError for what is no address of a store."""
+    address = urlsplit(url)
+    if address.username is not None:
+        raise ValueError("the endpoint holds a user name, which S3 does not use; leave out what precedes the host")
+    if address.scheme not in ("http", "https") or not address.hostname or address.port == 0:
+        raise ValueError(f"expected http://host:port, got {url!r}")
+
+
+def _stop_at_redirect(parsed_response: dict[str, Any] | None, **_: Any) -> None:
+    """Raise for a redirect that names no region: botocore would ask about the bucket, and be redirected, for ever."""
+    answer = parsed_response or {}
+    meta = answer.get("ResponseMetadata", {})
+    status, headers = meta.get("HTTPStatusCode"), meta.get("HTTPHeaders", {})
+    if status in _REDIRECTS and not (headers.get("x-amz-bucket-region") or answer.get("Error", {}).get("Region")):
+        raise _redirected(status, headers)
+
+
+def _redirected(status: int, headers: dict[str, str]) -> Refused:
+    target = urlsplit(headers.get("location", ""))
+    if not target.hostname:
+        return Refused(f"the store answers with a redirect ({status}) to nowhere", _ENDPOINT_HINT)
+    port = f":{target.port}" if target.port else ""
+    place = f"{target.scheme}://{target.hostname}{port}"
+    hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {place}."
+    return Refused(f"the store answers with a redirect ({status}) to {place}", hint)
 
 
 def _add_md5(params: dict[str, Any], **_: Any) -> None:
@@ -262,90 +418,148 @@ def _add_md5(params: dict[str, Any], **_: Any) -> None:
     params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
-def _pieces(body: Any, length: int) -> Generator[bytes, None, None]:
-    """`length` bytes of a body, as the socket has them: what came before a fault is never lost."""
+def _pieces(body: Any, skipped: int, length: int, exactly: bool) -> Generator[bytes, None, None]:
+    """Yield `length` bytes of a body after `skipped`, as the socket has them: what came before a fault is never lost.
+
+    `exactly`: the body must end with them.
+    """
     with body as raw:
         try:
-            while length:
-                piece = raw.read1(min(length, _CHUNK))
+            while skipped + length:
+                piece = raw.read1(min(skipped + length, _CHUNK))
                 if not piece:
                     return
+                piece, skipped = piece[skipped:], max(0, skipped - len(piece))
                 length -= len(piece)
                 yield piece
+            if exactly and raw.read1(1):
+                raise Fault("more bytes came than the object holds")
         except urllib3.exceptions.HTTPError as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
 
 
-def _checked_stop(reply: dict[str, Any], start: int, stop: int) -> int:
-    """`stop`, when the answer is exactly the range asked for."""
-    length, place = reply["ContentLength"], _CONTENT_RANGE.fullmatch(reply.get("ContentRange", ""))
-    if place is None:
-        if (start, stop) == (0, length):  # a store may send a whole object plainly
-            return stop
-        raise Fault(f"{length} bytes of no stated range came for bytes {start} to {stop}")
-    first, last, size = map(int, place.groups())
-    if size < stop:
-        raise TooShort(size, start, stop)
-    if (first, last + 1, length) != (start, stop, stop - start):
-        raise Fault(f"{length} bytes, said to be {first} to {last + 1}, came for bytes {start} to {stop}")
-    return stop
+def _objects(page: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
+    """Return the objects of a listing's page; a store that overlooks `prefix` must not widen a deletion."""
+    return [item for item in page.get("Contents", []) if _field(item, "Key").startswith(prefix)]
 
 
-def _translated(error: Exception) -> Exception:
-    """A failure of botocore in the words of `faults`."""
-    said = f"{type(error).__name__}: {error}"
-    if isinstance(error, botocore_errors.ClientError):
-        return _refusal(error)
-    if isinstance(error, (botocore_errors.NoCredentialsError, botocore_errors.PartialCredentialsError)):
-        return NoCredentials(str(error))
-    if isinstance(error, (botocore_errors.EndpointConnectionError, botocore_errors.ConnectTimeoutError)):
-        return Unreachable(str(error))
-    if isinstance(error, botocore_errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return Refused(said)
-    passing = (
-        botocore_errors.HTTPClientError,
-        botocore_errors.ConnectionError,
-        botocore_errors.CredentialRetrievalError,
-        botocore_errors.MetadataRetrievalError,
-        ResponseParserError,
-        urllib3.exceptions.HTTPError,
-    )
-    return (Fault if isinstance(error, passing) else Refused)(said)
+def _field(answer: dict[str, Any], name: str) -> Any:
+    """Return what an answer must hold."""
+    if answer.get(name) is None:
+        raise _lacking(name)
+    return answer[name]
 
 
-def _refusal(error: botocore_errors.ClientError) -> Exception:
-    code = str(error.response.get("Error", {}).get("Code", ""))
+def _lacking(name: str) -> Refused:
+    return Refused(f"the store's answer lacks {name}", "Check that no proxy between here and the store removes it.")
+
+
+def _etag(answer: dict[str, Any]) -> str | None:
+    return (answer.get("ETag") or "").strip('"') or None
+
+
+def _etag_of_parts(parts: list[dict[str, Any]]) -> str | None:
+    """Return the ETag of the object that these parts make; None where theirs are no MD5 digests."""
+    try:
+        digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
+    except ValueError:
+        return None
+    return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, in one short line without keys and headers."""
+    text = " ".join(printable(redact(str(error))).split())
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+
+
+def _translated(error: Exception, said: str, answered: bool) -> Exception:
+    """Return a failure of botocore in the words of `faults`; `answered`: the endpoint is known to speak HTTP."""
+    inner = getattr(error, "kwargs", {}).get("error")
+    named = f"{type(error).__name__}: {said}"
+    match error:
+        case botocore_errors.ClientError():
+            return _refusal(error, said)
+        case botocore_errors.NoCredentialsError() | botocore_errors.PartialCredentialsError():
+            return NoCredentials(said)
+        case botocore_errors.EndpointConnectionError() | botocore_errors.ConnectTimeoutError():
+            return Unreachable(said)
+        case botocore_errors.SSLError():
+            return Fault(named) if _BROKEN_TLS.search(str(error)) else Refused(named, _TLS_HINT)
+        case RecursionError():
+            return Refused("the store's redirects lead round in circles", _ENDPOINT_HINT)
+        case botocore_errors.ConnectionClosedError() if not answered and _is_other_protocol(inner):
+            return Refused("the endpoint does not answer in HTTP", _ENDPOINT_HINT)
+        case botocore_errors.HTTPClientError() if "Invalid header value" in str(error):
+            return Refused("a key, token or region holds a line break or another control character", _KEYS_HINT)
+        case botocore_errors.HTTPClientError() if isinstance(inner, (ValueError, TypeError, LookupError)):
+            return Refused(named, _ENDPOINT_HINT)  # nothing was sent
+        case UnicodeError():
+            return Refused("a key, token or region holds a character that no header can", _KEYS_HINT)
+        case (
+            ResponseParserError()  # throttling proxies answer with pages that are no XML
+            | botocore_errors.HTTPClientError()
+            | botocore_errors.ConnectionError()
+            | botocore_errors.CredentialRetrievalError()
+            | botocore_errors.MetadataRetrievalError()
+            | urllib3.exceptions.HTTPError()  # from the body of an error
+            | OSError()
+        ):
+            return Fault(named)
+    return Refused(named)
+
+
+def _is_other_protocol(error: object) -> bool:
+    """Return whether the first bytes from a port were no HTTP: TLS, SSH, a database."""
+    inner = error.args[-1] if isinstance(error, urllib3.exceptions.ProtocolError) and error.args else None
+    return isinstance(inner, BadStatusLine) and not isinstance(inner, RemoteDisconnected)
+
+
+def _refusal(error: botocore_errors.ClientError, said: str) -> Exception:
+    answer = error.response.get("Error", {})
+    code = str(answer.get("Code", ""))
     meta = error.response.get("ResponseMetadata", {})
-    status = int(meta.get("HTTPStatusCode", 0))
+    status, headers = int(meta.get("HTTPStatusCode", 0)), meta.get("HTTPHeaders", {})
     if code == "NoSuchBucket":
-        return NoBucket(errno.ENOENT, str(error))
+        return NoBucket(errno.ENOENT, said)
     if status == 404:
-        return FileNotFoundError(errno.ENOENT, str(error))
+        return FileNotFoundError(errno.ENOENT, said)
     if status == 412:
         return Changed()
     if status == 416:
-        return _OutOfRange(str(error))
-    if status == 501 or code == "NotImplemented":
-        return _NotImplemented(str(error))
-    if {status, code} & _PASSING or not 300 <= status < 500:
-        return Fault(str(error), _retry_after(meta.get("HTTPHeaders", {})))
+        return _OutOfRange(said)
+    if status in _REDIRECTS:
+        return _redirected(status, headers)
+    if {status, code} & _PASSING:
+        return Fault(said, _retry_after(headers))
+    if status == 507 or (status < 500 and _NO_SPACE.search(f"{code} {answer.get('Message')}")):
+        return OSError(errno.EDQUOT, said)
+    if not 300 <= status < 500 and not {status, code} & _LASTING:
+        return Fault(said, _retry_after(headers))
+    if status == 403 and code in ("", "403", "AccessDenied", "SignatureDoesNotMatch") and _skew(headers) > _MOST_SKEW:
+        code = "RequestTimeTooSkewed"  # that an answer to HEAD has no body to say
+    if code in _HINTS:
+        return Refused(said, _HINTS[code])
     if status in (401, 403):
-        return PermissionError(errno.EACCES, str(error))
-    return Refused(str(error))
+        return PermissionError(errno.EACCES, said)
+    return (_Unsupported if status in (400, 405, 501) or code == "NotImplemented" else Refused)(said)
+
+
+def _skew(headers: dict[str, str]) -> float:
+    """Return how many seconds the store's clock and ours are apart; 0 when it does not tell the time."""
+    with suppress(ValueError, TypeError, OverflowError):
+        return abs(parsedate_to_datetime(headers["date"]).timestamp() - time()) if "date" in headers else 0.0
+    return 0.0
 
 
 def _retry_after(headers: dict[str, str]) -> float:
     """Seconds, from either form of the header; 0 without one."""
     value = headers.get("retry-after", "").strip()
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value)
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time())
     return 0.0
-
-
-def _info(head: dict[str, Any]) -> ObjectInfo:
-    return ObjectInfo(head["ContentLength"], head["ETag"].strip('"'))
 
 
 def _url(path: str) -> str:

@@ -243,3 +243,34 @@ def test_secrets_are_read_by_reference_only(tmp_path: Path, monkeypatch: pytest.
     assert resolve_secret(f"file:{tmp_path / 'key'}") == "from file"
     with pytest.raises(ConfigError, match="MOME_ABSENT is not set"):
         resolve_secret("env:MOME_ABSENT")
+
+
+@pytest.mark.parametrize("content", [b"value\r\n", b"  value \n", b"\xef\xbb\xbfvalue", b"value"])
+def test_blanks_around_a_secret_are_no_part_of_it(tmp_path: Path, monkeypatch, content: bytes) -> None:
+    (tmp_path / "key").write_bytes(content)
+    assert resolve_secret(f"file:{tmp_path / 'key'}") == "value"
+    monkeypatch.setenv("MOME_TEST_KEY", content.decode().strip("\ufeff"))
+    assert resolve_secret("env:MOME_TEST_KEY") == "value"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"head\r\ntail", "holds a line break"),
+        (b"head\x00tail", "holds a line break"),
+        (b" \r\n", "is empty"),
+        (b"", "is empty"),
+        (b"\xff\xfe\x00", "no UTF-8 text"),
+    ],
+)
+def test_what_no_header_can_hold_is_refused_and_not_shown(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(ConfigError, match=expected) as error:
+        resolve_secret(f"file:{tmp_path / 'key'}")
+    assert "tail" not in str(error.value)
+
+
+@pytest.mark.parametrize("reference", ["file:/absent", "file:/tmp", "file:~nobody-here/key", "file:a\x00b"])
+def test_a_secret_that_cannot_be_read_is_named(reference: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        resolve_secret(reference)

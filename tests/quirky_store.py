@@ -1,0 +1,359 @@
+"""An S3 store in this process, in memory, that deviates from AWS in one chosen way.
+
+    with QuirkyStore("no_etag") as store:
+        Storage(StorageConfig(endpoint_url=store.endpoint, ...)).read("s3://bucket/key")
+        assert store.requests
+
+QUIRKS names the deviations and says what to expect of a client:
+
+- "works": every operation gives its usual result.
+- "lasts": every operation the quirk concerns fails at once, by a StorageError.
+- "passes": the store may recover, so a client asks again until its deadline.
+
+Any bucket exists. Signatures are not checked; `unsigned_only` refuses requests that carry one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import time
+from typing import Any, Literal
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+Expectation = Literal["works", "lasts", "passes"]
+
+
+def _error(status: int, code: str, message: str = "Said by the store.", **headers: str) -> Answer:
+    text = f"<Error><Code>{code}</Code><Message>{escape(message)}</Message></Error>"
+    return Answer(status, text.encode(), {"Content-Type": "application/xml"} | headers)
+
+
+@dataclass
+class Answer:
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Request:
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(urlsplit(self.target).query, keep_blank_values=True))
+
+    @property
+    def path(self) -> tuple[str, str]:
+        bucket, _, key = unquote(urlsplit(self.target).path).lstrip("/").partition("/")
+        return bucket, key
+
+    @property
+    def is_batch_deletion(self) -> bool:
+        return self.method == "POST" and "delete" in self.query
+
+
+Refusal = Callable[[Request], Answer | None]
+
+
+def _always(answer: Callable[[], Answer]) -> Refusal:
+    return lambda request: answer()
+
+
+def _batch_deletion(answer: Callable[[], Answer]) -> Refusal:
+    return lambda request: answer() if request.is_batch_deletion else None
+
+
+def _redirect(status: int) -> Refusal:
+    return lambda request: Answer(status, b"", {"Location": f"https://store.example{request.target}"})
+
+
+def _echo(request: Request) -> Answer:
+    return _error(403, "SignatureDoesNotMatch", f"You sent: {request.headers}")
+
+
+def _errors_of_each(request: Request) -> Answer | None:
+    if not request.is_batch_deletion:
+        return None
+    keys = re.findall(r"<Key>(.*?)</Key>", request.body.decode())
+    told = "".join(f"<Error><Key>{key}</Key><Code>NotImplemented</Code></Error>" for key in keys)
+    return Answer(200, f"<DeleteResult>{told}</DeleteResult>".encode())
+
+
+def _condition(answer: Callable[[], Answer]) -> Refusal:
+    return lambda request: answer() if "if-none-match" in request.headers else None
+
+
+def _writes(answer: Callable[[], Answer]) -> Refusal:
+    return lambda request: answer() if request.method == "PUT" else None
+
+
+# What the store answers instead of doing what was asked; None: it does it.
+REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
+    "no_batch_delete_400": ("works", _batch_deletion(lambda: _error(400, "InvalidRequest"))),
+    "no_batch_delete_403": ("works", _batch_deletion(lambda: _error(403, "AccessDenied"))),
+    "no_batch_delete_404": ("works", _batch_deletion(lambda: _error(404, "NoSuchKey"))),
+    "no_batch_delete_405": ("works", _batch_deletion(lambda: _error(405, "MethodNotAllowed"))),
+    "no_batch_delete_501": ("works", _batch_deletion(lambda: _error(501, "NotImplemented"))),
+    "no_batch_delete_of_any": ("works", _errors_of_each),
+    "no_conditions_400": ("works", _condition(lambda: _error(400, "InvalidArgument"))),
+    "no_conditions_501": ("works", _condition(lambda: _error(501, "NotImplemented"))),
+    "redirect_301": ("lasts", _redirect(301)),
+    "redirect_302": ("lasts", _redirect(302)),
+    "redirect_303": ("lasts", _redirect(303)),
+    "redirect_307": ("lasts", _redirect(307)),
+    "redirect_308": ("lasts", _redirect(308)),
+    "redirect_nowhere": ("lasts", _always(lambda: Answer(301))),
+    "bad_request": ("lasts", _always(lambda: _error(400, "InvalidRequest", "\x1b[2J\n" * 1000))),
+    "denied": ("lasts", _always(lambda: _error(403, "AccessDenied"))),
+    "denied_in_html": ("lasts", _always(lambda: Answer(403, b"<html>No", {"Content-Type": "text/html"}))),
+    "echo": ("lasts", _echo),
+    "clock_skew": ("lasts", _always(lambda: _error(403, "RequestTimeTooSkewed"))),
+    "expired": ("lasts", _always(lambda: _error(400, "ExpiredToken"))),
+    "not_implemented": ("lasts", _always(lambda: _error(501, "NotImplemented"))),
+    "old_http": ("lasts", _always(lambda: _error(505, "HTTPVersionNotSupported"))),
+    "proxy_login": ("lasts", _always(lambda: Answer(407))),
+    "quota_403": ("lasts", _writes(lambda: _error(403, "QuotaExceeded"))),
+    "quota_413": ("lasts", _writes(lambda: _error(413, "EntityTooLarge", "Upload exceeds quota."))),
+    "quota_507": ("lasts", _writes(lambda: _error(507, "InsufficientStorage"))),
+    "full": ("lasts", _writes(lambda: _error(507, "XMinioStorageFull"))),
+    "broken": ("passes", _always(lambda: _error(500, "InternalError"))),
+    "gateway": ("passes", _always(lambda: Answer(502, b"<html>Bad gateway"))),
+    "unavailable": ("passes", _always(lambda: _error(503, "SlowDown"))),
+    "throttled": ("passes", _always(lambda: _error(429, "TooManyRequests"))),
+}
+# How the store answers what it has done.
+MANNERS: dict[str, Expectation] = {
+    "none": "works",
+    "no_etag": "works",
+    "no_length": "works",  # every body is chunked; HEAD tells no size either
+    "no_length_closing": "works",  # a body ends where the connection does
+    "no_key_count": "works",
+    "no_ranges": "works",  # every answer to GET is the whole object
+    "deleting_absent_is_404": "works",
+    "no_prefix": "works",  # a listing is of the whole bucket
+    "pages_of_one": "works",
+    "plain_etag": "works",  # of an object in parts: its MD5 digest, not that of its parts' digests
+    "unsigned_only": "works",
+}
+QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _) in REFUSALS.items()} | MANNERS
+
+
+class QuirkyStore:
+    """Listens on a port of 127.0.0.1 (`endpoint`) while its `with` block runs."""
+
+    def __init__(self, quirk: str = "none"):
+        self.lock = threading.Lock()
+        self.reset(quirk)
+
+    def reset(self, quirk: str) -> None:
+        """Forget all objects, uploads and requests, and take another quirk."""
+        assert quirk in QUIRKS, quirk
+        self.quirk = quirk
+        self.objects: dict[tuple[str, str], bytes] = {}
+        self.etags: dict[bytes, str] = {}  # of objects that were put together: by their MD5 digest
+        self.uploads: dict[str, tuple[tuple[str, str], dict[int, bytes]]] = {}
+        self.requests: list[Request] = []
+        self.edit: Callable[[bytes], bytes] | None = None  # of each answer, as it travels
+        self.clock = 0.0  # seconds by which the store's time is ahead
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> QuirkyStore:
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.store = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, request: Request) -> Answer:
+        with self.lock:
+            self.requests.append(request)
+            if self.quirk in REFUSALS and (refused := REFUSALS[self.quirk][1](request)) is not None:
+                return refused
+            if self.quirk == "unsigned_only" and "authorization" in request.headers:
+                return _error(403, "InvalidAccessKeyId")
+            return self._of_bucket(request) if not request.path[1] else self._of_object(request)
+
+    def _of_bucket(self, request: Request) -> Answer:
+        bucket, query = request.path[0], request.query
+        if request.is_batch_deletion:
+            for item in ElementTree.fromstring(request.body).iter("{http://s3.amazonaws.com/doc/2006-03-01/}Key"):
+                self.objects.pop((bucket, item.text or ""), None)
+            return Answer(200, b"<DeleteResult/>")
+        if "uploads" in query:
+            found = [(name, key) for name, ((where, key), _) in self.uploads.items() if where == bucket]
+            told = "".join(
+                f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in found
+            )
+            return Answer(200, f"<ListMultipartUploadsResult>{told}</ListMultipartUploadsResult>".encode())
+        return self._listing(bucket, query)
+
+    def _listing(self, bucket: str, query: dict[str, str]) -> Answer:
+        prefix = "" if self.quirk == "no_prefix" else query.get("prefix", "")
+        delimiter = query.get("delimiter", "") if self.quirk != "no_prefix" else ""
+        after = query.get("continuation-token", "")
+        most = 1 if self.quirk == "pages_of_one" else int(query.get("max-keys", "1000"))
+        names: dict[str, bytes | None] = {}
+        for where, key in sorted(self.objects):
+            if where == bucket and key.startswith(prefix):
+                rest, mark, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key[len(prefix) :], "", "")
+                names[prefix + rest + mark] = None if mark else self.objects[where, key]
+        shown = [name for name in names if name > after][:most]
+        told = "" if self.quirk == "no_key_count" else f"<KeyCount>{len(shown)}</KeyCount>"
+        for name in shown:
+            data = names[name]
+            if data is None:
+                told += f"<CommonPrefixes><Prefix>{quote(name)}</Prefix></CommonPrefixes>"
+            else:
+                tag = "" if self.quirk == "no_etag" else f"<ETag>&quot;{self._tag(data)}&quot;</ETag>"
+                told += f"<Contents><Key>{quote(name)}</Key>{tag}<Size>{len(data)}</Size></Contents>"
+        more = bool(shown) and any(name > shown[-1] for name in names)
+        told += f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType>"
+        told += f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if more else ""
+        return Answer(200, f"<ListBucketResult>{told}</ListBucketResult>".encode())
+
+    def _of_object(self, request: Request) -> Answer:
+        where, query = request.path, request.query
+        if "uploads" in query or "uploadId" in query:
+            return self._of_upload(request, where, query)
+        if "if-none-match" in request.headers and where in self.objects:
+            return _error(412, "PreconditionFailed")
+        if request.method == "PUT":
+            self.objects[where] = request.body
+            return self._tagged(Answer(200), request.body)
+        if request.method == "DELETE":
+            if where not in self.objects and self.quirk == "deleting_absent_is_404":
+                return _error(404, "NoSuchKey")
+            self.objects.pop(where, None)
+            return Answer(204)
+        if where not in self.objects:
+            return _error(404, "NoSuchKey")
+        data = self.objects[where]
+        if request.headers.get("if-match", f'"{self._tag(data)}"') != f'"{self._tag(data)}"':
+            return _error(412, "PreconditionFailed")
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+        if asked is None or self.quirk == "no_ranges":
+            return self._tagged(Answer(200, data), data)
+        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+        if start >= len(data):
+            return _error(416, "InvalidRange")
+        place = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+        return self._tagged(Answer(206, data[start:stop], place), data)
+
+    def _of_upload(self, request: Request, where: tuple[str, str], query: dict[str, str]) -> Answer:
+        if "uploads" in query:
+            name = f"upload-{len(self.uploads)}-{len(self.requests)}"
+            self.uploads[name] = (where, {})
+            return Answer(200, f"<X><UploadId>{name}</UploadId></X>".encode())
+        if query["uploadId"] not in self.uploads:
+            return _error(404, "NoSuchUpload")
+        parts = self.uploads[query["uploadId"]][1]
+        if request.method == "PUT":
+            parts[int(query["partNumber"])] = request.body
+            return self._tagged(Answer(200), request.body)
+        del self.uploads[query["uploadId"]]
+        if request.method == "POST":
+            self.objects[where] = b"".join(data for _, data in sorted(parts.items()))
+            tags = b"".join(hashlib.md5(data).digest() for _, data in sorted(parts.items()))
+            if self.quirk != "plain_etag":
+                self.etags[hashlib.md5(self.objects[where]).digest()] = f"{hashlib.md5(tags).hexdigest()}-{len(parts)}"
+            return Answer(200, b"<X></X>")
+        return Answer(204)
+
+    def _tag(self, data: bytes) -> str:
+        digest = hashlib.md5(data)
+        return self.etags.get(digest.digest(), digest.hexdigest())
+
+    def _tagged(self, answer: Answer, data: bytes) -> Answer:
+        if self.quirk != "no_etag":
+            answer.headers["ETag"] = f'"{self._tag(data)}"'
+        return answer
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    store: QuirkyStore
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # the client has gone
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def _serve(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body = self.rfile.read(int(headers.get("content-length", "0")))
+        store = self.server.store
+        answer = store.answer(Request(self.command, self.path, headers, body))
+        head = f"HTTP/1.1 {answer.status} Said\r\nDate: {formatdate(time() + store.clock, usegmt=True)}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+        body = answer.body
+        if store.quirk == "no_length" and body and self.command == "GET":
+            head += "Transfer-Encoding: chunked\r\n"
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        elif store.quirk == "no_length_closing" and self.command == "GET":
+            head += "Connection: close\r\n"
+            self.close_connection = True
+        elif not (store.quirk.startswith("no_length") and self.command == "HEAD"):
+            head += f"Content-Length: {len(body)}\r\n"
+        travels = head.encode() + b"\r\n" + (body if self.command != "HEAD" else b"")
+        if store.edit is not None:
+            travels = store.edit(travels)
+            self.close_connection = True
+        self.wfile.write(travels)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Babbler:
+    """A port of 127.0.0.1 whose every connection is told `says` and closed: no HTTP server."""
+
+    def __init__(self, says: bytes):
+        self._says = says
+
+    def __enter__(self) -> Babbler:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        self.num_connections = 0
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection = self._socket.accept()[0]
+            except OSError:
+                return
+            self.num_connections += 1
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(self._says)

@@ -1,0 +1,334 @@
+"""Stores that deviate from AWS (tests/quirky_store.py): every operation works, or a StorageError says what is wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz import fuzz_rounds, mutate
+from quirky_store import MANNERS, QUIRKS, Babbler, QuirkyStore
+
+from pipeline.config.errors import ConfigError, StorageError
+from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import Storage, join, retry, s3
+from pipeline.data.storage.faults import NoSpace
+
+DATA = random.Random(0).randbytes(100_000)
+KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
+FOLDER = "s3://bucket/folder"
+SECRET_WORDS = (KEY, SECRET, "AWS4-HMAC", "Signature=", "Credential=")
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+
+class Clock:
+    """Time that passes only while a client waits before it asks again."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(retry, "time", clock)
+    return clock
+
+
+def storage_at(endpoint: str, **settings: Any) -> Storage:
+    return Storage(StorageConfig(endpoint_url=endpoint, **settings))
+
+
+@pytest.fixture(scope="module")
+def shared_store() -> Iterator[QuirkyStore]:
+    with QuirkyStore() as store:
+        yield store
+
+
+_client = cache(s3._client)  # making one takes 0.2 s
+
+
+@pytest.fixture
+def quirky(
+    shared_store: QuirkyStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], tuple[QuirkyStore, Storage]]:
+    """quirky(name) -> a store with that quirk, holding four objects, and a Storage that reaches it."""
+    monkeypatch.setattr(s3, "PART", 40_000)  # so that DATA takes three parts
+    monkeypatch.setattr(s3, "_client", _client)
+
+    def make(quirk: str) -> tuple[QuirkyStore, Storage]:
+        shared_store.reset(quirk)
+        shared_store.objects = {("bucket", f"folder/{name}"): DATA for name in ("a.tar", "b.tar", "in/c.tar")}
+        shared_store.objects["bucket", "folder2/d.tar"] = DATA
+        return shared_store, storage_at(shared_store.endpoint, anonymous=quirk == "unsigned_only")
+
+    return make
+
+
+def _stream(storage: Storage, folder: str) -> bytes:
+    with storage.open(join(folder, "a.tar")) as stream:
+        return stream.read(10) + stream.read()
+
+
+def _upload(storage: Storage, folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA[:5])
+    storage.upload(tmp_path / "file", join(folder, "new"))
+
+
+def _download(storage: Storage, folder: str, tmp_path: Path) -> bytes:
+    storage.download(join(folder, "a.tar"), tmp_path / "down")
+    return (tmp_path / "down").read_bytes()
+
+
+# name -> (what is done, its result in a store without quirks)
+OPERATIONS: dict[str, tuple[Callable[[Storage, str, Path], object], object]] = {
+    "read": (lambda s, f, _: s.read(join(f, "a.tar")), DATA),
+    "read_range": (lambda s, f, _: s.read_range(join(f, "a.tar"), 10, 99_990), DATA[10:99_990]),
+    "read_all_as_range": (lambda s, f, _: s.read_range(join(f, "a.tar"), 0, 100_000), DATA),
+    "read_known": (lambda s, f, _: s.read_range(join(f, "a.tar"), 1, 9, s.info(join(f, "a.tar")).etag), DATA[1:9]),
+    "open": (lambda s, f, _: _stream(s, f), DATA),
+    "download": (_download, DATA),
+    "info": (lambda s, f, _: s.info(join(f, "a.tar")).size, len(DATA)),
+    "exists": (lambda s, f, _: s.exists(join(f, "a.tar")), True),
+    "exists_folder": (lambda s, f, _: s.exists(f), True),
+    "list": (lambda s, f, _: s.list(f), ["a.tar", "b.tar", "in"]),
+    "list_info": (lambda s, f, _: {k: v.size for k, v in s.list_info(f).items()}, {"a.tar": 100_000, "b.tar": 100_000}),
+    "write": (lambda s, f, _: s.write(join(f, "new"), b"new"), None),
+    "write_parts": (lambda s, f, _: s.write_parts(join(f, "new"), len(DATA), lambda a, b: DATA[a:b]), None),
+    "upload": (_upload, None),
+    "create": (lambda s, f, _: s.create(join(f, "new"), b"new"), True),
+    "create_parts": (lambda s, f, _: s.create_parts(join(f, "new"), len(DATA), lambda a, b: DATA[a:b]), True),
+    "create_present": (lambda s, f, _: s.create(join(f, "a.tar"), b"new"), False),
+    "delete": (lambda s, f, _: s.delete(f), None),
+    "delete_one": (lambda s, f, _: s.delete(join(f, "a.tar")), None),
+    "delete_absent": (lambda s, f, _: s.delete(join(f, "absent")), None),
+    "abandon_uploads": (lambda s, f, _: s.abandon_uploads(f), 0),
+}
+HOLDS = {  # what the store holds in the folder afterwards
+    "write": {"new": b"new"},
+    "write_parts": {"new": DATA},
+    "upload": {"new": DATA[:5]},
+    "create": {"new": b"new"},
+    "create_parts": {"new": DATA},
+    "create_present": {"a.tar": DATA},
+    "delete": {"a.tar": None, "b.tar": None, "in/c.tar": None},
+    "delete_one": {"a.tar": None},
+}
+WRITES = {"write", "write_parts", "upload", "create", "create_parts", "create_present"}
+CONCERNS = {"quota_403": WRITES, "quota_413": WRITES, "quota_507": WRITES, "full": WRITES}
+# Deviations that one operation cannot do without.
+MAY_FAIL = {("no_etag", "write_parts"), ("no_etag", "create_parts")}
+
+
+def check_message(error: str) -> None:
+    """Assert that a message names the URL, and is short, plain and without secrets."""
+    assert error.startswith("s3://bucket/") or not error
+    assert not [word for word in SECRET_WORDS if word in error], error
+    assert len(error) < 700
+    assert error.isprintable()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("quirk", QUIRKS)
+def test_every_operation_works_or_is_refused_by_name(quirky, tmp_path: Path, clock: Clock, quirk: str, operation: str):
+    store, storage = quirky(quirk)
+    do, expected = OPERATIONS[operation]
+    fails = QUIRKS[quirk] != "works" and operation in CONCERNS.get(quirk, OPERATIONS)
+    try:
+        result = do(storage, FOLDER, tmp_path)
+    except StorageError as raised:
+        error = str(raised)
+    else:
+        error = ""
+        assert result == expected
+        for name, data in HOLDS.get(operation, {}).items():
+            assert store.objects.get(("bucket", f"folder/{name}")) == data
+    assert bool(error) == fails or (quirk, operation) in MAY_FAIL, error
+    check_message(error)
+    assert ("bucket", "folder2/d.tar") in store.objects
+    if QUIRKS[quirk] == "passes":
+        assert clock.now == pytest.approx(300.0)
+        assert len(store.requests) > 30
+    else:
+        assert clock.now == 0.0
+
+
+@pytest.mark.parametrize(
+    ("quirk", "told"),
+    [
+        ("redirect_301", r"redirect \(301\) to https://store\.example.* storage\.endpoint_url"),
+        ("redirect_308", r"redirect \(308\) to https://store\.example.* storage\.endpoint_url"),
+        ("redirect_nowhere", r"redirect \(301\) to nowhere"),
+        ("clock_skew", r"clock"),
+        ("expired", r"credentials have expired"),
+        ("denied", r"access was denied.*credentials and permissions"),
+        ("not_implemented", r"NotImplemented"),
+        ("proxy_login", r"407"),
+    ],
+)
+@pytest.mark.parametrize("operation", ["read", "list", "write", "delete"])
+def test_the_message_says_what_to_do(quirky, tmp_path: Path, quirk: str, told: str, operation: str):
+    _, storage = quirky(quirk)
+    with pytest.raises(StorageError, match=told):
+        OPERATIONS[operation][0](storage, FOLDER, tmp_path)
+
+
+def test_an_exhausted_quota_is_no_matter_of_credentials(quirky, tmp_path: Path):
+    for quirk in ("quota_403", "quota_413", "quota_507", "full"):
+        _, storage = quirky(quirk)
+        for operation in WRITES:
+            with pytest.raises(NoSpace, match=r"no space left.*Free some") as raised:
+                OPERATIONS[operation][0](storage, FOLDER, tmp_path)
+            assert "credentials" not in str(raised.value)
+
+
+def test_a_store_that_refuses_batches_is_asked_once(quirky):
+    store, storage = quirky("no_batch_delete_501")
+    storage.delete(FOLDER)
+    store.objects["bucket", "folder/a"] = store.objects["bucket", "folder/b"] = b""
+    storage.delete(FOLDER)
+    assert [request.is_batch_deletion for request in store.requests].count(True) == 1
+    assert set(store.objects) == {("bucket", "folder2/d.tar")}
+
+
+def test_an_answer_without_a_code_tells_of_the_clock_by_its_date(quirky):
+    store, storage = quirky("denied")
+    store.clock = 3600.0
+    with pytest.raises(StorageError, match=r"Set this machine's clock"):
+        storage.info(join(FOLDER, "a.tar"))
+
+
+def test_redirects_of_a_region_end_too(quirky):
+    store, storage = quirky("none")
+    store.edit = lambda _: b"HTTP/1.1 301 x\r\nContent-Length: 0\r\nx-amz-bucket-region: eu-west-1\r\n\r\n"
+    for do, _ in (OPERATIONS["info"], OPERATIONS["list"], OPERATIONS["read"]):
+        with pytest.raises(StorageError, match=r"redirect \(301\) to nowhere"):
+            do(storage, FOLDER, Path())
+
+
+@pytest.mark.parametrize("says", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x15\x03\x03\x00\x02\x02\x46", b"-ERR unknown\r\n"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_port_of_another_protocol_is_named_at_once(clock: Clock, says: bytes, scheme: str):
+    with Babbler(says) as port:
+        with pytest.raises(StorageError, match=rf"{scheme}://{port.address}.*scheme.*port"):
+            storage_at(f"{scheme}://{port.address}").read(join(FOLDER, "a.tar"))
+        assert port.num_connections == 1
+    assert clock.now == 0.0
+
+
+def test_tls_to_a_plain_http_port_is_named_at_once(shared_store: QuirkyStore, clock: Clock):
+    with pytest.raises(StorageError, match=r"SSLError.*http:// where it speaks no TLS"):
+        storage_at(shared_store.endpoint.replace("http:", "https:")).read(join(FOLDER, "a.tar"))
+    assert clock.now == 0.0
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"])
+@pytest.mark.parametrize("value", ["us-east-1\r", "two\nlines", "a\x1b[2Jb"])
+def test_variables_with_line_breaks_are_named_and_not_shown(monkeypatch, clock: Clock, name: str, value: str):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"{name} holds a line break") as raised:
+        storage_at("http://127.0.0.1:1").read(join(FOLDER, "a.tar"))
+    assert value not in str(raised.value)
+    assert clock.now == 0.0
+
+
+@pytest.mark.parametrize("value", ["schlüssel-€", "with space", "ключ"])
+def test_odd_keys_are_refused_or_taken_without_being_shown(monkeypatch, shared_store, clock: Clock, value: str):
+    monkeypatch.setenv("ODD", value)
+    shared_store.reset("echo")
+    storage = storage_at(shared_store.endpoint, key="env:ODD", secret="env:ODD")
+    with pytest.raises(StorageError) as raised:
+        storage.read(join(FOLDER, "a.tar"))
+    assert value not in str(raised.value)
+    check_message(str(raised.value))
+    assert clock.now == 0.0
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["not-a-url", "ftp://host", "http://", "http://host:99999", "http://[::1", "http://host:x", ""]
+)
+def test_an_endpoint_that_is_no_url_is_refused(endpoint: str):
+    with pytest.raises(ConfigError, match=r"storage: .*storage\.endpoint_url"):
+        storage_at(endpoint).read("s3://bucket/key")
+
+
+def test_a_password_in_the_endpoint_is_refused_and_not_shown(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://name:word-of-pass@host")
+    with pytest.raises(ConfigError, match=r"storage: .*user name") as raised:
+        Storage().read("s3://bucket/key")
+    assert "word-of-pass" not in str(raised.value)
+
+
+def test_unsigned_requests_are_sent_on_demand(monkeypatch, shared_store: QuirkyStore):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    shared_store.reset("unsigned_only")
+    shared_store.objects["bucket", "key"] = DATA
+    with pytest.raises(StorageError, match=r"no credentials.*for a public bucket, storage\.anonymous: true"):
+        storage_at(shared_store.endpoint).read("s3://bucket/key")
+    assert storage_at(shared_store.endpoint, anonymous=True).read("s3://bucket/key") == DATA
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    assert storage_at(shared_store.endpoint).read("s3://bucket/key") == DATA
+    assert not any("authorization" in request.headers for request in shared_store.requests)
+
+
+def test_anonymous_and_a_key_exclude_each_other():
+    with pytest.raises(ValueError, match=r"anonymous.*remove storage\.key"):
+        StorageConfig(anonymous=True, key="env:X", secret="env:Y")
+
+
+@pytest.mark.parametrize("quirk", ["none", "plain_etag"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_completed_upload_is_told_from_another_of_its_size(quirky, quirk: str, ours: bool):
+    """R17: the answer to a completion is lost, and the upload is gone when it is asked again."""
+    store, storage = quirky(quirk)
+
+    def lose_answer(answer: bytes) -> bytes:
+        if "uploadId" not in store.requests[-1].query or store.requests[-1].method != "POST":
+            return answer
+        store.edit = None
+        if not ours:
+            store.objects["bucket", "folder/new"] = bytes(len(DATA))
+        return b""
+
+    store.edit = lose_answer
+    if ours:
+        storage.write_parts(join(FOLDER, "new"), len(DATA), lambda start, stop: DATA[start:stop])
+        assert store.objects["bucket", "folder/new"] == DATA
+    else:
+        with pytest.raises(StorageError, match=r"the upload was removed before it was complete"):
+            storage.write_parts(join(FOLDER, "new"), len(DATA), lambda start, stop: DATA[start:stop])
+    assert store.edit is None
+
+
+def test_damaged_answers_end_in_our_errors_only(quirky, tmp_path: Path):
+    rng = random.Random(0)
+    for number in range(fuzz_rounds(400)):
+        store, storage = quirky(rng.choice(list(MANNERS)))
+        chosen, name = rng.random(), rng.choice(list(OPERATIONS))
+        store.edit = lambda answer, chosen=chosen: mutate(answer, rng) if rng.random() < chosen else answer
+        try:
+            OPERATIONS[name][0](storage, FOLDER, tmp_path)
+        except StorageError as error:
+            check_message(str(error))
+        except Exception as error:
+            raise AssertionError(f"{name}, round {number}") from error
