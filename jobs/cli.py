@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -66,6 +67,7 @@ def train(
 ) -> None:
     """Run the stages of CONFIG, or go on where the run stopped. A local Ray is started if no address is given."""
     from jobs.evaluate import evaluate_run
+    from jobs.interrupts import Interrupts
     from jobs.preflight import preflight_on_ray
     from jobs.pretrain import pretrain
     from jobs.report import reported
@@ -78,9 +80,9 @@ def train(
             checked = preflight_on_ray(settings)
         print_result(checked, as_json)
         return
-    with reported(settings):
+    with reported(settings), Interrupts(settings) as interrupts:
         with ProgressDisplay() as show:
-            trained = pretrain(settings, show)
+            trained = pretrain(settings, show, interrupts)
         if not trained:
             notify(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
         result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
@@ -394,16 +396,28 @@ def register(
 
 
 def main() -> None:
-    """The console script: errors a user can cause end in one message, never in a traceback."""
+    """The console script: errors a user can cause end in one message, never in a traceback.
+
+    Ctrl-C ends a command with status 130. A run's driver saves first, and after SIGTERM ends with 75 (`interrupts`).
+    """
     configure_logging()
     try:
         app()
     except MomeError as error:
         console.print(Text.assemble(("error: ", "red"), printable(str(error))))
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        notify("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(1)
+    except BaseException as error:
+        if (status := _status_of_stopped(error)) is None:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # without waiting for what still talks to a store or a cluster
+
+
+def _status_of_stopped(error: BaseException) -> int | None:
+    """The exit status of a run that was told to end; None for any other error. Imports nothing that was not."""
+    interrupts = sys.modules.get("jobs.interrupts")
+    return error.exit_status if interrupts and isinstance(error, interrupts.Stopped) else None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from jobs.configs import configs_folder
 from jobs.console import ProgressDisplay, notify
 from jobs.evaluate import evaluate_run
+from jobs.interrupts import Interrupts
 from jobs.pretrain import pretrain
 from jobs.report import reported
 from pipeline.config.load import load_config
@@ -22,9 +23,9 @@ def demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
     if fresh:
         shutil.rmtree(config.folder, ignore_errors=True)
     notify(f"mome demo: {len(config.stages)} stages on drawn scenes, in {config.folder}", style="bold")
-    with reported(config):
+    with reported(config), Interrupts(config) as interrupts:
         with ProgressDisplay() as show:
-            trained = pretrain(config, show)
+            trained = pretrain(config, show, interrupts)
         if not trained:
             notify(f"{config.folder} is finished already; `mome demo --fresh` trains again")
         result = evaluate_run(config)

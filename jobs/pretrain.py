@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
-from jobs.cluster import connect, on_ranks
-from jobs.console import repeatedly
+from jobs.cluster import connect, first_words, on_ranks
+from jobs.console import notify, repeatedly
+from jobs.interrupts import Interrupts
+from jobs.mailbox import Mailbox
 from jobs.notice import PREEMPTED
 from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, as_error, run_rank
-from pipeline.config.errors import RunFailed
+from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import validate
 from pipeline.config.paths import with_absolute_paths
 from pipeline.config.schema import RunConfig
@@ -33,10 +36,10 @@ log = logging.getLogger(__name__)
 Show = Callable[[Progress], None]
 
 
-def pretrain(config: RunConfig, show: Show) -> bool:
-    """Run every stage that is not finished; False when there was nothing left to do.
+def pretrain(config: RunConfig, show: Show, interrupts: Interrupts | None = None) -> bool:
+    """Run every stage that is not finished; False when there was nothing left to do. `interrupts` hears signals.
 
-    Raises MomeError with one message for whatever stopped the run for good.
+    Raises MomeError with one message for whatever stopped the run for good, Stopped when the driver was told to end.
     """
     config = for_ranks(config)
     storage = Storage(config.storage)
@@ -48,8 +51,12 @@ def pretrain(config: RunConfig, show: Show) -> bool:
     storage.delete(join(config.folder, PROGRESS_FILE))
     connect(config.cluster)
     ownership = Ownership.take(storage, config.folder)
+    attempt = _Attempt(config, ownership, interrupts)
     with repeatedly(_Shown(config, storage, show).look, PROGRESS_SECONDS):
-        _train(config, storage, ownership)
+        try:
+            _train(config, storage, attempt)
+        finally:
+            attempt.tell_alarms()
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
@@ -73,21 +80,76 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
     return next((n for i, n in enumerate(names) if not is_committed(storage, stage_url(config, i))), None)
 
 
-def _train(config: RunConfig, storage: Storage, ownership: Ownership) -> None:
+class _Attempt:
+    """One start of the run, as its driver sees it while ranks are placed and run, however often."""
+
+    def __init__(self, config: RunConfig, ownership: Ownership, interrupts: Interrupts | None):
+        from jobs.placement import Placement
+
+        self.config, self.ownership = config, ownership
+        self.placement = Placement(config.cluster, ownership.claim)
+        self._mail, self._interrupts = Mailbox(ownership.claim), interrupts
+        self._alarms: dict[str, str] = {}  # those that stand
+
+    def fit(self, restarts: Any, failures_left: int) -> str | None:
+        """One run of Ray Train; returns why its ranks saved and stopped, if they did."""
+        import ray.train
+
+        train: Any = ray.train  # its types are those of the version before
+
+        most = self.config.cluster.max_preemptions
+        budgets = train.FailureConfig(max_failures=failures_left, max_preemption_failures=-1 if most is None else most)
+        with self._interrupts.deferred() if self._interrupts else nullcontext():
+            stopped: str | None = on_ranks(
+                run_rank,
+                self.config,
+                self.config.name,
+                given={"claim": self.ownership.claim},
+                placement=self.placement,
+                look=self._look,
+                callbacks=[restarts],
+                failure_config=budgets,
+            )
+        return stopped
+
+    def tell_alarms(self) -> None:
+        """At the end: what the run should still be looked at for."""
+        self._show_messages()
+        for text in self._alarms.values():
+            notify(f"alarm not over: {text}", "yellow")
+
+    def _look(self) -> None:
+        self._show_messages()
+        if self._interrupts is not None:
+            self._interrupts.look(self._mail, self.placement.ranks)
+
+    def _show_messages(self) -> None:
+        """Warnings of the first rank, alarms among them."""
+        for message in self._mail.take():
+            notify(f"{message['level']} {message['text']}", "yellow")
+            if message.get("over"):
+                self._alarms.pop(message["alarm"], None)
+            elif "alarm" in message:
+                self._alarms[message["alarm"]] = message["text"]
+
+
+def _train(config: RunConfig, storage: Storage, attempt: _Attempt) -> None:
     """Ray Train's runs, one after the other: each ends when the ranks are done, cannot go on, or saved and stopped.
 
     Raises RunFailed when a budget is spent.
     """
-    from jobs.restarts import FAILED, Restarts, first_words
+    from jobs.restarts import FAILED, Restarts
 
     cluster = config.cluster
     restarts = Restarts(config)
     while True:
         left = cluster.max_failures - restarts.count(FAILED)
         try:
-            stopped = _fit(config, restarts, left, ownership.claim)
+            stopped = attempt.fit(restarts, left)
+        except MomeError:
+            raise
         except Exception as error:
-            _raise_failure(config, storage, ownership)
+            _raise_failure(config, storage, attempt.ownership)
             if left > 0 and _is_of_controller(error):
                 restarts.record(FAILED, first_words(error))
                 log.warning("Ray Train's controller failed (%s); placing the ranks anew", first_words(error))
@@ -114,20 +176,6 @@ def _is_of_controller(error: Exception) -> bool:
 
     train: Any = ray.train
     return isinstance(error, train.ControllerError | ray.exceptions.RayActorError)
-
-
-def _fit(config: RunConfig, restarts: Any, failures_left: int, claim: str) -> str | None:
-    """One run of Ray Train; returns why its ranks saved and stopped, if they did."""
-    import ray.train
-
-    train: Any = ray.train  # its types are those of the version before
-
-    most = config.cluster.max_preemptions
-    budgets = train.FailureConfig(max_failures=failures_left, max_preemption_failures=-1 if most is None else most)
-    stopped: str | None = on_ranks(
-        run_rank, config, config.name, given={"claim": claim}, failure_config=budgets, callbacks=[restarts]
-    )
-    return stopped
 
 
 def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) -> None:

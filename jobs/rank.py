@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
+from jobs.mailbox import Mailbox, forwarded_warnings
 from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError
 from pipeline.config.printable import configure_logging
@@ -44,8 +46,13 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     ownership = Ownership(storage, config.folder, loop_config["claim"])
     if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
         return None
-    context = ray.train.get_context()
-    notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size())
+    context, mail = ray.train.get_context(), Mailbox(ownership.claim)
+    notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
+    with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
+        return _train(config, storage, ownership, notice)
+
+
+def _train(config: RunConfig, storage: Storage, ownership: Ownership, notice: Notice) -> str | None:
     progress = ProgressFile(config, storage)
     try:
         train(config, progress, preparer_of(config), preempted=notice, claim=ownership.claim)

@@ -11,8 +11,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from jobs.cluster import count_anew
-from pipeline.config.redaction import redact
+from jobs.cluster import count_anew, first_words
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 
@@ -20,7 +19,6 @@ log = logging.getLogger(__name__)
 
 FOLDER = "restarts"
 FAILED = "failed"
-ADVICE = ("Refer to the documentation", "Consider provisioning")
 MESSAGE = 400  # characters of an error that are worth keeping
 
 
@@ -67,9 +65,3 @@ class Restarts(UserCallback):
 
     def _storage(self) -> Storage:
         return Storage(RunConfig.model_validate_json(self._config).storage)
-
-
-def first_words(error: BaseException) -> str:
-    """The line that says something of a chain of Ray's wrappers: the last that is not its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
-    return redact(lines[-1]) if lines else type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from jobs.cluster import connect, on_ranks
+from jobs.cluster import connect, first_words, on_ranks
 from jobs.plan import with_workers
 from jobs.pretrain import for_ranks
 from jobs.rank import as_error, as_told
@@ -63,8 +63,10 @@ def answer_of(
     connect(config.cluster)
     try:
         answer: Answer = on_ranks(work, config, f"{config.name}-{name}", given, **run)
+    except MomeError:
+        raise
     except Exception as error:
-        raise RunFailed(f"{name}: a rank was lost: {str(error).strip().splitlines()[-1]}") from error
+        raise RunFailed(f"{name}: a rank was lost: {first_words(error)}") from error
     if "failure" in answer:
         raise as_error(answer["failure"])
     return answer

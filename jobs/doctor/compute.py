@@ -14,6 +14,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from jobs.cluster import address_of
 from jobs.doctor.finding import Finding, fails, not_asked, works
 from pipeline.config.schema import RunConfig
 from pipeline.training.extensions import use_own_folder
@@ -71,7 +72,7 @@ def _usable(name: str, config: RunConfig | None, seen: list[str]) -> Finding:
 
 def _is_here(config: RunConfig | None) -> bool:
     """Whether the run's ranks are on this machine."""
-    return config is not None and config.cluster.address is None and "RAY_ADDRESS" not in os.environ
+    return config is not None and address_of(config.cluster) is None
 
 
 def gloo() -> Finding:

@@ -16,9 +16,11 @@ from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from jobs.cluster import address_of
 from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
 from jobs.doctor.compute import finish_child, start_child
 from jobs.doctor.finding import Finding, fails, not_asked, works
+from jobs.resources import requested
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -155,7 +157,7 @@ def servers(config: RunConfig) -> list[str]:
 def ray_cluster(config: RunConfig | None) -> Finding:
     """Whether the cluster that is named answers, and what it offers beside what the run asks for."""
     name = "Ray"
-    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     try:
         installed = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
@@ -164,7 +166,7 @@ def ray_cluster(config: RunConfig | None) -> Finding:
         return not_asked(name, "not installed; torchrun needs none")
     if not address:
         return not_asked(name, f"{installed}; no cluster is named, so a run starts its own")
-    wanted = (config.cluster if config else ClusterConfig()).model_copy(update={"address": address})
+    wanted = config.cluster if config else ClusterConfig()
     told, status = finish_child(start_child("cluster", wanted.model_dump_json()), CLUSTER_SECONDS)
     if status:
         return fails(name, f"{address}: {told}", "ray start --head there; the same Ray version and token here")
@@ -177,11 +179,15 @@ def ray_cluster(config: RunConfig | None) -> Finding:
     return works(name, found)
 
 
+def _address(config: RunConfig | None) -> str | None:
+    """Return the address of the cluster that is named, wherever it is."""
+    found = address_of(config.cluster if config else ClusterConfig())
+    return found[0] if found else None
+
+
 def missing(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
     """What all ranks and their loader actors ask for together, of each resource that the cluster has less of."""
-    asked = {"CPU": wanted.workers * wanted.cpus_per_worker, "GPU": wanted.workers * wanted.gpus_per_worker}
-    if wanted.loader_actors and wanted.loader_resource:
-        asked[wanted.loader_resource] = 0.001 * wanted.workers * wanted.loader_actors
+    asked = requested(wanted, wanted.workers)
     return [f"{number:g} {kind}" for kind, number in asked.items() if number > offered.get(kind, 0)]
 
 
@@ -192,11 +198,11 @@ def ray_token(config: RunConfig | None) -> Finding:
         return works(name, "in RAY_AUTH_TOKEN; a file shows it to fewer")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else token_file()
-    address = (config.cluster.address if config else None) or os.environ.get("RAY_ADDRESS") or ""
+    address = _address(config)
     if path is None or not path.is_file():
         if named:
             return fails(name, f"RAY_AUTH_TOKEN_PATH names {path}, which is no file", "correct it, or unset it")
-        if address and address not in ("auto", "local") and not is_loopback(address):
+        if address and address != "auto" and not is_loopback(address):
             mend = f"copy the cluster's token to {TOKEN_FILE}, then chmod 600 {TOKEN_FILE}"
             return fails(name, f"none, and the cluster {address} is not on this machine", mend)
         return not_asked(name, "none; a cluster on this machine needs none of yours")

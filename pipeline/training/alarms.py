@@ -94,12 +94,13 @@ class Alarms:
     def sound(self, name: str, step: int, told: str) -> None:
         """Raise an alarm. `told`: what was seen, and what to do."""
         self._raised[name] = text = f"since step {step}: {told}"
-        log.warning("stage %s: ALARM %s, %s", self._stage, name, text)
+        log.warning("stage %s: ALARM %s, %s", self._stage, name, text, extra={"alarm": f"{self._stage}/{name}"})
         self._tracker.tag(f"mome.alarm.{name}", text)
 
     def _take_back(self, name: str, step: int) -> None:
         text = f"over at step {step}; {self._raised.pop(name)}"
-        log.warning("stage %s: alarm %s is over at step %d", self._stage, name, step)
+        told = {"alarm": f"{self._stage}/{name}", "over": True}
+        log.warning("stage %s: alarm %s is over at step %d", self._stage, name, step, extra=told)
         self._tracker.tag(f"mome.alarm.{name}", text)
 
 

@@ -1,0 +1,180 @@
+"""The first signal of a driver has the ranks save, the second ends at once; whatever is away, it ends in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import interrupts
+from jobs.interrupts import Interrupts, Stopped
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Mail:
+    """Ranks that are asked to save."""
+
+    def __init__(self, takes: bool = True) -> None:
+        self.takes, self.asked = takes, 0
+
+    def ask_to_stop(self) -> bool:
+        self.asked += 1
+        return self.takes
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return load_config(ROOT / "configs" / "demo.yaml", [f"output={tmp_path}"])
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+    monkeypatch.setattr(interrupts, "notify", found.append)
+    monkeypatch.setattr(interrupts, "END_SECONDS", 1e8)  # it would end the tests
+    return found
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_no_rank_does(
+    number: signal.Signals, status: int, config: RunConfig, said: list[str]
+) -> None:
+    before = [signal.getsignal(each) for each in interrupts.EXIT_STATUS]
+
+    def wait() -> None:
+        with Interrupts(config):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    try:
+        with pytest.raises(Stopped) as stopped:
+            wait()
+    finally:
+        for each, handler in zip(interrupts.EXIT_STATUS, before, strict=True):
+            signal.signal(each, handler)
+    assert stopped.value.exit_status == status
+    assert not isinstance(stopped.value, Exception), "somebody on the way out would take it for a fault"
+    assert said == [f"stopped ({number.name}): no checkpoint yet; re-run the same command to resume"]
+
+
+def test_ranks_are_asked_once_to_save_and_waited_for(config: RunConfig, said: list[str]) -> None:
+    mail: Any = Mail()
+    hears = Interrupts(config)
+
+    def drive() -> None:
+        with hears.deferred():
+            hears.look(mail, ranks=2)
+            hears._hear(signal.SIGTERM, None)
+            for _ in range(5):
+                hears.look(mail, ranks=2)
+
+    with pytest.raises(Stopped):
+        drive()
+    assert mail.asked == 1
+    assert said[0].startswith("SIGTERM: the ranks save")
+
+
+def test_a_head_that_does_not_listen_is_asked_again(config: RunConfig, said: list[str]) -> None:
+    mail: Any = Mail(takes=False)
+    hears = Interrupts(config)
+
+    def drive() -> None:
+        with hears.deferred():
+            hears._hear(signal.SIGTERM, None)
+            hears.look(mail, ranks=2)
+            mail.takes = True
+            hears.look(mail, ranks=2)
+            hears.look(mail, ranks=2)
+
+    with pytest.raises(Stopped):
+        drive()
+    assert mail.asked == 2
+
+
+def test_ranks_that_are_not_placed_cannot_save(config: RunConfig, said: list[str]) -> None:
+    mail: Any = Mail()
+    hears = Interrupts(config)
+
+    def drive() -> None:
+        with hears.deferred():
+            hears._hear(signal.SIGINT, None)
+            hears.look(mail, ranks=0)
+            pytest.fail("it went on")
+
+    with pytest.raises(Stopped):
+        drive()
+    assert mail.asked == 0
+
+
+def test_a_store_that_is_away_is_waited_for_no_longer_than_that(
+    config: RunConfig, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "AWAY_SECONDS", 0.2)
+    away = config.model_copy(update={"output": "s3://bucket/runs"})
+    away = away.model_copy(update={"storage": away.storage.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})})
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    hears, mail = Interrupts(away), Mail()
+
+    def drive() -> None:
+        with hears.deferred():
+            hears._hear(signal.SIGINT, None)
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                hears.look(mail, ranks=2)  # type: ignore[arg-type]
+                time.sleep(0.05)
+
+    with pytest.raises(Stopped):
+        drive()
+    assert "has not answered" in said[-1]
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+from jobs import interrupts
+from pipeline.config.load import load_config
+
+interrupts.END_SECONDS = float(sys.argv[2])
+with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])):
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        time.sleep(60)  # a store that is away
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "seconds", "status", "told"),
+    [
+        ([signal.SIGTERM, signal.SIGINT], 600, 130, "ended at once"),
+        ([signal.SIGINT, signal.SIGTERM], 600, 75, "ended at once"),
+        ([signal.SIGTERM], 0.5, 75, "ended now"),
+    ],
+)
+def test_nothing_on_the_way_out_holds_it(
+    signals: list[signal.Signals], seconds: float, status: int, told: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(seconds)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.3)
+        assert process.wait(timeout=50) == status
+        assert told in process.stderr.read()

@@ -1,0 +1,86 @@
+"""Messages of ranks reach the driver once and in order, and neither side ever waits for the other."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from jobs import mailbox
+from jobs.mailbox import Mailbox, forwarded_warnings
+
+
+class Store:
+    """A cluster's key-value store, which may be away."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+        self.away = False
+
+    def _ask(self) -> None:
+        if self.away:
+            raise RuntimeError("the head does not answer")
+
+    def internal_kv_get(self, key: bytes, namespace: bytes, timeout: float) -> bytes | None:
+        self._ask()
+        return self.values.get(key)
+
+    def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes, timeout: float) -> int:
+        self._ask()
+        self.values[key] = value
+        return 1
+
+    def internal_kv_keys(self, prefix: bytes, namespace: bytes, timeout: float) -> list[bytes]:
+        self._ask()
+        return [key for key in self.values if key.startswith(prefix)][::-1]
+
+    def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: bytes, timeout: float) -> int:
+        self._ask()
+        return int(self.values.pop(key, None) is not None)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    found = Store()
+    monkeypatch.setattr(mailbox, "_client", lambda: found)
+    monkeypatch.setattr(mailbox, "POST_SECONDS", 0.01)
+    return found
+
+
+def test_warnings_of_ours_reach_the_driver_once_and_in_order(store: Store) -> None:
+    mail = Mailbox("claim")
+    with forwarded_warnings(mail):
+        for number in range(20):
+            logging.getLogger("pipeline.training.alarms").warning(
+                "alarm %d", number, extra={"alarm": "vision/itm_collapse"}
+            )
+        logging.getLogger("pipeline.training").info("no warning")
+        logging.getLogger("urllib3.connection").warning("none of ours")
+    logging.getLogger("pipeline.training").warning("too late")
+    found: list[Any] = mail.take()
+    assert [message["text"] for message in found] == [f"alarm {number}" for number in range(20)]
+    assert {message["alarm"] for message in found} == {"vision/itm_collapse"}
+    assert mail.take() == []
+    assert Mailbox("another").take() == []
+
+
+def test_a_head_that_is_away_stops_nobody(store: Store) -> None:
+    mail, other = Mailbox("claim"), logging.getLogger("pipeline.training")
+    store.away = True
+    assert (mail.placed(), mail.asked_to_stop(), mail.ask_to_stop(), mail.take()) == (None, False, False, [])
+    with forwarded_warnings(mail):
+        for number in range(3 * mailbox.MOST_WAITING):
+            other.warning("line %d", number)
+        store.away = False
+    assert mail.take()[0]["text"] == "line 0"
+
+
+def test_the_driver_and_the_ranks_of_one_start_understand_each_other(store: Store) -> None:
+    driver, rank, another = Mailbox("claim"), Mailbox("claim"), Mailbox("later")
+    assert not rank.asked_to_stop()
+    assert driver.ask_to_stop()
+    assert rank.asked_to_stop()
+    assert not another.asked_to_stop()
+    rank.say_placed(3)
+    assert driver.placed() == 3
