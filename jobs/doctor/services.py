@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import secrets
 import stat
 import time
@@ -26,8 +27,8 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.places import tracking_uri
-from pipeline.tracking.server import check_server
+from pipeline.tracking.places import named_uri, tracking_uri
+from pipeline.tracking.server import FAULTS, check_server, get
 
 PATIENCE_SECONDS = 20.0  # with a store; a run has storage.deadline_seconds
 ANSWER_SECONDS = 5.0
@@ -117,10 +118,11 @@ def mlflow(config: RunConfig | None) -> Finding:
 
 def _version_of(uri: str) -> str:
     try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/version", timeout=ANSWER_SECONDS) as answer:
-            return answer.read(100).decode().strip()
-    except (OSError, ValueError):  # behind a login, or a proxy that does not pass it on
+        status, body = get(redact(uri).rstrip("/") + "/version", limit=100)
+    except FAULTS:
         return ""
+    version = body.decode(errors="replace").strip()  # none behind a login, or a proxy that does not pass it on
+    return version if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", version) else ""
 
 
 def clock(urls: Iterable[str]) -> Finding:
@@ -142,16 +144,19 @@ def _time_at(url: str) -> float | None:
             date = answer.headers["Date"]
     except urllib.error.HTTPError as error:  # it refuses, and says when
         date = error.headers["Date"]
-    except (OSError, ValueError):
+    except FAULTS:
         return None
-    return parsedate_to_datetime(date).timestamp() if date else None
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):  # no date, or none that is one
+        return None
 
 
 def servers(config: RunConfig) -> list[str]:
     """The HTTP servers that a run speaks to."""
     store = config.storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-    uris = [uri for uri in (store, config.tracking.uri) if uri]
-    return [uri for uri in uris if urllib.parse.urlsplit(uri).scheme in ("http", "https")]
+    uris = [uri for uri in (store, named_uri(config)) if uri]
+    return [redact(uri) for uri in uris if uri.startswith(("http://", "https://"))]
 
 
 def ray_cluster(config: RunConfig | None) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.errors import TrackingError
-from pipeline.config.redaction import redact
+from pipeline.config.redaction import describe_error, redact
 from pipeline.tracking.mlflow_client import connect
 from pipeline.tracking.places import database_file
 
@@ -16,8 +16,6 @@ def try_writing(uri: str, experiment: str) -> str:
     """
     if (database := database_file(uri)) is not None and not database.exists():
         return "its database will be created with the run"
-    from mlflow.exceptions import MlflowException
-
     client = connect(uri)
     try:
         found = client.get_experiment_by_name(experiment)
@@ -28,9 +26,11 @@ def try_writing(uri: str, experiment: str) -> str:
                 raise TrackingError(f"tracking.uri {redact(uri)}: a tag that was written could not be read back")
         finally:
             client.delete_run(run.info.run_id)
-    except MlflowException as error:
+    except TrackingError:
+        raise
+    except Exception as error:  # connection and database faults of every library underneath
         raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server refused a run: {error}. Check its address, and the "
-            "name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"tracking.uri {redact(uri)}: the server refused a run: {describe_error(error)}. Check its address, and "
+            "the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         ) from error
     return "a run was written, read back and deleted"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import describe_error, redact
 from pipeline.tracking.places import database_file
 
@@ -58,14 +59,19 @@ def prepare_client() -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """An MLflow client. Creates or migrates an SQLite database, which takes seconds."""
+    """An MLflow client. Creates or migrates an SQLite database, which takes seconds. Raises TrackingError."""
     if (database := database_file(uri)) is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
+    try:
+        from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+        return MlflowClient(tracking_uri=uri)
+    except Exception as error:  # of any library underneath: a driver that is missing, a URI that none reads
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: MLflow's client cannot use it ({describe_error(error)})"
+        ) from error
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:

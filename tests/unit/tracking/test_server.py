@@ -1,0 +1,221 @@
+"""Which tracking servers a run may start with, and that every other is refused in one message."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from fuzz import fuzz_rounds, mutate
+
+from pipeline.config.errors import TrackingError
+from pipeline.tracking import server
+from pipeline.tracking.server import _fault_of as fault_of
+
+HEALTH, API = "/health", "/api/2.0/mlflow/experiments/get-by-name"
+MISSING = json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such experiment"})
+FOUND = json.dumps({"experiment": {"experiment_id": "0"}})
+
+
+@contextlib.contextmanager
+def serving(answers: dict[str, tuple[int, str]], tls: Path | None = None) -> Iterator[str]:
+    """An HTTP server that knows these paths, and answers 404 for all others."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.get(self.path.split("?")[0], (404, "<html>no</html>"))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body.encode())))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tls)
+            http.socket = context.wrap_socket(http.socket, server_side=True)
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        try:
+            yield f"{'https' if tls else 'http'}://localhost:{http.server_port}"
+        finally:
+            http.shutdown()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {HEALTH: (200, "OK")},
+        {API: (200, FOUND)},
+        {API: (404, MISSING)},
+        {HEALTH: (200, "<html>a page for everything</html>"), API: (200, FOUND)},
+        {HEALTH: (401, "")},
+        {HEALTH: (403, "")},
+        {API: (401, "")},
+    ],
+    ids=["health", "api", "api without the experiment", "page and api", "login", "forbidden", "login of the api"],
+)
+def test_servers_that_work_are_accepted(answers: dict[str, tuple[int, str]]) -> None:
+    with serving(answers) as address:
+        assert fault_of(address) is None
+        assert fault_of(address + "/") is None
+        assert fault_of(address.replace("://", "://me:hunter2@")) is None
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {},
+        {HEALTH: (200, "<html>a page for everything</html>"), API: (200, "<html></html>")},
+        {API: (404, '{"detail": "Not Found"}')},
+        {API: (200, "[" * 100_000)},
+        {HEALTH: (500, "broken")},
+    ],
+    ids=["none", "page for everything", "another API", "deep", "broken"],
+)
+def test_servers_that_are_none_of_mlflow_are_refused(answers: dict[str, tuple[int, str]]) -> None:
+    with serving(answers) as address:
+        assert "is it an MLflow server?" in (fault_of(address) or "")
+
+
+@pytest.mark.parametrize(
+    "said", [b"220 ready\r\n", b"\x15\x03\x01\x00\x02\x02F", b"SSH-2.0-x\r\n", b"", b"HTTP/9\r\n\r\n"]
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_port_that_speaks_no_http_is_named(said: bytes, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.sendall(said)
+                    connection.recv(65536)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        fault = fault_of(f"{scheme}://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()
+
+    assert "does not answer" in (fault or "")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://[::1", "http://server:50o0", "http://server:99999", "http://", "http:///x", "://x", "", "x",
+        "http://a b",
+        "http://[zz]", "http://" + "a" * 300, "http://ä\udcff", "http://server:-1", "postgresql://[::1/x", "ftp://server",
+        "postgresql://db:50o0/x", "postgresql://db/x?host=/socket&port=abc", "file:///mlruns", "mlruns", "http://a\nb",
+        "http://\0", "postgresql://u:p@s@127.0.0.1:1/x", "http://u:a/b@127.0.0.1:1", "http://u:a#b@127.0.0.1:1",
+    ],
+)  # fmt: skip
+def test_malformed_addresses_end_in_one_message(uri: str) -> None:
+    assert fault_of(uri)
+
+
+@pytest.mark.parametrize("password", ["a:b", "a#b", "a/b+c", "a?b", "a%40b"])
+def test_passwords_that_the_database_driver_reads_are_read_here(password: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as database:
+        port = database.getsockname()[1]
+        assert fault_of(f"postgresql://mlflow:{password}@127.0.0.1:{port}/mlflow") is None
+        told = fault_of(f"postgresql://mlflow:{password}@127.0.0.1:1/mlflow")
+    assert "does not answer at 127.0.0.1:1" in (told or "")
+    assert password not in (told or "")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "databricks", "databricks-uc", "databricks://profile", "databricks-uc://profile", "uc:http://x",
+        "azureml://eastus.api.azureml.ms/mlflow/v1.0/subscriptions/1", "postgresql:///mlflow",
+        "arn:aws:sagemaker:us-east-1:123456789012:mlflow-tracking-server/mine", "mssql+pyodbc://a-data-source",
+        "mssql+pyodbc:///?odbc_connect=x", "postgresql://a,b/x?target_session_attrs=any",
+    ],
+)  # fmt: skip
+def test_services_and_databases_that_the_client_finds_itself_are_accepted(uri: str) -> None:
+    assert fault_of(uri) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "port"),
+    [
+        ("postgresql://127.0.0.1/x", 5432),
+        ("mysql+pymysql://127.0.0.1/x", 3306),
+        ("mssql+pyodbc://127.0.0.1/x?driver=ODBC", 1433),
+        ("postgresql:///x?host=127.0.0.1&port=5433", 5433),
+        ("postgresql://[::1]:7/x", 7),
+    ],
+)
+def test_each_database_is_asked_at_its_own_port(uri: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address[1])
+        return socket.socket()
+
+    monkeypatch.setattr("socket.create_connection", connect)
+
+    assert fault_of(uri) is None
+    assert asked == [port]
+
+
+def test_a_databases_unix_socket_is_asked(tmp_path: Path) -> None:
+    uri = f"postgresql:///mlflow?host={tmp_path}"
+    assert ".s.PGSQL.5432" in (fault_of(uri) or "")
+    with socket.socket(socket.AF_UNIX) as database:
+        database.bind(str(tmp_path / ".s.PGSQL.5432"))
+        database.listen()
+        assert fault_of(uri) is None
+
+
+def test_the_clients_tls_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = tmp_path / "server.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=DNS:localhost", "-keyout", certificate, "-out", tmp_path / "cert.pem",
+        ],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    certificate.write_text(certificate.read_text() + (tmp_path / "cert.pem").read_text())
+    with serving({HEALTH: (200, "OK")}, tls=certificate) as address:
+        assert "CERTIFICATE_VERIFY_FAILED" in (fault_of(address) or "")
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "cert.pem"))
+        assert fault_of(address) is None
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "absent.pem"))
+        assert "MLFLOW_TRACKING_SERVER_CERT_PATH" in (fault_of(address) or "")
+        monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+        assert fault_of(address) is None
+
+
+def test_mutated_addresses_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    rng = random.Random(5)
+    uris = [
+        "http://me:pass@server:5000/base?x=1#f", "postgresql+psycopg2://me:pass@db:5432/mlflow?host=/tmp",
+        "mysql://[::1]:3306/x?unix_socket=/a", "sqlite:////tmp/mlflow.db",
+    ]  # fmt: skip
+    for _ in range(fuzz_rounds(500)):
+        fault_of(mutate(rng.choice(uris).encode(), rng).decode(errors="surrogateescape"))
+
+
+def test_the_client_that_cannot_use_an_address_says_so() -> None:
+    from pipeline.tracking.mlflow_client import connect
+
+    with pytest.raises(TrackingError, match=r"tracking.uri http\+nothing://server: MLflow's client cannot use it"):
+        connect("http+nothing://me:hunter2@server")
