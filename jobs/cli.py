@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from jobs.bench import app as bench_app
+from jobs.caller import Caller
 from jobs.console import ProgressDisplay, console, echo, notify, print_result, status
 from jobs.jobs_command import Address, Token
 from jobs.jobs_command import app as jobs_app
@@ -39,6 +40,14 @@ Overrides = Annotated[
 FORMAT_HELP = "Whose names the tensors have: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (our own)."
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Ranks on the run's Ray cluster that share the work; else this process.")
+]
+CallersConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A config of your own whose storage, MLflow and Ray addresses are used; those in the run's folder never "
+        "are. Default: the environment (AWS_*, MLFLOW_TRACKING_URI, RAY_ADDRESS).",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
 
@@ -144,9 +153,22 @@ def plan(
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
     source: Annotated[str | None, typer.Option(help="A source of the run's config, or the URL of shards.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Most images to read.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
-    track: Annotated[bool, typer.Option(help="Record the result in the run's MLflow.")] = True,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most images to read: a look beside the full evaluation.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Where the HTML report goes; else report-NAME.html beside the weights.")
+    ] = None,
+    track: Annotated[
+        bool | None,
+        typer.Option(
+            "--track/--no-track",
+            help="Record the result in MLflow. Default: if the folder is no copy, and its run was tracked there.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="Name of the evaluation (default: the source's).")
+    ] = None,
     workers: Workers = None,
     rerank: Annotated[
         int | None, typer.Option(min=0, help="Best candidates of each query that the fusion encoder reads again.")
@@ -158,6 +180,7 @@ def evaluate(
     probe: Annotated[
         str | None, typer.Option(help="Labelled pictures to train a linear classifier on; --source measures it.")
     ] = None,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """What the checkpoint's stage trained, on held-out data, with a report.
@@ -172,7 +195,20 @@ def evaluate(
         if use not in EVALUATED:
             raise ConfigError(f"--use {use}: expected one of {', '.join(EVALUATED)}")
         read_as = use  # type: ignore[assignment]
-    result = evaluate_checkpoint(checkpoint, source, limit, report, track, against, workers, rerank, read_as, probe)
+    result = evaluate_checkpoint(
+        checkpoint,
+        source=source,
+        limit=limit,
+        report=report,
+        track=track,
+        against=against,
+        workers=workers,
+        rerank_best=rerank,
+        use=read_as,
+        probe=probe,
+        name=name,
+        caller=Caller.named(config),
+    )
     if result is not None:  # under torchrun the first rank tells
         print_result(result, as_json)
 
@@ -183,12 +219,13 @@ def embed(
     checkpoint: Annotated[str, typer.Option(help="The folder of a run, of a stage or of a checkpoint (path or URL).")],
     out: Annotated[str, typer.Option(help="Where a Parquet file for each shard goes (path or URL).")],
     workers: Workers = None,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the vectors of every picture and caption of SHARDS. The same command again goes on where it stopped."""
     from jobs.embed import embed as run_embed
 
-    result = run_embed(shards, checkpoint, out, workers)
+    result = run_embed(shards, checkpoint, out, workers, Caller.named(config))
     if result is not None:  # under torchrun the first rank tells
         print_result(result, as_json)
 
@@ -199,25 +236,33 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where the page goes, if not into the run's folder.")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a rank for an hour; else cluster.price.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Another run, to stand beside. May be given again.")] = None,
-    track: Annotated[bool, typer.Option(help="Log the page in the run's MLflow.")] = True,
+    track: Annotated[
+        bool | None,
+        typer.Option(
+            "--track/--no-track",
+            help="Log the page in MLflow. Default: if the folder is no copy, and its run was tracked there.",
+        ),
+    ] = None,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """One page for a whole run: its curves, restarts, alarms, data, quarantine, time, cost and last evaluation."""
     from jobs.report import report as write_report
 
-    print_result(write_report(run, out, price, against, track), as_json)
+    print_result(write_report(run, out, price, against, track, Caller.named(config)), as_json)
 
 
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="The folders of two runs or more (paths or URLs).")],
     html: Annotated[Path | None, typer.Option(help="Also a page, here.")] = None,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs beside one another: the keys in which their configs differ, and what came out of each."""
     from jobs.compare import as_table, compare_runs
 
-    found = compare_runs(runs, html)
+    found = compare_runs(runs, html, Caller.named(config))
     if as_json:
         print_result(found.as_json(), as_json)
     else:
@@ -231,12 +276,13 @@ def predict(
     second_image: Annotated[str | None, typer.Option(help="The second picture of a statement about two.")] = None,
     text: Annotated[str | None, typer.Option(help="A question, a statement, a caption, or a text with [MASK].")] = None,
     top: Annotated[int, typer.Option(help="Most answers, classes or words that are told.", min=1)] = 5,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """What a checkpoint says of pictures and a text: answers, truth, classes, a match, a similarity, masked words."""
     from jobs.predict import predict as run_predict
 
-    print_result(run_predict(checkpoint, image, second_image, text, top), as_json)
+    print_result(run_predict(checkpoint, image, second_image, text, top, Caller.named(config)), as_json)
 
 
 @app.command()
@@ -260,13 +306,16 @@ def submit(
 @app.command()
 def sync(
     run: Annotated[str, typer.Argument(help="The folder of a run (path or URL).")],
-    uri: Annotated[str | None, typer.Option(help="The MLflow server, if not the run's own.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="The MLflow server (default: MLFLOW_TRACKING_URI, or SQLite beside the run).")
+    ] = None,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Ship to MLflow what an unreachable server missed. Shipping twice changes nothing."""
     from jobs.sync import sync as ship
 
-    print_result(asdict(ship(run, uri)), as_json)
+    print_result(asdict(ship(run, Caller.named(config, uri))), as_json)
 
 
 @app.command()
@@ -293,12 +342,13 @@ def explain(
     image: Annotated[str, typer.Option(help="A picture (path or URL).")],
     text: Annotated[str, typer.Option(help="What is said about it.")],
     out: Annotated[str, typer.Option(help="Where it is drawn: a name ending in .html or .png.")] = "explain.html",
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw which patches each word aligns to, and what the model guesses for each word with and without the picture."""
     from jobs.explain import explain_checkpoint
 
-    result = explain_checkpoint(checkpoint, image, text, out)
+    result = explain_checkpoint(checkpoint, image, text, out, Caller.named(config))
     print_result(result if as_json else {key: result[key] for key in ("out", "distance", "notes")}, as_json)
 
 
@@ -386,13 +436,16 @@ def register(
     checkpoint: Annotated[str, typer.Argument(help="The folder of a run, a stage or a checkpoint (path or URL).")],
     name: Annotated[str, typer.Option(help="The registered model, of which this becomes the next version.")],
     alias: Annotated[str | None, typer.Option(help="Points at this version from now on: candidate, champion.")] = None,
-    uri: Annotated[str | None, typer.Option(help="The MLflow server, if not the run's own.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="The MLflow server (default: MLFLOW_TRACKING_URI, or SQLite beside the run).")
+    ] = None,
+    config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Put a checkpoint into MLflow's registry: `mlflow.pyfunc.load_model` then gives embeddings and matching scores."""
     from jobs.register import register_checkpoint
 
-    print_result(register_checkpoint(checkpoint, name, alias, uri), as_json)
+    print_result(register_checkpoint(checkpoint, name, alias, Caller.named(config, uri)), as_json)
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jobs.caller import Caller
 from jobs.console import aligned
+from jobs.output import write_output
 from pipeline.config.errors import ConfigError
 from pipeline.pages.words import significant
 from pipeline.reports.comparison import Comparison, Result, compare
@@ -16,17 +18,17 @@ from pipeline.reports.run_folder import open_run
 LONGEST = 48  # characters of a value in the table
 
 
-def compare_runs(runs: list[str], html: Path | None = None) -> Comparison:
+def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> Comparison:
     """The runs in these folders (paths or URLs); also a page, where `html` says.
 
     Raises ConfigError for fewer than two, and, naming it, for a folder without a run.
     """
     if len(runs) < 2:
         raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
-    found = compare([open_run(run) for run in runs])
+    storage = caller.store()
+    found = compare([open_run(run, storage) for run in runs])
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(render_comparison(found), encoding="utf-8")
+        write_output(storage, str(html), render_comparison(found).encode(), "--html")
     return found
 
 

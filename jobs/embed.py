@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from jobs.caller import Caller
 from jobs.console import PLAIN_SECONDS, notify, repeatedly
 from jobs.evaluate import model_of
 from jobs.shared import answered, device_of, on_workers, ranks_here
@@ -14,7 +15,7 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.embedding import DONE, Embedder, digest_of, embed_source
 from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.training.checkpoint import COMMIT, config_of_weights, load_weights
+from pipeline.training.checkpoint import COMMIT, load_weights, weights_info
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,29 @@ class Asked:
     shards: str
     checkpoint: str
     out: str
+    caller: str = "{}"  # a Caller, as JSON
+
+    def store(self) -> Storage:
+        return Caller.model_validate_json(self.caller).store()
 
 
-def embed(shards: str, checkpoint: str, out: str, workers: int | None = None) -> dict[str, Any] | None:
+def embed(
+    shards: str, checkpoint: str, out: str, workers: int | None = None, caller: Caller = Caller()
+) -> dict[str, Any] | None:
     """What was embedded, as `mome embed --json` prints it; the same call again goes on where it was stopped.
 
     With `workers` so many ranks on Ray share the shards; under torchrun its ranks do, and all but the first get None.
     Raises ConfigError for a checkpoint that trained no contrast, CheckpointError, DataError.
     """
-    asked = Asked(*(absolute(url.rstrip("/")) for url in (shards, checkpoint, out)))
+    shards, checkpoint, out = (absolute(url.rstrip("/")) for url in (shards, checkpoint, out))
+    asked = Asked(shards, checkpoint, out, caller.model_dump_json())
     ranks = ranks_here() if workers is None else ALONE
     if ranks.rank != 0:
         _embed(asked, ranks)
         return None
-    config = config_of_weights(Storage(), asked.checkpoint)
-    with repeatedly(_Shown(asked, Storage(config.storage)).look, PLAIN_SECONDS):
+    storage = caller.store()
+    config = caller.applied(weights_info(storage, asked.checkpoint).config)
+    with repeatedly(_Shown(asked, storage).look, PLAIN_SECONDS):
         if workers is not None:
             return on_workers(_embed_rank, config, workers, "embedding", asdict(asked))
         return _embed(asked, ranks)
@@ -65,9 +74,9 @@ def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 
 
 def _embed(asked: Asked, ranks: Ranks) -> dict[str, Any]:
-    weights = load_weights(Storage(), asked.checkpoint)
+    storage = asked.store()
+    weights = load_weights(storage, asked.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
-    storage = Storage(config.storage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     digest = digest_of(storage.read(join(weights.url, COMMIT)))
     embedder = Embedder(model_of(weights).to(device_of(ranks)), tokenizer, config, stage, digest)

@@ -1,11 +1,13 @@
-"""`mome evaluate`: a checkpoint's weights on held-out pairs, with the report, recorded where the run was tracked.
+"""`mome evaluate`: a checkpoint's weights on held-out pairs, with a report beside the weights that were given.
 
-One process does it, or ranks share it: those that `--workers` has Ray place, or those of torchrun.
+One process does it, or ranks share it: those that `--workers` has Ray place, or those of torchrun. What is measured is
+named before anything is: an evaluation replaces the one of its own name, which is of the same data, and no other.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,30 +15,45 @@ from typing import Any
 
 from torch import nn
 
+from jobs.caller import Caller, untracked_because
 from jobs.console import notify
+from jobs.output import write_output
 from jobs.shared import answered, device_of, on_workers, ranks_here
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.paths import absolute
+from pipeline.config.redaction import redact
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig, Use
+from pipeline.config.stored import check_stored_url
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import TASKS, evaluate
 from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.evaluation.report import render, show
+from pipeline.evaluation.report import Linked, render, show
 from pipeline.evaluation.results import Evaluation
-from pipeline.evaluation.shown import Shown, keep, kept
+from pipeline.evaluation.shown import Key, Shown, headline, keep, kept
 from pipeline.models import build_model
 from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run, stages_of
+from pipeline.tracking.places import named_uri
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.accounting import spent
-from pipeline.training.checkpoint import Weights, config_of_weights, is_committed, load_weights, stage_url
+from pipeline.training.checkpoint import (
+    Weights,
+    WeightsInfo,
+    is_committed,
+    load_weights,
+    stage_url,
+    weights_info,
+)
+from pipeline.training.prepare import RUN_FILE
 from pipeline.training.stages import heads, load_matching
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.html"
+REPORT = "report.html"  # of a run's headline, with links to the others
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -49,15 +66,39 @@ class Asked:
     rerank_best: int | None = None
     use: Use | None = None  # what a URL of shards is read as; None: as the stage's own, or as pairs
     probe: str | None = None  # labelled pictures that a linear classifier is trained on
-    report: str | None = None  # where it will be written; None: the run's folder
+    name: str | None = None  # of the evaluation; None: the source's
+    caller: str = "{}"  # a Caller, as JSON
+
+    @property
+    def read_as(self) -> Use | None:
+        return self.use or ("labelled" if self.probe else None)
+
+    def store(self) -> Storage:
+        return Caller.model_validate_json(self.caller).store()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an evaluation is of and where its results go, known before anything is measured."""
+
+    info: WeightsInfo
+    config: RunConfig  # with the caller's stores and servers
+    source: str  # one of its sources
+    key: Key
+
+    @property
+    def label(self) -> str:
+        return _label(self.key, self.config)
+
+    @property
+    def report(self) -> str:
+        return join(self.config.folder, f"report-{self.label}.html")
 
 
 @dataclass(frozen=True)
 class Measured:
     """What the first rank tells of an evaluation: everything that is then written, printed and tracked."""
 
-    config: RunConfig
-    step: int  # global, at which the weights were
     result: dict[str, Any]  # as `mome evaluate --json` prints it
     metrics: dict[str, float]
     shown: Shown | None  # on the first rank
@@ -66,11 +107,14 @@ class Measured:
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """The last stage of a run that has just been trained; on its ranks where they have what the driver may lack."""
-    asked = Asked(config.folder)
-    with spent(Storage(config.storage), config.folder, "evaluation"):
-        if config.cluster.gpus_per_worker:
-            return _deliver(_measured_on_ray(asked, config.cluster.workers), track=True)
-        return _deliver(_measured(asked, ALONE), track=True)
+    caller = Caller.of(config)
+    asked = Asked(config.folder, caller=caller.model_dump_json())
+    with spent(caller.store(), config.folder, "evaluation"):
+        target = _target(asked, caller)
+        gpus = config.cluster.gpus_per_worker
+        ranks = config.cluster.workers
+        measured = _measured_on_ray(asked, target, ranks) if gpus else _measured(asked, target.key, ALONE)
+        return _deliver(measured, target, caller, track=True)
 
 
 def evaluate_checkpoint(
@@ -78,60 +122,132 @@ def evaluate_checkpoint(
     source: str | None = None,
     limit: int | None = None,
     report: Path | None = None,
-    track: bool = True,
+    track: bool | None = None,
     against: str | None = None,
     workers: int | None = None,
     rerank_best: int | None = None,
     use: Use | None = None,
     probe: str | None = None,
+    name: str | None = None,
+    caller: Caller = Caller(),
 ) -> dict[str, Any] | None:
     """Evaluate a run's, a stage's or a step's weights; the numbers as `mome evaluate --json` prints them.
 
-    `source` is one of the run's, or the URL of shards. The report goes into the run's folder, or to `report`; the
-    figures of the run in folder `against` stand beside. With `track` the result is kept in the run's folder too. With
-    `workers` so many ranks on Ray share the work; under torchrun its ranks do, and all but the first get None.
+    `source` is one of the run's, or the URL of shards. The results go into the folder of these weights, and the report
+    there or to `report`; the figures that the run in folder `against` has of the same data stand beside. With `track`
+    they are recorded in MLflow; if it is None, where `untracked_because` finds nothing against it. With `workers` so
+    many ranks on Ray share the work; under torchrun its ranks do, and all but the first get None.
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
-    ConfigError for a run to stand beside that was never evaluated.
+    ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
     """
-    other = None if against is None else _evaluation_of(against, source)
-    place = None if report is None else str(report)
-    asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, place)
+    asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, name, caller=caller.model_dump_json())
+    target = _target(asked, caller)
+    other = None if against is None else _evaluation_of(against, target, caller)
     if workers is not None:
-        return _deliver(_measured_on_ray(asked, workers), track, other)
+        return _deliver(_measured_on_ray(asked, target, workers), target, caller, track, other, report)
     ranks = ranks_here()
-    measured = _measured(asked, ranks)
-    return _deliver(measured, track, other) if ranks.rank == 0 else None
+    measured = _measured(asked, target.key, ranks)
+    return _deliver(measured, target, caller, track, other, report) if ranks.rank == 0 else None
 
 
-def _measured_on_ray(asked: Asked, workers: int) -> Measured:
+def _target(asked: Asked, caller: Caller) -> Target:
+    """Raises ConfigError, CheckpointError and DataError for what can be known to be wrong before weights are read."""
+    storage = caller.store()
+    info = weights_info(storage, asked.checkpoint)
+    stage = info.config.stage_named(info.stage)
+    config, source = _with_source(info.config, stage, asked.source, "--source", asked.read_as)
+    source = source or config.evaluation.source
+    if source is None:
+        raise ConfigError(
+            "evaluation.source: no held-out source is named; give one that no stage trains on with --source"
+        )
+    if source not in config.sources:
+        raise ConfigError(f"evaluation.source {source}: no source of this run; give one with --source")
+    for own in info.config.sources.keys() & {source, asked.probe}:
+        check_stored_url(config.sources[own].shards, f"sources.{own}.shards")
+    manifest = load_manifest(storage, config.sources[source].shards)
+    total = sum(shard.samples for shard in manifest.shards)
+    limit, usual = (
+        None if most is None or most >= total else most
+        for most in (asked.limit or config.evaluation.limit, config.evaluation.limit)
+    )
+    step = info.step if info.is_checkpoint else None
+    is_headline = (source, limit, step) == (config.evaluation.source, usual, None)
+    key = Key(info.stage, step, "", manifest.digest, limit, config.sources[source].use, is_headline)
+    known = [each.key for each in kept(storage, config.folder)]
+    key = replace(key, name=_name(asked.name, source, key, limit != usual, info.config, known))
+    return Target(info, caller.applied(config), source, key)
+
+
+def _name(asked: str | None, source: str, key: Key, is_limited: bool, config: RunConfig, known: list[Key]) -> str:
+    """Return the name of an evaluation: no other of these weights has it, unless it is of the same data.
+
+    `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for an `asked` one that is
+    taken.
+    """
+    of_same_weights = [each for each in known if (each.stage, each.step) == (key.stage, key.step)]
+
+    def is_free(name: str) -> bool:
+        own = config.sources.get(name)
+        others = (each for each in of_same_weights if each.name == name and not each.is_of_same_data(key))
+        return next(others, None) is None and (own is None or name == source or own.shards == source)
+
+    if asked is not None:
+        if not NAME.fullmatch(asked):
+            raise ConfigError(f"--as {asked}: expected letters, digits, '_', '.' and '-'")
+        if not is_free(asked):
+            raise ConfigError(
+                f"--as {asked}: other data, or another number of samples, have this name; its results would be lost. "
+                "Give another name"
+            )
+        return asked
+    base = source if source in config.sources else _slug(source)
+    if is_limited:
+        base += "-all" if key.limit is None else f"-first-{key.limit}"
+    candidates = (base, f"{base}-{key.use}", f"{base}-{key.digest[:8]}", f"{base}-{key.use}-{key.digest[:8]}")
+    return next((name for name in candidates if is_free(name)), f"{base}-{key.use}-{key.digest}")
+
+
+def _label(key: Key, config: RunConfig) -> str:
+    """Return a part of the report's name: what was evaluated, and the weights unless they are the run's last."""
+    stage = [] if key.stage == config.stages[-1].name else [key.stage]
+    step = [] if key.step is None else [f"step-{key.step}"]
+    return "@".join([key.name, *stage, *step])
+
+
+def _slug(url: str) -> str:
+    """Return the last part of a URL of shards as a name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2]).strip("-._") or "source"
+
+
+def _measured_on_ray(asked: Asked, target: Target, workers: int) -> Measured:
     """Raises MomeError with the first failure, on whichever rank."""
     source, probe = (
         each if each is None or "/" not in each else absolute(each) for each in (asked.source, asked.probe)
     )
-    asked = replace(asked, checkpoint=absolute(asked.checkpoint), source=source, probe=probe)
-    config = config_of_weights(Storage(), asked.checkpoint)
-    told = on_workers(_evaluate_rank, config, workers, "evaluation", asdict(asked))
-    return Measured(**{**told, "config": RunConfig.model_validate_json(told["config"])})
+    asked = replace(asked, checkpoint=absolute(asked.checkpoint), source=source, probe=probe, name=target.key.name)
+    given = {"asked": asdict(asked), "key": asdict(target.key)}
+    return Measured(**on_workers(_evaluate_rank, target.config, workers, "evaluation", given))
 
 
 def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
     """What Ray Train runs on each worker."""
 
-    def measure(asked: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-        found = _measured(Asked(**asked), ranks)
-        return {**vars(found), "config": found.config.model_dump_json()}
+    def measure(given: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+        asked = Asked(**given["asked"])
+        return vars(_measured(asked, Key(**given["key"]), ranks))
 
     return answered(loop_config, measure)
 
 
-def _measured(asked: Asked, ranks: Ranks) -> Measured:
+def _measured(asked: Asked, key: Key, ranks: Ranks) -> Measured:
     """Called on each of the ranks, which get the same; only the first makes the page."""
-    weights = load_weights(Storage(), asked.checkpoint)
+    storage = asked.store()
+    weights = load_weights(storage, asked.checkpoint)
     stage = weights.config.stage_named(weights.stage)
-    use = asked.use or ("labelled" if asked.probe else None)
-    config, source = _with_source(weights.config, stage, asked.source, "--source", use)
+    config, source = _with_source(weights.config, stage, asked.source, "--source", asked.read_as)
     config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
-    storage, device = Storage(config.storage), device_of(ranks)
+    device = device_of(ranks)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     model = model_of(weights).to(device)
     found = evaluate(
@@ -149,15 +265,15 @@ def _measured(asked: Asked, ranks: Ranks) -> Measured:
         ranks=ranks,
         probe=probe,
     )
-    found = found.located(checkpoint=weights.url, report=asked.report or join(config.folder, REPORT))
-    shown = _shown(found, model, tokenizer, config) if ranks.rank == 0 else None
+    found = replace(found, source=key.name).located(checkpoint=weights.url)
+    shown = _shown(found, model, tokenizer, config, key) if ranks.rank == 0 else None
     found.held_out.close()
-    return Measured(config, weights.step, found.to_json(), found.metrics(), shown, _warnings(found))
+    return Measured(found.to_json(), found.metrics(), shown, _warnings(found))
 
 
-def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig) -> Shown:
+def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig, key: Key) -> Shown:
     stage = config.stage_named(found.stage)
-    return show(found, config, tokenizer, aligned(model, tokenizer, found.held_out, config, stage))
+    return show(found, config, tokenizer, aligned(model, tokenizer, found.held_out, config, stage), key)
 
 
 def _warnings(found: Evaluation) -> list[str]:
@@ -174,13 +290,22 @@ def _warnings(found: Evaluation) -> list[str]:
     return told
 
 
-def _evaluation_of(run: str, source: str | None) -> Shown:
-    """The last evaluation of another run, of the same source if there is one."""
-    opened = open_run(run)
+def _evaluation_of(run: str, target: Target, caller: Caller) -> Shown:
+    """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
+    opened = open_run(run, caller.store())
     found = kept(opened.storage, opened.folder)
     if not found:
         raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
-    return next((each for each in found if each.source == source), found[0])
+    same = [each for each in found if each.key.is_of_same_data(target.key)]
+    if same:
+        return headline(same)
+    there = "; ".join(f"{each.source}: {each.key.data}" for each in found)
+    raise ConfigError(
+        f"--against {run}: that run was not evaluated on the same data, so that no figure can be compared.\n"
+        f"Here: {target.key.name}: {target.key.data}. There: {there}.\n"
+        f"Evaluate it on the same first: mome evaluate {run} --source {target.config.sources[target.source].shards}"
+        + ("" if target.key.limit is None else f" --limit {target.key.limit}")
+    )
 
 
 def model_of(weights: Weights) -> Model:
@@ -213,30 +338,68 @@ def _with_source(
         raise ConfigError(f"{option} {source}: no source of this run; give one of {known}, or the URL of shards")
     if use is None:
         use = config.use_of(stage) if config.use_of(stage) in TASKS else "pairs"
-    name = {"--source": "held_out", "--probe": "probe"}[option]
     given = SourceConfig(shards=source, use=use)
-    return config.model_copy(update={"sources": {**config.sources, name: given}}), name
+    return config.model_copy(update={"sources": {**config.sources, source: given}}), source
 
 
-def _deliver(measured: Measured, track: bool, other: Shown | None = None) -> dict[str, Any]:
-    """Warnings to the log, the page to its place, the figures to the run's tracker at the step of the weights."""
-    config, result = measured.config, measured.result
-    assert measured.shown is not None
+def _deliver(
+    measured: Measured,
+    target: Target,
+    caller: Caller,
+    track: bool | None,
+    other: Shown | None = None,
+    report: Path | None = None,
+) -> dict[str, Any]:
+    """Warnings to the log, results beside the weights, figures to the run's tracker at the step of the weights."""
+    config, shown, storage = target.config, measured.shown, caller.store()
+    assert shown is not None
     for warning in measured.warnings:
         log.warning("%s", warning)
-    storage = Storage(config.storage)
-    page = render(measured.shown, config, _curves(config), other).encode()
-    storage.write(result["report"], page)
-    if track:
-        keep(storage, config.folder, measured.shown)
-        tracker = Tracker.open(config, storage)
-        tracker.metrics(measured.step, measured.metrics)
-        tracker.artifact(f"evaluation/{result['source']}/{REPORT}", page)
-        tracker.close(timeout=60)
-    return result
+    page = render(shown, config, _curves(config, storage), other).encode()
+    place = target.report if report is None else str(report)
+    if report is None:
+        storage.write(place, page)
+        log.info("results of %s go beside these weights, into %s", target.info.url, config.folder)
+    else:
+        write_output(storage, place, page, "--report")
+    _keep(storage, target, shown, is_needed=report is None)
+    _track(measured, target, storage, page, track)
+    return measured.result | {"report": place}
 
 
-def _curves(config: RunConfig) -> dict[str, list[tuple[int, float]]]:
+def _keep(storage: Storage, target: Target, shown: Shown, is_needed: bool) -> None:
+    """Beside the weights, with a page of the headline that leads to the others. Raises StorageError if it must."""
+    config = target.config
+    try:
+        keep(storage, config.folder, shown)
+        found = kept(storage, config.folder)
+        links = [Linked.of(each, f"report-{_label(each.key, config)}.html") for each in found]
+        page = render(headline(found), config, _curves(config, storage), links=links)
+        storage.write(join(config.folder, REPORT), page.encode())
+    except StorageError as error:
+        if is_needed:
+            raise
+        log.warning("the results are not kept beside the weights: %s", error)
+
+
+def _track(measured: Measured, target: Target, storage: Storage, page: bytes, track: bool | None) -> None:
+    config = target.config
+    if track is None:
+        reason = untracked_because(config, target.info.recorded, storage)
+        if reason is not None:
+            notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(named_uri(config))}")
+        track = reason is None
+    if not track:
+        return
+    tracker = Tracker.open(config, storage)
+    tracker.metrics(target.info.step, measured.metrics)
+    tracker.artifact(f"evaluation/{target.key.name}/{REPORT}", page)
+    if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it
+        tracker.finish()
+    tracker.close(timeout=60)
+
+
+def _curves(config: RunConfig, storage: Storage) -> dict[str, list[tuple[int, float]]]:
     """Each stage's loss by step."""
-    stages = stages_of(config)
+    stages = stages_of(config, storage)
     return {stage.name: [(step, loss) for _, step, loss in stage.series("train/loss")] for stage in stages}

@@ -6,21 +6,25 @@ import io
 from pathlib import Path
 from typing import Any
 
+from PIL.PngImagePlugin import PngInfo
+
+from jobs.caller import Caller
 from jobs.evaluate import model_of
+from jobs.output import write_output
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
-from pipeline.data.storage import Storage
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain, untrained
-from pipeline.evaluation.explain_page import to_html, to_png
+from pipeline.evaluation.explain_page import subject_of, to_html, to_png
+from pipeline.pages.page import signature
 from pipeline.training.checkpoint import load_weights
 from pipeline.training.trial import kinds, readings
 
 FORMATS = (".html", ".png")
 
 
-def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict[str, Any]:
+def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller: Caller = Caller()) -> dict[str, Any]:
     """Write what a run's or a stage's weights see in `image` with `text` to `out`; returns the same as numbers.
 
     `image` and `out` are paths or URLs. Raises ConfigError for a kind of model that aligns no words, or another
@@ -29,7 +33,8 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict
     """
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
-    weights = load_weights(Storage(), checkpoint.rstrip("/"))
+    storage = caller.store()
+    weights = load_weights(storage, checkpoint.rstrip("/"))
     config = weights.config
     stage = config.stage_named(weights.stage)
     model = model_of(weights)
@@ -39,7 +44,6 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
             f"give a checkpoint of one that does ({able})"
         )
-    storage = Storage(config.storage)
     try:
         picture = decode(storage.read(image), config.data.max_pixels)
     except BadSample as bad:
@@ -53,15 +57,16 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str) -> dict
     )
     notes = untrained(config, weights.stage)
     heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
-    storage.write(out, _drawn(found, text, heading, notes, Path(out).suffix))
+    write_output(storage, out, _drawn(found, text, heading, notes, Path(out).suffix), "--out")
     return {"out": out, "distance": found.distance, "notes": notes, "words": [_word(each) for each in found.words]}
 
 
 def _drawn(found: Explanation, text: str, heading: str, notes: list[str], suffix: str) -> bytes:
     if suffix == ".html":
         return to_html(found, text, heading, notes).encode()
-    buffer = io.BytesIO()
-    to_png(found, text, heading, notes).save(buffer, "PNG", optimize=True)
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", signature(subject_of(found, text, heading)))
+    to_png(found, text, heading, notes).save(buffer, "PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 

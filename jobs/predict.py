@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.caller import Caller
 from jobs.evaluate import model_of
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
@@ -18,7 +19,12 @@ from pipeline.training.checkpoint import load_weights
 
 
 def predict(
-    checkpoint: str, image: str | None, second_image: str | None, text: str | None, top: int = 5
+    checkpoint: str,
+    image: str | None,
+    second_image: str | None,
+    text: str | None,
+    top: int = 5,
+    caller: Caller = Caller(),
 ) -> dict[str, Any]:
     """Probabilities by name, as `mome predict --json` prints them; pictures are paths or URLs.
 
@@ -27,9 +33,9 @@ def predict(
     """
     if second_image is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first picture with --image")
-    weights = load_weights(Storage(), checkpoint.rstrip("/"))
+    storage = caller.store()
+    weights = load_weights(storage, checkpoint.rstrip("/"))
     stage = weights.config.stage_named(weights.stage)
-    storage = Storage(weights.config.storage)
     pictures = tuple(_picture(storage, weights.config, url) for url in (image, second_image) if url is not None)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     predictor = Predictor(model_of(weights), tokenizer, weights.config, stage, weights.choices, top)

@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
+from jobs.caller import Caller
 from jobs.served import outputs_of
 from pipeline.config.redaction import redact, redact_values
-from pipeline.config.schema import RunConfig
-from pipeline.data.storage import Storage
+from pipeline.data.storage import Storage, split
 from pipeline.tracking.mlflow_model import Export, register
-from pipeline.tracking.places import experiment_of, run_of, tracking_uri
+from pipeline.tracking.places import absolute_uri, experiment_of, run_of, tracking_uri
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,14 +28,18 @@ SERVING = (
 )  # fmt: skip
 
 
-def register_checkpoint(checkpoint: str, name: str, alias: str | None = None, uri: str | None = None) -> dict[str, Any]:
+def register_checkpoint(
+    checkpoint: str, name: str, alias: str | None = None, caller: Caller = Caller()
+) -> dict[str, Any]:
     """Register the weights of a run, a stage or a checkpoint's folder; returns the version and how to load it.
 
-    `uri` is the MLflow server, if not the run's own. Raises CheckpointError for a folder without whole weights,
-    ConfigError for weights that give neither embeddings nor matching scores, TrackingError for what MLflow refuses.
+    The MLflow server is the caller's, and without one the SQLite file beside the run's folder. Raises CheckpointError
+    for a folder without whole weights, ConfigError for weights that give neither embeddings nor matching scores,
+    TrackingError for what MLflow refuses.
     """
-    weights = load_weights(Storage(), checkpoint.rstrip("/"))
-    config = weights.config
+    storage = caller.store()
+    weights = load_weights(storage, checkpoint.rstrip("/"))
+    config = caller.applied(weights.config)
     stage = config.stage_named(weights.stage)
     with tempfile.TemporaryDirectory() as folder:
         _write(weights, folder)
@@ -49,16 +53,18 @@ def register_checkpoint(checkpoint: str, name: str, alias: str | None = None, ur
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
-            run=run_of(config, Storage(config.storage)),
+            run=run_of(config, storage),
             stage_index=config.stages.index(stage),
         )
-        done = register(uri or tracking_uri(config), experiment_of(config), name, alias, export)
-    return asdict(done) | {"checkpoint": weights.url}
+        uri = absolute_uri(tracking_uri(config))
+        done = register(uri, experiment_of(config), name, alias, export)
+    return asdict(done) | {"tracking_uri": redact(uri), "checkpoint": weights.url}
 
 
 def _write(weights: Weights, folder: str) -> None:
     """The folder of a stage, as `load_weights` reads it; from the checkpoint of a step, what it would hand over."""
-    config: RunConfig = weights.config
+    # Without a place of this machine; the name is the one that the run was given, whatever its folder is called.
+    config = weights.config.model_copy(update={"output": ".", "name": split(weights.recorded.folder)[1]})
     metadata = {
         "config": redact_values(config.model_dump(mode="json")),
         "stage": weights.stage,

@@ -8,15 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jobs.caller import Caller, untracked_because
 from jobs.console import notify
+from jobs.output import write_output
 from pipeline.config.errors import ConfigError
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.data.storage import join
+from pipeline.data.storage import Storage, join
 from pipeline.reports.campaign import gather
 from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
-from pipeline.reports.run_folder import RunFolder, open_run
+from pipeline.reports.run_folder import open_run
+from pipeline.tracking.places import named_uri
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +29,34 @@ CAMPAIGN = "campaign.html"
 
 
 def report(
-    run: str, out: Path | None = None, price: float | None = None, against: list[str] | None = None, track: bool = True
+    run: str,
+    out: Path | None = None,
+    price: float | None = None,
+    against: list[str] | None = None,
+    track: bool | None = None,
+    caller: Caller = Caller(),
 ) -> dict[str, Any]:
     """Write the page of the run in folder `run` (path or URL) there, or to `out`. Returns what `--json` prints.
 
-    The page is logged in MLflow unless the run goes on just now on this machine. Raises ConfigError, naming it, for a
-    folder without a run.
+    With `track` the page is logged in MLflow, if the run does not go on just now on this machine; if it is None, where
+    `untracked_because` finds nothing against it. Raises ConfigError, naming it, for a folder without a run.
     """
-    opened = open_run(run)
+    opened = open_run(run, caller.store())
     campaign = gather(opened, price)
-    comparison = compare([opened, *map(open_run, against)]) if against else None
+    comparison = compare([opened, *(open_run(each, opened.storage) for each in against)]) if against else None
     page = render_campaign(campaign, comparison).encode()
     place = str(out) if out is not None else join(opened.folder, CAMPAIGN)
-    opened.storage.write(place, page)
-    if track and opened.run and not opened.is_live:  # the process that trains alone commits its journal
-        _record(opened, page)
+    if out is None:
+        opened.storage.write(place, page)
+    else:
+        write_output(opened.storage, place, page, "--out")
+    config = caller.applied(opened.config)
+    if opened.run and not opened.is_live:  # the process that trains alone commits its journal
+        reason = untracked_because(config, opened.recorded, opened.storage) if track is None else None
+        if reason is not None:
+            notify(f"the page is not logged in MLflow: {reason}. Give --track to log it in {redact(named_uri(config))}")
+        elif track is not False:
+            _record(config, opened.storage, page)
     return {
         "report": place,
         "status": campaign.status,
@@ -67,14 +85,17 @@ def reported(config: RunConfig) -> Iterator[None]:
 
 
 def _write_after(config: RunConfig) -> None:
+    caller = Caller.of(config)
     try:
-        page = report(config.folder)["report"]
+        if not caller.store().exists(join(config.folder, RUN_FILE)):
+            return  # it failed before there was a run
+        page = report(config.folder, track=True, caller=caller)["report"]
         notify(f"Campaign    {page}")
     except Exception as error:  # whatever it is, it must not hide how the run ended
         log.warning("no campaign report: %s: %s", type(error).__name__, error)
 
 
-def _record(opened: RunFolder, page: bytes) -> None:
-    tracker = Tracker.open(opened.config, opened.storage)
+def _record(config: RunConfig, storage: Storage, page: bytes) -> None:
+    tracker = Tracker.open(config, storage)
     tracker.artifact(CAMPAIGN, page)
     tracker.close()

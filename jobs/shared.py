@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ def on_workers(
 
     train: Any = ray.train  # its types are those of the version before
 
-    config = with_workers(config, workers)
+    name_of_job = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.name).strip("-._") or "weights"  # a folder may have any name
+    config = with_workers(config.model_copy(update={"name": name_of_job}), workers)
     budget = train.FailureConfig(max_failures=config.cluster.max_failures)
     return answer_of(work, config, name, {"asked": json.dumps(asked)}, failure_config=budget)
 

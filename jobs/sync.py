@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from jobs.caller import URI_VARIABLE, Caller
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact
-from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import Storage
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
-from pipeline.tracking.places import read_journal, resolve_uri
+from pipeline.tracking.places import absolute_uri, read_journal, resolve_uri
 
 logger = logging.getLogger("mome.tracking")
 
@@ -25,19 +24,25 @@ class Synced:
     points: int
 
 
-def sync(run: str, uri: str | None = None) -> Synced:
-    """Ship the journal of the run in folder `run` (path or URL) to `uri`, or to the server the run was given.
+def sync(run: str, caller: Caller = Caller()) -> Synced:
+    """Ship the journal of the run in folder `run` (path or URL) to the caller's server.
 
-    Shipping again what the server has changes nothing. Raises TrackingError when there is no journal, when another
-    process is shipping it, or when the server does not take it.
+    Without one that is the SQLite file beside the run's folder. The server that the journal names is not asked: it may
+    come from somebody else. Shipping again what the server has changes nothing. Raises TrackingError when there is no
+    journal, when another process is shipping it, or when the server does not take it.
     """
-    journal = read_journal(run, Storage(StorageConfig()))
+    journal = read_journal(run, caller.store())
     campaigns = journal.campaigns()
     if not campaigns:
         raise TrackingError(
             f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
         )
-    target = resolve_uri(uri or campaigns[-1]["uri"])
+    target, known = resolve_uri(caller.server_of(run)), str(campaigns[-1].get("uri"))
+    if caller.server is None and redact(absolute_uri(known)) != redact(target):
+        raise TrackingError(
+            f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "
+            f"config that it was trained with (--config), or set {URI_VARIABLE}"
+        )
     with shipping_alone(journal.folder) as alone:
         if not alone:
             raise TrackingError(f"{run}: another process is shipping this journal; the run seems to be going on")

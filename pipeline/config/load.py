@@ -88,18 +88,6 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
         raise ConfigError(f"{origin}: {count}\n" + "\n".join(faults)) from None
 
 
-def stored_config(content: bytes | str, origin: str) -> RunConfig:
-    """Return the config that a run stored as JSON at `origin`. Raises ConfigError for what is none of this version."""
-    try:
-        return RunConfig.model_validate_json(content)
-    except ValidationError as error:
-        faults = error.errors()
-        raise ConfigError(
-            f"{origin}: not a config of this version ({len(faults)} faults, the first: {faults[0]['msg']}). "
-            "Read it with the version that wrote it, or give the run another `name`"
-        ) from None
-
-
 def resolve_secret(reference: str | None) -> str | None:
     """Return the value behind `env:NAME` or `file:PATH` without surrounding blanks; it is never stored or logged."""
     if reference is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ def to_html(found: Explanation, text: str, heading: str, notes: Sequence[str]) -
     return render_page(
         "explain.html.j2",
         [Path(__file__).parent],
+        subject=subject_of(found, text, heading),
         found=found,
         text=text,
         heading=heading,
@@ -31,6 +33,11 @@ def to_html(found: Explanation, text: str, heading: str, notes: Sequence[str]) -
         picture=_uri(_enlarged(found)),
         panels=[(word, _uri(panel(found, word))) for word in found.words],
     )
+
+
+def subject_of(found: Explanation, text: str, heading: str) -> str:
+    """Return what an explanation is of: weights, picture and text."""
+    return f"explanation {heading} {text} {hashlib.sha256(found.picture.numpy().tobytes()).hexdigest()}"
 
 
 def to_png(found: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:

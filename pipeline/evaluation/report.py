@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from pipeline.evaluation.shown import (
     Alignments,
     CaptionsOfImage,
     ImagesOfCaption,
+    Key,
     MaskedCaption,
     MeasureRow,
     RecallRow,
@@ -45,8 +47,15 @@ OTHER = "another picture"
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def show(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, alignments: Alignments = Alignments()) -> Shown:
-    """What is worth showing of an evaluation, chosen and drawn small."""
+def show(
+    found: Evaluation,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    alignments: Alignments = Alignments(),
+    key: Key | None = None,
+) -> Shown:
+    """What is worth showing of an evaluation, chosen and drawn small. `key`, if not given: of all pairs of a source."""
+    key = key or Key(found.stage, None, found.source, found.held_out.digest, None, "pairs", False)
     held_out, prefix = found.held_out, f"eval/{found.source}/"
     return Shown(
         name=config.name,
@@ -75,15 +84,48 @@ def show(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, alignments:
         reconstructions=_reconstructions(found),
         alignments=alignments,
         skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
+        step=key.step,
+        limit=key.limit,
+        use=key.use,
+        is_headline=key.is_headline,
     )
 
 
-def render(shown: Shown, config: RunConfig, curves: Curves, against: Shown | None = None) -> str:
-    """The page as text. `against`: another run's evaluation, whose figures stand beside."""
+@dataclass(frozen=True)
+class Linked:
+    """An evaluation in the list of all of a run."""
+
+    name: str
+    page: str  # relative to the list's
+    stage: str
+    step: int | None
+    data: str
+    at: int
+    figures: str
+
+    @staticmethod
+    def of(shown: Shown, page: str) -> Linked:
+        """Return its line; the first figures stand for all."""
+        recalls = [f"{row.direction} R@{shown.ks[0]} {percent(row.cells[0][0])}" for row in shown.recall[:2]]
+        others = [f"{row.name} {percent(row.share)}" for row in (shown.fine_tuned + shown.masked_rows)[:1]]
+        figures = ", ".join(recalls or others)
+        return Linked(shown.source, page, shown.stage, shown.step, shown.key.data, shown.at, figures)
+
+
+def render(
+    shown: Shown,
+    config: RunConfig,
+    curves: Curves,
+    against: Shown | None = None,
+    links: Sequence[Linked] = (),
+) -> str:
+    """The page as text. `against`: another run's evaluation, whose figures stand beside. `links`: to all pages."""
     return render_page(
         "report.html.j2",
         [HERE],
+        subject=f"evaluation {config.folder} {shown.key}",
         shown=shown,
+        links=links,
         config=config,
         curves=[_drawn(name, points) for name, points in curves.items() if points],
         last_loss={name: points[-1][1] for name, points in curves.items() if points},

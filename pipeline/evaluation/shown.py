@@ -1,18 +1,50 @@
 """What a page shows of an evaluation: plain values and small pictures, kept in the run's folder as one JSON file.
 
 The evaluation's own report is drawn from it at once; the campaign's report and another run's comparison are drawn from
-the file, when the weights and the held-out pairs may be far away.
+the file, when the weights and the held-out pairs may be far away. Such a file may have been written by somebody else:
+its pictures are data and no addresses, and what does not fit together is left out.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.data.storage import Storage, join
 
+log = logging.getLogger(__name__)
+
 FOLDER = "evaluations"
+LATEST = 4_000_000_000_000  # milliseconds since 1970: the year 2096
+
+Picture = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an evaluation is of: these weights, and under a name of its own these data."""
+
+    stage: str
+    step: int | None  # of a checkpoint; None: what the stage handed over
+    name: str
+    digest: str  # of the data
+    limit: int | None  # the first so many samples; None: all
+    use: str  # what the source was read as
+    is_headline: bool  # of the run's own held-out source, as its config asks for it, with the stage's last weights
+
+    def is_of_same_data(self, other: Key) -> bool:
+        return (self.digest, self.limit, self.use) == (other.digest, other.limit, other.use)
+
+    @property
+    def data(self) -> str:
+        """The data in words."""
+        extent = "all samples" if self.limit is None else f"the first {self.limit} samples"
+        return f"digest {self.digest[:12]}…, {extent}, read as {self.use}"
 
 
 @dataclass(frozen=True)
@@ -21,8 +53,8 @@ class RecallRow:
 
     direction: str
     scores: str
-    cells: list[tuple[float, float]]  # (recall, chance) at each k
-    median_rank: float
+    cells: list[tuple[Number, Number]]  # (recall, chance) at each k
+    median_rank: Number
     candidates: int
 
 
@@ -31,16 +63,16 @@ class MeasureRow:
     """A line of another table: a share, what it is held against, and where on its bar that lies."""
 
     name: str
-    share: float
+    share: Number
     beside: str
-    mark: float | None = None
+    mark: Number | None = None
 
 
 @dataclass(frozen=True)
 class CaptionsOfImage:
-    picture: str
+    picture: Picture
     rank: int
-    found: list[tuple[str, bool, float]]  # caption, is right, similarity
+    found: list[tuple[str, bool, Number]]  # caption, is right, similarity
     truth: list[str]  # its own captions, where none is among the found
 
 
@@ -48,8 +80,8 @@ class CaptionsOfImage:
 class ImagesOfCaption:
     caption: str
     rank: int
-    found: list[tuple[str, bool, float]]  # picture, is right, similarity
-    truth: str | None  # its own picture, where it is not among the found
+    found: list[tuple[Picture, bool, Number]]  # picture, is right, similarity
+    truth: Picture | None  # its own picture, where it is not among the found
 
 
 @dataclass(frozen=True)
@@ -58,13 +90,13 @@ class WordGuess:
 
     truth: str
     number: int
-    guesses: list[tuple[str, float, bool] | None]
+    guesses: list[tuple[str, Number, bool]]
 
 
 @dataclass(frozen=True)
 class MaskedCaption:
-    picture: str
-    other_picture: str | None
+    picture: Picture
+    other_picture: Picture | None
     pieces: list[tuple[str, int | None]]  # words; the number of the masked one, or None
     words: list[WordGuess]
 
@@ -73,9 +105,9 @@ class MaskedCaption:
 class AlignedCaption:
     """A picture and, for each word of its caption, the patches it aligns to."""
 
-    picture: str
+    picture: Picture
     caption: str
-    words: list[tuple[str, str, float]]  # word, heat map, share of the hottest patch
+    words: list[tuple[str, Picture, Number]]  # word, heat map, share of the hottest patch
 
 
 @dataclass(frozen=True)
@@ -93,11 +125,11 @@ class Shown:
     source: str
     digest: str  # of the held-out data
     checkpoint: str
-    at: int  # milliseconds since 1970
+    at: Annotated[int, Field(ge=0, le=LATEST)]  # milliseconds since 1970
     pairs: int
     captions: int
     trained_on: list[str]
-    metrics: dict[str, float]  # as MLflow has them, without `eval/<source>/`
+    metrics: dict[str, Number]  # as MLflow has them, without `eval/<source>/`
     small_pictures: bool  # to be shown with their pixels
     retrieval_by: str
     retrieval_images: int
@@ -111,28 +143,67 @@ class Shown:
     conditions: list[str]  # under which masked words were guessed
     masked: dict[str, list[MaskedCaption]]  # helped, misled, even
     reconstruction_stage: str
-    reconstructions: list[tuple[str, str, str]]  # original, masked, filled in
+    reconstructions: list[tuple[Picture, Picture, Picture]]  # original, masked, filled in
     alignments: Alignments
     skipped: list[tuple[str, int]]  # held-out samples left out: reason, count
+    step: int | None = None  # these, and `is_headline`: see `Key`
+    limit: int | None = None
+    use: str = "pairs"
+    is_headline: bool = False
+
+    @property
+    def key(self) -> Key:
+        return Key(self.stage, self.step, self.source, self.digest, self.limit, self.use, self.is_headline)
 
 
 _JSON = TypeAdapter(Shown)
 
 
 def keep(storage: Storage, folder: str, shown: Shown) -> None:
-    """Beside the run, in the place of an earlier evaluation of the same stage and source."""
-    storage.write(join(folder, FOLDER, f"{shown.stage}-{shown.source}.json"), _JSON.dump_json(shown))
+    """Beside the weights, in the place of an earlier evaluation of the same weights and name."""
+    step = "" if shown.step is None else f"@step-{shown.step}"
+    storage.write(join(folder, FOLDER, f"{shown.stage}-{shown.source}{step}.json"), _JSON.dump_json(shown))
 
 
 def kept(storage: Storage, folder: str) -> list[Shown]:
-    """The run's evaluations, the newest first; what another version wrote is passed over."""
+    """The run's evaluations, the newest first; what another version wrote, or is damaged, is passed over and told."""
     place = join(folder, FOLDER)
-    found = (_parsed(storage.read(join(place, name))) for name in storage.list(place) if name.endswith(".json"))
+    found = (_parsed(storage, join(place, name)) for name in storage.list(place) if name.endswith(".json"))
     return sorted((each for each in found if each is not None), key=lambda each: -each.at)
 
 
-def _parsed(data: bytes) -> Shown | None:
+def headline(found: Sequence[Shown]) -> Shown:
+    """Return the one of several evaluations, the newest of which is first, that stands for the run.
+
+    That is what its config asks for. A look at fewer samples, at other data or at other weights never takes its place.
+    """
+    whole = [each for each in found if each.limit is None and each.step is None]
+    return next((each for each in found if each.is_headline), (whole or found)[0])
+
+
+def _parsed(storage: Storage, url: str) -> Shown | None:
     try:
-        return _JSON.validate_json(data)
-    except ValidationError:
-        return None
+        shown = _JSON.validate_json(storage.read(url))
+    except ValidationError as error:
+        fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+    else:
+        if (problem := _misfit(shown)) is None:
+            return shown
+        fault = problem
+    log.warning("%s: is damaged, or of another version, and is left out (%s)", url, fault)
+    return None
+
+
+def _misfit(shown: Shown) -> str | None:
+    """Return what does not fit together, as pages need it to; None where all does."""
+    if shown.recall and (not shown.ks or any(len(row.cells) != len(shown.ks) for row in shown.recall)):
+        return "recall is not given at every k"
+    for name, gallery in (("images", shown.images), ("sentences", shown.sentences)):
+        if gallery and not {"best", "worst"} <= gallery.keys():
+            return f"{name} lacks its ends"
+    if bool(shown.images) != bool(shown.sentences):
+        return "one of two galleries is missing"
+    masked = [word for cards in shown.masked.values() for card in cards for word in card.words]
+    if any(len(word.guesses) != len(shown.conditions) for word in masked):
+        return "masked words are not guessed under every condition"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import time
 from collections.abc import Sequence
@@ -20,8 +21,16 @@ LOSSLESS = 96  # pictures up to this side are kept exact
 HERE = Path(__file__).parent
 
 
-def render_page(template: str, folders: Sequence[Path], **values: Any) -> str:
-    """The page that `template` makes, found in `folders`; what pages share (`base.html.j2`, …) lies here."""
+def signature(subject: str) -> str:
+    """Return what a page or picture of ours bears to tell what it is of; no other subject has the same."""
+    return f"mome {hashlib.sha256(subject.encode(errors='replace')).hexdigest()[:32]}"
+
+
+def render_page(template: str, folders: Sequence[Path], subject: str, **values: Any) -> str:
+    """The page that `template` makes, found in `folders`; what pages share (`base.html.j2`, …) lies here.
+
+    `subject` tells apart what pages are of: a page may take the place of an older one of the same subject.
+    """
     environment = Environment(
         loader=FileSystemLoader([*folders, HERE]),
         autoescape=True,
@@ -30,7 +39,9 @@ def render_page(template: str, folders: Sequence[Path], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {each.__name__: each for each in (percent, number, significant, money, duration, moment)}
-    return environment.get_template(template).render(written=moment(1000 * time.time()), **values)
+    return environment.get_template(template).render(
+        written=moment(1000 * time.time()), signature=signature(subject), **values
+    )
 
 
 def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL) -> str:

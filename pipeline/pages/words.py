@@ -37,5 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(milliseconds: float) -> str:
-    """A time since 1970 as its reader anywhere takes it: '2026-11-21 18:32:05 UTC'."""
+    """A time since 1970 as its reader anywhere takes it: '2026-11-21 18:32:05 UTC'; a dash for one beyond calendars."""
+    if not 0 <= milliseconds < 253_402_300_800_000:  # the year 10000
+        return "–"
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

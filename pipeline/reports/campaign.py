@@ -13,6 +13,7 @@ from typing import Literal
 
 from pipeline.config.errors import MomeError
 from pipeline.config.schema import RunConfig
+from pipeline.config.stored import check_stored_url
 from pipeline.data.shards.sources import open_source, selection_url
 from pipeline.data.storage import Storage
 from pipeline.evaluation.shown import Shown, kept
@@ -122,6 +123,7 @@ class Campaign:
     reached: int
     total_steps: int
     config: RunConfig
+    recorded: RunConfig  # as it was kept, to be shown
     stages: list[StageFacts]
     records: list[StageRecord] = field(repr=False)
     events: list[Event]
@@ -158,6 +160,7 @@ def gather(run: RunFolder, price: float | None = None) -> Campaign:
         reached=run.reached,
         total_steps=config.total_steps,
         config=config,
+        recorded=run.recorded_config(),
         stages=[_stage(run, index) for index in range(len(config.stages))],
         records=run.stages,
         events=_events(run),
@@ -220,6 +223,8 @@ def _source(run: RunFolder, record: StageRecord, name: str, weight: float, diges
 def _shards_now(config: RunConfig, storage: Storage, name: str) -> tuple[tuple[int, int, str] | None, str]:
     """((shards, samples read of them, digest), "") of a source as it lies there, or (None, what is wrong)."""
     try:
+        check_stored_url(config.sources[name].shards, f"sources.{name}.shards")
+        check_stored_url(config.sources[name].opt_out or "", f"sources.{name}.opt_out")
         source = open_source(storage, config.sources[name], selection_url(config, name))
     except MomeError as error:
         return None, f"cannot be read now: {error}"

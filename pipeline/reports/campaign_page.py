@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.evaluation import report
+from pipeline.evaluation.shown import headline
 from pipeline.pages.page import render_page
 from pipeline.pages.timeline import Mark, Measure, Stretch, Timeline, timeline
 from pipeline.reports.campaign import Campaign
@@ -33,15 +34,16 @@ def render_campaign(campaign: Campaign, against: Comparison | None = None) -> st
     return render_page(
         "campaign.html.j2",
         [HERE, report.HERE],
+        subject=f"campaign {campaign.folder}",
         campaign=campaign,
         timelines={
             axis: [_timeline(campaign, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
         },
-        shown=campaign.evaluations[0] if campaign.evaluations else None,
+        shown=headline(campaign.evaluations) if campaign.evaluations else None,
         listed=campaign.events[:MOST_LISTED],
         unlisted=max(len(campaign.events) - MOST_LISTED, 0),
         comparison=against,
-        yaml=chosen_keys(campaign.config),
+        yaml=chosen_keys(campaign.recorded),
     )
 
 

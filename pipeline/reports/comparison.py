@@ -11,7 +11,9 @@ from typing import Any
 
 from pipeline.config.load import flatten
 from pipeline.config.redaction import redact
+from pipeline.evaluation.shown import kept
 from pipeline.reports.run_folder import RunFolder, StageRecord
+from pipeline.tracking.journal import EVALUATION
 
 Result = float | str | None
 PARTS_OF_NAME = ("name",)  # keys that differ in any two runs, and say nothing
@@ -43,14 +45,15 @@ class Comparison:
     config: dict[str, dict[str, Any]]  # dotted path -> run -> value; a run that has no such key is left out
     results: dict[str, list[Row]]  # by group
     curves: list[StageCurves]
+    folders: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Results that are not numbers JSON knows become null."""
-        results = {
-            row.name: {run: _plain(value) for run, value in zip(self.runs, row.values, strict=True)}
-            for rows in self.results.values()
-            for row in rows
-        }
+        """Results that are not numbers JSON knows become null; of results of one name the later tell their group."""
+        results: dict[str, dict[str, Result]] = {}
+        for group, rows in self.results.items():
+            for row in rows:
+                name = f"{row.name} ({group})" if row.name in results else row.name
+                results[name] = {run: _plain(value) for run, value in zip(self.runs, row.values, strict=True)}
         return {"runs": self.runs, "config": self.config, "results": results}
 
 
@@ -60,7 +63,7 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
     if len(set(names)) < len(names):
         names = [run.folder for run in runs]
     config = differences(dict(zip(names, runs, strict=True)))
-    return Comparison(names, config, _results(runs), _curves(runs))
+    return Comparison(names, config, _results(runs), _curves(runs), [run.folder for run in runs])
 
 
 def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
@@ -72,7 +75,7 @@ def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
     chosen = {
         path
         for run in runs.values()
-        for path in flatten(_by_name(run.config.model_dump(mode="json", exclude_defaults=True)))
+        for path in flatten(_by_name(run.recorded_config().model_dump(mode="json", exclude_defaults=True)))
     }
     paths = dict.fromkeys(path for values in flat.values() for path in values if path not in PARTS_OF_NAME)
     found = {path: {run: values[path] for run, values in flat.items() if path in values} for path in paths}
@@ -116,9 +119,7 @@ def _results_of(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
         yield ("Last loss", record.name), record.last("train/loss")
     for record in run.stages:
         yield ("Samples a second, the median", record.name), _speed(record)
-    for point in run.evaluations:  # the last of each stands
-        for name, value in point.values.items():
-            yield ("Evaluation", name), value
+    yield from _evaluated(run)
     if run.time is not None:
         seconds = run.time["seconds"]
         total = sum(seconds.values())
@@ -130,6 +131,32 @@ def _results_of(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
         for entry in record.begun:
             for each in entry["datasets"]:
                 yield ("Data digest", f"{record.name}: {each['name']}"), each["digest"][:16]
+
+
+def _evaluated(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
+    """Every evaluation's figures, under a name that says of what data: figures of other data stand in other rows."""
+    found = kept(run.storage, run.folder)
+    last = run.config.stages[-1].name
+    for shown in reversed(found):
+        weights = "" if (shown.stage, shown.step) == (last, None) else f" of {shown.stage}"
+        weights += "" if shown.step is None else f" at step {shown.step}"
+        group = f"Evaluation {shown.source}{weights} ({shown.key.data})"
+        for name, value in shown.metrics.items():
+            yield (group, f"{EVALUATION}{shown.source}/{name}"), value
+    if not found:  # only what was measured while it trained is known
+        for (_, name), value in _recorded(run).items():
+            yield ("Evaluation, as recorded", name), value
+
+
+def _recorded(run: RunFolder) -> dict[tuple[str, str], float]:
+    """(source, metric) -> value of the last point of each source: a later one replaces all of an earlier one's."""
+    last: dict[str, dict[str, float]] = {}
+    for point in run.evaluations:
+        values = {name: value for name, value in point.values.items() if name.startswith(EVALUATION)}
+        sources = {name.removeprefix(EVALUATION).rpartition("/")[0] for name in values}
+        for source in sources:
+            last[source] = {name: value for name, value in values.items() if name.startswith(f"{EVALUATION}{source}/")}
+    return {(source, name): value for source, values in last.items() for name, value in values.items()}
 
 
 def _speed(record: StageRecord) -> float | None:

@@ -21,7 +21,8 @@ class Drawn:
 
 def render_comparison(comparison: Comparison) -> str:
     """The page as text."""
-    return render_page("comparison.html.j2", [HERE], comparison=comparison, drawings=drawings(comparison))
+    subject = f"comparison {' '.join(comparison.folders)}"
+    return render_page("comparison.html.j2", [HERE], subject, comparison=comparison, drawings=drawings(comparison))
 
 
 def drawings(comparison: Comparison) -> list[Drawn]:

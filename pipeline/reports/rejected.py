@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config.errors import DataError, MomeError
 from pipeline.config.schema import RunConfig
+from pipeline.config.stored import check_stored_url
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_bytes
 from pipeline.data.quarantine import BadSample
@@ -83,6 +84,7 @@ def _look(config: RunConfig, storage: Storage, fault: Fault, times: int) -> Reje
 
 def _members(storage: Storage, url: str, fault: Fault) -> dict[str, bytes]:
     """The sample whose first byte is where the fault's was. Raises DataError where the shards have changed."""
+    check_stored_url(url, f"sources.{fault.source}.shards")
     record = next((each for each in load_manifest(storage, url).shards if each.name == fault.shard), None)
     if record is None:
         raise DataError(f"{fault.shard} is no longer in the manifest of {url}")

@@ -6,13 +6,14 @@ Nothing here needs the run's weights, its data or its MLflow server; of a remote
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
+from pipeline.config.stored import Recorded, parse_config, stored_config
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import EVALUATION, Journal
 from pipeline.tracking.liveness import is_held
@@ -23,6 +24,8 @@ from pipeline.training.prepare import RUN_FILE
 
 RESTARTS = "restarts"
 QUARANTINE = "quarantine"
+
+log = logging.getLogger(__name__)
 
 Values = dict[str, Any]
 
@@ -82,11 +85,12 @@ class Tag:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. `values` is the config as it was kept, `config` the same as this version understands it."""
+    """One run. `values` is the config as it was kept, `config` what this machine may act on (`stored_config`)."""
 
     folder: str
-    storage: Storage
+    storage: Storage  # the caller's
     config: RunConfig
+    recorded: Recorded
     values: Values
     run: str  # MLflow's name of the parent run's place in the journal; empty before its first start
     stages: list[StageRecord]
@@ -99,7 +103,12 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        return self.config.name
+        """The name that the run was given; its folder may have got another."""
+        return str(self.values["name"])
+
+    def recorded_config(self) -> RunConfig:
+        """The config as it was kept, to be shown."""
+        return parse_config(json.dumps(self.values), join(self.folder, RUN_FILE))
 
     @property
     def reached(self) -> int:
@@ -108,38 +117,46 @@ class RunFolder:
 
     def restarts(self) -> list[Values]:
         """{time, cause, message} of what Ray Train was told, in order."""
-        return [json.loads(self.storage.read(url)) for url in self._files(RESTARTS, ".json")]
+        return list(self._objects(RESTARTS, ".json", time=(int, float), cause=str, message=str))
 
     def quarantined(self) -> list[Values]:
         """Every bad sample that was replaced, in the order they were met."""
-        files = self._files(QUARANTINE, ".jsonl")
-        return [json.loads(line) for url in files for line in self.storage.read(url).splitlines()]
+        texts = dict.fromkeys(("source", "shard", "key", "stage", "reason"), str)
+        return list(self._objects(QUARANTINE, ".jsonl", offset=int, **texts))
 
-    def _files(self, folder: str, suffix: str) -> list[str]:
+    def _objects(self, folder: str, suffix: str, **types: Any) -> Iterator[Values]:
+        """The JSON objects in the files of a folder, one a line or a file; those without such values are left out."""
         place = join(self.folder, folder)
-        return [join(place, name) for name in self.storage.list(place) if name.endswith(suffix)]
+        for name in self.storage.list(place):
+            if not name.endswith(suffix):
+                continue
+            data = self.storage.read(join(place, name))
+            for line in data.splitlines() if suffix == ".jsonl" else [data]:
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError):
+                    values = None
+                if isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in types.items()):
+                    yield values
+                else:
+                    log.warning("%s/%s: a damaged record is left out", place, name)
 
 
-def open_run(run: str) -> RunFolder:
-    """The run in folder `run` (path or URL). Raises ConfigError, naming it, where there is none that can be read."""
+def open_run(run: str, storage: Storage | None = None) -> RunFolder:
+    """The run in folder `run` (path or URL), read through `storage`, which is the caller's; else the environment's.
+
+    Raises ConfigError, naming it, where there is none that can be read.
+    """
     folder = run.rstrip("/")
-    values = _values(run, folder)
-    try:
-        config = RunConfig.model_validate_json(json.dumps(values))
-    except ValidationError as error:
-        raise ConfigError(
-            f"{run}: its {RUN_FILE} is not of this version ({error.error_count()} faults, the first: "
-            f"{error.errors()[0]['msg']}); read it with the version that made it"
-        ) from None
-    parent, _, name = folder.rpartition("/")
-    if name == config.name:  # where it lies now, which may be another place than where it was made
-        config = config.model_copy(update={"output": parent or "."})
-    storage = Storage(config.storage)
+    storage = storage or Storage()
+    values = _values(run, folder, storage)
+    config, recorded = stored_config(values, join(folder, RUN_FILE), folder)
     journal, read = _read_journal(storage, config, folder)
     return RunFolder(
         folder=folder,
         storage=storage,
         config=config,
+        recorded=recorded,
         values=values,
         run=read.run,
         stages=read.stages,
@@ -148,34 +165,48 @@ def open_run(run: str) -> RunFolder:
         evaluations=read.evaluations,
         status=read.status,
         is_live=any(is_held(journal.path(session)) for session in journal.sessions()),
-        time=accounting.read(storage, folder),
+        time=_account(storage, folder),
     )
 
 
-def stages_of(config: RunConfig) -> list[StageRecord]:
+def _account(storage: Storage, folder: str) -> Values | None:
+    """The account of time; None where there is none, or none that can be understood."""
+    found = accounting.read(storage, folder)
+    seconds = found.get("seconds") if isinstance(found, dict) else None
+    if not isinstance(seconds, dict) or "training" not in seconds:
+        return None
+    return found if all(isinstance(value, int | float) for value in seconds.values()) else None
+
+
+def stages_of(config: RunConfig, storage: Storage) -> list[StageRecord]:
     """What was recorded of each stage of a run; nothing where there is no journal."""
-    return _read_journal(Storage(config.storage), config, config.folder)[1].stages
+    return _read_journal(storage, config, config.folder)[1].stages
 
 
 def _read_journal(storage: Storage, config: RunConfig, folder: str) -> tuple[Journal, _Reading]:
     journal = read_journal(folder, storage)
     read = _Reading(config)
     for session in journal.sessions():
-        read.session([record for _, record in journal.records(session) if record["kind"] != "damaged"])
+        read.session([record for _, record in journal.records(session) if _is_known(record, config)])
     return journal, read
 
 
-def _values(run: str, folder: str) -> Values:
+def _values(run: str, folder: str, storage: Storage) -> Values:
     url = join(folder, RUN_FILE)
-    storage = Storage()
     if not storage.exists(url):
         raise ConfigError(f"{run}: no run there (no {RUN_FILE} in it); give the folder of a run, <output>/<name>")
     try:
         values = json.loads(storage.read(url))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{url}: not JSON ({error}); the run's folder is damaged") from error
-    assert isinstance(values, dict), "prepare writes the config as an object"
+    if not isinstance(values, dict):
+        raise ConfigError(f"{url}: expected a config, got {type(values).__name__}; the run's folder is damaged")
     return values
+
+
+def _is_known(record: Record, config: RunConfig) -> bool:
+    """Whether a record is whole, and of a stage that the run has."""
+    return record["kind"] != "damaged" and (record["stage"] is None or record["stage"] < len(config.stages))
 
 
 class _Reading:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import changes, stored_config, validate
+from pipeline.config.load import changes, validate
 from pipeline.config.schema import RunConfig
+from pipeline.config.stored import parse_config
 from pipeline.data.building.scenes import build_synthetic
-from pipeline.data.contents.choices import choices_of
+from pipeline.data.contents.choices import Choices, choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer, is_cased
 from pipeline.data.reading.samples import captions_of_source
 from pipeline.data.shards.manifest import ensure_indexed
@@ -48,7 +49,7 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     for name, source in config.sources.items():
         told = _Told(f"sources.{name}: filtered")
         select(storage, source, manifests[source.shards], selection_url(config, name), told)
-    choices_of(config, config.stages, storage)  # a wrong list is told before a cluster is held
+    choices = _lists(config, storage)  # a wrong list is told before a cluster is held
     tokenizer = choose_tokenizer(config, storage)
     for index, stage in enumerate(config.stages):
         if stage.start_from not in ("previous", "random"):
@@ -56,8 +57,17 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     tokenizer.save(storage, join(config.folder, VOCABULARY))
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
+    for name, listed in choices.items():  # with the run, for who reads its checkpoints anywhere
+        storage.write(join(config.folder, name), listed.to_bytes())
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())
     return tokenizer
+
+
+def _lists(config: RunConfig, storage: Storage) -> dict[str, Choices]:
+    """Return by file name what the heads choose among, where it is the same in all stages that train such a head."""
+    lists = [choices_of(config, [stage], storage) for stage in config.stages]
+    last = {name: listed for each in lists for name, listed in each.items()}
+    return {name: listed for name, listed in last.items() if all(each.get(name, listed) == listed for each in lists)}
 
 
 class _Told:
@@ -80,7 +90,7 @@ def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
     url = join(config.folder, RUN_FILE)
     if not storage.exists(url):
         return {}
-    allowed, refused = changes(stored_config(storage.read(url), url), config)
+    allowed, refused = changes(parse_config(storage.read(url), url), config)
     if refused:
         told = "\n".join(f"{path}: was {old!r}, now {new!r}" for path, (old, new) in refused.items())
         raise ConfigError(

@@ -18,11 +18,13 @@ from pipeline.training.checkpoint.weights import (
     VOCABULARY,
     WEIGHTS,
     Weights,
-    config_of_weights,
+    WeightsInfo,
     finished_stage,
+    folder_of_weights,
     load_weights,
     save_weights,
     stage_url,
+    weights_info,
 )
 
 __all__ = [
@@ -34,11 +36,13 @@ __all__ = [
     "CheckpointStore",
     "SavedState",
     "Weights",
-    "config_of_weights",
+    "WeightsInfo",
     "finished_stage",
+    "folder_of_weights",
     "is_committed",
     "load_weights",
     "read_committed",
     "save_weights",
     "stage_url",
+    "weights_info",
 ]

@@ -46,11 +46,23 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
     try:
         record = json.loads(data)["manifest"]
         record = {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be read") from error
     if data != _commit_file(record):
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it is not what was written")
-    return json.loads(_verified(storage, url, MANIFEST, record))
+    return _parsed_manifest(url, _verified(storage, url, MANIFEST, record))
+
+
+def _parsed_manifest(url: str, data: bytes) -> dict[str, Any]:
+    """The manifest, if it lists files of its own folder. What else it says is for its readers to judge."""
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{url}: {MANIFEST} is damaged: {type(error).__name__}: {error}") from error
+    if outside := next((name for name in records if "/" in name or "\\" in name or name in ("", ".", "..")), None):
+        raise CheckpointError(f"{url}: {MANIFEST} lists {outside!r:.80}, which is no file of this folder")
+    return manifest
 
 
 def read_committed(storage: Storage, url: str) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -8,20 +8,23 @@ The checkpoint of a step, such as the best that a run kept, is read as what woul
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.config.errors import CheckpointError, StorageError
+from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
+from pipeline.config.paths import absolute
 from pipeline.config.schema import RunConfig
-from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices, choices_of
+from pipeline.config.stored import Recorded, stored_config
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.storage import Storage, join, split
 from pipeline.training.checkpoint.committed import (
+    MANIFEST,
     commit,
     file_record,
     is_committed,
@@ -38,10 +41,14 @@ WEIGHTS, VOCABULARY = "weights.safetensors", "vocab.txt"
 
 @dataclass(frozen=True)
 class Weights:
-    """What a stage hands over: weights by name, never optimiser state, and what they are the weights of."""
+    """What a stage hands over: weights by name, never optimiser state, and what they are the weights of.
+
+    `config` is as `stored_config` makes it: its folder is the one that the weights were read from.
+    """
 
     url: str
     config: RunConfig
+    recorded: Recorded
     stage: str
     step: int
     tensors: dict[str, Tensor]
@@ -88,11 +95,35 @@ def find_weights(storage: Storage, url: str) -> str:
     return url
 
 
-def config_of_weights(storage: Storage, url: str) -> RunConfig:
-    """The config of the run that made the weights which `load_weights` would read. Raises CheckpointError as it."""
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What the manifest of weights says of them, without reading them."""
+
+    url: str
+    config: RunConfig
+    recorded: Recorded
+    stage: str
+    step: int
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether they are those of a step, and not what the stage handed over."""
+        return step_of(split(self.url)[1]) is not None
+
+
+def weights_info(storage: Storage, url: str) -> WeightsInfo:
+    """Return what the weights that `load_weights` would read are. Raises CheckpointError as it does."""
     found = find_weights(storage, url)
-    config: RunConfig = _facts(found, read_manifest(storage, found))["config"]
-    return config
+    with _damage_told(found):
+        return WeightsInfo(**_facts(found, read_manifest(storage, found)))
+
+
+def folder_of_weights(url: str) -> str:
+    """Return the folder of the run that a stage's or a checkpoint's folder lies in, else `url` itself."""
+    run, kind = split(split(url)[0])
+    name = split(url)[1]
+    is_part = (kind == "stages" and _stage_order(name)[0] >= 0) or (kind == "checkpoints" and step_of(name) is not None)
+    return run if is_part else url.rstrip("/")
 
 
 def load_weights(storage: Storage, url: str) -> Weights:
@@ -102,17 +133,30 @@ def load_weights(storage: Storage, url: str) -> Weights:
     """
     url = find_weights(storage, url)
     if step_of(split(url)[1]) is not None:
-        return _of_checkpoint(storage, url)
-    manifest, files = read_committed(storage, url)
-    return Weights(
-        **_facts(url, manifest),
-        tensors=safetensors.torch.load(files[WEIGHTS]),
-        vocabulary=files[VOCABULARY].decode().splitlines(),
-        absent=frozenset(manifest.get("absent", ())),
-        choices={
-            name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
-        },
-    )
+        with _damage_told(url):
+            return _of_checkpoint(storage, url)
+    with _damage_told(url):
+        manifest, files = read_committed(storage, url)
+        return Weights(
+            **_facts(url, manifest),
+            tensors=safetensors.torch.load(files[WEIGHTS]),
+            vocabulary=files[VOCABULARY].decode().splitlines(),
+            absent=frozenset(manifest.get("absent", ())),
+            choices={
+                name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
+            },
+        )
+
+
+@contextmanager
+def _damage_told(url: str) -> Iterator[None]:
+    """Turn whatever a manifest or file of an unexpected shape raises into a CheckpointError that names the folder."""
+    try:
+        yield
+    except (MomeError, AssertionError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{url}: is damaged: {type(error).__name__}: {error}") from error
 
 
 def finished_stage(storage: Storage, url: str) -> str:
@@ -133,7 +177,6 @@ def _of_checkpoint(storage: Storage, url: str) -> Weights:
     files = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
     saved = SavedState(storage, url, files, manifest["stage_step"])
     facts = _facts(url, manifest)
-    config, names = facts["config"], [stage.name for stage in facts["config"].stages]
     run = split(split(url)[0])[0]
     return Weights(
         **facts,
@@ -142,13 +185,28 @@ def _of_checkpoint(storage: Storage, url: str) -> Weights:
             for name, shape in manifest["shapes"].items()
         },
         vocabulary=storage.read(join(run, VOCABULARY)).decode().splitlines(),
-        choices=choices_of(config, config.stages[: names.index(facts["stage"]) + 1], storage),
+        choices=_choices_of_run(storage, run),
     )
 
 
+def _choices_of_run(storage: Storage, run: str) -> dict[str, Choices]:
+    """Return the lists that `prepare` left in the run's folder: no other file that a stored config names is read."""
+    places = {name: join(run, name) for name in (ANSWERS, CLASSES)}
+    return {name: Choices.from_bytes(storage.read(url), url) for name, url in places.items() if storage.exists(url)}
+
+
 def _facts(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    config = RunConfig.model_validate_json(json.dumps(manifest["config"]))
-    return {"url": url, "config": config, "stage": manifest["stage"], "step": manifest["step"]}
+    stage, step, where = manifest.get("stage"), manifest.get("step"), join(url, MANIFEST)
+    if not isinstance(stage, str) or not isinstance(step, int):
+        raise CheckpointError(
+            f"{where} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
+        )
+    try:
+        config, recorded = stored_config(manifest.get("config"), where, folder_of_weights(absolute(url)))
+        config.stage_named(stage)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    return {"url": url, "config": config, "recorded": recorded, "stage": stage, "step": step}
 
 
 def _stage_order(name: str) -> tuple[int, str]:

@@ -1,0 +1,91 @@
+"""The caller of a command that reads a run's or a checkpoint's folder: which stores, Ray and MLflow are theirs.
+
+They come from the environment, from `--config FILE` and from `--uri`, and never from the folder, which somebody else
+may have written (`pipeline.config.stored`).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline.config.load import load_config
+from pipeline.config.paths import absolute
+from pipeline.config.redaction import redact
+from pipeline.config.schema import ClusterConfig, RunConfig, StorageConfig
+from pipeline.config.section import Section
+from pipeline.config.stored import Recorded
+from pipeline.data.storage import Storage
+from pipeline.tracking.committed import Store
+from pipeline.tracking.places import absolute_uri, default_uri, named_uri, run_of
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+class Caller(Section):
+    """What the person who runs a command says of servers and stores; what is None is left to the environment."""
+
+    storage: StorageConfig | None = None
+    tracking_uri: str | None = None
+    cluster: ClusterConfig | None = None
+
+    @staticmethod
+    def of(config: RunConfig) -> Caller:
+        """Return the caller whose own config this is: it was read from a file that they named."""
+        return Caller(storage=config.storage, tracking_uri=named_uri(config), cluster=config.cluster)
+
+    @staticmethod
+    def named(config: Path | None = None, uri: str | None = None) -> Caller:
+        """Return the caller who gave `--config` and `--uri`. Raises ConfigError as `load_config`."""
+        if config is None:
+            return Caller(tracking_uri=uri)
+        own = load_config(config)
+        return Caller(storage=own.storage, tracking_uri=uri or own.tracking.uri, cluster=own.cluster)
+
+    @property
+    def server(self) -> str | None:
+        """The MLflow URI that the caller gave; None where they gave none."""
+        return self.tracking_uri or os.environ.get(URI_VARIABLE)
+
+    def server_of(self, folder: str) -> str:
+        """Return the MLflow URI that the run in `folder` is recorded at."""
+        return absolute_uri(self.server or default_uri(absolute(folder.rstrip("/")).rpartition("/")[0] or "/"))
+
+    def store(self) -> Storage:
+        """Return the access to stores that every URL is read and written by."""
+        return Storage(self.storage or StorageConfig())
+
+    def applied(self, stored: RunConfig) -> RunConfig:
+        """Return a stored config with the caller's stores and servers, as a tracker or a cluster is given it."""
+        return stored.model_copy(
+            update={
+                "storage": self.storage or StorageConfig(),
+                "tracking": stored.tracking.model_copy(update={"uri": self.server}),
+                "cluster": self.cluster or stored.cluster,
+            }
+        )
+
+
+def untracked_because(config: RunConfig, recorded: Recorded, storage: Store) -> str | None:
+    """Return why results of a folder are not recorded in MLflow unless the caller asks for it; None where they are.
+
+    `config` is as `Caller.applied` makes it. What is recorded without being asked for goes to the run that it is of,
+    and to the server that this run was tracked by, if that is the caller's own too.
+    """
+    if run_of(config, storage) is None:
+        return f"{config.folder} is no tracked run"
+    if _place(recorded.folder) != _place(config.folder):
+        return f"it is a copy of {recorded.folder}"
+    known, own = recorded.tracking_uri or default_uri(config.output), named_uri(config)
+    if redact(absolute_uri(known)) != redact(absolute_uri(own)):
+        return (
+            f"the run was tracked at {redact(known)}; to record there, set {URI_VARIABLE}, or name the config that it "
+            "was trained with (--config)"
+        )
+    return None
+
+
+def _place(folder: str) -> str:
+    """Return the same text for the same folder, whatever links lead to it."""
+    place = absolute(folder)
+    return place if "://" in place else os.path.realpath(place)

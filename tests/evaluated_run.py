@@ -1,0 +1,82 @@
+"""A run's folder with the finished weights of one tiny stage on drawn scenes: what reading commands are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+from pipeline.data.building.scenes import build_synthetic
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.storage import Storage
+from pipeline.models import build_model
+from pipeline.tracking.journal import Journal
+from pipeline.training.checkpoint import save_weights, stage_url
+from pipeline.training.stages import heads
+
+SCENES = 12
+SECTION = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8}
+
+
+def draw(folder: Path, seed: int = 0) -> str:
+    """Draw a folder of shards; its path."""
+    drawn = {"scenes": SCENES, "image_size": 32, "captions": 2, "seed": seed}
+    config = config_of(folder.parent, {"drawn": {"shards": str(folder), "synthetic": drawn}}, "drawn")
+    build_synthetic(Storage(), config.sources)
+    return str(folder)
+
+
+def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -> RunConfig:
+    stage = {
+        "name": "pairs",
+        "sources": {next(iter(sources)): 1.0},
+        "objectives": {"contrastive": {}, "matching": {}},
+        "steps": 4,
+        "batch": 8,
+        "max_text": 24,
+    }
+    values = {
+        "name": "run",
+        "output": str(output),
+        "model": SECTION,
+        "sources": sources,
+        "data": {"lanes": 4},
+        "stages": [stage],
+        "engine": {"precision": "float32"},
+        "evaluation": {"source": source, "batch": 8},
+    }
+    return RunConfig.model_validate_json(json.dumps(values | more))
+
+
+def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = "c0ffee") -> str:
+    """Write the folder of a finished run, which says that it is `recorded`; `run`: its id in MLflow, if tracked."""
+    storage = Storage()
+    tokenizer = Tokenizer.train(captions_of_source(storage, shards), 200)
+    model = build_model(recorded.model, tokenizer.size, heads(recorded, 0), seed=1)
+    url = f"{folder}/stages/0-pairs"
+    assert stage_url(recorded, 0).endswith("/stages/0-pairs")
+    metadata = {"config": recorded.model_dump(mode="json"), "stage": "pairs", "step": 4}
+    save_weights(storage, url, dict(model.state_dict()), list(tokenizer.tokens), metadata)
+    (folder / "run.json").write_text(recorded.model_dump_json(), encoding="utf-8")
+    if run is not None:
+        (folder / "tracking.json").write_text(json.dumps({"run": run, "name": recorded.name}), encoding="utf-8")
+        writer = Journal(folder / "journal").start_session()
+        campaign = {"run": run, "name": recorded.name, "uri": recorded.tracking.uri or "sqlite:///none", "tags": {}}
+        about = {"experiment": "e", "params": {}, "datasets": [], "server_has_more": False}
+        writer.append({"kind": "campaign", "at": 1, "stage": None, **campaign, **about})
+        begun = {"name": "pairs", "params": {}, "tags": {}, "datasets": []}
+        writer.append({"kind": "stage", "at": 2, "stage": 0, **begun})
+        writer.append({"kind": "metrics", "at": 3, "stage": 0, "step": 4, "values": {"train/loss": 2.0}})
+        writer.close()
+    return str(folder)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder: when it was written, and what it holds."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,232 @@
+"""A folder that somebody else wrote decides neither whom its reader talks to, nor which files are read or written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluated_run import config_of, contents, draw, write_run
+from PIL import Image
+from typer.testing import CliRunner
+
+import jobs.register
+from jobs.caller import URI_VARIABLE, Caller
+from jobs.cli import app
+from pipeline.config.errors import ConfigError, MomeError
+from pipeline.config.stored import check_stored_url, stored_config
+from pipeline.tracking.mlflow_model import Registered
+
+
+class Asked:
+    """A server that notes who connects and answers nothing, and the files below a folder that this process opens."""
+
+    def __init__(self, guarded: Path):
+        self.guarded, self.active = str(guarded), True
+        self.connections: list[Any] = []
+        self.opened: list[str] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        sys.addaudithook(self._audit)  # for the rest of the process: idle once `active` is False
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            self.connections.append(connection.recv(100) if self.active else b"")
+            connection.close()
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.active and event in ("open", "os.listdir", "os.scandir"):
+            path = str(arguments[0])
+            self.opened += [path] if path.startswith(self.guarded) else []
+
+    def close(self) -> None:
+        self.active = False
+        self._socket.close()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return draw(tmp_path_factory.mktemp("drawn") / "scenes")
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Iterator[Asked]:
+    guarded = tmp_path / "guarded"
+    guarded.mkdir()
+    (guarded / "secret").write_text("hunter2", encoding="utf-8")
+    found = Asked(guarded)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, shards: str, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A run's folder that names a stranger's servers, secrets of its reader, and files of theirs."""
+    monkeypatch.setenv("CANARY", "hunter2")
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    server, secret = f"http://{asked.address}", f"{asked.guarded}/secret"
+    pairs = {"shards": shards}
+    beacon = {"shards": f"{server}/shards"}
+    recorded = config_of(
+        Path(asked.guarded),
+        {"pairs": pairs, "beacon": beacon, "chained": {"shards": f"simplecache::{server}/shards"}},
+        "pairs",
+        storage={"endpoint_url": server, "key": "env:CANARY", "secret": f"file:{secret}", "deadline_seconds": 1.0},
+        tracking={"uri": server},
+        cluster={"address": f"ray://{asked.address}"},
+        tokenizer={"vocabulary": secret},
+    )
+    stage = recorded.stages[0].model_copy(update={"start_from": secret, "sources": {"pairs": 1.0, "beacon": 1.0}})
+    recorded = recorded.model_copy(update={"stages": (stage,)})
+    return write_run(tmp_path / "theirs", recorded, shards)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((30, 40, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def commands(run: str, shards: str, picture: str, out: Path) -> dict[str, list[str]]:
+    return {
+        "report": ["report", run],
+        "compare": ["compare", run, run, "--html", str(out / "compare.html")],
+        "sync": ["sync", run],
+        "evaluate": ["evaluate", run],
+        "evaluate the beacon": ["evaluate", run, "--source", "beacon"],
+        "evaluate a chain": ["evaluate", run, "--source", "chained"],
+        "evaluate against": ["evaluate", run, "--against", run],
+        "predict": ["predict", run, "--image", picture, "--text", "a red circle"],
+        "explain": ["explain", run, "--image", picture, "--text", "a red circle", "--out", str(out / "e.html")],
+        "embed": ["embed", shards, "--checkpoint", run, "--out", str(out / "vectors")],
+        "register": ["register", run, "--name", "theirs"],
+        "export": ["export", run, "--format", "safetensors", "--out", str(out / "w.safetensors")],
+    }
+
+
+REFUSED = {"sync", "evaluate the beacon", "evaluate a chain"}
+
+
+def test_no_command_asks_or_opens_what_a_folder_names(
+    hostile: str, shards: str, picture: str, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[str] = []
+
+    def register(uri: str, experiment: str, name: str, alias: str | None, export: Any) -> Registered:
+        registered.append(uri)
+        return Registered(name, 1, alias, "m", None, f"models:/{name}/1")
+
+    monkeypatch.setattr(jobs.register, "register", register)
+    asked.opened.clear()
+    for name, arguments in commands(hostile, shards, picture, tmp_path).items():
+        told = CliRunner().invoke(app, arguments)
+        assert (told.exit_code == 0) == (name not in REFUSED), (name, told.output, told.exception)
+        assert told.exit_code == 0 or isinstance(told.exception, MomeError), (name, told.exception)
+    assert asked.connections == []
+    assert asked.opened == []
+    assert registered == [f"sqlite:///{tmp_path}/mlflow.db"]
+    assert sorted(path.name for path in Path(asked.guarded).iterdir()) == ["secret"]
+    journal = b"".join(path.read_bytes() for path in Path(hostile, "journal").glob("*.jsonl"))
+    assert journal.count(b'"kind":"campaign"') == 1  # nothing was recorded
+
+
+def test_a_stored_config_keeps_no_server_no_secret_and_no_place(hostile: str, asked: Asked) -> None:
+    values = json.loads(Path(hostile, "run.json").read_text(encoding="utf-8"))
+    config, recorded = stored_config(values, "run.json", hostile)
+    assert config.folder == hostile
+    assert (recorded.folder, recorded.tracking_uri) == (f"{asked.guarded}/run", f"http://{asked.address}")
+    used = Caller().applied(config)
+    assert (used.storage.endpoint_url, used.storage.key, used.storage.secret) == (None, None, None)
+    assert (used.tracking.uri, used.cluster.address) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_refused"),
+    [
+        ("/data/shards", False),
+        ("file:///data/shards", False),
+        ("s3://bucket/shards", False),
+        ("gs://bucket/shards", False),
+        ("http://host/shards", True),
+        ("https://host/shards", True),
+        ("ftp://host/shards", True),
+        ("sftp://host/shards", True),
+        ("simplecache::http://host/shards", True),
+        ("zip://a.zip::https://host/b", True),
+        ("HTTP://host/shards", True),
+    ],
+)
+def test_a_stored_url_names_no_host(url: str, is_refused: bool) -> None:
+    if is_refused:
+        with pytest.raises(ConfigError, match="another host"):
+            check_stored_url(url, "sources.x.shards")
+    else:
+        check_stored_url(url, "sources.x.shards")
+
+
+def test_only_stored_config_reads_configs_that_folders_hold() -> None:
+    root = Path(__file__).resolve().parents[3]
+    files = [*root.glob("pipeline/**/*.py"), *root.glob("jobs/**/*.py")]
+    parsing = {str(f.relative_to(root)) for f in files if "RunConfig.model_validate" in f.read_text(encoding="utf-8")}
+    # The rest is given a config by the driver that read it from a file.
+    assert parsing == {
+        "pipeline/config/load.py",
+        "pipeline/config/stored.py",
+        "jobs/preflight.py",
+        "jobs/rank.py",
+        "jobs/restarts.py",
+    }
+
+
+def test_the_caller_is_who_named_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = config_of(tmp_path, {"pairs": {"shards": "/data"}}, "pairs", tracking={"uri": "http://own:5000"})
+    (tmp_path / "own.yaml").write_text(own.model_dump_json(), encoding="utf-8")
+    monkeypatch.setenv(URI_VARIABLE, "http://environment:5000")
+    assert Caller().server == "http://environment:5000"
+    assert Caller.named(tmp_path / "own.yaml").server == "http://own:5000"
+    assert Caller.named(tmp_path / "own.yaml", "http://given:5000").server == "http://given:5000"
+
+
+# ---- where results go
+
+
+@pytest.fixture
+def original(tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    folder = tmp_path / "runs" / "run"
+    write_run(folder, config_of(tmp_path / "runs", {"pairs": {"shards": shards}}, "pairs"), shards)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "part"), [("run", ""), ("renamed run", "stages/0-pairs")])
+def test_results_go_beside_the_weights_that_were_given(original: Path, tmp_path: Path, name: str, part: str) -> None:
+    copy = tmp_path / "elsewhere" / name
+    shutil.copytree(original, copy)
+    before = contents(tmp_path / "runs")
+    told = CliRunner().invoke(app, ["evaluate", str(copy / part), "--json"])
+    assert told.exit_code == 0, told.output
+    result = json.loads(told.stdout.splitlines()[-1])
+    assert Path(result["report"]) == copy / "report-pairs.html"
+    assert {"report-pairs.html", "report.html"} <= {path.name for path in copy.iterdir()}
+    assert (copy / "evaluations" / "pairs-pairs.json").exists()
+    assert contents(tmp_path / "runs") == before
+    assert not (tmp_path / "elsewhere" / "mlflow.db").exists()
+    assert "it is a copy of" in told.stderr
+    shown = CliRunner().invoke(app, ["compare", str(copy), str(original), "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert CliRunner().invoke(app, ["report", str(copy)]).exit_code == 0
+    assert (copy / "campaign.html").exists()
+    assert contents(tmp_path / "runs") == before
