@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+import ssl
 
 from pipeline.config.errors import MomeError, StorageError
 from pipeline.data.storage.urls import parse
@@ -73,11 +75,22 @@ class GaveUp(Exception):
 
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _LASTING_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.EDQUOT}
+# TLS failures of a connection that broke; all others last: a plain HTTP port, a certificate, an unsupported version.
+_BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
+TLS_HINT = (
+    "Check that the address (storage.endpoint_url, AWS_ENDPOINT_URL or the URL) has the scheme and port of the store: "
+    "http:// where it speaks no TLS. For a certificate of your own, set AWS_CA_BUNDLE or SSL_CERT_FILE."
+)
+
+
+def is_broken_tls(error: Exception) -> bool:
+    """Return whether a TLS error is one of the connection, which another connection may be spared."""
+    return _BROKEN_TLS.search(str(error)) is not None
 
 
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
-    if isinstance(error, (MomeError, *_LASTING)):
+    if isinstance(error, (MomeError, *_LASTING)) or (isinstance(error, ssl.SSLError) and not is_broken_tls(error)):
         return False
     return isinstance(error, Fault) or (isinstance(error, OSError) and error.errno not in _LASTING_ERRNO)
 
@@ -116,6 +129,12 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
         case Unreachable():
             hint = "Check storage.endpoint_url and that it is running."
             return StorageError, f"the store did not answer{where} ({error}). {hint}"
+        case IsADirectoryError():
+            return StorageError, "it is a folder, not a file. Give the URL of a file in it."
+        case UnicodeError():
+            return StorageError, "its name holds characters that no file or object can have. Rename it."
+        case ssl.SSLError() if not is_broken_tls(error):
+            return StorageError, f"{type(error).__name__}: {error}{where}. {TLS_HINT}"
         case FileExistsError():
             return AlreadyExists, "it exists already."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
+from pipeline.config.durable import is_temporary, replacing
 from pipeline.data.storage.backend import ObjectInfo, Part
 from pipeline.data.storage.faults import Changed, TooShort
 
 _COPY = 16 * 2**20
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-_names = random.SystemRandom()  # never the global generator, and different in forked processes
 
 
 class Local:
@@ -52,11 +50,16 @@ class Local:
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
         try:
-            with os.scandir(path) as found:
-                entries = [entry for entry in found if not _is_temporary(entry.name)]
-                return {e.name: None if e.is_dir() else _info(e.stat()) for e in entries}
+            found = os.scandir(path)
         except FileNotFoundError:
             return {}
+        entries: dict[str, ObjectInfo | None] = {}
+        with found:
+            for entry in found:
+                if not is_temporary(entry.name):
+                    with suppress(FileNotFoundError):  # deleted meanwhile, or a link to nothing
+                        entries[entry.name] = None if entry.is_dir() else _info(entry.stat())
+        return entries
 
     def write(self, path: str, data: bytes) -> None:
         with replacing(path) as file:
@@ -100,30 +103,5 @@ def _link(temporary: str, path: str) -> None:
         os.unlink(temporary)
 
 
-@contextmanager
-def replacing(path: str, place: Callable[[str, str], None] = os.replace) -> Iterator[BinaryIO]:
-    """A file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
-
-    `place(temporary, path)` gives it its name.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name[:100]}.{_names.getrandbits(64):016x}.partial")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        place(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _info(stat: os.stat_result) -> ObjectInfo:
     return ObjectInfo(stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".partial")

@@ -23,10 +23,10 @@ class Other:
     def __init__(self, protocol: str, retry: Retry):
         try:
             self._fs = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # whatever a package says whose settings or libraries are not there
             raise StorageError(
-                f"{protocol}:// cannot be reached from here: {error}. Install the fsspec package for '{protocol}', "
-                "or use a local path or s3://."
+                f"{protocol}:// cannot be reached from here: {' '.join(str(error).split())}. "
+                f"Install the fsspec package for '{protocol}' and what it needs, or use a local path or s3://."
             ) from error
         self._retry = retry
 
@@ -50,7 +50,9 @@ class Other:
         found = self._call(lambda: self._fs.info(path))
         if found["type"] == "directory":
             raise FileNotFoundError(errno.ENOENT, "is a folder, not a file")
-        return _info(found)
+        if not isinstance(found.get("size"), int):
+            raise Refused("the store does not tell the object's size", "Copy it to a local folder or s3://.")
+        return self._info(found)
 
     def is_folder(self, path: str) -> bool:
         return self._call(lambda: self._fs.isdir(path))
@@ -61,7 +63,7 @@ class Other:
         except FileNotFoundError:
             return {}
         named = {item["name"].rstrip("/").rpartition("/")[2]: item for item in found}
-        return {name: None if item["type"] == "directory" else _info(item) for name, item in named.items()}
+        return {name: None if item["type"] == "directory" else self._info(item) for name, item in named.items()}
 
     def write(self, path: str, data: bytes) -> None:
         self._call(lambda: self._fs.pipe_file(path, data))
@@ -84,20 +86,26 @@ class Other:
         if self._call(lambda: self._fs.exists(path)):
             self._call(lambda: self._fs.rm(path, recursive=True))
 
+    def _info(self, found: dict[str, Any]) -> ObjectInfo:
+        if not isinstance(found.get("size"), int):  # web servers' listings have none
+            return self.info(found["name"])
+        return ObjectInfo(found["size"], found.get("etag") or found.get("ETag"))
+
     def _call(self, call: Callable[[], T]) -> T:
         try:
             return call()
+        except (OSError, TypeError, AssertionError):
+            raise  # said plainly already, or a programmer's error
+        except NotImplementedError as error:
+            raise Refused("stores of this kind do not offer that", "Use a local path or s3://.") from error
         except Exception as error:
-            if isinstance(error, OSError) or type(error).__module__ == "builtins":
-                raise  # said plainly already, or a programmer's error
+            named = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if isinstance(error, (ValueError, LookupError, AttributeError)):
+                raise Refused(named) from error
             status = getattr(error, "status", None) or getattr(error, "status_code", None) or getattr(error, "code", 0)
             lasts = isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 429)
-            raise (Refused if lasts else Fault)(f"{type(error).__name__}: {error}") from error
+            raise (Refused if lasts else Fault)(named) from error
 
 
 def _once(data: bytes) -> Generator[bytes, None, None]:
     yield data
-
-
-def _info(found: dict[str, Any]) -> ObjectInfo:
-    return ObjectInfo(found["size"], found.get("etag") or found.get("ETag"))

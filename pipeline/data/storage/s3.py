@@ -36,6 +36,7 @@ from pipeline.config.redaction import redact, remember
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage.backend import ObjectInfo, Part
 from pipeline.data.storage.faults import (
+    TLS_HINT,
     Changed,
     Fault,
     NoBucket,
@@ -43,6 +44,7 @@ from pipeline.data.storage.faults import (
     Refused,
     TooShort,
     Unreachable,
+    is_broken_tls,
 )
 from pipeline.data.storage.receive import Answer, receive
 from pipeline.data.storage.retry import Retry
@@ -72,14 +74,8 @@ _HINTS = {
     "IllegalLocationConstraintException": "Set AWS_DEFAULT_REGION to the bucket's region.",
 }
 _MOST_SKEW = 15 * 60  # seconds that a signature may be away from the store's clock
-# TLS failures of a connection that broke; all others last: a plain HTTP port, a certificate, an unsupported version.
-_BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
 _YES = ("yes", "true", "1")
 _ENDPOINT_HINT = "Check storage.endpoint_url (or AWS_ENDPOINT_URL): scheme, host and port."
-_TLS_HINT = (
-    "Check that storage.endpoint_url (or AWS_ENDPOINT_URL) has the scheme and port of the store: http:// where it "
-    "speaks no TLS. For a certificate of your own, set AWS_CA_BUNDLE."
-)
 _KEYS_HINT = "Check storage.key, storage.secret and the AWS_ variables."
 _MOST_SAID = 300  # characters of a library's or store's message that are repeated
 
@@ -485,7 +481,7 @@ def _translated(error: Exception, said: str, answered: bool) -> Exception:
         case botocore_errors.EndpointConnectionError() | botocore_errors.ConnectTimeoutError():
             return Unreachable(said)
         case botocore_errors.SSLError():
-            return Fault(named) if _BROKEN_TLS.search(str(error)) else Refused(named, _TLS_HINT)
+            return Fault(named) if is_broken_tls(error) else Refused(named, TLS_HINT)
         case RecursionError():
             return Refused("the store's redirects lead round in circles", _ENDPOINT_HINT)
         case botocore_errors.ConnectionClosedError() if not answered and _is_other_protocol(inner):

@@ -75,6 +75,27 @@ def test_folders_list_what_lies_directly_in_them(folder: str):
     assert not storage.exists(join(folder, "a.tar", "below"))
 
 
+def test_links_to_nothing_and_files_that_vanish_hide_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "b").symlink_to(tmp_path / "absent")
+    (tmp_path / "c").mkdir()
+    assert Storage().list(str(tmp_path)) == ["a", "c"]
+
+
+def test_a_folder_is_no_file(tmp_path: Path):
+    for call in (Storage().read, lambda url: Storage().write(url, b""), lambda url: Storage().read_range(url, 0, 1)):
+        with pytest.raises(StorageError, match=r"it is a folder, not a file"):
+            call(str(tmp_path))
+
+
+def test_a_file_is_no_folder(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(NotFound):
+        Storage().create(str(tmp_path / "file" / "inner"), b"y")
+    with pytest.raises(NotFound):
+        Storage().write(str(tmp_path / "file" / "deep" / "inner"), b"y")
+
+
 def test_delete_takes_a_whole_folder_and_spares_its_namesakes(folder: str):
     storage = Storage()
     for name in ("run/a", "run/b/c", "run2/a"):

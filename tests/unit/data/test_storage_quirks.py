@@ -15,7 +15,7 @@ from quirky_store import MANNERS, QUIRKS, Babbler, QuirkyStore
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import Storage, join, retry, s3
+from pipeline.data.storage import NotFound, Storage, join, retry, s3
 from pipeline.data.storage.faults import NoSpace
 
 DATA = random.Random(0).randbytes(100_000)
@@ -332,3 +332,40 @@ def test_damaged_answers_end_in_our_errors_only(quirky, tmp_path: Path):
             check_message(str(error))
         except Exception as error:
             raise AssertionError(f"{name}, round {number}") from error
+
+
+@pytest.fixture
+def web(shared_store: QuirkyStore, clock: Clock) -> str:
+    """A folder of a web server, which fsspec reaches by http://."""
+    shared_store.reset("none")
+    shared_store.objects = {("bucket", "folder/a.tar"): DATA}
+    return f"{shared_store.endpoint}/bucket/folder"
+
+
+def test_web_servers_are_read(web: str):
+    assert Storage().read(join(web, "a.tar")) == DATA
+    assert Storage().read_range(join(web, "a.tar"), 5, 50) == DATA[5:50]
+    with pytest.raises(NotFound):
+        Storage().read(join(web, "absent"))
+
+
+@pytest.mark.parametrize(
+    ("quirk", "do", "told"),
+    [
+        ("denied", lambda url: Storage().read(url), "403"),
+        ("none", lambda url: Storage().read(url.replace("http:", "https:")), "http:// where it speaks no TLS"),
+        ("none", lambda url: Storage().delete(url), "do not offer that"),
+        ("none", lambda url: Storage().read("http://127.0.0.1:99999/x"), "."),
+        ("none", lambda url: Storage().read("http:///x"), "."),
+        ("none", lambda url: Storage().read("hdfs://host/x"), "hdfs:// cannot be reached"),
+        ("none", lambda url: Storage().read("qq://host/x"), "qq:// cannot be reached"),
+        ("none", lambda url: Storage().read("gs://host/x"), "gs:// cannot be reached"),
+    ],
+)
+def test_what_lasts_is_told_at_once_by_other_stores_too(
+    web: str, shared_store: QuirkyStore, clock: Clock, quirk: str, do: Callable[[str], object], told: str
+):
+    shared_store.quirk = quirk
+    with pytest.raises((StorageError, ConfigError), match=told):
+        do(join(web, "a.tar"))
+    assert clock.now == 0.0

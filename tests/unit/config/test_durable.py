@@ -1,0 +1,86 @@
+"""What a written file survives: a power cut keeps a prefix of what was synced, in order."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.durable import is_temporary, replacing, sync_folder, write_durably
+from pipeline.data.storage import Storage
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What reaches the disk: ("sync", path) and ("rename", path), in order."""
+    events: list[tuple[str, str]] = []
+    fsync, replace, link = os.fsync, os.replace, os.link
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recorded_replace(source: str, target: str) -> None:
+        events.append(("rename", os.fspath(target)))
+        replace(source, target)
+
+    def recorded_link(source: str, target: str) -> None:
+        events.append(("rename", os.fspath(target)))
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "link", recorded_link)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    return events
+
+
+WRITES = {
+    "write_durably": lambda path: write_durably(path, b"x"),
+    "write": lambda path: Storage().write(path, b"x"),
+    "write_parts": lambda path: Storage().write_parts(path, 1, lambda start, stop: b"x"),
+    "create": lambda path: Storage().create(path, b"x"),
+    "upload": lambda path: Storage().upload("/proc/self/cmdline", path),
+    "download": lambda path: Storage().download("/proc/self/cmdline", path),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, log: list[tuple[str, str]], name: str):
+    path = str(tmp_path / "new" / "deep" / "file")
+    WRITES[name](path)
+    folders = [str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "deep")]
+    assert log[:2] == [("sync", folders[0]), ("sync", folders[1])]  # that hold the names of the new folders
+    assert log[2][0] == "sync"
+    assert is_temporary(Path(log[2][1]).name)
+    assert log[3:] == [("rename", path), ("sync", folders[2])]
+    log.clear()
+    if name != "create":
+        WRITES[name](path)
+        assert [kind for kind, _ in log] == ["sync", "rename", "sync"]
+
+
+def test_a_failed_write_leaves_the_old_content_alone(tmp_path: Path):
+    write_durably(tmp_path / "file", b"old")
+    with pytest.raises(TypeError), replacing(tmp_path / "file") as file:
+        file.write("no bytes")  # type: ignore[arg-type]
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    sync_folder(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_such_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        sync_folder(tmp_path)
