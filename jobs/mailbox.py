@@ -26,10 +26,10 @@ Message = dict[str, Any]
 
 
 class Mailbox:
-    """What the driver and the ranks of one start of a run say to one another; `claim` names the start."""
+    """What the driver and the ranks of one start of a run say to one another; `start` names it."""
 
-    def __init__(self, claim: str):
-        self._prefix = f"{claim}/"
+    def __init__(self, start: str):
+        self._prefix = f"{start}/"
 
     def ask_to_stop(self) -> bool:
         """Ask the ranks to save and end; return whether the cluster took it."""

@@ -27,25 +27,25 @@ Resources = Mapping[str, float]
 class Placed(WorkerGroupCallback):
     """Tells the driver, from Ray Train's controller, whether the ranks run."""
 
-    def __init__(self, claim: str):
-        self._claim = claim
+    def __init__(self, start: str):
+        self._start = start
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        Mailbox(self._claim).say_placed(0)
+        Mailbox(self._start).say_placed(0)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        Mailbox(self._claim).say_placed(len(worker_group.get_workers()))
+        Mailbox(self._start).say_placed(len(worker_group.get_workers()))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        Mailbox(self._claim).say_placed(0)
+        Mailbox(self._start).say_placed(0)
 
 
 class Placement:
     """The driver's view of its ranks' places, over all that is placed of one start of a run."""
 
-    def __init__(self, cluster: ClusterConfig, claim: str, clock: Callable[[], float] = time.monotonic):
-        self.callback = Placed(claim)
-        self._cluster, self._mail, self._clock = cluster, Mailbox(claim), clock
+    def __init__(self, cluster: ClusterConfig, start: str, clock: Callable[[], float] = time.monotonic):
+        self.callback = Placed(start)
+        self._cluster, self._mail, self._clock = cluster, Mailbox(start), clock
         self._local = address_of(cluster) is None
         self._were_placed = False  # ever: nodes that were there may come back
         self._since: float | None = None

@@ -50,8 +50,9 @@ def pretrain(config: RunConfig, show: Show, interrupts: Interrupts | None = None
     storage.delete(join(config.folder, FAILURE_FILE))
     storage.delete(join(config.folder, PROGRESS_FILE))
     connect(config.cluster)
-    ownership = Ownership.take(storage, config.folder)
-    attempt = _Attempt(config, ownership, interrupts)
+    taken = Ownership.take(storage, config.folder)
+    ownership = Ownership(storage, config.folder, taken.claim)  # whichever start of its ranks has the run
+    attempt = _Attempt(config, ownership, str(taken.start), interrupts)
     with repeatedly(_Shown(config, storage, show).look, PROGRESS_SECONDS):
         try:
             _train(config, storage, attempt)
@@ -83,12 +84,13 @@ def _unfinished(config: RunConfig, storage: Storage) -> str | None:
 class _Attempt:
     """One start of the run, as its driver sees it while ranks are placed and run, however often."""
 
-    def __init__(self, config: RunConfig, ownership: Ownership, interrupts: Interrupts | None):
+    def __init__(self, config: RunConfig, ownership: Ownership, start: str, interrupts: Interrupts | None):
         from jobs.placement import Placement
 
         self.config, self.ownership = config, ownership
-        self.placement = Placement(config.cluster, ownership.claim)
-        self._mail, self._interrupts = Mailbox(ownership.claim), interrupts
+        self.placement = Placement(config.cluster, start)
+        self._start = start  # of this driver: its restarts share its claim, and not its messages
+        self._mail, self._interrupts = Mailbox(start), interrupts
         self._alarms: dict[str, str] = {}  # those that stand
 
     def fit(self, restarts: Any, failures_left: int) -> str | None:
@@ -104,7 +106,7 @@ class _Attempt:
                 run_rank,
                 self.config,
                 self.config.name,
-                given={"claim": self.ownership.claim},
+                given={"claim": self.ownership.claim, "start": self._start},
                 placement=self.placement,
                 look=self._look,
                 callbacks=[restarts],

@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.mailbox import Mailbox, forwarded_warnings
 from jobs.notice import PREEMPTED, Notice
-from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError
+from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.printable import configure_logging
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
@@ -46,7 +46,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     ownership = Ownership(storage, config.folder, loop_config["claim"])
     if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
         return None
-    context, mail = ray.train.get_context(), Mailbox(ownership.claim)
+    context, mail = ray.train.get_context(), Mailbox(loop_config["start"])
     notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         return _train(config, storage, ownership, notice)
@@ -83,7 +83,7 @@ def _told(error: Exception) -> dict[str, Any] | None:
     if is_out_of_memory(error):
         message = f"out of memory: {redact(str(error))}. Set engine.micro_batch lower, or engine.zero_stage higher."
         return {"message": message, "exit_status": 1}
-    if isinstance(error, MomeError) and not isinstance(error, StorageError):
+    if isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
         return as_told(error)
     return None
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import Fragment
+
+
+class Alone:
+    """The only rank, without a process group."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None: ...
 
 
 def save(store: CheckpointStore, step: int) -> str:

@@ -42,7 +42,9 @@ class RunFailed(MomeError):
 
 
 class Superseded(RunFailed):
-    """A run that a later start of the same command has taken up: this one must leave it alone."""
+    """A run that a later start of the same command has taken up: this one must leave it alone, and not be retried."""
+
+    exit_status = 76
 
 
 class Preempted(MomeError):

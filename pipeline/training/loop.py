@@ -17,7 +17,7 @@ from pipeline.tracking.recorder import Recorder, SilentTracker, Status
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.collectives import Collectives
-from pipeline.training.ownership import Ownership
+from pipeline.training.ownership import Ownership, Start
 from pipeline.training.prepare import prepare
 from pipeline.training.progress import Report
 from pipeline.training.session import Session
@@ -35,8 +35,8 @@ def train(
     """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
 
     `preparer` says who prepares the rank's batches; `preempted`, asked on every rank, whether its machine is about to
-    be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same. `claim` is what the launcher
-    took the run with (`ownership`); without it rank 0 takes it.
+    be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same. Rank 0 takes the run for this start
+    (`ownership`); `claim` is the launcher's, where the launcher has taken it before.
 
     Raises Preempted once the run is saved, Superseded (on rank 0) when a later start has it, and another MomeError for
     what a restart would only repeat; anything else may be tried again. A hung rank ends the process (`watchdog`).
@@ -48,8 +48,7 @@ def train(
     session = Session(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
     if collectives.rank == 0:
         prepare(config, storage)
-        claim = claim or Ownership.take(storage, config.folder).claim
-    ownership = Ownership(storage, config.folder, collectives.broadcast_object(claim))
+    ownership = _take(config, storage, collectives, claim)
     tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"), config.tokenizer.lowercase)
     tracker = _open_tracker(config, storage, collectives)
     run = Run(config, storage, tokenizer, collectives, tracker, report, preparer, session, ownership)
@@ -66,6 +65,16 @@ def train(
         _end(tracker, "KILLED" if isinstance(error, Preempted) else "FAILED")
         raise
     _end(tracker, "FINISHED")
+
+
+def _take(config: RunConfig, storage: Storage, collectives: Collectives, claim: str | None) -> Ownership:
+    """The run is this start's: on rank 0's word, for all ranks."""
+    start = None
+    if collectives.rank == 0:
+        taken = Ownership.take(storage, config.folder, claim)
+        claim, start = taken.claim, str(taken.start)
+    claim, start = collectives.broadcast_object((claim, start))
+    return Ownership(storage, config.folder, claim, Start.parse(start))
 
 
 def _end(tracker: Recorder, status: Status) -> None:

@@ -1,50 +1,100 @@
 """Who may write a run: its latest start, and no other.
 
 A head that was cut off, or a launcher thought dead, may come back and train on beside the one that took its run up.
-Each start therefore leaves its claim in the run's folder over the one before; and rank 0 reads it before it commits
-anything there. What was superseded ends at its next checkpoint or hand-over, having changed nothing.
+Each start of a run's ranks therefore leaves a file in the run's folder:
+
+    <run>/owners/0003-9f86d081.4c1de8a0b2f35a67.json    the start (its number and token), and its launcher's claim
+
+The last by name is the owner. Names are unique and in one order for everybody, so two starts that claim the run at the
+same time need no conditional write to agree on one. The owner is asked for before anything is committed and before
+anything is deleted; and because the question and the deed are two requests, checkpoints carry the start in their names:
+nobody deletes what a later start wrote, however long it slept in between.
+
+The restarts of one launcher share its claim. Once another launcher has the run, they do not take it back, and
+
+    python -m pipeline.training.ownership CONFIG [key=value …]
+
+ends with status 76 under that launcher, as `infra/slurm.sbatch` asks before it tries again; else with 0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import secrets
 import socket
+import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.config.errors import Superseded
+import psutil
+
+from pipeline.config.errors import MomeError, Superseded
+from pipeline.config.load import load_config
 from pipeline.data.storage import NotFound, Storage, join
 
-OWNER_FILE = "owner.json"
+OWNER_FILE = "owners"
+CLAIM_VARIABLE = "MOME_CLAIM"  # a launcher's own name for itself, the same for all its restarts and for no other launch
+_NAME = re.compile(r"(\d{4,})-([0-9a-f]{8})\.([^.]+)\.json")
+
+
+@dataclass(frozen=True, order=True)
+class Start:
+    """One start of a run's ranks; a later one is greater."""
+
+    number: int
+    token: str
+
+    def __str__(self) -> str:
+        return f"{self.number:04d}-{self.token}"
+
+    @classmethod
+    def parse(cls, text: str) -> Start:
+        number, _, token = text.partition("-")
+        return cls(int(number), token)
 
 
 class Ownership:
-    """The claim of one start, which all its ranks and their restarts share."""
+    """The right to write a run: of a launcher, or of one start of its ranks.
 
-    def __init__(self, storage: Storage, folder: str, claim: str):
+    `claim` is what the restarts of one launcher share. Without `start` any start of that launcher is meant.
+    """
+
+    def __init__(self, storage: Storage, folder: str, claim: str, start: Start | None = None):
         self._storage, self._url = storage, join(folder, OWNER_FILE)
-        self.claim = claim
+        self.claim, self.start = claim, start
 
     @classmethod
-    def take(cls, storage: Storage, folder: str) -> Ownership:
-        """From now on the run is this start's."""
-        ownership = cls(storage, folder, secrets.token_hex(8))
-        told = {"claim": ownership.claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
-        storage.write(ownership._url, json.dumps(told).encode())
-        return ownership
+    def take(cls, storage: Storage, folder: str, claim: str | None = None) -> Ownership:
+        """Make this start the run's owner.
+
+        `claim`: the launcher's (default: what tells this process's launcher from others, else a new one). Raises
+        Superseded when that launcher had the run and another has taken it up since.
+        """
+        ownership = cls(storage, folder, claim or _claim_of_launcher() or secrets.token_hex(8))
+        while True:
+            starts = ownership.check_launcher()
+            start = Start(starts[-1][0].number + 1 if starts else 1, secrets.token_hex(4))
+            record = {"host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+            storage.write(ownership._file(start, ownership.claim), json.dumps(record).encode())
+            if ownership._starts()[-1][0] == start:  # not, when another start claimed the run at the same time
+                ownership.start = start
+                return ownership
 
     def check(self) -> None:
-        """Raises Superseded when a later start has the run. (What is read and then written is not one transaction:
-        a claim that comes between the two is seen at the next check.)"""
-        try:
-            owner = json.loads(self._storage.read(self._url))
-        except NotFound:  # nobody claims it
-            return
-        if owner["claim"] != self.claim:
-            raise Superseded(
-                f"this run was taken up by a later start, on {owner['host']} at {owner['since']} ({self._url}); this "
-                "one ends and leaves it what is committed"
-            )
+        """Raise Superseded when a later start has the run."""
+        starts = self._starts()
+        if starts and (starts[-1][1] != self.claim or self.start not in (None, starts[-1][0])):
+            raise self._superseded(*starts[-1])
+
+    def check_launcher(self) -> list[tuple[Start, str]]:
+        """Raise Superseded when the launcher had the run and another has taken it up since; return all starts."""
+        starts = self._starts()
+        if self.claim in {claim for _, claim in starts} and starts[-1][1] != self.claim:
+            raise self._superseded(*starts[-1])
+        return starts
 
     def holds(self) -> bool:
         try:
@@ -52,3 +102,53 @@ class Ownership:
         except Superseded:
             return False
         return True
+
+    def _starts(self) -> list[tuple[Start, str]]:
+        """Every start and its launcher's claim, in order."""
+        found = (_NAME.fullmatch(name) for name in self._storage.list(self._url))
+        return sorted((Start(int(match[1]), match[2]), match[3]) for match in found if match)
+
+    def _file(self, start: Start, claim: str) -> str:
+        return join(self._url, f"{start}.{claim}.json")
+
+    def _superseded(self, start: Start, claim: str) -> Superseded:
+        url = self._file(start, claim)
+        try:
+            record = json.loads(self._storage.read(url))
+            where = f", on {record['host']} at {record['since']}"
+        except (NotFound, ValueError, KeyError):
+            where = ""
+        other = f" with another {CLAIM_VARIABLE}" if CLAIM_VARIABLE in os.environ else ""
+        return Superseded(
+            f"this run was taken up by a later start{where} ({url}); this one ends and leaves it what is committed. To "
+            f"take the run back, start it anew{other}"
+        )
+
+
+def _claim_of_launcher() -> str | None:
+    """What this process's launcher has in common with its own restarts only; None without a launcher that restarts."""
+    if given := os.environ.get(CLAIM_VARIABLE):
+        return _digest(given)
+    if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return None
+    agent = psutil.Process(os.getppid())  # torchrun, which outlives the ranks that it starts again
+    return _digest(f"{run} {socket.gethostname()} {agent.pid} {agent.create_time()}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        config, claim = load_config(arguments[0], arguments[1:]), _claim_of_launcher()
+        if claim is not None:
+            Ownership(Storage(config.storage), config.folder, claim).check_launcher()
+    except MomeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

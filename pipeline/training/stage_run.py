@@ -25,9 +25,9 @@ from pipeline.tracking.recorder import DatasetInput, Kept, Recorder
 from pipeline.training.accounting import metrics
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import (
-    MANIFEST,
     CheckpointStore,
     finished_stage,
+    read_manifest,
     save_weights,
     stage_url,
 )
@@ -83,7 +83,7 @@ class StageRun:
         rank, world_size = collectives.rank, collectives.world_size
         self.loader = Loader(config, self.stage, storage, tokenizer, rank, world_size, run.preparer)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
-        self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint)
+        self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint, run.ownership)
         self.evaluation = StageEvaluation(config, index, storage, tokenizer, collectives, self.choices)
         trainer = build_trainer(config, index, storage, tokenizer.size, collectives)
         self.engine, self.step, self.guard, self.shapes = trainer.engine, trainer.step, trainer.guard, trainer.shapes
@@ -218,7 +218,7 @@ class StageRun:
         """The time account with which the stage before ended."""
         if self.index == 0:
             return {}
-        manifest = json.loads(self.storage.read(join(stage_url(self.config, self.index - 1), MANIFEST)))
+        manifest = read_manifest(self.storage, stage_url(self.config, self.index - 1))
         return manifest.get("time_account", {})
 
     def _leave_out(self, spike: Spike, start: int) -> None:
@@ -284,7 +284,6 @@ class StageRun:
         reached, quarantined = self.first + stage_step, self._quarantined()
 
         def before_commit() -> None:
-            self.ownership.check()
             self._write_quarantine(reached, quarantined)
             self.tracker.commit(reached)
 
@@ -317,7 +316,10 @@ class StageRun:
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:
             metadata = self._metadata(self.stage.steps)
-            save_weights(self.storage, url, weights, list(self.tokenizer.tokens), metadata, self.choices)
+            tokens = list(self.tokenizer.tokens)
+            if not save_weights(self.storage, url, weights, tokens, metadata, self.choices, self.ownership):
+                self.ownership.check()
+                log.warning("%s: an earlier start handed the stage over meanwhile; the run goes on from that", url)
         self.collectives.barrier()
 
     # ---- what it tells

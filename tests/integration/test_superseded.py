@@ -64,6 +64,6 @@ def test_ray_does_not_place_the_ranks_of_a_superseded_run_again(tmp_path: Path) 
         time.sleep(0.02)
     Ownership.take(Storage(), run.url)
     assert run.process is not None
-    assert run.process.wait(timeout=SECONDS) == 1
+    assert run.process.wait(timeout=SECONDS) == Superseded.exit_status
     assert "taken up by a later start" in run.told()
     assert not (tmp_path / "run" / "failure.json").exists(), "what its successor's ranks would give up for"

@@ -1,17 +1,20 @@
 """Checkpoints that exist only when whole (contract C5), in one format for every world size and ZeRO stage.
 
-    <run>/checkpoints/step-00000150.3f9a/rank-00000.safetensors   named float32 fragments of one rank
-                                         rank-00001.json          what another rank wrote, told to the first
-                                         MANIFEST.json            size and SHA-256 of each file; step, digests, config
-                                         COMMIT.json              written last; without it the folder does not exist
+    <run>/checkpoints/step-00000150.0003-9f86d081-19ad3c7f2e1/
+        rank-00000.safetensors   named float32 fragments of one rank
+        rank-00001.json          what another rank wrote, told to the first
+        MANIFEST.json            size and SHA-256 of each file; step, digests, config
+        SEAL.json                who decides what becomes of the folder: its writer, or a later start that gave it up
+        COMMIT.json              written last; without it the folder does not exist
 
-The name ends in a token of the attempt, so that a retry never mixes with the leavings of the attempt before.
+The name tells the start that wrote it (see `ownership`) and when, so that a retry never mixes with what an attempt
+before it left, and no attempt deletes what a later one writes.
 
 `store` saves and finds them, `host_copy` takes what is saved, `saved_state` reads it, `retention` says what stays;
 `committed` is what whole means, and `weights` what stages hand over.
 """
 
-from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed
+from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, is_committed, read_committed, read_manifest
 from pipeline.training.checkpoint.saved_state import SavedState
 from pipeline.training.checkpoint.store import Checkpoint, CheckpointStore
 from pipeline.training.checkpoint.weights import (
@@ -42,6 +45,7 @@ __all__ = [
     "is_committed",
     "load_weights",
     "read_committed",
+    "read_manifest",
     "save_weights",
     "stage_url",
     "weights_info",

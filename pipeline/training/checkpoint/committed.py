@@ -1,19 +1,24 @@
-"""Folders that exist only when whole: their files first, then a manifest of sizes and SHA-256, COMMIT.json last."""
+"""Folders that exist only when whole: their files first, then a manifest of sizes and SHA-256, COMMIT.json last.
+
+Two attempts may come upon one folder. Each file of a folder that both would write is created once (`Storage.create`):
+an attempt that finds a name taken gives its own file another, which the manifest tells. Where one attempt would commit
+what the other would clear away, SEAL.json decides: whoever creates it goes on, and the other leaves the folder alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from pipeline.config.errors import CheckpointError
+from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
 
-MANIFEST, COMMIT = "MANIFEST.json", "COMMIT.json"
-Record = dict[str, Any]  # {"bytes": size, "sha256": hexadecimal digest}
+MANIFEST, SEAL, COMMIT = "MANIFEST.json", "SEAL.json", "COMMIT.json"
+Record = dict[str, Any]  # {"bytes": size, "sha256": hexadecimal digest}, and "file" where its name is another
 
 _PIECE = 16 * 2**20  # bytes asked for at a time when a file is verified
 _AHEAD = 4  # such pieces in flight
@@ -23,11 +28,50 @@ def file_record(data: bytes) -> Record:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def commit(storage: Storage, url: str, files: Mapping[str, Record], metadata: Mapping[str, Any]) -> None:
-    """Declare the files already written under `url` to be a whole: the manifest, then COMMIT.json, last."""
+def commit(
+    storage: Storage,
+    url: str,
+    files: Mapping[str, Record],
+    metadata: Mapping[str, Any],
+    before: Callable[[], None] = lambda: None,
+    other_name: Callable[[str], str] | None = None,
+) -> bool:
+    """Declare the files already written under `url` to be a whole: the manifest, then COMMIT.json, last.
+
+    `before` is called when everything but COMMIT.json is there. `other_name` gives files another name where theirs is
+    taken; without it the folder is this attempt's own. Returns False when another attempt has committed the folder.
+    Raises StorageError when the files are not there as they were written.
+    """
     manifest = json.dumps({"files": files, **metadata}, indent=1).encode()
-    storage.write(join(url, MANIFEST), manifest)
-    storage.write(join(url, COMMIT), _commit_file(file_record(manifest)))
+    record = file_record(manifest)
+    if other_name is None:
+        storage.write(join(url, MANIFEST), manifest)
+    elif not storage.create(join(url, MANIFEST), manifest):
+        record["file"] = other_name(MANIFEST)
+        storage.write(join(url, record["file"]), manifest)
+    if fault := what_is_missing(storage, url, {**files, MANIFEST: record}):
+        raise StorageError(f"{url}: not committed: {fault}. Another attempt on this run may have removed it")
+    before()
+    data = _commit_file(record)
+    return storage.create(join(url, COMMIT), data) or storage.read(join(url, COMMIT)) == data
+
+
+def seal(storage: Storage, url: str, words: str) -> bool:
+    """Whether this attempt, and no other, decides what becomes of a folder; `words` tell it from others."""
+    data = json.dumps({"sealed": words}).encode()
+    return storage.create(join(url, SEAL), data) or storage.read(join(url, SEAL)) == data
+
+
+def what_is_missing(storage: Storage, url: str, files: Mapping[str, Record]) -> str:
+    """What one listing tells to be missing of a folder's files; empty when all are there with their sizes."""
+    listing = storage.list_info(url)
+    for name, record in files.items():
+        name = record.get("file", name)
+        if name not in listing:
+            return f"{name} is missing"
+        if listing[name].size != record["bytes"]:
+            return f"{name} has {listing[name].size} bytes, and {record['bytes']} were written"
+    return ""
 
 
 def is_committed(storage: Storage, url: str) -> bool:
@@ -45,7 +89,8 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
         raise CheckpointError(f"{url}: not committed (no {COMMIT}); it was never finished") from error
     try:
         record = json.loads(data)["manifest"]
-        record = {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}
+        own_name = {"file": str(record["file"])} if "file" in record else {}
+        record = {"bytes": int(record["bytes"]), "sha256": str(record["sha256"]), **own_name}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be read") from error
     if data != _commit_file(record):
@@ -58,9 +103,10 @@ def _parsed_manifest(url: str, data: bytes) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(data)
         records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest["files"].items()}
+        names = {*records, *(str(record.get("file", name)) for name, record in manifest["files"].items())}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{url}: {MANIFEST} is damaged: {type(error).__name__}: {error}") from error
-    if outside := next((name for name in records if "/" in name or "\\" in name or name in ("", ".", "..")), None):
+    if outside := next((name for name in names if "/" in name or "\\" in name or name in ("", ".", "..")), None):
         raise CheckpointError(f"{url}: {MANIFEST} lists {outside!r:.80}, which is no file of this folder")
     return manifest
 
@@ -79,6 +125,7 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
 
     Raises CheckpointError when it is missing or damaged.
     """
+    name = record.get("file", name)
     try:
         info = storage.info(join(url, name))
         if info.size != record["bytes"]:
@@ -108,11 +155,13 @@ def _pieces(storage: Storage, url: str, info: ObjectInfo) -> Iterator[bytes]:
 
 
 def _verified(storage: Storage, url: str, name: str, record: Record) -> bytes:
+    name = record.get("file", name)
     try:
         data = storage.read(join(url, name))
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
-    if (found := file_record(data)) != record:
+    found = file_record(data)
+    if (found["bytes"], found["sha256"]) != (record["bytes"], record["sha256"]):
         raise _damaged(url, name, record, f"{len(data)} bytes of {found['sha256'][:12]}…")
     return data
 

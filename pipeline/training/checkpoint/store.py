@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,10 +17,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config.errors import CheckpointError
+from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import NotFound, ObjectInfo, Storage, join
-from pipeline.training.checkpoint.committed import Record, commit, read_manifest, verify
+from pipeline.training.checkpoint.committed import Record, commit, read_manifest, seal, verify
 from pipeline.training.checkpoint.host_copy import HostCopy
 from pipeline.training.checkpoint.housekeeping import Housekeeping
 from pipeline.training.checkpoint.retention import Known, folder_name, newest_first
@@ -29,6 +28,7 @@ from pipeline.training.checkpoint.saved_state import SavedState
 from pipeline.training.checkpoint.tensor_file import TensorFile
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
+from pipeline.training.ownership import Ownership
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,15 @@ class CheckpointStore:
     is raised, as the error that it is, by the next `check`, `save` or `wait`.
     """
 
-    def __init__(self, storage: Storage, folder: str, collectives: Collectives, config: CheckpointConfig):
+    def __init__(
+        self,
+        storage: Storage,
+        folder: str,
+        collectives: Collectives,
+        config: CheckpointConfig,
+        ownership: Ownership | None = None,
+    ):
+        """`ownership`: of the start that saves; without it nobody may have claimed the run."""
         self.storage = storage
         self.url = join(folder, "checkpoints")
         self.collectives = collectives
@@ -69,7 +77,8 @@ class CheckpointStore:
         self._under_way: Future[None] | None = None
         self._abandoned = threading.Event()
         self._written: list[tuple[int, float]] = []
-        self._housekeeping = Housekeeping(storage, self.url, config)
+        self._ownership = ownership or Ownership(storage, folder, claim="")
+        self._housekeeping = Housekeeping(storage, self.url, config, self._ownership)
         self._newest: Known | None = None  # that `latest` found
 
     # ---- saving
@@ -89,8 +98,8 @@ class CheckpointStore:
         `before_commit` is called on rank 0, by the thread that then commits. `metadata` says "step", "stage" and what
         else `Checkpoint` holds; its "metrics" are what `keep_best` compares.
         """
-        token = self.collectives.broadcast_object(secrets.token_hex(4))
-        url = join(self.url, folder_name(metadata["step"], token))
+        name = self.collectives.broadcast_object(folder_name(metadata["step"], self._ownership.start))
+        url = join(self.url, name)
         started = time.perf_counter()
         self._finish()
         self.waited = time.perf_counter() - started
@@ -156,10 +165,18 @@ class CheckpointStore:
             records = {_part_name(0): record.result()}
             records |= self._other_records(url, time.perf_counter() - started)
             self._stop_if_abandoned()  # who abandons it then closes what `before_commit` uses
+            self._ownership.check()
             before_commit()
-            commit(self.storage, url, records, metadata)
-            self._housekeeping.after_commit(Known.of(url, metadata))
+            commit(self.storage, url, records, metadata, lambda: self._seal(url))
+            self._housekeeping.after_commit(Known.of(url, metadata), records)
         self._written.append((metadata["step"], time.perf_counter() - started))
+
+    def _seal(self, url: str) -> None:
+        """Raises Superseded, or StorageError when a later start has given the folder up."""
+        self._ownership.check()
+        if not seal(self.storage, url, f"committed by {self._ownership.start}"):
+            self._ownership.check()
+            raise StorageError(f"{url}: not committed: another attempt on this run has given it up")
 
     def _unless_abandoned(self, read: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
         def part(start: int, stop: int) -> bytes:
@@ -205,6 +222,11 @@ class CheckpointStore:
 
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
         """The newest whole checkpoint, verified; a damaged one is told and passed over. The same on every rank."""
+        # An attempt that this start supersedes may commit one more and retire what is looked at here: a second look
+        # then finds its commit, and by then it deletes nothing any more.
+        return self._newest_whole() or self._newest_whole()
+
+    def _newest_whole(self) -> tuple[Checkpoint, SavedState] | None:
         first = self.collectives.rank == 0
         for url in self.collectives.broadcast_object(newest_first(self.storage, self.url) if first else None):
             manifest = self.collectives.broadcast_object(self._manifest(url) if first else None)

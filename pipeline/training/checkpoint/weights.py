@@ -8,7 +8,10 @@ The checkpoint of a step, such as the best that a run kept, is read as what woul
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,8 +38,15 @@ from pipeline.training.checkpoint.committed import (
 from pipeline.training.checkpoint.retention import step_of
 from pipeline.training.checkpoint.saved_state import SavedState
 from pipeline.training.checkpoint.tensor_file import TensorFile
+from pipeline.training.ownership import Ownership, Start
 
 WEIGHTS, VOCABULARY = "weights.safetensors", "vocab.txt"
+_FILE = re.compile(
+    rf"(?:{'|'.join(name.partition('.')[0] for name in (WEIGHTS, VOCABULARY, ANSWERS, CLASSES, MANIFEST))})"
+    r"(?:\.(?P<start>\d{4,}-[0-9a-f]{8}))?\.(?:safetensors|txt|json)"
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,18 +78,53 @@ def save_weights(
     vocabulary: list[str],
     metadata: dict[str, Any],
     choices: Mapping[str, Choices] | None = None,
-) -> None:
-    """Commit a stage's weights, its vocabulary and what its heads choose among; called on rank 0 alone."""
+    ownership: Ownership | None = None,
+) -> bool:
+    """Commit a stage's weights, its vocabulary and what its heads choose among; called on rank 0 alone.
+
+    Returns False, having changed nothing that is committed, when another attempt has committed the folder. Raises
+    Superseded when `ownership` was lost, StorageError when the files could not be written.
+    """
+    start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
+    taken: dict[str, str] = {}  # names that an attempt before, or beside, this one has taken -> what is written instead
+
+    def other_name(name: str) -> str:
+        stem, dot, suffix = name.partition(".")
+        taken[name] = f"{stem}.{start}{dot}{suffix}"
+        return taken[name]
+
     weights = TensorFile(tensors)
-    storage.write_parts(join(url, WEIGHTS), weights.size, weights.read)
+    records = {WEIGHTS: weights.record()}
+    if not storage.create_parts(join(url, WEIGHTS), weights.size, weights.read):
+        records[WEIGHTS]["file"] = other_name(WEIGHTS)
+        storage.write_parts(join(url, taken[WEIGHTS]), weights.size, weights.read)
     small = {
         VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode(),
         **{name: each.to_bytes() for name, each in (choices or {}).items()},
     }
     for name, data in small.items():
-        storage.write(join(url, name), data)
-    records = {WEIGHTS: weights.record(), **{name: file_record(data) for name, data in small.items()}}
-    commit(storage, url, records, metadata)
+        records[name] = file_record(data)
+        if not storage.create(join(url, name), data):
+            records[name]["file"] = other_name(name)
+            storage.write(join(url, taken[name]), data)
+    check = ownership.check if ownership else lambda: None
+    is_ours = commit(storage, url, records, metadata, check, other_name)
+    try:
+        check()
+        used = {taken.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
+        _remove_leavings(storage, url, start, used)
+    except StorageError as error:  # takes space, and no run down
+        log.warning("%s: what an attempt left could not be removed: %s", url, error)
+    return is_ours
+
+
+def _remove_leavings(storage: Storage, url: str, start: Start, used: set[str]) -> None:
+    """Delete what `start` left in a committed folder; where it committed `used`, also what earlier starts left."""
+    for name in storage.list(url):
+        if (match := _FILE.fullmatch(name)) and name not in used:
+            writer = Start.parse(match["start"]) if match["start"] else Start(0, "")
+            if writer == start or (used and writer < start):
+                storage.delete(join(url, name))
 
 
 def find_weights(storage: Storage, url: str) -> str:

@@ -143,6 +143,21 @@ def test_a_local_store_needs_the_checkouts_environment_and_says_so(tmp_path: Pat
     assert "Run 'make .venv/installed' in the checkout first" in done.stderr
 
 
+@pytest.mark.parametrize("restart", ["0", "3"])
+def test_a_job_whose_run_was_taken_up_is_not_tried_again(start: Start, tmp_path: Path, restart: str) -> None:
+    """Its tries share one claim, which another start of the same job does not."""
+    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s " "$MOME_CLAIM" "$@" >> {tmp_path}/owner\nexit 76\n')
+    (tmp_path / "python").chmod(0o755)
+    job = start("exit 1", SLURM_RESTART_COUNT=restart)
+    told, _ = job.communicate(timeout=30)
+    assert job.returncode == 76, told
+    assert len([line for line in asked(tmp_path) if line.startswith("srun")]) == 1
+    claim = f"slurm--17-{restart}"
+    assert (
+        (tmp_path / "owner").read_text().startswith(f"{claim} -m pipeline.training.ownership configs/demo.yaml name=a")
+    )
+
+
 def test_a_job_without_a_config_says_how_it_is_called() -> None:
     done = subprocess.run(["bash", str(INFRA / "slurm.sbatch")], capture_output=True, text=True, check=False)
     assert done.returncode == 2

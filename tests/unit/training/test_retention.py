@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.config.schema import CheckpointConfig, KeepBestConfig
-from pipeline.training.checkpoint.retention import Known, step_of, wanted
+from pipeline.data.storage import Storage
+from pipeline.training.checkpoint import COMMIT
+from pipeline.training.checkpoint.retention import (
+    NOBODY,
+    Known,
+    folder_name,
+    newest_first,
+    start_of,
+    step_of,
+    wanted,
+)
+from pipeline.training.ownership import Start
 
 LOSS = {100: 3.0, 200: 1.0, 300: 2.0, 400: 1.0, 500: 4.0, 600: 5.0}
 BEST = KeepBestConfig(metric="train/loss", mode="min")
@@ -53,9 +66,41 @@ def test_one_of_the_same_step_is_replaced_by_the_newest() -> None:
     assert chosen == {"100", "again"}
 
 
+def test_one_that_is_not_whole_takes_no_place_of_one_that_is() -> None:
+    found = [known(100), known(200), replace(known(300), is_whole=False), known(400)]
+    assert wanted(found, known(400), CheckpointConfig(keep=2)) == {"200", "400"}
+
+
+def test_checkpoints_are_ordered_by_step_then_start_then_time(tmp_path: Path) -> None:
+    """Not as text: 99,999,999 is before 100,000,000, and start 10,000 after start 9,999."""
+    ordered = [
+        "step-00000090.ff",
+        "step-99999999.0001-aaaaaaaa-9",
+        "step-100000000.ff",
+        "step-100000000.fff",
+        "step-100000000.0002-bbbbbbbb-10",
+        "step-100000000.9999-aaaaaaaa-f",
+        "step-100000000.9999-aaaaaaaa-10",
+        "step-100000000.10000-00000000-1",
+    ]
+    for name in (*ordered, "notes.txt", "step-7"):
+        Storage().write(str(tmp_path / name / COMMIT), b"")
+    found = [url.rpartition("/")[2] for url in newest_first(Storage(), str(tmp_path))]
+    assert found == ordered[::-1]
+
+
+def test_a_name_tells_the_step_and_the_start() -> None:
+    start = Start(12345, "0a1b2c3d")
+    assert (step_of(folder_name(150, start)), start_of(folder_name(150, start))) == (150, start)
+    assert (step_of(folder_name(150, None)), start_of(folder_name(150, None))) == (150, NOBODY)
+    assert Start(9999, "ff") < Start(10000, "00")
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [
+        ("step-00000150.0003-9f86d081-19ad3c7f2e1", 150),
+        ("step-00000150.0003-9f86d081", None),
         ("step-00000150.3f9a", 150),
         ("step-123456789.3f9a00ff", 123456789),
         ("step-00000150.copy", None),

@@ -1,0 +1,329 @@
+"""Every interleaving of two attempts' storage calls, for tests of what they may do to each other.
+
+    explored = explore({"old": old_attempt, "new": new_attempt}, begin, check, check_end)
+
+`begin(storage)` fills the store. An attempt is a function of its own Storage; each call of that Storage waits for its
+turn, and exactly one call is made at a time. Interleavings that lead to the same store, with both attempts having seen
+the same answers, go on alike, so each such state is entered once; `explored.interleavings` counts the ways through.
+`check(disk)` is called in every state: it sees what a third process would, were both attempts killed there;
+`check_end` where both have ended.
+
+Attempts must be functions of what they read: `explore` makes tokens and times those of a counter for each attempt.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, TypeVar
+from unittest import mock
+
+from pipeline.config.schema import StorageConfig
+from pipeline.data.storage import ObjectInfo, Part, Storage
+
+T = TypeVar("T")
+SECONDS = 30.0  # for an attempt to come to its next call
+
+
+class Killed(BaseException):
+    """Ends an attempt whose rest is known."""
+
+
+@dataclass
+class Disk:
+    """What a store holds, and who wrote each object. A Backend."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+    writers: dict[str, str] = field(default_factory=dict)
+    who: str = "begin"  # whose call is being made
+    faults: list[str] = field(default_factory=list)  # objects of "new" that "old" changed or deleted
+
+    def digest(self) -> bytes:
+        found = hashlib.sha256()
+        for name in sorted(self.objects):
+            found.update(f"{name}\0{self.writers[name]}\0{len(self.objects[name])}\0".encode() + self.objects[name])
+        return found.digest()
+
+    def read(self, path: str) -> bytes:
+        try:
+            return self.objects[path]
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, "not there", path) from None
+
+    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
+        return self.read(path)[start:stop]
+
+    def info(self, path: str) -> ObjectInfo:
+        data = self.read(path)
+        return ObjectInfo(len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
+
+    def is_folder(self, path: str) -> bool:
+        return any(name.startswith(f"{path}/") for name in self.objects)
+
+    def entries(self, path: str) -> dict[str, ObjectInfo | None]:
+        names = [name.removeprefix(f"{path}/") for name in self.objects if name.startswith(f"{path}/")]
+        return {n.partition("/")[0]: None if "/" in n else self.info(f"{path}/{n}") for n in names}
+
+    def write(self, path: str, data: bytes) -> None:
+        self._touch(path)
+        self.objects[path], self.writers[path] = data, self.who
+
+    def write_parts(self, path: str, size: int, part: Part) -> None:
+        self.write(path, part(0, size))
+
+    def create_parts(self, path: str, size: int, part: Part) -> None:
+        if path in self.objects:
+            raise FileExistsError(errno.EEXIST, "there already", path)
+        self.write_parts(path, size, part)
+
+    def abandon_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
+        return 0
+
+    def delete(self, path: str) -> None:
+        for name in self.below(path):
+            self._touch(name)
+            del self.objects[name], self.writers[name]
+
+    def below(self, path: str) -> list[str]:
+        return sorted(name for name in self.objects if name == path or name.startswith(f"{path}/"))
+
+    def _touch(self, path: str) -> None:
+        is_mark = path.endswith("/SEAL.json")  # of the successor, in a folder of the old attempt's own
+        if self.who == "old" and self.writers.get(path) == "new" and not is_mark:
+            self.faults.append(path)
+
+
+class DiskStorage(Storage):
+    def __init__(self, disk: Disk):
+        super().__init__(StorageConfig(deadline_seconds=1e-3))
+        self._disk = disk
+
+    def _backend(self, url: str) -> tuple[Any, str]:
+        return self._disk, url
+
+
+class TurnStorage(DiskStorage):
+    """One attempt's way to the disk: each call waits for its turn."""
+
+    def __init__(self, turns: _Turns, name: str):
+        super().__init__(turns.disk)
+        self._turns, self._name = turns, name
+
+    def _do(self, url: str, action: str, call: Callable[[Any, str], T]) -> T:
+        with self._turns.turn(self._name) as told:
+            try:
+                result = super()._do(url, action, call)
+            except Exception as error:
+                told(f"{action} {url}: {type(error).__name__}: {error}")
+                raise
+            told(f"{action} {url}: {result!r}")
+            return result
+
+    def delete(self, url: str) -> None:
+        """A folder's objects one by one, as stores delete them."""
+        for name in self._disk.below(url) or [url]:
+            super().delete(name)
+
+
+class _Turns:
+    """One run of the attempts: they stop before each call, and are let go on one at a time."""
+
+    def __init__(self, attempts: Mapping[str, Callable[[Storage], None]], disk: Disk):
+        self.disk = disk
+        self.names = list(attempts)
+        self.history = dict.fromkeys(attempts, b"")
+        self.errors: list[BaseException] = []
+        self._go = {name: threading.Semaphore(0) for name in attempts}
+        self._stopped = threading.Semaphore(0)
+        self._counters = {name: itertools.count(1) for name in (*attempts, "begin")}
+        self._is_killed = False
+        self.running = self.names[0]
+        self.finished: set[str] = set()
+        self._threads = []
+        for name, attempt in attempts.items():
+            self.running = name
+            thread = threading.Thread(target=self._run, args=(name, attempt), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+            self._wait()
+
+    def _run(self, name: str, attempt: Callable[[Storage], None]) -> None:
+        try:
+            attempt(TurnStorage(self, name))
+        except Killed:
+            pass
+        except BaseException as error:
+            if not self._is_killed:
+                self.errors.append(error)
+        self.finished.add(name)
+        self._stopped.release()
+
+    def _wait(self) -> None:
+        assert self._stopped.acquire(timeout=SECONDS), f"{self.running} came to no call and to no end"
+
+    @contextmanager
+    def turn(self, name: str) -> Iterator[Callable[[str], None]]:
+        if self._is_killed:
+            raise Killed
+        self._stopped.release()
+        self._go[name].acquire()
+        if self._is_killed:
+            raise Killed
+        self.disk.who = name
+
+        def told(text: str) -> None:
+            self.history[name] = hashlib.sha256(self.history[name] + text.encode()).digest()
+
+        yield told
+
+    def step(self, name: str) -> None:
+        """Let an attempt make its next call and come to the one after."""
+        self.running = name
+        self._go[name].release()
+        self._wait()
+
+    def enabled(self) -> list[str]:
+        return [name for name in self.names if name not in self.finished]
+
+    def key(self) -> bytes:
+        return hashlib.sha256(b"".join([self.disk.digest(), *(self.history[name] for name in self.names)])).digest()
+
+    def count(self) -> int:
+        return next(self._counters[self.running])
+
+    def kill(self) -> None:
+        self._is_killed = True
+        for name in self.enabled():
+            self._go[name].release()
+        for thread in self._threads:
+            thread.join(SECONDS)
+
+
+@dataclass(frozen=True)
+class Explored:
+    interleavings: int
+    states: int
+    runs: int
+
+
+def explore(
+    attempts: Mapping[str, Callable[[Storage], None]],
+    begin: Callable[[Storage], None],
+    check: Callable[[Disk], None],
+    check_end: Callable[[Disk], None],
+    max_switches: int | None = None,
+) -> Explored:
+    """Enter every state, or those that are reached with at most `max_switches` turns from one attempt to the other.
+
+    An AssertionError of a check, or an error of an attempt, names the schedule that led there.
+    """
+    successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that goes on -> next state
+    frontier: list[tuple[str, ...]] = [()]
+    runs = 0
+    while frontier:
+        schedule = list(frontier.pop())
+        runs += 1
+        disk, numbers = Disk(), _Numbers()
+        with numbers:
+            begin(DiskStorage(disk))
+            turns = numbers.turns = _Turns(attempts, disk)
+            for name in schedule[:-1]:
+                turns.step(name)
+            pending = schedule.pop() if schedule else None
+            try:
+                while True:
+                    key = _key(turns, schedule, max_switches)
+                    if pending is None:
+                        if key in successors:
+                            break
+                        _check(turns, disk, check, check_end)
+                        successors[key] = {}
+                        pending, *others = _allowed(turns, schedule, max_switches) or [None]
+                        frontier += [(*schedule, other) for other in others]
+                        if pending is None:
+                            break
+                    schedule.append(pending)
+                    turns.step(pending)
+                    successors[key][pending] = _key(turns, schedule, max_switches)
+                    pending = None
+            except AssertionError as error:
+                error.add_note(f"after the calls of {_told(schedule)}")
+                raise
+            finally:
+                turns.kill()
+    return Explored(_paths(successors), len(successors), runs)
+
+
+def _switches(schedule: list[str]) -> int:
+    return sum(1 for before, after in itertools.pairwise(schedule) if before != after)
+
+
+def _key(turns: _Turns, schedule: list[str], max_switches: int | None) -> bytes:
+    """Of a state, from which the same can follow."""
+    if max_switches is None:
+        return turns.key()
+    return turns.key() + f"{schedule[-1:]}{_switches(schedule)}".encode()
+
+
+def _allowed(turns: _Turns, schedule: list[str], max_switches: int | None) -> list[str]:
+    """The attempts that may make the next call; the one that made the last first."""
+    names = sorted(turns.enabled(), key=lambda name: name not in schedule[-1:])
+    if max_switches is not None and len(names) == 2 and _switches(schedule) >= max_switches:
+        return names[:1]
+    return names
+
+
+def _check(turns: _Turns, disk: Disk, check: Callable[[Disk], None], check_end: Callable[[Disk], None]) -> None:
+    if turns.errors:
+        raise AssertionError(f"an attempt ended with {turns.errors[0]!r}") from turns.errors[0]
+    assert not disk.faults, f"the superseded attempt changed what its successor wrote: {disk.faults}"
+    check(disk)
+    if not turns.enabled():
+        check_end(disk)
+
+
+def _paths(successors: dict[bytes, dict[str, bytes]]) -> int:
+    @cache
+    def ways(key: bytes) -> int:
+        return sum(ways(after) for after in successors[key].values()) or 1
+
+    for key in reversed(successors):  # later states first: no deep recursion
+        ways(key)
+    return ways(next(iter(successors)))
+
+
+def _told(schedule: list[str]) -> str:
+    return ", ".join(f"{name} x {len(list(calls))}" for name, calls in itertools.groupby(schedule))
+
+
+class _Numbers(ExitStack):
+    """While in `with`, tokens and times are numbers of the attempt that asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns: _Turns | None = None
+        self._beginning = itertools.count(1)
+        self.enter_context(mock.patch("secrets.token_hex", lambda size: f"{self._next():0{2 * size}x}"))
+        self.enter_context(mock.patch("time.time_ns", self._time_ns))
+        self.enter_context(mock.patch("pipeline.training.ownership.datetime", _Moment))
+
+    def _time_ns(self) -> int:
+        return self._next() * 1_000_000
+
+    def _next(self) -> int:
+        if self.turns is None:
+            return next(self._beginning)
+        return 1000 * (self.turns.names.index(self.turns.running) + 1) + self.turns.count()
+
+
+class _Moment(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime(2000, 1, 1, tzinfo=UTC)

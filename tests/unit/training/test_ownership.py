@@ -1,0 +1,119 @@
+"""Who may write a run: its latest start. A launcher's restarts share its claim, and do not take the run back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from short_run import DEMO, short_config
+
+from pipeline.config.errors import Superseded
+from pipeline.data.storage import Storage
+from pipeline.training.ownership import CLAIM_VARIABLE, OWNER_FILE, Ownership, main
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}"
+
+
+def take(folder: str, claim: str | None = None) -> Ownership:
+    return Ownership.take(Storage(), folder, claim)
+
+
+def test_the_latest_start_of_ranks_has_the_run(folder: str) -> None:
+    starts = [take(folder, "launcher") for _ in range(12)]
+    assert [start.holds() for start in starts] == [False] * 11 + [True]
+    assert sorted(start.start for start in starts if start.start) == [start.start for start in starts]
+    assert Ownership(Storage(), folder, "launcher").holds(), "the launcher has it, whichever start of its ranks does"
+
+
+def test_a_superseded_launcher_does_not_take_the_run_back(folder: str) -> None:
+    take(folder, "old")
+    new = take(folder, "new")
+    with pytest.raises(Superseded, match=f"taken up by a later start, on .*/{OWNER_FILE}/"):
+        take(folder, "old")
+    new.check()
+    assert not Ownership(Storage(), folder, "old").holds()
+    assert take(folder, "new").holds()
+
+
+def test_a_launch_by_hand_takes_the_run_always(folder: str) -> None:
+    old, new = take(folder), take(folder)
+    assert (old.holds(), new.holds()) == (False, True)
+    assert old.claim != new.claim
+
+
+def test_the_launchers_own_name_is_its_claim(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
+    first, again = take(folder), take(folder)
+    assert first.claim == again.claim
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-18-0")
+    take(folder)
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
+    with pytest.raises(Superseded, match=f"start it anew with another {CLAIM_VARIABLE}"):
+        take(folder)
+
+
+def test_a_launcher_may_ask_whether_it_still_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = short_config(str(tmp_path))
+    command = [str(DEMO), f"output={tmp_path}", "name=run"]
+    monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
+    assert main(command) == 0, "it has not begun"
+    take(config.folder, "of a run before it")
+    assert main(command) == 0, "it has not begun, and may take the run up"
+    take(config.folder)
+    assert main(command) == 0
+    take(config.folder, "of a start after it")
+    assert main(command) == Superseded.exit_status
+    monkeypatch.delenv(CLAIM_VARIABLE)
+    assert main(command) == 0
+
+
+def test_ranks_that_torchrun_starts_again_share_a_claim(tmp_path: Path) -> None:
+    """They are children of one agent; another torchrun is another launcher, though its run id may be the same."""
+    script = (
+        "import sys\nfrom pipeline.data.storage import Storage\nfrom pipeline.training.ownership import Ownership\n"
+        "print(Ownership.take(Storage(), sys.argv[1]).claim)"
+    )
+    agent = (
+        "import subprocess, sys\nfor _ in range(2): subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
+    )
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
+    claims = [
+        subprocess.run(
+            [sys.executable, "-c", agent, script, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert [len(each) for each in claims] == [2, 2]
+    assert [len(set(each)) for each in claims] == [1, 1]
+    assert claims[0][0] != claims[1][0]
+
+
+def test_of_two_starts_that_claim_at_once_one_has_the_run(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither sees the other when it chooses its number."""
+    starts, other = Ownership._starts, []
+
+    def meanwhile(ownership: Ownership) -> list[tuple[object, str]]:
+        found = starts(ownership)
+        if not other:
+            other.append(None)
+            other.append(take(folder, "another"))
+        return found  # type: ignore[return-value]
+
+    monkeypatch.setattr(Ownership, "_starts", meanwhile)
+    holders = []
+    try:
+        holders.append(take(folder, "one").holds())
+    except Superseded:
+        holders.append(False)
+    holders.append(other[1].holds())
+    assert sorted(holders) == [False, True]

@@ -1,0 +1,152 @@
+"""Contract C5 when a storage call fails: each call of a save, a restore and a hand-over, once and for good.
+
+Each fails before its effect, halfway through and after it. Whatever fails, what was committed restores bit-equal,
+nothing is visible that is not whole, and once the store is well the same attempt, or the next one, succeeds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from failing_storage import FailingStorage, every_fault
+from small_checkpoint import Alone, newest_weight, save
+
+from pipeline.config.errors import StorageError
+from pipeline.config.schema import CheckpointConfig
+from pipeline.data.storage import Storage, join
+from pipeline.training.checkpoint import WEIGHTS, CheckpointStore, is_committed, read_committed, save_weights
+from pipeline.training.ownership import Ownership
+
+KEEP = 2
+Scenario = Callable[[Storage, str], None]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_fast(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level(logging.ERROR, "pipeline")
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def store_of(storage: Storage, folder: str, ownership: Ownership | None = None) -> CheckpointStore:
+    owner = Ownership.take(storage, folder) if ownership is None else ownership
+    return CheckpointStore(storage, folder, Alone(), CheckpointConfig(keep=KEEP), owner)  # type: ignore[arg-type]
+
+
+def begin(folder: str) -> Ownership:
+    """A run with checkpoints of steps 10 and 20, and with what an attempt at step 20 left unfinished."""
+    first = store_of(Storage(), folder)
+    save(first, 10)
+    save(first, 20)
+    Storage().write(join(first.url, "step-00000020.0001-0badcafe-1", "rank-00000.safetensors"), b"half")
+    return Ownership.take(Storage(), folder)
+
+
+def numbers(step: int) -> list[float]:
+    return [float(step + place) for place in range(4)]
+
+
+def committed_steps(folder: str) -> list[int]:
+    """Of the run's committed checkpoints, each of which is whole."""
+    url = join(folder, "checkpoints")
+    folders = [join(url, name) for name in Storage().list(url)]
+    return sorted(read_committed(Storage(), each)[0]["step"] for each in folders if is_committed(Storage(), each))
+
+
+def failures_of(scenario: Scenario, begin: Scenario, folder: Path, check: Callable[[FailingStorage, str], None]) -> int:
+    """Let each storage call of the scenario fail in each way, and check the store; the number of ways."""
+    clean = FailingStorage()
+    begin(Storage(), str(folder / "clean"))
+    scenario(clean, str(folder / "clean"))
+    faults = list(every_fault(clean.calls))
+    for number, fault in enumerate(faults):
+        storage, run = FailingStorage(fault), str(folder / str(number))
+        begin(Storage(), run)
+        with suppress(StorageError):
+            scenario(storage, run)
+        assert storage.num_failed, f"{fault} was not met"
+        try:
+            check(storage, run)
+        except BaseException as error:
+            error.add_note(f"after {fault}, call {clean.calls[fault.number] if fault.kind is None else fault.kind}")
+            raise
+    return len(faults)
+
+
+def test_a_save_that_fails_anywhere_leaves_what_was_committed_and_the_next_succeeds(tmp_path: Path) -> None:
+    owners: dict[str, Ownership] = {}
+
+    def start(_: Storage, folder: str) -> None:
+        owners[folder] = begin(folder)
+
+    def owned(storage: Storage, folder: str) -> Ownership:
+        return Ownership(storage, folder, owners[folder].claim, owners[folder].start)
+
+    def scenario(storage: Storage, folder: str) -> None:
+        save(store_of(storage, folder, owned(storage, folder)), 30)
+
+    def check(storage: FailingStorage, folder: str) -> None:
+        steps = committed_steps(folder)
+        assert 20 in steps, "what was committed is gone"
+        assert newest_weight(store_of(Storage(), folder, owned(Storage(), folder))) == numbers(steps[-1])
+        storage.heal()
+        save(store_of(storage, folder, owned(storage, folder)), 40)
+        assert newest_weight(store_of(Storage(), folder)) == numbers(40)
+        successor = store_of(Storage(), folder)
+        assert successor.latest() is not None
+        successor.clear_up()
+        for step in (50, 60, 70):
+            save(successor, step)
+        assert committed_steps(folder) == [60, 70]
+        assert len(Storage().list(successor.url)) == KEEP, "something was left"
+
+    print(f"{failures_of(scenario, start, tmp_path, check)} failures of a save")
+
+
+def test_a_restore_that_fails_anywhere_succeeds_once_the_store_is_well(tmp_path: Path) -> None:
+    def scenario(storage: Storage, folder: str) -> None:
+        store = store_of(storage, folder)
+        assert newest_weight(store) == numbers(20), "a fault of the store was taken for damage"
+        store.clear_up()
+
+    def check(storage: FailingStorage, folder: str) -> None:
+        assert committed_steps(folder) == [10, 20]
+        storage.heal()
+        scenario(storage, folder)
+
+    print(f"{failures_of(scenario, lambda _, folder: begin(folder) and None, tmp_path, check)} failures of a restore")
+
+
+def test_a_hand_over_that_fails_anywhere_is_whole_or_not_there_and_the_next_succeeds(tmp_path: Path) -> None:
+    def hand_over(storage: Storage, folder: str, value: float) -> None:
+        owner = Ownership.take(storage, folder)
+        if not is_committed(storage, join(folder, "stages", "0-s")):
+            save_weights(
+                storage, join(folder, "stages", "0-s"), {"a": torch.full((9,), value)}, ["a"], {}, ownership=owner
+            )
+
+    def scenario(storage: Storage, folder: str) -> None:
+        hand_over(storage, folder, 1.0)
+
+    def weights(folder: str) -> list[float]:
+        _, files = read_committed(Storage(), join(folder, "stages", "0-s"))
+        return safetensors.torch.load(files[WEIGHTS])["a"].tolist()
+
+    def check(storage: FailingStorage, folder: str) -> None:
+        was_committed = is_committed(Storage(), join(folder, "stages", "0-s"))
+        if was_committed:
+            assert weights(folder) == [1.0] * 9
+        storage.heal()
+        hand_over(storage, folder, 2.0)
+        assert weights(folder) == [1.0 if was_committed else 2.0] * 9
+        if not was_committed:
+            assert len(Storage().list(join(folder, "stages", "0-s"))) == 4, "something was left"
+
+    def nothing(_: Storage, folder: str) -> None: ...
+
+    print(f"{failures_of(scenario, nothing, tmp_path, check)} failures of a hand-over")

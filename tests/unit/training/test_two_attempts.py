@@ -1,0 +1,142 @@
+"""Two attempts on one run, in every interleaving of their storage calls: nothing whole is lost, nothing else is seen.
+
+The old attempt has the run and saves, retires and hands over; the new one claims the run at any moment, resumes, saves
+and hands over itself. Whatever the order, and wherever both are killed: a whole committed checkpoint is there, what is
+committed is whole, and the old attempt deletes or overwrites nothing of the new one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from fuzz import fuzz_rounds
+from interleaving import Disk, explore
+from small_checkpoint import Alone
+
+from pipeline.config.errors import StorageError, Superseded
+from pipeline.config.schema import CheckpointConfig
+from pipeline.data.storage import Storage
+from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore, is_committed, save_weights
+from pipeline.training.engine import Fragment
+from pipeline.training.ownership import Ownership
+
+RUN, STAGE = "memory://run", "memory://run/stages/0-s"
+OLD, NEW = 0.25, 0.5  # what each attempt's weights have beside their step
+
+
+def store_of(storage: Storage, ownership: Ownership, keep: int) -> CheckpointStore:
+    return CheckpointStore(storage, RUN, Alone(), CheckpointConfig(keep=keep), ownership)  # type: ignore[arg-type]
+
+
+def save(store: CheckpointStore, step: int, mark: float) -> None:
+    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 0, "data_counts": {}}
+    store.save([Fragment("a", 0, {"weight": torch.tensor([step + mark])})], metadata)
+    store.wait()
+
+
+def hand_over(storage: Storage, ownership: Ownership, mark: float) -> None:
+    ownership.check()
+    if not save_weights(storage, STAGE, {"a": torch.tensor([mark])}, ["a"], {"stage": "s"}, ownership=ownership):
+        ownership.check()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "pipeline")
+
+
+class Attempts:
+    """Both attempts on one run, which begins with a checkpoint of step 100."""
+
+    def __init__(self, keep: int, old_hands_over: bool, new_hands_over: bool):
+        self._keep, self._old_hands_over, self._new_hands_over = keep, old_hands_over, new_hands_over
+        self._first: Ownership | None = None
+
+    def begin(self, storage: Storage) -> None:
+        self._first = Ownership.take(storage, RUN)
+        save(store_of(storage, self._first, self._keep), 100, OLD)
+
+    def old(self, storage: Storage) -> None:
+        assert self._first is not None
+        ownership = Ownership(storage, RUN, self._first.claim, self._first.start)
+        with suppress(Superseded, StorageError):  # either ends it
+            if self._old_hands_over:
+                hand_over(storage, ownership, OLD)
+            else:
+                save(store_of(storage, ownership, self._keep), 110, OLD)
+
+    def new(self, storage: Storage) -> None:
+        for _ in range(3):  # as a launcher starts ranks again
+            with suppress(StorageError):
+                self._start_anew(storage)
+                return
+        raise AssertionError("the new attempt failed three times")
+
+    def _start_anew(self, storage: Storage) -> None:
+        ownership = Ownership.take(storage, RUN, claim="of the new launcher")
+        if is_committed(storage, STAGE):
+            return
+        store = store_of(storage, ownership, self._keep)
+        found = store.latest()
+        assert found is not None, "the new attempt found no checkpoint"
+        step = found[0].step
+        store.clear_up()
+        assert found[1].read("a", "weight", 0, 1).tolist() in ([step + OLD], [step + NEW])
+        if self._new_hands_over:
+            hand_over(storage, ownership, NEW)
+        else:
+            save(store, step + 10 if step == 100 else 110, NEW)
+
+
+def committed(disk: Disk) -> dict[str, bool]:
+    """Every committed folder, and whether it is whole."""
+    found = {}
+    for name in disk.objects:
+        folder, _, last = name.rpartition("/")
+        if last == COMMIT:
+            found[folder] = is_whole(disk, folder)
+    return found
+
+
+def is_whole(disk: Disk, folder: str) -> bool:
+    def matches(name: str, record: dict[str, Any]) -> bool:
+        data = disk.objects.get(f"{folder}/{record.get('file', name)}")
+        return data is not None and hashlib.sha256(data).hexdigest() == record["sha256"]
+
+    record = json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]
+    if not matches(MANIFEST, record):
+        return False
+    manifest = json.loads(disk.objects[f"{folder}/{record.get('file', MANIFEST)}"])
+    return all(matches(name, each) for name, each in manifest["files"].items())
+
+
+def check(disk: Disk) -> None:
+    found = committed(disk)
+    assert all(found.values()), f"committed and not whole: {found}"
+    assert any("/checkpoints/" in folder for folder in found), "no checkpoint is left"
+
+
+@pytest.mark.parametrize(
+    ("keep", "old_hands_over", "new_hands_over", "max_switches"),
+    [(1, False, False, 2), (2, False, False, 2), (1, True, True, None), (1, False, True, None)],
+)
+def test_no_interleaving_of_two_attempts_loses_or_damages_anything(
+    keep: int, old_hands_over: bool, new_hands_over: bool, max_switches: int | None
+) -> None:
+    """All of them; of the longest, by default, those in which the attempts take turns a few times (see MOME_FUZZ)."""
+    max_switches = None if fuzz_rounds(1) > 1 else max_switches
+    attempts = Attempts(keep, old_hands_over, new_hands_over)
+
+    def check_end(disk: Disk) -> None:
+        if old_hands_over or new_hands_over:
+            assert STAGE in committed(disk)
+
+    explored = explore({"old": attempts.old, "new": attempts.new}, attempts.begin, check, check_end, max_switches)
+    print(f"keep {keep}: {explored.interleavings:.3g} interleavings, {explored.states} states, {explored.runs} runs")
+    assert explored.interleavings > 500
