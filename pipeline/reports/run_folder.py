@@ -230,7 +230,9 @@ class _Reading:
             self.sessions.append(Session(records[0]["at"], records[-1]["at"], first, records[0].get("tags", {})))
             self.status = ""
         for record in records:
-            self._record(record, None if record["stage"] is None else self.stages[record["stage"]])
+            stage = record["stage"]
+            if stage is None or stage < len(self.stages):  # a journal may be another run's, or anybody's
+                self._record(record, None if stage is None else self.stages[stage])
 
     def _record(self, record: Record, stage: StageRecord | None) -> None:
         kind = record["kind"]
@@ -253,6 +255,10 @@ class _Reading:
             stage.tags[record["key"]] = record["value"]
         elif kind == "stage_end":
             stage.status = record["status"]
+        elif kind == "rewind":  # what was recorded beyond its step is void
+            void = {id(point) for point in stage.points if point.step > record["step"]}
+            stage.points = [point for point in stage.points if id(point) not in void]
+            self.evaluations = [point for point in self.evaluations if id(point) not in void]
 
     def _point(self, record: Record, stage: StageRecord | None) -> None:
         # The journal keeps numbers that JSON does not know as words.

@@ -33,6 +33,7 @@ TOLD = {
     "image_digest": "MOME_IMAGE_DIGEST",
 }
 _NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
+CONFIG_TAG = "config."  # begins the tags of keys that may change on resume
 # Of a config, what says nothing of what is learnt: names, places, machines, and how the run is watched.
 NOT_OF_RECIPE = ("name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation")
 
@@ -129,7 +130,7 @@ def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str
     for path, value in flatten(values).items():
         text = redact(value if isinstance(value, str) else json.dumps(value))
         if is_changeable(f"{prefix}.{path}" if prefix else path):
-            tags[f"config.{clean_key(path)}"] = text
+            tags[f"{CONFIG_TAG}{clean_key(path)}"] = text
         else:
             params[clean_key(path)] = text
     return params, tags

@@ -172,8 +172,9 @@ class HighWater:
     """Which points the journal holds already, so that replayed steps are not recorded twice.
 
     A stage's points come in the order of their steps: whatever is at or below the highest step of its key is a
-    replay, and since a resumed run is the uninterrupted run (C4) the first point stands. Points of the campaign
-    (evaluations of any checkpoint, in any order) are replays only when step and value are the same.
+    replay, and since a resumed run is the uninterrupted run (C4) the first point stands; after a rewind, what follows
+    is another run's. Points of the campaign (evaluations of any checkpoint, in any order) are replays only when step
+    and value are the same.
     """
 
     def __init__(self) -> None:
@@ -183,6 +184,12 @@ class HighWater:
     def observe(self, record: Record) -> None:
         if record["kind"] == "metrics":
             self.fresh(record["stage"], record["step"], record["values"])
+        elif record["kind"] == "rewind":
+            self.rewind(record["stage"], record["step"])
+
+    def rewind(self, stage: int, step: int) -> None:
+        """Forget the points of a stage beyond `step`: they will be recorded anew, with other values."""
+        self._steps = {key: min(last, step) if key[0] == stage else last for key, last in self._steps.items()}
 
     def fresh(self, stage: int | None, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """The values not yet recorded, which now count as recorded."""

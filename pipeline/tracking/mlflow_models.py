@@ -28,7 +28,7 @@ class LoggedModels:
 
     def __init__(self, client: MlflowClient, experiment: str, campaign: Record, journal: Journal):
         self._client, self._experiment = client, experiment
-        self._run, self._name, self._journal = campaign["run"], campaign["name"], journal
+        self._run, self._name, self._journal = campaign["run"], campaign.get("name", "run"), journal
         self._by_url: dict[str, str] | None = None
         self._by_step: dict[int, str] = {}
         self._pending: set[str] = set()  # ids of models that were created and not yet declared to be whole

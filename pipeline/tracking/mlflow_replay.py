@@ -101,7 +101,7 @@ class MlflowShipper:
     def _ship_or_begin_again(self) -> None:
         try:
             self._ship()
-        except RunGone:  # deleted, or another database: the whole journal is due
+        except RunGone:  # removed for good, or another database: the whole journal is due
             self._client = self._logged_models = None
             self._runs = {}
             self._cursor.reset()
@@ -149,6 +149,7 @@ class MlflowShipper:
             try:
                 ask(self._connected().log_batch, self._points_run, metrics=batch)
             except Refused:  # one bad point must not take the others with it
+                self._stop_if_deleted()
                 for point in batch:
                     self._unless_refused(self._connected().log_batch, self._points_run, metrics=[point])
             self.num_points += len(batch)
@@ -161,6 +162,9 @@ class MlflowShipper:
             self._begin_stage(record)
         elif kind == "tag":
             self._unless_refused(client.set_tag, self._run_of(stage), record["key"], record["value"][:LONGEST_TAG])
+        elif kind == "rewind":
+            marks = self._cursor.marks.get(str(stage), {})
+            marks.update({key: min(step, record["step"]) for key, step in marks.items()})
         elif kind == "artifact":
             folder = os.path.dirname(record["name"]) or None
             path = self._journal.file(record["file"])
@@ -183,7 +187,7 @@ class MlflowShipper:
     def _begin_campaign(self, record: Record) -> None:
         parent = self._find(None) or self._create(record, {"mome.role": "campaign"})
         self._describe(parent, record)
-        if record["server_has_more"]:
+        if record.get("server_has_more", False):
             self._read_marks()
 
     def _begin_stage(self, record: Record) -> None:
@@ -266,6 +270,7 @@ class MlflowShipper:
             which = f"tags.`mome.role` = 'stage' and tags.stage_index = '{stage}'"
         runs = self._search(which)
         if not runs:
+            self._stop_if_deleted(*self._search(which, deleted=True))
             return None
         self._runs[stage] = runs[0].info.run_id
         return self._runs[stage]
@@ -274,10 +279,12 @@ class MlflowShipper:
         runs = self._search("tags.`mome.role` = 'stage'")
         return {int(run.data.tags["stage_index"]): run.info.run_id for run in runs}
 
-    def _search(self, which: str) -> list[Any]:
-        client = self._connected()
+    def _search(self, which: str, deleted: bool = False) -> list[Any]:
+        from mlflow.entities import ViewType
+
+        client, view = self._connected(), ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
         text = f"tags.`mome.run` = '{self._campaign['run']}' and {which}"
-        return ask(client.search_runs, [self._experiment], filter_string=text, order_by=["start_time ASC"])
+        return ask(client.search_runs, [self._experiment], text, view, order_by=["start_time ASC"])
 
     def _create(self, record: Record, tags: dict[str, str]) -> str:
         """Create a run together with the tags it is found by: an answer that is lost then creates no second one."""
@@ -285,7 +292,7 @@ class MlflowShipper:
         if record["stage"] is not None:
             tags["stage_index"] = str(record["stage"])
         create = self._connected().create_run
-        run = ask(create, self._experiment, start_time=record["at"], tags=tags, run_name=record["name"])
+        run = ask(create, self._experiment, start_time=record["at"], tags=tags, run_name=record.get("name"))
         self._runs[record["stage"]] = run.info.run_id
         return run.info.run_id
 
@@ -308,8 +315,19 @@ class MlflowShipper:
 
     def _connect(self) -> MlflowClient:
         client = connect(self._uri)
-        self._experiment = experiment_id(client, self._uri, self._campaign["experiment"])
+        self._experiment = experiment_id(client, self._uri, self._campaign.get("experiment", "Default"))
         return client
+
+    def _stop_if_deleted(self, *runs: Any) -> None:
+        """Raise Outage where a run or its experiment is deleted: both can be restored, and then take what is kept."""
+        client = self._connected()
+        known = runs or [ask(client.get_run, run) for run in self._runs.values()]
+        experiment = ask(client.get_experiment, self._experiment)
+        deleted = [f"its run {run.info.run_id}" for run in known if run.info.lifecycle_stage == "deleted"]
+        if experiment.lifecycle_stage == "deleted":
+            deleted = [f"its experiment {experiment.name}"]
+        if deleted:
+            raise Outage(f"{deleted[0]} is deleted: restore it, or remove it for good with `mlflow gc`")
 
     def _unless_refused(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
         with self._refusals_told():
@@ -320,4 +338,5 @@ class MlflowShipper:
         try:
             yield
         except Refused as error:
+            self._stop_if_deleted()
             self._say(f"tracking: {redact(self._uri)} refused a record, which stays in the journal only: {error}")

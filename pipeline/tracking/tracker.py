@@ -28,6 +28,7 @@ from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.describe import (
+    CONFIG_TAG,
     clean_key,
     environment_tags,
     note_of_run,
@@ -79,6 +80,8 @@ class RecentPoints:
         self._evaluations: dict[int, list[Record]] = {}
 
     def observe(self, record: Record) -> None:
+        if record["kind"] == "rewind":
+            self._rewind(record["stage"], record["step"])
         if record["kind"] != "metrics":
             return
         step = record["step"]
@@ -87,6 +90,11 @@ class RecentPoints:
             self._evaluations.setdefault(step, []).append(record)
         if len(self._recent) > self._STEPS:
             self._recent.popitem(last=False)
+
+    def _rewind(self, stage: int, step: int) -> None:
+        for points in (self._recent, self._evaluations):
+            for later in [key for key in points if key > step]:
+                points[later] = [record for record in points[later] if record["stage"] != stage]
 
     def at(self, step: int, stage: int) -> list[dict[str, Any]]:
         """What is known of the weights of a global step: each point's stage (or None), key, value and time."""
@@ -109,6 +117,7 @@ class History:
         self.checkpoints: dict[str, int] = {}  # those that are kept: URL -> the index of their stage
         self.origins: dict[int, str] = {}  # what each stage started from when it last began anew
         self.stage_starts: dict[int, int] = {}
+        self.stage_keys: dict[int, dict[str, str]] = {}  # the changeable keys with which each stage last began
         self.training_sessions = 0  # those that began a stage; an evaluation begins none
         for session in journal.sessions():
             begun = self._observe(journal, session)
@@ -127,13 +136,19 @@ class History:
                 begun += 1
                 self.origins[record["stage"]] = record["tags"].get("start_from", "random")
                 self.stage_starts[record["stage"]] = self.stage_starts.get(record["stage"], 0) + 1
+                self.stage_keys[record["stage"]] = _keys_of(record["tags"])
         return begun
+
+
+def _keys_of(tags: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in tags.items() if key.startswith(CONFIG_TAG)}
 
 
 class Tracker:
     """Records one process's part of a run. Made by `Tracker.open`; the first rank of training has one."""
 
-    def __init__(self, journal: Journal, writer: JournalWriter, history: History, shipper: Shipper):
+    def __init__(self, config: RunConfig, journal: Journal, writer: JournalWriter, history: History, shipper: Shipper):
+        self._config = config
         self._journal = journal
         self._writer = writer
         self._seen = history.seen
@@ -141,6 +156,8 @@ class Tracker:
         self._shipper = shipper
         self._committed: CommittedJournal | None = None
         self._stage: int | None = None
+        self._trained = False  # a stage was begun
+        self._last = 0  # time of the last record
         self._replaying = False
 
     @classmethod
@@ -163,7 +180,7 @@ class Tracker:
         tags = environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
         writer.append(_campaign_record(config, run, tags, server_has_more=journal.was_restored or lost))
         journal.goes_on()
-        tracker = cls(journal, writer, history, Shipper(journal, writer, config))
+        tracker = cls(config, journal, writer, history, Shipper(journal, writer, config))
         tracker._committed = committed
         tracker.artifact("config.yaml", resolved_config(config).encode())
         return tracker
@@ -173,6 +190,7 @@ class Tracker:
         """What follows belongs to stage `index`, until `end_stage`. A stage begun before is continued."""
         values = stage.model_dump(mode="json")
         params, changing = split_changeable(values, f"stages.{index}")
+        before = self._history.stage_keys.get(index, changing)
         which = {"stage": stage.name, "stage_index": str(index)}
         tags = which | {key: redact(str(value)) for key, value in tags.items()} | changing
         if "resumed_at" in tags:  # a run that was started from may have gone on since
@@ -185,10 +203,27 @@ class Tracker:
         self.tag("attempt", str(self._history.training_sessions + 1))
         if self._history.training_sessions:
             self.tag("mome.restarts", str(self._history.training_sessions))
-        self._stage = index
+        self._stage, self._trained = index, True
         self._replaying = False
         inputs = [asdict(dataset) for dataset in datasets]
         self._append("stage", name=stage.name, params=params, tags=tags, datasets=inputs)
+        if any(before.get(key, value) != value for key, value in changing.items()):  # another rate: another run
+            self.rewind(int(tags.get("resumed_at", self._config.stage_start(index))))
+        self._history.stage_keys[index] = changing
+
+    @_told_not_raised
+    def rewind(self, step: int) -> None:
+        """The stage goes back to the global `step`, and from there another way than before: record it anew."""
+        assert self._stage is not None
+        highest = self._seen.of_stage(self._stage)
+        if highest <= step:
+            return
+        record = self._append("rewind", step=int(step))
+        self._last += 1  # of two points of one step, MLflow shows the later one
+        self._seen.observe(record)
+        self._history.points.observe(record)
+        self.tag("mome.recorded_anew_from_step", str(step))
+        self.tag("mome.recorded_anew_below_step", str(highest))
 
     @_told_not_raised
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -262,7 +297,12 @@ class Tracker:
 
     @_told_not_raised
     def close(self, timeout: float = 20.0) -> None:
-        """Ship what is left, for at most `timeout` seconds; `mome sync` ships the rest later."""
+        """Ship what is left, for at most `timeout` seconds; `mome sync` ships the rest later.
+
+        What never trained, such as an evaluation of imported weights, ends here: no training will end it.
+        """
+        if not self._trained and not self._history.training_sessions:
+            self.finish()
         self.commit(-1)
         self._shipper.close(timeout)
         self._writer.close()
@@ -274,7 +314,8 @@ class Tracker:
         self._writer.close()
 
     def _append(self, kind: str, **values: Any) -> Record:
-        record = {"kind": kind, "at": _now(), "stage": self._stage, **values}
+        self._last = max(_now(), self._last)
+        record = {"kind": kind, "at": self._last, "stage": self._stage, **values}
         self._writer.append(record)
         return record
 

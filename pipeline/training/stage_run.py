@@ -229,6 +229,7 @@ class StageRun:
             f"back to step {self.first + start} without batches {first} to {stop - 1} of the stage"
         )
         log.warning("stage %s: loss spike: %s", self.stage.name, told)
+        self.tracker.rewind(self.first + start)
         self.tracker.tag(f"mome.spike.{spike.number}", told)
 
     def _begin_tracking(self, start: int) -> None:

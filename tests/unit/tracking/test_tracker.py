@@ -20,7 +20,7 @@ from pipeline.data.storage import Storage
 from pipeline.tracking.describe import resolved_config, split_changeable
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.places import journal_folder, tracking_uri
-from pipeline.tracking.recorder import DatasetInput, Recorder, SilentTracker
+from pipeline.tracking.recorder import DatasetInput, Kept, Recorder, SilentTracker
 from pipeline.tracking.server import check_server
 from pipeline.tracking.tracker import Tracker
 
@@ -63,6 +63,63 @@ def test_a_resumed_run_records_no_step_twice_and_says_where_it_resumed(tmp_path:
     assert (tags[0, "mome.resumed_at_step"], tags[0, "mome.resumed_below_step"]) == ("30", "49")
     assert tags[None, "mome.restarts"] == "1"
     assert len({campaign["run"] for campaign in recorded(config, "campaign")}) == 1
+
+
+def loss_of(config: RunConfig) -> dict[int, float]:
+    """The loss that is in force at each step: the last recorded one."""
+    return {point["step"]: point["values"]["train/loss"] for point in recorded(config, "metrics")}
+
+
+def test_after_a_rollback_the_true_points_are_recorded_and_told_of_the_checkpoint(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    tracker = Tracker.open(config, Storage())
+    tracker.begin_stage(0, config.stages[0], {}, [])
+    for step in range(1, 31):
+        tracker.metrics(step, {"train/loss": 2.0 if step <= 10 else 50.0})
+    tracker.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
+    tracker.rewind(10)
+    for step in range(11, 21):
+        tracker.metrics(step, {"train/loss": 2.0})
+    tracker.keeps([Kept("run/checkpoints/20", 20, 0)])
+    tracker.close(timeout=0)
+    train_on = Tracker.open(config, Storage())  # a restart knows of the rollback
+    train_on.begin_stage(0, config.stages[0], {"resumed_at": "20"}, [])
+    for step in range(15, 31):
+        train_on.metrics(step, {"train/loss": 2.0})
+    train_on.keeps([Kept("run/checkpoints/20", 20, 0), Kept("run/checkpoints/30", 30, 0)])
+    train_on.close(timeout=0)
+
+    assert loss_of(config) == dict.fromkeys(range(1, 31), 2.0)
+    steps = [point["step"] for point in recorded(config, "metrics")]
+    assert steps == [*range(1, 31), *range(11, 31)], "nothing but what was void is recorded twice"
+    for model in recorded(config, "model"):
+        assert [point["value"] for point in model["points"]] == [2.0], model["url"]
+    tags = {tag["key"]: tag["value"] for tag in recorded(config, "tag")}
+    assert (tags["mome.recorded_anew_from_step"], tags["mome.recorded_anew_below_step"]) == ("10", "30")
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [({"optimizer": {"peak_rate": 1e-3}}, True), ({"steps": 200}, True), ({}, False)],
+    ids=["rate", "steps", "nothing"],
+)
+def test_a_resume_that_changes_the_training_records_its_steps_anew(
+    tmp_path: Path, change: dict[str, Any], anew: bool
+) -> None:
+    config = config_of(tmp_path)
+    train(config, range(1, 51))
+    changed = config.stages[0].model_copy(
+        update={"steps": change["steps"]} if "steps" in change else
+        {"optimizer": config.stages[0].optimizer.model_copy(update=change.get("optimizer", {}))}
+    )  # fmt: skip
+    tracker = Tracker.open(config, Storage())
+    tracker.begin_stage(0, changed, {"resumed_at": "30"}, [])
+    for step in range(31, 61):
+        tracker.metrics(step, {"train/loss": 9.0})
+    tracker.close(timeout=0)
+
+    assert [point["step"] for point in recorded(config, "metrics")] == [*range(1, 51), *range(31 if anew else 51, 61)]
+    assert loss_of(config)[40] == (9.0 if anew else 1 / 41)
 
 
 def test_a_run_begun_anew_under_an_old_name_does_not_continue_the_old_journal(
