@@ -149,6 +149,7 @@ class SourceConfig(Section):
     synthetic: SyntheticConfig | None = None
     filters: dict[str, FilterConfig] = Field({})  # by property: width, height, caption_length, or a field of the json
     opt_out: str | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
+    opt_out_must_match: bool = changeable(False)  # refuse a list with an entry that lists no sample of the shards
 
 
 class AugmentConfig(Section):

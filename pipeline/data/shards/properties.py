@@ -6,9 +6,13 @@ Everything is found without decoding a picture. Sources are filtered, and bucket
 from __future__ import annotations
 
 import hashlib
+import re
+import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import numpy as np
 
@@ -21,6 +25,8 @@ MAX_VALUES = 255  # distinct texts of one field in one shard; more are names, by
 _OWN = ("width", "height", "caption_length")  # measured here, whatever the json says
 _UNKNOWN = Measured(0, 0)
 T = TypeVar("T")
+_PORTS = {"http": 80, "https": 443, "ftp": 21}
+_UNRESERVED = frozenset(string.ascii_letters + string.digits + "-._~")
 _NAMES = ("key", "url", "caption", "captions", "image_id")  # say which sample it is, not what it is like
 
 
@@ -32,7 +38,7 @@ class Properties:
     width: int = 0  # pixels, of the picture held upright; 0: unknown
     height: int = 0
     caption_length: int = 0  # characters of the longest caption, or of the question or statement; 0: no good one
-    url_id: int = 0  # uint64 hash of the json's `url`; 0: none
+    url_id: int = 0  # uint64 hash of the json's `url` in its normal form; 0: none
     metadata: Mapping[str, Any] | None = None  # the json's fields; and `animated`, of a picture with further frames
 
 
@@ -46,7 +52,7 @@ def properties_of(members: Members) -> Properties:
         width=picture.width,
         height=picture.height,
         caption_length=_told(_caption_length, members, 0),
-        url_id=text_hash(url) if isinstance(url, str) else 0,
+        url_id=text_hash(normal_url(url)) if isinstance(url, str) else 0,
         metadata={name: value for name, value in metadata.items() if name not in _OWN and name not in _NAMES}
         | ({"animated": True} if picture.is_animated else {}),
     )
@@ -55,6 +61,40 @@ def properties_of(members: Members) -> Properties:
 def text_hash(text: str) -> int:
     """An unsigned 64-bit hash of a text: the first word of what `randomness.hash64` makes of it."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def normal_url(text: str) -> str:
+    """One form of all spellings of a URL that RFC 3986 (6.2.2, 6.2.3) has equal; any other text in Unicode's NFC.
+
+    Scheme and host in lower case, no default port, no fragment, '/' for no path, percent encoding of exactly what
+    needs it. Case and everything else in path and query stay, for they may matter.
+    """
+    text = unicodedata.normalize("NFC", text.strip())
+    if "://" not in text:
+        return text
+    try:
+        parts = urlsplit(text)
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
+    except ValueError:
+        return text
+    if ":" in host:
+        host = f"[{host}]"
+    if port is not None and port != _PORTS.get(scheme):
+        host = f"{host}:{port}"
+    user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
+    path, query = (_percent_encoded(part) for part in (parts.path or "/", parts.query))
+    return urlunsplit((scheme, user + host, path, query, ""))
+
+
+def _percent_encoded(part: str) -> str:
+    """The part with unreserved characters as they are, and others in one spelling: 'a%7eb%c3%a9' is 'a~b%C3%A9'."""
+    decoded = re.sub(
+        r"%([0-9A-Fa-f]{2})",
+        lambda found: character if (character := chr(int(found[1], 16))) in _UNRESERVED else found[0].upper(),
+        part,
+    )
+    return quote(decoded, safe="%/:?#[]@!$&'()*+,;=~")
 
 
 def columns_of(rows: Sequence[Mapping[str, Any] | None]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

@@ -2,16 +2,21 @@
 
 A filter is about one property in the shards' indexes: `width`, `height`, `caption_length`, or a field of the samples'
 json (`pipeline.data.shards.properties`). An opt-out list is a text file with one id a line: a sample's key, its
-`image_id` or its `url`, each exactly as the shard has it. What is held is the number of chosen samples of each shard
-and the hashes of the listed ids; which samples those are is read from a shard's index when it is asked for.
+`image_id` or its `url`. Both sides are compared in Unicode's form NFC, and URLs as RFC 3986 has them equal (the case of
+scheme and host, default ports, percent encoding). How many entries matched is told, with the first that did not. What
+is held is the number of chosen samples of each shard and the hashes of the listed ids; which samples those are is read
+from a shard's index when it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
+import unicodedata
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,28 +26,69 @@ from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.randomness import hash64_array
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import Manifest, load_index
-from pipeline.data.shards.properties import text_hash
+from pipeline.data.shards.properties import normal_url, text_hash
 from pipeline.data.storage import NotFound, Storage
 
+log = logging.getLogger(__name__)
+
+_VERSION = 2  # of the saved counts; those of 1 were of lists compared byte by byte
 MEASURED = ("width", "height", "caption_length")  # of every sample; 0 in an index where unknown
 
 
 @dataclass(frozen=True, eq=False)
 class OptOut:
-    """The ids of a list as sorted hashes: `words` of keys and URLs, `image_ids` as indexes have them."""
+    """The ids of a list as hashes of the forms in which an index may have them."""
 
-    words: np.ndarray  # (n,) uint64
-    image_ids: np.ndarray  # (n,) int64
+    words: _Hashes  # uint64, of keys and URLs
+    image_ids: _Hashes  # int64, as indexes have them
+    lines: np.ndarray  # (entries,) int64: the line on which each entry first stands
     digest: str  # SHA-256 of the list
 
     def holds(self, index: ShardIndex) -> np.ndarray:
         """(N,) bool: the samples of a shard that are listed."""
-        keys = np.array([text_hash(key) for key in index.keys], dtype=np.uint64)
-        has_url, has_image = index.url_id != 0, index.image_id != 0
-        listed = _among(self.words, keys)
-        return (
-            listed | (has_url & _among(self.words, index.url_id)) | (has_image & _among(self.image_ids, index.image_id))
-        )
+        return np.any(self._entries(index) >= 0, axis=0)
+
+    def matched(self, index: ShardIndex) -> np.ndarray:
+        """The entries (int64) that list a sample of a shard."""
+        found = np.unique(self._entries(index))
+        return found[found >= 0]
+
+    def _entries(self, index: ShardIndex) -> np.ndarray:
+        """(3, N) int64: the entries that a sample's key, URL and image id are listed by, -1 for none."""
+        keys = np.array([text_hash(unicodedata.normalize("NFC", key)) for key in index.keys], dtype=np.uint64)
+        urls = np.where(index.url_id != 0, self.words.entries_of(index.url_id), -1)
+        images = np.where(index.image_id != 0, self.image_ids.entries_of(index.image_id), -1)
+        return np.stack([self.words.entries_of(keys), urls, images])
+
+
+@dataclass(frozen=True, eq=False)
+class _Hashes:
+    """Hashes in ascending order, and the entry that each stands for: (n,) both."""
+
+    hashes: np.ndarray
+    entries: np.ndarray  # int64
+
+    @staticmethod
+    def of(hashes: np.ndarray, entries: np.ndarray) -> _Hashes:
+        ordered, places = np.unique(hashes, return_index=True)
+        return _Hashes(ordered, entries[places])
+
+    def entries_of(self, values: np.ndarray) -> np.ndarray:
+        """The entry of each value, -1 for a value that is none of the hashes: int64, without copying these."""
+        if not len(self.hashes):
+            return np.full(len(values), -1)
+        places = np.minimum(np.searchsorted(self.hashes, values), len(self.hashes) - 1)
+        return np.where(self.hashes[places] == values, self.entries[places], -1)
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """How an opt-out list fits the shards."""
+
+    entries: int
+    matched: int
+    line: int = 0  # of the first entry that lists no sample; 0: there is none
+    text: str = ""  # that entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +123,15 @@ def select(
     opt_out = None if source.opt_out is None else read_opt_out(storage, source.opt_out)
     filters = {name: source.filters[name].model_dump(mode="json") for name in sorted(source.filters)}
     question = _digest(manifest.digest, filters, opt_out.digest if opt_out else None)
-    counts = _saved_counts(storage, saved, question) if saved is not None else None
+    has_saved = saved is not None and not source.opt_out_must_match
+    counts = _saved_counts(storage, saved, question) if saved is not None and has_saved else None
     if counts is None:
-        counts = _count(storage, source, manifest, opt_out, progress)
+        counts, matched = _count(storage, source, manifest, opt_out, progress)
+        if matched is not None:
+            _tell_matched(source, matched)
         if saved is not None:
-            storage.write(saved, json.dumps({"question": question, "counts": counts.tolist()}).encode())
+            content = {"version": _VERSION, "question": question, "counts": counts.tolist()}
+            storage.write(saved, json.dumps(content).encode())
     if not counts.sum():
         raise DataError(
             f"{source.shards}: none of its {manifest.num_samples} samples is left by its filters and opt-out list. "
@@ -92,44 +142,88 @@ def select(
 
 def read_opt_out(storage: Storage, url: str) -> OptOut:
     """The ids of a text file, one a line; empty lines count for nothing. Raises DataError when it is missing."""
-    digest, words = hashlib.sha256(), []
+    digest = hashlib.sha256()
+    plain: list[int] = []  # the hash of each entry in its normal form
+    lines: list[int] = []  # the number of its line
+    words: list[int] = []  # the hash of each form that an index may have of an entry
+    owners: list[int] = []  # the place of that entry in `plain`
+    number = 0
     try:
         with storage.open(url) as stream:
-            for line in stream:
+            for number, line in enumerate(stream, 1):
                 digest.update(line)
-                if name := line.decode("utf-8").strip("\ufeff \t\r\n"):
-                    words.append(text_hash(name))
+                if name := _entry(line):
+                    forms = {name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")), normal_url(name)}
+                    words += [text_hash(form) for form in forms]
+                    owners += [len(plain)] * len(forms)
+                    plain.append(text_hash(normal_url(name)))
+                    lines.append(number)
     except NotFound as error:
         raise DataError(f"{url}: the opt-out list is missing. Put it there, or correct sources.*.opt_out") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{url}: line {len(words) + 1} of the opt-out list is not UTF-8. Write it again") from error
-    found = np.unique(np.array(words, dtype=np.uint64))
+        raise DataError(f"{url}: line {number} of the opt-out list is not UTF-8. Write it again") from error
+    _, first, entry = np.unique(np.array(plain, dtype=np.uint64), return_index=True, return_inverse=True)
+    owner = entry[np.array(owners, dtype=np.int64)]
+    hashes = np.array(words, dtype=np.uint64)
     # What hash64("image_id", id) gives, as `members.image_id_of` names images; hashed at once.
-    image_ids = hash64_array(text_hash("image_id"), found).astype(np.int64)
-    return OptOut(found, np.sort(image_ids), digest.hexdigest())
+    image_ids = hash64_array(text_hash("image_id"), hashes).astype(np.int64)
+    return OptOut(
+        words=_Hashes.of(hashes, owner),
+        image_ids=_Hashes.of(image_ids, owner),
+        lines=np.array(lines, dtype=np.int64)[first],
+        digest=digest.hexdigest(),
+    )
+
+
+def _entry(line: bytes) -> str:
+    return line.decode("utf-8").strip("\ufeff \t\r\n")
 
 
 def _count(
     storage: Storage, source: SourceConfig, manifest: Manifest, opt_out: OptOut | None, progress: Progress | None
-) -> np.ndarray:
+) -> tuple[np.ndarray, _Matched | None]:
     records = {record.name: record for record in manifest.shards}
 
-    def count(name: str) -> tuple[int, Set[str]]:
+    def count(name: str) -> tuple[int, Set[str], np.ndarray]:
         index = load_index(storage, source.shards, records[name])
-        return int(_admitted(index, source.filters, opt_out, name).sum()), index.columns.keys()
+        listed = np.zeros(0, dtype=np.int64) if opt_out is None else opt_out.matched(index)
+        return int(_admitted(index, source.filters, opt_out, name).sum()), index.columns.keys(), listed
 
     counts: dict[str, int] = {}
     known = set(MEASURED)
-    for name, (chosen, properties) in in_parallel(count, records, source.shards):
+    is_matched = np.zeros(0 if opt_out is None else len(opt_out.lines), dtype=bool)
+    for name, (chosen, properties, listed) in in_parallel(count, records, source.shards):
         counts[name] = chosen
         known |= properties
+        is_matched[listed] = True
         if progress:
             progress(len(counts), len(records), name)
     if unknown := sorted(source.filters.keys() - known):
         raise ConfigError(
             f"filters of {source.shards}: no sample has '{unknown[0]}'; its shards have {', '.join(sorted(known))}"
         )
-    return np.array([counts[name] for name in records], dtype=np.int64)
+    found = np.array([counts[name] for name in records], dtype=np.int64)
+    if opt_out is None or source.opt_out is None:
+        return found, None
+    matched = _Matched(len(is_matched), int(is_matched.sum()))
+    if is_matched.all():
+        return found, matched
+    line = int(opt_out.lines[~is_matched].min())
+    with storage.open(source.opt_out) as stream:
+        text = _entry(next(itertools.islice(stream, line - 1, None)))
+    return found, replace(matched, line=line, text=text)
+
+
+def _tell_matched(source: SourceConfig, matched: _Matched) -> None:
+    """Raises DataError when every entry must list a sample, and one does not."""
+    told = f"{source.opt_out}: {matched.matched} of its {matched.entries} entries list a sample of {source.shards}"
+    if not matched.line:
+        log.info("%s", told)
+        return
+    told += f"; the first that lists none is line {matched.line}, {matched.text[:200]!r}"
+    if source.opt_out_must_match:
+        raise DataError(f"{told}. Correct the entry, or unset opt_out_must_match of the source")
+    log.warning("%s", told)
 
 
 def _admitted(
@@ -172,18 +266,11 @@ def _is_missing(values: np.ndarray, name: str) -> np.ndarray:
     return values == 0 if name in MEASURED else np.isnan(values)
 
 
-def _among(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which values are in an ascending array, without copying it."""
-    if not len(ordered):
-        return np.zeros(len(values), dtype=bool)
-    places = np.searchsorted(ordered, values)
-    return ordered[np.minimum(places, len(ordered) - 1)] == values
-
-
 def _saved_counts(storage: Storage, url: str, question: str) -> np.ndarray | None:
     try:
         found = json.loads(storage.read(url))
-        return np.array(found["counts"], dtype=np.int64) if found["question"] == question else None
+        is_answer = found["version"] == _VERSION and found["question"] == question
+        return np.array(found["counts"], dtype=np.int64) if is_answer else None
     except (NotFound, ValueError, KeyError, TypeError):
         return None
 

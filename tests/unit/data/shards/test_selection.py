@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, SourceConfig
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import index_shards, load_index
+from pipeline.data.shards.properties import normal_url
 from pipeline.data.shards.sources import Source, open_source
 from pipeline.data.storage import Storage
 
@@ -183,3 +186,84 @@ def test_a_source_travels_to_other_processes(folder: str, tmp_path: Path):
     again = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert (again.digest, again.counts.tolist()) == (source.digest, source.counts.tolist())
     assert [again.chosen(index).tolist() for index in indexes(again)] == [[2], [0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("listed", "url"),
+    [
+        ("HTTP://Example.COM/a", "http://example.com/a"),
+        ("http://x", "http://x:80/"),
+        ("https://x:443/a#there", "https://x/a"),
+        ("http://x/a%7eb%c3%a9?q=%2f", "http://x/a~b%C3%A9?q=%2F"),
+        ("http://x/Tür", "http://x/T%C3%BCr"),
+        ("http://bücher.de/", "http://xn--bcher-kva.de"),
+        ("http://User@x/a", "http://User@X/a"),
+        ("http://[::1]:8080/a", "HTTP://[::1]:8080/a"),
+    ],
+)
+def test_urls_that_are_equal_have_one_form(listed: str, url: str):
+    assert normal_url(listed) == normal_url(url)
+    assert normal_url(normal_url(url)) == normal_url(url)
+
+
+@pytest.mark.parametrize(
+    "other", ["http://x/A", "https://x/a", "http://x:81/a", "http://x/a?b", "http://x/a%2Fb", "x/a"]
+)
+def test_urls_that_may_differ_have_several(other: str):
+    assert normal_url(other) != normal_url("http://x/a")
+
+
+@pytest.mark.parametrize("text", ["http://[::1", "http://x:99999999/", "://", "http://..de", "http://x:p/", "a\ud800"])
+def test_every_text_has_a_form(text: str):
+    assert normal_url(normal_url(text)) == normal_url(text)
+
+
+@pytest.fixture
+def decomposed(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
+    """Four pairs whose key, image id and URL are spelled in other ways than a list would."""
+    rows = {
+        unicodedata.normalize("NFD", "clé"): {"caption": "a"},
+        "b": {"caption": "b", "image_id": unicodedata.normalize("NFD", "übung")},
+        "c": {"caption": "c", "url": "HTTP://Host/%c3%a9"},
+        "d": {"caption": "d", "url": "http://host/d"},
+    }
+    samples = {key: make_pair(n) | {"json": json.dumps(row).encode()} for n, (key, row) in enumerate(rows.items())}
+    (tmp_path / "0.tar").write_bytes(make_tar(samples))
+    index_shards(Storage(), str(tmp_path))
+    return str(tmp_path)
+
+
+def test_an_entry_matches_in_whatever_form_it_is_spelled(decomposed: str, tmp_path: Path, caplog: Any):
+    (tmp_path / "out.txt").write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
+    source = opened(decomposed, str(tmp_path / "out.txt"))
+    assert source.counts.tolist() == [1]
+    assert [source.chosen(index).tolist() for index in indexes(source)] == [[3]]
+    assert "3 of its 5 entries list a sample" in caplog.text
+    assert "line 5, 'd0'" in caplog.text
+
+
+def test_a_list_whose_every_entry_must_match_is_refused_where_one_does_not(decomposed: str, tmp_path: Path):
+    listed, saved = tmp_path / "out.txt", str(tmp_path / "saved.json")
+    listed.write_text("clé\nhttp://host/D\n", encoding="utf-8")
+    config = SourceConfig(shards=decomposed, opt_out=str(listed))
+    open_source(Storage(), config, saved)
+    strict = SourceConfig(shards=decomposed, opt_out=str(listed), opt_out_must_match=True)
+    with pytest.raises(DataError, match=r"1 of its 2 entries.*line 2, 'http://host/D'.*opt_out_must_match"):
+        open_source(Storage(), strict, saved)
+    listed.write_text("clé\nhttp://host/d\n", encoding="utf-8")
+    assert open_source(Storage(), strict, saved).counts.tolist() == [2]
+
+
+def test_an_empty_list_lists_nothing(folder: str, tmp_path: Path):
+    (tmp_path / "out.txt").write_text("\n \n")
+    assert read(folder, str(tmp_path / "out.txt")) == list(range(9))
+
+
+def test_counts_of_an_earlier_version_are_counted_again(decomposed: str, tmp_path: Path):
+    (tmp_path / "out.txt").write_text("clé\n", encoding="utf-8")
+    saved = tmp_path / "saved.json"
+    opened(decomposed, str(tmp_path / "out.txt"), str(saved))
+    stale = json.loads(saved.read_text()) | {"counts": [4]}
+    del stale["version"]
+    saved.write_text(json.dumps(stale))
+    assert opened(decomposed, str(tmp_path / "out.txt"), str(saved)).counts.tolist() == [3]
