@@ -6,6 +6,7 @@ decompression bomb. Storage faults and changed shards are none: they never subst
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ class BadSample(Exception):
     """One sample cannot be used; `stage` names what found it (members, caption, decode, …), `reason` says why."""
 
     def __init__(self, stage: str, reason: str):
-        reason = reason.encode("utf-8", "backslashreplace").decode()  # logs, reports and MLflow refuse lone surrogates
+        # Logs, reports and MLflow refuse lone surrogates; an address in memory is another for every reader.
+        reason = re.sub(r" at 0x[0-9a-f]+", "", reason.encode("utf-8", "backslashreplace").decode())
         super().__init__(f"{stage}: {reason}")
         self.stage = stage
         self.reason = reason

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import io
 import pickle
 
 import pytest
 
-from pipeline.config.errors import DataError
-from pipeline.data.quarantine import MIN_SEEN, BadRecord, BadSample, Quarantine
+from pipeline.config.errors import DataError, StorageError
+from pipeline.data.quarantine import MIN_SEEN, BadRecord, BadSample, Quarantine, judging
 
 
 def record(number: int, source: str = "pairs") -> BadRecord:
@@ -63,3 +64,36 @@ def test_record_is_plain_json():
 def test_bad_sample_crosses_processes():
     error = pickle.loads(pickle.dumps(BadSample("image", "corrupt")))  # noqa: S301
     assert (error.stage, error.reason) == ("image", "corrupt")
+
+
+def test_any_exception_of_judging_a_sample_is_a_bad_sample_but_for_what_is_not_its_fault() -> None:
+    faults = [
+        ValueError("no"),
+        RecursionError(),
+        KeyError(6),
+        AssertionError(),
+        UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "x"),
+    ]
+    for fault in faults:
+        with pytest.raises(BadSample, match=type(fault).__name__) as raised, judging("image"):
+            raise fault
+        assert raised.value.stage == "image"
+        raised.value.reason.encode()
+    for other in (
+        StorageError("away"),
+        DataError("cut"),
+        MemoryError(),
+        KeyboardInterrupt(),
+        BadSample("caption", "x"),
+    ):
+        with pytest.raises(type(other)) as passed, judging("image"):
+            raise other
+        assert passed.value is other
+
+
+def test_a_reason_is_the_same_for_every_reader_and_can_be_written_anywhere() -> None:
+    assert BadSample("image", f"cannot identify {io.BytesIO()}").reason == "cannot identify <_io.BytesIO object>"
+    assert BadSample("caption", "half a \ud83d").reason == "half a \\ud83d"
+    with pytest.raises(BadSample) as raised, judging("members"):
+        raise ValueError("long " * 1000)
+    assert len(raised.value.reason) <= 300
