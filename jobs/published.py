@@ -166,7 +166,7 @@ def _answers_in(storage: Storage, url: str) -> Choices:
                 f"--answers {url}: is no JSON ({error}); give a JSON list, or one answer a line"
             ) from error
         try:
-            value = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+            value = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise ConfigError(f"--answers {url}: is no UTF-8 text ({error}); give a JSON list of answers") from error
     if isinstance(value, dict):

@@ -58,7 +58,8 @@ class Tokenizer:
 
     @classmethod
     def from_vocabulary(cls, tokens: Sequence[str], lowercase: bool | None = None) -> Tokenizer:
-        return cls(tokens, lowercase)
+        """Return the tokenizer of weights; of those that read no text, and have no tokens, the special ones alone."""
+        return cls(tokens or SPECIALS, lowercase)
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
@@ -68,9 +69,8 @@ class Tokenizer:
         is one. Raises DataError naming the file when it is no such vocabulary.
         """
         try:
-            lines = storage.read(url).decode("utf-8-sig").rstrip("\r\n").split("\n")
-            stated = stated_lowercase(storage, split(url)[0]) if lowercase is None else lowercase
-            return cls([line.removesuffix("\r") for line in lines], stated)
+            tokens = tokens_of(storage.read(url))
+            return cls(tokens, stated_lowercase(storage, split(url)[0]) if lowercase is None else lowercase)
         except (UnicodeDecodeError, DataError) as error:
             raise DataError(f"{url} is no WordPiece vocabulary: {error}. Expected one token a line") from error
 
@@ -164,6 +164,17 @@ def _check_unicode(texts: Sequence[str]) -> None:
         except UnicodeEncodeError as error:
             where = f"{error.object[error.start]!r} at character {error.start}"
             raise DataError(f"the text {text[:40]!r} is not valid Unicode ({where}); give it as UTF-8") from error
+
+
+def tokens_of(data: bytes) -> list[str]:
+    """Return the tokens of a `vocab.txt`, one a line; a byte order mark and blank lines at the end are no tokens.
+
+    Raises UnicodeDecodeError for bytes that are not UTF-8.
+    """
+    lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def _checked_ids(tokens: tuple[str, ...]) -> dict[str, int]:

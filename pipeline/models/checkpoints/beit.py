@@ -26,7 +26,7 @@ from pipeline.config.model import VLMoConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.hugging_face import ConfigFile, Names, from_named, published_names, to_named
 from pipeline.models.checkpoints.mismatch import Shape
-from pipeline.models.checkpoints.sizes import assumed, layer_count
+from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
 from pipeline.models.model import Heads
 
 _PREFIX = "beit."
@@ -95,20 +95,25 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
     patch = state.get(f"{_OUTSIDE['image_embedding.patch']}.weight")
     expand = state.get(f"{_LAYERS}0.intermediate.dense.weight")
     table = state.get(SHARED_TABLE, state.get(LAYER_TABLE.format(0)))
-    if patch is None or expand is None or table is None:
-        raise ConfigError("no BEiT checkpoint: it lacks the patch projection, layer 0 or a relative position table")
+    positions = state.get(_OUTSIDE["image_embedding.positions"])
+    if patch is None or expand is None or (table is None and positions is None):
+        raise ConfigError("no BEiT checkpoint: it lacks the patch projection, layer 0 or positions")
     layers = layer_count(state, rf"{re.escape(_LAYERS)}(\d+)\.")
     upper = 3 if layers > 12 else min(2, layers - 1)  # VLMo's, of base and of large
-    grid = (round((len(table) - 3) ** 0.5) + 1) // 2
+    if table is not None:
+        heads, grid = table.shape[1], (round((len(table) - 3) ** 0.5) + 1) // 2
+    else:
+        assert positions is not None
+        heads, grid = assumed_heads(len(patch), given), round((positions.shape[1] - 1) ** 0.5)
     return {
         "kind": "vlmo",
         "width": len(patch),
         "layers": layers,
-        "heads": table.shape[1],
+        "heads": heads,
         "feed_forward_ratio": len(expand) // len(patch),
         "patch_size": patch.shape[-1],
         "image_size": grid * patch.shape[-1],
-        "positions": "relative",
+        "positions": "absolute" if table is None else "relative",
         "layer_scale": 0.1 if f"{_LAYERS}0.lambda_1" in state else None,
         "vision_language_layers": assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", given),
     } | dict(given)
@@ -154,8 +159,21 @@ def to_hugging_face(
 
 
 def to_published(state: Mapping[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
-    """The form of a pretraining checkpoint where the state predicts visual tokens, else of a BeitModel."""
-    return to_hugging_face(state, config, NORMS[0] if _TOKENS in state else NORMS[1])
+    """The form of a pretraining checkpoint where the state predicts visual tokens, else of a BeitModel.
+
+    Layers whose relative tables are equal came from one, and are written as one, which is what Hugging Face's class
+    for pretraining reads (`use_shared_relative_position_bias`). Tables of zeros tell nothing; a BeitModel of its own
+    has one for each layer then.
+    """
+    pretrained = _TOKENS in state
+    tables = state[_TABLE].chunk(config.layers, dim=1) if _TABLE in state else ()
+    shared = bool(tables) and all(torch.equal(table, tables[0]) for table in tables)
+    return to_hugging_face(
+        state,
+        config,
+        NORMS[0] if pretrained else NORMS[1],
+        shared and (pretrained or bool(tables[0].any())),
+    )
 
 
 def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Names, dict[str, Shape]]:

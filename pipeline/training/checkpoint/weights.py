@@ -25,6 +25,7 @@ from pipeline.config.paths import absolute
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import Recorded, stored_config
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
+from pipeline.data.contents.text import tokens_of
 from pipeline.data.storage import Storage, join, split
 from pipeline.training.checkpoint.committed import (
     MANIFEST,
@@ -185,7 +186,7 @@ def load_weights(storage: Storage, url: str) -> Weights:
         return Weights(
             **_facts(url, manifest),
             tensors=safetensors.torch.load(files[WEIGHTS]),
-            vocabulary=files[VOCABULARY].decode().splitlines(),
+            vocabulary=tokens_of(files[VOCABULARY]),
             absent=frozenset(manifest.get("absent", ())),
             choices={
                 name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
@@ -229,7 +230,7 @@ def _of_checkpoint(storage: Storage, url: str) -> Weights:
             name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
             for name, shape in manifest["shapes"].items()
         },
-        vocabulary=storage.read(join(run, VOCABULARY)).decode().splitlines(),
+        vocabulary=tokens_of(storage.read(join(run, VOCABULARY))),
         choices=_choices_of_run(storage, run),
     )
 

@@ -1,0 +1,74 @@
+"""Weights that a stage hands over: what is whole but no weights is told, and tokens come back as they went."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzz import fuzz_rounds, mutate
+from tiny import tiny_config
+
+from pipeline.config.errors import MomeError
+from pipeline.data.storage import Storage
+from pipeline.training.checkpoint import MANIFEST, load_weights, weights_info, save_weights
+from pipeline.training.checkpoint.committed import commit, file_record
+
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "\u2028", "\x85", "##b\x1c", " "]
+
+
+def save(folder: Path) -> str:
+    config = tiny_config()
+    metadata = {"config": config.model_dump(mode="json"), "stage": "vision", "step": 4}
+    save_weights(Storage(), str(folder), {"a": torch.arange(4.0)}, TOKENS, metadata)
+    return str(folder)
+
+
+def test_tokens_that_hold_other_line_ends_come_back(tmp_path: Path) -> None:
+    assert load_weights(Storage(), save(tmp_path)).vocabulary == TOKENS
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A manifest that somebody else wrote, with its digests right."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    for name in manifest.get("files", {}):
+        manifest["files"][name] = file_record((folder / name).read_bytes())
+    files = manifest.pop("files", {})
+    commit(Storage(), str(folder), files, manifest)
+
+
+@pytest.mark.parametrize("key", ["config", "stage", "step"])
+def test_a_manifest_that_lacks_a_key_is_told(key: str, tmp_path: Path) -> None:
+    save(tmp_path)
+    rewritten(tmp_path, lambda manifest: manifest.pop(key))
+    for read in (load_weights, weights_info):
+        with pytest.raises(MomeError, match=r"is damaged|config"):
+            read(Storage(), str(tmp_path))
+
+
+def test_mutated_files_of_right_digests_end_in_our_own_errors(tmp_path: Path) -> None:
+    save(tmp_path)
+    rng, names = random.Random("weights"), ("weights.safetensors", "vocab.txt", MANIFEST)
+    whole = {name: (tmp_path / name).read_bytes() for name in names}
+    escaped = []
+    for _ in range(fuzz_rounds(100)):
+        for name, data in whole.items():
+            (tmp_path / name).write_bytes(data)
+        name = rng.choice(names)
+        (tmp_path / name).write_bytes(mutate(whole[name], rng))
+        try:
+            rewritten(tmp_path, lambda manifest: None)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue  # no JSON that a manifest could be written from
+        try:
+            load_weights(Storage(), str(tmp_path))
+        except MomeError:
+            pass
+        except Exception as error:
+            escaped.append(f"{name}: {type(error).__name__}: {error}")
+    assert escaped == []
