@@ -163,10 +163,9 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     section = _config("imported", inferred, [_stage("images", ["masked_image"])], None).model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"the format holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
-    if section.layers > len(published.tensors):
-        raise CheckpointError(
-            f"{section.layers} layers are claimed, and the file holds {len(published.tensors)} tensors"
-        )
+    layers = max(value for key, value in section.model_dump().items() if key in ("layers", "text_layers"))
+    if layers > len(published.tensors):
+        raise CheckpointError(f"{layers} layers are claimed, and the file holds {len(published.tensors)} tensors")
     return section
 
 

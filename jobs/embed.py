@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.caller import Caller
 from jobs.console import PLAIN_SECONDS, notify, repeatedly
-from jobs.evaluate import model_of
+from jobs.evaluate import model_of, weights_to_score
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.paths import absolute
 from pipeline.data.contents.text import Tokenizer
@@ -15,7 +15,7 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.embedding import DONE, Embedder, digest_of, embed_source
 from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.training.checkpoint import COMMIT, load_weights, weights_info
+from pipeline.training.checkpoint import COMMIT, weights_info
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 
 def _embed(asked: Asked, ranks: Ranks) -> dict[str, Any]:
     storage = asked.store()
-    weights = load_weights(storage, asked.checkpoint)
+    weights = weights_to_score(storage, asked.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     digest = digest_of(storage.read(join(weights.url, COMMIT)))

@@ -33,7 +33,7 @@ from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.evaluation.report import Linked, render, show
 from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.shown import Key, Shown, headline, keep, kept
-from pipeline.models import build_model
+from pipeline.models import build_model, skeleton
 from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.places import named_uri
@@ -243,7 +243,7 @@ def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 def _measured(asked: Asked, key: Key, ranks: Ranks) -> Measured:
     """Called on each of the ranks, which get the same; only the first makes the page."""
     storage = asked.store()
-    weights = load_weights(storage, asked.checkpoint)
+    weights = weights_to_score(storage, asked.checkpoint)
     stage = weights.config.stage_named(weights.stage)
     config, source = _with_source(weights.config, stage, asked.source, "--source", asked.read_as)
     config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
@@ -306,6 +306,29 @@ def _evaluation_of(run: str, target: Target, caller: Caller) -> Shown:
         f"Evaluate it on the same first: mome evaluate {run} --source {target.config.sources[target.source].shards}"
         + ("" if target.key.limit is None else f" --limit {target.key.limit}")
     )
+
+
+def weights_to_score(storage: Storage, url: str) -> Weights:
+    """Load weights for measurements or predictions: objectives whose heads they do not hold are left out, and named.
+
+    Such heads would be drawn at random. Imported weights may lack them. Raises CheckpointError as `load_weights`.
+    """
+    weights = load_weights(storage, url)
+    config, stage = weights.config, weights.config.stage_named(weights.stage)
+    model = skeleton(config.model, len(weights.vocabulary), heads(config, config.stages.index(stage)))
+    lacking = {
+        model.part_of(name)
+        for name, tensor in model.state_dict().items()
+        if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
+    } & set(model.HEAD_PARTS)
+    random = [o for o in stage.objectives if (model.reads(o, config.use_of(stage)) or frozenset()) & lacking]
+    if not random:
+        return weights
+    log.warning("%s: the weights hold no whole head for %s, which is left out", url, ", ".join(random))
+    objectives = {o: settings for o, settings in stage.objectives.items() if o not in random}
+    scored = stage.model_copy(update={"objectives": objectives})
+    stages = tuple(scored if each is stage else each for each in config.stages)
+    return replace(weights, config=config.model_copy(update={"stages": stages}))
 
 
 def model_of(weights: Weights) -> Model:

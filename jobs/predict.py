@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jobs.caller import Caller
-from jobs.evaluate import model_of
+from jobs.evaluate import model_of, weights_to_score
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.images import decode
@@ -15,7 +15,6 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
 from pipeline.evaluation.prediction import Given, Predictor
-from pipeline.training.checkpoint import load_weights
 
 
 def predict(
@@ -34,7 +33,7 @@ def predict(
     if second_image is not None and image is None:
         raise ConfigError("--second-image is given without --image; give the first picture with --image")
     storage = caller.store()
-    weights = load_weights(storage, checkpoint.rstrip("/"))
+    weights = weights_to_score(storage, checkpoint.rstrip("/"))
     stage = weights.config.stage_named(weights.stage)
     pictures = tuple(_picture(storage, weights.config, url) for url in (image, second_image) if url is not None)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)

@@ -7,6 +7,7 @@ releases' formats, whose code is no package, our models, which tests/golden hold
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,23 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from fuzz import fuzz_rounds, mutate
 from PIL import Image
 from torch import Tensor
 
 from jobs.convert import export_weights, import_weights
-from jobs.evaluate import model_of
+from jobs.evaluate import model_of, weights_to_score
 from jobs.predict import predict
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.model import TransformerConfig, ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
-from pipeline.models import build_model
+from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints import FORMATS
 from pipeline.models.model import Heads
 from pipeline.models.passes import Pass
-from pipeline.training.checkpoint import Weights, load_weights
+from pipeline.training.checkpoint import Weights, load_weights, save_weights
+from pipeline.training.stages import load_matching
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 TEXT, MASKED = "a b c d", "a [MASK] c"
@@ -361,3 +364,243 @@ def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp
             import_weights(f"{tmp_path}/again.{ending}", case.format, f"{out}-{ending}", vocabulary=vocabulary)
             again = predict(f"{out}-{ending}", one, two, text, top=100)
             assert {key: again[key] for key in expected} == {key: found[key] for key in expected}
+
+
+def imported(state: dict[str, Tensor], format_name: str, folder: Path, *overrides: str, **more: Any) -> str:
+    """The folder of weights that a file of these tensors was imported to."""
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "weights.pt")
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("".join(f"{token}\n" for token in TOKENS))
+    import_weights(
+        f"{folder}/weights.pt", format_name, f"{folder}/imported", overrides, vocabulary=str(vocabulary), **more
+    )
+    return f"{folder}/imported"
+
+
+def test_a_head_that_is_whole_in_no_weights_is_never_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = FORMATS["vlmo"].write(build_model(RELATIVE, len(TOKENS)).state_dict(), RELATIVE)
+    del state["itc_vl_image_proj.fc.weight"], state["itm_score.fc.bias"]
+    out = imported(state, "vlmo", tmp_path, *SHORT, may_differ=("itc_vl_*", "itm_*"))
+    stage = load_weights(Storage(), out).config.stages[-1]
+    assert set(stage.objectives) == {"masked_language"}
+    with pytest.raises(ConfigError, match="nothing can be predicted"):
+        predict(out, photos(tmp_path)[0], None, TEXT)
+
+
+def test_a_stage_that_claims_a_head_which_the_weights_lack_is_scored_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = FORMATS["vlmo"].write(build_model(RELATIVE, len(TOKENS)).state_dict(), RELATIVE)
+    weights = load_weights(Storage(), imported(state, "vlmo", tmp_path, *SHORT))
+    tensors = {n: t for n, t in weights.tensors.items() if n != "contrastive_head.image_vl.weight"}
+    metadata = {"config": weights.config.model_dump(mode="json"), "stage": weights.stage, "step": 0}
+    save_weights(Storage(), f"{tmp_path}/cut", tensors, TOKENS, metadata)
+    found = weights_to_score(Storage(), f"{tmp_path}/cut")
+    assert set(found.config.stage_named(found.stage).objectives) == {"matching", "masked_language"}
+    assert "no whole head for contrastive" in caplog.text
+
+
+def test_one_contrast_trains_and_starts_from_two(tmp_path: Path) -> None:
+    both, one = build_model(RELATIVE, len(TOKENS)), build_model(RETRIEVAL, len(TOKENS))
+    load_matching(one, one.resize_state(dict(both.state_dict()), RELATIVE), "retrieval")
+    image, text = torch.rand(2, 24, 24, 3), torch.tensor([[2, 5, 3], [2, 6, 3]])
+    passes = {"image": Pass(heads=("itc",), image=image), "text": Pass(heads=("itc",), text=text)}
+    for name, outputs in one.eval()(passes).items():
+        assert outputs.keys() == {"itc", "scale"}
+        torch.testing.assert_close(outputs["itc"], both.eval()(passes)[name]["itc"])
+    used = one.reads("contrastive", "pairs")
+    assert used is not None
+    (one(passes)["image"]["itc"].sum() + one(passes)["text"]["itc"].sum() + one(passes)["image"]["scale"]).backward()
+    assert {one.part_of(n) for n, p in one.named_parameters() if p.grad is not None} == used
+
+
+ASSUMED = ((), "heads=1 assumed (width/64); give heads=N"), (("heads=3",), "")
+
+
+@pytest.mark.parametrize(("overrides", "told"), ASSUMED)
+@pytest.mark.parametrize("name", ["BERT, bare", "ViT, bare", "ViLT of Hugging Face, retrieval", "ViLT, VQA"])
+def test_heads_that_nothing_tells_are_assumed_aloud(
+    name: str, overrides: tuple[str, ...], told: str, tmp_path: Path, vocabulary: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = CASES[name]
+    path = publish(case.make(), case, tmp_path / "published", "file")
+    (tmp_path / "published" / "config.json").unlink(missing_ok=True)
+    import_weights(path, case.format, f"{tmp_path}/out", overrides, vocabulary=vocabulary)
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("heads=")]
+    assert [line[: len(told)] for line in lines] == ([told] if told else [])
+    assert load_weights(Storage(), f"{tmp_path}/out").config.model.heads == (3 if overrides else 1)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another kind": ({"model_type": "roberta"}, "model_type is 'roberta', this format reads 'vit'"),
+    "another activation": ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    "another depth": ({"num_hidden_layers": 12}, "num_hidden_layers is 12, the tensors have 3"),
+    "heads that do not divide": ({"num_attention_heads": 7}, "width 24 must be a multiple of heads 7"),
+    "heads of no number": ({"num_attention_heads": "many"}, "heads"),
+    "a damaged epsilon": ({"layer_norm_eps": -1}, "norm_epsilon"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_a_config_that_our_model_would_not_follow_is_refused(wrong: str, layout: str, tmp_path: Path) -> None:
+    case = CASES["ViT, classes"]
+    path = publish(case.make(), case, tmp_path / "published", layout)
+    changes, told = REFUSED[wrong]
+    config = tmp_path / "published" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ConfigError) as error:
+        import_weights(path, "vit", f"{tmp_path}/out")
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [({"resample": 2}, "bilinear"), ({"resample": 3}, "bicubic"), ({}, "bilinear")]
+)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_interpolation_is_the_processors(told: dict[str, int], expected: str, file: str, tmp_path: Path) -> None:
+    case = CASES["ViT, classes"]
+    path = publish(case.make(), case, tmp_path / "published", "folder")
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **told}
+    (tmp_path / "published" / file).write_text(
+        json.dumps(processor if file.startswith("preprocessor") else {"image_processor": processor})
+    )
+    import_weights(path, "vit", f"{tmp_path}/out")
+    assert load_weights(Storage(), f"{tmp_path}/out").config.model.interpolation == expected
+
+
+@pytest.mark.parametrize("format_name", ["vilt", "vilt-hf"])
+@pytest.mark.parametrize(("short", "longest"), [(384, 639), (224, 373), (600, 999)])
+def test_imported_vilt_reads_the_releases_longest_side(format_name: str, short: int, longest: int) -> None:
+    """int(1333 / 800 * short) in the release and in Hugging Face's processor; the paper's 640 is our default."""
+    with torch.device("meta"):
+        section = ViLTConfig(**{**OURS, "image_size": short // 8 * 8, "longest_side": 1000, "max_text": 10})
+        state = build_state(section)
+    inferred = FORMATS[format_name].infer(FORMATS[format_name].write(state, section), {"heads": 3})
+    assert inferred["longest_side"] == longest
+    assert ViLTConfig().longest_side == 640
+
+
+def build_state(section: TransformerConfig) -> dict[str, Tensor]:
+    return skeleton(section, len(TOKENS)).state_dict()
+
+
+ANSWER_FILES = {
+    "a list": json.dumps(ANSWERS),
+    "numbers of answers": json.dumps({answer: number for number, answer in enumerate(ANSWERS)}),
+    "answers of numbers": json.dumps({str(number): answer for number, answer in enumerate(ANSWERS)}),
+    "one a line": "\ufeff" + "\r\n".join(ANSWERS) + "\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", ANSWER_FILES)
+def test_answers_are_read_in_every_usual_form(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "answers").write_bytes(ANSWER_FILES[kind].encode())
+    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS), Heads(answers=5)).state_dict(), RELEASED_VILT)
+    out = imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
+    assert list(load_weights(Storage(), out).choices["answers.json"].names) == ANSWERS
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (json.dumps(ANSWERS[:4]), "names 4, the weights tell 5 apart"),
+        (json.dumps([*ANSWERS[:4], "yes"]), "'yes' is listed more than once"),
+        (json.dumps({"yes": 0, "no": 7}), "expected a JSON list"),
+        ("[1, 2", "is no JSON"),
+        (b"\xff\xfe", "is no UTF-8"),
+        (None, "no such file"),
+    ],
+)
+def test_wrong_answers_are_refused(content: str | bytes | None, told: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "answers").write_bytes(content.encode() if isinstance(content, str) else content)
+    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS), Heads(answers=5)).state_dict(), RELEASED_VILT)
+    with pytest.raises(ConfigError, match=told):
+        imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
+
+
+def test_answers_of_weights_that_answer_nothing_are_refused(tmp_path: Path) -> None:
+    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS)).state_dict(), RELEASED_VILT)
+    with pytest.raises(ConfigError, match="answer no questions"):
+        imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
+
+
+@pytest.mark.parametrize("scheme", ["memory://hub", "{folder}/"])
+def test_a_folder_is_read_from_any_storage(scheme: str, tmp_path: Path) -> None:
+    case = CASES["BERT, masked words"]
+    publish(case.make(), case, tmp_path / "published", "shards")
+    storage, url = Storage(), f"{scheme.format(folder=tmp_path)}/copy-{tmp_path.name}"
+    for file in (tmp_path / "published").iterdir():
+        storage.write(f"{url}/{file.name}", file.read_bytes())
+    import_weights(f"{url}/", "bert", f"{tmp_path}/out")
+    assert load_weights(storage, f"{tmp_path}/out").config.model.heads == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"missing.safetensors": None}, "missing"),
+        ({"../../weights.pt": None}, "files of the same folder"),
+        ({"/etc/passwd": None}, "files of the same folder"),
+        ({7: None}, "files of the same folder"),
+    ],
+)
+def test_an_index_that_names_other_files_is_refused(change: dict[Any, None], told: str, tmp_path: Path) -> None:
+    case = CASES["BERT, masked words"]
+    path = publish(case.make(), case, tmp_path / "published", "shards")
+    index = tmp_path / "published" / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    value["weight_map"]["bert.embeddings.LayerNorm.bias"] = next(iter(change))
+    index.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=told):
+        import_weights(path, "bert", f"{tmp_path}/out")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"weight_map": []}', b'{"weight_map": {}}'])
+def test_a_damaged_index_is_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        import_weights(str(tmp_path), "bert", f"{tmp_path}/out")
+
+
+@pytest.mark.parametrize("name", ["BERT, masked words", "ViLT of Hugging Face, VQA", "BEiT, pretrained"])
+def test_mutated_folders_end_in_our_own_errors(name: str, tmp_path: Path) -> None:
+    """Of every file that import reads; what is only changed in a number may of course be imported."""
+    case = CASES[name]
+    folder = tmp_path / "published"
+    publish(case.make(), case, folder, "shards")
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    rng, escaped = random.Random(f"folders {name}"), []
+    for number in range(fuzz_rounds(25)):
+        target = rng.choice(sorted(whole))
+        (folder / target).write_bytes(mutate(whole[target], rng))
+        try:
+            import_weights(str(folder), case.format, f"{tmp_path}/out-{number}")
+        except MomeError:
+            pass
+        except Exception as error:
+            escaped.append(f"{target}: {type(error).__name__}: {error}")
+        (folder / target).write_bytes(whole[target])
+    assert escaped == []
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "image_size", "max_position_embeddings"])
+def test_sizes_that_no_tensor_backs_cost_nothing(key: str, tmp_path: Path) -> None:
+    case = CASES["ViLT of Hugging Face, VQA"]
+    path = publish(case.make(), case, tmp_path / "published", "folder")
+    config = tmp_path / "published" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: 10**9}))
+    with pytest.raises((CheckpointError, ConfigError)):
+        import_weights(path, "vilt-hf", f"{tmp_path}/out")
+
+
+def test_a_header_that_claims_a_billion_layers_is_refused(tmp_path: Path) -> None:
+    section = RELEASED_VILT.model_copy(update={"layers": 10**9})
+    state = skeleton(RELEASED_VILT, len(TOKENS)).state_dict()
+    tensors = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors", {"model": section.model_dump_json()})
+    for format_name in ("safetensors", "vilt"):
+        with pytest.raises((CheckpointError, ConfigError), match=r"layers are claimed|no ViLT"):
+            import_weights(f"{tmp_path}/w.safetensors", format_name, f"{tmp_path}/out")
