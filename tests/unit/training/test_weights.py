@@ -15,7 +15,7 @@ from tiny import tiny_config
 
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import MANIFEST, load_weights, weights_info, save_weights
+from pipeline.training.checkpoint import MANIFEST, load_weights, save_weights, weights_info
 from pipeline.training.checkpoint.committed import commit, file_record
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "\u2028", "\x85", "##b\x1c", " "]
