@@ -147,7 +147,7 @@ def step(
 ) -> None:
     """Time and memory of a stage's steps here, beside what `mome plan` says; without Ray, and without data.
 
-    On several machines: torchrun … -m pipeline.training.step_bench CONFIG [--stage NAME] [key=value …]
+    On several machines: torchrun … -m pipeline.training.step_bench CONFIG [--stage NAME] \\[key=value …]
     """
     from jobs.bench.step import run_step_bench
 

@@ -12,6 +12,7 @@ import simplejpeg
 
 from pipeline.config.errors import DataError
 from pipeline.data.building import importers
+from pipeline.data.building.files import Problems, Sample
 from pipeline.data.storage import Storage
 
 SHARDS = 16  # where there are samples enough
@@ -66,12 +67,12 @@ def write_photos(storage: Storage, folders: Iterable[Path], url: str, samples: i
     importers.write_shards(storage, _repeated(photos, samples), url, per_shard)
 
 
-def _read(folder: Path) -> Iterator[importers.Sample]:
+def _read(folder: Path) -> Iterator[Sample]:
     """The pairs of a folder with a captions.jsonl, or its images with their .txt files."""
     captions = folder / CAPTIONS
     source = captions if captions.exists() else folder
     found = 0
-    for sample in importers.read_samples(source, importers.find_kind(source), importers.Problems(), folder):
+    for sample in importers.read_samples(source, importers.find_kind(source), Problems()):
         if "captions" in json.loads(sample.get("json", b"{}")):  # texts alone have no json
             found += 1
             yield sample
@@ -79,12 +80,12 @@ def _read(folder: Path) -> Iterator[importers.Sample]:
         raise DataError(f"{folder}: no photo with a caption. Expected {CAPTIONS}, or a .txt beside each image")
 
 
-def _repeated(photos: list[importers.Sample], samples: int) -> Iterator[importers.Sample]:
+def _repeated(photos: list[Sample], samples: int) -> Iterator[Sample]:
     for number, photo in enumerate(itertools.islice(itertools.cycle(photos), samples)):
         yield {**photo, "__key__": f"{number:07d}"}
 
 
-def draw_samples(count: int, seed: int = 0) -> Iterator[importers.Sample]:
+def draw_samples(count: int, seed: int = 0) -> Iterator[Sample]:
     """Pictures of coloured noise whose detail falls with frequency as a photo's does, with captions of common words."""
     random = np.random.default_rng(seed)
     for number in range(count):

@@ -21,7 +21,8 @@ from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import ClusterConfig, DataConfig
-from pipeline.data.building.importers import Sample, write_tar
+from pipeline.data.building.files import Sample
+from pipeline.data.building.importers import write_tar
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import REGIONS, image_bytes
 from pipeline.data.quarantine import BadSample

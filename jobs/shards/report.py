@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -46,7 +46,7 @@ class ShardProgress:
             self._bar.update(self._task, description=f"{self._doing} {name}", completed=done, total=total)
 
 
-def manifest_facts(manifest: Manifest, url: str) -> dict[str, object]:
+def manifest_facts(manifest: Manifest, url: str) -> dict[str, Any]:
     return {
         "url": url,
         "shards": len(manifest.shards),
@@ -56,16 +56,30 @@ def manifest_facts(manifest: Manifest, url: str) -> dict[str, object]:
     }
 
 
-def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str, object]) -> None:
+def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str, Any]) -> None:
     facts = manifest_facts(manifest, url) | more
     if as_json:
         print_json(facts)
         return
     left_out = f", {facts['left_out']} left out" if facts.get("left_out") else ""
-    echo(f"{manifest.num_samples} samples in {len(manifest.shards)} shards at {url}{left_out}")
+    echo(f"{_counted(manifest.num_samples, 'sample')} in {_counted(len(manifest.shards), 'shard')} at {url}{left_out}")
+    if "images" in facts:
+        size = f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB"
+        counts = [(facts["images"], "image"), (facts["captions"], "caption")]
+        contents = ", ".join([*(_counted(count, noun) for count, noun in counts if count), size])
+        notes = [
+            (facts["without_caption"], "image", "without a caption"),
+            (facts["animated"], "animated image", "(first frame)"),
+        ]
+        told = "".join(f"; {_counted(count, noun)} {note}" for count, noun, note in notes if count)
+        echo(f"{contents}{told}")
     if trusted := facts.get("trusted"):
         echo(f"{trusted} of the shards were counted by another tool; each is read when it is first needed")
     echo(f"look at them: mome shards show {url} --sheet sheet.png")
+
+
+def _counted(count: Any, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def print_json(facts: dict[str, object]) -> None:

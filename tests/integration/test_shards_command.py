@@ -104,7 +104,7 @@ def test_a_bad_source_leaves_nothing_behind(pairs, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     run("build", tmp_path / "empty.jsonl", out, fails=DataError)
     assert not out.exists() or os.listdir(out) == []
-    assert CliRunner().invoke(app, ["build", str(pairs), str(out), "--kind", "parquet"]).exit_code == 2
+    assert CliRunner().invoke(app, ["build", str(pairs), str(out), "--kind", "word"]).exit_code == 2
 
 
 def test_showing_what_is_not_there_names_it(tmp_path):

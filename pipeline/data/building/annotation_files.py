@@ -20,16 +20,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipeline.config.errors import DataError
-from pipeline.data.building.importers import (
-    Files,
-    Keys,
+from pipeline.data.building.files import (
     Problems,
     Sample,
     clean_captions,
+    clean_lines,
+    entries_of,
     files_below,
-    pair_sample,
+    json_of,
+    number_in,
+    open_text,
     read_image,
+    read_listed_image,
+    text_in,
 )
+from pipeline.data.building.importers import Keys, described_sample, pair_sample
 from pipeline.data.contents.answers import answer_scores, frequent_answers, plain_answer
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import EXTENSIONS
@@ -63,7 +68,7 @@ def find_annotations(source: Path) -> AnnotationKind | None:
     """The kind of an annotation file, by its beginning; None for what is none (a folder is not looked into)."""
     if not source.is_file() or source.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
         return None
-    with source.open(encoding="utf-8", errors="replace") as stream:
+    with open_text(source) as stream:
         begin = stream.read(_LOOK)
     signs: dict[AnnotationKind, tuple[str, ...]] = {
         "vg_qa": (r'"qas"\s*:', r'"qa_id"\s*:'),
@@ -107,22 +112,26 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
     The list of answers is made of all annotation files given, in their order, so that every split that is built with
     the same files gets the same list: the published one is of train's and val's, in this order.
     """
-    content = _json_of(file)
+    content = json_of(file)
     files = options.annotations or (_annotations_beside(file),)
-    with _told(file, "VQA questions file", "'questions' (question_id, image_id, question) and 'data_subtype'"):
-        questions = [(int(q["question_id"]), int(q["image_id"]), str(q["question"])) for q in content["questions"]]
-        subtype = str(content.get("data_subtype", ""))
+    questions = entries_of(
+        file, "questions", _field(file, "VQA questions file", content, "questions"),
+        lambda q: (number_in(q, "question_id"), number_in(q, "image_id"), text_in(q, "question")), problems,
+        "'questions' (question_id, image_id, question)",
+    )  # fmt: skip
+    subtype = str(content.get("data_subtype", ""))
     given: dict[int, dict[str, float]] = {}
     chosen: list[str] = []
     wanted = {question for question, _, _ in questions}
     for each in files:
-        annotations = _json_of(each)
-        with _told(each, "VQA annotations file", "'annotations' (question_id, answers: ten times 'answer')"):
-            for annotation in annotations["annotations"]:
-                people = [str(answer["answer"]) for answer in annotation["answers"]]
-                chosen.append(str(annotation.get("multiple_choice_answer") or _most_given(people)))
-                if (question_id := int(annotation["question_id"])) in wanted:
-                    given[question_id] = answer_scores(people)
+        annotations = entries_of(
+            each, "annotations", _field(each, "VQA annotations file", json_of(each), "annotations"), _vqa_answers,
+            problems, "'annotations' (question_id, answers: ten times 'answer')",
+        )  # fmt: skip
+        for question_id, most_chosen, people in annotations:
+            chosen.append(most_chosen)
+            if question_id in wanted:
+                given[question_id] = answer_scores(people)
 
     def asked() -> Iterator[_Asked]:
         for question_id, image, text in questions:
@@ -136,21 +145,29 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
     return _questions(file, asked(), frequent_answers(chosen, *_count(options)), problems, options)
 
 
+def _vqa_answers(annotation: Any) -> tuple[int, str, list[str]]:
+    people = [text_in(answer, "answer") for answer in annotation["answers"]]
+    chosen = annotation.get("multiple_choice_answer") or _most_given(people)
+    return number_in(annotation, "question_id"), text_in({"answer": chosen}, "answer") if chosen else "", people
+
+
 def visual_genome_samples(file: Path, problems: Problems, options: Options) -> Annotations:
     """Visual Genome's questions; each has one answer, which is right."""
-    content = _json_of(file)
-    with _told(file, "Visual Genome question file", "a list of pictures with 'id' and 'qas' (qa_id, question, answer)"):
-        found = [
-            (int(picture["id"]), int(qa["qa_id"]), str(qa["question"]), str(qa["answer"]))
-            for picture in content
-            for qa in picture["qas"]
-        ]
+    pictures = entries_of(
+        file, "pictures", json_of(file), lambda picture: (number_in(picture, "id"), list(picture["qas"])), problems,
+        "a list of pictures with 'id' and 'qas' (qa_id, question, answer)",
+    )  # fmt: skip
+    found = entries_of(
+        file, "questions", [(image, qa) for image, qas in pictures for qa in qas],
+        lambda one: (one[0], number_in(one[1], "qa_id"), text_in(one[1], "question"), text_in(one[1], "answer")),
+        problems, "qa_id, question, answer",
+    )  # fmt: skip
 
     def asked() -> Iterator[_Asked]:
         for image, question_id, text, answer in found:
             where = f"{file}, question {question_id}"
             if plain := plain_answer(answer):
-                names = [f"{folder}{image}.{kind}" for folder in ("", "VG_100K/", "VG_100K_2/") for kind in EXTENSIONS]
+                names = [f"{folder}{image}.jpg" for folder in ("", "VG_100K/", "VG_100K_2/")]
                 yield _Asked(where, f"vg-{question_id}", text, {plain: 1.0}, question_id, names)
             else:
                 problems.add(where, "its answer is empty")
@@ -176,10 +193,10 @@ def _questions(
             if options.listed_only and not choices.numbered(one.answers):
                 problems.leave_out(one.where, "none of its answers is listed")
                 continue
-            image = _first_image(root, one.pictures, one.where, problems)
+            image = read_listed_image(root, one.pictures, one.where, problems)
             if image is not None:
                 described = {"question": one.question, "answers": one.answers, "question_id": one.question_id}
-                yield _sample(key_of(one.key), image, described)
+                yield from described_sample(key_of(one.key), image, described, one.where, problems)
 
     return Annotations(samples(), {ANSWERS: choices})
 
@@ -220,21 +237,20 @@ def nlvr2_samples(file: Path, problems: Problems, options: Options) -> Annotatio
     def samples() -> Iterator[Sample]:
         for where, record in _lines(file, problems):
             try:
-                name, sentence = str(record["identifier"]), str(record["sentence"]).strip()
+                name, sentence = text_in(record, "identifier"), text_in(record, "sentence").strip()
                 label = {"true": True, "false": False}[str(record["label"]).lower()]
-            except (KeyError, TypeError):
-                problems.add(where, "expected an object with 'identifier', 'sentence' and 'label' True or False")
-                continue
-            if not sentence:
-                problems.add(where, "its sentence is empty")
+            except (KeyError, TypeError, ValueError) as error:
+                expected = "an object with 'identifier', 'sentence' and 'label' True or False"
+                problems.add(where, f"expected {expected} ({type(error).__name__}: {error})")
                 continue
             names = [_nlvr2_names(name, record.get("directory"), side) for side in (0, 1)]
-            images = [_first_image(root, each, where, problems) for each in names]
+            images = [read_listed_image(root, each, where, problems) for each in names]
             if images[0] is not None and images[1] is not None:
                 both = {
                     f"{side}.{kind}": data for side, image in enumerate(images) for kind, data in (image or {}).items()
                 }
-                yield _sample(key_of(name), both, {"sentence": sentence, "label": label, "id": name})
+                described = {"sentence": sentence, "label": label, "id": name}
+                yield from described_sample(key_of(name), both, described, where, problems)
 
     return Annotations(samples(), {})
 
@@ -249,15 +265,19 @@ def _nlvr2_names(identifier: str, directory: Any, side: int) -> list[str]:
 # Retrieval and classes ------------------------------------------------------------------------------------------------
 
 
+def _karpathy_picture(entry: Any) -> tuple[str, str, str, list[Any], int]:
+    sentences = [sentence["raw"] for sentence in entry["sentences"]]
+    number = number_in(entry, "cocoid" if "cocoid" in entry else "imgid")
+    return text_in(entry, "filename"), str(entry.get("filepath", "")), text_in(entry, "split"), sentences, number
+
+
 def karpathy_samples(file: Path, problems: Problems, options: Options) -> Annotations:
     """Pictures of one split, or of all, with their sentences. COCO's `train` brings its `restval`, as in the papers."""
-    content = _json_of(file)
-    with _told(file, "Karpathy split file", "'images' (filename, split, sentences: 'raw')"):
-        pictures = [
-            (str(p["filename"]), str(p.get("filepath", "")), str(p["split"]), [s["raw"] for s in p["sentences"]],
-             int(p.get("cocoid", p["imgid"])))
-            for p in content["images"]
-        ]  # fmt: skip
+    content = json_of(file)
+    pictures = entries_of(
+        file, "images", _field(file, "Karpathy split file", content, "images"), _karpathy_picture, problems,
+        "'images' (filename, split, sentences: 'raw', cocoid or imgid)",
+    )  # fmt: skip
     splits = TRAINED_WITH.get(options.split or "", (options.split,))
     there = Counter(split for _, _, split, _, _ in pictures)
     if options.split is not None and not any(split in there for split in splits):
@@ -271,12 +291,11 @@ def karpathy_samples(file: Path, problems: Problems, options: Options) -> Annota
             if options.split is not None and split not in splits:
                 continue
             where = f"{file}, picture {name}"
-            if not (said := clean_captions(sentences)):
-                problems.add(where, "it has no sentence")
+            if not (said := clean_captions(sentences, where, problems)):
                 continue
-            image = _first_image(root, [name, f"{folder}/{name}"] if folder else [name], where, problems)
+            image = read_listed_image(root, [name, f"{folder}/{name}"] if folder else [name], where, problems)
             if image is not None:
-                yield pair_sample(key_of(Path(name).stem), image, said, image_id)
+                yield from pair_sample(key_of(Path(name).stem), image, said, image_id, where, problems)
 
     return Annotations(samples(), {})
 
@@ -292,7 +311,7 @@ def class_samples(folder: Path, problems: Problems, options: Options) -> Annotat
 
     def samples() -> Iterator[Sample]:
         for number, name in enumerate(classes):
-            for path in files_below(folder / name, EXTENSIONS):
+            for path in files_below(folder / name, EXTENSIONS, problems):
                 image = read_image(path, str(path), problems)
                 if image is not None:
                     key = key_of(str(path.relative_to(folder).with_suffix("")))
@@ -304,47 +323,15 @@ def class_samples(folder: Path, problems: Problems, options: Options) -> Annotat
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-class _told:
-    """Turns what a file of another form runs into, to a DataError that says what was expected."""
-
-    def __init__(self, file: Path, what: str, expected: str):
-        self._file, self._what, self._expected = file, what, expected
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, KeyError | TypeError | ValueError | AttributeError):
-            told = f"{type(error).__name__}: {error}"
-            raise DataError(f"{self._file} is no {self._what} ({told}). Expected {self._expected}") from error
+def _field(file: Path, what: str, content: Any, name: str) -> Any:
+    if not isinstance(content, dict) or name not in content:
+        raise DataError(f"{file} is no {what}. Expected an object with '{name}'")
+    return content[name]
 
 
-def _json_of(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise DataError(f"{file} is no JSON ({error})") from error
-
-
-def _lines(file: Path, problems: Problems) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            where = f"{file}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                problems.add(where, f"not JSON ({error})")
-
-
-def _first_image(root: Path, names: Sequence[str], where: str, problems: Problems) -> Files | None:
-    """The first of some names that is a file below `root`."""
-    found = next((root / name for name in names if (root / name).is_file()), root / names[0])
-    return read_image(found, where, problems)
-
-
-def _sample(key: str, files: Files, described: Mapping[str, Any]) -> Sample:
-    return {"__key__": key, **files, "json": json.dumps(described, ensure_ascii=False).encode()}
+def _lines(file: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+    for where, line in clean_lines(file, problems):
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.add(where, f"not JSON ({error})")

@@ -1,4 +1,4 @@
-"""What people have on disk (folders, jsonl, COCO captions, plain text) to samples, and samples to tar shards.
+"""What people have on disk (folders, lists, tables, COCO captions, plain text) to samples, and samples to tar shards.
 
 A reader yields samples one by one, {"__key__": …, "jpg": bytes, "json": bytes} or {"__key__": …, "txt": bytes},
 and tells `Problems` what it had to leave out. Encoded images are copied as they are, never re-encoded.
@@ -9,16 +9,42 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from webdataset.writer import TarWriter
 
 from pipeline.config.errors import DataError
+from pipeline.data.building.files import (
+    Files,
+    Problems,
+    Sample,
+    clean_captions,
+    clean_lines,
+    entries_of,
+    fault_of,
+    files_below,
+    find_file,
+    folders_below,
+    image_files,
+    json_of,
+    known_suffixes,
+    lines_of,
+    number_in,
+    open_text,
+    pass_over,
+    read_file,
+    read_image,
+    read_listed_image,
+    suffix_of,
+    text_in,
+)
+from pipeline.data.building.tables import Columns, Record, is_table, parquet_records, table_records
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.contents.members import REGIONS
 from pipeline.data.contents.regions import parse_regions
@@ -28,81 +54,148 @@ from pipeline.data.shards.index import SIDECAR
 from pipeline.data.shards.manifest import MANIFEST, Manifest, index_shards
 from pipeline.data.storage import Storage, join
 
-Sample = dict[str, Any]
-Files = dict[str, bytes]  # by extension, the one that names the image first
-Kind = Literal["folder", "jsonl", "coco", "text"]
+Kind = Literal["folder", "jsonl", "coco", "list", "table", "parquet", "text"]
 Progress = Callable[[int, int, str], None]  # shards done, shards in all (0: not known), name
 
 MAX_KEY = 80  # a tar's plain header holds names of 100 bytes
 WORDS_PER_TEXT = 64
-
-
-@dataclass
-class Problems:
-    """What could not be imported: all counted, the first ones kept. With `strict` the first one is raised."""
-
-    strict: bool = False
-    keep: int = 10
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, where: str, reason: str) -> None:
-        """Something is wrong with it."""
-        self.leave_out(where, reason)
-        if self.strict:
-            raise DataError(f"{where}: {reason}. Mend it, or import without --strict to leave it out")
-
-    def leave_out(self, where: str, reason: str) -> None:
-        """Nothing is wrong with it, and it was asked to be left out."""
-        self.count += 1
-        if len(self.first) < self.keep:
-            self.first.append(f"{where}: {reason}")
+_LOOK = 65_536  # characters of a file that tell its kind
+CAPTION_SUFFIXES = ("txt", "caption")
+# What `find_kind` makes of a file by its suffix, and of a folder by the first of these that it holds.
+_SUFFIXES: dict[str, Kind] = {
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "txt": "text",
+    "csv": "table",
+    "tsv": "table",
+    "psv": "table",
+    "token": "table",
+    "parquet": "parquet",
+}
+_FOLDERS: tuple[tuple[tuple[str, ...], Kind], ...] = (
+    (EXTENSIONS, "folder"),
+    (("txt",), "text"),
+    (("parquet",), "parquet"),
+)
 
 
 def find_kind(source: Path) -> Kind:
-    """What a source looks like. Raises DataError when it is nothing that can be imported."""
+    """Return what a source looks like. Raise DataError when it is nothing that can be imported."""
     if source.is_dir():
-        if next(files_below(source, EXTENSIONS), None) is not None:
-            return "folder"
-        if next(files_below(source, ("txt",)), None) is not None:
-            return "text"
-        raise DataError(f"{source}: no images (.jpg, .png, .webp) and no .txt files in this folder")
+        for extensions, kind in _FOLDERS:
+            if next(files_below(source, extensions), None) is not None:
+                return kind
+        raise DataError(f"{source}: no images ({known_suffixes()}), no .txt and no .parquet files in this folder")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
-    kinds: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "coco", ".txt": "text"}
-    kind = kinds.get(source.suffix.lower())
-    if kind is None:
-        raise DataError(f"{source}: unknown kind of file. Expected .jsonl, .json (COCO) or .txt, or give --kind")
-    return kind
+    suffix = suffix_of(source.name)
+    if suffix == "json":
+        return _kind_of_json(source)
+    if suffix == "txt" and is_table(source):  # Flickr8k.token.txt, and Kaggle's captions.txt
+        return "table"
+    if suffix not in _SUFFIXES:
+        expected = ", ".join(f".{each}" for each in (*_SUFFIXES, "json"))
+        raise DataError(f"{source}: unknown kind of file. Expected {expected}, or give --kind")
+    return _SUFFIXES[suffix]
+
+
+def _kind_of_json(source: Path) -> Kind:
+    """COCO's object, a list of pictures, or lines of JSON in a .json file."""
+    with open_text(source) as stream:
+        first, is_lines, _ = stream.read(_LOOK).lstrip().partition("\n")
+    if first.startswith("["):
+        return "list"
+    try:
+        record = json.loads(first) if is_lines else None
+    except (ValueError, RecursionError):
+        return "coco"
+    return "jsonl" if isinstance(record, dict) and not record.keys().isdisjoint(("image", "regions")) else "coco"
 
 
 def read_samples(
-    source: Path, kind: Kind, problems: Problems, images: Path | None = None, words: int = WORDS_PER_TEXT
+    source: Path,
+    kind: Kind,
+    problems: Problems,
+    images: Path | None = None,
+    words: int = WORDS_PER_TEXT,
+    columns: Columns = Columns(),
 ) -> Iterator[Sample]:
-    """The samples of a source of the given kind. `images` is the folder that image paths are relative to."""
+    """Return the samples of a source of the given kind. `images` is the folder that image paths are relative to."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
+    root = images or (source if source.is_dir() else source.parent)
     if kind == "folder":
         return folder_samples(source, problems)
     if kind == "jsonl":
         return jsonl_samples(source, problems, images)
     if kind == "coco":
         return coco_samples(source, problems, images)
+    if kind == "list":
+        return list_samples(source, problems, images)
+    if kind == "table":
+        return samples_of_records(table_records(source, columns, problems), root, problems)
+    if kind == "parquet":
+        return samples_of_records(parquet_records(source, columns, problems), root, problems)
+    if images is not None:
+        raise DataError(
+            f"{source} is read as text, which has no pictures, and --images was given. For a list of pictures with "
+            "captions give --kind table (lines of picture and caption) or --kind jsonl; for text leave --images out"
+        )
     return text_samples(source, problems, words)
 
 
 def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
-    """Every image below `folder`, in the order of their paths; a .txt beside it of the same name is its caption."""
+    """Yield every image below `folder`, in the order of their paths, with the caption beside it.
+
+    The caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption, in this order; case does not matter in
+    the suffix.
+    """
     key_of = Keys()
-    for path in files_below(folder, EXTENSIONS):
-        caption = path.with_suffix(".txt")
-        captions = clean_captions([caption.read_text("utf-8", errors="replace")]) if caption.exists() else None
-        if captions == []:
-            problems.add(str(caption), "the caption is empty")
-            continue
-        image = read_image(path, str(path), problems)
-        if image is not None:
-            yield pair_sample(key_of(str(path.relative_to(folder).with_suffix(""))), image, captions)
+    for path, _, names in folders_below(folder, problems):
+        beside = {_with_lower_suffix(name): name for name in names if suffix_of(name) in CAPTION_SUFFIXES}
+        used = set()
+        for name in names:
+            if suffix_of(name) not in EXTENSIONS:
+                continue
+            captions = None
+            stems = (os.path.splitext(name)[0], name)
+            places = [f"{stem}.{suffix}" for stem in stems for suffix in CAPTION_SUFFIXES]
+            if found := next((beside[place] for place in places if place in beside), None):
+                used.add(found)
+                text = _text_of(path / found, problems)
+                if text is None:
+                    continue
+                captions = clean_captions(text, str(path / found), problems)
+                if not captions:
+                    continue
+            image = read_image(path / name, str(path / name), problems)
+            if image is not None:
+                key = key_of(os.path.splitext(os.path.relpath(path / name, folder))[0])
+                yield from pair_sample(key, image, captions, None, str(path / name), problems)
+        for name in names:
+            if name in used or suffix_of(name) in EXTENSIONS:
+                continue
+            if suffix_of(name) in CAPTION_SUFFIXES:
+                problems.leave_out(str(path / name), "no picture of this name lies beside it")
+            else:
+                pass_over(path / name, problems)
+
+
+def _with_lower_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem + suffix.lower()
+
+
+def _text_of(path: Path, problems: Problems) -> str | None:
+    try:
+        text = "".join(line for _, line in lines_of(path))
+    except DataError as error:
+        problems.add(str(path), str(error))
+        return None
+    if reason := fault_of(text):
+        problems.add(str(path), reason)
+        return None
+    return text
 
 
 def jsonl_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
@@ -112,42 +205,72 @@ def jsonl_samples(file: Path, problems: Problems, images: Path | None = None) ->
     `"regions"`, the path of a detector's .npz (see `regions`), the image may be left out, and `"image_size"` may give
     [height, width] of the picture that the boxes are told in, where the .npz does not.
     """
+    records = (_parse_line(where, line, problems) for where, line in clean_lines(file, problems))
+    return samples_of_records(records, images or file.parent, problems)
+
+
+def list_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
+    """A JSON list of what jsonl has on its lines: BLIP's and ALBEF's annotation files. All of one image go together."""
+    entries = json_of(file)
+    if not isinstance(entries, list):
+        raise DataError(f'{file} is no list. Expected [{{"image": path, "caption": text or list of texts}}, …]')
+    records: dict[str, list[Record]] = {}
+    for number, entry in enumerate(entries):
+        record = _parse_record(f"{file}, entry {number}", entry, problems)
+        if record is not None:
+            records.setdefault(record.name, []).append(record)
+    return samples_of_records(itertools.chain.from_iterable(records.values()), images or file.parent, problems)
+
+
+def samples_of_records(records: Iterable[Record | None], root: Path, problems: Problems) -> Iterator[Sample]:
+    """Yield a sample for each image; records of one image that follow each other become one sample."""
     key_of = Keys()
-    root = images or file.parent
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        numbered = ((f"{file}, line {number}", line) for number, line in enumerate(stream, 1) if line.strip())
-        parsed = (record for where, line in numbered if (record := _parse_line(where, line, problems)) is not None)
-        for name, group in itertools.groupby(parsed, key=lambda record: record.name):
-            records = list(group)
-            found = _read_files(root, records[0], problems)
-            if found is not None:
-                captions = [caption for record in records for caption in record.captions]
-                yield pair_sample(key_of(str(Path(name).with_suffix(""))), found, captions, records[0].image_id)
+    whole = (record for record in records if record is not None)
+    for name, group in itertools.groupby(whole, key=lambda record: record.name):
+        first, *others = group
+        found = _read_files(root, first, problems)
+        if found is None:
+            for record in others:
+                problems.add(record.where, f"its image {name} is left out, see {first.where}")
+            continue
+        captions = [*first.captions, *(caption for record in others for caption in record.captions)]
+        key = key_of(os.path.splitext(name)[0])
+        yield from pair_sample(key, found, captions, first.image_id, first.where, problems)
 
 
 def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
     """COCO's caption JSON (`images`, `annotations`), with its pictures in the folder `images`."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        pictures = {int(entry["id"]): str(entry["file_name"]) for entry in content["images"]}
-        annotations = [(int(entry["image_id"]), str(entry["caption"])) for entry in content["annotations"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file} is no COCO caption file ({type(error).__name__}: {error}). "
-            "Expected an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"
-        ) from error
+    content = json_of(file)
+    expected = "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise DataError(f"{file} is no COCO caption file. Expected {expected}")
+    pictures = entries_of(
+        file, "images", content["images"], lambda entry: (number_in(entry, "id"), text_in(entry, "file_name")),
+        problems, expected,
+    )  # fmt: skip
+    annotations = entries_of(
+        file, "annotations", content["annotations"],
+        lambda entry: (number_in(entry, "image_id"), text_in(entry, "caption")), problems, expected,
+    )  # fmt: skip
+    names: dict[int, str] = {}
+    for picture, name in pictures:
+        if picture in names:
+            problems.add(f"{file}, image {picture}", f"its id stands twice; {name} is left out")
+        else:
+            names[picture] = name
     captions: dict[int, list[str]] = {}
     for picture, caption in annotations:
+        if picture not in names:
+            problems.leave_out(f"{file}, caption of image {picture}", "no image of this id is listed")
         captions.setdefault(picture, []).append(caption)
     key_of = Keys()
-    for picture, name in pictures.items():
+    for picture, name in names.items():
         where = f"{file}, image {picture}"
-        if not (said := clean_captions(captions.get(picture, []))):
-            problems.add(where, "it has no caption")
+        if not (said := clean_captions(captions.get(picture, []), where, problems)):
             continue
-        image = read_image((images or file.parent) / name, where, problems)
+        image = read_listed_image(images or file.parent, [name], where, problems)
         if image is not None:
-            yield pair_sample(key_of(str(Path(name).with_suffix(""))), image, said, picture)
+            yield from pair_sample(key_of(os.path.splitext(name)[0]), image, said, picture, where, problems)
 
 
 def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) -> Iterator[Sample]:
@@ -157,9 +280,9 @@ def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) 
     its `<unk>` is dropped and its ` @-@ ` joined again.
     """
     key_of = Keys()
-    for path in [source] if source.is_file() else list(files_below(source, ("txt",))):
+    for path in [source] if source.is_file() else files_below(source, ("txt",), problems):
         number = -1
-        for number, piece in enumerate(text_pieces(_paragraphs(path), words)):
+        for number, piece in enumerate(text_pieces(_paragraphs(path, problems), words)):
             yield {"__key__": key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
         if number < 0:
             problems.add(str(path), "it holds no text")
@@ -252,129 +375,115 @@ def _batched(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
         yield batch
 
 
-@dataclass(frozen=True)
-class _Line:
-    where: str
-    image: str | None
-    captions: list[str]
-    image_id: int | None
-    regions: str | None = None
-    image_size: tuple[int, int] | None = None
-
-    @property
-    def name(self) -> str:
-        """The path that names its sample."""
-        name = self.image or self.regions
-        assert name is not None
-        return name
-
-
-def _parse_line(where: str, line: str, problems: Problems) -> _Line | None:
+def _parse_line(where: str, line: str, problems: Problems) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.add(where, f"not JSON ({error})")
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("image", record.get("regions")), str):
+    return _parse_record(where, record, problems)
+
+
+def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
+    """Return one line of jsonl, or one entry of a list; None, and counted, if it cannot be used."""
+    named = (
+        [record[name] for name in ("image", "regions") if record.get(name) is not None]
+        if isinstance(record, dict)
+        else []
+    )
+    if not named or not all(isinstance(name, str) and name.strip() for name in named):
         problems.add(where, 'expected {"image": path, "captions": [text, …]}')
         return None
-    regions, size = record.get("regions"), record.get("image_size")
+    size = record.get("image_size")
     if size is not None and not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
-        problems.add(where, f"its image_size is {size!r}, not [height, width]")
+        problems.add(where, f"its image_size is {size!r:.50}, not [height, width]")
         return None
-    captions = record.get("captions", record.get("caption"))
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not (captions := clean_captions(captions)):
-        problems.add(where, "it has no caption (expected 'captions': a list of texts, or 'caption': a text)")
+    expected = "'captions': a list of texts, or 'caption': a text"
+    captions = clean_captions(record.get("captions", record.get("caption")), where, problems, expected)
+    if not captions:
         return None
-    size = None if size is None else tuple(size)
-    return _Line(where, record.get("image"), captions, _as_image_id(record.get("image_id")), regions, size)
+    try:
+        image_id = _as_image_id(record.get("image_id"))
+    except ValueError as error:
+        problems.add(where, str(error))
+        return None
+    size = None if size is None else (size[0], size[1])
+    return Record(where, record.get("image"), captions, image_id, record.get("regions"), size)
 
 
 def _as_image_id(value: Any) -> int | None:
     if value is None or (isinstance(value, int) and abs(value) < 1 << 63):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"its image_id is {value}; expected a finite number or a text")
+    if reason := fault_of(str(value)):
+        raise ValueError(f"its image_id: {reason}")
     return hash64("image_id", str(value)) >> 1
 
 
-def pair_sample(key: str, files: Files, captions: list[str] | None, image_id: int | None = None) -> Sample:
-    """An image with its captions, or alone. Without an id of its own, equal bytes are the same image."""
+def pair_sample(
+    key: str, files: Files, captions: list[str] | None, image_id: int | None, where: str, problems: Problems
+) -> Iterator[Sample]:
+    """Yield an image with its captions, or alone. Without an id of its own, equal bytes are the same image."""
     if image_id is None:
         image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
     described: dict[str, Any] = {"image_id": image_id}
     if captions is not None:
         described["captions"] = captions
-    return {"__key__": key, **files, "json": json.dumps(described, ensure_ascii=False).encode()}
+    return described_sample(key, files, described, where, problems)
 
 
-def _read_files(root: Path, line: _Line, problems: Problems) -> Files | None:
-    """The line's picture and regions, as far as it names them; None if one cannot be read."""
+def described_sample(
+    key: str, files: Files, described: Mapping[str, Any], where: str, problems: Problems
+) -> Iterator[Sample]:
+    """Yield a sample with its json; nothing, and counted, where a text is no clean Unicode."""
+    try:
+        record = json.dumps(described, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        problems.add(where, fault_of(error.object) or str(error))
+        return
+    yield {"__key__": key, **files, "json": record}
+
+
+def _read_files(root: Path, record: Record, problems: Problems) -> Files | None:
+    """The record's picture and regions, as far as it names them; None if one cannot be read."""
     files: Files = {}
-    if line.image is not None:
-        image = read_image(root / line.image, line.where, problems)
-        if image is None:
+    if record.data is not None:
+        image = image_files(record.data, record.name, record.where, problems)
+    elif record.image is not None:
+        image = read_listed_image(root, [record.image], record.where, problems)
+    else:
+        image = {}
+    if image is None:
+        return None
+    files |= image
+    if record.regions is not None:
+        path = find_file(root, [record.regions], record.where, problems)
+        data = None if path is None else read_file(path, record.where, problems, "regions")
+        if data is None:
             return None
-        files |= image
-    if line.regions is not None:
         try:
-            data = (root / line.regions).read_bytes()
-            found = parse_regions(data, line.image_size)
-        except OSError as error:
-            problems.add(line.where, f"regions {root / line.regions} cannot be read ({error.strerror or error})")
-            return None
+            found = parse_regions(data, record.image_size)
         except BadSample as error:
-            problems.add(line.where, f"{root / line.regions}: {error.reason}")
+            problems.add(record.where, f"{path}: {error.reason}")
             return None
-        files[REGIONS] = data if line.image_size is None else found.to_bytes()
+        files[REGIONS] = data if record.image_size is None else found.to_bytes()
     return files
 
 
-def read_image(path: Path, where: str, problems: Problems) -> Files | None:
-    """The bytes, by the extension that fits them. Not decoded: a picture damaged inside is training's to count."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        problems.add(where, f"image {path} cannot be read ({error.strerror or error})")
-        return None
-    extension = _image_extension(data)
-    if extension is None:
-        problems.add(where, f"{path} is no JPEG, PNG or WebP (it begins with {data[:8]!r})")
-        return None
-    return {extension: data}
-
-
-def _image_extension(data: bytes) -> str | None:
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def files_below(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
-    """Files below `folder` in the order of their paths; hidden ones are passed over."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower().lstrip(".") in extensions and not hidden and path.is_file():
-            yield path
-
-
-def clean_captions(captions: Iterable[Any]) -> list[str]:
-    """Captions on one line each, without empty ones and what is no text."""
-    return [said for caption in captions if isinstance(caption, str) and (said := " ".join(caption.split()))]
-
-
-def _paragraphs(path: Path) -> Iterator[str]:
+def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
     """The text between empty lines and headings, cleaned."""
     lines: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for line in itertools.chain(stream, [""]):
-            heading = re.fullmatch(r"\s*=+ .* =+\s*", line)
-            if line.strip() and not heading:
-                lines.append(_untokenise(line))
-            elif lines:
-                yield " ".join(lines)
-                lines = []
+    for where, line in itertools.chain(lines_of(path), [("", "")]):
+        if reason := fault_of(line):
+            problems.add(where, reason)
+            continue
+        heading = re.fullmatch(r"\s*=+ .* =+\s*", line)
+        if line.strip() and not heading:
+            lines.append(_untokenise(line))
+        elif lines:
+            yield " ".join(lines)
+            lines = []
 
 
 def _untokenise(line: str) -> str:

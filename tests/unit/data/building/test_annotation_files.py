@@ -11,7 +11,8 @@ from conftest import picture
 
 from pipeline.config.errors import DataError
 from pipeline.data.building.annotation_files import Annotations, Options, find_annotations, read_annotations
-from pipeline.data.building.importers import Problems, Sample, write_shards
+from pipeline.data.building.files import Problems, Sample
+from pipeline.data.building.importers import write_shards
 from pipeline.data.contents.choices import ANSWERS, CLASSES
 from pipeline.data.contents.members import captions_of, class_of, image_id_of
 from pipeline.data.contents.questions import both_images, question_of, statement_of
@@ -107,7 +108,7 @@ def test_what_is_missing_is_told_with_its_question(tmp_path: Path) -> None:
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
     with pytest.raises(DataError, match="Give --annotations FILE"):
         read_annotations(file, "vqa", Problems(), Options())
-    with pytest.raises(DataError, match=r"is no VQA annotations file .*KeyError"):
+    with pytest.raises(DataError, match=r"is no VQA annotations file.*'annotations'"):
         read_annotations(file, "vqa", Problems(), Options(annotations=(file,)))
 
 

@@ -12,8 +12,8 @@ import webdataset
 from PIL import Image
 
 from pipeline.config.errors import DataError
+from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import (
-    Problems,
     check_writable,
     coco_samples,
     find_kind,
@@ -149,14 +149,15 @@ def test_coco_captions_are_gathered_by_image(tmp_path):
     file = write_lines(tmp_path / "captions.json", content)
     samples = list(coco_samples(file, problems := Problems(), tmp_path / "val"))
     assert [(said(s)["image_id"], said(s)["captions"]) for s in samples] == [(3, ["b"]), (1, ["a", "c"])]
-    assert problems.count == 2
-    assert "image 2: it has no caption" in problems.first[0]
+    assert problems.count == 3
+    assert "annotations 4: cannot be used" in problems.first[0]
+    assert "image 2: it has no caption" in problems.first[1]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
 def test_what_is_no_coco_file_is_refused_by_name(tmp_path, content):
     file = write_lines(tmp_path / "captions.json", content)
-    with pytest.raises(DataError, match=r"captions\.json is no COCO"):
+    with pytest.raises(DataError, match=r"captions\.json(:| is no).*(COCO|JSON|not one of its images)"):
         list(coco_samples(file, Problems()))
 
 
@@ -191,7 +192,7 @@ def test_the_kind_of_a_source_is_seen(tmp_path):
     found = [find_kind(write_lines(tmp_path / name)) for name in ("a.jsonl", "a.json", "a.txt")]
     assert found == ["jsonl", "coco", "text"]
     assert (find_kind(tmp_path / "images"), find_kind(tmp_path / "texts")) == ("folder", "text")
-    for path in (tmp_path / "absent", write_lines(tmp_path / "a.csv")):
+    for path in (tmp_path / "absent", write_lines(tmp_path / "a.docx")):
         with pytest.raises(DataError, match=path.name):
             find_kind(path)
     with pytest.raises(DataError, match="absent"):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline.config.load import validate
-from pipeline.data.building.importers import Problems, jsonl_samples, write_shards
+from pipeline.data.building.files import Problems
+from pipeline.data.building.importers import jsonl_samples, write_shards
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
@@ -102,7 +103,8 @@ def test_real_feature_files_are_built_read_and_understood(shared: Path, tmp_path
         lines.append(told | {"captions": [f"a photograph called {path.name}"]})
     assert len(lines) == 12
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_shards(Storage(), jsonl_samples(tmp_path / "lines.jsonl", Problems(strict=True)), str(tmp_path / "shards"), 5)
+    samples = jsonl_samples(tmp_path / "lines.jsonl", Problems(strict=True, allow_outside=True))
+    write_shards(Storage(), samples, str(tmp_path / "shards"), 5)
 
     config = validate(
         {

@@ -1,0 +1,256 @@
+"""Tables of pictures with captions: CSV and its relatives, the captions files of Flickr8k and Flickr30k, and Parquet.
+
+    image,caption                       Kaggle's captions.txt of Flickr8k, and most CSV files, with a header
+    image_name| comment_number| comment Flickr30k's results.csv
+    1000.jpg#0<TAB>a caption            Flickr8k.token.txt and results_20130124.token, without a header
+    filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists, once the pictures lie on this machine
+
+Rows of one picture that follow each other become one sample. Parquet holds paths, or the pictures themselves.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.errors import DataError
+from pipeline.data.building.files import Problems, clean_captions, fault_of, files_below, lines_of
+from pipeline.data.contents.images import EXTENSIONS
+
+IMAGE_NAMES = (
+    "image", "filepath", "file_path", "image_path", "img_path", "path", "filename", "file_name", "image_name", "img",
+    "image_file", "file", "image_bytes", "bytes", "jpg", "png", "webp", "image_url", "url",
+)  # fmt: skip
+CAPTION_NAMES = (
+    "caption", "captions", "comment", "title", "text", "txt", "sentence", "sentences", "description", "alt_text", "raw",
+)  # fmt: skip
+BATCH_ROWS = 64  # of Parquet, with their pictures, held at a time
+_NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))#\w+", re.IGNORECASE)  # Flickr's name of a caption
+_PICTURE = re.compile(rf".+\.(?:{'|'.join(EXTENSIONS)})(?:#\w+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold pictures and captions: names or numbers from 1; None: told by the header."""
+
+    image: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture, by its path or its bytes, with some of its captions."""
+
+    where: str
+    image: str | None
+    captions: list[str]
+    image_id: int | None = None
+    regions: str | None = None
+    image_size: tuple[int, int] | None = None
+    data: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """The path that names its sample."""
+        name = self.image or self.regions
+        assert name is not None
+        return name
+
+
+@dataclass(frozen=True)
+class _Layout:
+    delimiter: str
+    has_header: bool
+    image: int
+    caption: int
+    width: int  # columns
+
+
+def is_table(file: Path) -> bool:
+    """Return whether a .txt begins as a table of pictures and captions does, rather than as prose."""
+    first = next((line for _, line in lines_of(file) if line.strip()), "")
+    delimiter = _delimiter_of(first)
+    if delimiter is None:
+        return False
+    cells = [_cell(cell) for cell in first.split(delimiter)]
+    names = [cell.lower() for cell in cells]
+    is_header = len(cells) <= 8 and _named(names, IMAGE_NAMES) is not None and _named(names, CAPTION_NAMES) is not None
+    return is_header or _PICTURE.fullmatch(cells[0]) is not None
+
+
+def table_records(file: Path, columns: Columns, problems: Problems) -> Iterator[Record]:
+    """Yield the rows of a table. Raise DataError if its columns cannot be told."""
+    layout: _Layout | None = None
+    for where, cells in _rows(file, problems):
+        if layout is None:
+            layout = _layout_of(file, [_cell(cell) for cell in cells], _delimiter_in(file), columns)
+            if layout.has_header:
+                continue
+        if len(cells) > layout.width and layout.caption == layout.width - 1:  # a caption with delimiters, not quoted
+            rest = layout.delimiter.join(cells[layout.caption :])
+            cells = [*cells[: layout.caption], rest]
+        if len(cells) <= max(layout.image, layout.caption):
+            problems.add(where, f"it has {len(cells)} columns; expected {layout.width}")
+            continue
+        cells = [_cell(cell) for cell in cells]
+        image = cells[layout.image]
+        if numbered := _NUMBERED.fullmatch(image):
+            image = numbered[1]
+        if reason := next((reason for cell in cells if (reason := fault_of(cell))), None):
+            problems.add(where, reason)
+        elif not image:
+            problems.add(where, "it names no picture")
+        elif captions := clean_captions(cells[layout.caption], where, problems):
+            yield Record(where, image, captions)
+
+
+def _rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+    """Yield where each row that is not empty begins, and its cells with the spaces around them."""
+    delimiter = _delimiter_in(file)
+    if delimiter == ",":
+        yield from _quoted_rows(file, problems)
+        return
+    for where, line in lines_of(file):
+        if line.strip():
+            yield where, line.rstrip("\r\n").split(delimiter)
+
+
+def _quoted_rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+    reader = csv.reader(line for _, line in lines_of(file))
+    while True:
+        where = f"{file}, line {reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.add(where, f"no row of CSV ({error}); is a quotation mark not closed?")
+            continue
+        if any(cell.strip() for cell in cells):
+            yield where, cells
+
+
+def _cell(cell: str) -> str:
+    cell = cell.strip()
+    is_quoted = len(cell) >= 2 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"').strip() if is_quoted else cell
+
+
+def _delimiter_in(file: Path) -> str:
+    first = next((line for _, line in lines_of(file) if line.strip()), "")
+    delimiter = _delimiter_of(first)
+    if delimiter is None:
+        raise DataError(f"{file}: its first line {first.strip()!r:.80} has no tab, '|', ';' or ',' between columns")
+    return delimiter
+
+
+def _delimiter_of(line: str) -> str | None:
+    return next((delimiter for delimiter in "\t|;," if delimiter in line), None)
+
+
+def _layout_of(file: Path, cells: Sequence[str], delimiter: str, columns: Columns) -> _Layout:
+    names = [cell.lower() for cell in cells]
+    image = _chosen(file, names, columns.image, "image")
+    caption = _chosen(file, names, columns.caption, "caption")
+    pictures = [number for number, cell in enumerate(cells) if _PICTURE.fullmatch(cell) or "://" in cell]
+    if pictures:  # no header: a column holds pictures on the first line already
+        image = pictures[0] if image is None else image
+        others = [number for number in range(len(cells)) if number != image]
+        caption = max(others, key=lambda number: len(cells[number]), default=None) if caption is None else caption
+    else:
+        image = _named(names, IMAGE_NAMES) if image is None else image
+        caption = _named(names, CAPTION_NAMES) if caption is None else caption
+    if image is None or caption is None or image == caption:
+        raise DataError(
+            f"{file}: which columns hold pictures and captions cannot be told from its first line "
+            f"({', '.join(cells):.200}). Give --image-column and --caption-column, names or numbers from 1"
+        )
+    return _Layout(delimiter, not pictures, image, caption, len(cells))
+
+
+def _named(names: Sequence[str], known: Sequence[str]) -> int | None:
+    return next((names.index(name) for name in known if name in names), None)
+
+
+def _chosen(file: Path, names: Sequence[str], column: str | None, what: str) -> int | None:
+    if column is None:
+        return None
+    if column.lower() in names:
+        return names.index(column.lower())
+    if column.isdecimal() and 1 <= int(column) <= len(names):
+        return int(column) - 1
+    raise DataError(f"{file}: no column '{column}' (--{what}-column); its columns: {', '.join(names):.200}")
+
+
+# Parquet --------------------------------------------------------------------------------------------------------------
+
+
+def parquet_records(source: Path, columns: Columns, problems: Problems) -> Iterator[Record]:
+    """Yield the rows of a Parquet file, or of every one below a folder."""
+    files = [source] if source.is_file() else list(files_below(source, ("parquet",), problems))
+    if not files:
+        raise DataError(f"{source}: no .parquet file in this folder")
+    for file in files:
+        yield from _rows_of_parquet(file, columns, problems)
+
+
+def _rows_of_parquet(file: Path, columns: Columns, problems: Problems) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            names = [name.lower() for name in parquet.schema_arrow.names]
+            image, caption = _parquet_columns(file, names, columns)
+            wanted = [parquet.schema_arrow.names[number] for number in (image, caption)]
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                pictures, captions = batch.column(wanted[0]), batch.column(wanted[1])
+                for number in range(batch.num_rows):
+                    where = f"{file}, row {row}"
+                    record = _parquet_record(where, f"{file.stem}-{row:07d}", pictures, captions, number, problems)
+                    row += 1
+                    if record is not None:
+                        yield record
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise DataError(f"{file}: no Parquet file, or damaged after row {row} ({error})") from error
+
+
+def _parquet_columns(file: Path, names: Sequence[str], columns: Columns) -> tuple[int, int]:
+    image, caption = _chosen(file, names, columns.image, "image"), _chosen(file, names, columns.caption, "caption")
+    image = _named(names, IMAGE_NAMES) if image is None else image
+    caption = _named(names, CAPTION_NAMES) if caption is None else caption
+    if image is None or caption is None or image == caption:
+        raise DataError(
+            f"{file}: which columns hold pictures and captions cannot be told ({', '.join(names):.200}). "
+            "Give --image-column and --caption-column"
+        )
+    return image, caption
+
+
+def _parquet_record(
+    where: str, name: str, pictures: Any, captions: Any, number: int, problems: Problems
+) -> Record | None:
+    try:
+        picture, caption = pictures[number].as_py(), captions[number].as_py()
+    except UnicodeDecodeError as error:
+        problems.add(where, f"a text is not UTF-8 ({error.reason} at byte {error.start})")
+        return None
+    data = None
+    if isinstance(picture, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
+        data, picture = picture.get("bytes"), picture.get("path")
+    elif isinstance(picture, bytes):
+        data, picture = picture, None
+    if data is not None and not isinstance(data, bytes):
+        problems.add(where, f"its picture is no bytes but a {type(data).__name__}")
+        return None
+    if data is None and (not isinstance(picture, str) or not picture.strip()):
+        problems.add(where, "it has no picture (expected bytes, a path, or a struct of both)")
+        return None
+    if not (clean := clean_captions(caption, where, problems)):
+        return None
+    return Record(where, picture if data is None else name, clean, data=data)

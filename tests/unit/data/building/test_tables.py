@@ -1,0 +1,171 @@
+"""CSV and its relatives, Flickr's caption files and Parquet, as they are published and as people write them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.config.errors import DataError, MomeError
+from pipeline.data.building.files import Problems
+from pipeline.data.building.importers import find_kind, read_samples
+from pipeline.data.building.tables import Columns
+from tests.fuzz import fuzz_rounds, mutate
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+EXPECTED = [("a", ["A dog, running .", "A cat ."]), ("b", ["Third ."])]
+TABLES = {
+    "captions.txt": 'image,caption\na.jpg,"A dog, running ."\na.jpg,A cat .\nb.jpg,Third .\n',  # Kaggle's Flickr8k
+    "unquoted.csv": "image,caption\na.jpg,A dog, running .\na.jpg,A cat .\nb.jpg,Third .\n",
+    "Flickr8k.token.txt": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
+    "results_20130124.token": "a.jpg#0\tA dog, running .\na.jpg#1\tA cat .\nb.jpg#0\tThird .\n",
+    "results.csv": "image_name| comment_number| comment\n"
+    "a.jpg| 0| A dog, running .\na.jpg| 1| A cat .\nb.jpg| 0| Third .\n",
+    "open_clip.tsv": 'filepath\ttitle\na.jpg\tA dog, running .\na.jpg\t"A cat ."\nb.jpg\tThird .\n',
+    "cc3m.tsv": "A dog, running .\ta.jpg\nA cat .\ta.jpg\nThird .\tb.jpg\n",
+    "more.csv": 'id,Text ,Path\n1,"A dog,\nrunning .",a.jpg\n2,A cat .,a.jpg\n\n3,Third .,b.jpg\n',
+    "semicolon.csv": "file;caption\na.jpg;A dog, running .\na.jpg;A cat .\nb.jpg;Third .\n",
+    "bom.csv": '\ufeffimage,caption\r\na.jpg,"A dog, running ."\r\na.jpg,A cat .\r\nb.jpg,Third .\r\n',
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate("ab"):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(tmp_path / f"{name}.jpg")
+    return tmp_path
+
+
+def read(source: Path, problems: Problems, **options: Any) -> list[tuple[str, list[str]]]:
+    samples = read_samples(source, find_kind(source), problems, **options)
+    return [(sample["__key__"], json.loads(sample["json"])["captions"]) for sample in samples]
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_tables_are_read_as_pairs(folder: Path, name: str, encoding: str) -> None:
+    (folder / name).write_text(TABLES[name], encoding)
+    assert find_kind(folder / name) == "table"
+    assert read(folder / name, Problems(strict=True)) == EXPECTED
+
+
+def test_columns_are_chosen_by_name_or_number_and_told_where_they_cannot_be(folder: Path) -> None:
+    file = folder / "odd.csv"
+    file.write_text("a,b,c\nx,a.jpg,A dog .\n")
+    with pytest.raises(DataError, match=r"odd\.csv.*a, b, c.*--image-column"):
+        read(file, Problems())
+    for columns in (Columns("b", "c"), Columns("2", "3"), Columns("B", "3")):
+        assert read(file, Problems(), columns=columns) == [("a", ["A dog ."])]
+    with pytest.raises(DataError, match=r"no column 'd' \(--image-column\); its columns: a, b, c"):
+        read(file, Problems(), columns=Columns("d", "c"))
+
+
+def test_rows_that_cannot_be_used_are_told_with_their_lines(folder: Path) -> None:
+    rows = [
+        "image,caption",
+        "a.jpg,good",
+        "a.jpg",
+        ",empty",
+        "a.jpg,",
+        "absent.jpg,a",
+        "http://host/x.jpg,a",
+        "b.jpg,good",
+    ]
+    (folder / "t.csv").write_bytes("\n".join(rows).encode() + b"\nb.jpg,caf\xe9\n")
+    problems = Problems()
+    assert read(folder / "t.csv", problems) == [("a", ["good"]), ("b", ["good"])]
+    assert problems.count == 6
+    told = sorted(problems.first, key=lambda each: int(each.split("line ")[1].split(":")[0]))
+    for number, (problem, reason) in enumerate(
+        zip(told, ["1 columns", "names no picture", "empty", "cannot be read", "URL", "not UTF-8"], strict=True), 3
+    ):
+        assert f"line {number if number < 8 else 9}: " in problem
+        assert reason in problem
+
+
+def test_prose_is_no_table_and_refuses_a_folder_of_images(folder: Path) -> None:
+    file = folder / "book.txt"
+    file.write_text("It was a dark night, and nothing moved.\nThen, a sound; and a light.\n")
+    assert find_kind(file) == "text"
+    with pytest.raises(DataError, match="--images was given"):
+        read_samples(file, "text", Problems(), images=folder)
+
+
+def write_parquet(file: Path, **columns: Any) -> Path:
+    parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+def test_parquet_holds_paths_bytes_or_both(folder: Path) -> None:
+    data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
+    texts = [["A dog .", "A cat ."], ["Third ."]]
+    both = [{"bytes": each, "path": "x.jpg"} for each in data]
+    cases = {
+        "paths": {"image": ["a.jpg", "b.jpg"], "captions": texts, "extra": [1, 2]},
+        "bytes": {"jpg": data, "caption": texts},
+        "struct": {"image": both, "caption": texts},
+        "by_path": {"image": [{"bytes": None, "path": f"{name}.jpg"} for name in "ab"], "TEXT": texts},
+    }
+    for name, columns in cases.items():
+        file = write_parquet(folder / f"{name}.parquet", **columns)
+        assert find_kind(file) == "parquet"
+        samples = list(read_samples(file, "parquet", Problems(strict=True)))
+        assert [sample["jpg"] for sample in samples] == data
+        assert [json.loads(sample["json"])["captions"] for sample in samples] == texts
+    nested = folder / "many"
+    nested.mkdir()
+    for number in range(3):
+        write_parquet(nested / f"{number}.parquet", image=data, caption=["one", "two"])
+    assert find_kind(nested) == "parquet"
+    samples = list(read_samples(nested, "parquet", Problems(strict=True)))
+    assert len({sample["__key__"] for sample in samples}) == 6
+
+
+def test_rows_of_parquet_that_cannot_be_used_are_counted(folder: Path) -> None:
+    data = (folder / "a.jpg").read_bytes()
+    pictures = [data, None, b"text", data, data, data]
+    texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
+    file = write_parquet(folder / "t.parquet", image=pictures, caption=texts)
+    problems = Problems()
+    assert [captions for _, captions in read(file, problems)] == [["good"]]
+    assert problems.count >= 5
+    assert {f"row {number}" for number in range(1, 6)} <= {
+        each.split(": ")[0].split(", ")[-1] for each in problems.first
+    }
+
+
+def test_of_mutated_tables_only_our_errors_come_out(folder: Path) -> None:
+    rng = random.Random(3)
+    names = list(TABLES)
+    for _ in range(fuzz_rounds(200)):
+        name = rng.choice(names)
+        (folder / name).write_bytes(mutate(TABLES[name].encode(), rng))
+        try:
+            found = read(folder / name, Problems()) if find_kind(folder / name) == "table" else []
+        except MomeError as error:
+            if name not in str(error):
+                raise
+        else:
+            assert all("\ufffd" not in caption and caption.encode() for _, captions in found for caption in captions)
+
+
+def test_of_mutated_parquet_only_our_errors_come_out(folder: Path) -> None:
+    rng = random.Random(4)
+    data = (folder / "a.jpg").read_bytes()
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"image": [data] * 3, "caption": ["one", "two", "é"]}), buffer)
+    file = folder / "t.parquet"
+    for _ in range(fuzz_rounds(150)):
+        file.write_bytes(mutate(buffer.getvalue(), rng))
+        try:
+            read(file, Problems())
+        except MomeError as error:
+            if "t.parquet" not in str(error):
+                raise
