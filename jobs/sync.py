@@ -10,7 +10,7 @@ from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
-from pipeline.tracking.places import absolute_uri, read_journal, resolve_uri
+from pipeline.tracking.places import absolute_uri, read_journal, resolve_uri, writing
 
 logger = logging.getLogger("mome.tracking")
 
@@ -43,7 +43,7 @@ def sync(run: str, caller: Caller = Caller()) -> Synced:
             f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "
             f"config that it was trained with (--config), or set {URI_VARIABLE}"
         )
-    with shipping_alone(journal.folder) as alone:
+    with writing(journal), shipping_alone(journal.folder) as alone:
         if not alone:
             raise TrackingError(f"{run}: another process is shipping this journal; the run seems to be going on")
         pending = num_pending(journal.folder, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.errors import ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 
@@ -15,8 +16,11 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The absolute path of a local URL."""
-    return Path(url.removeprefix("file://")).expanduser().absolute()
+    """The absolute path of a local URL. Raises ConfigError for '~' where this user has no home."""
+    try:
+        return Path(url.removeprefix("file://")).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{url}: {error}; set HOME, or give a path without '~'") from error
 
 
 def absolute(url: str) -> str:

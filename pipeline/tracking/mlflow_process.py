@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import sys
@@ -11,7 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config.redaction import redact
+from pipeline.config.printable import configure_logging
+from pipeline.config.redaction import describe_error, redact, remember
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
 
@@ -115,7 +117,14 @@ def main() -> int:
         return 1
     settings = json.loads(first)
     folder = Path(sys.argv[1])
-    done = ship_until_closed(folder, settings["uri"], settings["every"], Commands(descriptor), _speaker())
+    configure_logging()
+    remember(settings["uri"])
+    try:
+        done = ship_until_closed(folder, settings["uri"], settings["every"], Commands(descriptor), _speaker())
+    except Exception as error:  # told in the log by its last line, without the password that libraries quote
+        logging.getLogger("mome.tracking").exception("shipping stopped")
+        print(describe_error(error), file=sys.stderr)
+        return 1
     return 0 if done else 3
 
 

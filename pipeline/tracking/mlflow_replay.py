@@ -14,8 +14,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from pipeline.config.redaction import describe_error, redact
 from pipeline.tracking.journal import EVALUATION, Journal, complete_length, write_whole
@@ -32,6 +35,14 @@ POINTS_A_BATCH, PAIRS_A_BATCH = 1000, 100  # MLflow's limits
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
 
 
+class _State(TypedDict):
+    offsets: dict[str, Annotated[int, Field(ge=0)]]
+    marks: dict[str, dict[str, int]]
+
+
+_STATE = TypeAdapter(_State)
+
+
 class Cursor:
     """How far each session was shipped to one server. Losing it only means that records are sent again."""
 
@@ -39,8 +50,8 @@ class Cursor:
         self._path = folder / f"cursor-{hashlib.sha256(redact(uri).encode()).hexdigest()[:8]}.json"
         self.offsets: dict[str, int] = {}
         self.marks: dict[str, dict[str, int]] = {}  # stage index -> key -> the step up to which the server had points
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads(self._path.read_text())
+        with contextlib.suppress(OSError, ValueError):  # a ValidationError is one
+            state = _STATE.validate_json(self._path.read_bytes())
             self.offsets, self.marks = state["offsets"], state["marks"]
 
     def save(self) -> None:

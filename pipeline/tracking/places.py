@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, MomeError, TrackingError
 from pipeline.config.load import resolve_secret
 from pipeline.config.paths import is_local, local_path
 from pipeline.config.redaction import remember
 from pipeline.config.schema import RunConfig, is_reference
 from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.journal import Journal
+from pipeline.tracking.records import RUN_ID
 
+RUN_FILE = "tracking.json"
 _SQLITE = "sqlite:///"
+_SET_CACHE = "set MOME_CACHE to a folder that can be written"
+_RESTORE_RUN = "Restore it, or delete it: the run is then recorded as a new one"
 
 
 def tracking_uri(config: RunConfig) -> str:
@@ -67,15 +74,27 @@ def experiment_of(config: RunConfig) -> str:
 
 def run_of(config: RunConfig, storage: Store) -> str | None:
     """What every MLflow run of this run is tagged with as `mome.run`; None before it was first started."""
-    url = f"{config.folder}/tracking.json"
-    return json.loads(storage.read(url))["run"] if storage.exists(url) else None
+    url = f"{config.folder}/{RUN_FILE}"
+    if not storage.exists(url):
+        return None
+    data = storage.read(url)
+    try:
+        run = json.loads(data)["run"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise TrackingError(f"{url} is damaged ({error}): {_RESTORE_RUN}") from error
+    if not isinstance(run, str) or not re.fullmatch(RUN_ID, run):
+        raise TrackingError(f"{url} is damaged: no id of a run in it. {_RESTORE_RUN}")
+    return run
 
 
 def journal_folder(folder: str) -> Path:
     """Where this machine keeps the journal of the run in `folder`: there, or in the cache when that is remote."""
     if is_local(folder):
         return local_path(folder) / "journal"
-    root = Path(os.environ.get("MOME_CACHE", "~/.cache/mome")).expanduser()
+    try:
+        root = Path(os.environ.get("MOME_CACHE") or "~/.cache/mome").expanduser().absolute()
+    except RuntimeError as error:
+        raise TrackingError(f"the journal of {folder} has no place: {error}; {_SET_CACHE}") from error
     return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
 
 
@@ -88,5 +107,20 @@ def read_journal(folder: str, storage: Store) -> Journal:
     """The journal of the run in `folder`, as far as it is known here or committed there."""
     journal = Journal(journal_folder(folder))
     if (committed := committed_journal(folder, storage)) is not None:
-        committed.restore(journal)
+        with writing(journal):
+            committed.restore(journal)
     return journal
+
+
+@contextlib.contextmanager
+def writing(journal: Journal) -> Iterator[None]:
+    """Raise TrackingError, which names the remedy, where the folder of a journal cannot be written."""
+    try:
+        yield
+    except MomeError:
+        raise
+    except OSError as error:
+        raise TrackingError(
+            f"the run's journal cannot be written in {journal.folder} ({error.strerror or error}); give an `output` "
+            f"that can be written or, where that is remote, {_SET_CACHE}"
+        ) from error

@@ -21,6 +21,7 @@ Record = dict[str, Any]
 
 _FILE = re.compile(r"[0-9a-f]{16}/[^/\0]{1,255}")
 _LONGEST_NAME = 1000
+RUN_ID = "[0-9A-Za-z_.-]{1,64}"
 
 
 def is_file_name(name: str) -> bool:
@@ -81,7 +82,7 @@ class _Point(TypedDict):
 class _Campaign(_Base):
     kind: Literal["campaign"]
     stage: _Stage | None
-    run: Annotated[str, Field(pattern=r"^[0-9A-Za-z_.-]{1,64}$")]  # part of a search in MLflow
+    run: Annotated[str, Field(pattern=f"^{RUN_ID}$")]  # part of a search in MLflow
     name: NotRequired[str]
     uri: NotRequired[str]
     experiment: NotRequired[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from pipeline.tracking.places import tracking_uri
 
 logger = logging.getLogger("mome.tracking")
 
+_LAST_WORDS = 4096  # bytes of the process's log in which its last line is looked for
+
 
 class Shipper:
     """The process that ships the journal, and the thread that minds it and syncs the journal to disk in batches."""
@@ -28,6 +31,7 @@ class Shipper:
         self._writer = writer
         self._every = config.tracking.flush_seconds
         self._uri = tracking_uri(config)
+        self._log = journal.folder / "shipper.log"
         self._stop = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._minder = threading.Thread(target=self._mind, name="mome-tracking", daemon=True)
@@ -66,20 +70,41 @@ class Shipper:
             return False
         finally:
             assert process.stdin is not None
-            process.stdin.close()
+            with contextlib.suppress(OSError):  # it ended before it read everything
+                process.stdin.close()
 
     def _mind(self) -> None:
-        rest = self._every
+        """Sync the journal every `flush_seconds`; start the process again when it ended, each time a while later."""
+        started, rest, reported = time.monotonic(), self._every, False
         self._start()
-        while not self._stop.wait(rest):
-            rest = self._every
+        while not self._stop.wait(self._every):
             try:
                 self._writer.sync()
-                if self._process is None or self._process.poll() is not None:
-                    rest = min(2 * rest, self._LONGEST_REST)
-                    self._start()
             except OSError as error:
-                logger.warning("tracking: %s", error)
+                logger.warning("tracking: the journal cannot be synced (%s)", error)
+            now = time.monotonic()
+            if self._process is not None and self._process.poll() is None:
+                if now - started > self._LONGEST_REST:  # it works
+                    rest, reported = self._every, False
+                continue
+            if not reported:
+                logger.warning("tracking: %s", self._why_it_ended())
+                reported = True
+            if now - started >= rest:
+                started, rest = now, min(2 * rest, self._LONGEST_REST)
+                self._start()
+
+    def _why_it_ended(self) -> str:
+        status = "did not start" if self._process is None else f"ended with status {self._process.returncode}"
+        said: list[str] = []
+        with contextlib.suppress(OSError), self._log.open("rb") as log:
+            log.seek(max(self._log.stat().st_size - _LAST_WORDS, 0))
+            said = log.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+        return (
+            f"the process that ships to MLflow {status} ({redact(last)}; see {self._log}). It is started again and "
+            "again; the journal keeps everything, and `mome sync` ships it later"
+        )
 
     def _start(self) -> None:
         """Start the shipping process. It ends when its input closes, so it cannot outlive this process for long."""
@@ -88,7 +113,7 @@ class Shipper:
         try:
             # No link is followed: the journal's folder may have been made by somebody else.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(self._journal.folder / "shipper.log", flags, 0o644), "ab") as log:
+            with open(os.open(self._log, flags, 0o644), "ab") as log:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
                     start_new_session=True,  # Ctrl-C ends training, which then closes this process in order

@@ -46,7 +46,15 @@ from pipeline.tracking.journal import (
     JournalWriter,
     write_whole,
 )
-from pipeline.tracking.places import committed_journal, experiment_of, journal_folder, run_of, tracking_uri
+from pipeline.tracking.places import (
+    RUN_FILE,
+    committed_journal,
+    experiment_of,
+    journal_folder,
+    run_of,
+    tracking_uri,
+    writing,
+)
 from pipeline.tracking.recorder import DatasetInput, Kept, Status
 from pipeline.tracking.records import Record, encode_number
 from pipeline.tracking.shipper import Shipper
@@ -165,18 +173,19 @@ class Tracker:
         """Continue the run's journal, or begin it, and start shipping it.
 
         `attempt_tags` describe this start (world size, attempt, submission id, …) and are put on the parent run.
-        Raises StorageError or OSError when the run's folder cannot be reached: no run could start there anyway.
+        Raises StorageError or TrackingError when the run's folder cannot be reached or the journal's not be written.
         """
         journal = Journal(journal_folder(config.folder))
         committed = committed_journal(config.folder, storage)
         run, known = _run_id(config, storage)
-        if any(campaign["run"] != run for campaign in journal.campaigns()):
-            journal.discard()
-        if committed is not None:
-            committed.restore(journal)
-        lost = known and not journal.sessions()
-        history = History(journal)
-        writer = journal.start_session()
+        with writing(journal):
+            if any(campaign["run"] != run for campaign in journal.campaigns()):
+                journal.discard()
+            if committed is not None:
+                committed.restore(journal)
+            lost = known and not journal.sessions()
+            history = History(journal)
+            writer = journal.start_session()
         tags = environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
         writer.append(_campaign_record(config, run, tags, server_has_more=journal.was_restored or lost))
         journal.goes_on()
@@ -304,8 +313,10 @@ class Tracker:
         if not self._trained and not self._history.training_sessions:
             self.finish()
         self.commit(-1)
-        self._shipper.close(timeout)
-        self._writer.close()
+        try:
+            self._shipper.close(timeout)
+        finally:
+            self._writer.close()
 
     @_told_not_raised
     def abandon(self) -> None:
@@ -330,7 +341,7 @@ def _run_id(config: RunConfig, storage: Store) -> tuple[str, bool]:
     if known is not None:
         return known, True
     run = uuid.uuid4().hex
-    storage.write(f"{config.folder}/tracking.json", json.dumps({"run": run, "name": config.name}).encode())
+    storage.write(f"{config.folder}/{RUN_FILE}", json.dumps({"run": run, "name": config.name}).encode())
     return run, False
 
 

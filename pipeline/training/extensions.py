@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
+import logging
 import os
 import sys
 import sysconfig
@@ -19,6 +20,10 @@ from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import get_default_build_root
+
+from pipeline.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's own variable; a folder that the user named is used as it is
 
@@ -47,13 +52,26 @@ def use_own_folder() -> Path:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While extensions are built or loaded in `folder`. A process that is killed in here is in nobody's way."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "mome.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    """While extensions are built or loaded in `folder`. A process that is killed in here is in nobody's way.
+
+    Raises ConfigError for a folder that cannot be written, such as one below a home that is none.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for left in folder.glob("*/lock"):
-            left.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "mome.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ConfigError(
+            f"DeepSpeed's operators cannot be built in {folder} ({error.strerror}); set {FOLDER} to a folder that can "
+            "be written and run from"
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s); do not start two first runs at once", folder, error.strerror)
+        else:
+            for left in folder.glob("*/lock"):
+                left.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)

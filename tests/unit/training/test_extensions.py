@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.config.errors import ConfigError
 from pipeline.training.extensions import FOLDER, alone, use_own_folder, use_own_ninja
 
 HOLDER = """
@@ -65,3 +66,24 @@ def test_two_installations_of_deepspeed_build_in_two_folders(monkeypatch: pytest
         folders.add(use_own_folder())
     monkeypatch.delenv(FOLDER)
     assert len(folders) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+
+    with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR"), alone(tmp_path / "file" / "extensions"):
+        pass
+
+
+def test_a_folder_without_file_locks_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / "op").mkdir()
+    (tmp_path / "op" / "lock").touch()
+    with alone(tmp_path):
+        assert (tmp_path / "op" / "lock").exists(), "whose it is cannot be known"
+    assert "cannot be locked" in caplog.text

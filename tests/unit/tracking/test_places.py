@@ -1,0 +1,121 @@
+"""Where a run is recorded: places that cannot be used, and damaged files there, end in one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from fuzz import fuzz_rounds, mutate
+
+from pipeline.config.errors import ConfigError, TrackingError
+from pipeline.config.load import validate
+from pipeline.config.paths import local_path
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage
+from pipeline.tracking.mlflow_replay import Cursor, num_pending, shipping_alone
+from pipeline.tracking.places import journal_folder, read_journal, run_of
+from pipeline.tracking.tracker import Tracker
+
+
+def config_of(output: Path | str) -> RunConfig:
+    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"masked_image": {}}, "steps": 1, "batch": 16}
+    values = {"name": "run", "output": str(output), "sources": {"none": {"shards": "none"}}, "stages": [stage]}
+    return validate(values, "test")
+
+
+def test_a_user_without_a_home_is_told_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("MOME_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+
+    with pytest.raises(TrackingError, match="MOME_CACHE"):
+        journal_folder("s3://bucket/runs/run")
+    with pytest.raises(ConfigError, match="HOME"):
+        local_path("~/runs")
+
+
+@pytest.mark.parametrize("cache", ["file", "file/below", "/proc/none"])
+def test_a_cache_that_cannot_be_written_is_told_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("MOME_CACHE", str(tmp_path / cache))
+    storage, folder = Storage(), "memory://places/runs/run"
+    storage.write(f"{folder}/journal/000001-ab.jsonl", b'{"kind":"tag"}\n')
+
+    with pytest.raises(TrackingError, match="MOME_CACHE"):
+        read_journal(folder, storage)
+    with pytest.raises(TrackingError, match="MOME_CACHE"):
+        Tracker.open(config_of("memory://places/runs"), storage)
+    storage.delete("memory://places")
+
+
+def test_a_damaged_id_of_a_run_is_named(tmp_path: Path) -> None:
+    config, storage, rng = config_of(tmp_path), Storage(), random.Random(6)
+    whole = json.dumps({"run": "f" * 32, "name": "run"}).encode()
+    extreme = [b"", b"[]", b"1", b'{"run": 5}', b'{"run": "a\' or 1"}', b"[" * 100_000, b'"run"']
+    for data in [*extreme, *(mutate(whole, rng) for _ in range(fuzz_rounds(300)))]:
+        storage.write(f"{config.folder}/tracking.json", data)
+        with suppress(TrackingError):
+            assert re.fullmatch(r"[\w.-]{1,64}", run_of(config, storage) or "", re.ASCII)
+            continue
+        assert data != whole
+    storage.write(f"{config.folder}/tracking.json", b"{}")
+    with pytest.raises(TrackingError, match=r"tracking.json is damaged.*Restore it"):
+        run_of(config, storage)
+
+
+def test_a_damaged_cursor_only_ships_again(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    cursor = Cursor(tmp_path, "http://server")
+    cursor.offsets, cursor.marks = {"000001-ab": 500}, {"0": {"train/loss": 7}}
+    cursor.save()
+    (path,) = tmp_path.glob("cursor-*.json")
+    whole = path.read_bytes()
+    assert Cursor(tmp_path, "http://server").offsets == {"000001-ab": 500}
+    extreme = [
+        b"",
+        b"[]",
+        b"1",
+        b'{"offsets": [], "marks": {}}',
+        b'{"offsets": {"a": "b"}, "marks": {}}',
+        b"[" * 100_000,
+    ]
+    extreme += [b'{"offsets": {"a": -5}, "marks": {}}', b'{"offsets": {}, "marks": {"0": {"x": "y"}}}']
+    for data in [*extreme, *(mutate(whole, rng) for _ in range(fuzz_rounds(500)))]:
+        path.write_bytes(data)
+        read = Cursor(tmp_path, "http://server")
+        assert all(isinstance(offset, int) and offset >= 0 for offset in read.offsets.values())
+        assert all(isinstance(step, int) for marks in read.marks.values() for step in marks.values())
+        num_pending(tmp_path, "http://server")
+
+
+def test_no_link_in_a_journal_that_came_from_somebody_is_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    cursor = Cursor(folder, "http://server")
+    for name in ("shipper.lock", cursor._path.name, cursor._path.with_suffix(".partial").name):
+        (folder / name).symlink_to(victim)
+    cursor.save()
+    with pytest.raises(OSError), shipping_alone(folder):  # noqa: PT011
+        pass
+
+    assert victim.read_text() == "mine"
+
+
+def test_without_file_locks_one_process_still_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(38, os.strerror(38))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with shipping_alone(tmp_path) as first, shipping_alone(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with shipping_alone(tmp_path) as later:
+        assert later

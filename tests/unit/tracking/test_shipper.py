@@ -1,0 +1,47 @@
+"""The process beside a trainer: that one which cannot start is reported once and slowly started again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.load import validate
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.shipper import Shipper
+
+
+@pytest.mark.parametrize(
+    "script", ["echo 'ImportError: mlflow from http://me:hunter2@index is broken' >&2; exit 1", "exit 7", "absent"]
+)
+def test_a_process_that_ends_at_once_is_reported_once_and_started_ever_more_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str
+) -> None:
+    program = tmp_path / "python"
+    if script != "absent":
+        program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setattr("pipeline.tracking.shipper.sys.executable", str(program))
+    caplog.set_level(logging.WARNING)
+    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"masked_image": {}}, "steps": 1, "batch": 16}
+    config = validate(
+        {
+            "name": "run", "output": str(tmp_path), "sources": {"none": {"shards": "none"}}, "stages": [stage],
+            "tracking": {"flush_seconds": 0.02},
+        },
+        "test",
+    )  # fmt: skip
+    journal = Journal(tmp_path / "journal")
+    writer = journal.start_session()
+    shipper = Shipper(journal, writer, config)
+    time.sleep(1.0)
+    shipper.close(5.0)
+    writer.close()
+
+    reports = [message for message in caplog.messages if "the process that ships to MLflow" in message]
+    assert len(reports) == 1
+    assert "shipper.log" in reports[0]
+    assert "hunter2" not in caplog.text
+    assert len((tmp_path / "starts").read_text().splitlines() if script != "absent" else []) <= 8
