@@ -25,7 +25,7 @@ from pipeline.data.building.files import Sample
 from pipeline.data.building.importers import write_tar
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import REGIONS, image_bytes
-from pipeline.data.quarantine import BadSample
+from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.manifest import index_shards, shard_folder, shard_names
 from pipeline.data.shards.tar import TarSample, open_tar
 from pipeline.data.storage import ObjectInfo, Storage, join
@@ -164,7 +164,8 @@ class RegionActor:
         members.pop(REGIONS, None)
         done.samples += 1
         try:
-            picture = decode(image_bytes(sample.contents), self._task.setting.max_pixels)
+            with judging("image"):
+                picture = decode(image_bytes(sample.contents), self._task.setting.max_pixels)
             members[REGIONS] = self._detector(picture, self._task.setting.regions).to_bytes()
         except BadSample as error:
             done.bad.append({"key": sample.key, "stage": error.stage, "reason": error.reason})
@@ -233,7 +234,7 @@ def _parse(data: bytes, location: str) -> Done:
         found = json.loads(data)
         done = Done(**found)
         return replace(done, setting=Setting(**found["setting"]), source=ObjectInfo(**found["source"]))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DataError(f"{location}: no record of a shard's regions ({error}). Delete it and its tar") from error
 
 

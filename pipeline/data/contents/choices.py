@@ -54,6 +54,11 @@ class Choices:
             raise ConfigError(f"{where} is no JSON ({error}); expected a JSON list of texts") from error
         if not isinstance(names, list) or not names or not all(isinstance(each, str) for each in names):
             raise ConfigError(f"{where}: expected a JSON list of texts, as mome shards build writes beside shards")
+        try:
+            "".join(names).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ConfigError(f"{where}: it holds {half!r}, half a character. Correct it") from error
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ConfigError(f"{where}: {twice!r} is listed more than once")

@@ -38,7 +38,7 @@ def trusted_count(storage: Storage, folder: str, tar: str, size: int, names: Col
         location = join(folder, name)
         try:
             return read(storage.read(location), size)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise DataError(
                 f"{location}: it does not fit {tar} ({error}). Delete it or make it again, or run mome shards index "
                 "without --trust-counts"
@@ -82,6 +82,6 @@ def _check_line(words: list[str], per_member: int, number: int, size: int) -> No
 def img2dataset_count(data: bytes, size: int) -> int:
     """Raises ValueError when the statistics cannot be those of a tar of `size` bytes."""
     successes = json.loads(data)["successes"]
-    if not isinstance(successes, int) or successes < 0 or (2 * successes + 2) * BLOCK > size:
+    if type(successes) is not int or successes < 0 or (2 * successes + 2) * BLOCK > size:
         raise ValueError(f"{successes!r} samples in a tar of {size} bytes")
     return successes

@@ -15,12 +15,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.shards.foreign_index import trusted_count
 from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_walk, sidecar_facts
-from pipeline.data.shards.tar import open_tar, unpack_remedy
+from pipeline.data.shards.tar import BLOCK, open_tar, unpack_remedy
 from pipeline.data.storage import NotFound, ObjectInfo, Storage, join, split
 
 log = logging.getLogger(__name__)
@@ -366,7 +367,7 @@ def _folder_and_names(url: str) -> tuple[str, list[str] | None]:
 def _version_of(data: bytes) -> object:
     try:
         return json.loads(data)["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -375,9 +376,25 @@ def _parse_manifest(data: bytes, location: str) -> Manifest:
         content = json.loads(data)
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']}, expected {_VERSION}")
-        manifest = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"]))
+        manifest = Manifest(tuple(_parse_record(shard) for shard in content["shards"]))
         if manifest.digest != content["digest"]:
             raise ValueError("its own digest does not fit its shards; it was edited or damaged")
-    except (ValueError, KeyError, TypeError) as error:
+        for shard in manifest.shards:
+            if not 0 <= shard.samples * BLOCK <= shard.bytes:
+                raise ValueError(f"{shard.name}: {shard.samples} samples in {shard.bytes} bytes")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{location}: no manifest of shards ({error}). Make it again: mome shards index") from error
     return manifest
+
+
+def _parse_record(content: dict[str, Any]) -> ShardRecord:
+    """Raises ValueError or TypeError for what describes no shard of the folder: anyone may have written a manifest."""
+    record = ShardRecord(**content)
+    if not all(isinstance(text, str) for text in (record.name, record.digest, record.etag or "")):
+        raise TypeError(f"names and digests are texts, not {record.name!r:.80}")
+    record.name.encode()
+    if "/" in record.name or "\0" in record.name or record.name in ("", ".", ".."):
+        raise ValueError(f"{record.name!r:.80} is no name of a file of the folder")
+    if type(record.samples) is not int or type(record.bytes) is not int or record.bytes >= 2**63:
+        raise TypeError(f"{record.name}: samples and bytes are no sizes: {record.samples!r:.40}, {record.bytes!r:.40}")
+    return record

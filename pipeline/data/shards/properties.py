@@ -9,6 +9,7 @@ import hashlib
 import re
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from pipeline.data.contents.members import Members, image_id_of, record_of, text
 from pipeline.data.quarantine import BadSample, judging
 
 MAX_CHARACTERS = 16  # of a metadata value that is indexed as text: languages and flags, not sentences
+MAX_COLUMNS = 500  # fields of one shard that are indexed, the most frequent ones
 MAX_VALUES = 255  # distinct texts of one field in one shard; more are names, by which nobody filters
 _OWN = ("width", "height", "caption_length")  # measured here, whatever the json says
 _UNKNOWN = Measured(0, 0)
@@ -103,16 +105,17 @@ def columns_of(rows: Sequence[Mapping[str, Any] | None]) -> tuple[dict[str, np.n
     Numbers and booleans become float64 with NaN where missing; short texts of few distinct values become a str array
     with '' where missing. A field that is neither throughout the shard is only named.
     """
-    names = sorted({name for row in rows if row for name, value in row.items() if value is not None})
+    counts = Counter(name for row in rows if row for name, value in row.items() if value is not None)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
     columns: dict[str, np.ndarray] = {}
-    others = []
-    for name in names:
+    others = names[MAX_COLUMNS:]  # a field of every sample's own would take memory by the square of their number
+    for name in sorted(names[:MAX_COLUMNS]):
         column = _column([row.get(name) if row else None for row in rows])
         if column is None:
             others.append(name)
         else:
             columns[name] = column
-    return columns, tuple(others)
+    return columns, tuple(sorted(others))
 
 
 def _column(values: list[Any]) -> np.ndarray | None:

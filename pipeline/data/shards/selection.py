@@ -271,7 +271,7 @@ def _saved_counts(storage: Storage, url: str, question: str) -> np.ndarray | Non
         found = json.loads(storage.read(url))
         is_answer = found["version"] == _VERSION and found["question"] == question
         return np.array(found["counts"], dtype=np.int64) if is_answer else None
-    except (NotFound, ValueError, KeyError, TypeError):
+    except (NotFound, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -3,11 +3,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import tarfile
+import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
 import simplejpeg
+from fuzz import fuzz_rounds, mutate
 from PIL import Image
 
 from pipeline.config.errors import DataError
@@ -233,3 +237,78 @@ def test_a_truncated_pictures_size_is_still_known(make_tar):
     whole = simplejpeg.encode_jpeg(noise, 90, "RGB")
     index = index_tar(make_tar({"a": {"jpg": whole[: len(whole) // 2]}}), "x.tar")
     assert (index.width[0], index.height[0]) == (40, 30)
+
+
+def parts_of(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data)) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def sidecar_of(parts: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **parts)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["facts", "names", "numbers", "texts", "first", "keys", "crc"])
+def test_a_sidecar_asks_for_no_memory_out_of_proportion_to_its_tar(name: str):
+    parts = parts_of(index_tar(packed(["1.jpg", "1.txt"]), "x.tar").to_bytes())
+    kind = parts[name].dtype if name in parts else np.uint8
+    bomb = sidecar_of(parts | {name: np.zeros(2**25 // np.dtype(kind).itemsize, dtype=kind)})
+    assert len(bomb) < 2**17
+    tracemalloc.start()
+    if name == "keys":  # read by nobody
+        ShardIndex.from_bytes(bomb)
+    else:
+        with pytest.raises(ValueError, match=f"{name} would take"):
+            ShardIndex.from_bytes(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_facts_that_cannot_be_are_a_value_error():
+    parts = parts_of(index_tar(packed(["1.jpg"]), "x.tar").to_bytes())
+    facts = json.loads(parts["facts"].tobytes())
+    for change in ({"samples": 10**9}, {"samples": -1}, {"bytes": "many"}, {"samples": None}, {"version": [3]}):
+        content = np.frombuffer(json.dumps(facts | change).encode(), dtype=np.uint8)
+        with pytest.raises(ValueError, match=r"not an index|index version"):
+            ShardIndex.from_bytes(sidecar_of(parts | {"facts": content}))
+
+
+def test_damaged_sidecars_give_value_errors_or_an_index_within_the_tar(make_tar, make_pair):
+    rng = random.Random(7)
+    data = make_tar({str(n): make_pair(n) | {"json": b'{"score": 1, "tongue": "en"}'} for n in range(4)})
+    whole = index_tar(data, "x.tar").to_bytes()
+    outcomes = Counter[str]()
+    for turn in range(fuzz_rounds(300)):
+        parts = parts_of(whole)
+        name = rng.choice(list(parts))
+        content = bytearray(parts[name].tobytes())
+        if turn % 2:
+            damaged = mutate(whole, rng)
+        elif name in ("facts", "names") or rng.random() < 0.5:
+            hurt = np.frombuffer(mutate(bytes(content), rng), dtype=np.uint8)
+            damaged = sidecar_of(parts | {name: hurt})
+        else:
+            flat = parts[name].flatten()
+            flat[rng.randrange(len(flat))] = rng.choice([0, 1, 127, 200])
+            damaged = sidecar_of(parts | {name: flat.reshape(parts[name].shape)})
+        try:
+            index = ShardIndex.from_bytes(damaged)
+        except ValueError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["read"] += 1
+        for number in range(len(index)):
+            index.keys[number].encode()
+            assert all(0 <= at <= at + size <= index.bytes for _, at, size in index.members(number))
+    assert outcomes.keys() == {"refused", "read"}
+
+
+def test_only_the_most_frequent_fields_become_columns(make_tar):
+    rows = [{"common": 1} | {f"own{sample}_{n}": 1 for n in range(300)} for sample in range(3)]
+    samples = {str(n): {"txt": b"x", "json": json.dumps(row).encode()} for n, row in enumerate(rows)}
+    index = index_tar(make_tar(samples), "x.tar")
+    assert len(index.columns) == 500
+    assert "common" in index.columns
+    assert len(index.other_fields) == 401

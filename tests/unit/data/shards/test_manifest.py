@@ -4,19 +4,24 @@ import gzip
 import io
 import json
 import os
+import random
+import re
 import shutil
 import struct
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.data.shards.index import ShardIndex
 from pipeline.data.shards.manifest import (
+    Manifest,
+    ShardRecord,
     check_present,
     ensure_indexed,
     expand_braces,
@@ -389,3 +394,44 @@ def test_tars_made_by_others_are_indexed_as_they_are(shared: Path, tmp_path: Pat
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
         assert {f"{key}.{name}": data for key, ms in found.items() for name, data in ms.items()} == files
+
+
+def test_damaged_manifests_and_counts_give_data_errors_and_nothing_else(make_pairs):
+    folder = make_pairs("some", [3, 2])
+    index_shards(Storage(), folder)
+    path = Path(folder, "manifest.json")
+    whole = json.loads(path.read_text())
+    rng = random.Random(3)
+    values = [None, -1, 0, 1e400, 10**30, "", "x", "../x", "\ud83d", [], {}, True, "etag:x:1"]
+    refused = 0
+    for turn in range(fuzz_rounds(200)):
+        if turn % 2:
+            path.write_bytes(mutate(json.dumps(whole).encode(), rng))
+        else:
+            content = json.loads(json.dumps(whole))
+            content["shards"][rng.randrange(2)][rng.choice(["name", "samples", "bytes", "digest", "etag"])] = (
+                rng.choice(values)
+            )
+            with suppress(TypeError, KeyError):
+                content["digest"] = Manifest(tuple(ShardRecord(**shard) for shard in content["shards"])).digest
+            path.write_text(json.dumps(content))
+        try:
+            for shard in load_manifest(Storage(), folder).shards:
+                load_index(Storage(), folder, shard)
+        except DataError as error:
+            refused += folder in str(error)
+    assert refused
+    path.write_bytes(b"[" * 50_000)
+    with pytest.raises(DataError, match=r"manifest\.json: no manifest of shards"):
+        load_manifest(Storage(), folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[" * 50_000, b'{"successes": true}', b'{"successes": 1e400}', b"9" * 5000]
+)
+@pytest.mark.parametrize("name", ["0.tar.idx", "0.idx", "0_stats.json"])
+def test_damaged_counts_of_other_tools_are_named(tmp_path: Path, make_tar, name: str, content: bytes):
+    (tmp_path / "0.tar").write_bytes(make_tar({"a": {"txt": b"x"}}))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(name)):
+        index_shards(Storage(), str(tmp_path), trust_counts=True)
