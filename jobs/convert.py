@@ -74,7 +74,7 @@ def import_weights(
         check_fit(whole, state, f"{path}: the model", frozenset(absent))
     tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, words)
     tokens = list(tokenizer.tokens) if tokenizer is not None else []
-    choices = choices_of_published(storage, published, heads.answers, heads.classes, answers)
+    choices = choices_of_published(storage, published, heads.answers, heads.classes, heads.reasoning, answers)
     config = _config(out, section.model_dump(mode="json"), _stages(section, heads, whole, state), tokenizer)
     stage = config.stages[-1].name
     metadata = {
@@ -151,8 +151,8 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     given: dict[str, Any] = {}
     if model is not None:
         given = load_config(model).model.model_dump(mode="json")
-    elif MODEL_KEY in published.metadata:
-        given = read_json(published.metadata[MODEL_KEY].encode(), "the file's header")
+    elif (own := _own_section(published)) is not None:
+        given = own
     elif chosen.config is not None:
         given = _told_beside(published, chosen.config)
     for override in overrides:
@@ -169,10 +169,19 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     return section
 
 
+def _own_section(published: Published) -> dict[str, Any] | None:
+    """The section in the header of a file that we wrote; None for others' files, which may have a key of that name."""
+    try:
+        section = read_json(published.metadata.get(MODEL_KEY, "").encode(), "the file's header")
+    except CheckpointError:
+        return None
+    return section if "kind" in section else None
+
+
 def _told_beside(published: Published, config: ConfigFile) -> dict[str, Any]:
     """What the JSON files of a Hugging Face folder tell of the model's section."""
     told = {} if published.config is None else config.section(published.config)
-    return told if published.processor is None else told | config.reading(published.processor)
+    return told | config.reading(published.processor or {})
 
 
 def _image_target(published: Published, chosen: Format) -> ImageTarget | None:

@@ -30,6 +30,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 INDEX = ".index.json"
 CONFIG, PROCESSOR, PROCESSORS = "config.json", "preprocessor_config.json", "processor_config.json"
 VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
+TRUE = ("true", "yes", "entailment", "1")
 UNNAMED = {
     ANSWERS: "the %d answers have no names: give --answers FILE (a JSON list) for mome predict and mome evaluate",
     CLASSES: "the %d classes have no names: mome predict gives their numbers",
@@ -122,14 +123,25 @@ def _processor(storage: Storage, folder: str) -> Mapping[str, Any] | None:
 
 
 def choices_of_published(
-    storage: Storage, published: Published, answers: int | None, classes: int | None, answers_file: str | None
+    storage: Storage,
+    published: Published,
+    answers: int | None,
+    classes: int | None,
+    reasoning: bool,
+    answers_file: str | None,
 ) -> dict[str, Choices]:
     """Return what the heads choose among, by file name: `answers_file`, else the file's own header, else id2label.
 
-    Raises ConfigError for a list that is not as long as its head.
+    Raises ConfigError for a list that is not as long as its head, and for labels of statements the wrong way round.
     """
     if answers_file is not None and answers is None:
         raise ConfigError(f"--answers {answers_file}: these weights answer no questions; leave --answers out")
+    labels = (_numbered((published.config or {}).get("id2label")) or []) if reasoning else []
+    if [label.lower() in TRUE for label in labels] == [True, False]:
+        raise ConfigError(
+            f"config.json: id2label says that 0 is {labels[0]!r}; in mome, statements are true at 1. Swap the labels "
+            "and the two rows of classifier.3"
+        )
     found: dict[str, Choices] = {}
     for name, size in ((ANSWERS, answers), (CLASSES, classes)):
         if size is None:

@@ -31,7 +31,8 @@ class TransformerConfig(Section):
     max_text: Positive = 40  # longest text the positions serve, in tokens with [CLS] and [SEP]
     initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
     drop_path: Fraction = 0.0  # of the last layer's branches; from 0 in the first it rises linearly
-    # Kernel that images are resized with: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear.
+    # Kernel that images are resized with: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear, which
+    # an imported ViT therefore has unless its preprocessor_config.json says otherwise.
     interpolation: Interpolation = "bicubic"
 
     @model_validator(mode="after")

@@ -1,8 +1,10 @@
 """Zero-shot retrieval: images find their captions and captions their images among all held-out pairs.
 
-The dual encoder scores every pair; its similarity is the mean of the contrastive heads' cosines (`itc`, and VLMo's
-`itc_vl` through the vision-language expert, since it trains both). Where the stage trained matching, the fusion
-encoder reorders each query's best few (`reranked`); a model that only fuses scores every pair by that.
+The dual encoder scores every pair; its similarity is the mean of the contrastive heads' cosines: `itc`, and `itc_vl`
+through the vision-language expert of a VLMo with two contrasts, since it trains both. VLMo's release scores by the
+first alone, as does a model with one (`model.contrasts: 1`), such as its checkpoints fine-tuned for retrieval. Where
+the stage trained matching, the fusion encoder reorders each query's best few (`reranked`); a model that only fuses
+scores every pair by that.
 
 The rule for ties is pessimistic: a wrong candidate with the score of the best right one stands before it, so a
 collapsed model that scores everything alike recalls nothing. Candidates with the query's `image_id` are right.

@@ -14,7 +14,6 @@ Shapes: B rows, H x W pixels, g x g grid, P = g² patches, T tokens of the vocab
 
 from __future__ import annotations
 
-import json
 import re
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from pipeline.config.errors import CheckpointError
-from pipeline.models.checkpoints.files import read_tensors
+from pipeline.models.checkpoints.files import read_json, read_tensors
 from pipeline.models.checkpoints.mismatch import require
 
 PIXELS_PER_TOKEN = 8  # along a side: the encoder halves its picture three times
@@ -64,26 +63,37 @@ class VisualTokenizer(nn.Module):
 
 def read_tokenizer(config: bytes, weights: bytes, origin: str) -> VisualTokenizer:
     """The tokenizer of a folder's config.json and tensors; CheckpointError, which names `origin`, if they disagree."""
-    with torch.random.fork_rng(devices=[]):  # building it draws weights, which are then replaced
-        encoder = FlavaImageCodebook(_section(config, origin))
     state = {_name(name): tensor for name, tensor in read_tensors(weights, origin).tensors.items()}
+    section = _section(config, origin, most=len(state))
     try:
-        require(state, {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()})
-    except CheckpointError as error:
+        with torch.device("meta"):  # before memory is taken for sizes that no tensor has
+            shapes = {name: tuple(tensor.shape) for name, tensor in FlavaImageCodebook(section).state_dict().items()}
+        require(state, shapes)
+    except Exception as error:
         raise CheckpointError(f"{origin}: no tokenizer of this form (see config.json): {error}") from error
+    with torch.random.fork_rng(devices=[]):  # building it draws weights, which are then replaced
+        encoder = FlavaImageCodebook(section)
     encoder.load_state_dict(state)
     return VisualTokenizer(encoder)
 
 
-def _section(config: bytes, origin: str) -> FlavaImageCodebookConfig:
+def _section(config: bytes, origin: str, most: int) -> FlavaImageCodebookConfig:
+    """The sizes that a config.json gives; of groups and their blocks at most as many as there are tensors."""
     try:
-        given = json.loads(config)
-    except ValueError as error:
+        given = read_json(config, "config.json")
+    except CheckpointError as error:
         raise CheckpointError(f"{origin}: its config.json cannot be read: {error}") from error
-    if not isinstance(given, dict) or given.get("model_type", "flava_image_codebook") != "flava_image_codebook":
+    if given.get("model_type", "flava_image_codebook") != "flava_image_codebook":
         raise CheckpointError(f"{origin}: its config.json is of another model; expected a flava_image_codebook")
     sizes = ("num_groups", "input_channels", "num_blocks_per_group", "hidden_size", "vocab_size")
-    return FlavaImageCodebookConfig(**{key: given[key] for key in sizes if key in given})
+    told = {key: given[key] for key in sizes if key in given}
+    wrong = [key for key, value in told.items() if not isinstance(value, int) or value < 1]
+    wrong += [key for key in ("num_groups", "num_blocks_per_group") if key in told and told[key] > most]
+    if wrong:
+        raise CheckpointError(
+            f"{origin}: its config.json says {wrong[0]}={told[wrong[0]]!r}, which its tensors are not of"
+        )
+    return FlavaImageCodebookConfig(**told)
 
 
 def _name(published: str) -> str:

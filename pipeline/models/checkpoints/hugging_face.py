@@ -69,7 +69,10 @@ class ConfigFile:
         return {ours: config[theirs] for ours, theirs in self.keys.items() if config.get(theirs) is not None}
 
     def reading(self, processor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keys of the `model` section that an image processor's config tells, and log what differs."""
+        """Return the keys of the `model` section that an image processor's config tells, and log what differs.
+
+        What it does not say is as the processor of that kind does it.
+        """
         number = processor.get("resample", self.resample)
         if number not in INTERPOLATIONS:
             raise ConfigError(

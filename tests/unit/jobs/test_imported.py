@@ -470,6 +470,22 @@ def test_interpolation_is_the_processors(told: dict[str, int], expected: str, fi
     assert load_weights(Storage(), f"{tmp_path}/out").config.model.interpolation == expected
 
 
+def test_labels_of_statements_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
+    case = CASES["ViLT of Hugging Face, NLVR2"]
+    path = publish(case.make(), case, tmp_path / "published", "folder")
+    config = tmp_path / "published" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": {"0": "True", "1": "False"}}))
+    with pytest.raises(ConfigError, match="0 is 'True'"):
+        import_weights(path, "vilt-hf", f"{tmp_path}/out")
+
+
+@pytest.mark.parametrize("told", ["vit-base", "[1]", "{}", '{"name": "x"}'])
+def test_a_header_of_others_that_speaks_of_a_model_is_no_section(told: str, tmp_path: Path, vocabulary: str) -> None:
+    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS)).state_dict(), RELEASED_VILT)
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"model": told})
+    import_weights(f"{tmp_path}/w.safetensors", "vilt", f"{tmp_path}/out", ["heads=3"], vocabulary=vocabulary)
+
+
 @pytest.mark.parametrize("format_name", ["vilt", "vilt-hf"])
 @pytest.mark.parametrize(("short", "longest"), [(384, 639), (224, 373), (600, 999)])
 def test_imported_vilt_reads_the_releases_longest_side(format_name: str, short: int, longest: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from fuzz import fuzz_rounds, mutate
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
@@ -102,6 +104,23 @@ def test_what_is_no_tokenizer_is_refused_by_name(folder: Path) -> None:
         read_tokenizer(b'{"model_type": "beit"}', weights, origin)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_tokenizer(b"{", weights, origin)
+    for sizes in ({"vocab_size": 10**12}, {"num_blocks_per_group": 10**9}, {"hidden_size": "x"}, {"num_groups": -1}):
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            read_tokenizer(json.dumps(json.loads(config) | sizes).encode(), weights, origin)
+
+
+def test_mutated_tokenizers_end_in_a_checkpoint_error_or_load(folder: Path) -> None:
+    config, weights, origin = read(folder)
+    rng, escaped = random.Random("tokenizers"), []
+    for number in range(fuzz_rounds(30)):
+        try:
+            damaged = mutate(config, rng) if number % 2 else config
+            read_tokenizer(damaged, weights if number % 2 else mutate(weights, rng), origin)
+        except CheckpointError:
+            pass
+        except Exception as error:
+            escaped.append(repr(error))
+    assert escaped == []
 
 
 def stage(**keys: object) -> StageConfig:
