@@ -27,6 +27,17 @@ AUTO = "auto"
 KindOption = StrEnum("KindOption", [AUTO, *get_args(importers.Kind), *annotation_files.KINDS])  # type: ignore[misc]
 
 
+# Options that only some formats have; given for another they would be ignored.
+APPLIES_TO = {
+    "--image-column": ("table", "parquet"),
+    "--caption-column": ("table", "parquet"),
+    "--annotations": ("vqa",),
+    "--listed-only": ("vqa", "vg_qa"),
+    "--min-count": ("vqa", "vg_qa"),
+    "--split": ("karpathy",),
+}
+
+
 def build(
     source: Annotated[
         Path,
@@ -91,6 +102,10 @@ def build(
     chosen = str(kind)
     if chosen == AUTO:
         chosen = annotation_files.find_annotations(source) or importers.find_kind(source)
+    given = (image_column, caption_column, answers, listed_only, min_count, split)
+    for (option, kinds), value in zip(APPLIES_TO.items(), given, strict=True):
+        if value and chosen not in kinds:
+            raise ConfigError(f"{option} is for --kind {' or '.join(kinds)}; {source} is read as {chosen}")
     importers.check_writable(storage, out, overwrite)
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images}: no such folder; expected the folder that image paths are relative to")
@@ -211,7 +226,7 @@ def _hints(source: Path, kind: str, problems: Problems, tally: Tally) -> Iterato
     if problems.absent and not tally.images:
         yield "not one of the listed images exists; give the folder that their paths are relative to with --images"
     elif problems.faults > tally.samples:
-        yield f"{problems.faults} entries could not be used, more than were imported ({tally.samples})"
+        yield f"more entries could not be used ({problems.faults}) than were imported ({tally.samples})"
     if kind == "folder" and tally.images and not tally.captions and _is_folder_of_classes(source):
         yield "there are no captions, but one folder per class? Import it with --kind classes to train a classifier"
 

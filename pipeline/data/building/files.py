@@ -137,9 +137,7 @@ def clean_captions(captions: object, where: str, problems: Problems, expected: s
     """
     faults = problems.faults
     clean = []
-    for caption in captions if isinstance(captions, list) else [captions]:
-        if caption is None:
-            continue
+    for caption in captions if isinstance(captions, list) else [] if captions is None else [captions]:
         if not isinstance(caption, str):
             problems.add(where, f"a caption is no text but a {type(caption).__name__}")
         elif reason := fault_of(caption):

@@ -46,7 +46,7 @@ from pipeline.data.building.files import (
 )
 from pipeline.data.building.tables import Columns, Record, is_table, parquet_records, table_records
 from pipeline.data.contents.images import EXTENSIONS
-from pipeline.data.contents.members import REGIONS
+from pipeline.data.contents.members import REGIONS, is_visible
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64
@@ -85,6 +85,8 @@ def find_kind(source: Path) -> Kind:
         for extensions, kind in _FOLDERS:
             if next(files_below(source, extensions), None) is not None:
                 return kind
+        if next(files_below(source, ("tar",)), None) is not None:
+            raise DataError(f"{source}: a folder of tars, which are read as they lie: mome shards index {source}")
         raise DataError(f"{source}: no images ({known_suffixes()}), no .txt and no .parquet files in this folder")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
@@ -124,6 +126,11 @@ def read_samples(
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
     root = images or (source if source.is_dir() else source.parent)
+    if kind in ("folder", "text") and images is not None:
+        raise DataError(
+            f"{source} is read as {kind}, which names no images, and --images was given. For a list of images with "
+            "captions give --kind table (lines of image and caption) or --kind jsonl; else leave --images out"
+        )
     if kind == "folder":
         return folder_samples(source, problems)
     if kind == "jsonl":
@@ -136,11 +143,6 @@ def read_samples(
         return samples_of_records(table_records(source, columns, problems), root, problems)
     if kind == "parquet":
         return samples_of_records(parquet_records(source, columns, problems), root, problems)
-    if images is not None:
-        raise DataError(
-            f"{source} is read as text, which has no pictures, and --images was given. For a list of pictures with "
-            "captions give --kind table (lines of picture and caption) or --kind jsonl; for text leave --images out"
-        )
     return text_samples(source, problems, words)
 
 
@@ -282,7 +284,8 @@ def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) 
     key_of = Keys()
     for path in [source] if source.is_file() else files_below(source, ("txt",), problems):
         number = -1
-        for number, piece in enumerate(text_pieces(_paragraphs(path, problems), words)):
+        pieces = (piece for piece in text_pieces(_paragraphs(path, problems), words) if is_visible(piece))
+        for number, piece in enumerate(pieces):
             yield {"__key__": key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
         if number < 0:
             problems.add(str(path), "it holds no text")

@@ -11,9 +11,12 @@ Rows of one picture that follow each other become one sample. Parquet holds path
 from __future__ import annotations
 
 import csv
+import io
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ IMAGE_NAMES = (
 CAPTION_NAMES = (
     "caption", "captions", "comment", "title", "text", "txt", "sentence", "sentences", "description", "alt_text", "raw",
 )  # fmt: skip
+MAX_LINES = 64  # of one row of CSV
 BATCH_ROWS = 64  # of Parquet, with their pictures, held at a time
 _NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))#\w+", re.IGNORECASE)  # Flickr's name of a caption
 _PICTURE = re.compile(rf".+\.(?:{'|'.join(EXTENSIONS)})(?:#\w+)?", re.IGNORECASE)
@@ -120,18 +124,34 @@ def _rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
 
 
 def _quoted_rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    reader = csv.reader(line for _, line in lines_of(file))
-    while True:
-        where = f"{file}, line {reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            problems.add(where, f"no row of CSV ({error}); is a quotation mark not closed?")
-            continue
-        if any(cell.strip() for cell in cells):
+    """Yield the rows of CSV. A quotation mark that is never closed costs its own line, not all lines behind it."""
+    lines = lines_of(file)
+    pending: deque[tuple[str, str]] = deque()
+    while pending or (pending := deque(islice(lines, 1))):
+        where, text = pending[0]
+        count, cells = 1, _csv_row(text, strict=True)
+        while cells is None and count < MAX_LINES and text.count('"') % 2:
+            pending.extend(islice(lines, max(0, count + 1 - len(pending))))
+            if len(pending) == count:  # the end of the file
+                break
+            text, count = text + pending[count][1], count + 1
+            cells = _csv_row(text, strict=True) if text.count('"') % 2 == 0 else None
+        if cells is None:  # the first line alone, with marks where CSV has none
+            text, count = pending[0][1], 1
+            cells = _csv_row(text, strict=False) if text.count('"') % 2 == 0 else None
+        for _ in range(count):
+            pending.popleft()
+        if cells is None:
+            problems.add(where, "no row of CSV; is a quotation mark not closed?")
+        elif any(cell.strip() for cell in cells):
             yield where, cells
+
+
+def _csv_row(text: str, strict: bool) -> list[str] | None:
+    try:
+        return next(csv.reader(io.StringIO(text), strict=strict), [])
+    except csv.Error:
+        return None
 
 
 def _cell(cell: str) -> str:

@@ -60,7 +60,7 @@ def test_hints_say_what_to_try(folder: Path, tmp_path: Path) -> None:
     absent = build(lines(tmp_path / "l.jsonl", ["x.jpg", "y.jpg"]), tmp_path / "out", fails=DataError)
     assert "hint: not one of the listed images exists; give the folder" in absent.stderr
     half = build(lines(tmp_path / "l.jsonl", ["x.jpg", "y.jpg", "a.jpg"]), tmp_path / "out", "--images", folder)
-    assert "hint: 2 entries could not be used, more than were imported (1)" in half.stderr
+    assert "hint: more entries could not be used (2) than were imported (1)" in half.stderr
     for name in ("cat", "dog"):
         (tmp_path / "classes" / name).mkdir(parents=True)
         Image.new("RGB", (8, 6)).save(tmp_path / "classes" / name / "1.jpg")
@@ -101,3 +101,19 @@ def test_every_format_is_offered_and_columns_and_outside_pictures_reach_the_read
     (tmp_path / "book.txt").write_text("It was a dark night.\n")
     refused = build(tmp_path / "book.txt", tmp_path / "out3", "--images", folder, fails=DataError)
     assert "--images was given" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--split", "test"), ("--min-count", 2), ("--listed-only",), ("--image-column", "a"), ("--annotations", "x")],
+)
+def test_an_option_that_would_be_ignored_is_refused(folder: Path, tmp_path: Path, option: tuple[object, ...]) -> None:
+    refused = build(folder, tmp_path / "out", *option, fails=ConfigError)
+    assert f"{option[0]} is for --kind" in str(refused.exception)
+    assert "read as folder" in str(refused.exception)
+
+
+def test_tars_are_for_index(tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(b"")
+    assert "mome shards index" in str(build(tmp_path / "tars", tmp_path / "out", fails=DataError).exception)

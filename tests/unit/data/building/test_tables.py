@@ -90,6 +90,28 @@ def test_rows_that_cannot_be_used_are_told_with_their_lines(folder: Path) -> Non
         assert reason in problem
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected", "lost"),
+    [
+        (['a.jpg,"open', "b.jpg,good"], [("b", ["good"])], [2]),
+        (['a.jpg,"open', 'b.jpg,"good"', "b.jpg,more"], [("b", ["good", "more"])], [2]),
+        (['a.jpg,a 5" pipe', "b.jpg,good"], [("a", ['a 5" pipe']), ("b", ["good"])], []),
+        (['a.jpg,"A dog" runs', "b.jpg,good"], [("a", ["A dog runs"]), ("b", ["good"])], []),
+        (['a.jpg,"two', 'lines, ""here"""', "b.jpg,good"], [("a", ['two lines, "here"']), ("b", ["good"])], []),
+        (['a.jpg,"' + "x" * 200_000 + '"', "b.jpg,good"], [("b", ["good"])], [2]),
+        (["b.jpg,good", 'a.jpg,"open'], [("b", ["good"])], [3]),
+        (["a.jpg,one\u2028two\x85three", "b.jpg,good"], [("a", ["one two three"]), ("b", ["good"])], []),
+    ],
+)
+def test_a_quotation_mark_that_is_not_closed_costs_its_own_line(
+    folder: Path, lines: list[str], expected: list[Any], lost: list[int]
+) -> None:
+    (folder / "t.csv").write_text("\n".join(["image,caption", *lines]), "utf-8")
+    problems = Problems()
+    assert read(folder / "t.csv", problems) == expected
+    assert [int(each.split("line ")[1].split(":")[0]) for each in problems.first] == lost
+
+
 def test_prose_is_no_table_and_refuses_a_folder_of_images(folder: Path) -> None:
     file = folder / "book.txt"
     file.write_text("It was a dark night, and nothing moved.\nThen, a sound; and a light.\n")
