@@ -8,19 +8,17 @@ from typing import Any
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import is_local, parse
 
-
-def is_local(url: str) -> bool:
-    """Whether a URL names a file or folder of this machine."""
-    return "://" not in url or url.startswith("file://")
+__all__ = ["absolute", "is_local", "local_path", "local_paths", "with_absolute_paths"]
 
 
 def local_path(url: str) -> Path:
-    """The absolute path of a local URL. Raises ConfigError for '~' where this user has no home."""
-    try:
-        return Path(url.removeprefix("file://")).expanduser().absolute()
-    except RuntimeError as error:
-        raise ConfigError(f"{url}: {error}; set HOME, or give a path without '~'") from error
+    """Return the absolute path of a local URL. Raises ConfigError for any other."""
+    protocol, path = parse(url)
+    if protocol != "file":
+        raise ConfigError(f"{url!r}: expected a folder or file of this machine; give a local path")
+    return Path(path).absolute()
 
 
 def absolute(url: str) -> str:

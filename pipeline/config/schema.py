@@ -15,6 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import ModelConfig, VLMoConfig
 from pipeline.config.redaction import holds_secret
 from pipeline.config.section import Fraction, Positive, Section, changeable
+from pipeline.config.urls import is_local, parse
 
 # What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
 # class; captions with a detector's regions; questions about a picture with answers (VQA); statements about two
@@ -86,6 +87,18 @@ def _prompt(value: str) -> str:
     return value
 
 
+def _url(value: str) -> str:
+    parse(value)
+    return value
+
+
+def _local_folder(value: str) -> str:
+    if not is_local(value):
+        raise ValueError("must be a folder of each node's own, not one of a store")
+    return value
+
+
+Url = Annotated[str, AfterValidator(_url)]
 Prompt = Annotated[str, AfterValidator(_prompt)]
 SecretReference = Annotated[str, AfterValidator(_secret_reference)]
 
@@ -109,7 +122,7 @@ class StorageConfig(Section):
 class TokenizerConfig(Section):
     """A WordPiece vocabulary file (one token a line); without one, a vocabulary is trained from the captions."""
 
-    vocabulary: str | None = None
+    vocabulary: Url | None = None
     size: Positive = 30522  # at most this many tokens, when trained
     lowercase: bool | None = None  # lower-case text, strip its accents; default: unless the vocabulary has capitals
 
@@ -144,11 +157,11 @@ class FilterConfig(Section):
 class SourceConfig(Section):
     """A folder of shards with its manifest, and what training reads of each sample."""
 
-    shards: str = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
+    shards: Url = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
     use: Use = "pairs"
     synthetic: SyntheticConfig | None = None
     filters: dict[str, FilterConfig] = Field({})  # by property: width, height, caption_length, or a field of the json
-    opt_out: str | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
+    opt_out: Url | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
     opt_out_must_match: bool = changeable(False)  # refuse a list with an entry that lists no sample of the shards
 
 
@@ -169,7 +182,7 @@ class AugmentConfig(Section):
 class CacheConfig(Section):
     """Remote shards kept as files of each node, shared by all its processes. Off while `folder` is unset."""
 
-    folder: str | None = changeable(None)
+    folder: Annotated[str, AfterValidator(_local_folder)] | None = changeable(None)
     max_bytes: Positive = changeable(200 * 2**30)
 
 
@@ -269,7 +282,7 @@ class ImageTokenizerConfig(Section):
     DALL-E's encoder; `pipeline.models.visual_tokens` says how to write one from DALL-E's own file.
     """
 
-    weights: str
+    weights: Url
     tokens: Positive = 8192
 
 
@@ -299,9 +312,9 @@ class StageConfig(Section):
     negatives: Literal["hard", "random"] = "hard"  # of matching: by contrastive score; or any of the same source
     classes: Positive | None = None  # that classification tells apart
     answers: Positive | None = None  # that answering chooses among
-    answer_list: str | None = None  # URL of their JSON list; None: answers.json beside the first source's shards
+    answer_list: Url | None = None  # URL of their JSON list; None: answers.json beside the first source's shards
     freeze: tuple[str, ...] = ()  # parts of the model, by name
-    start_from: str = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
+    start_from: Url = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
     experts: ExpertsConfig = ExpertsConfig()
     optimizer: OptimizerConfig = changeable(OptimizerConfig())
 
@@ -413,7 +426,7 @@ class RunConfig(Section):
     """One run: everything `mome train` needs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    output: str = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
+    output: Url = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
     seed: int = 0
     faithful: bool = False  # to VLMo's release: its quirks too, which `training/release.py` lists
     storage: StorageConfig = changeable(StorageConfig())

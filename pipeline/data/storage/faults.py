@@ -7,7 +7,7 @@ import re
 import ssl
 
 from pipeline.config.errors import MomeError, StorageError
-from pipeline.data.storage.urls import parse
+from pipeline.config.urls import parse
 
 
 class NotFound(StorageError):

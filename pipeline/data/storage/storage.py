@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.config.durable import replacing
-from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
+from pipeline.config.urls import is_local, parse
 from pipeline.data.storage.backend import Backend, ObjectInfo, Part
 from pipeline.data.storage.faults import AlreadyExists, explain
 from pipeline.data.storage.local import Local
 from pipeline.data.storage.retry import PIECE, Retry
-from pipeline.data.storage.urls import parse
 
 T = TypeVar("T")
 

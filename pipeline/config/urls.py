@@ -1,0 +1,108 @@
+"""URLs of files and folders, taken apart in one place: what is written wrongly is refused, with the right form.
+
+A URL that is not understood would otherwise name a local folder: `s3:/bucket/x`, which pathlib makes of
+`s3://bucket/x`, or `${SCRATCH}/runs`, which no shell has read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from pipeline.config.errors import ConfigError
+
+_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "obs", "hf", "http", "https", "ftp", "sftp")
+_PROTOCOLS = (*_STORES, "s3n", "adl", "wasb", "wasbs", "hdfs", "webhdfs", "ssh", "smb", "file", "memory", "dbfs")
+_ANY = "|".join(_PROTOCOLS)
+
+# webdataset's `pipe:` hands the rest to a shell; fsspec's `reference` expands templates that the file itself brings.
+_RUNS_SOMETHING = re.compile(r"(^|/)pipe:|^reference:|::reference:")
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
+_TEMPLATE = re.compile(
+    r"\$\{[^}]*\}?|\$\(|(?:^|(?<=/))\$[A-Za-z_]\w*|(?:^|(?<=/))%[A-Za-z_]\w*%(?=/|$)|\{\{.*|<[A-Za-z][\w -]*>"
+)
+_PROTOCOL = re.compile(r"[a-z][a-z0-9+.-]*")
+_ONE_SLASH = re.compile(r"(?P<word>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>/.*)", re.DOTALL)
+_NO_SLASH = re.compile(rf"(?P<word>{_ANY}):(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
+_NO_COLON = re.compile(rf"(?P<word>{_ANY})(?P<rest>//.+)", re.IGNORECASE | re.DOTALL)
+_INSIDE = re.compile(rf".*/(?P<word>{_ANY}):(?P<rest>/.*)", re.IGNORECASE | re.DOTALL)
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+def parse(url: str) -> tuple[str, str]:
+    """Return the protocol, and the path as its backend takes it: of files with the home for `~`, in S3 bucket/key.
+
+    Raises ConfigError for a URL that runs a program when read, and for one that is written wrongly.
+    """
+    if _RUNS_SOMETHING.search(url):
+        raise ConfigError(
+            f"{url!r}: this URL runs a program when it is read, and data may not. "
+            "Give where the files lie: a folder, s3://bucket/folder or another storage URL"
+        )
+    _check_text(url)
+    protocol, separator, rest = url.partition("://")
+    if not separator:
+        _check_path(url)
+        return "file", _with_home(url)
+    if not _PROTOCOL.fullmatch(protocol):
+        meant = re.sub(r"[^a-z0-9+-]", "", protocol.rpartition("/")[2].rpartition(":")[2].lower())
+        raise _wrong(url, "what precedes :// is no protocol", f"{meant or 's3'}://{rest}")
+    if protocol == "file":
+        if not rest.startswith(("/", "~")):
+            raise _wrong(url, "a file URL has three slashes", f"file:///{rest.removeprefix('localhost/')}")
+        return "file", _with_home(rest)
+    if protocol in _STORES and not rest.partition("/")[0]:
+        raise _wrong(url, "it names no bucket or host", f"{protocol}://{rest.strip('/') or 'bucket/folder'}")
+    if protocol not in ("s3", "s3a"):
+        return protocol, url
+    if "@" in rest.partition("/")[0]:
+        bucket = rest.partition("/")[0].rpartition("@")[2]
+        raise ConfigError(
+            f"s3://…@{bucket}: an S3 URL holds no keys. Give s3://{bucket}/folder, and the keys as storage.key and "
+            "storage.secret ('env:NAME' or 'file:PATH') or as AWS_ variables"
+        )
+    return "s3", rest.strip("/")
+
+
+def is_local(url: str) -> bool:
+    """Return whether a URL names a file or folder of this machine."""
+    return parse(url)[0] == "file"
+
+
+def _check_text(url: str) -> None:
+    if not url.strip():
+        raise ConfigError(f"{url!r}: the URL is empty; give a folder, s3://bucket/folder or another storage URL")
+    if _CONTROL.search(url):
+        plain = _CONTROL.sub("", url).strip()
+        raise _wrong(url, "it holds a line break or another control character", plain)
+    if url != url.strip():
+        raise _wrong(url, "it begins or ends with a blank", url.strip())
+    if template := _TEMPLATE.search(url):
+        raise ConfigError(
+            f"{url!r}: nothing here replaces {template.group()}. Write what it stands for, or have the shell replace "
+            'it on the command line: output="$SCRATCH/runs"'
+        )
+
+
+def _check_path(path: str) -> None:
+    if _DRIVE.match(path):
+        raise ConfigError(f"{path!r}: paths of Windows are not understood; give the path as this system has it")
+    for form in (_ONE_SLASH, _NO_SLASH, _NO_COLON, _INSIDE):
+        if found := form.fullmatch(path):
+            word, rest = found["word"].lower(), found["rest"].replace("\\", "/").lstrip("/")
+            right = f"file:///{rest}" if word == "file" else f"{word}://{rest}"
+            raise _wrong(path, f"this would be a local folder named '{found['word']}'", right)
+    if "/~/" in path or path.endswith("/~"):
+        raise _wrong(path, "~ stands for your home at the beginning only", f"~{path.rpartition('/~')[2]}")
+
+
+def _with_home(path: str) -> str:
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise ConfigError(f"{path!r}: no home is known for {user!r}; set HOME, or give a path without '~'")
+    return expanded
+
+
+def _wrong(url: str, why: str, right: str) -> ConfigError:
+    return ConfigError(f"{url!r}: {why}; give {right!r}")

@@ -1,0 +1,143 @@
+"""URLs that are written wrongly are refused with the right form, whatever key, command or function they reach."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config
+from pipeline.config.paths import absolute, is_local, local_path
+from pipeline.config.urls import parse
+from pipeline.data.storage import Storage
+
+DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
+
+WRONG = {  # URL -> what the message says
+    "s3:/bucket/x": "'s3://bucket/x'",
+    "s3:bucket/x": "'s3://bucket/x'",
+    "S3://bucket/x": "'s3://bucket/x'",
+    "S3:/bucket/x": "'s3://bucket/x'",
+    "s3//bucket/x": "'s3://bucket/x'",
+    "s3:\\\\bucket\\x": "'s3://bucket/x'",
+    "s3:///bucket/x": "'s3://bucket/x'",
+    "s3://": "names no bucket",
+    "s3:": "s3://",
+    "://bucket/x": "'s3://bucket/x'",
+    "./s3://bucket/x": "'s3://bucket/x'",
+    "/home/me/s3:/bucket/x": "'s3://bucket/x'",
+    "./s3:/bucket/x": "'s3://bucket/x'",
+    "s3 ://bucket/x": "'s3://bucket/x'",
+    " s3://bucket/x": "'s3://bucket/x'",
+    "s3://bucket/x\r": "'s3://bucket/x'",
+    "s3://bucket/x\n": "'s3://bucket/x'",
+    "s3://key:word-of-pass@bucket/x": "'env:NAME'",
+    "gs:/bucket/x": "'gs://bucket/x'",
+    "GS://bucket/x": "'gs://bucket/x'",
+    "gs:///bucket": "'gs://bucket'",
+    "hf:org/name": "'hf://org/name'",
+    "https:/host/x": "'https://host/x'",
+    "unknown:/host/x": "'unknown://host/x'",
+    "file:/abs/x": "'file:///abs/x'",
+    "file:abs/x": "'file:///abs/x'",
+    "File:///abs/x": "'file:///abs/x'",
+    "FILE://abs/x": "'file://abs/x'",
+    "file://abs/x": "'file:///abs/x'",
+    "file://localhost/abs/x": "'file:///abs/x'",
+    "file://": "file:///",
+    "${SCRATCH}/runs": r"${SCRATCH}",
+    "${oc.env:SCRATCH}/runs": r"${oc.env:SCRATCH}",
+    "$SCRATCH/runs": "$SCRATCH",
+    "s3://$BUCKET/runs": "$BUCKET",
+    "s3://bucket/${USER}": r"${USER}",
+    "runs/$USER": "$USER",
+    "$(pwd)/runs": "$(",
+    "%SCRATCH%/runs": "%SCRATCH%",
+    "s3://{{ bucket }}/runs": "{{ bucket }}",
+    "s3://<bucket>/runs": "<bucket>",
+    "~nobody-of-this-name/runs": "no home",
+    "file://~nobody-of-this-name/runs": "no home",
+    "/work/~/runs": "'~/runs'",
+    "./~/runs": "'~/runs'",
+    "C:\\runs": "Windows",
+    "C:/runs": "Windows",
+    "": "empty",
+    "  ": "empty",
+    "a\x00b": "control character",
+    "a\x1b[2Jb": "control character",
+    "pipe:cat x": "runs a program",
+}
+RIGHT = {
+    "s3://bucket/x": ("s3", "bucket/x"),
+    "s3://bucket": ("s3", "bucket"),
+    "s3a://bucket/x/": ("s3", "bucket/x"),
+    "s3://bucket/a:b/~/x y": ("s3", "bucket/a:b/~/x y"),
+    "gs://bucket/x": ("gs", "gs://bucket/x"),
+    "memory://x": ("memory", "memory://x"),
+    "memory:///x": ("memory", "memory:///x"),
+    "https://host/caf%C3%A9.tar?token=1": ("https", "https://host/caf%C3%A9.tar?token=1"),
+    "file:///abs/x": ("file", "/abs/x"),
+    "/abs/x": ("file", "/abs/x"),
+    "/": ("file", "/"),
+    ".": ("file", "."),
+    "runs": ("file", "runs"),
+    "a:b": ("file", "a:b"),
+    "/data/12:30:00/x": ("file", "/data/12:30:00/x"),
+    "a$b/c$": ("file", "a$b/c$"),
+    "{000..012}.tar": ("file", "{000..012}.tar"),
+    "100%/50%": ("file", "100%/50%"),
+    "x~/~x": ("file", "x~/~x"),
+    "./~x": ("file", "./~x"),
+    "~/x": ("file", os.path.expanduser("~/x")),
+    "~": ("file", os.path.expanduser("~")),
+    "file://~/x": ("file", os.path.expanduser("~/x")),
+    "日本/é": ("file", "日本/é"),
+    "s3x": ("file", "s3x"),
+    "s3/x": ("file", "s3/x"),
+    "https": ("file", "https"),
+}
+
+
+@pytest.mark.parametrize("url", WRONG)
+def test_a_wrong_url_is_refused_with_the_right_form(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    storage = Storage()
+    calls = (parse, is_local, local_path, absolute, storage.read, storage.exists, storage.list, storage.delete)
+    for call in (*calls, lambda url: storage.write(url, b"x"), lambda url: storage.upload(__file__, url)):
+        with pytest.raises(ConfigError) as raised:
+            call(url)
+        assert WRONG[url] in str(raised.value)
+        assert "word-of-pass" not in str(raised.value)
+        assert str(raised.value).isprintable()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("url", RIGHT)
+def test_right_urls_are_taken(url: str):
+    assert parse(url) == RIGHT[url]
+
+
+KEYS = [
+    "output",
+    "tokenizer.vocabulary",
+    "sources.scenes.shards",
+    "sources.scenes.opt_out",
+    "stages.vision.start_from",
+    "stages.vision.answer_list",
+    "data.cache.folder",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("url", ["s3:/bucket/x", "${SCRATCH}/runs", "S3://bucket/x", "file:/x"])
+def test_every_key_of_a_config_refuses_it_by_name(key: str, url: str):
+    with pytest.raises(ConfigError, match=rf"{key}: ") as raised:
+        load_config(DEMO, [f"{key}={url}"])
+    assert WRONG.get(url, "file:///x") in str(raised.value)
+
+
+def test_a_cache_in_a_store_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.cache\.folder: must be a folder of each node's own"):
+        load_config(DEMO, ["data.cache.folder=s3://bucket/cache"])
