@@ -20,7 +20,7 @@ from jobs.console import notify
 from jobs.output import write_output
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.paths import absolute
+from pipeline.config.paths import absolute, file_name_of
 from pipeline.config.redaction import redact
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig, Use
 from pipeline.config.stored import check_stored_url
@@ -212,7 +212,7 @@ def _label(key: Key, config: RunConfig) -> str:
     """Return a part of the report's name: what was evaluated, and the weights unless they are the run's last."""
     stage = [] if key.stage == config.stages[-1].name else [key.stage]
     step = [] if key.step is None else [f"step-{key.step}"]
-    return "@".join([key.name, *stage, *step])
+    return file_name_of("@".join([key.name, *stage, *step]))
 
 
 def _slug(url: str) -> str:

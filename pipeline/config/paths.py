@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def local_path(url: str) -> Path:
 def absolute(url: str) -> str:
     """The same place whatever the working folder."""
     return str(local_path(url)) if is_local(url) else url
+
+
+def file_name_of(name: str) -> str:
+    """Return a name out of a config or a record as one part of a path: what would lead elsewhere is escaped as %XX."""
+    return re.sub(r"[/\\\x00-\x1f\x7f]", lambda found: f"%{ord(found.group()):02X}", name)
 
 
 def local_paths(config: RunConfig) -> dict[str, str]:

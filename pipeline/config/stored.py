@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.paths import absolute, is_local
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, StorageConfig
 
 # Stores that are reached by an account of the caller's. The URL of any other names a host, which a request would tell
@@ -30,12 +31,12 @@ class Recorded:
 
 
 def parse_config(data: bytes | str, where: str) -> RunConfig:
-    """Return the config in a file that `mome` wrote, exactly as it stands there: to compare and show, not to act on.
+    """Return the config in a file that `mome` wrote, as it stands there without passwords: to compare and to show.
 
     Raises ConfigError, with `where` it was read from, for anything else.
     """
     try:
-        return RunConfig.model_validate_json(data)
+        return RunConfig.model_validate_json(json.dumps(_without_secrets(json.loads(data))))
     except ValidationError as error:
         raise ConfigError(
             f"{where}: not a config of this version ({error.error_count()} faults, the first: "
@@ -43,6 +44,15 @@ def parse_config(data: bytes | str, where: str) -> RunConfig:
         ) from None
     except Exception as error:  # rules that a damaged config breaks before they can judge it
         raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _without_secrets(values: Any) -> Any:
+    """Take the user part out of addresses that earlier versions recorded with it; this version refuses them."""
+    for section, key in (("tracking", "uri"), ("storage", "endpoint_url")):
+        found = values.get(section) if isinstance(values, dict) else None
+        if isinstance(found, dict) and isinstance(found.get(key), str):
+            found[key] = redact(found[key])
+    return values
 
 
 def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, Recorded]:

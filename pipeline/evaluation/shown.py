@@ -14,6 +14,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from pipeline.config.paths import file_name_of
 from pipeline.data.storage import Storage, join
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,9 @@ _JSON = TypeAdapter(Shown)
 def keep(storage: Storage, folder: str, shown: Shown) -> None:
     """Beside the weights, in the place of an earlier evaluation of the same weights and name."""
     step = "" if shown.step is None else f"@step-{shown.step}"
-    storage.write(join(folder, FOLDER, f"{shown.stage}-{shown.source}{step}.json"), _JSON.dump_json(shown))
+    storage.write(
+        join(folder, FOLDER, file_name_of(f"{shown.stage}-{shown.source}{step}.json")), _JSON.dump_json(shown)
+    )
 
 
 def kept(storage: Storage, folder: str) -> list[Shown]:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.config.durable import write_durably
 from pipeline.tracking.journal import (
     SESSION_NAME,
     Journal,
     complete_length,
     parse_records,
     read_records,
-    write_whole,
 )
 from pipeline.tracking.liveness import is_held, is_held_elsewhere
 from pipeline.tracking.records import Record
@@ -120,7 +120,7 @@ class CommittedJournal:
                 self._cut(journal.path(session), self._ends.get(session, 0))
         for session, data in downloaded.items():
             self._download_files(journal, session, data)
-            write_whole(journal.path(session), data)  # last: a restore that is interrupted is begun again
+            write_durably(journal.path(session), data)  # last: a restore that is interrupted is begun again
         return True
 
     def commit(self, journal: Journal) -> None:
@@ -186,7 +186,7 @@ class CommittedJournal:
                 if not self._store.exists(url):
                     logger.warning("%s: an artifact of the journal is missing and is left out", url)
                     continue
-                write_whole(path, self._store.read(url))
+                write_durably(path, self._store.read(url))
             self._files.add(name)
 
 

@@ -11,7 +11,6 @@ What a record may hold: `pipeline.tracking.records`. How a journal is kept in a 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.durable import sync_folder
 from pipeline.tracking.liveness import Lease
 from pipeline.tracking.records import Record, decode, encode, is_file_name
 
@@ -204,29 +204,3 @@ class HighWater:
     def of_stage(self, stage: int) -> int:
         """The highest step recorded of a stage; -1 when there is none."""
         return max((step for (index, _), step in self._steps.items() if index == stage), default=-1)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make new and renamed entries of a folder survive a power cut, where its file system can."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # EINVAL: this file system syncs no folders
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

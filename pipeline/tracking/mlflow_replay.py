@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
-from pipeline.tracking.journal import EVALUATION, Journal, complete_length, write_whole
+from pipeline.tracking.journal import EVALUATION, Journal, complete_length
 from pipeline.tracking.liveness import InUse, Lease
 from pipeline.tracking.mlflow_client import Outage, Refused, RunGone, ask, connect, experiment_id, prepare_client
 from pipeline.tracking.mlflow_models import LoggedModels
@@ -55,7 +56,7 @@ class Cursor:
             self.offsets, self.marks = state["offsets"], state["marks"]
 
     def save(self) -> None:
-        write_whole(self._path, json.dumps({"offsets": self.offsets, "marks": self.marks}).encode())
+        write_durably(self._path, json.dumps({"offsets": self.offsets, "marks": self.marks}).encode())
 
     def reset(self) -> None:
         self.offsets, self.marks = {}, {}

@@ -43,8 +43,8 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _artifact_name(name: str) -> str:
-    """MLflow makes a path of it, below its own folder of artifacts."""
+def check_artifact_name(name: str) -> str:
+    """Return the name, of which MLflow makes a path below its own folder of artifacts. Raises ValueError."""
     if "\0" in name or "\\" in name or not 0 < len(name) <= _LONGEST_NAME:
         raise ValueError("an artifact's name must be a relative path")
     if name.startswith("/") or name != posixpath.normpath(name) or name.split("/")[0] in (".", ".."):
@@ -124,7 +124,7 @@ class _Tag(_Base):
 class _Artifact(_Base):
     kind: Literal["artifact"]
     stage: _Stage | None
-    name: Annotated[str, AfterValidator(_artifact_name)]
+    name: Annotated[str, AfterValidator(check_artifact_name)]
     file: Annotated[str, AfterValidator(_file_name)]
 
 

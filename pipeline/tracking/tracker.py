@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.tracking.committed import CommittedJournal, Store
@@ -44,7 +45,6 @@ from pipeline.tracking.journal import (
     HighWater,
     Journal,
     JournalWriter,
-    write_whole,
 )
 from pipeline.tracking.places import (
     RUN_FILE,
@@ -56,7 +56,7 @@ from pipeline.tracking.places import (
     writing,
 )
 from pipeline.tracking.recorder import DatasetInput, Kept, Status
-from pipeline.tracking.records import Record, encode_number
+from pipeline.tracking.records import Record, check_artifact_name, encode_number
 from pipeline.tracking.shipper import Shipper
 
 logger = logging.getLogger("mome.tracking")
@@ -255,12 +255,13 @@ class Tracker:
     def artifact(self, name: str, content: str | Path | bytes) -> None:
         """Keep bytes, or a copy of a local file, under `name` (may hold folders: 'report/index.html')."""
         data = content if isinstance(content, bytes) else Path(content).read_bytes()
+        check_artifact_name(name)
         file = f"{hashlib.sha256(data).hexdigest()[:16]}/{posixpath.basename(name)}"
         path = self._journal.file(file)
         if path is None:
             raise ValueError(f"{name!r} cannot be the name of an artifact")
         if not path.exists():
-            write_whole(path, data)
+            write_durably(path, data)
         self._append("artifact", name=name, file=file)
 
     @_told_not_raised

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.config.paths import file_name_of
 from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.data.parallel import Progress
 from pipeline.data.shards.index import ShardIndex
@@ -59,4 +60,4 @@ def open_source(
 
 def selection_url(config: RunConfig, name: str) -> str:
     """Where a run keeps what a source's filters left, for its ranks."""
-    return join(config.folder, "selections", f"{name}.json")
+    return join(config.folder, "selections", file_name_of(f"{name}.json"))

@@ -12,7 +12,7 @@ from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import changes, is_changeable, load_config, parse_yaml, resolve_secret
-from pipeline.config.paths import local_paths, with_absolute_paths
+from pipeline.config.paths import file_name_of, local_paths, with_absolute_paths
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"
@@ -234,6 +234,17 @@ def test_keys_of_free_mappings_are_not_taken_for_schema_keys() -> None:
     assert not is_changeable("sources.storage.use")
     assert is_changeable("sources.storage.shards")
     assert is_changeable("stages.2.optimizer.peak_rate")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "/etc/evil", "a/../b", "a\\..\\b", "a\0b", "a\nb", "..", "pairs", "a.b@c"]
+)
+def test_a_name_of_a_config_is_one_part_of_a_path(name: str) -> None:
+    part = file_name_of(f"{name}.json")
+
+    assert Path(part).name == part
+    assert len(Path("folder", part).parts) == 2
+    assert part.isprintable()
 
 
 def test_secrets_are_read_by_reference_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

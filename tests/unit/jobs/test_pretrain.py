@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from jobs.pretrain import for_ranks
+from jobs.submit import for_cluster
 from pipeline.config.load import load_config
+from pipeline.config.stored import parse_config
 from pipeline.tracking.places import tracking_uri
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
@@ -42,3 +45,21 @@ def test_ranks_in_another_folder_read_the_same_shards(tmp_path: Path, monkeypatc
     assert settled.sources["scenes"].shards == str(tmp_path / "runs/demo-data/scenes")
     assert settled.output == "s3://bucket/runs"
     assert for_ranks(settled) == settled
+
+
+def test_a_reference_to_the_server_reaches_the_ranks_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SERVER", raising=False)  # only the cluster's nodes have it
+    config = load_config(DEMO, ["tracking.uri=env:SERVER"])
+
+    assert for_ranks(config).tracking.uri == "env:SERVER"
+    assert for_cluster(config, same_machine=True).tracking.uri == "env:SERVER"
+
+
+def test_a_password_that_an_earlier_version_recorded_is_neither_read_nor_shown() -> None:
+    values = json.loads(load_config(DEMO).model_dump_json())
+    values["tracking"]["uri"] = "http://me:hunter2@server:5000"
+    values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
+
+    config = parse_config(json.dumps(values), "run.json")
+
+    assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")

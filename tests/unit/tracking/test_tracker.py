@@ -5,21 +5,24 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import random
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_storage import FailingStorage, every_fault
+from fuzz import fuzz_rounds
 
 from pipeline.config import redaction
-from pipeline.config.errors import ConfigError, TrackingError
+from pipeline.config.errors import ConfigError, StorageError, TrackingError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.describe import resolved_config, split_changeable
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.places import journal_folder, tracking_uri
+from pipeline.tracking.places import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.recorder import DatasetInput, Kept, Recorder, SilentTracker
 from pipeline.tracking.server import check_server
 from pipeline.tracking.tracker import Tracker
@@ -286,3 +289,69 @@ def test_the_resolved_config_is_an_artifact_of_the_campaign(tmp_path: Path) -> N
 
     assert (record["name"], record["stage"]) == ("config.yaml", None)
     assert content == resolved_config(config)
+
+
+class NoShipper:
+    """Ships nothing."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    def close(self, timeout: float) -> None:
+        pass
+
+
+def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two attempts of training on one node, the second after a kill, with an evaluation between; MLflow is away."""
+    monkeypatch.setenv("MOME_CACHE", str(cache))
+    config = config_of(output, uri="http://127.0.0.1:1")
+
+    def opened() -> Tracker:
+        try:
+            return Tracker.open(config, storage)
+        except StorageError:  # the run does not start; its next start meets another store
+            return Tracker.open(config, Storage())
+
+    for first, last in ((1, 20), (11, 30)):
+        tracker = opened()
+        tracker.begin_stage(0, config.stages[0], {} if first == 1 else {"resumed_at": "10"}, [])
+        for step in range(first, last + 1):
+            tracker.metrics(step, {"train/loss": 1 / step})
+            if step % 10 == 0 and step < last:
+                tracker.commit(step)
+                tracker.artifact("page.html", f"{step}".encode())
+        evaluation = opened()
+        evaluation.metrics(last, {"eval/r1": 0.5})
+        evaluation.close()
+        tracker._writer.close()  # as when it is killed
+    storage.heal()
+    tracker = Tracker.open(config, storage)
+    tracker.close()
+
+
+def test_each_storage_call_of_a_tracker_fails_and_no_point_is_lost_or_doubled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.tracker.Shipper", NoShipper)
+    monkeypatch.setattr("pipeline.tracking.tracker.environment_tags", dict)  # git's answers take long
+    output = "memory://attempts"
+    clean = FailingStorage()
+    _attempts(clean, f"{output}/clean", tmp_path / "clean", monkeypatch)
+    faults = list(every_fault(clean.calls))  # of a commit alone, all are tried in test_committed.py
+    tried = random.Random(8).sample(faults, min(len(faults), fuzz_rounds(20)))
+    for number, fault in enumerate(tried):
+        storage = FailingStorage(fault)
+        _attempts(storage, f"{output}/{number}", tmp_path / f"node-{number}", monkeypatch)
+
+        monkeypatch.setenv("MOME_CACHE", str(tmp_path / f"another-{number}"))  # all that is left of a lost node
+        journal = read_journal(f"{output}/{number}/run", Storage())
+
+        points = [record for record in journal.all_records() if record["kind"] == "metrics"]
+        assert [point["step"] for point in points if point["stage"] == 0] == list(range(1, 31)), fault
+        assert {point["step"] for point in points if point["stage"] is None} == {20, 30}, fault
+        assert len({campaign["run"] for campaign in journal.campaigns()}) == 1, fault
+    Storage().delete(output)
+    assert len(faults) >= 30, len(faults)
