@@ -329,11 +329,16 @@ def vocabulary(tmp_path: Path) -> str:
     return str(tmp_path / "vocab.txt")
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [(name, layout) for name, case in CASES.items() for layout in ("file", "folder", "shards", "bin")
-     if layout != "shards" or case.format in ("bert", "vit", "beit", "vilt-hf")],
-)  # fmt: skip
+FIRST = {case.format: name for name, case in reversed(CASES.items())}  # of each format: also in the rarer layouts
+LAYOUTS = [
+    (name, layout)
+    for name, case in CASES.items()
+    for layout in ("file", "folder", "bin", "shards")
+    if layout in ("file", "folder") or (name == FIRST[case.format] and FORMATS[case.format].config is not None)
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 @torch.no_grad()
 def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp_path: Path, vocabulary: str) -> None:
     case, model = CASES[name], CASES[name].make()
@@ -359,7 +364,7 @@ def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp
         found = predict(out, one, two, text, top=100)
         assert {key: found[key] for key in expected} == expected
         # What is exported and imported again predicts the same (B6), in both kinds of file.
-        for ending in ("pt", "safetensors"):
+        for ending in ("pt", "safetensors") if layout == "file" else ():
             export_weights(out, case.format, f"{tmp_path}/again.{ending}")
             import_weights(f"{tmp_path}/again.{ending}", case.format, f"{out}-{ending}", vocabulary=vocabulary)
             again = predict(f"{out}-{ending}", one, two, text, top=100)

@@ -149,6 +149,18 @@ def test_hugging_face_reads_what_we_write_and_computes_the_same(tmp_path: Path) 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_tables_that_came_from_one_are_read_by_hugging_faces_pretraining_class(tmp_path: Path) -> None:
+    config = BeitConfig(**THEIRS, **SHARED, use_mask_token=True)
+    theirs = randomised(BeitForMaskedImageModeling(config))
+    written = to_published(from_published(saved(theirs, tmp_path / "before"), CONFIG), CONFIG)
+    config.save_pretrained(tmp_path)
+    save_file(written, tmp_path / "model.safetensors", {"format": "pt"})
+    again, told = BeitForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
 def test_different_tables_are_not_written_as_one() -> None:
     state = dict(build_model(CONFIG, VOCABULARY).state_dict())
     assert SHARED_TABLE in to_hugging_face(state, CONFIG, shared=True)
