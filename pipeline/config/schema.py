@@ -180,7 +180,7 @@ class AugmentConfig(Section):
 
 
 class CacheConfig(Section):
-    """Remote shards kept as files of each node, shared by all its processes. Off while `folder` is unset."""
+    """Remote shards kept as files of each node, shared by one user's processes. Off while `folder` is unset."""
 
     folder: Annotated[str, AfterValidator(_local_folder)] | None = changeable(None)
     max_bytes: Positive = changeable(200 * 2**30)

@@ -5,6 +5,9 @@ meet, and a replaced shard is another file. Only files of that form, in a folder
 or deleted. The kernel's file locks are the only state besides the files, so that nothing survives a crash: who reads a
 file holds a shared lock on it, which is its pin; who downloads one holds an exclusive lock on its `.part`; and a
 `.part` that nobody has locked was left by a process that died.
+
+The folder is one user's: what others could have written is neither read nor written to, for a shard's checksums are no
+protection against who can forge them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +31,8 @@ from pipeline.config.paths import local_path
 PIECE = 8 * 2**20  # bytes of one request at least, where the shard has them
 FOLDER = "mome-cache-1"
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OWN_FOLDER = "Each user needs a cache of their own: choose another data.cache.folder, or remove that one"
 _POLL = 0.02  # seconds between two looks at what another process downloads
 
 Fetch = Callable[[Sequence[tuple[int, int]]], Iterable[bytes]]
@@ -101,7 +107,7 @@ class NodeCache:
         """
         path = self.folder / (hashlib.sha256(f"{url}\n{etag}".encode()).hexdigest() + ".tar")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             if not self._is_swept:
                 with self._locked():
                     self._sweep()
@@ -127,7 +133,7 @@ class NodeCache:
     def discard(self, shard: CachedShard) -> None:
         """Deletes a file whose content proved to be damaged. Readers that have it open keep what they have."""
         with self._locked(), suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(shard.path), os.fstat(shard._descriptor)):
+            if os.path.samestat(os.lstat(shard.path), os.fstat(shard._descriptor)):
                 shard.path.unlink()
 
     def held_bytes(self) -> int:
@@ -137,7 +143,7 @@ class NodeCache:
 
     def _pin(self, path: Path, size: int) -> CachedShard | None:
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = _open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         shard = CachedShard(descriptor, path)
@@ -190,8 +196,8 @@ class NodeCache:
             for item in found:
                 if _OURS.fullmatch(item.name) and item.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
-                        stat = item.stat(follow_symlinks=False)
-                        entries.append(_Entry(Path(item.path), stat.st_size, stat.st_mtime_ns))
+                        info = item.stat(follow_symlinks=False)
+                        entries.append(_Entry(Path(item.path), info.st_size, info.st_mtime_ns))
         return entries
 
     def _sweep(self) -> None:
@@ -201,13 +207,30 @@ class NodeCache:
                 entry.path.unlink(missing_ok=True)
                 os.close(part)
 
+    def _make_folder(self) -> None:
+        """Make the cache's folder. Raises StorageError for one that other users of this machine can write to."""
+        with suppress(FileExistsError):
+            self.folder.mkdir(mode=0o700, parents=True)
+        found = os.lstat(self.folder)
+        ours = found.st_uid == os.geteuid()
+        if not stat.S_ISDIR(found.st_mode) or not (ours or found.st_uid == 0):
+            what = "is no folder" if not stat.S_ISDIR(found.st_mode) else f"belongs to user {found.st_uid}"
+            raise StorageError(f"data.cache.folder: {self.folder} {what}. {_OWN_FOLDER}")
+        if found.st_mode & _OTHERS_WRITE:
+            if not ours:
+                raise StorageError(f"data.cache.folder: {self.folder} can be written to by others. {_OWN_FOLDER}")
+            self.folder.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One process of the node at a time."""
         path = self.folder / "lock"
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._make_folder()
+            try:
+                descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 if _is_at(descriptor, path):
@@ -234,6 +257,24 @@ def _download(part: int, size: int, fetch: Fetch) -> None:
             view = view[written:]
 
 
+def _open(path: Path, flags: int) -> int:
+    """Return a descriptor of a file of ours. What else has its name is removed, and FileNotFoundError raised."""
+    try:
+        # Without waiting: a pipe of that name may have no other end.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+            raise
+    else:
+        found = os.fstat(descriptor)
+        is_ours = stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid()) and found.st_nlink <= 1
+        if is_ours:
+            return descriptor
+        os.close(descriptor)
+    path.unlink(missing_ok=True)
+    raise FileNotFoundError(errno.ENOENT, "was no file of this user's", os.fspath(path))
+
+
 def _own(path: Path) -> int | None:
     """The file, made if need be and locked for us alone; None while another downloads it."""
     return _lock(path, os.O_RDWR | os.O_CREAT)
@@ -242,7 +283,7 @@ def _own(path: Path) -> int | None:
 def _lock(path: Path, flags: int) -> int | None:
     """The file at `path` locked exclusively; None when it is not there, or another holds a lock on it."""
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = _open(path, flags)
     except FileNotFoundError:
         return None
     try:
@@ -281,6 +322,6 @@ def _unpinned(entries: Iterable[_Entry], needed: int) -> Iterator[list[_Entry]]:
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is still the one of that name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False

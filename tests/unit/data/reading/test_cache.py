@@ -249,3 +249,65 @@ def test_making_a_cache_touches_nothing(tmp_path: Path):
     cache = NodeCache(tmp_path / "none", 10)
     assert not (tmp_path / "none").exists()
     assert cache.folder == tmp_path / "none" / FOLDER
+
+
+def _plant(path: Path, kind: str, victim: Path) -> None:
+    if kind == "symlink":
+        path.symlink_to(victim)
+    elif kind == "hard link":
+        os.link(victim, path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling symlink":
+        path.symlink_to(victim.parent / "absent")
+    else:
+        path.write_bytes(b"forged")
+        os.chown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dangling symlink", "hard link", "pipe", "another user's"])
+@pytest.mark.parametrize("suffix", [".part", ".tar", "lock"])
+def test_what_others_planted_is_neither_read_nor_written(tmp_path: Path, kind: str, suffix: str):
+    """S7: a symbolic link in the cache's folder had the file it names overwritten."""
+    if kind == "another user's" and os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    victim, data = tmp_path / "victim", os.urandom(6)
+    victim.write_bytes(b"mine!!")
+    cache = NodeCache(tmp_path / "cache", 2**20)
+    put(cache, "first")
+    url = "s3://bucket/shard"
+    name = hashlib.sha256(f"{url}\ntag".encode()).hexdigest() + suffix if suffix != "lock" else "lock"
+    (cache.folder / name).unlink(missing_ok=True)
+    _plant(cache.folder / name, kind, victim)
+    with NodeCache(tmp_path / "cache", 2**20).open(url, len(data), "tag", serving(data)) as shard:
+        assert shard.read(0, len(data)) == data
+    assert victim.read_bytes() == b"mine!!"
+    assert sorted(os.listdir(tmp_path)) == ["cache", "victim"]
+
+
+def test_the_folder_is_its_users_alone(tmp_path: Path):
+    cache = NodeCache(tmp_path, 2**20)
+    put(cache, "a")
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    cache.folder.chmod(0o777)
+    put(cache, "b")
+    assert cache.folder.stat().st_mode & 0o022 == 0
+    assert all(path.stat().st_mode & 0o077 == 0 for path in cache.folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["symlink", "another user's", "file"])
+def test_a_folder_of_others_is_refused(tmp_path: Path, kind: str):
+    folder = tmp_path / "cache" / FOLDER
+    folder.parent.mkdir()
+    if kind == "symlink":
+        folder.symlink_to(tmp_path)
+    elif kind == "file":
+        folder.write_bytes(b"")
+    elif os.geteuid() != 0:
+        pytest.skip("only root gives folders away")
+    else:
+        folder.mkdir()
+        os.chown(folder, 12345, 12345)
+    with pytest.raises(StorageError, match=r"data\.cache\.folder: .*choose another"):
+        put(NodeCache(tmp_path / "cache", 2**20), "a")
+    assert sorted(os.listdir(tmp_path)) == ["cache"]
