@@ -64,7 +64,7 @@ class SpanAccess:
 
     def read(self, shard: int, opened: OpenShard, number: int) -> tuple[Members, Forget]:
         start, stop = opened.span(number)
-        key, fetch = (self._name, shard, start), partial(self._shards.fetch, shard, start, stop)
+        key, fetch = (self._name, shard, start, stop), partial(self._shards.fetch, shard, start, stop)
         data: bytes = self._memory.get(key, stop - start, fetch)
         members = [(name, data[at - start : at - start + size]) for name, at, size in opened.index.members(number)]
         return members, partial(self._memory.forget, key, data)
@@ -73,7 +73,7 @@ class SpanAccess:
         start, stop = opened.span(number)
         return Need(
             store=self._memory,
-            key=(self._name, shard, start),
+            key=(self._name, shard, start, stop),  # spans with hard links may begin together
             size=stop - start,
             bytes=stop - start,
             reads=opened.chosen_in(opened.span_number(number)),

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import logging
 import os
+import random
 import resource
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -445,3 +449,36 @@ def test_local_sources_start_no_thread(folder: str):
     local.read(Slot("pairs", 0, 0, 0))
     local.reached(0)
     assert threads_of_readers() == []
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_hard_links_are_read_where_the_data_they_name_lies(where: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.data.reading.open_shards.SPAN", 4096)
+    rng = random.Random(5)
+    buffer, files, expected = io.BytesIO(), [], []
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in range(60):
+            members = {}
+            for extension in ("txt", "json"):
+                info = tarfile.TarInfo(f"{number:02d}.{extension}")
+                if files and rng.random() < 0.4:
+                    info.linkname, content = rng.choice(files)
+                    info.type = tarfile.LNKTYPE
+                    tar.addfile(info)
+                else:
+                    content = json.dumps({"caption": f"{extension} {number}" * rng.randint(1, 90)}).encode()
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                files.append((info.name, content))
+                members[extension] = content
+            expected.append((f"{number:02d}", members))
+    folder = str(tmp_path) if where == "local" else "memory://links"
+    storage = Storage()
+    storage.write(f"{folder}/0.tar", buffer.getvalue())
+    manifest = index_shards(storage, folder)
+    opened = open_shard(load_index(storage, folder, manifest.shards[0]))
+    assert len(opened.spans) > 3
+    for number in range(60):
+        start, stop = opened.span(number)
+        assert all(start <= at and at + size <= stop for _, at, size in opened.index.members(number))
+    assert [(sample.key, sample.members) for sample in samples_of_source(storage, folder)] == expected
