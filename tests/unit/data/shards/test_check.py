@@ -15,7 +15,7 @@ from fuzz import fuzz_rounds, mutate
 from PIL import Image
 
 from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig, Use
+from pipeline.config.schema import DataConfig, RunConfig, Use
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.members import captions_of, image_id_of
 from pipeline.data.contents.regions import RegionRecord
@@ -144,7 +144,7 @@ def run_config(folder: str, use: Use, count: int) -> RunConfig:
 
 
 def checked(folder: str, use: Use) -> ShardReport:
-    (report,) = check_shards(Storage(), folder, use, 10_000, workers=1)
+    (report,) = check_shards(Storage(), folder, use, DataConfig().max_pixels, workers=1)
     return report
 
 
