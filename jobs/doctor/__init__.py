@@ -61,6 +61,7 @@ def _findings(config: RunConfig | None) -> Iterator[Finding]:
     yield from _disks(config)
     yield machine.open_files()
     yield machine.locked_memory()
+    yield machine.rendezvous()
     yield services.ray_cluster(config)
     yield services.ray_token(config)
     if config is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import ipaddress
 import os
 import re
 import resource
 import shutil
+import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -119,6 +121,24 @@ def open_files(least: int = OPEN_FILES) -> Finding:
     if soft != resource.RLIM_INFINITY and soft < least:
         return fails("open files", told, "ulimit -n 65536 in the shell that starts Ray or the ranks")
     return works("open files", told)
+
+
+def rendezvous() -> Finding:
+    """Where the ranks of several machines would meet, and a warning where the internet may reach it."""
+    name = "meeting point"
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    try:
+        addresses = sorted({str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(host, None)})
+    except OSError as error:
+        return not_asked(name, f"{host} has no address: {error}")
+    public = [address for address in addresses if ipaddress.ip_address(address).is_global]
+    if public:
+        return works(
+            name,
+            f"{host} is {', '.join(public)}: WARNING, a public address. Ranks trust whoever reaches their ports: keep "
+            "the nodes in a private network, or behind a firewall",
+        )
+    return works(name, f"{host} is {', '.join(addresses)}, not a public address")
 
 
 def locked_memory(adapters: Path = INFINIBAND) -> Finding:

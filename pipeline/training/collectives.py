@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
+import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -61,7 +64,10 @@ class Collectives:
             for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
                 os.environ.setdefault(name, value)
             alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
-            store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if alone else None
+            if alone and sys.platform == "linux":  # the backends open a port even for one rank: on no other interface
+                for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                    os.environ.setdefault(name, "lo")
+            store = dist.HashStore() if alone else None  # in memory: a TCPStore listens on every interface
             dist.init_process_group(
                 "nccl" if torch.cuda.is_available() else "gloo",
                 timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -137,17 +143,33 @@ class Collectives:
         return fetch
 
     @_counted
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, which JSON can hold, in the order of the ranks. Tuples come as lists."""
+        own = self._bytes_tensor(json.dumps(value).encode())
+        counts = self._gather(torch.tensor([len(own)], device=self.device), [1] * self.world_size).tolist()
+        data = self._gather(own, counts).cpu().numpy().tobytes()
+        ends = [0, *itertools.accumulate(counts)]
+        return [json.loads(data[start:stop]) for start, stop in itertools.pairwise(ends)]
+
+    @_counted
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value, which JSON can hold, on every rank. Tuples come as lists."""
+        own = self._bytes_tensor(json.dumps(value).encode() if self.rank == 0 else b"")
+        length = torch.tensor([len(own)], device=self.device)
+        dist.broadcast(length, src=0)
+        data = own if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        dist.broadcast(data, src=0)
+        return json.loads(data.cpu().numpy().tobytes())
+
+    def _bytes_tensor(self, data: bytes) -> Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device) if data else torch.empty(0)
+
+    @_counted
     def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, of any kind. They travel as pickles, which run what a stranger among the ranks sends."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
-
-    @_counted
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        holder = [value]
-        dist.broadcast_object_list(holder, src=0, device=self.device)
-        return holder[0]
 
     @_counted
     def barrier(self) -> None:

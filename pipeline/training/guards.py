@@ -84,7 +84,7 @@ class GraphGuard:
         digest = int.from_bytes(self._digest.digest()[:7], "big")
         if self.collectives.largest([digest, -digest]) == [digest, -digest]:
             return
-        executed = self.collectives.gather_objects(self._executed)
+        executed = self.collectives.gather_json(self._executed)
         raise RunFailed(
             f"step {self._step}: ranks ran different modules; {_first_difference(executed)}. Gradients would have been "
             "wrong in silence. What a step runs must follow from its number alone, never from a rank's own data."

@@ -62,7 +62,8 @@ class Instruments:
         """The loaders' counters, over all ranks and all sessions of the stage. A collective call."""
         counts = self._loader.counts()
         names = sorted(counts)
-        summed = self.collectives.sum(torch.tensor([float(counts[n]) for n in names], device=self.collectives.device))
+        values = [float(counts[n]) for n in names]  # float32 would count no further than 2^24
+        summed = self.collectives.sum(torch.tensor(values, dtype=torch.float64, device=self.collectives.device))
         read = {f"data/{name}": value for name, value in zip(names, summed.tolist(), strict=True)}
         # Epochs follow from the step; what was read and found bad before a restart only its checkpoint knows.
         before = {name: value for name, value in self.counted_before.items() if not name.startswith("data/epochs/")}

@@ -73,7 +73,7 @@ def _take(config: RunConfig, storage: Storage, collectives: Collectives, claim: 
     if collectives.rank == 0:
         taken = Ownership.take(storage, config.folder, claim)
         claim, start = taken.claim, str(taken.start)
-    claim, start = collectives.broadcast_object((claim, start))
+    claim, start = collectives.broadcast_json((claim, start))
     return Ownership(storage, config.folder, claim, Start.parse(start))
 
 

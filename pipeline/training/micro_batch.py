@@ -35,7 +35,7 @@ def with_micro_batch(config: RunConfig, index: int, collectives: Collectives, vo
     rows = None
     if room < UNBOUNDED:
         mine = _fitting(config, index, collectives, vocabulary, room) if collectives.rank == 0 else None
-        rows = collectives.broadcast_object(mine)
+        rows = collectives.broadcast_json(mine)
     stage = config.stages[index]
     if rows == 0:
         raise RunFailed(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def describe(losses: dict[str, Tensor], collectives: Collectives) -> str:
     own = {name: loss.item() for name, loss in losses.items() if not _finite(loss)}
     told = [
         f"'{name}' is {value} on rank {rank}"
-        for rank, found in enumerate(collectives.gather_objects(own))
+        for rank, found in enumerate(collectives.gather_json(own))
         for name, value in found.items()
     ]
     return ", ".join(told) if told else "the gradient is not finite, though the losses are"
@@ -79,7 +79,9 @@ def diagnose(model: nn.Module, again: Callable[[], object], collectives: Collect
     tracer = Tracer()
     with tracer.watching(model):
         again()
-    findings = collectives.gather_objects((tracer.forward, tracer.backward))
+    own = [each and asdict(each) for each in (tracer.forward, tracer.backward)]
+    gathered = collectives.gather_json(own)
+    findings = [[each and Finding(**each) for each in found] for found in gathered]
     for number, passed in enumerate(("forward", "backward")):
         found = [(each[number].order, rank, each[number]) for rank, each in enumerate(findings) if each[number]]
         if found:

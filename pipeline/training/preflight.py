@@ -58,7 +58,7 @@ def preflight(config: RunConfig, say: Say, preparer: PreparerFactory = local_pre
     """Called once on each rank; `say` hears of each check on the first. Raises MomeError for the first that fails."""
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
-    scratch = _beside(config, collectives.broadcast_object(secrets.token_hex(4)), storage)
+    scratch = _beside(config, collectives.broadcast_json(secrets.token_hex(4)), storage)
     checked: list[Checked] = []
 
     def check(what: str, run: Callable[[], str]) -> None:
@@ -103,7 +103,7 @@ def _checked(collectives: Collectives, what: str, run: Callable[[], str]) -> Che
         told, failure = run(), ""
     except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
         told, failure = "", f"rank {collectives.rank}: {type(error).__name__}: {error}"
-    answers = collectives.gather_objects((told, failure, time.perf_counter() - started))
+    answers = collectives.gather_json((told, failure, time.perf_counter() - started))
     if failures := [failed for _, failed, _ in answers if failed]:
         raise RunFailed(f"preflight, {what}: " + "\n".join(failures))
     return Checked(what, answers[0][0], max(seconds for _, _, seconds in answers))

@@ -268,7 +268,7 @@ class StageRun:
 
     def _quarantined(self) -> list[dict[str, Any]]:
         """What was found bad and replaced since the last call, on any rank."""
-        return [record for part in self.collectives.gather_objects(self.loader.quarantined()) for record in part]
+        return [record for part in self.collectives.gather_json(self.loader.quarantined()) for record in part]
 
     def _write_quarantine(self, reached: int, records: list[dict[str, Any]]) -> None:
         """One JSON line each, in the run's folder."""

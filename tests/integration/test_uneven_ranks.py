@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from ranks import run_ranks
 
@@ -19,6 +21,20 @@ def _gathered() -> list[tuple[int, list[int], list[int]]]:
         followers = collectives.fetcher((rows + 1) % batch, batch)(rows)
         found.append((len(rows), collectives.gather_rows(rows, batch).tolist(), followers.tolist()))
     return found
+
+
+def _told() -> tuple[list[Any], Any]:
+    collectives = Collectives()
+    rank = collectives.rank
+    return collectives.gather_json({"rank": rank, "text": "é" * rank, "none": None}), collectives.broadcast_json(
+        ["of rank 0", (1, 2.5)] if rank == 0 else "of another"
+    )
+
+
+def test_values_of_different_lengths_reach_every_rank() -> None:
+    for gathered, broadcast in run_ranks(_told, 3):
+        assert gathered == [{"rank": rank, "text": "é" * rank, "none": None} for rank in range(3)]
+        assert broadcast == ["of rank 0", [1, 2.5]]
 
 
 def test_trap_15_ranks_with_unequal_rows_gather_and_exchange_them_all() -> None:

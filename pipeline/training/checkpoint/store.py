@@ -98,7 +98,7 @@ class CheckpointStore:
         `before_commit` is called on rank 0, by the thread that then commits. `metadata` says "step", "stage" and what
         else `Checkpoint` holds; its "metrics" are what `keep_best` compares.
         """
-        name = self.collectives.broadcast_object(folder_name(metadata["step"], self._ownership.start))
+        name = self.collectives.broadcast_json(folder_name(metadata["step"], self._ownership.start))
         url = join(self.url, name)
         started = time.perf_counter()
         self._finish()
@@ -228,8 +228,8 @@ class CheckpointStore:
 
     def _newest_whole(self) -> tuple[Checkpoint, SavedState] | None:
         first = self.collectives.rank == 0
-        for url in self.collectives.broadcast_object(newest_first(self.storage, self.url) if first else None):
-            manifest = self.collectives.broadcast_object(self._manifest(url) if first else None)
+        for url in self.collectives.broadcast_json(newest_first(self.storage, self.url) if first else None):
+            manifest = self.collectives.broadcast_json(self._manifest(url) if first else None)
             files = None if manifest is None else self._verify(url, manifest["files"])
             if files is not None:
                 names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
@@ -256,12 +256,12 @@ class CheckpointStore:
                 found[name] = verify(self.storage, url, name, records[name])
             except CheckpointError as error:
                 faults.append(str(error))
-        shares = self.collectives.gather_objects((found, faults))
+        shares = self.collectives.gather_json(({name: (i.size, i.etag) for name, i in found.items()}, faults))
         faults = [fault for _, part in shares for fault in part]
         if rank == 0:
             for fault in faults:
                 log.warning("checkpoint passed over: %s", fault)
-        return None if faults else {name: info for part, _ in shares for name, info in part.items()}
+        return None if faults else {name: ObjectInfo(*info) for part, _ in shares for name, info in part.items()}
 
     def clear_up(self) -> None:
         """Remove what attempts before this one left unfinished. To be called after `latest`, before the first save."""

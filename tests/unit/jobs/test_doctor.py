@@ -106,6 +106,18 @@ def test_shared_memory_is_needed_by_loader_processes_and_by_nccl(tmp_path: Path)
     assert machine.shared_memory_of(None, accelerators=8) == machine.NCCL_BYTES
 
 
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [("10.1.2.3", False), ("127.0.0.1", False), ("8.8.8.8", True), ("2001:4860:4860::8888", True), ("fe80::1", False)],
+)
+def test_a_public_meeting_point_of_the_ranks_is_warned_of(monkeypatch, address: str, warned: bool) -> None:
+    monkeypatch.setenv("MASTER_ADDR", address)
+    finding = machine.rendezvous()
+    assert (finding.status, "WARNING, a public address" in finding.found) == ("works", warned)
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    assert machine.rendezvous().status == "not asked"
+
+
 def test_too_few_open_files_fail() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))

@@ -1,0 +1,40 @@
+"""A rank that trains alone: its collectives give what it gave, and nobody on the network can speak to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+ALONE = """
+import os, socket
+from types import SimpleNamespace
+import psutil
+from pipeline.training.collectives import Collectives
+from pipeline.training.instruments import Instruments
+
+collectives = Collectives()
+assert collectives.gather_json((1, "a", None)) == [[1, "a", None]]
+assert collectives.broadcast_json({"claim": None}) == {"claim": None}
+board = collectives.board()
+board.write("signs", "alive")
+assert board.read("signs") == {0: "alive"}
+board.call("hung", "first")
+board.call("hung", "second")
+assert board.called("hung") == "first" and board.called("shown") is None
+for large in (2**24 + 1, 4 * 10**10 + 1):
+    instruments = SimpleNamespace(
+        _loader=SimpleNamespace(counts=lambda: {"samples/pairs": large}), collectives=collectives, counted_before={}
+    )
+    assert Instruments.data_counts(instruments) == {"data/samples/pairs": float(large)}
+open_to = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
+assert open_to <= {"127.0.0.1", "::1"}, open_to
+collectives.close()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names the loopback interface as Linux does")
+def test_a_rank_alone_listens_to_nobody_else_and_counts_every_sample() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
