@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import NoReturn, TypeVar
 
 from pipeline.config.errors import MomeError, Preempted
+from pipeline.data import in_progress
 from pipeline.data.storage import Storage, join
 from pipeline.training.accounting import Kind
 from pipeline.training.collectives import Board, Collectives
@@ -186,8 +187,11 @@ class Watchdog:
         """Write this rank's stacks, give the others time to write theirs, and end the process."""
         _end_later(WRITE_SECONDS + 2 * SHOW_SECONDS + 4 * ASK_SECONDS)
         log.error("hung: %s", told)
-        stacks = _stacks()
-        header = f"rank {self._collectives.rank} of {self._collectives.world_size}\n{told}\n\n{self._where()}\n\n"
+        stacks, decoded = _stacks(), _samples()
+        if decoded:
+            log.error("%s", decoded)
+        header = f"rank {self._collectives.rank} of {self._collectives.world_size}\n{told}\n\n{self._where()}\n"
+        header += f"{decoded}\n\n"
         sys.stderr.write(header + stacks)
         sys.stderr.flush()
         self._keep((header + stacks).encode())
@@ -254,6 +258,12 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 def _raise(error: Exception) -> NoReturn:
     raise error
+
+
+def _samples() -> str:
+    """What this rank's loaders are decoding: one that hangs there hangs again after every restart."""
+    names = in_progress.samples()
+    return f"samples being decoded: {', '.join(names)}" if names else ""
 
 
 def _stacks() -> str:

@@ -21,6 +21,7 @@ import torch
 
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.printable import configure_logging
+from pipeline.data import in_progress
 from pipeline.data.loading.preparation import RowThreads
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.rows.row_buffer import RowBuffer, RowLayout
@@ -115,7 +116,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides what ends
     configure_logging()
     torch.set_num_threads(1)
-    socket, memory = int(sys.argv[1]), int(sys.argv[2])
+    socket, memory, progress = map(int, sys.argv[1:4])
+    in_progress.write_to(mmap.mmap(progress, in_progress.BYTES))
     try:
         serve(Connection(socket), mmap.mmap(memory, 0))
     except (EOFError, ConnectionError):

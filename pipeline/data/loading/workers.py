@@ -22,6 +22,7 @@ from collections import deque
 from multiprocessing.connection import Connection, wait
 
 from pipeline.config.errors import RunFailed
+from pipeline.data import in_progress
 from pipeline.data.loading.worker import Assignment, Done, Job
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.rows.row_buffer import RowBuffer
@@ -79,7 +80,7 @@ class ProcessPreparer:
         for worker in self._workers:
             worker.connection.close()
         for worker in self._workers:
-            worker.end()
+            worker.close()
 
     def _receive(self) -> None:
         connections = {worker.connection: worker for worker in self._workers}
@@ -99,6 +100,11 @@ class _Worker:
 
     def __init__(self, assignment: Assignment, memory: int):
         self._assignment, self._memory = assignment, memory
+        self._progress = _anonymous_file()  # which samples it decodes
+        weakref.finalize(self, os.close, self._progress)
+        os.ftruncate(self._progress, in_progress.BYTES)
+        self._samples = mmap.mmap(self._progress, in_progress.BYTES)
+        in_progress.watch(self._samples)
         self._restarts = self._steps_since = 0
         self.jobs: dict[int, Job] = {}  # by step, in order
         self._start()
@@ -132,6 +138,11 @@ class _Worker:
         for job in self.jobs.values():
             self.connection.send(job)
 
+    def close(self) -> None:
+        """Nothing more is wanted of the process, whose socket is closed."""
+        self.end()
+        in_progress.forget(self._samples)
+
     def end(self) -> None:
         """Waits for the process, whose socket is closed; it is killed if it does not end."""
         try:
@@ -143,9 +154,11 @@ class _Worker:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
+            descriptors = (theirs.fileno(), self._memory, self._progress)
+            self._samples[:] = bytes(in_progress.BYTES)
             self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(theirs.fileno()), str(self._memory)],
-                pass_fds=(theirs.fileno(), self._memory),
+                [sys.executable, "-c", PROGRAM, *map(str, descriptors)],
+                pass_fds=descriptors,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self.connection = Connection(ours.detach())

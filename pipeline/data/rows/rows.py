@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config.errors import DataError
 from pipeline.config.model import ImageBERTConfig, ViLTConfig
 from pipeline.config.schema import RunConfig, StageConfig, Use
+from pipeline.data import in_progress
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import OwnShape, Shape, decode, put_on_canvas, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
@@ -295,7 +296,8 @@ class RowMaker:
         """Raises BadSample."""
         members = draft.sample.members
         encoded = both_images(members) if self._wants.second_image else (image_bytes(members),)
-        return [decode(each, self._task.config.data.max_pixels) for each in encoded]
+        with in_progress.decoding(f"{draft.slot.source}: {draft.sample.shard} {draft.sample.key}"):
+            return [decode(each, self._task.config.data.max_pixels) for each in encoded]
 
     def _write_pictures(self, draft: _Draft, decoded: list[np.ndarray], buffer: RowBuffer, row: int) -> None:
         data, shape = self._task.config.data, self._task.shape

@@ -1,0 +1,77 @@
+"""A rank that hangs names the sample that its loaders are decoding, whatever process does it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pipeline.config.schema import StorageConfig
+from pipeline.data import in_progress
+from pipeline.data.storage import Storage
+from pipeline.training.watchdog import Watchdog
+
+
+def test_every_thread_tells_its_sample_and_takes_it_back() -> None:
+    ready, over = threading.Barrier(4), threading.Event()
+
+    def decode(number: int) -> None:
+        with in_progress.decoding(f"pairs: 00000.tar key{number}"):
+            ready.wait(10)
+            over.wait(10)
+
+    threads = [threading.Thread(target=decode, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    ready.wait(10)
+    assert sorted(in_progress.samples()) == [f"pairs: 00000.tar key{number}" for number in range(3)]
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert in_progress.samples() == []
+
+
+@pytest.mark.parametrize("key", ["k" * 1000, "\ud83d", "é" * 300, ""])
+def test_no_name_is_too_long_or_too_strange(key: str) -> None:
+    with in_progress.decoding(f"pairs: {key}"), in_progress.decoding(f"pairs: {key}"):
+        (found,) = in_progress.samples()
+        assert found.startswith("pairs: ")
+    with pytest.raises(ValueError, match="of the decoder"), in_progress.decoding("pairs: key"):
+        raise ValueError("of the decoder")
+    assert in_progress.samples() == []
+
+
+def test_a_sample_that_another_process_is_stuck_in_is_in_the_watchdogs_report(tmp_path, capfd) -> None:
+    descriptor = os.memfd_create("samples") if hasattr(os, "memfd_create") else pytest.skip("no anonymous memory")
+    os.ftruncate(descriptor, in_progress.BYTES)
+    memory = mmap.mmap(descriptor, in_progress.BYTES)
+    stuck = (
+        "import mmap, os, signal, sys; from pipeline.data import in_progress\n"
+        "in_progress.write_to(mmap.mmap(int(sys.argv[1]), in_progress.BYTES))\n"
+        "with in_progress.decoding('pairs: 00007.tar poison'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", stuck, str(descriptor)], pass_fds=(descriptor,), check=False)
+    in_progress.watch(memory)
+
+    class Rank:
+        rank, world_size, calls, inside = 0, 1, 0, ""
+
+        def board(self) -> None:
+            raise RuntimeError("nobody keeps it")
+
+    ended: list[int] = []
+    allowed = {"startup": 1.0}
+    watchdog = Watchdog(Rank(), Storage(StorageConfig()), str(tmp_path), allowed, ended.append)  # type: ignore[arg-type]
+    try:
+        watchdog._finish("rank 0 hangs")
+    finally:
+        watchdog.close()
+        in_progress.forget(memory)
+    assert ended == [75]
+    (report,) = (tmp_path / "stacks").iterdir()
+    assert "samples being decoded: pairs: 00007.tar poison" in report.read_text()
+    assert in_progress.samples() == []
