@@ -381,7 +381,7 @@ def test_pictures_whose_caption_names_a_side_are_never_flipped(
     index_shards(Storage(), folder)
     allowed = set()
     augment = module.augment
-    monkeypatch.setattr(module, "augment", lambda *args: allowed.add(args[-1]) or augment(*args))
+    monkeypatch.setattr(module, "augment", lambda *args: allowed.add(args[4]) or augment(*args))
     take(run_config({"one": folder}), tokenizer, 0, 1)
     assert allowed == {may_flip}
 
