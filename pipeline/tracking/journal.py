@@ -121,11 +121,17 @@ class Journal:
 
     def file(self, name: str) -> Path | None:
         """Return the path of the artifact that a record calls `name`; None, reported, for one outside this folder."""
-        path = self.folder / "files" / name
-        if is_file_name(name) and path.resolve().is_relative_to(self.folder.resolve() / "files"):
-            return path
-        logger.warning("%s: the file %r lies outside this journal and is left out", self.folder, name[:200])
+        if is_file_name(name) and self._is_inside(self.folder / "files" / name):
+            return self.folder / "files" / name
+        logger.warning("%s: the file %r lies outside this journal or is none; it is left out", self.folder, name[:200])
         return None
+
+    def _is_inside(self, path: Path) -> bool:
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve() / "files")
+            return inside and (path.is_file() or not path.exists())  # a pipe would be waited for
+        except (OSError, RuntimeError):  # links that lead to themselves
+            return False
 
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
         return read_records(self.path(session), start)

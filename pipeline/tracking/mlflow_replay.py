@@ -55,6 +55,15 @@ class Cursor:
             state = _STATE.validate_json(self._path.read_bytes())
             self.offsets, self.marks = state["offsets"], state["marks"]
 
+    def offset(self, journal: Journal, session: str) -> int:
+        """Return the byte from which a session is still to be shipped: all of it, when what is known cannot be true."""
+        offset = self.offsets.get(session, 0)
+        if offset == 0:
+            return 0
+        with journal.path(session).open("rb") as file:
+            file.seek(offset - 1)
+            return offset if file.read(1) == b"\n" else 0
+
     def save(self) -> None:
         write_durably(self._path, json.dumps({"offsets": self.offsets, "marks": self.marks}).encode())
 
@@ -66,8 +75,9 @@ class Cursor:
 def num_pending(folder: Path, uri: str) -> int:
     """Bytes of the journal that were not shipped to `uri`."""
     journal, cursor = Journal(folder), Cursor(folder, uri)
-    lengths = {session: complete_length(journal.path(session)) for session in journal.sessions()}
-    return sum(max(length - cursor.offsets.get(session, 0), 0) for session, length in lengths.items())
+    return sum(
+        complete_length(journal.path(session)) - cursor.offset(journal, session) for session in journal.sessions()
+    )
 
 
 @contextlib.contextmanager
@@ -122,7 +132,7 @@ class MlflowShipper:
     def _ship(self) -> None:
         self._points = []
         for session in self._journal.sessions():
-            shipped = self._cursor.offsets.get(session, 0)
+            shipped = self._cursor.offset(self._journal, session)
             for offset, record in self._journal.records(session, shipped):
                 if record["kind"] == "metrics":
                     self._collect(record)

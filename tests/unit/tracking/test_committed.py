@@ -317,7 +317,7 @@ def test_a_hostile_file_name_is_left_out_and_reported(
     assert "left out" in caplog.text
 
 
-@pytest.mark.parametrize("link", ["file", "its folder", "files"])
+@pytest.mark.parametrize("link", ["file", "its folder", "files", "loop", "pipe"])
 def test_a_link_out_of_the_journal_is_neither_read_nor_written(
     tmp_path: Path, link: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,7 +330,13 @@ def test_a_link_out_of_the_journal_is_neither_read_nor_written(
     writer.append(artifact(NAME))
     writer.close()
     linked = journal.folder / "files" / NAME
-    if link == "files":
+    if link == "loop":
+        linked.parent.mkdir(parents=True)
+        linked.symlink_to(linked)
+    elif link == "pipe":
+        linked.parent.mkdir(parents=True)
+        os.mkfifo(linked)
+    elif link == "files":
         (journal.folder / "files").symlink_to(outside)
     elif link == "its folder":
         linked.parent.parent.mkdir()

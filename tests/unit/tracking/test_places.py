@@ -17,6 +17,7 @@ from pipeline.config.load import validate
 from pipeline.config.paths import local_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
+from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_replay import Cursor, num_pending, shipping_alone
 from pipeline.tracking.places import journal_folder, read_journal, run_of
 from pipeline.tracking.tracker import Tracker
@@ -93,6 +94,23 @@ def test_a_damaged_cursor_only_ships_again(tmp_path: Path) -> None:
         assert all(isinstance(offset, int) and offset >= 0 for offset in read.offsets.values())
         assert all(isinstance(step, int) for marks in read.marks.values() for step in marks.values())
         num_pending(tmp_path, "http://server")
+
+
+def test_a_cursor_that_cannot_be_true_ships_the_whole_session(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    writer = journal.start_session()
+    for step in range(3):
+        writer.append({"kind": "metrics", "at": 1, "stage": 0, "step": step, "values": {"loss": 1.0}})
+    writer.close()
+    (session,) = journal.sessions()
+    whole = journal.path(session).read_bytes()
+    ends = {0} | {number + 1 for number, byte in enumerate(whole) if byte == 10}
+    for offset in range(len(whole) + 10):
+        cursor = Cursor(tmp_path, "http://server")
+        cursor.offsets = {session: offset}
+        cursor.save()
+
+        assert num_pending(tmp_path, "http://server") == len(whole) - (offset if offset in ends else 0)
 
 
 def test_no_link_in_a_journal_that_came_from_somebody_is_followed(tmp_path: Path) -> None:
