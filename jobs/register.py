@@ -12,12 +12,13 @@ from typing import Any
 from PIL import Image
 
 from jobs.caller import Caller
+from jobs.evaluate import weights_to_score
 from jobs.served import outputs_of
 from pipeline.config.redaction import redact, redact_values
 from pipeline.data.storage import Storage, split
 from pipeline.tracking.mlflow_model import Export, register
 from pipeline.tracking.places import absolute_uri, experiment_of, run_of, tracking_uri
-from pipeline.training.checkpoint import Weights, load_weights, save_weights
+from pipeline.training.checkpoint import Weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (ROOT / "pipeline", ROOT / "jobs")
@@ -38,7 +39,7 @@ def register_checkpoint(
     TrackingError for what MLflow refuses.
     """
     storage = caller.store()
-    weights = load_weights(storage, checkpoint.rstrip("/"))
+    weights = weights_to_score(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
     stage = config.stage_named(weights.stage)
     with tempfile.TemporaryDirectory() as folder:
