@@ -35,17 +35,21 @@ class Caller(Section):
         return Caller(storage=config.storage, tracking_uri=named_uri(config), cluster=config.cluster)
 
     @staticmethod
-    def named(config: Path | None = None, uri: str | None = None) -> Caller:
-        """Return the caller who gave `--config` and `--uri`. Raises ConfigError as `load_config`."""
+    def named(config: Path | None = None) -> Caller:
+        """Return the caller who gave `--config`. Raises ConfigError as `load_config`."""
         if config is None:
-            return Caller(tracking_uri=uri)
+            return Caller()
         own = load_config(config)
-        return Caller(storage=own.storage, tracking_uri=uri or own.tracking.uri, cluster=own.cluster)
+        return Caller(storage=own.storage, tracking_uri=own.tracking.uri, cluster=own.cluster)
 
     @property
     def server(self) -> str | None:
         """The MLflow URI that the caller gave; None where they gave none."""
         return self.tracking_uri or os.environ.get(URI_VARIABLE)
+
+    def with_server(self, uri: str | None) -> Caller:
+        """Return the same caller, who gave this MLflow URI too."""
+        return self if uri is None else self.model_copy(update={"tracking_uri": uri})
 
     def server_of(self, folder: str) -> str:
         """Return the MLflow URI that the run in `folder` is recorded at."""

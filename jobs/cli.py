@@ -315,7 +315,7 @@ def sync(
     """Ship to MLflow what an unreachable server missed. Shipping twice changes nothing."""
     from jobs.sync import sync as ship
 
-    print_result(asdict(ship(run, Caller.named(config, uri))), as_json)
+    print_result(asdict(ship(run, uri, Caller.named(config))), as_json)
 
 
 @app.command()
@@ -445,7 +445,7 @@ def register(
     """Put a checkpoint into MLflow's registry: `mlflow.pyfunc.load_model` then gives embeddings and matching scores."""
     from jobs.register import register_checkpoint
 
-    print_result(register_checkpoint(checkpoint, name, alias, Caller.named(config, uri)), as_json)
+    print_result(register_checkpoint(checkpoint, name, alias, uri, Caller.named(config)), as_json)
 
 
 def main() -> None:

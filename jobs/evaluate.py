@@ -204,7 +204,9 @@ def _name(asked: str | None, source: str, key: Key, is_limited: bool, config: Ru
     base = source if source in config.sources else _slug(source)
     if is_limited:
         base += "-all" if key.limit is None else f"-first-{key.limit}"
-    candidates = (base, f"{base}-{key.use}", f"{base}-{key.digest[:8]}", f"{base}-{key.use}-{key.digest[:8]}")
+    differs_in_use = any((each.name, each.digest) == (base, key.digest) for each in of_same_weights)
+    apart = f"{base}-{key.use}" if differs_in_use else f"{base}-{key.digest[:8]}"
+    candidates = (base, apart, f"{base}-{key.use}-{key.digest[:8]}")
     return next((name for name in candidates if is_free(name)), f"{base}-{key.use}-{key.digest}")
 
 
@@ -336,6 +338,8 @@ def model_of(weights: Weights) -> Model:
     config = weights.config
     index = config.stages.index(config.stage_named(weights.stage))
     model = build_model(config.model, len(weights.vocabulary), heads(config, index))
+    if drawn := weights.absent - set(model.HEAD_PARTS):
+        log.warning("%s holds no %s: drawn at random", weights.url, ", ".join(sorted(drawn)))
     load_matching(model, weights.tensors, weights.stage, weights.absent)
     return model
 
@@ -347,7 +351,7 @@ def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> It
         if stage.name == weights.stage:
             return
         if is_committed(storage, url):
-            yield stage.name, model_of(load_weights(storage, url))
+            yield stage.name, model_of(weights_to_score(storage, url))
 
 
 def _with_source(

@@ -9,7 +9,7 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from jobs.caller import Caller
-from jobs.evaluate import model_of
+from jobs.evaluate import model_of, weights_to_score
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.images import decode
@@ -18,7 +18,6 @@ from pipeline.data.quarantine import BadSample
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain, untrained
 from pipeline.evaluation.explain_page import subject_of, to_html, to_png
 from pipeline.pages.page import signature
-from pipeline.training.checkpoint import load_weights
 from pipeline.training.trial import kinds, readings
 
 FORMATS = (".html", ".png")
@@ -34,7 +33,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     storage = caller.store()
-    weights = load_weights(storage, checkpoint.rstrip("/"))
+    weights = weights_to_score(storage, checkpoint.rstrip("/"))
     config = weights.config
     stage = config.stage_named(weights.stage)
     model = model_of(weights)

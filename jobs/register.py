@@ -30,14 +30,15 @@ SERVING = (
 
 
 def register_checkpoint(
-    checkpoint: str, name: str, alias: str | None = None, caller: Caller = Caller()
+    checkpoint: str, name: str, alias: str | None = None, uri: str | None = None, caller: Caller = Caller()
 ) -> dict[str, Any]:
     """Register the weights of a run, a stage or a checkpoint's folder; returns the version and how to load it.
 
-    The MLflow server is the caller's, and without one the SQLite file beside the run's folder. Raises CheckpointError
-    for a folder without whole weights, ConfigError for weights that give neither embeddings nor matching scores,
-    TrackingError for what MLflow refuses.
+    The MLflow server is `uri`, else the caller's, and without one the SQLite file beside the run's folder. Raises
+    CheckpointError for a folder without whole weights, ConfigError for weights that give neither embeddings nor
+    matching scores, TrackingError for what MLflow refuses.
     """
+    caller = caller.with_server(uri)
     storage = caller.store()
     weights = weights_to_score(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
@@ -49,7 +50,7 @@ def register_checkpoint(
             loader="jobs.served",
             code=CODE,
             requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
-            outputs=outputs_of(weights),
+            outputs=outputs_of(weights_to_score(storage, weights.url)),
             example={"image": _example_picture(), "text": "a grey square"},
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
@@ -57,9 +58,9 @@ def register_checkpoint(
             run=run_of(config, storage),
             stage_index=config.stages.index(stage),
         )
-        uri = absolute_uri(tracking_uri(config))
-        done = register(uri, experiment_of(config), name, alias, export)
-    return asdict(done) | {"tracking_uri": redact(uri), "checkpoint": weights.url}
+        server = absolute_uri(tracking_uri(config))
+        done = register(server, experiment_of(config), name, alias, export)
+    return asdict(done) | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 
 def _write(weights: Weights, folder: str) -> None:

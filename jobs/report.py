@@ -19,7 +19,7 @@ from pipeline.reports.campaign import gather
 from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
 from pipeline.reports.run_folder import open_run
-from pipeline.tracking.places import named_uri
+from pipeline.tracking.places import named_uri, tracking_uri
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.prepare import RUN_FILE
 
@@ -42,7 +42,8 @@ def report(
     `untracked_because` finds nothing against it. Raises ConfigError, naming it, for a folder without a run.
     """
     opened = open_run(run, caller.store())
-    campaign = gather(opened, price)
+    config = caller.applied(opened.config)
+    campaign = gather(opened, price, None if config.tracking.uri is None else tracking_uri(config))
     comparison = compare([opened, *(open_run(each, opened.storage) for each in against)]) if against else None
     page = render_campaign(campaign, comparison).encode()
     place = str(out) if out is not None else join(opened.folder, CAMPAIGN)
@@ -50,7 +51,6 @@ def report(
         opened.storage.write(place, page)
     else:
         write_output(opened.storage, place, page, "--out")
-    config = caller.applied(opened.config)
     if opened.run and not opened.is_live:  # the process that trains alone commits its journal
         reason = untracked_because(config, opened.recorded, opened.storage) if track is None else None
         if reason is not None:

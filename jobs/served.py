@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jobs.evaluate import model_of
+from jobs.evaluate import model_of, weights_to_score
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, matching_odds
-from pipeline.training.checkpoint import Weights, load_weights
+from pipeline.training.checkpoint import Weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,4 +133,4 @@ def _put(column: list[Any], rows: Sequence[int], values: Sequence[Any]) -> None:
 
 
 def _load_pyfunc(path: str) -> Served:
-    return Served(load_weights(Storage(), path))
+    return Served(weights_to_score(Storage(), path))

@@ -24,13 +24,14 @@ class Synced:
     points: int
 
 
-def sync(run: str, caller: Caller = Caller()) -> Synced:
-    """Ship the journal of the run in folder `run` (path or URL) to the caller's server.
+def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> Synced:
+    """Ship the journal of the run in folder `run` (path or URL) to `uri`, else to the caller's server.
 
     Without one that is the SQLite file beside the run's folder. The server that the journal names is not asked: it may
     come from somebody else. Shipping again what the server has changes nothing. Raises TrackingError when there is no
     journal, when another process is shipping it, or when the server does not take it.
     """
+    caller = caller.with_server(uri)
     journal = read_journal(run, caller.store())
     campaigns = journal.campaigns()
     if not campaigns:

@@ -2,6 +2,7 @@
 
     <out>/train-000000.parquet      key, image_id, caption (the caption's number; null for the picture), vector
     <out>/_done/train-000000.json   written last: the checkpoint and the shard it was made from, its size, its rows
+    <out>/_source.json              the folder of shards that all of these are of
 
 A shard whose record names the same checkpoint and content is not read again, so that whoever is killed goes on where it
 stood, and a bucket that has grown costs only its new shards. Batches are cut inside a shard: vectors do not depend on
@@ -44,6 +45,7 @@ from pipeline.evaluation.retrieval import embed_images, embed_texts
 if TYPE_CHECKING:
     import pyarrow
 
+SOURCE = "_source.json"
 DONE = "_done"  # readers of Parquet folders pass over names that begin so
 _READERS = 16  # records of finished shards read at once
 
@@ -137,6 +139,8 @@ def embed_source(
     shards = manifest.shards
 
     def find() -> dict[str, Record]:
+        if ranks.rank == 0:
+            _claim(storage, out, url, manifest)
         return _finished(storage, out, shards, embedder.digest) if ranks.rank == 0 else {}
 
     done = together(ranks, find)[0]
@@ -153,6 +157,38 @@ def embed_source(
         captions=sum(record.captions for record in records),
         skipped=sum(sum(record.skipped.values()) for record in records),
     )
+
+
+def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
+    """Note in `out` which folder of shards its files are of.
+
+    Raises ConfigError where they are of another one, whose files of the same names would be lost. That is known by the
+    content of its shards: a folder that has moved, grown or been mended in part is still the same.
+    """
+    own = {shard.name: shard.digest for shard in manifest.shards}
+    place = join(out, SOURCE)
+    if storage.exists(place):
+        there = _known_source(storage.read(place), place)
+        known: dict[str, str] = there["shards"]
+        is_same = there["url"] == url or bool(own.items() & known.items())
+        if not is_same:
+            raise ConfigError(
+                f"--out {out}: holds the vectors of {there['url']}, and files of the same names would be lost; name "
+                f"another folder for those of {url}"
+            )
+    elif made := [name for name in storage.list(out) if name.endswith(".parquet")]:
+        expected = {parquet_name(name) for name in own}
+        if not _finished(storage, out, manifest.shards, None) and set(made) & expected:
+            raise ConfigError(f"--out {out}: holds {made[0]}, made from other shards than those of {url}; name another")
+    storage.write(place, json.dumps({"url": url, "digest": manifest.digest, "shards": own}, indent=1).encode())
+
+
+def _known_source(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+        return {"url": str(found["url"]), "shards": {str(k): str(v) for k, v in found["shards"].items()}}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where} is damaged ({error}); name another folder with --out") from error
 
 
 def _embed_shard(
@@ -176,16 +212,22 @@ def _embed_shard(
     return record
 
 
-def _finished(storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str) -> dict[str, Record]:
-    """Records, by the shard's name, of files that lie there whole and were made from this checkpoint and content."""
+def _finished(storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str | None) -> dict[str, Record]:
+    """Records, by the shard's name, of files that lie there whole and were made from this checkpoint and content.
+
+    `digest` names the checkpoint; None: any.
+    """
     files, known = storage.list_info(out), set(storage.list(join(out, DONE)))
 
     def read(shard: ShardRecord) -> Record | None:
         if _record_name(shard.name) not in known:
             return None
-        record = Record(**json.loads(storage.read(join(out, DONE, _record_name(shard.name)))))
+        try:
+            record = Record(**json.loads(storage.read(join(out, DONE, _record_name(shard.name)))))
+        except (ValueError, TypeError, RecursionError):  # a damaged record is of no file
+            return None
         file = files.get(parquet_name(shard.name))
-        same = (record.checkpoint, record.shard) == (digest, shard.digest)
+        same = digest in (None, record.checkpoint) and record.shard == shard.digest
         return record if same and file is not None and file.size == record.bytes else None
 
     with ThreadPoolExecutor(_READERS, "records") as threads:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Objective, RunConfig, StageConfig, Use
-from pipeline.data.contents.choices import ANSWERS, Choices, load_answers
+from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.annotated import AnnotatedSource
@@ -73,7 +73,8 @@ def evaluate(
 
     `source` and `limit` default to the config's. `others` are the models of other stages, by the stage's name.
     `rerank_best` is how many candidates of each query the fusion encoder reads again; 0 leaves re-ranking out.
-    `progress` is told what is being measured. `choices` is what the heads choose among, as kept with the weights.
+    `progress` is told what is being measured. `choices` is what the heads choose among, as kept with the weights;
+    None: as the config names it.
     All of `ranks` call it together and get the same. `held_out`: the source's pairs, where they were read before.
     `probe`: a labelled source on whose frozen features a linear classifier is trained, to be measured on `source`.
     Raises ConfigError and DataError as `load_pairs`, ConfigError for a source of a use that the stage did not train.
@@ -84,7 +85,7 @@ def evaluate(
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
     if source in config.sources and config.sources[source].use in TASKS:
         setting = _Setting(config, tokenizer, ranks, progress, None)
-        return _measure_task(model, setting, storage, source, limit, chosen, choices or {}, probe)
+        return _measure_task(model, setting, storage, source, limit, chosen, choices, probe)
     if probe is not None:
         raise ConfigError(f"a linear probe is measured on labelled pictures, and '{source}' is no source of them")
     if held_out is None:
@@ -129,7 +130,7 @@ def _measure_task(
     source: str,
     limit: int | None,
     stage: StageConfig,
-    choices: Mapping[str, Choices],
+    choices: Mapping[str, Choices] | None,
     probe: str | None,
 ) -> Evaluation:
     """The figures of a source of questions, statements or labelled pictures."""
@@ -144,8 +145,9 @@ def _measure_task(
     figures: dict[str, Any] = {}
     if use == "questions":
         progress("answering questions")
-        listed = choices.get(ANSWERS) or load_answers(config, stage, storage)
-        assert listed is not None, "the schema lets no stage answer without a list"
+        if choices is None:
+            choices = choices_of(config, [stage], storage)
+        listed = answers_with(choices, stage.answers, f"stage {stage.name}")
         figures["answering"] = measure_answering(model, annotated, listed)
     elif use == "statements":
         progress("judging statements")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import Objective, RunConfig, StageConfig
-from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
+from pipeline.data.contents.choices import CLASSES, Choices, answers_with
 from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
 from pipeline.evaluation.annotated import on_device, pass_over
@@ -87,8 +87,9 @@ class Predictor:
     # ---- one for each objective
 
     def answers(self, given: Given) -> Prediction:
+        listed = answers_with(self.choices, self.stage.answers, f"stage {self.stage.name}")
         odds = self._read(self._fused(given, "answers"))["answers"][0].sigmoid()
-        return {"answers": self._best(odds, self.choices[ANSWERS].names)}
+        return {"answers": self._best(odds, listed.names)}
 
     def truth(self, given: Given) -> Prediction:
         return {"true": self._read(self._fused(given, "reasoning"))["reasoning"][0].softmax(dim=0)[1].item()}
@@ -96,7 +97,8 @@ class Predictor:
     def classes(self, given: Given) -> Prediction:
         odds = self._read(self._fused(given, "classes"))["classes"][0].softmax(dim=0)
         listed = self.choices.get(CLASSES)
-        return {"classes": self._best(odds, listed.names if listed else [str(n) for n in range(len(odds))])}
+        named = listed is not None and len(listed) == len(odds)
+        return {"classes": self._best(odds, listed.names if named and listed else [str(n) for n in range(len(odds))])}
 
     def matched(self, given: Given) -> Prediction:
         return {"matched": self._read(self._fused(given, "itm"))["itm"][0].softmax(dim=0)[1].item()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import time
@@ -31,6 +32,15 @@ def render_page(template: str, folders: Sequence[Path], subject: str, **values: 
 
     `subject` tells apart what pages are of: a page may take the place of an older one of the same subject.
     """
+    return (
+        _environment(tuple(folders))
+        .get_template(template)
+        .render(written=moment(1000 * time.time()), signature=signature(subject), **values)
+    )
+
+
+@functools.lru_cache
+def _environment(folders: tuple[Path, ...]) -> Environment:
     environment = Environment(
         loader=FileSystemLoader([*folders, HERE]),
         autoescape=True,
@@ -39,9 +49,7 @@ def render_page(template: str, folders: Sequence[Path], subject: str, **values: 
         lstrip_blocks=True,
     )
     environment.filters |= {each.__name__: each for each in (percent, number, significant, money, duration, moment)}
-    return environment.get_template(template).render(
-        written=moment(1000 * time.time()), signature=signature(subject), **values
-    )
+    return environment
 
 
 def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.config.errors import MomeError
+from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.data.shards.sources import open_source, selection_url
@@ -21,7 +22,8 @@ from pipeline.pages.words import significant
 from pipeline.reports.rejected import Quarantined, look_again
 from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, Tag
 from pipeline.tracking.journal import EVALUATION
-from pipeline.tracking.places import experiment_of
+from pipeline.tracking.mlflow_replay import shipped_to
+from pipeline.tracking.places import absolute_uri, default_uri, experiment_of, journal_folder
 from pipeline.training.accounting import KINDS
 
 ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
@@ -136,6 +138,7 @@ class Campaign:
     measured: list[Point]  # every evaluation, with the step it was made at
     quarantine: Quarantined
     lineage: dict[str, str]
+    mlflow_page: str  # the address of the run in MLflow's pages, if the reader's server is reached by http
 
     @property
     def bad_samples(self) -> float:
@@ -143,12 +146,16 @@ class Campaign:
         return sum(source.bad for stage in self.stages for source in stage.sources)
 
 
-def gather(run: RunFolder, price: float | None = None) -> Campaign:
-    """`price` of a rank for an hour; without it the run's own `cluster.price`. The shards are asked what they are."""
+def gather(run: RunFolder, price: float | None = None, server: str | None = None) -> Campaign:
+    """`price` of a rank for an hour; without it the run's own `cluster.price`. The shards are asked what they are.
+
+    `server` is the MLflow URI of who reads the page, which it may lead to.
+    """
     config, started = run.config, [session.start for session in run.sessions]
     ended = max((p.at for r in run.stages for p in r.points), default=None)
     seconds = {} if run.time is None else run.time["seconds"]
     cost = _cost(run, sum(seconds.values()), config.cluster.price if price is None else price)
+    recorded, page = _in_mlflow(run, server)
     return Campaign(
         name=run.name,
         folder=run.folder,
@@ -172,7 +179,8 @@ def gather(run: RunFolder, price: float | None = None) -> Campaign:
         evaluations=kept(run.storage, run.folder),
         measured=run.evaluations,
         quarantine=look_again(config, run.storage, run.quarantined()),
-        lineage=_lineage(run),
+        lineage=_lineage(run) | recorded,
+        mlflow_page=page,
     )
 
 
@@ -223,8 +231,9 @@ def _source(run: RunFolder, record: StageRecord, name: str, weight: float, diges
 def _shards_now(config: RunConfig, storage: Storage, name: str) -> tuple[tuple[int, int, str] | None, str]:
     """((shards, samples read of them, digest), "") of a source as it lies there, or (None, what is wrong)."""
     try:
-        check_stored_url(config.sources[name].shards, f"sources.{name}.shards")
-        check_stored_url(config.sources[name].opt_out or "", f"sources.{name}.opt_out")
+        for key, url in (("shards", config.sources[name].shards), ("opt_out", config.sources[name].opt_out)):
+            if url is not None:
+                check_stored_url(url, f"sources.{name}.{key}")
         source = open_source(storage, config.sources[name], selection_url(config, name))
     except MomeError as error:
         return None, f"cannot be read now: {error}"
@@ -298,6 +307,21 @@ def _cost(run: RunFolder, seconds: float, price: float) -> Cost | None:
     return Cost(ranks, hours, price, hours * price)
 
 
+def _in_mlflow(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
+    """Return what leads to the run in MLflow: its id, if this machine shipped it, else the tag; and its page's address.
+
+    Ids are MLflow's own. The address is on the reader's server, never on one that the folder names.
+    """
+    own = absolute_uri(server or default_uri(run.config.output))
+    others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
+    for uri in dict.fromkeys([own, *others]):
+        if (known := shipped_to(journal_folder(run.folder), uri)) is not None:
+            is_page = uri == own and uri.startswith(("http://", "https://"))
+            page = f"{redact(uri).rstrip('/')}/#/experiments/{known[1]}/runs/{known[0]}" if is_page else ""
+            return {"MLflow run": known[0]}, page
+    return ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
+
+
 def _lineage(run: RunFolder) -> dict[str, str]:
     """What made this run, as its last start recorded it."""
     tags = run.sessions[-1].tags if run.sessions else {}
@@ -305,7 +329,6 @@ def _lineage(run: RunFolder) -> dict[str, str]:
     if commit and tags.get("mome.git.dirty") == "true":
         commit += " with changes that are not committed"
     named = {
-        "MLflow run": run.run,
         "Experiment": experiment_of(run.config),
         "Code": commit,
         "Submission": tags.get("ray.submission_id", ""),

@@ -22,6 +22,7 @@ from pipeline.tracking.records import Record
 from pipeline.training import accounting
 from pipeline.training.prepare import RUN_FILE
 
+LONGEST_SECONDS = 1e12
 RESTARTS = "restarts"
 QUARANTINE = "quarantine"
 
@@ -175,7 +176,7 @@ def _account(storage: Storage, folder: str) -> Values | None:
     seconds = found.get("seconds") if isinstance(found, dict) else None
     if not isinstance(seconds, dict) or "training" not in seconds:
         return None
-    return found if all(isinstance(value, int | float) for value in seconds.values()) else None
+    return found if all(isinstance(v, int | float) and 0 <= v < LONGEST_SECONDS for v in seconds.values()) else None
 
 
 def stages_of(config: RunConfig, storage: Storage) -> list[StageRecord]:

@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 from urllib.parse import urlsplit
 
 from pydantic import Field, TypeAdapter
@@ -39,6 +40,8 @@ LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
 class _State(TypedDict):
     offsets: dict[str, Annotated[int, Field(ge=0)]]
     marks: dict[str, dict[str, int]]
+    run: NotRequired[str]
+    experiment: NotRequired[str]
 
 
 _STATE = TypeAdapter(_State)
@@ -51,9 +54,11 @@ class Cursor:
         self._path = folder / f"cursor-{hashlib.sha256(redact(uri).encode()).hexdigest()[:8]}.json"
         self.offsets: dict[str, int] = {}
         self.marks: dict[str, dict[str, int]] = {}  # stage index -> key -> the step up to which the server had points
+        self.run, self.experiment = "", ""  # MLflow's ids of the campaign's run there
         with contextlib.suppress(OSError, ValueError):  # a ValidationError is one
             state = _STATE.validate_json(self._path.read_bytes())
             self.offsets, self.marks = state["offsets"], state["marks"]
+            self.run, self.experiment = state.get("run", ""), state.get("experiment", "")
 
     def offset(self, journal: Journal, session: str) -> int:
         """Return the byte from which a session is still to be shipped: all of it, when what is known cannot be true."""
@@ -65,11 +70,19 @@ class Cursor:
             return offset if file.read(1) == b"\n" else 0
 
     def save(self) -> None:
-        write_durably(self._path, json.dumps({"offsets": self.offsets, "marks": self.marks}).encode())
+        state = {"offsets": self.offsets, "marks": self.marks, "run": self.run, "experiment": self.experiment}
+        write_durably(self._path, json.dumps(state).encode())
 
     def reset(self) -> None:
-        self.offsets, self.marks = {}, {}
+        self.offsets, self.marks, self.run, self.experiment = {}, {}, "", ""
         self.save()
+
+
+def shipped_to(folder: Path, uri: str) -> tuple[str, str] | None:
+    """Return MLflow's ids (run, experiment) of a journal's campaign at `uri`; None where this machine knows none."""
+    cursor = Cursor(folder, uri)
+    known = re.fullmatch(r"[0-9a-f]{32}", cursor.run) and re.fullmatch(r"\d{1,32}", cursor.experiment)
+    return (cursor.run, cursor.experiment) if known else None
 
 
 def num_pending(folder: Path, uri: str) -> int:
@@ -149,6 +162,7 @@ class MlflowShipper:
 
     def _advance(self, session: str, offset: int) -> None:
         self._cursor.offsets[session] = offset
+        self._cursor.run, self._cursor.experiment = self._runs.get(None, self._cursor.run), self._experiment
         self._cursor.save()
 
     def _collect(self, record: Record) -> None:

@@ -123,16 +123,16 @@ def test_shipping_again_without_the_cursor_changes_nothing(tmp_path: Path, datab
     tracker.end_stage()
     tracker.finish()
     tracker.close(timeout=0)
-    shipped = sync(config.folder, Caller.of(config))
+    shipped = sync(config.folder, caller=Caller.of(config))
     before = content(database)
 
     for cursor in journal_folder(config.folder).glob("cursor-*"):
         cursor.unlink()
-    again = sync(config.folder, Caller.of(config))
+    again = sync(config.folder, caller=Caller.of(config))
 
     assert content(database) == before
     assert shipped.points == again.points == 3003
-    assert sync(config.folder, Caller.of(config)).points == 0
+    assert sync(config.folder, caller=Caller.of(config)).points == 0
     (run_id, _) = runs_of(database, config)["vision"]
     assert points_of(database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(1500)]
     assert len(rows(database, "select * from metrics where run_uuid = ? and key in ('nan', 'up', 'down')", run_id)) == 3
@@ -150,7 +150,7 @@ def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_ne
         first.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
     first.abandon()
     sync(
-        str(journal_folder(config.folder).parent), Caller.of(config)
+        str(journal_folder(config.folder).parent), caller=Caller.of(config)
     )  # as its shipper would have, a moment before the loss
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
@@ -249,8 +249,8 @@ def test_a_run_that_never_saw_its_server_is_shipped_later(tmp_path: Path, server
     tracker.close(timeout=0)
 
     with pytest.raises(TrackingError, match="takes no records"):
-        sync(config.folder, Caller.of(config))
-    assert sync(config.folder, Caller(tracking_uri=server.uri)).points == 100
+        sync(config.folder, caller=Caller.of(config))
+    assert sync(config.folder, caller=Caller(tracking_uri=server.uri)).points == 100
 
     (run_id, status) = runs_of(server.database, config)["vision"]
     assert status == "FINISHED"
@@ -293,7 +293,7 @@ def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_i
     before = content(database)
     for cursor in journal_folder(config.folder).glob("cursor-*"):
         cursor.unlink()
-    sync(config.folder, Caller.of(config))
+    sync(config.folder, caller=Caller.of(config))
 
     assert content(database) == before
     client = MlflowClient(f"sqlite:///{database}")

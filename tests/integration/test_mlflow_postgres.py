@@ -146,7 +146,7 @@ def test_a_server_with_a_login_takes_what_the_environment_says_and_nothing_witho
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         client = MlflowClient(server.uri)
         assert client.get_experiment_by_name("vlmo") is None
-        assert sync(config.folder, Caller.of(config)).points == 100
+        assert sync(config.folder, caller=Caller.of(config)).points == 100
         experiment = client.get_experiment_by_name("vlmo")
         assert experiment is not None
         assert len(client.search_runs([experiment.experiment_id])) == 2

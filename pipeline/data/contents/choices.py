@@ -65,6 +65,18 @@ class Choices:
         return Choices(tuple(names))
 
 
+def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where: str) -> Choices:
+    """Return the answers that came with weights, which name the `num_outputs` of their head. Raises ConfigError."""
+    listed = choices.get(ANSWERS)
+    if listed is not None and num_outputs in (None, len(listed)):
+        return listed
+    found = "came without a list of answers" if listed is None else f"came with a list of {len(listed)} answers"
+    raise ConfigError(
+        f"{where}: these weights {found} ({ANSWERS}), and their answering head has {num_outputs} outputs to be named. "
+        "Import them again with --answers FILE: a JSON list of as many, in the order of the head's outputs"
+    )
+
+
 def load_answers(config: RunConfig, stage: StageConfig, storage: Storage) -> Choices | None:
     """The answers that a stage chooses among; None if it answers nothing.
 

@@ -106,8 +106,9 @@ def _parsed_manifest(url: str, data: bytes) -> dict[str, Any]:
         names = {*records, *(str(record.get("file", name)) for name, record in manifest["files"].items())}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{url}: {MANIFEST} is damaged: {type(error).__name__}: {error}") from error
-    if outside := next((name for name in names if "/" in name or "\\" in name or name in ("", ".", "..")), None):
-        raise CheckpointError(f"{url}: {MANIFEST} lists {outside!r:.80}, which is no file of this folder")
+    for name in names:
+        if name in ("", ".", "..") or not {"/", "\\"}.isdisjoint(name):
+            raise CheckpointError(f"{url}: {MANIFEST} lists {name!r:.80}, which is no file of this folder")
     return manifest
 
 

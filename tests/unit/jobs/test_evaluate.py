@@ -1,0 +1,138 @@
+"""`mome evaluate` names what it measured by the data, and neither replaces nor compares figures of other data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluated_run import config_of, draw, write_run
+from typer.testing import CliRunner
+
+from jobs.caller import URI_VARIABLE
+from jobs.cli import app
+from pipeline.config.errors import ConfigError
+from pipeline.data.storage import Storage
+from pipeline.evaluation.shown import headline, kept
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of shards; two of them are called alike."""
+    folder = tmp_path_factory.mktemp("drawn")
+    return {"own": draw(folder / "test"), "other": draw(folder / "else" / "test", seed=1)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    write_run(folder, config_of(folder.parent, {"test": {"shards": data["own"]}}, "test"), data["own"], run=None)
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv(URI_VARIABLE, raising=False)
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def evaluate(run: Path, *options: str) -> dict[str, Any]:
+    told = CliRunner().invoke(app, ["evaluate", str(run), "--rerank", "0", *options, "--json"])
+    if told.exception is not None:
+        raise told.exception
+    result: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
+    return result
+
+
+def test_each_evaluation_has_a_name_a_report_and_figures_of_its_own(run: Path, data: dict[str, str]) -> None:
+    whole = evaluate(run)
+    first = evaluate(run, "--limit", "6")
+    other = evaluate(run, "--source", data["other"])
+    named = evaluate(run, "--source", data["other"], "--as", "hard")
+    digest = other["source_digest"][:8]
+    results = [whole, first, other, named]
+    assert [each["source"] for each in results] == ["test", "test-first-6", f"test-{digest}", "hard"]
+    assert len({each["report"] for each in results}) == 4
+    assert all(Path(each["report"]).exists() for each in results)
+    found = kept(Storage(), str(run))
+    assert {each.source: each.pairs for each in found} == {each["source"]: each["pairs"] for each in results}
+    assert headline(found).source == "test"  # the last three were made later
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert all(f'href="{Path(each["report"]).name}"' in page for each in results)
+    again = evaluate(run)
+    assert again == whole
+    assert len(kept(Storage(), str(run))) == 4
+
+
+def test_a_name_that_other_data_have_is_refused_before_anything_is_measured(run: Path, data: dict[str, str]) -> None:
+    evaluate(run, "--as", "mine")
+    before = (run / "report-mine.html").read_bytes()
+    for options in (("--limit", "6"), ("--source", data["other"])):
+        with pytest.raises(ConfigError, match="--as mine"):
+            evaluate(run, "--as", "mine", *options)
+    for name in ("test", "../outside", "a b", ""):
+        with pytest.raises(ConfigError, match="--as"):
+            evaluate(run, "--source", data["other"], "--as", name)
+    assert (run / "report-mine.html").read_bytes() == before
+
+
+def test_figures_of_other_data_are_not_set_beside(run: Path, made: Path, data: dict[str, str], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(made, tmp_path / "other"))
+    with pytest.raises(ConfigError, match="never evaluated"):
+        evaluate(run, "--against", str(other))
+    evaluate(other, "--source", data["other"])
+    evaluate(other, "--limit", "6")
+    with pytest.raises(ConfigError, match="not evaluated on the same data"):
+        evaluate(run, "--against", str(other))
+    assert "Beside other" in Path(evaluate(run, "--limit", "6", "--against", str(other))["report"]).read_text("utf-8")
+    evaluate(run)
+    told = CliRunner().invoke(app, ["compare", str(run), str(other), "--json"])
+    rows = json.loads(told.stdout.splitlines()[-1])["results"]
+    figures = {name: values for name, values in rows.items() if name.startswith("eval/")}
+    whole = {name: values for name, values in figures.items() if name.startswith("eval/test/")}
+    assert whole
+    assert all(values[str(other)] is None for values in whole.values())
+    common = {name: values for name, values in figures.items() if name.startswith("eval/test-first-6/")}
+    assert common
+    assert all(None not in values.values() for values in common.values())
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"<!doctype html><title>another page</title>"])
+def test_a_file_that_mome_did_not_write_stays(run: Path, tmp_path: Path, content: bytes) -> None:
+    page = tmp_path / "page.html"
+    page.write_bytes(content)
+    for arguments in (
+        ["evaluate", str(run), "--report", str(page)],
+        ["report", str(run), "--out", str(page)],
+        ["compare", str(run), str(run), "--html", str(page)],
+    ):
+        told = CliRunner().invoke(app, arguments)
+        assert isinstance(told.exception, ConfigError), told.output
+    assert page.read_bytes() == content
+
+
+def test_a_page_takes_the_place_of_its_own_kind_alone(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["report", str(run), "--out", str(page)]).exit_code == 0
+    with pytest.raises(ConfigError, match="something else"):
+        evaluate(run, "--report", str(page))
+
+
+def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
+    run: Path, data: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "vectors"
+    embed = ["--checkpoint", str(run), "--out", str(out), "--json"]
+    first = CliRunner().invoke(app, ["embed", data["own"], *embed])
+    assert first.exit_code == 0, first.output
+    before = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    refused = CliRunner().invoke(app, ["embed", data["other"], *embed])
+    assert isinstance(refused.exception, ConfigError)
+    (out / "_source.json").unlink()  # as an earlier version left it
+    assert isinstance(CliRunner().invoke(app, ["embed", data["other"], *embed]).exception, ConfigError)
+    assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
+    again = CliRunner().invoke(app, ["embed", data["own"], *embed])
+    assert json.loads(again.stdout.splitlines()[-1])["found_done"] == len(before)
