@@ -59,7 +59,10 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Stopped):  # a second signal still ends at once
-            notify(f"stopped ({error.number.name}): {self._saved()}; re-run the same command to resume")
+            saved, resume = self._saved(), "re-run the same command to resume"
+            if saved is None:  # no report can be written either
+                _end_now(error.exit_status, f"stopped ({error.number.name}): the store does not answer; {resume}\n")
+            notify(f"stopped ({error.number.name}): {saved}; {resume}")
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -115,8 +118,8 @@ class Interrupts:
         threading.Thread(target=end_late, name="end", daemon=True).start()
         raise Stopped(number)
 
-    def _saved(self) -> str:
-        """Where the run would go on."""
+    def _saved(self) -> str | None:
+        """Where the run would go on; None where the store does not say."""
         config, storage = self._config, self._storage
         try:
             stages = [is_committed(storage, stage_url(config, index)) for index in range(len(config.stages))]
@@ -130,7 +133,7 @@ class Interrupts:
                     steps.append(step)
                     break
         except StorageError:
-            return "the store does not say what is saved"
+            return None
         return f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
 
 

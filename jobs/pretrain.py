@@ -33,6 +33,8 @@ from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
+LOOK_PATIENCE_SECONDS = 5.0  # with a store that is away: the next look asks again
+
 Show = Callable[[Progress], None]
 
 
@@ -53,7 +55,7 @@ def pretrain(config: RunConfig, show: Show, interrupts: Interrupts | None = None
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # whichever start of its ranks has the run
     attempt = _Attempt(config, ownership, str(taken.start), interrupts)
-    with repeatedly(_Shown(config, storage, show).look, PROGRESS_SECONDS):
+    with repeatedly(_Shown(config, show).look, PROGRESS_SECONDS):
         try:
             _train(config, storage, attempt)
         finally:
@@ -191,9 +193,11 @@ def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) ->
 class _Shown:
     """The progress file of a run as the driver shows it, wherever its ranks are."""
 
-    def __init__(self, config: RunConfig, storage: Storage, show: Show):
+    def __init__(self, config: RunConfig, show: Show):
         self._url = join(config.folder, PROGRESS_FILE)
-        self._storage, self._show = storage, show
+        deadline = min(LOOK_PATIENCE_SECONDS, config.storage.deadline_seconds)
+        self._storage = Storage(config.storage.model_copy(update={"deadline_seconds": deadline}))
+        self._show = show
         self._seen: bytes = b""
 
     def look(self) -> None:

@@ -165,16 +165,35 @@ with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys
 def test_nothing_on_the_way_out_holds_it(
     signals: list[signal.Signals], seconds: float, status: int, told: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(seconds)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
+    with _start(SCRIPT, tmp_path, seconds, {}) as process:
         assert process.stderr is not None
-        assert process.stdout.readline() == "ready\n"
         for number in signals:
             process.send_signal(number)
             time.sleep(0.3)
         assert process.wait(timeout=50) == status
         assert told in process.stderr.read()
+
+
+def test_a_store_that_is_away_does_not_hold_a_run_that_is_told_to_end(tmp_path: Path) -> None:
+    script = SCRIPT.replace('[f"output={sys.argv[1]}"]', '["output=s3://bucket/runs"]')
+    keys = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    script = script.replace("interrupts.END", "interrupts.ANSWER_SECONDS = 0.2\ninterrupts.END").replace(
+        "    finally:\n        time.sleep(60)", "    finally:\n        pass"
+    )
+    with _start(script, tmp_path, 600, keys) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=50) == 130
+        assert process.stderr is not None
+        assert "the store does not answer; re-run" in process.stderr.read()
+
+
+def _start(script: str, folder: Path, seconds: float, more: dict[str, str]) -> subprocess.Popen[str]:
+    """A driver that has heard of signals."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    command = [sys.executable, "-c", script, str(folder), str(seconds)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
