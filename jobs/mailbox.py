@@ -65,6 +65,13 @@ class Mailbox:
             log.debug("messages of the ranks not read: %s", error)
         return found
 
+    def clear(self) -> None:
+        """Forget all that was said."""
+        try:
+            _client().internal_kv_del(self._prefix.encode(), True, NAMESPACE, ANSWER_SECONDS)
+        except Exception as error:
+            log.debug("messages not cleared: %s", error)
+
     def _put(self, name: str, value: bytes) -> bool:
         try:
             _client().internal_kv_put((self._prefix + name).encode(), value, True, NAMESPACE, ANSWER_SECONDS)

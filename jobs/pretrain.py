@@ -121,6 +121,7 @@ class _Attempt:
         self._show_messages()
         for text in self._alarms.values():
             notify(f"alarm not over: {text}", "yellow")
+        self._mail.clear()
 
     def _look(self) -> None:
         self._show_messages()

@@ -49,6 +49,8 @@ def on_workers(
 
     name_of_job = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.name).strip("-._") or "weights"  # a folder may have any name
     config = with_workers(config.model_copy(update={"name": name_of_job}), workers)
+    cluster = config.cluster.model_copy(update={"loader_actors": 0})  # they serve training alone
+    config = config.model_copy(update={"cluster": cluster})
     budget = train.FailureConfig(max_failures=config.cluster.max_failures)
     return answer_of(work, config, name, {"asked": json.dumps(asked)}, failure_config=budget)
 

@@ -37,7 +37,8 @@ class Store:
 
     def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: bytes, timeout: float) -> int:
         self._ask()
-        return int(self.values.pop(key, None) is not None)
+        doomed = [each for each in self.values if each == key or (by_prefix and each.startswith(key))]
+        return len([self.values.pop(each) for each in doomed])
 
 
 @pytest.fixture
@@ -84,3 +85,5 @@ def test_the_driver_and_the_ranks_of_one_start_understand_each_other(store: Stor
     assert not another.asked_to_stop()
     rank.say_placed(3)
     assert driver.placed() == 3
+    driver.clear()
+    assert store.values == {}

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from jobs import pretrain as pretraining
+from jobs.mailbox import Mailbox
 from jobs.pretrain import for_ranks
 from jobs.submit import for_cluster
 from pipeline.config.load import load_config
 from pipeline.config.stored import parse_config
+from pipeline.data.storage import Storage
 from pipeline.tracking.places import tracking_uri
+from pipeline.training.ownership import Ownership
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
@@ -63,3 +67,31 @@ def test_a_password_that_an_earlier_version_recorded_is_neither_read_nor_shown()
     config = parse_config(json.dumps(values), "run.json")
 
     assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")
+
+
+def test_alarms_of_the_ranks_are_on_the_drivers_console_and_those_that_stand_at_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def alarm(name: str, text: str, **more: bool) -> dict[str, object]:
+        return {"level": "WARNING", "text": text, "alarm": f"vision/{name}", **more}
+
+    said: list[str] = []
+    messages = [
+        [alarm("itm_collapse", "collapsed"), alarm("itc_clamp", "clamped")],
+        [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
+        [alarm("itc_clamp", "over", over=True)],
+    ]
+    monkeypatch.setattr(pretraining, "notify", lambda text, *_: said.append(text))
+    monkeypatch.setattr(Mailbox, "take", lambda _: messages.pop(0) if messages else [])
+    config = load_config(DEMO)
+    attempt = pretraining._Attempt(config, Ownership(Storage(), config.folder, "claim"), "claim", None)
+    attempt._look()
+    attempt._look()
+    attempt.tell_alarms()
+    assert said == [
+        "WARNING collapsed",
+        "WARNING clamped",
+        "WARNING resuming stage vision at step 130",
+        "WARNING over",
+        "alarm not over: collapsed",
+    ]
