@@ -53,6 +53,10 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in EXIT_STATUS}
+            heard, told = os.pipe()
+            os.set_blocking(told, False)
+            signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+            threading.Thread(target=self._end_on_second, args=(heard,), name="signals", daemon=True).start()
         return self
 
     def __exit__(
@@ -66,6 +70,8 @@ class Interrupts:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before:
+            os.close(signal.set_wakeup_fd(-1))
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -102,11 +108,27 @@ class Interrupts:
             time.sleep(1.0)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:
-            _end_now(EXIT_STATUS[signal.Signals(number)], "ended at once; re-run the same command to resume\n")
-        self._number = signal.Signals(number)
-        if not self._deferred:
-            self._stop(self._number)
+        if self._number is None:  # the second is `_end_on_second`'s
+            self._number = signal.Signals(number)
+            if not self._deferred:
+                self._stop(self._number)
+
+    def _end_on_second(self, heard: int) -> None:
+        """In a thread of its own: the main one hears nothing while it waits in a library for a store or a cluster."""
+        first = None
+        while numbers := os.read(heard, 64):
+            for number in (each for each in numbers if each in EXIT_STATUS):
+                if first is not None:
+                    _end_now(EXIT_STATUS[signal.Signals(number)], "ended at once; re-run the same command to resume\n")
+                first = signal.Signals(number)
+                threading.Thread(target=self._end_unheard, args=(first,), name="unheard", daemon=True).start()
+        os.close(heard)
+
+    def _end_unheard(self, number: signal.Signals) -> None:
+        """End a main thread that does not come back from where it waits."""
+        time.sleep(END_SECONDS)
+        if self._number is None:
+            _end_now(EXIT_STATUS[number], f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n")
 
     def _stop(self, number: signal.Signals) -> None:
         """Raise Stopped. Whatever it meets on its way out, such as a store that is away, the process ends in time."""

@@ -44,28 +44,6 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_what_no_rank_does(
-    number: signal.Signals, status: int, config: RunConfig, said: list[str]
-) -> None:
-    before = [signal.getsignal(each) for each in interrupts.EXIT_STATUS]
-
-    def wait() -> None:
-        with Interrupts(config):
-            os.kill(os.getpid(), number)
-            time.sleep(10)
-
-    try:
-        with pytest.raises(Stopped) as stopped:
-            wait()
-    finally:
-        for each, handler in zip(interrupts.EXIT_STATUS, before, strict=True):
-            signal.signal(each, handler)
-    assert stopped.value.exit_status == status
-    assert not isinstance(stopped.value, Exception), "somebody on the way out would take it for a fault"
-    assert said == [f"stopped ({number.name}): no checkpoint yet; re-run the same command to resume"]
-
-
 def test_ranks_are_asked_once_to_save_and_waited_for(config: RunConfig, said: list[str]) -> None:
     mail: Any = Mail()
     hears = Interrupts(config)
@@ -144,28 +122,34 @@ from pathlib import Path
 from jobs import interrupts
 from pipeline.config.load import load_config
 
-interrupts.END_SECONDS = float(sys.argv[2])
-with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])):
-    try:
-        print("ready", flush=True)
-        time.sleep(60)
-    finally:
-        time.sleep(60)  # a store that is away
+interrupts.END_SECONDS, interrupts.ANSWER_SECONDS = float(sys.argv[2]), 0.2
+try:
+    with interrupts.Interrupts(load_config(Path("configs/demo.yaml"), [f"output={sys.argv[1]}"])):
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        finally:
+            time.sleep(float(sys.argv[3]))  # a store that is away
+except interrupts.Stopped as stopped:
+    sys.stderr.flush()
+    os._exit(stopped.exit_status)
 """
 
 
 @pytest.mark.parametrize(
-    ("signals", "seconds", "status", "told"),
+    ("signals", "end", "hold", "status", "told"),
     [
-        ([signal.SIGTERM, signal.SIGINT], 600, 130, "ended at once"),
-        ([signal.SIGINT, signal.SIGTERM], 600, 75, "ended at once"),
-        ([signal.SIGTERM], 0.5, 75, "ended now"),
+        ([signal.SIGTERM], 600, 0, 75, "stopped (SIGTERM): no checkpoint yet; re-run the same command to resume"),
+        ([signal.SIGINT], 600, 0, 130, "stopped (SIGINT): no checkpoint yet; re-run the same command to resume"),
+        ([signal.SIGTERM, signal.SIGINT], 600, 60, 130, "ended at once"),
+        ([signal.SIGINT, signal.SIGTERM], 600, 60, 75, "ended at once"),
+        ([signal.SIGTERM], 0.5, 60, 75, "ended now"),
     ],
 )
 def test_nothing_on_the_way_out_holds_it(
-    signals: list[signal.Signals], seconds: float, status: int, told: str, tmp_path: Path
+    signals: list[signal.Signals], end: float, hold: float, status: int, told: str, tmp_path: Path
 ) -> None:
-    with _start(SCRIPT, tmp_path, seconds, {}) as process:
+    with _start(SCRIPT, tmp_path, end, hold) as process:
         assert process.stderr is not None
         for number in signals:
             process.send_signal(number)
@@ -174,23 +158,29 @@ def test_nothing_on_the_way_out_holds_it(
         assert told in process.stderr.read()
 
 
-def test_a_store_that_is_away_does_not_hold_a_run_that_is_told_to_end(tmp_path: Path) -> None:
-    script = SCRIPT.replace('[f"output={sys.argv[1]}"]', '["output=s3://bucket/runs"]')
+def test_a_main_thread_that_waits_in_a_library_is_ended_too(tmp_path: Path) -> None:
+    """Another thread gets the signal, and no handler of Python's runs."""
+    blocked = "            signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15])\n            time.sleep(60)\n"
+    script = SCRIPT.replace("            time.sleep(60)\n", blocked, 1)
+    with _start(script, tmp_path, 0.5, 0) as process:
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=50) == 130
+
+
+def test_a_store_that_is_away_does_not_hold_a_run_that_is_told_to_end() -> None:
     keys = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    script = script.replace("interrupts.END", "interrupts.ANSWER_SECONDS = 0.2\ninterrupts.END").replace(
-        "    finally:\n        time.sleep(60)", "    finally:\n        pass"
-    )
-    with _start(script, tmp_path, 600, keys) as process:
+    with _start(SCRIPT, "s3://bucket/runs", 600, 0, **keys) as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=50) == 130
         assert process.stderr is not None
         assert "the store does not answer; re-run" in process.stderr.read()
 
 
-def _start(script: str, folder: Path, seconds: float, more: dict[str, str]) -> subprocess.Popen[str]:
+def _start(script: str, output: Path | str, end: float, hold: float, **more: str) -> subprocess.Popen[str]:
     """A driver that has heard of signals."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
-    command = [sys.executable, "-c", script, str(folder), str(seconds)]
+    command = [sys.executable, "-c", script, str(output), str(end), str(hold)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
