@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,6 +25,10 @@ from pipeline.training.progress import Report
 from pipeline.training.session import Session
 from pipeline.training.spikes import SpikeFound
 from pipeline.training.stage_run import Run, StageRun
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 45.0  # with the other waits at the end less than Kubernetes' 120 s of grace
 
 
 def train(
@@ -78,8 +84,13 @@ def _take(config: RunConfig, storage: Storage, collectives: Collectives, claim: 
 
 
 def _end(tracker: Recorder, status: Status) -> None:
+    """Close the record. A run that ends before its time may have to be gone soon: its store is not waited for long."""
     tracker.finish(status)
-    tracker.close()
+    closing = threading.Thread(target=tracker.close, name="closing tracker", daemon=True)
+    closing.start()
+    closing.join(None if status == "FINISHED" else CLOSE_SECONDS)
+    if closing.is_alive():
+        log.warning("tracking: the run's store took more than %.0f s; the next start goes on from there", CLOSE_SECONDS)
 
 
 def _run_stage(run: Run, index: int) -> None:

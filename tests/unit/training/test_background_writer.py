@@ -10,8 +10,10 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage
+from pipeline.tracking.recorder import SilentTracker, Status
 from pipeline.training.accounting import Ledger
 from pipeline.training.background_writer import BackgroundWriter
+from pipeline.training.loop import _end
 
 
 class SlowStore:
@@ -87,3 +89,24 @@ def test_a_superseded_run_leaves_the_account_to_its_successor(monkeypatch: pytes
     assert store.reached.wait(10)
     ledger.close(ended=False, last_word=False)
     assert len(store.written) == 1
+
+
+@pytest.mark.parametrize(("status", "waits"), [("FINISHED", True), ("FAILED", False), ("KILLED", False)])
+def test_only_a_finished_run_waits_for_its_record_to_be_closed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: Status, waits: bool
+) -> None:
+    class Tracker(SilentTracker):
+        closed = False
+
+        def close(self, timeout: float = 20.0) -> None:
+            back.wait(10)
+            self.closed = True
+
+    monkeypatch.setattr("pipeline.training.loop.CLOSE_SECONDS", 0.05)
+    tracker, back = Tracker(), threading.Event()
+    timer = threading.Timer(0.3, back.set)
+    timer.start()
+    _end(tracker, status)
+    assert tracker.closed == waits
+    assert ("store took more than" in caplog.text) != waits
+    timer.join()
