@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from jobs.arguments import local_file
 from jobs.bench import app as bench_app
 from jobs.caller import Caller
 from jobs.console import ProgressDisplay, console, echo, notify, print_result, status
@@ -32,7 +33,7 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(jobs_app, name="jobs")
 
-Config = Annotated[Path, typer.Argument(help="A YAML config, such as configs/demo.yaml.")]
+Config = Annotated[Path, typer.Argument(parser=local_file, help="A YAML config, such as configs/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),
@@ -45,6 +46,7 @@ CallersConfig = Annotated[
     Path | None,
     typer.Option(
         "--config",
+        parser=local_file,
         help="A config of your own whose storage, MLflow and Ray addresses are used; those in the run's folder never "
         "are. Default: the environment (AWS_*, MLFLOW_TRACKING_URI, RAY_ADDRESS).",
     ),
@@ -115,7 +117,9 @@ def plan(
     sample_bytes: Annotated[float, typer.Option(min=0, help="Of a sample in storage, where no manifest says.")] = 1.1e5,
     store_bandwidth: Annotated[float, typer.Option(min=1, help="Bytes/s that checkpoints are written at.")] = 1e9,
     text_tokens: Annotated[int | None, typer.Option(min=4, help="Tokens of each text; else the most.")] = None,
-    scaling: Annotated[Path | None, typer.Option(help="Also 1 to 1,024 GPUs: a table, and this SVG.")] = None,
+    scaling: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Also 1 to 1,024 GPUs: a table, and this SVG.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What CONFIG needs: memory by ZeRO stage, time, communication, storage, cost. No cluster and no data are read."""
@@ -157,7 +161,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Most images to read: a look beside the full evaluation.")
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Where the HTML report goes; else report-NAME.html beside the weights.")
+        Path | None,
+        typer.Option(parser=local_file, help="Where the HTML report goes; else report-NAME.html beside the weights."),
     ] = None,
     track: Annotated[
         bool | None,
@@ -233,7 +238,9 @@ def embed(
 @app.command()
 def report(
     run: Annotated[str, typer.Argument(help="The folder of a run (path or URL).")],
-    out: Annotated[Path | None, typer.Option(help="Where the page goes, if not into the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Where the page goes, if not into the run's folder.")
+    ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of a rank for an hour; else cluster.price.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Another run, to stand beside. May be given again.")] = None,
     track: Annotated[
@@ -255,7 +262,7 @@ def report(
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="The folders of two runs or more (paths or URLs).")],
-    html: Annotated[Path | None, typer.Option(help="Also a page, here.")] = None,
+    html: Annotated[Path | None, typer.Option(parser=local_file, help="Also a page, here.")] = None,
     config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
@@ -372,7 +379,9 @@ def objectives(
 @app.command()
 def doctor(
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="The run that is meant: its store, sources, servers.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(parser=local_file, help="The run that is meant: its store, sources, servers.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What works on this machine, what does not, and how to mend it. Exit status 1 if something needed does not."""
@@ -400,7 +409,9 @@ def import_(
         list[str] | None,
         typer.Argument(help="Sizes that the tensors do not tell: heads=16 image_size=384", metavar="KEY=VALUE"),
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="A config whose model section the weights are of.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(parser=local_file, help="A config whose model section the weights are of.")
+    ] = None,
     vocabulary: Annotated[str | None, typer.Option(help="The vocabulary of the weights, a token a line.")] = None,
     may_differ: Annotated[
         list[str] | None,

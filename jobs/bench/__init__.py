@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.arguments import local_file
 from jobs.console import echo, print_result, status
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine beside what its users would otherwise run.")
@@ -21,9 +22,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def loader(
     shards: Annotated[str | None, typer.Option(help="A local folder of indexed shards of pairs.")] = None,
     photos: Annotated[
-        list[Path] | None, typer.Option(help="A folder of captioned photos, repeated into shards; may be given often.")
+        list[Path] | None,
+        typer.Option(parser=local_file, help="A folder of captioned photos, repeated into shards; may be given often."),
     ] = None,
-    vocabulary: Annotated[Path | None, typer.Option(help="A vocab.txt; else one is trained from the captions.")] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(parser=local_file, help="A vocab.txt; else one is trained from the captions.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples each contender loads in a round.")] = 2048,
     workers: Annotated[int, typer.Option(min=0, help="Our processes; 0: threads of the trainer's own.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each; peers get workers x threads processes.")] = 1,
@@ -122,7 +126,9 @@ def gradients(as_json: JsonOption = False) -> None:
 
 @app.command()
 def checkpoint(
-    config: Annotated[Path | None, typer.Argument(help="A run's config, for its model; else VLMo base.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(parser=local_file, help="A run's config, for its model; else VLMo base.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="A folder or URL to save in; else a temporary folder.")] = None,
     mb_per_second: Annotated[float, typer.Option(min=0, help="Of the store that is imitated; 0: as it is.")] = 50.0,
     rounds: Annotated[int, typer.Option(min=1, help="Saves of each kind.")] = 1,
@@ -138,7 +144,7 @@ def checkpoint(
 
 @app.command()
 def step(
-    config: Annotated[Path, typer.Argument(help="A YAML config, such as configs/vlmo_base.yaml.")],
+    config: Annotated[Path, typer.Argument(parser=local_file, help="A YAML config, such as configs/vlmo_base.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     stage: Annotated[str | None, typer.Option(help="The stage; the last, if not given.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="On this machine; each on a GPU, where there are any.")] = 1,

@@ -11,6 +11,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError
@@ -41,12 +42,16 @@ APPLIES_TO = {
 def build(
     source: Annotated[
         Path,
-        typer.Argument(help="Folder of images, list of images with captions, table, Parquet, annotation file or text."),
+        typer.Argument(
+            parser=local_file,
+            help="Folder of images, list of images with captions, table, Parquet, annotation file or text.",
+        ),
     ],
     out: Annotated[str, typer.Argument(help="Folder or URL (s3://bucket/path) that the shards are written to.")],
     kind: Annotated[KindOption, typer.Option(help="Format of SOURCE; auto looks at it.")] = KindOption(AUTO),
     images: Annotated[
-        Path | None, typer.Option(help="Folder that image paths are relative to. \\[default: SOURCE's folder]")
+        Path | None,
+        typer.Option(parser=local_file, help="Folder that image paths are relative to. \\[default: SOURCE's folder]"),
     ] = None,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Read images that a list names outside of that folder.")
@@ -61,7 +66,11 @@ def build(
     words: Annotated[int, typer.Option(min=1, help="text: maximum words per sample.")] = importers.WORDS_PER_TEXT,
     answers: Annotated[
         list[Path] | None,
-        typer.Option("--annotations", help="vqa: annotations file; repeat for each file whose answers are listed."),
+        typer.Option(
+            "--annotations",
+            parser=local_file,
+            help="vqa: annotations file; repeat for each file whose answers are listed.",
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="karpathy: import the images of this split only.")] = None,
     listed_only: Annotated[

@@ -14,6 +14,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.shards.report import JsonOption, ShardProgress, print_json
 from pipeline.config.schema import DataConfig
@@ -39,7 +40,9 @@ def check(
     use: Annotated[UseOption, typer.Option(help="What training reads of each sample: `use` of the source.")] = (
         UseOption.pairs
     ),
-    report: Annotated[Path | None, typer.Option(help="Write every finding here, one JSON object a line.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Write every finding here, one JSON object a line.")
+    ] = None,
     max_pixels: Annotated[int, typer.Option(min=1, help="A larger picture is a decompression bomb.")] = (
         DataConfig().max_pixels
     ),

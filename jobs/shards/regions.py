@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
@@ -58,7 +59,9 @@ class Done:
 def regions(
     url: Annotated[str, typer.Argument(help="A folder of tars with pictures, or a brace pattern.")],
     out: Annotated[str, typer.Argument(help="Folder or URL that the shards with regions are written to.")],
-    detector: Annotated[Path, typer.Option(help="Folder of a Hugging Face object-detection model, on every node.")],
+    detector: Annotated[
+        Path, typer.Option(parser=local_file, help="Folder of a Hugging Face object-detection model, on every node.")
+    ],
     most: Annotated[int, typer.Option("--regions", min=1, help="Regions kept of a picture, by confidence.")] = 100,
     workers: Annotated[int, typer.Option(min=1, help="Ray actors; each holds a detector.")] = 1,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each actor; may be a fraction.")] = 0,
@@ -66,7 +69,9 @@ def regions(
         DataConfig().max_pixels
     ),
     address: Annotated[str | None, typer.Option(help="A Ray cluster; a local one is started if none is given.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write every bad sample here, one JSON object a line.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Write every bad sample here, one JSON object a line.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the shards at URL again, at OUT, each sample with a member .npz of a detector's regions.

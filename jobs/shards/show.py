@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
+from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.shards.report import JsonOption, manifest_facts, print_json
 from pipeline.config.schema import DataConfig
@@ -27,7 +28,9 @@ TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT = 224, 6, 38, 15  # of the con
 def show(
     url: Annotated[str, typer.Argument(help="A folder of indexed shards, a brace pattern, or one tar of them.")],
     samples: Annotated[int, typer.Option(min=1, help="How many samples, spread over the shards.")] = 8,
-    sheet: Annotated[Path | None, typer.Option(help="Save a contact sheet of them here (PNG).")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Save a contact sheet of them here (PNG).")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print keys, members, sizes and captions of some samples, and save their pictures as one contact sheet."""

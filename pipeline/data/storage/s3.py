@@ -77,6 +77,11 @@ _MOST_SKEW = 15 * 60  # seconds that a signature may be away from the store's cl
 _YES = ("yes", "true", "1")
 _ENDPOINT_HINT = "Check storage.endpoint_url (or AWS_ENDPOINT_URL): scheme, host and port."
 _KEYS_HINT = "Check storage.key, storage.secret and the AWS_ variables."
+# A message that repeats a request's headers is cut before the first.
+_HEADER = re.compile(
+    r"""[{("'\s]*\b(?:authorization|x-amz-[\w-]+|host|user-agent|accept-encoding|cookie)["']?\s*[:=]\s.*""",
+    re.IGNORECASE | re.DOTALL,
+)
 _MOST_SAID = 300  # characters of a library's or store's message that are repeated
 
 
@@ -465,7 +470,7 @@ def _etag_of_parts(parts: list[dict[str, Any]]) -> str | None:
 
 def _said(error: Exception) -> str:
     """Return what an error says, in one short line without keys and headers."""
-    text = " ".join(printable(redact(str(error))).split())
+    text = _HEADER.split(" ".join(printable(redact(str(error))).split()), maxsplit=1)[0].rstrip(" .")
     return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 

@@ -21,7 +21,7 @@ from pipeline.data.storage.faults import NoSpace
 DATA = random.Random(0).randbytes(100_000)
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"
 FOLDER = "s3://bucket/folder"
-SECRET_WORDS = (KEY, SECRET, "AWS4-HMAC", "Signature=", "Credential=")
+SECRET_WORDS = (KEY, SECRET, "AWS4-HMAC", "Signature=", "Credential=", "otocore/")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,43 @@
+"""Arguments that name files of this machine refuse URLs of stores, of which pathlib would make local folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs.arguments import local_file
+from jobs.cli import app
+
+
+def _parameters(command):
+    for inner in getattr(command, "commands", {}).values():
+        yield from _parameters(inner)
+    yield from command.params
+
+
+def test_no_path_of_the_command_line_is_read_in_another_way():
+    parameters = _parameters(typer.main.get_command(app))
+    described = [each.type_descriptor for each in parameters if hasattr(each, "type_descriptor")]
+    paths = [each.parameter_info for each in described if "Path" in str(each.annotation)]
+    assert len(paths) > 15
+    assert all(info.parser is local_file for info in paths)
+
+
+@pytest.mark.parametrize("value", ["s3://bucket/page.html", "s3:/bucket/page.html", "${SCRATCH}/page.html", "file:/x"])
+@pytest.mark.parametrize("command", [["report", "run", "--out"], ["shards", "show", "x", "--sheet"], ["train"]])
+def test_a_url_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch, command: list[str], value: str):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*command, value])
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert os.listdir(tmp_path) == []
+
+
+def test_local_paths_are_taken():
+    assert local_file("~/x") == Path.home() / "x"
+    assert local_file("file:///a/b") == Path("/a/b")
+    assert local_file("a/b") == Path("a/b")
