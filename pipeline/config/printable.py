@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import traceback
+from types import TracebackType
 from typing import Any
 
 from pipeline.config.redaction import redact
@@ -31,7 +33,16 @@ class _PrintableRecord(logging.LogRecord):
         return printable(redact(super().getMessage()))
 
 
+def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that ends the process, as `sys.excepthook`, printable and without secrets."""
+    sys.stderr.write(printable(redact("".join(traceback.format_exception(kind, error, trace)))))
+
+
 def configure_logging() -> None:
-    """Log warnings to standard error, printable and without secrets. Call it once, where a process starts."""
+    """Log warnings, and what ends this process, to standard error, printable and without secrets.
+
+    Call it once, where a process starts.
+    """
+    sys.excepthook = show_exception
     logging.setLogRecordFactory(_PrintableRecord)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
