@@ -191,7 +191,7 @@ def _client_class() -> Any:
                 more["proxies"] = {"http": "", "https": ""}
             try:
                 response = super()._do_request(method, endpoint, **more)
-                if response.status_code == 200:
+                if response.status_code == 200 and response.content:  # packages are answered with nothing
                     response.json()
             except AuthenticationError as error:
                 raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}") from error

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,24 @@ def test_the_token_does_not_follow_a_redirect(status: int, asks_first: bool) -> 
         with serving(answer) as server, pytest.raises(RunFailed, match=f"redirects to {target.url}"):
             open_dashboard(server.url)
         assert target.seen == []
+
+
+def test_a_job_and_its_code_are_taken(tmp_path: Path) -> None:
+    """A dashboard answers packages with an empty body."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path.startswith("/api/packages/"):
+            give("", 404 if handler.command == "GET" else 200)(handler)
+        elif handler.command == "POST":
+            give({"job_id": "job", "submission_id": "job"})(handler)
+        else:
+            ray_dashboard(handler)
+
+    (tmp_path / "run.yaml").write_text("name: run")
+    with serving(answer) as server:
+        client = open_dashboard(server.url)
+        assert client.submit_job(entrypoint="true", runtime_env={"working_dir": str(tmp_path)}) == "job"
+        assert [method for method, *_ in server.seen[-3:]] == ["GET", "PUT", "POST"]
 
 
 @pytest.mark.parametrize("status", [302, 307])
