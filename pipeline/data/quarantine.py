@@ -41,10 +41,17 @@ def judging(stage: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BadSample, MomeError, MemoryError):
-        raise
     except Exception as error:
-        raise BadSample(stage, f"{type(error).__name__}: {error}"[:_MAX_REASON]) from error
+        raise judged(stage, error) from error.__cause__ if isinstance(error, BadSample) else error
+
+
+def judged(stage: str, error: Exception) -> BadSample:
+    """The BadSample that `judging` raises for an error. Raises the error where it is no fault of the sample."""
+    if isinstance(error, BadSample):
+        return error
+    if isinstance(error, (MomeError, MemoryError)):
+        raise error
+    return BadSample(stage, f"{type(error).__name__}: {error}"[:_MAX_REASON])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.data.contents.questions import both_images, question_of, statement
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.plan import Buckets, Plan, PlanSource, Slot, rank_slice
-from pipeline.data.quarantine import BadRecord, BadSample, judging
+from pipeline.data.quarantine import BadRecord, BadSample, judged, judging
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
@@ -248,10 +248,9 @@ class RowMaker:
             for row in rows:
                 if row not in bad:
                     try:
-                        with judging(stage):
-                            write(row, drafts[row])
-                    except BadSample as error:
-                        bad[row] = error
+                        write(row, drafts[row])
+                    except Exception as error:
+                        bad[row] = judged(stage, error)
 
         if self._wants.text:
             tokens = dict(zip(drafts, self._encode(list(drafts.values())), strict=True))
