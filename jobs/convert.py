@@ -111,6 +111,8 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     left_out = weights.tensors.keys() - back.keys()
     changed = [n for n in back if chosen.exact and not torch.equal(back[n], weights.tensors[n])]
     assert not changed, f"format {format_name} changes {', '.join(changed)}"
+    if storage.exists(out) and storage.read(out) != data:
+        raise ConfigError(f"--out {out}: another file lies there and would be lost; give another name, or delete it")
     storage.write(out, data)
     return {
         "path": out,

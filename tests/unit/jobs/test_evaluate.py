@@ -136,3 +136,13 @@ def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
     assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
     again = CliRunner().invoke(app, ["embed", data["own"], *embed])
     assert json.loads(again.stdout.splitlines()[-1])["found_done"] == len(before)
+
+
+def test_an_export_takes_the_place_of_nothing_else(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "weights.safetensors"
+    export = ["export", str(run), "--format", "safetensors", "--out", str(out)]
+    for _ in range(2):  # the same once more is no loss
+        assert CliRunner().invoke(app, export).exit_code == 0
+    out.write_bytes(b"somebody's weights")
+    assert isinstance(CliRunner().invoke(app, export).exception, ConfigError)
+    assert out.read_bytes() == b"somebody's weights"
