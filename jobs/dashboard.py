@@ -116,8 +116,8 @@ def _checked(token: str | None, place: str) -> str | None:
     """Return the token without the space around it. Raises ConfigError, which does not show it, for one that no HTTP
     header can carry."""
     token = (token or "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise ConfigError(f"{place}: expected a token, one line of printable ASCII characters without spaces")
+    if not re.fullmatch(r"[\x20-\x7e]+", token):
+        raise ConfigError(f"{place}: expected a token, one line of printable ASCII characters")
     return token
 
 

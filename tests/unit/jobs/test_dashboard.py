@@ -227,7 +227,7 @@ def test_what_is_on_this_machine_is_asked_directly(proxy: str, monkeypatch: pyte
         assert other.seen == []
 
 
-@pytest.mark.parametrize("token", ["two\nlines", "caf\xe9", "a b", "", "nul\0"])
+@pytest.mark.parametrize("token", ["two\nlines", "caf\xe9", "", "nul\0"])
 def test_a_token_that_no_header_carries_is_refused_unseen(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.dashboard.resolve_secret", lambda reference: token)
     with pytest.raises(ConfigError, match="expected a token") as error:
