@@ -15,12 +15,14 @@ Needs only Python's standard library.
 from __future__ import annotations
 
 import re
+import secrets
 import sys
 import textwrap
 from pathlib import Path
 
 VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 SPEC = re.compile(r"^( *)\$\{RAY_CLUSTER_SPEC\}$", flags=re.MULTILINE)
+CLAIM = "RUN_CLAIM"  # made anew by each rendering: KubeRay's retries of one job share it (pipeline.training.ownership)
 CLUSTER_SPEC = Path(__file__).parent / "kuberay" / "cluster_spec.yaml"
 
 
@@ -49,8 +51,8 @@ def template(path: Path) -> str:
 
 
 def variables(path: Path) -> set[str]:
-    """What a file must be told."""
-    return set(VARIABLE.findall(template(path)))
+    """Return the names of the settings that a file needs."""
+    return set(VARIABLE.findall(template(path))) - {CLAIM}
 
 
 def render(path: Path, settings: dict[str, str]) -> str:
@@ -58,7 +60,8 @@ def render(path: Path, settings: dict[str, str]) -> str:
     missing = sorted(name for name in variables(path) if not settings.get(name))
     if missing:
         raise SettingsError(f"{path}: no value for {', '.join(missing)}; infra/settings.example.env explains each")
-    return VARIABLE.sub(lambda found: settings[found[1]], template(path))
+    values = {CLAIM: secrets.token_hex(8)} | settings
+    return VARIABLE.sub(lambda found: values[found[1]], template(path))
 
 
 def main(arguments: list[str]) -> int:

@@ -81,6 +81,16 @@ def test_a_wrong_key_or_value_would_be_found(path: str, value: object, shared: P
     assert len(faults(manifest, "rayjobs", shared)) == 1
 
 
+def test_retries_of_a_job_share_a_claim_and_another_launch_has_its_own() -> None:
+    """KubeRay retries with the manifest's entry point; each rendering is another launch of the run."""
+    ((first,), (second,)) = (rendered(KUBERAY / "rayjob.yaml") for _ in range(2))
+    claims = [
+        re.match(r"env MOME_CLAIM=([0-9a-f]{16}) mome train ", each["spec"]["entrypoint"]) for each in (first, second)
+    ]
+    assert all(claims)
+    assert claims[0][1] != claims[1][1]
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_rays_own_autoscaler_reads_the_groups_as_meant(name: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
@@ -204,12 +214,12 @@ def test_the_job_runs_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch, t
     from jobs import cli, pretrain
 
     (job,) = rendered(KUBERAY / "rayjob.yaml")
-    program, command, config, *rest = job["spec"]["entrypoint"].split()
+    env, _, program, command, config, *rest = job["spec"]["entrypoint"].split()
     head = pod_specs(job["spec"]["rayClusterSpec"])[0]
     mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "run")
-    assert (program, config) == ("mome", f"{mount['mountPath']}/run.yaml")
+    assert (env, program, config) == ("env", "mome", f"{mount['mountPath']}/run.yaml")
     asked = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda settings, show: asked.append(settings))
+    monkeypatch.setattr(pretrain, "pretrain", lambda settings, *_: asked.append(settings))
     demo = str(INFRA.parent / "configs" / "demo.yaml")
     CliRunner().invoke(cli.app, [command, demo, f"output={tmp_path}", *rest])
     assert [settings.cluster.address for settings in asked] == ["auto"]
