@@ -311,11 +311,15 @@ def _evaluation_of(run: str, target: Target, caller: Caller) -> Shown:
 
 
 def weights_to_score(storage: Storage, url: str) -> Weights:
-    """Load weights for measurements or predictions: objectives whose heads they do not hold are left out, and named.
+    """Return the weights at a URL for measurements or predictions. Raises CheckpointError as `load_weights`."""
+    return without_random_heads(load_weights(storage, url))
 
-    Such heads would be drawn at random. Imported weights may lack them. Raises CheckpointError as `load_weights`.
+
+def without_random_heads(weights: Weights) -> Weights:
+    """Return weights without the objectives whose heads they do not hold, as imported weights may; log their names.
+
+    Such heads would be drawn at random.
     """
-    weights = load_weights(storage, url)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     model = skeleton(config.model, len(weights.vocabulary), heads(config, config.stages.index(stage)))
     lacking = {
@@ -326,7 +330,7 @@ def weights_to_score(storage: Storage, url: str) -> Weights:
     random = [o for o in stage.objectives if (model.reads(o, config.use_of(stage)) or frozenset()) & lacking]
     if not random:
         return weights
-    log.warning("%s: the weights hold no whole head for %s, which is left out", url, ", ".join(random))
+    log.warning("%s: the weights hold no whole head for %s, which is left out", weights.url, ", ".join(random))
     objectives = {o: settings for o, settings in stage.objectives.items() if o not in random}
     scored = stage.model_copy(update={"objectives": objectives})
     stages = tuple(scored if each is stage else each for each in config.stages)

@@ -12,13 +12,13 @@ from typing import Any
 from PIL import Image
 
 from jobs.caller import Caller
-from jobs.evaluate import weights_to_score
+from jobs.evaluate import without_random_heads
 from jobs.served import outputs_of
 from pipeline.config.redaction import redact, redact_values
 from pipeline.data.storage import Storage, split
 from pipeline.tracking.mlflow_model import Export, register
 from pipeline.tracking.places import absolute_uri, experiment_of, run_of, tracking_uri
-from pipeline.training.checkpoint import Weights, save_weights
+from pipeline.training.checkpoint import Weights, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (ROOT / "pipeline", ROOT / "jobs")
@@ -40,7 +40,7 @@ def register_checkpoint(
     """
     caller = caller.with_server(uri)
     storage = caller.store()
-    weights = weights_to_score(storage, checkpoint.rstrip("/"))
+    weights = load_weights(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
     stage = config.stage_named(weights.stage)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def register_checkpoint(
             loader="jobs.served",
             code=CODE,
             requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
-            outputs=outputs_of(weights_to_score(storage, weights.url)),
+            outputs=outputs_of(without_random_heads(weights)),
             example={"image": _example_picture(), "text": "a grey square"},
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
