@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.paths import with_absolute_paths
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, parse_steps
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import apart, prepare
@@ -20,9 +20,10 @@ def fingerprint_of(
 
     Nothing is written into the run's folder. Raises ConfigError for a wrong range, and where `mome train` would.
     """
-    first, separator, last = steps.partition(":")
-    if not (separator and first.isdigit() and last.isdigit() and int(first) < int(last)):
-        raise ConfigError(f"--steps {steps}: expected A:B with A below B, such as 0:10")
+    try:
+        first, last = parse_steps(steps)
+    except ValueError as error:
+        raise ConfigError(f"--steps {steps}: {error}") from None
     loader = config.data.loader.model_copy(update={"workers": workers, "threads": threads})
     config = with_absolute_paths(config)
     config = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
@@ -31,5 +32,5 @@ def fingerprint_of(
     with tempfile.TemporaryDirectory(prefix="mome-fingerprint-") as folder:
         scratch = apart(config, storage, folder, config.name)
         tokenizer = prepare(scratch, storage)
-        found = fingerprint(scratch, chosen, storage, tokenizer, range(int(first), int(last)), world_size)
-    return {"fingerprint": found, "steps": [int(first), int(last)], "stage": chosen.name}
+        found = fingerprint(scratch, chosen, storage, tokenizer, range(first, last), world_size)
+    return {"fingerprint": found, "steps": [first, last], "stage": chosen.name}

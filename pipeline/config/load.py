@@ -25,7 +25,19 @@ Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML keeps the last, silently)."""
+    """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML keeps the last, silently).
+
+    As in YAML 1.2, `1:30` and `010` are texts, which no key for a number takes: 1.1 reads them as 90 and 8.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:  # `!!int x`, the date 2024-13-45
+            kind, line = node.tag.rpartition(":")[2], node.start_mark.line + 1
+            raise yaml.constructor.ConstructorError(
+                problem=f"line {line}: {str(node.value)[:100]!r} is no value of type {kind}; quote it to give a text"
+            ) from error
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -44,10 +56,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_NUMBER = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$")
-for first in "-+.0123456789":
-    _Loader.yaml_implicit_resolvers.setdefault(first, []).insert(0, ("tag:yaml.org,2002:float", _NUMBER))
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z
+        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+\Z
+        |[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z""",
+        re.VERBOSE,
+    ),
+    list("-+.0123456789"),
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -79,6 +105,8 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
             f"{origin}: {error.object!r:.200} is not valid Unicode; write \\ud83d\\ude00 as one character"
         ) from error
     except (ValueError, RecursionError) as error:
+        if "digits" in str(error):
+            raise ConfigError(f"{origin}: a number has too many digits") from error
         raise ConfigError(f"{origin}: a value contains itself (an anchor inside its own value)") from error
     try:
         return RunConfig.model_validate_json(text)
@@ -201,9 +229,10 @@ def _key_parts(target: Any, parts: list[str]) -> int:
 
 
 def _child(target: Any, part: str, override: str) -> Any:
-    child = target[_position(target, part, override)] if isinstance(target, list) else target.setdefault(part, {})
+    key: Any = _position(target, part, override) if isinstance(target, list) else part
+    child = target[key] if isinstance(target, list) else target.setdefault(key, {})
     if child is None:
-        child = target[part] = {}
+        child = target[key] = {}
     if not isinstance(child, dict | list):
         raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
     return child
@@ -214,9 +243,11 @@ def _position(items: list[Any], part: str, override: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    raise ConfigError(f"override '{override}': no element '{part}'; there are {', '.join(map(str, names))}")
+    numbers = [str(index) for index in range(len(items))]
+    if part in numbers:
+        return numbers.index(part)
+    known = ", ".join(number if name is None else str(name) for number, name in zip(numbers, names, strict=True))
+    raise ConfigError(f"override '{override}': no element '{part}'; there are {known or 'none'}")
 
 
 def _causes(faults: list[Any]) -> list[Any]:
@@ -240,6 +271,10 @@ def _describe(fault: Any, values: dict[str, Any]) -> str:
         return f"{path}: unknown key; {hint}"
     if fault["type"] == "union_tag_invalid":
         return f"{path}.kind: expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
+    if fault["type"] == "union_tag_not_found":
+        is_section = isinstance(fault["input"], dict)
+        expected = f"expected {', '.join(MODEL_SECTIONS)}" if is_section else "Input should be an object"
+        return f"{path}{'.kind' if is_section else ''}: {expected} (got {fault['input']!r:.200})"
     if fault["type"] == "missing":
         return f"{path}: required key is missing"
     message = fault["msg"].removeprefix("Value error, ")

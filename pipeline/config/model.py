@@ -176,9 +176,9 @@ class DualEncoderConfig(TransformerConfig):
         return tuple(self.drop_path * layer / max(layers - 1, 1) for layer in range(layers))
 
 
-def kind_of(value: Any) -> str:
-    """The kind that a section names; VLMo, if it names none."""
-    return value.get("kind", "vlmo") if isinstance(value, dict) else value.kind
+def kind_of(value: Any) -> Any:
+    """Return the kind that a section names; VLMo, if it names none; None for what is no section."""
+    return value.get("kind", "vlmo") if isinstance(value, dict) else getattr(value, "kind", None)
 
 
 ModelConfig = Annotated[

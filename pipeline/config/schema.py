@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ModelConfig, VLMoConfig
 from pipeline.config.redaction import holds_secret
-from pipeline.config.section import Fraction, Positive, Section, changeable
+from pipeline.config.section import LONGEST, Fraction, Positive, Section, changeable
 from pipeline.config.urls import is_local, parse
 
 # What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
@@ -81,6 +81,18 @@ def _server(value: str) -> str:
     return value
 
 
+def parse_steps(told: str) -> tuple[int, int]:
+    """Return the first and last step of 'A:B', with A below B. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", told) or (steps := [*map(int, told.split(":"))])[0] >= steps[1]:
+        raise ValueError("expected A:B with A below B, numbers of steps, such as 100:105")
+    return steps[0], steps[1]
+
+
+def _steps(value: str) -> str:
+    parse_steps(value)
+    return value
+
+
 def _prompt(value: str) -> str:
     if value.count("{}") != 1:
         raise ValueError("must hold {} once, in the place of a class's name, such as 'a photo of a {}.'")
@@ -110,7 +122,9 @@ class StorageConfig(Section):
     key: SecretReference | None = changeable(None)
     secret: SecretReference | None = changeable(None)
     anonymous: bool = changeable(False)  # send unsigned requests, which public buckets answer
-    deadline_seconds: float = changeable(300.0, gt=0)  # how long a store may be away, or slow, before a run fails
+    deadline_seconds: float = changeable(
+        300.0, gt=0, le=LONGEST
+    )  # how long a store may be away, or slow, before a run fails
 
     @model_validator(mode="after")
     def _signs_or_not(self) -> StorageConfig:
@@ -347,9 +361,9 @@ class ClusterConfig(Section):
     max_failures: Annotated[int, Field(ge=0)] = changeable(3)  # restarts after errors, killed ranks and lost nodes
     max_preemptions: Annotated[int, Field(ge=0)] | None = changeable(None)  # after announced losses; None: any number
     # How long ranks may take to be placed, runtime environments included; then fewer are tried, down to min_workers.
-    start_seconds: float = changeable(60.0, gt=0)
+    start_seconds: float = changeable(60.0, gt=0, le=LONGEST)
     # How long there must be room for more ranks, up to `workers`, before a smaller run saves and restarts with them.
-    grow_seconds: float = changeable(60.0, gt=0)
+    grow_seconds: float = changeable(60.0, gt=0, le=LONGEST)
     loader_actors: Annotated[int, Field(ge=0)] = changeable(0)  # of each rank; 0: batches are prepared beside it
     loader_cpus: Annotated[float, Field(ge=0)] = changeable(1)  # of each of these
     loader_resource: str | None = changeable(None)  # only on nodes that offer this custom resource (ray start)
@@ -382,10 +396,10 @@ class GuardsConfig(Section):
     # Steps between two looks, before the update, at what all ranks must know together: a loss or gradient that is not
     # finite, a spike, a notice of preemption. A look reads one small sum from the device, and waits for it.
     look_every: Positive = changeable(1)
-    hang_seconds: float = changeable(120.0, gt=0)  # that a step may take; then stacks are written and the ranks end
-    start_seconds: float = changeable(1800.0, gt=0)  # the same until the first step of a stage is done
-    save_seconds: float = changeable(1800.0, gt=0)  # the same of a checkpoint or hand-over
-    evaluate_seconds: float = changeable(3600.0, gt=0)  # the same of an evaluation (`evaluation.every`)
+    hang_seconds: float = changeable(120.0, gt=0, le=LONGEST)  # of a step; then stacks are written and the ranks end
+    start_seconds: float = changeable(1800.0, gt=0, le=LONGEST)  # the same until the first step of a stage is done
+    save_seconds: float = changeable(1800.0, gt=0, le=LONGEST)  # the same of a checkpoint or hand-over
+    evaluate_seconds: float = changeable(3600.0, gt=0, le=LONGEST)  # the same of an evaluation (`evaluation.every`)
     spike: SpikeConfig | None = changeable(None)
 
 
@@ -404,10 +418,10 @@ class TrackingConfig(Section):
     uri: Annotated[str, AfterValidator(_server)] | None = changeable(None)  # a URI, or 'env:NAME' or 'file:PATH' of one
     experiment: str | None = None  # None: the family of the model, such as vlmo
     metrics_every: Positive = changeable(10)  # steps between two points; reading them is the only host synchronisation
-    flush_seconds: float = changeable(5.0, gt=0)
+    flush_seconds: float = changeable(5.0, gt=0, le=LONGEST)
     required: bool = changeable(True)  # refuse to start a run when the server does not answer
     # Steps A:B (counted over all stages) of which rank 0 records a trace, as `mome train --profile A:B` says.
-    profile: str | None = changeable(None, pattern=r"^\d+:\d+$")
+    profile: Annotated[str, AfterValidator(_steps)] | None = changeable(None)
 
 
 class EvaluationConfig(Section):

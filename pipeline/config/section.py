@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]  # beyond, floats and tensors count wrongly or not at all
+LONGEST = 1e9  # seconds, thirty years: of a timeout that is never to come; threads cannot wait much longer
 
 
 class Section(BaseModel):

@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, parse_steps
 from pipeline.data.storage import Storage, join
 from pipeline.training.background_writer import BackgroundWriter
 
@@ -42,14 +42,14 @@ class Window:
     @classmethod
     def parse(cls, told: str) -> Window:
         """From 'A:B'. Raises ConfigError."""
-        first, separator, last = told.partition(":")
-        if not (separator and first.isdigit() and last.isdigit() and int(first) < int(last)):
-            raise ConfigError(f"--profile {told}: expected A:B with A below B, steps over all stages, such as 100:105")
-        return cls(int(first), int(last))
+        try:
+            return cls(*parse_steps(told))
+        except ValueError as error:
+            raise ConfigError(f"--profile {told}: {error}, over all stages") from None
 
     @property
     def override(self) -> str:
-        """As a key of the config; in quotes, because YAML reads a bare 3:6 as minutes and seconds."""
+        """As a key of the config; in quotes, because other readers of YAML take a bare 3:6 for minutes and seconds."""
         return f'tracking.profile="{self.first}:{self.last}"'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import yaml
 from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import changes, is_changeable, load_config, parse_yaml, resolve_secret
+from pipeline.config.load import (
+    apply_override,
+    changes,
+    flatten,
+    is_changeable,
+    load_config,
+    parse_yaml,
+    resolve_secret,
+    validate,
+)
 from pipeline.config.paths import file_name_of, local_paths, with_absolute_paths
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -75,6 +85,96 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nname: b\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="duplicate key 'name'"):
         load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "tag", ["int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "map", "value", "x"]
+)
+@pytest.mark.parametrize("value", ["''", "maybe", "x", "é", "[1]", "{a: 1}"])
+def test_a_value_that_its_tag_does_not_fit_is_one_message(tag: str, value: str) -> None:
+    with contextlib.suppress(ConfigError):
+        load_config(DEMO, [f"tracking.experiment=!!{tag} {value}"])
+    with contextlib.suppress(ConfigError):
+        load_config(DEMO, [f"tracking.experiment=[!!{tag} {value}]"])
+
+
+def test_a_value_that_its_tag_does_not_fit_is_named_with_its_line() -> None:
+    with pytest.raises(ConfigError, match="line 2: 'maybe' is no value of type bool"):
+        parse_yaml("name: a\nseed: !!bool maybe\n", "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "value", ["1:30", "010", "-010", "0100", "1:30:00", "1:30.5", "0o17", "9" * 5000, "0x" + "f" * 5000]
+)
+def test_numbers_that_mean_something_else_in_an_old_yaml_are_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"seed|digits"):
+        load_config(DEMO, [f"seed={value}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0), ("-7", -7), ("+7", 7), ("1_000", 1000), ("0x1F", 31), ("0b11", 3), ("1.5", 1.5), ("-.5", -0.5),
+        ("1.", 1.0), ("2e5", 2e5), ("1.5e+3", 1500.0), ("00.5", 0.5), ("1:30", "1:30"), ("007", "007"),
+        ("1.2.3", "1.2.3"), ("1e", "1e"), (".", "."), ("10.0.0.1:80", "10.0.0.1:80"),
+    ],
+)  # fmt: skip
+def test_plain_numbers_are_numbers_and_all_else_is_text(text: str, value: object) -> None:
+    parsed = parse_yaml(text, "x")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_steps_to_profile_need_no_quotes_and_come_in_order() -> None:
+    assert load_config(DEMO, ["tracking.profile=5:10"]).tracking.profile == "5:10"
+    for wrong in ("10:5", "5:5", "5", "²:5", "a:b", "'1:2\n'", "9" * 5000 + ":" + "9" * 5001):
+        with pytest.raises(ConfigError, match=r"tracking\.profile"):
+            load_config(DEMO, [f"tracking.profile={wrong}"])
+
+
+WRONG_KINDS = ["null", "5", "text", "[]", "[1]", "true", "1.5", "2024-01-01", "{a: {b: c}}"]
+
+
+@pytest.mark.parametrize("value", WRONG_KINDS)
+def test_a_value_of_any_kind_in_the_place_of_any_key_is_a_config_or_a_config_error(value: str) -> None:
+    demo, keys = parse_yaml(DEMO.read_bytes(), "demo"), flatten(load_config(DEMO).model_dump(mode="json"))
+    for path in sorted({key.rsplit(".", depth)[0] for key in keys for depth in range(4)}):
+        values = copy.deepcopy(demo)
+        with contextlib.suppress(ConfigError):
+            apply_override(values, f"{path}={value}")
+            validate(values, "demo")
+
+
+def test_a_model_that_is_no_section_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model: Input should be an object \(got 'vlmo'\)"):
+        load_config(DEMO, ["model=vlmo"])
+    with pytest.raises(ConfigError, match=r"model\.kind: expected vlmo"):
+        load_config(DEMO, ["model.kind=null"])
+
+
+@pytest.mark.parametrize("part", ["²", "١", "9" * 5000, "-1", "3", "00", "vison"])
+def test_an_element_that_is_not_there_is_refused(part: str) -> None:
+    with pytest.raises(ConfigError, match="no element"):
+        load_config(DEMO, [f"stages.{part}.steps=1"])
+
+
+def test_an_override_into_an_empty_element_fills_it(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: a\nstages: [null]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"stages\.0\.name: required"):
+        load_config(tmp_path / "run.yaml", ["stages.0.steps=1"])
+
+
+@pytest.mark.parametrize("key", ["guards.hang_seconds", "storage.deadline_seconds", "tracking.flush_seconds"])
+def test_seconds_that_no_thread_can_wait_are_refused(key: str) -> None:
+    assert load_config(DEMO, [f"{key}=1e9"])
+    with pytest.raises(ConfigError, match=key):
+        load_config(DEMO, [f"{key}=1e12"])
+
+
+@pytest.mark.parametrize("key", ["stages.vision.steps", "stages.vision.batch", "data.window", "checkpoint.every"])
+def test_counts_that_no_tensor_can_hold_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_config(DEMO, [f"{key}={10**20}"])
 
 
 MERGED = """
