@@ -6,28 +6,38 @@ be parts of a password just as well.
 
 from __future__ import annotations
 
+import json
 import re
+from html import escape
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
 _SHORTEST_KNOWN = 6  # a shorter secret would be found in words that are none
+_DEEPEST = 5  # URLs in the path or query of one another
 _known: set[str] = set()
 
-_URL = re.compile(r"""\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s"'<>`]+)""")
+_URL = re.compile(r"""\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,40})://(?P<rest>[^\s"'<>`]+)""")
 _CLOSING = ")]},.;:!?"  # behind a URL in a sentence
-_WORDS = r"(?:password|passwd|passphrase|pwd|secret|token|signature|credentials?|api[_-]?key|access[_-]?key|sig)"
+_WORDS = (
+    r"(?:[\w.-]{0,40}(?:password|passwd|passphrase|secret|token|signature|credentials?)"
+    r"|(?:[\w-]{0,40}[._-])?(?:ssl|db|user|auth|access|bearer)?(?:pwd|sig|(?:api|access|account|secret|private)[_-]?key))"
+    r"(?:[_-]?(?:id|key))?"
+)
 _SECRET_PAIR = re.compile(
-    rf"""(?P<name>\b(?:[\w-]*[._-])?(?:ssl|db|user|auth|access|bearer)?{_WORDS}(?:[_-]?id)?)=(?!(?:env|file):)[^\s&"',;)\]]+""",
-    re.IGNORECASE,
+    rf"""(?P<name>\b{_WORDS})(?:
+        =(?!(?:env|file):|b?["'])[^\s&"',;)\]]+
+        |(?P<sign>["']?\s*[:=]\s*)b?(?:"(?!(?:env|file):)[^"]+"|'(?!(?:env|file):)[^']+'))""",  # as a repr has it
+    re.IGNORECASE | re.VERBOSE,
 )
 _SECRET_NAME = re.compile(
-    rf"(?:.*[._-])?(?:ssl|db|user|auth|access|bearer)?(?:{_WORDS}|key|auth|authorization|pass|pw|jwt|code)",
+    rf"{_WORDS}|(?:.*[._-])?(?:ssl|db|user|auth|access|bearer)?(?:key|auth|authorization|pass|pw|jwt|code)",
     re.IGNORECASE,
 )
 _AUTHORIZATION = re.compile(
-    r"""(?P<name>\b(?:proxy-)?authorization["']?\s*[:=]\s*["']?)(?:(?:basic|bearer|digest|aws4-hmac-sha256)\s+)?[^\s"',]+""",
-    re.IGNORECASE,
+    r"""(?P<name>\b(?:(?:proxy-)?authorization|x-[\w-]{0,40}(?:token|key)|(?:set-)?cookie)["']?\s*[:=]\s*)
+        (?:b?"[^"]*"|b?'[^']*'|(?:(?:basic|bearer|digest|token|negotiate|aws4-hmac-sha256)\s+)?[^\s"',]+)""",
+    re.IGNORECASE | re.VERBOSE,
 )
 _BEARER = re.compile(r"(?P<name>\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 
@@ -39,10 +49,10 @@ def redact(text: str) -> str:
     """
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    text = _URL.sub(_redact_url, text)
+    text = _redact_urls(text, 0)
     text = _AUTHORIZATION.sub(rf"\g<name>{HIDDEN}", text)
     text = _BEARER.sub(rf"\g<name>{HIDDEN}", text)
-    return _SECRET_PAIR.sub(rf"\g<name>={HIDDEN}", text)
+    return _SECRET_PAIR.sub(lambda found: f"{found['name']}{found['sign'] or '='}{HIDDEN}", text)
 
 
 def redact_values(values: Any) -> Any:
@@ -58,7 +68,9 @@ def remember(secret: str) -> None:
     """Have `redact` take out this secret, or the password in this URL, wherever it appears in this process."""
     if "://" in secret:
         secret = password_of(secret) or ""
-    for form in (secret, quote(secret, safe=""), unquote(secret)):
+    urls = (quote(secret, safe=""), unquote(secret), quote_plus(secret))
+    texts = (json.dumps(secret)[1:-1], repr(secret)[1:-1], repr(secret.encode(errors="replace"))[2:-1], escape(secret))
+    for form in (secret, *urls, *texts):  # as a message may quote it
         if len(form) >= _SHORTEST_KNOWN:
             _known.add(form)
 
@@ -84,12 +96,18 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _redact_url(match: re.Match[str]) -> str:
+def _redact_urls(text: str, depth: int) -> str:
+    if depth > _DEEPEST:
+        return HIDDEN if "://" in text else text
+    return _URL.sub(lambda match: _redact_url(match, depth), text)
+
+
+def _redact_url(match: re.Match[str], depth: int) -> str:
     scheme, rest = match["scheme"], match["rest"]
     url = rest.rstrip(_CLOSING)
     closing = rest[len(url) :]
     url = url[_end_of_user(url, _is_web(scheme)) :]
-    url = _URL.sub(_redact_url, url)  # another one in its path or query
+    url = _redact_urls(url, depth + 1)  # another one in its path or query
     base, parts = re.match(r"([^?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
     kept = ""
     for part in re.findall(r"[?#][^?#]*", parts):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config.errors import TrackingError
-from pipeline.config.redaction import describe_error, redact
+from pipeline.config.redaction import describe_error, redact, remember
 from pipeline.tracking.places import database_file
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def connect(uri: str) -> MlflowClient:
     """An MLflow client. Creates or migrates an SQLite database, which takes seconds. Raises TrackingError."""
     if (database := database_file(uri)) is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):  # which the client sends
+        remember(os.environ.get(name, ""))
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:

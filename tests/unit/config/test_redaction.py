@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import html
+import json
 import random
+import string
+from collections.abc import Callable
+from urllib.parse import quote, quote_plus
 
 import pytest
 from fuzz import fuzz_rounds
@@ -80,6 +85,9 @@ def test_secret_queries_and_users_are_dropped(url: str, told: str) -> None:
         "storage.secret=env:AWS_SECRET_ACCESS_KEY",
         "storage.key=file:/run/secrets/key",
         "key=000123 is bad",
+        "secret 'env:TOKEN': the environment variable TOKEN is not set",
+        "{'key': 'env:MY_KEY', 'secret': 'env:MY_SECRET', 'max_tokens': '5', 'monkey': 'x'}",
+        "sigma=0.5, design=new, config=x, tokens=40, key='000123', cookies, authorization was refused",
         "databricks://profile",
         "optimizer.peak_rate=0.1",
         "",
@@ -101,6 +109,19 @@ def test_what_holds_no_secret_stays_as_it_is(text: str) -> None:
         "see https://proxy/?url=http://u:S3CRET@h/x",
         "MLFLOW_TRACKING_PASSWORD=S3CRET",
         "AWS_SECRET_ACCESS_KEY=S3CRET",
+        "{'Authorization': b'Basic S3CRET='}",
+        '{"authorization": "Negotiate S3CRET"}',
+        "Authorization: Token S3CRET",
+        "headers: X-Api-Key: S3CRET",
+        "x-amz-security-token: S3CRET",
+        "Set-Cookie: session=S3CRET; Path=/",
+        "connect(host='db', password='S3CRET')",
+        "{'user': 'a', 'password': 'S3CRET with blanks'}",
+        '{"secret_key": "S3CRET"}',
+        "aws_secret_access_key='S3CRET'",
+        "DefaultEndpointsProtocol=https;AccountName=a;AccountKey=S3CRET==;EndpointSuffix=core",
+        "https://host/?sessionToken=S3CRET&clientSecret=S3CRET",
+        "sessionToken=S3CRET",
     ],
 )
 def test_no_secret_is_left_in_a_message(text: str) -> None:
@@ -115,9 +136,39 @@ def test_a_secret_that_is_known_goes_wherever_it_appears(monkeypatch: pytest.Mon
     assert redact("login failed for 'pa ss/wörd' (pa%20ss%2Fw%C3%B6rd)") == "login failed for '***' (***)"
 
 
+QUOTED = [
+    str,
+    repr,
+    json.dumps,
+    html.escape,
+    quote,
+    quote_plus,
+    lambda text: repr(text.encode()),
+    lambda text: f"{[text]}",
+]
+
+
+@pytest.mark.parametrize("letter", [*string.punctuation, " ", "ö", "日"])
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_a_known_secret_goes_however_a_message_quotes_it(
+    monkeypatch: pytest.MonkeyPatch, letter: str, quoted: Callable[[str], str]
+) -> None:
+    monkeypatch.setattr(redaction, "_known", set())
+    redaction.remember(f"Zq{letter}hidden{letter}7")
+
+    assert "hidden" not in redact(f"login failed for {quoted(f'Zq{letter}hidden{letter}7')} at db")
+
+
 @pytest.mark.parametrize("kind", [MomeError, *MomeError.__subclasses__()], ids=lambda kind: kind.__name__)
 def test_no_error_of_ours_holds_a_secret_and_copies_neither(kind: type[MomeError]) -> None:
     error = kind("http://me:S3CRET@server refused: token=S3CRET")
 
     for each in (error, copy.copy(error)):
         assert str(each) == "http://server refused: token=***"
+
+
+@pytest.mark.parametrize(
+    "piece", ["http://", "http://u:S3CRET@", "a-", "a.", "x@", "token", "authorization ", "?a=b&", "'", "x-"]
+)
+def test_texts_of_any_length_are_redacted(piece: str) -> None:
+    assert "S3CRET" not in redact(piece * 3000)
