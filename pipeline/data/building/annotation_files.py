@@ -12,6 +12,7 @@ What is bad or has no picture is told to `Problems` and left out. A question's p
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,26 +24,29 @@ from pipeline.config.errors import DataError
 from pipeline.data.building.files import (
     Problems,
     Sample,
+    beginning_of,
     clean_captions,
     clean_lines,
     entries_of,
     files_below,
+    folders_below,
     json_of,
     number_in,
-    open_text,
+    pass_over,
     read_image,
     read_listed_image,
+    suffix_of,
     text_in,
 )
 from pipeline.data.building.importers import Keys, described_sample, pair_sample
 from pipeline.data.contents.answers import answer_scores, frequent_answers, plain_answer
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import EXTENSIONS
+from pipeline.data.shards.tar import clean_name
 
 AnnotationKind = Literal["vqa", "vg_qa", "nlvr2", "karpathy", "classes"]
 KINDS: tuple[AnnotationKind, ...] = get_args(AnnotationKind)
 TRAINED_WITH = {"train": ("train", "restval")}  # Karpathy's split of COCO keeps more of its training pictures apart
-_LOOK = 65_536  # characters of a file that tell its kind
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,7 @@ def find_annotations(source: Path) -> AnnotationKind | None:
     """The kind of an annotation file, by its beginning; None for what is none (a folder is not looked into)."""
     if not source.is_file() or source.suffix.lower() not in (".json", ".jsonl", ".ndjson"):
         return None
-    with open_text(source) as stream:
-        begin = stream.read(_LOOK)
+    begin = beginning_of(source)
     signs: dict[AnnotationKind, tuple[str, ...]] = {
         "vg_qa": (r'"qas"\s*:', r'"qa_id"\s*:'),
         "vqa": (r'"questions"\s*:\s*\[',),
@@ -304,20 +307,30 @@ def class_samples(folder: Path, problems: Problems, options: Options) -> Annotat
     """A folder's folders are the classes, numbered in the order of their names; pictures may lie deeper."""
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with a folder of pictures for each class")
-    classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    _, classes, others = next(folders_below(folder, problems), (folder, [], []))
     if not classes:
         raise DataError(f"{folder}: no folder in it; expected one of pictures for each class")
+    for name in others:
+        if suffix_of(name) in EXTENSIONS:
+            problems.add(str(folder / name), "it lies in no class's folder")
+        else:
+            pass_over(folder / name, problems)
     key_of = Keys()
 
     def samples() -> Iterator[Sample]:
         for number, name in enumerate(classes):
+            path = None
             for path in files_below(folder / name, EXTENSIONS, problems):
                 image = read_image(path, str(path), problems)
                 if image is not None:
                     key = key_of(str(path.relative_to(folder).with_suffix("")))
                     yield {"__key__": key, **image, "cls": str(number).encode()}
+            if path is None:
+                told = f"it is class {number} without a picture; if it is no class, move it away and build again"
+                problems.leave_out(str(folder / name), told)
 
-    return Annotations(samples(), {CLASSES: Choices(tuple(classes))})
+    names = tuple(clean_name(os.fsencode(name)) for name in classes)
+    return Annotations(samples(), {CLASSES: Choices(names)})
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ _BYTE_ORDER_MARKS = {  # longest first: UTF-32's begins with UTF-16's
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+_LOOK = 65_536  # characters of a file that tell its kind
 _WRONG_ENTRY = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
 
 
@@ -91,6 +92,15 @@ def open_text(path: Path) -> TextIO:
         return path.open(encoding=encoding, errors="surrogateescape")
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
+
+
+def beginning_of(path: Path) -> str:
+    """Return the first characters of a text, which tell its kind. Raise DataError if they cannot be read."""
+    with open_text(path) as stream:
+        try:
+            return stream.read(_LOOK)
+        except (OSError, UnicodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}). Save it as UTF-8") from error
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:

@@ -24,6 +24,7 @@ from pipeline.data.building.files import (
     Files,
     Problems,
     Sample,
+    beginning_of,
     clean_captions,
     clean_lines,
     entries_of,
@@ -36,7 +37,6 @@ from pipeline.data.building.files import (
     known_suffixes,
     lines_of,
     number_in,
-    open_text,
     pass_over,
     read_file,
     read_image,
@@ -59,7 +59,6 @@ Progress = Callable[[int, int, str], None]  # shards done, shards in all (0: not
 
 MAX_KEY = 80  # a tar's plain header holds names of 100 bytes
 WORDS_PER_TEXT = 64
-_LOOK = 65_536  # characters of a file that tell its kind
 CAPTION_SUFFIXES = ("txt", "caption")
 # What `find_kind` makes of a file by its suffix, and of a folder by the first of these that it holds.
 _SUFFIXES: dict[str, Kind] = {
@@ -103,8 +102,7 @@ def find_kind(source: Path) -> Kind:
 
 def _kind_of_json(source: Path) -> Kind:
     """COCO's object, a list of pictures, or lines of JSON in a .json file."""
-    with open_text(source) as stream:
-        first, is_lines, _ = stream.read(_LOOK).lstrip().partition("\n")
+    first, is_lines, _ = beginning_of(source).lstrip().partition("\n")
     if first.startswith("["):
         return "list"
     try:
@@ -285,8 +283,14 @@ def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) 
     for path in [source] if source.is_file() else files_below(source, ("txt",), problems):
         number = -1
         pieces = (piece for piece in text_pieces(_paragraphs(path, problems), words) if is_visible(piece))
-        for number, piece in enumerate(pieces):
-            yield {"__key__": key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
+        try:
+            for number, piece in enumerate(pieces):
+                yield {"__key__": key_of(f"{path.stem}-{number:07d}"), "txt": piece.encode()}
+        except DataError as error:
+            if source.is_file() or problems.strict:
+                raise
+            problems.add(str(path), str(error))  # of many texts, one that cannot be read is left out
+            continue
         if number < 0:
             problems.add(str(path), "it holds no text")
 
@@ -398,11 +402,12 @@ def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
         problems.add(where, 'expected {"image": path, "captions": [text, …]}')
         return None
     size = record.get("image_size")
-    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)):
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(map(_is_side, size))):
         problems.add(where, f"its image_size is {size!r:.50}, not [height, width]")
         return None
     expected = "'captions': a list of texts, or 'caption': a text"
-    captions = clean_captions(record.get("captions", record.get("caption")), where, problems, expected)
+    given = record["caption"] if record.get("captions") is None and "caption" in record else record.get("captions")
+    captions = clean_captions(given, where, problems, expected)
     if not captions:
         return None
     try:
@@ -412,6 +417,10 @@ def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
         return None
     size = None if size is None else (size[0], size[1])
     return Record(where, record.get("image"), captions, image_id, record.get("regions"), size)
+
+
+def _is_side(value: object) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _as_image_id(value: Any) -> int | None:
@@ -499,12 +508,14 @@ class Keys:
 
     def __init__(self) -> None:
         self._used: set[str] = set()
+        self._numbers: dict[str, int] = {}  # the last one behind each path: counted on, not anew for every sample
 
     def __call__(self, path: str) -> str:
         plain = re.sub(r"[^A-Za-z0-9_-]+", "_", path).strip("_")[-MAX_KEY:].lstrip("_") or "sample"
-        key, number = plain, 1
+        key, number = plain, self._numbers.get(plain, 1)
         while key in self._used:
             number += 1
             key = f"{plain}-{number}"
         self._used.add(key)
+        self._numbers[plain] = number
         return key

@@ -31,6 +31,7 @@ IMAGE_NAMES = (
 CAPTION_NAMES = (
     "caption", "captions", "comment", "title", "text", "txt", "sentence", "sentences", "description", "alt_text", "raw",
 )  # fmt: skip
+_QUOTED = ",;"  # delimiters of files that quote what holds them; the others' files have bare quotation marks
 MAX_LINES = 64  # of one row of CSV
 BATCH_ROWS = 64  # of Parquet, with their pictures, held at a time
 _NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))#\w+", re.IGNORECASE)  # Flickr's name of a caption
@@ -81,9 +82,7 @@ def is_table(file: Path) -> bool:
     if delimiter is None:
         return False
     cells = [_cell(cell) for cell in first.split(delimiter)]
-    names = [cell.lower() for cell in cells]
-    is_header = len(cells) <= 8 and _named(names, IMAGE_NAMES) is not None and _named(names, CAPTION_NAMES) is not None
-    return is_header or _PICTURE.fullmatch(cells[0]) is not None
+    return (len(cells) <= 8 and _is_header(cells)) or _PICTURE.fullmatch(cells[0]) is not None
 
 
 def table_records(file: Path, columns: Columns, problems: Problems) -> Iterator[Record]:
@@ -115,30 +114,30 @@ def table_records(file: Path, columns: Columns, problems: Problems) -> Iterator[
 def _rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
     """Yield where each row that is not empty begins, and its cells with the spaces around them."""
     delimiter = _delimiter_in(file)
-    if delimiter == ",":
-        yield from _quoted_rows(file, problems)
+    if delimiter in _QUOTED:
+        yield from _quoted_rows(file, delimiter, problems)
         return
     for where, line in lines_of(file):
         if line.strip():
             yield where, line.rstrip("\r\n").split(delimiter)
 
 
-def _quoted_rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
+def _quoted_rows(file: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
     """Yield the rows of CSV. A quotation mark that is never closed costs its own line, not all lines behind it."""
     lines = lines_of(file)
     pending: deque[tuple[str, str]] = deque()
     while pending or (pending := deque(islice(lines, 1))):
         where, text = pending[0]
-        count, cells = 1, _csv_row(text, strict=True)
+        count, cells = 1, _csv_row(text, delimiter, strict=True)
         while cells is None and count < MAX_LINES and text.count('"') % 2:
             pending.extend(islice(lines, max(0, count + 1 - len(pending))))
             if len(pending) == count:  # the end of the file
                 break
             text, count = text + pending[count][1], count + 1
-            cells = _csv_row(text, strict=True) if text.count('"') % 2 == 0 else None
+            cells = _csv_row(text, delimiter, strict=True) if text.count('"') % 2 == 0 else None
         if cells is None:  # the first line alone, with marks where CSV has none
             text, count = pending[0][1], 1
-            cells = _csv_row(text, strict=False) if text.count('"') % 2 == 0 else None
+            cells = _csv_row(text, delimiter, strict=False) if text.count('"') % 2 == 0 else None
         for _ in range(count):
             pending.popleft()
         if cells is None:
@@ -147,9 +146,9 @@ def _quoted_rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str
             yield where, cells
 
 
-def _csv_row(text: str, strict: bool) -> list[str] | None:
+def _csv_row(text: str, delimiter: str, strict: bool) -> list[str] | None:
     try:
-        return next(csv.reader(io.StringIO(text), strict=strict), [])
+        return next(csv.reader(io.StringIO(text), delimiter=delimiter, strict=strict), [])
     except csv.Error:
         return None
 
@@ -169,7 +168,19 @@ def _delimiter_in(file: Path) -> str:
 
 
 def _delimiter_of(line: str) -> str | None:
-    return next((delimiter for delimiter in "\t|;," if delimiter in line), None)
+    """Return what stands between the columns of a first line: of several, what sets a picture or known names apart."""
+    found = [delimiter for delimiter in "\t|;," if delimiter in line]
+    told = (delimiter for delimiter in found if _tells_columns([_cell(cell) for cell in line.split(delimiter)]))
+    return next(told, found[0] if found else None)
+
+
+def _tells_columns(cells: Sequence[str]) -> bool:
+    return any(map(_PICTURE.fullmatch, cells)) or _is_header(cells)
+
+
+def _is_header(cells: Sequence[str]) -> bool:
+    names = [cell.lower() for cell in cells]
+    return _named(names, IMAGE_NAMES) is not None and _named(names, CAPTION_NAMES) is not None
 
 
 def _layout_of(file: Path, cells: Sequence[str], delimiter: str, columns: Columns) -> _Layout:

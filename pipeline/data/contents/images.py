@@ -422,11 +422,17 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's."""
+    """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's.
+
+    What follows the end chunk is no part of the picture.
+    """
     at = len(_PNG_SIGNATURE)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        yield data[at + 4 : at + 8], data[at:end]
+        name = data[at + 4 : at + 8]
+        yield name, data[at:end]
+        if name == b"IEND":
+            return
         at = end
 
 

@@ -25,6 +25,8 @@ from pipeline.data.storage import Storage, join, split
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
 MIN_ALPHABET = 1000  # most frequent characters that a trained vocabulary spells with at least, if it has room
+MAX_WORD = 100  # characters; a longer word is [UNK], as in BERT
+_LONG_RUN = re.compile(rf"\S{{{MAX_WORD + 1}}}")
 CONTINUES = "##"  # begins a token that continues a word
 RARE = 1e-7  # share of all characters below which a further one is not worth a token
 HUGGING_FACE = "tokenizer_config.json"  # beside a vocabulary; its `do_lower_case` says whether it is uncased
@@ -52,7 +54,7 @@ class Tokenizer:
         self.lowercase = not is_cased(self.tokens) if lowercase is None else lowercase
         ids = _checked_ids(self.tokens)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[name] for name in SPECIALS)
-        model = models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=100)
+        model = models.WordPiece(vocab=ids, unk_token=UNK, max_input_chars_per_word=MAX_WORD)
         self._pieces = _bert_pieces(model, self.lowercase)
         self._pieces.decoder = decoders.WordPiece(prefix=CONTINUES, cleanup=True)
 
@@ -209,7 +211,7 @@ def _train_vocabulary(captions: Iterable[str], size: int, lowercase: bool) -> li
     have a number, in sorted order, makes it a function of the captions.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    lines = [normalizer.normalize_str(caption) for caption in captions]
+    lines = [_without_long_words(normalizer.normalize_str(caption)) for caption in captions]
     counts = Counter(character for line in lines for character in line if not character.isspace())
     if not counts:
         raise DataError("no vocabulary can be trained: there is no caption with a visible character")
@@ -228,6 +230,14 @@ def _train_vocabulary(captions: Iterable[str], size: int, lowercase: bool) -> li
     pieces.train_from_iterator((line.translate(spelled) for line in lines), trainer)
     vocabulary = pieces.get_vocab()
     return sorted(vocabulary, key=lambda token: vocabulary[token])
+
+
+def _without_long_words(line: str) -> str:
+    """A line without words that no vocabulary spells: one of 200,000 characters takes a minute of merging."""
+    if _LONG_RUN.search(line) is None:
+        return line
+    words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(line)
+    return " ".join(word for word, _ in words if len(word) <= MAX_WORD)
 
 
 def _alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:

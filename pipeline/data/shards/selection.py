@@ -160,7 +160,7 @@ def read_opt_out(storage: Storage, url: str) -> OptOut:
                     lines.append(number)
     except NotFound as error:
         raise DataError(f"{url}: the opt-out list is missing. Put it there, or correct sources.*.opt_out") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise DataError(f"{url}: line {number} of the opt-out list is not UTF-8. Write it again") from error
     _, first, entry = np.unique(np.array(plain, dtype=np.uint64), return_index=True, return_inverse=True)
     owner = entry[np.array(owners, dtype=np.int64)]
@@ -176,6 +176,9 @@ def read_opt_out(storage: Storage, url: str) -> OptOut:
 
 
 def _entry(line: bytes) -> str:
+    """The id on a line. Raises ValueError for what is not UTF-8; NULs are UTF-16's, without a byte order mark."""
+    if b"\0" in line:
+        raise ValueError("it holds NUL characters")
     return line.decode("utf-8").strip("\ufeff \t\r\n")
 
 

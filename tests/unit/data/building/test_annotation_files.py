@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.config.errors import DataError
 from pipeline.data.building.annotation_files import Annotations, Options, find_annotations, read_annotations
 from pipeline.data.building.files import Problems, Sample
 from pipeline.data.building.importers import write_shards
-from pipeline.data.contents.choices import ANSWERS, CLASSES
+from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.members import captions_of, class_of, image_id_of
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.reading.samples import samples_of_source
@@ -204,6 +205,29 @@ def test_a_folder_of_folders_gives_classes_in_the_order_of_their_names(tmp_path:
     assert found.choices[CLASSES].names == ("n01", "n02")
     with pytest.raises(DataError, match="no folder in it"):
         read_annotations(tmp_path / "n01", "classes", Problems(), Options())
+
+
+def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
+    for name in ("cat/1.jpg", "dog/2.jpg", "stray.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    found = read_annotations(tmp_path, "classes", problems := Problems(), Options())
+    assert [class_of(sample, 3) for sample in samples_of(found)] == [1, 2]
+    assert problems.passed_over == {".txt": 1}
+    assert problems.faults == 1
+    assert problems.first == [
+        f"{tmp_path / 'stray.jpg'}: it lies in no class's folder",
+        f"{tmp_path / '__MACOSX'}: it is class 0 without a picture; if it is no class, move it away and build again",
+    ]
+
+
+def test_the_name_of_a_class_is_clean_text(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    write_image(tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg")
+    found = read_annotations(tmp_path, "classes", Problems(), Options())
+    assert Choices.from_bytes(found.choices[CLASSES].to_bytes(), "list").names == (r"caf\xe9",)
+    assert len(samples_of(found)) == 1
 
 
 @pytest.mark.parametrize("content", [[{"image": "a", "captions": ["b"]}], {"images": [], "annotations": []}, {}])

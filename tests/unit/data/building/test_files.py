@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.config.errors import MomeError
+from pipeline.config.errors import DataError, MomeError
 from pipeline.data.building.annotation_files import Options, find_annotations, read_annotations
 from pipeline.data.building.files import Problems, Sample
 from pipeline.data.building.importers import find_kind, folder_samples, jsonl_samples, read_samples, text_samples
@@ -74,6 +74,26 @@ def test_text_of_an_unnamed_encoding_is_left_out_and_counted(tmp_path: Path, enc
     assert b"First." in texts
     assert all("\ufffd" not in text.decode() and "\0" not in text.decode() for text in texts)
     assert problems.count >= 1
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "txt", "token"])
+@pytest.mark.parametrize("damage", [b"\x00\xd8a\0", b"\0"], ids=["half a character", "half a unit"])
+def test_a_damaged_file_in_utf16_is_named(tmp_path: Path, suffix: str, damage: bytes) -> None:
+    source = tmp_path / f"a.{suffix}"
+    source.write_bytes('\ufeff{"image": "a.jpg"}, '.encode("utf-16-le") + damage)
+
+    def read() -> list[Sample]:
+        return list(read_samples(source, find_kind(source), Problems()))
+
+    for refused in (read, lambda: find_annotations(source)) if "json" in suffix else (read,):
+        with pytest.raises(DataError, match=rf"a\.{suffix}.*UTF-8"):
+            refused()
+
+
+def test_captions_that_are_null_leave_the_caption(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.jpg")
+    (tmp_path / "lines.jsonl").write_text('{"image": "a.jpg", "captions": null, "caption": "one"}')
+    assert captions(jsonl_samples(tmp_path / "lines.jsonl", Problems(strict=True))) == [["one"]]
 
 
 def test_half_a_character_makes_no_traceback_anywhere(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.config.errors import DataError
 from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import (
+    Keys,
     check_writable,
     coco_samples,
     find_kind,
@@ -68,6 +69,13 @@ def test_keys_stay_distinct_where_paths_differ_in_punctuation_only(tmp_path):
         save_image(tmp_path / name)
     keys = [sample["__key__"] for sample in folder_samples(tmp_path, Problems())]
     assert len(keys) == len(set(keys)) == 4
+
+
+def test_many_paths_that_differ_in_no_plain_letter_keep_distinct_keys_in_no_time(tmp_path):
+    key_of = Keys()
+    keys = [key_of(f"照片/{number % 7 * 'é'}") for number in range(100_000)]  # once counted anew for each: minutes
+    assert len(set(keys)) == len(keys)
+    assert (keys[0], keys[1], keys[-1]) == ("sample", "sample-2", "sample-100000")
 
 
 def test_an_image_is_named_by_what_it_is_and_not_by_its_suffix(tmp_path):
@@ -183,6 +191,20 @@ def test_a_folder_of_texts_is_read_and_an_empty_one_told(tmp_path):
     samples = list(text_samples(tmp_path, problems := Problems()))
     assert [(s["__key__"], s["txt"]) for s in samples] == [("a-0000000", b"One."), ("a-0000001", b"Two.")]
     assert problems.first == [f"{tmp_path / 'b.txt'}: it holds no text"]
+
+
+def test_a_text_that_cannot_be_read_costs_none_of_the_others(tmp_path):
+    (tmp_path / "a.txt").write_text("One.")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfeT\0\x00\xd8T\0")
+    (tmp_path / "c.txt").write_text("Three.")
+    samples = list(text_samples(tmp_path, problems := Problems()))
+    assert [sample["txt"] for sample in samples] == [b"One.", b"Three."]
+    assert problems.faults == 1
+    assert "b.txt" in problems.first[0]
+    with pytest.raises(DataError, match=r"b\.txt"):
+        list(text_samples(tmp_path, Problems(strict=True)))
+    with pytest.raises(DataError, match=r"b\.txt"):
+        list(text_samples(tmp_path / "b.txt", Problems()))
 
 
 def test_the_kind_of_a_source_is_seen(tmp_path):

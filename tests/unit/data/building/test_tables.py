@@ -32,6 +32,8 @@ TABLES = {
     "cc3m.tsv": "A dog, running .\ta.jpg\nA cat .\ta.jpg\nThird .\tb.jpg\n",
     "more.csv": 'id,Text ,Path\n1,"A dog,\nrunning .",a.jpg\n2,A cat .,a.jpg\n\n3,Third .,b.jpg\n',
     "semicolon.csv": "file;caption\na.jpg;A dog, running .\na.jpg;A cat .\nb.jpg;Third .\n",
+    "quoted_semicolon.csv": 'caption;file\n"A dog,\nrunning .";a.jpg\n"A cat .";a.jpg\nThird .;b.jpg\n',
+    "no_header.csv": 'a.jpg,"A dog, running ."\na.jpg,A cat .\nb.jpg,Third .\n',
     "bom.csv": '\ufeffimage,caption\r\na.jpg,"A dog, running ."\r\na.jpg,A cat .\r\nb.jpg,Third .\r\n',
 }
 
@@ -54,6 +56,12 @@ def test_tables_are_read_as_pairs(folder: Path, name: str, encoding: str) -> Non
     (folder / name).write_text(TABLES[name], encoding)
     assert find_kind(folder / name) == "table"
     assert read(folder / name, Problems(strict=True)) == EXPECTED
+
+
+@pytest.mark.parametrize("caption", ["a cat | a dog", "a cat; a dog", "a cat\ta dog", "cat|dog;cat\tdog"])
+def test_a_delimiter_in_the_first_caption_is_not_the_tables(folder: Path, caption: str) -> None:
+    (folder / "t.csv").write_text(f"a.jpg,{caption}\nb.jpg,x\n")
+    assert read(folder / "t.csv", Problems(strict=True)) == [("a", [" ".join(caption.split())]), ("b", ["x"])]
 
 
 def test_columns_are_chosen_by_name_or_number_and_told_where_they_cannot_be(folder: Path) -> None:

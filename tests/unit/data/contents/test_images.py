@@ -287,6 +287,14 @@ def test_damaged_metadata_makes_no_png_bad(oddity, place):
         decode(odd[:at] + b"damaged" + odd[at + 7 :], LIMIT)
 
 
+@pytest.mark.parametrize("behind", [b"A" * 100, b"\0\0\0\1ABCDEFGH", b"\0\0\0\0IDAT\0\0\0\0", bytes(2000)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
+def test_what_follows_a_pictures_end_does_not_matter(behind, kind):
+    data = encoded(picture(), kind)
+    assert (decode(data + behind, LIMIT) == decode(data, LIMIT)).all()
+    assert measure(data + behind) == measure(data)
+
+
 def test_a_png_with_damaged_text_keeps_its_transparency_and_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -230,6 +230,17 @@ def test_stray_characters_of_a_large_collection_are_left_out_beyond_the_first_th
     assert len(_alphabet(counts, 30_000, BertNormalizer())) == 1200
 
 
+@pytest.mark.parametrize("character", ["w", "😀"])
+def test_a_word_that_no_vocabulary_spells_takes_no_part_in_training(character: str) -> None:
+    captions = ["a red cat, a blue dog", "x" * 100]
+    whole = Tokenizer.train(captions, 200)
+    long = character * 1_000_000  # once learned by merges: hours
+    assert Tokenizer.train([f"{captions[0]} {long}", captions[1]], 200).tokens == whole.tokens
+    assert whole.encode("x" * 101, 9).ids[1:-1] == [whole.unk_id]
+    assert whole.unk_id not in whole.encode("x" * 100, 9).ids
+    assert "word" in Tokenizer.train(["/".join(["word"] * 60)], 200).tokens
+
+
 def test_a_cased_vocabulary_can_be_trained() -> None:
     assert not Tokenizer.train(["Rome is Rome"] * 9, 64, lowercase=False).lowercase
     assert "R" in Tokenizer.train(["Rome is Rome"] * 9, 64, lowercase=False).tokens

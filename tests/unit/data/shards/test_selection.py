@@ -117,6 +117,10 @@ def test_a_missing_and_a_foreign_opt_out_list_are_named(folder: str, tmp_path: P
     (tmp_path / "latin.txt").write_bytes("k0\nkäse\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin\.txt: line 2 of the opt-out list is not UTF-8"):
         opened(folder, str(tmp_path / "latin.txt"))
+    for encoding in ("utf-16", "utf-16-le", "utf-32-be"):
+        (tmp_path / "windows.txt").write_bytes("k0\nk1\n".encode(encoding))
+        with pytest.raises(DataError, match=r"windows\.txt: line 1 of the opt-out list is not UTF-8"):
+            opened(folder, str(tmp_path / "windows.txt"))
 
 
 def test_properties_that_cannot_be_compared_so_are_told(folder: str):
