@@ -271,6 +271,9 @@ def _parquet_record(
     except UnicodeDecodeError as error:
         problems.add(where, f"a text is not UTF-8 ({error.reason} at byte {error.start})")
         return None
+    except (ValueError, OverflowError, NotImplementedError) as error:  # such as a time beyond the year 9999
+        problems.add(where, f"a value cannot be read ({error})")
+        return None
     data = None
     if isinstance(picture, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
         data, picture = picture.get("bytes"), picture.get("path")

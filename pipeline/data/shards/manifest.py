@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import threading
 from collections.abc import Collection, Mapping
@@ -18,6 +19,7 @@ from itertools import product
 from typing import Any
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
+from pipeline.config.paths import is_local, local_path
 from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.shards.foreign_index import trusted_count
 from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_walk, sidecar_facts
@@ -124,7 +126,20 @@ def shard_names(url: str, found: Mapping[str, ObjectInfo]) -> list[str]:
             f"{url}: {other} would not be read beside {names[0]}. {_other_remedy(other)}. Or move it away, or name the "
             "shards that are to be read by a pattern: …/{0000..0095}.tar"
         )
+    if chosen is None and (lost := _lost_link(url, found)) is not None:
+        raise DataError(
+            f"{join(url, lost)}: a link to a file that does not exist. Put that file back, or remove the link"
+        )
     return names
+
+
+def _lost_link(url: str, found: Collection[str]) -> str | None:
+    """Return a link to a tar that is not there, which listings leave out; None for folders without one."""
+    if not is_local(url):
+        return None
+    folder = local_path(url)
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".tar") and name not in found)
+    return next((name for name in names if not (folder / name).exists()), None)
 
 
 def _is_other_tar(name: str, found: Collection[str]) -> bool:

@@ -107,6 +107,8 @@ class Tar:
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._fault("it holds a sparse file, which cannot be read by range. Pack it without --sparse")
             path = _until_zero(attributes.get(b"path", b"")) or long_name or _path(header)
+            if kind in b"\x000" and path.endswith(b"/") and not size:
+                kind = b"5"  # a folder, as tars had them before there was a type for it
             if kind in b"\x0007":
                 self._places[_plain(path)] = offset, size
                 yield clean_name(path), offset, self._data(size)

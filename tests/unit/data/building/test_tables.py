@@ -171,6 +171,13 @@ def test_rows_of_parquet_that_cannot_be_used_are_counted(folder: Path) -> None:
     }
 
 
+def test_a_value_of_parquet_that_python_cannot_hold_is_counted(folder: Path) -> None:
+    times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))
+    problems = Problems()
+    assert read(write_parquet(folder / "t.parquet", image=["a.jpg", "a.jpg"], caption=times), problems) == []
+    assert ["row 0: a value cannot be read" in problems.first[0], "datetime" in problems.first[1]] == [True, True]
+
+
 def test_of_mutated_tables_only_our_errors_come_out(folder: Path) -> None:
     rng = random.Random(3)
     names = list(TABLES)

@@ -122,6 +122,10 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
     with pytest.raises(DataError, match=r"z\.TAR would not be read beside x\.tar\. Rename z\.TAR"):
         index_shards(storage, str(tmp_path / "empty"))
     (tmp_path / "empty" / "z.TAR").unlink()
+    (tmp_path / "empty" / "lost.tar").symlink_to("absent.tar")
+    with pytest.raises(DataError, match=r"lost\.tar: a link to a file that does not exist"):
+        index_shards(storage, str(tmp_path / "empty"))
+    (tmp_path / "empty" / "lost.tar").unlink()
     index_shards(storage, str(tmp_path / "empty"))
     with pytest.raises(DataError, match=r"hold no samples"):
         load_manifest(storage, str(tmp_path / "empty"))

@@ -190,6 +190,8 @@ def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
     tar = opened(
         written(
             ("d", tarfile.DIRTYPE, ""),
+            ("./", tarfile.REGTYPE, ""),
+            ("old/", tarfile.AREGTYPE, ""),
             ("a.txt", tarfile.REGTYPE, "one"),
             ("b.txt", tarfile.SYMTYPE, "a.txt"),
             ("c.txt", tarfile.SYMTYPE, "a.txt"),
