@@ -5,28 +5,45 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.config.durable import is_temporary, replacing
 from pipeline.data.storage.backend import ObjectInfo, Part
-from pipeline.data.storage.faults import Changed, TooShort
+from pipeline.data.storage.faults import Changed, Refused, TooShort
 
 _COPY = 16 * 2**20
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file to read it; a pipe only where the shell made it (`<(…)`), since any other would be waited for."""
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
+        raise _is_pipe()
+    return open(path, "rb")
+
+
+def _is_pipe() -> Refused:
+    return Refused("it is a pipe, not a file", "Give the path of a file.")
 
 
 class Local:
     """Paths as the operating system takes them."""
 
     def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
+        with open_file(path) as file:
+            return file.read()
 
     def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         try:
-            info = _info(os.fstat(descriptor))
+            found = os.fstat(descriptor)
+            if stat.S_ISFIFO(found.st_mode):
+                raise _is_pipe()
+            info = _info(found)
             if etag is not None and info.etag != etag:
                 raise Changed()
             pieces, at = [], start
@@ -103,5 +120,5 @@ def _link(temporary: str, path: str) -> None:
         os.unlink(temporary)
 
 
-def _info(stat: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
+def _info(found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")

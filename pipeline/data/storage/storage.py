@@ -14,7 +14,7 @@ from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
 from pipeline.data.storage.backend import Backend, ObjectInfo, Part
 from pipeline.data.storage.faults import AlreadyExists, explain
-from pipeline.data.storage.local import Local
+from pipeline.data.storage.local import Local, open_file
 from pipeline.data.storage.retry import PIECE, Retry
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Storage:
     def open(self, url: str) -> BinaryIO:
         """The object as a stream, read forward in large pieces; it fails if the object changes meanwhile."""
         if is_local(url):
-            return self._do(url, "opening", lambda _, local: open(local, "rb"))
+            return self._do(url, "opening", lambda _, local: open_file(local))
         return io.BufferedReader(_RemoteStream(self, url, self.info(url)), PIECE)
 
     def info(self, url: str) -> ObjectInfo:

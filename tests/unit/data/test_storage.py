@@ -82,6 +82,22 @@ def test_links_to_nothing_and_files_that_vanish_hide_no_others(tmp_path: Path, m
     assert Storage().list(str(tmp_path)) == ["a", "c"]
 
 
+def test_a_pipe_is_told_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.tar")
+    url = str(tmp_path / "pipe.tar")
+    for use in (Storage().read, Storage().open, lambda url: Storage().read_range(url, 0, 3)):
+        with pytest.raises(StorageError, match=f"{url}: .* it is a pipe"):
+            use(url)
+
+
+def test_a_pipe_of_the_shell_is_read():
+    reader, writer = os.pipe()
+    os.write(writer, b"answers")
+    os.close(writer)
+    assert Storage().read(f"/dev/fd/{reader}") == b"answers"
+    os.close(reader)
+
+
 def test_a_folder_is_no_file(tmp_path: Path):
     for call in (Storage().read, lambda url: Storage().write(url, b""), lambda url: Storage().read_range(url, 0, 1)):
         with pytest.raises(StorageError, match=r"it is a folder, not a file"):
