@@ -16,6 +16,7 @@ Any bucket exists. Signatures are not checked; `unsigned_only` refuses requests 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import socket
 import threading
@@ -100,6 +101,19 @@ def _writes(answer: Callable[[], Answer]) -> Refusal:
     return lambda request: answer() if request.method == "PUT" else None
 
 
+def _listing(answer: Callable[[Request], Answer]) -> Refusal:
+    return lambda request: answer(request) if request.method == "GET" and "list-type" in request.query else None
+
+
+def _more_and_more(told: str) -> Refusal:
+    """Listings that never end: each page names `told`, and another page."""
+    token = "<IsTruncated>true</IsTruncated><NextContinuationToken>{}</NextContinuationToken>"
+    numbers = itertools.count()
+    return _listing(
+        lambda _: Answer(200, f"<ListBucketResult>{told}{token.format(next(numbers))}</ListBucketResult>".encode())
+    )
+
+
 # What the store answers instead of doing what was asked; None: it does it.
 REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
     "no_batch_delete_400": ("works", _batch_deletion(lambda: _error(400, "InvalidRequest"))),
@@ -129,6 +143,11 @@ REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
     "quota_413": ("lasts", _writes(lambda: _error(413, "EntityTooLarge", "Upload exceeds quota."))),
     "quota_507": ("lasts", _writes(lambda: _error(507, "InsufficientStorage"))),
     "full": ("lasts", _writes(lambda: _error(507, "XMinioStorageFull"))),
+    "endless_listing": ("lasts", _more_and_more("<Contents><Key>folder/a.tar</Key><Size>100000</Size></Contents>")),
+    "endless_empty_listing": ("lasts", _more_and_more("")),
+    "endless_folders": ("lasts", _more_and_more("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>")),
+    "listing_in_html": ("passes", _listing(lambda _: Answer(200, b"<html>Log in</html>"))),
+    "listing_of_nothing": ("passes", _listing(lambda _: Answer(200))),
     "broken": ("passes", _always(lambda: _error(500, "InternalError"))),
     "gateway": ("passes", _always(lambda: Answer(502, b"<html>Bad gateway"))),
     "unavailable": ("passes", _always(lambda: _error(503, "SlowDown"))),

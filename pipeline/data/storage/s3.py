@@ -57,7 +57,8 @@ _CHUNK = 2**20  # most bytes taken from the socket at once
 _STALL = 30.0  # seconds without a byte after which a connection is given up
 _CONNECT = 10.0
 _CONNECTIONS = 64
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
+_MOST_IDLE = 10_000  # pages in a row of a listing that name no object
 # Answers below 500 that another try may better: throttling, a body that was cut on its way up, a collision.
 _PASSING = {408, 409, 429, "RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
 # Answers of 500 and more that no other try betters: not implemented, HTTP version, log in to the network.
@@ -146,9 +147,10 @@ class S3:
     def abandon_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
         bucket, prefix = _bucket_prefix(path)
         query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
-        count = 0
+        count = idle = 0
         while True:
             page = self._request("list_multipart_uploads", **query)
+            idle = 0 if page.get("Uploads") else idle + 1
             for found in page.get("Uploads", []):
                 upload = {"Key": _field(found, "Key"), "UploadId": _field(found, "UploadId")}
                 if not upload["Key"].startswith(prefix) or not chosen(upload["Key"][len(prefix) :]):
@@ -159,7 +161,7 @@ class S3:
             if not page.get("IsTruncated"):
                 return count
             markers = {"KeyMarker": _field(page, "NextKeyMarker"), "UploadIdMarker": _field(page, "NextUploadIdMarker")}
-            if markers.items() <= query.items():
+            if markers.items() <= query.items() or idle > _MOST_IDLE:
                 raise _lacking("a next page")
             query |= markers
 
@@ -214,15 +216,19 @@ class S3:
         return answer
 
     def _pages(self, most: int = PAGE, **query: Any) -> Iterator[dict[str, Any]]:
+        seen: set[str] = set()  # tokens, and the first object of each page: a listing that goes round never ends
+        idle = 0
         while True:
             page = self._request("list_objects_v2", MaxKeys=most, **query)
             yield page
             if not page.get("IsTruncated"):
                 return
-            token = _field(page, "NextContinuationToken")
-            if token == query.get("ContinuationToken"):
+            token = query["ContinuationToken"] = _field(page, "NextContinuationToken")
+            first = [f"object {item.get('Key')}" for item in page.get("Contents", [])[:1]]
+            idle = 0 if first else idle + 1
+            if not seen.isdisjoint([f"token {token}", *first]) or idle > _MOST_IDLE:
                 raise _lacking("a next page")
-            query["ContinuationToken"] = token
+            seen.update([f"token {token}", *first])
 
     def _info(self, query: dict[str, Any], head: dict[str, Any]) -> ObjectInfo:
         """Return size and ETag from the answer to a HEAD request; one without Content-Length is asked for a listing."""
@@ -376,6 +382,7 @@ def _client(config: StorageConfig) -> Any:
             "Check storage.endpoint_url (http://host:port), storage.key and storage.secret, and the AWS_ variables"
         ) from error
     client.meta.events.register("before-call.s3.DeleteObjects", _add_md5)
+    client.meta.events.register("before-parse.s3.ListObjectsV2", _check_listing)
     if "amazonaws" not in client.meta.endpoint_url:
         client.meta.events.register("response-received.s3", _stop_at_redirect)
     found = None if key or "signature_version" in options else session.get_credentials()
@@ -411,6 +418,12 @@ def _redirected(status: int, headers: dict[str, str]) -> Refused:
     place = f"{target.scheme}://{target.hostname}{port}"
     hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {place}."
     return Refused(f"the store answers with a redirect ({status}) to {place}", hint)
+
+
+def _check_listing(response_dict: dict[str, Any], **_: Any) -> None:
+    """Make a fault of a page by a proxy, or of nothing: botocore would read an empty folder from it."""
+    if response_dict["status_code"] == 200 and b"ListBucketResult" not in response_dict["body"]:
+        response_dict["status_code"] = 500
 
 
 def _add_md5(params: dict[str, Any], **_: Any) -> None:
