@@ -81,7 +81,9 @@ def build(
         typer.Option(min=1, help="vqa, vg_qa: times an answer must be given to be listed. \\[default: 9]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Import this many samples only.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shards at OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the shards at OUT, once the new ones are whole.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first missing image or bad line.")] = False,
     max_missing: Annotated[
         str | None,

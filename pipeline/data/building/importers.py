@@ -314,10 +314,14 @@ def text_pieces(paragraphs: Iterable[str], words: int) -> Iterator[str]:
 
 def check_writable(storage: Storage, url: str, overwrite: bool) -> None:
     """Raises DataError when shards already lie at `url`, unless they are to be overwritten."""
-    found = [name for name in storage.list(url) if name.endswith(".tar") or name == MANIFEST]
+    found = _shards_at(storage, url)
     if found and not overwrite:
         state = "shards" if MANIFEST in found else "tars without a manifest (another import, not finished?)"
         raise DataError(f"{url} already holds {state}. Choose another folder, or give --overwrite to replace them")
+
+
+def _shards_at(storage: Storage, url: str) -> list[str]:
+    return [name for name in storage.list(url) if name.endswith(".tar") or name == MANIFEST]
 
 
 def write_shards(
@@ -329,33 +333,40 @@ def write_shards(
 ) -> Manifest:
     """Write samples to tars at any URL, in place of the shards there, then index them; `manifest.json` comes last.
 
-    Each tar is written by webdataset to a temporary file first, so that a shard is whole or absent. The same
-    samples give the same bytes. Raises DataError, and leaves everything as it was, when there is no sample.
+    Each tar is written by webdataset to a temporary file first, so that a shard is whole or absent. Shards that lie
+    there already are replaced once all tars are written, which takes their size in temporary files. The same samples
+    give the same bytes. Raises DataError, and leaves everything as it was, when there is no sample or a reader fails.
     """
     stream = iter(samples)
     first = next(stream, None)
     if first is None:
         raise DataError(f"nothing to write to {url}: not one usable sample was found")
-    _clear(storage, url)
-    try:
-        _upload_tars(storage, itertools.chain([first], stream), url, samples_per_shard, progress)
-    except Exception:
-        _clear(storage, url)  # a reader that fails half-way leaves no tars behind
-        raise
+    with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
+        tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
+        if _shards_at(storage, url):
+            tars = iter(list(tars))
+        _clear(storage, url)
+        try:
+            for number, tar in enumerate(tars, 1):
+                storage.upload(tar, join(url, tar.name))
+                tar.unlink()
+                if progress:
+                    progress(number, 0, tar.name)
+        except Exception:
+            _clear(storage, url)  # a reader that fails half-way leaves no tars behind
+            raise
     return index_shards(storage, url, progress)
 
 
-def _upload_tars(
-    storage: Storage, samples: Iterator[Sample], url: str, samples_per_shard: int, progress: Progress | None
-) -> None:
-    with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
-        for number, batch in enumerate(_batched(samples, samples_per_shard)):
-            local = Path(folder) / shard_name(number)
-            write_tar(local, batch)
-            storage.upload(local, join(url, local.name))
-            local.unlink()
-            if progress:
-                progress(number + 1, 0, local.name)
+def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:
+    for number, batch in enumerate(_batched(samples, samples_per_shard)):
+        tar = folder / shard_name(number)
+        try:
+            write_tar(tar, batch)
+        except OSError as error:
+            told = f"the shards' temporary files cannot be written ({error.strerror or error})"
+            raise DataError(f"{folder}: {told}. Make room there, or set TMPDIR to another folder") from error
+        yield tar
 
 
 def shard_name(number: int) -> str:

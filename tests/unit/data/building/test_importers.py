@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.config.errors import DataError
+from pipeline.data.building import importers
 from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import (
     Keys,
@@ -268,6 +270,21 @@ def test_a_reader_that_fails_half_way_leaves_nothing_half_written(tmp_path):
     with pytest.raises(DataError, match="line 16"):
         write_shards(Storage(), failing(), str(tmp_path / "out"), 5)
     assert list((tmp_path / "out").glob("*")) == []
+    manifest = write_shards(Storage(), text_stream(5), str(tmp_path / "out"), 2)
+    content = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(DataError, match="line 16"):
+        write_shards(Storage(), failing(), str(tmp_path / "out"), 5)  # what was to be replaced stays
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == content
+    assert load_manifest(Storage(), str(tmp_path / "out")) == manifest
+
+
+def test_a_full_disk_for_temporary_shards_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(importers, "write_tar", full)
+    with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
+        write_shards(Storage(), text_stream(5), str(tmp_path / "out"))
 
 
 def test_imported_samples_mean_to_training_what_was_imported(tmp_path):
