@@ -8,6 +8,8 @@ import json
 import os
 import socket
 import ssl
+import stat
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,6 +22,7 @@ from pipeline.tracking.places import database_file, tracking_uri
 
 ANSWER_SECONDS = 5.0
 FAULTS = (OSError, http.client.HTTPException, ValueError)  # what an HTTP request may raise; ValueError: a malformed URL
+_SQLITE_BEGINS = b"SQLite format 3\0"
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _HOSTED = ("databricks", "databricks-uc", "uc", "azureml", "arn")  # services that MLflow or its plugins speak to
 _EXPECTED = (
@@ -47,8 +50,27 @@ def check_server(config: RunConfig) -> None:
 def get(url: str, limit: int = 2**16) -> tuple[int, bytes]:
     """Return status and body of a GET to an MLflow server, by the TLS settings that MLflow's client reads.
 
-    Raises one of FAULTS when there is no answer.
+    Raises one of FAULTS when there is no answer, or not all of it in twice ANSWER_SECONDS: a server that sends a byte
+    now and then never lets a socket time out.
     """
+    outcome: list[tuple[int, bytes] | BaseException] = []
+
+    def ask() -> None:
+        try:
+            outcome.append(_get(url, limit))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=ask, name="mome-ask", daemon=True)
+    thread.start()
+    thread.join(2 * ANSWER_SECONDS)
+    answer = outcome[0] if outcome else TimeoutError("the answer comes too slowly")
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def _get(url: str, limit: int) -> tuple[int, bytes]:
     handlers = [urllib.request.HTTPSHandler(context=_tls())] if url.lower().startswith("https:") else []
     try:
         with urllib.request.build_opener(*handlers).open(url, timeout=ANSWER_SECONDS) as answer:
@@ -86,7 +108,7 @@ def _first_variable(*names: str) -> tuple[str, str] | None:
 def _fault_of(uri: str) -> str | None:
     """What is wrong with the server at `uri`, in words; None when it answers."""
     if (database := database_file(uri)) is not None:
-        return _fault_of_folder(database.absolute().parent)
+        return _fault_of_file(database) or _fault_of_folder(database.absolute().parent)
     try:
         return _fault_of_server(uri)
     except ValueError as error:
@@ -119,6 +141,24 @@ def _fault_of_password(uri: str, engine: str) -> str | None:
         return None
     written = ", ".join(f"{letter} as {urllib.parse.quote(letter, safe='')}" for letter in wrong)
     return f"its password holds characters that end it in a URI; write {written}"
+
+
+def _fault_of_file(database: Path) -> str | None:
+    """What keeps SQLite from a file, whether or not it is there yet."""
+    name = str(database).partition("?")[0]
+    if name == "." or ":memory:" in name:
+        return "a database in memory is lost with the process that writes it; give sqlite:///path of a file"
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            return f"{name} is not a file; give sqlite:///path of a file"
+        with open(name, "rb") as file:
+            if file.read(len(_SQLITE_BEGINS)) not in (_SQLITE_BEGINS, b""):
+                return f"{name} is no SQLite database; give the path of one, or of none yet"
+    except FileNotFoundError:
+        return None  # it will be made
+    except (OSError, ValueError) as error:
+        return f"{name[:300]} cannot be used ({getattr(error, 'strerror', None) or error})"
+    return None if os.access(name, os.W_OK) else f"{name} cannot be written"
 
 
 def _fault_of_folder(folder: Path) -> str | None:

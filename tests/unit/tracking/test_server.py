@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
@@ -219,3 +221,59 @@ def test_the_client_that_cannot_use_an_address_says_so() -> None:
 
     with pytest.raises(TrackingError, match=r"tracking.uri http\+nothing://server: MLflow's client cannot use it"):
         connect("http+nothing://me:hunter2@server")
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("", "in memory"),
+        (":memory:", "in memory"),
+        ("file::memory:?cache=shared", "in memory"),
+        ("/", "is not a file"),
+        ("{}", "is not a file"),
+        ("{}/pipe", "is not a file"),
+        ("{}/text.db", "no SQLite database"),
+        ("{}/text.db?timeout=20", "no SQLite database"),
+        ("{}/loop", "cannot be used"),
+        ("{}/" + "a" * 300, "cannot be used"),
+        ("{}/a\0b", "cannot be used"),
+        ("/dev/null", "is not a file"),
+    ],
+)
+def test_a_path_that_no_sqlite_database_can_have_is_refused(tmp_path: Path, path: str, told: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text.db").write_text("no database, but some text", encoding="utf-8")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert told in (fault_of("sqlite:///" + path.replace("{}", str(tmp_path))) or "")
+
+
+def test_a_database_that_is_there_or_is_yet_to_be_made_is_accepted(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "made.db")) as database:
+        database.execute("create table t (x)")
+        database.commit()
+    (tmp_path / "empty.db").touch()
+    for name in ("made.db", "made.db?timeout=20", "empty.db", "absent.db", "new/folder/absent.db"):
+        assert fault_of(f"sqlite:///{tmp_path}/{name}") is None
+
+
+@pytest.mark.parametrize(
+    "begins", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b""]
+)
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, begins: bytes
+) -> None:
+    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.2)
+    over = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError), listener.accept()[0] as connection:
+            connection.sendall(begins)
+            while not over.wait(0.05):
+                connection.sendall(b"O")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        assert "too slowly" in (fault_of(f"http://127.0.0.1:{listener.getsockname()[1]}") or "")
+        over.set()
+        thread.join()
