@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import TextIO
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
@@ -23,3 +25,19 @@ def write_output(storage: Storage, url: str, data: bytes, option: str) -> None:
             kind = "a file that mome did not write" if there is None else "a page or picture of something else"
             raise ConfigError(f"{option} {url}: {kind} lies there and would be lost; give another name, or delete it")
     storage.write(url, data)
+
+
+def open_findings(path: Path, option: str) -> TextIO:
+    """Open a file of findings, one JSON object a line, to write it anew. Raises ConfigError where another file lies."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            with path.open("rb") as file:
+                begin = file.read(HEAD)
+            if begin and not (begin.startswith(b"{") and b'"shard": ' in begin and b'"reason": ' in begin):
+                raise ConfigError(
+                    f"{option} {path}: a file that mome did not write lies there and would be lost; give another name"
+                )
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: it cannot be written ({error.strerror}); give another name") from error

@@ -10,12 +10,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 
 from jobs.arguments import local_file
 from jobs.console import echo
+from jobs.output import open_findings
 from jobs.shards.report import JsonOption, ShardProgress, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.shards.check import Finding, ShardReport, check_shards
@@ -59,7 +60,7 @@ def check(
     """
     summary = _Summary()
     with ShardProgress("checking") as progress, ExitStack() as stack:
-        lines = stack.enter_context(_opened(report)) if report else None
+        lines = stack.enter_context(open_findings(report, "--report")) if report else None
         for shard in check_shards(Storage(), url, use.value, max_pixels, workers, progress.shard):
             summary.add(shard)
             if lines is not None:
@@ -112,11 +113,6 @@ def _findings(report: ShardReport) -> Iterator[Finding]:
     yield from report.bad
     if report.broken:
         yield report.broken
-
-
-def _opened(path: Path) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w", encoding="utf-8")
 
 
 def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from jobs.arguments import local_file
 from jobs.console import echo
+from jobs.output import write_output
 from jobs.shards.report import JsonOption, manifest_facts, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.contents.images import EXTENSIONS, decode
@@ -20,6 +23,7 @@ from pipeline.data.contents.members import record_of
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.manifest import Manifest, ShardRecord, load_index, load_manifest, shard_folder
 from pipeline.data.storage import Storage, join
+from pipeline.pages.page import signature
 
 MAX_PIXELS = DataConfig().max_pixels
 TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT = 224, 6, 38, 15  # of the contact sheet, in pixels and characters
@@ -40,8 +44,10 @@ def show(
     for sample in shown if not as_json else []:
         _print_sample(sample)
     if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(shown).save(sheet, format="PNG")
+        info, buffer = PngInfo(), io.BytesIO()
+        info.add_text("Software", signature("contact sheet"))
+        contact_sheet(shown).save(buffer, format="PNG", pnginfo=info)
+        write_output(storage, str(sheet), buffer.getvalue(), "--sheet")
     if as_json:
         described = [sample.described() for sample in shown]
         print_json({"samples": described, "sheet": str(sheet) if sheet else None, **manifest_facts(manifest, url)})

@@ -59,3 +59,20 @@ def test_index_check_and_show_tell_everything_in_clean_text(folder: Path, tmp_pa
     assert [sample["key"] for sample in shown] == [clean_name(NAME), "cut"]
     assert run("show", folder)[0] == 0
     out.encode()
+
+
+@pytest.mark.parametrize(("command", "option"), [("check", "--report"), ("show", "--sheet")])
+def test_a_report_or_a_sheet_takes_the_place_of_an_older_one_only(
+    folder: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    run("index", folder)
+    place, workers = tmp_path / "out", ["--workers", 1] if command == "check" else []
+    for _ in range(2):
+        assert run(command, folder, option, place, *workers)[0] in (0, 3)
+    for foreign in (b"mine", b'{"image": "a.jpg"}\n', (folder / "0.tar").read_bytes()):
+        place.write_bytes(foreign)
+        with pytest.raises(AssertionError, match=rf"ConfigError.*{option}.*did not write"):
+            run(command, folder, option, place, *workers)
+        assert place.read_bytes() == foreign
+    with pytest.raises(AssertionError, match=r"(ConfigError|StorageError).*([Ff]older|[Dd]irectory)"):
+        run(command, folder, option, folder, *workers)
