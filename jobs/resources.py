@@ -68,7 +68,14 @@ def lacking(cluster: ClusterConfig, nodes: Sequence[Resources]) -> list[str]:
 
 def room_on(node: Resources, each: Resources) -> int:
     """Return how many ranks fit on a node."""
-    return min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in each.items())
+    return min(_fitting(kind, node.get(kind, 0.0), amount) for kind, amount in each.items())
+
+
+def _fitting(kind: str, has: float, amount: float) -> int:
+    """A fraction of a GPU is of one of them: two GPUs have no room for three ranks of 0.6."""
+    if kind == "GPU" and amount < 1:
+        return int(has + 1e-9) * int(1 / amount + 1e-9)
+    return int(has / amount + 1e-9)
 
 
 def _lacking_loaders(cluster: ClusterConfig, ranks: int, nodes: Sequence[Resources]) -> list[str]:

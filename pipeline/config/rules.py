@@ -51,12 +51,18 @@ def _cluster_faults(config: RunConfig) -> Iterator[str]:
     fewest, most = config.cluster.min_workers, config.cluster.workers
     if fewest is not None and fewest > most:
         yield f"cluster.min_workers: {fewest} is above cluster.workers {most}"
+    gpus = config.cluster.gpus_per_worker
+    if gpus > 1 and gpus != int(gpus):
+        yield f"cluster.gpus_per_worker: expected a whole number, or a fraction below 1 to share a GPU; got {gpus}"
 
 
 def _source_faults(config: RunConfig) -> Iterator[str]:
     for name, source in config.sources.items():
-        if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name):
-            yield f"sources: {name!r}: a source's name is a file's name too; use no slash and no control character"
+        if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or len(name) > 100:
+            yield (
+                f"sources: {name!r}: a source's name is a file's name too; use no slash, no control character and at "
+                "most 100 characters"
+            )
         excluded = source.synthetic.exclude if source.synthetic else None
         if excluded is not None and (excluded not in config.sources or config.sources[excluded].synthetic is None):
             yield f"sources.{name}.synthetic.exclude: '{excluded}' is no synthetic source of this run"

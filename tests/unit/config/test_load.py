@@ -59,6 +59,7 @@ def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
         ("engine={zero_stage: 0, offload_optimizer: true}", "ZeRO 0 keeps all state on the device"),
         ("engine={zero_stage: 2, offload_parameters: true}", "at ZeRO 2 every rank computes with whole weights"),
         ("engine={zero_stage: 3, compile: true}", "engine.compile: ZeRO 3 gathers each module's weights in hooks"),
+        ("cluster.gpus_per_worker=1.5", "expected a whole number, or a fraction below 1"),
         ("model.width=130", "must be a multiple of heads"),
         ("storage.key=AKIA123", "must be a reference"),
         ("stages.nothing.steps=3", "no element 'nothing'"),
@@ -265,7 +266,7 @@ def test_a_source_may_have_any_name(tmp_path: Path, name: str) -> None:
         assert changed.sources[name].shards == "s3://b/x"
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a/b", "a\\b", "a\nb"])
+@pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a/b", "a\\b", "a\nb", 101 * "a"])
 def test_a_source_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     values["sources"][name] = {"shards": "runs/some", "use": "text"}
