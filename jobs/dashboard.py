@@ -12,9 +12,11 @@ import ipaddress
 import json
 import os
 import re
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
@@ -26,6 +28,7 @@ from pipeline.config.load import resolve_secret
 
 TOKEN_FILE = "~/.ray/auth_token"
 ANSWER_SECONDS = 20.0  # that the dashboard may be silent in an answer
+LIST_SECONDS = 60.0  # that the list of jobs may take
 REFUSED = (401, 403)
 LONGEST_LIST = 2**28  # bytes of the list of jobs
 # With these Ray's client replaces the address that it was given.
@@ -73,16 +76,17 @@ def dashboard_address(address: str) -> str:
     """
     if not address:
         raise ConfigError("--address: give the cluster's dashboard, such as http://head:8265")
+    if "@" in address.partition("#")[0]:
+        raise ConfigError(f"--address: has a user name or a password before the host. {GIVE_TOKEN}")
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")
     except ValueError as error:
         raise ConfigError(f"--address {address}: is not an address ({error}); {EXPECTED}") from error
     if parts.scheme not in ("http", "https") or not host or not re.fullmatch(r"[\w.:%-]+", host):
         told = " (ray:// is for clients of another kind)" if parts.scheme == "ray" else ""
         raise ConfigError(f"--address {address}: {EXPECTED}{told}")
-    if "@" in parts.netloc:
-        raise ConfigError(f"--address: has a user name or a password before the host {host}. {GIVE_TOKEN}")
     found = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}"
     return found + (f":{port}" if port is not None else "") + parts.path.rstrip("/")
 
@@ -150,8 +154,7 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     if is_loopback(address):  # a proxy would connect to its own loopback
         handlers.append(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS) as response:
-            jobs = json.loads(response.read(LONGEST_LIST))
+        jobs = json.loads(_within(LIST_SECONDS, lambda: _read(urllib.request.build_opener(*handlers), request)))
     except urllib.error.HTTPError as error:
         if error.code in REFUSED:
             return True
@@ -169,6 +172,31 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
         raise RunFailed(f"--address {address}: what answers there is no Ray dashboard. {_right_port(address)}")
     return False
+
+
+def _read(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> bytes:
+    with opener.open(request, timeout=ANSWER_SECONDS) as response:
+        data: bytes = response.read(LONGEST_LIST)
+        return data
+
+
+def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
+    """Return what `call` does. Raises TimeoutError when it takes longer: a server may send a byte now and then."""
+    found: Future[bytes] = Future()
+
+    def answer() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=answer, name="dashboard", daemon=True).start()
+    try:
+        return found.result(seconds)
+    except TimeoutError:
+        if found.done():
+            raise
+        raise TimeoutError(f"no whole answer in {seconds:.0f} s") from None
 
 
 def _right_port(address: str) -> str:

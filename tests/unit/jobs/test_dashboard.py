@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -167,7 +168,8 @@ def test_an_address_may_be_that_of_the_page_in_a_browser(given: str, expected: s
 @pytest.mark.parametrize(
     "given",
     ["", "http://[::1", "http://head:82x65", "http://head:99999999", "ray://head:10001", "file:///etc", "http://",
-     "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265"],
+     "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265", "http://a:secret@head:82x65",
+     "ray://alice:secret@head:10001", "http://alice:[secret@head", "alice:secret@", "http://a..b:8265", 64 * "a"],
 )  # fmt: skip
 def test_what_is_no_address_of_a_dashboard_is_one_message(given: str) -> None:
     with pytest.raises(ConfigError, match="--address") as error:
@@ -197,6 +199,37 @@ def test_the_right_port_is_named(port: int, told: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(RunFailed, match=rf"{told}.*8265"):
         open_dashboard(f"127.0.0.1:{port}")
+
+
+def drip_headers(handler: BaseHTTPRequestHandler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    drip_body(handler)
+
+
+def drip_body(handler: BaseHTTPRequestHandler) -> None:
+    """A byte now and then, for as long as somebody listens."""
+    try:
+        if handler.wfile.fileno() < 0:
+            return
+        for _ in range(200):
+            handler.wfile.write(b" ")
+            time.sleep(0.02)
+    except OSError:
+        pass
+
+
+def drip(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    drip_body(handler)
+
+
+@pytest.mark.parametrize("answer", [drip, drip_headers])
+def test_an_answer_that_never_ends_is_given_up_on(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "LIST_SECONDS", 0.3)
+    with serving(answer) as server, pytest.raises(RunFailed, match="no whole answer"):
+        open_dashboard(server.url)
 
 
 def test_a_dashboard_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
