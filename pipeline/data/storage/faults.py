@@ -75,6 +75,7 @@ class GaveUp(Exception):
 
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _LASTING_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.EDQUOT}
+_LASTING_ERRNO |= {errno.ELOOP, errno.EFBIG}
 # TLS failures of a connection that broke; all others last: a plain HTTP port, a certificate, an unsupported version.
 _BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
 TLS_HINT = (

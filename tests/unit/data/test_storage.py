@@ -275,7 +275,13 @@ def test_transient_faults_are_tried_again_after_growing_random_waits(clock: Cloc
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full"), TypeError("a bug")],
+    [
+        FileNotFoundError("gone"),
+        PermissionError("no"),
+        OSError(errno.ENOSPC, "full"),
+        OSError(errno.ELOOP, "x"),
+        TypeError("a bug"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_lasting_failures_are_not_tried_again(clock: Clock, error: Exception):
