@@ -72,6 +72,7 @@ def import_weights(
         whole = skeleton(section, max(words, 1), heads)
         absent = {whole.part_of(name) for name in whole.state_dict() if name not in state} - set(whole.HEAD_PARTS)
         check_fit(whole, state, f"{path}: the model", frozenset(absent))
+        _check_types(state, path)
     tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, words)
     tokens = list(tokenizer.tokens) if tokenizer is not None else []
     choices = choices_of_published(storage, published, heads.answers, heads.classes, heads.reasoning, answers)
@@ -135,6 +136,17 @@ def _damage_named(path: str, format_name: str) -> Iterator[None]:
             f"{path}: its tensors are not those of a model in the format {format_name} "
             f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
+
+
+def _check_types(state: dict[str, Tensor], path: str) -> None:
+    """Integers of a quantised model are no weights without their scales."""
+    others = {name: str(tensor.dtype) for name, tensor in state.items() if not tensor.is_floating_point()}
+    if others:
+        name, kind = next(iter(others.items()))
+        raise CheckpointError(
+            f"{path}: {len(others)} of {len(state)} tensors hold {kind.removeprefix('torch.')} ({name}); expected "
+            "floating-point weights. Give the checkpoint that was not quantised"
+        )
 
 
 def _header(weights: Weights) -> dict[str, str]:

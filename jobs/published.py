@@ -60,7 +60,8 @@ def vocabulary_of(storage: Storage, folder: str) -> Tokenizer | None:
         return None
     model = tokenizer.get("model")
     numbers = model.get("vocab") if isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece" else None
-    tokens = {number: token for token, number in numbers.items()} if isinstance(numbers, dict) else {}
+    is_numbered = isinstance(numbers, dict) and all(type(number) is int for number in numbers.values())
+    tokens = {number: token for token, number in numbers.items()} if is_numbered and numbers else {}
     if not tokens or set(tokens) != set(range(len(tokens))):
         raise CheckpointError(
             f"{join(folder, TOKENIZER)}: holds no WordPiece vocabulary; name a vocab.txt with --vocabulary"
@@ -196,7 +197,8 @@ def _labels(config: Mapping[str, Any], size: int) -> Choices | None:
     for number, name in enumerate(names):  # ImageNet has two classes called "crane"
         distinct.append(name if name not in seen else f"{name} ({number})")
         seen.add(distinct[-1])
-    return Choices(tuple(distinct)) if len(seen) == size else None
+    where = "config.json: id2label"
+    return Choices.from_bytes(json.dumps(distinct).encode(), where) if len(seen) == size else None
 
 
 def _numbered(value: Any) -> list[str] | None:

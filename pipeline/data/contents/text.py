@@ -186,7 +186,17 @@ def _checked_ids(tokens: tuple[str, ...]) -> dict[str, int]:
     if len(ids) < len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise DataError(f"the vocabulary names the token {twice!r} more than once")
+    if wrong := next((token for token in tokens if "\n" in token or not _is_encodable(token)), None):
+        raise DataError(f"the vocabulary holds {wrong!r:.60}, which no line of a vocab.txt can be")
     return ids
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:

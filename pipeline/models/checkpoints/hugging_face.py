@@ -74,7 +74,7 @@ class ConfigFile:
         What it does not say is as the processor of that kind does it.
         """
         number = processor.get("resample", self.resample)
-        if number not in INTERPOLATIONS:
+        if number not in tuple(INTERPOLATIONS):  # whatever JSON holds
             raise ConfigError(
                 f"preprocessor_config.json: resample is {number!r}; expected 2 (bilinear) or 3 (bicubic). Give "
                 "interpolation=bicubic and remove the file, or resize otherwise"

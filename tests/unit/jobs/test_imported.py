@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -473,6 +474,42 @@ def test_interpolation_is_the_processors(told: dict[str, int], expected: str, fi
     )
     import_weights(path, "vit", f"{tmp_path}/out")
     assert load_weights(Storage(), f"{tmp_path}/out").config.model.interpolation == expected
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("number", [1, 1000])
+def test_numbers_that_are_no_weights_are_refused(kind: torch.dtype, number: int, tmp_path: Path) -> None:
+    case = CASES["ViT, classes"]
+    path = Path(publish(case.make(), case, tmp_path / "published", "file"))
+    state = safetensors.torch.load_file(path)
+    quantised = {name: (10 * tensor).to(kind) for name, tensor in list(state.items())[:number]}
+    safetensors.torch.save_file({**state, **quantised}, path)
+    with pytest.raises(CheckpointError, match="floating-point"):
+        import_weights(str(path), "vit", f"{tmp_path}/out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "id2label"])
+@pytest.mark.parametrize("wrong", [[7], {}, 1.5, True, "7", "\ud83d", "c\nd", None])
+def test_names_and_numbers_of_no_use_leave_nothing(name: str, wrong: Any, tmp_path: Path) -> None:
+    case = CASES["BERT, bare" if name == "tokenizer.json" else "ViT, classes"]
+    path = publish(case.make(), case, tmp_path / "published", "folder")
+    folder, out = tmp_path / "published", tmp_path / "out"
+    if name == "id2label":
+        config = json.loads((folder / "config.json").read_text())
+        labels = {**config["id2label"], "0": wrong}
+        (folder / "config.json").write_text(json.dumps(config | {name: labels}))
+        is_refused = wrong == "\ud83d"
+    else:
+        (folder / "vocab.txt").unlink(missing_ok=True)
+        ids: dict[str, Any] = {token: number for number, token in enumerate(TOKENS)}
+        last = ids.pop(TOKENS[-1])
+        ids |= {wrong: last} if wrong in ("\ud83d", "c\nd") else {TOKENS[-1]: wrong}
+        (folder / name).write_text(json.dumps({"model": {"type": "WordPiece", "vocab": ids}}))
+        is_refused = True
+    with pytest.raises(MomeError) if is_refused else nullcontext():
+        import_weights(path, case.format, str(out))
+    assert out.exists() != is_refused
 
 
 def test_labels_of_statements_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
