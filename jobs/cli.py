@@ -123,13 +123,17 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What CONFIG needs: memory by ZeRO stage, time, communication, storage, cost. No cluster and no data are read."""
+    from jobs.output import check_output, write_output
     from jobs.plan import Target, as_json_object, plan_run, with_workers
     from jobs.plan_chart import scaling_svg
     from jobs.plan_text import as_text
+    from pipeline.data.storage import Storage
     from pipeline.planning.estimate import Assumptions
     from pipeline.planning.hardware import accelerator_named, network_named
 
     settings = load_config(config, overrides or [])
+    if scaling is not None:
+        check_output(Storage(), str(scaling), "--scaling")
     assumptions = Assumptions(
         mfu=mfu,
         overlap=overlap,
@@ -146,7 +150,7 @@ def plan(
         plans = plan_run(settings, target, scaling is not None, update)
     if scaling is not None:
         title = f"{settings.name} on {machines.name}, {joined.name}"
-        scaling.write_text(scaling_svg(plans, target, title), encoding="utf-8")
+        write_output(Storage(), str(scaling), scaling_svg(plans, target, title).encode(), "--scaling")
     if as_json:
         print_result(as_json_object(plans, target), as_json)
     else:

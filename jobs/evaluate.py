@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from torch import nn
 
 from jobs.caller import Caller, untracked_because
 from jobs.console import notify
-from jobs.output import write_output
+from jobs.output import check_output, write_output
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.paths import absolute, file_name_of
@@ -53,7 +54,7 @@ from pipeline.training.stages import heads, load_matching
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"  # of a run's headline, with links to the others
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def evaluate_checkpoint(
     ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
     """
     asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, name, caller=caller.model_dump_json())
+    if report is not None:
+        check_output(caller.store(), str(report), "--report")
     target = _target(asked, caller)
     other = None if against is None else _evaluation_of(against, target, caller)
     if workers is not None:
@@ -194,7 +197,7 @@ def _name(asked: str | None, source: str, key: Key, is_limited: bool, config: Ru
 
     if asked is not None:
         if not NAME.fullmatch(asked):
-            raise ConfigError(f"--as {asked}: expected letters, digits, '_', '.' and '-'")
+            raise ConfigError(f"--as {asked}: expected up to 100 letters, digits, '_', '.' and '-'")
         if not is_free(asked):
             raise ConfigError(
                 f"--as {asked}: other data, or another number of samples, have this name; its results would be lost. "
@@ -219,7 +222,7 @@ def _label(key: Key, config: RunConfig) -> str:
 
 def _slug(url: str) -> str:
     """Return the last part of a URL of shards as a name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2]).strip("-._") or "source"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
 
 
 def _measured_on_ray(asked: Asked, target: Target, workers: int) -> Measured:
@@ -388,12 +391,12 @@ def _deliver(
         log.warning("%s", warning)
     page = render(shown, config, _curves(config, storage), other).encode()
     place = target.report if report is None else str(report)
+    _keep(storage, target, shown, is_needed=report is None)
     if report is None:
         storage.write(place, page)
         log.info("results of %s go beside these weights, into %s", target.info.url, config.folder)
     else:
         write_output(storage, place, page, "--report")
-    _keep(storage, target, shown, is_needed=report is None)
     _track(measured, target, storage, page, track)
     return measured.result | {"report": place}
 
@@ -404,7 +407,7 @@ def _keep(storage: Storage, target: Target, shown: Shown, is_needed: bool) -> No
     try:
         keep(storage, config.folder, shown)
         found = kept(storage, config.folder)
-        links = [Linked.of(each, f"report-{_label(each.key, config)}.html") for each in found]
+        links = [Linked.of(each, quote(f"report-{_label(each.key, config)}.html")) for each in found]
         page = render(headline(found), config, _curves(config, storage), links=links)
         storage.write(join(config.folder, REPORT), page.encode())
     except StorageError as error:

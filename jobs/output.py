@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
+from pipeline.config.durable import replacing
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
 
 HEAD = 8192  # bytes in which a page or picture bears its signature (`pipeline.pages.page.signature`)
 _SIGNATURE = re.compile(rb"mome [0-9a-f]{32}")
+_FINDING = {"shard", "key", "stage", "reason"}  # keys of each line of a list of bad samples
 
 
 def write_output(storage: Storage, url: str, data: bytes, option: str) -> None:
@@ -18,26 +23,51 @@ def write_output(storage: Storage, url: str, data: bytes, option: str) -> None:
 
     Raises ConfigError where another file lies: one that `mome` did not write, or that shows something else.
     """
-    if storage.exists(url):
-        own = _SIGNATURE.search(data[:HEAD])
-        there = _SIGNATURE.search(storage.read(url)[:HEAD])
-        if own is None or there is None or own[0] != there[0]:
-            kind = "a file that mome did not write" if there is None else "a page or picture of something else"
-            raise ConfigError(f"{option} {url}: {kind} lies there and would be lost; give another name, or delete it")
+    check_output(storage, url, option, data)
     storage.write(url, data)
 
 
-def open_findings(path: Path, option: str) -> TextIO:
-    """Open a file of findings, one JSON object a line, to write it anew. Raises ConfigError where another file lies."""
+def check_output(storage: Storage, url: str, option: str, data: bytes | None = None) -> None:
+    """Raise ConfigError where `write_output` would; without `data`, as far as that is known before they are made."""
+    if not storage.exists(url):
+        return
+    there = _SIGNATURE.search(storage.read(url)[:HEAD])
+    own = there if data is None else _SIGNATURE.search(data[:HEAD])
+    if own is None or there is None or own[0] != there[0]:
+        kind = "a file that mome did not write" if there is None else "a page or picture of something else"
+        raise _lost(option, url, kind)
+
+
+@contextmanager
+def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
+    """Yield the file that a list of bad samples, one JSON object a line, is written to; whole when the block ends well.
+
+    It takes the place of an earlier list. Raises ConfigError before the block where another file lies.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+        with path.open("wb") as device:
+            yield device
+        return
+    if path.exists() and not _begins_with_finding(path):
+        raise _lost(option, str(path), "a file that mome did not write")
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(replacing(path))
+        except OSError as error:
+            raise ConfigError(f"{option} {path}: cannot be written ({error}); give another name") from error
+        yield file
+
+
+def _begins_with_finding(path: Path) -> bool:
+    with path.open("rb") as file:
+        line = file.readline(2**20)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            with path.open("rb") as file:
-                begin = file.read(HEAD)
-            if begin and not (begin.startswith(b"{") and b'"shard": ' in begin and b'"reason": ' in begin):
-                raise ConfigError(
-                    f"{option} {path}: a file that mome did not write lies there and would be lost; give another name"
-                )
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option} {path}: it cannot be written ({error.strerror}); give another name") from error
+        return not line or json.loads(line).keys() >= _FINDING
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _lost(option: str, url: str, kind: str) -> ConfigError:
+    return ConfigError(f"{option} {url}: {kind} lies there and would be lost; give another name, or delete it")

@@ -12,6 +12,7 @@ from html import escape
 
 from jobs.plan import StagePlan, Target
 from jobs.plan_text import assumptions_of
+from pipeline.pages.page import signature
 from pipeline.planning.scaling import Point
 
 WIDTH, LEFT, TOP, RIGHT, PLOT_BOTTOM = 900, 90, 50, 200, 390
@@ -35,6 +36,7 @@ def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     height = PLOT_BOTTOM + 65 + LINE_HEIGHT * len(lines)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif">'
+        f"<desc>{signature(title)}</desc>"
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>{"".join(body)}</svg>\n'
     )
 

@@ -16,7 +16,7 @@ import typer
 
 from jobs.arguments import local_file
 from jobs.console import echo
-from jobs.output import open_findings
+from jobs.output import list_of_findings
 from jobs.shards.report import JsonOption, ShardProgress, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.shards.check import Finding, ShardReport, check_shards
@@ -60,11 +60,11 @@ def check(
     """
     summary = _Summary()
     with ShardProgress("checking") as progress, ExitStack() as stack:
-        lines = stack.enter_context(open_findings(report, "--report")) if report else None
+        lines = stack.enter_context(list_of_findings(report, "--report")) if report else None
         for shard in check_shards(Storage(), url, use.value, max_pixels, workers, progress.shard):
             summary.add(shard)
             if lines is not None:
-                lines.writelines(json.dumps(found.as_json(), ensure_ascii=False) + "\n" for found in _findings(shard))
+                lines.writelines(_line(found) for found in _findings(shard))
     if as_json:
         print_json(summary.as_json(url, report))
     else:
@@ -113,6 +113,10 @@ def _findings(report: ShardReport) -> Iterator[Finding]:
     yield from report.bad
     if report.broken:
         yield report.broken
+
+
+def _line(finding: Finding) -> bytes:
+    return f"{json.dumps(finding.as_json(), ensure_ascii=False)}\n".encode()
 
 
 def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ import typer
 
 from jobs.arguments import local_file
 from jobs.console import echo
+from jobs.output import list_of_findings
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
 from pipeline.config.paths import is_local, local_path
@@ -80,14 +82,17 @@ def regions(
     quarantines it. Run it again to go on where it was interrupted.
     """
     cluster = ClusterConfig(workers=workers, gpus_per_worker=gpus_per_worker, address=address)
-    with ShardProgress("detecting") as progress:
+    with ExitStack() as stack, ShardProgress("detecting") as progress:
+        findings = stack.enter_context(list_of_findings(report, "--report")) if report else None
         done = add_regions(Storage(), url, out, detector, most, max_pixels, cluster, progress)
         bad = [{"shard": shard.shard, **found} for shard in done for found in shard.bad]
         if len(bad) == sum(shard.samples for shard in done):
             example = f"{bad[0]['key']}: {bad[0]['reason']}" if bad else "there is no sample"
             raise DataError(f"{url}: not one sample has a picture that the detector could read ({example})")
         manifest = index_shards(Storage(), out, progress.shard)
-    _report_bad(bad, report)
+        if findings is not None:
+            findings.write("".join(json.dumps(found, ensure_ascii=False) + "\n" for found in bad).encode())
+    _tell_bad(bad)
     report_manifest(manifest, out, as_json, {"bad_samples": len(bad), "report": str(report) if report else None})
 
 
@@ -243,10 +248,7 @@ def _parse(data: bytes, location: str) -> Done:
         raise DataError(f"{location}: no record of a shard's regions ({error}). Delete it and its tar") from error
 
 
-def _report_bad(bad: list[dict[str, str]], report: Path | None) -> None:
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text("".join(json.dumps(found, ensure_ascii=False) + "\n" for found in bad), encoding="utf-8")
+def _tell_bad(bad: list[dict[str, str]]) -> None:
     for found in bad[:_TOLD]:
         echo(f"no regions: {found['key']} in {found['shard']}: {found['stage']}: {found['reason']}", err=True)
     if len(bad) > _TOLD:

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from jobs.arguments import local_file
 from jobs.console import echo
-from jobs.output import write_output
+from jobs.output import check_output, write_output
 from jobs.shards.report import JsonOption, manifest_facts, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.contents.images import EXTENSIONS, decode
@@ -39,15 +39,14 @@ def show(
 ) -> None:
     """Print keys, members, sizes and captions of some samples, and save their pictures as one contact sheet."""
     storage = Storage()
+    if sheet is not None:
+        check_output(storage, str(sheet), "--sheet")
     manifest = load_manifest(storage, url)
     shown = list(_spread_samples(storage, url, manifest, samples))
     for sample in shown if not as_json else []:
         _print_sample(sample)
     if sheet is not None:
-        info, buffer = PngInfo(), io.BytesIO()
-        info.add_text("Software", signature("contact sheet"))
-        contact_sheet(shown).save(buffer, format="PNG", pnginfo=info)
-        write_output(storage, str(sheet), buffer.getvalue(), "--sheet")
+        write_output(storage, str(sheet), _as_png(contact_sheet(shown), f"samples of {manifest.digest}"), "--sheet")
     if as_json:
         described = [sample.described() for sample in shown]
         print_json({"samples": described, "sheet": str(sheet) if sheet else None, **manifest_facts(manifest, url)})
@@ -111,9 +110,16 @@ class Shown:
         }
 
 
+def _as_png(picture: Image.Image, subject: str) -> bytes:
+    buffer, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", signature(subject))
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
 def contact_sheet(shown: list[Shown], columns: int = 4) -> Image.Image:
     """The samples' pictures in rows, captions under them."""
-    columns = min(columns, len(shown))
+    columns = max(1, min(columns, len(shown)))
     height = TILE + CAPTION_LINES * LINE_HEIGHT + 16
     rows = -(-len(shown) // columns)
     page = Image.new("RGB", (columns * (TILE + 16) + 16, rows * height + 16), "white")

@@ -67,12 +67,26 @@ def read_json(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a file named `path`: safetensors by its ending, else torch's, under `state_dict`."""
+    """Return the bytes of a file named `path`: safetensors by its ending, else torch's, under `state_dict`.
+
+    Equal tensors and metadata give equal bytes.
+    """
     if path.endswith(".safetensors"):
-        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+        return _with_sorted_metadata(data)
     file = io.BytesIO()
     torch.save({"state_dict": tensors, METADATA: metadata}, file)
     return file.getvalue()
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The safetensors library writes metadata in any order."""
+    end = _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")
+    header = json.loads(data[_HEADER_LENGTH:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _HEADER_LENGTH)  # so that the tensors are aligned
+    return b"".join((len(text).to_bytes(_HEADER_LENGTH, "little"), text, memoryview(data)[end:]))
 
 
 def _read(data: bytes, origin: str) -> Published:

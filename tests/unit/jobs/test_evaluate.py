@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from evaluated_run import config_of, draw, write_run
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from jobs.caller import URI_VARIABLE
 from jobs.cli import app
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, MomeError
 from pipeline.data.storage import Storage
 from pipeline.evaluation.shown import headline, kept
 
@@ -99,14 +101,33 @@ def test_figures_of_other_data_are_not_set_beside(run: Path, made: Path, data: d
     assert all(None not in values.values() for values in common.values())
 
 
+def test_long_names_are_cut_or_refused_and_links_lead_to_files(run: Path, data: dict[str, str], tmp_path: Path) -> None:
+    long, odd = (Path(shutil.copytree(data["other"], tmp_path / name)) for name in (250 * "x", "100% #1?"))
+    assert Path(evaluate(run, "--source", str(long))["report"]).exists()
+    with pytest.raises(ConfigError, match="--as"):
+        evaluate(run, "--as", 101 * "a")
+    evaluate(run, "--source", str(odd))
+    page = (run / "report.html").read_text(encoding="utf-8")
+    links = [unquote(link) for link in re.findall(r'<a href="([^"]*)"', page)]
+    assert len(links) == 2
+    assert all((run / link).is_file() for link in links)
+
+
 @pytest.mark.parametrize("content", [b"my notes", b"<!doctype html><title>another page</title>"])
-def test_a_file_that_mome_did_not_write_stays(run: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_mome_did_not_write_stays(
+    run: Path, data: dict[str, str], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.yaml").write_text((run / "run.json").read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr("jobs.evaluate._measured", None)  # it is refused before anything is measured
     page = tmp_path / "page.html"
     page.write_bytes(content)
     for arguments in (
         ["evaluate", str(run), "--report", str(page)],
         ["report", str(run), "--out", str(page)],
         ["compare", str(run), str(run), "--html", str(page)],
+        ["plan", str(tmp_path / "run.yaml"), "--scaling", str(page)],
+        ["shards", "show", data["own"], "--sheet", str(page)],
+        ["shards", "check", data["own"], "--workers", "1", "--report", str(page)],
     ):
         told = CliRunner().invoke(app, arguments)
         assert isinstance(told.exception, ConfigError), told.output
@@ -119,6 +140,36 @@ def test_a_page_takes_the_place_of_its_own_kind_alone(run: Path, tmp_path: Path)
         assert CliRunner().invoke(app, ["report", str(run), "--out", str(page)]).exit_code == 0
     with pytest.raises(ConfigError, match="something else"):
         evaluate(run, "--report", str(page))
+
+
+def test_a_picture_takes_the_place_of_its_own_kind_alone(run: Path, data: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text((run / "run.json").read_text(encoding="utf-8"), encoding="utf-8")
+    sheet, curve = str(tmp_path / "sheet.png"), str(tmp_path / "curve.svg")
+    own = (["shards", "show", data["own"], "--sheet", sheet], ["plan", str(tmp_path / "run.yaml"), "--scaling", curve])
+    other = (["shards", "show", data["other"], "--sheet", sheet], [*own[1], "--network", "nvlink"])
+    for command in (*own, *own):
+        told = CliRunner().invoke(app, command)
+        assert told.exit_code == 0, told.output
+    for command in other:
+        assert isinstance(CliRunner().invoke(app, command).exception, ConfigError)
+
+
+@pytest.mark.parametrize("place", ["folder", "file/bad.jsonl"])
+def test_findings_go_whole_to_a_file_or_nowhere(data: dict[str, str], tmp_path: Path, place: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    check = ["shards", "check", data["own"], "--workers", "1", "--report"]
+    assert isinstance(CliRunner().invoke(app, [*check, str(tmp_path / place)]).exception, ConfigError)
+    earlier = '{"shard": "0.tar", "key": "a", "offset": 0, "stage": "image", "reason": "cut"}\n'
+    (tmp_path / "bad.jsonl").write_text(earlier, encoding="utf-8")
+    wrong = CliRunner().invoke(
+        app, ["shards", "check", str(tmp_path / "none"), "--report", str(tmp_path / "bad.jsonl")]
+    )
+    assert isinstance(wrong.exception, MomeError)
+    assert (tmp_path / "bad.jsonl").read_text(encoding="utf-8") == earlier  # of a check that did not come to its end
+    assert CliRunner().invoke(app, [*check, str(tmp_path / "bad.jsonl")]).exit_code == 0
+    assert (tmp_path / "bad.jsonl").read_bytes() == b""
+    assert CliRunner().invoke(app, [*check, "/dev/null"]).exit_code == 0
 
 
 def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
@@ -141,7 +192,7 @@ def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
 def test_an_export_takes_the_place_of_nothing_else(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.safetensors"
     export = ["export", str(run), "--format", "safetensors", "--out", str(out)]
-    for _ in range(2):  # the same once more is no loss
+    for _ in range(6):  # the same once more is no loss
         assert CliRunner().invoke(app, export).exit_code == 0
     out.write_bytes(b"somebody's weights")
     assert isinstance(CliRunner().invoke(app, export).exception, ConfigError)
