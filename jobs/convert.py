@@ -30,7 +30,7 @@ from pipeline.models.checkpoints import Format, format_named
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.checkpoints.hugging_face import ConfigFile
 from pipeline.models.model import COLOUR_CLASSES, Heads, ImageTarget, Model
-from pipeline.training.checkpoint import Weights, is_committed, load_weights, save_weights
+from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
 from pipeline.training.stages import heads as heads_of
 
@@ -63,6 +63,10 @@ def import_weights(
     storage, chosen = Storage(), format_named(format_name)
     if is_committed(storage, out):
         raise ConfigError(f"--out {out}: holds weights already; name another folder, or delete it first")
+    if taken := [name for name in storage.list(out) if is_file_of_weights(name)]:
+        raise ConfigError(
+            f"--out {out}: holds {taken[0]}, which would be lost; name another folder, or delete it first"
+        )
     published, folder = read_published(storage, path, hugging_face=chosen.config is not None)
     with _damage_named(path, format_name):
         section = _section(published, chosen, model, overrides)

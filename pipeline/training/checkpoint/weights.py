@@ -119,6 +119,11 @@ def save_weights(
     return is_ours
 
 
+def is_file_of_weights(name: str) -> bool:
+    """Return whether `save_weights` writes a file of this name, and removes one that an earlier start left."""
+    return _FILE.fullmatch(name) is not None
+
+
 def _remove_leavings(storage: Storage, url: str, start: Start, used: set[str]) -> None:
     """Delete what `start` left in a committed folder; where it committed `used`, also what earlier starts left."""
     for name in storage.list(url):

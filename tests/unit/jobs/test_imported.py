@@ -512,6 +512,20 @@ def test_names_and_numbers_of_no_use_leave_nothing(name: str, wrong: Any, tmp_pa
     assert out.exists() != is_refused
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "vocab.txt", "MANIFEST.json", "answers.json"])
+def test_an_import_takes_the_place_of_no_file(name: str, tmp_path: Path) -> None:
+    case = CASES["BERT, bare"]
+    path = publish(case.make(), case, tmp_path / "published", "folder")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ConfigError, match="--out"):
+        import_weights(path, case.format, f"{tmp_path}/out")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [name]
+    with pytest.raises(ConfigError, match="--out"):
+        import_weights(path, case.format, f"{tmp_path}/published")  # its own folder: it holds a vocab.txt
+    assert (tmp_path / "published" / "vocab.txt").exists()
+
+
 def test_labels_of_statements_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
     case = CASES["ViLT of Hugging Face, NLVR2"]
     path = publish(case.make(), case, tmp_path / "published", "folder")
