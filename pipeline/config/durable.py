@@ -70,7 +70,7 @@ def _make_folder(folder: str) -> None:
     missing = []
     above = folder
     while not os.path.isdir(above):
-        if os.path.lexists(above):
+        if os.path.lexists(above) and not os.path.isdir(above):  # it may have been made between the two looks
             raise NotADirectoryError(errno.ENOTDIR, "is not a folder", above)
         missing.append(above)
         above = os.path.dirname(above)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,27 @@ def test_a_disk_that_fails_is_no_such_file_system(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output"):
         sync_folder(tmp_path)
+
+
+def test_a_folder_that_another_writer_makes_meanwhile_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks write into one new checkpoint folder at the same time."""
+    isdir = os.path.isdir
+
+    def made_behind_the_look(path: str) -> bool:
+        found = isdir(path)
+        Path(tmp_path / "new" / "step").mkdir(parents=True, exist_ok=True)
+        return found
+
+    monkeypatch.setattr(os.path, "isdir", made_behind_the_look)
+    write_durably(tmp_path / "new" / "step" / "rank-00000", b"x")
+    assert (tmp_path / "new" / "step" / "rank-00000").read_bytes() == b"x"
+
+
+def test_writers_that_make_the_same_folders_at_once_all_succeed(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(50):
+            paths = [tmp_path / f"{number}" / "a" / "b" / str(writer) for writer in range(8)]
+            list(pool.map(lambda path: write_durably(path, b"x"), paths))
+            assert all(path.read_bytes() == b"x" for path in paths)

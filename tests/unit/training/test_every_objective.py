@@ -12,6 +12,8 @@ from pipeline.config.schema import Objective
 from pipeline.training.collectives import Collectives
 from pipeline.training.trial import Cell, Trial, begin, cells, train, trial_config
 
+SHIFTS = {"ranking_head.score.bias"}  # shifts every score of the softmax alike: its gradient is 0 but for rounding
+
 
 @pytest.fixture(scope="module")
 def collectives() -> Iterator[Collectives]:
@@ -33,7 +35,8 @@ def test_the_parts_said_to_be_read_are_exactly_those_that_get_a_gradient(cell: C
     begun.step(begun.batch)
     moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
     expected = model.parts_used(begun.step.stage.objectives, cell.use)
-    assert {name for name, _ in model.named_parameters() if model.part_of(name) in expected} == moved
+    read = {name for name, _ in model.named_parameters() if model.part_of(name) in expected}
+    assert read - SHIFTS == moved - SHIFTS
 
 
 def test_every_kind_and_objective_is_in_a_cell() -> None:
