@@ -108,7 +108,7 @@ def _first_variable(*names: str) -> tuple[str, str] | None:
 def _fault_of(uri: str) -> str | None:
     """What is wrong with the server at `uri`, in words; None when it answers."""
     if (database := database_file(uri)) is not None:
-        return _fault_of_file(database) or _fault_of_folder(database.absolute().parent)
+        return _fault_of_folder(database.absolute().parent) or _fault_of_file(database)
     try:
         return _fault_of_server(uri)
     except ValueError as error:
