@@ -59,7 +59,7 @@ WRONG = {  # URL -> what the message says
     "s3://<bucket>/runs": "<bucket>",
     "~nobody-of-this-name/runs": "no home",
     "file://~nobody-of-this-name/runs": "no home",
-    "/work/~/runs": "'~/runs'",
+    "/data/~/runs": "'~/runs'",
     "./~/runs": "'~/runs'",
     "C:\\runs": "Windows",
     "C:/runs": "Windows",
