@@ -61,7 +61,7 @@ class Header(NamedTuple):
 def segments(data: bytes, headers_only: bool = False) -> Iterator[Segment]:
     """Yield the segments up to the end-of-image marker or the end of the data. Raise ValueError for a cut segment.
 
-    With `headers_only`, those before the first scan.
+    With `headers_only`, those up to the first scan's header.
     """
     at = len(SOI)
     while (found := _NEXT_MARKER.search(data, at)) is not None:
@@ -77,6 +77,7 @@ def segments(data: bytes, headers_only: bool = False) -> Iterator[Segment]:
         at = end
         if marker == SOS:
             if headers_only:
+                yield Segment(marker, start, end, end)
                 return
             found = _END_OF_SCAN.search(data, end)
             at = found.start() if found else len(data)
@@ -105,6 +106,17 @@ def _parse_header(marker: int, payload: bytes) -> Header:
     if not all(1 <= factor <= 4 for component in components for factor in component[1:]):
         raise ValueError("a sampling factor is not in 1 … 4")
     return Header(marker, height, width, components)
+
+
+def has_one_scan(data: bytes, header: Header) -> bool:
+    """Return whether the first scan holds all components of a sequential frame: no decoder reads another one then."""
+    if header.frame not in SEQUENTIAL:
+        return False
+    try:
+        scans = (data[start] for marker, start, _, _ in segments(data, headers_only=True) if marker == SOS)
+        return next(scans, 0) == len(header.components)
+    except (ValueError, IndexError):
+        return False
 
 
 def has_too_many_scans(data: bytes) -> bool:

@@ -213,6 +213,26 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
         decode(many, LIMIT)
 
 
+def test_a_sequential_jpeg_of_hundreds_of_scans_is_refused_at_the_cost_of_one():
+    """The first scan holds all components, so that no decoder reads the others; it refuses the file."""
+    data = saved(picture())
+    (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]
+    many = data[: scan.stop] + jpeg.MAX_SCANS * data[scan.start - 4 : scan.stop] + data[scan.stop :]
+    assert jpeg.has_one_scan(many, jpeg.read_header(many))
+    with pytest.raises(BadSample, match="more than 100 scans"):
+        decode(many, LIMIT)
+
+
+def test_scans_of_single_components_and_progressive_scans_are_counted():
+    data = saved(picture())
+    (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]
+    of_one = data[: scan.start - 2] + b"\0\x08\x01\x01\0\0\x3f\0" + data[scan.end :]
+    for many in (of_one, b"\xff\xd8", data[: scan.start + 1]):
+        assert not jpeg.has_one_scan(many, jpeg.read_header(data))
+    progressive = saved(picture(), progressive=True)
+    assert not jpeg.has_one_scan(progressive, jpeg.read_header(progressive))
+
+
 def test_thumbnails_and_other_metadata_are_no_scans():
     data = with_segments(saved(picture()), *10 * [segment(0xE1, b"Exif\0\0" + 50 * b"\xff\xda\0\x08")])
     assert decode(data, LIMIT).shape == (HEIGHT, WIDTH, 3)
