@@ -12,12 +12,13 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jobs.dashboard import token_file
 from jobs.resources import resources_of_rank, room_on
+from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -258,22 +259,13 @@ def _while_looking(work: Callable[[], Any], look: Callable[[], None]) -> Any:
     """`work()` in a thread of its own, while this one calls `look` and hears signals. If that raises, Ray is left."""
     import ray
 
-    outcome: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=run, name="Ray Train", daemon=True)
-    thread.start()
+    outcome = in_background(work, "Ray Train")
     try:
         while not wait([outcome], LOOK_SECONDS).done:
             look()
     except BaseException:
         ray.shutdown()
-        thread.join(timeout=LOOK_SECONDS)
+        wait([outcome], LOOK_SECONDS)
         raise
     return outcome.result()
 

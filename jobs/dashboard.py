@@ -12,17 +12,16 @@ import ipaddress
 import json
 import os
 import re
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NoReturn
 from urllib.parse import urlsplit
 
+from pipeline.config.background import within
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import resolve_secret
 
@@ -154,7 +153,9 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     if is_loopback(address):  # a proxy would connect to its own loopback
         handlers.append(urllib.request.ProxyHandler({}))
     try:
-        jobs = json.loads(_within(LIST_SECONDS, lambda: _read(urllib.request.build_opener(*handlers), request)))
+        jobs = json.loads(
+            within(LIST_SECONDS, lambda: _read(urllib.request.build_opener(*handlers), request), "dashboard")
+        )
     except urllib.error.HTTPError as error:
         if error.code in REFUSED:
             return True
@@ -178,25 +179,6 @@ def _read(opener: urllib.request.OpenerDirector, request: urllib.request.Request
     with opener.open(request, timeout=ANSWER_SECONDS) as response:
         data: bytes = response.read(LONGEST_LIST)
         return data
-
-
-def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
-    """Return what `call` does. Raises TimeoutError when it takes longer: a server may send a byte now and then."""
-    found: Future[bytes] = Future()
-
-    def answer() -> None:
-        try:
-            found.set_result(call())
-        except BaseException as error:
-            found.set_exception(error)
-
-    threading.Thread(target=answer, name="dashboard", daemon=True).start()
-    try:
-        return found.result(seconds)
-    except TimeoutError:
-        if found.done():
-            raise
-        raise TimeoutError(f"no whole answer in {seconds:.0f} s") from None
 
 
 def _right_port(address: str) -> str:

@@ -9,12 +9,12 @@ import os
 import socket
 import ssl
 import stat
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from pipeline.config.background import within
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import password_of, redact
 from pipeline.config.schema import RunConfig
@@ -53,21 +53,7 @@ def get(url: str, limit: int = 2**16) -> tuple[int, bytes]:
     Raises one of FAULTS when there is no answer, or not all of it in twice ANSWER_SECONDS: a server that sends a byte
     now and then never lets a socket time out.
     """
-    outcome: list[tuple[int, bytes] | BaseException] = []
-
-    def ask() -> None:
-        try:
-            outcome.append(_get(url, limit))
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=ask, name="mome-ask", daemon=True)
-    thread.start()
-    thread.join(2 * ANSWER_SECONDS)
-    answer = outcome[0] if outcome else TimeoutError("the answer comes too slowly")
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+    return within(2 * ANSWER_SECONDS, lambda: _get(url, limit), "mome-ask")
 
 
 def _get(url: str, limit: int) -> tuple[int, bytes]:

@@ -17,15 +17,15 @@ import functools
 import json
 import logging
 import os
-import queue
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
+from pipeline.config.background import within
 from pipeline.config.errors import MomeError, Preempted
 from pipeline.data import in_progress
 from pipeline.data.storage import Storage, join
@@ -123,7 +123,7 @@ class Watchdog:
         if time.monotonic() < self._deaf_until:
             return None
         try:
-            return _within(ASK_SECONDS, asked)
+            return within(ASK_SECONDS, asked, "mome-board")
         except (RuntimeError, OSError) as error:
             log.debug("the ranks' board does not answer: %s", error)
             self._board, self._deaf_until = None, time.monotonic() + AGAIN_SECONDS
@@ -235,29 +235,6 @@ def _end_later(seconds: float) -> None:
     """Unless told otherwise before, `faulthandler` then writes all stacks to the log and ends the process."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Its result or its error; TimeoutError when it takes longer, in a thread that nobody waits for any more."""
-    answer: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            result = call()
-            answer.put(lambda: result)
-        except Exception as error:
-            answer.put(functools.partial(_raise, error))
-
-    threading.Thread(target=work, name="mome-board", daemon=True).start()
-    try:
-        give = answer.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
-    return give()
-
-
-def _raise(error: Exception) -> NoReturn:
-    raise error
 
 
 def _samples() -> str:

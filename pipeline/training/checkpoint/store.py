@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config.background import in_background
 from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import NotFound, ObjectInfo, Storage, join
@@ -105,7 +106,7 @@ class CheckpointStore:
         self.waited = time.perf_counter() - started
         file = TensorFile(self._copy.take(fragments))
         metadata = {**metadata, "world_size": self.collectives.world_size}
-        self._under_way = _in_background(lambda: self._write(url, file, metadata, before_commit))
+        self._under_way = in_background(lambda: self._write(url, file, metadata, before_commit), "checkpoint")
         return url
 
     def check(self) -> None:
@@ -275,19 +276,3 @@ def _part_name(rank: int) -> str:
 
 def _record_name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
-
-
-def _in_background(work: Callable[[], None]) -> Future[None]:
-    """Work in a thread of its own, which does not keep the process alive."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future

@@ -1,0 +1,31 @@
+"""A call in a thread of its own gives its result, its error, or is given up in time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from pipeline.config.background import in_background, within
+
+
+def test_the_result_and_the_error_of_a_call_are_its_futures() -> None:
+    assert in_background(lambda: 3, "three").result(10) == 3
+    assert isinstance(in_background(lambda: {}["absent"], "fails").exception(10), KeyError)
+
+
+def test_a_call_within_its_time_gives_its_own_result_or_error() -> None:
+    def late() -> None:
+        raise TimeoutError("its own")
+
+    assert within(10, lambda: 3, "three") == 3
+    with pytest.raises(TimeoutError, match="its own"):
+        within(10, late, "late")
+
+
+def test_a_call_that_takes_too_long_is_left_and_keeps_no_process_alive() -> None:
+    over = threading.Event()
+    with pytest.raises(TimeoutError, match="no whole answer within 0 s"):
+        within(0.01, over.wait, "waits")
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "waits")
+    over.set()
