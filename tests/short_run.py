@@ -42,17 +42,20 @@ def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
     return load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
+class NoShipper:
+    """In the place of the tracker's: ships nothing, so that journals are all that is written."""
+
+    def __init__(self, *_: Any) -> None: ...
+    def wake(self) -> None: ...
+    def close(self, timeout: float) -> None: ...
+    def abandon(self) -> None: ...
+
+
 def without_mlflow() -> None:
     """On this rank: journals are written, as always, and no process is started that would ship them."""
     from pipeline.tracking import tracker
 
-    class Nobody:
-        def __init__(self, *_: Any) -> None: ...
-        def wake(self) -> None: ...
-        def close(self, timeout: float) -> None: ...
-        def abandon(self) -> None: ...
-
-    tracker.Shipper = Nobody  # type: ignore[misc, assignment]
+    tracker.Shipper = NoShipper  # type: ignore[misc, assignment]
 
 
 def train_short(folder: str, name: str = "run", **overrides: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from short_run import NoShipper
 from tracked import checkpoint, config_of, record
 
 from pipeline.config.schema import RunConfig
@@ -16,19 +17,6 @@ from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending
 from pipeline.tracking.places import journal_folder
 from pipeline.tracking.tracker import Tracker
-
-
-class NoShipper:
-    """Ships nothing: the test does."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def wake(self) -> None:
-        pass
-
-    def close(self, timeout: float) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

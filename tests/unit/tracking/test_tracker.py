@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from failing_storage import FailingStorage, every_fault
 from fuzz import fuzz_rounds
+from short_run import NoShipper
 
 from pipeline.config import redaction
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
@@ -289,19 +290,6 @@ def test_the_resolved_config_is_an_artifact_of_the_campaign(tmp_path: Path) -> N
 
     assert (record["name"], record["stage"]) == ("config.yaml", None)
     assert content == resolved_config(config)
-
-
-class NoShipper:
-    """Ships nothing."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def wake(self) -> None:
-        pass
-
-    def close(self, timeout: float) -> None:
-        pass
 
 
 def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from short_run import BeforeStep, losses, short_config
+from short_run import BeforeStep, NoShipper, losses, short_config
 
 from jobs.rank import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import Preempted
@@ -55,13 +55,6 @@ class StepGuard:
         monkeypatch.setattr(Storage, "_do", guarded_do)
         monkeypatch.setattr(StageRun, "_steps", guarded_steps)
         monkeypatch.setattr(StageEvaluation, "__call__", unguarded_evaluation)
-
-
-class NoShipper:
-    def __init__(self, *_: Any) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
 
 
 def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
