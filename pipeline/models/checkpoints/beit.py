@@ -24,7 +24,15 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import ConfigFile, Names, from_named, published_names, to_named
+from pipeline.models.checkpoints.hugging_face import (
+    IMAGE_SIZES,
+    SIZES,
+    ConfigFile,
+    Names,
+    from_named,
+    published_names,
+    to_named,
+)
 from pipeline.models.checkpoints.mismatch import Shape
 from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
 from pipeline.models.model import Heads
@@ -76,12 +84,7 @@ CONFIG = ConfigFile(
     "beit",
     keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
     computed={"hidden_act": ("gelu",), "num_channels": (3,)},
-    sizes={
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "image_size": "image_size",
-        "patch_size": "patch_size",
-    },
+    sizes=SIZES | IMAGE_SIZES,
 )
 _JOINT = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
 

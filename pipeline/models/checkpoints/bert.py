@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ImageBERTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import ConfigFile, translated
+from pipeline.models.checkpoints.hugging_face import SIZES, ConfigFile, translated
 from pipeline.models.checkpoints.mismatch import Shape, require
 from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.resize import cut_text_positions
@@ -50,7 +50,7 @@ CONFIG = ConfigFile(
         "is_decoder": (False,),
         "add_cross_attention": (False,),
     },
-    sizes={"width": "hidden_size", "layers": "num_hidden_layers"},
+    sizes=SIZES,
 )
 
 

@@ -41,6 +41,9 @@ _LAYER_TENSORS = {
     "expert_gamma": ("lambda_2",),
 }
 
+SIZES = {"width": "hidden_size", "layers": "num_hidden_layers"}  # ours -> config.json's, of every transformer
+IMAGE_SIZES = {"image_size": "image_size", "patch_size": "patch_size"}  # and of those that read images
+
 _BIASES = ("query.bias", "key.bias", "value.bias")
 
 

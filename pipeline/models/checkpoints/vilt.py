@@ -25,6 +25,8 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import ViLTConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.hugging_face import (
+    IMAGE_SIZES,
+    SIZES,
     ConfigFile,
     Names,
     from_named,
@@ -107,13 +109,7 @@ CONFIG = ConfigFile(
     "vilt",
     keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps", "text_norm_epsilon": "layer_norm_eps"},
     computed={"hidden_act": ("gelu",), "num_channels": (3,), "num_images": (-1, 1, 2)},
-    sizes={
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "image_size": "image_size",
-        "patch_size": "patch_size",
-        "max_text": "max_position_embeddings",
-    },
+    sizes=SIZES | IMAGE_SIZES | {"max_text": "max_position_embeddings"},
 )
 
 

@@ -17,7 +17,16 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ViTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import BILINEAR, ConfigFile, Names, from_named, published_names, to_named
+from pipeline.models.checkpoints.hugging_face import (
+    BILINEAR,
+    IMAGE_SIZES,
+    SIZES,
+    ConfigFile,
+    Names,
+    from_named,
+    published_names,
+    to_named,
+)
 from pipeline.models.checkpoints.mismatch import Shape
 from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.model import Heads
@@ -41,12 +50,7 @@ CONFIG = ConfigFile(
     "vit",
     keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
     computed={"hidden_act": ("gelu",), "num_channels": (3,)},
-    sizes={
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "image_size": "image_size",
-        "patch_size": "patch_size",
-    },
+    sizes=SIZES | IMAGE_SIZES,
     resample=BILINEAR,
 )
 
