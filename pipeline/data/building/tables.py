@@ -77,7 +77,7 @@ class _Layout:
 
 def is_table(file: Path) -> bool:
     """Return whether a .txt begins as a table of pictures and captions does, rather than as prose."""
-    first = next((line for _, line in lines_of(file) if line.strip()), "")
+    first = _first_line(file)
     delimiter = _delimiter_of(first)
     if delimiter is None:
         return False
@@ -159,8 +159,13 @@ def _cell(cell: str) -> str:
     return cell[1:-1].replace('""', '"').strip() if is_quoted else cell
 
 
+def _first_line(file: Path) -> str:
+    """Return the first line that is not blank; '' without one."""
+    return next((line for _, line in lines_of(file) if line.strip()), "")
+
+
 def _delimiter_in(file: Path) -> str:
-    first = next((line for _, line in lines_of(file) if line.strip()), "")
+    first = _first_line(file)
     delimiter = _delimiter_of(first)
     if delimiter is None:
         raise DataError(f"{file}: its first line {first.strip()!r:.80} has no tab, '|', ';' or ',' between columns")
