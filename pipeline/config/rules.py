@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from pydantic import ValidationError
 
 from pipeline.config.model import ImageBERTConfig
+from pipeline.config.paths import file_name_of
 from pipeline.config.schema import EVALUATED, USES_OF, RunConfig, StageConfig, Use
 
 
@@ -58,7 +58,7 @@ def _cluster_faults(config: RunConfig) -> Iterator[str]:
 
 def _source_faults(config: RunConfig) -> Iterator[str]:
     for name, source in config.sources.items():
-        if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", name) or len(name) > 100:
+        if not name or name in (".", "..") or file_name_of(name) != name or len(name) > 100:
             yield (
                 f"sources: {name!r}: a source's name is a file's name too; use no slash, no control character and at "
                 "most 100 characters"
