@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -121,23 +121,12 @@ class Interrupts:
                 if first is not None:
                     _end_now(EXIT_STATUS[signal.Signals(number)], "ended at once; re-run the same command to resume\n")
                 first = signal.Signals(number)
-                threading.Thread(target=self._end_unheard, args=(first,), name="unheard", daemon=True).start()
+                _end_later(first, unless=lambda: self._number is not None)  # where the main thread waits for ever
         os.close(heard)
-
-    def _end_unheard(self, number: signal.Signals) -> None:
-        """End a main thread that does not come back from where it waits."""
-        time.sleep(END_SECONDS)
-        if self._number is None:
-            _end_now(EXIT_STATUS[number], f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n")
 
     def _stop(self, number: signal.Signals) -> None:
         """Raise Stopped. Whatever it meets on its way out, such as a store that is away, the process ends in time."""
-
-        def end_late() -> None:
-            time.sleep(END_SECONDS)
-            _end_now(EXIT_STATUS[number], f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n")
-
-        threading.Thread(target=end_late, name="end", daemon=True).start()
+        _end_later(number)
         raise Stopped(number)
 
     def _saved(self) -> str | None:
@@ -157,6 +146,17 @@ class Interrupts:
         except StorageError:
             return None
         return f"checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
+
+
+def _end_later(number: signal.Signals, unless: Callable[[], bool] = lambda: False) -> None:
+    """End this process in END_SECONDS, unless it has ended by then or `unless` holds."""
+
+    def end() -> None:
+        time.sleep(END_SECONDS)
+        if not unless():
+            _end_now(EXIT_STATUS[number], f"not ended after {END_SECONDS:.0f} s: ended now; re-run to resume\n")
+
+    threading.Thread(target=end, name="end", daemon=True).start()
 
 
 def _end_now(status: int, told: str) -> None:
