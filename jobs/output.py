@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.config.durable import replacing
+from pipeline.config.durable import atomic_write
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
 
@@ -54,7 +54,7 @@ def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
         raise _lost(option, str(path), "a file that mome did not write")
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(replacing(path))
+            file = stack.enter_context(atomic_write(path))
         except OSError as error:
             raise ConfigError(f"{option} {path}: cannot be written ({error}); give another name") from error
         yield file

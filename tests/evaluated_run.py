@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.tracking.journal import Journal
@@ -53,7 +53,7 @@ def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -
 def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = "c0ffee") -> str:
     """Write the folder of a finished run, which says that it is `recorded`; `run`: its id in MLflow, if tracked."""
     storage = Storage()
-    tokenizer = Tokenizer.train(captions_of_source(storage, shards), 200)
+    tokenizer = Tokenizer.train(iter_captions(storage, shards), 200)
     model = build_model(recorded.model, tokenizer.size, heads(recorded, 0), seed=1)
     url = f"{folder}/stages/0-pairs"
     assert stage_url(recorded, 0).endswith("/stages/0-pairs")

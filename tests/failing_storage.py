@@ -39,7 +39,7 @@ from unittest import mock
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage
-from pipeline.data.storage.backend import Backend, Part
+from pipeline.data.storage.backends import Backend, PartReader
 
 T = TypeVar("T")
 Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]
@@ -192,7 +192,7 @@ class _Halfway:
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None  # a call without a half: no effect
 
-    def write_parts(self, path: str, size: int, part: Part) -> None:
+    def write_parts(self, path: str, size: int, part: PartReader) -> None:
         for start in range(0, size // 2, 2**20):
             part(start, min(start + 2**20, size))
 

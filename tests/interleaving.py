@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import ObjectInfo, Part, Storage
+from pipeline.data.storage import ObjectInfo, PartReader, Storage
 
 T = TypeVar("T")
 SECONDS = 30.0  # for an attempt to come to its next call
@@ -75,10 +75,10 @@ class Disk:
         self._touch(path)
         self.objects[path], self.writers[path] = data, self.who
 
-    def write_parts(self, path: str, size: int, part: Part) -> None:
+    def write_parts(self, path: str, size: int, part: PartReader) -> None:
         self.write(path, part(0, size))
 
-    def create_parts(self, path: str, size: int, part: Part) -> None:
+    def create_parts(self, path: str, size: int, part: PartReader) -> None:
         if path in self.objects:
             raise FileExistsError(errno.EEXIST, "there already", path)
         self.write_parts(path, size, part)

@@ -9,7 +9,7 @@ from short_run import short_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.training.checkpoint import save_weights, stage_url
@@ -20,7 +20,7 @@ def untrained_weights(folder: Path) -> tuple[RunConfig, str]:
     """Of the second stage, never trained; its scenes are drawn."""
     config, storage = short_config(str(folder), evaluation={"source": "scenes", "limit": 22, "batch": 5}), Storage()
     build_synthetic(storage, config.sources)
-    tokenizer = Tokenizer.train(captions_of_source(storage, config.sources["scenes"].shards), 300)
+    tokenizer = Tokenizer.train(iter_captions(storage, config.sources["scenes"].shards), 300)
     model = build_model(config.model, tokenizer.size, heads(config, 1), seed=5)
     metadata = {"config": config.model_dump(mode="json"), "stage": "pairs", "step": 16}
     save_weights(storage, stage_url(config, 1), model.state_dict(), list(tokenizer.tokens), metadata)

@@ -22,7 +22,7 @@ from pipeline.config.errors import CheckpointError
 from pipeline.config.load import load_config
 from pipeline.config.model import TransformerConfig, VLMoConfig
 from pipeline.config.schema import CheckpointConfig, StorageConfig
-from pipeline.data.storage import Part, Storage, join
+from pipeline.data.storage import PartReader, Storage, join
 from pipeline.models import skeleton
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.collectives import Collectives
@@ -42,7 +42,7 @@ class ThrottledStorage(Storage):
         super().__init__(config)
         self._rate, self._turn, self._free = bytes_per_second, threading.Lock(), 0.0
 
-    def write_parts(self, url: str, size: int, part: Part) -> None:
+    def write_parts(self, url: str, size: int, part: PartReader) -> None:
         def slowly(start: int, stop: int) -> bytes:
             with self._turn:
                 self._free = max(self._free, time.monotonic()) + (stop - start) / self._rate

@@ -27,7 +27,7 @@ from jobs.bench.photos import write_photos
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.paths import is_local
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 
@@ -120,7 +120,7 @@ def _prepare(settings: Settings, folder: Path, progress: Progress) -> Job:
     if vocabulary is None:
         progress("training a vocabulary")
         vocabulary = str(folder / "vocabulary.txt")
-        Tokenizer.train(captions_of_source(storage, shards), VOCABULARY_SIZE).save(storage, vocabulary)
+        Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE).save(storage, vocabulary)
     return Job(
         contender="mome",
         shards=shards,

@@ -19,7 +19,7 @@ from pipeline.data.contents.images import decode, random_resized_crop
 from pipeline.data.contents.members import captions_of, image_bytes
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.rows.augment import rand_augment
 from pipeline.data.rows.masking import Masked, mask_whole_words
 from pipeline.data.storage import Storage
@@ -60,7 +60,7 @@ def measure_parts(job: Job) -> dict[str, Any]:
 
 def _endless(storage: Storage, url: str) -> Iterator[Sample]:
     while True:
-        yield from samples_of_source(storage, url)
+        yield from iter_samples(storage, url)
 
 
 def _measure_batch(job: Job, watch: _Stopwatch, samples: Iterator[Sample], tokenizer: Tokenizer) -> None:

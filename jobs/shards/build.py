@@ -141,7 +141,7 @@ def build(
         _report_problems(problems)
         for hint in _hints(source, chosen, problems, tally):
             echo(f"hint: {hint}", err=True)
-    facts = {"kind": chosen, "left_out": problems.count, "passed_over": dict(problems.passed_over)}
+    facts = {"kind": chosen, "left_out": problems.count, "skipped": dict(problems.skipped)}
     facts |= tally.facts() | {name: len(listed) for name, listed in choices.items()}
     report_manifest(manifest, out, as_json, facts)
     if not as_json:
@@ -252,6 +252,6 @@ def _report_problems(problems: Problems) -> None:
         echo(f"left out: {problem}", err=True)
     if problems.count > len(problems.first):
         echo(f"left out: {problems.count - len(problems.first)} more", err=True)
-    if problems.passed_over:
-        files = ", ".join(f"{count} {suffix}" for suffix, count in problems.passed_over.most_common(10))
+    if problems.skipped:
+        files = ", ".join(f"{count} {suffix}" for suffix, count in problems.skipped.most_common(10))
         echo(f"files of other kinds, not read: {files}", err=True)

@@ -19,7 +19,7 @@ from jobs.console import echo
 from jobs.output import list_of_findings
 from jobs.shards.report import JsonOption, ShardProgress, print_json
 from pipeline.config.schema import DataConfig
-from pipeline.data.shards.check import Finding, ShardReport, check_shards
+from pipeline.data.shards.check import ShardFinding, ShardReport, check_shards
 from pipeline.data.storage import Storage
 
 BROKEN, BAD = 1, 3  # exit statuses
@@ -77,10 +77,10 @@ def check(
 class _Summary:
     shards: int = 0
     samples: int = 0
-    broken: list[Finding] = field(default_factory=list)
+    broken: list[ShardFinding] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)  # of bad samples
-    passed_over: Counter[str] = field(default_factory=Counter)  # entries that are no sample's, by what they are
-    examples: dict[str, Finding] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)  # entries that are no sample's, by what they are
+    examples: dict[str, ShardFinding] = field(default_factory=dict)
 
     @property
     def bad(self) -> int:
@@ -89,7 +89,7 @@ class _Summary:
     def add(self, report: ShardReport) -> None:
         self.shards += 1
         self.samples += report.samples
-        self.passed_over.update(report.passed_over)
+        self.skipped.update(report.skipped)
         if report.broken:
             self.broken.append(report.broken)
         for finding in report.bad:
@@ -105,17 +105,17 @@ class _Summary:
             "kinds": dict(self.kinds.most_common()),
             "broken_shards": {finding.shard: finding.reason for finding in self.broken},
             "report": str(report) if report else None,
-            **({"passed_over": dict(self.passed_over.most_common())} if self.passed_over else {}),
+            **({"skipped": dict(self.skipped.most_common())} if self.skipped else {}),
         }
 
 
-def _findings(report: ShardReport) -> Iterator[Finding]:
+def _findings(report: ShardReport) -> Iterator[ShardFinding]:
     yield from report.bad
     if report.broken:
         yield report.broken
 
 
-def _line(finding: Finding) -> bytes:
+def _line(finding: ShardFinding) -> bytes:
     return f"{json.dumps(finding.as_json(), ensure_ascii=False)}\n".encode()
 
 
@@ -129,7 +129,7 @@ def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:
     for kind, count in summary.kinds.most_common():
         example = summary.examples[kind]
         echo(f"  {count:>8}  {kind:<50}  {example.key} in {example.shard}")
-    for kind, count in summary.passed_over.most_common():
+    for kind, count in summary.skipped.most_common():
         echo(f"  {count:>8}  passed over, no sample's: {kind}")
     if report:
         echo(f"every one of them: {report}")

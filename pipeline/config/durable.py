@@ -20,12 +20,12 @@ _names = random.SystemRandom()  # never the global generator, and different in f
 
 def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace a file's content, or create the file and its folders. When this returns, the disk holds it."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], place: Callable[[str, str], None] | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None] | None = None) -> Iterator[BinaryIO]:
     """Yield a file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
 
     `place(temporary, path)` gives it its name (default: os.replace). File and folder are synced, so that no later
@@ -49,7 +49,7 @@ def replacing(path: str | os.PathLike[str], place: Callable[[str, str], None] | 
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file of this name is one that `replacing` has not yet given its own."""
+    """Return whether a file of this name is one that `atomic_write` has not yet given its own."""
     return name.startswith(".") and name.endswith(".partial")
 
 

@@ -25,9 +25,9 @@ from pipeline.data.contents.members import check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.shards.sources import Source
+from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 from pipeline.evaluation.held_out import check_skipped
 from pipeline.evaluation.ranks import ALONE, Ranks, batches_of, together
@@ -91,7 +91,7 @@ class AnnotatedSource:
         turns = list(batches_of(self._count, self._config.evaluation.batch, self._ranks))
         own = [rows for rows, is_own in turns if is_own]
         span = (own[0].start, own[-1].stop) if own else (0, 0)
-        samples = samples_of_source(self._storage, self._opened, *span)
+        samples = iter_samples(self._storage, self._opened, *span)
         for rows, is_own in turns:
             batch = list(self._read(itertools.islice(samples, rows.stop - rows.start))) if is_own else []
             self.samples += len(batch)

@@ -34,9 +34,9 @@ from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.contents.members import captions_of, check_members, image_bytes
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.shards.manifest import Manifest, ShardRecord, load_manifest
-from pipeline.data.shards.sources import Source
+from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.held_out import check_skipped
 from pipeline.evaluation.ranks import ALONE, Ranks, together
@@ -87,7 +87,7 @@ class Embedder:
 
     def batches(self, storage: Storage, source: Source, skipped: Counter[str]) -> Iterator[pyarrow.Table]:
         """The rows of a source's samples, batch by batch; counts in `skipped` those whose picture is bad, by reason."""
-        samples = samples_of_source(storage, source)
+        samples = iter_samples(storage, source)
         size = self.config.evaluation.batch
         with ThreadPoolExecutor(self.config.data.loader.threads, "pictures") as threads:
             while batch := list(itertools.islice(samples, size)):

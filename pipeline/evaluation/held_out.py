@@ -26,10 +26,10 @@ from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resiz
 from pipeline.data.contents.members import captions_of, image_bytes
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
-from pipeline.data.reading.samples import Sample, SampleReader, samples_of_source, slots_of
-from pipeline.data.reading.working_set import WorkingSet
+from pipeline.data.reading.prefetch import PrefetchCache
+from pipeline.data.reading.samples import Sample, SampleReader, iter_samples, slots_of
 from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.shards.sources import Source
+from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 from pipeline.evaluation.ranks import ALONE, Ranks, together
 from pipeline.evaluation.retrieval import Images
@@ -96,7 +96,7 @@ class StoredPictures:
         self._slots = slots_of(source)
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads, "held-out")
-        self._decoded: WorkingSet[np.ndarray] = WorkingSet(DECODED_BYTES)
+        self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
         side = self._shape.canvas if isinstance(self._shape, OwnShape) else self._shape
         self._bytes = 3 * side**2  # of a picture, at most
         self._places: np.ndarray = np.zeros(0, dtype=np.int64)  # of each picture's sample in the source
@@ -196,7 +196,7 @@ def _read(
     """The pairs at some places of the source, and how many others, by reason."""
     pairs: list[_Pair] = []
     skipped: Counter[str] = Counter()
-    for place, sample in enumerate(samples_of_source(storage, source, *span), span[0]):
+    for place, sample in enumerate(iter_samples(storage, source, *span), span[0]):
         try:
             with judging("members"):
                 captions, tokens = _captions(sample, tokenizer, max_text)

@@ -15,7 +15,7 @@ from pipeline.config.errors import MomeError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import check_stored_url
-from pipeline.data.shards.sources import open_source, selection_url
+from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage
 from pipeline.evaluation.shown import Shown, kept
 from pipeline.pages.words import significant

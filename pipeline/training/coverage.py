@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from pipeline.config.errors import StorageError
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage, join
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: 
         return known
     unknown = {}
     for url in urls:
-        captions = list(itertools.islice(captions_of_source(storage, url), CAPTIONS))
+        captions = list(itertools.islice(iter_captions(storage, url), CAPTIONS))
         unknown[url] = round(tokenizer.unknown_share(captions), 6)
         log.info("%s: %.2f %% of the tokens of %d captions are [UNK]", url, 100 * unknown[url], len(captions))
     found = Coverage(tokenizer.digest, unknown)

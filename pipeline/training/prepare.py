@@ -18,10 +18,9 @@ from pipeline.config.stored import parse_config
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.choices import Choices, choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer, is_cased
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
-from pipeline.data.shards.selection import select
-from pipeline.data.shards.sources import selection_url
+from pipeline.data.shards.source import select, selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import VOCABULARY, load_weights
 from pipeline.training.coverage import measure_coverage
@@ -170,7 +169,7 @@ def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:
     read = {name for stage in config.stages for name in stage.sources}
     # A run of masked images alone still fixes a vocabulary for the stages that follow it.
     for url in _folders_with_text(config) or sorted({config.sources[name].shards for name in read}):
-        for number, caption in enumerate(captions_of_source(storage, url)):
+        for number, caption in enumerate(iter_captions(storage, url)):
             if number >= MAX_CAPTIONS:
                 break
             yield caption

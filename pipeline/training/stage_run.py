@@ -20,7 +20,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
-from pipeline.data.storage.faults import NoSpace
+from pipeline.data.storage.errors import NoSpace
 from pipeline.tracking.recorder import DatasetInput, Kept, Recorder
 from pipeline.training.accounting import metrics
 from pipeline.training.alarms import Alarms

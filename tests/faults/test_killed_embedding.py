@@ -16,7 +16,7 @@ from campaign import ROOT, SECONDS
 from untrained import untrained_weights
 
 from pipeline.data.building.importers import write_shards
-from pipeline.data.reading.samples import samples_of_source
+from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from pipeline.evaluation.embedding import DONE
 
@@ -61,8 +61,7 @@ class Embedding:
 def test_a_killed_embedding_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
     config, checkpoint = untrained_weights(tmp_path)
     samples = (
-        {"__key__": sample.key, **sample.members}
-        for sample in samples_of_source(Storage(), config.sources["scenes"].shards)
+        {"__key__": sample.key, **sample.members} for sample in iter_samples(Storage(), config.sources["scenes"].shards)
     )
     shards = str(tmp_path / "shards")
     write_shards(Storage(), samples, shards, 1)

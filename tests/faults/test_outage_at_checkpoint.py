@@ -18,18 +18,18 @@ HANG = max(20.0, OUTAGE / 3)  # of a step: in the long version an outage that is
 
 def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
     """Before the step after which the first checkpoint is written, this rank asks for the store to go away."""
-    from pipeline.data.storage.retry import Patience
+    from pipeline.data.storage.retry import RetryBudget
     from pipeline.training.loop import train
 
     without_mlflow()
-    wait = Patience.wait
+    wait = RetryBudget.wait
 
-    def note(self: Patience, error: Exception) -> None:
+    def note(self: RetryBudget, error: Exception) -> None:
         with Path(folder, "tried-again").open("a", encoding="utf-8") as file:
             file.write(f"{self._url}\n")
         wait(self, error)
 
-    Patience.wait = note  # type: ignore[method-assign]
+    RetryBudget.wait = note  # type: ignore[method-assign]
 
     def ask(_: object) -> None:
         if not Path(folder, "away").exists():

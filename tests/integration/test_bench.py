@@ -26,7 +26,7 @@ from jobs.bench.peers import PEERS
 from jobs.bench.photos import HEIGHT, WIDTH, draw_samples, write_photos
 from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.rows import augment
 from pipeline.data.storage import Storage
 
@@ -61,7 +61,7 @@ def job(tmp_path, photos) -> Job:
     """Thirty-two of them in shards, with a vocabulary of their captions."""
     storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
     write_photos(storage, [Path(photos)], shards, samples=32, at_least=2)
-    Tokenizer.train(captions_of_source(storage, shards), 200).save(storage, vocabulary)
+    Tokenizer.train(iter_captions(storage, shards), 200).save(storage, vocabulary)
     return Job("mome", shards, vocabulary, 16, 8, workers=0, threads=1, seed=0, operations=2, normalise=True)
 
 
@@ -106,7 +106,7 @@ def test_peers_deliver_the_pairs_of_the_shards(job, peer, normalise):
 
 
 def captions(job: Job) -> list[str]:
-    return list(captions_of_source(Storage(), job.shards))
+    return list(iter_captions(Storage(), job.shards))
 
 
 @pytest.mark.parametrize("name", pillow.NAMES)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from pipeline.data.storage import Part, Storage, join
+from pipeline.data.storage import PartReader, Storage, join
 from pipeline.training.checkpoint import COMMIT, MANIFEST
 from pipeline.training.local_ranks import _rank, free_port
 
@@ -24,7 +24,7 @@ class Troubled(Storage):
 
     trouble: Any = staticmethod(lambda: None)
 
-    def write_parts(self, url: str, size: int, part: Part) -> None:
+    def write_parts(self, url: str, size: int, part: PartReader) -> None:
         self.trouble()
         super().write_parts(url, size, part)
 

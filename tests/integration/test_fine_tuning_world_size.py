@@ -22,7 +22,7 @@ def _gradients(folder: str, use: str, zero_stage: int, micro_batch: int | None) 
     """The gradient and losses of one batch of real rows, drop path and all, on this rank."""
     from pipeline.data.contents.text import Tokenizer
     from pipeline.data.loading.loader import Loader
-    from pipeline.data.reading.samples import captions_of_source
+    from pipeline.data.reading.samples import iter_captions
     from pipeline.data.storage import Storage
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -39,7 +39,7 @@ def _gradients(folder: str, use: str, zero_stage: int, micro_batch: int | None) 
     model = config.model.model_copy(update={"drop_path": 0.1})
     config = config.model_copy(update={"engine": engine_config, "model": model})
     stage, storage = config.stages[0], Storage()
-    tokenizer = Tokenizer.train([*captions_of_source(storage, config.sources["train"].shards), "x"], 200)
+    tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
     engine = DeepSpeedEngine(build_stage_model(config, 0, storage, tokenizer.size), config, stage, collectives)
     step = TrainingStep(engine, config, stage, collectives)
     with Loader(config, stage, storage, tokenizer, collectives.rank, collectives.world_size) as loader:

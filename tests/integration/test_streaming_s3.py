@@ -21,12 +21,12 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.loading.loader import Loader
 from pipeline.data.plan import Slot
-from pipeline.data.reading.samples import SampleReader, captions_of_source
+from pipeline.data.reading.samples import SampleReader, iter_captions
 from pipeline.data.shards.manifest import index_shards, load_manifest
-from pipeline.data.shards.sources import Source
+from pipeline.data.shards.source import Source
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
 from pipeline.data.storage import s3 as module
-from pipeline.data.storage.retry import Patience
+from pipeline.data.storage.retry import RetryBudget
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_s3_equals_local_for_every_world_size_and_number_of_workers(s3, storage,
     copy(storage, folder, url)
     local, remote = index_shards(Storage(), folder), index_shards(storage, url)
     assert local.digest == remote.digest == load_manifest(storage, url).digest
-    captions = list(captions_of_source(storage, url))
-    assert captions == list(captions_of_source(Storage(), folder))
+    captions = list(iter_captions(storage, url))
+    assert captions == list(iter_captions(Storage(), folder))
     tokenizer = Tokenizer.train(captions, 200)
     prints, digests = set(), set()
     for shards, config, world, workers, threads in (
@@ -109,10 +109,10 @@ def test_empty_objects_and_names_with_spaces_are_objects_like_any(s3, storage):
 def test_looking_for_what_is_absent_needs_no_second_attempt(s3, monkeypatch: pytest.MonkeyPatch):
     """Swift ends a HEAD's 404 with bytes that no client expects: they must not spoil what is asked next."""
 
-    def refuse(patience: Patience, error: Exception) -> None:
+    def refuse(patience: RetryBudget, error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(Patience, "wait", refuse)
+    monkeypatch.setattr(RetryBudget, "wait", refuse)
     storage = Storage(s3.config)
     storage.write(s3.url("folder", "key"), b"1")
     for _ in range(3):
@@ -243,7 +243,7 @@ def test_loader_streams_many_batches(s3, storage, make_pairs):
     copy(storage, make_pairs("pairs", [9, 4, 10]), url)
     index_shards(storage, url)
     run = run_config(url, s3.config)
-    tokenizer = Tokenizer.train(captions_of_source(storage, url), 200)
+    tokenizer = Tokenizer.train(iter_captions(storage, url), 200)
     with Loader(run, run.stages[0], storage, tokenizer, rank=1, world_size=3) as loader:
         batches = list(islice(loader.batches(0), 23))
     assert {uid for batch in batches for uid in batch.uid.tolist()}

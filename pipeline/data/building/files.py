@@ -47,7 +47,7 @@ class Problems:
     faults: int = 0  # of these, the ones with something wrong
     absent: int = 0  # of these, pictures that do not exist
     first: list[str] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)  # files that are no samples, by suffix
+    skipped: Counter[str] = field(default_factory=Counter)  # files that are no samples, by suffix
 
     def add(self, where: str, reason: str) -> None:
         """Count something that is wrong. Raise DataError if `strict`."""
@@ -329,7 +329,7 @@ def pass_over(path: Path, problems: Problems) -> None:
     if suffix in OTHER_PICTURES:
         problems.leave_out(str(path), f"pictures of this format are not read; convert it to one of {known_suffixes()}")
     else:
-        problems.passed_over[f".{suffix}" if suffix else "without suffix"] += 1
+        problems.skipped[f".{suffix}" if suffix else "without suffix"] += 1
 
 
 def known_suffixes() -> str:

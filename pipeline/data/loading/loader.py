@@ -30,7 +30,7 @@ from pipeline.data.quarantine import Quarantine
 from pipeline.data.reading.cache import NodeCache, open_window_bytes
 from pipeline.data.rows.row_buffer import RowBuffer
 from pipeline.data.rows.rows import RowTask
-from pipeline.data.shards.sources import Source, open_source, selection_url
+from pipeline.data.shards.source import Source, open_source, selection_url
 from pipeline.data.storage import Storage
 
 

@@ -23,14 +23,21 @@ from pipeline.data.contents.members import texts_of
 from pipeline.data.plan import Slot
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.randomness import hash64, signed
-from pipeline.data.reading.access import Access, CacheAccess, LocalAccess, SpanAccess
 from pipeline.data.reading.cache import CachedShard, NodeCache
-from pipeline.data.reading.open_shards import SPAN, OpenFile, OpenShard, SourceShards
-from pipeline.data.reading.readahead import HORIZON, Need, ReadAhead
-from pipeline.data.reading.working_set import WorkingSet
+from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
+from pipeline.data.reading.shard_reader import (
+    CHUNK_BYTES,
+    CacheStrategy,
+    ChunkStrategy,
+    LocalStrategy,
+    OpenFile,
+    ReadStrategy,
+    ShardReader,
+    ShardView,
+)
 from pipeline.data.shards.index import ShardIndex, checksum
 from pipeline.data.shards.manifest import ShardRecord, load_manifest
-from pipeline.data.shards.sources import Source
+from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -73,16 +80,16 @@ class SampleReader:
         loader: LoaderConfig = LoaderConfig(),
         cache: NodeCache | None = None,
     ):
-        self._shards = {name: SourceShards(storage, source) for name, source in sources.items()}
+        self._shards = {name: ShardReader(storage, source) for name, source in sources.items()}
         self._loader = loader
-        self._memory: WorkingSet[Any] = WorkingSet(loader.memory_bytes, self._tell_shortage)  # indexes and spans
+        self._memory: PrefetchCache[Any] = PrefetchCache(loader.memory_bytes, self._tell_shortage)  # indexes and spans
         descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._files: WorkingSet[OpenFile] = WorkingSet(descriptors)
-        self._pins: WorkingSet[CachedShard] = WorkingSet(descriptors)
+        self._files: PrefetchCache[OpenFile] = PrefetchCache(descriptors)
+        self._pins: PrefetchCache[CachedShard] = PrefetchCache(descriptors)
         self._requests = ThreadPoolExecutor(loader.requests, thread_name_prefix="requests")
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
         self._access = {name: self._access_to(name, cache) for name in sources}
-        self._ahead: ReadAhead | None = None
+        self._ahead: Prefetcher | None = None
         self._passed, self._early = -1, set[int]()  # all steps up to `_passed` are reached, and these besides
         self._has_told = False
         self._lock = threading.Lock()
@@ -92,9 +99,9 @@ class SampleReader:
         shards, access = self._shards[slot.source], self._access[slot.source]
         opened = self._open(slot.source, slot.shard)
         index, number = opened.index, opened.number(slot.sample)
-        members, forget = access.read(slot.shard, opened, number)
+        members, invalidate = access.read(slot.shard, opened, number)
         if checksum(data for _, data in members) != index.crc[number]:
-            forget()  # what was kept may have been damaged on its way: once more
+            invalidate()  # what was kept may have been damaged on its way: once more
             members, _ = access.read(slot.shard, opened, number)
             if checksum(data for _, data in members) != index.crc[number]:
                 raise shards.changed(slot.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
@@ -116,14 +123,14 @@ class SampleReader:
         return opened.index, opened.number(slot.sample)
 
     def follow(self, slots: Callable[[int], Iterable[Slot]], step: int) -> None:
-        """Reads ahead from `step` on, in a thread; `slots(step)` gives what a step will read. Local files need none."""
+        """Reads ahead from `step` on, in a thread; `slots(step)` gives what a step will read."""
         self._stop_following()
         if all(shards.is_local for shards in self._shards.values()):
             return
         self._passed, self._early = step - 1, set()
         for store in (self._memory, self._pins):
             store.restart(step)
-        self._ahead = ReadAhead(lambda later: self._needs(slots(later), later), step, self._loader.read_ahead_bytes)
+        self._ahead = Prefetcher(lambda later: self._needs(slots(later), later), step, self._loader.read_ahead_bytes)
 
     def reached(self, step: int) -> None:
         """All of `step` is read: what no later step needs may go. Steps may be told a little out of their order."""
@@ -160,17 +167,17 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _access_to(self, name: str, cache: NodeCache | None) -> Access:
+    def _access_to(self, name: str, cache: NodeCache | None) -> ReadStrategy:
         shards = self._shards[name]
         if shards.is_local:
-            return LocalAccess(name, shards, self._files)
-        spans = SpanAccess(name, shards, self._memory, self._requests)
+            return LocalStrategy(name, shards, self._files)
+        spans = ChunkStrategy(name, shards, self._memory, self._requests)
         if cache is None:
             return spans
         each = max(2, self._loader.requests // 2)
-        return CacheAccess(name, shards, cache, self._pins, spans, self._downloads, self._requests, each)
+        return CacheStrategy(name, shards, cache, self._pins, spans, self._downloads, self._requests, each)
 
-    def _open(self, source: str, shard: int) -> OpenShard:
+    def _open(self, source: str, shard: int) -> ShardView:
         shards = self._shards[source]
         return self._memory.get((source, shard), shards.index_bytes(shard), partial(shards.open, shard))
 
@@ -180,7 +187,7 @@ class SampleReader:
             self._ahead.join()
             self._ahead = None
 
-    def _needs(self, slots: Iterable[Slot], step: int) -> Iterator[Need]:
+    def _needs(self, slots: Iterable[Slot], step: int) -> Iterator[PrefetchRequest]:
         """What the slots of remote sources need. A shard without a good index is left to whoever reads it."""
         remote = [slot for slot in slots if not self._shards[slot.source].is_local]
         opened = self._open_together(dict.fromkeys((slot.source, slot.shard) for slot in remote), step)
@@ -188,7 +195,7 @@ class SampleReader:
             if (shard := opened.get((slot.source, slot.shard))) is not None:
                 yield self._access[slot.source].need(slot.shard, shard, shard.number(slot.sample))
 
-    def _open_together(self, wanted: Iterable[tuple[str, int]], step: int) -> dict[tuple[str, int], OpenShard]:
+    def _open_together(self, wanted: Iterable[tuple[str, int]], step: int) -> dict[tuple[str, int], ShardView]:
         keys = list(wanted)
         for source, shard in keys:
             shards = self._shards[source]
@@ -227,9 +234,7 @@ def slots_of(source: Source) -> Callable[[int, int], list[Slot]]:
     return slots
 
 
-def samples_of_source(
-    storage: Storage, source: str | Source, start: int = 0, stop: int | None = None
-) -> Iterator[Sample]:
+def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
     """Samples `start` to `stop`, or all, of a folder of shards, each once, in the manifest's order."""
     opened = Source(source, load_manifest(storage, source)) if isinstance(source, str) else source
     end = int(opened.counts.sum()) if stop is None else stop
@@ -239,7 +244,7 @@ def samples_of_source(
         first = start + step * _CHUNK
         return between(first, max(first, min(first + _CHUNK, end)))
 
-    loader = LoaderConfig(memory_bytes=16 * SPAN, read_ahead_bytes=8 * SPAN)
+    loader = LoaderConfig(memory_bytes=16 * CHUNK_BYTES, read_ahead_bytes=8 * CHUNK_BYTES)
     with SampleReader(storage, {opened.url: opened}, loader) as reader:
         reader.follow(slots, 0)
         for step in range(-(-(end - start) // _CHUNK)):
@@ -248,9 +253,9 @@ def samples_of_source(
             reader.reached(step)
 
 
-def captions_of_source(storage: Storage, url: str) -> Iterator[str]:
+def iter_captions(storage: Storage, url: str) -> Iterator[str]:
     """Every text of a folder of shards, of any use. Samples without one are passed over: training counts them."""
-    for sample in samples_of_source(storage, url):
+    for sample in iter_samples(storage, url):
         try:
             with judging("members"):
                 texts = texts_of(sample.members)

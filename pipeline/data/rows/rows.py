@@ -32,7 +32,7 @@ from pipeline.data.reading.samples import Sample, SampleReader
 from pipeline.data.rows.augment import augment, mentions_side
 from pipeline.data.rows.masking import mask_patches, mask_whole_words, stand_ins
 from pipeline.data.rows.row_buffer import RegionSizes, RowBuffer, RowLayout, Wants
-from pipeline.data.shards.sources import Source
+from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 
 MAX_TRIES = 16  # candidates to replace one bad sample

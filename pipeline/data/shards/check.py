@@ -42,7 +42,7 @@ SHARD = "shard"  # the stage of what makes a shard broken
 
 
 @dataclass(frozen=True)
-class Finding:
+class ShardFinding:
     """One bad sample, or one reason why a shard is broken; fields as in `quarantine.BadRecord`."""
 
     shard: str
@@ -66,9 +66,9 @@ class ShardReport:
 
     shard: str
     samples: int  # walked
-    bad: tuple[Finding, ...] = ()
-    broken: Finding | None = None
-    passed_over: Mapping[str, int] = field(default_factory=dict)  # entries that are no sample's, by what they are
+    bad: tuple[ShardFinding, ...] = ()
+    broken: ShardFinding | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)  # entries that are no sample's, by what they are
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _num_classes(storage: Storage, folder: str, use: Use, found: Collection[str]
     return len(Choices.from_bytes(storage.read(join(folder, CLASSES)), join(folder, CLASSES)))
 
 
-def fault_of(sample: TarSample, use: Use, max_pixels: int, classes: int | None = None) -> BadSample | None:
+def sample_defect(sample: TarSample, use: Use, max_pixels: int, classes: int | None = None) -> BadSample | None:
     """Why training would quarantine a sample; None when it would read it. Judged in the loader's own order."""
     members = sample.contents
     try:
@@ -157,15 +157,15 @@ def _check_shard(question: _Question, shard: tuple[str, ShardRecord | None]) -> 
         with open_tar(question.storage, location, info) as tar:
             for sample in tar.samples():
                 builder.add(sample)
-                if fault := fault_of(sample, question.use, question.max_pixels, question.classes):
-                    bad.append(Finding(name, sample.key, sample.offset, fault.stage, fault.reason))
+                if fault := sample_defect(sample, question.use, question.max_pixels, question.classes):
+                    bad.append(ShardFinding(name, sample.key, sample.offset, fault.stage, fault.reason))
         index = builder.finish(tar, info.etag)
         if record is not None:
             _compare(question, record, location, index)
     except (DataError, NotFound) as error:
         reason = "the shard is missing" if isinstance(error, NotFound) else str(error).removeprefix(f"{location}: ")
-        return ShardReport(name, len(builder), tuple(bad), Finding(name, "", 0, SHARD, reason))
-    return ShardReport(name, len(index), tuple(bad), passed_over=dict(tar.passed_over))
+        return ShardReport(name, len(builder), tuple(bad), ShardFinding(name, "", 0, SHARD, reason))
+    return ShardReport(name, len(index), tuple(bad), skipped=dict(tar.skipped))
 
 
 def _compare(question: _Question, record: ShardRecord, location: str, index: ShardIndex) -> None:

@@ -51,14 +51,14 @@ class Tar:
     """A tar read once from front to back. After the walk, `position` and `digest` are those of the whole file.
 
     `size` is the number of its bytes, and `fetch(start, stop)` reads some of them again: what a hard link names.
-    `passed_over` counts the entries that are no sample's, by what they are.
+    `skipped` counts the entries that are no sample's, by what they are.
     """
 
     def __init__(self, stream: BinaryIO, name: str, size: int, fetch: Callable[[int, int], bytes]):
         self._stream, self._name, self._size, self._fetch = stream, name, size, fetch
         self._places: dict[bytes, tuple[int, int]] = {}  # path of each regular file -> (offset, size) of its data
         self._first_passed = ""
-        self.passed_over: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.position = 0
         self.digest = hashlib.sha256()
 
@@ -82,8 +82,8 @@ class Tar:
             sample.members.append((extension, offset, data))
         if sample is not None:
             yield sample
-        elif any(kind in self.passed_over for kind in (*_EMPTY_KINDS.values(), _LOST_LINK)):
-            told = self.told_passed()
+        elif any(kind in self.skipped for kind in (*_EMPTY_KINDS.values(), _LOST_LINK)):
+            told = self.skipped_summary()
             raise self._fault(f"it holds no sample, only {told}. Pack the files themselves: tar --dereference")
 
     def files(self) -> Iterator[tuple[str, int, bytes]]:
@@ -127,13 +127,13 @@ class Tar:
             long_name, long_link, attributes = None, None, {}
         self._end()
 
-    def told_passed(self) -> str:
+    def skipped_summary(self) -> str:
         """What was passed over, for a message; '' for nothing."""
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in self.passed_over.most_common())
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in self.skipped.most_common())
         return f"{kinds} (the first: {self._first_passed})" if kinds else ""
 
     def _pass_over(self, kind: str, path: str) -> None:
-        self.passed_over[kind] += 1
+        self.skipped[kind] += 1
         self._first_passed = self._first_passed or path
 
     def _stated_size(self, header: bytes, attributes: dict[bytes, bytes]) -> int:

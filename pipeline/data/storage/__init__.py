@@ -4,9 +4,8 @@ Transient faults are retried with exponential backoff, full jitter and a deadlin
 off; what is missing or forbidden fails at once. Every failure is a StorageError that names the URL and says what to do.
 """
 
-from pipeline.data.storage.backend import ObjectInfo, Part
-from pipeline.data.storage.faults import NotFound, ObjectChanged
-from pipeline.data.storage.storage import Storage
-from pipeline.data.storage.urls import join, split
+from pipeline.data.storage.backends import ObjectInfo, PartReader
+from pipeline.data.storage.errors import NotFound, ObjectChanged
+from pipeline.data.storage.storage import Storage, join, split
 
-__all__ = ["NotFound", "ObjectChanged", "ObjectInfo", "Part", "Storage", "join", "split"]
+__all__ = ["NotFound", "ObjectChanged", "ObjectInfo", "PartReader", "Storage", "join", "split"]

@@ -34,20 +34,19 @@ from pipeline.config.load import resolve_secret
 from pipeline.config.printable import printable
 from pipeline.config.redaction import redact, remember
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage.backend import ObjectInfo, Part
-from pipeline.data.storage.faults import (
+from pipeline.data.storage.backends import ObjectInfo, PartReader
+from pipeline.data.storage.errors import (
     TLS_HINT,
-    Changed,
-    Fault,
-    NoBucket,
+    BucketNotFound,
+    ConnectionFailed,
     NoCredentials,
-    Refused,
-    TooShort,
-    Unreachable,
+    ObjectTooShort,
+    PermanentError,
+    PreconditionFailed,
+    TransientError,
     is_broken_tls,
 )
-from pipeline.data.storage.receive import Answer, receive
-from pipeline.data.storage.retry import Retry
+from pipeline.data.storage.retry import RangeResponse, RetryPolicy, ranged_get
 
 PAGE = 1000  # objects in one listing or deletion
 PART = 16 * 2**20  # bytes of one part of a large object: what a fault costs to send again
@@ -86,20 +85,20 @@ _HEADER = re.compile(
 _MOST_SAID = 300  # characters of a library's or store's message that are repeated
 
 
-class S3:
+class S3Backend:
     """Paths are bucket/key. Make one in each process, after any fork."""
 
-    def __init__(self, config: StorageConfig, retry: Retry):
+    def __init__(self, config: StorageConfig, retry: RetryPolicy):
         self._client = _client(config)
         self._retry = retry
         self._deletes_singly = False  # once the store has refused to delete many objects in one request
         self._answered = False  # whether the endpoint has ever spoken HTTP
 
     def read(self, path: str) -> bytes:
-        return receive(lambda *what: self._ask(path, *what), _url(path), 0, None, None, self._retry)
+        return ranged_get(lambda *what: self._ask(path, *what), _url(path), 0, None, None, self._retry)
 
     def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
-        return receive(lambda *what: self._ask(path, *what), _url(path), start, stop, etag, self._retry)
+        return ranged_get(lambda *what: self._ask(path, *what), _url(path), start, stop, etag, self._retry)
 
     def info(self, path: str) -> ObjectInfo:
         query = _bucket_key(path)
@@ -124,13 +123,13 @@ class S3:
     def write(self, path: str, data: bytes) -> None:
         self.write_parts(path, len(data), lambda start, stop: data[start:stop])
 
-    def write_parts(self, path: str, size: int, part: Part) -> None:
+    def write_parts(self, path: str, size: int, part: PartReader) -> None:
         self._put(path, size, part, {})
 
-    def create_parts(self, path: str, size: int, part: Part) -> None:
+    def create_parts(self, path: str, size: int, part: PartReader) -> None:
         try:
             self._put(path, size, part, {"IfNoneMatch": "*"})
-        except Changed:
+        except PreconditionFailed:
             raise FileExistsError(errno.EEXIST, "exists already") from None
         except _Unsupported:  # a store without conditional writes: a look, then the write
             with suppress(FileNotFoundError):
@@ -138,7 +137,7 @@ class S3:
                 raise FileExistsError(errno.EEXIST, "exists already") from None
             self._put(path, size, part, {})
 
-    def _put(self, path: str, size: int, part: Part, condition: dict[str, str]) -> None:
+    def _put(self, path: str, size: int, part: PartReader, condition: dict[str, str]) -> None:
         if size <= PART:
             self._request("put_object", Body=part(0, size), **_bucket_key(path), **condition)
         else:
@@ -186,8 +185,8 @@ class S3:
             try:
                 answer = self._request("delete_objects", Bucket=bucket, Delete=chosen)
                 left &= {error.get("Key", "") for error in answer.get("Errors", [])}
-            except (Refused, PermissionError, FileNotFoundError) as error:
-                if isinstance(error, (NoBucket, NoCredentials)):
+            except (PermanentError, PermissionError, FileNotFoundError) as error:
+                if isinstance(error, (BucketNotFound, NoCredentials)):
                     raise
                 self._deletes_singly = True
 
@@ -206,7 +205,7 @@ class S3:
     def _try(self, operation: str, **query: Any) -> dict[str, Any]:
         try:
             answer = getattr(self._client, operation)(**query)
-        except Refused:  # from `_stop_at_redirect`
+        except PermanentError:  # from `_stop_at_redirect`
             raise
         except Exception as error:
             said = _said(error)
@@ -240,7 +239,7 @@ class S3:
                 return ObjectInfo(_field(item, "Size"), _etag(head) or _etag(item))
         raise _lacking("Content-Length")
 
-    def _ask(self, path: str, start: int, stop: int | None, etag: str | None) -> Answer:
+    def _ask(self, path: str, start: int, stop: int | None, etag: str | None) -> RangeResponse:
         query = _bucket_key(path)
         if stop is not None:
             query["Range"] = f"bytes={start}-{stop - 1}"
@@ -249,49 +248,49 @@ class S3:
         try:
             reply = self._try("get_object", **query)
         except _OutOfRange as error:
-            raise self._why_out_of_range(path, start, stop, etag) or Fault(str(error)) from error
+            raise self._range_error(path, start, stop, etag) or TransientError(str(error)) from error
         try:
             found = _etag(reply)
             if etag is not None and found not in (etag, None):
-                raise Changed()  # a store that overlooks If-Match
+                raise PreconditionFailed()  # a store that overlooks If-Match
             if etag is not None and found is None and stop is not None and "ContentRange" not in reply:
-                raise Fault(f"no bytes {start} to {stop} came, and nothing says that they are of the object")
+                raise TransientError(f"no bytes {start} to {stop} came, and nothing says that they are of the object")
             skipped, length = self._extent(query, reply, start, stop)
         except BaseException:
             reply["Body"].close()
             raise
         exactly = "ContentLength" not in reply and (stop is None or "ContentRange" in reply)
-        return Answer(start + length, found, _pieces(reply["Body"], skipped, length, exactly))
+        return RangeResponse(start + length, found, _pieces(reply["Body"], skipped, length, exactly))
 
     def _extent(self, query: dict[str, Any], reply: dict[str, Any], start: int, stop: int | None) -> tuple[int, int]:
         """Return how many bytes of an answer come before those asked for, and how many are these."""
         length, place = reply.get("ContentLength"), _CONTENT_RANGE.fullmatch(reply.get("ContentRange", ""))
         if place is None and reply["ResponseMetadata"]["HTTPStatusCode"] == 206:
-            raise Fault(f"{length} bytes of no stated range came for bytes {start} to {stop}")
+            raise TransientError(f"{length} bytes of no stated range came for bytes {start} to {stop}")
         if place is None:  # the whole object: asked for, or from a store that serves no ranges
             if length is None:
                 length = self._info(query, self._try("head_object", **query)).size
             if stop is not None and length < stop:
-                raise TooShort(length, start, stop)
+                raise ObjectTooShort(length, start, stop)
             return start, (length if stop is None else stop) - start
         first, last, size = map(int, place.groups())
         if stop is None:
-            raise Fault(f"bytes {first} to {last + 1} came for the whole object")
+            raise TransientError(f"bytes {first} to {last + 1} came for the whole object")
         if size < stop:
-            raise TooShort(size, start, stop)
+            raise ObjectTooShort(size, start, stop)
         if (first, last + 1) != (start, stop) or length not in (stop - start, None):
-            raise Fault(f"{length} bytes, said to be {first} to {last + 1}, came for bytes {start} to {stop}")
+            raise TransientError(f"{length} bytes, said to be {first} to {last + 1}, came for bytes {start} to {stop}")
         return 0, stop - start
 
-    def _why_out_of_range(self, path: str, start: int, stop: int | None, etag: str | None) -> Exception | None:
+    def _range_error(self, path: str, start: int, stop: int | None, etag: str | None) -> Exception | None:
         """What a store that judges the range before the condition did not say."""
         query = _bucket_key(path)
         info = self._info(query, self._try("head_object", **query))
         if etag is not None and info.etag not in (etag, None):
-            return Changed()
-        return TooShort(info.size, start, stop) if stop is not None and info.size < stop else None
+            return PreconditionFailed()
+        return ObjectTooShort(info.size, start, stop) if stop is not None and info.size < stop else None
 
-    def _upload_parts(self, path: str, size: int, part: Part, condition: dict[str, str]) -> None:
+    def _upload_parts(self, path: str, size: int, part: PartReader, condition: dict[str, str]) -> None:
         """A multipart upload: nothing is seen of it before it is complete."""
         key, length = _bucket_key(path), max(PART, -(-size // _MOST_PARTS))
         key["UploadId"] = _field(self._request("create_multipart_upload", **key), "UploadId")
@@ -304,11 +303,11 @@ class S3:
         def complete() -> None:
             try:
                 self._try("complete_multipart_upload", MultipartUpload={"Parts": parts}, **key, **condition)
-            except NoBucket:
+            except BucketNotFound:
                 raise
             except FileNotFoundError as error:  # an earlier try may have done it, and its answer been lost
                 if not self._is_made_of(path, size, parts, part, length):
-                    raise Refused(
+                    raise PermanentError(
                         "the upload was removed before it was complete",
                         "Another process took up this run, or the store removes unfinished uploads too early.",
                     ) from error
@@ -322,7 +321,7 @@ class S3:
                 self._try("abort_multipart_upload", **key)
             raise
 
-    def _is_made_of(self, path: str, size: int, parts: list[dict[str, Any]], part: Part, length: int) -> bool:
+    def _is_made_of(self, path: str, size: int, parts: list[dict[str, Any]], part: PartReader, length: int) -> bool:
         """Return whether an object holds what an upload's parts hold, by its ETag or else by reading it."""
         try:
             info = self.info(path)
@@ -338,7 +337,7 @@ class _OutOfRange(Exception):
     """Status 416."""
 
 
-class _Unsupported(Refused):
+class _Unsupported(PermanentError):
     """The store does not know a request, or a header that was sent."""
 
 
@@ -346,7 +345,7 @@ def _client(config: StorageConfig) -> Any:
     options: dict[str, Any] = {
         "connect_timeout": min(_CONNECT, config.deadline_seconds / 4),
         "read_timeout": min(_STALL, config.deadline_seconds / 4),
-        "retries": {"total_max_attempts": 1},  # `Retry` does it
+        "retries": {"total_max_attempts": 1},  # `RetryPolicy` does it
         "max_pool_connections": _CONNECTIONS,
         "tcp_keepalive": True,
         # Stores other than AWS reject the newer checksum trailers, and most want the bucket in the path.
@@ -410,14 +409,14 @@ def _stop_at_redirect(parsed_response: dict[str, Any] | None, **_: Any) -> None:
         raise _redirected(status, headers)
 
 
-def _redirected(status: int, headers: dict[str, str]) -> Refused:
+def _redirected(status: int, headers: dict[str, str]) -> PermanentError:
     target = urlsplit(headers.get("location", ""))
     if not target.hostname:
-        return Refused(f"the store answers with a redirect ({status}) to nowhere", _ENDPOINT_HINT)
+        return PermanentError(f"the store answers with a redirect ({status}) to nowhere", _ENDPOINT_HINT)
     port = f":{target.port}" if target.port else ""
     place = f"{target.scheme}://{target.hostname}{port}"
     hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {place}."
-    return Refused(f"the store answers with a redirect ({status}) to {place}", hint)
+    return PermanentError(f"the store answers with a redirect ({status}) to {place}", hint)
 
 
 def _check_listing(response_dict: dict[str, Any], **_: Any) -> None:
@@ -447,9 +446,9 @@ def _pieces(body: Any, skipped: int, length: int, exactly: bool) -> Generator[by
                 length -= len(piece)
                 yield piece
             if exactly and raw.read1(1):
-                raise Fault("more bytes came than the object holds")
+                raise TransientError("more bytes came than the object holds")
         except urllib3.exceptions.HTTPError as error:
-            raise Fault(f"{type(error).__name__}: {error}") from error
+            raise TransientError(f"{type(error).__name__}: {error}") from error
 
 
 def _objects(page: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
@@ -464,8 +463,10 @@ def _field(answer: dict[str, Any], name: str) -> Any:
     return answer[name]
 
 
-def _lacking(name: str) -> Refused:
-    return Refused(f"the store's answer lacks {name}", "Check that no proxy between here and the store removes it.")
+def _lacking(name: str) -> PermanentError:
+    return PermanentError(
+        f"the store's answer lacks {name}", "Check that no proxy between here and the store removes it."
+    )
 
 
 def _etag(answer: dict[str, Any]) -> str | None:
@@ -497,19 +498,19 @@ def _translated(error: Exception, said: str, answered: bool) -> Exception:
         case botocore_errors.NoCredentialsError() | botocore_errors.PartialCredentialsError():
             return NoCredentials(said)
         case botocore_errors.EndpointConnectionError() | botocore_errors.ConnectTimeoutError():
-            return Unreachable(said)
+            return ConnectionFailed(said)
         case botocore_errors.SSLError():
-            return Fault(named) if is_broken_tls(error) else Refused(named, TLS_HINT)
+            return TransientError(named) if is_broken_tls(error) else PermanentError(named, TLS_HINT)
         case RecursionError():
-            return Refused("the store's redirects lead round in circles", _ENDPOINT_HINT)
+            return PermanentError("the store's redirects lead round in circles", _ENDPOINT_HINT)
         case botocore_errors.ConnectionClosedError() if not answered and _is_other_protocol(inner):
-            return Refused("the endpoint does not answer in HTTP", _ENDPOINT_HINT)
+            return PermanentError("the endpoint does not answer in HTTP", _ENDPOINT_HINT)
         case botocore_errors.HTTPClientError() if "Invalid header value" in str(error):
-            return Refused("a key, token or region holds a line break or another control character", _KEYS_HINT)
+            return PermanentError("a key, token or region holds a line break or another control character", _KEYS_HINT)
         case botocore_errors.HTTPClientError() if isinstance(inner, (ValueError, TypeError, LookupError)):
-            return Refused(named, _ENDPOINT_HINT)  # nothing was sent
+            return PermanentError(named, _ENDPOINT_HINT)  # nothing was sent
         case UnicodeError():
-            return Refused("a key, token or region holds a character that no header can", _KEYS_HINT)
+            return PermanentError("a key, token or region holds a character that no header can", _KEYS_HINT)
         case (
             ResponseParserError()  # throttling proxies answer with pages that are no XML
             | botocore_errors.HTTPClientError()
@@ -519,8 +520,8 @@ def _translated(error: Exception, said: str, answered: bool) -> Exception:
             | urllib3.exceptions.HTTPError()  # from the body of an error
             | OSError()
         ):
-            return Fault(named)
-    return Refused(named)
+            return TransientError(named)
+    return PermanentError(named)
 
 
 def _is_other_protocol(error: object) -> bool:
@@ -535,28 +536,28 @@ def _refusal(error: botocore_errors.ClientError, said: str) -> Exception:
     meta = error.response.get("ResponseMetadata", {})
     status, headers = int(meta.get("HTTPStatusCode", 0)), meta.get("HTTPHeaders", {})
     if code == "NoSuchBucket":
-        return NoBucket(errno.ENOENT, said)
+        return BucketNotFound(errno.ENOENT, said)
     if status == 404:
         return FileNotFoundError(errno.ENOENT, said)
     if status == 412:
-        return Changed()
+        return PreconditionFailed()
     if status == 416:
         return _OutOfRange(said)
     if status in _REDIRECTS:
         return _redirected(status, headers)
     if {status, code} & _PASSING:
-        return Fault(said, _retry_after(headers))
+        return TransientError(said, _retry_after(headers))
     if status == 507 or (status < 500 and _NO_SPACE.search(f"{code} {answer.get('Message')}")):
         return OSError(errno.EDQUOT, said)
     if not 300 <= status < 500 and not {status, code} & _LASTING:
-        return Fault(said, _retry_after(headers))
+        return TransientError(said, _retry_after(headers))
     if status == 403 and code in ("", "403", "AccessDenied", "SignatureDoesNotMatch") and _skew(headers) > _MOST_SKEW:
         code = "RequestTimeTooSkewed"  # that an answer to HEAD has no body to say
     if code in _HINTS:
-        return Refused(said, _HINTS[code])
+        return PermanentError(said, _HINTS[code])
     if status in (401, 403):
         return PermissionError(errno.EACCES, said)
-    return (_Unsupported if status in (400, 405, 501) or code == "NotImplemented" else Refused)(said)
+    return (_Unsupported if status in (400, 405, 501) or code == "NotImplemented" else PermanentError)(said)
 
 
 def _skew(headers: dict[str, str]) -> float:

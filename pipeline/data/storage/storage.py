@@ -9,13 +9,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
 
-from pipeline.config.durable import replacing
+from pipeline.config.durable import atomic_write
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
-from pipeline.data.storage.backend import Backend, ObjectInfo, Part
-from pipeline.data.storage.faults import AlreadyExists, explain
-from pipeline.data.storage.local import Local, open_file
-from pipeline.data.storage.retry import PIECE, Retry
+from pipeline.data.storage.backends import Backend, LocalBackend, ObjectInfo, PartReader, open_file
+from pipeline.data.storage.errors import AlreadyExists, explain
+from pipeline.data.storage.retry import PIECE, RetryPolicy
 
 T = TypeVar("T")
 
@@ -73,7 +72,7 @@ class Storage:
         """Readers see the old object or the whole new one."""
         self._do(url, "writing", lambda backend, path: backend.write(path, data))
 
-    def write_parts(self, url: str, size: int, part: Part) -> None:
+    def write_parts(self, url: str, size: int, part: PartReader) -> None:
         """Writes `size` bytes that `part(start, stop)` gives out by ranges: whole or not at all, as `write` does.
 
         In S3 several parts travel at once, each tried again on its own; memory holds only those. What `part` raises
@@ -90,7 +89,7 @@ class Storage:
         """
         return self.create_parts(url, len(data), lambda start, stop: data[start:stop])
 
-    def create_parts(self, url: str, size: int, part: Part) -> bool:
+    def create_parts(self, url: str, size: int, part: PartReader) -> bool:
         """As `create`, of `size` bytes that `part(start, stop)` gives out by ranges (see `write_parts`)."""
         try:
             self._do(url, "writing", lambda backend, path: backend.create_parts(path, size, part))
@@ -112,7 +111,7 @@ class Storage:
 
     def download(self, url: str, local_path: str | os.PathLike[str]) -> None:
         """Copies an object to a local file, whole or not at all."""
-        with self.open(url) as source, replacing(os.fspath(local_path)) as target:
+        with self.open(url) as source, atomic_write(os.fspath(local_path)) as target:
             shutil.copyfileobj(source, target, PIECE)
 
     def delete(self, url: str) -> None:
@@ -142,7 +141,7 @@ class Storage:
         """Connections are of one process; a lock that another thread held at a fork is never released here."""
         self._lock = threading.Lock()
         self._backends: dict[str, Backend] = {}
-        self._retry = Retry(self.config.deadline_seconds)
+        self._retry = RetryPolicy(self.config.deadline_seconds)
         self._process = os.getpid()
 
 
@@ -170,17 +169,17 @@ class _RemoteStream(io.RawIOBase):
         return data
 
 
-def _make_backend(protocol: str, config: StorageConfig, retry: Retry) -> Backend:
+def _make_backend(protocol: str, config: StorageConfig, retry: RetryPolicy) -> Backend:
     # A local run imports no client of any store.
     if protocol == "file":
-        return Local()
+        return LocalBackend()
     if protocol == "s3":
-        from pipeline.data.storage.s3 import S3
+        from pipeline.data.storage.s3 import S3Backend
 
-        return S3(config, retry)
-    from pipeline.data.storage.other import Other
+        return S3Backend(config, retry)
+    from pipeline.data.storage.backends import FsspecBackend
 
-    return Other(protocol, retry)
+    return FsspecBackend(protocol, retry)
 
 
 def _exists(backend: Backend, path: str) -> bool:
@@ -189,3 +188,14 @@ def _exists(backend: Backend, path: str) -> bool:
         return True
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return backend.is_folder(path)
+
+
+def join(url: str, *parts: str) -> str:
+    """The URL of something inside the folder `url`."""
+    return "/".join([url.rstrip("/") or "", *(part.strip("/") for part in parts)])
+
+
+def split(url: str) -> tuple[str, str]:
+    """The folder of a URL and the name inside it."""
+    folder, _, name = url.rstrip("/").rpartition("/")
+    return (folder or ("/" if url.startswith("/") else ".")), name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.durable import is_temporary, replacing, sync_folder, write_durably
+from pipeline.config.durable import atomic_write, is_temporary, sync_folder, write_durably
 from pipeline.data.storage import Storage
 
 
@@ -64,7 +64,7 @@ def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, log: list
 
 def test_a_failed_write_leaves_the_old_content_alone(tmp_path: Path):
     write_durably(tmp_path / "file", b"old")
-    with pytest.raises(TypeError), replacing(tmp_path / "file") as file:
+    with pytest.raises(TypeError), atomic_write(tmp_path / "file") as file:
         file.write("no bytes")  # type: ignore[arg-type]
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]

@@ -16,9 +16,8 @@ from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, retry, split
-from pipeline.data.storage.faults import Fault, GaveUp, explain
-from pipeline.data.storage.receive import Answer, receive
-from pipeline.data.storage.retry import Retry
+from pipeline.data.storage.errors import RetryTimeout, TransientError, explain
+from pipeline.data.storage.retry import RangeResponse, RetryPolicy, ranged_get
 from pipeline.data.storage.s3 import _retry_after
 
 
@@ -265,9 +264,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_transient_faults_are_tried_again_after_growing_random_waits(clock: Clock):
-    errors = [Fault("slow down"), TimeoutError("late"), ConnectionResetError("reset"), OSError(errno.EIO, "x")] * 3
+    eio = OSError(errno.EIO, "x")
+    errors = [TransientError("slow down"), TimeoutError("late"), ConnectionResetError("reset"), eio] * 3
     request = Failing(*errors)
-    assert Retry(300.0)("s3://bucket/key", request) == b"answer"
+    assert RetryPolicy(300.0)("s3://bucket/key", request) == b"answer"
     assert request.calls == len(clock.slept) + 1 == 13
     assert all(0 <= wait <= min(10.0, 0.1 * 2**n) for n, wait in enumerate(clock.slept))
     assert len(set(clock.slept)) == 12
@@ -287,15 +287,15 @@ def test_transient_faults_are_tried_again_after_growing_random_waits(clock: Cloc
 def test_lasting_failures_are_not_tried_again(clock: Clock, error: Exception):
     request = Failing(error)
     with pytest.raises(type(error)) as raised:
-        Retry(300.0)("s3://bucket/key", request)
+        RetryPolicy(300.0)("s3://bucket/key", request)
     assert raised.value is error
     assert (request.calls, clock.slept) == (1, [])
 
 
 def test_the_deadline_alone_bounds_the_tries_and_the_last_is_at_it(clock: Clock):
-    request = Failing(*[Fault("slow down")] * 1000)
-    with pytest.raises(GaveUp) as raised:
-        Retry(300.0)("s3://bucket/key", request)
+    request = Failing(*[TransientError("slow down")] * 1000)
+    with pytest.raises(RetryTimeout) as raised:
+        RetryPolicy(300.0)("s3://bucket/key", request)
     assert clock.now == pytest.approx(300.0)
     assert raised.value.tries == request.calls == len(clock.slept) + 1 > 30
     told = explain("s3://bucket/key", "reading", raised.value, "http://store")
@@ -308,16 +308,16 @@ def test_the_deadline_alone_bounds_the_tries_and_the_last_is_at_it(clock: Clock)
 def test_the_default_policy_outlives_an_absence_of_a_minute(clock: Clock):
     def request() -> str:
         if clock.now < 60.0:
-            raise Fault("away")
+            raise TransientError("away")
         return "back"
 
-    assert Retry(StorageConfig().deadline_seconds)("s3://bucket/key", request) == "back"
+    assert RetryPolicy(StorageConfig().deadline_seconds)("s3://bucket/key", request) == "back"
     assert 60.0 <= clock.now <= 70.0
 
 
 def test_a_store_is_spared_as_long_as_it_asked_but_not_beyond_the_deadline(clock: Clock):
-    request = Failing(Fault("slow down", retry_after=7.0), Fault("slow down", retry_after=3600.0))
-    assert Retry(300.0)("s3://bucket/key", request) == b"answer"
+    request = Failing(TransientError("slow down", retry_after=7.0), TransientError("slow down", retry_after=3600.0))
+    assert RetryPolicy(300.0)("s3://bucket/key", request) == b"answer"
     assert 7.0 <= clock.slept[0] <= 7.1
     assert clock.now == 300.0
 
@@ -330,13 +330,13 @@ def test_retry_after_is_read_in_both_forms():
 
 
 def test_an_outage_is_told_while_it_lasts(clock: Clock, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.WARNING), pytest.raises(GaveUp):
-        Retry(300.0)("s3://bucket/key", Failing(*[Fault("the store is away")] * 1000))
+    with caplog.at_level(logging.WARNING), pytest.raises(RetryTimeout):
+        RetryPolicy(300.0)("s3://bucket/key", Failing(*[TransientError("the store is away")] * 1000))
     lines = [record.getMessage() for record in caplog.records]
     assert 15 < len(lines) <= 60
-    assert all(line.startswith("s3://bucket/key: Fault: the store is away; trying on, for ") for line in lines)
+    assert all(line.startswith("s3://bucket/key: TransientError: the store is away; trying on, for ") for line in lines)
     caplog.clear()
-    Retry(300.0)("s3://bucket/key", Failing(Fault("brief")))
+    RetryPolicy(300.0)("s3://bucket/key", Failing(TransientError("brief")))
     assert caplog.records == []
 
 
@@ -348,13 +348,13 @@ def _pieces(*pieces: bytes | Exception):
 
 
 def test_what_came_before_a_fault_is_kept(clock: Clock):
-    asked, bodies = [], [[b"ab", Fault("cut")], [Fault("cut")], [b"c"], [b"defg"], [b"de", b"f"]]
+    asked, bodies = [], [[b"ab", TransientError("cut")], [TransientError("cut")], [b"c"], [b"defg"], [b"de", b"f"]]
 
-    def ask(start: int, stop: int | None, etag: str | None) -> Answer:
+    def ask(start: int, stop: int | None, etag: str | None) -> RangeResponse:
         asked.append((start, stop, etag))
-        return Answer(6, "tag", _pieces(*bodies.pop(0)))
+        return RangeResponse(6, "tag", _pieces(*bodies.pop(0)))
 
-    assert receive(ask, "s3://b/k", 0, None, None, Retry(300.0)) == b"abcdef"
+    assert ranged_get(ask, "s3://b/k", 0, None, None, RetryPolicy(300.0)) == b"abcdef"
     assert asked == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (3, 6, "tag")]
 
 
@@ -365,15 +365,27 @@ def _trickle(clock: Clock, piece: bytes, times: int):
 
 
 def test_a_body_that_trickles_ends_at_the_deadline(clock: Clock):
-    with pytest.raises(GaveUp, match="tried 1 times in 300 s") as raised:
-        receive(lambda *_: Answer(2**40, None, _trickle(clock, b"x", 1000)), "s3://b/k", 0, 2**40, None, Retry(300.0))
+    with pytest.raises(RetryTimeout, match="tried 1 times in 300 s") as raised:
+        ranged_get(
+            lambda *_: RangeResponse(2**40, None, _trickle(clock, b"x", 1000)),
+            "s3://b/k",
+            0,
+            2**40,
+            None,
+            RetryPolicy(300.0),
+        )
     assert "too slowly" in str(raised.value.__cause__)
 
 
 def test_every_16_mib_of_a_body_have_a_deadline_of_their_own(clock: Clock):
     size, piece = 4 * retry.PIECE, bytes(retry.PIECE // 256)
-    data = receive(
-        lambda *_: Answer(size, None, _trickle(clock, piece, 4 * 256)), "s3://b/k", 0, size, None, Retry(300.0)
+    data = ranged_get(
+        lambda *_: RangeResponse(size, None, _trickle(clock, piece, 4 * 256)),
+        "s3://b/k",
+        0,
+        size,
+        None,
+        RetryPolicy(300.0),
     )
     assert len(data) == size
     assert clock.now == 4 * 256

@@ -17,7 +17,7 @@ from quirky_store import MANNERS, QUIRKS, Babbler, QuirkyStore
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import NotFound, Storage, join, retry, s3
-from pipeline.data.storage.faults import NoSpace
+from pipeline.data.storage.errors import NoSpace
 
 DATA = random.Random(0).randbytes(100_000)
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"

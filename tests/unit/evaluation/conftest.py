@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.models import build_model
@@ -64,7 +64,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunCon
 
 @pytest.fixture(scope="session")
 def tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
-    return Tokenizer.train(captions_of_source(storage, config.sources["unseen"].shards), 200)
+    return Tokenizer.train(iter_captions(storage, config.sources["unseen"].shards), 200)
 
 
 @pytest.fixture(scope="session")

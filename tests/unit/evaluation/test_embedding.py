@@ -14,7 +14,7 @@ import torch
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import samples_of_source
+from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from pipeline.evaluation import embedding
 from pipeline.evaluation.embedding import Embedder, embed_source
@@ -30,8 +30,7 @@ def shards(config: RunConfig, tmp_path: Path) -> str:
     from pipeline.data.building.importers import write_shards
 
     samples = [
-        {"__key__": sample.key, **sample.members}
-        for sample in samples_of_source(Storage(), config.sources["unseen"].shards)
+        {"__key__": sample.key, **sample.members} for sample in iter_samples(Storage(), config.sources["unseen"].shards)
     ]
     write_shards(Storage(), iter(samples), str(tmp_path / "shards"), 7)
     return str(tmp_path / "shards")

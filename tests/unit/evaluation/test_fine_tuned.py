@@ -14,7 +14,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import ANSWERS, load_answers
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import captions_of_source
+from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.evaluation.annotated import AnnotatedSource
 from pipeline.evaluation.answering import measure_answering
@@ -57,7 +57,7 @@ def source_of(folder: Path, use: str, objective: str, limit: int | None = None, 
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:
-    return Tokenizer.train([*captions_of_source(Storage(), config.sources["test"].shards), "x"], 200)
+    return Tokenizer.train([*iter_captions(Storage(), config.sources["test"].shards), "x"], 200)
 
 
 @pytest.mark.parametrize("limit", [None, 7])

@@ -14,7 +14,7 @@ from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.data.building.importers import write_shards
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import samples_of_source
+from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 
@@ -22,7 +22,7 @@ from pipeline.evaluation.held_out import HeldOut, load_pairs
 def test_every_pair_is_read_in_the_order_of_the_manifest(
     config: RunConfig, storage: Storage, held_out: HeldOut
 ) -> None:
-    assert held_out.keys == tuple(s.key for s in samples_of_source(storage, config.sources["unseen"].shards))
+    assert held_out.keys == tuple(s.key for s in iter_samples(storage, config.sources["unseen"].shards))
     assert held_out.images[:].shape == (24, 32, 32, 3)
     assert held_out.images[3].dtype == torch.uint8
     assert held_out.caption_of.tolist() == [image for image in range(24) for _ in range(2)]

@@ -48,7 +48,7 @@ def test_what_was_imported_is_counted(folder: Path, tmp_path: Path) -> None:
     assert {name: found[name] for name in ("images", "captions", "without_caption", "animated", "left_out")} == {
         "images": 4, "captions": 3, "without_caption": 1, "animated": 1, "left_out": 1,
     }  # fmt: skip
-    assert found["passed_over"] == {".md": 1}
+    assert found["skipped"] == {".md": 1}
 
 
 def lines(path: Path, names: list[str]) -> Path:

@@ -17,7 +17,7 @@ from jobs.shards import app
 from jobs.shards.regions import Done, RegionActor, RegionTask
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.regions import parse_regions
-from pipeline.data.reading.samples import Sample, samples_of_source
+from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.storage import ObjectInfo, Storage
 
 NUMBERS, CLASSES = 16, 5
@@ -60,7 +60,7 @@ def run(*arguments: object) -> tuple[dict, str]:
 
 
 def samples(folder: object) -> dict[str, Sample]:
-    return {sample.key: sample for sample in samples_of_source(Storage(), str(folder))}
+    return {sample.key: sample for sample in iter_samples(Storage(), str(folder))}
 
 
 def test_every_sample_stays_and_gets_its_regions(pairs: str, detector: Path, tmp_path: Path) -> None:

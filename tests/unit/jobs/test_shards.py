@@ -49,7 +49,7 @@ def test_index_check_and_show_tell_everything_in_clean_text(folder: Path, tmp_pa
     assert "2 x symbolic link (the first: link.jpg)" in caplog.text
     status, out = run("check", folder, "--json", "--workers", 1, "--report", tmp_path / "bad.jsonl")
     found = json.loads(out.splitlines()[-1])
-    assert (status, found["bad_samples"], found["passed_over"]) == (3, 1, {"symbolic link": 2})
+    assert (status, found["bad_samples"], found["skipped"]) == (3, 1, {"symbolic link": 2})
     (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines())
     assert bad["key"] == "cut"
     assert "half a character" in bad["reason"]

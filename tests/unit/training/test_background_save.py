@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import CheckpointConfig, StorageConfig
-from pipeline.data.storage import Part, Storage, join
+from pipeline.data.storage import PartReader, Storage, join
 from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
@@ -26,7 +26,7 @@ class GatedStorage(Storage):
         self.gate = threading.Event()
         self.fault: Exception | None = None
 
-    def write_parts(self, url: str, size: int, part: Part) -> None:
+    def write_parts(self, url: str, size: int, part: PartReader) -> None:
         assert self.gate.wait(30)
         if self.fault is not None:
             raise self.fault

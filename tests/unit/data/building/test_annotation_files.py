@@ -17,7 +17,7 @@ from pipeline.data.building.importers import write_shards
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.members import captions_of, class_of, image_id_of
 from pipeline.data.contents.questions import both_images, question_of, statement_of
-from pipeline.data.reading.samples import samples_of_source
+from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 
 
@@ -214,7 +214,7 @@ def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     found = read_annotations(tmp_path, "classes", problems := Problems(), Options())
     assert [class_of(sample, 3) for sample in samples_of(found)] == [1, 2]
-    assert problems.passed_over == {".txt": 1}
+    assert problems.skipped == {".txt": 1}
     assert problems.faults == 1
     assert problems.first == [
         f"{tmp_path / 'stray.jpg'}: it lies in no class's folder",
@@ -252,7 +252,7 @@ def test_the_data_sets_own_files_become_shards_that_read_back(
     options = Options(images=folder / "images" / images, min_count=1)
     found = read_annotations(folder / file, kind, problems := Problems(), options)  # type: ignore[arg-type]
     write_shards(Storage(), found.samples, str(tmp_path / "shards"))
-    read = list(samples_of_source(Storage(), str(tmp_path / "shards")))
+    read = list(iter_samples(Storage(), str(tmp_path / "shards")))
     assert (len(read), problems.count) == (count, 0)
     for sample in read:
         if kind == "nlvr2":

@@ -199,8 +199,8 @@ def test_every_suffix_of_a_picture_is_read_and_others_are_counted(tmp_path: Path
     assert len(list(folder_samples(tmp_path, problems := Problems()))) == len(names)
     assert problems.count == 4
     assert problems.faults == 0
-    assert sum(problems.passed_over.values()) == 3
-    assert problems.passed_over[".xmp"] == 2
+    assert sum(problems.skipped.values()) == 3
+    assert problems.skipped[".xmp"] == 2
 
 
 @pytest.mark.parametrize("beside", ["x.txt", "x.TXT", "x.Txt", "x.jpg.txt", "x.jpg.TXT", "x.caption", "x.jpg.caption"])

@@ -19,7 +19,7 @@ from pipeline.data.contents.questions import both_images, question_of, statement
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.quarantine import BadSample
-from pipeline.data.reading.samples import captions_of_source, samples_of_source
+from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.check import fault_of
 from pipeline.data.shards.tar import TarSample
 from pipeline.data.storage import Storage
@@ -92,7 +92,7 @@ def test_texts_of_any_use_are_found() -> None:
 def test_check_judges_each_use_as_training_does(tmp_path: Path) -> None:
     for use, other in (("questions", "statements"), ("statements", "questions"), ("labelled", "questions")):
         config = run_config(tmp_path, use, _OBJECTIVES[use], 1, **_KEYS[use])
-        for sample in list(samples_of_source(Storage(), config.sources["test"].shards))[:3]:
+        for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:
             walked = TarSample(sample.key, False, [(name, 0, data) for name, data in sample.members.items()])
             assert fault_of(walked, use, 10**6) is None  # type: ignore[arg-type]
             assert fault_of(walked, other, 10**6) is not None  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ _KEYS: dict[str, dict[str, int]] = {"questions": {"answers": 6}, "statements": {
 
 def first_batch(folder: Path, use: str, rank: int = 0, world_size: int = 1) -> Batch:
     config, storage = run_config(folder, use, _OBJECTIVES[use], 1, **_KEYS[use]), Storage()
-    tokenizer = Tokenizer.train([*captions_of_source(storage, config.sources["train"].shards), "x"], 200)
+    tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
     with Loader(config, config.stages[0], storage, tokenizer, rank, world_size) as loader:
         return next(loader.batches(0))
 

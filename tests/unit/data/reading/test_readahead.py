@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from pipeline.config.errors import StorageError
-from pipeline.data.reading.readahead import HORIZON, Need, ReadAhead
-from pipeline.data.reading.working_set import WorkingSet
+from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -25,20 +24,20 @@ class Fetches:
 
     def __init__(self, most: int = 10_000):
         self.begun: list[str] = []
-        self.store: WorkingSet[str] = WorkingSet(most)
+        self.store: PrefetchCache[str] = PrefetchCache(most)
         self.pool = ThreadPoolExecutor(1)
 
-    def need(self, key: str) -> Need:
-        return Need(self.store, key, 10, 10, 0, lambda: self.fetch(key), self.pool.submit)
+    def need(self, key: str) -> PrefetchRequest:
+        return PrefetchRequest(self.store, key, 10, 10, 0, lambda: self.fetch(key), self.pool.submit)
 
     def fetch(self, key: str) -> str:
         self.begun.append(key)
         return key
 
     @contextmanager
-    def ahead(self, needs: Callable[[int], Iterable[str]], most: int, step: int = 0) -> Iterator[ReadAhead]:
+    def ahead(self, needs: Callable[[int], Iterable[str]], most: int, step: int = 0) -> Iterator[Prefetcher]:
         self.store.restart(step)
-        ahead = ReadAhead(lambda later: [self.need(key) for key in needs(later)], step, most)
+        ahead = Prefetcher(lambda later: [self.need(key) for key in needs(later)], step, most)
         try:
             yield ahead
         finally:
@@ -46,7 +45,7 @@ class Fetches:
             ahead.join()
             self.pool.shutdown()
 
-    def reached(self, ahead: ReadAhead, step: int) -> None:
+    def reached(self, ahead: Prefetcher, step: int) -> None:
         self.store.reached(step)
         ahead.reached(step)
 

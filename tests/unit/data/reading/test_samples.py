@@ -21,12 +21,12 @@ from pipeline.config.errors import DataError
 from pipeline.config.schema import LoaderConfig, SourceConfig, StorageConfig
 from pipeline.data.plan import Plan, PlanSource, Slot
 from pipeline.data.reading import cache as cache_module
-from pipeline.data.reading import open_shards as module
+from pipeline.data.reading import shard_reader as module
 from pipeline.data.reading.cache import NodeCache
-from pipeline.data.reading.open_shards import open_shard
-from pipeline.data.reading.samples import SampleReader, captions_of_source, sample_uid, samples_of_source
+from pipeline.data.reading.samples import SampleReader, iter_captions, iter_samples, sample_uid
+from pipeline.data.reading.shard_reader import make_shard_view
 from pipeline.data.shards.manifest import index_shards, load_index, load_manifest
-from pipeline.data.shards.sources import Source, open_source
+from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage, join
 
 ON_MOTO = pytest.mark.parametrize("s3", ["moto"], indirect=True)
@@ -73,13 +73,13 @@ def test_uid_is_the_same_wherever_the_shard_is_read(folder: str, make_pairs):
     sample = reader(folder).read(Slot("pairs", 5, 1, 2))
     assert sample.uid == sample_uid(manifest.shards[1], 2)
     assert -(2**63) <= sample.uid < 2**63
-    uids = {s.uid for s in samples_of_source(Storage(), folder)}
+    uids = {s.uid for s in iter_samples(Storage(), folder)}
     assert len(uids) == 10
     assert sample.uid in uids
 
 
 def test_captions_of_a_source_come_in_order(folder: str):
-    captions = list(captions_of_source(Storage(), folder))
+    captions = list(iter_captions(Storage(), folder))
     assert len(captions) == 30
     assert captions[3] == "picture 1 shows a thing in way a"
 
@@ -89,7 +89,7 @@ def test_equal_images_are_told_and_so_is_a_key_that_stands_twice(tmp_path: Path,
     data = b"".join(part.rstrip(b"\0") + bytes(-len(part.rstrip(b"\0")) % 512) for part in parts) + bytes(1024)
     (tmp_path / "0.tar").write_bytes(data)
     index_shards(Storage(), str(tmp_path))
-    samples = list(samples_of_source(Storage(), str(tmp_path)))
+    samples = list(iter_samples(Storage(), str(tmp_path)))
     assert [sample.is_duplicate for sample in samples] == [False, False, True, False]
     assert len({sample.image_id for sample in samples}) == 3
     assert samples[1].image_id == samples[3].image_id != 0
@@ -188,8 +188,8 @@ def test_spans_tile_the_shard_and_are_never_small(make_pairs, monkeypatch: pytes
     index_shards(Storage(), folder)
     index = load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
     for least in (1, 3000, 10_000, 10**9):
-        monkeypatch.setattr(module, "SPAN", least)
-        opened = open_shard(index)
+        monkeypatch.setattr(module, "CHUNK_BYTES", least)
+        opened = make_shard_view(index)
         spans = sorted({opened.span(sample) for sample in range(40)})
         for sample in range(40):
             start, stop = opened.span(sample)
@@ -198,7 +198,7 @@ def test_spans_tile_the_shard_and_are_never_small(make_pairs, monkeypatch: pytes
         assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
         assert len(spans) == 1 or all(stop - start > least - 1024 for start, stop in spans)
         assert sum(opened.chosen_in(which) for which in range(len(spans))) == 40
-        some = open_shard(index, np.array([0, 7, 39]))
+        some = make_shard_view(index, np.array([0, 7, 39]))
         assert sum(some.chosen_in(which) for which in range(len(spans))) == 3
     assert len(spans) == 1
 
@@ -214,7 +214,7 @@ def test_remote_equals_local_and_each_span_is_fetched_once(folder: str, monkeypa
     url = memory_copy(folder, "once")
     local, remote = reader(folder), reader(url)
     fetches = []
-    fetch = module.SourceShards.fetch
+    fetch = module.ShardReader.fetch
 
     def slow(shards, shard, start, stop):
         fetches.append((shard, start))
@@ -223,7 +223,7 @@ def test_remote_equals_local_and_each_span_is_fetched_once(folder: str, monkeypa
 
     slots = [Slot("pairs", 0, shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
     expected = [local.read(slot) for slot in slots]
-    monkeypatch.setattr(module.SourceShards, "fetch", slow)
+    monkeypatch.setattr(module.ShardReader, "fetch", slow)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(remote.read, slots)) == expected
     assert sorted(shard for shard, _ in fetches) == [0, 1]
@@ -232,7 +232,7 @@ def test_remote_equals_local_and_each_span_is_fetched_once(folder: str, monkeypa
 
 def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.MonkeyPatch):
     url = memory_copy(folder, "damage")
-    remote, fetch, times = reader(url), module.SourceShards.fetch, []
+    remote, fetch, times = reader(url), module.ShardReader.fetch, []
 
     def damaged(shards, shard, start, stop):
         data = bytearray(fetch(shards, shard, start, stop))
@@ -241,7 +241,7 @@ def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.Mo
             data[10] ^= 255
         return bytes(data)
 
-    monkeypatch.setattr(module.SourceShards, "fetch", damaged)
+    monkeypatch.setattr(module.ShardReader, "fetch", damaged)
     assert remote.read(Slot("pairs", 0, 0, 0)) == reader(folder).read(Slot("pairs", 0, 0, 0))
     assert np.sum(times) >= 2
     Storage().delete(url)
@@ -263,7 +263,7 @@ class Epoch:
         self.expected = [[local.read(slot) for slot in self.plan.batch(step)] for step in self.steps]
         indexes = [load_index(Storage(), folder, record) for record in self.source.manifest.shards]
         self.spans = {
-            (record.name, *open_shard(index).span(number))
+            (record.name, *make_shard_view(index).span(number))
             for record, index in zip(self.source.manifest.shards, indexes, strict=True)
             for number in range(len(index))
         }
@@ -286,7 +286,7 @@ class Epoch:
 
 @pytest.fixture
 def epoch(s3, make_pairs, monkeypatch: pytest.MonkeyPatch) -> Epoch:
-    monkeypatch.setattr(module, "SPAN", 16_000)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 16_000)
     monkeypatch.setattr(cache_module, "PIECE", 16_000)
     folder, storage = make_pairs("pairs", SIZES), Storage(s3.config)
     index_shards(Storage(), folder)
@@ -453,7 +453,7 @@ def test_local_sources_start_no_thread(folder: str):
 
 @pytest.mark.parametrize("where", ["local", "memory"])
 def test_hard_links_are_read_where_the_data_they_name_lies(where: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.data.reading.open_shards.SPAN", 4096)
+    monkeypatch.setattr("pipeline.data.reading.shard_reader.CHUNK_BYTES", 4096)
     rng = random.Random(5)
     buffer, files, expected = io.BytesIO(), [], []
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -476,9 +476,9 @@ def test_hard_links_are_read_where_the_data_they_name_lies(where: str, tmp_path:
     storage = Storage()
     storage.write(f"{folder}/0.tar", buffer.getvalue())
     manifest = index_shards(storage, folder)
-    opened = open_shard(load_index(storage, folder, manifest.shards[0]))
+    opened = make_shard_view(load_index(storage, folder, manifest.shards[0]))
     assert len(opened.spans) > 3
     for number in range(60):
         start, stop = opened.span(number)
         assert all(start <= at and at + size <= stop for _, at, size in opened.index.members(number))
-    assert [(sample.key, sample.members) for sample in samples_of_source(storage, folder)] == expected
+    assert [(sample.key, sample.members) for sample in iter_samples(storage, folder)] == expected

@@ -7,24 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline.config.errors import DataError
-from pipeline.data.reading.working_set import WorkingSet
+from pipeline.data.reading.prefetch import PrefetchCache
 
 
-def filled(most: int, keys: str, told: list | None = None) -> WorkingSet[str]:
+def filled(most: int, keys: str, told: list | None = None) -> PrefetchCache[str]:
     """Each thing measures 1."""
-    store: WorkingSet[str] = WorkingSet(most, lambda: (told if told is not None else []).append("shortage"))
+    store: PrefetchCache[str] = PrefetchCache(most, lambda: (told if told is not None else []).append("shortage"))
     for key in keys:
         store.get(key, 1, lambda key=key: key)
     return store
 
 
-def kept(store: WorkingSet[str], keys: str) -> str:
+def kept(store: PrefetchCache[str], keys: str) -> str:
     """Which of the keys need not be fetched again."""
     return "".join(key for key in keys if (entry := store._entries.get(key)) is not None and entry.is_held)
 
 
 def test_what_is_kept_stays_within_the_bound_and_the_newest_are_kept():
-    store: WorkingSet[bytes] = WorkingSet(1000)
+    store: PrefetchCache[bytes] = PrefetchCache(1000)
     for number in range(50):
         assert store.get(number, 300, lambda: bytes(300)) == bytes(300)
         assert store.held == min(900, 300 * (number + 1))
@@ -35,7 +35,7 @@ def test_what_is_kept_stays_within_the_bound_and_the_newest_are_kept():
 
 
 def test_threads_wait_for_the_one_that_fetches():
-    store: WorkingSet[int] = WorkingSet(10)
+    store: PrefetchCache[int] = PrefetchCache(10)
     calls = []
 
     def fetch() -> int:
@@ -49,7 +49,7 @@ def test_threads_wait_for_the_one_that_fetches():
 
 
 def test_a_failed_fetch_reaches_every_waiter_and_is_tried_again():
-    store: WorkingSet[bytes] = WorkingSet(1000)
+    store: PrefetchCache[bytes] = PrefetchCache(1000)
     begun = threading.Event()
 
     def fail() -> bytes:
@@ -106,7 +106,7 @@ def test_asking_never_costs_what_is_needed_and_a_reader_is_told_what_it_costs():
 
 
 def test_what_was_read_ahead_and_not_yet_used_leaves_last():
-    store: WorkingSet[str] = WorkingSet(2)
+    store: PrefetchCache[str] = PrefetchCache(2)
     for key in "ab":
         store.need(key, 1, 3)
         store.ask(key, 1, lambda key=key: key, lambda task: task())
@@ -116,7 +116,7 @@ def test_what_was_read_ahead_and_not_yet_used_leaves_last():
 
 
 def test_a_reader_takes_over_what_was_asked_for_and_has_not_begun():
-    store: WorkingSet[str] = WorkingSet(2)
+    store: PrefetchCache[str] = PrefetchCache(2)
     waiting = []
     assert store.ask("a", 1, lambda: "a", waiting.append)
     assert store.get("a", 1, lambda: "another") == "a"
@@ -126,7 +126,7 @@ def test_a_reader_takes_over_what_was_asked_for_and_has_not_begun():
 
 
 def test_needs_are_asked_for_once_and_again_when_they_had_to_leave():
-    store: WorkingSet[str] = WorkingSet(1)
+    store: PrefetchCache[str] = PrefetchCache(1)
     assert [store.need("a", 1, step) for step in (1, 2)] == [True, False]
     store.ask("a", 1, lambda: "a", lambda task: task())
     assert not store.need("a", 1, 3)
@@ -135,11 +135,11 @@ def test_needs_are_asked_for_once_and_again_when_they_had_to_leave():
 
 
 def test_a_bad_thing_is_forgotten_once_however_many_saw_it():
-    store: WorkingSet[list] = WorkingSet(3)
+    store: PrefetchCache[list] = PrefetchCache(3)
     bad, good = ["bad"], ["good"]
     store.get("a", 1, lambda: bad)
     for _ in range(2):
-        store.forget("a", bad)
+        store.invalidate("a", bad)
         assert store.get("a", 1, lambda: good) is good
 
 
@@ -158,7 +158,7 @@ def test_things_are_released_when_they_are_read_to_the_end_or_long_unneeded():
 
 
 def test_notes_of_what_was_never_fetched_do_not_pile_up():
-    store: WorkingSet[str] = WorkingSet(1)
+    store: PrefetchCache[str] = PrefetchCache(1)
     for step in range(1000):
         store.need(step, 1, step)
         store.reached(step)
@@ -166,7 +166,7 @@ def test_notes_of_what_was_never_fetched_do_not_pile_up():
 
 
 def test_closing_wakes_who_waits_and_refuses_who_asks():
-    store: WorkingSet[str] = WorkingSet(2)
+    store: PrefetchCache[str] = PrefetchCache(2)
     release = threading.Event()
     store.ask("a", 1, lambda: "a", lambda task: None)
     with ThreadPoolExecutor(2) as pool:

@@ -22,7 +22,7 @@ from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.quarantine import BadSample
-from pipeline.data.reading.samples import captions_of_source, samples_of_source
+from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.check import ShardReport, check_shards
 from pipeline.data.shards.index import index_tar
 from pipeline.data.shards.manifest import index_shards
@@ -173,7 +173,7 @@ def judge(tmp_path: Path, make_tar: Any, use: Use, damaged: dict[str, Members]) 
     found = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
     assert found == trained(str(folder), use, len(samples))
     assert {key for key, *_ in found} <= damaged.keys()
-    for text in captions_of_source(Storage(), str(folder)):
+    for text in iter_captions(Storage(), str(folder)):
         text.encode()
     return found
 
@@ -230,5 +230,5 @@ def test_an_image_id_that_is_no_number_unnames_no_picture(make_tar: Any, tmp_pat
     named = [sample("pairs", n) | {"json": b'{"caption": "fine", "image_id": NaN}'} for n in range(2)]
     (tmp_path / "0.tar").write_bytes(make_tar({str(n): members for n, members in enumerate(named)}))
     index_shards(Storage(), str(tmp_path))
-    read = [found.image_id for found in samples_of_source(Storage(), str(tmp_path))]
+    read = [found.image_id for found in iter_samples(Storage(), str(tmp_path))]
     assert read == [image_id_of({"jpg": members["jpg"]}) for members in named]

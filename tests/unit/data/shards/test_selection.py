@@ -12,10 +12,9 @@ import pytest
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, SourceConfig
-from pipeline.data.shards.index import ShardIndex
+from pipeline.data.shards.index import ShardIndex, normal_url
 from pipeline.data.shards.manifest import index_shards, load_index
-from pipeline.data.shards.properties import normal_url
-from pipeline.data.shards.sources import Source, open_source
+from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
 
 ROWS = [  # of two shards: five samples, then four

@@ -10,7 +10,7 @@ from pipeline.config.schema import FilterConfig, SourceConfig
 from pipeline.data.plan import Slot
 from pipeline.data.reading.samples import SampleReader
 from pipeline.data.shards.manifest import index_shards
-from pipeline.data.shards.sources import Source, open_source
+from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
 
 

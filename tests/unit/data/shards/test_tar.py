@@ -204,7 +204,7 @@ def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
         )
     )
     assert [sample.key for sample in tar.samples()] == ["a"]
-    assert tar.passed_over == {
+    assert tar.skipped == {
         "symbolic link": 2,
         "hard link to a file that is not before it in the tar": 1,
         "pipe": 1,
@@ -213,8 +213,8 @@ def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
         "hidden file": 1,
         "file of webdataset's metadata": 1,
     }
-    assert "2 x symbolic link" in tar.told_passed()
-    assert "the first: b.txt" in tar.told_passed()
+    assert "2 x symbolic link" in tar.skipped_summary()
+    assert "the first: b.txt" in tar.skipped_summary()
 
 
 def test_a_tar_of_links_alone_is_refused_by_name() -> None:

@@ -26,7 +26,7 @@ class NoSpace(StorageError):
     """The file system is full, or the user's quota of it."""
 
 
-class Fault(Exception):
+class TransientError(Exception):
     """An answer that may be better next time; `retry_after`: the seconds for which the store asked to be spared."""
 
     def __init__(self, what: str, retry_after: float = 0.0):
@@ -34,11 +34,11 @@ class Fault(Exception):
         self.retry_after = retry_after
 
 
-class Unreachable(Fault):
+class ConnectionFailed(TransientError):
     """No connection to the store could be made."""
 
 
-class Refused(Exception):
+class PermanentError(Exception):
     """An answer that will be the same next time; `hint`: what the user can do."""
 
     def __init__(self, what: str, hint: str = "Check the URL, and that the store is well."):
@@ -46,18 +46,18 @@ class Refused(Exception):
         self.hint = hint
 
 
-class Changed(Exception):
+class PreconditionFailed(Exception):
     """The object is not the one whose tag was known."""
 
 
-class TooShort(EOFError):
+class ObjectTooShort(EOFError):
     """The object ends before the bytes that were asked for."""
 
     def __init__(self, size: int, start: int, stop: int):
         super().__init__(f"it holds {size} bytes, and bytes {start} to {stop} were asked for")
 
 
-class NoBucket(FileNotFoundError):
+class BucketNotFound(FileNotFoundError):
     """The bucket of an object is not there."""
 
 
@@ -65,7 +65,7 @@ class NoCredentials(PermissionError):
     """None were found, or not all of them."""
 
 
-class GaveUp(Exception):
+class RetryTimeout(Exception):
     """A fault that outlasted the deadline. Its cause is the last one seen."""
 
     def __init__(self, tries: int, seconds: float):
@@ -93,13 +93,13 @@ def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, (MomeError, *_LASTING)) or (isinstance(error, ssl.SSLError) and not is_broken_tls(error)):
         return False
-    return isinstance(error, Fault) or (isinstance(error, OSError) and error.errno not in _LASTING_ERRNO)
+    return isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno not in _LASTING_ERRNO)
 
 
 def explain(url: str, action: str, error: BaseException, endpoint: str | None) -> StorageError | None:
     """The exception to tell the user, or None when it is neither the user's fault nor the store's."""
     tried = ""
-    if isinstance(error, GaveUp) and error.__cause__ is not None:
+    if isinstance(error, RetryTimeout) and error.__cause__ is not None:
         tried = f" Tried {error.tries} times in {error.seconds:.0f} s."
         error = error.__cause__
     told = _reason(url, error, f" at {endpoint}" if endpoint and url.startswith("s3") else "")
@@ -110,11 +110,11 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
     match error:
         case MomeError():  # says all already
             return None
-        case Changed():
+        case PreconditionFailed():
             return ObjectChanged, "the object was replaced while it was in use. Do not change what a run reads."
         case EOFError():
             return StorageError, f"the object is too short: {error}. It was cut or replaced; write it again."
-        case NoBucket():
+        case BucketNotFound():
             bucket = parse(url)[1].partition("/")[0]
             return NotFound, f"bucket '{bucket}' does not exist{where}. Create it, or correct the URL."
         case FileNotFoundError() | NotADirectoryError():
@@ -127,7 +127,7 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
             return StorageError, f"no credentials{where} ({error}). {hint}"
         case PermissionError():
             return StorageError, f"access was denied{where} ({error}). Check the credentials and permissions."
-        case Unreachable():
+        case ConnectionFailed():
             hint = "Check storage.endpoint_url and that it is running."
             return StorageError, f"the store did not answer{where} ({error}). {hint}"
         case IsADirectoryError():
@@ -140,9 +140,9 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
             return AlreadyExists, "it exists already."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return NoSpace, f"no space left ({error.strerror}). Free some, or choose another output."
-        case Refused():
+        case PermanentError():
             return StorageError, f"{error}{where}. {error.hint}"
-        case Fault():
+        case TransientError():
             return StorageError, f"{error}{where}. Check the URL, and that the store is well."
         case OSError():
             return StorageError, f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."

@@ -1,7 +1,7 @@
 """Which samples of a source are read: those that its filters admit and that nobody opted out of.
 
 A filter is about one property in the shards' indexes: `width`, `height`, `caption_length`, or a field of the samples'
-json (`pipeline.data.shards.properties`). An opt-out list is a text file with one id a line: a sample's key, its
+json (`pipeline.data.shards.index`). An opt-out list is a text file with one id a line: a sample's key, its
 `image_id` or its `url`. Both sides are compared in Unicode's form NFC, and URLs as RFC 3986 has them equal (the case of
 scheme and host, default ports, percent encoding). How many entries matched is told, with the first that did not. What
 is held is the number of chosen samples of each shard and the hashes of the listed ids; which samples those are is read
@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import FilterConfig, SourceConfig
+from pipeline.config.paths import file_name_of
+from pipeline.config.schema import FilterConfig, RunConfig, SourceConfig
 from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.randomness import hash64_array
-from pipeline.data.shards.index import ShardIndex
-from pipeline.data.shards.manifest import Manifest, load_index
-from pipeline.data.shards.properties import normal_url, text_hash
-from pipeline.data.storage import NotFound, Storage
+from pipeline.data.shards.index import ShardIndex, normal_url, text_hash
+from pipeline.data.shards.manifest import Manifest, check_present, load_index, load_manifest
+from pipeline.data.storage import NotFound, ObjectInfo, Storage, join
 
 log = logging.getLogger(__name__)
 
@@ -280,3 +280,49 @@ def _saved_counts(storage: Storage, url: str, question: str) -> np.ndarray | Non
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A folder (or pattern) of indexed shards. Picklable; memory in proportion to shards."""
+
+    url: str
+    manifest: Manifest
+    selection: Selection | None = None  # None: every sample is read
+    seen: Mapping[str, ObjectInfo] | None = None  # what the store said of each shard; None: it is still to be asked
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(shards,) int64: the samples read of each shard, in the manifest's order; 0 is fine."""
+        if self.selection is not None:
+            return self.selection.counts
+        return np.array([shard.samples for shard in self.manifest.shards], dtype=np.int64)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what is read: the shards' contents, and the choice among them."""
+        if self.selection is None:
+            return self.manifest.digest
+        return hashlib.sha256(f"{self.manifest.digest} {self.selection.digest}".encode()).hexdigest()
+
+    def chosen(self, index: ShardIndex) -> np.ndarray | None:
+        """The numbers (int64, ascending) of the samples read of a shard; None: all of them."""
+        return None if self.selection is None else self.selection.ordinals(index)
+
+
+def open_source(
+    storage: Storage, config: SourceConfig, saved: str | None = None, progress: Progress | None = None
+) -> Source:
+    """The source of a config, whose shards must be indexed already (`manifest.ensure_indexed`).
+
+    With filters or an opt-out list every index is read, once: `saved` is the URL where the counts are kept for those
+    who ask again. Raises DataError for a missing or cut shard, by name, and as `load_manifest` and `select` do.
+    """
+    manifest = load_manifest(storage, config.shards)
+    seen = check_present(storage, config.shards, manifest)
+    return Source(config.shards, manifest, select(storage, config, manifest, saved, progress), seen)
+
+
+def selection_url(config: RunConfig, name: str) -> str:
+    """Where a run keeps what a source's filters left, for its ranks."""
+    return join(config.folder, "selections", file_name_of(f"{name}.json"))
