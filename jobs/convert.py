@@ -29,7 +29,7 @@ from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.checkpoints.hugging_face import ConfigFile
-from pipeline.models.model import COLOUR_CLASSES, Heads, ImageTarget, Model
+from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit
 from pipeline.training.stages import heads as heads_of
@@ -223,7 +223,9 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
     return validate(values, "imported weights")
 
 
-def _stage(use: Use, objectives: list[Objective], heads: Heads = Heads(), max_text: int = 1) -> dict[str, Any]:
+def _stage(
+    use: Use, objectives: list[Objective], heads: HeadConfig = HeadConfig(), max_text: int = 1
+) -> dict[str, Any]:
     negatives = "hard" if "contrastive" in objectives else "random"
     target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
     if heads.image_target == "visual_tokens":
@@ -242,14 +244,16 @@ def _stage(use: Use, objectives: list[Objective], heads: Heads = Heads(), max_te
     }
 
 
-def _stages(section: TransformerConfig, heads: Heads, model: Model, state: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _stages(
+    section: TransformerConfig, heads: HeadConfig, model: Model, state: dict[str, Tensor]
+) -> list[dict[str, Any]]:
     """A stage for every use of data that a head of the weights serves."""
     absent = {model.part_of(name) for name in model.state_dict() if name not in state}
     present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
     max_text = min(section.max_text, MAX_TEXT)
 
     def serves(objective: Objective, use: Use) -> bool:
-        needed = (model.reads(objective, use) or frozenset()) & set(model.HEAD_PARTS)
+        needed = (model.modules_for(objective, use) or frozenset()) & set(model.HEAD_PARTS)
         return bool(needed) and needed <= present
 
     objectives = {use: [each for each in get_args(Objective) if serves(each, use)] for use in USES}
@@ -257,7 +261,7 @@ def _stages(section: TransformerConfig, heads: Heads, model: Model, state: dict[
     return found or [_stage("images", ["masked_image"], heads, max_text)]
 
 
-def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> Heads:
+def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> HeadConfig:
     """The heads that weights of ours carry, as a stage would have asked for them.
 
     `target` is what a masked-image head predicts; None: told by the number of its outputs.
@@ -265,7 +269,7 @@ def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None
     outputs = _rows(state, "masked_image_head.predict.bias")
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
     found = None if not outputs else target or known.get(outputs, "visual_tokens")
-    return Heads(
+    return HeadConfig(
         image_target=found,
         visual_tokens=outputs if found == "visual_tokens" else 0,
         classes=_rows(state, "classification_head.classify.bias") or None,

@@ -330,7 +330,7 @@ def without_random_heads(weights: Weights) -> Weights:
         for name, tensor in model.state_dict().items()
         if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
     } & set(model.HEAD_PARTS)
-    random = [o for o in stage.objectives if (model.reads(o, config.use_of(stage)) or frozenset()) & lacking]
+    random = [o for o in stage.objectives if (model.modules_for(o, config.use_of(stage)) or frozenset()) & lacking]
     if not random:
         return weights
     log.warning("%s: the weights hold no whole head for %s, which is left out", weights.url, ", ".join(random))

@@ -37,7 +37,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     config = weights.config
     stage = config.stage_named(weights.stage)
     model = model_of(weights)
-    if model.reads("word_patch", "pairs") is None:
+    if model.modules_for("word_patch", "pairs") is None:
         able = ", ".join(kind for kind in kinds() if readings("word_patch", kind))
         raise ConfigError(
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "

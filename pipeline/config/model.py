@@ -100,7 +100,7 @@ class ViLTConfig(TransformerConfig):
 
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
         "longest_side",
-        "patches_read",
+        "max_visible_patches",
         "norm_epsilon",
         "text_norm_epsilon",
     }
@@ -111,7 +111,7 @@ class ViLTConfig(TransformerConfig):
     longest_side: Positive = 640
     norm_epsilon: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's configs say 1e-12
     text_norm_epsilon: float = Field(1e-12, gt=0)  # of the text embedding's norm, and of masked language's
-    patches_read: Positive | None = 200  # at most, drawn at random from each picture in pretraining; None: all
+    max_visible_patches: Positive | None = 200  # at most, drawn at random from each picture in pretraining; None: all
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:

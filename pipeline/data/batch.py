@@ -29,11 +29,11 @@ class Batch:
     source: Tensor  # (B,) int64: the number of the row's source among the stage's, by name
     image: Tensor | None = None  # (B, H, W, 3) uint8
     image_size: Tensor | None = None  # (B, 2) int64: rows and columns of `image` that are picture, if pictures differ
-    patches_read: Tensor | None = None  # (B, K) int64: the patches a model reads, padded with -1, if pictures differ
+    visible_patches: Tensor | None = None  # (B, K) int64: the patches a model reads, padded with -1, if pictures differ
     second_image: Tensor | None = None  # (B, H, W, 3) uint8: of a statement about two pictures
     second_image_size: Tensor | None = None  # (B, 2) int64
     patch_positions: Tensor | None = None  # (B, K) int64: the masked patches, padded with -1 if pictures differ
-    patch_stand_ins: Tensor | None = None  # (B, K) int64: the patch shown in its place, -1: none; None: none anywhere
+    patch_replacements: Tensor | None = None  # (B, K) int64: patch shown in its place, -1: none; None: none anywhere
     text: Tensor | None = None  # (B, L) int64, [CLS] … [SEP], padded with [PAD]
     text_keep: Tensor | None = None  # (B, L) bool: False at padding
     masked_text: Tensor | None = None  # (B, L) int64: `text` with whole words masked

@@ -22,7 +22,7 @@ def aligned(model: Model, tokenizer: Tokenizer, held_out: HeldOut, config: RunCo
 
     What the weights were never trained for is noted, and shown none the less.
     """
-    if model.reads("word_patch", "pairs") is None or not len(held_out):
+    if model.modules_for("word_patch", "pairs") is None or not len(held_out):
         return Alignments()
     chosen = range(0, len(held_out), -(-len(held_out) // ALIGNED))
     return Alignments(

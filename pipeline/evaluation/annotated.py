@@ -32,7 +32,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.held_out import check_skipped
 from pipeline.evaluation.ranks import ALONE, Ranks, batches_of, together
 from pipeline.evaluation.retrieval import padded
-from pipeline.models.passes import Head, Pass
+from pipeline.models.forward import ForwardInput, Head
 
 Annotation = Question | Statement | int  # what a sample of questions, statements or labelled pictures says
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class AnnotatedSource:
         check_skipped(self._source, self.samples, self.skipped, self._config.data.max_bad_rate)
         return [found for found, _, _ in parts]
 
-    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[Pass, list[Any]]]:
+    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[ForwardInput, list[Any]]]:
         """Passes on a device, with the heads that are wanted, and what their first samples say: this rank's share.
 
         Every rank gets equally many passes; some may be of no sample.
@@ -98,7 +98,7 @@ class AnnotatedSource:
             wanted = self._pass(batch or [self._nothing()], heads)
             yield on_device(wanted, device), [each.annotation for each in batch]
 
-    def _pass(self, batch: Sequence[Annotated], heads: tuple[Head, ...]) -> Pass:
+    def _pass(self, batch: Sequence[Annotated], heads: tuple[Head, ...]) -> ForwardInput:
         rows = [each.tokens for each in batch if each.tokens]
         return pass_over([e.pictures for e in batch], rows, self._tokenizer.pad_id, self._config.model, *heads)
 
@@ -150,13 +150,13 @@ def pass_over(
     pad: int,
     model: TransformerConfig,
     *heads: Head,
-) -> Pass:
+) -> ForwardInput:
     """One pass over B rows of no, one or two pictures (resized already) and token ids, if any."""
     text, keep = padded(rows, pad) if rows else (None, None)
     images = [_stacked([row[place] for row in pictures], model) for place in range(len(pictures[0]) if pictures else 0)]
     images += [(None, None)] * (2 - len(images))
     (image, size), (second, second_size) = images
-    return Pass(
+    return ForwardInput(
         heads=heads,
         image=image,
         image_size=size,
@@ -167,7 +167,7 @@ def pass_over(
     )
 
 
-def on_device(one: Pass, device: torch.device) -> Pass:
+def on_device(one: ForwardInput, device: torch.device) -> ForwardInput:
     """The same pass with its tensors there."""
     members = {name: value for name, value in vars(one).items() if isinstance(value, Tensor)}
     moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}

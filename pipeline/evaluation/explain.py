@@ -21,8 +21,8 @@ from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.evaluation.masked_language import Guesses, MaskedCaptions, guess
 from pipeline.evaluation.retrieval import reading
+from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
-from pipeline.models.passes import Pass
 from pipeline.objectives.word_patch import word_patch_cost, word_patch_distance, word_patch_plan
 
 
@@ -126,7 +126,9 @@ def share_of(plan: Tensor, positions: Sequence[int]) -> Tensor:
 def _plan(model: Model, picture: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
     """The plan (L, P) of one text and one picture, and what it costs."""
     with reading(model) as device:
-        one = Pass(heads=("alignment",), image=picture[None].to(device), text=torch.tensor([tokens.ids], device=device))
+        one = ForwardInput(
+            heads=("alignment",), image=picture[None].to(device), text=torch.tensor([tokens.ids], device=device)
+        )
         found = model({"only": one})["only"]
         cost = word_patch_cost(found["words"], found["patches"])
         plan = word_patch_plan(cost, found["words_keep"], found["patches_keep"])

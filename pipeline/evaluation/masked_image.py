@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.rows.masking import mask_patches
 from pipeline.evaluation.retrieval import reading
-from pipeline.models.passes import Pass, left_out
+from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.objectives.masked_image import patchify, unpatchify
 from pipeline.objectives.masked_image import reconstruct as paint
 
@@ -80,10 +80,10 @@ def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int, de
     with reading(model) as device:
         for start in range(0, len(images), batch):
             span = slice(start, start + batch)
-            wanted = Pass(
+            wanted = ForwardInput(
                 heads=("masked_image",), image=images[span].to(device), patch_positions=positions[span].to(device)
             )
-            wanted = wanted if decoded_of is None else left_out(wanted, decoded_of)
+            wanted = wanted if decoded_of is None else drop_masked_patches(wanted, decoded_of)
             parts.append(model({"only": wanted})["only"]["masked_image"].float().cpu())
     return torch.cat(parts)
 

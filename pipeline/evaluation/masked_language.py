@@ -23,7 +23,7 @@ from pipeline.data.rows.masking import mask_whole_words
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.ranks import ALONE, Ranks, computed
 from pipeline.evaluation.retrieval import Images, padded, reading
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 
 _SEED = 2111_02358  # fixed, so that every checkpoint is asked for the same words
 _TOP = 3
@@ -126,7 +126,7 @@ def guess(
             sizes = None if image_size is None or image_of is None else image_size[image_of[span]].to(device)
             text, keep = padded(masked.rows[span], pad)
             positions, real = padded(masked.positions[span], 0)
-            wanted = Pass(
+            wanted = ForwardInput(
                 heads=("mlm",),
                 image=shown,
                 image_size=sizes,

@@ -20,8 +20,8 @@ from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
 from pipeline.evaluation.annotated import on_device, pass_over
 from pipeline.evaluation.retrieval import all_heads, reading
+from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import Model
-from pipeline.models.passes import Head, Pass
 
 Prediction = dict[str, Any]
 
@@ -140,18 +140,18 @@ class Predictor:
             raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text}")
         return ids, positions
 
-    def _fused(self, given: Given, head: Head) -> Pass:
+    def _fused(self, given: Given, head: Head) -> ForwardInput:
         ids = [] if given.text is None else self.tokenizer.encode(given.text, self.stage.max_text).ids
         if given.text is not None and len(ids) <= 2:
             raise ConfigError(f"no token is left of the text {given.text!r}; give at least one word")
         return self._pass(given.pictures, ids, head)
 
-    def _pass(self, pictures: Sequence[np.ndarray], ids: list[int], head: Head) -> Pass:
+    def _pass(self, pictures: Sequence[np.ndarray], ids: list[int], head: Head) -> ForwardInput:
         resized = tuple(resize_for(picture, self.config.model) for picture in pictures)
         rows = [ids] if ids else []
         return pass_over([resized] if resized else [], rows, self.tokenizer.pad_id, self.config.model, head)
 
-    def _read(self, one: Pass) -> dict[str, Tensor]:
+    def _read(self, one: ForwardInput) -> dict[str, Tensor]:
         with reading(self.model) as device:
             outputs = self.model({"only": on_device(one, device)})["only"]
         return {name: value.float().cpu() for name, value in outputs.items()}

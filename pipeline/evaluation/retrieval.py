@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.evaluation.ranks import ALONE, Ranks, computed
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 
 KS = (1, 5, 10)
 KEPT = 10  # best candidates of each query that are kept, where nobody asks for more
@@ -106,7 +106,7 @@ def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks
     with reading(model) as device:
 
         def embed(rows: slice) -> tuple[Tensor]:
-            return (all_heads(model, Pass(heads=("itc",), image=images[rows].to(device))),)
+            return (all_heads(model, ForwardInput(heads=("itc",), image=images[rows].to(device))),)
 
         return computed(len(images), batch, ranks, embed)[0]
 
@@ -119,12 +119,12 @@ def embed_texts(
 
         def embed(chosen: slice) -> tuple[Tensor]:
             text, keep = padded(rows[chosen], pad)
-            return (all_heads(model, Pass(heads=("itc",), text=text.to(device), text_keep=keep.to(device))),)
+            return (all_heads(model, ForwardInput(heads=("itc",), text=text.to(device), text_keep=keep.to(device))),)
 
         return computed(len(rows), batch, ranks, embed)[0]
 
 
-def all_heads(model: nn.Module, wanted: Pass) -> Tensor:
+def all_heads(model: nn.Module, wanted: ForwardInput) -> Tensor:
     """Unit vectors (B, HD) of a pass's rows, of all contrastive heads together."""
     outputs = model({"only": wanted})["only"]
     heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
@@ -256,7 +256,7 @@ def matching_odds(
         def score(span: slice) -> tuple[Tensor]:
             chosen = ordered[span]
             text, keep = padded([rows[caption] for caption in chosen[:, 1].tolist()], pad)
-            fused = Pass(
+            fused = ForwardInput(
                 heads=(head,),
                 image=images[chosen[:, 0]].to(device),
                 image_size=None if image_size is None else image_size[chosen[:, 0]].to(device),

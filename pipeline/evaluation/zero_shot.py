@@ -24,7 +24,7 @@ from pipeline.evaluation.annotated import AnnotatedSource
 from pipeline.evaluation.classification import Classification, classified, places_of
 from pipeline.evaluation.ranks import ALONE, Ranks
 from pipeline.evaluation.retrieval import all_heads, embed_texts, reading
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 
 
 def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def measure_zero_shot(model: nn.Module, source: AnnotatedSource, classes: Tensor
         with reading(model) as device:
             return places_of((all_heads(model, one) @ classes.T, known(said)) for one, said in batches(device))
 
-    def batches(device: torch.device) -> Iterator[tuple[Pass, list[int]]]:
+    def batches(device: torch.device) -> Iterator[tuple[ForwardInput, list[int]]]:
         return source.batches(device, "itc")
 
     def known(labels: list[int]) -> list[int]:

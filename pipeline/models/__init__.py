@@ -16,12 +16,12 @@ from pipeline.config.model import (
     VLMoConfig,
 )
 from pipeline.models.dual_encoder import DualEncoder
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.vilt import ViLT
 from pipeline.models.vit import ViT
 from pipeline.models.vlmo import VLMo
 
-Kind = Callable[[Any, int, Heads], Model]
+Kind = Callable[[Any, int, HeadConfig], Model]
 _KINDS: dict[type[TransformerConfig], Kind] = {
     VLMoConfig: VLMo,
     ViLTConfig: ViLT,
@@ -30,7 +30,7 @@ _KINDS: dict[type[TransformerConfig], Kind] = {
 }
 
 
-def build_model(config: TransformerConfig, vocabulary: int, heads: Heads = Heads(), seed: int = 0) -> Model:
+def build_model(config: TransformerConfig, vocabulary: int, heads: HeadConfig = HeadConfig(), seed: int = 0) -> Model:
     """The model a config names, its weights drawn from `seed` alone (the global generator is left as it was)."""
     with torch.random.fork_rng(devices=[]):
         model = _kind(config)(config, vocabulary, heads)
@@ -38,7 +38,7 @@ def build_model(config: TransformerConfig, vocabulary: int, heads: Heads = Heads
     return model
 
 
-def skeleton(config: TransformerConfig, vocabulary: int = 1, heads: Heads = Heads()) -> Model:
+def skeleton(config: TransformerConfig, vocabulary: int = 1, heads: HeadConfig = HeadConfig()) -> Model:
     """The same without memory for its weights: for names, shapes and parts."""
     with torch.device("meta"):
         return _kind(config)(config, vocabulary, heads)

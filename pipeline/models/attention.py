@@ -13,12 +13,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def pick(x: Tensor, positions: Tensor) -> Tensor:
+def gather(x: Tensor, positions: Tensor) -> Tensor:
     """The vectors of `x` (B, L, D) at `positions` (B, K) of each row: (B, K, D)."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def pick_bias(bias: Tensor, positions: Tensor) -> Tensor:
+def gather_bias(bias: Tensor, positions: Tensor) -> Tensor:
     """The rows of a bias (1 or B, H, L, L) that the queries at `positions` (B, K) read: (B, H, K, L)."""
     if len(bias) != 1:
         return bias.gather(2, positions[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
@@ -27,9 +27,9 @@ def pick_bias(bias: Tensor, positions: Tensor) -> Tensor:
     return rearrange(picked, "b q (h k) -> b h q k", h=bias.shape[1])
 
 
-def pick_pairs(bias: Tensor, positions: Tensor) -> Tensor:
+def gather_pairs(bias: Tensor, positions: Tensor) -> Tensor:
     """The bias (H, L, L) among the tokens at `positions` (B, K) of each row: (B, H, K, K)."""
-    queries = pick_bias(bias.unsqueeze(0), positions)
+    queries = gather_bias(bias.unsqueeze(0), positions)
     return queries.gather(3, positions[:, None, None, :].expand(*queries.shape[:3], -1))
 
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         query, key, value = self._project(x, read)
         if bias is not None:
             bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
-            bias = bias if read is None else pick_bias(bias, read)
+            bias = bias if read is None else gather_bias(bias, read)
         if padding is not None:
             padding = padding[:, None, None, :]
             bias = padding if bias is None else bias + padding
@@ -71,7 +71,7 @@ class Attention(nn.Module):
             joint = F.linear(x, self.weight, torch.cat([self.query_bias, key_bias, self.value_bias]))
             return rearrange(joint, "b l (three h d) -> three b h l d", three=3, h=self.heads).unbind(0)
         width = x.shape[-1]
-        query = F.linear(pick(x, read), self.weight[:width], self.query_bias)
+        query = F.linear(gather(x, read), self.weight[:width], self.query_bias)
         joint = F.linear(x, self.weight[width:], torch.cat([key_bias, self.value_bias]))
         key, value = rearrange(joint, "b l (two h d) -> two b h l d", two=2, h=self.heads).unbind(0)
         return rearrange(query, "b l (h d) -> b h l d", h=self.heads), key, value

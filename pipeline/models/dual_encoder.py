@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pipeline.config.model import DualEncoderConfig, TransformerConfig
 from pipeline.config.schema import Objective, Use
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
+from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import SharedSpaceHead
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock
-from pipeline.models.passes import Head, Pass
+from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid
-from pipeline.models.rows import Rows
 
 PARTS = ("image_embedding", "text_embedding", "image_tower", "text_tower", "contrastive_head")
 
@@ -43,10 +43,10 @@ class Tower(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width, eps=EPSILON)
 
-    def forward(self, x: Tensor, padding: Tensor | None, drop_keep: Tensor | None, read: Tensor | None) -> Tensor:
-        """x (B, L, D), padding (B, L) added for each key, drop_keep (B, N, 2) -> (B, L, D), or (B, K, D) at `read`."""
+    def forward(self, x: Tensor, padding: Tensor | None, drop_path_mask: Tensor | None, read: Tensor | None) -> Tensor:
+        """x (B, L, D), padding (B, L) added to keys, drop_path_mask (B, N, 2) -> (B, L, D), or (B, K, D) at `read`."""
         last = len(self.blocks) - 1
-        keeps = [None] * len(self.blocks) if drop_keep is None else drop_keep.unbind(1)[-len(self.blocks) :]
+        keeps = [None] * len(self.blocks) if drop_path_mask is None else drop_path_mask.unbind(1)[-len(self.blocks) :]
         for layer, (block, keep) in enumerate(zip(self.blocks, keeps, strict=True)):
             x = block(x, {self.expert: slice(None)}, None, padding, keep, read if layer == last else None)
         return self.norm(x)
@@ -59,7 +59,7 @@ class DualEncoder(Model):
 
     config: DualEncoderConfig
 
-    def __init__(self, config: DualEncoderConfig, vocabulary: int, heads: Heads = Heads()) -> None:
+    def __init__(self, config: DualEncoderConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width = config.width
         self.image_embedding = ImageEmbedding(
@@ -70,19 +70,23 @@ class DualEncoder(Model):
         self.text_tower = Tower(config, "language", config.text_layers)
         self.contrastive_head = SharedSpaceHead(width, config.embedding)
 
-    def encode(self, rows: Rows) -> tuple[Tensor, None]:
+    def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
         if rows.image is not None and rows.text is not None:
             raise ValueError("a dual encoder reads a picture or a text, never both in one pass; ask for two passes")
         if rows.image is not None:
-            if rows.image_size is not None or rows.patches_read is not None:
+            if rows.image_size is not None or rows.visible_patches is not None:
                 raise ValueError("a dual encoder reads whole square pictures; pictures of their own shape are for ViLT")
-            return self.image_tower(self.image_embedding(rows.image), None, rows.drop_keep, rows.read), None
+            return self.image_tower(
+                self.image_embedding(rows.image), None, rows.drop_path_mask, rows.output_positions
+            ), None
         assert rows.text is not None
         assert rows.text_keep is not None
         x = self.text_embedding(rows.text)
-        return self.text_tower(x, key_padding(rows.text_keep, x.dtype), rows.drop_keep, rows.read), None
+        return self.text_tower(
+            x, key_padding(rows.text_keep, x.dtype), rows.drop_path_mask, rows.output_positions
+        ), None
 
-    def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itc":
             modality: Literal["image", "text"] = "image" if one.text is None else "text"
             vectors, scale = self.contrastive_head(modality, features[:, 0])
@@ -96,7 +100,7 @@ class DualEncoder(Model):
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
         return frozenset(PARTS) if (objective, use) == ("contrastive", "pairs") else None
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pipeline.models.attention import pick
+from pipeline.models.attention import gather
 
 TEXT_EPSILON = 1e-12  # BERT's
 
@@ -100,7 +100,7 @@ class ImageEmbedding(nn.Module):
             stand_ins = read if stand_ins is None else stand_ins.gather(1, read)
             hidden = None if hidden is None else hidden.gather(1, read)
         if stand_ins is not None:
-            patches = pick(patches, stand_ins)
+            patches = gather(patches, stand_ins)
         x = self.project(patches, hidden)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
         if self.positions is not None:

@@ -19,7 +19,7 @@ from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import ImageDecoderConfig
 from pipeline.models.embeddings import read_padding
 from pipeline.models.heads import MaskedImageHead
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from pipeline.models.multiway import EPSILON, MultiwayBlock
 
 FEED_FORWARD_RATIO = 4
@@ -73,7 +73,7 @@ def sine_positions(grid: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width), torch.cat([across, down], dim=1)])
 
 
-def build_masked_image_head(config: TransformerConfig, heads: Heads) -> MaskedImageHead | ImageDecoder | None:
+def build_masked_image_head(config: TransformerConfig, heads: HeadConfig) -> MaskedImageHead | ImageDecoder | None:
     """What predicts masked patches in a stage with these heads; None where it masks no pictures."""
     targets = heads.image_targets(config.patch_size)
     if heads.image_target is None:

@@ -19,12 +19,12 @@ from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, 
 
 from pipeline.config.model import ImageBERTConfig
 from pipeline.config.schema import Objective, Use
-from pipeline.models.attention import pick
+from pipeline.models.attention import gather
 from pipeline.models.embeddings import key_padding
+from pipeline.models.forward import ForwardInput, Head, Regions
 from pipeline.models.heads import MaskedLanguageHead
-from pipeline.models.model import Heads, Model
-from pipeline.models.passes import Head, Pass, Regions
-from pipeline.models.rows import Rows
+from pipeline.models.model import HeadConfig, Model
+from pipeline.models.packing import PackedInputs
 
 PARTS = (
     "text_embedding",  # with the table of segments, whose second row the regions read
@@ -80,7 +80,7 @@ class ImageBERT(Model):
 
     config: ImageBERTConfig
 
-    def __init__(self, config: ImageBERTConfig, vocabulary: int, heads: Heads = Heads()) -> None:
+    def __init__(self, config: ImageBERTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         bert = bert_config(config, vocabulary)
         self.text_embedding = BertEmbeddings(bert)
@@ -94,7 +94,7 @@ class ImageBERT(Model):
         self.region_class_head = nn.Linear(config.width, config.region_classes)
         self.region_features_head = nn.Linear(config.width, config.region_features)
 
-    def encode(self, rows: Rows) -> tuple[Tensor, None]:
+    def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
         if rows.image is not None or rows.text is None or rows.text_keep is None:
             raise ValueError(
                 "ImageBERT reads texts and a detector's regions, no pixels; mome shards regions makes them"
@@ -112,9 +112,9 @@ class ImageBERT(Model):
             keep = torch.cat([keep, rows.regions.keep], dim=1)
         padding = key_padding(keep, x.dtype)
         x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state
-        return (x if rows.read is None else pick(x, rows.read)), None
+        return (x if rows.output_positions is None else gather(x, rows.output_positions)), None
 
-    def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itm":
             return {head: self.matching_head(features[:, 0])}
         if head == "mlm":
@@ -132,7 +132,7 @@ class ImageBERT(Model):
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
         """Everything reads words and regions together; masked language also reads texts by themselves, as BERT."""
         readable: dict[tuple[Objective, Use], set[str]] = {
             ("matching", "regions"): _FUSED | {"matching_head"},

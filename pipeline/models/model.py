@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import TransformerConfig
 from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, Use
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.heads import INITIAL_SCALE
 from pipeline.models.multiway import MultiwayBlock
-from pipeline.models.passes import Head, Outputs, Pass
-from pipeline.models.rows import Rows, grouped
+from pipeline.models.packing import PackedInputs, grouped
 
 COLOUR_CLASSES = 512  # three bits a channel
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadConfig:
     """What a stage, not the model's section, says of the heads; None or False builds no such head."""
 
     image_target: ImageTarget | None = None
@@ -63,36 +63,36 @@ class Model(nn.Module, ABC):
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` bridges
     BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
 
-    def __init__(self, config: TransformerConfig, heads: Heads) -> None:
+    def __init__(self, config: TransformerConfig, heads: HeadConfig) -> None:
         super().__init__()
         self.config, self.heads = config, heads
 
-    def forward(self, passes: dict[str, Pass]) -> Outputs:
-        """Every pass's features under its own name; `Pass` says what the heads return."""
-        outputs: Outputs = {}
+    def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
+        """Every pass's features under its own name; `ForwardInput` says what the heads return."""
+        outputs: ForwardOutput = {}
         for group in grouped(passes).values():
             outputs.update(self._read(group))
         return {name: outputs[name] for name in passes}
 
-    def _read(self, passes: dict[str, Pass]) -> Outputs:
+    def _read(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         """Passes of one kind in one run through the layers."""
-        rows = Rows(list(passes.values()))
+        rows = PackedInputs(list(passes.values()))
         features, branch = self.encode(rows)
-        outputs: Outputs = {}
+        outputs: ForwardOutput = {}
         for index, (name, one) in enumerate(passes.items()):
             outputs[name] = {}
             for head in one.heads:
                 found = rows.find(features, index, head)
                 found_branch = rows.find(branch, index, head) if branch is not None and head == "itc" else None
-                outputs[name].update(self.apply_head(head, one, found, found_branch))
+                outputs[name].update(self.head_outputs(head, one, found, found_branch))
         return outputs
 
     @abstractmethod
-    def encode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Final features at `rows.read` (B, K, D), or everywhere where that is None; and those of a second branch."""
+    def encode(self, rows: PackedInputs) -> tuple[Tensor, Tensor | None]:
+        """Return final features at `rows.output_positions` (B, K, D; None: everywhere) and those of a second branch."""
 
     @abstractmethod
-    def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         """A head's outputs by name, from the features (B, K, D) at the positions it reads."""
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Model(nn.Module, ABC):
         """The name in PARTS that a parameter belongs to; every parameter belongs to exactly one."""
 
     @abstractmethod
-    def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
         """The parts whose parameters all get a gradient from an objective over sources of that use.
 
         None where the model has no such head, or the objective nothing to read.
@@ -114,14 +114,14 @@ class Model(nn.Module, ABC):
         """The parts that get a gradient in a stage. ConfigError if the model cannot serve an objective."""
         used: set[str] = set()
         for objective in objectives:
-            parts = self.reads(objective, use)
+            parts = self.modules_for(objective, use)
             if parts is None:
                 raise ConfigError(self._not_read(objective, use))
             used |= parts
         return frozenset(used)
 
     def _not_read(self, objective: Objective, use: Use) -> str:
-        readable = [other for other in get_args(Use) if self.reads(objective, other) is not None]
+        readable = [other for other in get_args(Use) if self.modules_for(objective, other) is not None]
         if not readable:
             return (
                 f"objective '{objective}' is none that a model of kind '{self.config.kind}' learns; "
@@ -188,7 +188,7 @@ def draw_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:
     parameter.copy_(drawn)
 
 
-def aligned(one: Pass, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
+def aligned(one: ForwardInput, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
     """The outputs of the `alignment` head, from the final features (B, L + I, D) of a fused pass."""
     assert one.text is not None
     length = one.text.shape[1]

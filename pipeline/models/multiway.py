@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.attention import Attention, pick
+from pipeline.models.attention import Attention, gather
 
 Expert = Literal["vision", "language", "vision_language"]
 Route = dict[Expert, slice]
@@ -64,20 +64,20 @@ class MultiwayBlock(nn.Module):
         route: Route,
         bias: Tensor | None = None,
         padding: Tensor | None = None,
-        drop_keep: Tensor | None = None,
+        drop_path_mask: Tensor | None = None,
         read: Tensor | None = None,
     ) -> Tensor:
         """`route` says which token span each expert reads; spans tile the sequence in order.
 
-        bias (H, L, L) and padding (B, L) are added inside attention. drop_keep (B, 2) bool says which rows keep
+        bias (H, L, L) and padding (B, L) are added inside attention. drop_path_mask (B, 2) bool says which rows keep
         their attention and feed-forward branch; None keeps all, unscaled. With `read` (B, K) only those positions
         are computed: (B, K, D) instead of (B, L, D), for a last block whose other results nobody reads.
         """
         mixed = self.attention(self.norm(x), bias, padding, read)
         if read is not None:
             assert len(route) == 1, "positions can be chosen only where one expert reads the whole sequence"
-            x = pick(x, read)
-        attention_kept, expert_kept = self._kept(drop_keep, x.dtype)
+            x = gather(x, read)
+        attention_kept, expert_kept = self._kept(drop_path_mask, x.dtype)
         x = _add(x, mixed, self.attention_gamma, attention_kept)
         if len(route) == 1:
             (expert,) = route
@@ -86,12 +86,12 @@ class MultiwayBlock(nn.Module):
             fed = torch.cat([self.experts[expert](x[:, span]) for expert, span in route.items()], dim=1)
         return _add(x, fed, self.expert_gamma, expert_kept)
 
-    def _kept(self, drop_keep: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def _kept(self, drop_path_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """The factors (B, 1, 1) of the two branches: 0 where dropped, 1 / (1 - rate) where kept."""
-        if drop_keep is None:
+        if drop_path_mask is None:
             return None, None
         scale = 1.0 / (1.0 - self.drop_path) if self.drop_path < 1 else 0.0
-        attention, expert = (drop_keep.to(dtype) * scale)[:, :, None, None].unbind(1)
+        attention, expert = (drop_path_mask.to(dtype) * scale)[:, :, None, None].unbind(1)
         return attention, expert
 
 

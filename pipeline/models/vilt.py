@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from pipeline.config.model import TransformerConfig, ViLTConfig
 from pipeline.config.schema import Objective, Use
-from pipeline.models.attention import pick
+from pipeline.models.attention import gather
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
+from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import (
     MaskedImageHead,
     MaskedLanguageHead,
@@ -28,11 +29,10 @@ from pipeline.models.heads import (
     Pooler,
     RankingHead,
 )
-from pipeline.models.model import Heads, Model, aligned
+from pipeline.models.model import HeadConfig, Model, aligned
 from pipeline.models.multiway import Expert, MultiwayBlock
-from pipeline.models.passes import Head, Pass
+from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid
-from pipeline.models.rows import Rows
 
 PARTS = (
     "text_embedding",
@@ -76,7 +76,7 @@ class ShapedImageEmbedding(ImageEmbedding):
         keep = (read >= 0) & (read < grid.prod(dim=1, keepdim=True))
         read = read.where(keep, 0)
         shown = read if stand_ins is None else stand_ins.gather(1, read)
-        patches = pick(self.cut(image), on_canvas(shown, grid, width))
+        patches = gather(self.cut(image), on_canvas(shown, grid, width))
         x = self.project(patches, None if hidden is None else hidden.gather(1, read))
         assert self.positions is not None
         x = x + resized_positions(self.positions[1:], read, grid)
@@ -129,7 +129,7 @@ class ViLT(Model):
 
     config: ViLTConfig
 
-    def __init__(self, config: ViLTConfig, vocabulary: int, heads: Heads = Heads()) -> None:
+    def __init__(self, config: ViLTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width, targets = config.width, heads.image_targets(config.patch_size)
         self.text_embedding = TextEmbedding(
@@ -160,7 +160,7 @@ class ViLT(Model):
         self.reasoning_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
         self.ranking_head = RankingHead(width) if heads.ranking else None
 
-    def encode(self, rows: Rows) -> tuple[Tensor, None]:
+    def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
         """Text, then picture; a pass with one of them alone reads that."""
         parts: list[tuple[Tensor, Tensor]] = []
         if rows.text is not None and rows.text_keep is not None:
@@ -170,18 +170,18 @@ class ViLT(Model):
         x = torch.cat([tokens for tokens, _ in parts], dim=1)
         padding = key_padding(torch.cat([real for _, real in parts], dim=1), x.dtype)
         for layer, block in enumerate(self.blocks):
-            keep = None if rows.drop_keep is None else rows.drop_keep[:, layer]
-            read = rows.read if layer == len(self.blocks) - 1 else None
+            keep = None if rows.drop_path_mask is None else rows.drop_path_mask[:, layer]
+            read = rows.output_positions if layer == len(self.blocks) - 1 else None
             x = block(x, {EXPERT: slice(None)}, None, padding, keep, read)
         return self.norm(x), None
 
-    def _embed_image(self, rows: Rows, image: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed_image(self, rows: PackedInputs, image: Tensor) -> tuple[Tensor, Tensor]:
         count = image.shape[1] * image.shape[2] // self.config.patch_size**2
         return self.image_embedding(
-            image, rows.image_size, rows.hidden(count), rows.is_second, rows.stand_ins(count), rows.patches_read
+            image, rows.image_size, rows.masked(count), rows.is_second, rows.replacements(count), rows.visible_patches
         )
 
-    def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itm":
             return {head: self.matching_head(self.pooler(features[:, 0]))}
         if head == "mlm":
@@ -200,13 +200,13 @@ class ViLT(Model):
             return {head: features}
         raise ValueError(f"this ViLT was built without the head '{head}'")
 
-    def _patches_keep(self, one: Pass, features: Tensor) -> Tensor:
+    def _patches_keep(self, one: ForwardInput, features: Tensor) -> Tensor:
         """Which of the patches among a fused pass's features (B, L + 1 + P, D) are patches of the picture: (B, P)."""
         assert one.image is not None
         assert one.text is not None
         count = features.shape[1] - one.text.shape[1] - 1
-        if one.patches_read is not None:
-            return F.pad(one.patches_read >= 0, (0, count - one.patches_read.shape[1]))
+        if one.visible_patches is not None:
+            return F.pad(one.visible_patches >= 0, (0, count - one.visible_patches.shape[1]))
         place = torch.arange(count, device=features.device).expand(len(features), -1)
         height, width = one.image.shape[1:3]
         pixels = height * width if one.image_size is None else one.image_size.prod(dim=1, keepdim=True)
@@ -221,7 +221,7 @@ class ViLT(Model):
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
         """Everything is read fused, where a source has both; masked words and patches are learnt from either alone."""
         readable: dict[tuple[Objective, Use], set[str]] = {
             ("matching", "pairs"): _FUSED | {"pooler", "matching_head"},

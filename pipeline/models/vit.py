@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from pipeline.config.model import TransformerConfig, ViTConfig
 from pipeline.config.schema import Objective, Use
 from pipeline.models.embeddings import ImageEmbedding, read_padding
+from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import ClassificationHead, MaskedImageHead
 from pipeline.models.image_decoder import ImageDecoder, build_masked_image_head
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.multiway import MultiwayBlock
-from pipeline.models.passes import Head, Pass
+from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import resize_grid
-from pipeline.models.rows import Rows
 
 PARTS = (
     "image_embedding",
@@ -39,7 +39,7 @@ class ViT(Model):
 
     config: ViTConfig
 
-    def __init__(self, config: ViTConfig, vocabulary: int = 0, heads: Heads = Heads()) -> None:
+    def __init__(self, config: ViTConfig, vocabulary: int = 0, heads: HeadConfig = HeadConfig()) -> None:
         """A ViT reads no text: `vocabulary` is what every kind is given, and means nothing here."""
         super().__init__(config, heads)
         self.image_embedding = ImageEmbedding(
@@ -67,27 +67,27 @@ class ViT(Model):
         self.masked_image_head = build_masked_image_head(config, heads)
         self.classification_head = ClassificationHead(config.width, heads.classes) if heads.classes else None
 
-    def encode(self, rows: Rows) -> tuple[Tensor, None]:
+    def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
         if rows.image is None or rows.text is not None or rows.image_size is not None or rows.is_second is not None:
             raise ValueError("a ViT reads one whole square picture a row, and no text; ask for an image pass")
         count = self.config.num_patches
         x = self.image_embedding(
-            rows.image, rows.hidden(count), stand_ins=rows.stand_ins(count), read=rows.patches_read
+            rows.image, rows.masked(count), stand_ins=rows.replacements(count), read=rows.visible_patches
         )
-        padding = None if rows.patches_read is None else read_padding(rows.patches_read, x.dtype)
+        padding = None if rows.visible_patches is None else read_padding(rows.visible_patches, x.dtype)
         for layer, block in enumerate(self.blocks):
-            keep = None if rows.drop_keep is None else rows.drop_keep[:, layer]
-            read = rows.read if layer == len(self.blocks) - 1 else None
+            keep = None if rows.drop_path_mask is None else rows.drop_path_mask[:, layer]
+            read = rows.output_positions if layer == len(self.blocks) - 1 else None
             x = block(x, {"vision": slice(None)}, None, padding, keep, read)
         return self.norm(x), None
 
-    def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "classes" and self.classification_head is not None:
             return {head: self.classification_head(features[:, 0])}
         if head == "masked_image" and isinstance(self.masked_image_head, MaskedImageHead):
             return {head: self.masked_image_head(features)}
         if head == "decoded_image" and isinstance(self.masked_image_head, ImageDecoder):
-            return {"masked_image": self.masked_image_head(features, one.patches_read, one.patch_positions)}
+            return {"masked_image": self.masked_image_head(features, one.visible_patches, one.patch_positions)}
         if head == "tokens":
             return {head: features}
         raise ValueError(f"this ViT was built without the head '{head}'")
@@ -101,7 +101,7 @@ class ViT(Model):
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
         """Classes of labelled pictures, and masked patches of any source that has pictures."""
         encoder = frozenset(PARTS) - frozenset(self.HEAD_PARTS)
         if (objective, use) == ("classification", "labelled"):

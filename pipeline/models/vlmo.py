@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from pipeline.config.model import TransformerConfig, VLMoConfig
 from pipeline.config.schema import Objective, Use
-from pipeline.models.attention import pick_pairs
+from pipeline.models.attention import gather_pairs
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding, read_padding
+from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import (
     MAX_SCALE,
     ClassificationHead,
@@ -33,11 +34,10 @@ from pipeline.models.heads import (
     Pooler,
 )
 from pipeline.models.image_decoder import ImageDecoder, build_masked_image_head
-from pipeline.models.model import Heads, Model, aligned
+from pipeline.models.model import HeadConfig, Model, aligned
 from pipeline.models.multiway import Expert, MultiwayBlock, Route
-from pipeline.models.passes import Head, Pass
+from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid, resize_relative_grid, resize_text_distances
-from pipeline.models.rows import Rows
 
 PARTS = (
     "text_embedding",
@@ -70,7 +70,7 @@ class VLMo(Model):
 
     config: VLMoConfig
 
-    def __init__(self, config: VLMoConfig, vocabulary: int, heads: Heads = Heads()) -> None:
+    def __init__(self, config: VLMoConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width, absolute = config.width, config.positions == "absolute"
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text, absolute)
@@ -91,7 +91,7 @@ class VLMo(Model):
         self.answering_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
         self.reasoning_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
 
-    def encode(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def encode(self, rows: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Normalised features at the positions the heads read; and those of the vision-language branch, if asked.
 
         The branch leaves below the first vision-language layer and goes through that expert instead of its own.
@@ -101,17 +101,17 @@ class VLMo(Model):
         image = rows.image is not None
         bias = None if self.positions is None else self.positions(text, image)
         biases = [None] * len(self.blocks) if bias is None else bias.unbind(0)
-        among = None if rows.patches_read is None else _tokens_read(text, rows.patches_read)
+        among = None if rows.visible_patches is None else _tokens_read(text, rows.visible_patches)
         start = len(self.blocks) - self.config.vision_language_layers
         lower, upper = _routes(text, image)
 
         def run(x: Tensor, layers: range, route: Route) -> Tensor:
             for layer in layers:
-                keep = None if rows.drop_keep is None else rows.drop_keep[:, layer]
-                read = rows.read if layer == len(self.blocks) - 1 else None
+                keep = None if rows.drop_path_mask is None else rows.drop_path_mask[:, layer]
+                read = rows.output_positions if layer == len(self.blocks) - 1 else None
                 bias = biases[layer]
                 if bias is not None and among is not None:
-                    bias = pick_pairs(bias, among)
+                    bias = gather_pairs(bias, among)
                 x = self.blocks[layer](x, route, bias, padding, keep, read)
             return x
 
@@ -122,31 +122,33 @@ class VLMo(Model):
         branch = run(below, range(start, len(self.blocks)), {"vision_language": slice(None)})
         return features, self.norm(branch)
 
-    def _embed(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, rows: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """The tokens (B, L, D), and what attention adds for each key (B, L): nothing, or a huge negative at padding."""
         image = None if rows.image is None else self._embed_image(rows)
         if rows.text is None or rows.text_keep is None:
             assert image is not None
-            return image, None if rows.patches_read is None else read_padding(rows.patches_read, image.dtype)
+            return image, None if rows.visible_patches is None else read_padding(rows.visible_patches, image.dtype)
         x = self.text_embedding(rows.text)
         text_padding = key_padding(rows.text_keep, x.dtype)
         if image is None:
             return x, text_padding
-        if rows.patches_read is None:
+        if rows.visible_patches is None:
             return torch.cat([x, image], dim=1), F.pad(text_padding, (0, image.shape[1]))
-        return torch.cat([x, image], dim=1), torch.cat([text_padding, read_padding(rows.patches_read, x.dtype)], dim=1)
+        return torch.cat([x, image], dim=1), torch.cat(
+            [text_padding, read_padding(rows.visible_patches, x.dtype)], dim=1
+        )
 
-    def _embed_image(self, rows: Rows) -> Tensor | None:
+    def _embed_image(self, rows: PackedInputs) -> Tensor | None:
         if rows.image is None:
             return None
         if rows.image_size is not None:
             raise ValueError("VLMo reads whole square pictures; pictures of their own shape are for ViLT")
         count = self.config.num_patches
         return self.image_embedding(
-            rows.image, rows.hidden(count), rows.is_second, rows.stand_ins(count), rows.patches_read
+            rows.image, rows.masked(count), rows.is_second, rows.replacements(count), rows.visible_patches
         )
 
-    def apply_head(self, head: Head, one: Pass, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itc":
             modality: Literal["image", "text"] = "image" if one.text is None else "text"
             read = (features,) if branch is None else (features, branch)
@@ -158,7 +160,7 @@ class VLMo(Model):
         if head == "masked_image" and isinstance(self.masked_image_head, MaskedImageHead):
             return {head: self.masked_image_head(features)}
         if head == "decoded_image" and isinstance(self.masked_image_head, ImageDecoder):
-            return {"masked_image": self.masked_image_head(features, one.patches_read, one.patch_positions)}
+            return {"masked_image": self.masked_image_head(features, one.visible_patches, one.patch_positions)}
         if head == "classes" and self.classification_head is not None:
             return {head: self.classification_head(features[:, 0])}
         if head == "answers" and self.answering_head is not None:
@@ -191,7 +193,7 @@ class VLMo(Model):
         assert names[0] in PARTS, f"{parameter} belongs to no part"
         return names[0]
 
-    def reads(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
         """Contrast reads images and texts of pairs apart, matching and masked language read pairs fused; masked
         language reads a text source by itself, and masked images are read by themselves.
         """

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.models.passes import Outputs
+from pipeline.models.forward import ForwardOutput
 from pipeline.training.terms.term import Term
 
 
-def of_each_source(term: Term, outputs: Outputs, rows: Batch, source: Tensor, num_sources: int) -> Tensor:
+def of_each_source(term: Term, outputs: ForwardOutput, rows: Batch, source: Tensor, num_sources: int) -> Tensor:
     """(S, 2) the term's loss, summed over each source's rows, and the summands' number.
 
     `source` (n,) is the rows' source, on the CPU.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.terms.term import Keeps
@@ -24,10 +24,12 @@ from pipeline.training.terms.term import Keeps
 CONTRASTS = {"itc": "scale", "itc_vl": "scale_vl"}
 
 
-def tower_passes(rows: Batch, keeps: Keeps) -> dict[str, Pass]:
+def tower_passes(rows: Batch, keeps: Keeps) -> dict[str, ForwardInput]:
     """Pictures and texts, each read by themselves."""
-    image = Pass(heads=("itc",), image=rows.image, image_size=rows.image_size, drop_keep=keeps(rows, "image"))
-    text = Pass(heads=("itc",), text=rows.text, text_keep=rows.text_keep, drop_keep=keeps(rows, "text"))
+    image = ForwardInput(
+        heads=("itc",), image=rows.image, image_size=rows.image_size, drop_path_mask=keeps(rows, "image")
+    )
+    text = ForwardInput(heads=("itc",), text=rows.text, text_keep=rows.text_keep, drop_path_mask=keeps(rows, "text"))
     return {"image": image, "text": text}
 
 
@@ -44,7 +46,7 @@ class Contrast:
     scale: Tensor
     by_source: Tensor | None = None  # (S, 2): the loss summed over each source's pairs, and their number; if asked for
 
-    def injected(self, outputs: Outputs, piece: slice, parts: int) -> Tensor:
+    def injected(self, outputs: ForwardOutput, piece: slice, parts: int) -> Tensor:
         """A scalar whose gradient in the rows of `piece` is the whole batch's contrastive gradient.
 
         `parts` is how many of these scalars are summed over ranks and micro-batches: each carries its share of the
@@ -56,7 +58,7 @@ class Contrast:
 
 
 def contrast_of(
-    outputs: Outputs, batch: Batch, size: int, weight: float, collectives: Collectives, num_sources: int = 0
+    outputs: ForwardOutput, batch: Batch, size: int, weight: float, collectives: Collectives, num_sources: int = 0
 ) -> Contrast:
     """The loss over all B x B pairs, from this rank's features of all its rows. All ranks call it together.
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
-from pipeline.models.passes import Outputs, Pass
 from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_config import deepspeed_config
@@ -82,7 +82,7 @@ class DeepSpeedEngine:
 
     # ---- the step
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self._engine(passes)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.randomness import hash64, uniform_array
 
 
-def drop_path_keeps(seed: int, step: int, place: Tensor, name: str, rates: tuple[float, ...]) -> Tensor | None:
+def drop_path_mask(seed: int, step: int, place: Tensor, name: str, rates: tuple[float, ...]) -> Tensor | None:
     """(B, N, 2) bool: row by row, layer by layer, whether (attention, feed-forward) are kept in pass `name`.
 
     `place` (B,) are the rows' positions in the global batch, `rates` the N layers' drop rates.

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FragmentSource(Protocol):
 class StepEngine(Protocol):
     """What a training step itself calls."""
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs: ...
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add this micro-batch's gradient; `last` marks the micro-batch before `step`."""

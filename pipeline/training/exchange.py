@@ -22,7 +22,7 @@ from pipeline.training.collectives import Collectives
 VISUAL = {
     "image": 0,
     "image_size": 0,
-    "patches_read": -1,
+    "visible_patches": -1,
     "region_features": 0,
     "region_location": 0,
     "region_keep": 0,

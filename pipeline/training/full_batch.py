@@ -42,7 +42,7 @@ def full_batch(
         members["second_image"] = members["image"].flip(0)
         if "image_size" in members:
             members["second_image_size"] = members["image_size"]
-            members.pop("patches_read", None)  # of two pictures all patches are read
+            members.pop("visible_patches", None)  # of two pictures all patches are read
         members["label"] = torch.arange(rows) % 2
     if use == "labelled":
         members["label"] = torch.arange(rows) % (stage.classes or 2)
@@ -66,15 +66,15 @@ def _pictures(section: TransformerConfig, stage: StageConfig, rows: int, draw: t
     if isinstance(section, ViLTConfig):
         height, width = (side // section.patch_size * section.patch_size for side in (height, section.longest_side))
         patches = height * width // section.patch_size**2
-        read = min(section.patches_read or patches, patches)
+        read = min(section.max_visible_patches or patches, patches)
         members["image_size"] = torch.tensor([[height, width]]).repeat(rows, 1)
-        if section.patches_read is not None:
-            members["patches_read"] = torch.arange(read).repeat(rows, 1)
+        if section.max_visible_patches is not None:
+            members["visible_patches"] = torch.arange(read).repeat(rows, 1)
     members["image"] = torch.randint(0, 256, (rows, height, width, 3), dtype=torch.uint8, generator=draw)
     masked = max(1, round(stage.masking.patches * read))
     members["patch_positions"] = torch.stack([torch.randperm(read, generator=draw)[:masked] for _ in range(rows)])
     if stage.masking.patches_covered < 1:
-        members["patch_stand_ins"] = torch.full_like(members["patch_positions"], -1)
+        members["patch_replacements"] = torch.full_like(members["patch_positions"], -1)
     return members
 
 

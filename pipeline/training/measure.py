@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
 Storages = dict[int, int]  # address -> bytes
@@ -114,7 +114,7 @@ class MeasuredEngine:
             self._saved |= storages_of([tensor])
         return tensor
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self._engine(passes)
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import OptimizerConfig
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
-from pipeline.models.passes import Outputs, Pass
 
 
 class PlainEngine:
@@ -21,7 +21,7 @@ class PlainEngine:
             trained, betas=optimizer.betas, eps=optimizer.epsilon, weight_decay=optimizer.weight_decay
         )
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self.model(passes)
 
     def backward(self, loss: Tensor, last: bool) -> None:

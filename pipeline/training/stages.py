@@ -16,7 +16,7 @@ from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage
 from pipeline.models import build_model, skeleton
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.vlmo import copy_expert
 from pipeline.training.checkpoint import Weights, load_weights, stage_url
 
@@ -52,9 +52,9 @@ def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabular
     return model
 
 
-def heads(config: RunConfig, index: int) -> Heads:
+def heads(config: RunConfig, index: int) -> HeadConfig:
     """The heads that a stage's model carries: its own, and those of the stages before it as the last one made them."""
-    found = Heads(bounds_scales=not config.faithful)
+    found = HeadConfig(bounds_scales=not config.faithful)
     for stage in config.stages[: index + 1]:
         if "masked_image" in stage.objectives:
             tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0

@@ -23,12 +23,12 @@ from torch import Tensor
 from pipeline.config.schema import Objective, RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training import release
 from pipeline.training.by_source import of_each_source
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.contrast import Contrast, contrast_of, tower_passes
-from pipeline.training.drop_path import drop_path_keeps
+from pipeline.training.drop_path import drop_path_mask
 from pipeline.training.engine import StepEngine
 from pipeline.training.exchange import exchanged
 from pipeline.training.pace import Pace
@@ -147,10 +147,10 @@ class TrainingStep:
         return dict(zip(self.terms, total.unbind(), strict=True))
 
     def _keeps(self, rows: Batch, name: str) -> Tensor | None:
-        keeps = drop_path_keeps(self.seed, rows.step, rows.place, name, self.drop_path_rates)
+        keeps = drop_path_mask(self.seed, rows.step, rows.place, name, self.drop_path_rates)
         return None if keeps is None else keeps.to(self.collectives.device, non_blocking=True)
 
-    def _passes(self, batch: Batch) -> dict[str, Pass]:
+    def _passes(self, batch: Batch) -> dict[str, ForwardInput]:
         """Every pass over rows as they are; what several objectives ask of the same name is one pass."""
         passes = tower_passes(batch, self._keeps) if "contrastive" in self.objectives else {}
         for objective, term in self.terms.items():
@@ -164,7 +164,7 @@ class TrainingStep:
     def _draws_by_contrast(self) -> bool:
         return "matching" in self.objectives and self.stage.negatives == "hard"
 
-    def _contrast(self, outputs: Outputs, batch: Batch) -> Contrast | None:
+    def _contrast(self, outputs: ForwardOutput, batch: Batch) -> Contrast | None:
         if "contrastive" not in self.objectives:
             return None
         sources = self._num_sources_told
@@ -193,14 +193,14 @@ class TrainingStep:
                 found[name] = (objective, exchanged(self.collectives, batch, size, rows, asked))
         return found
 
-    def _exchanged_passes(self, given: Exchanged) -> dict[str, Pass]:
+    def _exchanged_passes(self, given: Exchanged) -> dict[str, ForwardInput]:
         return {name: self.terms[objective].exchanged_pass(rows, name) for name, (objective, rows) in given.items()}
 
     # ---- losses
 
     def _losses(
         self,
-        outputs: Outputs,
+        outputs: ForwardOutput,
         batch: Batch,
         counts: dict[Objective, Tensor],
         contrast: Contrast | None,
@@ -222,12 +222,12 @@ class TrainingStep:
         sources = len(self.stage.sources)
         return sources if self._tells and sources > 1 else 0
 
-    def _add_signs(self, outputs: Outputs, batch: Batch) -> None:
+    def _add_signs(self, outputs: ForwardOutput, batch: Batch) -> None:
         for objective, term in self.terms.items():
             for name, value in term.signs(outputs, self._read(batch, objective)).items():
                 self.signs[name] = self.signs[name] + value if name in self.signs else value
 
-    def _add_by_source(self, outputs: Outputs, batch: Batch) -> None:
+    def _add_by_source(self, outputs: ForwardOutput, batch: Batch) -> None:
         source, sources = batch.source.cpu(), len(self.stage.sources)
         for objective, term in self.terms.items():
             own = source[self._chosen(batch, objective)]
@@ -250,9 +250,9 @@ def accumulation(batch: int, world_size: int, micro_batch: int | Literal["auto"]
     return 1 if micro_batch is None else -(-largest_share // micro_batch)
 
 
-def _merged(one: Pass, other: Pass) -> Pass:
+def _merged(one: ForwardInput, other: ForwardInput) -> ForwardInput:
     """What two objectives ask of the same rows, as one pass."""
-    members = {f.name: getattr(other, f.name) for f in fields(Pass) if getattr(one, f.name) is None}
+    members = {f.name: getattr(other, f.name) for f in fields(ForwardInput) if getattr(one, f.name) is None}
     return replace(one, **members, heads=(*one.heads, *other.heads))
 
 
@@ -264,7 +264,7 @@ def _within(given: Exchanged, place: Tensor) -> Exchanged:
     }
 
 
-def _concatenated(outputs: list[Outputs]) -> Outputs:
+def _concatenated(outputs: list[ForwardOutput]) -> ForwardOutput:
     """Row features of several micro-batches as one; scales are the same in each."""
     first = outputs[0]
     return {

@@ -1,7 +1,7 @@
 """Every objective with every kind of model that learns it, tried on one invented batch that is the same in every step.
 
-What goes with what is asked of the models (`Model.reads`), so that a new kind or objective joins by itself. A trial
-trains thirty steps with the real training step; a loss that has fallen far, and below what a model that ignores its
+Models say what goes with what (`Model.modules_for`), so that a new kind or objective joins by itself. A trial trains
+thirty steps with the real training step; a loss that has fallen far, and below what a model that ignores its
 input can reach, shows that the objective's whole path is joined up. It says nothing about learning from real data.
 
 Shapes: B rows, H x W pixels, L tokens, P patches, K chosen places a row, R regions, F numbers of a region.
@@ -102,7 +102,7 @@ class Trial:
 def readings(objective: Objective, kind: str) -> list[Use]:
     """What a kind of model learns the objective from; empty where it does not."""
     model = skeleton(tiny_section(kind))
-    return [use for use in get_args(Use) if model.reads(objective, use) is not None]
+    return [use for use in get_args(Use) if model.modules_for(objective, use) is not None]
 
 
 def kinds() -> list[str]:
@@ -231,7 +231,7 @@ def invented_batch(section: TransformerConfig, use: Use, step: int, size: int) -
         members |= _regions(section, size, draw)
     if use == "statements":
         members |= _second_pictures(section, size, draw)
-        members.pop("patches_read", None)  # of two pictures all patches are read
+        members.pop("visible_patches", None)  # of two pictures all patches are read
         members["label"] = torch.arange(size) % 2
     if use == "labelled":
         members["label"] = torch.arange(size) % CLASSES
@@ -278,7 +278,7 @@ def _shaped_pictures(section: ViLTConfig, size: int, draw: torch.Generator) -> d
         read[row, : len(order) - 1] = order[:-1].sort().values
     positions = torch.stack([order[:2] for order in orders])
     positions[::4, 1] = -1
-    return {"image": image, "image_size": sides, "patches_read": read, "patch_positions": positions}
+    return {"image": image, "image_size": sides, "visible_patches": read, "patch_positions": positions}
 
 
 def _sides(section: ViLTConfig, size: int) -> Tensor:

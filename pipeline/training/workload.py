@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
-from pipeline.models.passes import Outputs, Pass, Regions
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.planning.work import Line, Parameters, Work
@@ -129,7 +129,7 @@ class _WatchedEngine:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_release)
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         with unwatched():
             passes = {name: _on_meta(one) for name, one in passes.items()}
         self.tokens += sum(_num_tokens(one, self.model.config.num_patches) for one in passes.values())
@@ -198,7 +198,7 @@ def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[in
         return probe.flops, probe.peak_bytes + sum(4 * feature.numel() for feature in features)
 
 
-def _on_meta(one: Pass) -> Pass:
+def _on_meta(one: ForwardInput) -> ForwardInput:
     """The pass without its content."""
     moved: dict[str, Any] = {}
     for f in fields(one):
@@ -210,7 +210,7 @@ def _on_meta(one: Pass) -> Pass:
     return replace(one, **moved)
 
 
-def _num_tokens(one: Pass, num_patches: int) -> int:
+def _num_tokens(one: ForwardInput, num_patches: int) -> int:
     """Positions of all rows of a pass: words, regions, and patches with the picture's [CLS]."""
     count = 0
     if one.text is not None:
@@ -219,7 +219,7 @@ def _num_tokens(one: Pass, num_patches: int) -> int:
         count += one.regions.keep.numel()
     for image in (one.image, one.second_image):
         if image is not None:
-            count += len(image) * (1 + (num_patches if one.patches_read is None else one.patches_read.shape[1]))
+            count += len(image) * (1 + (num_patches if one.visible_patches is None else one.visible_patches.shape[1]))
     return count
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config.model import VLMoConfig
 from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.contrastive import contrastive_loss
 from pipeline.objectives.masked_language import masked_count, masked_language_loss
@@ -50,16 +50,16 @@ class Golden:
         assert not result.unexpected_keys
         self.missing = {self.model.part_of(name) for name in result.missing_keys}
 
-    def passes(self) -> dict[str, Pass]:
+    def passes(self) -> dict[str, ForwardInput]:
         image = self.input["image"].permute(0, 2, 3, 1)
         text, keep = self.input["text_ids"], self.input["text_masks"].bool()
         everywhere = torch.arange(text.shape[1]).expand_as(text)
         masked = self.input["text_ids_mlm"]
         return {
-            "image": Pass(heads=("itc", "tokens"), image=image),
-            "text": Pass(heads=("itc", "tokens"), text=text, text_keep=keep),
-            "pair": Pass(heads=("itm", "tokens"), image=image, text=text, text_keep=keep),
-            "masked": Pass(heads=("mlm",), image=image, text=masked, text_keep=keep, mask_positions=everywhere),
+            "image": ForwardInput(heads=("itc", "tokens"), image=image),
+            "text": ForwardInput(heads=("itc", "tokens"), text=text, text_keep=keep),
+            "pair": ForwardInput(heads=("itm", "tokens"), image=image, text=text, text_keep=keep),
+            "masked": ForwardInput(heads=("mlm",), image=image, text=masked, text_keep=keep, mask_positions=everywhere),
         }
 
 
@@ -112,7 +112,7 @@ def test_contrastive_logits_equal_the_release(golden: Golden) -> None:
 def losses(golden: Golden) -> tuple[Tensor, Tensor]:
     """The release's contrastive loss and weighted masked-language loss, from our sums."""
     passes = {
-        name: Pass(**{**vars(one), "heads": tuple(head for head in one.heads if head != "tokens")})
+        name: ForwardInput(**{**vars(one), "heads": tuple(head for head in one.heads if head != "tokens")})
         for name, one in golden.passes().items()
         if name != "pair"
     }
@@ -177,8 +177,8 @@ def test_language_stage_equals_the_release() -> None:
     with torch.no_grad():
         out = golden.model(
             {
-                "text": Pass(heads=("tokens",), text=masked, text_keep=keep),
-                "masked": Pass(heads=("mlm",), text=masked, text_keep=keep, mask_positions=everywhere),
+                "text": ForwardInput(heads=("tokens",), text=masked, text_keep=keep),
+                "masked": ForwardInput(heads=("mlm",), text=masked, text_keep=keep, mask_positions=everywhere),
             }
         )
     assert golden.missing == {"vision_language_expert", "contrastive_head", "matching_head"}

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pipeline.models.forward import ForwardInput
 from pipeline.models.model import aligned
-from pipeline.models.passes import Pass
 from pipeline.objectives.word_patch import (
     BETA,
     INNER,
@@ -38,7 +38,7 @@ def golden() -> dict[str, Tensor]:
 def aligned_features(golden: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a model's alignment head would give: words and patches, and which of them take part."""
     text, keep = golden["input.text_features"], golden["input.text_mask"]
-    one = Pass(("alignment",), text=torch.zeros_like(keep, dtype=torch.int64), text_keep=keep)
+    one = ForwardInput(("alignment",), text=torch.zeros_like(keep, dtype=torch.int64), text_keep=keep)
     features = torch.cat([text, golden["input.image_features"]], dim=1)
     return aligned(one, features, golden["input.image_mask"][:, 1:])
 

@@ -18,7 +18,7 @@ RATE = 1e-3
 def _engine(zero_stage: int, ema: float | None = None, **keys: Any):
     """The last tiny stage's engine and step on this rank, with some parts frozen, and perhaps a moving average."""
     from pipeline.models import build_model
-    from pipeline.models.model import Heads
+    from pipeline.models.model import HeadConfig
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import trained_parts
@@ -28,7 +28,7 @@ def _engine(zero_stage: int, ema: float | None = None, **keys: Any):
     stage = config.stages[STAGE]
     stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"ema": ema})})
     collectives = Collectives()
-    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     trained = trained_parts(model, config, stage) - {"vision_expert.lower", "image_embedding"}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)

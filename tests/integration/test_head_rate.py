@@ -14,7 +14,7 @@ FACTOR = 20.0
 def _moved(zero_stage: int, factor: float) -> dict[str, Tensor]:
     """How far one step of the vision stage moves each trained parameter."""
     from pipeline.models import build_model
-    from pipeline.models.model import Heads
+    from pipeline.models.model import HeadConfig
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import trained_parts
@@ -23,7 +23,7 @@ def _moved(zero_stage: int, factor: float) -> dict[str, Tensor]:
     config, collectives = tiny_config(zero_stage=zero_stage), Collectives()
     stage = config.stages[0]
     stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"head_rate_factor": factor})})
-    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     trained = trained_parts(model, config, stage)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)

@@ -33,9 +33,9 @@ class Session:
 
 def _model(config: Any) -> Any:
     from pipeline.models import build_model
-    from pipeline.models.model import Heads
+    from pipeline.models.model import HeadConfig
 
-    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) != "image_embedding")  # one part is frozen
     return model

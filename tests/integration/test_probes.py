@@ -197,13 +197,13 @@ def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_m
 def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     """Steps that read pictures alone, then texts alone, through VLMo: the other expert and its embedding are idle."""
     from pipeline.models import build_model
-    from pipeline.models.passes import Pass
+    from pipeline.models.forward import ForwardInput
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
     def loss(model: Any, config: Any, step: int, rank: int) -> Tensor:
         rows = tiny_batch(config, step, rank, collectives.world_size, 12)
-        image = Pass(heads=("tokens",), image=rows.image)
-        text = Pass(heads=("tokens",), text=rows.text, text_keep=rows.text_keep)
+        image = ForwardInput(heads=("tokens",), image=rows.image)
+        text = ForwardInput(heads=("tokens",), text=rows.text, text_keep=rows.text_keep)
         return model({"rows": (image, text)[step % 2]})["rows"]["tokens"].pow(3).sum()
 
     worst = {}

@@ -40,10 +40,10 @@ def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tu
 
 def _model(config, index):
     from pipeline.models import build_model
-    from pipeline.models.model import Heads
+    from pipeline.models.model import HeadConfig
     from pipeline.training.stages import trained_parts
 
-    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     trained = trained_parts(model, config, config.stages[index])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)

@@ -52,9 +52,9 @@ def _rows(config, rank: int, world_size: int):
 
     rows = invented_batch(config.model, "pairs", 1, ROWS).rows(slice(*share(ROWS, rank, world_size)))
     height, width = rows.image_size.max(dim=0).values.tolist()
-    most, longest = int((rows.patches_read >= 0).sum(dim=1).max()), int(rows.text_keep.sum(dim=1).max())
+    most, longest = int((rows.visible_patches >= 0).sum(dim=1).max()), int(rows.text_keep.sum(dim=1).max())
     cut = {name: getattr(rows, name)[:, :longest] for name in ("text", "text_keep", "masked_text")}
-    return replace(rows, image=rows.image[:, :height, :width], patches_read=rows.patches_read[:, :most], **cut)
+    return replace(rows, image=rows.image[:, :height, :width], visible_patches=rows.visible_patches[:, :most], **cut)
 
 
 def _plain() -> dict[str, Answer]:

@@ -36,7 +36,7 @@ from pipeline.config.schema import RunConfig, Use
 from pipeline.data.batch import Batch
 from pipeline.evaluation.evaluate import stages_reading
 from pipeline.evaluation.results import Matching
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.trial import Cell, begin, trial_config
@@ -90,8 +90,8 @@ def test_trap_09_a_source_that_a_stage_trains_on_is_known_under_every_name() -> 
 class Recorder(PlainEngine):
     """Keeps every pass it is given."""
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs:
-        self.seen: dict[str, Pass] = {**getattr(self, "seen", {}), **passes}
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
+        self.seen: dict[str, ForwardInput] = {**getattr(self, "seen", {}), **passes}
         return super().__call__(passes)
 
 
@@ -124,7 +124,7 @@ def test_trap_06_words_and_regions_are_guessed_beside_their_own_partner_alone(
     ), "there are negatives that it could have been guessed on"
 
 
-def same_partner(one: Pass, batch: Batch) -> bool:
+def same_partner(one: ForwardInput, batch: Batch) -> bool:
     if one.regions is not None:
         return torch.equal(one.regions.features, batch.region_features)
     return torch.equal(one.image, batch.image)

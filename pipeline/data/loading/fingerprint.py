@@ -56,9 +56,9 @@ def _real_members(batch: Batch, row: int) -> dict[str, Tensor]:
             size = getattr(batch, f"{name}_size")
             height, width = tensor.shape[1:3] if size is None else size[row].tolist()
             found[name] = tensor[row, :height, :width]
-    for name in ("patches_read", "patch_positions", "patch_stand_ins"):
+    for name in ("visible_patches", "patch_positions", "patch_replacements"):
         if (tensor := getattr(batch, name)) is not None:
-            counted = batch.patch_positions if name == "patch_stand_ins" else tensor
+            counted = batch.patch_positions if name == "patch_replacements" else tensor
             assert counted is not None
             found[name] = tensor[row][counted[row] >= 0]
     for name in ("label", "answers", "answer_scores"):

@@ -180,9 +180,9 @@ def _picture_tensors(rows: RowBuffer) -> dict[str, Tensor]:
             pictures, tensors[size] = pictures[:, :height, :width], torch.from_numpy(rows[size])
         tensors[name] = torch.from_numpy(pictures)
     for name, counted in (
-        ("patches_read", "patches_read"),
+        ("visible_patches", "visible_patches"),
         ("patch_positions", "patch_positions"),
-        ("patch_stand_ins", "patch_positions"),
+        ("patch_replacements", "patch_positions"),
     ):
         if name in rows:
             most = int((rows[counted] >= 0).sum(axis=1).max())

@@ -87,19 +87,19 @@ class RowLayout:
         max_text: int,
         masked_patches: int,
         regions: RegionSizes | None = None,
-        patches_read: int = 0,
+        max_visible_patches: int = 0,
     ) -> RowLayout:
-        """`patches_read` is the most patches a row has, where pictures keep their shape; 0: they are square."""
+        """`max_visible_patches` is the most patches a row has, where pictures keep their shape; 0: they are square."""
         integer, byte = np.dtype(np.int64), np.dtype(np.uint8)
         fields: list[Field] = [(name, (rows,), integer) for name in ("uid", "image_id", "source")]
         if wants.image:
             fields.append(("image", (rows, image_size, image_size, 3), byte))
         if wants.second_image:
             fields.append(("second_image", (rows, image_size, image_size, 3), byte))
-        if patches_read:
+        if max_visible_patches:
             fields += [(f"{name}_size", (rows, 2), integer) for name, *_ in fields if name.endswith("image")]
-        if patches_read and not wants.second_image:  # of two pictures all patches are read
-            fields.append(("patches_read", (rows, patches_read), integer))
+        if max_visible_patches and not wants.second_image:  # of two pictures all patches are read
+            fields.append(("visible_patches", (rows, max_visible_patches), integer))
         if wants.label:
             fields.append(("label", (rows,), integer))
         if wants.answers:
@@ -113,7 +113,7 @@ class RowLayout:
         if wants.masked_image:
             fields.append(("patch_positions", (rows, masked_patches), integer))
         if wants.stand_ins:
-            fields.append(("patch_stand_ins", (rows, masked_patches), integer))
+            fields.append(("patch_replacements", (rows, masked_patches), integer))
         if regions is not None:
             fields += _region_fields(wants, rows, regions)
         return RowLayout(rows, tuple(fields))

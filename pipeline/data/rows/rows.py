@@ -69,7 +69,8 @@ class RowTask:
     def layout(self) -> RowLayout:
         stage, shape = self.stage, self.shape
         if isinstance(shape, OwnShape):
-            side, patches, read = shape.canvas, self.patches_read, self.patches_read if self.wants.image else 0
+            side, patches = shape.canvas, self.max_visible_patches
+            read = patches if self.wants.image else 0
         else:
             side, patches, read = shape, self.config.model.num_patches, 0
         masked = len(mask_patches(patches, stage.masking.patches, CounterRandom(0)))
@@ -81,12 +82,12 @@ class RowTask:
         return shape_of(self.config.model)
 
     @property
-    def patches_read(self) -> int:
+    def max_visible_patches(self) -> int:
         """The most patches that a model reads of a picture in its own shape."""
         model = self.config.model
         assert isinstance(model, ViLTConfig)
         assert isinstance(self.shape, OwnShape)
-        return min(self.shape.num_patches, model.patches_read or self.shape.num_patches)
+        return min(self.shape.num_patches, model.max_visible_patches or self.shape.num_patches)
 
     def split(self, parts: int) -> list[RowTask]:
         """The task in contiguous parts, each of whole lanes as far as may be; at most one part a place."""
@@ -126,7 +127,7 @@ class RowTask:
             f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
             f"answers {self.answers.digest}" if self.answers else "no answers",
             f"regions {_region_sizes(config, stage)}" if wants.regions else "no regions",
-            f"shape {self.shape} {self.patches_read}" if isinstance(self.shape, OwnShape) else "square",
+            f"shape {self.shape} {self.max_visible_patches}" if isinstance(self.shape, OwnShape) else "square",
             *([] if config.model.interpolation == "bicubic" else [f"interpolation {config.model.interpolation}"]),
         ]
 
@@ -309,23 +310,23 @@ class RowMaker:
             if isinstance(shape, OwnShape):
                 buffer[f"{name}_size"][row] = seen.shape[:2]
             put_on_canvas(seen, buffer[name][row])
-        if "patches_read" in buffer:
+        if "visible_patches" in buffer:
             self._write_patches_read(draft, buffer, row)
 
     def _write_patches_read(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
         """All patches of a picture in its own shape; where they are more than the model reads, some at random."""
-        most, count = self._task.patches_read, self._num_patches(buffer, row)
+        most, count = self._task.max_visible_patches, self._num_patches(buffer, row)
         read = np.arange(count)
         if count > most:
             read = np.sort(self._random(draft.slot, draft.sample, "patches read").permutation(count)[:most])
-        buffer.write("patches_read", row, read, -1)
+        buffer.write("visible_patches", row, read, -1)
 
     def _write_masked_patches(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
         """Of a picture in its own shape only patches that are read are masked, their share the same in each picture."""
         masking, count = self._task.stage.masking, self._num_patches(buffer, row)
         random = self._random(draft.slot, draft.sample, "patches")
-        if "patches_read" in buffer:
-            read = buffer["patches_read"][row]
+        if "visible_patches" in buffer:
+            read = buffer["visible_patches"][row]
             read = read[read >= 0]
             positions = read[mask_patches(len(read), masking.patches, random)]
         else:
@@ -334,7 +335,7 @@ class RowMaker:
         if self._wants.stand_ins:
             random = self._random(draft.slot, draft.sample, "stand-ins")
             shown = stand_ins(positions, count, masking.patches_covered, masking.patches_swapped, random)
-            buffer.write("patch_stand_ins", row, shown, -1)
+            buffer.write("patch_replacements", row, shown, -1)
 
     def _num_patches(self, buffer: RowBuffer, row: int) -> int:
         """Of the row's picture."""

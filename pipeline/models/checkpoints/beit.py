@@ -35,7 +35,7 @@ from pipeline.models.checkpoints.hugging_face import (
 )
 from pipeline.models.checkpoints.mismatch import Shape
 from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 
 _PREFIX = "beit."
 _LAYERS = f"{_PREFIX}encoder.layer."
@@ -181,7 +181,7 @@ def to_published(state: Mapping[str, Tensor], config: VLMoConfig) -> dict[str, T
 
 def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
     """Published names and our shapes of a VLMo's vision part, without its table."""
-    heads = Heads(image_target="visual_tokens" if masked or tokens else None, visual_tokens=tokens or 1)
+    heads = HeadConfig(image_target="visual_tokens" if masked or tokens else None, visual_tokens=tokens or 1)
     model = skeleton(config, heads=heads)
     parts = {*_PARTS, *(["positions.image"] if config.positions == "absolute" else [])}
     shapes = {

@@ -36,7 +36,7 @@ from pipeline.models.checkpoints.hugging_face import (
 )
 from pipeline.models.checkpoints.mismatch import Shape, require
 from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from pipeline.models.vilt import EXPERT
 
 # Ours on the left: parameters, or their modules.
@@ -256,7 +256,7 @@ def _shapes(
     """
     words = names.get("text_embedding.word.weight", "text_embedding.word.weight")
     num_words, num_answers = (len(state[name]) if name in state else 1 for name in (words, answers))
-    model = skeleton(config, num_words, Heads(answers=num_answers, reasoning=True, ranking=True))
+    model = skeleton(config, num_words, HeadConfig(answers=num_answers, reasoning=True, ranking=True))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return shapes if second else {name: shape for name, shape in shapes.items() if name != _SECOND}
 

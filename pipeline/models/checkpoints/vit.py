@@ -29,7 +29,7 @@ from pipeline.models.checkpoints.hugging_face import (
 )
 from pipeline.models.checkpoints.mismatch import Shape
 from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 
 _PREFIX = "vit."
 _LAYERS = f"{_PREFIX}encoder.layer."
@@ -102,7 +102,7 @@ def to_hugging_face(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str,
 
 def _names(config: ViTConfig, classes: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
     """Published names and our shapes of a ViT with so many classes, with or without a mask embedding."""
-    heads = Heads(image_target="mean_colour" if masked else None, classes=classes or None)
+    heads = HeadConfig(image_target="mean_colour" if masked else None, classes=classes or None)
     parameters = skeleton(config, heads=heads).named_parameters()
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters if not name.startswith(_UNPUBLISHED)}
     return {name: published_names(name, _OUTSIDE, _LAYERS) for name in shapes}, shapes

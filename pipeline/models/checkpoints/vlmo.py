@@ -23,7 +23,7 @@ from pipeline.config.model import VLMoConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.mismatch import Shape, require
 from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 
 # Ours on the left. `{n}` is the layer.
 _OUTSIDE = {
@@ -226,7 +226,7 @@ def _model_of(config: VLMoConfig, state: Mapping[str, Tensor], names: dict[str, 
     Any number, where it brings none: that is reported by name.
     """
     words, answers = (len(state[names[name]]) if names[name] in state else 1 for name in (_WORDS, _ANSWERS))
-    return skeleton(config, words, Heads(answers=answers, reasoning=True))
+    return skeleton(config, words, HeadConfig(answers=answers, reasoning=True))
 
 
 def _of_present_parts(model: Model, ours: dict[str, Shape], present: Collection[str]) -> list[str]:

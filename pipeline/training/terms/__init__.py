@@ -1,7 +1,7 @@
 """Objectives as terms of the step's loss: each says what it reads of the batch, and sums its loss over what it read.
 
 `term` says what a term is. A new objective is a function in `pipeline.objectives`, a term here, and what it reads in
-`Model.reads`.
+`Model.modules_for`.
 """
 
 from __future__ import annotations

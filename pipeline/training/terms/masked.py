@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Batch
-from pipeline.models.passes import Head, Outputs, Pass, left_out
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head, drop_masked_patches
 from pipeline.models.vilt import on_canvas
 from pipeline.objectives.masked_image import masked_image_loss, mean_colour_targets, pixel_targets
 from pipeline.objectives.masked_language import masked_count, masked_language_loss
@@ -26,10 +26,10 @@ class MaskedLanguage(Term):
     def count(self, rows: Batch) -> Tensor:
         return masked_count(present(rows.mask_labels))
 
-    def passes(self, rows: Batch) -> dict[str, Pass]:
+    def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         fused = self.fused(rows, "masked", "mlm")
         if self.setting.use == "text":
-            fused = replace(fused, image=None, image_size=None, patches_read=None)
+            fused = replace(fused, image=None, image_size=None, visible_patches=None)
         masked = replace(
             fused,
             text=present(rows.masked_text),
@@ -38,7 +38,7 @@ class MaskedLanguage(Term):
         )
         return {"masked": masked}
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         return masked_language_loss(outputs["masked"]["mlm"], present(rows.mask_labels))
 
 
@@ -52,21 +52,21 @@ class MaskedImage(Term):
         positions = present(rows.patch_positions)
         return positions.numel() if rows.image_size is None else (positions >= 0).sum()
 
-    def passes(self, rows: Batch) -> dict[str, Pass]:
-        one = Pass(
+    def passes(self, rows: Batch) -> dict[str, ForwardInput]:
+        one = ForwardInput(
             heads=("masked_image",),
             image=present(rows.image),
             image_size=rows.image_size,
-            patches_read=rows.patches_read,
+            visible_patches=rows.visible_patches,
             patch_positions=present(rows.patch_positions),
-            patch_stand_ins=rows.patch_stand_ins,
-            drop_keep=self.setting.keeps(rows, "hidden"),
+            patch_replacements=rows.patch_replacements,
+            drop_path_mask=self.setting.keeps(rows, "hidden"),
         )
         if rows.image_size is not None:
             one = replace(one, text=rows.text, text_keep=rows.text_keep)
-        return {"hidden": one if self.stage.image_decoder is None else left_out(one, self._grid(rows) ** 2)}
+        return {"hidden": one if self.stage.image_decoder is None else drop_masked_patches(one, self._grid(rows) ** 2)}
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         is_masked = None if rows.image_size is None else present(rows.patch_positions) >= 0
         return masked_image_loss(outputs["hidden"]["masked_image"], self._targets(rows), is_masked)
 
@@ -96,7 +96,7 @@ class _MaskedRegions(Term):
     def count(self, rows: Batch) -> Tensor:
         return masked_region_count(present(rows.region_positions))
 
-    def passes(self, rows: Batch) -> dict[str, Pass]:
+    def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         masked = replace(
             self.fused(rows, "masked", self.head),
             text=rows.text if rows.masked_text is None else rows.masked_text,
@@ -111,7 +111,7 @@ class RegionClass(_MaskedRegions):
 
     head = "region_class"
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         logits = outputs["masked"][self.head]
         return region_class_loss(logits, present(rows.region_class), present(rows.region_positions))
 
@@ -121,6 +121,6 @@ class RegionFeatures(_MaskedRegions):
 
     head = "region_features"
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         predicted = outputs["masked"][self.head]
         return region_features_loss(predicted, present(rows.region_features), present(rows.region_positions))

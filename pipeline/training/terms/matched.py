@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.config.schema import StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
-from pipeline.models.passes import Head, Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.objectives.matching import draw_negatives, matching_loss
 from pipeline.objectives.ranking import draw_wrong, ranking_loss
 from pipeline.objectives.word_patch import word_patch_loss
@@ -26,7 +26,7 @@ class HardMatching(Term):
     def count(self, rows: Batch) -> int:
         return 3 * len(rows)
 
-    def passes(self, rows: Batch) -> dict[str, Pass]:
+    def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         return {"pair": self.fused(rows, "pair", "itm")}
 
     def exchanges(self, rows: Batch, candidates: Candidates) -> dict[str, list[Exchange]]:
@@ -43,16 +43,16 @@ class HardMatching(Term):
             "wrong_text": [Exchange(TEXT, draw(image, text, "negative text"))],
         }
 
-    def exchanged_pass(self, rows: Batch, name: str) -> Pass:
+    def exchanged_pass(self, rows: Batch, name: str) -> ForwardInput:
         return self.fused(rows, name, "itm")
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         return matching_loss(*self._judged(outputs))
 
-    def signs(self, outputs: Outputs, rows: Batch) -> dict[str, Tensor]:
+    def signs(self, outputs: ForwardOutput, rows: Batch) -> dict[str, Tensor]:
         return matching_signs(*self._judged(outputs))
 
-    def _judged(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+    def _judged(self, outputs: ForwardOutput) -> tuple[Tensor, Tensor]:
         """Logits (3n, 2), and which of them are of true pairs (3n,)."""
         logits = [outputs[name]["itm"] for name in ("pair", "wrong_image", "wrong_text")]
         matched = torch.cat([torch.full((len(part),), part is logits[0]) for part in logits])
@@ -79,17 +79,17 @@ class RandomMatching(Term):
             ]
         }
 
-    def exchanged_pass(self, rows: Batch, name: str) -> Pass:
+    def exchanged_pass(self, rows: Batch, name: str) -> ForwardInput:
         aligned: tuple[Head, ...] = ("alignment",) if "word_patch" in self.stage.objectives else ()
         return self.fused(rows, name, "itm", *aligned)
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         return matching_loss(*self._judged(outputs, rows))
 
-    def signs(self, outputs: Outputs, rows: Batch) -> dict[str, Tensor]:
+    def signs(self, outputs: ForwardOutput, rows: Batch) -> dict[str, Tensor]:
         return matching_signs(*self._judged(outputs, rows))
 
-    def _judged(self, outputs: Outputs, rows: Batch) -> tuple[Tensor, Tensor]:
+    def _judged(self, outputs: ForwardOutput, rows: Batch) -> tuple[Tensor, Tensor]:
         logits = outputs["pair"]["itm"]
         return logits, matched_rows(rows, self.stage).to(logits.device)
 
@@ -97,7 +97,7 @@ class RandomMatching(Term):
 class WordPatch(Term):
     """Words and patches of the pairs that random matching reads, drawn together where they match (ViLT)."""
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         aligned = {name: outputs["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
         return word_patch_loss(**aligned, matched=matched_rows(rows, self.stage).to(aligned["words"].device))
 
@@ -105,7 +105,7 @@ class WordPatch(Term):
 class Ranking(Term):
     """Each picture with its own text and with wrong ones of the global batch, which it shall score lower (ViLT)."""
 
-    def passes(self, rows: Batch) -> dict[str, Pass]:
+    def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         return {"ranked": self.fused(rows, "ranked", "ranking")}
 
     def exchanges(self, rows: Batch, candidates: Candidates) -> dict[str, list[Exchange]]:
@@ -116,10 +116,10 @@ class Ranking(Term):
         wrong = draw_wrong(keys, image_id[rows.place], image_id, self.stage.wrong_texts)
         return {f"wrong_text_{k}": [Exchange(TEXT, wrong[:, k])] for k in range(self.stage.wrong_texts)}
 
-    def exchanged_pass(self, rows: Batch, name: str) -> Pass:
+    def exchanged_pass(self, rows: Batch, name: str) -> ForwardInput:
         return self.fused(rows, name, "ranking")
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.wrong_texts))]
         return ranking_loss(torch.stack([outputs[name]["ranking"] for name in names], dim=1))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config.schema import StageConfig, Use
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
-from pipeline.models.passes import Head, Outputs, Pass, Regions
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head, Regions
 from pipeline.training.exchange import Exchange
 
 ImageTokenizer = Callable[[Tensor, int], Tensor]  # pictures (n, H, W, 3) uint8 and a grid's side -> (n, P) tokens
@@ -58,7 +58,7 @@ class Term:
         """How many summands these rows add to the loss."""
         return len(rows)
 
-    def passes(self, rows: Batch) -> dict[str, Pass]:
+    def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         """What it reads of the rows as they are."""
         return {}
 
@@ -66,29 +66,29 @@ class Term:
         """What it reads of rows with another row's picture or text, by the name of the pass."""
         return {}
 
-    def exchanged_pass(self, rows: Batch, name: str) -> Pass:
+    def exchanged_pass(self, rows: Batch, name: str) -> ForwardInput:
         """The pass over rows that were exchanged as asked."""
         raise NotImplementedError(f"{type(self).__name__} asked for no exchange")
 
-    def loss(self, outputs: Outputs, rows: Batch) -> Tensor:
+    def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         """Summed over the rows."""
         raise NotImplementedError
 
-    def signs(self, outputs: Outputs, rows: Batch) -> dict[str, Tensor]:
+    def signs(self, outputs: ForwardOutput, rows: Batch) -> dict[str, Tensor]:
         """Beside the loss, what tells whether the objective is learnt: 0-d, summed over the rows, detached."""
         return {}
 
-    def fused(self, rows: Batch, name: str, *heads: Head) -> Pass:
+    def fused(self, rows: Batch, name: str, *heads: Head) -> ForwardInput:
         """Text and picture, or text and regions, read together."""
-        return Pass(
+        return ForwardInput(
             heads=heads,
             image=rows.image,
             image_size=rows.image_size,
-            patches_read=rows.patches_read,
+            visible_patches=rows.visible_patches,
             regions=regions_of(rows),
             text=rows.text,
             text_keep=rows.text_keep,
-            drop_keep=self.setting.keeps(rows, name),
+            drop_path_mask=self.setting.keeps(rows, name),
         )
 
 

@@ -11,7 +11,7 @@ from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.models import build_model
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from pipeline.models.vlmo import VLMo
 
 PAIRS = 24
@@ -74,4 +74,4 @@ def held_out(config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> HeldO
 
 @pytest.fixture(scope="session")
 def model(config: RunConfig, tokenizer: Tokenizer) -> VLMo:
-    return build_model(config.model, tokenizer.size, Heads("pixels"), seed=3)
+    return build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)

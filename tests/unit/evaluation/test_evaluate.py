@@ -16,7 +16,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import matching_odds
 from pipeline.models import build_model
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 
 KS = {"r1", "r5", "r10"}
@@ -57,9 +57,13 @@ def test_similarity_is_the_mean_of_both_heads_cosines(found: Evaluation, model: 
     row = held_out.tokens[5].ids
     ranked = found.rankings.text_to_image  # type: ignore[union-attr]
     with torch.no_grad():
-        image = model({"x": Pass(heads=("itc",), image=held_out.images[ranked.best[5, :1]])})["x"]
+        image = model({"x": ForwardInput(heads=("itc",), image=held_out.images[ranked.best[5, :1]])})["x"]
         text = model(
-            {"x": Pass(heads=("itc",), text=torch.tensor([row]), text_keep=torch.ones(1, len(row), dtype=torch.bool))}
+            {
+                "x": ForwardInput(
+                    heads=("itc",), text=torch.tensor([row]), text_keep=torch.ones(1, len(row), dtype=torch.bool)
+                )
+            }
         )["x"]
     expected = (image["itc"] @ text["itc"].T + image["itc_vl"] @ text["itc_vl"].T) / 2
     torch.testing.assert_close(ranked.score[5, 0], expected[0, 0], atol=1e-6, rtol=1e-5)

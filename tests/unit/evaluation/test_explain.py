@@ -14,8 +14,8 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.explain import Explanation, explain, mask_each, positions_of_words, share_of
 from pipeline.evaluation.explain_page import panel, to_html, to_png
 from pipeline.models import build_model
+from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
-from pipeline.models.passes import Pass
 from pipeline.objectives.word_patch import word_patch_cost, word_patch_plan
 from pipeline.training.trial import tiny_section
 
@@ -47,7 +47,7 @@ def test_every_word_is_spread_over_the_patches_of_the_picture_as_read(model: Mod
 def test_the_heat_is_the_transport_plan_of_the_pair(model: Model, found: Explanation) -> None:
     text = torch.tensor([TOKENIZER.encode(TEXT, 12).ids])
     with torch.no_grad():
-        out = model({"x": Pass(heads=("alignment",), image=found.picture[None], text=text)})["x"]
+        out = model({"x": ForwardInput(heads=("alignment",), image=found.picture[None], text=text)})["x"]
         plan = word_patch_plan(word_patch_cost(out["words"], out["patches"]), out["words_keep"], out["patches_keep"])[0]
     assert plan.sum().item() == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(found.words[1].heat.flatten() * plan[2].sum(), plan[2], rtol=1e-4, atol=1e-6)
@@ -75,7 +75,7 @@ def test_guesses_are_those_of_the_model_with_the_word_masked(model: Model, found
         (None, found.words[2].without_image),
     ):
         with torch.no_grad():
-            one = Pass(heads=("mlm",), image=image, text=masked, mask_positions=torch.tensor([[3]]))
+            one = ForwardInput(heads=("mlm",), image=image, text=masked, mask_positions=torch.tensor([[3]]))
             odds = model({"x": one})["x"]["mlm"][0, 0].softmax(-1)
         assert condition.truth_probability == pytest.approx(odds[ids[3]].item(), rel=1e-4)
         assert condition.guesses[0].word == TOKENIZER.decode([int(odds.argmax())])

@@ -21,7 +21,7 @@ from pipeline.evaluation.answering import measure_answering
 from pipeline.evaluation.classification import measure_classification
 from pipeline.evaluation.evaluate import evaluate, stages_reading
 from pipeline.evaluation.reasoning import consistency, measure_reasoning
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 
 
 class Colourist(nn.Module):
@@ -32,7 +32,7 @@ class Colourist(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.heads, self.wrong, self.rows = heads, wrong, 0
 
-    def forward(self, passes: dict[str, Pass]) -> Outputs:
+    def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         (one,) = passes.values()
         (head,) = one.heads
         assert one.image is not None

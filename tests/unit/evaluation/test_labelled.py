@@ -18,7 +18,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.probe import fit
 from pipeline.evaluation.zero_shot import class_vectors
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 
 PROMPTS = ("a photo of a {}.", "the {} thing")
 
@@ -31,7 +31,7 @@ class ColourSpace(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.ids = [tokenizer.encode(name, 8).ids[1] for name in COLOURS]
 
-    def forward(self, passes: dict[str, Pass]) -> Outputs:
+    def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         (one,) = passes.values()
         if one.heads == ("tokens",):
             assert one.image is not None
@@ -62,7 +62,7 @@ def test_a_class_is_the_mean_of_its_prompts(tokenizer: Tokenizer) -> None:
 
     def vector(text: str) -> Tensor:
         ids = torch.tensor([tokenizer.encode(text, 16).ids])
-        return model({"x": Pass(heads=("itc",), text=ids)})["only"]["itc"][0]
+        return model({"x": ForwardInput(heads=("itc",), text=ids)})["only"]["itc"][0]
 
     found = class_vectors(model, tokenizer, COLOURS, PROMPTS, 16, batch=3)
     for row, name in zip(found, COLOURS, strict=True):

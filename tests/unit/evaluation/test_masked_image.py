@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.masked_image import Painted, reconstruct
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.vlmo import VLMo
 from pipeline.objectives.masked_image import mean_colour_targets, patchify, pixel_targets
 
@@ -23,7 +23,7 @@ class Knowing(nn.Module):
         self.target = target
         self.unused = nn.Parameter(torch.zeros(1))
 
-    def forward(self, passes: dict[str, Pass]) -> Outputs:
+    def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return {name: {"masked_image": self._truth(one.image, one.patch_positions)} for name, one in passes.items()}
 
     def _truth(self, image: Any, positions: Any) -> Tensor:
@@ -62,10 +62,10 @@ def test_hidden_patches_follow_the_key_alone(held_out: HeldOut, model: VLMo) -> 
 
 def test_a_decoder_s_model_is_shown_only_what_is_visible(held_out: HeldOut) -> None:
     class Decoding(Knowing):
-        def forward(self, passes: dict[str, Pass]) -> Outputs:
+        def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
             for one in passes.values():
                 assert one.heads == ("decoded_image",)
-                both = torch.cat([one.patches_read, one.patch_positions], dim=1).sort(dim=1).values
+                both = torch.cat([one.visible_patches, one.patch_positions], dim=1).sort(dim=1).values
                 assert torch.equal(both, torch.arange(16).expand(len(both), -1))
             return super().forward(passes)
 

@@ -11,7 +11,7 @@ from pipeline.config.schema import MaskingConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.masked_language import guess, mask_captions, masked_language, other_images, words_of
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 
 
@@ -65,7 +65,7 @@ def test_guesses_equal_those_of_one_caption_at_a_time(model: VLMo, held_out: Hel
     found = guess(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch=7)
     single = []
     for caption, row in enumerate(masked.rows):
-        one = Pass(
+        one = ForwardInput(
             heads=("mlm",),
             image=held_out.images[held_out.caption_of[caption]][None],
             text=torch.tensor([row]),

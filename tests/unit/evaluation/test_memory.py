@@ -23,7 +23,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation import held_out as module
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.held_out import HeldOut, load_pairs
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from tests.ranks import run_ranks
 
 PICTURES, CAPTIONS, SIDE, WIDTH = 5_000, 5, 384, 512
@@ -51,7 +51,7 @@ class Drawn(nn.Module):
         self.colours = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
         self.words = torch.randn(1000, WIDTH, generator=torch.Generator().manual_seed(1))
 
-    def forward(self, passes: dict[str, Pass]) -> Outputs:
+    def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         (one,) = passes.values()
         if one.image is not None:
             assert one.image.shape[1:] == (SIDE, SIDE, 3)

@@ -21,7 +21,7 @@ from pipeline.evaluation.masked_language import guess, mask_captions
 from pipeline.evaluation.report import render, show
 from pipeline.evaluation.retrieval import matching_odds
 from pipeline.models import build_model
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 
 SHAPES = [(24, 40), (40, 24), (24, 24), (20, 50), (33, 24), (24, 31)]
 
@@ -62,7 +62,7 @@ def run(make_pairs, make_pair) -> RunConfig:
 
 @pytest.fixture
 def model(run: RunConfig, tokenizer: Tokenizer) -> Model:
-    return build_model(run.model, tokenizer.size, Heads("pixels", ranking=True), seed=3)
+    return build_model(run.model, tokenizer.size, HeadConfig("pixels", ranking=True), seed=3)
 
 
 @pytest.fixture

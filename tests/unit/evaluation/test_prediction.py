@@ -11,7 +11,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.prediction import Given, Predictor
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 
 
@@ -33,9 +33,9 @@ def test_a_pair_gets_its_similarity_and_its_odds_of_matching(
     assert found.keys() == {"similarity", "matched"}
     ids = torch.tensor([tokenizer.encode(text, 40).ids])
     with torch.no_grad():
-        image = model.eval()({"x": Pass(heads=("itc",), image=held_out.images[:1])})["x"]
-        said = model({"x": Pass(heads=("itc",), text=ids)})["x"]
-        both = model({"x": Pass(heads=("itm",), image=held_out.images[:1], text=ids)})["x"]["itm"]
+        image = model.eval()({"x": ForwardInput(heads=("itc",), image=held_out.images[:1])})["x"]
+        said = model({"x": ForwardInput(heads=("itc",), text=ids)})["x"]
+        both = model({"x": ForwardInput(heads=("itm",), image=held_out.images[:1], text=ids)})["x"]["itm"]
     cosines = [(image[name] @ said[name].T).item() for name in ("itc", "itc_vl")]
     assert found["similarity"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
     assert found["matched"] == pytest.approx(both.softmax(dim=1)[0, 1].item(), abs=1e-6)

@@ -14,7 +14,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ranks import ALONE, Alone, Ranks, batches_of, together
 from pipeline.models import build_model
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from tests.ranks import run_ranks
 
 
@@ -51,7 +51,7 @@ def measured(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Everything that one rank is told: figures, places, best candidates, guesses."""
     torch.set_num_threads(1)
     tokenizer = Tokenizer.train(["a red square", "two blue circles and a green star"], 200)
-    model = build_model(config.model, tokenizer.size, Heads("pixels"), seed=3)
+    model = build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)
     found = evaluate(model, tokenizer, config, Storage(), others={"language": model}, ranks=ranks)
     assert found.rankings is not None
     assert found.mlm is not None

@@ -20,7 +20,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.checkpoints import FORMATS
 from pipeline.models.checkpoints.vlmo import to_published
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from pipeline.training.checkpoint import load_weights
 
 WORDS = 11
@@ -42,7 +42,7 @@ def vocabulary(tmp_path: Path) -> str:
     return str(tmp_path / "vocab.txt")
 
 
-def published(heads: Heads = Heads(), config: VLMoConfig = TINY) -> dict[str, Tensor]:
+def published(heads: HeadConfig = HeadConfig(), config: VLMoConfig = TINY) -> dict[str, Tensor]:
     return to_published(build_model(config, WORDS, heads, seed=5).state_dict(), config)
 
 
@@ -73,7 +73,7 @@ def test_every_container_imports_to_the_same_weights_and_exports_to_the_same_ten
 
 
 def test_our_own_safetensors_need_no_sizes(tmp_path: Path, vocabulary: str) -> None:
-    path = save(tmp_path / "vlmo.pt", published(Heads(answers=5)))
+    path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5)))
     import_weights(path, "vlmo", f"{tmp_path}/first", ["max_text=12"], vocabulary=vocabulary)
     export_weights(f"{tmp_path}/first", "safetensors", f"{tmp_path}/own.safetensors")
     import_weights(f"{tmp_path}/own.safetensors", "safetensors", f"{tmp_path}/second", vocabulary=vocabulary)
@@ -91,10 +91,10 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> N
 
 
 def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocabulary: str) -> None:
-    path = save(tmp_path / "vlmo.pt", published(Heads(answers=5, reasoning=True)))
+    path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5, reasoning=True)))
     import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
     made = model_of(load_weights(Storage(), f"{tmp_path}/imported"))
-    expected = build_model(TINY, WORDS, Heads(answers=5, reasoning=True), seed=5)
+    expected = build_model(TINY, WORDS, HeadConfig(answers=5, reasoning=True), seed=5)
     assert equal(made.state_dict(), expected.state_dict())
 
 
@@ -179,7 +179,7 @@ def test_weights_are_never_overwritten(tmp_path: Path, vocabulary: str) -> None:
 
 
 def test_export_tells_what_the_format_has_no_names_for(tmp_path: Path, vocabulary: str) -> None:
-    state = build_model(TINY, WORDS, Heads("pixels"), seed=5).state_dict()
+    state = build_model(TINY, WORDS, HeadConfig("pixels"), seed=5).state_dict()
     own = tmp_path / "own.safetensors"
     safetensors.torch.save_file(state, own, {"model": TINY.model_dump_json()})
     import_weights(str(own), "safetensors", f"{tmp_path}/imported", vocabulary=vocabulary)

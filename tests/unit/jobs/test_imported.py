@@ -32,8 +32,8 @@ from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints import FORMATS
-from pipeline.models.model import Heads
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 from pipeline.training.stages import load_matching
 
@@ -104,9 +104,9 @@ def masked(logits: Tensor, asked: Asked) -> dict[str, Any]:
 def same_tokens(model: Any, asked: Asked, heads: str) -> None:
     """No objective of these checkpoints predicts anything: what they share is the encoder."""
     image = asked.pixels[0]
-    found = model_of(asked.weights).eval()({"x": Pass(heads=("tokens",), image=image.permute(0, 2, 3, 1))})["x"][
-        "tokens"
-    ]
+    found = model_of(asked.weights).eval()({"x": ForwardInput(heads=("tokens",), image=image.permute(0, 2, 3, 1))})[
+        "x"
+    ]["tokens"]
     hidden = model(image).last_hidden_state if heads == "bare" else model.beit(image).last_hidden_state
     if heads == "pooler":
         hidden = model.beit.pooler.layernorm(hidden)
@@ -116,7 +116,7 @@ def same_tokens(model: Any, asked: Asked, heads: str) -> None:
 def same_visual_tokens(model: Any, asked: Asked) -> None:
     image, places = asked.pixels[0], torch.tensor([[0, 3, 5]])
     covered = torch.zeros(1, 9, dtype=torch.bool).scatter(1, places, True)
-    one = Pass(heads=("masked_image",), image=image.permute(0, 2, 3, 1), patch_positions=places)
+    one = ForwardInput(heads=("masked_image",), image=image.permute(0, 2, 3, 1), patch_positions=places)
     found = model_of(asked.weights).eval()({"x": one})["x"]["masked_image"]
     expected = model(image, bool_masked_pos=covered).logits[:, places[0]]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -125,11 +125,13 @@ def same_visual_tokens(model: Any, asked: Asked) -> None:
 
 
 def same_words(model: Any, asked: Asked) -> None:
-    found = model_of(asked.weights).eval()({"x": Pass(heads=("tokens",), text=asked.ids)})["x"]["tokens"]
+    found = model_of(asked.weights).eval()({"x": ForwardInput(heads=("tokens",), text=asked.ids)})["x"]["tokens"]
     torch.testing.assert_close(found, model(**asked.words).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def our_release(section: TransformerConfig, heads: Heads = Heads(), drop: tuple[str, ...] = ()) -> Callable[[], Any]:
+def our_release(
+    section: TransformerConfig, heads: HeadConfig = HeadConfig(), drop: tuple[str, ...] = ()
+) -> Callable[[], Any]:
     def make() -> Any:
         model = randomised(build_model(section, len(TOKENS), heads))
         model.dropped = drop  # type: ignore[assignment]
@@ -148,13 +150,13 @@ def our_own(model: Any, asked: Asked, *heads: str) -> dict[str, Any]:
     for head in heads:
         if head == "itc":
             image, said = (
-                model({"x": Pass(heads=("itc",), **each)})["x"] for each in ({"image": images[0]}, dict(text))
+                model({"x": ForwardInput(heads=("itc",), **each)})["x"] for each in ({"image": images[0]}, dict(text))
             )
             names = [name for name in ("itc", "itc_vl") if name in image]
             cosines = [(image[name] @ said[name].T).item() for name in names]
             found["similarity"] = pytest.approx(sum(cosines) / len(names), abs=2e-5)
             continue
-        out = model({"x": Pass(heads=(head,), **fused)})["x"][head][0]  # type: ignore[arg-type]
+        out = model({"x": ForwardInput(heads=(head,), **fused)})["x"][head][0]  # type: ignore[arg-type]
         found |= {
             "itm": lambda out=out: {"matched": pytest.approx(out.softmax(0)[1].item(), abs=2e-5)},
             "answers": lambda out=out: {"answers": ranked(out.sigmoid(), ANSWERS)},
@@ -251,15 +253,15 @@ CASES = {
         "vilt", our_release(RELEASED_VILT), lambda model, asked: our_own(model, asked, "itm"), overrides=("heads=3",)
     ),
     "ViLT, VQA": Case(
-        "vilt", our_release(RELEASED_VILT, Heads(answers=5), ("itm", "mlm")),
+        "vilt", our_release(RELEASED_VILT, HeadConfig(answers=5), ("itm", "mlm")),
         lambda model, asked: our_own(model, asked, "answers"), overrides=("heads=3",), answers=True,
     ),
     "ViLT, NLVR2": Case(
-        "vilt", our_release(RELEASED_VILT, Heads(reasoning=True), ("itm", "mlm")),
+        "vilt", our_release(RELEASED_VILT, HeadConfig(reasoning=True), ("itm", "mlm")),
         lambda model, asked: our_own(model, asked, "reasoning"), given=(2, TEXT), overrides=("heads=3",),
     ),
     "ViLT, retrieval": Case(
-        "vilt", our_release(RELEASED_VILT, Heads(ranking=True), ("mlm",)),
+        "vilt", our_release(RELEASED_VILT, HeadConfig(ranking=True), ("mlm",)),
         lambda model, asked: our_own(model, asked, "itm", "ranking"), overrides=("heads=3",),
     ),
     "VLMo, pretrained": Case(
@@ -273,11 +275,11 @@ CASES = {
         lambda model, asked: our_own(model, asked, "itc"), overrides=SHORT,
     ),
     "VLMo, VQA": Case(
-        "vlmo", our_release(RELATIVE, Heads(answers=5), ("itm", "mlm", "itc", "logit")),
+        "vlmo", our_release(RELATIVE, HeadConfig(answers=5), ("itm", "mlm", "itc", "logit")),
         lambda model, asked: our_own(model, asked, "answers"), overrides=SHORT, answers=True,
     ),
     "VLMo, NLVR2": Case(
-        "vlmo", our_release(RELATIVE, Heads(reasoning=True), ("itm", "mlm", "itc", "logit")),
+        "vlmo", our_release(RELATIVE, HeadConfig(reasoning=True), ("itm", "mlm", "itc", "logit")),
         lambda model, asked: our_own(model, asked, "reasoning"), given=(2, TEXT), overrides=SHORT,
     ),
 }  # fmt: skip
@@ -411,11 +413,11 @@ def test_one_contrast_trains_and_starts_from_two(tmp_path: Path) -> None:
     both, one = build_model(RELATIVE, len(TOKENS)), build_model(RETRIEVAL, len(TOKENS))
     load_matching(one, one.resize_state(dict(both.state_dict()), RELATIVE), "retrieval")
     image, text = torch.rand(2, 24, 24, 3), torch.tensor([[2, 5, 3], [2, 6, 3]])
-    passes = {"image": Pass(heads=("itc",), image=image), "text": Pass(heads=("itc",), text=text)}
+    passes = {"image": ForwardInput(heads=("itc",), image=image), "text": ForwardInput(heads=("itc",), text=text)}
     for name, outputs in one.eval()(passes).items():
         assert outputs.keys() == {"itc", "scale"}
         torch.testing.assert_close(outputs["itc"], both.eval()(passes)[name]["itc"])
-    used = one.reads("contrastive", "pairs")
+    used = one.modules_for("contrastive", "pairs")
     assert used is not None
     (one(passes)["image"]["itc"].sum() + one(passes)["text"]["itc"].sum() + one(passes)["image"]["scale"]).backward()
     assert {one.part_of(n) for n, p in one.named_parameters() if p.grad is not None} == used
@@ -569,7 +571,9 @@ ANSWER_FILES = {
 @pytest.mark.parametrize("kind", ANSWER_FILES)
 def test_answers_are_read_in_every_usual_form(kind: str, tmp_path: Path) -> None:
     (tmp_path / "answers").write_bytes(ANSWER_FILES[kind].encode())
-    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS), Heads(answers=5)).state_dict(), RELEASED_VILT)
+    state = FORMATS["vilt"].write(
+        build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=5)).state_dict(), RELEASED_VILT
+    )
     out = imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
     assert list(load_weights(Storage(), out).choices["answers.json"].names) == ANSWERS
 
@@ -588,7 +592,9 @@ def test_answers_are_read_in_every_usual_form(kind: str, tmp_path: Path) -> None
 def test_wrong_answers_are_refused(content: str | bytes | None, told: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "answers").write_bytes(content.encode() if isinstance(content, str) else content)
-    state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS), Heads(answers=5)).state_dict(), RELEASED_VILT)
+    state = FORMATS["vilt"].write(
+        build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=5)).state_dict(), RELEASED_VILT
+    )
     with pytest.raises(ConfigError, match=told):
         imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
 

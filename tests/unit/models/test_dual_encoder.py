@@ -12,7 +12,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import DualEncoderConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.dual_encoder import PARTS, DualEncoder
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 
 VOCABULARY, ROWS, LENGTH = 23, 5, 7
 CONFIG = DualEncoderConfig(
@@ -40,23 +40,23 @@ def model() -> DualEncoder:
     return model
 
 
-def passes() -> dict[str, Pass]:
+def passes() -> dict[str, ForwardInput]:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (ROWS, 16, 16, 3), generator=generator, dtype=torch.uint8)
     text = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
     keep = torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3, 4])[:, None]
-    drop_keep = torch.rand(ROWS, 3, 2, generator=generator) > 0.3
+    drop_path_mask = torch.rand(ROWS, 3, 2, generator=generator) > 0.3
     return {
-        "image": Pass(("itc",), image=image, drop_keep=drop_keep),
-        "text": Pass(("itc",), text=text, text_keep=keep, drop_keep=drop_keep),
+        "image": ForwardInput(("itc",), image=image, drop_path_mask=drop_path_mask),
+        "text": ForwardInput(("itc",), text=text, text_keep=keep, drop_path_mask=drop_path_mask),
     }
 
 
-def values(outputs: Outputs) -> dict[str, Tensor]:
+def values(outputs: ForwardOutput) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, result in outputs.items() for key, value in result.items()}
 
 
-def gradients(model: DualEncoder, outputs: Outputs) -> dict[str, Tensor]:
+def gradients(model: DualEncoder, outputs: ForwardOutput) -> dict[str, Tensor]:
     model.zero_grad()
     weighted = [(v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in values(outputs).values()]
     torch.stack(weighted).sum().backward()
@@ -113,7 +113,7 @@ def test_reading_only_the_first_token_equals_reading_all(model: DualEncoder) -> 
 
 
 def test_a_row_that_drops_every_branch_is_its_embedding(model: DualEncoder) -> None:
-    one = replace(passes()["text"], heads=("tokens",), drop_keep=torch.zeros(ROWS, 3, 2, dtype=torch.bool))
+    one = replace(passes()["text"], heads=("tokens",), drop_path_mask=torch.zeros(ROWS, 3, 2, dtype=torch.bool))
     expected = model.text_tower.norm(model.text_embedding(one.text))
     torch.testing.assert_close(model({"one": one})["one"]["tokens"], expected)
 
@@ -124,16 +124,16 @@ def test_the_shallower_tower_drops_as_the_last_layers_of_the_deeper_one(model: D
     assert [block.drop_path for block in model.text_tower.blocks] == pytest.approx([0.2, 0.4])
     one = passes()["text"]
     keep = torch.ones(ROWS, 3, 2, dtype=torch.bool)
-    kept = model({"one": replace(one, drop_keep=keep)})["one"]["itc"]
-    first = model({"one": replace(one, drop_keep=keep & torch.tensor([False, True, True])[:, None])})["one"]["itc"]
-    last = model({"one": replace(one, drop_keep=keep & torch.tensor([True, True, False])[:, None])})["one"]["itc"]
+    kept = model({"one": replace(one, drop_path_mask=keep)})["one"]["itc"]
+    first = model({"one": replace(one, drop_path_mask=keep & torch.tensor([False, True, True])[:, None])})["one"]["itc"]
+    last = model({"one": replace(one, drop_path_mask=keep & torch.tensor([True, True, False])[:, None])})["one"]["itc"]
     assert torch.equal(first, kept)
     assert not torch.allclose(last, kept)
 
 
 def test_no_rows_run_the_same_graph(model: DualEncoder) -> None:
     empty = {
-        name: Pass(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+        name: ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
         for name, one in passes().items()
     }
     assert set(gradients(model, model(empty))) == set(gradients(model, model(passes())))
@@ -154,7 +154,7 @@ def test_heads_of_other_models_are_refused_by_name(model: DualEncoder) -> None:
 def test_contrast_over_pairs_is_all_it_learns() -> None:
     model = skeleton(CONFIG)
     assert (
-        model.reads("contrastive", "pairs")
+        model.modules_for("contrastive", "pairs")
         == frozenset(PARTS)
         == {model.part_of(n) for n, _ in model.named_parameters()}
     )

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipeline.config.model import VLMoConfig
 from pipeline.config.schema import ImageDecoderConfig
 from pipeline.models import build_model
+from pipeline.models.forward import ForwardInput, drop_masked_patches, unmasked_patches
 from pipeline.models.image_decoder import ImageDecoder, sine_positions
-from pipeline.models.model import Heads, Model
-from pipeline.models.passes import Pass, left_out, visible_patches
+from pipeline.models.model import HeadConfig, Model
 
 RELATIVE = VLMoConfig(
     width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text=8, initial_std=0.2
@@ -26,7 +26,7 @@ ROWS, PATCHES = 3, 9
 @pytest.fixture(params=[RELATIVE, ABSOLUTE], ids=["relative", "absolute"])
 def model(request: pytest.FixtureRequest) -> Model:
     model = build_model(
-        request.param, 11, Heads("pixels", image_decoder=ImageDecoderConfig(width=16, layers=2, heads=2))
+        request.param, 11, HeadConfig("pixels", image_decoder=ImageDecoderConfig(width=16, layers=2, heads=2))
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def pictures() -> Tensor:
     return torch.randint(0, 256, (ROWS, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def run(model: Model, one: Pass, head: str) -> Tensor:
+def run(model: Model, one: ForwardInput, head: str) -> Tensor:
     return model({"one": one})["one"][head]
 
 
@@ -53,34 +53,34 @@ def test_a_vlmo_that_reads_all_patches_in_any_order_reads_the_picture(model: Mod
     order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
     text, keep = torch.randint(0, 11, (ROWS, 4)), torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
     for one, before in [
-        (Pass(("tokens",), image=pictures()), 1),
-        (Pass(("tokens",), image=pictures(), text=text, text_keep=keep), 5),
+        (ForwardInput(("tokens",), image=pictures()), 1),
+        (ForwardInput(("tokens",), image=pictures(), text=text, text_keep=keep), 5),
     ]:
         expected = reordered(run(model, one, "tokens"), order, before)
-        found = run(model, replace(one, patches_read=order), "tokens")
+        found = run(model, replace(one, visible_patches=order), "tokens")
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_heads_at_chosen_positions_equal_those_among_all(model: Model) -> None:
-    one = Pass(("itc",), image=pictures(), patches_read=torch.tensor([[0, 4], [8, 2], [3, 5]]))
+    one = ForwardInput(("itc",), image=pictures(), visible_patches=torch.tensor([[0, 4], [8, 2], [3, 5]]))
     alone = run(model, one, "itc")
     torch.testing.assert_close(alone, run(model, replace(one, heads=("itc", "tokens")), "itc"), rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_left_out_is_the_complement_in_ascending_order() -> None:
     masked = torch.tensor([[7, 2, 0], [8, 3, 4]])
-    assert visible_patches(masked, 9).tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7]]
-    assert visible_patches(masked[:0], 9).shape == (0, 6)
+    assert unmasked_patches(masked, 9).tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7]]
+    assert unmasked_patches(masked[:0], 9).shape == (0, 6)
 
 
 def test_the_decoder_sees_nothing_of_masked_patches(model: Model) -> None:
-    one = Pass(("masked_image",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
+    one = ForwardInput(("masked_image",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
     patches = one.image.unflatten(1, (3, 8)).unflatten(3, (3, 8)).clone()
     for row, positions in enumerate(one.patch_positions.tolist()):
         for place in positions:
             patches[row, place // 3, :, place % 3] = 0
     painted = replace(one, image=patches.reshape(one.image.shape))
-    found, other = (run(model, left_out(each, PATCHES), "masked_image") for each in (one, painted))
+    found, other = (run(model, drop_masked_patches(each, PATCHES), "masked_image") for each in (one, painted))
     assert found.shape == (ROWS, 2, 192)
     torch.testing.assert_close(found, other)
     with pytest.raises(ValueError, match="image target"):

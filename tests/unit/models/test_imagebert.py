@@ -13,8 +13,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from pipeline.config.model import ImageBERTConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.bert import from_hugging_face
+from pipeline.models.forward import ForwardInput, Regions
 from pipeline.models.imagebert import ImageBERT
-from pipeline.models.passes import Pass, Regions
 
 CONFIG = ImageBERTConfig(
     width=32, layers=2, heads=4, max_text=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
@@ -70,7 +70,7 @@ def test_without_regions_it_is_bert(text: Tensor, keep: Tensor) -> None:
     ours = ImageBERT(CONFIG, VOCABULARY)
     ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
     with torch.no_grad():
-        found = ours({"text": Pass(heads=("tokens",), text=text, text_keep=keep)})["text"]["tokens"]
+        found = ours({"text": ForwardInput(heads=("tokens",), text=text, text_keep=keep)})["text"]["tokens"]
         expected = bert(input_ids=text, attention_mask=keep.long()).last_hidden_state
     agree(found[keep], expected[keep])
 
@@ -80,7 +80,7 @@ def test_without_regions_it_predicts_masked_words_as_bert(text: Tensor, keep: Te
     ours = ImageBERT(CONFIG, VOCABULARY)
     ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
     everywhere = torch.arange(9).expand_as(text)
-    asked = Pass(heads=("mlm",), text=text, text_keep=keep, mask_positions=everywhere)
+    asked = ForwardInput(heads=("mlm",), text=text, text_keep=keep, mask_positions=everywhere)
     found = ours({"text": asked})["text"]["mlm"]
     expected = bert(input_ids=text, attention_mask=keep.long()).logits
     agree(found[keep], expected[keep])
@@ -106,7 +106,7 @@ def test_a_region_is_embedded_by_its_feature_its_place_its_segment_and_one_posit
 
 def test_regions_have_no_order(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
     turned = Regions(*(getattr(regions, name).flip(1) for name in ("features", "location", "keep")))
-    asked = Pass(heads=("itm",), text=text, text_keep=keep, regions=regions)
+    asked = ForwardInput(heads=("itm",), text=text, text_keep=keep, regions=regions)
     out = model({"one": asked, "other": replace(asked, regions=turned)})
     agree(out["one"]["itm"], out["other"]["itm"])
 
@@ -114,11 +114,11 @@ def test_regions_have_no_order(model: ImageBERT, text: Tensor, keep: Tensor, reg
 def test_padding_of_words_and_regions_changes_nothing(model: ImageBERT, text: Tensor, keep: Tensor) -> None:
     """Passes of different lengths share a run: the longer one pads the other, which must not feel it."""
     heads = ("itm", "mlm", "region_class", "region_features", "tokens")
-    one = Pass(
+    one = ForwardInput(
         heads=heads, text=text[:, :6], text_keep=keep[:, :6], mask_positions=torch.tensor([[1], [2], [3]]),
         regions=regions_of(3, 3), region_positions=torch.tensor([[0, 1], [1, -1], [0, -1]]),
     )  # fmt: skip
-    other = Pass(
+    other = ForwardInput(
         heads=("region_class",), text=text, text_keep=keep, regions=regions_of(3, 5),
         region_positions=torch.tensor([[4], [0], [1]]),
     )  # fmt: skip
@@ -131,14 +131,14 @@ def test_padding_of_words_and_regions_changes_nothing(model: ImageBERT, text: Te
 
 def test_hidden_features_reach_no_output(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
     noise = Regions(torch.where(regions.keep.unsqueeze(-1), regions.features, 99.0), regions.location, regions.keep)
-    asked = Pass(heads=("itm",), text=text, text_keep=keep, regions=regions)
+    asked = ForwardInput(heads=("itm",), text=text, text_keep=keep, regions=regions)
     agree(model({"one": asked})["one"]["itm"], model({"one": replace(asked, regions=noise)})["one"]["itm"])
 
 
 def test_matching_by_cross_entropy_is_binary_cross_entropy(
     model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
 ) -> None:
-    logits = model({"one": Pass(heads=("itm",), text=text, text_keep=keep, regions=regions)})["one"]["itm"]
+    logits = model({"one": ForwardInput(heads=("itm",), text=text, text_keep=keep, regions=regions)})["one"]["itm"]
     matched = torch.tensor([1, 0, 1])
     assert torch.equal(logits[:, 0], torch.zeros(3))
     expected = F.binary_cross_entropy_with_logits(logits[:, 1], matched.float(), reduction="sum")
@@ -149,7 +149,7 @@ def test_region_heads_predict_classes_and_features(
     model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
 ) -> None:
     positions = torch.tensor([[0, 3], [2, -1], [1, -1]])
-    asked = Pass(
+    asked = ForwardInput(
         heads=("region_class", "region_features", "tokens"), text=text, text_keep=keep, regions=regions,
         region_positions=positions,
     )  # fmt: skip
@@ -172,30 +172,30 @@ def test_every_objective_gives_every_part_that_it_reads_a_gradient(
     }
     for (objective, use), head in heads.items():
         model = build_model(CONFIG, VOCABULARY, seed=1)
-        asked = Pass(
+        asked = ForwardInput(
             heads=(head,), text=text, text_keep=keep, mask_positions=torch.ones(3, 1, dtype=torch.int64),
             regions=regions if use == "regions" else None, region_positions=torch.zeros(3, 1, dtype=torch.int64),
         )  # fmt: skip
         model({"one": asked})["one"][head].square().sum().backward()
         moved = {model.part_of(name) for name, p in model.named_parameters() if p.grad is not None}
-        assert moved == model.reads(objective, use)
+        assert moved == model.modules_for(objective, use)
         still = [n for n, p in model.named_parameters() if model.part_of(n) in moved and p.grad is None]
         assert not still
 
 
 def test_it_reads_no_pixels(model: ImageBERT, text: Tensor) -> None:
     with pytest.raises(ValueError, match="no pixels"):
-        model({"one": Pass(heads=("itm",), text=text, image=torch.zeros(3, 32, 32, 3))})
+        model({"one": ForwardInput(heads=("itm",), text=text, image=torch.zeros(3, 32, 32, 3))})
 
 
 def test_a_text_longer_than_the_positions_is_refused(model: ImageBERT) -> None:
     with pytest.raises(ValueError, match=r"model\.max_text"):
-        model({"one": Pass(heads=("tokens",), text=torch.ones(1, 13, dtype=torch.int64))})
+        model({"one": ForwardInput(heads=("tokens",), text=torch.ones(1, 13, dtype=torch.int64))})
 
 
 def test_a_head_it_lacks_is_refused_by_name(model: ImageBERT, text: Tensor, regions: Regions) -> None:
     with pytest.raises(ValueError, match="alignment"):
-        model({"one": Pass(heads=("alignment",), text=text, regions=regions)})
+        model({"one": ForwardInput(heads=("alignment",), text=text, regions=regions)})
 
 
 def test_the_first_weights_are_the_seed_s_alone() -> None:

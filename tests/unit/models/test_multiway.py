@@ -31,7 +31,7 @@ def test_an_expert_that_is_not_routed_gets_no_gradient() -> None:
 def test_rows_drop_their_own_branches() -> None:
     module, x = block(), torch.randn(4, 6, 8)
     keep = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
-    out = module(x, {"vision": slice(None)}, drop_keep=keep)
+    out = module(x, {"vision": slice(None)}, drop_path_mask=keep)
     attended = x + module.attention_gamma * module.attention(module.norm(x), None, None, None) / 0.75
     attended = torch.where(keep[:, :1, None], attended, x)
     fed = attended + module.expert_gamma * module.experts["vision"](attended) / 0.75
@@ -47,7 +47,7 @@ def test_keeping_all_without_a_mask_scales_nothing() -> None:
 
 def test_a_rate_of_one_drops_everything() -> None:
     x = torch.randn(2, 6, 8)
-    out = block(None, 1.0)(x, {"vision": slice(None)}, drop_keep=torch.zeros(2, 2, dtype=torch.bool))
+    out = block(None, 1.0)(x, {"vision": slice(None)}, drop_path_mask=torch.zeros(2, 2, dtype=torch.bool))
     assert torch.equal(out, x)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import ViLTConfig, ViTConfig
 from pipeline.models import build_model, skeleton
-from pipeline.models.model import Heads
-from pipeline.models.passes import Head, Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head
+from pipeline.models.model import HeadConfig
 from pipeline.models.resize import resize_grid
 from pipeline.models.vilt import ViLT, on_canvas, resized_positions
 
@@ -32,7 +32,7 @@ CONFIG = ViLTConfig(
     max_text=12,
     drop_path=0.2,
 )
-ALL = Heads("mean_colour", answers=5, reasoning=True, ranking=True)
+ALL = HeadConfig("mean_colour", answers=5, reasoning=True, ranking=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +46,19 @@ def model() -> ViLT:
     return model
 
 
-def fused(*heads: Head, **changes: Tensor | None) -> Pass:
+def fused(*heads: Head, **changes: Tensor | None) -> ForwardInput:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (ROWS, 48, 48, 3), generator=generator, dtype=torch.uint8)
     text = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
     keep = torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3])[:, None]
-    return replace(Pass(heads, image=image, image_size=SIZES, text=text, text_keep=keep), **changes)
+    return replace(ForwardInput(heads, image=image, image_size=SIZES, text=text, text_keep=keep), **changes)
 
 
-def run(model: ViLT, one: Pass) -> dict[str, Tensor]:
+def run(model: ViLT, one: ForwardInput) -> dict[str, Tensor]:
     return model({"one": one})["one"]
 
 
-def gradients(model: ViLT, outputs: Outputs | dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(model: ViLT, outputs: ForwardOutput | dict[str, Tensor]) -> dict[str, Tensor]:
     values = [v for o in outputs.values() for v in (o.values() if isinstance(o, dict) else [o]) if v.requires_grad]
     model.zero_grad()
     torch.stack([(v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in values]).sum().backward()
@@ -107,7 +107,7 @@ def test_each_picture_alone_and_cut_to_its_size_gives_the_same(model: ViLT) -> N
     together = run(model, fused("itm"))["itm"]
     for row, (height, width) in enumerate(SIZES.tolist()):
         whole = fused("itm")
-        one = Pass(
+        one = ForwardInput(
             ("itm",),
             image=whole.image[row : row + 1, :height, :width],
             text=whole.text[row : row + 1],
@@ -153,7 +153,7 @@ def test_reading_every_patch_by_name_is_reading_all(model: ViLT) -> None:
     heads: tuple[Head, ...] = ("itm", "mlm", "masked_image")
     places = {"mask_positions": torch.tensor([[1, 2]] * ROWS), "patch_positions": torch.tensor([[0, 3]] * ROWS)}
     one = fused(*heads, **places)
-    named = replace(one, patches_read=all_patches())
+    named = replace(one, visible_patches=all_patches())
     mine, others = run(model, one), run(model, named)
     for name in heads:
         torch.testing.assert_close(others[name], mine[name], rtol=1e-5, atol=1e-5)
@@ -165,7 +165,7 @@ def test_reading_every_patch_by_name_is_reading_all(model: ViLT) -> None:
 
 def test_patches_that_are_not_read_have_no_influence_and_their_order_none_either(model: ViLT) -> None:
     read = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 0, 15], [2, 5, -1]])
-    one = fused("itm", patches_read=read)
+    one = fused("itm", visible_patches=read)
     kept = torch.zeros(ROWS, 6 * 6, dtype=torch.bool)
     kept = kept.scatter(1, on_canvas(read.clamp(min=0), SIZES // PATCH, 6), True)
     pixels = kept.view(ROWS, 6, 6).repeat_interleave(PATCH, dim=1).repeat_interleave(PATCH, dim=2)
@@ -173,14 +173,14 @@ def test_patches_that_are_not_read_have_no_influence_and_their_order_none_either
     blotted[3, :8, :8] = one.image[3, :8, :8]  # what stands for -1 is patch 0, and is masked instead
     expected = run(model, one)["itm"]
     assert torch.equal(run(model, replace(one, image=blotted))["itm"], expected)
-    turned = run(model, replace(one, patches_read=read.flip(1)))["itm"]
+    turned = run(model, replace(one, visible_patches=read.flip(1)))["itm"]
     torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
-    longer = run(model, replace(one, patches_read=F.pad(read, (0, 2), value=-1)))["itm"]
+    longer = run(model, replace(one, visible_patches=F.pad(read, (0, 2), value=-1)))["itm"]
     torch.testing.assert_close(longer, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_alignment_leaves_out_both_cls_separator_and_padding(model: ViLT) -> None:
-    found = run(model, fused("alignment", "tokens", patches_read=all_patches()))
+    found = run(model, fused("alignment", "tokens", visible_patches=all_patches()))
     assert torch.equal(found["words_keep"].sum(dim=1), torch.tensor([5, 3, 4, 1]))
     assert torch.equal(found["patches_keep"], all_patches() >= 0)
     assert torch.equal(found["words"], found["tokens"][:, :LENGTH])
@@ -195,7 +195,7 @@ def test_trap_undefined_mask_token_hidden_patches_are_predicted_and_never_seen(m
     """The release's masked patches name an embedding that does not exist; here it does, also in fused passes."""
     places = torch.tensor([[0, 5], [23, 6], [3, -1], [1, 5]])
     text = {} if with_text else {"text": None, "text_keep": None}
-    one = fused("masked_image", patch_positions=places, patches_read=all_patches(), **text)
+    one = fused("masked_image", patch_positions=places, visible_patches=all_patches(), **text)
     found = run(model, one)["masked_image"]
     assert found.shape == (ROWS, 2, 512)
     blotted = one.image.clone()
@@ -209,7 +209,7 @@ def test_trap_undefined_mask_token_hidden_patches_are_predicted_and_never_seen(m
 
 
 def test_a_stand_in_is_another_patch_at_the_masked_place(model: ViLT) -> None:
-    one = fused("tokens", patch_positions=torch.tensor([[0]] * ROWS), patch_stand_ins=torch.tensor([[1]] * ROWS))
+    one = fused("tokens", patch_positions=torch.tensor([[0]] * ROWS), patch_replacements=torch.tensor([[1]] * ROWS))
     shown = one.image.clone()
     for row, (_, width) in enumerate(SIZES.tolist()):
         down, across = divmod(1, width // PATCH)
@@ -229,13 +229,13 @@ def test_masking_without_a_head_for_it_is_refused() -> None:
 
 def test_passes_in_one_call_equal_passes_alone(model: ViLT) -> None:
     """Of unlike canvases, texts and numbers of patches: joined, they are padded to the largest."""
-    first = fused("itm", "ranking", patches_read=all_patches())
+    first = fused("itm", "ranking", visible_patches=all_patches())
     small = torch.tensor([[16, 24], [24, 16]])
-    second = Pass(
+    second = ForwardInput(
         ("itm", "alignment"),
         image=first.image[:2, :24, :24],
         image_size=small,
-        patches_read=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 2, -1, -1, -1, -1]]),
+        visible_patches=torch.tensor([[0, 1, 2, 3, 4, 5], [0, 2, -1, -1, -1, -1]]),
         text=first.text[:2, :3],
         text_keep=torch.ones(2, 3, dtype=torch.bool),
     )
@@ -269,7 +269,7 @@ def test_the_second_picture_is_told_from_the_first(model: ViLT) -> None:
     assert run(model, both)["reasoning"].shape == (ROWS, 2)
     assert not torch.allclose(run(model, both)["reasoning"], run(model, swapped)["reasoning"])
     with pytest.raises(ValueError, match="of two pictures all patches are read"):
-        run(model, replace(both, patches_read=all_patches()))
+        run(model, replace(both, visible_patches=all_patches()))
 
 
 def test_trap_10_rows_of_nothing_but_padding_give_numbers(model: ViLT) -> None:
@@ -277,7 +277,7 @@ def test_trap_10_rows_of_nothing_but_padding_give_numbers(model: ViLT) -> None:
         "itm",
         "alignment",
         text_keep=torch.zeros(ROWS, LENGTH, dtype=torch.bool),
-        patches_read=torch.full((ROWS, 3), -1),
+        visible_patches=torch.full((ROWS, 3), -1),
     )
     found = run(model, nothing)
     assert all(value.isfinite().all() for value in found.values())
@@ -286,13 +286,13 @@ def test_trap_10_rows_of_nothing_but_padding_give_numbers(model: ViLT) -> None:
 
 def test_no_rows_run_the_same_graph(model: ViLT) -> None:
     heads: tuple[Head, ...] = ("itm", "alignment", "ranking", "answers")
-    one = fused(*heads, patches_read=all_patches())
-    empty = Pass(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+    one = fused(*heads, visible_patches=all_patches())
+    empty = ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
     assert set(gradients(model, model({"x": empty}))) == set(gradients(model, model({"x": one})))
 
 
 def test_a_row_that_drops_every_branch_is_its_embedding(model: ViLT) -> None:
-    one = fused("tokens", drop_keep=torch.zeros(ROWS, 3, 2, dtype=torch.bool))
+    one = fused("tokens", drop_path_mask=torch.zeros(ROWS, 3, 2, dtype=torch.bool))
     image, _ = model.image_embedding(one.image, one.image_size)
     expected = model.norm(torch.cat([model.text_embedding(one.text), image], dim=1))
     torch.testing.assert_close(run(model, one)["tokens"], expected)
@@ -332,17 +332,17 @@ def test_base_has_as_many_parameters_as_the_paper_says() -> None:
 def test_what_fine_tuning_adds_starts_from_what_it_grew_out_of() -> None:
     state = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
     state["matching_head.classify.bias"] += torch.tensor([1.0, 2.0])
-    found = skeleton(CONFIG, VOCABULARY, Heads(reasoning=True, ranking=True)).resize_state(state, CONFIG)
+    found = skeleton(CONFIG, VOCABULARY, HeadConfig(reasoning=True, ranking=True)).resize_state(state, CONFIG)
     assert torch.equal(found["ranking_head.score.weight"], state["matching_head.classify.weight"][1:])
     assert torch.equal(found["ranking_head.score.bias"], state["matching_head.classify.bias"][1:])
     assert torch.equal(found["image_embedding.second"], state["image_embedding.modality"])
     trained = found | {"ranking_head.score.bias": torch.full((1,), 9.0)}
-    again = skeleton(CONFIG, VOCABULARY, Heads(ranking=True)).resize_state(trained, CONFIG)
+    again = skeleton(CONFIG, VOCABULARY, HeadConfig(ranking=True)).resize_state(trained, CONFIG)
     assert again["ranking_head.score.bias"] == 9
 
 
 def test_another_picture_size_resizes_the_grid_and_other_sizes_are_refused() -> None:
-    larger = CONFIG.model_copy(update={"image_size": 48, "patches_read": None, "norm_epsilon": 1e-12})
+    larger = CONFIG.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_epsilon": 1e-12})
     state = build_model(CONFIG, VOCABULARY).state_dict()
     found = skeleton(larger, VOCABULARY).resize_state(state, CONFIG)
     assert torch.equal(
@@ -355,12 +355,12 @@ def test_another_picture_size_resizes_the_grid_and_other_sizes_are_refused() -> 
 def test_it_starts_from_a_vit_and_reads_pictures_as_that_did() -> None:
     sizes = {key: getattr(CONFIG, key) for key in ("width", "layers", "heads", "feed_forward_ratio", "patch_size")}
     section = ViTConfig(image_size=32, **sizes)
-    vit = build_model(section, 0, Heads(classes=4), seed=5)
+    vit = build_model(section, 0, HeadConfig(classes=4), seed=5)
     model = build_model(CONFIG, VOCABULARY, seed=6)
     model.load_state_dict(model.resize_state(vit.state_dict(), section), strict=False)
     with torch.no_grad():
         model.image_embedding.modality.zero_()
-    one = Pass(("tokens",), image=fused().image[:, :32, :32])
+    one = ForwardInput(("tokens",), image=fused().image[:, :32, :32])
     torch.testing.assert_close(run(model, one)["tokens"], vit({"one": one})["one"]["tokens"], rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="width 24 there, 48 here"):
         skeleton(CONFIG.model_copy(update={"width": 48}), VOCABULARY).resize_state(vit.state_dict(), section)

@@ -14,30 +14,30 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import ViTConfig
 from pipeline.config.schema import ImageDecoderConfig
 from pipeline.models import build_model
-from pipeline.models.model import Heads
-from pipeline.models.passes import Pass, left_out
+from pipeline.models.forward import ForwardInput, drop_masked_patches
+from pipeline.models.model import HeadConfig
 from pipeline.models.vit import PARTS, ViT
 
 CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8, drop_path=0.2, initial_std=0.2)
 ROWS, PATCHES = 3, 9
 DECODER = ImageDecoderConfig(width=16, layers=2, heads=2)
 HEADS = {
-    "covered": Heads("mean_colour", classes=5),
-    "decoded": Heads("pixels", image_decoder=DECODER, classes=5),
+    "covered": HeadConfig("mean_colour", classes=5),
+    "decoded": HeadConfig("pixels", image_decoder=DECODER, classes=5),
 }
 
 
 @pytest.fixture(params=list(HEADS))
-def heads(request: pytest.FixtureRequest) -> Heads:
+def heads(request: pytest.FixtureRequest) -> HeadConfig:
     return HEADS[request.param]
 
 
 @pytest.fixture
-def model(heads: Heads) -> ViT:
+def model(heads: HeadConfig) -> ViT:
     return built(heads)
 
 
-def built(heads: Heads) -> ViT:
+def built(heads: HeadConfig) -> ViT:
     model = build_model(CONFIG, 0, heads, seed=1)
     assert isinstance(model, ViT)
     return model
@@ -47,16 +47,16 @@ def pictures() -> Tensor:
     return torch.randint(0, 256, (ROWS, 24, 24, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def masked_pass(heads: Heads) -> Pass:
-    one = Pass(("masked_image",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
-    return one if heads.image_decoder is None else left_out(one, PATCHES)
+def masked_pass(heads: HeadConfig) -> ForwardInput:
+    one = ForwardInput(("masked_image",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
+    return one if heads.image_decoder is None else drop_masked_patches(one, PATCHES)
 
 
-def passes(heads: Heads) -> dict[str, Pass]:
-    return {"labelled": Pass(("classes",), image=pictures()), "hidden": masked_pass(heads)}
+def passes(heads: HeadConfig) -> dict[str, ForwardInput]:
+    return {"labelled": ForwardInput(("classes",), image=pictures()), "hidden": masked_pass(heads)}
 
 
-def run(model: ViT, one: Pass, head: str) -> Tensor:
+def run(model: ViT, one: ForwardInput, head: str) -> Tensor:
     return model({"one": one})["one"][head]
 
 
@@ -68,14 +68,14 @@ def joined(patches: Tensor) -> Tensor:
     return patches.unflatten(1, (3, 3)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
-def test_shapes(model: ViT, heads: Heads) -> None:
-    out = model(passes(heads) | {"all": Pass(("tokens",), image=pictures())})
+def test_shapes(model: ViT, heads: HeadConfig) -> None:
+    out = model(passes(heads) | {"all": ForwardInput(("tokens",), image=pictures())})
     assert out["labelled"]["classes"].shape == (ROWS, 5)
     assert out["hidden"]["masked_image"].shape == (ROWS, 2, 512 if heads.image_decoder is None else 192)
     assert out["all"]["tokens"].shape == (ROWS, 1 + PATCHES, 24)
 
 
-def test_joined_passes_equal_each_alone(model: ViT, heads: Heads) -> None:
+def test_joined_passes_equal_each_alone(model: ViT, heads: HeadConfig) -> None:
     together = model(passes(heads))
     for name, one in passes(heads).items():
         for head, value in model({name: one})[name].items():
@@ -90,7 +90,7 @@ def test_every_parameter_belongs_to_one_part_and_every_part_has_parameters(model
     ("objective", "use", "name"), [("classification", "labelled", "labelled"), ("masked_image", "images", "hidden")]
 )
 def test_parts_used_are_exactly_those_that_get_a_gradient(
-    model: ViT, heads: Heads, objective: str, use: str, name: str
+    model: ViT, heads: HeadConfig, objective: str, use: str, name: str
 ) -> None:
     found = model({name: passes(heads)[name]})[name].values()
     torch.stack([value.square().sum() for value in found]).sum().backward()
@@ -99,11 +99,11 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
         assert (model.part_of(parameter) in used) == (tensor.grad is not None), parameter
 
 
-def test_no_rows_run_the_same_graph(model: ViT, heads: Heads) -> None:
-    def empty(one: Pass) -> Pass:
-        return Pass(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+def test_no_rows_run_the_same_graph(model: ViT, heads: HeadConfig) -> None:
+    def empty(one: ForwardInput) -> ForwardInput:
+        return ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
 
-    def found(given: dict[str, Pass]) -> set[str]:
+    def found(given: dict[str, ForwardInput]) -> set[str]:
         model.zero_grad()
         values = [value.sum() for result in model(given).values() for value in result.values()]
         torch.stack(values).sum().backward()
@@ -115,12 +115,12 @@ def test_no_rows_run_the_same_graph(model: ViT, heads: Heads) -> None:
 
 def test_what_it_cannot_read_is_refused(model: ViT) -> None:
     with pytest.raises(ValueError, match="no text"):
-        model({"one": Pass(("tokens",), text=torch.ones(2, 3, dtype=torch.int64))})
+        model({"one": ForwardInput(("tokens",), text=torch.ones(2, 3, dtype=torch.int64))})
     with pytest.raises(ValueError, match="square"):
-        model({"one": Pass(("tokens",), image=pictures(), image_size=torch.tensor([[24, 8]] * ROWS))})
+        model({"one": ForwardInput(("tokens",), image=pictures(), image_size=torch.tensor([[24, 8]] * ROWS))})
     with pytest.raises(ValueError, match="without the head 'classes'"):
-        built(Heads())({"one": Pass(("classes",), image=pictures())})
-    assert model.reads("masked_language", "text") is None
+        built(HeadConfig())({"one": ForwardInput(("classes",), image=pictures())})
+    assert model.modules_for("masked_language", "text") is None
     with pytest.raises(ConfigError, match="kind 'vit'"):
         model.parts_used(["contrastive"], "pairs")
 
@@ -144,15 +144,15 @@ def test_a_patch_shown_in_another_s_place_is_the_picture_with_that_patch_there()
     model = built(HEADS["covered"])
     positions = torch.tensor([[0, 4, 6], [1, 2, 8], [3, 5, 7]])
     stand_ins = torch.tensor([[7, -1, 6], [-1, 2, 0], [3, -1, 1]])
-    one = Pass(("masked_image",), image=pictures(), patch_positions=positions, patch_stand_ins=stand_ins)
+    one = ForwardInput(("masked_image",), image=pictures(), patch_positions=positions, patch_replacements=stand_ins)
     patches = cut(pictures()).clone()
     patches[0, 0], patches[1, 8], patches[2, 7] = cut(pictures())[[0, 1, 2], [7, 0, 1]]
     covered = torch.tensor([[4], [1], [5]])
-    plain = Pass(("tokens",), image=joined(patches), patch_positions=covered)
+    plain = ForwardInput(("tokens",), image=joined(patches), patch_positions=covered)
     expected = run(model, plain, "tokens").gather(1, (positions + 1)[..., None].expand(-1, -1, 24))
     found = run(model, one, "masked_image")
     torch.testing.assert_close(found, model.masked_image_head(expected))
-    unmasked = Pass(("tokens",), image=pictures(), patch_positions=positions, patch_stand_ins=positions)
+    unmasked = ForwardInput(("tokens",), image=pictures(), patch_positions=positions, patch_replacements=positions)
     torch.testing.assert_close(
         run(model, unmasked, "tokens"), run(model, replace(plain, image=pictures(), patch_positions=None), "tokens")
     )
@@ -161,7 +161,7 @@ def test_a_patch_shown_in_another_s_place_is_the_picture_with_that_patch_there()
 def test_a_pass_with_stand_ins_joins_one_without() -> None:
     model = built(HEADS["covered"])
     whole = masked_pass(HEADS["covered"])
-    partly = replace(whole, patch_stand_ins=torch.tensor([[3, -1], [2, -1], [-1, -1]]))
+    partly = replace(whole, patch_replacements=torch.tensor([[3, -1], [2, -1], [-1, -1]]))
     together = model({"one": whole, "two": partly})
     torch.testing.assert_close(together["one"]["masked_image"], run(model, whole, "masked_image"))
     torch.testing.assert_close(together["two"]["masked_image"], run(model, partly, "masked_image"))
@@ -169,20 +169,20 @@ def test_a_pass_with_stand_ins_joins_one_without() -> None:
 
 
 def test_reading_all_patches_in_any_order_is_reading_the_picture() -> None:
-    model = built(Heads())
+    model = built(HeadConfig())
     order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
-    whole = run(model, Pass(("tokens",), image=pictures()), "tokens")
-    read = run(model, Pass(("tokens",), image=pictures(), patches_read=order), "tokens")
+    whole = run(model, ForwardInput(("tokens",), image=pictures()), "tokens")
+    read = run(model, ForwardInput(("tokens",), image=pictures(), visible_patches=order), "tokens")
     places = torch.nn.functional.pad(order + 1, (1, 0))
     torch.testing.assert_close(read, whole.gather(1, places[..., None].expand(-1, -1, 24)), rtol=1e-5, atol=1e-5)
 
 
 def test_padding_of_the_patches_read_changes_nothing() -> None:
-    model = built(Heads(classes=5))
+    model = built(HeadConfig(classes=5))
     few = torch.tensor([[3, 5]] * ROWS)
     padded = torch.tensor([[3, 5, -1, -1]] * ROWS)
-    plain = Pass(("classes",), image=pictures())
-    found = [run(model, replace(plain, patches_read=read), "classes") for read in (few, padded)]
+    plain = ForwardInput(("classes",), image=pictures())
+    found = [run(model, replace(plain, visible_patches=read), "classes") for read in (few, padded)]
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -204,8 +204,8 @@ def test_a_decoder_predicts_from_visible_patches_alone_and_each_masked_one_by_it
 
 
 def test_positions_are_resized_as_the_jax_release_does() -> None:
-    larger = build_model(CONFIG.model_copy(update={"image_size": 40}), 0, Heads(classes=7))
-    before = built(Heads(classes=5)).state_dict()
+    larger = build_model(CONFIG.model_copy(update={"image_size": 40}), 0, HeadConfig(classes=7))
+    before = built(HeadConfig(classes=5)).state_dict()
     after = larger.resize_state(before, CONFIG)
     name = "image_embedding.positions"
     grid = before[name][1:].reshape(3, 3, 24).numpy()

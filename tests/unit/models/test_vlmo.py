@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import build_model, skeleton
-from pipeline.models.model import Heads
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.models.model import HeadConfig
 from pipeline.models.vlmo import PARTS, VLMo, copy_expert
 
 VOCABULARY = 23
@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> VLMo:
 
 def lively(config: VLMoConfig) -> VLMo:
     """A model no parameter of which is at a special value, so that nothing cancels by chance."""
-    model = build_model(config, VOCABULARY, Heads("mean_colour", classes=3, answers=4, reasoning=True))
+    model = build_model(config, VOCABULARY, HeadConfig("mean_colour", classes=3, answers=4, reasoning=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,7 @@ def lively(config: VLMoConfig) -> VLMo:
     return model
 
 
-def passes(seed: int = 0) -> dict[str, Pass]:
+def passes(seed: int = 0) -> dict[str, ForwardInput]:
     """A pass of every kind, with drop path."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -59,53 +59,62 @@ def passes(seed: int = 0) -> dict[str, Pass]:
     image = integers(256, ROWS, 16, 16, 3).to(torch.uint8)
     text = integers(VOCABULARY, ROWS, LENGTH)
     keep = torch.arange(LENGTH) < torch.tensor([7, 5, 6, 3, 4])[:, None]
-    drop_keep = torch.rand(ROWS, 4, 2, generator=generator) > 0.3
+    drop_path_mask = torch.rand(ROWS, 4, 2, generator=generator) > 0.3
     masked = integers(3, ROWS, 2)
     patches = torch.rand(ROWS, 4, generator=generator).argsort(dim=1)[:, :2]
     return {
-        "image": Pass(("itc",), image=image, drop_keep=drop_keep),
-        "text": Pass(("itc",), text=text, text_keep=keep, drop_keep=drop_keep),
-        "masked_image": Pass(("masked_image",), image=image, patch_positions=patches, drop_keep=drop_keep),
-        "masked_text": Pass(("mlm",), text=text, text_keep=keep, mask_positions=masked, drop_keep=drop_keep),
-        "pair": Pass(("itm",), image=image, text=text, text_keep=keep, drop_keep=drop_keep),
-        "masked": Pass(
-            ("mlm",), image=image, text=text[:, :5], text_keep=keep[:, :5], mask_positions=masked, drop_keep=drop_keep
+        "image": ForwardInput(("itc",), image=image, drop_path_mask=drop_path_mask),
+        "text": ForwardInput(("itc",), text=text, text_keep=keep, drop_path_mask=drop_path_mask),
+        "masked_image": ForwardInput(
+            ("masked_image",), image=image, patch_positions=patches, drop_path_mask=drop_path_mask
+        ),
+        "masked_text": ForwardInput(
+            ("mlm",), text=text, text_keep=keep, mask_positions=masked, drop_path_mask=drop_path_mask
+        ),
+        "pair": ForwardInput(("itm",), image=image, text=text, text_keep=keep, drop_path_mask=drop_path_mask),
+        "masked": ForwardInput(
+            ("mlm",),
+            image=image,
+            text=text[:, :5],
+            text_keep=keep[:, :5],
+            mask_positions=masked,
+            drop_path_mask=drop_path_mask,
         ),
     }
 
 
-def fine_tuning_passes() -> dict[str, Pass]:
+def fine_tuning_passes() -> dict[str, ForwardInput]:
     """A pass for each head that fine-tuning adds."""
-    pair = replace(passes()["pair"], drop_keep=None)
+    pair = replace(passes()["pair"], drop_path_mask=None)
     assert pair.image is not None
     return {
-        "classes": Pass(("classes",), image=pair.image),
+        "classes": ForwardInput(("classes",), image=pair.image),
         "answers": replace(pair, heads=("answers",)),
         "reasoning": replace(pair, heads=("reasoning",), second_image=pair.image.flip(0)),
     }
 
 
-def values(outputs: Outputs) -> dict[str, Tensor]:
+def values(outputs: ForwardOutput) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name, result in outputs.items() for key, value in result.items()}
 
 
-def same(left: Outputs, right: Outputs) -> None:
+def same(left: ForwardOutput, right: ForwardOutput) -> None:
     torch.testing.assert_close(values(left), values(right), rtol=1e-5, atol=1e-5)
 
 
-def gradients(model: VLMo, outputs: Outputs) -> dict[str, Tensor]:
+def gradients(model: VLMo, outputs: ForwardOutput) -> dict[str, Tensor]:
     model.zero_grad()
     weighted = [(v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in values(outputs).values()]
     torch.stack(weighted).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def with_tokens(named: dict[str, Pass]) -> dict[str, Pass]:
+def with_tokens(named: dict[str, ForwardInput]) -> dict[str, ForwardInput]:
     return {name: replace(one, heads=(*one.heads, "tokens")) for name, one in named.items()}
 
 
 def test_padding_changes_no_real_token(model: VLMo) -> None:
-    def longer(one: Pass) -> Pass:
+    def longer(one: ForwardInput) -> ForwardInput:
         if one.text is None or one.text_keep is None:
             return one
         text = torch.cat([one.text, torch.full((ROWS, 4), 3)], dim=1)
@@ -119,7 +128,7 @@ def test_padding_changes_no_real_token(model: VLMo) -> None:
 
 
 def test_what_stands_at_padding_is_never_read(model: VLMo) -> None:
-    def scribbled(one: Pass) -> Pass:
+    def scribbled(one: ForwardInput) -> ForwardInput:
         if one.text is None or one.text_keep is None:
             return one
         return replace(one, text=one.text.where(one.text_keep, (one.text + 1) % VOCABULARY))
@@ -129,7 +138,7 @@ def test_what_stands_at_padding_is_never_read(model: VLMo) -> None:
 
 def test_passes_read_together_equal_passes_read_alone(model: VLMo) -> None:
     together = model(passes())
-    alone: Outputs = {}
+    alone: ForwardOutput = {}
     for name, one in passes().items():
         alone.update(model({name: one}))
     assert list(together) == list(passes())
@@ -138,8 +147,8 @@ def test_passes_read_together_equal_passes_read_alone(model: VLMo) -> None:
 
 
 def test_rows_read_together_equal_rows_read_apart(model: VLMo) -> None:
-    def cut(one: Pass, rows: slice) -> Pass:
-        return Pass(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+    def cut(one: ForwardInput, rows: slice) -> ForwardInput:
+        return ForwardInput(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
 
     whole = values(model(passes()))
     parts = [values(model({n: cut(one, rows) for n, one in passes().items()})) for rows in (slice(0, 2), slice(2, 5))]
@@ -167,18 +176,20 @@ def test_several_heads_read_one_pass(model: VLMo) -> None:
 
 def test_a_branch_that_every_row_keeps_is_scaled_by_its_rate(model: VLMo) -> None:
     image = passes()["image"].image
-    kept = model({"one": Pass(("tokens",), image=image, drop_keep=torch.ones(ROWS, 4, 2, dtype=torch.bool))})
+    kept = model(
+        {"one": ForwardInput(("tokens",), image=image, drop_path_mask=torch.ones(ROWS, 4, 2, dtype=torch.bool))}
+    )
     for block, rate in zip(model.blocks, model.config.drop_path_rates, strict=True):
         for branch in (block.attention.projection, block.experts["vision"].contract):
             with torch.no_grad():
                 branch.weight.div_(1 - rate)
                 branch.bias.div_(1 - rate)
-    same(model({"one": Pass(("tokens",), image=image)}), kept)
+    same(model({"one": ForwardInput(("tokens",), image=image)}), kept)
 
 
 def test_a_row_that_drops_every_branch_is_its_embedding(model: VLMo) -> None:
     one = passes()["image"]
-    dropped = replace(one, heads=("tokens",), drop_keep=torch.zeros(ROWS, 4, 2, dtype=torch.bool))
+    dropped = replace(one, heads=("tokens",), drop_path_mask=torch.zeros(ROWS, 4, 2, dtype=torch.bool))
     expected = model.norm(model.image_embedding(one.image))
     torch.testing.assert_close(model({"one": dropped})["one"]["tokens"], expected)
 
@@ -250,7 +261,7 @@ def test_scales_never_exceed_their_bound(model: VLMo) -> None:
 
 
 def test_trap_10_a_row_of_nothing_but_padding_gives_numbers_and_gradients(model: VLMo) -> None:
-    empty = replace(passes()["text"], text_keep=torch.zeros(ROWS, LENGTH, dtype=torch.bool), drop_keep=None)
+    empty = replace(passes()["text"], text_keep=torch.zeros(ROWS, LENGTH, dtype=torch.bool), drop_path_mask=None)
     for dtype in (torch.float32, torch.bfloat16):
         found = gradients(model.to(dtype), model({"text": empty}))
         assert all(gradient.isfinite().all() for gradient in found.values())
@@ -261,7 +272,7 @@ def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) 
     one = fine_tuning_passes()["reasoning"]
     swapped = replace(one, image=one.second_image, second_image=one.image)
 
-    def pooled(which: Pass) -> tuple[Tensor, Tensor]:
+    def pooled(which: ForwardInput) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             halves = model({"two": replace(which, heads=("tokens",))})["two"]["tokens"].chunk(2, dim=1)
         return halves[0][:, 0], halves[1][:, 0]
@@ -277,8 +288,8 @@ def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) 
 
 
 def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
-    def empty(one: Pass) -> Pass:
-        return Pass(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
+    def empty(one: ForwardInput) -> ForwardInput:
+        return ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
 
     out = model({name: empty(one) for name, one in passes().items()})
     assert set(gradients(model, out)) == set(gradients(model, model(passes())))
@@ -288,12 +299,12 @@ def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
 
 def test_text_longer_than_the_positions_is_refused_by_name(model: VLMo) -> None:
     with pytest.raises(ValueError, match=r"13 tokens.*12.*model\.max_text"):
-        model({"one": Pass(("itc",), text=torch.zeros(2, 13, dtype=torch.int64))})
+        model({"one": ForwardInput(("itc",), text=torch.zeros(2, 13, dtype=torch.int64))})
 
 
 def test_images_of_another_size_are_refused(model: VLMo) -> None:
     with pytest.raises(ValueError, match="16, 16, 3"):
-        model({"one": Pass(("itc",), image=torch.zeros(2, 24, 24, 3, dtype=torch.uint8))})
+        model({"one": ForwardInput(("itc",), image=torch.zeros(2, 24, 24, 3, dtype=torch.uint8))})
 
 
 def test_a_head_without_what_it_reads_is_refused(model: VLMo) -> None:
@@ -341,7 +352,7 @@ def cases() -> Iterator[tuple[frozenset[str], str]]:
 def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objectives: frozenset[str], use: str) -> None:
     wanted = {name for objective in objectives for name in READINGS[objective, use]}
     every = passes() | fine_tuning_passes()
-    kept = {name: replace(one, drop_keep=None) for name, one in every.items() if name in wanted}
+    kept = {name: replace(one, drop_path_mask=None) for name, one in every.items() if name in wanted}
     found = gradients(model, model(kept))
     used = model.parts_used(objectives, use)
     assert {model.part_of(name) for name in found} == used
@@ -394,7 +405,7 @@ def test_weights_follow_from_the_seed_alone() -> None:
     first = build_model(RELATIVE, VOCABULARY, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    second = build_model(RELATIVE, VOCABULARY, Heads("pixels"), seed=3).state_dict()
+    second = build_model(RELATIVE, VOCABULARY, HeadConfig("pixels"), seed=3).state_dict()
     other = build_model(RELATIVE, VOCABULARY, seed=4).state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.state_dict().items())
     drawn = {name for name, tensor in first.state_dict().items() if not torch.equal(tensor, other[name])}

@@ -10,7 +10,7 @@ from tiny import VOCABULARY, tiny_batch, tiny_config
 
 from pipeline.models import build_model
 from pipeline.models.heads import MAX_SCALE
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from pipeline.tracking.recorder import SilentTracker
 from pipeline.training.alarms import JUMP, LOSSES, READINGS, Alarms, Reading, sign_metrics
 from pipeline.training.collectives import Collectives
@@ -96,7 +96,7 @@ def test_signs_count_every_pair_of_each_class_however_the_batch_is_cut(stage: in
     """The head is made to call every pair matched."""
     config = tiny_config(micro_batch=micro_batch)
     one = config.stages[stage]
-    model = build_model(config.model, VOCABULARY, Heads("pixels"), seed=5)
+    model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     with torch.no_grad():
         model.matching_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
     step = TrainingStep(PlainEngine(model, one.optimizer), config, one, Collectives())

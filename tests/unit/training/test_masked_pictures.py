@@ -70,7 +70,7 @@ def batch_of(config: RunConfig) -> Batch:
         source=torch.zeros(ROWS, dtype=torch.int64),
         image=torch.randint(0, 256, (ROWS, SIDE, SIDE, 3), generator=draw, dtype=torch.uint8),
         patch_positions=positions,
-        patch_stand_ins=shown if config.stages[0].masking.patches_covered < 1 else None,
+        patch_replacements=shown if config.stages[0].masking.patches_covered < 1 else None,
         label=torch.arange(ROWS) % 3,
     )
 
@@ -134,9 +134,9 @@ def test_the_encoder_never_reads_what_a_decoder_predicts() -> None:
         Collectives(),
     )
     (one,) = step._passes(batch_of(config)).values()
-    assert one.patches_read is not None
+    assert one.visible_patches is not None
     assert one.patch_positions is not None
-    both = torch.cat([one.patches_read, one.patch_positions], dim=1)
+    both = torch.cat([one.visible_patches, one.patch_positions], dim=1)
     assert torch.equal(both.sort(dim=1).values, torch.arange(9).expand(ROWS, -1))
 
 

@@ -8,13 +8,13 @@ from tiny import tiny_config
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OptimizerConfig
 from pipeline.models import build_model
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 from pipeline.training.parameter_groups import parameter_groups
 
 
 @pytest.fixture
 def model() -> Model:
-    return build_model(tiny_config().model, 50, Heads(answers=7, reasoning=True))
+    return build_model(tiny_config().model, 50, HeadConfig(answers=7, reasoning=True))
 
 
 def test_matrices_decay_and_everything_trained_is_in_one_group(model: Model) -> None:

@@ -10,7 +10,7 @@ from pipeline.config.load import load_config
 from pipeline.data.contents.text import SPECIALS
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 from pipeline.training.prepare import choose_tokenizer
 from pipeline.training.stages import check_stages, stage_skeleton, trained_parts
 
@@ -44,7 +44,7 @@ def test_trap_13_what_drifts_in_a_language_stage_is_trained_with_pictures_afterw
 def test_vit_base_has_the_published_size() -> None:
     """86 M parameters (table 1); 86,567,656 with ImageNet's thousand classes, as in every published ViT-B/16."""
     config = load_config(CONFIGS / "vit_b16.yaml")
-    model = skeleton(config.model, heads=Heads(classes=1000))
+    model = skeleton(config.model, heads=HeadConfig(classes=1000))
     assert sum(parameter.numel() for parameter in model.parameters()) == 86_567_656
 
 

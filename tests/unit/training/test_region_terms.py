@@ -12,7 +12,7 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.models.passes import Outputs, Pass
+from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.stages import build_stage_model
@@ -58,7 +58,7 @@ def collectives() -> Iterator[Collectives]:
 class Watched(PlainEngine):
     """An engine that remembers what it was asked."""
 
-    def __call__(self, passes: dict[str, Pass]) -> Outputs:
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         self.asked = passes
         return super().__call__(passes)
 

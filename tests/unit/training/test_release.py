@@ -15,8 +15,8 @@ from pipeline.config.load import validate
 from pipeline.config.model import VLMoConfig
 from pipeline.config.schema import OptimizerConfig, RunConfig
 from pipeline.models import build_model, skeleton
-from pipeline.models.model import Heads
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig
 from pipeline.training import release
 from pipeline.training.contrast import Contrast, contrast_of
 from pipeline.training.parameter_groups import parameter_groups
@@ -136,7 +136,7 @@ def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
         model = build_model(config.model, VOCABULARY, heads(config, 0))
         with torch.no_grad():
             model.contrastive_head.log_scale.fill_(5.0)
-        one = Pass(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+        one = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
         scale = model({"image": one})["image"]["scale"].detach()
         assert float(scale) == pytest.approx(torch.tensor(5.0).exp().item() if faithful else 100.0)
 
@@ -182,7 +182,7 @@ def test_trap_08_the_release_decays_by_pieces_of_names(name: str, decayed: bool)
 
 def test_trap_08_we_decay_matrices_and_nothing_else() -> None:
     config = VLMoConfig(width=16, layers=2, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text=6)
-    model = skeleton(config, 11, Heads(answers=3))
+    model = skeleton(config, 11, HeadConfig(answers=3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def decayed(faithful: bool) -> set[str]:

@@ -16,7 +16,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
-from pipeline.models.model import Heads, Model
+from pipeline.models.model import HeadConfig, Model
 from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances
 from pipeline.training.checkpoint import load_weights, save_weights, stage_url
 from pipeline.training.prepare import _check_start
@@ -167,7 +167,7 @@ def test_an_expert_that_the_weights_lack_can_start_as_a_copy(tmp_path: Path) -> 
 def test_two_pictures_start_as_one_known_twice(tmp_path: Path) -> None:
     config = staged(tmp_path)
     url = finish(config, 0, build_model(config.model, VOCABULARY, seed=9))
-    model = build_model(config.model, VOCABULARY, Heads(reasoning=True))
+    model = build_model(config.model, VOCABULARY, HeadConfig(reasoning=True))
     start = load_weights(Storage(), url)
     load_matching(model, model.resize_state(start.tensors, start.config.model), "nlvr2")
     state = model.state_dict()

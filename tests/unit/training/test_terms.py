@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_batch, tiny_config
 
 from pipeline.data.batch import Batch
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
 from pipeline.training.steps import _merged
 from pipeline.training.terms.matched import draw_of_source, matched_rows
 from pipeline.training.terms.term import Candidates
@@ -49,8 +49,10 @@ def test_negatives_do_not_depend_on_which_rows_ask(batch: Batch) -> None:
 
 
 def test_what_two_objectives_ask_of_the_same_rows_is_one_pass(batch: Batch) -> None:
-    words = Pass(heads=("mlm",), text=batch.text, mask_positions=batch.mask_positions)
-    merged = _merged(words, Pass(heads=("region_class",), text=batch.text, region_positions=batch.mask_positions))
+    words = ForwardInput(heads=("mlm",), text=batch.text, mask_positions=batch.mask_positions)
+    merged = _merged(
+        words, ForwardInput(heads=("region_class",), text=batch.text, region_positions=batch.mask_positions)
+    )
     assert merged.heads == ("mlm", "region_class")
     assert merged.mask_positions is batch.mask_positions
     assert merged.region_positions is batch.mask_positions

@@ -96,7 +96,7 @@ def test_ranking_reads_each_picture_with_its_text_and_with_wrong_ones(collective
     assert set(passes) == {"ranked", "wrong_text_0", "wrong_text_1", "wrong_text_2"}
     for name, one in passes.items():
         assert torch.equal(one.image, batch.image)
-        assert torch.equal(one.patches_read, batch.patches_read)
+        assert torch.equal(one.visible_patches, batch.visible_patches)
         differs = (one.text != batch.text).any(dim=1)
         assert differs.all() if name != "ranked" else not differs.any()
     scores = torch.stack([outputs[name]["ranking"] for name in passes], dim=1)

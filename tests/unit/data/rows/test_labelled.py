@@ -116,9 +116,9 @@ def test_masks_with_stand_ins_are_the_same_for_every_world_size(folder: str, tok
 def test_every_row_has_equally_many_masked_patches_and_what_is_shown_there(folder: str, tokenizer: Tokenizer) -> None:
     batches, _ = take(run_config(folder, "images", "masked_image", masking=MASKING), tokenizer, 20)
     positions = torch.cat([batch.patch_positions for batch in batches])
-    shown = torch.cat([batch.patch_stand_ins for batch in batches])
+    shown = torch.cat([batch.patch_replacements for batch in batches])
     assert positions.shape == shown.shape == (180, 32)
     assert (shown == -1).float().mean().item() == pytest.approx(0.8, abs=0.02)
     assert (shown == positions).float().mean().item() == pytest.approx(0.1, abs=0.02)
     without = take(run_config(folder, "images", "masked_image"), tokenizer, 1)[0][0]
-    assert without.patch_stand_ins is None
+    assert without.patch_replacements is None

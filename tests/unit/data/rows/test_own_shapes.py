@@ -123,7 +123,7 @@ def run_config(folder: str, model: dict | None = None, use: str = "pairs", **sta
     values = {
         "name": "test",
         "seed": 3,
-        "model": {"kind": "vilt", **sizes, "patches_read": 10, **(model or {})},
+        "model": {"kind": "vilt", **sizes, "max_visible_patches": 10, **(model or {})},
         "sources": {"pairs": {"shards": folder, "use": use}},
         "data": {"lanes": 5, "window": 2},
         "stages": [
@@ -154,11 +154,11 @@ def test_batches_are_cut_to_their_largest_picture_and_most_patches(folder: str, 
         assert batch.image.shape[1:3] == tuple(batch.image_size.max(dim=0).values.tolist())
         assert (batch.image_size % 8 == 0).all()
         counts = (batch.image_size // 8).prod(dim=1)
-        read = batch.patches_read >= 0
+        read = batch.visible_patches >= 0
         assert torch.equal(read.sum(dim=1), counts.clamp(max=10))
         assert read.any(dim=0).all()
         for row, count in enumerate(counts.tolist()):
-            mine = batch.patches_read[row][read[row]]
+            mine = batch.visible_patches[row][read[row]]
             assert (mine.diff() > 0).all()
             assert mine.max() < count
             if count <= 10:
@@ -172,7 +172,7 @@ def test_masked_patches_are_the_same_share_of_those_that_are_read(folder: str, t
     for batch in take(run_config(folder, masking={"patches": 0.3}), tokenizer, 3):
         for row in range(len(batch)):
             masked = set(batch.patch_positions[row].tolist()) - {-1}
-            read = set(batch.patches_read[row].tolist()) - {-1}
+            read = set(batch.visible_patches[row].tolist()) - {-1}
             assert masked <= read
             assert len(masked) == max(1, round(0.3 * len(read)))
 
@@ -182,14 +182,14 @@ def test_which_patches_are_read_differs_from_epoch_to_epoch(folder: str, tokeniz
     for batch in take(run_config(folder), tokenizer, 12):
         for row in range(len(batch)):
             if (batch.image_size[row] // 8).prod() > 10:
-                seen.setdefault(int(batch.uid[row]), set()).add(tuple(batch.patches_read[row].tolist()))
+                seen.setdefault(int(batch.uid[row]), set()).add(tuple(batch.visible_patches[row].tolist()))
     assert seen
     assert all(len(ways) > 1 for ways in seen.values())
 
 
 def test_without_a_limit_every_patch_is_read(folder: str, tokenizer: Tokenizer) -> None:
-    batch = take(run_config(folder, {"patches_read": None}), tokenizer, 1)[0]
-    assert torch.equal((batch.patches_read >= 0).sum(dim=1), (batch.image_size // 8).prod(dim=1))
+    batch = take(run_config(folder, {"max_visible_patches": None}), tokenizer, 1)[0]
+    assert torch.equal((batch.visible_patches >= 0).sum(dim=1), (batch.image_size // 8).prod(dim=1))
 
 
 def test_pictures_of_a_masked_image_stage_come_with_their_text_where_there_is_one(folder, tokenizer) -> None:
@@ -205,7 +205,7 @@ def test_global_batches_are_the_same_for_every_world_size(folder: str, tokenizer
     assert len(prints) == 1
 
 
-@pytest.mark.parametrize("member", ["image", "image_size", "patches_read", "patch_positions"])
+@pytest.mark.parametrize("member", ["image", "image_size", "visible_patches", "patch_positions"])
 def test_the_fingerprint_tells_every_member(folder: str, tokenizer: Tokenizer, member: str) -> None:
     from dataclasses import replace
 
@@ -221,7 +221,7 @@ def test_the_fingerprint_tells_every_member(folder: str, tokenizer: Tokenizer, m
 
 
 def test_other_shapes_are_another_plan(folder: str, tokenizer: Tokenizer) -> None:
-    changes = [{}, {"longest_side": 48}, {"patches_read": 9}, {"image_size": 32}]
+    changes = [{}, {"longest_side": 48}, {"max_visible_patches": 9}, {"image_size": 32}]
     digests = set()
     for model in changes:
         config = run_config(folder, model)
@@ -251,7 +251,7 @@ def test_two_pictures_of_a_statement_each_have_their_own_shape(tmp_path: Path, m
     index_shards(Storage(), str(tmp_path))
     config = run_config(str(tmp_path), use="statements", objectives={"reasoning": {}})
     batch = take(config, tokenizer, 1)[0]
-    assert batch.patches_read is None
+    assert batch.visible_patches is None
     for name in ("image", "second_image"):
         size = getattr(batch, f"{name}_size")
         assert getattr(batch, name).shape[1:3] == tuple(size.max(dim=0).values.tolist())

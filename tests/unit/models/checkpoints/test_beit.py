@@ -23,8 +23,8 @@ from pipeline.models.checkpoints.beit import (
     to_hugging_face,
     to_published,
 )
-from pipeline.models.model import Heads, Model
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig, Model
 from pipeline.training.stages import load_matching
 
 CONFIG = VLMoConfig(width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text=8)
@@ -56,7 +56,7 @@ def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def started(state: dict[str, Tensor], heads: Heads = Heads()) -> Model:
+def started(state: dict[str, Tensor], heads: HeadConfig = HeadConfig()) -> Model:
     """A VLMo whose first stage starts from these weights of ours; what they lack must be what a BEiT cannot bring."""
     model = build_model(CONFIG, VOCABULARY, heads)
     absent = {"text_embedding", "positions.text", "positions.cross", "vision_language_expert"}
@@ -73,7 +73,7 @@ def test_the_image_pass_equals_hugging_face(tmp_path: Path, table: dict[str, boo
     theirs = randomised(BeitModel(BeitConfig(**THEIRS, **table, use_mean_pooling=False), add_pooling_layer=False))
     model = started(from_published(saved(theirs, tmp_path), CONFIG))
     image = pictures()
-    tokens = model({"one": Pass(heads=("tokens",), image=image)})["one"]["tokens"]
+    tokens = model({"one": ForwardInput(heads=("tokens",), image=image)})["one"]["tokens"]
     torch.testing.assert_close(tokens, theirs(image.permute(0, 3, 1, 2)).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
@@ -83,12 +83,14 @@ def test_trap_section_3_a_pretraining_checkpoint_s_one_table_is_read_and_its_log
     """VLMo's release dies of `int("relative_position_bias_table")` here."""
     theirs = randomised(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)))
     model = started(
-        from_published(saved(theirs, tmp_path), CONFIG), Heads(image_target="visual_tokens", visual_tokens=TOKENS)
+        from_published(saved(theirs, tmp_path), CONFIG), HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS)
     )
     image, masked = pictures(), torch.tensor([[0, 3, 4, 8], [1, 2, 5, 6], [0, 1, 7, 8]])
     covered = torch.zeros(3, 9, dtype=torch.bool).scatter(1, masked, True)
     expected = theirs(image.permute(0, 3, 1, 2), bool_masked_pos=covered).logits
-    found = model({"one": Pass(heads=("masked_image",), image=image, patch_positions=masked)})["one"]["masked_image"]
+    found = model({"one": ForwardInput(heads=("masked_image",), image=image, patch_positions=masked)})["one"][
+        "masked_image"
+    ]
     wanted = expected.gather(1, masked[..., None].expand(-1, -1, TOKENS))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -97,7 +99,7 @@ def test_a_classifier_s_checkpoint_brings_the_encoder(tmp_path: Path) -> None:
     theirs = randomised(BeitForImageClassification(BeitConfig(**THEIRS, **EACH, num_labels=4)))
     model = started(from_published(saved(theirs, tmp_path), CONFIG))
     image = pictures()
-    tokens = model({"one": Pass(heads=("tokens",), image=image)})["one"]["tokens"]
+    tokens = model({"one": ForwardInput(heads=("tokens",), image=image)})["one"]["tokens"]
     hidden = theirs.beit(image.permute(0, 3, 1, 2)).last_hidden_state
     torch.testing.assert_close(tokens, theirs.beit.pooler.layernorm(hidden), rtol=1e-5, atol=1e-5)
 
@@ -131,7 +133,7 @@ def test_round_trips_are_exact(tmp_path: Path, theirs: PreTrainedModel, norm: st
 
 
 def test_hugging_face_reads_what_we_write_and_computes_the_same(tmp_path: Path) -> None:
-    heads = Heads(image_target="visual_tokens", visual_tokens=TOKENS)
+    heads = HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS)
     model = build_model(CONFIG, VOCABULARY, heads, seed=3)
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():  # the modality vector above all: BEiT has none
@@ -144,7 +146,9 @@ def test_hugging_face_reads_what_we_write_and_computes_the_same(tmp_path: Path) 
     image, masked = pictures(), torch.tensor([[0, 3], [1, 2], [7, 8]])
     covered = torch.zeros(3, 9, dtype=torch.bool).scatter(1, masked, True)
     expected = theirs.eval()(image.permute(0, 3, 1, 2), bool_masked_pos=covered).logits
-    found = model({"one": Pass(heads=("masked_image",), image=image, patch_positions=masked)})["one"]["masked_image"]
+    found = model({"one": ForwardInput(heads=("masked_image",), image=image, patch_positions=masked)})["one"][
+        "masked_image"
+    ]
     wanted = expected.gather(1, masked[..., None].expand(-1, -1, TOKENS))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -251,6 +255,6 @@ def test_the_section_follows_from_the_shapes(tmp_path: Path) -> None:
 
 def test_only_what_pictures_read_is_brought(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
-    model = skeleton(CONFIG, VOCABULARY, Heads(image_target="visual_tokens", visual_tokens=TOKENS))
+    model = skeleton(CONFIG, VOCABULARY, HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS))
     brought = {model.part_of(name) for name in from_published(published, CONFIG)}
-    assert brought == model.reads("masked_image", "images")
+    assert brought == model.modules_for("masked_image", "images")

@@ -25,8 +25,8 @@ from pipeline.models.checkpoints.vilt import (
     to_hugging_face,
     to_published,
 )
-from pipeline.models.model import Heads
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig
 
 VOCABULARY, LENGTH, PATCH, EPSILON = 29, 7, 8, 1e-12
 CONFIG = ViLTConfig(
@@ -38,7 +38,7 @@ CONFIG = ViLTConfig(
     longest_side=48,
     patch_size=PATCH,
     max_text=10,
-    patches_read=None,
+    max_visible_patches=None,
     norm_epsilon=EPSILON,
 )
 # Pictures of mixed shapes on one canvas: rows and columns of pixels.
@@ -67,7 +67,7 @@ def theirs(kind: type, **more: int) -> nn.Module:
     return model
 
 
-def ours(state: dict[str, Tensor], heads: Heads = Heads()) -> nn.Module:
+def ours(state: dict[str, Tensor], heads: HeadConfig = HeadConfig()) -> nn.Module:
     model = build_model(CONFIG, VOCABULARY, heads)
     found = model.load_state_dict(state, strict=False)
     assert not found.unexpected_keys
@@ -89,9 +89,9 @@ def inputs() -> dict[str, Tensor]:
     }
 
 
-def the_pass(*heads: str, **more: Tensor) -> Pass:
+def the_pass(*heads: str, **more: Tensor) -> ForwardInput:
     given = inputs()
-    return Pass(
+    return ForwardInput(
         heads=heads,  # type: ignore[arg-type]
         image=given["pixel_values"].permute(0, 2, 3, 1),
         image_size=SIZES,
@@ -140,19 +140,19 @@ def test_masked_words_equal_hugging_faces_vilt_for_masked_lm() -> None:
 
 def test_ranking_equals_hugging_faces_vilt_for_image_and_text_retrieval() -> None:
     other = theirs(ViltForImageAndTextRetrieval)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), Heads(ranking=True))
+    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(ranking=True))
     agree(model({"one": the_pass("ranking")})["one"]["ranking"], other(**inputs()).logits[:, 0])
 
 
 def test_answers_equal_hugging_faces_vilt_for_question_answering() -> None:
     other = theirs(ViltForQuestionAnswering, num_labels=5)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), Heads(answers=5))
+    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(answers=5))
     agree(model({"one": the_pass("answers")})["one"]["answers"], other(**inputs()).logits)
 
 
 def test_reasoning_equals_hugging_faces_vilt_for_images_and_text_classification() -> None:
     other = theirs(ViltForImagesAndTextClassification, num_images=2, num_labels=2, modality_type_vocab_size=3)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), Heads(reasoning=True))
+    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(reasoning=True))
     given, second = inputs(), torch.arange(ROWS).roll(1)
     both = {name: torch.stack([given[name], given[name][second]], dim=1) for name in ("pixel_values", "pixel_mask")}
     one = the_pass("reasoning", second_image=the_pass().image[second], second_image_size=SIZES[second])
@@ -162,7 +162,7 @@ def test_reasoning_equals_hugging_faces_vilt_for_images_and_text_classification(
 
 def test_gradients_equal_hugging_faces() -> None:
     other = theirs(ViltForImageAndTextRetrieval)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), Heads(ranking=True))
+    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(ranking=True))
     weights = torch.linspace(-1, 1, ROWS)
     (model({"one": the_pass("ranking")})["one"]["ranking"] * weights).sum().backward()
     (other(**inputs()).logits[:, 0] * weights).sum().backward()
@@ -174,10 +174,10 @@ def test_gradients_equal_hugging_faces() -> None:
 
 @pytest.mark.parametrize(
     "heads",
-    [Heads(), Heads(ranking=True), Heads(answers=5), Heads(reasoning=True)],
+    [HeadConfig(), HeadConfig(ranking=True), HeadConfig(answers=5), HeadConfig(reasoning=True)],
     ids=["pretrained", "ranking", "answers", "reasoning"],
 )
-def test_there_and_back_is_exact_in_both_formats(heads: Heads) -> None:
+def test_there_and_back_is_exact_in_both_formats(heads: HeadConfig) -> None:
     state = build_model(CONFIG, VOCABULARY, heads).state_dict()
     back = from_published(to_published(state, CONFIG), CONFIG)
     assert list(back) == list(state)
@@ -208,7 +208,7 @@ def test_hugging_faces_weights_come_and_go_unchanged(kind: type, more: dict[str,
 
 
 def test_published_names_and_shapes_are_those_of_the_release() -> None:
-    published = to_published(build_model(CONFIG, VOCABULARY, Heads(reasoning=True)).state_dict(), CONFIG)
+    published = to_published(build_model(CONFIG, VOCABULARY, HeadConfig(reasoning=True)).state_dict(), CONFIG)
     assert published["transformer.pos_embed"].shape == (1, 17, 24)
     assert published["transformer.cls_token"].shape == (1, 1, 24)
     assert published["transformer.patch_embed.proj.weight"].shape == (24, 3, 8, 8)
@@ -226,7 +226,7 @@ def test_query_key_and_value_biases_keep_their_order() -> None:
 
 
 def test_what_predicts_masked_patches_is_left_out() -> None:
-    with_head = build_model(CONFIG, VOCABULARY, Heads("pixels")).state_dict()
+    with_head = build_model(CONFIG, VOCABULARY, HeadConfig("pixels")).state_dict()
     without = to_published(build_model(CONFIG, VOCABULARY).state_dict(), CONFIG)
     assert set(to_published(with_head, CONFIG)) == set(without)
 
@@ -264,7 +264,7 @@ def test_a_decoder_that_is_the_words_need_not_stand_in_the_file() -> None:
 
 
 def test_two_heads_of_one_name_are_refused() -> None:
-    state = build_model(CONFIG, VOCABULARY, Heads(answers=5, reasoning=True)).state_dict()
+    state = build_model(CONFIG, VOCABULARY, HeadConfig(answers=5, reasoning=True)).state_dict()
     with pytest.raises(CheckpointError, match="one classifier"):
         to_hugging_face(state, CONFIG)
 

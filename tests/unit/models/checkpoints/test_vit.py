@@ -15,8 +15,8 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import ViTConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vit import from_hugging_face, infer_section, to_hugging_face
-from pipeline.models.model import Heads
-from pipeline.models.passes import Pass
+from pipeline.models.forward import ForwardInput
+from pipeline.models.model import HeadConfig
 from pipeline.models.vit import ViT
 
 CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8)
@@ -50,7 +50,7 @@ def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def ours(state: dict[str, Tensor], heads: Heads = Heads(classes=CLASSES)) -> ViT:
+def ours(state: dict[str, Tensor], heads: HeadConfig = HeadConfig(classes=CLASSES)) -> ViT:
     model = ViT(CONFIG, heads=heads)
     model.load_state_dict(from_hugging_face(state, CONFIG))
     return model
@@ -66,7 +66,7 @@ def test_logits_and_gradients_equal_hugging_face(tmp_path: Path, epsilon: float)
     model = ours(saved(theirs, tmp_path))
     image = pictures()
     label = torch.tensor([0, 4, 2])
-    logits = model({"one": Pass(heads=("classes",), image=image)})["one"]["classes"]
+    logits = model({"one": ForwardInput(heads=("classes",), image=image)})["one"]["classes"]
     expected = theirs(image.permute(0, 3, 1, 2)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     torch.nn.functional.cross_entropy(logits, label).backward()
@@ -87,14 +87,14 @@ def saved_gradients(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
 
 def test_features_equal_hugging_face_s_model_without_a_head(tmp_path: Path) -> None:
     theirs = randomised(ViTModel(their_config()))
-    model = ours(saved(theirs, tmp_path), Heads())
+    model = ours(saved(theirs, tmp_path), HeadConfig())
     image = pictures()
-    tokens = model({"one": Pass(heads=("tokens",), image=image)})["one"]["tokens"]
+    tokens = model({"one": ForwardInput(heads=("tokens",), image=image)})["one"]["tokens"]
     torch.testing.assert_close(tokens, theirs(image.permute(0, 3, 1, 2)).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
 def test_hugging_face_reads_what_we_write(tmp_path: Path) -> None:
-    model = build_model(CONFIG, 0, Heads(classes=CLASSES), seed=1)
+    model = build_model(CONFIG, 0, HeadConfig(classes=CLASSES), seed=1)
     theirs_config = their_config(layer_norm_eps=1e-6)
     theirs_config.save_pretrained(tmp_path)
     save_file(to_hugging_face(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
@@ -102,7 +102,7 @@ def test_hugging_face_reads_what_we_write(tmp_path: Path) -> None:
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
     image = pictures()
-    logits = model({"one": Pass(heads=("classes",), image=image)})["one"]["classes"]
+    logits = model({"one": ForwardInput(heads=("classes",), image=image)})["one"]["classes"]
     torch.testing.assert_close(theirs.eval()(image.permute(0, 3, 1, 2)).logits, logits, rtol=1e-5, atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
     again = to_hugging_face(from_hugging_face(published, CONFIG), CONFIG)
     assert again.keys() == published.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
-    state = build_model(CONFIG, 0, Heads("mean_colour", classes=CLASSES), seed=2).state_dict()
+    state = build_model(CONFIG, 0, HeadConfig("mean_colour", classes=CLASSES), seed=2).state_dict()
     back = from_hugging_face(to_hugging_face(state, CONFIG), CONFIG)
     assert state.keys() - back.keys() == {"masked_image_head.predict.weight", "masked_image_head.predict.bias"}
     assert all(torch.equal(state[name], tensor) for name, tensor in back.items())

@@ -7,7 +7,7 @@ from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
-from pipeline.models.model import Heads
+from pipeline.models.model import HeadConfig
 
 CONFIG = VLMoConfig(
     width=16, layers=3, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text=6, layer_scale=0.1
@@ -33,7 +33,7 @@ def test_published_names_and_shapes_are_those_of_the_release() -> None:
 
 
 def test_masked_image_head_is_left_out() -> None:
-    model = build_model(CONFIG, vocabulary=11, heads=Heads("pixels"))
+    model = build_model(CONFIG, vocabulary=11, heads=HeadConfig("pixels"))
     assert set(to_published(model.state_dict(), CONFIG)) == set(
         to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
     )
@@ -69,7 +69,7 @@ def test_index_tensors_and_a_leading_module_are_ignored() -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
 def test_fine_tuned_heads_and_the_second_pictures_modality_go_there_and_back(config: VLMoConfig) -> None:
-    state = build_model(config, 11, Heads(answers=7, reasoning=True)).state_dict()
+    state = build_model(config, 11, HeadConfig(answers=7, reasoning=True)).state_dict()
     published = to_published(state, config)
     assert published["token_type_embeddings.weight"].shape == (3, 16)
     assert torch.equal(published["token_type_embeddings.weight"][2], state["image_embedding.second"])
@@ -83,7 +83,7 @@ def test_fine_tuned_heads_and_the_second_pictures_modality_go_there_and_back(con
 
 
 def test_a_third_modality_without_its_classifier_goes_there_and_back() -> None:
-    published = to_published(build_model(CONFIG, 11, Heads(reasoning=True)).state_dict(), CONFIG)
+    published = to_published(build_model(CONFIG, 11, HeadConfig(reasoning=True)).state_dict(), CONFIG)
     kept = {name: tensor for name, tensor in published.items() if "nlvr2" not in name}
     back = to_published(from_published(kept, CONFIG), CONFIG)
     assert back.keys() == kept.keys()

@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.attention import pick
-from pipeline.models.passes import Head, Pass, Regions
+from pipeline.models.attention import gather
+from pipeline.models.forward import ForwardInput, Head, Regions
 
 WHOLE = ("tokens", "alignment", "decoded_image")  # heads that read every position
 FIRST = ("itc", "itm", "classes", "answers", "reasoning", "ranking")  # heads that read the first position
 
 
-class Rows:
+class PackedInputs:
     """The rows of some passes joined, texts and pictures padded to the longest. A pass with two images is two rows."""
 
-    def __init__(self, passes: list[Pass]) -> None:
+    def __init__(self, passes: list[ForwardInput]) -> None:
         for one in passes:
             _check(one)
-        self._pieces: list[Pass] = []
+        self._pieces: list[ForwardInput] = []
         self._pieces_of: list[range] = []  # by pass
         for one in passes:
             pieces = _pieces(one)
@@ -34,31 +34,31 @@ class Rows:
         self.branches = "itc" in passes[0].heads
         self.image = _joined_images([piece.image for piece in self._pieces])
         self.image_size = None if self.image is None else self._image_sizes()
-        self.patches_read = _joined([piece.patches_read for piece in self._pieces], value=-1)
+        self.visible_patches = _joined([piece.visible_patches for piece in self._pieces], value=-1)
         self.is_second = self._is_second(passes)
         self.text = _joined([piece.text for piece in self._pieces], value=0)
         texts_kept = [_text_keep(piece) for piece in self._pieces if piece.text is not None]
         self.text_keep = _joined(texts_kept, value=False)
         self.regions = _joined_regions([piece.regions for piece in self._pieces])
-        self.drop_keep = _joined([piece.drop_keep for piece in self._pieces])
+        self.drop_path_mask = _joined([piece.drop_path_mask for piece in self._pieces])
         self._read = [self._positions(piece) for piece in self._pieces]
         self._whole = any(head in piece.heads for piece in self._pieces for head in WHOLE)
         joined = [torch.cat(list(positions.values()), dim=1) for positions in self._read if positions]
         # Positions in the sequence that heads read, (B, K); None where a head reads them all.
-        self.read = None if self._whole else _joined(joined, value=0)
+        self.output_positions = None if self._whole else _joined(joined, value=0)
 
     def __len__(self) -> int:
         return sum(self._sizes)
 
-    def hidden(self, num_patches: int) -> Tensor | None:
+    def masked(self, num_patches: int) -> Tensor | None:
         """Which patches are covered: (B, P) bool; None where none is in any pass."""
         if not any(_covers(piece) for piece in self._pieces):
             return None
         return torch.cat([_hidden(piece, num_patches) for piece in self._pieces])
 
-    def stand_ins(self, num_patches: int) -> Tensor | None:
+    def replacements(self, num_patches: int) -> Tensor | None:
         """Which patch of the picture is shown at each place: (B, P) int64; None where each shows its own."""
-        if all(piece.patch_stand_ins is None for piece in self._pieces):
+        if all(piece.patch_replacements is None for piece in self._pieces):
             return None
         return torch.cat([_stand_ins(piece, num_patches) for piece in self._pieces])
 
@@ -72,7 +72,7 @@ class Rows:
         if head in WHOLE:
             return self._without_padding(mine, index)
         if self._whole:
-            return pick(mine, self._read[index][head])
+            return gather(mine, self._read[index][head])
         column = 0
         for name, positions in self._read[index].items():
             if name == head:
@@ -80,7 +80,7 @@ class Rows:
             column += positions.shape[1]
         raise AssertionError(f"head {head} was not read")
 
-    def _positions(self, piece: Pass) -> dict[str, Tensor]:
+    def _positions(self, piece: ForwardInput) -> dict[str, Tensor]:
         """Where in the sequence each head of a pass reads: (B, K)."""
         positions: dict[str, Tensor] = {}
         for head in piece.heads:
@@ -93,8 +93,8 @@ class Rows:
             elif head == "masked_image":
                 assert piece.patch_positions is not None
                 places = piece.patch_positions
-                if piece.patches_read is not None:
-                    places = (piece.patches_read[:, None, :] == places[:, :, None]).int().argmax(dim=2)
+                if piece.visible_patches is not None:
+                    places = (piece.visible_patches[:, None, :] == places[:, :, None]).int().argmax(dim=2)
                 positions[head] = places.clamp(min=0) + (1 if self.text is None else 1 + self.text.shape[1])
             elif head in ("region_class", "region_features"):
                 assert piece.region_positions is not None
@@ -112,7 +112,7 @@ class Rows:
             sizes.append(whole.expand(len(piece.image), 2) if piece.image_size is None else piece.image_size)
         return torch.cat(sizes)
 
-    def _is_second(self, passes: list[Pass]) -> Tensor | None:
+    def _is_second(self, passes: list[ForwardInput]) -> Tensor | None:
         """Which rows are the second picture of a statement about two: (B,) bool; None where none is."""
         if all(one.second_image is None for one in passes):
             return None
@@ -133,40 +133,40 @@ class Rows:
         return torch.cat([x[:, : one.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
 
 
-def grouped(passes: dict[str, Pass]) -> dict[tuple, dict[str, Pass]]:
+def grouped(passes: dict[str, ForwardInput]) -> dict[tuple, dict[str, ForwardInput]]:
     """Passes that can share a run: of one kind and branching, of like pictures, with drop path in all or none."""
-    groups: dict[tuple, dict[str, Pass]] = {}
+    groups: dict[tuple, dict[str, ForwardInput]] = {}
     for name, one in passes.items():
         image = None
         if one.image is not None:
             shape = None if one.image_size is not None else one.image.shape[1:]  # pictures that differ are padded
-            image = (shape, one.image.dtype, one.patches_read is None)
-        key = (image, one.regions is None, one.text is None, "itc" in one.heads, one.drop_keep is None)
+            image = (shape, one.image.dtype, one.visible_patches is None)
+        key = (image, one.regions is None, one.text is None, "itc" in one.heads, one.drop_path_mask is None)
         groups.setdefault(key, {})[name] = one
     return groups
 
 
-def _pieces(one: Pass) -> list[Pass]:
+def _pieces(one: ForwardInput) -> list[ForwardInput]:
     if one.second_image is None:
         return [one]
     first = replace(one, second_image=None, second_image_size=None)
     return [first, replace(first, image=one.second_image, image_size=one.second_image_size)]
 
 
-def _check(one: Pass) -> None:
+def _check(one: ForwardInput) -> None:
     """A pass whose members do not serve its heads is refused, by name."""
     kind = "an image" if one.text is None else "a text" if one.image is None and one.regions is None else "a fused"
     if one.image is None and one.text is None:
         raise ValueError("a pass needs an image, a text, or both; regions are read with a text")
-    if one.second_image is not None and one.patches_read is not None:
-        raise ValueError("of two pictures all patches are read; leave out patches_read")
+    if one.second_image is not None and one.visible_patches is not None:
+        raise ValueError("of two pictures all patches are read; leave out visible_patches")
     fused = one.text is not None and (one.image is not None or one.regions is not None)
     masks_regions = one.text is not None and one.regions is not None and one.region_positions is not None
     serves: dict[Head, bool] = {
         "itc": not fused,
         "mlm": one.text is not None and one.mask_positions is not None,
         "masked_image": one.image is not None and one.patch_positions is not None,
-        "decoded_image": one.text is None and one.patch_positions is not None and one.patches_read is not None,
+        "decoded_image": one.text is None and one.patch_positions is not None and one.visible_patches is not None,
         "region_class": masks_regions,
         "region_features": masks_regions,
         "classes": one.text is None,
@@ -175,28 +175,30 @@ def _check(one: Pass) -> None:
     }
     for head in one.heads:
         if not serves.get(head, fused):
-            raise ValueError(f"head '{head}' cannot read {kind} pass with these members; see Pass for what it needs")
+            raise ValueError(
+                f"head '{head}' cannot read {kind} pass with these members; see ForwardInput for what it needs"
+            )
 
 
-def _hidden(piece: Pass, num_patches: int) -> Tensor:
+def _hidden(piece: ForwardInput, num_patches: int) -> Tensor:
     assert piece.image is not None
     hidden = torch.zeros(len(piece.image), num_patches + 1, dtype=torch.bool, device=piece.image.device)
     if piece.patch_positions is not None and _covers(piece):
-        covered = True if piece.patch_stand_ins is None else piece.patch_stand_ins < 0
+        covered = True if piece.patch_replacements is None else piece.patch_replacements < 0
         hidden = hidden.scatter(1, _or_beyond(piece.patch_positions, num_patches), covered)
     return hidden[:, :-1]
 
 
-def _covers(piece: Pass) -> bool:
+def _covers(piece: ForwardInput) -> bool:
     """Whether the encoder reads an embedding in place of masked patches; a decoder's are left out altogether."""
     return piece.patch_positions is not None and "decoded_image" not in piece.heads
 
 
-def _stand_ins(piece: Pass, num_patches: int) -> Tensor:
+def _stand_ins(piece: ForwardInput, num_patches: int) -> Tensor:
     assert piece.image is not None
     own = torch.arange(num_patches + 1, device=piece.image.device).expand(len(piece.image), -1)
-    if piece.patch_positions is not None and piece.patch_stand_ins is not None:
-        shown = torch.where(piece.patch_stand_ins < 0, piece.patch_positions, piece.patch_stand_ins)
+    if piece.patch_positions is not None and piece.patch_replacements is not None:
+        shown = torch.where(piece.patch_replacements < 0, piece.patch_positions, piece.patch_replacements)
         own = own.scatter(1, _or_beyond(piece.patch_positions, num_patches), shown)
     return own[:, :-1]
 
@@ -206,14 +208,14 @@ def _or_beyond(positions: Tensor, num_patches: int) -> Tensor:
     return positions.where(positions >= 0, num_patches)
 
 
-def _anchor(one: Pass) -> Tensor:
+def _anchor(one: ForwardInput) -> Tensor:
     """A member that the pass surely has: its rows and device are the pass's."""
     member = one.image if one.text is None else one.text
     assert member is not None
     return member
 
 
-def _text_keep(one: Pass) -> Tensor:
+def _text_keep(one: ForwardInput) -> Tensor:
     assert one.text is not None
     return torch.ones_like(one.text, dtype=torch.bool) if one.text_keep is None else one.text_keep
 
