@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from cache_user import SIZE, content, fill, open_checked, use
 
 from pipeline.data.reading import cache as module
 from pipeline.data.reading.cache import NodeCache
+from tests.support.cache_reader import SIZE, content, fill, open_checked, use
 
 FILES = 12
 USER = Path(__file__).resolve().parents[1] / "cache_user.py"

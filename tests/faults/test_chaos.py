@@ -23,12 +23,12 @@ from statistics import median
 
 import psutil
 import pytest
-from campaign import STAGES, Campaign, assert_same_losses, paced
-from mlflow_server import Server
-from proxy import FaultProxy
-from raylets import Cluster, Node, raylets, wait_until
 
 from pipeline.data.storage import join
+from tests.support.fault_proxy import FaultProxy
+from tests.support.mlflow_server import Server
+from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
+from tests.support.train_process import STAGES, Campaign, assert_same_losses, paced
 
 FAULTS = int(os.environ.get("MOME_CHAOS", "0"))
 STEPS = max(12, 4 * FAULTS)  # of each stage

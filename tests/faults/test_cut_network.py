@@ -7,9 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from campaign import Campaign, assert_same_losses, paced
-from network import network
-from raylets import raylets, wait_until
+
+from tests.support.network import network
+from tests.support.ray_nodes import raylets, wait_until
+from tests.support.train_process import Campaign, assert_same_losses, paced
 
 pytestmark = pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
 

@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-from small_checkpoint import newest_weight, save
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore
 from pipeline.training.collectives import Collectives
+from tests.support.small_checkpoint import newest_weight, save
 
 PART = "rank-00000.safetensors"
 

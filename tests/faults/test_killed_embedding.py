@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
-from campaign import ROOT, SECONDS
-from untrained import untrained_weights
 
 from pipeline.data.building.importers import write_shards
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from pipeline.evaluation.embedding import DONE
+from tests.support.train_process import ROOT, SECONDS
+from tests.support.untrained_run import untrained_weights
 
 SHARDS = 60
 AFTER = (5, 20)  # records, each time in a process of its own

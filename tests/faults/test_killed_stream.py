@@ -16,13 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import stream
-from stream import record, stream_config, whole_lines
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
+from tests.support import data_stream
+from tests.support.data_stream import record, stream_config, whole_lines
 
 KILLS = int(os.environ.get("MOME_KILLS", "5"))
 WORLDS = (1, 2, 3, 4)
@@ -51,7 +51,7 @@ class Run:
     def start(self, world: int, last: int = 1_000_000) -> None:
         arguments = [self._config, self._vocabulary, world, self.steps, last, self.record]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, stream.__file__, *map(str, arguments)], env=environment)
+        self.process = subprocess.Popen([sys.executable, data_stream.__file__, *map(str, arguments)], env=environment)
 
     def loader_processes(self) -> list[psutil.Process]:
         assert self.process is not None

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from campaign import SECONDS, STAGES, Campaign
-from tracked import assert_tracked_once
+
+from tests.support.tracked_run import assert_tracked_once
+from tests.support.train_process import SECONDS, STAGES, Campaign
 
 STEPS = 12
 

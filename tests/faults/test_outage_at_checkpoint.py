@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from proxy import FaultProxy
-from ranks import SECONDS, start_ranks
-from short_run import STEPS, BeforeStep, short_config, without_mlflow
+
+from tests.support.fault_proxy import FaultProxy
+from tests.support.ranks import SECONDS, start_ranks
+from tests.support.short_run import STEPS, BeforeStep, short_config, without_mlflow
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # minutes in the long version; less in integration
 HANG = max(20.0, OUTAGE / 3)  # of a step: in the long version an outage that is none takes longer

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from planted import BAD, BREAKS, KINDS, Expected, Planted, good, plant, webdataset_table, write_tar
 from typer.testing import CliRunner
 
 from jobs.shards import app
@@ -19,6 +18,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from tests.support.bad_shards import BAD, BREAKS, KINDS, Expected, Planted, good, plant, webdataset_table, write_tar
 
 BATCH = 10
 

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from proxy import FaultProxy
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
@@ -15,6 +14,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
+from tests.support.fault_proxy import FaultProxy
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
 

@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from proxy import FaultProxy
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import ObjectChanged, Storage
 from pipeline.data.storage import s3 as module
+from tests.support.fault_proxy import FaultProxy
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
 DATA = random.Random(0).randbytes(3_000_000)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from short_run import STEPS, journal, short_config, without_mlflow
 
 from pipeline.training.alarms import READINGS
+from tests.support.ranks import run_ranks
+from tests.support.short_run import STEPS, journal, short_config, without_mlflow
 
 OBJECTIVES = {"contrastive": {}, "matching": {}}
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
 from jobs.bench.gradients import TOLERANCE, relative_errors
 from pipeline.config.schema import EngineConfig
+from tests.support.ranks import run_ranks
 
 Gradients = dict[str, Tensor]
 # Of each kind an objective that uses all its blocks; those with two readings of a row are read twice.

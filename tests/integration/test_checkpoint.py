@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_batch, tiny_config
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 STAGE = 2
 RATE = 1e-3

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from small_checkpoint import newest_weight, save
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.collectives import Collectives
+from tests.support.small_checkpoint import newest_weight, save
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -12,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 
 from pipeline.data.storage import PartReader, Storage, join
 from pipeline.training.checkpoint import COMMIT, MANIFEST
-from pipeline.training.local_ranks import _rank, free_port
+from tests.support.ranks import run_ranks, start_ranks
 
 
 class Troubled(Storage):
@@ -124,19 +122,10 @@ def _save_and_die(folder: str) -> str:
 
 
 def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    port = free_port()
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(queue, rank, 2, port, _save_and_die, (str(tmp_path),))) for rank in (0, 1)
-    ]
+    ranks = start_ranks(_save_and_die, 2, str(tmp_path))
     for process in ranks:
-        process.start()
-    rank, _, error = queue.get(timeout=120)
-    for process in ranks:
-        process.join(60)
-    assert (rank, error) == (0, None)
-    assert ranks[1].exitcode == -signal.SIGKILL
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
     unfinished = sorted((tmp_path / "checkpoints").glob("step-00000002.*"))
     assert len(unfinished) == 1
     assert not (unfinished[0] / COMMIT).exists()

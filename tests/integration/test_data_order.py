@@ -13,13 +13,13 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
-from stream import stream_config
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
+from tests.support.data_stream import stream_config
 
 SETTINGS = {
     "world": (1, 2, 3, 4, 5, 6, 8),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from short_run import journal, losses, train_short, without_mlflow
+
+from tests.support.ranks import run_ranks
+from tests.support.short_run import journal, losses, train_short, without_mlflow
 
 STEPS, EVERY = 6, 2
 LONG = pytest.mark.skipif(not os.environ.get("MOME_LONG_RUNS"), reason="minutes: set MOME_LONG_RUNS=1")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
+
+from tests.support.ranks import run_ranks
+from tests.support.short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
 
 
 @pytest.fixture

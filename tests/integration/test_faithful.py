@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 RANKS = 2
 

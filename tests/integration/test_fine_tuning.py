@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn import COLOURS, picture_of_sides, run_config, write_picture
-from ranks import run_ranks
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents.choices import ANSWERS, Choices
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import load_weights
+from tests.support.fine_tuning_data import COLOURS, picture_of_sides, run_config, write_picture
+from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"questions": 40, "statements": 80, "labelled": 30}

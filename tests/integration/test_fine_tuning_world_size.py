@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn import run_config
-from ranks import run_ranks
 from torch import Tensor
+
+from tests.support.fine_tuning_data import run_config
+from tests.support.ranks import run_ranks
 
 Found = tuple[dict[str, Tensor], dict[str, float]]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_batch, tiny_config
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 
 def _guarded_step(diverging: bool) -> str:

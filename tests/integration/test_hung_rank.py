@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import SECONDS, say_to, start_ranks
-from short_run import BeforeStep, train_short, without_mlflow
+
+from tests.support.ranks import SECONDS, redirect_stderr, start_ranks
+from tests.support.short_run import BeforeStep, train_short, without_mlflow
 
 ALLOWED = 3.0  # seconds; of a step in these tests
 
@@ -43,7 +44,7 @@ def _stuck(folder: str, how: str, victim: int) -> None:
     from pipeline.training.collectives import Collectives
     from pipeline.training.watchdog import Watchdog
 
-    say_to(f"{folder}/log-{os.environ['RANK']}")
+    redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
     logging.basicConfig(force=True)
     collectives = Collectives()
     allowed: dict[Any, float] = {"startup": 60.0, "training": ALLOWED, "data_wait": 30.0}
@@ -102,7 +103,7 @@ def test_ranks_wait_for_one_that_is_within_its_own_allowance(tmp_path: Path) -> 
 
 def _sleeping(folder: str) -> None:
     without_mlflow()
-    say_to(f"{folder}/log-{os.environ['RANK']}")
+    redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
     with BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None):
         train_short(folder, guards__hang_seconds=5 * ALLOWED)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from stream import stream_config
 
 from jobs.loader_actors import ActorPreparer
 from pipeline.config.errors import DataError
@@ -22,6 +21,7 @@ from pipeline.data.loading.loader import Loader, local_preparer
 from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from tests.support.data_stream import stream_config
 
 STEPS = 6
 

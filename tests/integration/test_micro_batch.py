@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_config
 
 from pipeline.config.schema import RunConfig
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_config
 
 STAGE = 2
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from short_run import NoShipper
-from tracked import checkpoint, config_of, record
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
@@ -17,6 +15,8 @@ from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending
 from pipeline.tracking.places import journal_folder
 from pipeline.tracking.tracker import Tracker
+from tests.support.short_run import NoShipper
+from tests.support.tracked_run import checkpoint, config_of, record
 
 
 @pytest.fixture(scope="module")

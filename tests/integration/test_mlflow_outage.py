@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import Server
-from tracked import PHOTOS, checkpoint, config_of, record, weights
 
 from jobs.caller import Caller
 from jobs.sync import sync
@@ -25,6 +23,8 @@ from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.places import journal_folder
 from pipeline.tracking.tracker import Tracker
+from tests.support.mlflow_server import Server
+from tests.support.tracked_run import PHOTOS, checkpoint, config_of, record, weights
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import S3
 from mlflow import MlflowClient
-from mlflow_server import ADMIN, PASSWORD, Server
-from postgres import USER, Postgres
-from tracked import PHOTOS, checkpoint, config_of, record, weights
 
 from jobs.caller import Caller
 from jobs.sync import sync
@@ -24,6 +20,10 @@ from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.places import journal_folder
 from pipeline.tracking.tracker import Tracker
+from tests.support.mlflow_server import ADMIN, PASSWORD, Server
+from tests.support.postgres import USER, Postgres
+from tests.support.stores import S3
+from tests.support.tracked_run import PHOTOS, checkpoint, config_of, record, weights
 
 OUTAGE_SECONDS = float(os.environ.get("MOME_OUTAGE_SECONDS", "4"))
 STEP_SECONDS = 0.01

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from short_run import BeforeStep, short_config, without_mlflow
+
+from tests.support.ranks import run_ranks
+from tests.support.short_run import BeforeStep, short_config, without_mlflow
 
 STEP = 2
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_config
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_config
 
 CASES = [("float32", None), ("bfloat16", None), ("float32", 3)]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor
+
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 STAGE = 2
 LAYOUTS: list[dict[str, Any]] = [

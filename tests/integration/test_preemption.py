@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
+
+from tests.support.ranks import run_ranks
+from tests.support.short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 CASES = {  # name -> how one rank is told, which, and before which step's passes

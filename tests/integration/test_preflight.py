@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranks import run_ranks
-
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from tests.support.ranks import run_ranks
 
 
 def config_in(folder: Path, **more) -> RunConfig:

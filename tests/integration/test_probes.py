@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor, nn
 
 from jobs.bench.gradients import relative_errors
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 WIDTH, ROWS, RATE = 7, 4, 0.1  # an odd width: two ranks' parts of a tensor are cut inside a row
 LAYOUTS: list[dict[str, Any]] = [

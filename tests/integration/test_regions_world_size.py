@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
+from tests.support.ranks import run_ranks
 
 ROWS = 10  # which neither 3 ranks nor micro-batches of 2 divide evenly
 Found = tuple[dict[str, Tensor], dict[str, float]]

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from mlflow import MlflowClient
 
 from jobs.convert import import_weights
@@ -30,6 +29,7 @@ from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import to_published
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Weights, load_weights
+from tests.support.pairs import picture
 
 TINY = VLMoConfig(width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text=12)
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 

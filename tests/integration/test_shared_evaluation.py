@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as parquet
-from untrained import untrained_weights
 
 from jobs.embed import embed
 from jobs.evaluate import evaluate_checkpoint
+from tests.support.untrained_run import untrained_weights
 
 
 def test_ranks_on_ray_find_what_one_process_finds(tmp_path: Path) -> None:

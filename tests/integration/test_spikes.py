@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
-from short_run import STEPS, journal, short_config, without_mlflow
+
+from tests.support.ranks import run_ranks
+from tests.support.short_run import STEPS, journal, short_config, without_mlflow
 
 SPIKED = 4  # the batch whose loss is planted; checkpoints hold 3 and 6 steps
 SPIKE = {"factor": 3.0, "window": 2, "skip": 1, "most": 2}

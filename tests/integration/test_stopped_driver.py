@@ -6,8 +6,8 @@ import signal
 import time
 from pathlib import Path
 
-from campaign import Campaign
-from raylets import raylets, wait_until
+from tests.support.ray_nodes import raylets, wait_until
+from tests.support.train_process import Campaign
 
 STEPS = 60
 

@@ -14,12 +14,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from campaign import ROOT, STAGES, Campaign
 from mlflow import MlflowClient
-from raylets import Cluster, raylets
 
 from jobs.dashboard import find_token, is_loopback, open_dashboard
 from pipeline.config.errors import ConfigError, RunFailed
+from tests.support.ray_nodes import Cluster, raylets
+from tests.support.train_process import ROOT, STAGES, Campaign
 
 STEPS = 6
 

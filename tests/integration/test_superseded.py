@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaign import SECONDS, Campaign
-from ranks import run_ranks
-from short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
 
 from pipeline.config.errors import Superseded
 from pipeline.data.storage import Storage
 from pipeline.training.ownership import OWNER_FILE, Ownership
+from tests.support.ranks import run_ranks
+from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
+from tests.support.train_process import SECONDS, Campaign
 
 TAKEN = 4  # before this step's passes, with the checkpoint of step 3 committed
 

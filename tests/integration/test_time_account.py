@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import SECONDS, start_ranks
-from short_run import STEPS, BeforeStep, journal, train_short, without_mlflow
+
+from tests.support.ranks import SECONDS, start_ranks
+from tests.support.short_run import STEPS, BeforeStep, journal, train_short, without_mlflow
 
 STEP_SECONDS = 0.3  # beside what a step takes anyway
 DOWN_SECONDS = 3.0

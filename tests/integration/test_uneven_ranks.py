@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ranks import run_ranks
 
 from pipeline.training.collectives import Collectives, share
+from tests.support.ranks import run_ranks
 
 BATCHES = (8, 2)  # on three ranks: shares of 2, 3 and 3 rows; of 0, 1 and 1
 

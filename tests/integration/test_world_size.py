@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
-from ranks import run_ranks
-from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor
 
 from jobs.bench.gradients import TOLERANCE, Layout, Sharding, engine_gradients, plain_gradients, relative_errors
+from tests.support.ranks import run_ranks
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 Gradients = dict[str, Tensor]
 NUM_STAGES = len(tiny_config().stages)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
+
+from tests.support.ranks import run_ranks
 
 Answer = tuple[dict[str, Tensor], dict[str, float]]
 STAGES: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The rig of tests/failing_storage.py: tests of saves and commits rely on its faults."""
+"""The rig of tests/support/failing_storage.py: tests of saves and commits rely on its faults."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from failing_storage import FailingStorage, Fault, every_fault, everywhere
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage, join
+from tests.support.failing_storage import FailingStorage, Fault, every_fault, everywhere
 
 
 def _scenario(storage: Storage, folder: str) -> None:

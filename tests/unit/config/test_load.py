@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import (
@@ -23,6 +22,7 @@ from pipeline.config.load import (
     validate,
 )
 from pipeline.config.paths import file_name_of, local_paths, with_absolute_paths
+from tests.support.fuzz import fuzz_rounds, mutate
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = CONFIGS / "demo.yaml"

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from urllib.parse import quote, quote_plus
 
 import pytest
-from fuzz import fuzz_rounds
 
 from pipeline.config import redaction
 from pipeline.config.errors import MomeError
 from pipeline.config.redaction import describe_error, holds_secret, password_of, redact
+from tests.support.fuzz import fuzz_rounds
 
 PASSWORDS = [
     "hunter2", "a/b+c", "a/b+c@d", "p@ss", "p@ss/w@rd", "x#y", "x?y", "?x", "#x", "/x", "a:b", "a:b/c", "1/2", "//x",

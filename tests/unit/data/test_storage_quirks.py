@@ -1,4 +1,4 @@
-"""Stores that deviate from AWS (tests/quirky_store.py): every operation works, or a StorageError says what is wrong."""
+"""Stores that deviate from AWS (support/quirky_store.py): every operation works, or a StorageError says why not."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz import fuzz_rounds, mutate
-from quirky_store import MANNERS, QUIRKS, Babbler, QuirkyStore
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import NotFound, Storage, join, retry, s3
 from pipeline.data.storage.errors import NoSpace
+from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.quirky_store import MANNERS, QUIRKS, Babbler, QuirkyStore
 
 DATA = random.Random(0).randbytes(100_000)
 KEY, SECRET = "key-of-the-tests", "secret-of-the-tests"

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import COLOURS, colour_of, run_config
 from torch import nn
 
 from pipeline.config.errors import ConfigError, DataError
@@ -22,6 +21,7 @@ from pipeline.evaluation.classification import measure_classification
 from pipeline.evaluation.evaluate import evaluate, stages_reading
 from pipeline.evaluation.reasoning import consistency, measure_reasoning
 from pipeline.models.forward import ForwardInput, ForwardOutput
+from tests.support.fine_tuning_data import COLOURS, colour_of, run_config
 
 
 class Colourist(nn.Module):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from drawn import COLOURS, colour_of, run_config
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
@@ -19,6 +18,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.probe import fit
 from pipeline.evaluation.zero_shot import class_vectors
 from pipeline.models.forward import ForwardInput, ForwardOutput
+from tests.support.fine_tuning_data import COLOURS, colour_of, run_config
 
 PROMPTS = ("a photo of a {}.", "the {} thing")
 

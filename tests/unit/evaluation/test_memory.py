@@ -24,7 +24,7 @@ from pipeline.evaluation import held_out as module
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.models.forward import ForwardInput, ForwardOutput
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 PICTURES, CAPTIONS, SIDE, WIDTH = 5_000, 5, 384, 512
 GIB = 2**30

@@ -15,7 +15,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.ranks import ALONE, Alone, Ranks, batches_of, together
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 class One(Alone):

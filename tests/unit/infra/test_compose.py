@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from rendered import INFRA, ROOT, load_script, render
+
+from tests.support.rendered_infra import INFRA, ROOT, load_script, render
 
 COMPOSE = INFRA / "compose.yaml"
 ENV = INFRA / "compose.example.env"

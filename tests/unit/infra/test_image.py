@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rendered import INFRA, ROOT, pins
+
+from tests.support.rendered_infra import INFRA, ROOT, pins
 
 DOCKERFILE = INFRA / "Dockerfile"
 

@@ -12,7 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from rendered import INFRA, pins, rendered
+
+from tests.support.rendered_infra import INFRA, pins, rendered
 
 KUBERAY = INFRA / "kuberay"
 KINDS = {"raycluster": "rayclusters", "rayjob": "rayjobs"}

@@ -11,7 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
-from rendered import INFRA, rendered
+
+from tests.support.rendered_infra import INFRA, rendered
 
 FILES = sorted(INFRA.glob("ray/*.yaml"))
 named = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

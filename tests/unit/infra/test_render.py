@@ -6,7 +6,8 @@ import itertools
 from pathlib import Path
 
 import pytest
-from rendered import EXAMPLE, INFRA, example_settings, render
+
+from tests.support.rendered_infra import EXAMPLE, INFRA, example_settings, render
 
 FILES = sorted([*INFRA.glob("kuberay/*.yaml"), *INFRA.glob("ray/*.yaml")])
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import botocore.session
 import pytest
-from conftest import Store
-from rendered import INFRA
+
+from tests.support.rendered_infra import INFRA
+from tests.support.stores import Store
 
 SCRIPTS = sorted([*INFRA.glob("*.sh"), *INFRA.glob("*.sbatch")])
 Start = Callable[..., subprocess.Popen[str]]

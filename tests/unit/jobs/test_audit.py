@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from short_run import short_config
 
 from jobs.audit import fingerprint_of
 from pipeline.config.errors import ConfigError
 from pipeline.config.paths import with_absolute_paths
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import RUN_FILE, prepare
+from tests.support.short_run import short_config
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from evaluated_run import config_of, draw, write_run
 from typer.testing import CliRunner
 
 from jobs.caller import URI_VARIABLE
@@ -18,6 +17,7 @@ from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.data.storage import Storage
 from pipeline.evaluation.shown import headline, kept
+from tests.support.finished_run import config_of, draw, write_run
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from fuzz import fuzz_rounds, mutate
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 from pipeline.training.stages import load_matching
+from tests.support.fuzz import fuzz_rounds, mutate
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 TEXT, MASKED = "a b c d", "a [MASK] c"

@@ -6,7 +6,6 @@ import itertools
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from tiny import tiny_config
 
 from jobs.plan import Target, as_json_object, plan_run, with_workers
 from jobs.plan_chart import scaling_svg
@@ -14,6 +13,7 @@ from jobs.plan_text import as_text
 from pipeline.config.errors import ConfigError
 from pipeline.planning.estimate import Assumptions
 from pipeline.planning.hardware import accelerator_named, network_named
+from tests.support.tiny_model import tiny_config
 
 
 def target(gpus: int = 2) -> Target:

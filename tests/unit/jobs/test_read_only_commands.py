@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
-from untrained import untrained_weights
 
 from jobs.cli import app
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import prepare
+from tests.support.untrained_run import untrained_weights
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from evaluated_run import config_of, contents, draw, write_run
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,6 +22,7 @@ from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.stored import check_stored_url, stored_config
 from pipeline.tracking.mlflow_model import Registered
+from tests.support.finished_run import config_of, contents, draw, write_run
 
 
 class Asked:

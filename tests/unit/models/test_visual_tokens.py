@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz import fuzz_rounds, mutate
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
@@ -20,6 +19,7 @@ from pipeline.config.schema import StageConfig
 from pipeline.data.storage import Storage
 from pipeline.models.visual_tokens import read_tokenizer
 from pipeline.training.image_tokenizer import load_image_tokenizer
+from tests.support.fuzz import fuzz_rounds, mutate
 
 TOKENS = 29
 

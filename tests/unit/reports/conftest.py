@@ -6,14 +6,14 @@ from pathlib import Path
 
 import botocore.session
 import pytest
-from planted import Planted
-from recorded_run import plant_pairs, record_run
 
 from pipeline.data.storage import Storage, join
 from pipeline.reports.campaign import Campaign, gather
 from pipeline.reports.run_folder import RunFolder, open_run
 from pipeline.tracking.committed import CommittedJournal
 from pipeline.tracking.journal import Journal
+from tests.support.bad_shards import Planted
+from tests.support.recorded_run import plant_pairs, record_run
 
 
 @pytest.fixture(scope="session")

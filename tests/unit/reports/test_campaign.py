@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planted import Planted
-from recorded_run import ALARM, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents.images import decode
@@ -19,6 +17,8 @@ from pipeline.reports.campaign import Campaign, gather
 from pipeline.reports.campaign_page import WIDE, _stretches, _timeline, render_campaign
 from pipeline.reports.rejected import PICTURES, SIDE
 from pipeline.reports.run_folder import RunFolder, open_run
+from tests.support.bad_shards import Planted
+from tests.support.recorded_run import ALARM, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
 
 def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) -> None:

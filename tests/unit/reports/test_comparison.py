@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from planted import Planted
-from recorded_run import SECONDS, STEPS, record_run
 from typer.testing import CliRunner
 
 from jobs.cli import app, main
 from pipeline.reports.comparison import compare
 from pipeline.reports.run_folder import open_run
+from tests.support.bad_shards import Planted
+from tests.support.recorded_run import SECONDS, STEPS, record_run
 
 
 def test_exactly_the_changed_keys_differ(runs: Path) -> None:

@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluated_run import config_of, draw, write_run
-from fullest import fullest
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
@@ -26,6 +23,9 @@ from pipeline.reports.comparison_page import render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.tracking.places import run_of
 from pipeline.training.checkpoint import load_weights, weights_info
+from tests.support.finished_run import config_of, draw, write_run
+from tests.support.full_report import fullest
+from tests.support.fuzz import fuzz_rounds, mutate
 
 ODD = [None, True, -1, 0, 2**70, 1e308, "", "\ud800", "x" * 5000, [], {}, [[]], {"a": 1}, "NaN", "../../x", "\x00"]
 

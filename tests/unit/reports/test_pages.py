@@ -9,10 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chromium import Browser, browser, installed
-from fullest import fullest
-from planted import Planted
-from recorded_run import record_run
 
 from pipeline.data.storage import Storage
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess
@@ -24,6 +20,10 @@ from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
 from pipeline.reports.comparison_page import render_comparison
 from pipeline.reports.run_folder import RunFolder, open_run
+from tests.support.bad_shards import Planted
+from tests.support.chromium import Browser, browser, installed
+from tests.support.full_report import fullest
+from tests.support.recorded_run import record_run
 
 MOST_BYTES = 5_000_000
 TELEPHONE, DESK = 390, 1280

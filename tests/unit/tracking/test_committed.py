@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failing_storage import FailingStorage, every_fault
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import ObjectInfo, Storage
@@ -23,6 +21,8 @@ from pipeline.tracking import liveness
 from pipeline.tracking.committed import CommittedJournal, committed_segments
 from pipeline.tracking.journal import Journal, JournalWriter, parse_records, read_records
 from pipeline.tracking.records import encode
+from tests.support.failing_storage import FailingStorage, every_fault
+from tests.support.fuzz import fuzz_rounds, mutate
 
 NAME = "0123456789abcdef/report.html"
 

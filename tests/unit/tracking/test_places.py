@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.load import validate
@@ -21,6 +20,7 @@ from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_replay import Cursor, num_pending, shipping_alone
 from pipeline.tracking.places import journal_folder, read_journal, run_of
 from pipeline.tracking.tracker import Tracker
+from tests.support.fuzz import fuzz_rounds, mutate
 
 
 def config_of(output: Path | str) -> RunConfig:

@@ -16,11 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import TrackingError
 from pipeline.tracking import server
 from pipeline.tracking.server import _fault_of as fault_of
+from tests.support.fuzz import fuzz_rounds, mutate
 
 HEALTH, API = "/health", "/api/2.0/mlflow/experiments/get-by-name"
 MISSING = json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such experiment"})

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failing_storage import FailingStorage, every_fault
-from fuzz import fuzz_rounds
-from short_run import NoShipper
 
 from pipeline.config import redaction
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
@@ -27,6 +24,9 @@ from pipeline.tracking.places import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.recorder import DatasetInput, Kept, Recorder, SilentTracker
 from pipeline.tracking.server import check_server
 from pipeline.tracking.tracker import Tracker
+from tests.support.failing_storage import FailingStorage, every_fault
+from tests.support.fuzz import fuzz_rounds
+from tests.support.short_run import NoShipper
 
 
 def config_of(output: Path | str, **tracking: Any) -> RunConfig:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_batch, tiny_config
 
 from pipeline.models import build_model
 from pipeline.models.heads import MAX_SCALE
@@ -16,6 +15,7 @@ from pipeline.training.alarms import JUMP, LOSSES, READINGS, Alarms, Reading, si
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.steps import TrainingStep
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 LEARNT = {"itm_matched": 10, "itm_matched_right": 8, "itm_wrong": 20, "itm_wrong_right": 15}
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_batch, tiny_config
 
 from pipeline.data.storage import Storage
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])

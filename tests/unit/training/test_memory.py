@@ -7,10 +7,10 @@ import errno
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
 
 from pipeline.training.collectives import Collectives
 from pipeline.training.memory import is_out_of_memory, out_of_memory
+from tests.support.tiny_model import tiny_config
 
 
 def test_torch_and_numpy_say_it_in_their_own_ways() -> None:

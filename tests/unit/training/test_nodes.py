@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import time
 
-from ranks import run_ranks
-
 from pipeline.training.collectives import Collectives
 from pipeline.training.nodes import Figures, Look, NodeMonitor, by_node
+from tests.support.ranks import run_ranks
 
 EVERYWHERE = {
     "cpu_utilization_percentage",

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from short_run import DEMO, short_config
 
 from pipeline.config.errors import Superseded
 from pipeline.data.storage import Storage
 from pipeline.training.ownership import CLAIM_VARIABLE, OWNER_FILE, Ownership, main
+from tests.support.short_run import DEMO, short_config
 
 
 @pytest.fixture(params=["local", "memory"])

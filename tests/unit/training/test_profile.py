@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
 from pipeline.training.profile import Window, profiled
+from tests.support.tiny_model import tiny_config
 
 
 class Kept:

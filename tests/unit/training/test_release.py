@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
@@ -23,6 +22,7 @@ from pipeline.training.parameter_groups import parameter_groups
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.stages import heads, trained_parts
 from pipeline.training.steps import TrainingStep
+from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 RANKS, ROWS, WIDTH = 4, 12, 8
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_config
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError
@@ -21,6 +20,7 @@ from pipeline.models.resize import resize_grid, resize_relative_grid, resize_tex
 from pipeline.training.checkpoint import load_weights, save_weights, stage_url
 from pipeline.training.prepare import _check_start
 from pipeline.training.stages import build_stage_model, load_matching, prepare_experts
+from tests.support.tiny_model import VOCABULARY, tiny_config
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(VOCABULARY - 5))]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from short_run import BeforeStep, NoShipper, losses, short_config
 
 from jobs.rank import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import Preempted
@@ -17,6 +16,7 @@ from pipeline.training.collectives import close_group
 from pipeline.training.evaluation import StageEvaluation
 from pipeline.training.loop import train
 from pipeline.training.stage_run import StageRun
+from tests.support.short_run import BeforeStep, NoShipper, losses, short_config
 
 
 class StepGuard:

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from failing_storage import FailingStorage, every_fault
-from small_checkpoint import Alone, newest_weight, save
 
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import WEIGHTS, CheckpointStore, is_committed, read_committed, save_weights
 from pipeline.training.ownership import Ownership
+from tests.support.failing_storage import FailingStorage, every_fault
+from tests.support.small_checkpoint import Alone, newest_weight, save
 
 KEEP = 2
 Scenario = Callable[[Storage, str], None]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_config
 
 from pipeline.data.batch import Batch
 from pipeline.models.forward import ForwardInput
 from pipeline.training.steps import _merged
 from pipeline.training.terms.matched import draw_of_source, matched_rows
 from pipeline.training.terms.term import Candidates
+from tests.support.tiny_model import tiny_batch, tiny_config
 
 
 @pytest.fixture

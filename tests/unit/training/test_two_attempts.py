@@ -15,9 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz import fuzz_rounds
-from interleaving import Disk, explore
-from small_checkpoint import Alone
 
 from pipeline.config.errors import StorageError, Superseded
 from pipeline.config.schema import CheckpointConfig
@@ -25,6 +22,9 @@ from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore, is_committed, save_weights
 from pipeline.training.engine import Fragment
 from pipeline.training.ownership import Ownership
+from tests.support.fuzz import fuzz_rounds
+from tests.support.interleaving import Disk, explore
+from tests.support.small_checkpoint import Alone
 
 RUN, STAGE = "memory://run", "memory://run/stages/0-s"
 OLD, NEW = 0.25, 0.5  # what each attempt's weights have beside their step

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz import fuzz_rounds, mutate
-from tiny import tiny_config
 
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import MANIFEST, load_weights, save_weights, weights_info
 from pipeline.training.checkpoint.committed import commit, file_record
+from tests.support.fuzz import fuzz_rounds, mutate
+from tests.support.tiny_model import tiny_config
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "\u2028", "\x85", "##b\x1c", " "]
 

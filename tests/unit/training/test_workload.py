@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tiny import VOCABULARY, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data.storage import Storage
@@ -16,6 +15,7 @@ from pipeline.training.steps import TrainingStep, accumulation
 from pipeline.training.trial import cells, trial_config
 from pipeline.training.utilisation import seconds_on
 from pipeline.training.workload import model_without_memory, parameters_of, run_step, work_of
+from tests.support.tiny_model import VOCABULARY, tiny_config
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture
 
 from pipeline.config.errors import DataError
 from pipeline.data.building.annotation_files import Annotations, Options, find_annotations, read_annotations
@@ -19,6 +18,7 @@ from pipeline.data.contents.members import captions_of, class_of, image_id_of
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
+from tests.support.pairs import picture
 
 
 def write_json(path: Path, content: Any) -> Path:

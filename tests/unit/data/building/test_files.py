@@ -19,7 +19,7 @@ from pipeline.data.building.files import Problems, Sample
 from pipeline.data.building.importers import find_kind, folder_samples, jsonl_samples, read_samples, text_samples
 from pipeline.data.contents.images import FORMATS
 from pipeline.data.contents.members import captions_of
-from tests.fuzz import fuzz_rounds, mutate
+from tests.support.fuzz import fuzz_rounds, mutate
 
 TEXT = "un café, 東京"
 READ = ("utf-8", "utf-8-sig", "utf-16", "utf-32")

@@ -15,7 +15,7 @@ from pipeline.config.errors import DataError, MomeError
 from pipeline.data.building.files import Problems
 from pipeline.data.building.importers import find_kind, read_samples
 from pipeline.data.building.tables import Columns
-from tests.fuzz import fuzz_rounds, mutate
+from tests.support.fuzz import fuzz_rounds, mutate
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from drawn import COLOURS, run_config, write_set
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices, choices_of, load_answers, load_classes
 from pipeline.data.storage import Storage
+from tests.support.fine_tuning_data import COLOURS, run_config, write_set
 
 
 def test_a_list_reads_back_and_numbers_only_what_it_lists() -> None:

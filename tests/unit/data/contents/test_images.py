@@ -32,7 +32,7 @@ from pipeline.data.contents.images import (
 )
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom, hash64
-from tests.fuzz import fuzz_rounds, mutate
+from tests.support.fuzz import fuzz_rounds, mutate
 
 SHARED = Path(__file__).resolve().parents[4] / ".." / "shared"
 LIMIT = 1_000_000

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.data.contents import jpeg
 from pipeline.data.contents.images import decode, measure
 from pipeline.data.quarantine import BadSample
-from tests.fuzz import fuzz_rounds, mutate
+from tests.support.fuzz import fuzz_rounds, mutate
 
 LIMIT = 1_000_000
 HEIGHT, WIDTH = 120, 164

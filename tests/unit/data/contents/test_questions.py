@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn import COLOURS, run_config
 
 from pipeline.data.batch import Batch
 from pipeline.data.building.importers import write_shards
@@ -23,6 +22,7 @@ from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.check import fault_of
 from pipeline.data.shards.tar import TarSample
 from pipeline.data.storage import Storage
+from tests.support.fine_tuning_data import COLOURS, run_config
 
 
 def members(**record: Any) -> dict[str, bytes]:
@@ -160,7 +160,7 @@ def test_another_list_of_answers_is_other_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("answer", "flipped"), [("up", True), ("left", False)])
 def test_a_picture_is_not_mirrored_where_the_answer_says_a_side(tmp_path: Path, answer: str, flipped: bool) -> None:
     """The question does not say it: 'which side is it on?' alone would let the picture be mirrored."""
-    from drawn import picture_of_sides
+    from tests.support.fine_tuning_data import picture_of_sides
 
     record = {"question": "where is it?", "answers": {answer: 1.0}}
     samples = [{"__key__": f"s{n}", "jpg": picture_of_sides(), "json": json.dumps(record).encode()} for n in range(32)]

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cache_user import SIZE, content, fill, open_checked
 
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.data.reading.cache import FOLDER, CacheFull, Fetch, NodeCache, open_window_bytes
+from tests.support.cache_reader import SIZE, content, fill, open_checked
 
 USER = Path(__file__).resolve().parents[3] / "cache_user.py"
 

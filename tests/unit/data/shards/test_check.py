@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import fuzz_rounds, mutate
 from PIL import Image
 
 from pipeline.config.load import validate
@@ -27,6 +26,7 @@ from pipeline.data.shards.check import ShardReport, check_shards
 from pipeline.data.shards.index import index_tar
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from tests.support.fuzz import fuzz_rounds, mutate
 
 Members = dict[str, bytes]
 CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8

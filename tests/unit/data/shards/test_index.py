@@ -11,7 +11,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import simplejpeg
-from fuzz import fuzz_rounds, mutate
 from PIL import Image
 
 from pipeline.config.errors import DataError
@@ -19,6 +18,7 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import image_id_of
 from pipeline.data.shards.index import ShardIndex, index_tar, sidecar_facts
 from pipeline.data.shards.tar import split_key
+from tests.support.fuzz import fuzz_rounds, mutate
 
 
 def packed(names: list[str], format: int = tarfile.GNU_FORMAT, size: int = 700) -> bytes:

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.data.shards.index import ShardIndex
@@ -30,6 +29,7 @@ from pipeline.data.shards.manifest import (
     load_manifest,
 )
 from pipeline.data.storage import Storage
+from tests.support.fuzz import fuzz_rounds, mutate
 
 
 class Watched(Storage):

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from fuzz import fuzz_rounds, mutate
 
 from pipeline.config.errors import DataError
 from pipeline.data.shards.index import ShardIndex, index_tar
 from pipeline.data.shards.tar import Tar, clean_name, split_key
+from tests.support.fuzz import fuzz_rounds, mutate
 
 NAMES = [
     b"caf\xe9",

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from fuzz import fuzz_rounds, mutate
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError
 from pipeline.models.checkpoints.files import read_json, read_tensors, write_tensors
+from tests.support.fuzz import fuzz_rounds, mutate
 
 STATE = {"layer.0.weight": torch.arange(6.0).view(2, 3), "layer.0.bias": torch.arange(3), "half": torch.ones(2).half()}
 

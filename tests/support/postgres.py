@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.local_ranks import free_port
+from tests.support.ranks import free_port
 
 USER = "mlflow"
 

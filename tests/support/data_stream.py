@@ -1,6 +1,6 @@
 """A run's data without its model, as a process that can be killed: global batches read and recorded step by step.
 
-    python tests/stream.py CONFIG.json VOCABULARY WORLD_SIZE FIRST LAST RECORD
+    python tests/support/data_stream.py CONFIG.json VOCABULARY WORLD_SIZE FIRST LAST RECORD
 
 Each line of RECORD is one delivered global batch: its step, the hash of its rows, and epoch:uid of each of them.
 """

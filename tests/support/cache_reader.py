@@ -1,6 +1,6 @@
 """A process that reads random shards through a node cache and checks every byte; some are killed while they do.
 
-    python tests/cache_user.py CACHE MAX_BYTES STORE SEED ROUNDS
+    python tests/support/cache_reader.py CACHE MAX_BYTES STORE SEED ROUNDS
 
 STORE is a folder of files, `name` holding what `name` decides (`content`). Each round two of them are open.
 """

@@ -1,6 +1,6 @@
 """A folder of pairs with every kind of bad sample planted in it, what is expected of each, and ways to break a shard.
 
-    python tests/planted.py
+    python tests/support/bad_shards.py
 
 prints what webdataset's own reader makes of the same things.
 """

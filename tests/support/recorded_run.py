@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from planted import Planted, plant
-
 from pipeline.config.load import apply_override, validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.quarantine import BadRecord
@@ -19,6 +17,7 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal, JournalWriter
 from pipeline.tracking.recorder import DatasetInput
+from tests.support.bad_shards import Planted, plant
 
 START = 1_790_000_000_000  # milliseconds since 1970
 STEPS = 10  # of each stage

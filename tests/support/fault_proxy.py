@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from http_messages import CHUNK, Head, Streams, ask, no_body, read_body, read_head
+from tests.support.http_messages import CHUNK, Head, Streams, ask, no_body, read_body, read_head
 
 T = TypeVar("T")
 Range = tuple[int, int]

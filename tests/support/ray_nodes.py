@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600  # that anything is waited for: a loaded machine takes its time
 ATTEMPTS = 5
 MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raylets import Host
+from tests.support.ray_nodes import Host
 
 
 class Network:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from short_run import short_config
-
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.text import Tokenizer
@@ -14,6 +12,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.training.checkpoint import save_weights, stage_url
 from pipeline.training.stages import heads
+from tests.support.short_run import short_config
 
 
 def untrained_weights(folder: Path) -> tuple[RunConfig, str]:

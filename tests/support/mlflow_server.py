@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.training.local_ranks import free_port
+from tests.support.ranks import free_port
 
 ADMIN, PASSWORD = "admin", "a long password of the test's"
 

@@ -20,7 +20,7 @@ import psutil
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("vision", "language", "vision_language")
 SECONDS = 900
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from campaign import STAGES, Campaign
 from mlflow import MlflowClient
 
 from pipeline.config.load import validate
@@ -13,6 +12,7 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from pipeline.tracking.recorder import DatasetInput, Kept
 from pipeline.tracking.tracker import Tracker
+from tests.support.train_process import STAGES, Campaign
 
 PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
 

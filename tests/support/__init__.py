@@ -1,0 +1,1 @@
+"""Rigs, factories and fakes that several test modules share."""

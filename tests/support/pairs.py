@@ -1,0 +1,37 @@
+"""Image-text pairs and the tars that hold them, as bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import simplejpeg
+
+Members = dict[str, bytes]  # extension -> content
+
+
+def picture(number: int, size: int = 24) -> bytes:
+    """Return a JPEG that is unique to `number`."""
+    random = np.random.default_rng(number)
+    pixels = np.repeat(np.repeat(random.integers(0, 256, (size // 4, size // 4, 3), dtype=np.uint8), 4, 0), 4, 1)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), 90, "RGB", "444")
+
+
+def pair(number: int) -> Members:
+    """Return a valid pair: an image and three captions."""
+    captions = [f"picture {number} shows a thing in way {way}" for way in "abc"]
+    return {"jpg": picture(number), "json": json.dumps({"captions": captions}).encode()}
+
+
+def tar_bytes(samples: dict[str, Members]) -> bytes:
+    """Return one tar of `samples` (key -> members)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples.items():
+            for extension, data in members.items():
+                header = tarfile.TarInfo(f"{key}.{extension}")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    return buffer.getvalue()

@@ -1,0 +1,81 @@
+"""Object stores with an S3 API that run on this machine, and one test's bucket in them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.schema import StorageConfig
+
+SWIFT = Path(__file__).resolve().parents[2] / "infra" / "swift.sh"
+CANNOT_RUN_HERE = 3  # exit status of swift.sh when Swift is not installed or the file system does not support it
+
+
+@dataclass(frozen=True)
+class Store:
+    """URL and credentials of a running store."""
+
+    endpoint: str
+    key: str
+    secret: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@dataclass(frozen=True)
+class S3:
+    """An empty bucket that belongs to one test."""
+
+    endpoint: str
+    bucket: str
+    config: StorageConfig
+    environment: dict[str, str]
+
+    def url(self, *parts: str) -> str:
+        return "/".join([f"s3://{self.bucket}", *parts])
+
+
+@contextmanager
+def moto() -> Iterator[Store]:
+    """Run moto's S3 server in a thread of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield Store(f"http://{host}:{port}", "test-key", "test-secret")
+    server.stop()
+
+
+@contextmanager
+def swift(folder: Path) -> Iterator[Store]:
+    """Run OpenStack Swift's daemons below `folder`. They wait on this process's pipe, so they end with it."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        ["bash", str(SWIFT), "run", str(folder)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        settings = dict(word.split("=", 1) for word in process.stdout.readline().split()[1:])
+        if not settings:
+            reason = process.stderr.read().strip()
+            if process.wait() == CANNOT_RUN_HERE:
+                pytest.skip(reason)
+            pytest.fail(f"Swift is installed and did not start: {reason}")
+        yield Store(settings["AWS_ENDPOINT_URL"], settings["AWS_ACCESS_KEY_ID"], settings["AWS_SECRET_ACCESS_KEY"])
+        process.terminate()
+        assert process.wait(30) == 0
+    shutil.rmtree(folder)
