@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.paths import with_absolute_paths
+from pipeline.config.load import with_absolute_paths
 from pipeline.config.schema import RunConfig, parse_steps
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.storage import Storage

@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 from pipeline.config.load import load_config
-from pipeline.config.paths import absolute
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig, StorageConfig
 from pipeline.config.section import Section
 from pipeline.config.stored import Recorded
+from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
 from pipeline.tracking.committed import Store
 from pipeline.tracking.places import absolute_uri, default_uri, named_uri, run_of

@@ -20,7 +20,7 @@ from jobs.jobs_command import app as jobs_app
 from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
-from pipeline.config.printable import configure_logging, printable, show_exception
+from pipeline.config.redaction import configure_logging, printable, show_exception
 from pipeline.config.schema import EVALUATED, Use
 
 app = typer.Typer(

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from pipeline.config.errors import StorageError
-from pipeline.config.printable import printable
+from pipeline.config.redaction import printable
 from pipeline.pages.words import duration
 from pipeline.training.progress import Progress as RunProgress
 

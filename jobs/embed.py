@@ -9,7 +9,7 @@ from jobs.caller import Caller
 from jobs.console import PLAIN_SECONDS, notify, repeatedly
 from jobs.evaluate import model_of, weights_to_score
 from jobs.shared import answered, device_of, on_workers, ranks_here
-from pipeline.config.paths import absolute
+from pipeline.config.urls import absolute
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join

@@ -21,10 +21,10 @@ from jobs.console import notify
 from jobs.output import check_output, write_output
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.paths import absolute, file_name_of
 from pipeline.config.redaction import redact
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig, Use
 from pipeline.config.stored import check_stored_url
+from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.dashboard import first_line
 from pipeline.config.errors import RunFailed
-from pipeline.config.printable import printable
+from pipeline.config.redaction import printable
 
 log = logging.getLogger(__name__)
 

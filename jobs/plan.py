@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import validate
-from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join

@@ -20,8 +20,7 @@ from jobs.mailbox import Mailbox
 from jobs.notice import PREEMPTED
 from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, as_error, run_rank
 from pipeline.config.errors import MomeError, RunFailed
-from pipeline.config.load import validate
-from pipeline.config.paths import with_absolute_paths
+from pipeline.config.load import validate, with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.places import absolute_uri, named_uri

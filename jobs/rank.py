@@ -17,8 +17,7 @@ from typing import Any
 from jobs.mailbox import Mailbox, forwarded_warnings
 from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
-from pipeline.config.printable import configure_logging
-from pipeline.config.redaction import redact
+from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import local_preparer
 from pipeline.data.loading.preparation import PreparerFactory

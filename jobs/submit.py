@@ -25,8 +25,7 @@ from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dash
 from jobs.follow import follow as follow_job
 from jobs.pretrain import for_ranks
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.load import validate
-from pipeline.config.paths import local_paths
+from pipeline.config.load import local_paths, validate
 from pipeline.config.schema import RunConfig
 from pipeline.tracking.describe import told_environment
 from pipeline.tracking.places import named_uri

@@ -25,7 +25,7 @@ from jobs.bench.parts import CORE
 from jobs.bench.peers import PEERS
 from jobs.bench.photos import write_photos
 from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.paths import is_local
+from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import load_manifest

@@ -14,8 +14,8 @@ from typing import Any
 
 from jobs.doctor import compute, machine, services
 from jobs.doctor.finding import Finding, not_asked
-from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import is_local, local_path
 from pipeline.tracking.places import journal_folder
 
 

@@ -22,8 +22,8 @@ from jobs.console import echo
 from jobs.output import list_of_findings
 from jobs.shards.report import JsonOption, ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
-from pipeline.config.paths import is_local, local_path
 from pipeline.config.schema import ClusterConfig, DataConfig
+from pipeline.config.urls import is_local, local_path
 from pipeline.data.building.files import Sample
 from pipeline.data.building.importers import write_tar
 from pipeline.data.contents.images import decode

@@ -16,6 +16,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.model import MODEL_SECTIONS
 from pipeline.config.redaction import remember
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import is_local, local_path
 
 _MERGE = "tag:yaml.org,2002:merge"
 _PART = re.compile(r'(?:^|\.)(?:"([^"]*)"|([^."]+))')
@@ -181,6 +182,43 @@ def is_changeable(path: str) -> bool:
             return True
         model = field.annotation
     return False
+
+
+def local_paths(config: RunConfig) -> dict[str, str]:
+    """Return the value of every key that names a local file or folder, by dotted path."""
+    return {".".join(map(str, key)): value for key, value in _local_keys(config).items()}
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with absolute local paths: a rank may have another working folder than the driver."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    places = _local_keys(config)
+    if config.data.cache.folder is not None:  # on each node's own disk, so not among the shared places
+        places["data", "cache", "folder"] = config.data.cache.folder
+    for (*parents, last), value in places.items():
+        target: Any = values
+        for part in parents:
+            target = target[part] if isinstance(part, int) else target.setdefault(part, {})
+        target[last] = str(local_path(value))
+    return validate(values, config.name)
+
+
+def _local_keys(config: RunConfig) -> dict[tuple[str | int, ...], str]:
+    """Return the local keys as tuples of path parts: a source's name may contain dots."""
+    places: dict[tuple[str | int, ...], str | None] = {
+        ("output",): config.output,
+        ("tokenizer", "vocabulary"): config.tokenizer.vocabulary,
+    }
+    for name, source in config.sources.items():
+        places["sources", name, "shards"] = source.shards
+        places["sources", name, "opt_out"] = source.opt_out
+    for index, stage in enumerate(config.stages):
+        if stage.start_from not in ("previous", "random"):
+            places["stages", index, "start_from"] = stage.start_from
+        places["stages", index, "answer_list"] = stage.answer_list
+        if stage.image_tokenizer is not None:
+            places["stages", index, "image_tokenizer", "weights"] = stage.image_tokenizer.weights
+    return {key: value for key, value in places.items() if value is not None and is_local(value)}
 
 
 def parse_yaml(content: str | bytes, origin: str) -> Any:

@@ -1,24 +1,28 @@
-"""Passwords and tokens taken out of what is shown, logged or recorded.
+"""Text that is safe to show, log and record: no secrets, and no characters that control a terminal.
 
-`redact` is applied to values and messages, never to serialised text such as JSON or YAML, whose quotes and commas may
-be parts of a password just as well.
+`redact` is applied to values and messages, never to serialized text such as JSON or YAML, whose quotes and commas could
+also be parts of a password.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+import sys
+import traceback
 from html import escape
+from types import TracebackType
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
-_SHORTEST_KNOWN = 6  # a shorter secret would be found in words that are none
-_DEEPEST = 5  # URLs in the path or query of one another
+_SHORTEST_KNOWN = 6  # a shorter secret would match parts of ordinary words
+_DEEPEST = 5  # nested URLs in a path or query
 _known: set[str] = set()
 
 _URL = re.compile(r"""\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,40})://(?P<rest>[^\s"'<>`]+)""")
-_CLOSING = ")]},.;:!?"  # behind a URL in a sentence
+_CLOSING = ")]},.;:!?"  # punctuation after a URL in a sentence
 _WORDS = (
     r"(?:[\w.-]{0,40}(?:password|passwd|passphrase|secret|token|signature|credentials?)"
     r"|(?:[\w-]{0,40}[._-])?(?:ssl|db|user|auth|access|bearer)?(?:pwd|sig|(?:api|access|account|secret|private)[_-]?key))"
@@ -27,7 +31,7 @@ _WORDS = (
 _SECRET_PAIR = re.compile(
     rf"""(?P<name>\b{_WORDS})(?:
         =(?!(?:env|file):|b?["'])[^\s&"',;)\]]+
-        |(?P<sign>["']?\s*[:=]\s*)b?(?:"(?!(?:env|file):)[^"]+"|'(?!(?:env|file):)[^']+'))""",  # as a repr has it
+        |(?P<sign>["']?\s*[:=]\s*)b?(?:"(?!(?:env|file):)[^"]+"|'(?!(?:env|file):)[^']+'))""",  # as in a repr
     re.IGNORECASE | re.VERBOSE,
 )
 _SECRET_NAME = re.compile(
@@ -41,11 +45,15 @@ _AUTHORIZATION = re.compile(
 )
 _BEARER = re.compile(r"(?P<name>\bbearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 
+# Characters that are escaped: C0 and C1 controls except newline and tab, DEL, line separators, bidirectional overrides
+# and isolates, and lone surrogates, which no UTF-8 stream accepts.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def redact(text: str) -> str:
-    """Return `text` without the secrets in it: user and password of URLs, and what is named as a token or password.
+    """Return `text` without secrets: user and password of URLs, and values named as a token or password.
 
-    The user part of a URL reaches to its last '@', so that passwords with '/', '#' or '@' go whole.
+    The user part of a URL extends to its last '@', so that passwords with '/', '#' or '@' are removed entirely.
     """
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -56,7 +64,7 @@ def redact(text: str) -> str:
 
 
 def redact_values(values: Any) -> Any:
-    """Return nested mappings and lists with every text in them redacted."""
+    """Return nested mappings and lists with every string redacted."""
     if isinstance(values, dict):
         return {key: redact_values(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -65,12 +73,12 @@ def redact_values(values: Any) -> Any:
 
 
 def remember(secret: str) -> None:
-    """Have `redact` take out this secret, or the password in this URL, wherever it appears in this process."""
+    """Register a secret, or the password in a URL, that `redact` removes wherever it appears in this process."""
     if "://" in secret:
         secret = password_of(secret) or ""
     urls = (quote(secret, safe=""), unquote(secret), quote_plus(secret))
     texts = (json.dumps(secret)[1:-1], repr(secret)[1:-1], repr(secret.encode(errors="replace"))[2:-1], escape(secret))
-    for form in (secret, *urls, *texts):  # as a message may quote it
+    for form in (secret, *urls, *texts):  # the forms in which a message may quote it
         if len(form) >= _SHORTEST_KNOWN:
             _known.add(form)
 
@@ -81,7 +89,7 @@ def holds_secret(url: str) -> bool:
 
 
 def password_of(url: str) -> str | None:
-    """Return the password in a URL as it is written there; None where there is none."""
+    """Return the password in a URL as it is written, or None."""
     match = _URL.match(url)
     if match is None:
         return None
@@ -91,9 +99,38 @@ def password_of(url: str) -> str | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the kind and message of an error, without secrets: libraries quote the URLs they were given."""
+    """Return the type and redacted message of an error: libraries quote the URLs they were given."""
     message = redact(str(error))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with every character that could control a terminal escaped as in JSON, such as `\u001b`."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+class _PrintableRecord(logging.LogRecord):
+    """A log record whose message and traceback are printable and redacted for every handler."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = printable(redact("".join(traceback.format_exception(*self.exc_info)).rstrip("\n")))
+
+    def getMessage(self) -> str:
+        return printable(redact(super().getMessage()))
+
+
+def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that ends the process, printable and redacted; a replacement of `sys.excepthook`."""
+    sys.stderr.write(printable(redact("".join(traceback.format_exception(kind, error, trace)))))
+
+
+def configure_logging() -> None:
+    """Send warnings and fatal exceptions to standard error, printable and redacted. Call it once per process."""
+    sys.excepthook = show_exception
+    logging.setLogRecordFactory(_PrintableRecord)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
 def _redact_urls(text: str, depth: int) -> str:
@@ -107,7 +144,7 @@ def _redact_url(match: re.Match[str], depth: int) -> str:
     url = rest.rstrip(_CLOSING)
     closing = rest[len(url) :]
     url = url[_end_of_user(url, _is_web(scheme)) :]
-    url = _redact_urls(url, depth + 1)  # another one in its path or query
+    url = _redact_urls(url, depth + 1)  # a nested URL
     base, parts = re.match(r"([^?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
     kept = ""
     for part in re.findall(r"[?#][^?#]*", parts):
@@ -123,17 +160,17 @@ def _is_secret(pair: str) -> bool:
 
 
 def _is_web(scheme: str) -> bool:
-    """Return True for schemes whose URLs have a path in which '@' is a character like others."""
+    """Return True for schemes whose paths may contain '@'."""
     return not scheme.lower().startswith(
         ("postgres", "mysql", "mariadb", "mssql", "oracle", "mongodb", "redis", "amqp")
     )
 
 
 def _end_of_user(rest: str, web: bool) -> int:
-    """Return where `user:password@` of a URL ends behind its scheme; 0 where there is none.
+    """Return the end of `user:password@` in the part of a URL after its scheme, or 0.
 
-    A password may hold the '/', '?', '#' and '@' that should have been percent-encoded, as SQLAlchemy accepts them;
-    where that is unclear, more is taken out than need be.
+    A password may contain '/', '?', '#' and '@' that should have been percent-encoded, as SQLAlchemy accepts them; if
+    in doubt, more is removed than necessary.
     """
     authority = re.match(r"[^/?#\\]*", rest).group()  # type: ignore[union-attr]
     if "@" in authority:

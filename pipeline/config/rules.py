@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 
 from pipeline.config.model import ImageBERTConfig
-from pipeline.config.paths import file_name_of
 from pipeline.config.schema import EVALUATED, USES_OF, RunConfig, StageConfig, Use
+from pipeline.config.urls import file_name_of
 
 
 def faults_of(config: RunConfig) -> Iterator[str]:

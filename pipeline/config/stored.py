@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.paths import absolute, is_local
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, StorageConfig
+from pipeline.config.urls import absolute, is_local
 
 # Stores that are reached by an account of the caller's. The URL of any other names a host, which a request would tell
 # who reads the folder, and when.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
-from pipeline.config.paths import is_local
+from pipeline.config.urls import is_local
 
 REMOTE = 16  # requests in flight
 

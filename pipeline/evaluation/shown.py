@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from pipeline.config.paths import file_name_of
+from pipeline.config.urls import file_name_of
 from pipeline.data.storage import Storage, join
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config.printable import configure_logging
-from pipeline.config.redaction import describe_error, redact, remember
+from pipeline.config.redaction import configure_logging, describe_error, redact, remember
 from pipeline.tracking.mlflow_client import Outage
 from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
 

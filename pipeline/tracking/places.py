@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pipeline.config.errors import ConfigError, MomeError, TrackingError
 from pipeline.config.load import resolve_secret
-from pipeline.config.paths import is_local, local_path
 from pipeline.config.redaction import remember
 from pipeline.config.schema import RunConfig, is_reference
+from pipeline.config.urls import is_local, local_path
 from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.records import RUN_ID

@@ -10,7 +10,7 @@ import sys
 
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
-from pipeline.config.printable import configure_logging, printable
+from pipeline.config.redaction import configure_logging, printable
 from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
 from pipeline.training.profile import Window

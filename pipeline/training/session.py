@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from pipeline.config.errors import Superseded
-from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import is_local
 from pipeline.data.storage import Storage
 from pipeline.training.accounting import Account, Kind, Ledger, Seconds
 from pipeline.training.collectives import Collectives

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.paths import is_local
 from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.urls import is_local
 from pipeline.data.batch import Batch
 from pipeline.data.contents.choices import load_answers
 from pipeline.data.contents.text import Tokenizer

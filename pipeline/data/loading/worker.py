@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from pipeline.config.errors import MomeError, RunFailed
-from pipeline.config.printable import configure_logging
+from pipeline.config.redaction import configure_logging
 from pipeline.data import in_progress
 from pipeline.data.loading.preparation import RowThreads
 from pipeline.data.quarantine import BadRecord

@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.paths import local_path
+from pipeline.config.urls import local_path
 
 PIECE = 8 * 2**20  # bytes of one request at least, where the shard has them
 FOLDER = "mome-cache-1"

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.config.errors import DataError, StorageError
-from pipeline.config.paths import is_local, local_path
+from pipeline.config.urls import is_local, local_path
 from pipeline.data.reading.cache import CachedShard, CacheFull, NodeCache
 from pipeline.data.reading.prefetch import PrefetchCache, PrefetchRequest
 from pipeline.data.shards.index import ShardIndex

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
-from pipeline.config.paths import is_local, local_path
+from pipeline.config.urls import is_local, local_path
 from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_walk, sidecar_facts
 from pipeline.data.shards.tar import BLOCK, open_tar, unpack_remedy

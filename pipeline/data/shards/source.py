@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.paths import file_name_of
 from pipeline.config.schema import FilterConfig, RunConfig, SourceConfig
+from pipeline.config.urls import file_name_of
 from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.randomness import hash64_array
 from pipeline.data.shards.index import ShardIndex, normal_url, text_hash

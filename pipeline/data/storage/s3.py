@@ -31,8 +31,7 @@ from botocore.parsers import ResponseParserError
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_secret
-from pipeline.config.printable import printable
-from pipeline.config.redaction import redact, remember
+from pipeline.config.redaction import printable, redact, remember
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage.backends import ObjectInfo, PartReader
 from pipeline.data.storage.errors import (

@@ -21,9 +21,9 @@ import safetensors.torch
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
-from pipeline.config.paths import absolute
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import Recorded, stored_config
+from pipeline.config.urls import absolute
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import tokens_of
 from pipeline.data.storage import Storage, join, split

@@ -17,11 +17,13 @@ from pipeline.config.load import (
     flatten,
     is_changeable,
     load_config,
+    local_paths,
     parse_yaml,
     resolve_secret,
     validate,
+    with_absolute_paths,
 )
-from pipeline.config.paths import file_name_of, local_paths, with_absolute_paths
+from pipeline.config.urls import file_name_of
 from tests.support.fuzz import fuzz_rounds, mutate
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.config.printable import printable
+from pipeline.config.redaction import printable
 
 HOSTILE = {
     "clear screen": "\x1b[2J",
@@ -40,7 +40,7 @@ def test_text_without_control_characters_is_unchanged(text: str) -> None:
 def test_log_messages_and_tracebacks_of_any_handler_are_printable() -> None:
     program = (
         "import logging, sys\n"
-        "from pipeline.config.printable import configure_logging\n"
+        "from pipeline.config.redaction import configure_logging\n"
         "configure_logging()\n"
         "logging.getLogger('x').warning('key %s', '\\x1b[2J')\n"
         "try:\n    raise ValueError('\\x1b]52;c;\\x07')\n"
@@ -55,7 +55,7 @@ def test_log_messages_and_tracebacks_of_any_handler_are_printable() -> None:
 def test_log_messages_and_tracebacks_of_any_handler_hold_no_secret() -> None:
     program = (
         "import logging\n"
-        "from pipeline.config.printable import configure_logging\n"
+        "from pipeline.config.redaction import configure_logging\n"
         "configure_logging()\n"
         "logging.getLogger('x').warning('at %s', 'http://me:hunter2@server/')\n"
         "try:\n    raise ValueError('postgresql://me:a/hunter2@db/x')\n"

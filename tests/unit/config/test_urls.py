@@ -9,8 +9,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
-from pipeline.config.paths import absolute, is_local, local_path
-from pipeline.config.urls import parse
+from pipeline.config.urls import absolute, is_local, local_path, parse
 from pipeline.data.storage import Storage
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
@@ -57,8 +56,8 @@ WRONG = {  # URL -> what the message says
     "%SCRATCH%/runs": "%SCRATCH%",
     "s3://{{ bucket }}/runs": "{{ bucket }}",
     "s3://<bucket>/runs": "<bucket>",
-    "~nobody-of-this-name/runs": "no home",
-    "file://~nobody-of-this-name/runs": "no home",
+    "~nobody-of-this-name/runs": "home folder of",
+    "file://~nobody-of-this-name/runs": "home folder of",
     "/data/~/runs": "'~/runs'",
     "./~/runs": "'~/runs'",
     "C:\\runs": "Windows",

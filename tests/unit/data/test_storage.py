@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.paths import is_local
 from pipeline.config.schema import StorageConfig
+from pipeline.config.urls import is_local
 from pipeline.data.storage import NotFound, ObjectChanged, Storage, join, retry, split
 from pipeline.data.storage.errors import RetryTimeout, TransientError, explain
 from pipeline.data.storage.retry import RangeResponse, RetryPolicy, ranged_get

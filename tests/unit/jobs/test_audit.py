@@ -8,7 +8,7 @@ import pytest
 
 from jobs.audit import fingerprint_of
 from pipeline.config.errors import ConfigError
-from pipeline.config.paths import with_absolute_paths
+from pipeline.config.load import with_absolute_paths
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.short_run import short_config

@@ -13,8 +13,8 @@ import pytest
 
 from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.load import validate
-from pipeline.config.paths import local_path
 from pipeline.config.schema import RunConfig
+from pipeline.config.urls import local_path
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.mlflow_replay import Cursor, num_pending, shipping_alone
