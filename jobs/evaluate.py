@@ -39,7 +39,6 @@ from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.places import named_uri
 from pipeline.tracking.tracker import Tracker
-from pipeline.training.accounting import spent
 from pipeline.training.checkpoint import (
     Weights,
     WeightsInfo,
@@ -48,6 +47,7 @@ from pipeline.training.checkpoint import (
     stage_url,
     weights_info,
 )
+from pipeline.training.goodput import add_time
 from pipeline.training.prepare import RUN_FILE
 from pipeline.training.stages import heads, load_matching
 
@@ -110,7 +110,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """The last stage of a run that has just been trained; on its ranks where they have what the driver may lack."""
     caller = Caller.of(config)
     asked = Asked(config.folder, caller=caller.model_dump_json())
-    with spent(caller.store(), config.folder, "evaluation"):
+    with add_time(caller.store(), config.folder, "evaluation"):
         target = _target(asked, caller)
         gpus = config.cluster.gpus_per_worker
         ranks = config.cluster.workers

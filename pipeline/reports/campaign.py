@@ -24,7 +24,7 @@ from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, 
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.mlflow_replay import shipped_to
 from pipeline.tracking.places import absolute_uri, default_uri, experiment_of, journal_folder
-from pipeline.training.accounting import KINDS
+from pipeline.training.goodput import PHASES
 
 ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
 PART = "train/loss_"  # begins the names of a loss's parts
@@ -93,7 +93,7 @@ class StageFacts:
 
 @dataclass(frozen=True)
 class TimeShare:
-    """Seconds of one kind (`pipeline.training.accounting`)."""
+    """Seconds of one kind (`pipeline.training.goodput`)."""
 
     kind: str
     seconds: float
@@ -293,7 +293,7 @@ def _latest(tags: list[Tag], prefix: str) -> list[Tag]:
 def _time(seconds: dict[str, float], cost: Cost | None) -> list[TimeShare]:
     total = sum(seconds.values())
     each_second = cost.total / total if cost and total else 0.0
-    kinds = [kind for kind in KINDS if seconds.get(kind)]
+    kinds = [kind for kind in PHASES if seconds.get(kind)]
     return [TimeShare(kind, seconds[kind], seconds[kind] / total, seconds[kind] * each_second) for kind in kinds]
 
 

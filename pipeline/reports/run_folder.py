@@ -19,7 +19,7 @@ from pipeline.tracking.journal import EVALUATION, Journal
 from pipeline.tracking.liveness import is_held
 from pipeline.tracking.places import read_journal
 from pipeline.tracking.records import Record
-from pipeline.training import accounting
+from pipeline.training import goodput
 from pipeline.training.prepare import RUN_FILE
 
 LONGEST_SECONDS = 1e12
@@ -100,7 +100,7 @@ class RunFolder:
     evaluations: list[Point]  # of any checkpoint, in the order they were made
     status: str  # of the last process that trained: FINISHED, FAILED, KILLED; empty while none has ended
     is_live: bool  # some process of this machine is writing its journal
-    time: Values | None  # as `pipeline.training.accounting` keeps it
+    time: Values | None  # as `pipeline.training.goodput` keeps it
 
     @property
     def name(self) -> str:
@@ -172,7 +172,7 @@ def open_run(run: str, storage: Storage | None = None) -> RunFolder:
 
 def _account(storage: Storage, folder: str) -> Values | None:
     """The account of time; None where there is none, or none that can be understood."""
-    found = accounting.read(storage, folder)
+    found = goodput.read_record(storage, folder)
     seconds = found.get("seconds") if isinstance(found, dict) else None
     if not isinstance(seconds, dict) or "training" not in seconds:
         return None

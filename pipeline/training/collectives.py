@@ -1,7 +1,8 @@
-"""What ranks say to each other: the only module that speaks `torch.distributed` outside the engine.
+"""Collective operations among the ranks: the only module besides the engine that uses `torch.distributed`.
 
-Shares of a global batch may differ by one row between ranks, so gathers pad and cut. Nothing here carries a
-gradient: the step differentiates the whole batch's loss on every rank and keeps its own rows (see `steps`).
+The ranks' parts of a global batch may differ by one row, so gathers pad to the largest and cut afterwards. None of the
+operations propagates gradients: every rank differentiates the loss of the whole batch with respect to its own rows (see
+`steps`).
 
 Shapes: B rows of the global batch, n rows of this rank.
 """
@@ -24,18 +25,18 @@ from torch import Tensor
 Range = tuple[int, int]
 P = ParamSpec("P")
 R = TypeVar("R")
-BOARD_SECONDS = 5.0  # that the board's holder may take to answer
+STORE_SECONDS = 5.0  # timeout of a request to the key-value store
 
 
 def share(batch: int, rank: int, world_size: int) -> Range:
-    """Rows ⌊rB/W⌋ to ⌊(r+1)B/W⌋ (contract C1): shares differ by at most one row, W need not divide B."""
+    """Return the row range [⌊rB/W⌋, ⌊(r+1)B/W⌋) (contract C1); W need not divide B. Sizes differ by at most 1."""
     return rank * batch // world_size, (rank + 1) * batch // world_size
 
 
 def _counted(
     method: Callable[Concatenate[Collectives, P], R],
 ) -> Callable[Concatenate[Collectives, P], R]:
-    """So that of ranks that wait for each other it can be told which one has not come."""
+    """Record the collective each rank is in, so that a hang can be attributed to the rank that never entered it."""
 
     @functools.wraps(method)
     def call(self: Collectives, *arguments: P.args, **named: P.kwargs) -> R:
@@ -50,21 +51,21 @@ def _counted(
 
 
 class Collectives:
-    """This process's place among the ranks. Without a launcher it is the only one.
+    """Collectives of the default process group, which is initialised on first use; without a launcher it has one rank.
 
-    `calls` counts what this rank asked of the others so far, `inside` names what it waits for now.
+    `calls` counts the collectives this rank has entered; `inside` names the one it is currently in.
     """
 
     calls, inside = 0, ""
 
     def __init__(self, timeout_seconds: float = 1800.0):
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before NCCL chooses one
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before NCCL picks a device
         if not dist.is_initialized():
             for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
                 os.environ.setdefault(name, value)
             alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
-            if alone and sys.platform == "linux":  # the backends open a port even for one rank: on no other interface
+            if alone and sys.platform == "linux":  # the backends open a port even for one rank
                 for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                     os.environ.setdefault(name, "lo")
             store = dist.HashStore() if alone else None  # in memory: a TCPStore listens on every interface
@@ -85,18 +86,18 @@ class Collectives:
 
     @_counted
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+        """Sum over the ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
 
     @_counted
     def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
-        """Every rank's rows (n, …) in the order of the global batch: (B, …)."""
+        """Gather every rank's rows (n, …) into the global batch's order: (B, …)."""
         return self._gather(rows, [stop - start for start, stop in self.shares(batch)])
 
     @_counted
     def gather_parts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Every rank's rows, of which there are `counts`, in the order of the ranks: on the device of `rows`."""
+        """Concatenate the ranks' rows, `counts[r]` from rank r, on the device of `rows`."""
         return self._gather(rows.to(self.device), counts).to(rows.device)
 
     def _gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -108,7 +109,7 @@ class Collectives:
 
     @_counted
     def largest(self, sizes: list[int]) -> list[int]:
-        """The largest of each number over the ranks."""
+        """Return the elementwise maximum over the ranks."""
         if self.world_size == 1:
             return sizes
         tensor = torch.tensor(sizes, dtype=torch.int64, device=self.device)
@@ -116,26 +117,27 @@ class Collectives:
         return tensor.tolist()
 
     def fetcher(self, wanted: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-        """What fetches rows of the global batch from the ranks that hold them: only those travel.
+        """Build a function that fetches rows of the global batch, sending only the requested rows between ranks.
 
-        `wanted` (n,) names for each own row a place in the global batch, or -1 for none. The result takes this rank's
-        own rows (n, ...) and gives one row per place named, in order. All ranks call both together.
+        `wanted` (n,) holds, for each local row, a position in the global batch, or -1 for none. The returned function
+        takes this rank's rows (n, ...) and returns one row per position >= 0, in order. Both calls are collective.
         """
-        everybody = self.gather_rows(wanted.to(self.device), batch).cpu()
-        starts = torch.tensor([start for start, _ in self.shares(batch)])
-        owner = torch.where(everybody < 0, -1, torch.searchsorted(starts, everybody, right=True) - 1)
-        asked = [everybody[start:stop][owner[start:stop] == self.rank] for start, stop in self.shares(batch)]
-        start, stop = self.shares(batch)[self.rank]
-        mine = owner[start:stop][owner[start:stop] >= 0]
-        order = torch.argsort(mine, stable=True)
-        counts = torch.bincount(mine, minlength=self.world_size).tolist()
+        all_wanted = self.gather_rows(wanted.to(self.device), batch).cpu()
+        shares = self.shares(batch)
+        starts = torch.tensor([start for start, _ in shares])
+        owner = torch.where(all_wanted < 0, -1, torch.searchsorted(starts, all_wanted, right=True) - 1)
+        requested = [all_wanted[start:stop][owner[start:stop] == self.rank] for start, stop in shares]
+        start, stop = shares[self.rank]
+        own_sources = owner[start:stop][owner[start:stop] >= 0]
+        order = torch.argsort(own_sources, stable=True)
+        counts = torch.bincount(own_sources, minlength=self.world_size).tolist()
 
         def fetch(rows: Tensor) -> Tensor:
-            if rows.dtype == torch.bool:  # which no backend sends
+            if rows.dtype == torch.bool:  # no backend supports bool
                 return fetch(rows.view(torch.uint8)).view(torch.bool)
-            sent = rows[(torch.cat(asked) - start).to(rows.device)]
-            received = rows.new_empty(len(mine), *rows.shape[1:])
-            dist.all_to_all_single(received, sent, counts, [len(part) for part in asked])
+            sent = rows[(torch.cat(requested) - start).to(rows.device)]
+            received = rows.new_empty(len(own_sources), *rows.shape[1:])
+            dist.all_to_all_single(received, sent, counts, [len(part) for part in requested])
             result = torch.empty_like(received)
             result[order.to(rows.device)] = received
             return result
@@ -144,7 +146,7 @@ class Collectives:
 
     @_counted
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, which JSON can hold, in the order of the ranks. Tuples come as lists."""
+        """Gather a JSON-serialisable value from every rank, in rank order. Tuples arrive as lists."""
         own = self._bytes_tensor(json.dumps(value).encode())
         counts = self._gather(torch.tensor([len(own)], device=self.device), [1] * self.world_size).tolist()
         data = self._gather(own, counts).cpu().numpy().tobytes()
@@ -153,7 +155,7 @@ class Collectives:
 
     @_counted
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's value, which JSON can hold, on every rank. Tuples come as lists."""
+        """Return rank 0's JSON-serialisable value on every rank. Tuples arrive as lists."""
         own = self._bytes_tensor(json.dumps(value).encode() if self.rank == 0 else b"")
         length = torch.tensor([len(own)], device=self.device)
         dist.broadcast(length, src=0)
@@ -166,7 +168,7 @@ class Collectives:
 
     @_counted
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, of any kind. They travel as pickles, which run what a stranger among the ranks sends."""
+        """Gather a picklable value from every rank. Unpickling executes code, so all ranks must be trusted."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
@@ -175,44 +177,44 @@ class Collectives:
     def barrier(self) -> None:
         dist.barrier()
 
-    def board(self) -> Board:
-        """What the ranks tell each other without waiting for each other. A connection of its own, for any thread."""
+    def key_value_store(self) -> KeyValueStore:
+        """Return a connection of its own to the process group's store, usable from any thread."""
         store: Any = dist.distributed_c10d._get_default_store()
-        return Board(store.clone(), self.rank, self.world_size)
+        return KeyValueStore(store.clone(), self.rank, self.world_size)
 
     def close(self) -> None:
         close_group()
 
 
 def close_group() -> None:
-    """End the process group, if there is one: a process that exits without this can abort."""
+    """Destroy the process group, if any; a process that exits without this can abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class Board:
-    """A line of text of each rank, kept by the process group's store; nobody waits for who has not written.
+class KeyValueStore:
+    """Messages of the ranks in the process group's store; no operation waits for another rank.
 
-    Every call may raise RuntimeError or OSError when the store's holder does not answer within `BOARD_SECONDS`.
+    Every call raises RuntimeError or OSError if the store's host does not respond within `STORE_SECONDS`.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int):
         self._store, self._rank, self._world_size = store, rank, world_size
-        store.set_timeout(datetime.timedelta(seconds=BOARD_SECONDS))
+        store.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
 
     def write(self, topic: str, text: str) -> None:
-        """In the place of what this rank wrote under the topic before."""
+        """Replace this rank's message under the topic."""
         self._store.set(f"mome/{topic}/{self._rank}", text)
 
     def read(self, topic: str) -> dict[int, str]:
-        """What the ranks that have written under the topic wrote last."""
+        """Return the latest message of each rank that has written under the topic."""
         names = {rank: f"mome/{topic}/{rank}" for rank in range(self._world_size)}
         return {rank: self._store.get(name).decode() for rank, name in names.items() if self._store.check([name])}
 
-    def call(self, topic: str, text: str) -> None:
-        """For all ranks; what was called first under a topic stands."""
-        self._store.compare_set(f"mome/{topic}", "", text)
+    def announce(self, topic: str, text: str) -> str:
+        """Set the topic's announcement for all ranks unless there is one; return the announcement in effect."""
+        return self._store.compare_set(f"mome/{topic}", "", text).decode()
 
-    def called(self, topic: str) -> str | None:
+    def announcement(self, topic: str) -> str | None:
         name = f"mome/{topic}"
         return self._store.get(name).decode() if self._store.check([name]) else None

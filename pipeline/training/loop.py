@@ -22,9 +22,9 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.ownership import Ownership, Start
 from pipeline.training.prepare import prepare
 from pipeline.training.progress import Report
-from pipeline.training.session import Session
 from pipeline.training.spikes import SpikeFound
 from pipeline.training.stage_run import Run, StageRun
+from pipeline.training.supervisor import RankSupervisor
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,15 @@ def train(
     torch.set_num_threads(config.engine.threads)
     collectives = Collectives()
     storage = Storage(config.storage)
-    session = Session(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
+    supervisor = RankSupervisor(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
     if collectives.rank == 0:
         prepare(config, storage)
     ownership = _take(config, storage, collectives, claim)
     tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"), config.tokenizer.lowercase)
     tracker = _open_tracker(config, storage, collectives)
-    run = Run(config, storage, tokenizer, collectives, tracker, report, preparer, session, ownership)
+    run = Run(config, storage, tokenizer, collectives, tracker, report, preparer, supervisor, ownership)
     try:
-        with session:
+        with supervisor:
             for index in range(len(config.stages)):
                 if not is_committed(storage, stage_url(config, index)):
                     _run_stage(run, index)
@@ -97,7 +97,7 @@ def _run_stage(run: Run, index: int) -> None:
     """One stage to its end, begun anew from its last checkpoint as often as `guards.spike` allows."""
     spike = None
     while True:
-        run.session.begin_stage(run.config.stage_start(index), again=spike is not None)
+        run.supervisor.begin_stage(run.config.stage_start(index), is_rollback=spike is not None)
         try:
             return StageRun(run, index).run(spike)
         except SpikeFound as found:

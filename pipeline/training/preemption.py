@@ -1,45 +1,44 @@
-"""Notice that this machine is about to be taken away: a signal of the launcher, or what a caller asks the cloud."""
+"""Preemption: the notice that this machine is about to be taken away."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-# torchrun passes SIGTERM on to its ranks, and Slurm sends SIGUSR1 ahead of the end if asked to (--signal=USR1@300).
+# torchrun forwards SIGTERM to its ranks; Slurm sends SIGUSR1 ahead of the time limit with --signal=USR1@300.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Notice:
-    """Whether this process was told to go. Within `with`, signals give notice in place of ending it.
+class PreemptionSignal:
+    """Preemption notice from a signal or from `poll`, a function that asks the scheduler or the cloud.
 
-    Handlers can only be set in a process's main thread; elsewhere (a worker of Ray Train) `asked` alone is heard.
+    Signals are intercepted while the context manager is entered. Python allows handlers only in a process's main
+    thread; in any other thread (a Ray Train worker) `poll` is the only source.
     """
 
-    def __init__(self, asked: Callable[[], bool] | None = None):
-        self._asked = asked
-        self._given = False
-        self._before: dict[signal.Signals, Any] = {}
+    def __init__(self, poll: Callable[[], bool] | None = None):
+        self._poll = poll
+        self._received = False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __call__(self) -> bool:
-        """Once given, a notice stands."""
-        if not self._given and self._asked is not None:
-            self._given = self._asked()
-        return self._given
+        """Return whether this process is being preempted. Once True it stays True."""
+        if not self._received and self._poll is not None:
+            self._received = self._poll()
+        return self._received
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> PreemptionSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        self._previous_handlers = {}
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._given = True
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True

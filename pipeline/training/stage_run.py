@@ -22,7 +22,6 @@ from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.errors import NoSpace
 from pipeline.tracking.recorder import DatasetInput, Kept, Recorder
-from pipeline.training.accounting import metrics
 from pipeline.training.alarms import Alarms
 from pipeline.training.checkpoint import (
     CheckpointStore,
@@ -34,6 +33,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.collectives import Collectives
 from pipeline.training.coverage import load_coverage
 from pipeline.training.evaluation import StageEvaluation
+from pipeline.training.goodput import goodput_metrics
 from pipeline.training.instruments import Instruments
 from pipeline.training.look import look
 from pipeline.training.memory import is_out_of_memory, out_of_memory
@@ -43,8 +43,8 @@ from pipeline.training.ownership import Ownership
 from pipeline.training.profile import profiled
 from pipeline.training.progress import Progress, Report
 from pipeline.training.schedule import learning_rate
-from pipeline.training.session import Session
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
+from pipeline.training.supervisor import RankSupervisor
 from pipeline.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Run:
     tracker: Recorder
     report: Report
     preparer: PreparerFactory
-    session: Session
+    supervisor: RankSupervisor
     ownership: Ownership
 
 
@@ -76,7 +76,7 @@ class StageRun:
         self.storage, self.tokenizer = storage, tokenizer
         self.collectives, self.tracker, self.report = collectives, run.tracker, run.report
         self.first = config.stage_start(index)  # global step at which the stage begins
-        self.ownership, self.session = run.ownership, run.session
+        self.ownership, self.supervisor = run.ownership, run.supervisor
         self.spikes, self.alarms = SpikeGuard(config.guards.spike), Alarms(self.stage.name, run.tracker)
         self._points: dict[str, float] = {}  # the metrics last recorded
         self._resumed_from = ""  # URL of the checkpoint
@@ -103,7 +103,7 @@ class StageRun:
                 self.checkpoints.reserve(self.engine.fragments())
             done, noticed = self._train(start)
             if done == self.stage.steps:
-                self.session.enter("checkpoint", self.first + done)
+                self.supervisor.enter("checkpoint", self.first + done)
                 self._hand_over()
         except (RuntimeError, MemoryError, OSError) as error:
             self._stop_if_lasting(error)
@@ -144,7 +144,7 @@ class StageRun:
             if self.evaluation.is_due(step) and not noticed:
                 self._evaluate(step)
             if self._is_checkpoint_step(step) or (noticed and step + 1 < self.stage.steps):
-                with self.session.during("checkpoint", self.first + step):
+                with self.supervisor.during("checkpoint", self.first + step):
                     self._save(step + 1)
                     if noticed:
                         self.checkpoints.wait()
@@ -157,17 +157,17 @@ class StageRun:
         """Steps first: no batch is drawn and lost."""
         batches = self.loader.batches(self.spikes.batch_of(start))
         for step in range(start, self.stage.steps):
-            self.session.enter("data_wait", self.first + step)
+            self.supervisor.enter("data_wait", self.first + step)
             batch = next(batches)
-            self.session.enter("training", self.first + step)
+            self.supervisor.enter("training", self.first + step)
             yield step, batch
-            self.session.stepped()
+            self.supervisor.step_done()
 
     def _look(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> bool:
         """What all ranks must know before the update: whether to save and end. Raises RunFailed or SpikeFound."""
         if (step + 1) % self.config.guards.look_every and not self._is_metric_step(step):
             return False
-        seen = look(losses, self.engine.local_gradients(), self.session.notice(), self.collectives)
+        seen = look(losses, self.engine.local_gradients(), self.supervisor.preempted(), self.collectives)
         if seen.bad_losses or seen.bad_gradients:
             found = describe(losses, self.collectives)
             where = diagnose(self.engine.module, lambda: self.step(batch), self.collectives)
@@ -182,7 +182,7 @@ class StageRun:
         try:
             self.spikes.judge(step, seen.loss)
         except SpikeFound:
-            with self.session.during("checkpoint", self.first + step):
+            with self.supervisor.during("checkpoint", self.first + step):
                 self.checkpoints.wait()  # so that what is gone back to does not depend on how fast the store is
             raise
         return seen.notices > 0
@@ -197,7 +197,7 @@ class StageRun:
         found = self.checkpoints.latest()
         self.checkpoints.clear_up()
         if found is None or found[0].stage != self.stage.name:
-            self.session.goes_on_from(self._time_at_hand_over())
+            self.supervisor.resume_from(self._time_at_hand_over())
             return 0
         checkpoint, state = found
         if checkpoint.plan_digest != self.loader.digest:
@@ -209,7 +209,7 @@ class StageRun:
         self.engine.restore(state)
         self._resumed_from = checkpoint.url
         self.instruments.counted_before = checkpoint.data_counts
-        self.session.goes_on_from(checkpoint.time_account)
+        self.supervisor.resume_from(checkpoint.time_account)
         self.spikes.restore(checkpoint.spikes)
         log.warning("resuming stage %s at step %d from %s", self.stage.name, checkpoint.stage_step, checkpoint.url)
         return checkpoint.stage_step
@@ -262,7 +262,7 @@ class StageRun:
             "plan_digest": self.loader.digest,
             "zero_stage": self.config.engine.zero_stage,
             "config": self.config.model_dump(mode="json"),
-            "time_account": self.session.account.seconds(),
+            "time_account": self.supervisor.goodput.seconds(),
             "spikes": self.spikes.state(),
         }
 
@@ -335,7 +335,7 @@ class StageRun:
 
     def _evaluate(self, step: int) -> None:
         """After the update; before a checkpoint of the same step, which may be kept for what is found."""
-        with self.session.during("evaluation", self.first + step):
+        with self.supervisor.during("evaluation", self.first + step):
             found = self.evaluation(self.engine.reader)
         self._points = self._points | found
         self.tracker.metrics(self.first + step + 1, found)
@@ -345,9 +345,9 @@ class StageRun:
         """Everything that is worth a point, to the tracker; to the alarms; and how far the stage is."""
         reached, read = self.first + step + 1, self.instruments.read(step, self.step, losses)
         points = read.points | {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
-        points |= metrics(self.session.account.seconds())
+        points |= goodput_metrics(self.supervisor.goodput.seconds())
         self._points = points
-        self.tracker.metrics(reached, points | self.session.nodes.take())
+        self.tracker.metrics(reached, points | self.supervisor.nodes.take())
         if self.collectives.rank == 0:
             self.alarms.read(read.ranks)
             left = (self.stage.steps - step - 1) / max(read.speed.steps_per_second, 1e-9)

@@ -1,13 +1,13 @@
-"""A hung rank: noticed, shown, and ended, so that the launcher starts the ranks again.
+"""Hang watchdog: detects a hung rank, records all stacks, and ends the processes so that the launcher restarts them.
 
-Collectives wait for ever, or as long as the process group's timeout, for a rank that does not come. A thread of each
-rank minds how long the rank has been in what it does. When that is too long on any rank, every rank writes the stacks
-of all its threads to its log and to `<run>/stacks`, says who has not come, and ends with status 75. A rank that cannot
-even do that, because it was stopped or holds the interpreter's lock, is named by the others; in the second case
-`faulthandler`'s own thread, which needs no lock, writes the stacks to the log and ends the process.
+Collectives block forever, or until the process group's timeout, if one rank never enters them. A thread of each rank
+therefore measures how long the rank has been in its current phase. When a rank exceeds its limit, every rank writes the
+stacks of all its threads to its log and to `<run>/stacks`, names the rank that is missing, and exits with status 75. A
+rank that cannot run this code, because it is stopped or a thread holds the interpreter lock, is named by the others; in
+the latter case `faulthandler`, which does not need the lock, writes the stacks to the log and ends the process.
 
-A rank that waits for data or writes a checkpoint may have good reason to take longer, such as a store that is away:
-while it shows life and is within its own allowance, others wait for it.
+A rank that waits for data or writes a checkpoint may have good reason to take longer, such as an unavailable store:
+while it sends heartbeats and is within its own limit, the others wait for it.
 """
 
 from __future__ import annotations
@@ -29,62 +29,63 @@ from pipeline.config.background import within
 from pipeline.config.errors import MomeError, Preempted
 from pipeline.data import in_progress
 from pipeline.data.storage import Storage, join
-from pipeline.training.accounting import Kind
-from pipeline.training.collectives import Board, Collectives
+from pipeline.training.collectives import Collectives, KeyValueStore
+from pipeline.training.goodput import Phase
 
 log = logging.getLogger(__name__)
 
-EXIT_STATUS = Preempted.exit_status  # like a preemption: the same command goes on
-SIGNS, CALLED, SHOWN = "signs", "hung", "shown"  # topics of the board
-SHOW_SECONDS = 10.0  # for the others to write their stacks, before this rank ends and perhaps takes the board with it
-WRITE_SECONDS = 30.0  # for the stacks to reach the run's folder, whose store may be why the rank hangs
-SILENT_TICKS = 4  # signs of life that may be missed
-ASK_SECONDS = 5.0  # for the board's answer; a stopped holder never gives one
-AGAIN_SECONDS = 60.0  # until a board that did not answer is asked again
+EXIT_STATUS = Preempted.exit_status  # as after a preemption, the same command resumes the run
+HEARTBEATS, HANG, STACKS_WRITTEN = "heartbeats", "hung", "stacks_written"  # topics of the key-value store
+PEER_SECONDS = 10.0  # for the other ranks to write their stacks before this rank, which may host the store, exits
+WRITE_SECONDS = 30.0  # for writing stacks to the run's folder, whose store may be the cause of the hang
+MISSED_TICKS = 4  # heartbeats that a rank may miss before it counts as silent
+REQUEST_SECONDS = 5.0  # timeout of a request; a stopped host never responds
+RETRY_SECONDS = 60.0  # until a store that did not respond is tried again
 T = TypeVar("T")
-PLACES: tuple[Kind, ...] = ("startup", "data_wait", "training", "evaluation", "checkpoint")  # in the order of a step
-Allowances = dict[Kind, float]  # seconds; kinds that are not named have no limit
+PHASE_ORDER: tuple[Phase, ...] = ("startup", "data_wait", "training", "evaluation", "checkpoint")  # within a step
+Limits = dict[Phase, float]  # seconds; phases without an entry have no limit
 
 
 @dataclass(frozen=True)
-class Sign:
-    """Of life: what a rank is in, and for how long."""
+class Heartbeat:
+    """A rank's current phase and collective."""
 
-    kind: Kind
+    phase: Phase
     step: int  # global
-    seconds: float  # since it entered it
-    allowed: float
-    calls: int  # collectives of this module's that it has called
-    inside: str  # the one it waits in; empty when none
-    beat: int = 0  # counts up while the rank's watchdog runs
+    seconds: float  # in this phase
+    limit: float
+    calls: int  # collectives entered so far
+    inside: str  # collective the rank is waiting in; empty if none
+    beat: int = 0  # incremented while the rank's watchdog runs
 
 
 class Watchdog:
-    """`enter` tells it what this rank does now; between `start` and `close` it minds that this goes on."""
+    """Ends the process when a rank exceeds the limit of its phase; `enter` reports the phase of this rank."""
 
     def __init__(
         self,
         collectives: Collectives,
         storage: Storage,
         folder: str,
-        allowed: Allowances,
+        limits: Limits,
         end: Callable[[int], None] = os._exit,
     ):
         self._collectives, self._storage, self._folder = collectives, storage, join(folder, "stacks")
-        self._allowed, self._end = allowed, end
-        self._tick = min(max(min(allowed.values()) / 20, 0.5), 5.0)
+        self._limits, self._end = limits, end
+        self._tick = min(max(min(limits.values()) / 20, 0.5), 5.0)
         self._main = threading.get_ident()
-        self._entered: tuple[Kind, int, float, float] = ("startup", 0, time.monotonic(), self._limit("startup"))
         self._beat = 0
-        self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was seen
-        self._board: Board | None = None
-        self._deaf_until = 0.0
+        self._last_seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
+        self._store: KeyValueStore | None = None
+        self._retry_store_at = 0.0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._mind, name="mome-watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mome-watchdog", daemon=True)
+        self.enter("startup", 0)
 
-    def enter(self, kind: Kind, step: int, seconds: float | None = None) -> None:
-        """The rank begins something else; `seconds` is its allowance where it is not the usual one."""
-        self._entered = (kind, step, time.monotonic(), self._limit(kind) if seconds is None else seconds)
+    def enter(self, phase: Phase, step: int, limit: float | None = None) -> None:
+        """Record that this rank enters a phase; `limit` overrides the phase's usual one (seconds)."""
+        limit = self._limits.get(phase, float("inf")) if limit is None else limit
+        self._entered = (phase, step, time.monotonic(), limit)
 
     def start(self) -> None:
         self._thread.start()
@@ -95,156 +96,138 @@ class Watchdog:
             self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def _limit(self, kind: Kind) -> float:
-        return self._allowed.get(kind, float("inf"))
-
-    # ---- minding
-
-    def _mind(self) -> None:
+    def _run(self) -> None:
         while not self._closed.wait(self._tick):
-            sign = self._sign()
-            if sign.allowed < float("inf"):  # armed anew by each tick: it fires only when this thread cannot run
-                _end_later(sign.allowed + 10 * self._tick + 4 * ASK_SECONDS)
-            line = json.dumps(asdict(sign))
-            self._ask(functools.partial(Board.write, topic=SIGNS, text=line))
-            called = self._ask(lambda board: board.called(CALLED))
-            if called is not None:
-                self._finish(called)
-            elif sign.seconds > sign.allowed and not self._waits_for_busy(sign):
-                self._finish(self._call(sign))
+            own = self._heartbeat()
+            if own.limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
+                _exit_later(own.limit + 10 * self._tick + 4 * REQUEST_SECONDS)
+            self._request(functools.partial(KeyValueStore.write, topic=HEARTBEATS, text=json.dumps(asdict(own))))
+            hang = self._request(lambda store: store.announcement(HANG))
+            if hang is not None:
+                self._finish(hang)
+            elif own.seconds > own.limit and not self._waits_for_slower_rank(own):
+                self._finish(self._announce_hang(own))
 
-    def _ask(self, request: Callable[[Board], T]) -> T | None:
-        """What the ranks' board answers; None when it does not, because its holder is gone, stopped or cut off."""
+    def _request(self, request: Callable[[KeyValueStore], T]) -> T | None:
+        """Return the store's response; None if its host is gone, stopped or unreachable."""
 
-        def asked() -> T:
-            self._board = self._board or self._collectives.board()
-            return request(self._board)
+        def call() -> T:
+            self._store = self._store or self._collectives.key_value_store()
+            return request(self._store)
 
-        if time.monotonic() < self._deaf_until:
+        if time.monotonic() < self._retry_store_at:
             return None
         try:
-            return within(ASK_SECONDS, asked, "mome-board")
+            return within(REQUEST_SECONDS, call, "mome-store")
         except (RuntimeError, OSError) as error:
-            log.debug("the ranks' board does not answer: %s", error)
-            self._board, self._deaf_until = None, time.monotonic() + AGAIN_SECONDS
+            log.debug("the process group's key-value store does not respond: %s", error)
+            self._store, self._retry_store_at = None, time.monotonic() + RETRY_SECONDS
             return None
 
-    def _sign(self) -> Sign:
-        kind, step, entered, allowed = self._entered
+    def _heartbeat(self) -> Heartbeat:
+        phase, step, entered, limit = self._entered
         self._beat += 1
-        waited = time.monotonic() - entered
-        return Sign(kind, step, waited, allowed, self._collectives.calls, self._collectives.inside, self._beat)
+        seconds = time.monotonic() - entered
+        return Heartbeat(phase, step, seconds, limit, self._collectives.calls, self._collectives.inside, self._beat)
 
-    def _signs(self) -> dict[int, Sign]:
-        """Of the ranks whose watchdogs run, as far as they can be asked."""
-        told = self._ask(lambda board: board.read(SIGNS)) or {}
-        signs = {rank: Sign(**json.loads(text)) for rank, text in told.items()}
+    def _live_heartbeats(self) -> dict[int, Heartbeat]:
+        """Return the heartbeats of the ranks whose watchdogs are running."""
+        messages = self._request(lambda store: store.read(HEARTBEATS)) or {}
+        heartbeats = {rank: Heartbeat(**json.loads(text)) for rank, text in messages.items()}
         now = time.monotonic()
-        for rank, sign in signs.items():
-            if self._heard.get(rank, (0, 0.0))[0] != sign.beat:
-                self._heard[rank] = (sign.beat, now)
-        return {rank: sign for rank, sign in signs.items() if now - self._heard[rank][1] < SILENT_TICKS * self._tick}
+        for rank, heartbeat in heartbeats.items():
+            if self._last_seen.get(rank, (0, 0.0))[0] != heartbeat.beat:
+                self._last_seen[rank] = (heartbeat.beat, now)
+        oldest = now - MISSED_TICKS * self._tick
+        return {rank: heartbeat for rank, heartbeat in heartbeats.items() if self._last_seen[rank][1] > oldest}
 
-    def _waits_for_busy(self, own: Sign) -> bool:
-        """Whether some rank has come less far, with an allowance that is not used up, and shows life."""
+    def _waits_for_slower_rank(self, own: Heartbeat) -> bool:
+        """Return whether a live rank is behind this one and within its own limit."""
+        position = own.step, PHASE_ORDER.index(own.phase)
         return any(
-            (sign.step, PLACES.index(sign.kind)) < (own.step, PLACES.index(own.kind)) and sign.seconds <= sign.allowed
-            for rank, sign in self._signs().items()
+            (other.step, PHASE_ORDER.index(other.phase)) < position and other.seconds <= other.limit
+            for rank, other in self._live_heartbeats().items()
             if rank != self._collectives.rank
         )
 
-    # ---- the end
-
-    def _call(self, own: Sign) -> str:
-        """Tell all ranks that this one hangs, and who it waits for."""
-        told = (
-            f"rank {self._collectives.rank} has been in '{own.kind}' of step {own.step} for {own.seconds:.0f} s "
-            f"({own.allowed:.0f} s are allowed). {self._who()}"
+    def _announce_hang(self, own: Heartbeat) -> str:
+        """Announce to all ranks that this one hangs; return the announcement that was first."""
+        message = (
+            f"rank {self._collectives.rank} has been in '{own.phase}' of step {own.step} for {own.seconds:.0f} s "
+            f"(limit: {own.limit:.0f} s). {self._culprits()}"
         )
-        self._ask(lambda board: board.call(CALLED, told))
-        return self._ask(lambda board: board.called(CALLED)) or told
+        return self._request(lambda store: store.announce(HANG, message)) or message
 
-    def _who(self) -> str:
-        """Which ranks the others wait for: the silent ones, else those that called the fewest collectives."""
-        signs = self._signs()
-        if not signs:
-            return "The other ranks cannot be asked: who keeps their board, rank 0 or the launcher, is stopped or gone"
+    def _culprits(self) -> str:
+        """Describe the ranks the others wait for: the silent ones, else those that entered the fewest collectives."""
+        live = self._live_heartbeats()
+        if not live:
+            return "The other ranks cannot be queried: the store's host (rank 0 or the launcher) is stopped or gone"
         lines = [
-            f"rank {rank}: step {sign.step}, {sign.kind} for {sign.seconds:.0f} s, "
-            + (f"waits in '{sign.inside}' (call {sign.calls})" if sign.inside else f"after {sign.calls} calls")
-            for rank, sign in sorted(signs.items())
+            f"rank {rank}: step {beat.step}, {beat.phase} for {beat.seconds:.0f} s, "
+            + (f"waits in '{beat.inside}' (call {beat.calls})" if beat.inside else f"after {beat.calls} calls")
+            for rank, beat in sorted(live.items())
         ]
-        silent = [rank for rank in range(self._collectives.world_size) if rank not in signs]
+        silent = [rank for rank in range(self._collectives.world_size) if rank not in live]
+        fewest = min(beat.calls for beat in live.values())
+        behind = sorted(rank for rank, beat in live.items() if beat.calls == fewest)
         if silent:
-            lines.append(f"no sign of life of rank(s) {_listed(silent)}: stopped, ended, or cut off")
-        fewest = min((sign.calls for sign in signs.values()), default=0)
-        behind = [rank for rank, sign in signs.items() if sign.calls == fewest]
-        if not silent and len(behind) < len(signs):
-            lines.append(f"not reached by rank(s) {_listed(sorted(behind))}: the collective the others wait in")
+            lines.append(f"no heartbeat from rank(s) {_listed(silent)}: stopped, ended, or disconnected")
+        elif len(behind) < len(live):
+            lines.append(f"not reached by rank(s) {_listed(behind)}: the collective the others wait in")
         return "; ".join(lines)
 
-    def _finish(self, told: str) -> None:
-        """Write this rank's stacks, give the others time to write theirs, and end the process."""
-        _end_later(WRITE_SECONDS + 2 * SHOW_SECONDS + 4 * ASK_SECONDS)
-        log.error("hung: %s", told)
-        stacks, decoded = _stacks(), _samples()
-        if decoded:
-            log.error("%s", decoded)
-        header = f"rank {self._collectives.rank} of {self._collectives.world_size}\n{told}\n\n{self._where()}\n"
-        header += f"{decoded}\n\n"
-        sys.stderr.write(header + stacks)
+    def _finish(self, message: str) -> None:
+        """Write this rank's stacks, give the other ranks time to write theirs, and end the process."""
+        _exit_later(WRITE_SECONDS + 2 * PEER_SECONDS + 4 * REQUEST_SECONDS)
+        log.error("hung: %s", message)
+        samples = in_progress.samples()  # a decoder that hangs on a sample hangs again after every restart
+        decoding = f"samples being decoded: {', '.join(samples)}" if samples else ""
+        if decoding:
+            log.error("%s", decoding)
+        phase, step, entered, _ = self._entered
+        frame = sys._current_frames().get(self._main)
+        line = "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        report = (
+            f"rank {self._collectives.rank} of {self._collectives.world_size}\n{message}\n\n"
+            f"in '{phase}' of step {step} for {time.monotonic() - entered:.0f} s, at {line}\n{decoding}\n\n{_stacks()}"
+        )
+        sys.stderr.write(report)
         sys.stderr.flush()
-        self._keep((header + stacks).encode())
+        self._save(report.encode())
         self._wait_for_others()
-        log.error("rank %d ends with status %d: it is to be started again", self._collectives.rank, EXIT_STATUS)
+        log.error("rank %d exits with status %d, to be restarted", self._collectives.rank, EXIT_STATUS)
         logging.shutdown()
         self._end(EXIT_STATUS)
         self._closed.set()
 
-    def _where(self) -> str:
-        kind, step, entered, _ = self._entered
-        frame = sys._current_frames().get(self._main)
-        at = "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-        return f"in '{kind}' of step {step} for {time.monotonic() - entered:.0f} s, at {at}"
-
-    def _keep(self, data: bytes) -> None:
+    def _save(self, report: bytes) -> None:
         url = join(self._folder, f"step-{self._entered[1]:08d}.rank-{self._collectives.rank:05d}.txt")
 
-        def write() -> None:
-            try:
-                self._storage.write(url, data)
-            except MomeError as error:
-                log.warning("the stacks are in the log only: %s", error)
-
-        thread = threading.Thread(target=write, daemon=True)
-        thread.start()
-        thread.join(WRITE_SECONDS)
+        try:
+            within(WRITE_SECONDS, lambda: self._storage.write(url, report), "mome-stacks")
+        except (MomeError, TimeoutError) as error:
+            log.warning("the stacks could not be saved; they are in the log only: %s", error)
 
     def _wait_for_others(self) -> None:
-        """Until every rank that shows life has written its stacks."""
-        until = time.monotonic() + SHOW_SECONDS
-        self._ask(lambda board: board.write(SHOWN, "yes"))
-        while self._board is not None and time.monotonic() < until:
-            shown = self._ask(lambda board: board.read(SHOWN)) or {}
-            if set(self._signs()) <= set(shown):
+        """Wait until every live rank has written its stacks."""
+        deadline = time.monotonic() + PEER_SECONDS
+        self._request(lambda store: store.write(STACKS_WRITTEN, "yes"))
+        while self._store is not None and time.monotonic() < deadline:
+            written = self._request(lambda store: store.read(STACKS_WRITTEN)) or {}
+            if set(self._live_heartbeats()) <= set(written):
                 return
             time.sleep(self._tick)
 
 
-def _end_later(seconds: float) -> None:
-    """Unless told otherwise before, `faulthandler` then writes all stacks to the log and ends the process."""
+def _exit_later(seconds: float) -> None:
+    """Have `faulthandler` write all stacks to the log and end the process after `seconds`, unless re-armed before."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
-def _samples() -> str:
-    """What this rank's loaders are decoding: one that hangs there hangs again after every restart."""
-    names = in_progress.samples()
-    return f"samples being decoded: {', '.join(names)}" if names else ""
-
-
 def _stacks() -> str:
-    """Of all threads of this process."""
+    """Return the stacks of all threads of this process."""
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

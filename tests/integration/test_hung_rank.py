@@ -81,7 +81,7 @@ def test_a_stopped_rank_is_named_by_the_others_which_show_their_stacks_and_end(t
     log = (tmp_path / f"log-{1 - victim}").read_text(encoding="utf-8")
     assert "Thread 0x" in log
     if victim == 1:
-        assert "no sign of life of rank(s) 1" in told
+        assert "no heartbeat from rank(s) 1" in told
 
 
 def test_a_rank_that_holds_the_interpreter_writes_its_stacks_all_the_same(tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ BEAT_SECONDS = 0.1  # what a killed process did since its last beat counts as do
 
 def _slow(folder: str, killed_at: int | None) -> None:
     """Train one rank with steps of some length; SIGKILL itself before the given step's passes."""
-    from pipeline.training import accounting, loop  # noqa: F401 - imports are of no run
+    from pipeline.training import goodput, loop  # noqa: F401 - imports are of no run
     from pipeline.training.steps import TrainingStep
 
     without_mlflow()
-    accounting.BEAT_SECONDS = BEAT_SECONDS
+    goodput.HEARTBEAT_SECONDS = BEAT_SECONDS
     original = TrainingStep.__call__
 
     def call(self: Any, batch: Any, **asked: Any) -> Any:

@@ -60,7 +60,7 @@ def test_a_sample_that_another_process_is_stuck_in_is_in_the_watchdogs_report(tm
     class Rank:
         rank, world_size, calls, inside = 0, 1, 0, ""
 
-        def board(self) -> None:
+        def key_value_store(self) -> None:
             raise RuntimeError("nobody keeps it")
 
     ended: list[int] = []

@@ -11,8 +11,8 @@ import pytest
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage
 from pipeline.tracking.recorder import SilentTracker, Status
-from pipeline.training.accounting import Ledger
 from pipeline.training.background_writer import BackgroundWriter
+from pipeline.training.goodput import GoodputTracker
 from pipeline.training.loop import _end
 
 
@@ -72,22 +72,22 @@ def test_closing_waits_no_longer_than_it_is_told(
     assert store.written == [("a", b"1")]
 
 
-def test_a_ledger_closes_while_its_store_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.accounting.CLOSE_SECONDS", 0.05)
-    store, ledger = SlowStore(monkeypatch), Ledger(Storage(), "memory://run", writes=True)
-    ledger.start()
+def test_goodput_tracker_closes_while_its_store_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.training.goodput.CLOSE_SECONDS", 0.05)
+    store, tracker = SlowStore(monkeypatch), GoodputTracker(Storage(), "memory://run", is_writer=True)
+    tracker.start()
     assert store.reached.wait(10)
-    ledger.close(ended=True)
+    tracker.close(ended=True)
     assert not store.written
     store.back.set()
 
 
-def test_a_superseded_run_leaves_the_account_to_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, ledger = SlowStore(monkeypatch), Ledger(Storage(), "memory://run", writes=True)
+def test_superseded_run_does_not_write_the_time_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, tracker = SlowStore(monkeypatch), GoodputTracker(Storage(), "memory://run", is_writer=True)
     store.back.set()
-    ledger.start()
+    tracker.start()
     assert store.reached.wait(10)
-    ledger.close(ended=False, last_word=False)
+    tracker.close(ended=False, write=False)
     assert len(store.written) == 1
 
 

@@ -1,4 +1,4 @@
-"""A rank that trains alone: its collectives give what it gave, and nobody on the network can speak to it."""
+"""Collectives of a single rank: they return their input, and no port is open to other machines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.training.instruments import Instruments
 collectives = Collectives()
 assert collectives.gather_json((1, "a", None)) == [[1, "a", None]]
 assert collectives.broadcast_json({"claim": None}) == {"claim": None}
-board = collectives.board()
-board.write("signs", "alive")
-assert board.read("signs") == {0: "alive"}
-board.call("hung", "first")
-board.call("hung", "second")
-assert board.called("hung") == "first" and board.called("shown") is None
+store = collectives.key_value_store()
+store.write("heartbeats", "alive")
+assert store.read("heartbeats") == {0: "alive"}
+assert store.announce("hung", "first") == "first"
+assert store.announce("hung", "second") == "first"
+assert store.announcement("hung") == "first" and store.announcement("shown") is None
 for large in (2**24 + 1, 4 * 10**10 + 1):
     instruments = SimpleNamespace(
         _loader=SimpleNamespace(counts=lambda: {"samples/pairs": large}), collectives=collectives, counted_before={}
@@ -34,7 +34,7 @@ collectives.close()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names the loopback interface as Linux does")
-def test_a_rank_alone_listens_to_nobody_else_and_counts_every_sample() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface has another name elsewhere")
+def test_single_rank_opens_no_port_and_counts_every_sample() -> None:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

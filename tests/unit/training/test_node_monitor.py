@@ -1,4 +1,4 @@
-"""How busy nodes are: a look at this one, and what rank 0 gathers of all."""
+"""Node statistics: sampling on one node, and collection on rank 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 
 from pipeline.training.collectives import Collectives
-from pipeline.training.nodes import Figures, Look, NodeMonitor, by_node
+from pipeline.training.node_monitor import Metrics, NodeMonitor, NodeSampler, metrics_by_node
 from tests.support.ranks import run_ranks
 
 EVERYWHERE = {
@@ -19,13 +19,13 @@ EVERYWHERE = {
 }
 
 
-def watch(names: list[str]) -> Figures:
-    """On each rank, a node of its own; what rank 0 takes once it has heard of all."""
+def watch(names: list[str]) -> Metrics:
+    """Run each rank as a node of its own; return the metrics rank 0 takes once all nodes have reported."""
     collectives = Collectives()
     collectives.local_rank = 0
     monitor = NodeMonitor(collectives, seconds=0.1, name=names[collectives.rank])
     monitor.start()
-    taken: Figures = {}
+    taken: Metrics = {}
     deadline = time.monotonic() + 60
     while collectives.rank == 0 and time.monotonic() < deadline:
         taken |= monitor.take()
@@ -38,19 +38,19 @@ def watch(names: list[str]) -> Figures:
     return taken
 
 
-def test_rank_0_gathers_every_node_s_figures_under_its_name() -> None:
+def test_rank_0_collects_statistics_of_every_node() -> None:
     taken, nothing = run_ranks(watch, 2, ["first", "second"])
     for node in ("first", "second"):
         assert {key.split("/")[2] for key in taken if key.startswith(f"system/{node}/")} >= EVERYWHERE
     assert nothing == {}
 
 
-def test_two_nodes_of_one_name_are_told_apart() -> None:
-    told = {rank: {"node": "host", "figures": {"cpu": float(rank)}} for rank in (0, 8)}
-    assert by_node(told) == {"system/host/cpu": 0.0, "system/host-8/cpu": 8.0}
+def test_nodes_of_the_same_name_are_distinguished_by_rank() -> None:
+    reports = {rank: {"node": "host", "metrics": {"cpu": float(rank)}} for rank in (0, 8)}
+    assert metrics_by_node(reports) == {"system/host/cpu": 0.0, "system/host-8/cpu": 8.0}
 
 
-def test_a_look_gives_numbers_that_json_knows() -> None:
-    figures = json.loads(json.dumps(Look()()))
-    assert figures.keys() >= EVERYWHERE
-    assert 0 < figures["system_memory_usage_percentage"] < 100
+def test_sample_is_json_serialisable() -> None:
+    metrics = json.loads(json.dumps(NodeSampler().sample()))
+    assert metrics.keys() >= EVERYWHERE
+    assert 0 < metrics["system_memory_usage_percentage"] < 100

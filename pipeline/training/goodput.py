@@ -1,0 +1,151 @@
+"""Goodput: where a run's wall time goes, over all its restarts.
+
+Every second belongs to exactly one phase, and the phases sum to the wall time. Rank 0 keeps the totals. Each checkpoint
+and hand-over stores them, and `<run>/time.json` holds them as of the last heartbeat. After a restart, the training time
+between the restored checkpoint and the last heartbeat is lost work, and the time from the last heartbeat to the first
+step belongs to the restart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+from pipeline.config.errors import StorageError
+from pipeline.data.storage import Storage, join
+from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["startup", "training", "data_wait", "checkpoint", "evaluation", "restart", "lost_work"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+PROGRESS: tuple[Phase, ...] = ("training", "data_wait")  # lost if no checkpoint holds it
+FILE = "time.json"
+CLOSE_SECONDS = 10.0  # limit for the last write, whatever the storage's retry timeout
+HEARTBEAT_SECONDS = 5.0  # bounds the time that is attributed to the restart instead of to lost work
+
+Seconds = dict[str, float]  # by phase
+
+
+class GoodputTracker:
+    """Seconds by phase since the run first started, saved to the run's folder by a thread. Thread-safe."""
+
+    def __init__(
+        self, storage: Storage, folder: str, is_writer: bool, elapsed: float = 0.0, now: float | None = None
+    ) -> None:
+        """Continue from the folder's last heartbeat if `is_writer`; only rank 0 reads or writes it.
+
+        The process began `elapsed` seconds ago, at `now` (seconds since the epoch).
+        """
+        now = time.time() - elapsed if now is None else now
+        self._url, self._is_writer = join(folder, FILE), is_writer
+        self._writer = BackgroundWriter(storage, DEADLINE_SECONDS)
+        self._lock = threading.Lock()
+        self._seconds: Seconds = dict.fromkeys(PHASES, 0.0)
+        self._phase: Phase = "startup"
+        self._entered = time.monotonic() - elapsed
+        self.restarts = 0
+        if is_writer and (previous := read_record(storage, folder)) is not None:
+            self._seconds |= previous["seconds"]
+            self.restarts = previous["restarts"]
+            if not previous["ended"]:  # a finished run that is extended was not down in between
+                self.restarts += 1
+                self._seconds["restart"] += max(now - previous["at"], 0.0)
+                self._phase = "restart"
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mome-goodput", daemon=True)
+
+    def resume_from(self, seconds: Seconds | None) -> None:
+        """Resume from a checkpoint's time account. Training time recorded after it is reclassified as lost work."""
+        saved = dict.fromkeys(PHASES, 0.0) | (seconds or {})
+        with self._lock:
+            self._settle()
+            for phase in PHASES:
+                missing = saved[phase] - self._seconds[phase]  # positive if the last heartbeat is older than the state
+                if missing > 0 and phase != "restart":
+                    self._seconds[phase] += missing
+                    self._seconds["restart"] -= missing
+                elif phase in PROGRESS:
+                    self._seconds[phase] += missing
+                    self._seconds["lost_work"] -= missing
+
+    def enter(self, phase: Phase) -> None:
+        """Attribute the time from now on to `phase`."""
+        with self._lock:
+            self._settle()
+            self._phase = phase
+
+    def seconds(self) -> Seconds:
+        """Return the seconds by phase up to now."""
+        with self._lock:
+            self._settle()
+            return dict(self._seconds)
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        self._seconds[self._phase] += now - self._entered
+        self._entered = now
+
+    def start(self) -> None:
+        """Start the heartbeat, on rank 0."""
+        if self._is_writer:
+            self._thread.start()
+
+    def close(self, ended: bool, write: bool = True) -> None:
+        """Stop the heartbeat and write the account once more.
+
+        `ended`: the run has completed all steps. `write=False`: another process owns the account now.
+        """
+        if self._thread.is_alive():
+            self._closed.set()
+            self._thread.join()
+            if write:
+                self._write(ended)
+            self._writer.close(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        self._write(False)
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            self._write(False)
+
+    def _write(self, ended: bool) -> None:
+        record = {"at": time.time(), "seconds": self.seconds(), "restarts": self.restarts, "ended": ended}
+        self._writer.write(self._url, json.dumps(record).encode())
+
+
+def goodput_metrics(seconds: Seconds) -> dict[str, float]:
+    """Return the seconds of each phase and the goodput: the fraction of all time spent in steps that were kept."""
+    total = sum(seconds.values())
+    metrics = {f"time/{phase}_s": value for phase, value in seconds.items()}
+    return metrics | {"perf/goodput": seconds["training"] / total if total else 0.0}
+
+
+def read_record(storage: Storage, folder: str) -> dict[str, Any] | None:
+    """Return a run's last heartbeat; None before the first one, or if it cannot be read."""
+    url = join(folder, FILE)
+    try:
+        return json.loads(storage.read(url)) if storage.exists(url) else None
+    except (StorageError, ValueError) as error:
+        log.warning("goodput: %s cannot be read; the time account starts from zero: %s", url, error)
+        return None
+
+
+@contextmanager
+def add_time(storage: Storage, folder: str, phase: Phase) -> Iterator[None]:
+    """Add the block's duration to the account of a run that no rank is training, such as one being evaluated."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        record = read_record(storage, folder)
+        if record is not None:
+            record["seconds"][phase] += time.monotonic() - started
+            try:
+                storage.write(join(folder, FILE), json.dumps(record | {"at": time.time()}).encode())
+            except StorageError as error:  # a less exact account is no reason to fail the evaluation
+                log.warning("goodput: the evaluation's time was not recorded: %s", error)
