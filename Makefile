@@ -1,15 +1,22 @@
-# Both targets do all their own set-up: a machine with Python 3.11, a C++ compiler and make needs nothing before them.
+# Every target does all its own set-up: a machine needs Python 3.11, a C++ compiler and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint clean
+# Two test processes, each on one thread. A module's tests share fixtures and stay on one process, in the order of
+# tests/conftest.py. See tests/README.md.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
+
+.PHONY: demo test test-all lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mome demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP)
+	$(PYTEST)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

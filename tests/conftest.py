@@ -13,7 +13,21 @@ from pipeline.config.schema import StorageConfig
 from tests.support.pairs import Members, pair, tar_bytes
 from tests.support.stores import S3, Store, moto, swift
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any test starts processes: one thread for each
+
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run long modules first, so that the short unit tests fill both test processes until the end."""
+    order = {"faults": 0, "integration": 1, "golden": 2, "unit": 3}
+    has_slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        return item.path not in has_slow, order.get(item.path.relative_to(TESTS).parts[0], len(order))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture

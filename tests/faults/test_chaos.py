@@ -30,7 +30,7 @@ from tests.support.mlflow_server import Server
 from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
 from tests.support.train_process import STAGES, Campaign, assert_same_losses, paced
 
-FAULTS = int(os.environ.get("MOME_CHAOS", "0"))
+FAULTS = int(os.environ.get("MOME_CHAOS", "4"))  # about a minute each
 STEPS = max(12, 4 * FAULTS)  # of each stage
 REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
@@ -266,7 +266,7 @@ def report(times: dict[str, list[float]], wall: float) -> None:
     print(f"  goodput {max(0.0, 1 - spent / wall):.0%}")
 
 
-@pytest.mark.skipif(FAULTS == 0, reason="a minute a fault; set MOME_CHAOS to how many")
+@pytest.mark.slow
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tmp_path: Path) -> None:

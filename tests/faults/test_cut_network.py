@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -12,7 +11,7 @@ from tests.support.network import network
 from tests.support.ray_nodes import raylets, wait_until
 from tests.support.train_process import Campaign, assert_same_losses, paced
 
-pytestmark = pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
+pytestmark = pytest.mark.slow
 
 STEPS, SECONDS = 20, 900
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from tests.support.ray_nodes import Cluster, raylets, wait_until
 from tests.support.train_process import Campaign, assert_same_losses, paced
 
-pytestmark = pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
+pytestmark = pytest.mark.slow
 
 STEPS = 40
 SECONDS = 900  # that anything is waited for: a loaded machine takes its time

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,7 +126,7 @@ def _compiled() -> tuple[Gradients, Gradients, dict[str, int], dict[str, int]]:
     return expected, got, dict(counters["stats"]), dict(counters["graph_break"])
 
 
-@pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes of compiling; set MOME_LONG_RUNS=1 to run it")
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradient_from_whole_graphs() -> None:
     expected, got, compiled, broken = run_ranks(_compiled, 1)[0]
     assert compiled["unique_graphs"] > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tests.support.ranks import run_ranks
 from tests.support.short_run import journal, losses, train_short, without_mlflow
 
 STEPS, EVERY = 6, 2
-LONG = pytest.mark.skipif(not os.environ.get("MOME_LONG_RUNS"), reason="minutes: set MOME_LONG_RUNS=1")
 
 
 def _both_runs(folder: str, zero_stage: int) -> None:
@@ -47,7 +45,9 @@ def _both_runs(folder: str, zero_stage: int) -> None:
 
 
 # At ZeRO 3 every forward gathers weights from all ranks: what disturbs nothing there does so nowhere.
-@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=LONG), pytest.param(2, marks=LONG), 3])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_the_losses_are_those_of_a_run_that_never_evaluates(tmp_path: Path, zero_stage: int) -> None:
     run_ranks(_both_runs, 2, str(tmp_path), zero_stage)
     assert losses(tmp_path, "evaluating") == losses(tmp_path, "plain")

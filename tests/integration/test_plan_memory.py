@@ -43,7 +43,7 @@ def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int],
     return [(each.predicted, each.measured) for each in found]
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3] if "MOME_LONG_RUNS" in os.environ else [2])
+@pytest.mark.parametrize("zero_stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_tiny_model_holds_what_was_planned(zero_stage):
     configs = [_tiny(zero_stage, *case) for case in CASES]
     for case, (predicted, measured) in zip(CASES, run_ranks(_measure, 2, configs, 2)[0], strict=True):

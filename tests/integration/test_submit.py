@@ -96,7 +96,7 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
     assert "mome jobs list" in unknown.stderr
 
 
-@pytest.mark.skipif("MOME_LONG_RUNS" not in os.environ, reason="minutes; set MOME_LONG_RUNS=1 to run it")
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_stopped_job_is_submitted_anew_and_goes_on(cluster: Cluster, token_file: Path, tmp_path: Path) -> None:
     run = Campaign(tmp_path, "stopped", 300, "cluster.workers=2")

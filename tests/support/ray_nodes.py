@@ -139,8 +139,9 @@ class Cluster:
         self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # a full machine must not look like a fault of ours
         self.environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "", "PYTHONPATH": _python_path()}
         self.environment |= environment or {}
-        # Not 127.0.0.1, which Ray replaces by the machine's own.
-        self.hosts = hosts or [Host(f"127.0.0.{number + 2}") for number in range(len(cpus))]
+        # Not 127.0.0.1, which Ray replaces by the machine's own. Each test process of pytest-xdist has its own network.
+        subnet = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        self.hosts = hosts or [Host(f"127.0.{subnet}.{number + 2}") for number in range(len(cpus))]
         self.port, self.dashboard_port, client = free_ports(3)
         head = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}"]
         head += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +77,7 @@ def evaluated(config: RunConfig) -> dict[str, Any]:
     return found.to_json() | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-@pytest.mark.skipif(not os.environ.get("MOME_LONG_RUNS"), reason="minutes: set MOME_LONG_RUNS=1")
+@pytest.mark.slow
 def test_5000_pictures_and_25000_captions_take_less_than_4_gib(config: RunConfig, tmp_path: Path) -> None:
     """In a process of its own. The pictures alone would be 2.1 GiB, and each copy of the scores 0.5."""
     write_shards(Storage(), samples(), str(tmp_path), 1000)
