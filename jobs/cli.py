@@ -364,20 +364,16 @@ def explain(
 
 
 @app.command()
-def objectives(
-    train: Annotated[bool, typer.Option("--train", help="Train every combination 30 steps on a tiny batch.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Which objective a model of which kind learns, and from what its sources must be read as."""
+def objectives(as_json: AsJson = False) -> None:
+    """List the objectives that each kind of model learns, and the source types it learns them from."""
     from jobs.objectives import as_text
     from jobs.objectives import objectives as find
 
-    with status("asking the models") as update:
-        found = find(train, update)
+    table = find()
     if as_json:
-        print_result(found, as_json)
+        print_result(table, as_json)
     else:
-        echo(as_text(found))
+        echo(as_text(table))
 
 
 @app.command()

@@ -10,15 +10,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from jobs.caller import Caller
 from jobs.evaluate import model_of, weights_to_score
+from jobs.objectives import source_types
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.model import MODEL_SECTIONS
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain, untrained
 from pipeline.evaluation.explain_page import subject_of, to_html, to_png
 from pipeline.pages.page import signature
-from pipeline.training.trial import kinds, readings
 
 FORMATS = (".html", ".png")
 
@@ -38,7 +39,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     stage = config.stage_named(weights.stage)
     model = model_of(weights)
     if model.modules_for("word_patch", "pairs") is None:
-        able = ", ".join(kind for kind in kinds() if readings("word_patch", kind))
+        able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("word_patch", kind))
         raise ConfigError(
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
             f"give a checkpoint of one that does ({able})"

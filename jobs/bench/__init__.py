@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.arguments import local_file
-from jobs.console import echo, print_result, status
+from jobs.console import print_result, status
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine beside what its users would otherwise run.")
 
@@ -88,43 +88,6 @@ def storage(
 
 
 @app.command()
-def plan(
-    samples: Annotated[int, typer.Option(min=1, help="Samples of four sources together.")] = 1_000_000_000,
-    shards: Annotated[int, typer.Option(min=1, help="Their shards.")] = 100_000,
-    ranks: Annotated[int, typer.Option(min=1, help="World size.")] = 4096,
-    lanes: Annotated[int, typer.Option(min=1, help="Must divide the batch.")] = 4096,
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a global batch.")] = 65_536,
-    window: Annotated[int, typer.Option(min=1, help="Shards a lane shuffles together.")] = 4,
-    whole: Annotated[bool, typer.Option("--whole", help="Look up every sample of an epoch: minutes.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """The order of a large run, simulated: whether it is right, how long a step takes, what memory it needs."""
-    from jobs.bench.plan import bench_plan
-
-    with status("planning"):
-        result = bench_plan(samples, shards, ranks, lanes, batch, window, whole)
-    print_result(result, as_json)
-
-
-@app.command()
-def gradients(as_json: JsonOption = False) -> None:
-    """One global batch's gradient by ranks, micro-batches, ZeRO stage and offload, against plain autograd (C2).
-
-    Runs up to five CPU ranks on this machine, for minutes. Exit status 1 if a parameter is beyond the tolerance.
-    """
-    from jobs.bench.gradients import as_text, bench_gradients
-
-    with status("starting") as update:
-        result = bench_gradients(progress=update)
-    if as_json:
-        print_result(result, as_json)
-    else:
-        echo(as_text(result))
-    if not result["is_within"]:
-        raise typer.Exit(1)
-
-
-@app.command()
 def checkpoint(
     config: Annotated[
         Path | None, typer.Argument(parser=local_file, help="A run's config, for its model; else VLMo base.")
@@ -159,18 +122,4 @@ def step(
 
     with status("training a few steps"):
         result = run_step_bench(config, overrides or [], stage, ranks, steps)
-    print_result(result, as_json)
-
-
-@app.command()
-def tracking(
-    points: Annotated[int, typer.Option(min=1, help="Steps whose metrics are recorded.")] = 2000,
-    pause: Annotated[float, typer.Option(min=0, help="Seconds between two, as a step takes.")] = 0.005,
-    as_json: JsonOption = False,
-) -> None:
-    """What recording a step costs the trainer, while another process ships to MLflow (contract C6)."""
-    from jobs.bench.tracking import bench_tracking
-
-    with status("recording"):
-        result = bench_tracking(points, pause)
     print_result(result, as_json)

@@ -166,12 +166,6 @@ def test_a_failed_contender_is_named_with_its_last_words(job, tmp_path):
         run_job(replace(job, contender="webdataset_pil", shards="/nowhere"), tmp_path)
 
 
-def test_the_plan_of_a_simulated_run_is_checked():
-    planned = facts("plan", "--samples", 20_000, "--shards", 60, "--ranks", 8, "--lanes", 16, "--batch", 64)
-    assert (planned["samples"], planned["shards"], planned["ranks"]) == (20_000, 60, 8)
-    assert planned["checked"]
-
-
 def test_a_store_is_measured_beside_other_clients(tmp_path):
     measured = facts("storage", tmp_path, "--object-mib", 1, "--range-mib", 1, "--objects", 3, "--rounds", 1)
     assert {"mome", "fsspec.cat_ranges"} <= set(measured["read"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.bench.gradients import TOLERANCE, relative_errors
 from pipeline.config.schema import EngineConfig
+from tests.support.gradients import TOLERANCE, relative_errors
 from tests.support.ranks import run_ranks
 
 Gradients = dict[str, Tensor]
@@ -27,7 +27,7 @@ NOISE = {"imagebert": {"dropout": 0.2}}  # the others have drop path
 
 
 def _config(kind: str, **engine: Any):
-    from pipeline.training.trial import Cell, trial_config
+    from tests.support.trial import Cell, trial_config
 
     objective, use, keys = KINDS[kind]
     config = trial_config(Cell(objective, kind, use, keys))  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def _plain(kind: str, **engine: Any) -> tuple[Gradients, int]:
     """One step's gradient in one process, and the bytes that autograd kept for it."""
     from pipeline.training.blocks import prepare_blocks
     from pipeline.training.collectives import Collectives
-    from pipeline.training.trial import begin
+    from tests.support.trial import begin
 
     config = _config(kind, **engine)
     begun = begin(config, Collectives())
@@ -79,7 +79,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     from pipeline.training.guards import GraphGuard
     from pipeline.training.stages import build_stage_model
     from pipeline.training.steps import TrainingStep
-    from pipeline.training.trial import VOCABULARY, invented_batch
+    from tests.support.trial import VOCABULARY, invented_batch
 
     collectives = Collectives()
     found = []

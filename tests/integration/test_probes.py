@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.bench.gradients import relative_errors
+from tests.support.gradients import relative_errors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 

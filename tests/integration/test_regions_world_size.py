@@ -52,7 +52,7 @@ def _gradients(plain: bool, zero_stage: int = 0, micro_batch: int | None = None)
     from pipeline.training.plain_engine import PlainEngine
     from pipeline.training.stages import build_stage_model
     from pipeline.training.steps import TrainingStep
-    from pipeline.training.trial import VOCABULARY, invented_batch
+    from tests.support.trial import VOCABULARY, invented_batch
 
     config = _config(zero_stage=zero_stage, micro_batch=micro_batch)
     stage, collectives = config.stages[0], Collectives()

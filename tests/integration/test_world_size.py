@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.bench.gradients import TOLERANCE, Layout, Sharding, engine_gradients, plain_gradients, relative_errors
+from tests.support.gradients import TOLERANCE, Layout, Sharding, engine_gradients, plain_gradients, relative_errors
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
@@ -86,7 +86,7 @@ def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, 
             assert error <= 1e-5 * gradient.double().norm() + 1e-7 * everything, (name, float(error))
 
 
-# Of `mome bench gradients`, which runs every cell: each number of ranks but one, each sharding, accumulated and not.
+# Every sharding, with and without accumulation, on one, two, three and five ranks.
 CELLS = {
     Layout(1, 48): [Sharding(3, offload_optimizer=True, offload_parameters=True)],
     Layout(2, 8): [Sharding(1), Sharding(2, offload_optimizer=True), Sharding(3, offload_optimizer=True)],

@@ -21,7 +21,7 @@ ROWS = 12
 
 def _config(objectives: dict[str, Any], **engine: Any):
     from pipeline.config.load import validate
-    from pipeline.training.trial import tiny_section
+    from tests.support.trial import tiny_section
 
     stage = {
         "name": "pairs",
@@ -49,7 +49,7 @@ def _config(objectives: dict[str, Any], **engine: Any):
 def _rows(config, rank: int, world_size: int):
     """This rank's rows, cut to its own tallest and widest picture and its own longest text."""
     from pipeline.training.collectives import share
-    from pipeline.training.trial import invented_batch
+    from tests.support.trial import invented_batch
 
     rows = invented_batch(config.model, "pairs", 1, ROWS).rows(slice(*share(ROWS, rank, world_size)))
     height, width = rows.image_size.max(dim=0).values.tolist()
@@ -64,7 +64,7 @@ def _plain() -> dict[str, Answer]:
     from pipeline.training.plain_engine import PlainEngine
     from pipeline.training.stages import build_stage_model
     from pipeline.training.steps import TrainingStep
-    from pipeline.training.trial import VOCABULARY
+    from tests.support.trial import VOCABULARY
 
     answers = {}
     collectives = Collectives()
@@ -83,7 +83,7 @@ def _ranked(zero_stage: int, micro_batch: int | None) -> dict[str, Answer]:
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.stages import build_stage_model
     from pipeline.training.steps import TrainingStep
-    from pipeline.training.trial import VOCABULARY
+    from tests.support.trial import VOCABULARY
 
     answers = {}
     collectives = Collectives()

@@ -11,7 +11,7 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.training.collectives import share
-from pipeline.training.trial import VOCABULARY, invented_batch
+from tests.support.trial import VOCABULARY, invented_batch
 
 __all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]
 

@@ -39,7 +39,7 @@ from pipeline.evaluation.results import Matching
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
-from pipeline.training.trial import Cell, begin, trial_config
+from tests.support.trial import Cell, begin, trial_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
 from pipeline.objectives.word_patch import word_patch_cost, word_patch_plan
-from pipeline.training.trial import tiny_section
+from tests.support.trial import tiny_section
 
 TEXT = "a red circle above a square"
 TOKENIZER = Tokenizer.train([TEXT, "a blue square", "a bl square"], 60)

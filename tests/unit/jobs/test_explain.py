@@ -19,7 +19,7 @@ from pipeline.evaluation.explain import untrained
 from pipeline.models import build_model
 from pipeline.training.checkpoint import save_weights
 from pipeline.training.stages import heads
-from pipeline.training.trial import Cell, trial_config
+from tests.support.trial import Cell, trial_config
 
 TOKENIZER = Tokenizer.train(["a red circle above a blue square"], 60)
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.model import MODEL_SECTIONS
 from pipeline.config.schema import Objective
 from pipeline.training.collectives import Collectives
-from pipeline.training.trial import Cell, Trial, begin, cells, train, trial_config
+from tests.support.trial import Cell, Trial, begin, cells, train, trial_config
 
 SHIFTS = {"ranking_head.score.bias"}  # shifts every score of the softmax alike: its gradient is 0 but for rounding
 

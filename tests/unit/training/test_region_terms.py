@@ -19,7 +19,7 @@ from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
 from pipeline.training.terms.masked import MaskedLanguage, RegionClass, RegionFeatures
 from pipeline.training.terms.term import Term
-from pipeline.training.trial import COLLAPSED_1_TO_1, VOCABULARY, invented_batch, twice
+from tests.support.trial import COLLAPSED_1_TO_1, VOCABULARY, invented_batch, twice
 
 OBJECTIVES = ("matching", "masked_language", "region_class", "region_features")
 ROWS = 12

@@ -21,7 +21,7 @@ from pipeline.training.steps import TrainingStep
 from pipeline.training.terms.masked import MaskedImage
 from pipeline.training.terms.matched import Ranking, WordPatch, matched_rows
 from pipeline.training.terms.term import Candidates
-from pipeline.training.trial import VOCABULARY, invented_batch, tiny_section
+from tests.support.trial import VOCABULARY, invented_batch, tiny_section
 
 ROWS = 8
 

@@ -12,10 +12,10 @@ from pipeline.training.full_batch import full_batch
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep, accumulation
-from pipeline.training.trial import cells, trial_config
 from pipeline.training.utilisation import seconds_on
 from pipeline.training.workload import model_without_memory, parameters_of, run_step, work_of
 from tests.support.tiny_model import VOCABULARY, tiny_config
+from tests.support.trial import cells, trial_config
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -1,10 +1,10 @@
-"""Every objective with every kind of model that learns it, tried on one invented batch that is the same in every step.
+"""Trials: every objective with every kind of model that learns it, trained for thirty steps on one synthetic batch.
 
-Models say what goes with what (`Model.modules_for`), so that a new kind or objective joins by itself. A trial trains
-thirty steps with the real training step; a loss that has fallen far, and below what a model that ignores its
-input can reach, shows that the objective's whole path is joined up. It says nothing about learning from real data.
+The combinations come from the models, so a new kind or objective is included automatically. A loss that falls far, and
+below what a model that ignores its input can reach, shows that the objective's whole path works. A trial says nothing
+about learning from real data.
 
-Shapes: B rows, H x W pixels, L tokens, P patches, K chosen places a row, R regions, F numbers of a region.
+Shapes: B examples, H x W pixels, L tokens, P patches, K masked positions per example, R regions, F features per region.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.objectives import source_types
 from pipeline.config.load import validate
 from pipeline.config.model import MODEL_SECTIONS, ImageBERTConfig, TransformerConfig, ViLTConfig
 from pipeline.config.schema import ImageTarget, Objective, RunConfig, StageConfig, Use
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.models import skeleton
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.schedule import learning_rate
@@ -34,7 +34,7 @@ from pipeline.training.terms.term import ImageTokenizer
 STEPS = 30
 ROWS = 12
 VOCABULARY = 50
-MASK = 4  # the token that stands for a masked one; ordinary ones begin above it
+MASK = 4  # id of the mask token; ordinary tokens have larger ids
 CLASSES, ANSWERS, VISUAL_TOKENS = 3, 6, 16
 
 _SIZES: dict[str, Any] = {
@@ -54,14 +54,14 @@ _SIZES_OF: dict[str, dict[str, Any]] = {
     "dual_encoder": {"text_layers": 2, "embedding": 16},
 }
 
-# What matching scores that only ever says how often a pair matches: the entropy of the labels.
-COLLAPSED_1_TO_2 = math.log(3) - 2 / 3 * math.log(2)  # 0.6365: hard negatives, one picture and one text a pair
+# Matching loss of a head that ignores its input: the entropy of the labels.
+COLLAPSED_1_TO_2 = math.log(3) - 2 / 3 * math.log(2)  # 0.6365: hard negatives, one image and one text per pair
 COLLAPSED_1_TO_1 = math.log(2)  # 0.6931: random negatives
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An objective, a kind of model that learns it, and what it reads; `keys` are more of the stage's."""
+    """An objective, a kind of model that learns it, and a source type; `keys` are further keys of the stage."""
 
     objective: Objective
     kind: str
@@ -69,27 +69,27 @@ class Cell:
     keys: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        told = [key if isinstance(value, dict) else str(value) for key, value in self.keys.items()]
-        return "-".join([self.objective, self.kind, self.use, *told])
+        keys = [key if isinstance(value, dict) else str(value) for key, value in self.keys.items()]
+        return "-".join([self.objective, self.kind, self.use, *keys])
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The objective's loss in each step, the last one after the last update."""
+    """The objective's loss at each step; the last one is computed after the last update."""
 
     cell: Cell
     losses: list[float]
 
     @property
     def floor(self) -> float | None:
-        """The loss of a model that has learnt the labels' frequencies and nothing else; None where nobody states it."""
+        """The loss of a model that has learnt only the labels' frequencies; None if it is not known."""
         if self.cell.objective != "matching":
             return None
         return COLLAPSED_1_TO_2 if self.cell.keys["negatives"] == "hard" else COLLAPSED_1_TO_1
 
     @property
     def is_learnt(self) -> bool:
-        """Whether the loss fell to less than half, and well below a collapsed model's.
+        """True if the loss fell to less than half, and well below that of a collapsed model.
 
         Word-patch alignment is a difference of distances, which starts near 0 and ends near -1.
         """
@@ -99,30 +99,20 @@ class Trial:
         return end < 0.5 * start and (self.floor is None or end < 0.8 * self.floor)
 
 
-def readings(objective: Objective, kind: str) -> list[Use]:
-    """What a kind of model learns the objective from; empty where it does not."""
-    model = skeleton(tiny_section(kind))
-    return [use for use in get_args(Use) if model.modules_for(objective, use) is not None]
-
-
-def kinds() -> list[str]:
-    return list(MODEL_SECTIONS)
-
-
 def cells() -> Iterator[Cell]:
-    """Everything that can be trained, in the objectives' order."""
+    """Yield every combination that can be trained, in the order of the objectives."""
     for objective in get_args(Objective):
-        for kind in kinds():
-            for use in readings(objective, kind):
+        for kind in MODEL_SECTIONS:
+            for use in source_types(objective, kind):
                 for keys in _choices(objective, kind, use):
                     yield Cell(objective, kind, use, keys)
 
 
 def _choices(objective: Objective, kind: str, use: Use) -> Iterator[dict[str, Any]]:
-    """The ways in which a stage may read an objective."""
+    """Yield the stage keys that select each variant of an objective."""
     if objective == "matching":
         yield {"negatives": "random"}
-        if use in readings("contrastive", kind):
+        if use in source_types("contrastive", kind):
             yield {"negatives": "hard"}
     elif objective == "masked_image":
         for target in get_args(ImageTarget):
@@ -139,7 +129,7 @@ def tiny_section(kind: str) -> TransformerConfig:
 
 
 def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
-    """A run of one stage that trains the cell, with the objectives that it cannot do without."""
+    """Return a run of one stage that trains the cell together with the objectives it requires."""
     objectives: dict[str, Any] = {cell.objective: {}}
     keys = dict(cell.keys)
     if cell.objective == "matching" and keys["negatives"] == "hard":
@@ -174,7 +164,7 @@ def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
 
 
 @dataclass(frozen=True)
-class Begun:
+class TrialState:
     """A trial before its first step."""
 
     engine: PlainEngine
@@ -182,29 +172,29 @@ class Begun:
     batch: Batch
 
 
-def begin(config: RunConfig, collectives: Collectives, engine: type[PlainEngine] = PlainEngine) -> Begun:
-    """The one stage of a trial's run, with its batch."""
+def begin(config: RunConfig, collectives: Collectives, engine: type[PlainEngine] = PlainEngine) -> TrialState:
+    """Build the model, the step and the batch of a trial's only stage."""
     stage = config.stages[0]
-    made = engine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
-    step = TrainingStep(made, config, stage, collectives, _image_tokenizer(stage))
-    return Begun(made, step, twice(invented_batch(config.model, config.use_of(stage), 0, stage.batch // 2)))
+    built = engine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(built, config, stage, collectives, _image_tokenizer(stage))
+    return TrialState(built, step, twice(invented_batch(config.model, config.use_of(stage), 0, stage.batch // 2)))
 
 
 def train(cell: Cell, collectives: Collectives, steps: int = STEPS) -> Trial:
-    """Train the cell on its batch, `steps` times the same."""
-    begun = begin(trial_config(cell, steps), collectives)
+    """Train the cell for `steps` steps on the same batch."""
+    trial = begin(trial_config(cell, steps), collectives)
     losses = []
     for number in range(steps + 1):
-        losses.append(float(begun.step(begun.batch)[cell.objective]))
-        begun.engine.step(learning_rate(number, steps, begun.step.stage.optimizer))
+        losses.append(float(trial.step(trial.batch)[cell.objective]))
+        trial.engine.step(learning_rate(number, steps, trial.step.stage.optimizer))
     return Trial(cell, losses)
 
 
 def _image_tokenizer(stage: StageConfig) -> ImageTokenizer | None:
-    """One with random weights: what it names patches by is arbitrary, but the same for the same patch."""
+    """Return a tokenizer with random weights: its tokens are arbitrary, but equal for equal patches."""
     if stage.image_target != "visual_tokens":
         return None
-    # Here: the library takes seconds to load, and every rank of a test that only invents batches would pay them.
+    # Imported here because transformers takes seconds to load, and most trials do not need it.
     from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
     from pipeline.models.visual_tokens import VisualTokenizer
@@ -215,23 +205,23 @@ def _image_tokenizer(stage: StageConfig) -> ImageTokenizer | None:
         return VisualTokenizer(FlavaImageCodebook(sizes))
 
 
-# ---- invented data
+# ---- synthetic data
 
 
 def invented_batch(section: TransformerConfig, use: Use, step: int, size: int) -> Batch:
-    """A whole global batch of what a source of that use gives: a function of the step and these arguments alone."""
+    """Return a global batch as a source of that type gives it; a function of the arguments alone."""
     draw = torch.Generator().manual_seed(1000 + step)
     members: dict[str, Tensor] = {}
     if use in ("pairs", "images", "labelled", "questions", "statements"):
-        members |= _pictures(section, size, draw)
+        members |= _images(section, size, draw)
     if use in ("pairs", "text", "regions", "questions", "statements"):
         members |= _texts(size, draw)
     if use == "regions":
         assert isinstance(section, ImageBERTConfig), "no other kind reads regions"
         members |= _regions(section, size, draw)
     if use == "statements":
-        members |= _second_pictures(section, size, draw)
-        members.pop("visible_patches", None)  # of two pictures all patches are read
+        members |= _second_images(section, size, draw)
+        members.pop("visible_patches", None)  # pairs of images use all patches
         members["label"] = torch.arange(size) % 2
     if use == "labelled":
         members["label"] = torch.arange(size) % CLASSES
@@ -251,21 +241,21 @@ def invented_batch(section: TransformerConfig, use: Use, step: int, size: int) -
 
 
 def twice(batch: Batch) -> Batch:
-    """Each row twice, side by side, so that no text and no picture tells by itself which are matching's true pairs."""
+    """Repeat each example next to itself, so that neither image nor text alone identifies the matching pairs."""
     rows = batch.rows(torch.arange(len(batch)).repeat_interleave(2))
     return replace(rows, place=torch.arange(len(rows)))
 
 
-def _pictures(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Pictures, and two masked patches of each; where pictures keep their shape, one patch of each is not read."""
+def _images(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Return images and two masked patches of each; models that keep the aspect ratio skip one patch per image."""
     if isinstance(section, ViLTConfig):
-        return _shaped_pictures(section, size, draw)
+        return _images_of_shapes(section, size, draw)
     positions = torch.stack([torch.randperm(section.num_patches, generator=draw)[:2] for _ in range(size)])
     return {"image": _smooth(size, section.image_size, draw), "patch_positions": positions}
 
 
-def _shaped_pictures(section: ViLTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Square, wide and tall pictures in turn, at the top left of a square canvas."""
+def _images_of_shapes(section: ViLTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Return square, wide and tall images in turn, at the top left of a square canvas."""
     sides = _sides(section, size)
     image = _smooth(size, section.longest_side, draw)
     for row, (height, width) in enumerate(sides.tolist()):
@@ -286,7 +276,7 @@ def _sides(section: ViLTConfig, size: int) -> Tensor:
     return torch.tensor([(short, short), (short, long), (long, short)]).repeat(-(-size // 3), 1)[:size]
 
 
-def _second_pictures(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
+def _second_images(section: TransformerConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
     if isinstance(section, ViLTConfig):
         image = _smooth(size, section.longest_side, draw)
         return {"second_image": image, "second_image_size": _sides(section, size).flip(1)}
@@ -294,14 +284,14 @@ def _second_pictures(section: TransformerConfig, size: int, draw: torch.Generato
 
 
 def _smooth(size: int, side: int, draw: torch.Generator) -> Tensor:
-    """(B, H, W, 3) uint8: soft colours, so that a patch's surroundings tell something about it."""
+    """Return smooth images (B, H, W, 3) uint8, in which the neighbourhood of a patch helps to predict it."""
     coarse = torch.randint(0, 256, (size, 3, 3, 3), generator=draw).float()
     fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
     return fine.permute(0, 2, 3, 1).round().to(torch.uint8).contiguous()
 
 
 def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Texts of 5 to 10 tokens, two of each masked, in every fourth row only one."""
+    """Return texts of 5 to 10 tokens with two masked tokens each, in every fourth example only one."""
     length = 10
     lengths = torch.randint(5, length + 1, (size,), generator=draw)
     keep = torch.arange(length)[None] < lengths[:, None]
@@ -319,7 +309,7 @@ def _texts(size: int, draw: torch.Generator) -> dict[str, Tensor]:
 
 
 def _regions(section: ImageBERTConfig, size: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Four regions of each picture, three in every second; one or two are masked, the second's features stay."""
+    """Return four regions per image, three in every second; one or two are masked, and only the first is hidden."""
     count = 4
     keep = torch.ones(size, count, dtype=torch.bool)
     keep[::2, -1] = False
