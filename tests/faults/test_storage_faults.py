@@ -131,18 +131,18 @@ def test_a_store_that_asks_to_be_spared_is_spared(through: Through, url: str):
 
 def test_no_store_is_waited_for_beyond_the_deadline(through: Through, url: str):
     _, storage = through(deadline=1.0, unavailable=1.0, retry_after=3600)
-    with pytest.raises(StorageError, match=r"^s3://.*/object: reading failed: .*SlowDown.*Tried 2 times in \d+ s\.$"):
+    with pytest.raises(StorageError, match=r"^s3://.*/object: reading failed: .*SlowDown.*2 attempts in \d+ s\.$"):
         storage.read(url)
     proxy, storage = through(deadline=1.0)
     proxy.away(3600)
-    told = rf"did not answer at {proxy.endpoint}.*endpoint_url.*Tried \d+ times in \d+ s"
+    told = rf"did not answer at {proxy.endpoint}.*endpoint_url.*Gave up after \d+ attempts in \d+ s"
     with pytest.raises(StorageError, match=told):
         storage.read(url)
 
 
 def test_a_body_that_always_breaks_ends_at_the_deadline(through: Through, url: str):
     proxy, storage = through(deadline=2.0, stall=1.0)
-    with pytest.raises(StorageError, match=r"object: reading failed: .*Read timed out.*Tried \d+ times in \d s"):
+    with pytest.raises(StorageError, match=r"object: reading failed: .*Read timed out.*\d+ attempts in \d s"):
         storage.read(url)
     assert proxy.injected["stall"] > 1
 
@@ -157,7 +157,7 @@ def test_reading_continues_after_an_outage(through: Through, url: str):
 
 
 def test_what_is_done_twice_for_a_lost_answer_is_done_once(through: Through, s3, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     proxy, storage = through(lost=0.2, unavailable=0.2, seed=3)
     (tmp_path / "large").write_bytes(DATA * 4)
     storage.upload(tmp_path / "large", s3.url("run", "large"))
@@ -175,7 +175,7 @@ def test_what_is_done_twice_for_a_lost_answer_is_done_once(through: Through, s3,
 
 
 def test_a_large_upload_is_complete_though_nobody_heard_of_it(through: Through, s3, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     proxy, storage = through()
     (tmp_path / "large").write_bytes(DATA * 4)
     proxy.inject("lost", of="POST .*uploadId=")
@@ -186,24 +186,24 @@ def test_a_large_upload_is_complete_though_nobody_heard_of_it(through: Through, 
 
 def test_parts_travel_at_once_and_each_is_tried_again(through: Through, s3, monkeypatch):
     """The source gives no part out before four were asked for; then two of them are lost on their way."""
-    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     proxy, storage = through()
     proxy.inject("lost", "unavailable", of="PUT .*partNumber=")
     data, together = DATA * 7, threading.Barrier(4)
 
     def part(start: int, stop: int) -> bytes:
-        if start < 4 * module.PART and not together.broken and proxy.injected.total() == 0:
+        if start < 4 * module.PART_BYTES and not together.broken and proxy.injected.total() == 0:
             together.wait(20)
         return data[start:stop]
 
     storage.write_parts(s3.url("large"), len(data), part)
     assert sum(proxy.injected.values()) == 2
     assert Storage(s3.config).read(s3.url("large")) == data
-    assert storage.abandon_uploads(s3.url()) == 0
+    assert storage.abort_uploads(s3.url()) == 0
 
 
 def test_an_upload_that_fails_leaves_neither_object_nor_parts(through: Through, s3, monkeypatch):
-    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     _, storage = through()
 
     def part(start: int, stop: int) -> bytes:
@@ -212,9 +212,9 @@ def test_an_upload_that_fails_leaves_neither_object_nor_parts(through: Through, 
         return DATA[:1] * (stop - start)
 
     with pytest.raises(RuntimeError, match="the source is gone"):
-        storage.write_parts(s3.url("large"), 4 * module.PART, part)
+        storage.write_parts(s3.url("large"), 4 * module.PART_BYTES, part)
     assert not storage.exists(s3.url("large"))
-    assert storage.abandon_uploads(s3.url()) == 0
+    assert storage.abort_uploads(s3.url()) == 0
 
 
 def test_parts_of_uploads_that_nobody_finished_are_removed(through: Through, s3):
@@ -224,21 +224,21 @@ def test_parts_of_uploads_that_nobody_finished_are_removed(through: Through, s3)
         upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
         client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
     proxy.inject("lost", of="DELETE .*uploadId=")
-    assert storage.abandon_uploads(s3.url("run")) >= 1  # an answer that is lost is not counted
-    assert storage.abandon_uploads(s3.url("run")) == 0
-    assert storage.abandon_uploads(s3.url()) == 1
+    assert storage.abort_uploads(s3.url("run")) >= 1  # an answer that is lost is not counted
+    assert storage.abort_uploads(s3.url("run")) == 0
+    assert storage.abort_uploads(s3.url()) == 1
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_an_object_is_created_once(s3, monkeypatch, parts: int):
     """Whole and in parts; by a condition, and by a look where the store answers that it knows none."""
-    monkeypatch.setattr(module, "PART", 5 * 2**20)
+    monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     storage, data = Storage(s3.config), DATA[:1] * ((parts - 1) * 5 * 2**20 + 10)
     assert storage.create_parts(s3.url("a"), len(data), lambda start, stop: data[start:stop])
     assert not storage.create_parts(s3.url("a"), len(data), lambda start, stop: b"x" * (stop - start))
     assert storage.read(s3.url("a")) == data
-    assert storage.abandon_uploads(s3.url()) == 0
+    assert storage.abort_uploads(s3.url()) == 0
     s3_class = type(storage._backend(s3.url())[0])
     put = s3_class._put
 

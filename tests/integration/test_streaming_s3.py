@@ -117,7 +117,7 @@ def test_looking_for_what_is_absent_needs_no_second_attempt(s3, monkeypatch: pyt
     storage.write(s3.url("folder", "key"), b"1")
     for _ in range(3):
         assert not storage.exists(s3.url("none"))
-        with pytest.raises(NotFound, match=r"none: looking at failed: it does not exist"):
+        with pytest.raises(NotFound, match=r"none: checking failed: it does not exist"):
             storage.info(s3.url("none"))
         with pytest.raises(NotFound, match=r"no-such-bucket.* does not exist"):
             storage.info("s3://no-such-bucket/key")
@@ -142,7 +142,7 @@ def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
     assert (tmp_path / "copy").read_bytes() == data
     tag = storage.info(s3.url("large")).etag
     assert storage.list_info(s3.url()) == {"large": ObjectInfo(len(data), tag)}
-    edge = module.PART  # of the first part
+    edge = module.PART_BYTES  # of the first part
     assert storage.read_range(s3.url("large"), edge - 9, edge + 9, etag=tag) == data[edge - 9 : edge + 9]
     with pytest.raises(ObjectChanged):
         storage.read_range(s3.url("large"), 0, 9, etag=f"{tag}0")

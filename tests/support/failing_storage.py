@@ -48,13 +48,13 @@ When = Literal["before", "halfway", "after"]
 KINDS: dict[str, Kind] = {  # the action of Storage's message -> kind
     "reading": "read",  # read, read_range, download
     "opening": "read",
-    "looking at": "look",  # info
-    "looking for": "look",  # exists
+    "checking": "look",  # info
+    "checking for": "look",  # exists
     "listing": "list",  # list, list_info
     "writing": "write",  # write, write_parts
     "uploading to": "upload",
     "deleting": "delete",
-    "removing unfinished uploads": "abandon",
+    "aborting uploads": "abandon",
 }
 WHEN: dict[Kind, tuple[When, ...]] = {  # "after" a read is "before" it: nothing changed
     "read": ("before",),

@@ -43,6 +43,7 @@ class Disk:
     objects: dict[str, bytes] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
     who: str = "begin"  # whose call is being made
+    retries = False
     faults: list[str] = field(default_factory=list)  # objects of "new" that "old" changed or deleted
 
     def digest(self) -> bytes:
@@ -83,7 +84,7 @@ class Disk:
             raise FileExistsError(errno.EEXIST, "there already", path)
         self.write_parts(path, size, part)
 
-    def abandon_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
+    def abort_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
         return 0
 
     def delete(self, path: str) -> None:

@@ -1,7 +1,8 @@
-"""Files by URL: local folders, S3-compatible stores and whatever else fsspec reaches, behind one small interface.
+"""Files by URL in local folders, S3-compatible stores and any store that fsspec supports.
 
-Transient faults are retried with exponential backoff, full jitter and a deadline, a read from the byte where it broke
-off; what is missing or forbidden fails at once. Every failure is a StorageError that names the URL and says what to do.
+Transient errors are retried with exponential backoff, full jitter and a timeout; an interrupted read resumes at the
+byte where it broke off. Missing objects and denied access fail at once. Every failure is a StorageError that names the
+URL and the remedy.
 """
 
 from pipeline.data.storage.backends import ObjectInfo, PartReader

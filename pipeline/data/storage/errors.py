@@ -1,4 +1,4 @@
-"""What can go wrong with a store, in the words of no library: which faults pass, and what the user is told of each."""
+"""Backend-independent storage errors: which are transient, and the user-facing message for each."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pipeline.config.urls import parse
 
 
 class NotFound(StorageError):
-    """The object, folder or bucket is not there."""
+    """The object, folder or bucket does not exist."""
 
 
 class ObjectChanged(StorageError):
-    """The object is no longer the one whose ETag was known."""
+    """The object's ETag is no longer the expected one."""
 
 
 class AlreadyExists(StorageError):
-    """The object was to be created, and there is one."""
+    """An object to be created exists already."""
 
 
 class NoSpace(StorageError):
-    """The file system is full, or the user's quota of it."""
+    """The file system or the user's quota is full."""
 
 
 class TransientError(Exception):
-    """An answer that may be better next time; `retry_after`: the seconds for which the store asked to be spared."""
+    """Failure that a retry may resolve; `retry_after` is the wait in seconds that the store requested."""
 
-    def __init__(self, what: str, retry_after: float = 0.0):
-        super().__init__(what)
+    def __init__(self, message: str, retry_after: float = 0.0):
+        super().__init__(message)
         self.retry_after = retry_after
 
 
@@ -39,81 +39,84 @@ class ConnectionFailed(TransientError):
 
 
 class PermanentError(Exception):
-    """An answer that will be the same next time; `hint`: what the user can do."""
+    """Failure that a retry would repeat; `hint` says what the user can do."""
 
-    def __init__(self, what: str, hint: str = "Check the URL, and that the store is well."):
-        super().__init__(what)
+    def __init__(self, message: str, hint: str = "Check the URL, and that the store is healthy."):
+        super().__init__(message)
         self.hint = hint
 
 
 class PreconditionFailed(Exception):
-    """The object is not the one whose tag was known."""
+    """The object's ETag differs from the expected one."""
 
 
 class ObjectTooShort(EOFError):
-    """The object ends before the bytes that were asked for."""
+    """The object ends before the requested bytes."""
 
     def __init__(self, size: int, start: int, stop: int):
-        super().__init__(f"it holds {size} bytes, and bytes {start} to {stop} were asked for")
+        super().__init__(f"it holds {size} bytes, and bytes {start} to {stop} were requested")
 
 
 class BucketNotFound(FileNotFoundError):
-    """The bucket of an object is not there."""
+    """The object's bucket does not exist."""
 
 
 class NoCredentials(PermissionError):
-    """None were found, or not all of them."""
+    """Credentials are missing or incomplete."""
 
 
 class RetryTimeout(Exception):
-    """A fault that outlasted the deadline. Its cause is the last one seen."""
+    """Transient failures outlasted the retry timeout; the cause is the last of them."""
 
-    def __init__(self, tries: int, seconds: float):
-        super().__init__(f"tried {tries} times in {seconds:.0f} s")
-        self.tries, self.seconds = tries, seconds
+    def __init__(self, attempts: int, seconds: float):
+        super().__init__(f"{attempts} attempts in {seconds:.0f} s")
+        self.attempts, self.seconds = attempts, seconds
 
 
-_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-_LASTING_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS, errno.EDQUOT}
-_LASTING_ERRNO |= {errno.ELOOP, errno.EFBIG}
-# TLS failures of a connection that broke; all others last: a plain HTTP port, a certificate, an unsupported version.
+_PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS}
+_PERMANENT_ERRNO |= {errno.EDQUOT, errno.ELOOP, errno.EFBIG}
+# TLS failures of a broken connection. All others are permanent: a plain HTTP port, a certificate, a TLS version.
 _BROKEN_TLS = re.compile(r"EOF|BAD_RECORD_MAC|timed? ?out|reset|shutdown", re.IGNORECASE)
 TLS_HINT = (
-    "Check that the address (storage.endpoint_url, AWS_ENDPOINT_URL or the URL) has the scheme and port of the store: "
-    "http:// where it speaks no TLS. For a certificate of your own, set AWS_CA_BUNDLE or SSL_CERT_FILE."
+    "Check that the address (storage.endpoint_url, AWS_ENDPOINT_URL or the URL) has the store's scheme and port: "
+    "http:// if the store does not speak TLS. For a custom certificate, set AWS_CA_BUNDLE or SSL_CERT_FILE."
 )
 
 
 def is_broken_tls(error: Exception) -> bool:
-    """Return whether a TLS error is one of the connection, which another connection may be spared."""
+    """Return True for a TLS error of a broken connection, which a new connection may avoid."""
     return _BROKEN_TLS.search(str(error)) is not None
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    if isinstance(error, (MomeError, *_LASTING)) or (isinstance(error, ssl.SSLError) and not is_broken_tls(error)):
+    """Return True if the same request may succeed later."""
+    if isinstance(error, (MomeError, *_PERMANENT)) or (isinstance(error, ssl.SSLError) and not is_broken_tls(error)):
         return False
-    return isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno not in _LASTING_ERRNO)
+    return isinstance(error, TransientError) or (isinstance(error, OSError) and error.errno not in _PERMANENT_ERRNO)
 
 
 def explain(url: str, action: str, error: BaseException, endpoint: str | None) -> StorageError | None:
-    """The exception to tell the user, or None when it is neither the user's fault nor the store's."""
-    tried = ""
+    """Return the exception to raise for the user; None if neither the user nor the store caused the error."""
+    retries = ""
     if isinstance(error, RetryTimeout) and error.__cause__ is not None:
-        tried = f" Tried {error.tries} times in {error.seconds:.0f} s."
+        retries = f" Gave up after {error}."
         error = error.__cause__
-    told = _reason(url, error, f" at {endpoint}" if endpoint and url.startswith("s3") else "")
-    return told and told[0](f"{url}: {action} failed: {told[1]}{tried}")
+    reason = _reason(url, error, f" at {endpoint}" if endpoint and url.startswith("s3") else "")
+    return reason and reason[0](f"{url}: {action} failed: {reason[1]}{retries}")
 
 
 def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageError], str] | None:
     match error:
-        case MomeError():  # says all already
+        case MomeError():  # already a message for the user
             return None
         case PreconditionFailed():
-            return ObjectChanged, "the object was replaced while it was in use. Do not change what a run reads."
+            return (
+                ObjectChanged,
+                "the object was replaced while it was in use. Do not change what a run reads.",
+            )
         case EOFError():
-            return StorageError, f"the object is too short: {error}. It was cut or replaced; write it again."
+            return StorageError, f"the object is too short: {error}. It was truncated or replaced; write it again."
         case BucketNotFound():
             bucket = parse(url)[1].partition("/")[0]
             return NotFound, f"bucket '{bucket}' does not exist{where}. Create it, or correct the URL."
@@ -128,22 +131,22 @@ def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageErr
         case PermissionError():
             return StorageError, f"access was denied{where} ({error}). Check the credentials and permissions."
         case ConnectionFailed():
-            hint = "Check storage.endpoint_url and that it is running."
+            hint = "Check storage.endpoint_url, and that the store is running."
             return StorageError, f"the store did not answer{where} ({error}). {hint}"
         case IsADirectoryError():
-            return StorageError, "it is a folder, not a file. Give the URL of a file in it."
+            return StorageError, "it is a folder, not a file. Pass the URL of a file in it."
         case UnicodeError():
-            return StorageError, "its name holds characters that no file or object can have. Rename it."
+            return StorageError, "its name has characters that no file or object name can have. Rename it."
         case ssl.SSLError() if not is_broken_tls(error):
             return StorageError, f"{type(error).__name__}: {error}{where}. {TLS_HINT}"
         case FileExistsError():
             return AlreadyExists, "it exists already."
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return NoSpace, f"no space left ({error.strerror}). Free some, or choose another output."
+            return NoSpace, f"no space left ({error.strerror}). Free some space, or choose another output."
         case PermanentError():
             return StorageError, f"{error}{where}. {error.hint}"
         case TransientError():
-            return StorageError, f"{error}{where}. Check the URL, and that the store is well."
+            return StorageError, f"{error}{where}. Check the URL, and that the store is healthy."
         case OSError():
             return StorageError, f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."
     return None

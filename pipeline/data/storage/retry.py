@@ -1,7 +1,7 @@
-"""Trying again: exponential backoff with full jitter, the store's own RetryPolicy-After, and one deadline.
+"""Retries with exponential backoff, full jitter, the store's Retry-After and one timeout; ranged reads that resume.
 
-The deadline is how long a store may be away, or slow, before a run fails: nothing counts tries. It bounds one request,
-or each 16 MiB of a longer body.
+The timeout (`storage.deadline_seconds`) is how long a store may be unavailable or slow before the run fails; the number
+of attempts is not limited. It applies to one request, and anew to every 16 MiB of a longer response body.
 """
 
 from __future__ import annotations
@@ -18,84 +18,75 @@ from typing import TypeVar
 from pipeline.data.storage.errors import RetryTimeout, TransientError, is_transient
 
 T = TypeVar("T")
-PIECE = 16 * 2**20  # bytes of a body that must come within one deadline
+PROGRESS_BYTES = 16 * 2**20  # received bytes that restart the timeout
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds, before jitter
-_QUIET = 5.0  # seconds of trouble that are not worth a line in the log, and between two lines
-_jitter = random.SystemRandom()  # never the global generator, and different in forked processes
+_WARN_AFTER = 5.0  # seconds of failures before the first warning, and between two warnings
+_jitter = random.SystemRandom()  # independent of the global generator, and different in forked processes
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class RetryPolicy:
-    """The policy of one process: its deadline in seconds, and when it last warned of a store in trouble."""
+    """Retry policy of one process: the timeout in seconds, and the time of the last warning."""
 
-    deadline: float
-    _warned: float = float("-inf")
+    timeout: float
+    last_warning: float = float("-inf")
 
     def __call__(self, url: str, request: Callable[[], T]) -> T:
-        """The request's result; its own error when trying again is useless, RetryTimeout after the deadline."""
-        budget = self.budget(url)
+        """Return the result of `request`. Raise its error if permanent, RetryTimeout after the timeout."""
+        budget = RetryBudget(self, url)
         while True:
             try:
                 return request()
             except Exception as error:
                 budget.wait(error)
 
-    def budget(self, url: str) -> RetryBudget:
-        """For a request whose tries build on each other."""
-        return RetryBudget(self, url)
-
-    def warn(self, url: str, error: Exception, left: float) -> None:
-        now = time.monotonic()
-        if now - self._warned >= _QUIET:
-            self._warned = now
-            log.warning("%s: %s: %s; trying on, for %.0f s more", url, type(error).__name__, error, left)
-
 
 class RetryBudget:
-    """What is left of it for one request."""
+    """Remaining time for the attempts of one request."""
 
-    def __init__(self, retry: RetryPolicy, url: str):
-        self._retry, self._url = retry, url
-        self._began = time.monotonic()
-        self._tries = self._vain = self._received = 0
+    def __init__(self, policy: RetryPolicy, url: str):
+        self._policy, self._url = policy, url
+        self._start = time.monotonic()
+        self._attempts = self._failures = self._received = 0  # failures: in a row, without a byte received
 
-    def received(self, num_bytes: int) -> None:
-        """Record received bytes, which resets the backoff. Raises TransientError after the deadline."""
-        self._vain = 0
+    def add_progress(self, num_bytes: int) -> None:
+        """Record received bytes, which reset the backoff. Raise TransientError after the timeout."""
+        self._failures = 0
         self._received += num_bytes
-        if self._received >= PIECE:
-            self._began, self._tries, self._received = time.monotonic(), 0, 0
-        elif self._left() <= 0:
-            raise TransientError("the answer came too slowly")
+        if self._received >= PROGRESS_BYTES:
+            self._start, self._attempts, self._received = time.monotonic(), 0, 0
+        elif self._remaining() <= 0:
+            raise TransientError("the response arrived too slowly")
 
     def wait(self, error: Exception) -> None:
-        """Sleeps before the next try. Raises `error` where none can help, RetryTimeout when the deadline is over."""
+        """Sleep before the next attempt. Raise `error` if it is permanent, RetryTimeout after the timeout."""
         if not is_transient(error):
             raise error
-        self._tries += 1
-        left = self._left()
-        if left <= 0:
-            raise RetryTimeout(self._tries, self._retry.deadline - left) from error
-        if self._retry.deadline - left > _QUIET:
-            self._retry.warn(self._url, error, left)
-        time.sleep(min(left, self._pause(error)))  # so that the last try is at the deadline
-        self._vain += 1
+        self._attempts += 1
+        remaining = self._remaining()
+        elapsed = self._policy.timeout - remaining
+        if remaining <= 0:
+            raise RetryTimeout(self._attempts, elapsed) from error
+        now = time.monotonic()
+        if elapsed > _WARN_AFTER and now - self._policy.last_warning >= _WARN_AFTER:
+            self._policy.last_warning = now
+            log.warning("%s: %s: %s; retrying for %.0f s more", self._url, type(error).__name__, error, remaining)
+        # The jitter is added to Retry-After because all clients received the same value.
+        retry_after = error.retry_after if isinstance(error, TransientError) else 0.0
+        pause = retry_after + _jitter.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self._failures, 16)))
+        time.sleep(min(remaining, pause))  # the last attempt is made at the timeout
+        self._failures += 1
 
-    def _left(self) -> float:
-        return self._began + self._retry.deadline - time.monotonic()
-
-    def _pause(self, error: Exception) -> float:
-        # The jitter comes on top of RetryPolicy-After: all clients were told the same seconds.
-        asked = error.retry_after if isinstance(error, TransientError) else 0.0
-        return asked + _jitter.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(self._vain, 16)))
+    def _remaining(self) -> float:
+        return self._start + self._policy.timeout - time.monotonic()
 
 
 @dataclass(frozen=True)
 class RangeResponse:
-    """The end (exclusive) of the bytes an answer brings, the version they belong to, and they themselves, as they come.
+    """Response to a ranged read: its exclusive end, the object's ETag, and the body in pieces.
 
-    `pieces` may raise a TransientError between two pieces; closing it ends the connection.
+    `pieces` may raise a TransientError between two pieces; closing it closes the connection.
     """
 
     stop: int
@@ -103,29 +94,32 @@ class RangeResponse:
     pieces: Generator[bytes, None, None]
 
 
-Ask = Callable[[int, int | None, str | None], RangeResponse]
+Request = Callable[[int, int | None, str | None], RangeResponse]
 
 
-def ranged_get(ask: Ask, url: str, start: int, stop: int | None, etag: str | None, retry: RetryPolicy) -> bytes:
-    """The bytes [start, stop), all of one version; `stop` None: to the end.
+def ranged_get(
+    request: Request, url: str, start: int, stop: int | None, etag: str | None, policy: RetryPolicy
+) -> bytes:
+    """Return the bytes [start, stop) of one object version; `stop` None reads to the end.
 
-    `ask(start, stop, etag)` begins one answer, or raises. With `etag` it must refuse any other version.
+    Received bytes are kept after a failure, and only the rest is requested again. `request(start, stop, etag)` must
+    raise PreconditionFailed for any version other than `etag`.
     """
-    received, at = io.BytesIO(), start
-    budget = retry.budget(url)
-    while stop is None or at < stop:
+    body, position = io.BytesIO(), start
+    budget = RetryBudget(policy, url)
+    while stop is None or position < stop:
         try:
-            answer = ask(at, stop, etag)
-            stop, etag = answer.stop, answer.etag
-            with closing(answer.pieces) as pieces:
+            response = request(position, stop, etag)
+            stop, etag = response.stop, response.etag
+            with closing(response.pieces) as pieces:
                 for piece in pieces:
-                    if at + len(piece) > stop:
-                        raise TransientError(f"more than the bytes up to {stop} came")
-                    received.write(piece)
-                    at += len(piece)
-                    budget.received(len(piece))
-            if at != stop:
-                raise TransientError(f"the body ended at byte {at} and not at {stop}")
+                    if position + len(piece) > stop:
+                        raise TransientError(f"the response has more bytes than up to {stop}")
+                    body.write(piece)
+                    position += len(piece)
+                    budget.add_progress(len(piece))
+            if position != stop:
+                raise TransientError(f"the body ended at byte {position} instead of {stop}")
         except Exception as error:
             budget.wait(error)
-    return received.getvalue()
+    return body.getvalue()

@@ -47,7 +47,7 @@ class Housekeeping:
         """
         with self._faults_logged():
             self._ownership.check()
-            count = self._storage.abandon_uploads(self._url, lambda name: self._is_ours(name.partition("/")[0]))
+            count = self._storage.abort_uploads(self._url, lambda name: self._is_ours(name.partition("/")[0]))
             if count:
                 log.warning("%s: removed the parts of %d uploads that were never finished", self._url, count)
             if newest is not None:
@@ -100,7 +100,7 @@ class Housekeeping:
                 self._sealed.add(url)
 
     def _clear(self, url: str, keep: str | None = None) -> None:
-        self._storage.abandon_uploads(url)
+        self._storage.abort_uploads(url)
         remove(self._storage, url, keep)
         log.warning("%s: removed: it was never finished", url)
 

@@ -184,7 +184,9 @@ def test_writers_at_once_never_mix_their_bytes(tmp_path: Path):
 )
 def test_urls_that_run_a_program_are_refused(url: str):
     for call in (Storage().read, Storage().list, Storage().open, lambda u: Storage().read_range(u, 0, 1)):
-        with pytest.raises(ConfigError, match=r"this URL runs a program when it is read.*Give where the files lie"):
+        with pytest.raises(
+            ConfigError, match=r"this URL runs a program when it is read.*give the location of the files"
+        ):
             call(url)
 
 
@@ -297,11 +299,11 @@ def test_the_deadline_alone_bounds_the_tries_and_the_last_is_at_it(clock: Clock)
     with pytest.raises(RetryTimeout) as raised:
         RetryPolicy(300.0)("s3://bucket/key", request)
     assert clock.now == pytest.approx(300.0)
-    assert raised.value.tries == request.calls == len(clock.slept) + 1 > 30
+    assert raised.value.attempts == request.calls == len(clock.slept) + 1 > 30
     told = explain("s3://bucket/key", "reading", raised.value, "http://store")
     assert str(told) == (
-        "s3://bucket/key: reading failed: slow down at http://store. Check the URL, and that the store is well. "
-        f"Tried {request.calls} times in 300 s."
+        "s3://bucket/key: reading failed: slow down at http://store. Check the URL, and that the store is healthy. "
+        f"Gave up after {request.calls} attempts in 300 s."
     )
 
 
@@ -334,7 +336,7 @@ def test_an_outage_is_told_while_it_lasts(clock: Clock, caplog: pytest.LogCaptur
         RetryPolicy(300.0)("s3://bucket/key", Failing(*[TransientError("the store is away")] * 1000))
     lines = [record.getMessage() for record in caplog.records]
     assert 15 < len(lines) <= 60
-    assert all(line.startswith("s3://bucket/key: TransientError: the store is away; trying on, for ") for line in lines)
+    assert all(line.startswith("s3://bucket/key: TransientError: the store is away; retrying for ") for line in lines)
     caplog.clear()
     RetryPolicy(300.0)("s3://bucket/key", Failing(TransientError("brief")))
     assert caplog.records == []
@@ -365,7 +367,7 @@ def _trickle(clock: Clock, piece: bytes, times: int):
 
 
 def test_a_body_that_trickles_ends_at_the_deadline(clock: Clock):
-    with pytest.raises(RetryTimeout, match="tried 1 times in 300 s") as raised:
+    with pytest.raises(RetryTimeout, match="1 attempts in 300 s") as raised:
         ranged_get(
             lambda *_: RangeResponse(2**40, None, _trickle(clock, b"x", 1000)),
             "s3://b/k",
@@ -378,7 +380,7 @@ def test_a_body_that_trickles_ends_at_the_deadline(clock: Clock):
 
 
 def test_every_16_mib_of_a_body_have_a_deadline_of_their_own(clock: Clock):
-    size, piece = 4 * retry.PIECE, bytes(retry.PIECE // 256)
+    size, piece = 4 * retry.PROGRESS_BYTES, bytes(retry.PROGRESS_BYTES // 256)
     data = ranged_get(
         lambda *_: RangeResponse(size, None, _trickle(clock, piece, 4 * 256)),
         "s3://b/k",

@@ -64,7 +64,7 @@ def shared_store() -> Iterator[QuirkyStore]:
         yield store
 
 
-_client = cache(s3._client)  # making one takes 0.2 s
+_client = cache(s3._make_client)  # making one takes 0.2 s
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def quirky(
     shared_store: QuirkyStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], tuple[QuirkyStore, Storage]]:
     """quirky(name) -> a store with that quirk, holding four objects, and a Storage that reaches it."""
-    monkeypatch.setattr(s3, "PART", 40_000)  # so that DATA takes three parts
-    monkeypatch.setattr(s3, "_MOST_IDLE", 20)
-    monkeypatch.setattr(s3, "_client", _client)
+    monkeypatch.setattr(s3, "PART_BYTES", 40_000)  # so that DATA takes three parts
+    monkeypatch.setattr(s3, "_MAX_EMPTY_PAGES", 20)
+    monkeypatch.setattr(s3, "_make_client", _client)
 
     def make(quirk: str) -> tuple[QuirkyStore, Storage]:
         shared_store.reset(quirk)
@@ -122,7 +122,7 @@ OPERATIONS: dict[str, tuple[Callable[[Storage, str, Path], object], object]] = {
     "delete": (lambda s, f, _: s.delete(f), None),
     "delete_one": (lambda s, f, _: s.delete(join(f, "a.tar")), None),
     "delete_absent": (lambda s, f, _: s.delete(join(f, "absent")), None),
-    "abandon_uploads": (lambda s, f, _: s.abandon_uploads(f), 0),
+    "abort_uploads": (lambda s, f, _: s.abort_uploads(f), 0),
 }
 HOLDS = {  # what the store holds in the folder afterwards
     "write": {"new": b"new"},
@@ -248,7 +248,7 @@ def test_a_port_of_another_protocol_is_named_at_once(clock: Clock, says: bytes, 
 
 
 def test_tls_to_a_plain_http_port_is_named_at_once(shared_store: QuirkyStore, clock: Clock):
-    with pytest.raises(StorageError, match=r"SSLError.*http:// where it speaks no TLS"):
+    with pytest.raises(StorageError, match=r"SSLError.*http:// if the store does not speak TLS"):
         storage_at(shared_store.endpoint.replace("http:", "https:")).read(join(FOLDER, "a.tar"))
     assert clock.now == 0.0
 
@@ -257,7 +257,7 @@ def test_tls_to_a_plain_http_port_is_named_at_once(shared_store: QuirkyStore, cl
 @pytest.mark.parametrize("value", ["us-east-1\r", "two\nlines", "a\x1b[2Jb"])
 def test_variables_with_line_breaks_are_named_and_not_shown(monkeypatch, clock: Clock, name: str, value: str):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=rf"{name} holds a line break") as raised:
+    with pytest.raises(ConfigError, match=rf"{name} has a line break") as raised:
         storage_at("http://127.0.0.1:1").read(join(FOLDER, "a.tar"))
     assert value not in str(raised.value)
     assert clock.now == 0.0
@@ -366,7 +366,7 @@ def test_web_servers_are_read(web: str):
     ("quirk", "do", "told"),
     [
         ("denied", lambda url: Storage().read(url), "403"),
-        ("none", lambda url: Storage().read(url.replace("http:", "https:")), "http:// where it speaks no TLS"),
+        ("none", lambda url: Storage().read(url.replace("http:", "https:")), "http:// if the store does not speak TLS"),
         ("none", lambda url: Storage().delete(url), "do not offer that"),
         ("none", lambda url: Storage().read("http://127.0.0.1:99999/x"), "."),
         ("none", lambda url: Storage().read("http:///x"), "."),
