@@ -13,10 +13,10 @@ import numpy as np
 import ray
 
 from pipeline.config.errors import MomeError
-from pipeline.data.loading.preparation import RowThreads
+from pipeline.data.examples.batch_buffer import BatchBuffer
+from pipeline.data.examples.builder import ExampleBuilder, LoaderSpec
+from pipeline.data.loading.backends import ExampleThreads
 from pipeline.data.quarantine import BadRecord
-from pipeline.data.rows.row_buffer import RowBuffer
-from pipeline.data.rows.rows import RowMaker, RowTask
 from pipeline.data.storage import Storage
 
 RESTARTS = 3  # of an actor whose node is lost; its unfinished steps are asked for again
@@ -25,27 +25,27 @@ RESTARTS = 3  # of an actor whose node is lost; its unfinished steps are asked f
 class RowActor:
     """Makes one contiguous part of a rank's places, step by step."""
 
-    def __init__(self, task: RowTask, storage: Storage):
+    def __init__(self, task: LoaderSpec, storage: Storage):
         self._task, self._storage = task, storage
-        self._opened: tuple[RowMaker, RowThreads] | None = None
+        self._opened: tuple[ExampleBuilder, ExampleThreads] | None = None
 
     def make(self, step: int) -> tuple[np.ndarray, list[BadRecord]]:
         """The part's rows of a step, as the memory of a row buffer."""
         if self._opened is None:  # not when the actor is made: an error there would reach nobody as itself
-            maker = RowMaker(self._task, self._storage)
-            self._opened = maker, RowThreads(maker, self._task.config.data.loader.threads)
+            maker = ExampleBuilder(self._task, self._storage)
+            self._opened = maker, ExampleThreads(maker, self._task.config.data.loader.threads)
         maker, threads = self._opened
-        buffer = RowBuffer.allocate(self._task.layout)
+        buffer = BatchBuffer.allocate(self._task.layout)
         runs = threads.submit(step, self._task.places, buffer, self._task.places.start)
         bad = [record for run in runs for record in run.result()]
         maker.reached(step)
         return buffer.memory, bad
 
 
-class ActorPreparer:
+class RayBackend:
     """`cluster.loader_actors` actors for one rank. Raises what they raise."""
 
-    def __init__(self, task: RowTask, storage: Storage):
+    def __init__(self, task: LoaderSpec, storage: Storage):
         cluster = task.config.cluster
         self._task, self._shares = task, task.split(cluster.loader_actors)
         options: dict[str, Any] = {
@@ -59,18 +59,18 @@ class ActorPreparer:
         self._actors = [actor.remote(share, storage) for share in self._shares]
         self._pending: dict[int, list[Any]] = {}
 
-    def begin(self, step: int) -> None:
+    def submit(self, step: int) -> None:
         self._pending[step] = [actor.make.remote(step) for actor in self._actors]
 
-    def finish(self, step: int) -> tuple[RowBuffer, list[BadRecord]]:
+    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
         try:
             made = ray.get(self._pending.pop(step))
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, MomeError) else error from None
-        rows, bad = RowBuffer.allocate(self._task.layout), []
+        rows, bad = BatchBuffer.allocate(self._task.layout), []
         for share, (memory, replaced) in zip(self._shares, made, strict=True):
             first = share.places.start - self._task.places.start
-            rows.copy_rows(range(first, first + len(share.places)), RowBuffer(share.layout, memory))
+            rows.copy_rows(range(first, first + len(share.places)), BatchBuffer(share.layout, memory))
             bad += replaced
         return rows, bad
 

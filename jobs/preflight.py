@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.rank import as_told, preparer_of
+from jobs.rank import as_told, loader_backend
 from jobs.shared import answer_of
 from pipeline.config.errors import MomeError
 from pipeline.config.schema import RunConfig
@@ -21,7 +21,7 @@ def check_rank(loop_config: dict[str, str]) -> dict[str, Any]:
     """What Ray Train runs on each worker. A failure is returned: Ray would try it again."""
     config = RunConfig.model_validate_json(loop_config["config"])
     try:
-        found = preflight(config, lambda _: None, preparer_of(config))
+        found = preflight(config, lambda _: None, loader_backend(config))
     except MomeError as error:
         return {"failure": as_told(error)}
     return {"checked": {each.what: {"told": each.told, "seconds": each.seconds} for each in found}}

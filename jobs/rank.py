@@ -19,8 +19,8 @@ from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import RunConfig
-from pipeline.data.loading.loader import local_preparer
-from pipeline.data.loading.preparation import PreparerFactory
+from pipeline.data.loading.backends import BackendFactory
+from pipeline.data.loading.loader import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
 from pipeline.training.loop import train
@@ -54,7 +54,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
 def _train(config: RunConfig, storage: Storage, ownership: Ownership, notice: Notice) -> str | None:
     progress = ProgressFile(config, storage)
     try:
-        train(config, progress, preparer_of(config), preempted=notice, claim=ownership.claim)
+        train(config, progress, loader_backend(config), preempted=notice, claim=ownership.claim)
     except Preempted as error:
         log.warning("%s", error)
         return notice.reason or PREEMPTED
@@ -69,12 +69,12 @@ def _train(config: RunConfig, storage: Storage, ownership: Ownership, notice: No
     return None
 
 
-def preparer_of(config: RunConfig) -> PreparerFactory:
+def loader_backend(config: RunConfig) -> BackendFactory:
     if not config.cluster.loader_actors:
-        return local_preparer
-    from jobs.loader_actors import ActorPreparer
+        return local_backend
+    from jobs.loader_actors import RayBackend
 
-    return ActorPreparer
+    return RayBackend
 
 
 def _told(error: Exception) -> dict[str, Any] | None:

@@ -18,10 +18,10 @@ import torch
 from pipeline.data.contents.images import decode, random_resized_crop
 from pipeline.data.contents.members import captions_of, image_bytes
 from pipeline.data.contents.text import Tokenizer, Tokens
+from pipeline.data.examples.augment import rand_augment
+from pipeline.data.examples.masking import Masked, mask_whole_words
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.reading.samples import Sample, iter_samples
-from pipeline.data.rows.augment import rand_augment
-from pipeline.data.rows.masking import Masked, mask_whole_words
 from pipeline.data.storage import Storage
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What the peers do to a sample: random-resized crop, flip and RandAugment on Pillow pictures; words and masks.
 
-The same crop, operations, chances and magnitudes as ours (pipeline/data/rows/augment.py), by the libraries that
+The same crop, operations, chances and magnitudes as ours (pipeline/data/examples/augment.py), by the libraries that
 loaders of this field use for them: Pillow, pixels to normalised floats in torchvision's order of operations,
 transformers' tokenizer for each caption and its whole-word collator for each batch.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from pipeline.data.contents.images import draw_crop
+from pipeline.data.examples.augment import APPLIED, FILL, MAX_MAGNITUDE, ROTATE, SHEAR, TRANSLATE, enhance_factor
 from pipeline.data.randomness import CounterRandom
-from pipeline.data.rows.augment import APPLIED, FILL, MAX_MAGNITUDE, ROTATE, SHEAR, TRANSLATE, enhance_factor
 
 IGNORED = -100  # the label of a token that is not masked
 MEAN = STD = torch.full((3, 1, 1), 0.5)

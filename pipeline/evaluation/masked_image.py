@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.examples.masking import mask_patches
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.rows.masking import mask_patches
 from pipeline.evaluation.retrieval import reading
 from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.objectives.masked_image import patchify, unpatchify

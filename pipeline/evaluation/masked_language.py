@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.config.schema import MaskingConfig
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples.masking import mask_whole_words
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.rows.masking import mask_whole_words
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.ranks import ALONE, Ranks, computed
 from pipeline.evaluation.retrieval import Images, padded, reading

@@ -12,8 +12,8 @@ import torch
 from pipeline.config.errors import Preempted, Superseded
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import local_preparer
-from pipeline.data.loading.preparation import PreparerFactory
+from pipeline.data.loading.backends import BackendFactory
+from pipeline.data.loading.loader import local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.recorder import Recorder, SilentTracker, Status
 from pipeline.tracking.tracker import Tracker
@@ -34,15 +34,15 @@ CLOSE_SECONDS = 45.0  # with the other waits at the end less than Kubernetes' 12
 def train(
     config: RunConfig,
     report: Report,
-    preparer: PreparerFactory = local_preparer,
+    loader_backend: BackendFactory = local_backend,
     preempted: Callable[[], bool] | None = None,
     claim: str | None = None,
 ) -> None:
     """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
 
-    `preparer` says who prepares the rank's batches; `preempted`, asked on every rank, whether its machine is about to
-    be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same. Rank 0 takes the run for this start
-    (`ownership`); `claim` is the launcher's, where the launcher has taken it before.
+    `loader_backend` builds the backend that prepares the rank's batches; `preempted`, asked on every rank, says whether
+    its machine is about to be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same. Rank 0 takes
+    the run for this start (`ownership`); `claim` is the launcher's, where the launcher has taken it before.
 
     Raises Preempted once the run is saved, Superseded (on rank 0) when a later start has it, and another MomeError for
     what a restart would only repeat; anything else may be tried again. A hung rank ends the process (`watchdog`).
@@ -57,7 +57,7 @@ def train(
     ownership = _take(config, storage, collectives, claim)
     tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"), config.tokenizer.lowercase)
     tracker = _open_tracker(config, storage, collectives)
-    run = Run(config, storage, tokenizer, collectives, tracker, report, preparer, supervisor, ownership)
+    run = Run(config, storage, tokenizer, collectives, tracker, report, loader_backend, supervisor, ownership)
     try:
         with supervisor:
             for index in range(len(config.stages)):

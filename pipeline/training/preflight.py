@@ -23,8 +23,8 @@ from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader, local_preparer
-from pipeline.data.loading.preparation import PreparerFactory
+from pipeline.data.loading.backends import BackendFactory
+from pipeline.data.loading.loader import Loader, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.mlflow_check import try_writing
 from pipeline.tracking.places import experiment_of, tracking_uri
@@ -54,7 +54,7 @@ class Checked:
         return f"ok  {self.what:<24} {self.seconds:7.1f} s  {self.told}"
 
 
-def preflight(config: RunConfig, say: Say, preparer: PreparerFactory = local_preparer) -> list[Checked]:
+def preflight(config: RunConfig, say: Say, loader_backend: BackendFactory = local_backend) -> list[Checked]:
     """Called once on each rank; `say` hears of each check on the first. Raises MomeError for the first that fails."""
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
@@ -72,7 +72,7 @@ def preflight(config: RunConfig, say: Say, preparer: PreparerFactory = local_pre
         check("data and vocabulary", lambda: _prepare(scratch, storage, collectives))
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
         for index, stage in enumerate(scratch.stages):
-            one = partial(_try_stage, scratch, index, storage, tokenizer, collectives, preparer)
+            one = partial(_try_stage, scratch, index, storage, tokenizer, collectives, loader_backend)
             check(f"stage {stage.name}", one)
     finally:
         if collectives.rank == 0:
@@ -149,13 +149,13 @@ def _try_stage(
     storage: Storage,
     tokenizer: Tokenizer,
     collectives: Collectives,
-    preparer: PreparerFactory,
+    loader_backend: BackendFactory,
 ) -> str:
     """One full step of a stage, as the loop takes it."""
     config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
     stage = config.stages[index]
     with peak_memory(collectives.device) as peak, _closing() as closing:
-        loader = Loader(config, stage, storage, tokenizer, collectives.rank, collectives.world_size, preparer)
+        loader = Loader(config, stage, storage, tokenizer, collectives.rank, collectives.world_size, loader_backend)
         closing.append(loader.close)
         trainer = build_trainer(config, index, storage, tokenizer.size, collectives)
         closing.append(trainer.engine.close)

@@ -10,8 +10,8 @@ Four quirks, all from one switch, `RunConfig.faithful`; without it a run does wh
     weight decay: spared by pieces of names, which miss the experts' norms, gammas,     matrices decay, nothing else
       logit scales, [CLS] and absolute positions, and hit the relative table
 
-Words to mask are chosen by `pipeline.data.rows.masking` in faithful runs too: the release's collator skips words that
-exceed what is left of its budget of tokens, which masks words of several pieces less often, and counts padding.
+Words to mask are chosen by `pipeline.data.examples.masking` in faithful runs too: the release's collator skips words
+that exceed what is left of its budget of tokens, which masks words of several pieces less often, and counts padding.
 
 A faithful run's gradient depends on its world size, so contract C2 does not hold for it. That the release lets equal
 pictures be each other's negatives, and draws negatives from a micro-batch's ranks only, is not reproduced.

@@ -17,8 +17,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.loading.loader import Loader
-from pipeline.data.loading.preparation import PreparerFactory
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.errors import NoSpace
 from pipeline.tracking.recorder import DatasetInput, Kept, Recorder
@@ -60,7 +60,7 @@ class Run:
     collectives: Collectives
     tracker: Recorder
     report: Report
-    preparer: PreparerFactory
+    loader_backend: BackendFactory
     supervisor: RankSupervisor
     ownership: Ownership
 
@@ -81,7 +81,7 @@ class StageRun:
         self._points: dict[str, float] = {}  # the metrics last recorded
         self._resumed_from = ""  # URL of the checkpoint
         rank, world_size = collectives.rank, collectives.world_size
-        self.loader = Loader(config, self.stage, storage, tokenizer, rank, world_size, run.preparer)
+        self.loader = Loader(config, self.stage, storage, tokenizer, rank, world_size, run.loader_backend)
         self.choices = choices_of(config, config.stages[: index + 1], storage)
         self.checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint, run.ownership)
         self.evaluation = StageEvaluation(config, index, storage, tokenizer, collectives, self.choices)

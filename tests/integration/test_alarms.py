@@ -19,14 +19,14 @@ OBJECTIVES = {"contrastive": {}, "matching": {}}
 
 def _troubled(folder: str) -> list[str]:
     """A head that calls every pair matched, a contrast at its clamp, a slow rank, a slow store; what was logged."""
-    from pipeline.data.loading.preparation import ThreadPreparer
+    from pipeline.data.loading.backends import ThreadBackend
     from pipeline.training import loop, trainer
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
-    class SlowPreparer(ThreadPreparer):
-        def finish(self, step: int) -> Any:
+    class SlowBackend(ThreadBackend):
+        def result(self, step: int) -> Any:
             time.sleep(0.1)
-            return super().finish(step)
+            return super().result(step)
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -55,7 +55,7 @@ def _troubled(folder: str) -> list[str]:
     try:
         stages = {"stages.pairs.objectives": OBJECTIVES, "stages.pairs.batch": 8}
         config = short_config(folder, data__lanes=8, **stages)
-        loop.train(config, lambda progress: None, preparer=SlowPreparer)
+        loop.train(config, lambda progress: None, loader_backend=SlowBackend)
     finally:
         trainer.build_stage_model, DeepSpeedEngine.__call__ = build, call  # type: ignore[method-assign]
     return lines

@@ -26,8 +26,8 @@ from jobs.bench.peers import PEERS
 from jobs.bench.photos import HEIGHT, WIDTH, draw_samples, write_photos
 from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples import augment
 from pipeline.data.reading.samples import iter_captions
-from pipeline.data.rows import augment
 from pipeline.data.storage import Storage
 
 BURN = "import time\nwhile time.process_time() < {seconds}: pass"

@@ -12,13 +12,13 @@ import psutil
 import pytest
 import ray
 
-from jobs.loader_actors import ActorPreparer
+from jobs.loader_actors import RayBackend
 from pipeline.config.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.loader import Loader, local_preparer
-from pipeline.data.loading.preparation import PreparerFactory
+from pipeline.data.loading.backends import BackendFactory
+from pipeline.data.loading.loader import Loader, local_backend
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from tests.support.data_stream import stream_config
@@ -47,22 +47,22 @@ def config(make_pairs) -> RunConfig:
     return config.model_copy(update={"cluster": cluster})
 
 
-def read(config: RunConfig, tokenizer: Tokenizer, preparer: PreparerFactory, rank: int, world: int) -> list[Batch]:
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world, preparer) as loader:
+def read(config: RunConfig, tokenizer: Tokenizer, backend: BackendFactory, rank: int, world: int) -> list[Batch]:
+    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world, backend) as loader:
         return list(islice(loader.batches(2), STEPS))
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
 def test_actors_make_the_rows_that_the_rank_would_make(cluster, config, tokenizer, rank: int, world: int):
-    remote = read(config, tokenizer, ActorPreparer, rank, world)
-    for batch, expected in zip(remote, read(config, tokenizer, local_preparer, rank, world), strict=True):
+    remote = read(config, tokenizer, RayBackend, rank, world)
+    for batch, expected in zip(remote, read(config, tokenizer, local_backend, rank, world), strict=True):
         for name in ("uid", "image_id", "image", "masked_text", "mask_labels", "patch_positions"):
             assert getattr(batch, name).equal(getattr(expected, name)), name
 
 
 def test_a_killed_actor_comes_back_and_nothing_changes(cluster, config, tokenizer):
-    expected = read(config, tokenizer, local_preparer, 0, 1)
-    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, ActorPreparer) as loader:
+    expected = read(config, tokenizer, local_backend, 0, 1)
+    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, RayBackend) as loader:
         for number, (batch, whole) in enumerate(zip(loader.batches(2), expected, strict=False)):
             assert batch.image.equal(whole.image)
             if number == 1:
@@ -78,7 +78,7 @@ def actor_processes() -> list[int]:
 
 
 def test_an_actors_error_is_raised_here_as_itself(cluster, config, tokenizer):
-    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, ActorPreparer) as loader:
+    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, RayBackend) as loader:
         for shard in Path(config.sources["pairs"].shards).glob("*.tar"):
             shard.unlink()
         with pytest.raises(DataError, match=r"the shard is missing"):

@@ -20,7 +20,7 @@ from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.fingerprint import fingerprint
 from pipeline.data.loading.loader import Loader
-from pipeline.data.plan import Slot
+from pipeline.data.order import SampleRef
 from pipeline.data.reading.samples import SampleReader, iter_captions
 from pipeline.data.shards.manifest import index_shards, load_manifest
 from pipeline.data.shards.source import Source
@@ -152,14 +152,14 @@ def test_shard_replaced_during_the_run_is_refused_by_name(s3, storage, make_pair
     url = s3.url("pairs")
     copy(storage, make_pairs("pairs", [5, 4]), url)
     reader = SampleReader(storage, {"pairs": Source(url, index_shards(storage, url))})
-    reader.read(Slot("pairs", 0, 0, 1))
+    reader.read(SampleRef("pairs", 0, 0, 1))
     data = bytearray(storage.read(join(url, "00001.tar")))
     data[600] ^= 1
     storage.write(join(url, "00001.tar"), bytes(data))
     with pytest.raises(DataError, match=r"00001\.tar: the shard was changed: it was replaced while the run read it"):
-        reader.read(Slot("pairs", 0, 1, 1))
+        reader.read(SampleRef("pairs", 0, 1, 1))
     with pytest.raises(DataError, match=r"00001\.tar: the shard was changed: sample 'pairs00005'"):
-        SampleReader(storage, {"pairs": Source(url, load_manifest(storage, url))}).read(Slot("pairs", 0, 1, 0))
+        SampleReader(storage, {"pairs": Source(url, load_manifest(storage, url))}).read(SampleRef("pairs", 0, 1, 0))
 
 
 def test_truncated_shard_is_refused_by_name(s3, storage, make_pairs):

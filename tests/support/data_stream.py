@@ -48,7 +48,7 @@ def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: rang
                     batch = next(stream)
                     hash_rows(digest, batch)
                     uids += batch.uid.tolist()
-                epochs = [slot.epoch for slot in loaders[0].plan.batch(step)]
+                epochs = [slot.epoch for slot in loaders[0].order.batch(step)]
                 read = " ".join(f"{epoch}:{uid}" for epoch, uid in zip(epochs, uids, strict=True))
                 file.write(f"{step} {digest.hexdigest()} {read}\n")
                 file.flush()

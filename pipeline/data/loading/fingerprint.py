@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples.builder import IGNORED
 from pipeline.data.loading.loader import Loader
-from pipeline.data.rows.rows import IGNORED
 from pipeline.data.storage import Storage
 
 

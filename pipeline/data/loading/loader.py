@@ -1,6 +1,6 @@
 """From the plan to batches, in order. What a batch holds is decided by its step alone (contract C1).
 
-Batches are prepared ahead by threads, processes or actors (`pipeline.data.loading.preparation`), and handed over in
+Batches are prepared ahead by threads, processes or actors (`pipeline.data.loading.backends`), and handed over in
 order. The loader's whole state is the step it delivers next: what was prepared in vain is never counted.
 
 Shapes: B rows, S image side, L tokens, K masked tokens or patches a row.
@@ -23,20 +23,20 @@ from pipeline.config.urls import is_local
 from pipeline.data.batch import Batch
 from pipeline.data.contents.choices import load_answers
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.preparation import Preparer, PreparerFactory, ThreadPreparer
-from pipeline.data.loading.workers import ProcessPreparer
-from pipeline.data.plan import rank_slice
+from pipeline.data.examples.batch_buffer import BatchBuffer
+from pipeline.data.examples.builder import LoaderSpec
+from pipeline.data.loading.backends import BackendFactory, LoaderBackend, ThreadBackend
+from pipeline.data.loading.process_backend import ProcessBackend
+from pipeline.data.order import rank_slice
 from pipeline.data.quarantine import Quarantine
 from pipeline.data.reading.cache import NodeCache, open_window_bytes
-from pipeline.data.rows.row_buffer import RowBuffer
-from pipeline.data.rows.rows import RowTask
 from pipeline.data.shards.source import Source, open_source, selection_url
 from pipeline.data.storage import Storage
 
 
-def local_preparer(task: RowTask, storage: Storage) -> Preparer:
+def local_backend(task: LoaderSpec, storage: Storage) -> LoaderBackend:
     """Beside the trainer: processes, or threads of its own process when the config asks for no process."""
-    return ProcessPreparer(task, storage) if task.config.data.loader.workers else ThreadPreparer(task, storage)
+    return ProcessBackend(task, storage) if task.config.data.loader.workers else ThreadBackend(task, storage)
 
 
 class Loader:
@@ -53,7 +53,7 @@ class Loader:
         tokenizer: Tokenizer,
         rank: int,
         world_size: int,
-        preparer: PreparerFactory = local_preparer,
+        backend: BackendFactory = local_backend,
     ):
         config = config.for_stage(stage)
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
@@ -62,18 +62,18 @@ class Loader:
         _check_cache(config, sources, world_size)
         places = rank_slice(stage.batch, rank, world_size)
         answers = load_answers(config, stage, storage)
-        self._task = RowTask(config, stage, tokenizer, sources, places, answers)
-        self.plan = self._task.plan()
-        self._preparer = preparer
+        self._task = LoaderSpec(config, stage, tokenizer, sources, places, answers)
+        self.order = self._task.order()
+        self._preparer = backend
         self._quarantine = Quarantine(config.data.max_bad_rate)
         self._read_before: dict[str, float] = dict.fromkeys(self._sizes, 0.0)
-        self._open: list[Preparer] = []
+        self._open: list[LoaderBackend] = []
         self.wait_seconds = 0.0  # that the consumer of `batches` has waited for data
 
     @property
     def digest(self) -> str:
         """Names the order and content of every batch; a run only resumes with the digest it began with."""
-        return self.plan.digest
+        return self.order.digest
 
     @property
     def sources(self) -> dict[str, str]:
@@ -83,21 +83,21 @@ class Loader:
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches start_step, start_step + 1, … without end. What went wrong with a batch is raised in its turn."""
         seen = self._quarantine.seen
-        epochs = self.plan.epochs(start_step)
+        epochs = self.order.epochs(start_step)
         self._read_before = {n: epochs[n] / self._world_size - seen[n] / self._sizes[n] for n in epochs}
-        preparer = self._preparer(self._task, self._storage)
-        self._open.append(preparer)
+        backend = self._preparer(self._task, self._storage)
+        self._open.append(backend)
         begun: deque[int] = deque()
         step = start_step
         try:
-            while preparer in self._open:
+            while backend in self._open:
                 while len(begun) <= self._config.data.loader.prefetch_batches:
-                    preparer.begin(step)
+                    backend.submit(step)
                     begun.append(step)
                     step += 1
-                yield self._finish(preparer, begun.popleft())
+                yield self._finish(backend, begun.popleft())
         finally:
-            self._end(preparer)
+            self._end(backend)
 
     def counts(self) -> dict[str, int | float]:
         """For the tracker: bad samples, samples and epochs of each source; the sums over ranks are the whole run's."""
@@ -115,8 +115,8 @@ class Loader:
 
     def close(self) -> None:
         """Ends every thread and process. Iterators in use end at their next batch."""
-        for preparer in list(self._open):
-            self._end(preparer)
+        for backend in list(self._open):
+            self._end(backend)
 
     def __enter__(self) -> Loader:
         return self
@@ -124,15 +124,15 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _end(self, preparer: Preparer) -> None:
-        if preparer in self._open:
-            self._open.remove(preparer)
-            preparer.close()
+    def _end(self, backend: LoaderBackend) -> None:
+        if backend in self._open:
+            self._open.remove(backend)
+            backend.close()
 
-    def _finish(self, preparer: Preparer, step: int) -> Batch:
+    def _finish(self, backend: LoaderBackend, step: int) -> Batch:
         started = time.perf_counter()
         try:
-            rows, bad = preparer.finish(step)
+            rows, bad = backend.result(step)
         finally:
             self.wait_seconds += time.perf_counter() - started
         self._quarantine.deliver((self._names[number] for number in rows["source"]), bad)
@@ -141,7 +141,7 @@ class Loader:
         return to_batch(step, self._task.places, rows)
 
 
-def to_batch(step: int, places: range, rows: RowBuffer) -> Batch:
+def to_batch(step: int, places: range, rows: BatchBuffer) -> Batch:
     """The rows as tensors over the same memory, cut to what the longest among them need."""
     whole = ("label", "answers", "answer_scores")
     tensors: dict[str, Tensor] = {name: torch.from_numpy(rows[name]) for name in whole if name in rows}
@@ -168,7 +168,7 @@ def to_batch(step: int, places: range, rows: RowBuffer) -> Batch:
     )
 
 
-def _picture_tensors(rows: RowBuffer) -> dict[str, Tensor]:
+def _picture_tensors(rows: BatchBuffer) -> dict[str, Tensor]:
     """Pictures, cut to the tallest and widest if they keep their shape, and their patches, cut to the most of a row."""
     tensors = {}
     for name in ("image", "second_image"):
@@ -190,7 +190,7 @@ def _picture_tensors(rows: RowBuffer) -> dict[str, Tensor]:
     return tensors
 
 
-def _region_tensors(rows: RowBuffer) -> dict[str, Tensor]:
+def _region_tensors(rows: BatchBuffer) -> dict[str, Tensor]:
     """The regions, cut to the most regions and the most masked ones of a row."""
     count = rows["num_regions"]
     most = int(count.max())

@@ -1,4 +1,4 @@
-"""A loader process, started by `pipeline.data.loading.workers` with a socket and shared memory as open files.
+"""A loader process, started by `pipeline.data.loading.process_backend` with a socket and shared memory as open files.
 
 It reads jobs from a socket and writes rows into memory it shares with its rank. It holds nothing that outlives it:
 the memory has no name, there is no semaphore, and when its rank dies, however it dies, the socket closes and it ends.
@@ -22,10 +22,10 @@ import torch
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.redaction import configure_logging
 from pipeline.data import in_progress
-from pipeline.data.loading.preparation import RowThreads
+from pipeline.data.examples.batch_buffer import BatchBuffer, BatchSpec
+from pipeline.data.examples.builder import ExampleBuilder, LoaderSpec
+from pipeline.data.loading.backends import ExampleThreads
 from pipeline.data.quarantine import BadRecord
-from pipeline.data.rows.row_buffer import RowBuffer, RowLayout
-from pipeline.data.rows.rows import RowMaker, RowTask
 from pipeline.data.storage import Storage
 
 
@@ -33,9 +33,9 @@ from pipeline.data.storage import Storage
 class Assignment:
     """What a loader process is told first."""
 
-    task: RowTask  # of the process's own places
+    task: LoaderSpec  # of the process's own places
     storage: Storage
-    layout: RowLayout  # of a whole slot, which the rank's processes fill together
+    layout: BatchSpec  # of a whole slot, which the rank's processes fill together
     first: int  # the place of a slot's row 0
 
 
@@ -65,9 +65,11 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
         job: Job = connection.recv()
         try:
             if maker is None or threads is None:
-                maker = RowMaker(assignment.task, assignment.storage)
-                threads = RowThreads(maker, assignment.task.config.data.loader.threads)
-            buffer = RowBuffer(assignment.layout, memoryview(memory)[job.offset : job.offset + assignment.layout.bytes])
+                maker = ExampleBuilder(assignment.task, assignment.storage)
+                threads = ExampleThreads(maker, assignment.task.config.data.loader.threads)
+            buffer = BatchBuffer(
+                assignment.layout, memoryview(memory)[job.offset : job.offset + assignment.layout.bytes]
+            )
             runs = threads.submit(job.step, assignment.task.places, buffer, assignment.first)
             _when_all_done(runs, job.step, maker, send)
         except Exception as error:
@@ -75,7 +77,7 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
 
 
 def _when_all_done(
-    runs: list[Future[list[BadRecord]]], step: int, maker: RowMaker, send: Callable[[Done], None]
+    runs: list[Future[list[BadRecord]]], step: int, maker: ExampleBuilder, send: Callable[[Done], None]
 ) -> None:
     left, lock = len(runs), threading.Lock()
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.config.schema import LoaderConfig
 from pipeline.data.contents.members import texts_of
-from pipeline.data.plan import Slot
+from pipeline.data.order import SampleRef
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.randomness import hash64, signed
 from pipeline.data.reading.cache import CachedShard, NodeCache
@@ -94,7 +94,7 @@ class SampleReader:
         self._has_told = False
         self._lock = threading.Lock()
 
-    def read(self, slot: Slot) -> Sample:
+    def read(self, slot: SampleRef) -> Sample:
         """The sample of a slot. Raises DataError when its shard changed, StorageError when it cannot be reached."""
         shards, access = self._shards[slot.source], self._access[slot.source]
         opened = self._open(slot.source, slot.shard)
@@ -117,12 +117,12 @@ class SampleReader:
             members=dict(members),
         )
 
-    def index(self, slot: Slot) -> tuple[ShardIndex, int]:
+    def index(self, slot: SampleRef) -> tuple[ShardIndex, int]:
         """The index of the slot's shard, without the json's fields, and the sample's number in it."""
         opened = self._open(slot.source, slot.shard)
         return opened.index, opened.number(slot.sample)
 
-    def follow(self, slots: Callable[[int], Iterable[Slot]], step: int) -> None:
+    def follow(self, slots: Callable[[int], Iterable[SampleRef]], step: int) -> None:
         """Reads ahead from `step` on, in a thread; `slots(step)` gives what a step will read."""
         self._stop_following()
         if all(shards.is_local for shards in self._shards.values()):
@@ -187,7 +187,7 @@ class SampleReader:
             self._ahead.join()
             self._ahead = None
 
-    def _needs(self, slots: Iterable[Slot], step: int) -> Iterator[PrefetchRequest]:
+    def _needs(self, slots: Iterable[SampleRef], step: int) -> Iterator[PrefetchRequest]:
         """What the slots of remote sources need. A shard without a good index is left to whoever reads it."""
         remote = [slot for slot in slots if not self._shards[slot.source].is_local]
         opened = self._open_together(dict.fromkeys((slot.source, slot.shard) for slot in remote), step)
@@ -220,16 +220,16 @@ class SampleReader:
             )
 
 
-def slots_of(source: Source) -> Callable[[int, int], list[Slot]]:
+def slots_of(source: Source) -> Callable[[int, int], list[SampleRef]]:
     """`slots(start, stop)`: the samples of a source from one number to another, in the manifest's order."""
     ends = np.cumsum(source.counts)
 
-    def slots(start: int, stop: int) -> list[Slot]:
+    def slots(start: int, stop: int) -> list[SampleRef]:
         numbers = np.arange(start, stop)
         shards = np.searchsorted(ends, numbers, side="right")
         samples = numbers - (ends - source.counts)[shards]
         places = zip(shards.tolist(), samples.tolist(), strict=True)
-        return [Slot(source.url, 0, shard, sample) for shard, sample in places]
+        return [SampleRef(source.url, 0, shard, sample) for shard, sample in places]
 
     return slots
 
@@ -240,7 +240,7 @@ def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: i
     end = int(opened.counts.sum()) if stop is None else stop
     between = slots_of(opened)
 
-    def slots(step: int) -> list[Slot]:
+    def slots(step: int) -> list[SampleRef]:
         first = start + step * _CHUNK
         return between(first, max(first, min(first + _CHUNK, end)))
 

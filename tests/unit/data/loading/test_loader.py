@@ -16,9 +16,9 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples import builder as module
 from pipeline.data.loading.fingerprint import fingerprint, hash_rows
 from pipeline.data.loading.loader import Loader
-from pipeline.data.rows import rows as module
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 
@@ -136,7 +136,7 @@ def test_the_same_rank_sees_each_sample_once_an_epoch(folders, tokenizer):
 
 
 def rows_of(loader: Loader, batch: Batch):
-    return zip(loader.plan.batch(batch.step), batch.uid.tolist(), strict=True)
+    return zip(loader.order.batch(batch.step), batch.uid.tolist(), strict=True)
 
 
 def test_batch_holds_what_the_objectives_read(folders, tokenizer):
@@ -198,7 +198,7 @@ def test_image_id_marks_equal_pictures_and_texts_stand_for_themselves(make_pairs
     with make(config, tokenizer) as loader:
         batch = next(loader.batches(0))
         ids = {
-            slot.sample: image_id for slot, image_id in zip(loader.plan.batch(0), batch.image_id.tolist(), strict=True)
+            slot.sample: image_id for slot, image_id in zip(loader.order.batch(0), batch.image_id.tolist(), strict=True)
         }
     assert ids[0] == ids[1]
     assert ids[2] == ids[3]
@@ -270,7 +270,7 @@ def test_bad_samples_are_counted_exactly_and_named_at_every_world_size(spoiled, 
 
 def planned_bad(config: RunConfig, tokenizer: Tokenizer) -> set[tuple[int, int]]:
     with make(config, tokenizer) as loader:
-        slots = [(step, place, s) for step in range(23) for place, s in enumerate(loader.plan.batch(step))]
+        slots = [(step, place, s) for step in range(23) for place, s in enumerate(loader.order.batch(step))]
     return {(step, place) for step, place, slot in slots if (slot.shard, slot.sample) in PLANTED}
 
 
@@ -326,14 +326,14 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
 
 def test_a_fault_is_raised_in_its_own_step_and_every_thread_ends(folders, tokenizer, monkeypatch: pytest.MonkeyPatch):
     config = run_config(folders, data={"loader": {"threads": 3, "prefetch_batches": 4}})
-    make_rows = module.RowMaker.make
+    make_rows = module.ExampleBuilder.make
 
-    def failing(maker: module.RowMaker, step: int, *rest):
+    def failing(maker: module.ExampleBuilder, step: int, *rest):
         if step == 3:
             raise DataError("the store is gone")
         return make_rows(maker, step, *rest)
 
-    monkeypatch.setattr(module.RowMaker, "make", failing)
+    monkeypatch.setattr(module.ExampleBuilder, "make", failing)
     batches = make(config, tokenizer).batches(0)
     assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"the store is gone"):

@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import LoaderConfig, SourceConfig, StorageConfig
-from pipeline.data.plan import Plan, PlanSource, Slot
+from pipeline.data.order import DataOrder, OrderSource, SampleRef
 from pipeline.data.reading import cache as cache_module
 from pipeline.data.reading import shard_reader as module
 from pipeline.data.reading.cache import NodeCache
@@ -61,7 +61,7 @@ def folder(make_pairs) -> str:
 
 
 def test_slot_gives_the_bytes_that_were_packed(folder: str, make_pair):
-    sample = reader(folder).read(Slot("pairs", 0, 1, 2))
+    sample = reader(folder).read(SampleRef("pairs", 0, 1, 2))
     assert sample.members == make_pair(8)
     assert (sample.shard, sample.key) == ("00001.tar", "pairs00008")
     data = Path(folder, "00001.tar").read_bytes()
@@ -70,7 +70,7 @@ def test_slot_gives_the_bytes_that_were_packed(folder: str, make_pair):
 
 def test_uid_is_the_same_wherever_the_shard_is_read(folder: str, make_pairs):
     manifest = load_manifest(Storage(), folder)
-    sample = reader(folder).read(Slot("pairs", 5, 1, 2))
+    sample = reader(folder).read(SampleRef("pairs", 5, 1, 2))
     assert sample.uid == sample_uid(manifest.shards[1], 2)
     assert -(2**63) <= sample.uid < 2**63
     uids = {s.uid for s in iter_samples(Storage(), folder)}
@@ -102,10 +102,10 @@ def test_slots_count_the_chosen_samples(folder: str):
     source = open_source(Storage(), SourceConfig(shards=folder, opt_out=str(listed)))
     chosen = SampleReader(Storage(), {"pairs": source})
     assert source.counts.tolist() == [4, 4]
-    assert [chosen.read(Slot("pairs", 0, 0, at)).key for at in range(4)] == [index.keys[n] for n in (1, 2, 4, 5)]
-    assert [chosen.index(Slot("pairs", 0, 0, at))[1] for at in range(4)] == [1, 2, 4, 5]
+    assert [chosen.read(SampleRef("pairs", 0, 0, at)).key for at in range(4)] == [index.keys[n] for n in (1, 2, 4, 5)]
+    assert [chosen.index(SampleRef("pairs", 0, 0, at))[1] for at in range(4)] == [1, 2, 4, 5]
     everything = reader(folder)
-    assert chosen.read(Slot("pairs", 0, 0, 2)) == everything.read(Slot("pairs", 0, 0, 4))
+    assert chosen.read(SampleRef("pairs", 0, 0, 2)) == everything.read(SampleRef("pairs", 0, 0, 4))
 
 
 def test_missing_shard_is_told_before_anything_is_read(folder: str):
@@ -139,17 +139,17 @@ def test_a_shard_cut_anywhere_is_refused_by_name(folder: str, cut: int):
 def test_a_shard_cut_during_the_run_is_refused_by_name(folder: str, cut: int, is_open: bool):
     opened = reader(folder)
     if is_open:
-        opened.read(Slot("pairs", 0, 0, 0))
+        opened.read(SampleRef("pairs", 0, 0, 0))
     os.truncate(f"{folder}/00000.tar", list(cut_places(folder).values())[cut])
     with pytest.raises(DataError, match=r"00000\.tar: the shard was truncated"):
-        opened.read(Slot("pairs", 0, 0, 4))
+        opened.read(SampleRef("pairs", 0, 0, 4))
 
 
 def test_a_shard_deleted_during_the_run_is_refused_by_name(folder: str):
     opened = reader(folder)
     os.unlink(f"{folder}/00000.tar")
     with pytest.raises(DataError, match=r"00000\.tar: the shard is missing, and was there at first"):
-        opened.read(Slot("pairs", 0, 0, 4))
+        opened.read(SampleRef("pairs", 0, 0, 4))
 
 
 def test_a_changed_shard_of_the_same_size_is_refused_by_name(folder: str):
@@ -160,9 +160,9 @@ def test_a_changed_shard_of_the_same_size_is_refused_by_name(folder: str):
     path.write_bytes(data)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     opened = reader(folder)
-    opened.read(Slot("pairs", 0, 0, 2))
+    opened.read(SampleRef("pairs", 0, 0, 2))
     with pytest.raises(DataError, match=r"00000\.tar: the shard was changed: sample 'pairs00003'"):
-        opened.read(Slot("pairs", 0, 0, 3))
+        opened.read(SampleRef("pairs", 0, 0, 3))
 
 
 def test_local_shards_keep_a_bounded_number_of_files_open(make_pairs, monkeypatch: pytest.MonkeyPatch):
@@ -171,7 +171,7 @@ def test_local_shards_keep_a_bounded_number_of_files_open(make_pairs, monkeypatc
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     opened, most = reader(folder), 0
     for shard in range(40):
-        opened.read(Slot("pairs", 0, shard, 0))
+        opened.read(SampleRef("pairs", 0, shard, 0))
         most = max(most, open_tars(folder))
     assert most == 16
     opened.close()
@@ -221,7 +221,7 @@ def test_remote_equals_local_and_each_span_is_fetched_once(folder: str, monkeypa
         time.sleep(0.05)
         return fetch(shards, shard, start, stop)
 
-    slots = [Slot("pairs", 0, shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
+    slots = [SampleRef("pairs", 0, shard, sample) for shard, size in enumerate([6, 4]) for sample in range(size)]
     expected = [local.read(slot) for slot in slots]
     monkeypatch.setattr(module.ShardReader, "fetch", slow)
     with ThreadPoolExecutor(8) as pool:
@@ -242,7 +242,7 @@ def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.Mo
         return bytes(data)
 
     monkeypatch.setattr(module.ShardReader, "fetch", damaged)
-    assert remote.read(Slot("pairs", 0, 0, 0)) == reader(folder).read(Slot("pairs", 0, 0, 0))
+    assert remote.read(SampleRef("pairs", 0, 0, 0)) == reader(folder).read(SampleRef("pairs", 0, 0, 0))
     assert np.sum(times) >= 2
     Storage().delete(url)
 
@@ -255,12 +255,16 @@ class Epoch:
 
     def __init__(self, folder: str, url: str):
         self.url, self.source = url, source_of(folder)
-        self.plan = Plan(
-            {"pairs": PlanSource(self.source.counts, 1.0, self.source.digest)}, lanes=2, window=1, seed=3, batch=8
+        self.order = DataOrder(
+            {"pairs": OrderSource(self.source.counts, 1.0, self.source.digest)},
+            num_streams=2,
+            shuffle_window=1,
+            seed=3,
+            batch_size=8,
         )
         self.steps = range(30)
         local = reader(folder)
-        self.expected = [[local.read(slot) for slot in self.plan.batch(step)] for step in self.steps]
+        self.expected = [[local.read(slot) for slot in self.order.batch(step)] for step in self.steps]
         indexes = [load_index(Storage(), folder, record) for record in self.source.manifest.shards]
         self.spans = {
             (record.name, *make_shard_view(index).span(number))
@@ -272,13 +276,13 @@ class Epoch:
         """What a loader with four threads and two batches ahead reads of the places."""
         source = Source(self.url, self.source.manifest)
         with SampleReader(storage, {"pairs": source}, loader, cache) as remote, ThreadPoolExecutor(4) as pool:
-            remote.follow(lambda step: self.plan.slots(step, places) if step in self.steps else [], 0)
+            remote.follow(lambda step: self.order.samples(step, places) if step in self.steps else [], 0)
             read = {}
             begun: dict[int, list] = {}
             for step in self.steps:
                 for ahead in range(step, min(step + 3, self.steps.stop)):
                     if ahead not in begun:
-                        begun[ahead] = [pool.submit(remote.read, slot) for slot in self.plan.slots(ahead, places)]
+                        begun[ahead] = [pool.submit(remote.read, slot) for slot in self.order.samples(ahead, places)]
                 read[step] = [run.result(60) for run in begun[step]]
                 remote.reached(step)
         return [read[step] for step in self.steps]
@@ -385,11 +389,11 @@ def test_a_damaged_cached_shard_is_downloaded_again(s3, epoch: Epoch, tmp_path: 
 def test_a_cached_shard_cut_while_it_is_read_costs_no_sample(s3, epoch: Epoch, tmp_path: Path):
     cache = NodeCache(tmp_path, 2**30)
     with SampleReader(Storage(s3.config), {"pairs": Source(epoch.url, epoch.source.manifest)}, ROOM, cache) as remote:
-        remote.read(Slot("pairs", 0, 0, 0))
+        remote.read(SampleRef("pairs", 0, 0, 0))
         (cached,) = cache.folder.glob("*.tar")
         os.truncate(cached, 1000)
-        assert remote.read(Slot("pairs", 0, 0, 39)).key == "pairs00039"
-        assert remote.read(Slot("pairs", 0, 0, 38)).key == "pairs00038"
+        assert remote.read(SampleRef("pairs", 0, 0, 39)).key == "pairs00039"
+        assert remote.read(SampleRef("pairs", 0, 0, 38)).key == "pairs00038"
     assert cached.stat().st_size == epoch.source.manifest.shards[0].bytes
 
 
@@ -403,12 +407,12 @@ def test_a_shard_replaced_in_the_store_is_refused_by_name(s3, epoch: Epoch, tmp_
         data = bytearray(storage.read(join(epoch.url, "00002.tar")))
         data[600] ^= 1
         storage.write(join(epoch.url, "00002.tar"), bytes(data))
-        remote.follow(lambda step: epoch.plan.batch(step) if step in epoch.steps else [], 0)
-        remote.read(Slot("pairs", 0, 1, 0))
+        remote.follow(lambda step: epoch.order.batch(step) if step in epoch.steps else [], 0)
+        remote.read(SampleRef("pairs", 0, 1, 0))
         with pytest.raises(
             DataError, match=r"00002\.tar: the shard was changed: it was replaced while the run read it"
         ):
-            remote.read(Slot("pairs", 0, 2, 0))
+            remote.read(SampleRef("pairs", 0, 2, 0))
 
 
 @ON_MOTO
@@ -417,9 +421,9 @@ def test_following_can_begin_again_elsewhere(s3, epoch: Epoch):
     source = Source(epoch.url, epoch.source.manifest)
     with SampleReader(storage, {"pairs": source}, ROOM) as remote:
         for start in (15, 3):
-            remote.follow(lambda step: epoch.plan.batch(step) if step in epoch.steps else [], start)
+            remote.follow(lambda step: epoch.order.batch(step) if step in epoch.steps else [], start)
             for step in range(start, start + 10):
-                assert [remote.read(slot) for slot in epoch.plan.batch(step)] == epoch.expected[step]
+                assert [remote.read(slot) for slot in epoch.order.batch(step)] == epoch.expected[step]
                 remote.reached(step)
     assert set(Counter(storage.ranges).values()) == {1}
 
@@ -434,8 +438,8 @@ def test_no_thread_starts_before_use_and_none_outlives_the_reader(s3, epoch: Epo
     source = Source(epoch.url, epoch.source.manifest)
     remote = SampleReader(Storage(s3.config), {"pairs": source}, ROOM, NodeCache(tmp_path, 2**30))
     assert threads_of_readers() == []
-    remote.follow(lambda step: epoch.plan.batch(step) if step in epoch.steps else [], 0)
-    remote.read(epoch.plan.slot(0, 0))
+    remote.follow(lambda step: epoch.order.batch(step) if step in epoch.steps else [], 0)
+    remote.read(epoch.order.sample(0, 0))
     assert "read-ahead" in threads_of_readers()
     remote.close()
     assert threads_of_readers() == []
@@ -445,8 +449,8 @@ def test_no_thread_starts_before_use_and_none_outlives_the_reader(s3, epoch: Epo
 
 def test_local_sources_start_no_thread(folder: str):
     local = reader(folder)
-    local.follow(lambda step: [Slot("pairs", 0, 0, 0)], 0)
-    local.read(Slot("pairs", 0, 0, 0))
+    local.follow(lambda step: [SampleRef("pairs", 0, 0, 0)], 0)
+    local.read(SampleRef("pairs", 0, 0, 0))
     local.reached(0)
     assert threads_of_readers() == []
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config.errors import DataError
 from pipeline.config.schema import FilterConfig, SourceConfig
-from pipeline.data.plan import Slot
+from pipeline.data.order import SampleRef
 from pipeline.data.reading.samples import SampleReader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.shards.source import Source, open_source
@@ -19,7 +19,7 @@ def keys_read(source: Source) -> list[list[str]]:
     reader = SampleReader(Storage(), {"pairs": source})
     try:
         return [
-            [reader.read(Slot("pairs", 0, shard, number)).key for number in range(count)]
+            [reader.read(SampleRef("pairs", 0, shard, number)).key for number in range(count)]
             for shard, count in enumerate(source.counts.tolist())
         ]
     finally:

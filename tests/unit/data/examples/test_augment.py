@@ -10,8 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.rows.augment import (
+from pipeline.data.examples.augment import (
     FILL,
     MAX_MAGNITUDE,
     NAMES,
@@ -32,6 +31,7 @@ from pipeline.data.rows.augment import (
     shear,
     translate,
 )
+from pipeline.data.randomness import CounterRandom, hash64
 
 CONFIGS = Path(__file__).parents[4] / "configs"
 PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, operations=0)

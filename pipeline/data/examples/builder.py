@@ -24,14 +24,14 @@ from pipeline.data.contents.members import captions_of, check_members, class_of,
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.data.plan import Buckets, Plan, PlanSource, Slot, rank_slice
+from pipeline.data.examples.augment import augment, mentions_side
+from pipeline.data.examples.batch_buffer import BatchBuffer, BatchFields, BatchSpec, RegionSizes
+from pipeline.data.examples.masking import mask_patches, mask_whole_words, stand_ins
+from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample, judged, judging
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
 from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.samples import Sample, SampleReader
-from pipeline.data.rows.augment import augment, mentions_side
-from pipeline.data.rows.masking import mask_patches, mask_whole_words, stand_ins
-from pipeline.data.rows.row_buffer import RegionSizes, RowBuffer, RowLayout, Wants
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 
@@ -42,7 +42,7 @@ IGNORED = -100  # the label of a padded masked place
 
 
 @dataclass(frozen=True)
-class RowTask:
+class LoaderSpec:
     """Everything that decides the rows of some places of a stage's batches. Picklable: a loader process gets one."""
 
     config: RunConfig
@@ -53,8 +53,8 @@ class RowTask:
     answers: Choices | None = None  # that the stage chooses among
 
     @property
-    def wants(self) -> Wants:
-        return Wants.of(self.config, self.stage)
+    def wants(self) -> BatchFields:
+        return BatchFields.of(self.config, self.stage)
 
     @property
     def use(self) -> Use:
@@ -66,7 +66,7 @@ class RowTask:
         return hash64(self.config.seed, self.stage.name)
 
     @property
-    def layout(self) -> RowLayout:
+    def layout(self) -> BatchSpec:
         stage, shape = self.stage, self.shape
         if isinstance(shape, OwnShape):
             side, patches = shape.canvas, self.max_visible_patches
@@ -75,7 +75,7 @@ class RowTask:
             side, patches, read = shape, self.config.model.num_patches, 0
         masked = len(mask_patches(patches, stage.masking.patches, CounterRandom(0)))
         regions = _region_sizes(self.config, stage) if self.wants.regions else None
-        return RowLayout.of(self.wants, len(self.places), side, stage.max_text, masked, regions, read)
+        return BatchSpec.of(self.wants, len(self.places), side, stage.max_text, masked, regions, read)
 
     @property
     def shape(self) -> Shape:
@@ -89,28 +89,28 @@ class RowTask:
         assert isinstance(self.shape, OwnShape)
         return min(self.shape.num_patches, model.max_visible_patches or self.shape.num_patches)
 
-    def split(self, parts: int) -> list[RowTask]:
+    def split(self, parts: int) -> list[LoaderSpec]:
         """The task in contiguous parts, each of whole lanes as far as may be; at most one part a place."""
         count = min(parts, len(self.places))
         slices = [rank_slice(len(self.places), part, count) for part in range(count)]
         return [replace(self, places=self.places[part.start : part.stop]) for part in slices]
 
-    def plan(self, reader: SampleReader | None = None) -> Plan:
+    def order(self, reader: SampleReader | None = None) -> DataOrder:
         """The stage's order. Without a reader the order of buckets is not known, only their digest."""
         config, stage = self.config, self.stage
         sources = {
-            name: PlanSource(source.counts, stage.sources[name], f"{config.sources[name].use} {source.digest}")
+            name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].use} {source.digest}")
             for name, source in self.sources.items()
         }
         buckets = None
         if stage.buckets is not None:
-            buckets = Buckets(stage.buckets.batches, _lengths(reader, stage.buckets.by))
-        return Plan(
+            buckets = LengthBuckets(stage.buckets.batches, _lengths(reader, stage.buckets.by))
+        return DataOrder(
             sources,
-            lanes=config.data.lanes,
-            window=config.data.window,
+            num_streams=config.data.lanes,
+            shuffle_window=config.data.window,
             seed=self.seed,
-            batch=stage.batch,
+            batch_size=stage.batch,
             extra=self._recipe(),
             buckets=buckets,
         )
@@ -133,10 +133,10 @@ class RowTask:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class PendingExample:
     """A sample that is good as far as can be told without decoding it, and the text that is read with it."""
 
-    slot: Slot
+    slot: SampleRef
     sample: Sample
     text: str = ""  # the caption drawn for it, its question or its statement
     answers: Mapping[str, float] = field(default_factory=dict)
@@ -148,23 +148,23 @@ class _Draft:
         return any(mentions_side(each) for each in (self.text, *self.answers))
 
 
-class RowMaker:
+class ExampleBuilder:
     """Makes the rows of a task. Threads may share one; `close` ends what reads ahead."""
 
-    def __init__(self, task: RowTask, storage: Storage):
+    def __init__(self, task: LoaderSpec, storage: Storage):
         cv2.setNumThreads(0)  # rows are the unit of parallel work; OpenCV's own threads would only contend
         settings = task.config.data.cache
         cache = NodeCache(settings.folder, settings.max_bytes) if settings.folder else None
         self._task, self._wants, self._seed = task, task.wants, task.seed
         self._numbers = {name: number for number, name in enumerate(sorted(task.sources))}
         self._reader = SampleReader(storage, task.sources, task.config.data.loader, cache)
-        self.plan = task.plan(self._reader)
+        self.order = task.order(self._reader)
         # Asked for all places of a step at once: that costs little more than the few of one thread's turn.
-        self._slots = lru_cache(_STEPS_PLANNED)(partial(self.plan.slots, places=task.places))
+        self._slots = lru_cache(_STEPS_PLANNED)(partial(self.order.samples, places=task.places))
 
     def begin(self, step: int) -> None:
         """Starts reading ahead of `step`."""
-        self._reader.follow(lambda later: self.plan.slots(later, self._task.places), step)
+        self._reader.follow(lambda later: self.order.samples(later, self._task.places), step)
 
     def reached(self, step: int) -> None:
         """All rows of `step` are made: what only they needed need not be kept."""
@@ -173,13 +173,13 @@ class RowMaker:
     def close(self) -> None:
         self._reader.close()
 
-    def make(self, step: int, places: range, buffer: RowBuffer, first: int) -> list[BadRecord]:
+    def make(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[BadRecord]:
         """Writes the rows of `places` into the buffer, whose row 0 is place `first`; returns what had to be replaced.
 
         Raises DataError or StorageError; a bad sample raises nothing.
         """
         bad: list[BadRecord] = []
-        drafts: dict[int, _Draft] = {}
+        drafts: dict[int, PendingExample] = {}
         planned = self._slots(step)
         for place in places:
             slot = planned[place - self._task.places.start]
@@ -195,9 +195,9 @@ class RowMaker:
             bad.append(self._replace(step, place, buffer, row, record))
         return bad
 
-    def _replace(self, step: int, place: int, buffer: RowBuffer, row: int, bad: BadRecord) -> BadRecord:
+    def _replace(self, step: int, place: int, buffer: BatchBuffer, row: int, bad: BadRecord) -> BadRecord:
         for attempt in range(MAX_TRIES):
-            slot = self.plan.replacement(step, place, attempt)
+            slot = self.order.replacement(step, place, attempt)
             sample = self._reader.read(slot)
             try:
                 draft = self._draft(slot, sample)
@@ -211,32 +211,32 @@ class RowMaker:
             "look at them with mome shards check"
         )
 
-    def _draft(self, slot: Slot, sample: Sample) -> _Draft:
+    def _draft(self, slot: SampleRef, sample: Sample) -> PendingExample:
         """Raises BadSample."""
         with judging("members"):
             return self._judged_draft(slot, sample)
 
-    def _judged_draft(self, slot: Slot, sample: Sample) -> _Draft:
+    def _judged_draft(self, slot: SampleRef, sample: Sample) -> PendingExample:
         check_members(sample.members, sample.is_duplicate)
         use = self._task.use
         if use == "questions":
             question = question_of(sample.members)
-            return _Draft(slot, sample, question.text, question.answers)
+            return PendingExample(slot, sample, question.text, question.answers)
         if use == "statements":
             statement = statement_of(sample.members)
-            return _Draft(slot, sample, statement.text, label=int(statement.is_true))
+            return PendingExample(slot, sample, statement.text, label=int(statement.is_true))
         if use == "labelled":
-            return _Draft(slot, sample, label=class_of(sample.members, self._task.stage.classes))
+            return PendingExample(slot, sample, label=class_of(sample.members, self._task.stage.classes))
         if not self._wants.text:
-            return _Draft(slot, sample)
+            return PendingExample(slot, sample)
         captions = captions_of(sample.members)
-        return _Draft(slot, sample, captions[self._random(slot, sample, "caption").integer(len(captions))])
+        return PendingExample(slot, sample, captions[self._random(slot, sample, "caption").integer(len(captions))])
 
-    def _encode(self, drafts: Sequence[_Draft]) -> Sequence[Tokens]:
+    def _encode(self, drafts: Sequence[PendingExample]) -> Sequence[Tokens]:
         """One call for all texts: the tokenizer's own loop is not Python's."""
         return self._task.tokenizer.encode_batch([draft.text for draft in drafts], self._task.stage.max_text)
 
-    def _write(self, drafts: Mapping[int, _Draft], buffer: RowBuffer) -> dict[int, BadSample]:
+    def _write(self, drafts: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
         """Writes rows by their number; returns those that could not be, with what was wrong.
 
         One thing is done for all rows before the next: decoding a picture empties the processor's caches, and what
@@ -245,7 +245,7 @@ class RowMaker:
         """
         bad: dict[int, BadSample] = {}
 
-        def judge(stage: str, write: Callable[[int, _Draft], None], rows: Iterable[int] = drafts) -> None:
+        def judge(stage: str, write: Callable[[int, PendingExample], None], rows: Iterable[int] = drafts) -> None:
             for row in rows:
                 if row not in bad:
                     try:
@@ -259,12 +259,12 @@ class RowMaker:
         if self._wants.image:
             waiting: dict[int, list[np.ndarray]] = {}
 
-            def decode_one(row: int, draft: _Draft) -> None:
+            def decode_one(row: int, draft: PendingExample) -> None:
                 waiting[row] = self._decode(draft)
                 if _bytes_of(waiting) > _DECODED_BYTES:
                     augment_all()
 
-            def augment_one(row: int, draft: _Draft) -> None:
+            def augment_one(row: int, draft: PendingExample) -> None:
                 self._write_pictures(draft, waiting.pop(row), buffer, row)
 
             def augment_all() -> None:
@@ -275,7 +275,7 @@ class RowMaker:
         judge("members", lambda row, draft: self._write_rest(draft, buffer, row))
         return bad
 
-    def _write_rest(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+    def _write_rest(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """All but the text and the pictures. Raises BadSample."""
         sample, slot = draft.sample, draft.slot
         if self._wants.regions:
@@ -292,14 +292,14 @@ class RowMaker:
         buffer["image_id"][row] = (sample.image_id or sample.uid) if is_shown else sample.uid
         buffer["source"][row] = self._numbers[slot.source]
 
-    def _decode(self, draft: _Draft) -> list[np.ndarray]:
+    def _decode(self, draft: PendingExample) -> list[np.ndarray]:
         """Raises BadSample."""
         members = draft.sample.members
         encoded = both_images(members) if self._wants.second_image else (image_bytes(members),)
         with in_progress.decoding(f"{draft.slot.source}: {draft.sample.shard} {draft.sample.key}"):
             return [decode(each, self._task.config.data.max_pixels) for each in encoded]
 
-    def _write_pictures(self, draft: _Draft, decoded: list[np.ndarray], buffer: RowBuffer, row: int) -> None:
+    def _write_pictures(self, draft: PendingExample, decoded: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
         data, shape = self._task.config.data, self._task.shape
         allow_flip = not (data.augment.flip_spares_sides and draft.mentions_side)
         for name, purpose, picture in zip(
@@ -313,7 +313,7 @@ class RowMaker:
         if "visible_patches" in buffer:
             self._write_patches_read(draft, buffer, row)
 
-    def _write_patches_read(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+    def _write_patches_read(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """All patches of a picture in its own shape; where they are more than the model reads, some at random."""
         most, count = self._task.max_visible_patches, self._num_patches(buffer, row)
         read = np.arange(count)
@@ -321,7 +321,7 @@ class RowMaker:
             read = np.sort(self._random(draft.slot, draft.sample, "patches read").permutation(count)[:most])
         buffer.write("visible_patches", row, read, -1)
 
-    def _write_masked_patches(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+    def _write_masked_patches(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """Of a picture in its own shape only patches that are read are masked, their share the same in each picture."""
         masking, count = self._task.stage.masking, self._num_patches(buffer, row)
         random = self._random(draft.slot, draft.sample, "patches")
@@ -337,14 +337,14 @@ class RowMaker:
             shown = stand_ins(positions, count, masking.patches_covered, masking.patches_swapped, random)
             buffer.write("patch_replacements", row, shown, -1)
 
-    def _num_patches(self, buffer: RowBuffer, row: int) -> int:
+    def _num_patches(self, buffer: BatchBuffer, row: int) -> int:
         """Of the row's picture."""
         model = self._task.config.model
         if "image_size" not in buffer:
             return model.num_patches
         return int(buffer["image_size"][row].prod()) // model.patch_size**2
 
-    def _write_regions(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+    def _write_regions(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """Raises BadSample when there are no regions, or none that this model reads."""
         model, wants = self._task.config.model, self._wants
         assert isinstance(model, ImageBERTConfig)
@@ -363,14 +363,14 @@ class RowMaker:
             buffer["region_hidden"][row] = False
             buffer["region_hidden"][row, positions[is_zeroed]] = True
 
-    def _write_answers(self, draft: _Draft, buffer: RowBuffer, row: int) -> None:
+    def _write_answers(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
         """The listed ones among the answers; a question may have none, and teaches then what it is not."""
         assert self._task.answers is not None
         listed = self._task.answers.numbered(draft.answers)
         buffer.write("answers", row, np.array(list(listed), dtype=np.int64), -1)
         buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32), 0.0)
 
-    def _write_text(self, draft: _Draft, tokens: Tokens, buffer: RowBuffer, row: int) -> None:
+    def _write_text(self, draft: PendingExample, tokens: Tokens, buffer: BatchBuffer, row: int) -> None:
         if len(tokens) <= 2:
             raise BadSample("caption", f"no token is left of {draft.text[:40]!r}")
         tokenizer, masking = self._task.tokenizer, self._task.stage.masking
@@ -384,7 +384,7 @@ class RowMaker:
             buffer.write("mask_positions", row, masked.positions, 0)
             buffer.write("mask_labels", row, masked.labels, IGNORED)
 
-    def _random(self, slot: Slot, sample: Sample, purpose: str) -> CounterRandom:
+    def _random(self, slot: SampleRef, sample: Sample, purpose: str) -> CounterRandom:
         return sample_random(self._seed, slot.epoch, sample.uid, purpose)
 
 
@@ -398,10 +398,10 @@ def _region_sizes(config: RunConfig, stage: StageConfig) -> RegionSizes:
     return RegionSizes(most, config.model.region_features, masked_at_most(most, stage.masking.regions))
 
 
-def _lengths(reader: SampleReader | None, by: str) -> Callable[[Slot], int]:
+def _lengths(reader: SampleReader | None, by: str) -> Callable[[SampleRef], int]:
     """What buckets sort by: the longest caption's characters, or the picture's aspect ratio in thousandths."""
 
-    def length(slot: Slot) -> int:
+    def length(slot: SampleRef) -> int:
         assert reader is not None, "the order of buckets is read from the shards' indexes"
         index, sample = reader.index(slot)
         if by == "caption":
@@ -411,7 +411,7 @@ def _lengths(reader: SampleReader | None, by: str) -> Callable[[Slot], int]:
     return length
 
 
-def _record(error: BadSample, sample: Sample, slot: Slot, step: int, place: int) -> BadRecord:
+def _record(error: BadSample, sample: Sample, slot: SampleRef, step: int, place: int) -> BadRecord:
     return BadRecord(
         source=slot.source,
         shard=sample.shard,

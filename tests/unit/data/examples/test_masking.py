@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.data.contents.text import Tokenizer, Tokens
+from pipeline.data.examples.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, stand_ins
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.data.rows.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, stand_ins
 
 CAPTIONS = ["a zebra", "dogs", "an antelope overtakes the hippopotamus quickly", "a man in a red shirt rides a horse"]
 

@@ -19,10 +19,10 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.images import OwnShape, on_one_canvas, random_resized_crop, resize
 from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples.augment import augment
 from pipeline.data.loading.fingerprint import fingerprint, hash_rows
 from pipeline.data.loading.loader import Loader
 from pipeline.data.randomness import CounterRandom
-from pipeline.data.rows.augment import augment
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 

@@ -24,7 +24,7 @@ Field = tuple[str, tuple[int, ...], np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Wants:
+class BatchFields:
     """What the rows of a stage hold, decided by its sources' use and its objectives."""
 
     image: bool
@@ -40,7 +40,7 @@ class Wants:
     masked_regions: bool = False
 
     @staticmethod
-    def of(config: RunConfig, stage: StageConfig) -> Wants:
+    def of(config: RunConfig, stage: StageConfig) -> BatchFields:
         use, objectives = config.use_of(stage), stage.objectives
         both = not objectives.keys().isdisjoint(
             {"contrastive", "matching", "word_patch", "ranking", "answering", "reasoning"}
@@ -48,7 +48,7 @@ class Wants:
         masked_text, masked_image = "masked_language" in objectives, "masked_image" in objectives
         fused = masked_text and use == "pairs"  # masked words of a pair are read beside its picture
         described = masked_image and use == "pairs" and config.model.kind == "vilt"  # and patches beside its text
-        return Wants(
+        return BatchFields(
             image=(both and use != "regions") or fused or masked_image or "classification" in objectives,
             text=both or masked_text or described or use == "regions",
             masked_text=masked_text,
@@ -73,7 +73,7 @@ class RegionSizes:
 
 
 @dataclass(frozen=True)
-class RowLayout:
+class BatchSpec:
     """Which arrays `rows` rows need, and where each lies in `bytes` bytes of memory."""
 
     rows: int
@@ -81,14 +81,14 @@ class RowLayout:
 
     @staticmethod
     def of(
-        wants: Wants,
+        wants: BatchFields,
         rows: int,
         image_size: int,
         max_text: int,
         masked_patches: int,
         regions: RegionSizes | None = None,
         max_visible_patches: int = 0,
-    ) -> RowLayout:
+    ) -> BatchSpec:
         """`max_visible_patches` is the most patches a row has, where pictures keep their shape; 0: they are square."""
         integer, byte = np.dtype(np.int64), np.dtype(np.uint8)
         fields: list[Field] = [(name, (rows,), integer) for name in ("uid", "image_id", "source")]
@@ -116,14 +116,14 @@ class RowLayout:
             fields.append(("patch_replacements", (rows, masked_patches), integer))
         if regions is not None:
             fields += _region_fields(wants, rows, regions)
-        return RowLayout(rows, tuple(fields))
+        return BatchSpec(rows, tuple(fields))
 
     @property
     def bytes(self) -> int:
         return sum(_aligned(shape, kind) for _, shape, kind in self.fields)
 
 
-class RowBuffer:
+class BatchBuffer:
     """The arrays of a layout over `memory` (anything with the buffer protocol), by name.
 
     `source` numbers the plan's sources; a text is `text_length` tokens and padding, and of the masked places the
@@ -131,7 +131,7 @@ class RowBuffer:
     the regions the first `num_regions` are real, of the masked ones those above -1.
     """
 
-    def __init__(self, layout: RowLayout, memory: Any):
+    def __init__(self, layout: BatchSpec, memory: Any):
         self.layout, self.memory = layout, memory
         self._arrays: dict[str, np.ndarray] = {}
         offset = 0
@@ -140,8 +140,8 @@ class RowBuffer:
             offset += _aligned(shape, kind)
 
     @staticmethod
-    def allocate(layout: RowLayout) -> RowBuffer:
-        return RowBuffer(layout, np.empty(layout.bytes, dtype=np.uint8))
+    def allocate(layout: BatchSpec) -> BatchBuffer:
+        return BatchBuffer(layout, np.empty(layout.bytes, dtype=np.uint8))
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
@@ -155,20 +155,20 @@ class RowBuffer:
         array[row, : len(values)] = values
         array[row, len(values) :] = fill
 
-    def copy(self) -> RowBuffer:
+    def copy(self) -> BatchBuffer:
         """The same rows in memory of their own."""
-        other = RowBuffer.allocate(self.layout)
+        other = BatchBuffer.allocate(self.layout)
         for name, array in self._arrays.items():
             other[name][...] = array
         return other
 
-    def copy_rows(self, rows: range, source: RowBuffer) -> None:
+    def copy_rows(self, rows: range, source: BatchBuffer) -> None:
         """Takes all rows of a smaller buffer, as `rows` of this one."""
         for name, array in self._arrays.items():
             array[rows.start : rows.stop] = source[name]
 
 
-def _region_fields(wants: Wants, rows: int, sizes: RegionSizes) -> list[Field]:
+def _region_fields(wants: BatchFields, rows: int, sizes: RegionSizes) -> list[Field]:
     integer, number = np.dtype(np.int64), np.dtype(np.float32)
     fields: list[Field] = [
         ("num_regions", (rows,), integer),

@@ -23,10 +23,10 @@ from multiprocessing.connection import Connection, wait
 
 from pipeline.config.errors import RunFailed
 from pipeline.data import in_progress
+from pipeline.data.examples.batch_buffer import BatchBuffer
+from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.worker import Assignment, Done, Job
 from pipeline.data.quarantine import BadRecord
-from pipeline.data.rows.row_buffer import RowBuffer
-from pipeline.data.rows.rows import RowTask
 from pipeline.data.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # row
 PROGRAM = "from pipeline.data.loading.worker import main; main()"  # not -m: its messages would be pickled as __main__'s
 
 
-class ProcessPreparer:
+class ProcessBackend:
     """`loader.workers` processes of `loader.threads` threads each. Rows are handed over where they were written."""
 
-    def __init__(self, task: RowTask, storage: Storage):
+    def __init__(self, task: LoaderSpec, storage: Storage):
         loader = task.config.data.loader
         self._layout, self._first = task.layout, task.places.start
         self._memory = _SlotMemory(self._layout.bytes, loader.prefetch_batches + 1 + HELD)
@@ -57,17 +57,17 @@ class ProcessPreparer:
         self._slots: dict[int, int] = {}  # step -> its slot
         self._done: dict[int, list[Done]] = {}
 
-    def begin(self, step: int) -> None:
+    def submit(self, step: int) -> None:
         self._slots[step] = self._memory.take()
         self._done[step] = []
         for worker in self._workers:
             worker.give(Job(step, self._slots[step] * self._layout.bytes))
 
-    def finish(self, step: int) -> tuple[RowBuffer, list[BadRecord]]:
+    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
         while len(self._done[step]) < len(self._workers):
             self._receive()
         slot, parts = self._slots.pop(step), self._done.pop(step)
-        rows = RowBuffer(self._layout, self._memory.lend(slot))
+        rows = BatchBuffer(self._layout, self._memory.lend(slot))
         for part in parts:
             if part.error is not None:
                 raise part.error

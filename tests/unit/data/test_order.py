@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.data.order import (
+    WEIGHT_PARTS,
+    DataOrder,
+    LengthBuckets,
+    OrderSource,
+    SampleRef,
+    mixing_cycle,
+    rank_slice,
+    weight_parts,
+)
+
+
+def shards(*counts: int, weight: float = 1.0, digest: str = "") -> OrderSource:
+    return OrderSource(np.array(counts, dtype=np.int64), weight, digest)
+
+
+def random_shards(num: int, most: int, seed: int = 0, weight: float = 1.0) -> OrderSource:
+    """Shards of very unequal size, 0 to `most` samples: as many of 1 to 10 as of 100 to 1000."""
+    sizes = 10 ** np.random.default_rng(seed).uniform(-1, math.log10(most), num)
+    return OrderSource(sizes.astype(np.int64), weight, "")
+
+
+def data_order(streams: int = 8, batch: int = 32, seed: int = 0, window: int = 2, buckets=None, **changed) -> DataOrder:
+    sources = {"a": shards(10, 0, 7, 23, 1), "b": shards(50, 61, weight=2.3)} | changed
+    return DataOrder(sources, streams, window, seed, batch, buckets=buckets)
+
+
+def by_stream(order: DataOrder, steps: int) -> dict[int, list[SampleRef]]:
+    share = order.batch_size // order.num_streams
+    streams = defaultdict(list)
+    for step in range(steps):
+        for place, sample in enumerate(order.batch(step)):
+            streams[place // share].append(sample)
+    return streams
+
+
+@pytest.mark.parametrize("streams", [1, 2, 8, 32])
+@pytest.mark.parametrize("window", [1, 2, 100])
+def test_every_sample_comes_exactly_once_per_epoch(streams: int, window: int):
+    order = data_order(streams, window=window)
+    read = Counter(sample for step in range(60) for sample in order.batch(step))
+    assert set(read.values()) == {1}
+    for source, size in {"a": 41, "b": 111}.items():
+        last = min(epochs_reached(order, source, 60))
+        assert last >= 5
+        for epoch in range(last):
+            assert sum(sample.source == source and sample.epoch == epoch for sample in read) == size
+
+
+def epochs_reached(order: DataOrder, source: str, steps: int) -> list[int]:
+    """The epoch each stream has reached in a source."""
+    return [max(s.epoch for s in samples if s.source == source) for samples in by_stream(order, steps).values()]
+
+
+def test_streams_are_equal_to_within_one_sample():
+    order = data_order()
+    streams = by_stream(order, 60)
+    for source in "ab":
+        taken = Counter()
+        for epoch in range(min(epochs_reached(order, source, 60))):
+            lengths = [sum(s.source == source and s.epoch == epoch for s in samples) for samples in streams.values()]
+            taken.update(dict(enumerate(lengths)))
+            assert max(lengths) - min(lengths) <= 1
+            assert max(taken.values()) - min(taken.values()) <= 1, "odd samples must rotate"
+
+
+def test_mixing_stays_within_two_samples_of_the_weights():
+    order = data_order(c=shards(40, weight=0.7))
+    total = 1.0 + 2.3 + 0.7
+    for samples in by_stream(order, 400).values():
+        taken = Counter()
+        for count, sample in enumerate(samples, start=1):
+            taken[sample.source] += 1
+            for source, weight in {"a": 1.0, "b": 2.3, "c": 0.7}.items():
+                assert abs(taken[source] - count * weight / total) < 2
+
+
+TWENTY = {f"s{number:02}": shards(1000 + number, weight=number + 0.3) for number in range(20)}
+
+
+def test_every_span_of_20_sources_is_within_two_samples_of_the_weights():
+    order = DataOrder(TWENTY, num_streams=6, shuffle_window=2, seed=3, batch_size=6 * 256)
+    shares = np.array(order.parts) / sum(order.parts)
+    assert sum(order.parts) == WEIGHT_PARTS
+    for samples in by_stream(
+        order, 2 * WEIGHT_PARTS // 256
+    ).values():  # two cycles: windows of up to one, from every start
+        stands = np.array([order.names.index(sample.source) for sample in samples])[:, None] == np.arange(20)
+        ahead = np.concatenate([np.zeros((1, 20)), np.cumsum(stands - shares, axis=0)])
+        # A window's deviation is the difference of two prefixes': the widest pair bounds them all.
+        assert np.ptp(ahead, axis=0).max() < 2
+
+
+def test_source_counts_of_batches_vary_less_than_independent_draws():
+    """A stream gives B/C turns in a row from a hashed offset, so a batch's count of a source is a sum of C such counts:
+    mean Bw, variance C times that of B/C turns from a random offset of the cycle."""
+    streams, share, steps = 64, 16, WEIGHT_PARTS // 16
+    order = DataOrder(TWENTY, streams, shuffle_window=2, seed=5, batch_size=streams * share)
+    counts = [Counter(sample.source for sample in order.batch(step)) for step in range(steps)]
+    cycle = np.array(mixing_cycle(order.parts))
+    deviations, ratios = [], []
+    for number, (name, part) in enumerate(zip(order.names, order.parts, strict=True)):
+        before = np.concatenate([[0], np.cumsum(np.tile(cycle, 2) == number)])
+        variance = streams * np.var(before[share : share + WEIGHT_PARTS] - before[:WEIGHT_PARTS])
+        expected = order.batch_size * part / WEIGHT_PARTS
+        deviations.append([(count[name] - expected) / math.sqrt(variance) for count in counts])
+        ratios.append(variance / (expected * (1 - part / WEIGHT_PARTS)))
+    assert np.abs(deviations).max() < 5
+    assert 0.9 < np.std(deviations) < 1.1
+    assert max(ratios) < 1
+    assert np.mean(ratios) < 0.5
+
+
+def test_unequal_shards_fill_192_streams_equally():
+    data = random_shards(300, 10_000)
+    order = DataOrder({"a": data}, num_streams=192, shuffle_window=4, seed=1, batch_size=192 * 32)
+    total = int(data.counts.sum())
+    assert data.counts.min() == 0
+    assert data.counts.max() > 5000
+    epochs = Counter()
+    read = [set(), set()]
+    for step in range(2 * total // order.batch_size + 2):
+        for place, sample in enumerate(order.batch(step)):
+            if sample.epoch < 2:
+                epochs[sample.epoch, place // 32] += 1
+                read[sample.epoch].add((sample.shard, sample.sample))
+    whole = {(shard, sample) for shard, size in enumerate(data.counts.tolist()) for sample in range(size)}
+    assert read == [whole, whole]
+    lengths = np.array([[epochs[epoch, stream] for stream in range(192)] for epoch in range(2)])
+    assert lengths.sum(axis=1).tolist() == [total, total], "no sample twice"
+    assert np.ptp(lengths, axis=1).max() <= 1
+    assert np.ptp(lengths.sum(axis=0)) <= 1
+
+
+@pytest.mark.parametrize("streams", [1, 12, 16, 192])
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 36, 64, 100, 128, 256, 384])
+def test_number_of_ranks_per_stream_follows_the_formula(streams: int, world: int):
+    batch = 4608
+    share = batch // streams
+    slices = [rank_slice(batch, rank, world) for rank in range(world)]
+    fetched = sum(len({place // share for place in places}) for places in slices)
+    formula = streams + world - math.gcd(streams, world)
+    if batch % world == 0:
+        assert fetched == formula
+    assert fetched <= formula  # rounding a rank's first place down can only bring it to a stream's edge
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, 1], [0.3, 0.5, 0.2], [1, 2, 3, 4, 5, 6, 7], [1000, 1], [0.1] * 20])
+def test_cycle_keeps_tijdemans_bound_and_is_periodic(weights: list[float]):
+    parts = weight_parts(weights)
+    cycle = mixing_cycle(parts)
+    assert len(cycle) == sum(parts) <= WEIGHT_PARTS
+    assert [cycle.count(source) for source in range(len(parts))] == parts
+    if len(parts) == 1:
+        return
+    taken = [0] * len(parts)
+    for turn, source in enumerate(cycle, start=1):
+        taken[source] += 1
+        worst = max(abs(turn * part / len(cycle) - count) for part, count in zip(parts, taken, strict=True))
+        assert worst <= 1 - 1 / (2 * len(parts) - 2) + 1e-9
+
+
+def test_weights_are_exact_to_one_part():
+    parts = weight_parts([0.3, 0.5, 0.2])
+    assert sum(parts) == WEIGHT_PARTS
+    assert all(abs(p - w * WEIGHT_PARTS) < 1 for p, w in zip(parts, [0.3, 0.5, 0.2], strict=True))
+    assert weight_parts([2.0, 2.0]) == [1, 1]
+
+
+def test_order_and_digest_do_not_depend_on_earlier_calls():
+    first, second = data_order(), data_order()
+    first.batch(0), first.batch(77)
+    assert first.digest == second.digest
+    assert [first.batch(step) for step in (5, 3)] == [second.batch(step) for step in (5, 3)]
+
+
+def test_sequence_of_sources_has_no_influence():
+    sources = {"a": shards(41), "b": shards(99, weight=2.0)}
+    turned = dict(reversed(sources.items()))
+    assert DataOrder(sources, 4, 2, 0, 8).digest == DataOrder(turned, 4, 2, 0, 8).digest
+    assert DataOrder(sources, 4, 2, 0, 8).batch(9) == DataOrder(turned, 4, 2, 0, 8).batch(9)
+
+
+def test_every_input_changes_the_digest():
+    base = {"a": shards(41, 3)}
+    digests = [
+        DataOrder(base, 4, 2, 0, 8).digest,
+        DataOrder({"a": shards(41, 3, digest="replaced")}, 4, 2, 0, 8).digest,
+        DataOrder({"a": shards(40, 4)}, 4, 2, 0, 8).digest,
+        DataOrder({"z": shards(41, 3)}, 4, 2, 0, 8).digest,
+        DataOrder(base | {"b": shards(41)}, 4, 2, 0, 8).digest,
+        DataOrder(base | {"b": shards(41, weight=2.0)}, 4, 2, 0, 8).digest,
+        DataOrder(base, 2, 2, 0, 8).digest,
+        DataOrder(base, 4, 3, 0, 8).digest,
+        DataOrder(base, 4, 2, 1, 8).digest,
+        DataOrder(base, 4, 2, 0, 16).digest,
+        DataOrder(base, 4, 2, 0, 8, extra=["another tokenizer"]).digest,
+        DataOrder(base, 4, 2, 0, 8, buckets=LengthBuckets(4, len)).digest,
+        DataOrder(base, 4, 2, 0, 8, buckets=LengthBuckets(8, len)).digest,
+    ]
+    assert len(set(digests)) == len(digests)
+
+
+def test_epochs_and_streams_are_shuffled():
+    order = DataOrder({"a": shards(*[20] * 10)}, 4, 2, 0, 8)
+    epochs = [[(s.shard, s.sample) for step in range(25) for s in order.batch(25 * e + step)] for e in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    in_order = sum(later == (now[0], now[1] + 1) for now, later in zip(epochs[0], epochs[0][1:], strict=False))
+    assert in_order < 20
+
+
+def test_window_bounds_the_number_of_open_shards():
+    order = DataOrder({"a": shards(*[20] * 12)}, 1, 3, 0, 1)
+    read = [order.sample(step, 0).shard for step in range(240)]
+    assert [len(set(read[first : first + 60])) for first in range(0, 240, 60)] == [3, 3, 3, 3]
+
+
+def test_replacement_comes_from_the_same_window():
+    order = DataOrder({"a": shards(*[20] * 12)}, 1, 3, 0, 1)
+    window = {order.sample(step, 0).shard for step in range(60)}
+    candidates = [order.replacement(17, 0, attempt) for attempt in range(16)]
+    assert {sample.shard for sample in candidates} <= window
+    assert len(set(candidates)) > 8
+    assert candidates == [order.replacement(17, 0, attempt) for attempt in range(16)]
+    assert {sample.epoch for sample in candidates} == {0}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7, 40])
+def test_ranks_tile_the_batch_to_within_one_example(world: int):
+    slices = [rank_slice(32, rank, world) for rank in range(world)]
+    assert [place for rows in slices for place in rows] == list(range(32))
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+def test_distant_steps_cost_no_more_than_near_ones():
+    order = data_order()
+    samples = order.batch(10**9)
+    assert len(samples) == 32
+    assert all(sample.epoch > 10**7 for sample in samples)
+
+
+def test_epochs_count_how_often_each_source_was_read():
+    order = DataOrder({"a": shards(64), "b": shards(32)}, 4, 2, 0, 8)
+    assert order.epochs(16) == {"a": 1.0, "b": 2.0}
+
+
+def test_source_smaller_than_the_streams_is_refused():
+    with pytest.raises(DataError, match=r"source 'a' has 3 samples.*Lower data.lanes to at most 3"):
+        DataOrder({"a": shards(2, 1)}, 4, 2, 0, 8)
+
+
+def test_streams_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ConfigError, match=r"data.lanes 5 does not divide the global batch size 8"):
+        DataOrder({"a": shards(20)}, 5, 2, 0, 8)
+
+
+def test_samples_of_places_equal_those_of_the_whole_batch():
+    order = data_order()
+    batch = order.batch(7)
+    assert len(batch) == 32
+    assert order.samples(7, range(5, 29)) == batch[5:29]
+    assert order.samples(7, range(3, 32, 4)) == batch[3::4]
+    assert order.samples(7, range(4, 4)) == []
+    assert [data_order().sample(7, place) for place in range(32)] == batch
+
+
+def test_memory_does_not_grow_with_the_number_of_samples():
+    def needed(samples: int) -> int:
+        tracemalloc.start()
+        order = DataOrder({"a": shards(*[samples] * 5000)}, num_streams=512, shuffle_window=4, seed=0, batch_size=4096)
+        for step in (0, 10**6):
+            order.batch(step)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    assert needed(200_000) < 1.1 * needed(200)
+
+
+def test_source_without_samples_is_refused():
+    with pytest.raises(DataError, match="source 'a' has no samples to read"):
+        DataOrder({"a": shards(0, 0)}, 4, 2, 0, 8)
+
+
+def caption_length(sample: SampleRef) -> int:
+    """Of made-up captions: 3 to 60 tokens or so, most of them short, as web captions are."""
+    random = np.random.default_rng([sample.shard, sample.sample, len(sample.source)])
+    return 3 + int(min(57, random.lognormal(2.2, 0.6)))
+
+
+def bucketed(batches: int = 8, **changed) -> DataOrder:
+    return data_order(batch=64, buckets=LengthBuckets(batches, caption_length), **changed)
+
+
+def padding(order: DataOrder, steps: int) -> float:
+    """Share of the token places of global batches that hold padding."""
+    lengths = np.array([[caption_length(sample) for sample in order.batch(step)] for step in range(steps)])
+    return 1 - lengths.mean() / lengths.max(axis=1).mean()
+
+
+def test_buckets_more_than_halve_the_padding():
+    assert padding(data_order(batch=64), 64) > 0.7
+    assert padding(bucketed(batches=8), 64) < 0.35
+    assert padding(bucketed(batches=16), 64) < 0.25
+
+
+def test_every_sample_comes_exactly_once_per_epoch_with_buckets():
+    order, plain = bucketed(), data_order(batch=64)
+    read = Counter(sample for step in range(64) for sample in order.batch(step))
+    without = Counter(sample for step in range(64) for sample in plain.batch(step))
+    assert read == without, "eight whole blocks hold the same samples, and no sample twice"
+    assert set(read.values()) == {1}
+    assert {sample.epoch for sample in read if sample.source == "a"} >= {0, 1, 2}, "blocks reach over the end of epochs"
+
+
+def test_buckets_group_every_block_by_length():
+    streams = by_stream(bucketed(), 16)
+    for stream, samples in streams.items():
+        for block in (samples[:64], samples[64:]):
+            groups = [sorted(map(caption_length, block[first : first + 8])) for first in range(0, 64, 8)]
+            in_order = sorted(groups)
+            assert all(now[-1] <= later[0] for now, later in pairwise(in_order))
+            if stream == 0:
+                assert groups != in_order, "short batches do not come first"
+
+
+def test_streams_contribute_groups_of_the_same_length_rank():
+    streams = by_stream(bucketed(), 8)
+    ranks = []
+    for samples in streams.values():
+        means = [
+            np.mean([caption_length(sample) for sample in samples[first : first + 8]]) for first in range(0, 64, 8)
+        ]
+        ranks.append(np.argsort(np.argsort(means)).tolist())
+    assert ranks == ranks[:1] * 8
+
+
+@pytest.mark.parametrize("world", [1, 3, 5, 8])
+def test_bucketed_batch_does_not_depend_on_ranks_or_first_step(world: int):
+    together = bucketed()
+    for step in (1003, 2):
+        apart = [bucketed().samples(step, rank_slice(64, rank, world)) for rank in range(world)]
+        assert [sample for rows in apart for sample in rows] == together.batch(step)
+    fresh = bucketed()
+    assert [fresh.sample(2, place) for place in range(64)] == together.batch(2)
+
+
+def test_lengths_are_read_only_of_streams_in_use():
+    asked = set()
+
+    def length(sample: SampleRef) -> int:
+        asked.add(sample)
+        return caption_length(sample)
+
+    order = data_order(batch=64, buckets=LengthBuckets(8, length))
+    order.sample(3, 17)
+    assert asked == set(by_stream(data_order(batch=64), 8)[2])
+
+
+def test_threads_share_the_lengths_of_a_block():
+    asked = Counter()
+
+    def length(sample: SampleRef) -> int:
+        asked[sample] += 1
+        return caption_length(sample)
+
+    order = data_order(batch=64, buckets=LengthBuckets(8, length))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda step: order.samples(step, range(16, 24)), [*range(8)] * 4))
+    assert found == [bucketed().samples(step, range(16, 24)) for step in [*range(8)] * 4]
+    assert len(asked) == 64
+    assert set(asked.values()) == {1}
+
+
+def test_replacement_of_a_bucketed_sample_comes_from_its_window():
+    data = {"a": shards(*[40] * 12)}
+    order = DataOrder(data, 1, 3, 0, 4, buckets=LengthBuckets(20, caption_length))
+    plain = DataOrder(data, 1, 3, 0, 4)
+    windows = [{sample.shard for step in range(30 * w, 30 * w + 30) for sample in plain.batch(step)} for w in range(4)]
+    assert [len(window) for window in windows] == [3] * 4
+    for step in range(0, 60):
+        planned, instead = order.sample(step, 2), order.replacement(step, 2, attempt=1)
+        assert [planned.shard in window for window in windows] == [instead.shard in window for window in windows]
