@@ -13,13 +13,13 @@ from pipeline.config.urls import absolute
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.evaluation.embedding import DONE, Embedder, digest_of, embed_source
-from pipeline.evaluation.ranks import ALONE, Ranks
+from pipeline.evaluation.embedding import DONE, Embedder, checkpoint_digest, embed_shards
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.checkpoint import COMMIT, weights_info
 
 
 @dataclass(frozen=True)
-class Asked:
+class EmbedRequest:
     shards: str
     checkpoint: str
     out: str
@@ -38,8 +38,8 @@ def embed(
     Raises ConfigError for a checkpoint that trained no contrast, CheckpointError, DataError.
     """
     shards, checkpoint, out = (absolute(url.rstrip("/")) for url in (shards, checkpoint, out))
-    asked = Asked(shards, checkpoint, out, caller.model_dump_json())
-    ranks = ranks_here() if workers is None else ALONE
+    asked = EmbedRequest(shards, checkpoint, out, caller.model_dump_json())
+    ranks = ranks_here() if workers is None else SINGLE_PROCESS
     if ranks.rank != 0:
         _embed(asked, ranks)
         return None
@@ -54,7 +54,7 @@ def embed(
 class _Shown:
     """How far the ranks are, wherever they run: by the records of finished shards."""
 
-    def __init__(self, asked: Asked, storage: Storage):
+    def __init__(self, asked: EmbedRequest, storage: Storage):
         self._shards = len(load_manifest(storage, asked.shards).shards)
         self._folder, self._storage = join(asked.out, DONE), storage
         self._before = self._shown = storage.list_info(self._folder)
@@ -70,15 +70,15 @@ class _Shown:
 
 def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
     """What Ray Train runs on each worker."""
-    return answered(loop_config, lambda asked, ranks: _embed(Asked(**asked), ranks))
+    return answered(loop_config, lambda asked, ranks: _embed(EmbedRequest(**asked), ranks))
 
 
-def _embed(asked: Asked, ranks: Ranks) -> dict[str, Any]:
+def _embed(asked: EmbedRequest, ranks: Ranks) -> dict[str, Any]:
     storage = asked.store()
     weights = weights_to_score(storage, asked.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
-    digest = digest_of(storage.read(join(weights.url, COMMIT)))
+    digest = checkpoint_digest(storage.read(join(weights.url, COMMIT)))
     embedder = Embedder(model_of(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
-    found = embed_source(embedder, storage, asked.shards, asked.out, ranks, config.data.max_bad_rate)
+    found = embed_shards(embedder, storage, asked.shards, asked.out, ranks, config.data.max_bad_rate)
     return {"out": asked.out, "checkpoint": weights.url, **asdict(found)}

@@ -28,12 +28,12 @@ from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import TASKS, evaluate
-from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.evaluation.report import Linked, render, show
+from pipeline.evaluation.explain import alignment_examples
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.evaluation.report import ReportLink, build_report_data, render_report
+from pipeline.evaluation.report_data import EvalKey, ReportData, headline, load_report_data, save_report_data
 from pipeline.evaluation.results import Evaluation
-from pipeline.evaluation.shown import Key, Shown, headline, keep, kept
 from pipeline.models import build_model, skeleton
 from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run, stages_of
@@ -58,7 +58,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalRequest:
     """What is to be measured, on what."""
 
     checkpoint: str
@@ -85,7 +85,7 @@ class Target:
     info: WeightsInfo
     config: RunConfig  # with the caller's stores and servers
     source: str  # one of its sources
-    key: Key
+    key: EvalKey
 
     @property
     def label(self) -> str:
@@ -97,24 +97,24 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalResult:
     """What the first rank tells of an evaluation: everything that is then written, printed and tracked."""
 
     result: dict[str, Any]  # as `mome evaluate --json` prints it
     metrics: dict[str, float]
-    shown: Shown | None  # on the first rank
+    shown: ReportData | None  # on the first rank
     warnings: list[str]
 
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """The last stage of a run that has just been trained; on its ranks where they have what the driver may lack."""
     caller = Caller.of(config)
-    asked = Asked(config.folder, caller=caller.model_dump_json())
+    asked = EvalRequest(config.folder, caller=caller.model_dump_json())
     with add_time(caller.store(), config.folder, "evaluation"):
         target = _target(asked, caller)
         gpus = config.cluster.gpus_per_worker
         ranks = config.cluster.workers
-        measured = _measured_on_ray(asked, target, ranks) if gpus else _measured(asked, target.key, ALONE)
+        measured = _measured_on_ray(asked, target, ranks) if gpus else _measured(asked, target.key, SINGLE_PROCESS)
         return _deliver(measured, target, caller, track=True)
 
 
@@ -141,7 +141,9 @@ def evaluate_checkpoint(
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
     ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
     """
-    asked = Asked(checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, name, caller=caller.model_dump_json())
+    asked = EvalRequest(
+        checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, name, caller=caller.model_dump_json()
+    )
     if report is not None:
         check_output(caller.store(), str(report), "--report")
     target = _target(asked, caller)
@@ -153,7 +155,7 @@ def evaluate_checkpoint(
     return _deliver(measured, target, caller, track, other, report) if ranks.rank == 0 else None
 
 
-def _target(asked: Asked, caller: Caller) -> Target:
+def _target(asked: EvalRequest, caller: Caller) -> Target:
     """Raises ConfigError, CheckpointError and DataError for what can be known to be wrong before weights are read."""
     storage = caller.store()
     info = weights_info(storage, asked.checkpoint)
@@ -176,13 +178,15 @@ def _target(asked: Asked, caller: Caller) -> Target:
     )
     step = info.step if info.is_checkpoint else None
     is_headline = (source, limit, step) == (config.evaluation.source, usual, None)
-    key = Key(info.stage, step, "", manifest.digest, limit, config.sources[source].use, is_headline)
-    known = [each.key for each in kept(storage, config.folder)]
+    key = EvalKey(info.stage, step, "", manifest.digest, limit, config.sources[source].use, is_headline)
+    known = [each.key for each in load_report_data(storage, config.folder)]
     key = replace(key, name=_name(asked.name, source, key, limit != usual, info.config, known))
     return Target(info, caller.applied(config), source, key)
 
 
-def _name(asked: str | None, source: str, key: Key, is_limited: bool, config: RunConfig, known: list[Key]) -> str:
+def _name(
+    asked: str | None, source: str, key: EvalKey, is_limited: bool, config: RunConfig, known: list[EvalKey]
+) -> str:
     """Return the name of an evaluation: no other of these weights has it, unless it is of the same data.
 
     `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for an `asked` one that is
@@ -213,7 +217,7 @@ def _name(asked: str | None, source: str, key: Key, is_limited: bool, config: Ru
     return next((name for name in candidates if is_free(name)), f"{base}-{key.use}-{key.digest}")
 
 
-def _label(key: Key, config: RunConfig) -> str:
+def _label(key: EvalKey, config: RunConfig) -> str:
     """Return a part of the report's name: what was evaluated, and the weights unless they are the run's last."""
     stage = [] if key.stage == config.stages[-1].name else [key.stage]
     step = [] if key.step is None else [f"step-{key.step}"]
@@ -225,27 +229,27 @@ def _slug(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
 
 
-def _measured_on_ray(asked: Asked, target: Target, workers: int) -> Measured:
+def _measured_on_ray(asked: EvalRequest, target: Target, workers: int) -> EvalResult:
     """Raises MomeError with the first failure, on whichever rank."""
     source, probe = (
         each if each is None or "/" not in each else absolute(each) for each in (asked.source, asked.probe)
     )
     asked = replace(asked, checkpoint=absolute(asked.checkpoint), source=source, probe=probe, name=target.key.name)
     given = {"asked": asdict(asked), "key": asdict(target.key)}
-    return Measured(**on_workers(_evaluate_rank, target.config, workers, "evaluation", given))
+    return EvalResult(**on_workers(_evaluate_rank, target.config, workers, "evaluation", given))
 
 
 def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
     """What Ray Train runs on each worker."""
 
     def measure(given: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-        asked = Asked(**given["asked"])
-        return vars(_measured(asked, Key(**given["key"]), ranks))
+        asked = EvalRequest(**given["asked"])
+        return vars(_measured(asked, EvalKey(**given["key"]), ranks))
 
     return answered(loop_config, measure)
 
 
-def _measured(asked: Asked, key: Key, ranks: Ranks) -> Measured:
+def _measured(asked: EvalRequest, key: EvalKey, ranks: Ranks) -> EvalResult:
     """Called on each of the ranks, which get the same; only the first makes the page."""
     storage = asked.store()
     weights = weights_to_score(storage, asked.checkpoint)
@@ -273,12 +277,14 @@ def _measured(asked: Asked, key: Key, ranks: Ranks) -> Measured:
     found = replace(found, source=key.name).located(checkpoint=weights.url)
     shown = _shown(found, model, tokenizer, config, key) if ranks.rank == 0 else None
     found.held_out.close()
-    return Measured(found.to_json(), found.metrics(), shown, _warnings(found))
+    return EvalResult(found.to_json(), found.metrics(), shown, _warnings(found))
 
 
-def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig, key: Key) -> Shown:
+def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig, key: EvalKey) -> ReportData:
     stage = config.stage_named(found.stage)
-    return show(found, config, tokenizer, aligned(model, tokenizer, found.held_out, config, stage), key)
+    return build_report_data(
+        found, config, tokenizer, alignment_examples(model, tokenizer, found.held_out, config, stage), key
+    )
 
 
 def _warnings(found: Evaluation) -> list[str]:
@@ -295,10 +301,10 @@ def _warnings(found: Evaluation) -> list[str]:
     return told
 
 
-def _evaluation_of(run: str, target: Target, caller: Caller) -> Shown:
+def _evaluation_of(run: str, target: Target, caller: Caller) -> ReportData:
     """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
     opened = open_run(run, caller.store())
-    found = kept(opened.storage, opened.folder)
+    found = load_report_data(opened.storage, opened.folder)
     if not found:
         raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
     same = [each for each in found if each.key.is_of_same_data(target.key)]
@@ -377,11 +383,11 @@ def _with_source(
 
 
 def _deliver(
-    measured: Measured,
+    measured: EvalResult,
     target: Target,
     caller: Caller,
     track: bool | None,
-    other: Shown | None = None,
+    other: ReportData | None = None,
     report: Path | None = None,
 ) -> dict[str, Any]:
     """Warnings to the log, results beside the weights, figures to the run's tracker at the step of the weights."""
@@ -389,7 +395,7 @@ def _deliver(
     assert shown is not None
     for warning in measured.warnings:
         log.warning("%s", warning)
-    page = render(shown, config, _curves(config, storage), other).encode()
+    page = render_report(shown, config, _curves(config, storage), other).encode()
     place = target.report if report is None else str(report)
     _keep(storage, target, shown, is_needed=report is None)
     if report is None:
@@ -401,14 +407,14 @@ def _deliver(
     return measured.result | {"report": place}
 
 
-def _keep(storage: Storage, target: Target, shown: Shown, is_needed: bool) -> None:
+def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) -> None:
     """Beside the weights, with a page of the headline that leads to the others. Raises StorageError if it must."""
     config = target.config
     try:
-        keep(storage, config.folder, shown)
-        found = kept(storage, config.folder)
-        links = [Linked.of(each, quote(f"report-{_label(each.key, config)}.html")) for each in found]
-        page = render(headline(found), config, _curves(config, storage), links=links)
+        save_report_data(storage, config.folder, shown)
+        found = load_report_data(storage, config.folder)
+        links = [ReportLink.of(each, quote(f"report-{_label(each.key, config)}.html")) for each in found]
+        page = render_report(headline(found), config, _curves(config, storage), links=links)
         storage.write(join(config.folder, REPORT), page.encode())
     except StorageError as error:
         if is_needed:
@@ -416,7 +422,7 @@ def _keep(storage: Storage, target: Target, shown: Shown, is_needed: bool) -> No
         log.warning("the results are not kept beside the weights: %s", error)
 
 
-def _track(measured: Measured, target: Target, storage: Storage, page: bytes, track: bool | None) -> None:
+def _track(measured: EvalResult, target: Target, storage: Storage, page: bytes, track: bool | None) -> None:
     config = target.config
     if track is None:
         reason = untracked_because(config, target.info.recorded, storage)

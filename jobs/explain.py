@@ -17,8 +17,16 @@ from pipeline.config.model import MODEL_SECTIONS
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
-from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, explain, untrained
-from pipeline.evaluation.explain_page import subject_of, to_html, to_png
+from pipeline.evaluation.explain import (
+    Condition,
+    ExplainedWord,
+    Explanation,
+    explain,
+    explanation_html,
+    explanation_png,
+    explanation_subject,
+    untrained_notes,
+)
 from pipeline.pages.page import signature
 
 FORMATS = (".html", ".png")
@@ -55,7 +63,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
         text,
         stage.max_text,
     )
-    notes = untrained(config, weights.stage)
+    notes = untrained_notes(config, weights.stage)
     heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"
     write_output(storage, out, _drawn(found, text, heading, notes, Path(out).suffix), "--out")
     return {"out": out, "distance": found.distance, "notes": notes, "words": [_word(each) for each in found.words]}
@@ -63,10 +71,10 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
 
 def _drawn(found: Explanation, text: str, heading: str, notes: list[str], suffix: str) -> bytes:
     if suffix == ".html":
-        return to_html(found, text, heading, notes).encode()
+        return explanation_html(found, text, heading, notes).encode()
     buffer, info = io.BytesIO(), PngInfo()
-    info.add_text("Software", signature(subject_of(found, text, heading)))
-    to_png(found, text, heading, notes).save(buffer, "PNG", optimize=True, pnginfo=info)
+    info.add_text("Software", signature(explanation_subject(found, text, heading)))
+    explanation_png(found, text, heading, notes).save(buffer, "PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 

@@ -20,7 +20,7 @@ from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resiz
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import Storage
-from pipeline.evaluation.retrieval import embed_images, embed_texts, matching_odds
+from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
 from pipeline.training.checkpoint import Weights
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Served:
         if matching and both:
             pairs = torch.tensor([(i, t) for i, t, _ in both])
             image_size = torch.from_numpy(sizes) if own else None
-            odds = matching_odds(self._model, images, tokens, self._tokenizer.pad_id, pairs, image_size=image_size)
+            odds = fusion_scores(self._model, images, tokens, self._tokenizer.pad_id, pairs, image_size=image_size)
             _put(found[MATCHED], [row for *_, row in both], odds.sigmoid().tolist())
         return found
 

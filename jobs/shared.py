@@ -19,7 +19,7 @@ from jobs.pretrain import for_ranks
 from jobs.rank import as_error, as_told
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.schema import RunConfig
-from pipeline.evaluation.ranks import ALONE, Ranks
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.training.collectives import Collectives
 
 Answer = dict[str, Any]
@@ -27,7 +27,7 @@ Answer = dict[str, Any]
 
 def ranks_here() -> Ranks:
     """Those that torchrun started this process among, or this process alone."""
-    return Collectives() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ALONE
+    return Collectives() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE_PROCESS
 
 
 def device_of(ranks: Ranks) -> torch.device:

@@ -38,8 +38,8 @@ from pipeline.data.reading.samples import Sample, iter_samples
 from pipeline.data.shards.manifest import Manifest, ShardRecord, load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage, join
-from pipeline.evaluation.held_out import check_skipped
-from pipeline.evaluation.ranks import ALONE, Ranks, together
+from pipeline.evaluation.datasets import check_skipped
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, run_on_all_ranks
 from pipeline.evaluation.retrieval import embed_images, embed_texts
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _READERS = 16  # records of finished shards read at once
 
 
 @dataclass(frozen=True)
-class Record:
+class EmbeddedShard:
     """What a finished shard's file was made from, and what it holds."""
 
     checkpoint: str  # digest
@@ -63,7 +63,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingSummary:
     """Of a whole folder."""
 
     shards: int
@@ -128,9 +128,9 @@ class Embedder:
         )
 
 
-def embed_source(
-    embedder: Embedder, storage: Storage, url: str, out: str, ranks: Ranks = ALONE, max_bad_rate: float = 0.01
-) -> Embedded:
+def embed_shards(
+    embedder: Embedder, storage: Storage, url: str, out: str, ranks: Ranks = SINGLE_PROCESS, max_bad_rate: float = 0.01
+) -> EmbeddingSummary:
     """Embeds what is not yet embedded of a folder of shards. All ranks call it together and get the same.
 
     Raises DataError for a folder that is not indexed, a changed shard, or one with too many bad samples.
@@ -138,19 +138,19 @@ def embed_source(
     manifest = load_manifest(storage, url)
     shards = manifest.shards
 
-    def find() -> dict[str, Record]:
+    def find() -> dict[str, EmbeddedShard]:
         if ranks.rank == 0:
             _claim(storage, out, url, manifest)
         return _finished(storage, out, shards, embedder.digest) if ranks.rank == 0 else {}
 
-    done = together(ranks, find)[0]
+    done = run_on_all_ranks(ranks, find)[0]
     waiting = [shard for shard in shards if shard.name not in done][ranks.rank :: ranks.world_size]
 
-    def embed() -> dict[str, Record]:
+    def embed() -> dict[str, EmbeddedShard]:
         return {shard.name: _embed_shard(embedder, storage, url, shard, out, max_bad_rate) for shard in waiting}
 
-    records = [*done.values(), *(record for part in together(ranks, embed) for record in part.values())]
-    return Embedded(
+    records = [*done.values(), *(record for part in run_on_all_ranks(ranks, embed) for record in part.values())]
+    return EmbeddingSummary(
         shards=len(shards),
         found_done=len(done),
         pictures=sum(record.pictures for record in records),
@@ -193,7 +193,7 @@ def _known_source(data: bytes, where: str) -> dict[str, Any]:
 
 def _embed_shard(
     embedder: Embedder, storage: Storage, url: str, shard: ShardRecord, out: str, max_bad_rate: float
-) -> Record:
+) -> EmbeddedShard:
     """The file first, then its record."""
     parquet = _parquet()
     skipped: Counter[str] = Counter()
@@ -207,23 +207,27 @@ def _embed_shard(
                 rows += len(table)
         check_skipped(shard.name, pictures, skipped, max_bad_rate)
         storage.upload(file, join(out, parquet_name(shard.name)))
-        record = Record(embedder.digest, shard.digest, file.stat().st_size, pictures, rows - pictures, dict(skipped))
+        record = EmbeddedShard(
+            embedder.digest, shard.digest, file.stat().st_size, pictures, rows - pictures, dict(skipped)
+        )
     storage.write(join(out, DONE, _record_name(shard.name)), json.dumps(asdict(record), indent=1).encode())
     return record
 
 
-def _finished(storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str | None) -> dict[str, Record]:
+def _finished(
+    storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str | None
+) -> dict[str, EmbeddedShard]:
     """Records, by the shard's name, of files that lie there whole and were made from this checkpoint and content.
 
     `digest` names the checkpoint; None: any.
     """
     files, known = storage.list_info(out), set(storage.list(join(out, DONE)))
 
-    def read(shard: ShardRecord) -> Record | None:
+    def read(shard: ShardRecord) -> EmbeddedShard | None:
         if _record_name(shard.name) not in known:
             return None
         try:
-            record = Record(**json.loads(storage.read(join(out, DONE, _record_name(shard.name)))))
+            record = EmbeddedShard(**json.loads(storage.read(join(out, DONE, _record_name(shard.name)))))
         except (ValueError, TypeError, RecursionError):  # a damaged record is of no file
             return None
         file = files.get(parquet_name(shard.name))
@@ -235,7 +239,7 @@ def _finished(storage: Storage, out: str, shards: Sequence[ShardRecord], digest:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def digest_of(*facts: bytes) -> str:
+def checkpoint_digest(*facts: bytes) -> str:
     """SHA-256 (hex) of what names a checkpoint's content."""
     return hashlib.sha256(b"".join(facts)).hexdigest()
 

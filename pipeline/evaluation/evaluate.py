@@ -24,29 +24,32 @@ from pipeline.config.schema import Objective, RunConfig, StageConfig, Use
 from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.annotated import AnnotatedSource
-from pipeline.evaluation.answering import measure_answering
-from pipeline.evaluation.classification import Classification, measure_classification
-from pipeline.evaluation.held_out import HeldOut, load_pairs
+from pipeline.evaluation.classification import (
+    ClassificationResult,
+    class_names,
+    class_vectors,
+    evaluate_classification,
+    evaluate_linear_probe,
+    evaluate_zero_shot,
+)
+from pipeline.evaluation.datasets import EvalPairs, LabelledEvalSet, load_pairs
 from pipeline.evaluation.masked_image import reconstruct
-from pipeline.evaluation.masked_language import guess, masked_language, other_images
-from pipeline.evaluation.probe import measure_probe
-from pipeline.evaluation.ranks import ALONE, Ranks
-from pipeline.evaluation.reasoning import measure_reasoning
-from pipeline.evaluation.results import Evaluation, Matching
+from pipeline.evaluation.masked_language import masked_language, mismatched_images, predict_masked_tokens
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.evaluation.results import Evaluation, MatchingResult
 from pipeline.evaluation.retrieval import (
     KEPT,
     FusedHead,
     dot_products,
     embed_images,
     embed_texts,
-    matching_odds,
+    eval_mode,
+    fusion_scores,
     rankings,
-    reading,
     recall_at_k,
     rerank,
 )
-from pipeline.evaluation.zero_shot import class_names, class_vectors, measure_zero_shot
+from pipeline.evaluation.vqa_nlvr2 import evaluate_nlvr2, evaluate_vqa
 
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
@@ -65,8 +68,8 @@ def evaluate(
     rerank_best: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
     choices: Mapping[str, Choices] | None = None,
-    ranks: Ranks = ALONE,
-    held_out: HeldOut | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+    held_out: EvalPairs | None = None,
     probe: str | None = None,
 ) -> Evaluation:
     """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source.
@@ -84,7 +87,7 @@ def evaluate(
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
     if source in config.sources and config.sources[source].use in TASKS:
-        setting = _Setting(config, tokenizer, ranks, progress, None)
+        setting = EvalContext(config, tokenizer, ranks, progress, None)
         return _measure_task(model, setting, storage, source, limit, chosen, choices, probe)
     if probe is not None:
         raise ConfigError(f"a linear probe is measured on labelled pictures, and '{source}' is no source of them")
@@ -92,8 +95,8 @@ def evaluate(
         progress("reading the held-out pairs")
         limit = limit or config.evaluation.limit
         held_out = load_pairs(config, storage, source, limit, tokenizer, chosen.max_text, ranks)
-    setting = _Setting(config, tokenizer, ranks, progress, rerank_best)
-    found = Evaluation(source, chosen.name, held_out, trained_on=stages_reading(config, source))
+    setting = EvalContext(config, tokenizer, ranks, progress, rerank_best)
+    found = Evaluation(source, chosen.name, held_out, trained_on=stages_trained_on(config, source))
     found = _measure(found, model, chosen, setting)
     for name, other in (others or {}).items():
         found = _add_stage(found, other, config.stage_named(name), setting)
@@ -101,7 +104,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Setting:
+class EvalContext:
     """What all measures of one evaluation share."""
 
     config: RunConfig
@@ -125,7 +128,7 @@ TASKS: dict[Use, Objective] = {"questions": "answering", "statements": "reasonin
 
 def _measure_task(
     model: nn.Module,
-    setting: _Setting,
+    setting: EvalContext,
     storage: Storage,
     source: str,
     limit: int | None,
@@ -141,40 +144,45 @@ def _measure_task(
         able = f"{TASKS[use]}, nor the contrast that zero-shot needs" if use == "labelled" else TASKS[use]
         raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {able}")
     limit = limit or config.evaluation.limit
-    annotated = AnnotatedSource(config, storage, source, stage, setting.tokenizer, limit, setting.ranks)
+    annotated = LabelledEvalSet(config, storage, source, stage, setting.tokenizer, limit, setting.ranks)
     figures: dict[str, Any] = {}
     if use == "questions":
         progress("answering questions")
         if choices is None:
             choices = choices_of(config, [stage], storage)
         listed = answers_with(choices, stage.answers, f"stage {stage.name}")
-        figures["answering"] = measure_answering(model, annotated, listed)
+        figures["answering"] = evaluate_vqa(model, annotated, listed)
     elif use == "statements":
         progress("judging statements")
-        figures["reasoning"] = measure_reasoning(model, annotated)
+        figures["reasoning"] = evaluate_nlvr2(model, annotated)
     elif trains:
         progress("telling classes")
-        figures["classification"] = measure_classification(model, annotated)
+        figures["classification"] = evaluate_classification(model, annotated)
     if use == "labelled" and contrasts:
         progress("telling classes by their names")
         figures["zero_shot"] = _zero_shot(model, annotated, setting, storage, source, stage)
     if probe is not None:
         progress("training a linear classifier on frozen features")
-        training = AnnotatedSource(config, storage, probe, stage, setting.tokenizer, None, setting.ranks)
-        figures["linear_probe"] = measure_probe(model, training, annotated)
-    held_out = HeldOut.of_no_pairs(dict(annotated.skipped), annotated.digest)
-    return Evaluation(source, stage.name, held_out, trained_on=stages_reading(config, source), **figures)
+        training = LabelledEvalSet(config, storage, probe, stage, setting.tokenizer, None, setting.ranks)
+        figures["linear_probe"] = evaluate_linear_probe(model, training, annotated)
+    held_out = EvalPairs.of_no_pairs(dict(annotated.skipped), annotated.digest)
+    return Evaluation(source, stage.name, held_out, trained_on=stages_trained_on(config, source), **figures)
 
 
 def _zero_shot(
-    model: nn.Module, annotated: AnnotatedSource, setting: _Setting, storage: Storage, source: str, stage: StageConfig
-) -> Classification:
+    model: nn.Module,
+    annotated: LabelledEvalSet,
+    setting: EvalContext,
+    storage: Storage,
+    source: str,
+    stage: StageConfig,
+) -> ClassificationResult:
     names, prompts = class_names(setting.config, source, storage), setting.config.evaluation.prompts
     vectors = class_vectors(model, setting.tokenizer, names, prompts, stage.max_text, setting.batch, setting.ranks)
-    return measure_zero_shot(model, annotated, vectors)
+    return evaluate_zero_shot(model, annotated, vectors)
 
 
-def is_measured_by(config: RunConfig, source: str, stage: StageConfig) -> bool:
+def can_evaluate(config: RunConfig, source: str, stage: StageConfig) -> bool:
     """Whether a stage trains anything that the source can tell the worth of."""
     use = config.sources[source].use
     if use in TASKS:
@@ -182,7 +190,7 @@ def is_measured_by(config: RunConfig, source: str, stage: StageConfig) -> bool:
     return not MEASURED.isdisjoint(stage.objectives)
 
 
-def stages_reading(config: RunConfig, source: str) -> tuple[str, ...]:
+def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
     """The stages that train on a source's shards, under whatever name."""
     shards = config.sources[source].shards.rstrip("/") if source in config.sources else None
     return tuple(
@@ -192,7 +200,7 @@ def stages_reading(config: RunConfig, source: str) -> tuple[str, ...]:
     )
 
 
-def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: _Setting) -> Evaluation:
+def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
     held_out, progress = found.held_out, setting.progress
     if "contrastive" in stage.objectives:
         progress("retrieving images by captions and captions by images")
@@ -216,11 +224,11 @@ def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: _
     return found
 
 
-def _add_stage(found: Evaluation, model: nn.Module, stage: StageConfig, setting: _Setting) -> Evaluation:
+def _add_stage(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
     """What an earlier stage's model tells: words from text alone, on the same masks, and reconstructions."""
     if "masked_language" in stage.objectives and found.mlm is not None:
         setting.progress(f"guessing masked words from text with the stage '{stage.name}'")
-        guesses = guess(model, found.mlm.masked, setting.pad, batch=setting.batch, ranks=setting.ranks)
+        guesses = predict_masked_tokens(model, found.mlm.masked, setting.pad, batch=setting.batch, ranks=setting.ranks)
         found = replace(found, language_stages=found.language_stages | {stage.name: guesses})
     if "masked_image" in stage.objectives and found.reconstruction is None:
         setting.progress(f"filling in masked patches with the stage '{stage.name}'")
@@ -228,11 +236,11 @@ def _add_stage(found: Evaluation, model: nn.Module, stage: StageConfig, setting:
     return found
 
 
-def _retrieve(found: Evaluation, model: nn.Module, setting: _Setting) -> Evaluation:
+def _retrieve(found: Evaluation, model: nn.Module, setting: EvalContext) -> Evaluation:
     held_out, ranks = found.held_out, setting.ranks
     images = embed_images(model, held_out.images, setting.batch, ranks)
     texts = embed_texts(model, held_out.rows(), setting.pad, setting.batch, ranks)
-    with reading(model) as device:
+    with eval_mode(model) as device:
         images, texts = images.to(device), texts.to(device)
     ranked = rankings(
         dot_products(images, texts),
@@ -248,7 +256,7 @@ def _retrieve(found: Evaluation, model: nn.Module, setting: _Setting) -> Evaluat
     return replace(found, rankings=ranked, retrieval=retrieval, retrieval_images=len(held_out))
 
 
-def _rerank(found: Evaluation, model: nn.Module, setting: _Setting) -> Evaluation:
+def _rerank(found: Evaluation, model: nn.Module, setting: EvalContext) -> Evaluation:
     held_out, ranked = found.held_out, found.rankings
     if ranked is None:  # random negatives need no contrast, and without one nothing is ranked yet
         return found
@@ -261,7 +269,7 @@ def _rerank(found: Evaluation, model: nn.Module, setting: _Setting) -> Evaluatio
     return replace(found, reranked=recall_at_k(*places, captions, images), reranked_best=best)
 
 
-def _retrieve_fused(found: Evaluation, model: nn.Module, setting: _Setting, head: FusedHead) -> Evaluation:
+def _retrieve_fused(found: Evaluation, model: nn.Module, setting: EvalContext, head: FusedHead) -> Evaluation:
     """Every pair read by the fusion encoder, of as many images, from the first, as make up `RERANK_PAIRS` pairs."""
     held_out = found.held_out
     per_image = held_out.caption_of.bincount(minlength=len(held_out))
@@ -283,21 +291,23 @@ def _retrieve_fused(found: Evaluation, model: nn.Module, setting: _Setting, head
     )
 
 
-def _match(model: nn.Module, held_out: HeldOut, setting: _Setting) -> Matching | None:
+def _match(model: nn.Module, held_out: EvalPairs, setting: EvalContext) -> MatchingResult | None:
     if len(held_out.image_id.unique()) < 2:
         return None
     captions = torch.arange(len(held_out.tokens))
-    other = other_images(held_out.image_id)[held_out.caption_of]
+    other = mismatched_images(held_out.image_id)[held_out.caption_of]
     matched, mismatched = (
         _odds(model, held_out, setting, torch.stack([images, captions], dim=1))
         for images in (held_out.caption_of, other)
     )
-    return Matching((matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item())
+    return MatchingResult((matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item())
 
 
-def _odds(model: nn.Module, held_out: HeldOut, setting: _Setting, pairs: Tensor, head: FusedHead = "itm") -> Tensor:
+def _odds(
+    model: nn.Module, held_out: EvalPairs, setting: EvalContext, pairs: Tensor, head: FusedHead = "itm"
+) -> Tensor:
     images, sizes, rows = held_out.images, held_out.image_size, held_out.rows()
-    return matching_odds(model, images, rows, setting.pad, pairs, setting.batch, sizes, head, setting.ranks)
+    return fusion_scores(model, images, rows, setting.pad, pairs, setting.batch, sizes, head, setting.ranks)
 
 
 def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> Evaluation:

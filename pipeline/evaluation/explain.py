@@ -8,22 +8,29 @@ Shapes: H x W pixels as the model reads them, G x C rows and columns of patches,
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pipeline.config.errors import DataError
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.evaluation.masked_language import Guesses, MaskedCaptions, guess
-from pipeline.evaluation.retrieval import reading
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.masked_language import MaskedCaptions, MaskedTokenPredictions, predict_masked_tokens
+from pipeline.evaluation.report_data import AlignedCaption, Alignments
+from pipeline.evaluation.retrieval import eval_mode
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
 from pipeline.objectives.word_patch import word_patch_cost, word_patch_distance, word_patch_plan
+from pipeline.pages.page import data_uri, render_page, thumbnail
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, 
     plan, distance = _plan(model, shown, tokens)
     masked = mask_each(tokens, words, tokenizer.mask_id)
     every_word = torch.zeros(len(words), dtype=torch.int64)
-    with_image = guess(model, masked, tokenizer.pad_id, shown[None], every_word)
-    without_image = guess(model, masked, tokenizer.pad_id)
+    with_image = predict_masked_tokens(model, masked, tokenizer.pad_id, shown[None], every_word)
+    without_image = predict_masked_tokens(model, masked, tokenizer.pad_id)
     columns = shown.shape[1] // model.config.patch_size
     first = masked.first()
     explained = [
@@ -85,7 +92,7 @@ def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, 
     return Explanation(shown, tuple(explained), distance)
 
 
-def untrained(config: RunConfig, stage_name: str) -> list[str]:
+def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
     """What of an explanation the weights were never trained for, by this stage or one before it."""
     index = config.stages.index(config.stage_named(stage_name))
     before = config.stages[: index + 1]
@@ -125,7 +132,7 @@ def share_of(plan: Tensor, positions: Sequence[int]) -> Tensor:
 
 def _plan(model: Model, picture: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
     """The plan (L, P) of one text and one picture, and what it costs."""
-    with reading(model) as device:
+    with eval_mode(model) as device:
         one = ForwardInput(
             heads=("alignment",), image=picture[None].to(device), text=torch.tensor([tokens.ids], device=device)
         )
@@ -135,7 +142,9 @@ def _plan(model: Model, picture: Tensor, tokens: Tokens) -> tuple[Tensor, float]
         return plan[0].cpu(), float(word_patch_distance(cost, plan))
 
 
-def _condition(guesses: Guesses, masked: MaskedCaptions, span: Sequence[int], tokenizer: Tokenizer) -> Condition:
+def _condition(
+    guesses: MaskedTokenPredictions, masked: MaskedCaptions, span: Sequence[int], tokenizer: Tokenizer
+) -> Condition:
     """Guesses of the word whose tokens are numbers start … stop of all masked ones.
 
     Of a word of several tokens only one guess is given, the best of each: the second best of its parts make no word.
@@ -152,3 +161,115 @@ def _condition(guesses: Guesses, masked: MaskedCaptions, span: Sequence[int], to
         for rank in ranks
     ]
     return Condition(tuple(best), guesses.truth_probability[rows].prod().item())
+
+
+PANEL = 224  # pixels of a panel's longer side
+LINE = 15  # pixels of a line of text below it
+COLUMNS = 4
+HOT = np.array([215, 48, 31])
+STRONGEST = 0.8  # how much of the picture the hottest patch covers
+
+
+def explanation_html(found: Explanation, text: str, heading: str, notes: Sequence[str]) -> str:
+    """`notes` say what the checkpoint was not trained for."""
+    return render_page(
+        "explain.html.j2",
+        [Path(__file__).parent],
+        subject=explanation_subject(found, text, heading),
+        found=found,
+        text=text,
+        heading=heading,
+        notes=notes,
+        picture=_uri(_enlarged(found)),
+        panels=[(word, _uri(draw_heat_map(found, word))) for word in found.words],
+    )
+
+
+def explanation_subject(found: Explanation, text: str, heading: str) -> str:
+    """Return what an explanation is of: weights, picture and text."""
+    return f"explanation {heading} {text} {hashlib.sha256(found.picture.numpy().tobytes()).hexdigest()}"
+
+
+def explanation_png(found: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:
+    """The same as one picture: the panels in rows, under each the word and its guesses."""
+    font = ImageFont.load_default(12)
+    panels = [_enlarged(found), *(draw_heat_map(found, word) for word in found.words)]
+    captions = [["the picture"], *(_lines(word) for word in found.words)]
+    height = panels[0].height
+    width = max([PANEL, *(round(font.getlength(line)) for lines in captions for line in lines)])
+    cell = (width + 16, height + LINE * max(map(len, captions)) + 24)
+    top = 16 + LINE * (2 + len(notes)) + 8
+    columns = min(COLUMNS, len(panels))
+    page = Image.new("RGB", (16 + columns * cell[0], top + -(-len(panels) // columns) * cell[1]), "white")
+    draw = ImageDraw.Draw(page)
+    for number, line in enumerate([heading, text, *notes]):
+        draw.text((16, 12 + number * LINE), line, "black", font)
+    for number, (picture, lines) in enumerate(zip(panels, captions, strict=True)):
+        row, column = divmod(number, columns)
+        left, upper = 16 + column * cell[0], top + row * cell[1]
+        page.paste(picture, (left, upper))
+        for place, line in enumerate(lines):
+            draw.text((left, upper + height + 4 + place * LINE), line, "black", font)
+    return page
+
+
+def draw_heat_map(found: Explanation, word: ExplainedWord) -> Image.Image:
+    """The picture in grey, redder where more of the word goes; the hottest patch is equally red for every word."""
+    picture = _enlarged(found)
+    grey = np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)
+    heat = Image.fromarray((word.heat / word.heat.max()).numpy().astype(np.float32))
+    # Patches stay squares: smoothing would show a finer map than there is.
+    weight = STRONGEST * np.asarray(heat.resize(picture.size, Image.Resampling.NEAREST))[:, :, None]
+    return Image.fromarray((grey * (1 - weight) + HOT * weight).round().astype(np.uint8))
+
+
+def _enlarged(found: Explanation) -> Image.Image:
+    picture = Image.fromarray(found.picture.numpy())
+    scale = PANEL / max(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+
+
+def _lines(word: ExplainedWord) -> list[str]:
+    hottest = f"{word.word}  (hottest patch {word.heat.max():.0%})"
+    return [hottest, f"with: {_told(word.with_image)}", f"without: {_told(word.without_image)}"]
+
+
+def _told(condition: Condition) -> str:
+    return ", ".join(f"{each.word} {each.probability:.0%}" for each in condition.guesses)
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return data_uri(buffer.getvalue(), "PNG")
+
+
+ALIGNMENT_EXAMPLES = 4  # pictures
+HEAT_MAP_PIXELS = 112  # pixels of a heat map
+
+
+def alignment_examples(
+    model: Model, tokenizer: Tokenizer, held_out: EvalPairs, config: RunConfig, stage: StageConfig
+) -> Alignments:
+    """The first captions of pictures at even distances; none where the model does not read words and patches together.
+
+    What the weights were never trained for is noted, and shown none the less.
+    """
+    if model.modules_for("word_patch", "pairs") is None or not len(held_out):
+        return Alignments()
+    chosen = range(0, len(held_out), -(-len(held_out) // ALIGNMENT_EXAMPLES))
+    return Alignments(
+        [_aligned(model, tokenizer, held_out, number, stage.max_text) for number in chosen],
+        untrained_notes(config, stage.name),
+    )
+
+
+def _aligned(model: Model, tokenizer: Tokenizer, held_out: EvalPairs, number: int, max_text: int) -> AlignedCaption:
+    caption, picture = held_out.captions[number][0], held_out.picture(number).numpy()
+    found = explain(model, tokenizer, picture, caption, max_text)
+    words = [
+        (word.word, thumbnail(np.asarray(draw_heat_map(found, word)), HEAT_MAP_PIXELS), word.heat.max().item())
+        for word in found.words
+    ]
+    return AlignedCaption(thumbnail(found.picture.numpy(), HEAT_MAP_PIXELS), caption, words)

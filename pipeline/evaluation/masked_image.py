@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.data.examples.masking import mask_patches
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.evaluation.retrieval import reading
+from pipeline.evaluation.retrieval import eval_mode
 from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.objectives.masked_image import patchify, unpatchify
 from pipeline.objectives.masked_image import reconstruct as paint
@@ -77,7 +77,7 @@ def reconstruct(
 def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int, decoded_of: int | None) -> Tensor:
     """Predictions at `positions`; `decoded_of` is the number of patches where a decoder makes them."""
     parts = []
-    with reading(model) as device:
+    with eval_mode(model) as device:
         for start in range(0, len(images), batch):
             span = slice(start, start + batch)
             wanted = ForwardInput(

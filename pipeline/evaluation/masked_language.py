@@ -20,9 +20,9 @@ from pipeline.config.schema import MaskingConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.masking import mask_whole_words
 from pipeline.data.randomness import CounterRandom, hash64
-from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.ranks import ALONE, Ranks, computed
-from pipeline.evaluation.retrieval import Images, padded, reading
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
+from pipeline.evaluation.retrieval import Images, eval_mode, pad_token_ids
 from pipeline.models.forward import ForwardInput
 
 _SEED = 2111_02358  # fixed, so that every checkpoint is asked for the same words
@@ -50,7 +50,7 @@ class MaskedCaptions:
 
 
 @dataclass(frozen=True)
-class Guesses:
+class MaskedTokenPredictions:
     """What stands in the masked places: the best tokens (T, 3), their probabilities, and that of the truth (T,)."""
 
     tokens: Tensor
@@ -65,12 +65,12 @@ class MaskedLanguage:
 
     masked: MaskedCaptions
     image_of_other: Tensor | None  # (M,) the other image each caption was shown with
-    own_image: Guesses | None
-    other_image: Guesses | None
-    text_only: Guesses
+    own_image: MaskedTokenPredictions | None
+    other_image: MaskedTokenPredictions | None
+    text_only: MaskedTokenPredictions
 
 
-def mask_captions(held_out: HeldOut, masking: MaskingConfig, tokenizer: Tokenizer) -> MaskedCaptions:
+def mask_captions(held_out: EvalPairs, masking: MaskingConfig, tokenizer: Tokenizer) -> MaskedCaptions:
     """Masks words of every caption, at least one where it has any, chosen by the sample's key and caption number."""
     rows, positions, labels = [], [], []
     images = held_out.caption_of.tolist()
@@ -87,7 +87,7 @@ def mask_captions(held_out: HeldOut, masking: MaskingConfig, tokenizer: Tokenize
     return MaskedCaptions(tuple(rows), tuple(positions), tuple(labels))
 
 
-def other_images(image_id: Tensor) -> Tensor:
+def mismatched_images(image_id: Tensor) -> Tensor:
     """(N,) for each image the number of another one with a different id; each serves once where that is possible.
 
     Images in the order of their ids, turned by the size of the largest group of equals: as groups stand together,
@@ -105,7 +105,7 @@ def other_images(image_id: Tensor) -> Tensor:
     return other
 
 
-def guess(
+def predict_masked_tokens(
     model: nn.Module,
     masked: MaskedCaptions,
     pad: int,
@@ -113,19 +113,19 @@ def guess(
     image_of: Tensor | None = None,
     batch: int = 64,
     image_size: Tensor | None = None,
-    ranks: Ranks = ALONE,
-) -> Guesses:
+    ranks: Ranks = SINGLE_PROCESS,
+) -> MaskedTokenPredictions:
     """The model's guesses for every masked token; `image_of` (M,) says which of `images` each caption is shown with.
 
     Without images the caption is read by a text pass. `image_size` (N, 2) is how much of each canvas is picture.
     """
-    with reading(model) as device:
+    with eval_mode(model) as device:
 
         def guess_rows(span: slice) -> tuple[Tensor, Tensor, Tensor]:
             shown = None if images is None or image_of is None else images[image_of[span]].to(device)
             sizes = None if image_size is None or image_of is None else image_size[image_of[span]].to(device)
-            text, keep = padded(masked.rows[span], pad)
-            positions, real = padded(masked.positions[span], 0)
+            text, keep = pad_token_ids(masked.rows[span], pad)
+            positions, real = pad_token_ids(masked.positions[span], 0)
             wanted = ForwardInput(
                 heads=("mlm",),
                 image=shown,
@@ -136,11 +136,11 @@ def guess(
             )
             odds = model({"only": wanted})["only"]["mlm"].float().softmax(dim=-1).cpu()[real]  # (tokens, V)
             best = odds.topk(min(_TOP, odds.shape[1]), dim=1)
-            truth = padded(masked.labels[span], 0)[0][real]
+            truth = pad_token_ids(masked.labels[span], 0)[0][real]
             return best.indices, best.values, odds.gather(1, truth[:, None])[:, 0]
 
-        tokens, probabilities, of_truth = computed(len(masked.rows), batch, ranks, guess_rows)
-    return Guesses(
+        tokens, probabilities, of_truth = compute_batches(len(masked.rows), batch, ranks, guess_rows)
+    return MaskedTokenPredictions(
         tokens=tokens,
         probabilities=probabilities,
         truth_probability=of_truth,
@@ -150,24 +150,24 @@ def guess(
 
 def masked_language(
     model: nn.Module,
-    held_out: HeldOut,
+    held_out: EvalPairs,
     masking: MaskingConfig,
     tokenizer: Tokenizer,
     fused: bool,
     batch: int = 64,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> MaskedLanguage:
     """All conditions of one model; `fused` says whether its stage trained guessing words beside an image."""
     masked = mask_captions(held_out, masking, tokenizer)
-    text_only = guess(model, masked, tokenizer.pad_id, batch=batch, ranks=ranks)
+    text_only = predict_masked_tokens(model, masked, tokenizer.pad_id, batch=batch, ranks=ranks)
     if not fused:
         return MaskedLanguage(masked, None, None, None, text_only)
     images, sizes = held_out.images, held_out.image_size
-    own = guess(model, masked, tokenizer.pad_id, images, held_out.caption_of, batch, sizes, ranks)
+    own = predict_masked_tokens(model, masked, tokenizer.pad_id, images, held_out.caption_of, batch, sizes, ranks)
     if len(held_out.image_id.unique()) < 2:
         return MaskedLanguage(masked, None, own, None, text_only)
-    image_of_other = other_images(held_out.image_id)[held_out.caption_of]
-    other = guess(model, masked, tokenizer.pad_id, images, image_of_other, batch, sizes, ranks)
+    image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
+    other = predict_masked_tokens(model, masked, tokenizer.pad_id, images, image_of_other, batch, sizes, ranks)
     return MaskedLanguage(masked, image_of_other, own, other, text_only)
 
 

@@ -18,8 +18,8 @@ from pipeline.config.schema import Objective, RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
 from pipeline.data.contents.images import resize_for
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
-from pipeline.evaluation.annotated import on_device, pass_over
-from pipeline.evaluation.retrieval import all_heads, reading
+from pipeline.evaluation.datasets import on_device, pass_over
+from pipeline.evaluation.retrieval import contrastive_features, eval_mode
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import Model
 
@@ -109,9 +109,9 @@ class Predictor:
     def similarity(self, given: Given) -> Prediction:
         """The mean of the contrastive heads' cosines, -1 … 1."""
         both = self._fused(given, "itc")
-        with reading(self.model) as device:
+        with eval_mode(self.model) as device:
             image, text = (
-                all_heads(self.model, on_device(one, device))
+                contrastive_features(self.model, on_device(one, device))
                 for one in (replace(both, text=None, text_keep=None), replace(both, image=None, image_size=None))
             )
         return {"similarity": (image @ text.T).item()}
@@ -152,7 +152,7 @@ class Predictor:
         return pass_over([resized] if resized else [], rows, self.tokenizer.pad_id, self.config.model, head)
 
     def _read(self, one: ForwardInput) -> dict[str, Tensor]:
-        with reading(self.model) as device:
+        with eval_mode(self.model) as device:
             outputs = self.model({"only": on_device(one, device)})["only"]
         return {name: value.float().cpu() for name, value in outputs.items()}
 

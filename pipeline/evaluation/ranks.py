@@ -33,7 +33,7 @@ class Ranks(Protocol):
     def gather_objects(self, value: Any) -> list[Any]: ...
 
 
-class Alone:
+class SingleProcess:
     """This process, when it shares with nobody."""
 
     rank, world_size = 0, 1
@@ -48,10 +48,10 @@ class Alone:
         return [value]
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-def batches_of(count: int, batch: int, ranks: Ranks) -> Iterator[tuple[slice, bool]]:
+def rank_batches(count: int, batch: int, ranks: Ranks) -> Iterator[tuple[slice, bool]]:
     """The rows of each batch that this rank computes, and whether they are its own or only keep step with others."""
     number = -(-count // batch)
     shares = ranks.shares(number)
@@ -62,7 +62,7 @@ def batches_of(count: int, batch: int, ranks: Ranks) -> Iterator[tuple[slice, bo
         yield slice(first, min(first + batch, count)), is_own
 
 
-def computed(
+def compute_batches(
     count: int, batch: int, ranks: Ranks, compute: Callable[[slice], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """What `compute` gives for the batches of `count` > 0 rows, put together in their order; on every rank.
@@ -70,7 +70,7 @@ def computed(
     A batch may give any number of rows, the same in each of its tensors.
     """
     found: list[tuple[Tensor, ...]] = []
-    for rows, is_own in batches_of(count, batch, ranks):
+    for rows, is_own in rank_batches(count, batch, ranks):
         part = compute(rows)
         found.append(part if is_own else tuple(tensor[:0] for tensor in part))
     own = [torch.cat(parts) for parts in zip(*found, strict=True)]
@@ -78,7 +78,7 @@ def computed(
     return tuple(ranks.gather_parts(rows, counts) for rows in own)
 
 
-def together(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+def run_on_all_ranks(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     """`work` on each rank and what it gave on all; the first MomeError of any rank is raised on every one.
 
     So nobody is left waiting for a rank that cannot go on. `work` itself asks nothing of the other ranks.

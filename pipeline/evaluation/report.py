@@ -16,20 +16,20 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.masked_language import Guesses, words_of
-from pipeline.evaluation.results import Evaluation
-from pipeline.evaluation.retrieval import Ranked, Recall
-from pipeline.evaluation.shown import (
+from pipeline.evaluation.masked_language import MaskedTokenPredictions, words_of
+from pipeline.evaluation.report_data import (
     Alignments,
     CaptionsOfImage,
+    EvalKey,
     ImagesOfCaption,
-    Key,
     MaskedCaption,
     MeasureRow,
     RecallRow,
-    Shown,
+    ReportData,
     WordGuess,
 )
+from pipeline.evaluation.results import Evaluation
+from pipeline.evaluation.retrieval import Ranked, Recall
 from pipeline.pages import page as pages
 from pipeline.pages.curves import Curve, curve
 from pipeline.pages.page import render_page
@@ -47,17 +47,17 @@ OTHER = "another picture"
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
-def show(
+def build_report_data(
     found: Evaluation,
     config: RunConfig,
     tokenizer: Tokenizer,
     alignments: Alignments = Alignments(),
-    key: Key | None = None,
-) -> Shown:
+    key: EvalKey | None = None,
+) -> ReportData:
     """What is worth showing of an evaluation, chosen and drawn small. `key`, if not given: of all pairs of a source."""
-    key = key or Key(found.stage, None, found.source, found.held_out.digest, None, "pairs", False)
+    key = key or EvalKey(found.stage, None, found.source, found.held_out.digest, None, "pairs", False)
     held_out, prefix = found.held_out, f"eval/{found.source}/"
-    return Shown(
+    return ReportData(
         name=config.name,
         stage=found.stage,
         source=found.source,
@@ -92,7 +92,7 @@ def show(
 
 
 @dataclass(frozen=True)
-class Linked:
+class ReportLink:
     """An evaluation in the list of all of a run."""
 
     name: str
@@ -104,20 +104,20 @@ class Linked:
     figures: str
 
     @staticmethod
-    def of(shown: Shown, page: str) -> Linked:
+    def of(shown: ReportData, page: str) -> ReportLink:
         """Return its line; the first figures stand for all."""
         recalls = [f"{row.direction} R@{shown.ks[0]} {percent(row.cells[0][0])}" for row in shown.recall[:2]]
         others = [f"{row.name} {percent(row.share)}" for row in (shown.fine_tuned + shown.masked_rows)[:1]]
         figures = ", ".join(recalls or others)
-        return Linked(shown.source, page, shown.stage, shown.step, shown.key.data, shown.at, figures)
+        return ReportLink(shown.source, page, shown.stage, shown.step, shown.key.data, shown.at, figures)
 
 
-def render(
-    shown: Shown,
+def render_report(
+    shown: ReportData,
     config: RunConfig,
     curves: Curves,
-    against: Shown | None = None,
-    links: Sequence[Linked] = (),
+    against: ReportData | None = None,
+    links: Sequence[ReportLink] = (),
 ) -> str:
     """The page as text. `against`: another run's evaluation, whose figures stand beside. `links`: to all pages."""
     return render_page(
@@ -130,12 +130,12 @@ def render(
         curves=[_drawn(name, points) for name, points in curves.items() if points],
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         against=against,
-        beside=beside(shown, against) if against else [],
+        beside=metric_differences(shown, against) if against else [],
         yaml=chosen_keys(config),
     )
 
 
-def beside(shown: Shown, other: Shown) -> list[tuple[str, float, float, float]]:
+def metric_differences(shown: ReportData, other: ReportData) -> list[tuple[str, float, float, float]]:
     """(measure, here, there, difference) of every figure that both evaluations have."""
     common = [name for name in shown.metrics if name in other.metrics and name != "pairs"]
     return [
@@ -171,22 +171,22 @@ def _masked_rows(found: Evaluation) -> list[MeasureRow]:
     rows = []
     conditions = _conditions(found)
     for number, (name, guesses) in enumerate(conditions):
-        beside = f"{len(guesses.tokens)} masked tokens, the same for every row" if number == 0 else ""
+        note = f"{len(guesses.tokens)} masked tokens, the same for every row" if number == 0 else ""
         if name == OTHER:
-            beside = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+z.1f} points"
-        rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, beside))
+            note = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+z.1f} points"
+        rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, note))
     if (matching := found.matching) is not None:
         right, wrong = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)
-        beside = f"{right} of the true pairs, {wrong} of the false; chance {percent(0.5)}"
-        rows.append(MeasureRow("Caption matched with its picture", matching.accuracy, beside, 0.5))
+        note = f"{right} of the true pairs, {wrong} of the false; chance {percent(0.5)}"
+        rows.append(MeasureRow("Caption matched with its picture", matching.accuracy, note, 0.5))
     if (patches := found.reconstruction) is not None:
-        beside = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
+        note = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
         name = f"Error of filled patches ({found.reconstruction_stage})"
-        rows.append(MeasureRow(name, patches.error, beside, patches.error_without_model))
+        rows.append(MeasureRow(name, patches.error, note, patches.error_without_model))
     return rows
 
 
-def _conditions(found: Evaluation) -> list[tuple[str, Guesses]]:
+def _conditions(found: Evaluation) -> list[tuple[str, MaskedTokenPredictions]]:
     """The ways masked words were guessed, as the report names them."""
     if found.mlm is None:
         return []
@@ -203,25 +203,25 @@ def _fine_tuned_rows(found: Evaluation) -> list[MeasureRow]:
     """What fine-tuning trained."""
     rows = []
     if (answering := found.answering) is not None:
-        beside = f"{answering.questions} questions; {percent(answering.accuracy_without_model)} by one answer to all"
-        rows.append(MeasureRow("Questions answered (VQA accuracy)", answering.accuracy, beside))
+        note = f"{answering.questions} questions; {percent(answering.accuracy_without_model)} by one answer to all"
+        rows.append(MeasureRow("Questions answered (VQA accuracy)", answering.accuracy, note))
     if (reasoning := found.reasoning) is not None:
-        beside = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
-        rows.append(MeasureRow("Statements judged rightly", reasoning.accuracy, beside))
+        note = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
+        rows.append(MeasureRow("Statements judged rightly", reasoning.accuracy, note))
         if reasoning.consistency is not None:
-            beside = "all pictures of a sentence"
-            rows.append(MeasureRow("Sentences judged rightly throughout", reasoning.consistency, beside))
+            note = "all pictures of a sentence"
+            rows.append(MeasureRow("Sentences judged rightly throughout", reasoning.consistency, note))
     if (classified := found.classification) is not None:
-        beside = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
-        rows.append(MeasureRow("Class named first", classified.top1, beside))
+        note = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
+        rows.append(MeasureRow("Class named first", classified.top1, note))
         rows.append(MeasureRow("Class among the first five", classified.top5, ""))
     if (named := found.zero_shot) is not None:
-        beside = f"{named.pictures} pictures; chance {percent(named.chance)}"
-        rows.append(MeasureRow("Class named first, told by its name alone", named.top1, beside))
+        note = f"{named.pictures} pictures; chance {percent(named.chance)}"
+        rows.append(MeasureRow("Class named first, told by its name alone", named.top1, note))
         rows.append(MeasureRow("Class among the first five, by its name alone", named.top5, ""))
     if (probed := found.linear_probe) is not None:
-        beside = f"{probed.pictures} pictures, trained on {probed.trained_on}; chance {percent(probed.chance)}"
-        rows.append(MeasureRow("Class named first by a linear classifier", probed.top1, beside))
+        note = f"{probed.pictures} pictures, trained on {probed.trained_on}; chance {percent(probed.chance)}"
+        rows.append(MeasureRow("Class named first by a linear classifier", probed.top1, note))
     return rows
 
 
@@ -338,7 +338,7 @@ def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> Ma
 
 
 def _word_guess(
-    guesses: Guesses, places: list[int], found: Evaluation, tokenizer: Tokenizer
+    guesses: MaskedTokenPredictions, places: list[int], found: Evaluation, tokenizer: Tokenizer
 ) -> tuple[str, float, bool]:
     """The best token of each masked piece, their joint probability, and whether all are right."""
     assert found.mlm is not None

@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.evaluation.answering import Answering
-from pipeline.evaluation.classification import Classification
-from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.classification import ClassificationResult, LinearProbeResult
+from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.masked_image import Reconstruction
-from pipeline.evaluation.masked_language import Guesses, MaskedLanguage
-from pipeline.evaluation.probe import Probe
-from pipeline.evaluation.reasoning import Reasoning
+from pipeline.evaluation.masked_language import MaskedLanguage, MaskedTokenPredictions
 from pipeline.evaluation.retrieval import FusedHead, Rankings, Recall, Retrieval
+from pipeline.evaluation.vqa_nlvr2 import NLVR2Result, VQAResult
 
-Figures = Answering | Reasoning | Classification | Probe
+Figures = VQAResult | NLVR2Result | ClassificationResult | LinearProbeResult
 COLLAPSED = 0.05  # a matching head that is right in no more of one class has learnt only how often pairs match
 
 
 @dataclass(frozen=True)
-class Matching:
+class MatchingResult:
     """The matching head on every caption with its own image and with another one (never the same `image_id`)."""
 
     accuracy_matched: float
@@ -41,23 +39,25 @@ class Evaluation:
 
     source: str
     stage: str
-    held_out: HeldOut
+    held_out: EvalPairs
     rankings: Rankings | None = None  # of all images and captions
     retrieval: Retrieval | None = None
     retrieval_by: Literal["itc"] | FusedHead = "itc"  # the head whose scores order the candidates
     retrieval_images: int = 0  # that take part in it
     reranked: Retrieval | None = None
     reranked_best: int = 0  # candidates a query
-    matching: Matching | None = None
+    matching: MatchingResult | None = None
     mlm: MaskedLanguage | None = None
-    language_stages: dict[str, Guesses] = field(default_factory=dict)  # text-only guesses of earlier stages, by name
+    language_stages: dict[str, MaskedTokenPredictions] = field(
+        default_factory=dict
+    )  # text-only guesses of earlier stages, by name
     reconstruction: Reconstruction | None = None
     reconstruction_stage: str = ""
-    answering: Answering | None = None
-    reasoning: Reasoning | None = None
-    classification: Classification | None = None
-    zero_shot: Classification | None = None
-    linear_probe: Probe | None = None
+    answering: VQAResult | None = None
+    reasoning: NLVR2Result | None = None
+    classification: ClassificationResult | None = None
+    zero_shot: ClassificationResult | None = None
+    linear_probe: LinearProbeResult | None = None
     trained_on: tuple[str, ...] = ()  # stages that read the same shards: then this is no held-out result
     checkpoint: str = ""
     report: str = ""
@@ -144,7 +144,7 @@ class Evaluation:
         }
 
 
-def _accuracy(guesses: Guesses | None) -> float | None:
+def _accuracy(guesses: MaskedTokenPredictions | None) -> float | None:
     return None if guesses is None else _rounded(guesses.accuracy)
 
 

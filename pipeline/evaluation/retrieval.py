@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.ranks import ALONE, Ranks, computed
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
 from pipeline.models.forward import ForwardInput
 
 KS = (1, 5, 10)
@@ -80,7 +80,7 @@ class Rankings:
 
 
 @contextmanager
-def reading(model: nn.Module) -> Iterator[torch.device]:
+def eval_mode(model: nn.Module) -> Iterator[torch.device]:
     """The model in evaluation mode and without gradients; gives its device and restores its mode afterwards."""
     was_training = model.training
     model.eval()
@@ -91,7 +91,7 @@ def reading(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Token rows as (B, L) int64 with [PAD] behind, and (B, L) bool, False at padding; L is the longest row's."""
     length = max(len(row) for row in rows)
     text = torch.full((len(rows), length), pad, dtype=torch.int64)
@@ -101,30 +101,34 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return text, keep
 
 
-def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = ALONE) -> Tensor:
+def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """Unit vectors (N, HD) of `images` (N, H, W, 3) uint8; their dot products are the mean of the H heads' cosines."""
-    with reading(model) as device:
+    with eval_mode(model) as device:
 
         def embed(rows: slice) -> tuple[Tensor]:
-            return (all_heads(model, ForwardInput(heads=("itc",), image=images[rows].to(device))),)
+            return (contrastive_features(model, ForwardInput(heads=("itc",), image=images[rows].to(device))),)
 
-        return computed(len(images), batch, ranks, embed)[0]
+        return compute_batches(len(images), batch, ranks, embed)[0]
 
 
 def embed_texts(
-    model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = ALONE
+    model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
     """Unit vectors (M, HD) of token rows ([CLS] … [SEP], without padding)."""
-    with reading(model) as device:
+    with eval_mode(model) as device:
 
         def embed(chosen: slice) -> tuple[Tensor]:
-            text, keep = padded(rows[chosen], pad)
-            return (all_heads(model, ForwardInput(heads=("itc",), text=text.to(device), text_keep=keep.to(device))),)
+            text, keep = pad_token_ids(rows[chosen], pad)
+            return (
+                contrastive_features(
+                    model, ForwardInput(heads=("itc",), text=text.to(device), text_keep=keep.to(device))
+                ),
+            )
 
-        return computed(len(rows), batch, ranks, embed)[0]
+        return compute_batches(len(rows), batch, ranks, embed)[0]
 
 
-def all_heads(model: nn.Module, wanted: ForwardInput) -> Tensor:
+def contrastive_features(model: nn.Module, wanted: ForwardInput) -> Tensor:
     """Unit vectors (B, HD) of a pass's rows, of all contrastive heads together."""
     outputs = model({"only": wanted})["only"]
     heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
@@ -147,7 +151,7 @@ def rankings(
     caption_of: Tensor,
     image_id: Tensor,
     keep: int = KEPT,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Rankings:
     """Both directions, from the images' scores of the captions and the captions' of the images.
 
@@ -161,7 +165,7 @@ def rankings(
 
 
 def rank_candidates(
-    scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int = KEPT, ranks: Ranks = ALONE
+    scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int = KEPT, ranks: Ranks = SINGLE_PROCESS
 ) -> Ranked:
     """Every query against every candidate. Those of one id are right for each other.
 
@@ -179,7 +183,7 @@ def rank_candidates(
         best = first_few(block, min(keep, block.shape[1]))
         return tuple(t.cpu() for t in (place, best_right - best_wrong, best, block.gather(1, best)))
 
-    return Ranked(*computed(len(query_id), _ROWS, ranks, rank))
+    return Ranked(*compute_batches(len(query_id), _ROWS, ranks, rank))
 
 
 def first_few(scores: Tensor, k: int) -> Tensor:
@@ -234,7 +238,7 @@ def _chance_of(right: int, total: int, k: int) -> float:
     return 1.0 - missed
 
 
-def matching_odds(
+def fusion_scores(
     model: nn.Module,
     images: Images,
     rows: Sequence[Sequence[int]],
@@ -243,7 +247,7 @@ def matching_odds(
     batch: int = 64,
     image_size: Tensor | None = None,
     head: FusedHead = "itm",
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Tensor:
     """The fusion encoder's log-odds of 'matched', or its ranking scores: (P,) for `pairs` (P, 2) of image and caption.
 
@@ -251,11 +255,11 @@ def matching_odds(
     """
     order = pairs[:, 0].argsort(stable=True)
     ordered = pairs[order]
-    with reading(model) as device:
+    with eval_mode(model) as device:
 
         def score(span: slice) -> tuple[Tensor]:
             chosen = ordered[span]
-            text, keep = padded([rows[caption] for caption in chosen[:, 1].tolist()], pad)
+            text, keep = pad_token_ids([rows[caption] for caption in chosen[:, 1].tolist()], pad)
             fused = ForwardInput(
                 heads=(head,),
                 image=images[chosen[:, 0]].to(device),
@@ -266,7 +270,7 @@ def matching_odds(
             scores = model({"fused": fused})["fused"][head].float()
             return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
 
-        (odds,) = computed(len(pairs), batch, ranks, score)
+        (odds,) = compute_batches(len(pairs), batch, ranks, score)
     return torch.empty_like(odds).index_copy_(0, order, odds)
 
 

@@ -17,7 +17,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage
-from pipeline.evaluation.shown import Shown, kept
+from pipeline.evaluation.report_data import ReportData, load_report_data
 from pipeline.pages.words import significant
 from pipeline.reports.rejected import Quarantined, look_again
 from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, Tag
@@ -134,7 +134,7 @@ class Campaign:
     goodput: float | None
     restarts: int
     cost: Cost | None
-    evaluations: list[Shown]  # as they were kept, the newest first
+    evaluations: list[ReportData]  # as they were kept, the newest first
     measured: list[Point]  # every evaluation, with the step it was made at
     quarantine: Quarantined
     lineage: dict[str, str]
@@ -176,7 +176,7 @@ def gather(run: RunFolder, price: float | None = None, server: str | None = None
         goodput=seconds["training"] / sum(seconds.values()) if sum(seconds.values()) else None,
         restarts=max(len(run.sessions) - 1, 0),
         cost=cost,
-        evaluations=kept(run.storage, run.folder),
+        evaluations=load_report_data(run.storage, run.folder),
         measured=run.evaluations,
         quarantine=look_again(config, run.storage, run.quarantined()),
         lineage=_lineage(run) | recorded,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.evaluation import report
-from pipeline.evaluation.shown import headline
+from pipeline.evaluation.report_data import headline
 from pipeline.pages.page import render_page
 from pipeline.pages.timeline import Mark, Measure, Stretch, Timeline, timeline
 from pipeline.reports.campaign import Campaign

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.config.load import flatten
 from pipeline.config.redaction import redact
-from pipeline.evaluation.shown import kept
+from pipeline.evaluation.report_data import load_report_data
 from pipeline.reports.run_folder import RunFolder, StageRecord
 from pipeline.tracking.journal import EVALUATION
 
@@ -135,7 +135,7 @@ def _results_of(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
 
 def _evaluated(run: RunFolder) -> Iterator[tuple[tuple[str, str], Result]]:
     """Every evaluation's figures, under a name that says of what data: figures of other data stand in other rows."""
-    found = kept(run.storage, run.folder)
+    found = load_report_data(run.storage, run.folder)
     last = run.config.stages[-1].name
     for shown in reversed(found):
         weights = "" if (shown.stage, shown.step) == (last, None) else f" of {shown.stage}"

@@ -16,9 +16,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.evaluate import evaluate, is_measured_by
-from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.zero_shot import class_names
+from pipeline.evaluation.classification import class_names
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.evaluate import can_evaluate, evaluate
 from pipeline.training.collectives import Collectives
 
 
@@ -38,7 +38,7 @@ class StageEvaluation:
         self._storage, self._tokenizer, self._collectives = storage, tokenizer, collectives
         self._choices = choices
         self._is_last = index + 1 == len(config.stages)
-        self._held_out: HeldOut | None = None  # kept from one evaluation to the next
+        self._held_out: EvalPairs | None = None  # kept from one evaluation to the next
         self._check_classes()
 
     def _check_classes(self) -> None:
@@ -54,7 +54,7 @@ class StageEvaluation:
         section, done = self._config.evaluation, step + 1
         if section.every is None or section.source is None:
             return False
-        if not is_measured_by(self._config, section.source, self._stage):
+        if not can_evaluate(self._config, section.source, self._stage):
             return False
         if done == self._stage.steps:
             return not self._is_last

@@ -24,7 +24,7 @@ from pipeline.config.model import VLMoConfig
 from pipeline.data.contents.images import decode, resize
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.retrieval import embed_images, embed_texts, matching_odds
+from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import to_published
 from pipeline.tracking.tracker import Tracker
@@ -106,7 +106,7 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
         "image_embedding": image,
         "text_embedding": text,
         "similarity": (image * text).sum(dim=1),
-        "matched": matching_odds(model, images, rows, tokenizer.pad_id, pairs).sigmoid(),
+        "matched": fusion_scores(model, images, rows, tokenizer.pad_id, pairs).sigmoid(),
     }
 
     client = MlflowClient(uri)

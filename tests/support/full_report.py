@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.evaluation.aligned import ALIGNED, HEAT
+from pipeline.evaluation.explain import ALIGNMENT_EXAMPLES, HEAT_MAP_PIXELS
 from pipeline.evaluation.report import CANDIDATES, MASKED_SHOWN, RECONSTRUCTIONS_SHOWN, SHOWN
-from pipeline.evaluation.shown import (
+from pipeline.evaluation.report_data import (
     AlignedCaption,
     Alignments,
     CaptionsOfImage,
@@ -14,7 +14,7 @@ from pipeline.evaluation.shown import (
     MaskedCaption,
     MeasureRow,
     RecallRow,
-    Shown,
+    ReportData,
     WordGuess,
 )
 from pipeline.pages.page import THUMBNAIL, thumbnail
@@ -24,7 +24,7 @@ CAPTION = " ".join([WORD, "a", "picture", "<script>alert(1)</script>"] * 9)
 CONDITIONS = ["own picture", "another picture", "text only", "text only, language stage"]
 
 
-def fullest(name: str = "recorded") -> Shown:
+def fullest(name: str = "recorded") -> ReportData:
     random = np.random.default_rng(0)
 
     def noise(side: int = THUMBNAIL) -> str:
@@ -44,7 +44,7 @@ def fullest(name: str = "recorded") -> Shown:
     sentences = [ImagesOfCaption(CAPTION, 7, each, noise()) for each in found]
     images = [CaptionsOfImage(noise(), 7, listed, [CAPTION]) for _ in range(2 * SHOWN)]
     words = CAPTION.split()
-    return Shown(
+    return ReportData(
         name=name,
         stage="pairs",
         source="pairs",
@@ -70,7 +70,10 @@ def fullest(name: str = "recorded") -> Shown:
         reconstruction_stage="vision",
         reconstructions=[(noise(), noise(), noise()) for _ in range(RECONSTRUCTIONS_SHOWN)],
         alignments=Alignments(
-            [AlignedCaption(noise(HEAT), CAPTION, [(w, noise(HEAT), 0.3) for w in words]) for _ in range(ALIGNED)],
+            [
+                AlignedCaption(noise(HEAT_MAP_PIXELS), CAPTION, [(w, noise(HEAT_MAP_PIXELS), 0.3) for w in words])
+                for _ in range(ALIGNMENT_EXAMPLES)
+            ],
             ["No stage trained word_patch: the plan shows how its features happen to lie."],
         ),
         skipped=[(CAPTION, 3)],

@@ -11,7 +11,7 @@ from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import Fragment
 
 
-class Alone:
+class SingleProcess:
     """The only rank, without a process group."""
 
     rank, world_size, device = 0, 1, torch.device("cpu")

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig, Use
 from pipeline.data.batch import Batch
-from pipeline.evaluation.evaluate import stages_reading
-from pipeline.evaluation.results import Matching
+from pipeline.evaluation.evaluate import stages_trained_on
+from pipeline.evaluation.results import MatchingResult
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
@@ -65,9 +65,9 @@ def test_every_trap_has_a_test_of_its_name() -> None:
 
 
 def test_trap_04_a_head_that_gives_one_answer_to_everything_is_called_collapsed() -> None:
-    assert Matching(accuracy_matched=0.0, accuracy_mismatched=1.0).is_collapsed
-    assert Matching(accuracy_matched=1.0, accuracy_mismatched=0.01).is_collapsed
-    assert not Matching(accuracy_matched=0.3, accuracy_mismatched=0.9).is_collapsed
+    assert MatchingResult(accuracy_matched=0.0, accuracy_mismatched=1.0).is_collapsed
+    assert MatchingResult(accuracy_matched=1.0, accuracy_mismatched=0.01).is_collapsed
+    assert not MatchingResult(accuracy_matched=0.3, accuracy_mismatched=0.9).is_collapsed
 
 
 # ---- 9
@@ -80,8 +80,8 @@ def test_trap_09_a_source_that_a_stage_trains_on_is_known_under_every_name() -> 
         "held_out": {"shards": "elsewhere"},
     }
     config = RunConfig.model_validate_json(json.dumps(values))
-    assert stages_reading(config, "trial") == stages_reading(config, "renamed") == ("trial",)
-    assert stages_reading(config, "held_out") == ()
+    assert stages_trained_on(config, "trial") == stages_trained_on(config, "renamed") == ("trial",)
+    assert stages_trained_on(config, "held_out") == ()
 
 
 # ---- 6, 7, 12: of the training step

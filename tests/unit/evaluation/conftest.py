@@ -9,7 +9,7 @@ from pipeline.data.building.scenes import build_synthetic
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
-from pipeline.evaluation.held_out import HeldOut, load_pairs
+from pipeline.evaluation.datasets import EvalPairs, load_pairs
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
 from pipeline.models.vlmo import VLMo
@@ -68,7 +68,7 @@ def tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def held_out(config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> HeldOut:
+def held_out(config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> EvalPairs:
     return load_pairs(config, storage, "unseen", None, tokenizer, max_text=40)
 
 

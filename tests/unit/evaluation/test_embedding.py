@@ -17,9 +17,9 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
 from pipeline.evaluation import embedding
-from pipeline.evaluation.embedding import Embedder, embed_source
-from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.ranks import Alone
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.embedding import Embedder, embed_shards
+from pipeline.evaluation.ranks import SingleProcess
 from pipeline.evaluation.retrieval import embed_images, embed_texts
 from pipeline.models.vlmo import VLMo
 
@@ -46,9 +46,9 @@ def tables(out: Path) -> dict[str, Any]:
 
 
 def test_every_picture_and_caption_has_its_vector(
-    embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, held_out: HeldOut, tokenizer: Tokenizer
+    embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer
 ) -> None:
-    found = embed_source(embedder, Storage(), shards, str(tmp_path / "out"))
+    found = embed_shards(embedder, Storage(), shards, str(tmp_path / "out"))
     assert (found.shards, found.found_done, found.pictures, found.captions, found.skipped) == (4, 0, 24, 48, 0)
     rows = [row for table in tables(tmp_path / "out").values() for row in table.to_pylist()]
     assert [row["key"] for row in rows] == [key for key in held_out.keys for _ in range(3)]
@@ -63,7 +63,7 @@ def test_every_picture_and_caption_has_its_vector(
 def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     embedder: Embedder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed_source(embedder, Storage(), shards, str(tmp_path / "whole"))
+    embed_shards(embedder, Storage(), shards, str(tmp_path / "whole"))
     original, written = Storage.write, []
 
     def write(self: Storage, url: str, data: bytes) -> None:
@@ -76,10 +76,10 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
 
     monkeypatch.setattr(Storage, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        embed_source(embedder, Storage(), shards, str(tmp_path / "killed"))
+        embed_shards(embedder, Storage(), shards, str(tmp_path / "killed"))
     assert len(tables(tmp_path / "killed")) == 3
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
-    found = embed_source(embedder, Storage(), shards, str(tmp_path / "killed"))
+    found = embed_shards(embedder, Storage(), shards, str(tmp_path / "killed"))
     assert (found.shards, found.found_done, found.pictures) == (4, 2, 24)
     assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
@@ -90,28 +90,28 @@ def test_other_weights_changed_shards_and_lost_files_are_embedded_again(
     embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, config: RunConfig, tokenizer: Tokenizer
 ) -> None:
     out = tmp_path / "out"
-    embed_source(embedder, Storage(), shards, str(out))
-    assert embed_source(embedder, Storage(), shards, str(out)).found_done == 4
+    embed_shards(embedder, Storage(), shards, str(out))
+    assert embed_shards(embedder, Storage(), shards, str(out)).found_done == 4
     first = sorted(out.glob("*.parquet"))[0]
     first.unlink()
-    assert embed_source(embedder, Storage(), shards, str(out)).found_done == 3
+    assert embed_shards(embedder, Storage(), shards, str(out)).found_done == 3
     record = next(iter((out / embedding.DONE).iterdir()))
     record.write_text(json.dumps({**json.loads(record.read_text()), "shard": "another"}))
-    assert embed_source(embedder, Storage(), shards, str(out)).found_done == 3
+    assert embed_shards(embedder, Storage(), shards, str(out)).found_done == 3
     others = Embedder(model, tokenizer, config, config.stages[-1], "weights-b")
-    assert embed_source(others, Storage(), shards, str(out)).found_done == 0
+    assert embed_shards(others, Storage(), shards, str(out)).found_done == 0
     assert parquet.read_schema(first).metadata[b"mome.checkpoint"] == b"weights-b"
 
 
 def test_ranks_share_the_shards(embedder: Embedder, shards: str, tmp_path: Path) -> None:
-    class One(Alone):
+    class One(SingleProcess):
         def __init__(self, rank: int):
             self.rank, self.world_size = rank, 3
 
-    alone = embed_source(embedder, Storage(), shards, str(tmp_path / "alone"))
-    found = [embed_source(embedder, Storage(), shards, str(tmp_path / "three"), One(rank)) for rank in (2, 1)]
+    alone = embed_shards(embedder, Storage(), shards, str(tmp_path / "alone"))
+    found = [embed_shards(embedder, Storage(), shards, str(tmp_path / "three"), One(rank)) for rank in (2, 1)]
     assert [each.pictures for each in found] == [7, 7]
-    assert embed_source(embedder, Storage(), shards, str(tmp_path / "three")).found_done == 2
+    assert embed_shards(embedder, Storage(), shards, str(tmp_path / "three")).found_done == 2
     assert tables(tmp_path / "three") == tables(tmp_path / "alone")
     assert alone.pictures == 24
 
@@ -121,10 +121,10 @@ def test_buckets_are_read_and_written_as_folders_are(embedder: Embedder, shards:
     storage = Storage(s3.config)
     for file in Path(shards).iterdir():
         storage.upload(file, s3.url("shards", file.name))
-    embed_source(embedder, Storage(), shards, str(tmp_path / "here"))
-    found = embed_source(embedder, storage, s3.url("shards"), s3.url("out"))
+    embed_shards(embedder, Storage(), shards, str(tmp_path / "here"))
+    found = embed_shards(embedder, storage, s3.url("shards"), s3.url("out"))
     assert (found.found_done, found.pictures) == (0, 24)
-    assert embed_source(embedder, storage, s3.url("shards"), s3.url("out")).found_done == 4
+    assert embed_shards(embedder, storage, s3.url("shards"), s3.url("out")).found_done == 4
     for name, table in tables(tmp_path / "here").items():
         storage.download(s3.url("out", name), str(tmp_path / name))
         assert parquet.read_table(tmp_path / name) == table

@@ -14,7 +14,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.results import Evaluation
-from pipeline.evaluation.retrieval import matching_odds
+from pipeline.evaluation.retrieval import fusion_scores
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
@@ -134,7 +134,7 @@ def test_matching_without_a_contrast_ranks_by_reading_every_pair(
     assert result["reranked"] is None
     assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", len(held_out))
     pairs = torch.cartesian_prod(torch.arange(len(held_out)), torch.arange(len(held_out.tokens)))
-    odds = matching_odds(model, held_out.images, held_out.rows(), tokenizer.pad_id, pairs)
+    odds = fusion_scores(model, held_out.images, held_out.rows(), tokenizer.pad_id, pairs)
     best = odds.view(len(held_out), -1).topk(10, dim=1).values
     torch.testing.assert_close(found.rankings.image_to_text.score, best)  # type: ignore[union-attr]
     left_out = config.model_copy(update={"stages": stages})

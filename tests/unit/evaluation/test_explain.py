@@ -11,8 +11,16 @@ from PIL import Image
 
 from pipeline.config.errors import DataError
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.explain import Explanation, explain, mask_each, positions_of_words, share_of
-from pipeline.evaluation.explain_page import panel, to_html, to_png
+from pipeline.evaluation.explain import (
+    Explanation,
+    draw_heat_map,
+    explain,
+    explanation_html,
+    explanation_png,
+    mask_each,
+    positions_of_words,
+    share_of,
+)
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
@@ -87,7 +95,7 @@ def test_guesses_are_those_of_the_model_with_the_word_masked(model: Model, found
 
 def test_the_panel_is_reddest_at_the_hottest_patch(found: Explanation) -> None:
     word = found.words[0]
-    drawn = np.asarray(panel(found, word)).astype(int)
+    drawn = np.asarray(draw_heat_map(found, word)).astype(int)
     redness = drawn[:, :, 0] - drawn[:, :, 1]
     side = redness.shape[1] // word.heat.shape[1]
     of_patch = [
@@ -97,7 +105,7 @@ def test_the_panel_is_reddest_at_the_hottest_patch(found: Explanation) -> None:
 
 
 def test_the_page_holds_everything_and_escapes_the_text(found: Explanation) -> None:
-    page = to_html(found, "<b>words</b>", "checkpoint", ["a note"])
+    page = explanation_html(found, "<b>words</b>", "checkpoint", ["a note"])
     assert "<b>words</b>" not in page
     assert page.count("data:image/png;base64,") == 1 + len(found.words)
     assert "http:" not in page
@@ -108,7 +116,7 @@ def test_the_page_holds_everything_and_escapes_the_text(found: Explanation) -> N
 
 
 def test_the_picture_has_a_panel_for_every_word(found: Explanation) -> None:
-    page = to_png(found, TEXT, "checkpoint", [])
+    page = explanation_png(found, TEXT, "checkpoint", [])
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
     again = np.asarray(Image.open(buffer))

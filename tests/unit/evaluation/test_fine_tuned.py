@@ -15,11 +15,10 @@ from pipeline.data.contents.choices import ANSWERS, load_answers
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
-from pipeline.evaluation.annotated import AnnotatedSource
-from pipeline.evaluation.answering import measure_answering
-from pipeline.evaluation.classification import measure_classification
-from pipeline.evaluation.evaluate import evaluate, stages_reading
-from pipeline.evaluation.reasoning import consistency, measure_reasoning
+from pipeline.evaluation.classification import evaluate_classification
+from pipeline.evaluation.datasets import LabelledEvalSet
+from pipeline.evaluation.evaluate import evaluate, stages_trained_on
+from pipeline.evaluation.vqa_nlvr2 import consistency, evaluate_nlvr2, evaluate_vqa
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from tests.support.fine_tuning_data import COLOURS, colour_of, run_config
 
@@ -51,9 +50,9 @@ def _redness(image: torch.Tensor) -> torch.Tensor:
     return image.float().mean(dim=(1, 2)) @ torch.tensor([1.0, 0.0, -1.0])
 
 
-def source_of(folder: Path, use: str, objective: str, limit: int | None = None, **keys: Any) -> AnnotatedSource:
+def source_of(folder: Path, use: str, objective: str, limit: int | None = None, **keys: Any) -> LabelledEvalSet:
     config = run_config(folder, use, objective, 1, **keys)
-    return AnnotatedSource(config, Storage(), "test", config.stages[0], tokenizer_of(config), limit)
+    return LabelledEvalSet(config, Storage(), "test", config.stages[0], tokenizer_of(config), limit)
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:
@@ -66,27 +65,27 @@ def test_vqa_accuracy_is_the_mean_score_of_the_answers_given(tmp_path: Path, lim
     config = run_config(tmp_path, "questions", "answering", 1, answers=6)
     listed = load_answers(config, config.stages[0], Storage())
     assert listed is not None
-    right = measure_answering(model := Colourist({"answers": 6}), source, listed)
+    right = evaluate_vqa(model := Colourist({"answers": 6}), source, listed)
     assert (right.accuracy, right.questions) == (1.0, limit or 60)
     assert model.rows == right.questions
-    wrong = measure_answering(Colourist({"answers": 6}, wrong=True), source, listed)
+    wrong = evaluate_vqa(Colourist({"answers": 6}, wrong=True), source, listed)
     assert wrong.accuracy == 0.0
     assert 0.25 <= wrong.accuracy_without_model < 0.6  # the most frequent of four colours
 
 
 def test_top_1_and_top_5_of_classes(tmp_path: Path) -> None:
     source = source_of(tmp_path, "labelled", "classification", classes=4)
-    right = measure_classification(Colourist({"classes": 4}), source)
+    right = evaluate_classification(Colourist({"classes": 4}), source)
     assert (right.top1, right.top5, right.chance, right.pictures) == (1.0, 1.0, 0.25, 60)
-    assert measure_classification(Colourist({"classes": 4}, wrong=True), source).top1 == 0.0
+    assert evaluate_classification(Colourist({"classes": 4}, wrong=True), source).top1 == 0.0
 
 
 def test_nlvr2_accuracy_counts_true_and_false_alike(tmp_path: Path) -> None:
     """The colourist says "true" where the first picture is red, whatever the sentence: right half of the time."""
-    found = measure_reasoning(Colourist({}), source_of(tmp_path, "statements", "reasoning"))
+    found = evaluate_nlvr2(Colourist({}), source_of(tmp_path, "statements", "reasoning"))
     assert found.statements == 60
     assert 0.25 < found.accuracy < 0.75
-    other = measure_reasoning(Colourist({}, wrong=True), source_of(tmp_path, "statements", "reasoning"))
+    other = evaluate_nlvr2(Colourist({}, wrong=True), source_of(tmp_path, "statements", "reasoning"))
     assert found.accuracy + other.accuracy == pytest.approx(1.0)
     assert found.accuracy_without_model >= 0.5
 
@@ -131,7 +130,7 @@ def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) ->
     assert evaluate(model, tokenizer, config, Storage(), "train").to_json()["trained_on"] == ["finetune"]
     again = config.sources["train"].model_copy(update={"shards": config.sources["train"].shards + "/"})
     renamed = config.model_copy(update={"sources": {**config.sources, "held_out": again}})
-    assert stages_reading(renamed, "held_out") == ("finetune",)
+    assert stages_trained_on(renamed, "held_out") == ("finetune",)
 
 
 def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path: Path) -> None:

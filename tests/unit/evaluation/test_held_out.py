@@ -16,11 +16,11 @@ from pipeline.data.building.importers import write_shards
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_samples
 from pipeline.data.storage import Storage
-from pipeline.evaluation.held_out import HeldOut, load_pairs
+from pipeline.evaluation.datasets import EvalPairs, load_pairs
 
 
 def test_every_pair_is_read_in_the_order_of_the_manifest(
-    config: RunConfig, storage: Storage, held_out: HeldOut
+    config: RunConfig, storage: Storage, held_out: EvalPairs
 ) -> None:
     assert held_out.keys == tuple(s.key for s in iter_samples(storage, config.sources["unseen"].shards))
     assert held_out.images[:].shape == (24, 32, 32, 3)
@@ -34,7 +34,7 @@ def test_every_pair_is_read_in_the_order_of_the_manifest(
 
 
 def test_a_limit_keeps_the_first_pairs(
-    config: RunConfig, storage: Storage, tokenizer: Tokenizer, held_out: HeldOut
+    config: RunConfig, storage: Storage, tokenizer: Tokenizer, held_out: EvalPairs
 ) -> None:
     few = load_pairs(config, storage, "unseen", 5, tokenizer, max_text=40)
     assert few.keys == held_out.keys[:5]

@@ -14,9 +14,8 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ObjectiveConfig, RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
+from pipeline.evaluation.classification import class_vectors, fit_linear_probe
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.probe import fit
-from pipeline.evaluation.zero_shot import class_vectors
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from tests.support.fine_tuning_data import COLOURS, colour_of, run_config
 
@@ -89,7 +88,7 @@ def test_the_probe_is_the_minimum_of_its_loss() -> None:
     random = np.random.default_rng(0)
     x, y = random.normal(size=(80, 6)), random.integers(0, 3, 80)
     penalty = 0.01
-    weight, bias = (each.numpy() for each in fit(torch.tensor(x), torch.tensor(y), 3, penalty))
+    weight, bias = (each.numpy() for each in fit_linear_probe(torch.tensor(x), torch.tensor(y), 3, penalty))
     odds = np.exp(x @ weight + bias)
     wrong = odds / odds.sum(axis=1, keepdims=True) - np.eye(3)[y]
     assert np.abs(x.T @ wrong / 80 + penalty * weight).max() < 1e-5

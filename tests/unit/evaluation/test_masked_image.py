@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.masked_image import Painted, reconstruct
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.vlmo import VLMo
@@ -32,20 +32,20 @@ class Knowing(nn.Module):
         return nn.functional.one_hot(mean_colour_targets(image, positions, 8), 512).float()
 
 
-def test_true_pixels_restore_the_picture(held_out: HeldOut) -> None:
+def test_true_pixels_restore_the_picture(held_out: EvalPairs) -> None:
     found = reconstruct(Knowing("pixels"), held_out.images[:], held_out.keys, 8, 0.4, "pixels", batch=5)
     assert (found.filled.int() - held_out.images[:].int()).abs().max() <= 1
     assert found.error < 0.005 < found.error_without_model
 
 
-def test_true_colours_are_within_half_a_class(held_out: HeldOut) -> None:
+def test_true_colours_are_within_half_a_class(held_out: EvalPairs) -> None:
     found = reconstruct(Knowing("mean_colour"), held_out.images[:], held_out.keys, 8, 0.4, "mean_colour")
     assert found.error <= 16.5 / 255
     assert found.error < found.error_without_model
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
-def test_only_hidden_patches_change(held_out: HeldOut, model: VLMo, fraction: float) -> None:
+def test_only_hidden_patches_change(held_out: EvalPairs, model: VLMo, fraction: float) -> None:
     found = reconstruct(model, held_out.images[:], held_out.keys, 8, fraction, "pixels")
     before, masked, after = (patchify(each, 8) for each in (found.original, found.masked, found.filled))
     is_hidden = (masked == 128).all(dim=-1)
@@ -54,13 +54,13 @@ def test_only_hidden_patches_change(held_out: HeldOut, model: VLMo, fraction: fl
     assert torch.equal(before[~is_hidden], masked[~is_hidden])
 
 
-def test_hidden_patches_follow_the_key_alone(held_out: HeldOut, model: VLMo) -> None:
+def test_hidden_patches_follow_the_key_alone(held_out: EvalPairs, model: VLMo) -> None:
     whole = reconstruct(model, held_out.images[:], held_out.keys, 8, 0.4, "pixels", batch=64)
     part = reconstruct(model, held_out.images[3:5], held_out.keys[3:5], 8, 0.4, "pixels", batch=1)
     assert torch.equal(whole.masked[3:5], part.masked)
 
 
-def test_a_decoder_s_model_is_shown_only_what_is_visible(held_out: HeldOut) -> None:
+def test_a_decoder_s_model_is_shown_only_what_is_visible(held_out: EvalPairs) -> None:
     class Decoding(Knowing):
         def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
             for one in passes.values():

@@ -9,13 +9,19 @@ import torch
 
 from pipeline.config.schema import MaskingConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.held_out import HeldOut
-from pipeline.evaluation.masked_language import guess, mask_captions, masked_language, other_images, words_of
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.masked_language import (
+    mask_captions,
+    masked_language,
+    mismatched_images,
+    predict_masked_tokens,
+    words_of,
+)
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 
 
-def test_masked_places_hold_mask_and_labels_restore_the_caption(held_out: HeldOut, tokenizer: Tokenizer) -> None:
+def test_masked_places_hold_mask_and_labels_restore_the_caption(held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     masked = mask_captions(held_out, MaskingConfig(), tokenizer)
     for tokens, row, positions, labels in zip(
         held_out.tokens, masked.rows, masked.positions, masked.labels, strict=True
@@ -28,7 +34,7 @@ def test_masked_places_hold_mask_and_labels_restore_the_caption(held_out: HeldOu
         assert restored == list(tokens.ids)
 
 
-def test_words_are_masked_whole(held_out: HeldOut, tokenizer: Tokenizer) -> None:
+def test_words_are_masked_whole(held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     masked = mask_captions(held_out, MaskingConfig(), tokenizer)
     for caption, tokens in enumerate(held_out.tokens):
         for places in words_of(masked, caption, tokens.word_of):
@@ -36,7 +42,7 @@ def test_words_are_masked_whole(held_out: HeldOut, tokenizer: Tokenizer) -> None
             assert len(places) == tokens.word_of.count(word)
 
 
-def test_masks_do_not_depend_on_the_limit(held_out: HeldOut, tokenizer: Tokenizer) -> None:
+def test_masks_do_not_depend_on_the_limit(held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     few = replace(held_out, keys=held_out.keys[:3], captions=held_out.captions[:3], tokens=held_out.tokens[:6])
     few = replace(few, caption_of=held_out.caption_of[:6], image_id=held_out.image_id[:3], images=held_out.images[:3])
     whole, part = (mask_captions(each, MaskingConfig(), tokenizer) for each in (held_out, few))
@@ -49,7 +55,7 @@ def test_masks_do_not_depend_on_the_limit(held_out: HeldOut, tokenizer: Tokenize
 )
 def test_another_image_never_shows_the_same(ids: list[int]) -> None:
     image_id = torch.tensor(ids)
-    other = other_images(image_id)
+    other = mismatched_images(image_id)
     assert (image_id[other] != image_id).all()
     if 2 * max(ids.count(i) for i in ids) <= len(ids):
         assert sorted(other.tolist()) == list(range(len(ids)))
@@ -57,12 +63,12 @@ def test_another_image_never_shows_the_same(ids: list[int]) -> None:
 
 def test_one_image_alone_has_no_other() -> None:
     with pytest.raises(ValueError, match="no other image"):
-        other_images(torch.tensor([4, 4, 4]))
+        mismatched_images(torch.tensor([4, 4, 4]))
 
 
-def test_guesses_equal_those_of_one_caption_at_a_time(model: VLMo, held_out: HeldOut, tokenizer: Tokenizer) -> None:
+def test_guesses_equal_those_of_one_caption_at_a_time(model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     masked = mask_captions(held_out, MaskingConfig(), tokenizer)
-    found = guess(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch=7)
+    found = predict_masked_tokens(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch=7)
     single = []
     for caption, row in enumerate(masked.rows):
         one = ForwardInput(
@@ -82,7 +88,7 @@ def test_guesses_equal_those_of_one_caption_at_a_time(model: VLMo, held_out: Hel
 
 
 def test_a_stage_that_never_fused_is_asked_from_text_alone(
-    model: VLMo, held_out: HeldOut, tokenizer: Tokenizer
+    model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer
 ) -> None:
     found = masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
     assert found.own_image is None
@@ -90,7 +96,7 @@ def test_a_stage_that_never_fused_is_asked_from_text_alone(
     assert 0.0 <= found.text_only.accuracy <= 1.0
 
 
-def test_the_model_keeps_its_training_mode(model: VLMo, held_out: HeldOut, tokenizer: Tokenizer) -> None:
+def test_the_model_keeps_its_training_mode(model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     model.train()
     masked_language(model, held_out, MaskingConfig(), tokenizer, fused=True)
     assert model.training

@@ -19,9 +19,9 @@ from pipeline.config.schema import RunConfig, SourceConfig
 from pipeline.data.building.importers import write_shards
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation import held_out as module
+from pipeline.evaluation import datasets as module
+from pipeline.evaluation.datasets import EvalPairs, load_pairs
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.held_out import HeldOut, load_pairs
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from tests.support.ranks import run_ranks
 
@@ -30,7 +30,7 @@ GIB = 2**30
 
 
 def test_only_so_many_pictures_stay_decoded_and_all_are_the_same(
-    config: RunConfig, storage: Storage, tokenizer: Tokenizer, held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, storage: Storage, tokenizer: Tokenizer, held_out: EvalPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = 3 * 32 * 32
     monkeypatch.setattr(module, "DECODED_BYTES", 5 * one)

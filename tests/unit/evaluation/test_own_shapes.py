@@ -15,11 +15,11 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.evaluation.datasets import EvalPairs, load_pairs
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.held_out import HeldOut, load_pairs
-from pipeline.evaluation.masked_language import guess, mask_captions
-from pipeline.evaluation.report import render, show
-from pipeline.evaluation.retrieval import matching_odds
+from pipeline.evaluation.masked_language import mask_captions, predict_masked_tokens
+from pipeline.evaluation.report import build_report_data, render_report
+from pipeline.evaluation.retrieval import fusion_scores
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig, Model
 
@@ -66,28 +66,30 @@ def model(run: RunConfig, tokenizer: Tokenizer) -> Model:
 
 
 @pytest.fixture
-def held_out(run: RunConfig, tokenizer: Tokenizer) -> HeldOut:
+def held_out(run: RunConfig, tokenizer: Tokenizer) -> EvalPairs:
     return load_pairs(run, Storage(), "pairs", None, tokenizer, 20)
 
 
-def test_pictures_are_read_in_their_own_shapes_on_one_canvas(held_out: HeldOut) -> None:
+def test_pictures_are_read_in_their_own_shapes_on_one_canvas(held_out: EvalPairs) -> None:
     assert held_out.image_size.tolist() == [[24, 40], [40, 24], [24, 24], [16, 40], [32, 24], [24, 24]]
     assert held_out.images[:].shape == (6, 40, 40, 3)
     assert held_out.picture(3).shape == (16, 40, 3)
 
 
 def test_the_canvas_changes_neither_guesses_nor_odds(
-    model: Model, run: RunConfig, held_out: HeldOut, tokenizer: Tokenizer
+    model: Model, run: RunConfig, held_out: EvalPairs, tokenizer: Tokenizer
 ) -> None:
     larger = replace(held_out, images=F.pad(held_out.images[:], (0, 0, 0, 8, 0, 16), value=99))
     masked = mask_captions(held_out, run.stages[0].masking, tokenizer)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(5))
     results = []
     for each in (held_out, larger):
-        guesses = guess(model, masked, tokenizer.pad_id, each.images, each.caption_of, 4, each.image_size)
+        guesses = predict_masked_tokens(
+            model, masked, tokenizer.pad_id, each.images, each.caption_of, 4, each.image_size
+        )
         rows = each.rows()
-        itm = matching_odds(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size)
-        ranked = matching_odds(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size, "ranking")
+        itm = fusion_scores(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size)
+        ranked = fusion_scores(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size, "ranking")
         results.append((guesses.truth_probability, itm, ranked))
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
@@ -102,7 +104,7 @@ def test_a_vilt_is_evaluated_and_reported(model: Model, run: RunConfig, tokenize
     assert result["itm"]["accuracy"] is not None
     assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", 6)
     assert result["reconstruction"] is None
-    assert "matching" in render(show(found, run, tokenizer), run, {})
+    assert "matching" in render_report(build_report_data(found, run, tokenizer), run, {})
     ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
     assert ranked.to_json()["retrieval"]["by"] == "ranking"
     assert ranked.rankings.text_to_image.best.shape == (18, 6)

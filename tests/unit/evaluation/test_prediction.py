@@ -9,7 +9,7 @@ import torch
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.evaluation.held_out import HeldOut
+from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.prediction import Given, Predictor
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
@@ -21,12 +21,12 @@ def predictor(model: VLMo, tokenizer: Tokenizer, config: RunConfig) -> Predictor
 
 
 @pytest.fixture
-def picture(held_out: HeldOut) -> np.ndarray:
+def picture(held_out: EvalPairs) -> np.ndarray:
     return held_out.images[0].numpy()
 
 
 def test_a_pair_gets_its_similarity_and_its_odds_of_matching(
-    predictor: Predictor, model: VLMo, picture: np.ndarray, held_out: HeldOut, tokenizer: Tokenizer
+    predictor: Predictor, model: VLMo, picture: np.ndarray, held_out: EvalPairs, tokenizer: Tokenizer
 ) -> None:
     text = held_out.captions[0][0]
     found = predictor(Given((picture,), text))

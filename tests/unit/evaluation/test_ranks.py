@@ -12,13 +12,13 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.ranks import ALONE, Alone, Ranks, batches_of, together
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, SingleProcess, rank_batches, run_on_all_ranks
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
 from tests.support.ranks import run_ranks
 
 
-class One(Alone):
+class One(SingleProcess):
     """One of several, who are asked nothing."""
 
     def __init__(self, rank: int, world_size: int):
@@ -31,7 +31,7 @@ class One(Alone):
 @pytest.mark.parametrize("count", [1, 6, 7, 50, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
 def test_every_row_is_computed_once_and_all_make_equally_many_forwards(count: int, world_size: int) -> None:
-    turns = [list(batches_of(count, 7, One(rank, world_size))) for rank in range(world_size)]
+    turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
     own = [row for each in turns for rows, is_own in each if is_own for row in range(count)[rows]]
     assert own == list(range(count))
     assert len({len(each) for each in turns}) == 1
@@ -39,12 +39,12 @@ def test_every_row_is_computed_once_and_all_make_equally_many_forwards(count: in
 
 
 def test_an_error_of_one_rank_is_raised_on_all() -> None:
-    class Two(Alone):
+    class Two(SingleProcess):
         def gather_objects(self, value: Any) -> list[Any]:
             return [value, (None, DataError("shard 3 changed"))]
 
     with pytest.raises(DataError, match="shard 3 changed"):
-        together(Two(), lambda: 1)
+        run_on_all_ranks(Two(), lambda: 1)
 
 
 def measured(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def measured_on_ranks(config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_number_of_ranks_changes_nothing(config: RunConfig, world_size: int) -> None:
-    expected = measured(config, ALONE)
+    expected = measured(config, SINGLE_PROCESS)
     for found in run_ranks(measured_on_ranks, world_size, config):
         assert found["json"] == expected["json"]
         assert found["metrics"] == expected["metrics"]

@@ -14,9 +14,9 @@ import torch
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.aligned import aligned
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.report import beside, percent, render, show, thumbnail
+from pipeline.evaluation.explain import alignment_examples
+from pipeline.evaluation.report import build_report_data, metric_differences, percent, render_report, thumbnail
 from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import rankings
 from pipeline.models.vlmo import VLMo
@@ -69,7 +69,7 @@ def page(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path_fa
 def _write(
     found: Evaluation, config: RunConfig, tokenizer: Tokenizer, page: Path, curves: dict[str, Any] | None = None
 ) -> None:
-    page.write_text(render(show(found, config, tokenizer), config, curves or {}), encoding="utf-8")
+    page.write_text(render_report(build_report_data(found, config, tokenizer), config, curves or {}), encoding="utf-8")
 
 
 def test_the_page_needs_nothing_from_outside(page: str) -> None:
@@ -150,12 +150,12 @@ def test_percentages_keep_what_small_shares_need() -> None:
 def test_words_and_patches_are_shown_with_what_was_never_trained(
     model: VLMo, found: Evaluation, config: RunConfig, tokenizer: Tokenizer
 ) -> None:
-    alignments = aligned(model, tokenizer, found.held_out, config, config.stages[-1])
+    alignments = alignment_examples(model, tokenizer, found.held_out, config, config.stages[-1])
     captions = [found.held_out.captions[number][0] for number in range(0, PAIRS, PAIRS // 4)]
     assert [each.caption for each in alignments.captions] == captions
     assert [word for word, _, _ in alignments.captions[0].words] == captions[0].split()
     assert all(0 < share <= 1 for each in alignments.captions for _, _, share in each.words)
-    page = render(show(found, config, tokenizer, alignments), config, {})
+    page = render_report(build_report_data(found, config, tokenizer, alignments), config, {})
     assert "No stage trained word_patch" in page
     assert page.count('alt="heat map of') == sum(len(each.words) for each in alignments.captions)
 
@@ -163,8 +163,8 @@ def test_words_and_patches_are_shown_with_what_was_never_trained(
 def test_another_run_stands_beside_and_other_data_are_told(
     found: Evaluation, config: RunConfig, tokenizer: Tokenizer
 ) -> None:
-    shown = show(found, config, tokenizer)
+    shown = build_report_data(found, config, tokenizer)
     other = replace(shown, name="other", metrics={**shown.metrics, "i2t_r1": 2.0})
-    assert ("i2t_r1", shown.metrics["i2t_r1"], 2.0, shown.metrics["i2t_r1"] - 2.0) in beside(shown, other)
-    assert "cannot be compared" not in render(shown, config, {}, other)
-    assert "cannot be compared" in render(shown, config, {}, replace(other, digest="another"))
+    assert ("i2t_r1", shown.metrics["i2t_r1"], 2.0, shown.metrics["i2t_r1"] - 2.0) in metric_differences(shown, other)
+    assert "cannot be compared" not in render_report(shown, config, {}, other)
+    assert "cannot be compared" in render_report(shown, config, {}, replace(other, digest="another"))

@@ -14,7 +14,7 @@ from pipeline.evaluation.retrieval import (
     chance_level,
     dot_products,
     first_few,
-    padded,
+    pad_token_ids,
     rankings,
     recall_at_k,
     rerank,
@@ -175,6 +175,6 @@ def test_chance_among_single_captions_is_k_of_n() -> None:
 
 
 def test_padding_marks_only_what_stands_behind_a_row() -> None:
-    text, keep = padded([[2, 5, 3], [2, 3]], pad=0)
+    text, keep = pad_token_ids([[2, 5, 3], [2, 3]], pad=0)
     assert text.tolist() == [[2, 5, 3], [2, 3, 0]]
     assert keep.tolist() == [[True, True, True], [True, True, False]]

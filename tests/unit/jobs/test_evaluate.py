@@ -16,7 +16,7 @@ from jobs.caller import URI_VARIABLE
 from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.data.storage import Storage
-from pipeline.evaluation.shown import headline, kept
+from pipeline.evaluation.report_data import headline, load_report_data
 from tests.support.finished_run import config_of, draw, write_run
 
 
@@ -58,14 +58,14 @@ def test_each_evaluation_has_a_name_a_report_and_figures_of_its_own(run: Path, d
     assert [each["source"] for each in results] == ["test", "test-first-6", f"test-{digest}", "hard"]
     assert len({each["report"] for each in results}) == 4
     assert all(Path(each["report"]).exists() for each in results)
-    found = kept(Storage(), str(run))
+    found = load_report_data(Storage(), str(run))
     assert {each.source: each.pairs for each in found} == {each["source"]: each["pairs"] for each in results}
     assert headline(found).source == "test"  # the last three were made later
     page = (run / "report.html").read_text(encoding="utf-8")
     assert all(f'href="{Path(each["report"]).name}"' in page for each in results)
     again = evaluate(run)
     assert again == whole
-    assert len(kept(Storage(), str(run))) == 4
+    assert len(load_report_data(Storage(), str(run))) == 4
 
 
 def test_a_name_that_other_data_have_is_refused_before_anything_is_measured(run: Path, data: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from jobs.explain import explain_checkpoint
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
-from pipeline.evaluation.explain import untrained
+from pipeline.evaluation.explain import untrained_notes
 from pipeline.models import build_model
 from pipeline.training.checkpoint import save_weights
 from pipeline.training.stages import heads
@@ -59,7 +59,7 @@ def test_the_command_draws_a_checkpoints_reading(kind: str, ending: str, tmp_pat
 
 def test_what_the_stage_never_trained_is_said() -> None:
     def notes(cell: Cell) -> list[str]:
-        return untrained(trial_config(cell), "trial")
+        return untrained_notes(trial_config(cell), "trial")
 
     aligned, words = notes(Cell("word_patch", "vlmo", "pairs")), notes(Cell("masked_language", "vlmo", "pairs"))
     assert len(aligned) == 1

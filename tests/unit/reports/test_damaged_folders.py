@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
-from pipeline.evaluation.report import Linked, render
-from pipeline.evaluation.shown import headline, keep, kept
+from pipeline.evaluation.report import ReportLink, render_report
+from pipeline.evaluation.report_data import headline, load_report_data, save_report_data
 from pipeline.reports.campaign import gather
 from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
@@ -122,7 +122,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
         masked={kind: cards[:1] for kind, cards in small.masked.items()},
         reconstructions=small.reconstructions[:1],
     )
-    keep(Storage(), str(run), small)
+    save_report_data(Storage(), str(run), small)
     (file,) = (run / "evaluations").iterdir()
     config = open_run(str(run)).config
     left_out = 0
@@ -130,11 +130,11 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
     def use(data: bytes) -> None:
         nonlocal left_out
         file.write_bytes(data)
-        found = kept(Storage(), str(run))
+        found = load_report_data(Storage(), str(run))
         left_out += not found
         if found:
             shown = headline(found)
-            render(shown, config, {}, shown, [Linked.of(shown, "page.html")])
+            render_report(shown, config, {}, shown, [ReportLink.of(shown, "page.html")])
             render_campaign(gather(open_run(str(run))))
 
     try:
@@ -167,8 +167,8 @@ def test_a_picture_of_a_kept_evaluation_is_data_and_no_address(run: Path, addres
         replace(shown, reconstructions=[(address, address, address)]),
         replace(shown, alignments=replace(shown.alignments, captions=[heat])),
     ):
-        keep(Storage(), str(run), hostile)
-        assert kept(Storage(), str(run)) == []
+        save_report_data(Storage(), str(run), hostile)
+        assert load_report_data(Storage(), str(run)) == []
     for file in (run / "evaluations").iterdir():
         file.unlink()
 

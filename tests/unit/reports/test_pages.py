@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from pipeline.data.storage import Storage
-from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess
-from pipeline.evaluation.explain_page import to_html
-from pipeline.evaluation.report import render
-from pipeline.evaluation.shown import keep, kept
+from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess, explanation_html
+from pipeline.evaluation.report import render_report
+from pipeline.evaluation.report_data import load_report_data, save_report_data
 from pipeline.reports.campaign import Campaign, gather
 from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
@@ -36,10 +35,12 @@ def pages(campaign: Campaign, run: RunFolder, runs: Path) -> dict[str, str]:
     shown, beside = fullest(), compare([run, open_run(str(runs / "other"))])
     curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
     return {
-        "evaluation": render(shown, run.config, curves, against=replace(shown, digest="e" * 64)),
+        "evaluation": render_report(shown, run.config, curves, against=replace(shown, digest="e" * 64)),
         "campaign": render_campaign(replace(campaign, evaluations=[shown]), beside),
         "comparison": render_comparison(beside),
-        "explanation": to_html(_explanation(), "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]),
+        "explanation": explanation_html(
+            _explanation(), "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]
+        ),
     }
 
 
@@ -90,7 +91,7 @@ def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
     for page in (
         render_campaign(gather(one)),
         render_comparison(compare([one, two])),
-        render(fullest(), one.config, {}),
+        render_report(fullest(), one.config, {}),
     ):
         assert "secret" not in page
     assert "server:5000" in render_campaign(gather(one))
@@ -99,7 +100,7 @@ def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
 def test_what_was_shown_is_read_back_as_it_was(tmp_path: Path) -> None:
     older, newer = fullest(), replace(fullest(), stage="vision", at=fullest().at + 1)
     for shown in (newer, older):
-        keep(Storage(), str(tmp_path), shown)
-    assert kept(Storage(), str(tmp_path)) == [newer, older]
+        save_report_data(Storage(), str(tmp_path), shown)
+    assert load_report_data(Storage(), str(tmp_path)) == [newer, older]
     (tmp_path / "evaluations" / "vision-pairs.json").write_text('{"name": "of another version"}')
-    assert kept(Storage(), str(tmp_path)) == [older]
+    assert load_report_data(Storage(), str(tmp_path)) == [older]

@@ -21,7 +21,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import WEIGHTS, CheckpointStore, is_committed, read_committed, save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.failing_storage import FailingStorage, every_fault
-from tests.support.small_checkpoint import Alone, newest_weight, save
+from tests.support.small_checkpoint import SingleProcess, newest_weight, save
 
 KEEP = 2
 Scenario = Callable[[Storage, str], None]
@@ -35,7 +35,7 @@ def _quiet_and_fast(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
 
 def store_of(storage: Storage, folder: str, ownership: Ownership | None = None) -> CheckpointStore:
     owner = Ownership.take(storage, folder) if ownership is None else ownership
-    return CheckpointStore(storage, folder, Alone(), CheckpointConfig(keep=KEEP), owner)  # type: ignore[arg-type]
+    return CheckpointStore(storage, folder, SingleProcess(), CheckpointConfig(keep=KEEP), owner)  # type: ignore[arg-type]
 
 
 def begin(folder: str) -> Ownership:

@@ -24,14 +24,14 @@ from pipeline.training.engine import Fragment
 from pipeline.training.ownership import Ownership
 from tests.support.fuzz import fuzz_rounds
 from tests.support.interleaving import Disk, explore
-from tests.support.small_checkpoint import Alone
+from tests.support.small_checkpoint import SingleProcess
 
 RUN, STAGE = "memory://run", "memory://run/stages/0-s"
 OLD, NEW = 0.25, 0.5  # what each attempt's weights have beside their step
 
 
 def store_of(storage: Storage, ownership: Ownership, keep: int) -> CheckpointStore:
-    return CheckpointStore(storage, RUN, Alone(), CheckpointConfig(keep=keep), ownership)  # type: ignore[arg-type]
+    return CheckpointStore(storage, RUN, SingleProcess(), CheckpointConfig(keep=keep), ownership)  # type: ignore[arg-type]
 
 
 def save(store: CheckpointStore, step: int, mark: float) -> None:

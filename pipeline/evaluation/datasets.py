@@ -9,21 +9,24 @@ its own shape, M captions of all images.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import RunConfig
+from pipeline.config.model import TransformerConfig
+from pipeline.config.schema import RunConfig, StageConfig, Use
 from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
-from pipeline.data.contents.members import captions_of, image_bytes
+from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
+from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.prefetch import PrefetchCache
@@ -31,14 +34,15 @@ from pipeline.data.reading.samples import Sample, SampleReader, iter_samples, sl
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
-from pipeline.evaluation.ranks import ALONE, Ranks, together
-from pipeline.evaluation.retrieval import Images
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
+from pipeline.evaluation.retrieval import Images, pad_token_ids
+from pipeline.models.forward import ForwardInput, Head
 
 DECODED_BYTES = 256 * 2**20  # of pictures that stay decoded: all of a small source, and of a large one the last
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalPairs:
     """Pairs as evaluation reads them. Captions of one image stand together, in the images' order."""
 
     images: Images  # N of them, (H, W, 3) uint8
@@ -62,7 +66,7 @@ class HeldOut:
 
     def close(self) -> None:
         """No picture is asked for any more."""
-        if isinstance(self.images, StoredPictures):
+        if isinstance(self.images, StoredImages):
             self.images.close()
 
     def rows(self) -> list[list[int]]:
@@ -74,17 +78,17 @@ class HeldOut:
         return [caption for captions in self.captions for caption in captions]
 
     @staticmethod
-    def of_no_pairs(skipped: dict[str, int], digest: str) -> HeldOut:
+    def of_no_pairs(skipped: dict[str, int], digest: str) -> EvalPairs:
         """What stands here for a source that holds something else: no picture, no caption."""
         nothing = torch.zeros(0, dtype=torch.int64)
-        return HeldOut(torch.zeros(0, 0, 0, 3, dtype=torch.uint8), (), (), nothing, nothing, (), skipped, digest)
+        return EvalPairs(torch.zeros(0, 0, 0, 3, dtype=torch.uint8), (), (), nothing, nothing, (), skipped, digest)
 
     def numbers(self) -> list[int]:
         """(M) which of its image's captions each one is, from 0."""
         return [number for captions in self.captions for number in range(len(captions))]
 
 
-class StoredPictures:
+class StoredImages:
     """A source's pictures as the model reads them, decoded when they are asked for.
 
     Indexed like a tensor (N, H, W, 3): by a number, a slice, or a 1-d tensor of numbers.
@@ -153,8 +157,8 @@ def load_pairs(
     limit: int | None,
     tokenizer: Tokenizer,
     max_text: int,
-    ranks: Ranks = ALONE,
-) -> HeldOut:
+    ranks: Ranks = SINGLE_PROCESS,
+) -> EvalPairs:
     """The pairs among a source's first `limit` samples. A bad sample is left out and counted, never replaced.
 
     Every picture is decoded once here, each by one rank, so that what is bad is known before anything is measured.
@@ -163,16 +167,16 @@ def load_pairs(
     """
     opened = Source(_url_of(config, source), load_manifest(storage, _url_of(config, source)))
     count = int(opened.counts.sum()) if limit is None else min(limit, int(opened.counts.sum()))
-    pictures = StoredPictures(config, storage, opened)
+    pictures = StoredImages(config, storage, opened)
     span = ranks.shares(count)[ranks.rank]
-    parts = together(ranks, lambda: _read(opened, storage, span, pictures, tokenizer, max_text))
+    parts = run_on_all_ranks(ranks, lambda: _read(opened, storage, span, pictures, tokenizer, max_text))
     pairs: list[_Pair] = [pair for share, _ in parts for pair in share]
     skipped = sum((each for _, each in parts), Counter[str]())
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
     pictures.choose([pair.place for pair in pairs])
     per_image = torch.tensor([len(pair.captions) for pair in pairs])
     sizes = torch.tensor([pair.size for pair in pairs], dtype=torch.int64)
-    return HeldOut(
+    return EvalPairs(
         images=pictures,
         captions=tuple(pair.captions for pair in pairs),
         tokens=tuple(each for pair in pairs for each in pair.tokens),
@@ -189,7 +193,7 @@ def _read(
     source: Source,
     storage: Storage,
     span: tuple[int, int],
-    pictures: StoredPictures,
+    pictures: StoredImages,
     tokenizer: Tokenizer,
     max_text: int,
 ) -> tuple[list[_Pair], Counter[str]]:
@@ -236,3 +240,151 @@ def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: f
         f"evaluation source '{source}': {bad} of {used + bad} samples are bad: {reasons}. "
         "Mend or rebuild its shards, or raise data.max_bad_rate"
     )
+
+
+Annotation = Question | Statement | int  # what a sample of questions, statements or labelled pictures says
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """One sample, decoded."""
+
+    pictures: tuple[np.ndarray, ...]  # one or two, (H, W, 3) uint8
+    tokens: list[int]  # [CLS] … [SEP]; empty for a labelled picture
+    annotation: Annotation
+
+
+class LabelledEvalSet:
+    """A source of the run, read as its use says. A bad sample is left out and counted, never replaced.
+
+    `shared` raises DataError when no sample can be used, or more are bad than `data.max_bad_rate` allows.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        storage: Storage,
+        source: str,
+        stage: StageConfig,
+        tokenizer: Tokenizer,
+        limit: int | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
+    ):
+        self._config, self._storage, self._source = config.for_stage(stage), storage, source
+        self._stage, self._tokenizer, self._ranks = stage, tokenizer, ranks
+        url = config.sources[source].shards
+        self._opened = Source(url, load_manifest(storage, url))
+        count = int(self._opened.counts.sum())
+        self._count = count if limit is None else min(limit, count)
+        self.use: Use = config.sources[source].use
+        self.digest = self._opened.digest
+        self.samples = 0  # read so far
+        self.skipped: Counter[str] = Counter()  # samples left out so far, by reason
+
+    def shared(self, read: Callable[[], T]) -> list[T]:
+        """What `read`, which goes once through `batches`, found on each of the ranks: on every one."""
+        self.samples, self.skipped = 0, Counter()
+        parts = run_on_all_ranks(self._ranks, lambda: (read(), self.samples, self.skipped))
+        self.samples = sum(samples for _, samples, _ in parts)
+        self.skipped = sum((skipped for _, _, skipped in parts), Counter[str]())
+        check_skipped(self._source, self.samples, self.skipped, self._config.data.max_bad_rate)
+        return [found for found, _, _ in parts]
+
+    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[ForwardInput, list[Any]]]:
+        """Passes on a device, with the heads that are wanted, and what their first samples say: this rank's share.
+
+        Every rank gets equally many passes; some may be of no sample.
+        """
+        turns = list(rank_batches(self._count, self._config.evaluation.batch, self._ranks))
+        own = [rows for rows, is_own in turns if is_own]
+        span = (own[0].start, own[-1].stop) if own else (0, 0)
+        samples = iter_samples(self._storage, self._opened, *span)
+        for rows, is_own in turns:
+            batch = list(self._read(itertools.islice(samples, rows.stop - rows.start))) if is_own else []
+            self.samples += len(batch)
+            wanted = self._pass(batch or [self._nothing()], heads)
+            yield on_device(wanted, device), [each.annotation for each in batch]
+
+    def _pass(self, batch: Sequence[Annotated], heads: tuple[Head, ...]) -> ForwardInput:
+        rows = [each.tokens for each in batch if each.tokens]
+        return pass_over([e.pictures for e in batch], rows, self._tokenizer.pad_id, self._config.model, *heads)
+
+    def _nothing(self) -> Annotated:
+        """What is read where there is no sample and other ranks read one."""
+        shape = shape_of(self._config.model)
+        side = shape.shorter if isinstance(shape, OwnShape) else shape
+        picture = np.zeros((side, side, 3), dtype=np.uint8)
+        tokens = [] if self.use == "labelled" else self._tokenizer.encode("a", self._stage.max_text).ids
+        return Annotated((picture, picture) if self.use == "statements" else (picture,), tokens, 0)
+
+    def _read(self, samples: Iterable[Sample]) -> Iterator[Annotated]:
+        for sample in samples:
+            try:
+                with judging("members"):
+                    decoded = self._decoded(sample)
+            except BadSample as bad:
+                self.skipped[str(bad)] += 1
+                continue
+            yield decoded
+
+    def _decoded(self, sample: Sample) -> Annotated:
+        """Raises BadSample as training does."""
+        members = sample.members
+        check_members(members, sample.is_duplicate)
+        encoded: tuple[bytes, ...] = both_images(members) if self.use == "statements" else (image_bytes(members),)
+        annotation: Annotation
+        if self.use == "labelled":
+            trains = "classification" in self._stage.objectives
+            annotation = class_of(members, self._stage.classes if trains else None)
+        else:
+            annotation = question_of(members) if self.use == "questions" else statement_of(members)
+        tokens = [] if isinstance(annotation, int) else self._tokens(annotation.text)
+        return Annotated(tuple(self._picture(each) for each in encoded), tokens, annotation)
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens = self._tokenizer.encode(text, self._stage.max_text)
+        if len(tokens) <= 2:
+            raise BadSample("caption", f"no token is left of {text[:40]!r}")
+        return tokens.ids
+
+    def _picture(self, data: bytes) -> np.ndarray:
+        return resize_for(decode(data, self._config.data.max_pixels), self._config.model)
+
+
+def pass_over(
+    pictures: Sequence[tuple[np.ndarray, ...]],
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    model: TransformerConfig,
+    *heads: Head,
+) -> ForwardInput:
+    """One pass over B rows of no, one or two pictures (resized already) and token ids, if any."""
+    text, keep = pad_token_ids(rows, pad) if rows else (None, None)
+    images = [_stacked([row[place] for row in pictures], model) for place in range(len(pictures[0]) if pictures else 0)]
+    images += [(None, None)] * (2 - len(images))
+    (image, size), (second, second_size) = images
+    return ForwardInput(
+        heads=heads,
+        image=image,
+        image_size=size,
+        second_image=second,
+        second_image_size=second_size,
+        text=text,
+        text_keep=keep,
+    )
+
+
+def on_device(one: ForwardInput, device: torch.device) -> ForwardInput:
+    """The same pass with its tensors there."""
+    members = {name: value for name, value in vars(one).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}
+    return replace(one, **moved)
+
+
+def _stacked(pictures: Sequence[np.ndarray], model: TransformerConfig) -> tuple[Tensor | None, Tensor | None]:
+    """Pictures as (B, H, W, 3), and (B, 2) their own sizes where the model reads them in their own shapes."""
+    if isinstance(shape_of(model), int):
+        return torch.from_numpy(np.stack(pictures)), None
+    canvases, sizes = on_one_canvas(pictures)
+    return torch.from_numpy(canvases), torch.from_numpy(sizes)

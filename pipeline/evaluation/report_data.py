@@ -27,7 +27,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
-class Key:
+class EvalKey:
     """What an evaluation is of: these weights, and under a name of its own these data."""
 
     stage: str
@@ -38,7 +38,7 @@ class Key:
     use: str  # what the source was read as
     is_headline: bool  # of the run's own held-out source, as its config asks for it, with the stage's last weights
 
-    def is_of_same_data(self, other: Key) -> bool:
+    def is_of_same_data(self, other: EvalKey) -> bool:
         return (self.digest, self.limit, self.use) == (other.digest, other.limit, other.use)
 
     @property
@@ -118,7 +118,7 @@ class Alignments:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ReportData:
     """One evaluation. Pictures are data URIs; a list is empty where the stage did not train what it shows."""
 
     name: str  # of the run
@@ -153,14 +153,14 @@ class Shown:
     is_headline: bool = False
 
     @property
-    def key(self) -> Key:
-        return Key(self.stage, self.step, self.source, self.digest, self.limit, self.use, self.is_headline)
+    def key(self) -> EvalKey:
+        return EvalKey(self.stage, self.step, self.source, self.digest, self.limit, self.use, self.is_headline)
 
 
-_JSON = TypeAdapter(Shown)
+_JSON = TypeAdapter(ReportData)
 
 
-def keep(storage: Storage, folder: str, shown: Shown) -> None:
+def save_report_data(storage: Storage, folder: str, shown: ReportData) -> None:
     """Beside the weights, in the place of an earlier evaluation of the same weights and name."""
     step = "" if shown.step is None else f"@step-{shown.step}"
     storage.write(
@@ -168,14 +168,14 @@ def keep(storage: Storage, folder: str, shown: Shown) -> None:
     )
 
 
-def kept(storage: Storage, folder: str) -> list[Shown]:
+def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
     """The run's evaluations, the newest first; what another version wrote, or is damaged, is passed over and told."""
     place = join(folder, FOLDER)
     found = (_parsed(storage, join(place, name)) for name in storage.list(place) if name.endswith(".json"))
     return sorted((each for each in found if each is not None), key=lambda each: -each.at)
 
 
-def headline(found: Sequence[Shown]) -> Shown:
+def headline(found: Sequence[ReportData]) -> ReportData:
     """Return the one of several evaluations, the newest of which is first, that stands for the run.
 
     That is what its config asks for. A look at fewer samples, at other data or at other weights never takes its place.
@@ -184,7 +184,7 @@ def headline(found: Sequence[Shown]) -> Shown:
     return next((each for each in found if each.is_headline), (whole or found)[0])
 
 
-def _parsed(storage: Storage, url: str) -> Shown | None:
+def _parsed(storage: Storage, url: str) -> ReportData | None:
     try:
         shown = _JSON.validate_json(storage.read(url))
     except ValidationError as error:
@@ -197,7 +197,7 @@ def _parsed(storage: Storage, url: str) -> Shown | None:
     return None
 
 
-def _misfit(shown: Shown) -> str | None:
+def _misfit(shown: ReportData) -> str | None:
     """Return what does not fit together, as pages need it to; None where all does."""
     if shown.recall and (not shown.ks or any(len(row.cells) != len(shown.ks) for row in shown.recall)):
         return "recall is not given at every k"
