@@ -21,7 +21,7 @@ from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.load import load_config
 from pipeline.config.redaction import configure_logging, printable, show_exception
-from pipeline.config.schema import EVALUATED, Use
+from pipeline.config.schema import EVALUATED, SourceType
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -183,7 +183,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Best candidates of each query that the fusion encoder reads again.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Another evaluated run, whose figures stand beside.")] = None,
-    use: Annotated[
+    source_type: Annotated[
         str | None, typer.Option(help="What a URL of shards is read as: pairs, labelled, questions or statements.")
     ] = None,
     probe: Annotated[
@@ -199,11 +199,11 @@ def evaluate(
     """
     from jobs.evaluate import evaluate_checkpoint
 
-    read_as: Use | None = None
-    if use is not None:
-        if use not in EVALUATED:
-            raise ConfigError(f"--use {use}: expected one of {', '.join(EVALUATED)}")
-        read_as = use  # type: ignore[assignment]
+    read_as: SourceType | None = None
+    if source_type is not None:
+        if source_type not in EVALUATED:
+            raise ConfigError(f"--use {source_type}: expected one of {', '.join(EVALUATED)}")
+        read_as = source_type  # type: ignore[assignment]
     result = evaluate_checkpoint(
         checkpoint,
         source=source,
@@ -213,7 +213,7 @@ def evaluate(
         against=against,
         workers=workers,
         rerank_best=rerank,
-        use=read_as,
+        source_type=read_as,
         probe=probe,
         name=name,
         caller=Caller.named(config),

@@ -22,7 +22,7 @@ from jobs.published import choices_of_published, read_published, vocabulary_of
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.load import apply_override, load_config, validate
 from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import DataConfig, Objective, RunConfig, StageConfig, Use
+from pipeline.config.schema import DataConfig, Objective, RunConfig, SourceType, StageConfig
 from pipeline.data.contents.text import Tokenizer, is_cased
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
@@ -39,8 +39,8 @@ NO_SOURCE = "none"
 # predicts, and what other heads choose among.
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
 # A stage for each use that the heads serve, the last of these being the one the weights are told to be of.
-USES: tuple[Use, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
-MAX_TEXT = StageConfig.model_fields["max_text"].default
+USES: tuple[SourceType, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
+MAX_TEXT = StageConfig.model_fields["max_text_length"].default
 
 
 def import_weights(
@@ -178,7 +178,7 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     inferred = chosen.infer(published.tensors, given)
     if chosen.config is not None and published.config is not None:
         chosen.config.check(published.config, inferred)
-    section = _config("imported", inferred, [_stage("images", ["masked_image"])], None).model
+    section = _config("imported", inferred, [_stage("images", ["mim"])], None).model
     if chosen.kinds is not None and section.kind not in chosen.kinds:
         raise ConfigError(f"the format holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
     layers = max(value for key, value in section.model_dump().items() if key in ("layers", "text_layers"))
@@ -215,7 +215,7 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
         "name": name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) else "imported",
         "output": output or ".",
         "model": section,
-        "sources": {use: {"shards": NO_SOURCE, "use": use} for use in USES},
+        "sources": {source_type: {"shards": NO_SOURCE, "type": source_type} for source_type in USES},
         "stages": stages,
     }
     if tokenizer is not None and tokenizer.lowercase == is_cased(tokenizer.tokens):
@@ -224,22 +224,22 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
 
 
 def _stage(
-    use: Use, objectives: list[Objective], heads: HeadConfig = HeadConfig(), max_text: int = 1
+    source_type: SourceType, objectives: list[Objective], heads: HeadConfig = HeadConfig(), max_text_length: int = 1
 ) -> dict[str, Any]:
-    negatives = "hard" if "contrastive" in objectives else "random"
+    negatives = "hard" if "itc" in objectives else "random"
     target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
     if heads.image_target == "visual_tokens":
         target["image_tokenizer"] = {"weights": NO_SOURCE, "tokens": heads.visual_tokens}
     return {
-        "name": f"imported_{use}",
-        "sources": {use: 1.0},
+        "name": f"imported_{source_type}",
+        "sources": {source_type: 1.0},
         "objectives": {objective: {} for objective in objectives},
         "steps": 1,
-        "batch": DataConfig().lanes,
-        "max_text": max_text,
+        "global_batch_size": DataConfig().streams,
+        "max_text_length": max_text_length,
         "negatives": negatives,
-        "classes": heads.classes,
-        "answers": heads.answers,
+        "num_classes": heads.classes,
+        "num_answers": heads.answers,
         **target,
     }
 
@@ -250,15 +250,17 @@ def _stages(
     """A stage for every use of data that a head of the weights serves."""
     absent = {model.part_of(name) for name in model.state_dict() if name not in state}
     present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
-    max_text = min(section.max_text, MAX_TEXT)
+    max_text_length = min(section.max_text_length, MAX_TEXT)
 
-    def serves(objective: Objective, use: Use) -> bool:
-        needed = (model.modules_for(objective, use) or frozenset()) & set(model.HEAD_PARTS)
+    def serves(objective: Objective, source_type: SourceType) -> bool:
+        needed = (model.modules_for(objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
         return bool(needed) and needed <= present
 
-    objectives = {use: [each for each in get_args(Objective) if serves(each, use)] for use in USES}
-    found = [_stage(use, each, heads, max_text) for use, each in objectives.items() if each]
-    return found or [_stage("images", ["masked_image"], heads, max_text)]
+    objectives = {
+        source_type: [each for each in get_args(Objective) if serves(each, source_type)] for source_type in USES
+    }
+    found = [_stage(source_type, each, heads, max_text_length) for source_type, each in objectives.items() if each]
+    return found or [_stage("images", ["mim"], heads, max_text_length)]
 
 
 def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> HeadConfig:
@@ -266,15 +268,15 @@ def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None
 
     `target` is what a masked-image head predicts; None: told by the number of its outputs.
     """
-    outputs = _rows(state, "masked_image_head.predict.bias")
+    outputs = _rows(state, "mim_head.predict.bias")
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
     found = None if not outputs else target or known.get(outputs, "visual_tokens")
     return HeadConfig(
         image_target=found,
         visual_tokens=outputs if found == "visual_tokens" else 0,
         classes=_rows(state, "classification_head.classify.bias") or None,
-        answers=_rows(state, "answering_head.classify.bias") or None,
-        reasoning=any(name.startswith("reasoning_head.") for name in state),
+        answers=_rows(state, "vqa_head.classify.bias") or None,
+        reasoning=any(name.startswith("nlvr2_head.") for name in state),
         ranking=any(name.startswith("ranking_head.") for name in state),
     )
 

@@ -22,7 +22,7 @@ from jobs.output import check_output, write_output
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import redact
-from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, StageConfig, Use
+from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, SourceType, StageConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import Tokenizer
@@ -65,14 +65,14 @@ class EvalRequest:
     source: str | None = None
     limit: int | None = None
     rerank_best: int | None = None
-    use: Use | None = None  # what a URL of shards is read as; None: as the stage's own, or as pairs
+    source_type: SourceType | None = None  # what a URL of shards is read as; None: as the stage's own, or as pairs
     probe: str | None = None  # labelled pictures that a linear classifier is trained on
     name: str | None = None  # of the evaluation; None: the source's
     caller: str = "{}"  # a Caller, as JSON
 
     @property
-    def read_as(self) -> Use | None:
-        return self.use or ("labelled" if self.probe else None)
+    def read_as(self) -> SourceType | None:
+        return self.source_type or ("labelled" if self.probe else None)
 
     def store(self) -> Storage:
         return Caller.model_validate_json(self.caller).store()
@@ -127,7 +127,7 @@ def evaluate_checkpoint(
     against: str | None = None,
     workers: int | None = None,
     rerank_best: int | None = None,
-    use: Use | None = None,
+    source_type: SourceType | None = None,
     probe: str | None = None,
     name: str | None = None,
     caller: Caller = Caller(),
@@ -142,7 +142,7 @@ def evaluate_checkpoint(
     ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
     """
     asked = EvalRequest(
-        checkpoint.rstrip("/"), source, limit, rerank_best, use, probe, name, caller=caller.model_dump_json()
+        checkpoint.rstrip("/"), source, limit, rerank_best, source_type, probe, name, caller=caller.model_dump_json()
     )
     if report is not None:
         check_output(caller.store(), str(report), "--report")
@@ -174,11 +174,11 @@ def _target(asked: EvalRequest, caller: Caller) -> Target:
     total = sum(shard.samples for shard in manifest.shards)
     limit, usual = (
         None if most is None or most >= total else most
-        for most in (asked.limit or config.evaluation.limit, config.evaluation.limit)
+        for most in (asked.limit or config.evaluation.max_images, config.evaluation.max_images)
     )
     step = info.step if info.is_checkpoint else None
     is_headline = (source, limit, step) == (config.evaluation.source, usual, None)
-    key = EvalKey(info.stage, step, "", manifest.digest, limit, config.sources[source].use, is_headline)
+    key = EvalKey(info.stage, step, "", manifest.digest, limit, config.sources[source].type, is_headline)
     known = [each.key for each in load_report_data(storage, config.folder)]
     key = replace(key, name=_name(asked.name, source, key, limit != usual, info.config, known))
     return Target(info, caller.applied(config), source, key)
@@ -211,10 +211,10 @@ def _name(
     base = source if source in config.sources else _slug(source)
     if is_limited:
         base += "-all" if key.limit is None else f"-first-{key.limit}"
-    differs_in_use = any((each.name, each.digest) == (base, key.digest) for each in of_same_weights)
-    apart = f"{base}-{key.use}" if differs_in_use else f"{base}-{key.digest[:8]}"
-    candidates = (base, apart, f"{base}-{key.use}-{key.digest[:8]}")
-    return next((name for name in candidates if is_free(name)), f"{base}-{key.use}-{key.digest}")
+    differs_in_type = any((each.name, each.digest) == (base, key.digest) for each in of_same_weights)
+    apart = f"{base}-{key.source_type}" if differs_in_type else f"{base}-{key.digest[:8]}"
+    candidates = (base, apart, f"{base}-{key.source_type}-{key.digest[:8]}")
+    return next((name for name in candidates if is_free(name)), f"{base}-{key.source_type}-{key.digest}")
 
 
 def _label(key: EvalKey, config: RunConfig) -> str:
@@ -336,7 +336,9 @@ def without_random_heads(weights: Weights) -> Weights:
         for name, tensor in model.state_dict().items()
         if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
     } & set(model.HEAD_PARTS)
-    random = [o for o in stage.objectives if (model.modules_for(o, config.use_of(stage)) or frozenset()) & lacking]
+    random = [
+        o for o in stage.objectives if (model.modules_for(o, config.source_type_of(stage)) or frozenset()) & lacking
+    ]
     if not random:
         return weights
     log.warning("%s: the weights hold no whole head for %s, which is left out", weights.url, ", ".join(random))
@@ -368,17 +370,17 @@ def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> It
 
 
 def _with_source(
-    config: RunConfig, stage: StageConfig, source: str | None, option: str, use: Use | None
+    config: RunConfig, stage: StageConfig, source: str | None, option: str, source_type: SourceType | None
 ) -> tuple[RunConfig, str | None]:
     """A source given as a URL of shards joins the run's own, read as `use`, else as the stage's is, or as pairs."""
     if source is None or source in config.sources:
         return config, source
     if "/" not in source:
-        known = ", ".join(name for name, each in config.sources.items() if each.use in EVALUATED)
+        known = ", ".join(name for name, each in config.sources.items() if each.type in EVALUATED)
         raise ConfigError(f"{option} {source}: no source of this run; give one of {known}, or the URL of shards")
-    if use is None:
-        use = config.use_of(stage) if config.use_of(stage) in TASKS else "pairs"
-    given = SourceConfig(shards=source, use=use)
+    if source_type is None:
+        source_type = config.source_type_of(stage) if config.source_type_of(stage) in TASKS else "pairs"
+    given = SourceConfig(shards=source, type=source_type)
     return config.model_copy(update={"sources": {**config.sources, source: given}}), source
 
 

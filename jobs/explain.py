@@ -46,8 +46,8 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     config = weights.config
     stage = config.stage_named(weights.stage)
     model = model_of(weights)
-    if model.modules_for("word_patch", "pairs") is None:
-        able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("word_patch", kind))
+    if model.modules_for("wpa", "pairs") is None:
+        able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("wpa", kind))
         raise ConfigError(
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "
             f"give a checkpoint of one that does ({able})"
@@ -61,7 +61,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
         Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase),
         picture,
         text,
-        stage.max_text,
+        stage.max_text_length,
     )
     notes = untrained_notes(config, weights.stage)
     heading = f"{weights.url}, stage {weights.stage}, step {weights.step}"

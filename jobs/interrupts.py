@@ -42,9 +42,9 @@ class Interrupts:
     they have these save first. At the end one line says how to resume."""
 
     def __init__(self, config: RunConfig):
-        deadline = min(ANSWER_SECONDS, config.storage.deadline_seconds)
+        deadline = min(ANSWER_SECONDS, config.storage.retry_timeout_seconds)
         self._config = config
-        self._storage = Storage(config.storage.model_copy(update={"deadline_seconds": deadline}))
+        self._storage = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
         self._number: signal.Signals | None = None
         self._deferred = self._asked = self._over = False
         self._answered = 0.0  # when the store last did, after the ranks were asked to save

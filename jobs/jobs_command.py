@@ -117,7 +117,7 @@ def _progress(folder: str | None) -> dict[str, Any] | None:
 
     if not folder:
         return None
-    storage, url = Storage(StorageConfig(deadline_seconds=5.0)), join(folder, PROGRESS_FILE)
+    storage, url = Storage(StorageConfig(retry_timeout_seconds=5.0)), join(folder, PROGRESS_FILE)
     with suppress(MomeError, ValueError):
         if storage.exists(url):
             found: dict[str, Any] = json.loads(storage.read(url))

@@ -33,7 +33,7 @@ class RowActor:
         """The part's rows of a step, as the memory of a row buffer."""
         if self._opened is None:  # not when the actor is made: an error there would reach nobody as itself
             maker = ExampleBuilder(self._task, self._storage)
-            self._opened = maker, ExampleThreads(maker, self._task.config.data.loader.threads)
+            self._opened = maker, ExampleThreads(maker, self._task.config.data.loader.threads_per_worker)
         maker, threads = self._opened
         buffer = BatchBuffer.allocate(self._task.layout)
         runs = threads.submit(step, self._task.places, buffer, self._task.places.start)

@@ -6,20 +6,22 @@ from typing import Any, get_args
 
 from jobs.console import aligned
 from pipeline.config.model import MODEL_SECTIONS
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models import skeleton
 
 
-def source_types(objective: Objective, kind: str) -> list[Use]:
+def source_types(objective: Objective, kind: str) -> list[SourceType]:
     """Return the source types from which a kind of model learns the objective; empty if it does not learn it."""
     model = skeleton(MODEL_SECTIONS[kind].model_validate({}))
-    return [use for use in get_args(Use) if model.modules_for(objective, use) is not None]
+    return [
+        source_type for source_type in get_args(SourceType) if model.modules_for(objective, source_type) is not None
+    ]
 
 
 def objectives() -> dict[str, Any]:
     """Return the source types by objective and kind of model, as `mome objectives --json` prints them."""
     table = {
-        objective: {kind: uses for kind in MODEL_SECTIONS if (uses := source_types(objective, kind))}
+        objective: {kind: types for kind in MODEL_SECTIONS if (types := source_types(objective, kind))}
         for objective in get_args(Objective)
     }
     return {"objectives": table}

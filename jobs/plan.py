@@ -56,8 +56,10 @@ def plan_run(config: RunConfig, target: Target, scaling: bool, say: Say = lambda
     check_stages(config)
     plans = []
     for index, stage in enumerate(config.stages):
-        if target.gpus > stage.batch:
-            raise ConfigError(f"--gpus {target.gpus}: stage {stage.name} has a batch of {stage.batch} rows only")
+        if target.gpus > stage.global_batch_size:
+            raise ConfigError(
+                f"--gpus {target.gpus}: stage {stage.name} has a batch of {stage.global_batch_size} rows only"
+            )
         say(f"stage {stage.name}")
         plans.append(_plan_stage(config, index, target, scaling))
     return plans
@@ -72,19 +74,19 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
         for recomputed in (False, True)
     }
     assumptions = _with_known_bytes(config, stage, target.assumptions)
-    micro = config.engine.micro_batch
+    micro = config.engine.micro_batch_size
     described = Stage(
         name=stage.name,
         steps=stage.steps,
-        batch=stage.batch,
-        pictures={"text": 0, "regions": 0, "statements": 2}.get(config.use_of(stage), 1),
-        micro_batch=None if micro == "auto" else micro,
+        global_batch_size=stage.global_batch_size,
+        pictures={"text": 0, "regions": 0, "statements": 2}.get(config.source_type_of(stage), 1),
+        micro_batch_size=None if micro == "auto" else micro,
         checkpoint_every=config.checkpoint.every,
         work=works[config.engine.activation_checkpointing],
     )
 
     def at(gpus: int, largest: bool = False, recomputed: bool | None = None, **engine: Any) -> StageEstimate:
-        settings = _with(config, **{"micro_batch": described.micro_batch, **engine})
+        settings = _with(config, **{"micro_batch_size": described.micro_batch_size, **engine})
         sharding = sharding_of(settings, stage, gpus, on_cuda=True)
         one = described if recomputed is None else replace(described, work=works[recomputed])
         found = estimate(one, sharding, target.accelerator, target.network, assumptions)
@@ -96,7 +98,11 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
     others = {name: at(target.gpus, **engine) for name, engine in _alternatives(config)}
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = at(target.gpus, largest=micro == "auto")
-    points = curve(lambda gpus: at(gpus, largest=described.micro_batch is None), stage.batch) if scaling else []
+    points = (
+        curve(lambda gpus: at(gpus, largest=described.micro_batch_size is None), stage.global_batch_size)
+        if scaling
+        else []
+    )
     return StagePlan(chosen, assumptions, others, points)
 
 

@@ -27,7 +27,7 @@ def _stage(plan: StagePlan, target: Target) -> Iterator[str]:
     one = plan.chosen
     yield (
         f"stage {one.name}: {one.parameters.total / 1e6:,.1f} M parameters, {one.parameters.trained / 1e6:,.1f} M "
-        f"trained; {one.gpus} GPUs x {one.accumulation} x {one.micro_batch} rows"
+        f"trained; {one.gpus} GPUs x {one.accumulation} x {one.micro_batch_size} rows"
     )
     rows = {
         "step": f"{one.step_seconds * 1000:,.0f} ms: arithmetic {one.compute_seconds * 1000:,.0f}, communication "
@@ -61,7 +61,7 @@ def _memory(plan: StagePlan, target: Target) -> Iterator[str]:
 def _fit(each: StageEstimate) -> str:
     if not each.largest_micro_batch:
         return "none fits"
-    return f"{each.largest_micro_batch}" + ("" if each.fits else f"; {each.micro_batch} do not fit")
+    return f"{each.largest_micro_batch}" + ("" if each.fits else f"; {each.micro_batch_size} do not fit")
 
 
 def _scaling(points: list[Point]) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _scaling(points: list[Point]) -> Iterator[str]:
     for point in points:
         yield (
             f"  {point.gpus:>4}{point.samples_per_second:>12,.0f}{point.efficiency:>12.0%}"
-            f"{point.step_seconds * 1000:>11,.0f}{point.micro_batch:>14}{point.hours:>12,.1f}{point.cost:>12,.0f}"
+            f"{point.step_seconds * 1000:>11,.0f}{point.micro_batch_size:>14}{point.hours:>12,.1f}{point.cost:>12,.0f}"
             + ("" if point.fits else "  does not fit")
         )
 

@@ -195,8 +195,8 @@ class _Shown:
 
     def __init__(self, config: RunConfig, show: Show):
         self._url = join(config.folder, PROGRESS_FILE)
-        deadline = min(LOOK_PATIENCE_SECONDS, config.storage.deadline_seconds)
-        self._storage = Storage(config.storage.model_copy(update={"deadline_seconds": deadline}))
+        deadline = min(LOOK_PATIENCE_SECONDS, config.storage.retry_timeout_seconds)
+        self._storage = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
         self._show = show
         self._seen: bytes = b""
 

@@ -80,7 +80,9 @@ def loader_backend(config: RunConfig) -> BackendFactory:
 def _told(error: Exception) -> dict[str, Any] | None:
     """The message of an error that a restart would only repeat; None for one that may be tried again."""
     if is_out_of_memory(error):
-        message = f"out of memory: {redact(str(error))}. Set engine.micro_batch lower, or engine.zero_stage higher."
+        message = (
+            f"out of memory: {redact(str(error))}. Set engine.micro_batch_size lower, or engine.zero_stage higher."
+        )
         return {"message": message, "exit_status": 1}
     if isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
         return as_told(error)

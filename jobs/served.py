@@ -33,7 +33,7 @@ BATCH = 64  # rows read at once: bounds the memory of a large request
 def outputs_of(weights: Weights) -> tuple[str, ...]:
     """The columns that weights can answer with. Raises ConfigError where there are none."""
     objectives = weights.config.stage_named(weights.stage).objectives
-    found = (*(EMBEDDINGS if "contrastive" in objectives else ()), *((MATCHED,) if "matching" in objectives else ()))
+    found = (*(EMBEDDINGS if "itc" in objectives else ()), *((MATCHED,) if "itm" in objectives else ()))
     if not found:
         raise ConfigError(
             f"{weights.url}: stage {weights.stage} was trained for {', '.join(objectives)}; retrieval embeddings need "
@@ -48,7 +48,7 @@ class Served:
     def __init__(self, weights: Weights):
         self.outputs = outputs_of(weights)
         stage = weights.config.stage_named(weights.stage)
-        self._config, self._max_text = weights.config.for_stage(stage), stage.max_text
+        self._config, self._max_text = weights.config.for_stage(stage), stage.max_text_length
         self._model, self._tokenizer = (
             model_of(weights),
             Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase),
@@ -61,11 +61,11 @@ class Served:
 
         Either may be absent or null. `image_embedding` and `text_embedding` are unit vectors (D,) of their column;
         `similarity`, their dot product, and `matched`, a probability, need both. What cannot be told is null.
-        `params={"matching": False}` spares the fusion encoder. Raises DataError naming the row that cannot be read.
+        `params={"itm": False}` spares the fusion encoder. Raises DataError naming the row that cannot be read.
         """
         import pandas as pd
 
-        matching = MATCHED in self.outputs and (params or {}).get("matching", True)
+        matching = MATCHED in self.outputs and (params or {}).get("itm", True)
         parts = [
             self._rows(model_input.iloc[start : start + BATCH], start, matching)
             for start in range(0, len(model_input), BATCH)

@@ -77,7 +77,7 @@ def s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3:
         endpoint_url=store.endpoint,
         key="env:MOME_TEST_KEY",
         secret="env:MOME_TEST_SECRET",
-        deadline_seconds=20.0,
+        retry_timeout_seconds=20.0,
     )
     return S3(store.endpoint, bucket, config, store.environment)
 

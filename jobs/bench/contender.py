@@ -64,18 +64,18 @@ class Job:
         stage = StageConfig(
             name="bench",
             sources={SOURCE: 1.0},
-            objectives={"contrastive": ObjectiveConfig(), "masked_language": ObjectiveConfig()},
+            objectives={"itc": ObjectiveConfig(), "mlm": ObjectiveConfig()},
             steps=ENDLESS_STEPS,
-            batch=self.batch,
+            global_batch_size=self.batch,
         )
-        loading = LoaderConfig(workers=self.workers, threads=self.threads)
-        augment = AugmentConfig(operations=self.operations)
+        loading = LoaderConfig(num_workers=self.workers, threads_per_worker=self.threads)
+        augment = AugmentConfig(num_ops=self.operations)
         return RunConfig(
             name="bench",
             seed=self.seed,
             model=VLMoConfig(),
             sources={SOURCE: SourceConfig(shards=self.shards)},
-            data=DataConfig(lanes=gcd(self.batch, 16), augment=augment, loader=loading),
+            data=DataConfig(streams=gcd(self.batch, 16), augment=augment, loader=loading),
             stages=(stage,),
         )
 
@@ -90,8 +90,8 @@ class Job:
             crop_scale=config.data.augment.crop_scale,
             operations=self.operations,
             magnitude=config.data.augment.magnitude,
-            max_text=stage.max_text,
-            mask_probability=stage.masking.probability,
+            max_text_length=stage.max_text_length,
+            mask_probability=stage.masking.mlm_probability,
             normalise=self.normalise,
         )
         return Work(

@@ -82,15 +82,15 @@ def _measure_batch(job: Job, watch: _Stopwatch, samples: Iterator[Sample], token
     rows = watch(
         "augment",
         lambda: [
-            rand_augment(_flipped(crop, each), augmenting.operations, augmenting.magnitude, each)
+            rand_augment(_flipped(crop, each), augmenting.num_ops, augmenting.magnitude, each)
             for crop, each in zip(crops, randoms, strict=True)
         ],
     )
-    tokens = watch("tokenise", lambda: tokenizer.encode_batch(captions, stage.max_text))
+    tokens = watch("tokenise", lambda: tokenizer.encode_batch(captions, stage.max_text_length))
     masks = watch(
         "mask",
         lambda: [
-            mask_whole_words(each, random, stage.masking.probability, stage.masking.whole_word, tokenizer)
+            mask_whole_words(each, random, stage.masking.mlm_probability, stage.masking.whole_word, tokenizer)
             for each, random in zip(tokens, randoms, strict=True)
         ],
     )

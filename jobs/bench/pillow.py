@@ -40,7 +40,7 @@ class PillowRecipe:
     crop_scale: tuple[float, float]
     operations: int
     magnitude: int
-    max_text: int
+    max_text_length: int
     mask_probability: float
     normalise: bool
 
@@ -63,13 +63,13 @@ class PillowRecipe:
             random.choice(record["captions"]),
             padding="max_length",
             truncation=True,
-            max_length=self.max_text,
+            max_length=self.max_text_length,
             return_special_tokens_mask=True,
             return_offsets_mapping=True,
         )
 
     def collate(self, rows: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor]:
-        """Images, and (B, 3, max_text) int64: the tokens, the same masked, and what the masks hide."""
+        """Images, and (B, 3, max_text_length) int64: the tokens, the same masked, and what the masks hide."""
         images, texts = zip(*rows, strict=True)
         collator = DataCollatorForLanguageModeling(
             load_tokenizer(self.vocabulary),

@@ -94,7 +94,7 @@ def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> Finding:
     if free < needed:
         mend = (
             "containers have 64 MiB by default: docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at "
-            "/dev/shm; or set data.loader.workers lower"
+            "/dev/shm; or set data.loader.num_workers lower"
         )
         return fails(name, told, mend)
     return works(name, told)
@@ -106,11 +106,13 @@ def shared_memory_of(config: RunConfig | None, accelerators: int) -> int:
     Counted as if all ranks of a machine with `accelerators` were here; without any, all ranks of the run.
     """
     needed = NCCL_BYTES if accelerators else 0
-    if config is None or not config.data.loader.workers:
+    if config is None or not config.data.loader.num_workers:
         return needed
     ranks = min(accelerators or config.cluster.workers, config.cluster.workers)
     batches = config.data.loader.prefetch_batches + 1
-    pixels = max(3 * (stage.image_size or config.model.image_size) ** 2 * stage.batch for stage in config.stages)
+    pixels = max(
+        3 * (stage.image_size or config.model.image_size) ** 2 * stage.global_batch_size for stage in config.stages
+    )
     return needed + batches * pixels * ranks // config.cluster.workers
 
 

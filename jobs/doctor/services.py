@@ -30,7 +30,7 @@ from pipeline.data.storage import Storage, join
 from pipeline.tracking.places import named_uri, tracking_uri
 from pipeline.tracking.server import FAULTS, check_server, get
 
-PATIENCE_SECONDS = 20.0  # with a store; a run has storage.deadline_seconds
+PATIENCE_SECONDS = 20.0  # with a store; a run has storage.retry_timeout_seconds
 ANSWER_SECONDS = 5.0
 CLUSTER_SECONDS = 90.0
 SKEW_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off
@@ -38,8 +38,8 @@ SKEW_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off
 
 def patient(config: RunConfig) -> Storage:
     """The run's store, which gives up sooner than a run does."""
-    deadline = min(PATIENCE_SECONDS, config.storage.deadline_seconds)
-    return Storage(config.storage.model_copy(update={"deadline_seconds": deadline}))
+    deadline = min(PATIENCE_SECONDS, config.storage.retry_timeout_seconds)
+    return Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
 
 
 def output(config: RunConfig, storage: Storage) -> Finding:

@@ -26,7 +26,7 @@ BROKEN, BAD = 1, 3  # exit statuses
 _LISTED = 20  # broken shards named on the screen
 
 
-class UseOption(StrEnum):
+class SourceTypeOption(StrEnum):
     pairs = "pairs"
     images = "images"
     text = "text"
@@ -38,9 +38,9 @@ class UseOption(StrEnum):
 
 def check(
     url: Annotated[str, typer.Argument(help="A folder of tars, a brace pattern, or one tar.")],
-    use: Annotated[UseOption, typer.Option(help="What training reads of each sample: `use` of the source.")] = (
-        UseOption.pairs
-    ),
+    source_type: Annotated[
+        SourceTypeOption, typer.Option(help="What training reads of each sample: `use` of the source.")
+    ] = (SourceTypeOption.pairs),
     report: Annotated[
         Path | None, typer.Option(parser=local_file, help="Write every finding here, one JSON object a line.")
     ] = None,
@@ -61,7 +61,7 @@ def check(
     summary = _Summary()
     with ShardProgress("checking") as progress, ExitStack() as stack:
         lines = stack.enter_context(list_of_findings(report, "--report")) if report else None
-        for shard in check_shards(Storage(), url, use.value, max_pixels, workers, progress.shard):
+        for shard in check_shards(Storage(), url, source_type.value, max_pixels, workers, progress.shard):
             summary.add(shard)
             if lines is not None:
                 lines.writelines(_line(found) for found in _findings(shard))

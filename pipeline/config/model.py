@@ -19,17 +19,17 @@ class TransformerConfig(Section):
 
     READS_TEXT: ClassVar[bool] = True
     # Keys that no weight depends on once it is initialised.
-    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"initial_std", "drop_path", "interpolation"})
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"init_std", "drop_path", "interpolation"})
 
     kind: str
     width: Positive = 768
     layers: Positive = 12
     heads: Positive = 12
-    feed_forward_ratio: Positive = 4
+    mlp_ratio: Positive = 4
     image_size: Positive = 224
     patch_size: Positive = 16
-    max_text: Positive = 40  # longest text the positions serve, in tokens with [CLS] and [SEP]
-    initial_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
+    max_text_length: Positive = 40  # longest text the positions serve, in tokens with [CLS] and [SEP]
+    init_std: float = Field(0.02, gt=0)  # of weights; small widths learn sooner with about 1 / sqrt(width)
     drop_path: Fraction = 0.0  # of the last layer's branches; from 0 in the first it rises linearly
     # Kernel that images are resized with: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear, which
     # an imported ViT therefore has unless its preprocessor_config.json says otherwise.
@@ -66,15 +66,15 @@ class TransformerConfig(Section):
 class VLMoConfig(TransformerConfig):
     """VLMo (arXiv 2111.02358). The defaults are VLMo-base at 224 px."""
 
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_epsilon", "contrasts"}
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_eps", "contrasts"}
 
     kind: Literal["vlmo"] = "vlmo"
     vision_language_layers: Positive = 2  # top layers whose fused sequences read the vision-language expert
     positions: Literal["relative", "absolute"] = "relative"
-    max_text: Positive = 196
+    max_text_length: Positive = 196
     layer_scale: float | None = 0.1
     drop_path: Fraction = 0.1
-    norm_epsilon: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's BEiT configs say 1e-12
+    norm_eps: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's BEiT configs say 1e-12
     # Contrastive projections: 2 in pretraining (own experts, vision-language expert), 1 in the release's retrieval.
     contrasts: Literal[1, 2] = 2
 
@@ -101,16 +101,16 @@ class ViLTConfig(TransformerConfig):
     TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
         "longest_side",
         "max_visible_patches",
-        "norm_epsilon",
-        "text_norm_epsilon",
+        "norm_eps",
+        "text_norm_eps",
     }
 
     kind: Literal["vilt"] = "vilt"
     image_size: Positive = 384
     patch_size: Positive = 32
     longest_side: Positive = 640
-    norm_epsilon: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's configs say 1e-12
-    text_norm_epsilon: float = Field(1e-12, gt=0)  # of the text embedding's norm, and of masked language's
+    norm_eps: float = Field(1e-6, gt=0)  # of the encoder's norms; Hugging Face's configs say 1e-12
+    text_norm_eps: float = Field(1e-12, gt=0)  # of the text embedding's norm, and of masked language's
     max_visible_patches: Positive | None = 200  # at most, drawn at random from each picture in pretraining; None: all
 
     @model_validator(mode="after")
@@ -126,10 +126,10 @@ class ViTConfig(TransformerConfig):
     """ViT (arXiv 2010.11929). The defaults are ViT-B/16."""
 
     READS_TEXT: ClassVar = False
-    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text", "norm_epsilon"}
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text_length", "norm_eps"}
 
     kind: Literal["vit"] = "vit"
-    norm_epsilon: float = Field(1e-6, gt=0)  # of the norms; Hugging Face's configs say 1e-12
+    norm_eps: float = Field(1e-6, gt=0)  # of the norms; Hugging Face's configs say 1e-12
 
 
 class ImageBERTConfig(TransformerConfig):
@@ -140,15 +140,15 @@ class ImageBERTConfig(TransformerConfig):
         "patch_size",
         "max_regions",
         "dropout",
-        "norm_epsilon",
+        "norm_eps",
     }
 
     kind: Literal["imagebert"] = "imagebert"
-    max_text: Positive = 44
+    max_text_length: Positive = 44
     max_regions: Positive = 100
     region_features: Positive = 2048  # numbers of a region's feature vector
     region_classes: Positive = 1600  # of the detector
-    norm_epsilon: float = Field(1e-12, gt=0)  # of every norm
+    norm_eps: float = Field(1e-12, gt=0)  # of every norm
     # Of BERT's embeddings, attention and hidden vectors. Its masks follow from the step and the rank, so that a resumed
     # run draws the same ones and another world size others. No step of this model reads a row twice (it learns no
     # contrast), so that none need be replayed.
@@ -165,7 +165,7 @@ class DualEncoderConfig(TransformerConfig):
     """Two towers and a contrast (CLIP, arXiv 2103.00020): the baseline. `layers` and `width` are the image tower's."""
 
     kind: Literal["dual_encoder"] = "dual_encoder"
-    max_text: Positive = 77
+    max_text_length: Positive = 77
     text_layers: Positive = 12
     embedding: Positive = 512  # width of the space that pictures and texts meet in
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 
 from pipeline.config.model import ImageBERTConfig
-from pipeline.config.schema import EVALUATED, USES_OF, RunConfig, StageConfig, Use
+from pipeline.config.schema import EVALUATED, USES_OF, RunConfig, SourceType, StageConfig
 from pipeline.config.urls import file_name_of
 
 
@@ -21,8 +21,8 @@ def faults_of(config: RunConfig) -> Iterator[str]:
 
 
 def _faithful_faults(config: RunConfig) -> Iterator[str]:
-    if config.faithful and config.model.kind != "vlmo":
-        yield f"faithful: is said of VLMo's release, and the model is of kind {config.model.kind}"
+    if config.reproduce_vlmo_release and config.model.kind != "vlmo":
+        yield f"reproduce_vlmo_release: is said of VLMo's release, and the model is of kind {config.model.kind}"
 
 
 def _engine_faults(config: RunConfig) -> Iterator[str]:
@@ -69,8 +69,8 @@ def _source_faults(config: RunConfig) -> Iterator[str]:
     held_out = config.evaluation.source
     if held_out is not None and held_out not in config.sources:
         yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(config.sources)}"
-    elif held_out is not None and (use := config.sources[held_out].use) not in EVALUATED:
-        yield f"evaluation.source: '{held_out}' is read as {use}; expected a source read as {', '.join(EVALUATED)}"
+    elif held_out is not None and (source_type := config.sources[held_out].type) not in EVALUATED:
+        yield f"evaluation.source: '{held_out}' is of type {source_type}; expected {', '.join(EVALUATED)}"
     if config.evaluation.every is not None and held_out is None:
         yield "evaluation.every: given without evaluation.source; name the held-out source that is to be read"
 
@@ -81,22 +81,28 @@ def _stage_faults(config: RunConfig) -> Iterator[str]:
         where = f"stages.{stage.name}"
         if names.index(stage.name) != index:
             yield f"stages.{index}.name: another stage has this name, '{stage.name}'"
-        if stage.batch % config.data.lanes:
-            yield f"{where}.batch: {stage.batch} must be a multiple of data.lanes {config.data.lanes}"
-        if stage.max_text > config.model.max_text:
-            yield f"{where}.max_text: {stage.max_text} is above model.max_text {config.model.max_text}"
+        if stage.global_batch_size % config.data.streams:
+            yield (
+                f"{where}.global_batch_size: {stage.global_batch_size} must be a multiple of data.streams "
+                f"{config.data.streams}"
+            )
+        if stage.max_text_length > config.model.max_text_length:
+            yield (
+                f"{where}.max_text_length: {stage.max_text_length} is above model.max_text_length "
+                f"{config.model.max_text_length}"
+            )
         if stage.image_size is not None:
             yield from _image_size_faults(config, where, stage)
         if not stage.sources or not stage.objectives:
             yield f"{where}: needs at least one source and one objective"
         every = max((objective.every for objective in stage.objectives.values()), default=1)
-        if stage.batch < config.cluster.workers * every:
+        if stage.global_batch_size < config.cluster.workers * every:
             yield (
-                f"{where}.batch: {stage.batch} leaves a worker without a row; "
+                f"{where}.global_batch_size: {stage.global_batch_size} leaves a worker without a row; "
                 f"at least cluster.workers x every = {config.cluster.workers * every}"
             )
         yield from _objective_faults(config, where, stage)
-        yield from _use_faults(config, where, stage)
+        yield from _source_type_faults(config, where, stage)
 
 
 def _image_size_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
@@ -109,18 +115,18 @@ def _image_size_faults(config: RunConfig, where: str, stage: StageConfig) -> Ite
 
 def _objective_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
     objectives = stage.objectives
-    if "matching" in objectives and stage.negatives == "hard" and "contrastive" not in objectives:
+    if "itm" in objectives and stage.negatives == "hard" and "itc" not in objectives:
         yield (
             f"{where}.objectives: matching draws hard negatives from contrastive scores; "
             "add contrastive, or set negatives: random"
         )
-    if "word_patch" in objectives and not ("matching" in objectives and stage.negatives == "random"):
+    if "wpa" in objectives and not ("itm" in objectives and stage.negatives == "random"):
         yield f"{where}.objectives: word_patch reads matching's random negatives; add them (negatives: random)"
-    elif "word_patch" in objectives and objectives["word_patch"].every != objectives["matching"].every:
+    elif "wpa" in objectives and objectives["wpa"].every != objectives["itm"].every:
         yield f"{where}.objectives: word_patch reads the rows that matching reads; give both the same `every`"
-    if "masked_image" in objectives:
+    if "mim" in objectives:
         yield from _masked_image_faults(config, where, stage)
-    for objective, key in (("classification", "classes"), ("answering", "answers")):
+    for objective, key in (("classification", "num_classes"), ("vqa", "num_answers")):
         if objective in objectives and getattr(stage, key) is None:
             yield f"{where}.{key}: {objective} needs to know how many there are"
 
@@ -136,26 +142,26 @@ def _masked_image_faults(config: RunConfig, where: str, stage: StageConfig) -> I
         return
     if config.model.kind not in ("vlmo", "vit"):
         yield f"{where}.image_decoder: a model of kind {config.model.kind} has none; vlmo and vit do"
-    if stage.masking.patches_covered < 1:
-        yield f"{where}.masking.patches_covered: image_decoder's encoder reads no masked patch, covered or not"
+    if stage.masking.mask_token_prob < 1:
+        yield f"{where}.masking.mask_token_prob: image_decoder's encoder reads no masked patch, covered or not"
 
 
-def _use_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
+def _source_type_faults(config: RunConfig, where: str, stage: StageConfig) -> Iterator[str]:
     unknown = [name for name in stage.sources if name not in config.sources]
     for name in unknown:
         yield f"{where}.sources: unknown source '{name}'; known: {', '.join(config.sources)}"
-    uses = {config.sources[name].use for name in stage.sources if name in config.sources}
-    yield from _region_faults(config, where, stage, uses)
-    if len(uses) > 1:
-        yield f"{where}.sources: read as {' and '.join(sorted(uses))}; all sources of a stage must have one use"
+    source_types = {config.sources[name].type for name in stage.sources if name in config.sources}
+    yield from _region_faults(config, where, stage, source_types)
+    if len(source_types) > 1:
+        yield f"{where}.sources: read as {' and '.join(sorted(source_types))}; all sources of a stage must have one use"
     for objective in stage.objectives:
-        if not unknown and not uses <= USES_OF[objective]:
+        if not unknown and not source_types <= USES_OF[objective]:
             yield (f"{where}.objectives: {objective} needs sources read as {' or '.join(sorted(USES_OF[objective]))}")
 
 
-def _region_faults(config: RunConfig, where: str, stage: StageConfig, uses: set[Use]) -> Iterator[str]:
-    if "regions" in uses and not isinstance(config.model, ImageBERTConfig):
+def _region_faults(config: RunConfig, where: str, stage: StageConfig, source_types: set[SourceType]) -> Iterator[str]:
+    if "regions" in source_types and not isinstance(config.model, ImageBERTConfig):
         yield f"{where}.sources: regions are for a model of kind imagebert, and model.kind is {config.model.kind}"
-    hidden = [o for o in ("masked_language", "region_class", "region_features") if o in stage.objectives]
-    if "regions" in uses and len({stage.objectives[objective].every for objective in hidden}) > 1:
+    hidden = [o for o in ("mlm", "moc", "mrfr") if o in stage.objectives]
+    if "regions" in source_types and len({stage.objectives[objective].every for objective in hidden}) > 1:
         yield f"{where}.objectives: {', '.join(hidden)} share one pass over the masked rows; give them one `every`"

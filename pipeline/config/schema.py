@@ -20,36 +20,41 @@ from pipeline.config.urls import is_local, parse
 # What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
 # class; captions with a detector's regions; questions about a picture with answers (VQA); statements about two
 # pictures that are true or false (NLVR2).
-Use = Literal["pairs", "images", "text", "labelled", "regions", "questions", "statements"]
+SourceType = Literal["pairs", "images", "text", "labelled", "regions", "questions", "statements"]
 Objective = Literal[
-    "contrastive",
-    "matching",
-    "masked_language",
-    "masked_image",
-    "word_patch",
-    "region_class",
-    "region_features",
+    "itc",
+    "itm",
+    "mlm",
+    "mim",
+    "wpa",
+    "moc",
+    "mrfr",
     "classification",
-    "answering",
-    "reasoning",
+    "vqa",
+    "nlvr2",
     "ranking",
 ]
 ImageTarget = Literal["mean_colour", "pixels", "visual_tokens"]
-USES_OF: dict[Objective, frozenset[Use]] = {
-    "contrastive": frozenset({"pairs"}),
-    "matching": frozenset({"pairs", "regions"}),
-    "masked_language": frozenset({"pairs", "text", "regions"}),
-    "masked_image": frozenset({"pairs", "images"}),
-    "word_patch": frozenset({"pairs"}),
-    "region_class": frozenset({"regions"}),
-    "region_features": frozenset({"regions"}),
+USES_OF: dict[Objective, frozenset[SourceType]] = {
+    "itc": frozenset({"pairs"}),
+    "itm": frozenset({"pairs", "regions"}),
+    "mlm": frozenset({"pairs", "text", "regions"}),
+    "mim": frozenset({"pairs", "images"}),
+    "wpa": frozenset({"pairs"}),
+    "moc": frozenset({"regions"}),
+    "mrfr": frozenset({"regions"}),
     "classification": frozenset({"labelled"}),
-    "answering": frozenset({"questions"}),
-    "reasoning": frozenset({"statements"}),
+    "vqa": frozenset({"questions"}),
+    "nlvr2": frozenset({"statements"}),
     "ranking": frozenset({"pairs"}),
 }
 
-EVALUATED: tuple[Use, ...] = ("pairs", "labelled", "questions", "statements")  # uses that results are measured on
+EVALUATED: tuple[SourceType, ...] = (
+    "pairs",
+    "labelled",
+    "questions",
+    "statements",
+)  # uses that results are measured on
 
 
 def _secret_reference(value: str) -> str:
@@ -122,7 +127,7 @@ class StorageConfig(Section):
     key: SecretReference | None = changeable(None)
     secret: SecretReference | None = changeable(None)
     anonymous: bool = changeable(False)  # send unsigned requests, which public buckets answer
-    deadline_seconds: float = changeable(
+    retry_timeout_seconds: float = changeable(
         300.0, gt=0, le=LONGEST
     )  # how long a store may be away, or slow, before a run fails
 
@@ -172,7 +177,7 @@ class SourceConfig(Section):
     """A folder of shards with its manifest, and what training reads of each sample."""
 
     shards: Url = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
-    use: Use = "pairs"
+    type: SourceType = "pairs"
     synthetic: SyntheticConfig | None = None
     filters: dict[str, FilterConfig] = Field({})  # by property: width, height, caption_length, or a field of the json
     opt_out: Url | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
@@ -188,8 +193,8 @@ class AugmentConfig(Section):
 
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
-    flip_spares_sides: bool = True  # never flip a picture whose caption says 'left' or 'right'
-    operations: Annotated[int, Field(ge=0)] = 2
+    skip_flip_for_left_right: bool = True  # never flip a picture whose caption says 'left' or 'right'
+    num_ops: Annotated[int, Field(ge=0)] = 2
     magnitude: Annotated[int, Field(ge=0, le=10)] = 7  # of 10
 
 
@@ -203,10 +208,10 @@ class CacheConfig(Section):
 class LoaderConfig(Section):
     """How a rank prepares its batches. Nothing here changes what they hold."""
 
-    workers: Annotated[int, Field(ge=0)] = changeable(0)  # processes; 0: threads of the trainer's own process
-    threads: Positive = changeable(2)  # of each process
+    num_workers: Annotated[int, Field(ge=0)] = changeable(0)  # processes; 0: threads of the trainer's own process
+    threads_per_worker: Positive = changeable(2)  # of each process
     prefetch_batches: Positive = changeable(2)
-    requests: Positive = changeable(8)  # ranged reads in flight, of each process
+    max_concurrent_requests: Positive = changeable(8)  # ranged reads in flight, of each process
     read_ahead_bytes: Positive = changeable(2**28)  # remote bytes fetched before they are needed, of each process
     memory_bytes: Positive = changeable(2**30)  # remote bytes kept in memory, of each process
 
@@ -214,8 +219,8 @@ class LoaderConfig(Section):
 class DataConfig(Section):
     """The order of the data and what is done to each sample (contract C1)."""
 
-    lanes: Positive = 16
-    window: Positive = 4  # shards a lane shuffles together
+    streams: Positive = 16
+    shuffle_window: Positive = 4  # shards a lane shuffles together
     max_bad_rate: Fraction = changeable(0.01)
     max_pixels: Positive = 25_000_000  # a larger picture is quarantined; decoding one takes up to 8 bytes per pixel
     augment: AugmentConfig = AugmentConfig()
@@ -224,21 +229,21 @@ class DataConfig(Section):
 
 
 class MaskingConfig(Section):
-    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the words
+    mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the words
     whole_word: bool = True
-    regions: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of a detector's regions
-    patches: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches
+    region_mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of a detector's regions
+    image_mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches
     patch_shape: Literal["scattered", "blocks"] = "scattered"  # blocks: rectangles of at least 16 patches (BEiT)
     # What the encoder reads where a patch is masked: the mask embedding, another patch of the picture, or the patch
     # itself; these two shares, and what they leave (ViT: 0.8, 0.1 and 0.1).
-    patches_covered: Fraction = 1.0
-    patches_swapped: Fraction = 0.0
+    mask_token_prob: Fraction = 1.0
+    random_patch_prob: Fraction = 0.0
 
     @model_validator(mode="after")
     def _shares(self) -> MaskingConfig:
-        if self.patches_covered + self.patches_swapped > 1 + 1e-9:
+        if self.mask_token_prob + self.random_patch_prob > 1 + 1e-9:
             raise ValueError(
-                f"patches_covered {self.patches_covered} and patches_swapped {self.patches_swapped} exceed 1 together"
+                f"mask_token_prob {self.mask_token_prob} and random_patch_prob {self.random_patch_prob} sum to over 1"
             )
         return self
 
@@ -258,20 +263,20 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW, linear warm-up, then linear or cosine decay to `end_rate` (VLMo's values as defaults)."""
+    """AdamW, linear warm-up, then linear or cosine decay to `min_lr` (VLMo's values as defaults)."""
 
-    peak_rate: float = changeable(2e-4, gt=0)
-    end_rate: float = changeable(0.0, ge=0)
+    lr: float = changeable(2e-4, gt=0)
+    min_lr: float = changeable(0.0, ge=0)
     warmup_steps: int = changeable(2500, ge=0)
-    decay: Literal["linear", "cosine", "constant"] = changeable("linear")
+    lr_schedule: Literal["linear", "cosine", "constant"] = changeable("linear")
     betas: tuple[float, float] = (0.9, 0.98)
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0  # 0: no clipping, as published
-    head_rate_factor: Annotated[float, Field(gt=0)] = 1.0  # of trained heads' rate (a VQA head: VLMo 20, ViLT 10)
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0  # 0: no clipping, as published
+    head_lr_multiplier: Annotated[float, Field(gt=0)] = 1.0  # of trained heads' rate (a VQA head: VLMo 20, ViLT 10)
     # Decay of an exponential moving average of the weights, which the stage then hands over in their place. Early steps
-    # count more: step t keeps min(ema, (1 + t) / (10 + t)) of the average.
-    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    # count more: step t keeps min(ema_decay, (1 + t) / (10 + t)) of the average.
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
 
 class ImageDecoderConfig(Section):
@@ -303,8 +308,8 @@ class ImageTokenizerConfig(Section):
 class ExpertsConfig(Section):
     """What the experts that no earlier stage trained start from."""
 
-    language: Literal["random", "vision", "kept"] = "kept"
-    vision_language: Literal["random", "vision", "language", "kept"] = "kept"
+    language: Literal["random", "vision", "inherit"] = "inherit"
+    vision_language: Literal["random", "vision", "language", "inherit"] = "inherit"
 
 
 class StageConfig(Section):
@@ -314,18 +319,18 @@ class StageConfig(Section):
     sources: dict[str, Annotated[float, Field(gt=0.0)]]
     objectives: dict[Objective, ObjectiveConfig]
     steps: Positive = Field(json_schema_extra={"changeable": True})
-    batch: Positive
-    max_text: Positive = 40
+    global_batch_size: Positive
+    max_text_length: Positive = 40
     image_size: Positive | None = None  # of this stage's pictures; None: model.image_size
     masking: MaskingConfig = MaskingConfig()
     buckets: BucketsConfig | None = None
     image_target: ImageTarget = "pixels"  # of masked_image
     image_tokenizer: ImageTokenizerConfig | None = None  # that visual_tokens needs
     image_decoder: ImageDecoderConfig | None = None  # given: the encoder reads only what masked_image leaves visible
-    wrong_texts: Positive = 15  # that ranking reads beside each picture's own
+    num_negative_texts: Positive = 15  # that ranking reads beside each picture's own
     negatives: Literal["hard", "random"] = "hard"  # of matching: by contrastive score; or any of the same source
-    classes: Positive | None = None  # that classification tells apart
-    answers: Positive | None = None  # that answering chooses among
+    num_classes: Positive | None = None  # that classification tells apart
+    num_answers: Positive | None = None  # that answering chooses among
     answer_list: Url | None = None  # URL of their JSON list; None: answers.json beside the first source's shards
     freeze: tuple[str, ...] = ()  # parts of the model, by name
     start_from: Url = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
@@ -339,7 +344,7 @@ class EngineConfig(Section):
     offload_parameters: bool = changeable(False)  # and so do the weights that are not in use, at ZeRO 3
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     # Most samples one forward may hold; None: a rank's whole share; auto: as many as fit the smallest rank's memory.
-    micro_batch: Positive | Literal["auto"] | None = changeable(None)
+    micro_batch_size: Positive | Literal["auto"] | None = changeable(None)
     memory_gb: float | None = changeable(None, gt=0)  # of a rank, that auto may fill; None: what its GPU has free
     # The backward computes each transformer block again instead of keeping its activations: a third more work, and
     # memory for one block's activations instead of all.
@@ -387,7 +392,7 @@ class SpikeConfig(Section):
     factor: float = changeable(3.0, gt=1)
     window: Positive = changeable(100)  # losses; nothing is judged before so many were seen
     skip: int = changeable(0, ge=0)
-    most: Positive = changeable(3)  # rollbacks of one stage; a spike after that many ends the run
+    max_rollbacks: Positive = changeable(3)  # rollbacks of one stage; a spike after that many ends the run
 
 
 class GuardsConfig(Section):
@@ -395,7 +400,7 @@ class GuardsConfig(Section):
 
     # Steps between two looks, before the update, at what all ranks must know together: a loss or gradient that is not
     # finite, a spike, a notice of preemption. A look reads one small sum from the device, and waits for it.
-    look_every: Positive = changeable(1)
+    health_check_every: Positive = changeable(1)
     hang_seconds: float = changeable(120.0, gt=0, le=LONGEST)  # of a step; then stacks are written and the ranks end
     start_seconds: float = changeable(1800.0, gt=0, le=LONGEST)  # the same until the first step of a stage is done
     save_seconds: float = changeable(1800.0, gt=0, le=LONGEST)  # the same of a checkpoint or hand-over
@@ -428,12 +433,12 @@ class EvaluationConfig(Section):
     """The held-out pairs that the last stage is evaluated on at its end, and every stage while it trains."""
 
     source: str | None = changeable(None)
-    limit: Positive | None = changeable(None)  # images
-    batch: Positive = changeable(64)
+    max_images: Positive | None = changeable(None)  # images
+    batch_size: Positive = changeable(64)
     # Texts that zero-shot classification holds pictures against, with {} in the place of a class's name.
     prompts: tuple[Prompt, ...] = changeable(("a photo of a {}.",), min_length=1)
     every: Positive | None = changeable(None)  # steps between two evaluations of a stage; None: only at the run's end
-    limit_during: Positive = changeable(1000)  # images that each of those reads
+    max_images_during_training: Positive = changeable(1000)  # images that each of those reads
 
 
 class RunConfig(Section):
@@ -442,7 +447,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: Url = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
     seed: int = 0
-    faithful: bool = False  # to VLMo's release: its quirks too, which `training/release.py` lists
+    reproduce_vlmo_release: bool = False  # to VLMo's release: its quirks too, which `training/release.py` lists
     storage: StorageConfig = changeable(StorageConfig())
     model: ModelConfig = VLMoConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -465,9 +470,9 @@ class RunConfig(Section):
             raise ValueError("\n".join(faults))
         return self
 
-    def use_of(self, stage: StageConfig) -> Use:
+    def source_type_of(self, stage: StageConfig) -> SourceType:
         """What the stage reads of its samples: the same for all its sources."""
-        return self.sources[next(iter(stage.sources))].use
+        return self.sources[next(iter(stage.sources))].type
 
     def stage_named(self, name: str | None) -> StageConfig:
         """The stage of that name, or the last one. Raises ConfigError naming the stages there are."""

@@ -72,7 +72,7 @@ def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, Reco
         update={
             "output": output or "/",
             "name": name or config.name,
-            "storage": StorageConfig(deadline_seconds=config.storage.deadline_seconds),
+            "storage": StorageConfig(retry_timeout_seconds=config.storage.retry_timeout_seconds),
             "tracking": config.tracking.model_copy(update={"uri": None}),
             "cluster": config.cluster.model_copy(update={"address": None}),
         }

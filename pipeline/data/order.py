@@ -325,7 +325,7 @@ class StreamOrder:
 def _check_divisible(sources: Mapping[str, OrderSource], num_streams: int, batch_size: int) -> None:
     if batch_size % num_streams:
         raise ConfigError(
-            f"data.lanes {num_streams} does not divide the global batch size {batch_size}; every stream contributes "
+            f"data.streams {num_streams} does not divide the global batch size {batch_size}; every stream contributes "
             f"the same number of samples. Choose a divisor of the batch size, e.g. {math.gcd(num_streams, batch_size)}"
         )
     for name, source in sources.items():
@@ -337,6 +337,6 @@ def _check_divisible(sources: Mapping[str, OrderSource], num_streams: int, batch
             )
         if samples < num_streams:
             raise DataError(
-                f"source '{name}' has {samples} samples, fewer than data.lanes {num_streams}: some streams would be "
-                f"empty. Lower data.lanes to at most {samples}, or add samples"
+                f"source '{name}' has {samples} samples, fewer than data.streams {num_streams}: some streams would be "
+                f"empty. Lower data.streams to at most {samples}, or add samples"
             )

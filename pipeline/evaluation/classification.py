@@ -81,13 +81,13 @@ def class_vectors(
     tokenizer: Tokenizer,
     names: Sequence[str],
     prompts: Sequence[str],
-    max_text: int,
+    max_text_length: int,
     batch: int = 64,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Tensor:
     """(C, D) unit vectors; each prompt holds {} in the place of the name."""
     texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
-    rows = [each.ids for each in tokenizer.encode_batch(texts, max_text)]
+    rows = [each.ids for each in tokenizer.encode_batch(texts, max_text_length)]
     vectors = embed_texts(model, rows, tokenizer.pad_id, batch, ranks)
     return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import RunConfig, StageConfig, Use
+from pipeline.config.schema import RunConfig, SourceType, StageConfig
 from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
@@ -99,7 +99,7 @@ class StoredImages:
         self._max_pixels = config.data.max_pixels
         self._slots = slots_of(source)
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
-        self._threads = ThreadPoolExecutor(config.data.loader.threads, "held-out")
+        self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
         side = self._shape.canvas if isinstance(self._shape, OwnShape) else self._shape
         self._bytes = 3 * side**2  # of a picture, at most
@@ -156,7 +156,7 @@ def load_pairs(
     source: str,
     limit: int | None,
     tokenizer: Tokenizer,
-    max_text: int,
+    max_text_length: int,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> EvalPairs:
     """The pairs among a source's first `limit` samples. A bad sample is left out and counted, never replaced.
@@ -169,7 +169,7 @@ def load_pairs(
     count = int(opened.counts.sum()) if limit is None else min(limit, int(opened.counts.sum()))
     pictures = StoredImages(config, storage, opened)
     span = ranks.shares(count)[ranks.rank]
-    parts = run_on_all_ranks(ranks, lambda: _read(opened, storage, span, pictures, tokenizer, max_text))
+    parts = run_on_all_ranks(ranks, lambda: _read(opened, storage, span, pictures, tokenizer, max_text_length))
     pairs: list[_Pair] = [pair for share, _ in parts for pair in share]
     skipped = sum((each for _, each in parts), Counter[str]())
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
@@ -195,7 +195,7 @@ def _read(
     span: tuple[int, int],
     pictures: StoredImages,
     tokenizer: Tokenizer,
-    max_text: int,
+    max_text_length: int,
 ) -> tuple[list[_Pair], Counter[str]]:
     """The pairs at some places of the source, and how many others, by reason."""
     pairs: list[_Pair] = []
@@ -203,7 +203,7 @@ def _read(
     for place, sample in enumerate(iter_samples(storage, source, *span), span[0]):
         try:
             with judging("members"):
-                captions, tokens = _captions(sample, tokenizer, max_text)
+                captions, tokens = _captions(sample, tokenizer, max_text_length)
                 height, width = pictures.decode(sample, place).shape[:2]
         except BadSample as bad:
             skipped[str(bad)] += 1
@@ -212,10 +212,10 @@ def _read(
     return pairs, skipped
 
 
-def _captions(sample: Sample, tokenizer: Tokenizer, max_text: int) -> tuple[tuple[str, ...], list[Tokens]]:
+def _captions(sample: Sample, tokenizer: Tokenizer, max_text_length: int) -> tuple[tuple[str, ...], list[Tokens]]:
     """A pair's captions and their tokens. Raises BadSample as training does, also where a caption has no token."""
     texts = tuple(captions_of(sample.members))
-    tokens = tokenizer.encode_batch(texts, max_text)
+    tokens = tokenizer.encode_batch(texts, max_text_length)
     for text, encoded in zip(texts, tokens, strict=True):
         if len(encoded) <= 2:
             raise BadSample("caption", f"no token is left of {text[:40]!r}")
@@ -223,7 +223,7 @@ def _captions(sample: Sample, tokenizer: Tokenizer, max_text: int) -> tuple[tupl
 
 
 def _url_of(config: RunConfig, source: str) -> str:
-    known = [name for name, each in config.sources.items() if each.use == "pairs"]
+    known = [name for name, each in config.sources.items() if each.type == "pairs"]
     if source not in known:
         problem = "holds no pairs" if source in config.sources else "is no source of this run"
         raise ConfigError(f"evaluation source '{source}' {problem}; sources with pairs: {', '.join(known) or 'none'}")
@@ -277,7 +277,7 @@ class LabelledEvalSet:
         self._opened = Source(url, load_manifest(storage, url))
         count = int(self._opened.counts.sum())
         self._count = count if limit is None else min(limit, count)
-        self.use: Use = config.sources[source].use
+        self.source_type: SourceType = config.sources[source].type
         self.digest = self._opened.digest
         self.samples = 0  # read so far
         self.skipped: Counter[str] = Counter()  # samples left out so far, by reason
@@ -296,7 +296,7 @@ class LabelledEvalSet:
 
         Every rank gets equally many passes; some may be of no sample.
         """
-        turns = list(rank_batches(self._count, self._config.evaluation.batch, self._ranks))
+        turns = list(rank_batches(self._count, self._config.evaluation.batch_size, self._ranks))
         own = [rows for rows, is_own in turns if is_own]
         span = (own[0].start, own[-1].stop) if own else (0, 0)
         samples = iter_samples(self._storage, self._opened, *span)
@@ -315,8 +315,8 @@ class LabelledEvalSet:
         shape = shape_of(self._config.model)
         side = shape.shorter if isinstance(shape, OwnShape) else shape
         picture = np.zeros((side, side, 3), dtype=np.uint8)
-        tokens = [] if self.use == "labelled" else self._tokenizer.encode("a", self._stage.max_text).ids
-        return Annotated((picture, picture) if self.use == "statements" else (picture,), tokens, 0)
+        tokens = [] if self.source_type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
+        return Annotated((picture, picture) if self.source_type == "statements" else (picture,), tokens, 0)
 
     def _read(self, samples: Iterable[Sample]) -> Iterator[Annotated]:
         for sample in samples:
@@ -332,18 +332,20 @@ class LabelledEvalSet:
         """Raises BadSample as training does."""
         members = sample.members
         check_members(members, sample.is_duplicate)
-        encoded: tuple[bytes, ...] = both_images(members) if self.use == "statements" else (image_bytes(members),)
+        encoded: tuple[bytes, ...] = (
+            both_images(members) if self.source_type == "statements" else (image_bytes(members),)
+        )
         annotation: Annotation
-        if self.use == "labelled":
+        if self.source_type == "labelled":
             trains = "classification" in self._stage.objectives
-            annotation = class_of(members, self._stage.classes if trains else None)
+            annotation = class_of(members, self._stage.num_classes if trains else None)
         else:
-            annotation = question_of(members) if self.use == "questions" else statement_of(members)
+            annotation = question_of(members) if self.source_type == "questions" else statement_of(members)
         tokens = [] if isinstance(annotation, int) else self._tokens(annotation.text)
         return Annotated(tuple(self._picture(each) for each in encoded), tokens, annotation)
 
     def _tokens(self, text: str) -> list[int]:
-        tokens = self._tokenizer.encode(text, self._stage.max_text)
+        tokens = self._tokenizer.encode(text, self._stage.max_text_length)
         if len(tokens) <= 2:
             raise BadSample("caption", f"no token is left of {text[:40]!r}")
         return tokens.ids

@@ -77,19 +77,19 @@ class Embedder:
     """A stage's model, which was trained by contrast, and how it reads. `digest` names the weights."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, config: RunConfig, stage: StageConfig, digest: str):
-        if "contrastive" not in stage.objectives:
+        if "itc" not in stage.objectives:
             raise ConfigError(
                 f"stage {stage.name} trained no contrast ({', '.join(stage.objectives)}): its pictures and texts share "
-                "no space; give the checkpoint of a stage with objective 'contrastive'"
+                "no space; give the checkpoint of a stage with objective 'itc'"
             )
         self.model, self.tokenizer, self.digest = model, tokenizer, digest
-        self.config, self.max_text = config.for_stage(stage), stage.max_text
+        self.config, self.max_text_length = config.for_stage(stage), stage.max_text_length
 
     def batches(self, storage: Storage, source: Source, skipped: Counter[str]) -> Iterator[pyarrow.Table]:
         """The rows of a source's samples, batch by batch; counts in `skipped` those whose picture is bad, by reason."""
         samples = iter_samples(storage, source)
-        size = self.config.evaluation.batch
-        with ThreadPoolExecutor(self.config.data.loader.threads, "pictures") as threads:
+        size = self.config.evaluation.batch_size
+        with ThreadPoolExecutor(self.config.data.loader.threads_per_worker, "pictures") as threads:
             while batch := list(itertools.islice(samples, size)):
                 pictures = list(threads.map(self._picture, batch))
                 skipped.update(picture for picture in pictures if isinstance(picture, str))
@@ -109,10 +109,12 @@ class Embedder:
 
     def _rows(self, samples: Sequence[Sample], pictures: Sequence[np.ndarray]) -> pyarrow.Table:
         """A picture's row, then its captions'."""
-        size, pad = self.config.evaluation.batch, self.tokenizer.pad_id
+        size, pad = self.config.evaluation.batch_size, self.tokenizer.pad_id
         images = embed_images(self.model, torch.from_numpy(np.stack(pictures)), size)
         captions = [_captions(sample) for sample in samples]
-        rows = [each.ids for each in self.tokenizer.encode_batch([t for c in captions for t in c], self.max_text)]
+        rows = [
+            each.ids for each in self.tokenizer.encode_batch([t for c in captions for t in c], self.max_text_length)
+        ]
         texts = embed_texts(self.model, rows, pad, size) if rows else images[:0]
         ends = itertools.accumulate((len(each) for each in captions), initial=0)
         parts = [

@@ -3,7 +3,7 @@
 Contrastive training is measured by retrieval, matching by its accuracy and by re-ranking, masked language by the words
 guessed with the right picture, a wrong one and none. Earlier stages' models add what they alone can tell: the language
 stage its accuracy from text, the vision stage its reconstructions. Fine-tuned stages are measured on sources of their
-own use: questions, statements, labelled pictures.
+own type: questions, statements, labelled pictures.
 
 A stage hands over its last weights, and none is ever chosen by a result: there is no model selection on test data. A
 source that a stage trained on can be evaluated, and the result says so (`trained_on`).
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import Objective, RunConfig, StageConfig, Use
+from pipeline.config.schema import Objective, RunConfig, SourceType, StageConfig
 from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
@@ -86,15 +86,15 @@ def evaluate(
     source = source or config.evaluation.source
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
-    if source in config.sources and config.sources[source].use in TASKS:
+    if source in config.sources and config.sources[source].type in TASKS:
         setting = EvalContext(config, tokenizer, ranks, progress, None)
         return _measure_task(model, setting, storage, source, limit, chosen, choices, probe)
     if probe is not None:
         raise ConfigError(f"a linear probe is measured on labelled pictures, and '{source}' is no source of them")
     if held_out is None:
         progress("reading the held-out pairs")
-        limit = limit or config.evaluation.limit
-        held_out = load_pairs(config, storage, source, limit, tokenizer, chosen.max_text, ranks)
+        limit = limit or config.evaluation.max_images
+        held_out = load_pairs(config, storage, source, limit, tokenizer, chosen.max_text_length, ranks)
     setting = EvalContext(config, tokenizer, ranks, progress, rerank_best)
     found = Evaluation(source, chosen.name, held_out, trained_on=stages_trained_on(config, source))
     found = _measure(found, model, chosen, setting)
@@ -119,11 +119,11 @@ class EvalContext:
 
     @property
     def batch(self) -> int:
-        return self.config.evaluation.batch
+        return self.config.evaluation.batch_size
 
 
-MEASURED: frozenset[Objective] = frozenset({"contrastive", "matching", "ranking", "masked_language", "masked_image"})
-TASKS: dict[Use, Objective] = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
+MEASURED: frozenset[Objective] = frozenset({"itc", "itm", "ranking", "mlm", "mim"})
+TASKS: dict[SourceType, Objective] = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}
 
 
 def _measure_task(
@@ -138,27 +138,31 @@ def _measure_task(
 ) -> Evaluation:
     """The figures of a source of questions, statements or labelled pictures."""
     config, progress = setting.config, setting.progress
-    use = config.sources[source].use
-    trains, contrasts = TASKS[use] in stage.objectives, "contrastive" in stage.objectives
-    if not (trains or (use == "labelled" and (contrasts or probe))):
-        able = f"{TASKS[use]}, nor the contrast that zero-shot needs" if use == "labelled" else TASKS[use]
-        raise ConfigError(f"source '{source}' is read as {use}, and stage {stage.name} did not train {able}")
-    limit = limit or config.evaluation.limit
+    source_type = config.sources[source].type
+    trains, contrasts = TASKS[source_type] in stage.objectives, "itc" in stage.objectives
+    if not (trains or (source_type == "labelled" and (contrasts or probe))):
+        able = (
+            f"{TASKS[source_type]}, nor the contrast that zero-shot needs"
+            if source_type == "labelled"
+            else TASKS[source_type]
+        )
+        raise ConfigError(f"source '{source}' is read as {source_type}, and stage {stage.name} did not train {able}")
+    limit = limit or config.evaluation.max_images
     annotated = LabelledEvalSet(config, storage, source, stage, setting.tokenizer, limit, setting.ranks)
     figures: dict[str, Any] = {}
-    if use == "questions":
+    if source_type == "questions":
         progress("answering questions")
         if choices is None:
             choices = choices_of(config, [stage], storage)
-        listed = answers_with(choices, stage.answers, f"stage {stage.name}")
-        figures["answering"] = evaluate_vqa(model, annotated, listed)
-    elif use == "statements":
+        listed = answers_with(choices, stage.num_answers, f"stage {stage.name}")
+        figures["vqa"] = evaluate_vqa(model, annotated, listed)
+    elif source_type == "statements":
         progress("judging statements")
-        figures["reasoning"] = evaluate_nlvr2(model, annotated)
+        figures["nlvr2"] = evaluate_nlvr2(model, annotated)
     elif trains:
         progress("telling classes")
         figures["classification"] = evaluate_classification(model, annotated)
-    if use == "labelled" and contrasts:
+    if source_type == "labelled" and contrasts:
         progress("telling classes by their names")
         figures["zero_shot"] = _zero_shot(model, annotated, setting, storage, source, stage)
     if probe is not None:
@@ -178,15 +182,17 @@ def _zero_shot(
     stage: StageConfig,
 ) -> ClassificationResult:
     names, prompts = class_names(setting.config, source, storage), setting.config.evaluation.prompts
-    vectors = class_vectors(model, setting.tokenizer, names, prompts, stage.max_text, setting.batch, setting.ranks)
+    vectors = class_vectors(
+        model, setting.tokenizer, names, prompts, stage.max_text_length, setting.batch, setting.ranks
+    )
     return evaluate_zero_shot(model, annotated, vectors)
 
 
 def can_evaluate(config: RunConfig, source: str, stage: StageConfig) -> bool:
     """Whether a stage trains anything that the source can tell the worth of."""
-    use = config.sources[source].use
-    if use in TASKS:
-        return TASKS[use] in stage.objectives or (use == "labelled" and "contrastive" in stage.objectives)
+    source_type = config.sources[source].type
+    if source_type in TASKS:
+        return TASKS[source_type] in stage.objectives or (source_type == "labelled" and "itc" in stage.objectives)
     return not MEASURED.isdisjoint(stage.objectives)
 
 
@@ -202,10 +208,10 @@ def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
 
 def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
     held_out, progress = found.held_out, setting.progress
-    if "contrastive" in stage.objectives:
+    if "itc" in stage.objectives:
         progress("retrieving images by captions and captions by images")
         found = _retrieve(found, model, setting)
-    if "matching" in stage.objectives:
+    if "itm" in stage.objectives:
         progress("matching captions and images")
         found = replace(found, matching=_match(model, held_out, setting))
         found = _rerank(found, model, setting)
@@ -213,12 +219,12 @@ def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: E
     if head and found.retrieval is None and setting.rerank_best != 0:
         progress("reading images with all captions")
         found = _retrieve_fused(found, model, setting, head)
-    if "masked_language" in stage.objectives:
+    if "mlm" in stage.objectives:
         progress("guessing masked words")
-        fused = setting.config.use_of(stage) == "pairs"
+        fused = setting.config.source_type_of(stage) == "pairs"
         mlm = masked_language(model, held_out, stage.masking, setting.tokenizer, fused, setting.batch, setting.ranks)
         found = replace(found, mlm=mlm)
-    if "masked_image" in stage.objectives:
+    if "mim" in stage.objectives:
         progress("filling in masked patches")
         found = _reconstructed(found, model, stage, setting.config)
     return found
@@ -226,11 +232,11 @@ def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: E
 
 def _add_stage(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
     """What an earlier stage's model tells: words from text alone, on the same masks, and reconstructions."""
-    if "masked_language" in stage.objectives and found.mlm is not None:
+    if "mlm" in stage.objectives and found.mlm is not None:
         setting.progress(f"guessing masked words from text with the stage '{stage.name}'")
         guesses = predict_masked_tokens(model, found.mlm.masked, setting.pad, batch=setting.batch, ranks=setting.ranks)
         found = replace(found, language_stages=found.language_stages | {stage.name: guesses})
-    if "masked_image" in stage.objectives and found.reconstruction is None:
+    if "mim" in stage.objectives and found.reconstruction is None:
         setting.progress(f"filling in masked patches with the stage '{stage.name}'")
         found = _reconstructed(found, model, stage, setting.config)
     return found
@@ -319,9 +325,9 @@ def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, conf
         _resized(held_out.images[:RECONSTRUCTED], config.for_stage(stage).model.image_size),
         held_out.keys[:RECONSTRUCTED],
         config.model.patch_size,
-        stage.masking.patches,
+        stage.masking.image_mask_ratio,
         stage.image_target,
-        config.evaluation.batch,
+        config.evaluation.batch_size,
         decoded=stage.image_decoder is not None,
     )
     return replace(found, reconstruction=result, reconstruction_stage=stage.name)

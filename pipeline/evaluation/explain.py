@@ -1,6 +1,6 @@
 """What a model sees in one picture with one text: the patches each word aligns to, and its guesses of each word.
 
-The patches are those that optimal transport moves the word's final features to (`objectives.word_patch`), as in ViLT's
+The patches are those that optimal transport moves the word's final features to (`objectives.wpa`), as in ViLT's
 figure 4. For the guesses each word is masked in turn, and read with the picture and without it.
 
 Shapes: H x W pixels as the model reads them, G x C rows and columns of patches, L tokens, P = GC patches.
@@ -63,12 +63,12 @@ class Explanation:
     distance: float  # what the whole plan costs: 0 where every word equals its patches, 1 where nothing is alike
 
 
-def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, max_text: int) -> Explanation:
-    """Reads a decoded picture (H, W, 3) uint8 with a text; words beyond `max_text` tokens are not read.
+def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, max_text_length: int) -> Explanation:
+    """Reads a decoded picture (H, W, 3) uint8 with a text; words beyond `max_text_length` tokens are not read.
 
     The model has the heads `alignment` and `mlm`. Raises DataError where no token is left of the text.
     """
-    tokens = tokenizer.encode(text, max_text)
+    tokens = tokenizer.encode(text, max_text_length)
     words = positions_of_words(tokens)
     if not words:
         raise DataError(f"no token is left of the text {text!r}; give at least one word")
@@ -97,11 +97,11 @@ def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
     index = config.stages.index(config.stage_named(stage_name))
     before = config.stages[: index + 1]
     notes = []
-    if not any("word_patch" in stage.objectives for stage in before):
+    if not any("wpa" in stage.objectives for stage in before):
         notes.append("No stage trained word_patch: the plan shows how its features happen to lie.")
-    if not any("masked_language" in stage.objectives for stage in before):
+    if not any("mlm" in stage.objectives for stage in before):
         notes.append("No stage trained masked_language: the guesses are those of an untrained head.")
-    elif not any("masked_language" in s.objectives and config.use_of(s) == "pairs" for s in before):
+    elif not any("mlm" in s.objectives and config.source_type_of(s) == "pairs" for s in before):
         notes.append("No stage trained masked_language beside pictures: only the guesses without one were learnt.")
     return notes
 
@@ -256,18 +256,20 @@ def alignment_examples(
 
     What the weights were never trained for is noted, and shown none the less.
     """
-    if model.modules_for("word_patch", "pairs") is None or not len(held_out):
+    if model.modules_for("wpa", "pairs") is None or not len(held_out):
         return Alignments()
     chosen = range(0, len(held_out), -(-len(held_out) // ALIGNMENT_EXAMPLES))
     return Alignments(
-        [_aligned(model, tokenizer, held_out, number, stage.max_text) for number in chosen],
+        [_aligned(model, tokenizer, held_out, number, stage.max_text_length) for number in chosen],
         untrained_notes(config, stage.name),
     )
 
 
-def _aligned(model: Model, tokenizer: Tokenizer, held_out: EvalPairs, number: int, max_text: int) -> AlignedCaption:
+def _aligned(
+    model: Model, tokenizer: Tokenizer, held_out: EvalPairs, number: int, max_text_length: int
+) -> AlignedCaption:
     caption, picture = held_out.captions[number][0], held_out.picture(number).numpy()
-    found = explain(model, tokenizer, picture, caption, max_text)
+    found = explain(model, tokenizer, picture, caption, max_text_length)
     words = [
         (word.word, thumbnail(np.asarray(draw_heat_map(found, word)), HEAT_MAP_PIXELS), word.heat.max().item())
         for word in found.words

@@ -81,10 +81,10 @@ def _predict(model: nn.Module, images: Tensor, positions: Tensor, batch: int, de
         for start in range(0, len(images), batch):
             span = slice(start, start + batch)
             wanted = ForwardInput(
-                heads=("masked_image",), image=images[span].to(device), patch_positions=positions[span].to(device)
+                heads=("mim",), image=images[span].to(device), patch_positions=positions[span].to(device)
             )
             wanted = wanted if decoded_of is None else drop_masked_patches(wanted, decoded_of)
-            parts.append(model({"only": wanted})["only"]["masked_image"].float().cpu())
+            parts.append(model({"only": wanted})["only"]["mim"].float().cpu())
     return torch.cat(parts)
 
 

@@ -76,7 +76,7 @@ def mask_captions(held_out: EvalPairs, masking: MaskingConfig, tokenizer: Tokeni
     images = held_out.caption_of.tolist()
     for tokens, image, number in zip(held_out.tokens, images, held_out.numbers(), strict=True):
         random = CounterRandom(hash64(_SEED, held_out.keys[image], number))
-        masked = mask_whole_words(tokens, random, masking.probability, True, tokenizer)
+        masked = mask_whole_words(tokens, random, masking.mlm_probability, True, tokenizer)
         chosen = [int(position) for position in masked.positions]
         ids = list(tokens.ids)
         labels.append(tuple(int(ids[position]) for position in chosen))

@@ -87,12 +87,12 @@ class Predictor:
     # ---- one for each objective
 
     def answers(self, given: Given) -> Prediction:
-        listed = answers_with(self.choices, self.stage.answers, f"stage {self.stage.name}")
+        listed = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}")
         odds = self._read(self._fused(given, "answers"))["answers"][0].sigmoid()
         return {"answers": self._best(odds, listed.names)}
 
     def truth(self, given: Given) -> Prediction:
-        return {"true": self._read(self._fused(given, "reasoning"))["reasoning"][0].softmax(dim=0)[1].item()}
+        return {"true": self._read(self._fused(given, "nlvr2"))["nlvr2"][0].softmax(dim=0)[1].item()}
 
     def classes(self, given: Given) -> Prediction:
         odds = self._read(self._fused(given, "classes"))["classes"][0].softmax(dim=0)
@@ -119,7 +119,7 @@ class Predictor:
     def words(self, given: Given) -> Prediction:
         assert given.text is not None
         ids, positions = self.encode_masked(given.text)
-        sees = self.config.use_of(self.stage) == "pairs"
+        sees = self.config.source_type_of(self.stage) == "pairs"
         one = self._pass(given.pictures if sees else (), ids, "mlm")
         odds = self._read(replace(one, mask_positions=torch.tensor([positions])))["mlm"][0].softmax(dim=1)
         return {"words": [self._best(each, self.tokenizer.tokens) for each in odds]}
@@ -136,12 +136,12 @@ class Predictor:
                 ids.append(self.tokenizer.mask_id)
             ids += self.tokenizer.encode(piece, len(piece) + 2).ids[1:-1]
         ids.append(self.tokenizer.tokens.index(SEP))
-        if len(ids) > self.stage.max_text:
-            raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text}")
+        if len(ids) > self.stage.max_text_length:
+            raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text_length}")
         return ids, positions
 
     def _fused(self, given: Given, head: Head) -> ForwardInput:
-        ids = [] if given.text is None else self.tokenizer.encode(given.text, self.stage.max_text).ids
+        ids = [] if given.text is None else self.tokenizer.encode(given.text, self.stage.max_text_length).ids
         if given.text is not None and len(ids) <= 2:
             raise ConfigError(f"no token is left of the text {given.text!r}; give at least one word")
         return self._pass(given.pictures, ids, head)
@@ -166,8 +166,8 @@ def _is_pair(given: Given) -> bool:
 
 
 ABILITIES: dict[Objective, _Ability] = {
-    "answering": _Ability("a picture and a text, the question", _is_pair, Predictor.answers),
-    "reasoning": _Ability(
+    "vqa": _Ability("a picture and a text, the question", _is_pair, Predictor.answers),
+    "nlvr2": _Ability(
         "two pictures and a text, the statement",
         lambda given: len(given.pictures) == 2 and given.text is not None and not given.is_masked,
         Predictor.truth,
@@ -175,10 +175,10 @@ ABILITIES: dict[Objective, _Ability] = {
     "classification": _Ability(
         "a picture and no text", lambda given: len(given.pictures) == 1 and given.text is None, Predictor.classes
     ),
-    "contrastive": _Ability("a picture and a text", _is_pair, Predictor.similarity),
-    "matching": _Ability("a picture and a text", _is_pair, Predictor.matched),
+    "itc": _Ability("a picture and a text", _is_pair, Predictor.similarity),
+    "itm": _Ability("a picture and a text", _is_pair, Predictor.matched),
     "ranking": _Ability("a picture and a text", _is_pair, Predictor.ranking),
-    "masked_language": _Ability(
+    "mlm": _Ability(
         f"a text with {MASK} and at most one picture",
         lambda given: given.is_masked and len(given.pictures) <= 1,
         Predictor.words,

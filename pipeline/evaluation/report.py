@@ -86,7 +86,7 @@ def build_report_data(
         skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
         step=key.step,
         limit=key.limit,
-        use=key.use,
+        source_type=key.source_type,
         is_headline=key.is_headline,
     )
 
@@ -151,7 +151,7 @@ def _recall_rows(found: Evaluation) -> list[RecallRow]:
     rows = []
     captions = int((found.held_out.caption_of < found.retrieval_images).sum())
     for scores, retrieval in (
-        ({"itc": "contrastive", "itm": "matching", "ranking": "ranking"}[found.retrieval_by], found.retrieval),
+        ({"itc": "itc", "itm": "itm", "ranking": "ranking"}[found.retrieval_by], found.retrieval),
         (f"best {found.reranked_best} re-ranked", found.reranked),
     ):
         if retrieval is None:

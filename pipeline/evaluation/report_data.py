@@ -35,17 +35,17 @@ class EvalKey:
     name: str
     digest: str  # of the data
     limit: int | None  # the first so many samples; None: all
-    use: str  # what the source was read as
+    source_type: str  # what the source was read as
     is_headline: bool  # of the run's own held-out source, as its config asks for it, with the stage's last weights
 
     def is_of_same_data(self, other: EvalKey) -> bool:
-        return (self.digest, self.limit, self.use) == (other.digest, other.limit, other.use)
+        return (self.digest, self.limit, self.source_type) == (other.digest, other.limit, other.source_type)
 
     @property
     def data(self) -> str:
         """The data in words."""
         extent = "all samples" if self.limit is None else f"the first {self.limit} samples"
-        return f"digest {self.digest[:12]}…, {extent}, read as {self.use}"
+        return f"digest {self.digest[:12]}…, {extent}, read as {self.source_type}"
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ class ReportData:
     skipped: list[tuple[str, int]]  # held-out samples left out: reason, count
     step: int | None = None  # these, and `is_headline`: see `Key`
     limit: int | None = None
-    use: str = "pairs"
+    source_type: str = "pairs"
     is_headline: bool = False
 
     @property
     def key(self) -> EvalKey:
-        return EvalKey(self.stage, self.step, self.source, self.digest, self.limit, self.use, self.is_headline)
+        return EvalKey(self.stage, self.step, self.source, self.digest, self.limit, self.source_type, self.is_headline)
 
 
 _JSON = TypeAdapter(ReportData)

@@ -90,8 +90,8 @@ class Evaluation:
     def annotated(self) -> dict[str, Figures | None]:
         """What sources of questions, statements and labelled pictures are measured by."""
         return {
-            "answering": self.answering,
-            "reasoning": self.reasoning,
+            "vqa": self.answering,
+            "nlvr2": self.reasoning,
             "classification": self.classification,
             "zero_shot": self.zero_shot,
             "linear_probe": self.linear_probe,

@@ -63,8 +63,8 @@ def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> NLVR2Result:
         """Each statement's id, its truth, and whether it was judged rightly."""
         found: list[tuple[str, bool, bool]] = []
         with eval_mode(model) as device:
-            for one, statements in source.batches(device, "reasoning"):
-                judged = model({"only": one})["only"]["reasoning"].argmax(dim=1).bool().tolist()
+            for one, statements in source.batches(device, "nlvr2"):
+                judged = model({"only": one})["only"]["nlvr2"].argmax(dim=1).bool().tolist()
                 found += [(s.id, s.is_true, s.is_true == said) for s, said in zip(statements, judged, strict=False)]
         return found
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from pipeline.config.model import DualEncoderConfig, TransformerConfig
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import SharedSpaceHead
@@ -25,7 +25,7 @@ from pipeline.models.multiway import EPSILON, Expert, MultiwayBlock
 from pipeline.models.packing import PackedInputs
 from pipeline.models.resize import cut_text_positions, resize_grid
 
-PARTS = ("image_embedding", "text_embedding", "image_tower", "text_tower", "contrastive_head")
+PARTS = ("image_embedding", "text_embedding", "image_tower", "text_tower", "itc_head")
 
 
 class Tower(nn.Module):
@@ -38,7 +38,7 @@ class Tower(nn.Module):
         super().__init__()
         self.expert: Expert = expert
         self.blocks = nn.ModuleList(
-            MultiwayBlock(config.width, config.heads, config.feed_forward_ratio, (expert,), None, rate)
+            MultiwayBlock(config.width, config.heads, config.mlp_ratio, (expert,), None, rate)
             for rate in config.drop_path_rates[-layers:]
         )
         self.norm = nn.LayerNorm(config.width, eps=EPSILON)
@@ -54,8 +54,8 @@ class Tower(nn.Module):
 
 class DualEncoder(Model):
     PARTS: ClassVar = PARTS
-    HEAD_PARTS: ClassVar = ("contrastive_head",)
-    RESIZABLE: ClassVar = frozenset({"image_size", "max_text"})
+    HEAD_PARTS: ClassVar = ("itc_head",)
+    RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
 
     config: DualEncoderConfig
 
@@ -65,10 +65,10 @@ class DualEncoder(Model):
         self.image_embedding = ImageEmbedding(
             config.image_size, config.patch_size, width, absolute=True, maskable=False
         )
-        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text, absolute=True)
+        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, absolute=True)
         self.image_tower = Tower(config, "vision", config.layers)
         self.text_tower = Tower(config, "language", config.text_layers)
-        self.contrastive_head = SharedSpaceHead(width, config.embedding)
+        self.itc_head = SharedSpaceHead(width, config.embedding)
 
     def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
         if rows.image is not None and rows.text is not None:
@@ -89,7 +89,7 @@ class DualEncoder(Model):
     def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itc":
             modality: Literal["image", "text"] = "image" if one.text is None else "text"
-            vectors, scale = self.contrastive_head(modality, features[:, 0])
+            vectors, scale = self.itc_head(modality, features[:, 0])
             return {head: vectors, "scale": scale}
         if head == "tokens":
             return {head: features}
@@ -100,8 +100,8 @@ class DualEncoder(Model):
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
-        return frozenset(PARTS) if (objective, use) == ("contrastive", "pairs") else None
+    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
+        return frozenset(PARTS) if (objective, source_type) == ("itc", "pairs") else None
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
         """Of another picture size or text length: bicubic, as open_clip resizes CLIP's positions."""
@@ -109,5 +109,5 @@ class DualEncoder(Model):
         image, text = "image_embedding.positions", "text_embedding.positions"
         return resized | {
             image: resize_grid(resized[image], self.config.grid, "bicubic"),
-            text: cut_text_positions(resized[text], self.config.max_text),
+            text: cut_text_positions(resized[text], self.config.max_text_length),
         }

@@ -21,23 +21,23 @@ class TextEmbedding(nn.Module):
     positions: nn.Parameter | None
 
     def __init__(
-        self, vocabulary: int, width: int, max_text: int, absolute: bool, epsilon: float = TEXT_EPSILON
+        self, vocabulary: int, width: int, max_text_length: int, absolute: bool, epsilon: float = TEXT_EPSILON
     ) -> None:
         super().__init__()
-        self.max_text = max_text
+        self.max_text_length = max_text_length
         self.word = nn.Embedding(vocabulary, width)
         self.token_type = nn.Parameter(torch.empty(2, width))  # BERT's sentence A and B; A alone is read
-        self.register_parameter("positions", nn.Parameter(torch.empty(max_text, width)) if absolute else None)
+        self.register_parameter("positions", nn.Parameter(torch.empty(max_text_length, width)) if absolute else None)
         self.norm = nn.LayerNorm(width, eps=epsilon)
         self.modality = nn.Parameter(torch.empty(width))
 
     def forward(self, text: Tensor) -> Tensor:
         """text (B, L) int64 -> (B, L, D)."""
         length = text.shape[1]
-        if length > self.max_text:
+        if length > self.max_text_length:
             raise ValueError(
-                f"a text of {length} tokens is longer than the model's positions reach ({self.max_text}); "
-                "cut the text or raise model.max_text"
+                f"a text of {length} tokens is longer than the model's positions reach ({self.max_text_length}); "
+                "cut the text or raise model.max_text_length"
             )
         x = self.word(text) + self.token_type[0]
         if self.positions is not None:
@@ -160,14 +160,14 @@ class RelativePositions(nn.Module):
     image_index: Tensor
     text_index: Tensor
 
-    def __init__(self, layers: int, heads: int, grid: int, max_text: int) -> None:
+    def __init__(self, layers: int, heads: int, grid: int, max_text_length: int) -> None:
         super().__init__()
         self.layers = layers
         self.image = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, layers * heads))
         self.cross = nn.Parameter(torch.zeros(2, layers * heads))
-        self.text = nn.Parameter(torch.zeros(2 * max_text, layers * heads))
+        self.text = nn.Parameter(torch.zeros(2 * max_text_length, layers * heads))
         self.register_buffer("image_index", image_distances(grid), persistent=False)
-        self.register_buffer("text_index", text_distances(max_text), persistent=False)
+        self.register_buffer("text_index", text_distances(max_text_length), persistent=False)
 
     def forward(self, text_length: int, with_image: bool) -> Tensor:
         """The bias of every layer (N, H, L, L) for sequences of `text_length` tokens, then the image if there is one.
@@ -203,10 +203,10 @@ def image_distances(grid: int) -> Tensor:
     return _with_cls(down * (2 * grid - 1) + across, (2 * grid - 1) ** 2)
 
 
-def text_distances(max_text: int) -> Tensor:
+def text_distances(max_text_length: int) -> Tensor:
     """The row of `RelativePositions.text` for each pair of text tokens: (T, T) int64, [CLS] first."""
-    place = torch.arange(max_text - 1)
-    return _with_cls(place[None, :] - place[:, None] + max_text - 2, 2 * max_text - 3)
+    place = torch.arange(max_text_length - 1)
+    return _with_cls(place[None, :] - place[:, None] + max_text_length - 2, 2 * max_text_length - 3)
 
 
 def _with_cls(index: Tensor, first_row: int) -> Tensor:

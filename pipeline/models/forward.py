@@ -25,14 +25,14 @@ Head = Literal[
     "itc",
     "itm",
     "mlm",
-    "masked_image",
+    "mim",
     "decoded_image",
     "alignment",
-    "region_class",
-    "region_features",
+    "moc",
+    "mrfr",
     "classes",
     "answers",
-    "reasoning",
+    "nlvr2",
     "ranking",
     "tokens",
 ]
@@ -58,8 +58,8 @@ class ForwardInput:
                     `itc_vl` and `scale_vl`
       itm           on a fused pass: `itm` (B, 2), logits of (not matched, matched); a head of one logit z gives (0, z)
       mlm           on a text or fused pass: `mlm` (B, K, V), logits at `mask_positions`
-      masked_image  on an image or fused pass: `masked_image` (B, K, targets), predictions at `patch_positions`
-      decoded_image on an image pass whose `visible_patches` leave out the masked ones: `masked_image` (B, K, targets),
+      masked_image  on an image or fused pass: `mim` (B, K, targets), predictions at `patch_positions`
+      decoded_image on an image pass whose `visible_patches` leave out the masked ones: `mim` (B, K, targets),
                     a decoder's predictions at `patch_positions`; of a model built with an image decoder (MAE)
       alignment     on a fused pass: `words` (B, L, D) and `patches` (B, P, D), final features without the image's
                     [CLS]; `words_keep` (B, L) bool, False at [CLS], [SEP] and padding; `patches_keep` (B, P) bool
@@ -67,7 +67,7 @@ class ForwardInput:
                     on a pass with regions: (B, K, classes) and (B, K, F), predictions at `region_positions`
       classes       on an image pass: `classes` (B, classes), logits
       answers       on a fused pass: `answers` (B, answers), logits
-      reasoning     on a fused pass with `second_image`: `reasoning` (B, 2), logits of (false, true)
+      reasoning     on a fused pass with `second_image`: `nlvr2` (B, 2), logits of (false, true)
       ranking       on a fused pass: `ranking` (B,), the higher the better text and image fit
       tokens        any pass: `tokens`, final normalised features of every position (text first, then image with its
                     CLS in front), for inspection
@@ -103,5 +103,5 @@ def drop_masked_patches(one: ForwardInput, num_patches: int) -> ForwardInput:
     """A pass over masked pictures as a model with an image decoder reads it: masked patches never enter the encoder."""
     assert one.patch_positions is not None
     visible = unmasked_patches(one.patch_positions, num_patches)
-    heads = tuple[Head, ...]("decoded_image" if head == "masked_image" else head for head in one.heads)
+    heads = tuple[Head, ...]("decoded_image" if head == "mim" else head for head in one.heads)
     return replace(one, heads=heads, visible_patches=visible)

@@ -18,7 +18,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
 
 from pipeline.config.model import ImageBERTConfig
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models.attention import gather
 from pipeline.models.embeddings import key_padding
 from pipeline.models.forward import ForwardInput, Head, Regions
@@ -30,10 +30,10 @@ PARTS = (
     "text_embedding",  # with the table of segments, whose second row the regions read
     "encoder",
     "region_embedding",
-    "matching_head",
-    "masked_language_head",
-    "region_class_head",
-    "region_features_head",
+    "itm_head",
+    "mlm_head",
+    "moc_head",
+    "mrfr_head",
 )
 LOCATION = 5  # numbers of `Regions.location`
 PICTURE = 1  # the segment of regions; words are of segment 0
@@ -84,25 +84,23 @@ class ImageBERT(Model):
         super().__init__(config, heads)
         bert = bert_config(config, vocabulary)
         self.text_embedding = BertEmbeddings(bert)
-        self.region_embedding = RegionEmbedding(
-            config.region_features, config.width, config.dropout, config.norm_epsilon
-        )
+        self.region_embedding = RegionEmbedding(config.region_features, config.width, config.dropout, config.norm_eps)
         self.encoder = BertEncoder(bert)
-        self.matching_head = BinaryMatchingHead(config.width)
+        self.itm_head = BinaryMatchingHead(config.width)
         # Not tied to the words' embedding: each parameter has one owner, which is what ZeRO-3 gathers it for.
-        self.masked_language_head = MaskedLanguageHead(config.width, vocabulary, config.norm_epsilon)
-        self.region_class_head = nn.Linear(config.width, config.region_classes)
-        self.region_features_head = nn.Linear(config.width, config.region_features)
+        self.mlm_head = MaskedLanguageHead(config.width, vocabulary, config.norm_eps)
+        self.moc_head = nn.Linear(config.width, config.region_classes)
+        self.mrfr_head = nn.Linear(config.width, config.region_features)
 
     def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
         if rows.image is not None or rows.text is None or rows.text_keep is None:
             raise ValueError(
                 "ImageBERT reads texts and a detector's regions, no pixels; mome shards regions makes them"
             )
-        if rows.text.shape[1] > self.config.max_text:
+        if rows.text.shape[1] > self.config.max_text_length:
             raise ValueError(
                 f"a text of {rows.text.shape[1]} tokens is longer than the model's positions reach "
-                f"({self.config.max_text}); cut the text or raise model.max_text"
+                f"({self.config.max_text_length}); cut the text or raise model.max_text_length"
             )
         x, keep = self.text_embedding(rows.text), rows.text_keep
         if rows.regions is not None:
@@ -116,13 +114,13 @@ class ImageBERT(Model):
 
     def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itm":
-            return {head: self.matching_head(features[:, 0])}
+            return {head: self.itm_head(features[:, 0])}
         if head == "mlm":
-            return {head: self.masked_language_head(features)}
-        if head == "region_class":
-            return {head: self.region_class_head(features).float()}
-        if head == "region_features":
-            return {head: self.region_features_head(features).float()}
+            return {head: self.mlm_head(features)}
+        if head == "moc":
+            return {head: self.moc_head(features).float()}
+        if head == "mrfr":
+            return {head: self.mrfr_head(features).float()}
         if head == "tokens":
             return {head: features}
         raise ValueError(f"ImageBERT has no head '{head}'; it has itm, mlm, region_class, region_features and tokens")
@@ -132,16 +130,16 @@ class ImageBERT(Model):
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
         """Everything reads words and regions together; masked language also reads texts by themselves, as BERT."""
-        readable: dict[tuple[Objective, Use], set[str]] = {
-            ("matching", "regions"): _FUSED | {"matching_head"},
-            ("masked_language", "regions"): _FUSED | {"masked_language_head"},
-            ("masked_language", "text"): _TEXT | {"masked_language_head"},
-            ("region_class", "regions"): _FUSED | {"region_class_head"},
-            ("region_features", "regions"): _FUSED | {"region_features_head"},
+        readable: dict[tuple[Objective, SourceType], set[str]] = {
+            ("itm", "regions"): _FUSED | {"itm_head"},
+            ("mlm", "regions"): _FUSED | {"mlm_head"},
+            ("mlm", "text"): _TEXT | {"mlm_head"},
+            ("moc", "regions"): _FUSED | {"moc_head"},
+            ("mrfr", "regions"): _FUSED | {"mrfr_head"},
         }
-        parts = readable.get((objective, use))
+        parts = readable.get((objective, source_type))
         return None if parts is None else frozenset(parts)
 
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
@@ -158,11 +156,11 @@ def bert_config(config: ImageBERTConfig, vocabulary: int) -> BertConfig:
         hidden_size=config.width,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        intermediate_size=config.feed_forward_ratio * config.width,
+        intermediate_size=config.mlp_ratio * config.width,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
-        max_position_embeddings=config.max_text,
-        layer_norm_eps=config.norm_epsilon,
+        max_position_embeddings=config.max_text_length,
+        layer_norm_eps=config.norm_eps,
         pad_token_id=None,  # padding is kept out by the attention mask; a fixed id would freeze that row of the table
         attn_implementation="sdpa",
     )

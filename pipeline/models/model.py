@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, Use
+from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, SourceType
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.heads import INITIAL_SCALE
 from pipeline.models.multiway import MultiwayBlock
@@ -100,7 +100,7 @@ class Model(nn.Module, ABC):
         """The name in PARTS that a parameter belongs to; every parameter belongs to exactly one."""
 
     @abstractmethod
-    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
         """The parts whose parameters all get a gradient from an objective over sources of that use.
 
         None where the model has no such head, or the objective nothing to read.
@@ -110,18 +110,18 @@ class Model(nn.Module, ABC):
         """The blocks of all its transformers, in which nearly all work is done and nearly all activations arise."""
         return [module for module in self.modules() if isinstance(module, self.BLOCK)]
 
-    def parts_used(self, objectives: Iterable[Objective], use: Use) -> frozenset[str]:
+    def parts_used(self, objectives: Iterable[Objective], source_type: SourceType) -> frozenset[str]:
         """The parts that get a gradient in a stage. ConfigError if the model cannot serve an objective."""
         used: set[str] = set()
         for objective in objectives:
-            parts = self.modules_for(objective, use)
+            parts = self.modules_for(objective, source_type)
             if parts is None:
-                raise ConfigError(self._not_read(objective, use))
+                raise ConfigError(self._not_read(objective, source_type))
             used |= parts
         return frozenset(used)
 
-    def _not_read(self, objective: Objective, use: Use) -> str:
-        readable = [other for other in get_args(Use) if self.modules_for(objective, other) is not None]
+    def _not_read(self, objective: Objective, source_type: SourceType) -> str:
+        readable = [other for other in get_args(SourceType) if self.modules_for(objective, other) is not None]
         if not readable:
             return (
                 f"objective '{objective}' is none that a model of kind '{self.config.kind}' learns; "
@@ -129,7 +129,7 @@ class Model(nn.Module, ABC):
             )
         return (
             f"objective '{objective}' reads {' or '.join(readable)}, and no source of the stage gives that "
-            f"(sources give: {use}); add a source or drop the objective"
+            f"(sources give: {source_type}); add a source or drop the objective"
         )
 
     def parts_named(self, names: Iterable[str]) -> frozenset[str]:
@@ -176,7 +176,7 @@ class Model(nn.Module, ABC):
         elif last.startswith("log_scale"):
             nn.init.constant_(parameter, math.log(INITIAL_SCALE))
         else:
-            draw_normal(name, parameter, self.config.initial_std, seed)
+            draw_normal(name, parameter, self.config.init_std, seed)
 
 
 def draw_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:

@@ -15,7 +15,7 @@ from pipeline.models.attention import gather
 from pipeline.models.forward import ForwardInput, Head, Regions
 
 WHOLE = ("tokens", "alignment", "decoded_image")  # heads that read every position
-FIRST = ("itc", "itm", "classes", "answers", "reasoning", "ranking")  # heads that read the first position
+FIRST = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the first position
 
 
 class PackedInputs:
@@ -90,13 +90,13 @@ class PackedInputs:
             elif head == "mlm":
                 assert piece.mask_positions is not None
                 positions[head] = piece.mask_positions
-            elif head == "masked_image":
+            elif head == "mim":
                 assert piece.patch_positions is not None
                 places = piece.patch_positions
                 if piece.visible_patches is not None:
                     places = (piece.visible_patches[:, None, :] == places[:, :, None]).int().argmax(dim=2)
                 positions[head] = places.clamp(min=0) + (1 if self.text is None else 1 + self.text.shape[1])
-            elif head in ("region_class", "region_features"):
+            elif head in ("moc", "mrfr"):
                 assert piece.region_positions is not None
                 assert self.text is not None
                 positions[head] = piece.region_positions.clamp(min=0) + self.text.shape[1]
@@ -165,12 +165,12 @@ def _check(one: ForwardInput) -> None:
     serves: dict[Head, bool] = {
         "itc": not fused,
         "mlm": one.text is not None and one.mask_positions is not None,
-        "masked_image": one.image is not None and one.patch_positions is not None,
+        "mim": one.image is not None and one.patch_positions is not None,
         "decoded_image": one.text is None and one.patch_positions is not None and one.visible_patches is not None,
-        "region_class": masks_regions,
-        "region_features": masks_regions,
+        "moc": masks_regions,
+        "mrfr": masks_regions,
         "classes": one.text is None,
-        "reasoning": fused and one.second_image is not None,
+        "nlvr2": fused and one.second_image is not None,
         "tokens": True,
     }
     for head in one.heads:

@@ -77,25 +77,25 @@ def spline_weights(places: np.ndarray, asked: np.ndarray) -> np.ndarray:
     return spline(np.clip(asked, places[0], places[-1]))
 
 
-def resize_text_distances(table: Tensor, max_text: int) -> Tensor:
-    """A relative table of texts (2T, C), for another longest text: (2 max_text, C).
+def resize_text_distances(table: Tensor, max_text_length: int) -> Tensor:
+    """A relative table of texts (2T, C), for another longest text: (2 max_text_length, C).
 
     Distances keep their rows; ones farther than the table knew are as the farthest it did.
     """
     distances, cls = table[:-CLS_ROWS], table[-CLS_ROWS:]
     centre = len(distances) // 2
-    asked = torch.arange(2 * max_text - CLS_ROWS, device=table.device) - (max_text - 2) + centre
+    asked = torch.arange(2 * max_text_length - CLS_ROWS, device=table.device) - (max_text_length - 2) + centre
     return torch.cat([distances[asked.clamp(0, len(distances) - 1)], cls])
 
 
-def cut_text_positions(positions: Tensor, max_text: int) -> Tensor:
-    """Absolute positions of texts (T, D), for shorter ones: (max_text, D).
+def cut_text_positions(positions: Tensor, max_text_length: int) -> Tensor:
+    """Absolute positions of texts (T, D), for shorter ones: (max_text_length, D).
 
     Raises ConfigError for longer ones, whose positions nobody learnt.
     """
-    if max_text > len(positions):
+    if max_text_length > len(positions):
         raise ConfigError(
-            f"model.max_text: {max_text}, but the weights know absolute positions of {len(positions)} tokens; "
+            f"model.max_text_length: {max_text_length}, but the weights have {len(positions)} absolute positions; "
             "lower it to that"
         )
-    return positions[:max_text]
+    return positions[:max_text_length]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.config.model import TransformerConfig, ViLTConfig
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models.attention import gather
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
 from pipeline.models.forward import ForwardInput, Head
@@ -40,11 +40,11 @@ PARTS = (
     "blocks",
     "norm",
     "pooler",
-    "matching_head",
-    "masked_language_head",
-    "masked_image_head",  # with the embedding that hides a patch
-    "answering_head",
-    "reasoning_head",  # with the embedding that says "this is the second image"
+    "itm_head",
+    "mlm_head",
+    "mim_head",  # with the embedding that hides a patch
+    "vqa_head",
+    "nlvr2_head",  # with the embedding that says "this is the second image"
     "ranking_head",
 )
 EXPERT: Expert = "vision_language"  # the one that reads everything
@@ -125,7 +125,7 @@ def _hats(place: Tensor, count: Tensor, side: int) -> Tensor:
 class ViLT(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("pooler") :]
-    RESIZABLE: ClassVar = frozenset({"image_size", "max_text"})
+    RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
 
     config: ViLTConfig
 
@@ -133,7 +133,7 @@ class ViLT(Model):
         super().__init__(config, heads)
         width, targets = config.width, heads.image_targets(config.patch_size)
         self.text_embedding = TextEmbedding(
-            vocabulary, width, config.max_text, absolute=True, epsilon=config.text_norm_epsilon
+            vocabulary, width, config.max_text_length, absolute=True, epsilon=config.text_norm_eps
         )
         self.image_embedding = ShapedImageEmbedding(
             config.image_size, config.patch_size, width, absolute=True, maskable=targets > 0, second=heads.reasoning
@@ -142,22 +142,22 @@ class ViLT(Model):
             MultiwayBlock(
                 width,
                 config.heads,
-                config.feed_forward_ratio,
+                config.mlp_ratio,
                 (EXPERT,),
                 None,
                 rate,
                 key_bias=True,
-                epsilon=config.norm_epsilon,
+                epsilon=config.norm_eps,
             )
             for rate in config.drop_path_rates
         )
-        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pooler = Pooler(width)
-        self.matching_head = MatchingHead(width)
-        self.masked_language_head = MaskedLanguageHead(width, vocabulary, config.text_norm_epsilon)
-        self.masked_image_head = MaskedImageHead(width, targets) if targets else None
-        self.answering_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
-        self.reasoning_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
+        self.itm_head = MatchingHead(width)
+        self.mlm_head = MaskedLanguageHead(width, vocabulary, config.text_norm_eps)
+        self.mim_head = MaskedImageHead(width, targets) if targets else None
+        self.vqa_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
+        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
         self.ranking_head = RankingHead(width) if heads.ranking else None
 
     def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
@@ -183,15 +183,15 @@ class ViLT(Model):
 
     def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "itm":
-            return {head: self.matching_head(self.pooler(features[:, 0]))}
+            return {head: self.itm_head(self.pooler(features[:, 0]))}
         if head == "mlm":
-            return {head: self.masked_language_head(features)}
-        if head == "masked_image" and self.masked_image_head is not None:
-            return {head: self.masked_image_head(features)}
-        if head == "answers" and self.answering_head is not None:
-            return {head: self.answering_head(self.pooler(features[:, 0]))}
-        if head == "reasoning" and self.reasoning_head is not None:
-            return {head: self.reasoning_head(self.pooler(features).flatten(1))}
+            return {head: self.mlm_head(features)}
+        if head == "mim" and self.mim_head is not None:
+            return {head: self.mim_head(features)}
+        if head == "answers" and self.vqa_head is not None:
+            return {head: self.vqa_head(self.pooler(features[:, 0]))}
+        if head == "nlvr2" and self.nlvr2_head is not None:
+            return {head: self.nlvr2_head(self.pooler(features).flatten(1))}
         if head == "ranking" and self.ranking_head is not None:
             return {head: self.ranking_head(self.pooler(features[:, 0]))}
         if head == "alignment":
@@ -214,27 +214,27 @@ class ViLT(Model):
 
     def part_of(self, parameter: str) -> str:
         if parameter == "image_embedding.mask":
-            return "masked_image_head"
+            return "mim_head"
         if parameter == "image_embedding.second":
-            return "reasoning_head"
+            return "nlvr2_head"
         part = parameter.split(".")[0]
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
         """Everything is read fused, where a source has both; masked words and patches are learnt from either alone."""
-        readable: dict[tuple[Objective, Use], set[str]] = {
-            ("matching", "pairs"): _FUSED | {"pooler", "matching_head"},
-            ("masked_language", "pairs"): _FUSED | {"masked_language_head"},
-            ("masked_language", "text"): _FUSED - {"image_embedding"} | {"masked_language_head"},
-            ("masked_image", "pairs"): _FUSED | {"masked_image_head"},
-            ("masked_image", "images"): _FUSED - {"text_embedding"} | {"masked_image_head"},
-            ("word_patch", "pairs"): _FUSED,
-            ("answering", "questions"): _FUSED | {"pooler", "answering_head"},
-            ("reasoning", "statements"): _FUSED | {"pooler", "reasoning_head"},
+        readable: dict[tuple[Objective, SourceType], set[str]] = {
+            ("itm", "pairs"): _FUSED | {"pooler", "itm_head"},
+            ("mlm", "pairs"): _FUSED | {"mlm_head"},
+            ("mlm", "text"): _FUSED - {"image_embedding"} | {"mlm_head"},
+            ("mim", "pairs"): _FUSED | {"mim_head"},
+            ("mim", "images"): _FUSED - {"text_embedding"} | {"mim_head"},
+            ("wpa", "pairs"): _FUSED,
+            ("vqa", "questions"): _FUSED | {"pooler", "vqa_head"},
+            ("nlvr2", "statements"): _FUSED | {"pooler", "nlvr2_head"},
             ("ranking", "pairs"): _FUSED | {"pooler", "ranking_head"},
         }
-        parts = readable.get((objective, use))
+        parts = readable.get((objective, source_type))
         return None if parts is None else frozenset(parts)
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
@@ -248,14 +248,14 @@ class ViLT(Model):
         resized = super().resize_state(state, before)
         rules = {
             "image_embedding.positions": lambda positions: resize_grid(positions, self.config.grid, "bilinear"),
-            "text_embedding.positions": lambda positions: cut_text_positions(positions, self.config.max_text),
+            "text_embedding.positions": lambda positions: cut_text_positions(positions, self.config.max_text_length),
         }
         resized |= {name: rule(resized[name]) for name, rule in rules.items() if name in resized}
         if self.heads.reasoning and "image_embedding.modality" in resized:
             resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
-        if self.heads.ranking and "matching_head.classify.weight" in resized:
+        if self.heads.ranking and "itm_head.classify.weight" in resized:
             for name in ("weight", "bias"):
-                resized.setdefault(f"ranking_head.score.{name}", resized[f"matching_head.classify.{name}"][1:].clone())
+                resized.setdefault(f"ranking_head.score.{name}", resized[f"itm_head.classify.{name}"][1:].clone())
         return resized
 
     def _from_vit(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ class ViLT(Model):
 
 def _shared_sizes(vit: TransformerConfig) -> dict[str, int]:
     """A ViT's sizes, which a ViLT that starts from it must have."""
-    names = ("width", "layers", "heads", "feed_forward_ratio", "image_size", "patch_size")
+    names = ("width", "layers", "heads", "mlp_ratio", "image_size", "patch_size")
     return {name: getattr(vit, name) for name in names}
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pipeline.config.model import TransformerConfig, ViTConfig
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models.embeddings import ImageEmbedding, read_padding
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import ClassificationHead, MaskedImageHead
@@ -27,14 +27,14 @@ PARTS = (
     "positions.image",
     "blocks",
     "norm",
-    "masked_image_head",  # with the embedding that hides a patch
+    "mim_head",  # with the embedding that hides a patch
     "classification_head",
 )
 
 
 class ViT(Model):
     PARTS: ClassVar = PARTS
-    HEAD_PARTS: ClassVar = PARTS[PARTS.index("masked_image_head") :]
+    HEAD_PARTS: ClassVar = PARTS[PARTS.index("mim_head") :]
     RESIZABLE: ClassVar = frozenset({"image_size"})
 
     config: ViTConfig
@@ -54,17 +54,17 @@ class ViT(Model):
             MultiwayBlock(
                 config.width,
                 config.heads,
-                config.feed_forward_ratio,
+                config.mlp_ratio,
                 ("vision",),
                 None,
                 rate,
                 key_bias=True,
-                epsilon=config.norm_epsilon,
+                epsilon=config.norm_eps,
             )
             for rate in config.drop_path_rates
         )
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_epsilon)
-        self.masked_image_head = build_masked_image_head(config, heads)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mim_head = build_masked_image_head(config, heads)
         self.classification_head = ClassificationHead(config.width, heads.classes) if heads.classes else None
 
     def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
@@ -84,10 +84,10 @@ class ViT(Model):
     def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
         if head == "classes" and self.classification_head is not None:
             return {head: self.classification_head(features[:, 0])}
-        if head == "masked_image" and isinstance(self.masked_image_head, MaskedImageHead):
-            return {head: self.masked_image_head(features)}
-        if head == "decoded_image" and isinstance(self.masked_image_head, ImageDecoder):
-            return {"masked_image": self.masked_image_head(features, one.visible_patches, one.patch_positions)}
+        if head == "mim" and isinstance(self.mim_head, MaskedImageHead):
+            return {head: self.mim_head(features)}
+        if head == "decoded_image" and isinstance(self.mim_head, ImageDecoder):
+            return {"mim": self.mim_head(features, one.visible_patches, one.patch_positions)}
         if head == "tokens":
             return {head: features}
         raise ValueError(f"this ViT was built without the head '{head}'")
@@ -96,18 +96,18 @@ class ViT(Model):
         if parameter == "image_embedding.positions":
             return "positions.image"
         if parameter == "image_embedding.mask":
-            return "masked_image_head"
+            return "mim_head"
         part = parameter.split(".")[0]
         assert part in PARTS, f"{parameter} belongs to no part"
         return part
 
-    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
         """Classes of labelled pictures, and masked patches of any source that has pictures."""
         encoder = frozenset(PARTS) - frozenset(self.HEAD_PARTS)
-        if (objective, use) == ("classification", "labelled"):
+        if (objective, source_type) == ("classification", "labelled"):
             return encoder | {"classification_head"}
-        if objective == "masked_image" and use in ("images", "pairs"):
-            return encoder | {"masked_image_head"}
+        if objective == "mim" and source_type in ("images", "pairs"):
+            return encoder | {"mim_head"}
         return None
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.model import TransformerConfig, VLMoConfig
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models.attention import gather_pairs
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding, read_padding
 from pipeline.models.forward import ForwardInput, Head
@@ -53,43 +53,43 @@ PARTS = (
     "vision_language_expert",
     "norm",
     "pooler",
-    "contrastive_head",
-    "matching_head",
-    "masked_language_head",
-    "masked_image_head",  # with the embedding that hides a patch
+    "itc_head",
+    "itm_head",
+    "mlm_head",
+    "mim_head",  # with the embedding that hides a patch
     "classification_head",
-    "answering_head",
-    "reasoning_head",  # with the embedding that says "this is the second image"
+    "vqa_head",
+    "nlvr2_head",  # with the embedding that says "this is the second image"
 )
 
 
 class VLMo(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("pooler") :]
-    RESIZABLE: ClassVar = frozenset({"image_size", "max_text"})
+    RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
 
     config: VLMoConfig
 
     def __init__(self, config: VLMoConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
         width, absolute = config.width, config.positions == "absolute"
-        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text, absolute)
+        self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, absolute)
         self.image_embedding = ImageEmbedding(
             config.image_size, config.patch_size, width, absolute, heads.covers_patches, second=heads.reasoning
         )
         self.positions = (
-            None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text)
+            None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text_length)
         )
         self.blocks = nn.ModuleList(_block(config, layer) for layer in range(config.layers))
-        self.norm = nn.LayerNorm(width, eps=config.norm_epsilon)
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.pooler = Pooler(width)
-        self.contrastive_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf, config.contrasts)
-        self.matching_head = MatchingHead(width)
-        self.masked_language_head = MaskedLanguageHead(width, vocabulary)
-        self.masked_image_head = build_masked_image_head(config, heads)
+        self.itc_head = ContrastiveHead(width, MAX_SCALE if heads.bounds_scales else math.inf, config.contrasts)
+        self.itm_head = MatchingHead(width)
+        self.mlm_head = MaskedLanguageHead(width, vocabulary)
+        self.mim_head = build_masked_image_head(config, heads)
         self.classification_head = ClassificationHead(width, heads.classes) if heads.classes else None
-        self.answering_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
-        self.reasoning_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
+        self.vqa_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
+        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
 
     def encode(self, rows: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Normalised features at the positions the heads read; and those of the vision-language branch, if asked.
@@ -152,21 +152,21 @@ class VLMo(Model):
         if head == "itc":
             modality: Literal["image", "text"] = "image" if one.text is None else "text"
             read = (features,) if branch is None else (features, branch)
-            return self.contrastive_head(modality, *(each[:, 0] for each in read))
+            return self.itc_head(modality, *(each[:, 0] for each in read))
         if head == "itm":
-            return {head: self.matching_head(self.pooler(features[:, 0]))}
+            return {head: self.itm_head(self.pooler(features[:, 0]))}
         if head == "mlm":
-            return {head: self.masked_language_head(features)}
-        if head == "masked_image" and isinstance(self.masked_image_head, MaskedImageHead):
-            return {head: self.masked_image_head(features)}
-        if head == "decoded_image" and isinstance(self.masked_image_head, ImageDecoder):
-            return {"masked_image": self.masked_image_head(features, one.visible_patches, one.patch_positions)}
+            return {head: self.mlm_head(features)}
+        if head == "mim" and isinstance(self.mim_head, MaskedImageHead):
+            return {head: self.mim_head(features)}
+        if head == "decoded_image" and isinstance(self.mim_head, ImageDecoder):
+            return {"mim": self.mim_head(features, one.visible_patches, one.patch_positions)}
         if head == "classes" and self.classification_head is not None:
             return {head: self.classification_head(features[:, 0])}
-        if head == "answers" and self.answering_head is not None:
-            return {head: self.answering_head(self.pooler(features[:, 0]))}
-        if head == "reasoning" and self.reasoning_head is not None:
-            return {head: self.reasoning_head(self.pooler(features).flatten(1))}
+        if head == "answers" and self.vqa_head is not None:
+            return {head: self.vqa_head(self.pooler(features[:, 0]))}
+        if head == "nlvr2" and self.nlvr2_head is not None:
+            return {head: self.nlvr2_head(self.pooler(features).flatten(1))}
         if head == "alignment":
             return aligned(one, features)
         if head == "tokens":
@@ -187,32 +187,32 @@ class VLMo(Model):
         if names[1] == "positions":
             return f"positions.{names[0].removesuffix('_embedding')}"
         if parameter == "image_embedding.mask":
-            return "masked_image_head"
+            return "mim_head"
         if parameter == "image_embedding.second":
-            return "reasoning_head"
+            return "nlvr2_head"
         assert names[0] in PARTS, f"{parameter} belongs to no part"
         return names[0]
 
-    def modules_for(self, objective: Objective, use: Use) -> frozenset[str] | None:
+    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
         """Contrast reads images and texts of pairs apart, matching and masked language read pairs fused; masked
         language reads a text source by itself, and masked images are read by themselves.
         """
-        readable: dict[tuple[Objective, Use], set[str]] = {
-            ("contrastive", "pairs"): _IMAGE | _TEXT | {"vision_language_expert", "contrastive_head"},
-            ("matching", "pairs"): _FUSED | {"pooler", "matching_head"},
-            ("masked_language", "pairs"): _FUSED | {"masked_language_head"},
-            ("masked_language", "text"): _TEXT | {"masked_language_head"},
-            ("masked_image", "pairs"): _IMAGE | {"masked_image_head"},
-            ("masked_image", "images"): _IMAGE | {"masked_image_head"},
-            ("word_patch", "pairs"): set(_FUSED),
+        readable: dict[tuple[Objective, SourceType], set[str]] = {
+            ("itc", "pairs"): _IMAGE | _TEXT | {"vision_language_expert", "itc_head"},
+            ("itm", "pairs"): _FUSED | {"pooler", "itm_head"},
+            ("mlm", "pairs"): _FUSED | {"mlm_head"},
+            ("mlm", "text"): _TEXT | {"mlm_head"},
+            ("mim", "pairs"): _IMAGE | {"mim_head"},
+            ("mim", "images"): _IMAGE | {"mim_head"},
+            ("wpa", "pairs"): set(_FUSED),
             ("classification", "labelled"): _IMAGE | {"classification_head"},
-            ("answering", "questions"): _FUSED | {"pooler", "answering_head"},
-            ("reasoning", "statements"): _FUSED | {"pooler", "reasoning_head"},
+            ("vqa", "questions"): _FUSED | {"pooler", "vqa_head"},
+            ("nlvr2", "statements"): _FUSED | {"pooler", "nlvr2_head"},
         }
-        parts = readable.get((objective, use))
+        parts = readable.get((objective, source_type))
         if parts is None:
             return None
-        if objective == "contrastive" and self.config.contrasts == 1:
+        if objective == "itc" and self.config.contrasts == 1:
             parts = parts - {"vision_language_expert"}
         return frozenset(parts if self.config.positions == "relative" else parts - {"positions.cross"})
 
@@ -228,15 +228,15 @@ class VLMo(Model):
         return resized
 
     def _resize_rules(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        grid, max_text = self.config.grid, self.config.max_text
+        grid, max_text_length = self.config.grid, self.config.max_text_length
         if self.config.positions == "relative":
             return {
                 "positions.image": lambda table: resize_relative_grid(table, grid),
-                "positions.text": lambda table: resize_text_distances(table, max_text),
+                "positions.text": lambda table: resize_text_distances(table, max_text_length),
             }
         return {
             "image_embedding.positions": lambda positions: resize_grid(positions, grid, "bicubic"),
-            "text_embedding.positions": lambda positions: cut_text_positions(positions, max_text),
+            "text_embedding.positions": lambda positions: cut_text_positions(positions, max_text_length),
         }
 
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
@@ -271,11 +271,11 @@ def _block(config: VLMoConfig, layer: int) -> MultiwayBlock:
     return MultiwayBlock(
         config.width,
         config.heads,
-        config.feed_forward_ratio,
+        config.mlp_ratio,
         experts,
         config.layer_scale,
         rate,
-        epsilon=config.norm_epsilon,
+        epsilon=config.norm_eps,
     )
 
 

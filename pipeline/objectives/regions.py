@@ -1,7 +1,7 @@
 """Masked regions (ImageBERT, 3.3): name the detector's class of each (MOC), and give back its feature vector (MRFR).
 
 Both are read at the same masked regions, of true pairs only: a wrong caption or wrong regions say nothing of what was
-hidden (the paper's conditional mask). Matching, the third loss on regions, is `matching`'s.
+hidden (the paper's conditional mask). Matching, the third loss on regions, is `itm`'s.
 
 Shapes: B rows, R regions, K masked regions a row (padded with -1), C classes, F numbers of a region.
 """

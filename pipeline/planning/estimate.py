@@ -37,9 +37,9 @@ class Stage:
 
     name: str
     steps: int
-    batch: int
+    global_batch_size: int
     pictures: int  # of a sample
-    micro_batch: int | None  # most rows of a micro-batch; None: a rank's whole share
+    micro_batch_size: int | None  # most rows of a micro-batch; None: a rank's whole share
     checkpoint_every: int
     work: Work
 
@@ -50,7 +50,7 @@ class StageEstimate:
     parameters: Parameters
     gpus: int
     share: int  # rows of the rank with most
-    micro_batch: int
+    micro_batch_size: int
     accumulation: int
     memory: Memory
     fits: bool
@@ -107,21 +107,21 @@ def estimate(
     accelerator: Accelerator,
     network: Network,
     assumptions: Assumptions,
-    micro_batch: int | None = None,
+    micro_batch_size: int | None = None,
 ) -> StageEstimate:
-    """The stage on `sharding.world_size` accelerators. `micro_batch` goes before the stage's own."""
+    """The stage on `sharding.world_size` accelerators. `micro_batch_size` goes before the stage's own."""
     work, ranks = stage.work, sharding.world_size
-    share = largest_share(stage.batch, ranks)
+    share = largest_share(stage.global_batch_size, ranks)
     room = usable_bytes(accelerator, assumptions)
     most = largest_micro_batch(work, sharding, share, room)
-    accumulation = math.ceil(share / max(1, min(share, micro_batch or stage.micro_batch or share)))
+    accumulation = math.ceil(share / max(1, min(share, micro_batch_size or stage.micro_batch_size or share)))
     rows = math.ceil(share / accumulation)
     memory = memory_at(work, sharding, share, rows)
     flops = work.step_flops(share, accumulation)
     compute = flops / (accelerator.flops * assumptions.mfu)
-    moved, communication = _communication(work, sharding, accelerator, network, accumulation, stage.batch)
+    moved, communication = _communication(work, sharding, accelerator, network, accumulation, stage.global_batch_size)
     step = compute + max(0.0, communication - assumptions.overlap * compute)
-    samples = stage.batch / step
+    samples = stage.global_batch_size / step
     checkpoint = FLOAT32 * work.parameters.total + MOMENTS * work.parameters.trained
     checkpoint += FLOAT32 * work.parameters.trained if sharding.averages else 0
     bandwidth = assumptions.checkpoint_bandwidth
@@ -131,13 +131,13 @@ def estimate(
         parameters=work.parameters,
         gpus=ranks,
         share=share,
-        micro_batch=rows,
+        micro_batch_size=rows,
         accumulation=accumulation,
         memory=memory,
         fits=memory.total <= room,
         largest_micro_batch=most,
-        flops_per_step=flops * stage.batch / share,
-        tokens_per_step=work.tokens.at(stage.batch),
+        flops_per_step=flops * stage.global_batch_size / share,
+        tokens_per_step=work.tokens.at(stage.global_batch_size),
         compute_seconds=compute,
         communication_seconds=communication,
         communication_bytes=moved,

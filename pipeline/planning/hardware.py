@@ -40,7 +40,7 @@ class Network:
     efficiency: float  # of the bandwidth, as collectives of large messages reach it
 
 
-PCIE = 25 * GB  # generation 4, 16 lanes, as measured copies reach it
+PCIE = 25 * GB  # generation 4, 16 streams, as measured copies reach it
 INTRA_LATENCY = 5e-6
 INTRA_EFFICIENCY = 0.8
 

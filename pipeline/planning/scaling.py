@@ -16,7 +16,7 @@ class Point:
     samples_per_second: float
     efficiency: float  # of ideal scaling from the first point
     step_seconds: float
-    micro_batch: int
+    micro_batch_size: int
     fits: bool
     hours: float
     cost: float
@@ -38,7 +38,7 @@ def curve(at: Callable[[int], StageEstimate], batch: int) -> list[Point]:
                 found.samples_per_second,
                 each / first,
                 found.step_seconds,
-                found.micro_batch,
+                found.micro_batch_size,
                 found.fits,
                 found.hours,
                 found.cost,

@@ -54,7 +54,13 @@ def note_of_run(config: RunConfig) -> str:
     lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
     lines += ["| stage | learns | from | steps | batch | starts from |", "|---|---|---|---|---|---|"]
     for stage in config.stages:
-        cells = [stage.name, ", ".join(stage.objectives), _sources(stage), f"{stage.steps:,}", f"{stage.batch:,}"]
+        cells = [
+            stage.name,
+            ", ".join(stage.objectives),
+            _sources(stage),
+            f"{stage.steps:,}",
+            f"{stage.global_batch_size:,}",
+        ]
         lines.append("| " + " | ".join([*cells, stage.start_from]) + " |")
     return "\n".join(lines)
 
@@ -63,7 +69,7 @@ def note_of_stage(stage: StageConfig, origin: str) -> str:
     """The same of a stage; `origin`: the weights that it started from, or 'random'."""
     return (
         f"**{stage.name}**: {', '.join(stage.objectives)} from {_sources(stage)}; {stage.steps:,} steps of "
-        f"{stage.batch:,} samples. Started from {'random weights' if origin == 'random' else origin}."
+        f"{stage.global_batch_size:,} samples. Started from {'random weights' if origin == 'random' else origin}."
     )
 
 

@@ -85,8 +85,8 @@ class Alarms:
                 "loss_spike",
                 step,
                 f"the loss jumped to {loss:.4g} (median of the last {LOSSES}: {median:.4g}). Where it does not come "
-                "down again, go back to a checkpoint before it with a lower optimizer.peak_rate or with "
-                "optimizer.clip_norm; guards.spike goes back by itself, past the data that did it",
+                "down again, go back to a checkpoint before it with a lower optimizer.lr or with "
+                "optimizer.max_grad_norm; guards.spike goes back by itself, past the data that did it",
             )
             self._losses.clear()  # one jump is one alarm
         self._losses.append(loss)
@@ -112,7 +112,7 @@ def _collapsed_matching(reading: Reading) -> str | None:
     return (
         f"matching is right for {matched:.0%} of the true pairs and {wrong:.0%} of the wrong ones: "
         "it gives nearly all the same answer and has learnt nothing of pairs. Check that the stage started from the "
-        "weights it should have (tag start_from); lower optimizer.peak_rate or warm up longer; begin with "
+        "weights it should have (tag start_from); lower optimizer.lr or warm up longer; begin with "
         "negatives=random"
     )
 
@@ -132,9 +132,9 @@ def _starved(reading: Reading) -> str | None:
     if worst < STARVED:
         return None
     return (
-        f"rank {reading.waits.index(worst)} waits for data {worst:.0%} of its time. Raise data.loader.workers or "
-        "data.loader.threads, keep shards on the node with data.cache, or let CPU nodes prepare batches with "
-        "cluster.loader_actors; `mome bench loader` tells what a core can do"
+        f"rank {reading.waits.index(worst)} waits for data {worst:.0%} of its time. Raise data.loader.num_workers or "
+        "data.loader.threads_per_worker, keep shards on the node with data.cache, or let CPU nodes prepare batches "
+        "with cluster.loader_actors; `mome bench loader` tells what a core can do"
     )
 
 

@@ -22,11 +22,11 @@ class BackgroundWriter:
     `write` never waits and never raises: a fault is logged, and the data is dropped.
     """
 
-    def __init__(self, storage: Storage, deadline_seconds: float | None = None, level: int = logging.WARNING):
-        """`deadline_seconds`: how long one write may take (default: the storage's); `level`: of logged faults."""
-        if deadline_seconds is not None:
-            shorter = min(deadline_seconds, storage.config.deadline_seconds)
-            storage = Storage(storage.config.model_copy(update={"deadline_seconds": shorter}))
+    def __init__(self, storage: Storage, retry_timeout_seconds: float | None = None, level: int = logging.WARNING):
+        """`retry_timeout_seconds`: how long one write may take (default: the storage's); `level`: of logged faults."""
+        if retry_timeout_seconds is not None:
+            shorter = min(retry_timeout_seconds, storage.config.retry_timeout_seconds)
+            storage = Storage(storage.config.model_copy(update={"retry_timeout_seconds": shorter}))
         self._storage, self._level = storage, level
         self._changed = threading.Condition()
         self._pending: dict[str, bytes] = {}

@@ -12,12 +12,12 @@ from pipeline.training.steps import accumulation
 
 def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a stage. Micro-batch size is nominal: rows are ours to cut (contract C2)."""
-    steps = accumulation(stage.batch, world_size, config.engine.micro_batch)
+    steps = accumulation(stage.global_batch_size, world_size, config.engine.micro_batch_size)
     return {
         "train_batch_size": world_size * steps,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": steps,
-        "gradient_clipping": stage.optimizer.clip_norm,
+        "gradient_clipping": stage.optimizer.max_grad_norm,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,

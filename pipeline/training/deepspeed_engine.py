@@ -57,10 +57,10 @@ class DeepSpeedEngine:
         rounds = config.engine.precision != "float32"
         start = {n: p.detach().clone() for n, p in self._names.items()} if rounds else {}
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, stage.optimizer, config.faithful),
-            lr=stage.optimizer.peak_rate,
+            parameter_groups(model, stage.optimizer, config.reproduce_vlmo_release),
+            lr=stage.optimizer.lr,
             betas=stage.optimizer.betas,
-            eps=stage.optimizer.epsilon,
+            eps=stage.optimizer.eps,
             fused=collectives.device.type == "cuda",
         )
         self._engine, *_ = deepspeed.initialize(
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
         self._prime()
         self._exact = self._start_from(start)
         self._steps = 0
-        self._decay = stage.optimizer.ema
+        self._decay = stage.optimizer.ema_decay
         self._averages = self._own_weights() if self._decay is not None else {}
 
     # ---- the step

@@ -44,9 +44,9 @@ class StageEvaluation:
     def _check_classes(self) -> None:
         """That classes told by their names have some is known before the stage trains. Raises ConfigError."""
         config, source = self._config, self._config.evaluation.source
-        if config.evaluation.every is None or source is None or "contrastive" not in self._stage.objectives:
+        if config.evaluation.every is None or source is None or "itc" not in self._stage.objectives:
             return
-        if config.sources[source].use == "labelled":
+        if config.sources[source].type == "labelled":
             class_names(config, source, self._storage)
 
     def is_due(self, step: int) -> bool:
@@ -61,14 +61,14 @@ class StageEvaluation:
         return done % section.every == 0
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """`eval/<source>/…` of the first `evaluation.limit_during` samples, the same on every rank."""
+        """`eval/<source>/…` of the first `evaluation.max_images_during_training` samples, the same on every rank."""
         section = self._config.evaluation
         found = evaluate(
             model,
             self._tokenizer,
             self._config,
             self._storage,
-            limit=min(section.limit_during, section.limit or section.limit_during),
+            limit=min(section.max_images_during_training, section.max_images or section.max_images_during_training),
             stage=self._stage.name,
             rerank_best=0,
             choices=self._choices,

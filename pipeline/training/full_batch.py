@@ -29,25 +29,27 @@ def full_batch(
     """
     config = config.for_stage(stage)
     draw = torch.Generator().manual_seed(step)
-    use, section = config.use_of(stage), config.model
+    source_type, section = config.source_type_of(stage), config.model
     members: dict[str, Tensor] = {}
-    if use in ("pairs", "images", "labelled", "questions", "statements"):
+    if source_type in ("pairs", "images", "labelled", "questions", "statements"):
         members |= _pictures(section, stage, rows, draw)
-    if section.READS_TEXT and use in ("pairs", "text", "regions", "questions", "statements"):
-        members |= _texts(stage, rows, min(text_tokens or stage.max_text, stage.max_text), vocabulary, draw)
-    if use == "regions":
+    if section.READS_TEXT and source_type in ("pairs", "text", "regions", "questions", "statements"):
+        members |= _texts(
+            stage, rows, min(text_tokens or stage.max_text_length, stage.max_text_length), vocabulary, draw
+        )
+    if source_type == "regions":
         assert isinstance(section, ImageBERTConfig), "no other kind reads regions"
         members |= _regions(section, stage, rows, draw)
-    if use == "statements":
+    if source_type == "statements":
         members["second_image"] = members["image"].flip(0)
         if "image_size" in members:
             members["second_image_size"] = members["image_size"]
             members.pop("visible_patches", None)  # of two pictures all patches are read
         members["label"] = torch.arange(rows) % 2
-    if use == "labelled":
-        members["label"] = torch.arange(rows) % (stage.classes or 2)
-    if use == "questions":
-        members["answers"] = torch.arange(rows)[:, None] % (stage.answers or 2)
+    if source_type == "labelled":
+        members["label"] = torch.arange(rows) % (stage.num_classes or 2)
+    if source_type == "questions":
+        members["answers"] = torch.arange(rows)[:, None] % (stage.num_answers or 2)
         members["answer_scores"] = torch.ones(rows, 1)
     return Batch(
         step=step,
@@ -71,9 +73,9 @@ def _pictures(section: TransformerConfig, stage: StageConfig, rows: int, draw: t
         if section.max_visible_patches is not None:
             members["visible_patches"] = torch.arange(read).repeat(rows, 1)
     members["image"] = torch.randint(0, 256, (rows, height, width, 3), dtype=torch.uint8, generator=draw)
-    masked = max(1, round(stage.masking.patches * read))
+    masked = max(1, round(stage.masking.image_mask_ratio * read))
     members["patch_positions"] = torch.stack([torch.randperm(read, generator=draw)[:masked] for _ in range(rows)])
-    if stage.masking.patches_covered < 1:
+    if stage.masking.mask_token_prob < 1:
         members["patch_replacements"] = torch.full_like(members["patch_positions"], -1)
     return members
 
@@ -82,7 +84,9 @@ def _texts(stage: StageConfig, rows: int, length: int, vocabulary: int, draw: to
     first = min(vocabulary - 1, SPECIAL_TOKENS + 3)
     text = torch.randint(first, vocabulary, (rows, length), generator=draw)
     words = length - SPECIAL_TOKENS
-    masked = min(words, 2 * math.ceil(stage.masking.probability * words))  # as if the masked words had two pieces each
+    masked = min(
+        words, 2 * math.ceil(stage.masking.mlm_probability * words)
+    )  # as if the masked words had two pieces each
     positions = 1 + torch.stack([torch.randperm(length - SPECIAL_TOKENS, generator=draw)[:masked] for _ in range(rows)])
     return {
         "text": text,
@@ -95,13 +99,13 @@ def _texts(stage: StageConfig, rows: int, length: int, vocabulary: int, draw: to
 
 def _regions(section: ImageBERTConfig, stage: StageConfig, rows: int, draw: torch.Generator) -> dict[str, Tensor]:
     count = section.max_regions
-    masked = max(1, round(stage.masking.regions * count))
+    masked = max(1, round(stage.masking.region_mask_ratio * count))
     positions = torch.stack([torch.randperm(count, generator=draw)[:masked] for _ in range(rows)])
     return {
-        "region_features": torch.rand(rows, count, section.region_features, generator=draw),
+        "mrfr": torch.rand(rows, count, section.region_features, generator=draw),
         "region_location": torch.rand(rows, count, 5, generator=draw),
         "region_keep": torch.ones(rows, count, dtype=torch.bool),
-        "region_class": torch.randint(0, section.region_classes, (rows, count), generator=draw),
+        "moc": torch.randint(0, section.region_classes, (rows, count), generator=draw),
         "region_positions": positions,
         "region_hidden": torch.zeros(rows, count, dtype=torch.bool).scatter(1, positions, True),
     }

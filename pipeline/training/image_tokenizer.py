@@ -22,7 +22,7 @@ def load_image_tokenizer(stage: StageConfig, storage: Storage, device: torch.dev
     Raises CheckpointError where there is no tokenizer, ConfigError where it has another number of tokens than given.
     """
     settings = stage.image_tokenizer
-    if "masked_image" not in stage.objectives or stage.image_target != "visual_tokens" or settings is None:
+    if "mim" not in stage.objectives or stage.image_target != "visual_tokens" or settings is None:
         return None
     from pipeline.models.visual_tokens import read_tokenizer  # here: few stages need it, and its library loads slowly
 

@@ -37,12 +37,12 @@ class Instruments:
         self.collectives = collectives
         self.counted_before: dict[str, float] = {}  # the data's counts in the checkpoint that the stage goes on from
         self._loader = loader
-        self._meter = Meter(self.stage.batch, 0, loader)
+        self._meter = Meter(self.stage.global_batch_size, 0, loader)
         self._seconds_at_peak = seconds_at_peak(config, index, vocabulary, collectives)
 
     def begin(self, step: int) -> None:
         """Speed is measured from here: at the start, and after what was no training. `step` counts steps done."""
-        self._meter = Meter(self.stage.batch, step, self._loader)
+        self._meter = Meter(self.stage.global_batch_size, step, self._loader)
 
     def read(self, step: int, trained: TrainingStep, losses: dict[str, Tensor]) -> Readings:
         """Of the stage's step `step`, in which `trained` gave this rank's `losses`."""
@@ -55,7 +55,7 @@ class Instruments:
         points |= {"perf/samples_per_s_per_gpu": speed.samples_per_second / self.collectives.world_size}
         if self._seconds_at_peak is not None:
             points["perf/mfu"] = speed.steps_per_second * self._seconds_at_peak
-        points |= {"samples_seen": float((step + 1) * self.stage.batch)}
+        points |= {"samples_seen": float((step + 1) * self.stage.global_batch_size)}
         return Readings(summed, points | self.data_counts(), speed, ranks)
 
     def data_counts(self) -> dict[str, float]:

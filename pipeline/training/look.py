@@ -3,7 +3,7 @@
 Everything in it must be known to every rank at the same step, or some would wait for ever for the rest: that a loss or
 gradient is not finite, that a machine is about to go, the loss of the whole batch. One reduction of four numbers
 carries them all; a second process group or a reduction read a step later would save the wait for the device, and could
-neither stop before the update nor lose no step. `guards.look_every` spreads the looks where the wait shows.
+neither stop before the update nor lose no step. `guards.health_check_every` spreads the looks where the wait shows.
 """
 
 from __future__ import annotations

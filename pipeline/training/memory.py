@@ -35,8 +35,8 @@ def out_of_memory(
 ) -> RunFailed:
     """What to raise for it. `held`: bytes of this rank's state by category; None while the engine was being built."""
     engine, world_size = config.engine, collectives.world_size
-    share = -(-stage.batch // world_size)
-    rows = -(-share // accumulation(stage.batch, world_size, engine.micro_batch))
+    share = -(-stage.global_batch_size // world_size)
+    rows = -(-share // accumulation(stage.global_batch_size, world_size, engine.micro_batch_size))
     lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {_first_line(error)}"]
     if held is None:
         lines.append("It happened before the first step: the model and its optimizer's state do not fit.")
@@ -44,7 +44,7 @@ def out_of_memory(
         parts = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
         lines.append(f"This rank's state at engine.zero_stage {engine.zero_stage}: {parts}; {_device(collectives)}")
     lines.append(
-        f"One pass held {rows} of the rank's {share} rows (engine.micro_batch: {engine.micro_batch or 'not set'}); "
+        f"One pass held {rows} of {share} rows (engine.micro_batch_size: {engine.micro_batch_size or 'not set'}); "
         "what is not state above is activations."
     )
     lines.append("A restart would repeat it. Change, in this order: " + "; ".join(_remedies(config, rows)))
@@ -55,7 +55,7 @@ def _remedies(config: RunConfig, rows: int) -> list[str]:
     """Those that are still to be had."""
     engine, found = config.engine, []
     if rows > 1:
-        found.append(f"engine.micro_batch={max(rows // 2, 1)} (fewer activations; the gradient stays the same)")
+        found.append(f"engine.micro_batch_size={max(rows // 2, 1)} (fewer activations; the gradient stays the same)")
     if not engine.activation_checkpointing:
         found.append("engine.activation_checkpointing=true (activations are computed twice, and not kept)")
     if engine.zero_stage < 3:

@@ -1,4 +1,4 @@
-"""`engine.micro_batch: auto`: as many rows in one forward as the memory of the smallest rank holds.
+"""`engine.micro_batch_size: auto`: as many rows in one forward as the memory of the smallest rank holds.
 
 The estimate of `mome plan` decides, before anything is allocated. The gradient does not depend on it (contract C2), so
 that a run may resume on other devices; all ranks take the same number and so run the same graph (C3).
@@ -29,7 +29,7 @@ def with_micro_batch(config: RunConfig, index: int, collectives: Collectives, vo
 
     Raises RunFailed when not even one row fits.
     """
-    if config.engine.micro_batch != "auto":
+    if config.engine.micro_batch_size != "auto":
         return config
     room = -collectives.largest([-_room(config, collectives)])[0]
     rows = None
@@ -44,8 +44,8 @@ def with_micro_batch(config: RunConfig, index: int, collectives: Collectives, vo
         )
     if collectives.rank == 0:
         told = f"{rows} rows fit" if rows else "no limit is known on a CPU: a rank's whole share"
-        log.warning("stage %s: engine.micro_batch auto: %s", stage.name, told)
-    settings = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch": rows})})
+        log.warning("stage %s: engine.micro_batch_size auto: %s", stage.name, told)
+    settings = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch_size": rows})})
     return settings
 
 
@@ -63,10 +63,10 @@ def _room(config: RunConfig, collectives: Collectives) -> int:
 def _fitting(config: RunConfig, index: int, collectives: Collectives, vocabulary: int, room: int) -> int:
     on_cuda = collectives.device.type == "cuda"
     stage = config.stages[index]
-    whole = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch": None})})
+    whole = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch_size": None})})
     work = work_of(whole, index, vocabulary, "cuda" if on_cuda else "cpu")
     sharding = sharding_of(whole, stage, collectives.world_size, on_cuda)
-    share = largest_share(stage.batch, collectives.world_size)
+    share = largest_share(stage.global_batch_size, collectives.world_size)
     found = largest_micro_batch(work, sharding, share, room)
     if found:
         memory = memory_at(work, sharding, share, found)

@@ -10,23 +10,25 @@ from pipeline.models.model import Model
 from pipeline.training import release
 
 
-def parameter_groups(model: Model, config: OptimizerConfig, faithful: bool = False) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: Model, config: OptimizerConfig, reproduce_vlmo_release: bool = False
+) -> list[dict[str, Any]]:
     """Trainable parameters by two questions: does it decay, and is it a head's, with a learning rate of its own.
 
     Matrices decay; biases, norms, gammas, scales and embeddings' rows do not. They are told by their number of
-    dimensions: a list of names, as VLMo's release and a `faithful` run have it, misses the experts' norms. The pooler
-    is no head here: it comes from pretraining, and the published recipes give it the plain rate.
+    dimensions: a list of names, as with `reproduce_vlmo_release`, misses the experts' norms. The
+    pooler is no head here: it comes from pretraining, and the published recipes give it the plain rate.
     """
     heads = set(model.HEAD_PARTS) - {"pooler"}
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = release.decays(name) if faithful else parameter.dim() >= 2
-            is_head = config.head_rate_factor != 1 and model.part_of(name) in heads
+            decays = release.decays(name) if reproduce_vlmo_release else parameter.dim() >= 2
+            is_head = config.head_lr_multiplier != 1 and model.part_of(name) in heads
             fresh = {
                 "params": [],
                 "weight_decay": config.weight_decay if decays else 0.0,
-                "rate_factor": config.head_rate_factor if is_head else 1.0,
+                "rate_factor": config.head_lr_multiplier if is_head else 1.0,
             }
             groups.setdefault((decays, is_head), fresh)["params"].append(parameter)
     if not groups:

@@ -18,7 +18,7 @@ class PlainEngine:
         self.model = model
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            trained, betas=optimizer.betas, eps=optimizer.epsilon, weight_decay=optimizer.weight_decay
+            trained, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:

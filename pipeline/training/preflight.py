@@ -164,13 +164,15 @@ def _try_stage(
         trainer.guard.begin(0)
         losses = trainer.step(batch)
         trainer.guard.check(config.stage_start(index))
-        trainer.engine.step(stage.optimizer.peak_rate)
+        trainer.engine.step(stage.optimizer.lr)
         loss, norm = float(collectives.sum(losses["loss"])), trainer.engine.gradient_norm()
         seconds = time.perf_counter() - started
     most = collectives.largest([peak()])[0]
     if not (torch.isfinite(torch.tensor([loss, norm])).all()):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
-    rows = f"{stage.batch} rows = {collectives.world_size} ranks x {trainer.step.accumulation} micro-batches"
+    rows = (
+        f"{stage.global_batch_size} rows = {collectives.world_size} ranks x {trainer.step.accumulation} micro-batches"
+    )
     return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, most memory {most / GB:.2f} GB a rank"
 
 

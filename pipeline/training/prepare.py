@@ -152,7 +152,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
         return found
     texts = _captions(config, storage) if config.model.READS_TEXT else iter(())
     first = next(texts, None)
-    textless = all(config.use_of(stage) in TEXTLESS for stage in config.stages)
+    textless = all(config.source_type_of(stage) in TEXTLESS for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
         return Tokenizer(SPECIALS)  # of a run that reads pictures without captions: it is never used
     return Tokenizer.train(itertools.chain([first or ""], texts), given.size, given.lowercase is not False)
@@ -161,7 +161,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
 def _folders_with_text(config: RunConfig) -> list[str]:
     """The folders of shards whose texts a stage reads, each once."""
     read = {name for stage in config.stages for name in stage.sources}
-    return sorted({config.sources[name].shards for name in read if config.sources[name].use not in TEXTLESS})
+    return sorted({config.sources[name].shards for name in read if config.sources[name].type not in TEXTLESS})
 
 
 def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:

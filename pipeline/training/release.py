@@ -1,6 +1,6 @@
-"""What VLMo's release does otherwise than its paper says or its authors meant, for runs that are `faithful` to it.
+"""Deviations of VLMo's release from its paper, reproduced when `reproduce_vlmo_release` is set.
 
-Four quirks, all from one switch, `RunConfig.faithful`; without it a run does what the second column says:
+Four quirks, all from one switch, `RunConfig.reproduce_vlmo_release`; without it a run does what the second column says:
 
     the release                                                                         by default
     contrast: each rank's features get 1 / world size of their gradient, because the    the whole gradient (C2)
@@ -10,10 +10,11 @@ Four quirks, all from one switch, `RunConfig.faithful`; without it a run does wh
     weight decay: spared by pieces of names, which miss the experts' norms, gammas,     matrices decay, nothing else
       logit scales, [CLS] and absolute positions, and hit the relative table
 
-Words to mask are chosen by `pipeline.data.examples.masking` in faithful runs too: the release's collator skips words
+Words to mask are chosen by `pipeline.data.examples.masking` in reproduce_vlmo_release runs too: the release's
+collator skips words
 that exceed what is left of its budget of tokens, which masks words of several pieces less often, and counts padding.
 
-A faithful run's gradient depends on its world size, so contract C2 does not hold for it. That the release lets equal
+The gradient of such a run depends on its world size, so contract C2 does not hold for it. That the release lets equal
 pictures be each other's negatives, and draws negatives from a micro-batch's ranks only, is not reproduced.
 
 Nor are three differences that no setting removes:
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.config.schema import Objective, Use
+from pipeline.config.schema import Objective, SourceType
 from pipeline.models.checkpoints.vlmo import published_name
 from pipeline.training.contrast import Contrast
 
@@ -37,9 +38,9 @@ MASKED_LANGUAGE_FACTOR = 0.25
 NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight", "norm1.weight", "norm2.weight")
 
 
-def factor(objective: Objective, use: Use) -> float:
+def factor(objective: Objective, source_type: SourceType) -> float:
     """What the release multiplies a loss by, besides the weight that a config gives it."""
-    return MASKED_LANGUAGE_FACTOR if (objective, use) == ("masked_language", "pairs") else 1.0
+    return MASKED_LANGUAGE_FACTOR if (objective, source_type) == ("mlm", "pairs") else 1.0
 
 
 def cut(contrast: Contrast, world_size: int) -> Contrast:

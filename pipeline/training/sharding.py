@@ -20,7 +20,7 @@ def sharding_of(config: RunConfig, stage: StageConfig, world_size: int, on_cuda:
         max_live=zero["stage3_max_live_parameters"],
         offload_optimizer="offload_optimizer" in zero,
         offload_parameters="offload_param" in zero,
-        averages=stage.optimizer.ema is not None,
+        averages=stage.optimizer.ema_decay is not None,
         accumulates=settings["gradient_accumulation_steps"] > 1,
         fused_update=on_cuda,
     )

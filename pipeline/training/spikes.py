@@ -80,11 +80,12 @@ class SpikeGuard:
         Raises RunFailed when the stage had its rollbacks.
         """
         assert self.config is not None
-        if spike.number > self.config.most:
+        if spike.number > self.config.max_rollbacks:
             raise RunFailed(
                 f"stage {stage}, step {spike.step}: the loss jumped to {spike.loss:.4g} (median of the last "
-                f"{self.config.window}: {spike.median:.4g}) after {self.config.most} rollbacks; guards.spike.most "
-                "allows no more. Look at the data; lower optimizer.peak_rate, or clip with optimizer.clip_norm."
+                f"{self.config.window}: {spike.median:.4g}) after {self.config.max_rollbacks} rollbacks; "
+                "guards.spike.max_rollbacks allows no more. Look at the data; lower optimizer.lr, or "
+                "clip with optimizer.max_grad_norm."
             )
         left_out = (self.batch_of(resumed_at), spike.batch + 1 + self.config.skip)
         self.skipped.append(left_out)

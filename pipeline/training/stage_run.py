@@ -165,7 +165,7 @@ class StageRun:
 
     def _look(self, step: int, batch: Batch, losses: dict[str, Tensor]) -> bool:
         """What all ranks must know before the update: whether to save and end. Raises RunFailed or SpikeFound."""
-        if (step + 1) % self.config.guards.look_every and not self._is_metric_step(step):
+        if (step + 1) % self.config.guards.health_check_every and not self._is_metric_step(step):
             return False
         seen = look(losses, self.engine.local_gradients(), self.supervisor.preempted(), self.collectives)
         if seen.bad_losses or seen.bad_gradients:
@@ -175,7 +175,7 @@ class StageRun:
                 self.alarms.sound("not_finite", self.first + step, f"{found}; {where}")
             raise RunFailed(
                 f"stage {self.stage.name}, step {self.first + step}: {found}; {where}. The weights were not updated. A "
-                "restart would repeat it: lower optimizer.peak_rate, set optimizer.clip_norm, or use float32."
+                "restart would repeat it: lower optimizer.lr, set optimizer.max_grad_norm, or use float32."
             )
         if self.collectives.rank == 0:
             self.alarms.see_loss(self.first + step, seen.loss)

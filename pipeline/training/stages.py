@@ -54,25 +54,25 @@ def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabular
 
 def heads(config: RunConfig, index: int) -> HeadConfig:
     """The heads that a stage's model carries: its own, and those of the stages before it as the last one made them."""
-    found = HeadConfig(bounds_scales=not config.faithful)
+    found = HeadConfig(bounds_scales=not config.reproduce_vlmo_release)
     for stage in config.stages[: index + 1]:
-        if "masked_image" in stage.objectives:
+        if "mim" in stage.objectives:
             tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0
             found = replace(
                 found, image_target=stage.image_target, visual_tokens=tokens, image_decoder=stage.image_decoder
             )
         if "classification" in stage.objectives:
-            found = replace(found, classes=stage.classes)
-        if "answering" in stage.objectives:
-            found = replace(found, answers=stage.answers)
-        found = replace(found, reasoning=found.reasoning or "reasoning" in stage.objectives)
+            found = replace(found, classes=stage.num_classes)
+        if "vqa" in stage.objectives:
+            found = replace(found, answers=stage.num_answers)
+        found = replace(found, reasoning=found.reasoning or "nlvr2" in stage.objectives)
         found = replace(found, ranking=found.ranking or "ranking" in stage.objectives)
     return found
 
 
 def trained_parts(model: Model, config: RunConfig, stage: StageConfig) -> frozenset[str]:
     """The parts that the stage's objectives use and its `freeze` leaves free."""
-    return model.parts_used(stage.objectives, config.use_of(stage)) - model.parts_named(stage.freeze)
+    return model.parts_used(stage.objectives, config.source_type_of(stage)) - model.parts_named(stage.freeze)
 
 
 def starting_weights(config: RunConfig, index: int, storage: Storage) -> Weights | None:

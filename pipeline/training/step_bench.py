@@ -75,12 +75,12 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
     engine = DeepSpeedEngine(model, config, stage, collectives)
     measured_engine = MeasuredEngine(engine)
     step = TrainingStep(measured_engine, config, stage, collectives)
-    rows = slice(*share(stage.batch, collectives.rank, collectives.world_size))
-    batch = full_batch(config, stage, stage.batch, vocabulary).rows(rows)
+    rows = slice(*share(stage.global_batch_size, collectives.rank, collectives.world_size))
+    batch = full_batch(config, stage, stage.global_batch_size, vocabulary).rows(rows)
 
     def run() -> None:
         step(batch)
-        engine.step(stage.optimizer.peak_rate)
+        engine.step(stage.optimizer.lr)
 
     measured: Numbers = {}
     seconds = _seconds_a_step(run, WARM_STEPS, steps, collectives) if steps else 0.0
@@ -97,7 +97,7 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
     names = list(measured)
     tflops = flops / seconds / TERA
     return StepBench(
-        pairs_per_second=stage.batch / seconds,
+        pairs_per_second=stage.global_batch_size / seconds,
         step_seconds=seconds,
         tflops=tflops,
         mfu=tflops * TERA / _reachable(device),
@@ -111,7 +111,7 @@ def predicted_memory(config: RunConfig, index: int, work: Work, world_size: int,
     """The estimate for a rank that reads `own` rows of the batch in its micro-batches."""
     stage = config.stages[index]
     sharding = sharding_of(config, stage, world_size, on_cuda)
-    pieces = accumulation(stage.batch, world_size, config.engine.micro_batch)
+    pieces = accumulation(stage.global_batch_size, world_size, config.engine.micro_batch_size)
     rows = -(-own // pieces)
     return memory_of(
         work.parameters, sharding, work.activations.at(rows), work.workspace.at(rows), work.batch_bytes_per_row * own

@@ -61,14 +61,16 @@ class TrainingStep:
         self.objectives = stage.objectives
         self.drop_path_rates = config.model.drop_path_rates
         self.seed = hash64(config.seed, stage.name)
-        patch_size, use = config.model.patch_size, config.use_of(stage)
-        self.faithful = config.faithful
+        patch_size, source_type = config.model.patch_size, config.source_type_of(stage)
+        self.reproduce_vlmo_release = config.reproduce_vlmo_release
         self.weights = {
-            name: objective.weight * (release.factor(name, use) if config.faithful else 1.0)
+            name: objective.weight * (release.factor(name, source_type) if config.reproduce_vlmo_release else 1.0)
             for name, objective in stage.objectives.items()
         }
-        self.terms = terms_of(Setting(stage, use, self.seed, patch_size, image_tokenizer, self._keeps))
-        self.accumulation = accumulation(stage.batch, collectives.world_size, config.engine.micro_batch)
+        self.terms = terms_of(Setting(stage, source_type, self.seed, patch_size, image_tokenizer, self._keeps))
+        self.accumulation = accumulation(
+            stage.global_batch_size, collectives.world_size, config.engine.micro_batch_size
+        )
         self.pace = Pace(collectives.device)
         # Of the last call that was asked to tell: this rank's part of what terms know beside losses, by name; and by
         # objective (S, 2) its sums and counts of each source.
@@ -108,7 +110,7 @@ class TrainingStep:
     def _accumulated(self, batch: Batch, counts: dict[Objective, Tensor]) -> dict[str, Tensor]:
         pieces = [slice(*share(len(batch), k, self.accumulation)) for k in range(self.accumulation)]
         contrast = None
-        if "contrastive" in self.objectives:
+        if "itc" in self.objectives:
             with torch.no_grad():
                 towers = [self.engine(tower_passes(batch.rows(piece), self._keeps)) for piece in pieces]
             contrast = self._contrast(_concatenated(towers), batch)
@@ -152,7 +154,7 @@ class TrainingStep:
 
     def _passes(self, batch: Batch) -> dict[str, ForwardInput]:
         """Every pass over rows as they are; what several objectives ask of the same name is one pass."""
-        passes = tower_passes(batch, self._keeps) if "contrastive" in self.objectives else {}
+        passes = tower_passes(batch, self._keeps) if "itc" in self.objectives else {}
         for objective, term in self.terms.items():
             for name, one in term.passes(self._read(batch, objective)).items():
                 passes[name] = _merged(passes[name], one) if name in passes else one
@@ -162,25 +164,27 @@ class TrainingStep:
 
     @property
     def _draws_by_contrast(self) -> bool:
-        return "matching" in self.objectives and self.stage.negatives == "hard"
+        return "itm" in self.objectives and self.stage.negatives == "hard"
 
     def _contrast(self, outputs: ForwardOutput, batch: Batch) -> Contrast | None:
-        if "contrastive" not in self.objectives:
+        if "itc" not in self.objectives:
             return None
         sources = self._num_sources_told
-        found = contrast_of(outputs, batch, self.stage.batch, self.weights["contrastive"], self.collectives, sources)
+        found = contrast_of(
+            outputs, batch, self.stage.global_batch_size, self.weights["itc"], self.collectives, sources
+        )
         if self._tells:
             self.signs["itc_scale"] = found.scale / self.collectives.world_size
         if found.by_source is not None:  # of the whole batch, on every rank
-            self.by_source["contrastive"] = found.by_source / self.collectives.world_size
-        return release.cut(found, self.collectives.world_size) if self.faithful else found
+            self.by_source["itc"] = found.by_source / self.collectives.world_size
+        return release.cut(found, self.collectives.world_size) if self.reproduce_vlmo_release else found
 
     def _exchange(self, batch: Batch, contrast: Contrast | None) -> Exchanged:
         """The rows with other rows' pictures and texts that the terms ask for."""
         asking = [objective for objective, term in self.terms.items() if type(term).exchanges is not Term.exchanges]
         if not asking:
             return {}
-        size = self.stage.batch
+        size = self.stage.global_batch_size
         candidates = Candidates(
             self.collectives.gather_rows(batch.image_id, size), self.collectives.gather_rows(batch.source, size)
         )
@@ -238,16 +242,16 @@ class TrainingStep:
         """Losses whose sum over ranks and micro-batches is the global batch's."""
         parts: dict[Objective, Tensor] = {name: loss.detach().float() for name, loss in losses.by_objective.items()}
         if contrast is not None:
-            parts["contrastive"] = contrast.loss / (self.collectives.world_size * self.accumulation)
+            parts["itc"] = contrast.loss / (self.collectives.world_size * self.accumulation)
         total = torch.stack([self.weights[name] * loss for name, loss in parts.items()]).sum()
         return {"loss": total} | {str(name): loss for name, loss in parts.items()}
 
 
-def accumulation(batch: int, world_size: int, micro_batch: int | Literal["auto"] | None) -> int:
-    """Micro-batches a rank cuts its rows into, equally many on every rank: the fewest that respect `micro_batch`."""
-    assert micro_batch != "auto", "made a number before the stage begins (training.micro_batch)"
+def accumulation(batch: int, world_size: int, micro_batch_size: int | Literal["auto"] | None) -> int:
+    """Return the number of micro-batches of every rank: the fewest that respect `micro_batch_size`."""
+    assert micro_batch_size != "auto", "made a number before the stage begins (training.micro_batch)"
     largest_share = -(-batch // world_size)
-    return 1 if micro_batch is None else -(-largest_share // micro_batch)
+    return 1 if micro_batch_size is None else -(-largest_share // micro_batch_size)
 
 
 def _merged(one: ForwardInput, other: ForwardInput) -> ForwardInput:

@@ -94,7 +94,9 @@ def _limits(config: RunConfig) -> Limits:
     """Return the seconds allowed for each phase; waiting for data may take as long as its store may be unavailable."""
     guards = config.guards
     used = {name for stage in config.stages for name in stage.sources}
-    outage = 0.0 if all(is_local(config.sources[name].shards) for name in used) else config.storage.deadline_seconds
+    outage = (
+        0.0 if all(is_local(config.sources[name].shards) for name in used) else config.storage.retry_timeout_seconds
+    )
     return {
         "startup": guards.start_seconds,
         "training": guards.hang_seconds,

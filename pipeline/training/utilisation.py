@@ -18,7 +18,7 @@ from pipeline.training.workload import work_of
 def seconds_at_peak(config: RunConfig, index: int, vocabulary: int, collectives: Collectives) -> float | None:
     """On rank 0, what a step of stage `index` would take at the peak of its GPU; None where that is not known.
 
-    Times the steps a second this is the MFU. Takes seconds; `engine.micro_batch` must be a number or None.
+    Times the steps a second this is the MFU. Takes seconds; `engine.micro_batch_size` must be a number or None.
     """
     if collectives.rank != 0 or collectives.device.type != "cuda":
         return None
@@ -30,7 +30,7 @@ def seconds_on(device: str, config: RunConfig, index: int, vocabulary: int, worl
     known = accelerator_like(device)
     if known is None:
         return None
-    batch = config.stages[index].batch
+    batch = config.stages[index].global_batch_size
     work = work_of(config, index, vocabulary, "cuda")
-    pieces = accumulation(batch, world_size, config.engine.micro_batch)
+    pieces = accumulation(batch, world_size, config.engine.micro_batch_size)
     return work.step_flops(largest_share(batch, world_size), pieces) / known.flops

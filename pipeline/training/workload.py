@@ -44,15 +44,15 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
     model = model_without_memory(config, index, vocabulary)
     rows = _sample_rows(stage)
 
-    def ran(count: int, micro_batch: int | None = None) -> Ran:
-        return run_step(model, _cut(config, index, count, micro_batch), index, vocabulary, kernels, text_tokens)
+    def ran(count: int, micro_batch_size: int | None = None) -> Ran:
+        return run_step(model, _cut(config, index, count, micro_batch_size), index, vocabulary, kernels, text_tokens)
 
     few, more, pieces = ran(rows), ran(2 * rows), ran(2 * rows, rows)  # the last one in two micro-batches
 
     def line(number: Callable[[Ran], int]) -> Line:
         return Line.through((rows, number(few)), (2 * rows, number(more)))
 
-    contrast = _contrast(stage.batch, few.contrast_widths, kernels) if few.contrast_widths else (0, 0)
+    contrast = _contrast(stage.global_batch_size, few.contrast_widths, kernels) if few.contrast_widths else (0, 0)
     return Work(
         parameters=parameters_of(model),
         flops=line(lambda one: one.flops),
@@ -105,7 +105,7 @@ def run_step(
 ) -> Ran:
     """One step of stage `index` over its whole batch, by one rank whose model has no memory."""
     stage = config.stages[index]
-    batch = full_batch(config, stage, stage.batch, vocabulary, text_tokens)
+    batch = full_batch(config, stage, stage.global_batch_size, vocabulary, text_tokens)
     members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
     engine = _WatchedEngine(model, probe)
@@ -229,8 +229,8 @@ def _sample_rows(stage: StageConfig) -> int:
     return rows * -(-SAMPLE_ROWS // rows)
 
 
-def _cut(config: RunConfig, index: int, batch: int, micro_batch: int | None) -> RunConfig:
+def _cut(config: RunConfig, index: int, batch: int, micro_batch_size: int | None) -> RunConfig:
     """The run with a global batch of so many rows, for one rank."""
     stages = [stage.model_copy(update={"batch": batch}) for stage in config.stages]
-    engine = config.engine.model_copy(update={"micro_batch": micro_batch})
+    engine = config.engine.model_copy(update={"micro_batch_size": micro_batch_size})
     return config.model_copy(update={"stages": tuple(stages), "engine": engine})

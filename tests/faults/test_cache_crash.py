@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.data.reading import cache as module
 from pipeline.data.reading.cache import NodeCache
-from tests.support.cache_reader import SIZE, content, fill, open_checked, use
+from tests.support.cache_reader import SIZE, content, fill, open_checked, source_type
 
 FILES = 12
 USER = Path(__file__).resolve().parents[1] / "cache_user.py"
@@ -69,7 +69,7 @@ def test_the_cache_is_in_order_after_kills_at_random_moments(tmp_path: Path, pro
         assert cache.held_bytes() <= cache.max_bytes
         running.append(start(cache, store, 100 + kill))
         if processes == 1:
-            use(NodeCache(tmp_path / "cache", 8 * SIZE), store, kill, 5)
+            source_type(NodeCache(tmp_path / "cache", 8 * SIZE), store, kill, 5)
     time.sleep(0.5)
     for process in running:
         assert process.poll() is None

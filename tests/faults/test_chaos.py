@@ -285,7 +285,10 @@ def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tm
             keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
             keys += [f"cluster.max_failures={2 * FAULTS}", f"tracking.uri={server.uri}", "tracking.required=false"]
             keys += ["tracking.flush_seconds=1"]
-            keys += [f"storage={{endpoint_url: '{proxy.endpoint}', deadline_seconds: 120}}", "data.loader.workers=1"]
+            keys += [
+                f"storage={{endpoint_url: '{proxy.endpoint}', retry_timeout_seconds: 120}}",
+                "data.loader.num_workers=1",
+            ]
             keys += [f"data.cache={{folder: '{cache}', max_bytes: 4000000}}"] if cache else []
             run = Campaign(
                 tmp_path, "chaos", STEPS, *keys,

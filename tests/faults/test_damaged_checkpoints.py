@@ -43,7 +43,7 @@ def in_object_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     bucket = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:60]
     botocore.session.get_session().create_client("s3").create_bucket(Bucket=bucket)
-    return Storage(StorageConfig(deadline_seconds=20.0)), f"s3://{bucket}/run"
+    return Storage(StorageConfig(retry_timeout_seconds=20.0)), f"s3://{bucket}/run"
 
 
 def flip(storage: Storage, url: str, place: int) -> None:

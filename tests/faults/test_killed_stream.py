@@ -93,7 +93,7 @@ def test_a_killed_stream_is_the_uninterrupted_stream(s3, make_pairs, tokenizer, 
         Storage(s3.config).upload(file, join(url, file.name))
     index_shards(Storage(s3.config), url)
     cache = tmp_path / "cache"
-    loading = {"loader": {"workers": 2, "threads": 2}, "cache": {"folder": str(cache)}}
+    loading = {"loader": {"num_workers": 2, "threads_per_worker": 2}, "cache": {"folder": str(cache)}}
     run = Run(stream_config(url, s3.config, **loading), tokenizer, tmp_path)
     draw, before, killed = random.Random(11), shared_memory(), Counter()
     while killed.total() < KILLS:

@@ -53,7 +53,7 @@ def test_a_run_survives_an_outage_that_falls_on_a_checkpoint(
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
     with FaultProxy(s3.endpoint, seed=1) as proxy:
-        seen = {"endpoint_url": proxy.endpoint, "deadline_seconds": max(30.0, 3 * OUTAGE)}
+        seen = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(30.0, 3 * OUTAGE)}
         storage = s3.config.model_copy(update=seen).model_dump()
         (rank,) = start_ranks(_train, 1, str(tmp_path), s3.url("runs"), storage)
         deadline = time.monotonic() + SECONDS

@@ -47,7 +47,7 @@ def check(folder: object, *options: object) -> tuple[int, dict]:
 
 
 def run_config(folder: object, samples: int) -> RunConfig:
-    objectives = {"contrastive": {}, "masked_language": {}, "masked_image": {}}
+    objectives = {"itc": {}, "mlm": {}, "mim": {}}
     stage = {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": objectives}
     return validate(
         {
@@ -61,8 +61,8 @@ def run_config(folder: object, samples: int) -> RunConfig:
                 "patch_size": 4,
             },
             "sources": {"pairs": {"shards": str(folder)}},
-            "data": {"lanes": 5, "window": 2, "max_bad_rate": 1.0},
-            "stages": [stage | {"steps": samples // BATCH, "batch": BATCH, "max_text": 12}],
+            "data": {"streams": 5, "shuffle_window": 2, "max_bad_rate": 1.0},
+            "stages": [stage | {"steps": samples // BATCH, "global_batch_size": BATCH, "max_text_length": 12}],
         },
         "planted",
     )
@@ -134,7 +134,9 @@ def test_tars_without_a_manifest_are_checked_for_themselves(planted: Planted, tm
 
 
 def test_what_is_not_read_is_not_bad(planted: Planted):
-    by_use = {use: check(planted.folder, "--use", use)[1]["bad_samples"] for use in ("images", "text")}
+    by_use = {
+        source_type: check(planted.folder, "--use", source_type)[1]["bad_samples"] for source_type in ("images", "text")
+    }
     always = sum(len(planted.bad[kind]) for kind in KINDS[-4:])  # executable members, duplicate keys
     stages = Counter(kind for kind, found in planted.bad.items() for _ in found if kind not in KINDS[-4:])
     pictures = ("corrupt JPEG", "truncated JPEG", "not an image", "empty picture", "PNG bomb", "missing picture")

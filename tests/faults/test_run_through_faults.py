@@ -20,14 +20,14 @@ OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; con
 
 
 def run_config(shards: str, storage: StorageConfig) -> RunConfig:
-    stage = {"name": "pairs", "sources": {"pairs": 1.0}, "steps": 50, "batch": 20, "max_text": 12}
+    stage = {"name": "pairs", "sources": {"pairs": 1.0}, "steps": 50, "global_batch_size": 20, "max_text_length": 12}
     values = {
         "name": "test",
         "storage": storage.model_dump(),
         "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
         "sources": {"pairs": {"shards": shards}},
-        "data": {"lanes": 4, "window": 2},
-        "stages": [stage | {"objectives": {"contrastive": {}, "masked_language": {}}}],
+        "data": {"streams": 4, "shuffle_window": 2},
+        "stages": [stage | {"objectives": {"itc": {}, "mlm": {}}}],
     }
     return validate(values, "test")
 
@@ -55,7 +55,7 @@ def test_a_run_through_faults_is_the_undisturbed_run(
     local = run_config(folder, StorageConfig())
     expected = fingerprint(local, local.stages[0], Storage(), tokenizer, range(shards // 10))
     with FaultProxy(s3.endpoint, seed=1, **faults) as proxy:
-        seen = {"endpoint_url": proxy.endpoint, "deadline_seconds": max(20.0, 2 * outage)}
+        seen = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(20.0, 2 * outage)}
         remote = run_config(url, s3.config.model_copy(update=seen))
         if outage:
             proxy.away(outage, after=30)

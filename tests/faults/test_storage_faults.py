@@ -30,7 +30,7 @@ def through(s3) -> Iterator[Through]:
 
         def make(deadline: float = 20.0, **faults) -> tuple[FaultProxy, Storage]:
             proxy = open_proxies.enter_context(FaultProxy(s3.endpoint, **faults))
-            seen = {"endpoint_url": proxy.endpoint, "deadline_seconds": deadline}
+            seen = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": deadline}
             return proxy, Storage(s3.config.model_copy(update=seen))
 
         yield make

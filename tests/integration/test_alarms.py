@@ -14,7 +14,7 @@ from pipeline.training.alarms import READINGS
 from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, journal, short_config, without_mlflow
 
-OBJECTIVES = {"contrastive": {}, "matching": {}}
+OBJECTIVES = {"itc": {}, "itm": {}}
 
 
 def _troubled(folder: str) -> list[str]:
@@ -39,7 +39,7 @@ def _troubled(folder: str) -> list[str]:
     def spoilt(*arguments: Any) -> Any:
         model = build(*arguments)
         with torch.no_grad():
-            model.matching_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
+            model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
             for name, parameter in model.named_parameters():
                 if "log_scale" in name:
                     parameter.fill_(10.0)
@@ -53,7 +53,7 @@ def _troubled(folder: str) -> list[str]:
     trainer.build_stage_model, DeepSpeedEngine.__call__ = spoilt, slow  # type: ignore[assignment, method-assign]
     logging.getLogger("pipeline.training.alarms").addHandler(Lines())
     try:
-        stages = {"stages.pairs.objectives": OBJECTIVES, "stages.pairs.batch": 8}
+        stages = {"stages.pairs.objectives": OBJECTIVES, "stages.pairs.global_batch_size": 8}
         config = short_config(folder, data__lanes=8, **stages)
         loop.train(config, lambda progress: None, loader_backend=SlowBackend)
     finally:

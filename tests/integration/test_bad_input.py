@@ -105,9 +105,9 @@ def test_weights_of_another_architecture_are_refused_before_any_rank_is_placed(t
 
 def test_a_changed_key_that_may_not_change_is_refused_by_name(tmp_path: Path) -> None:
     prepare(demo(tmp_path), Storage())
-    error = refuse(demo(tmp_path, "stages.vision.masking.patches=0.7", "seed=8", "cluster.workers=1"))
+    error = refuse(demo(tmp_path, "stages.vision.masking.image_mask_ratio=0.7", "seed=8", "cluster.workers=1"))
     assert error.exit_status == 2
-    assert "stages.0.masking.patches: was 0.4, now 0.7" in str(error)
+    assert "stages.0.masking.image_mask_ratio: was 0.4, now 0.7" in str(error)
     assert "seed: was 7, now 8" in str(error)
     assert "cluster.workers" not in str(error)
 
@@ -118,7 +118,7 @@ def test_an_unreachable_bucket_is_one_message(tmp_path: Path, monkeypatch: pytes
     config = demo(
         tmp_path,
         "sources.pictures.shards=s3://nowhere/pictures",
-        "storage={endpoint_url: 'http://127.0.0.1:9', deadline_seconds: 3}",
+        "storage={endpoint_url: 'http://127.0.0.1:9', retry_timeout_seconds: 3}",
     )
     error = refuse(config)
     assert isinstance(error, StorageError)
@@ -145,13 +145,13 @@ def test_an_unreachable_ray_address_is_one_message(tmp_path: Path) -> None:
 
 
 def tiny_run(folder: Path, *overrides: str) -> list[str]:
-    sources = f"{{pairs: {{shards: {folder}/tars, use: images}}}}"
-    stage = "{name: vision, sources: {pairs: 1.0}, objectives: {masked_image: {}}, steps: 6, batch: 8}"
+    sources = f"{{pairs: {{shards: {folder}/tars, type: images}}}}"
+    stage = "{name: vision, sources: {pairs: 1.0}, objectives: {mim: {}}, steps: 6, batch: 8}"
     config = folder / "run.yaml"
     config.write_text(
         f"name: tiny\noutput: {folder}/runs\nsources: {sources}\nstages: [{stage}]\n"
         "model: {width: 32, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
-        "data: {lanes: 2, max_bad_rate: 0.2}\nengine: {precision: float32}\ncheckpoint: {every: 3}\n",
+        "data: {streams: 2, max_bad_rate: 0.2}\nengine: {precision: float32}\ncheckpoint: {every: 3}\n",
         encoding="utf-8",
     )
     return [sys.executable, "-m", "pipeline.training", str(config), *overrides]
@@ -188,10 +188,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(pairs: Callable[..
         tiny_run(
             pairs(),
             "tracking.metrics_every=1",
-            "stages.vision.optimizer={peak_rate: 1e30, warmup_steps: 0, decay: constant}",
+            "stages.vision.optimizer={lr: 1e30, warmup_steps: 0, lr_schedule: constant}",
         )
     )
     assert done.returncode == 1
     assert "stage vision, step" in done.stderr
     assert "is nan" in done.stderr or "is inf" in done.stderr
-    assert "optimizer.peak_rate" in done.stderr
+    assert "optimizer.lr" in done.stderr

@@ -17,11 +17,11 @@ from tests.support.ranks import run_ranks
 Gradients = dict[str, Tensor]
 # Of each kind an objective that uses all its blocks; those with two readings of a row are read twice.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "vlmo": ("matching", "pairs", {"negatives": "hard"}),
-    "vilt": ("matching", "pairs", {"negatives": "random"}),
-    "vit": ("masked_image", "images", {"image_decoder": {"width": 16, "layers": 2, "heads": 2}}),
-    "imagebert": ("masked_language", "regions", {}),
-    "dual_encoder": ("contrastive", "pairs", {}),
+    "vlmo": ("itm", "pairs", {"negatives": "hard"}),
+    "vilt": ("itm", "pairs", {"negatives": "random"}),
+    "vit": ("mim", "images", {"image_decoder": {"width": 16, "layers": 2, "heads": 2}}),
+    "imagebert": ("mlm", "regions", {}),
+    "dual_encoder": ("itc", "pairs", {}),
 }
 NOISE = {"imagebert": {"dropout": 0.2}}  # the others have drop path
 
@@ -29,8 +29,8 @@ NOISE = {"imagebert": {"dropout": 0.2}}  # the others have drop path
 def _config(kind: str, **engine: Any):
     from tests.support.trial import Cell, trial_config
 
-    objective, use, keys = KINDS[kind]
-    config = trial_config(Cell(objective, kind, use, keys))  # type: ignore[arg-type]
+    objective, source_type, keys = KINDS[kind]
+    config = trial_config(Cell(objective, kind, source_type, keys))  # type: ignore[arg-type]
     model = config.model.model_copy(update=NOISE.get(kind, {"drop_path": 0.2}))
     return config.model_copy(update={"model": model, "engine": EngineConfig(precision="float32", **engine)})
 
@@ -92,9 +92,9 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
         step = TrainingStep(engine, config, stage, collectives)
         gradients = []
         for number in range(2):
-            rows = slice(*share(stage.batch, collectives.rank, collectives.world_size))
+            rows = slice(*share(stage.global_batch_size, collectives.rank, collectives.world_size))
             guard.begin(number)
-            step(invented_batch(config.model, "pairs", number, stage.batch).rows(rows))
+            step(invented_batch(config.model, "pairs", number, stage.global_batch_size).rows(rows))
             guard.check(number)
             gradients.append(engine.gradients())
             engine.step(1e-3)
@@ -107,7 +107,7 @@ def test_recomputed_blocks_give_the_same_gradient_on_two_ranks_at_zero_1_and_3_a
     layouts = [
         {"zero_stage": 1},
         {"zero_stage": 1, "activation_checkpointing": True},
-        {"zero_stage": 3, "activation_checkpointing": True, "micro_batch": 3},
+        {"zero_stage": 3, "activation_checkpointing": True, "micro_batch_size": 3},
         {"zero_stage": 3, "activation_checkpointing": True, "offload_optimizer": True, "offload_parameters": True},
     ]
     expected, *others = run_ranks(_ranked, 2, layouts)[0]

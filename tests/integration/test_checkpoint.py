@@ -46,7 +46,7 @@ def _engine(zero_stage: int, ema: float | None = None, **keys: Any):
 def _run(engine, step, config, stage, collectives, steps: range) -> list[float]:
     losses = []
     for number in steps:
-        batch = tiny_batch(config, number, collectives.rank, collectives.world_size, stage.batch)
+        batch = tiny_batch(config, number, collectives.rank, collectives.world_size, stage.global_batch_size)
         loss = step(batch)["loss"]
         engine.step(RATE)
         losses.append(float(collectives.sum(loss)))

@@ -91,7 +91,7 @@ def _latest(folder: str) -> tuple[int, bool]:
 def _a_rank_that_writes_nothing(folder: str) -> str:
     from pipeline.config.schema import StorageConfig
 
-    storage = Troubled(StorageConfig(deadline_seconds=0.5))
+    storage = Troubled(StorageConfig(retry_timeout_seconds=0.5))
     store = _store(storage, folder)
     if store.collectives.rank == 1:
         storage.trouble = lambda: time.sleep(8)

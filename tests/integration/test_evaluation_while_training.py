@@ -26,10 +26,10 @@ def _both_runs(folder: str, zero_stage: int) -> None:
             {
                 "name": "pairs",
                 "sources": {"scenes": 1.0},
-                "objectives": {"contrastive": {}, "masked_language": {}},
+                "objectives": {"itc": {}, "mlm": {}},
                 "steps": STEPS,
-                "batch": 8,
-                "optimizer": {"peak_rate": 1e-3, "warmup_steps": 1},
+                "global_batch_size": 8,
+                "optimizer": {"lr": 1e-3, "warmup_steps": 1},
             }
         ],
     }
@@ -39,7 +39,7 @@ def _both_runs(folder: str, zero_stage: int) -> None:
         folder,
         "evaluating",
         **shared,
-        evaluation={"source": "unseen", "every": EVERY, "limit_during": 12, "batch": 5},
+        evaluation={"source": "unseen", "every": EVERY, "max_images_during_training": 12, "batch_size": 5},
         checkpoint={"every": EVERY, "keep": 1, "keep_best": best},
     )
 

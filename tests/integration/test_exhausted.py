@@ -56,8 +56,8 @@ def test_out_of_memory_ends_the_run_with_what_is_held_and_what_to_change(tmp_pat
     assert "engine.zero_stage 2: parameters " in told["step"]
     assert "gradients " in told["step"]
     assert "optimizer " in told["step"]
-    assert "8 of the rank's 8 rows (engine.micro_batch: not set)" in told["step"]
-    assert "engine.micro_batch=4" in told["step"]
+    assert "8 of the rank's 8 rows (engine.micro_batch_size: not set)" in told["step"]
+    assert "engine.micro_batch_size=4" in told["step"]
     assert "engine.zero_stage=3" in told["step"]
     assert "before the first step" in told["build"]
 
@@ -90,7 +90,7 @@ def _fill_the_disk(folder: str, disk: str) -> str:
 
 def _data_in(folder: str) -> dict[str, Any]:
     scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}}
-    return {"sources": {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "use": "images"}}}
+    return {"sources": {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}}}
 
 
 def test_a_full_disk_ends_the_run_by_name_and_leaves_the_checkpoint_before(tmp_path: Path, small_disk: Path) -> None:

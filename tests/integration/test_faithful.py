@@ -1,4 +1,4 @@
-"""Trap 1 through the engine: on W ranks a faithful run's features get 1 / W of the contrastive gradient."""
+"""Trap 1 through the engine: with `reproduce_vlmo_release`, W ranks give features 1 / W of the contrastive gradient."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def _gradients() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return _gradients_of(False), _gradients_of(True)
 
 
-def _gradients_of(faithful: bool) -> dict[str, Tensor]:
+def _gradients_of(reproduce_vlmo_release: bool) -> dict[str, Tensor]:
     from pipeline.config.load import validate
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.steps import TrainingStep
 
-    values = tiny_config().model_dump(mode="json") | {"faithful": faithful}
-    values["stages"] = [values["stages"][2] | {"objectives": {"contrastive": {}}}]
+    values = tiny_config().model_dump(mode="json") | {"reproduce_vlmo_release": reproduce_vlmo_release}
+    values["stages"] = [values["stages"][2] | {"objectives": {"itc": {}}}]
     config = validate(values, "tiny")
     stage, collectives = config.stages[0], Collectives()
     engine = DeepSpeedEngine(_model(config), config, stage, collectives)
-    batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.batch)
+    batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.global_batch_size)
     TrainingStep(engine, config, stage, collectives)(batch)
     gradients = engine.gradients()
     engine.close()

@@ -20,37 +20,39 @@ from tests.support.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"questions": 40, "statements": 80, "labelled": 30}
-OBJECTIVES = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
-KEYS: dict[str, dict[str, Any]] = {"questions": {"answers": 6}, "statements": {}, "labelled": {"classes": 4}}
+OBJECTIVES = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}
+KEYS: dict[str, dict[str, Any]] = {"questions": {"num_answers": 6}, "statements": {}, "labelled": {"num_classes": 4}}
 
 
-def _fine_tune(folder: str, use: str, optimizer: dict[str, Any]) -> dict[str, Any] | None:
+def _fine_tune(folder: str, source_type: str, optimizer: dict[str, Any]) -> dict[str, Any] | None:
     """A whole run on this rank; rank 0 evaluates it."""
     from jobs.evaluate import evaluate_run
     from pipeline.training.collectives import Collectives
     from pipeline.training.loop import train
 
-    config = run_config(Path(folder), use, OBJECTIVES[use], STEPS[use], optimizer=optimizer, **KEYS[use])
+    config = run_config(
+        Path(folder), source_type, OBJECTIVES[source_type], STEPS[source_type], optimizer=optimizer, **KEYS[source_type]
+    )
     train(config, lambda progress: None)
     return evaluate_run(config) if Collectives().rank == 0 else None
 
 
-PLAIN = {"peak_rate": 2e-3, "warmup_steps": 5, "clip_norm": 1.0}
+PLAIN = {"lr": 2e-3, "warmup_steps": 5, "max_grad_norm": 1.0}
 
 
-def fine_tuned(folder: Path, use: str, optimizer: dict[str, Any] = PLAIN) -> dict[str, Any]:
-    return run_ranks(_fine_tune, 1, str(folder), use, optimizer)[0]
+def fine_tuned(folder: Path, source_type: str, optimizer: dict[str, Any] = PLAIN) -> dict[str, Any]:
+    return run_ranks(_fine_tune, 1, str(folder), source_type, optimizer)[0]
 
 
 @pytest.fixture(scope="module")
 def answering(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run that answers questions, with a faster head and a moving average."""
-    optimizer = {**PLAIN, "head_rate_factor": 2.0, "ema": 0.9}
-    return fine_tuned(tmp_path_factory.mktemp("answering"), "questions", optimizer)
+    optimizer = {**PLAIN, "head_lr_multiplier": 2.0, "ema": 0.9}
+    return fine_tuned(tmp_path_factory.mktemp("vqa"), "questions", optimizer)
 
 
 def test_questions_are_answered_by_the_average_of_the_weights(answering: dict[str, Any]) -> None:
-    assert answering["answering"]["accuracy"] > answering["answering"]["accuracy_without_model"] + 0.3
+    assert answering["vqa"]["accuracy"] > answering["vqa"]["accuracy_without_model"] + 0.3
     assert answering["trained_on"] == []
 
 
@@ -60,7 +62,7 @@ def test_the_list_of_answers_goes_with_the_weights(answering: dict[str, Any]) ->
 
 
 def test_statements_about_two_pictures_are_judged(tmp_path: Path) -> None:
-    found = fine_tuned(tmp_path, "statements")["reasoning"]
+    found = fine_tuned(tmp_path, "statements")["nlvr2"]
     assert found["accuracy"] > found["accuracy_without_model"] + 0.2
     assert found["consistency"] is not None
 

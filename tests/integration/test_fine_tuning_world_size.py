@@ -13,13 +13,13 @@ from tests.support.ranks import run_ranks
 
 Found = tuple[dict[str, Tensor], dict[str, float]]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "questions": ("answering", {"answers": 6}),
-    "statements": ("reasoning", {}),
-    "labelled": ("classification", {"classes": 4}),
+    "questions": ("vqa", {"num_answers": 6}),
+    "statements": ("nlvr2", {}),
+    "labelled": ("classification", {"num_classes": 4}),
 }
 
 
-def _gradients(folder: str, use: str, zero_stage: int, micro_batch: int | None) -> Found:
+def _gradients(folder: str, source_type: str, zero_stage: int, micro_batch_size: int | None) -> Found:
     """The gradient and losses of one batch of real rows, drop path and all, on this rank."""
     from pipeline.data.contents.text import Tokenizer
     from pipeline.data.loading.loader import Loader
@@ -30,13 +30,13 @@ def _gradients(folder: str, use: str, zero_stage: int, micro_batch: int | None) 
     from pipeline.training.stages import build_stage_model
     from pipeline.training.steps import TrainingStep
 
-    objective, keys = CASES[use]
+    objective, keys = CASES[source_type]
     collectives = Collectives()
     if collectives.rank == 0:
-        run_config(Path(folder), use, objective, 1, **keys)  # draws the shards
+        run_config(Path(folder), source_type, objective, 1, **keys)  # draws the shards
     collectives.barrier()
-    config = run_config(Path(folder), use, objective, 1, is_drawn=True, **keys)
-    engine_config = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch": micro_batch})
+    config = run_config(Path(folder), source_type, objective, 1, is_drawn=True, **keys)
+    engine_config = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch_size": micro_batch_size})
     model = config.model.model_copy(update={"drop_path": 0.1})
     config = config.model_copy(update={"engine": engine_config, "model": model})
     stage, storage = config.stages[0], Storage()
@@ -48,12 +48,14 @@ def _gradients(folder: str, use: str, zero_stage: int, micro_batch: int | None) 
     return engine.gradients(), {name: float(collectives.sum(loss)) for name, loss in losses.items()}
 
 
-@pytest.mark.parametrize("use", CASES)
-def test_the_gradient_of_the_global_batch_is_that_of_one_process(tmp_path: Path, use: str) -> None:
-    expected, losses = run_ranks(_gradients, 1, str(tmp_path), use, 0, None)[0]
+@pytest.mark.parametrize("source_type", CASES)
+def test_the_gradient_of_the_global_batch_is_that_of_one_process(tmp_path: Path, source_type: str) -> None:
+    expected, losses = run_ranks(_gradients, 1, str(tmp_path), source_type, 0, None)[0]
     everything = sum(g.double().square().sum() for g in expected.values()) ** 0.5
-    for world_size, zero_stage, micro_batch in ((2, 2, 5), (3, 3, None)):
-        found, found_losses = run_ranks(_gradients, world_size, str(tmp_path), use, zero_stage, micro_batch)[0]
+    for world_size, zero_stage, micro_batch_size in ((2, 2, 5), (3, 3, None)):
+        found, found_losses = run_ranks(
+            _gradients, world_size, str(tmp_path), source_type, zero_stage, micro_batch_size
+        )[0]
         assert found_losses == pytest.approx(losses, rel=1e-5)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():

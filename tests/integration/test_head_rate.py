@@ -23,7 +23,7 @@ def _moved(zero_stage: int, factor: float) -> dict[str, Tensor]:
 
     config, collectives = tiny_config(zero_stage=zero_stage), Collectives()
     stage = config.stages[0]
-    stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"head_rate_factor": factor})})
+    stage = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"head_lr_multiplier": factor})})
     model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     trained = trained_parts(model, config, stage)
     for name, parameter in model.named_parameters():
@@ -32,7 +32,7 @@ def _moved(zero_stage: int, factor: float) -> dict[str, Tensor]:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     engine = DeepSpeedEngine(model, config, stage, collectives)
     step = TrainingStep(engine, config, stage, collectives)
-    step(tiny_batch(config, 0, collectives.rank, collectives.world_size, stage.batch))
+    step(tiny_batch(config, 0, collectives.rank, collectives.world_size, stage.global_batch_size))
     engine.step(1e-3)
     after = engine.weights() or {}
     return {name: after[name] - before[name] for name in names & after.keys()}
@@ -42,7 +42,7 @@ def _moved(zero_stage: int, factor: float) -> dict[str, Tensor]:
 def test_heads_move_by_the_factor_and_the_rest_as_ever(world_size: int, zero_stage: int) -> None:
     plain = run_ranks(_moved, world_size, zero_stage, 1.0)[0]
     found = run_ranks(_moved, world_size, zero_stage, FACTOR)[0]
-    heads = {name for name in plain if name.startswith("masked_image_head") or name == "image_embedding.mask"}
+    heads = {name for name in plain if name.startswith("mim_head") or name == "image_embedding.mask"}
     assert len(heads) >= 2
     for name, moved in plain.items():
         expected = moved * (FACTOR if name in heads else 1.0)

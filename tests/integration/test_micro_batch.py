@@ -1,4 +1,4 @@
-"""`engine.micro_batch: auto`: the rows that fit the smallest rank, the same on all."""
+"""`engine.micro_batch_size: auto`: the rows that fit the smallest rank, the same on all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _resolved(configs: list[RunConfig]) -> int | str | None:
 
     collectives = Collectives()
     try:
-        return with_micro_batch(configs[collectives.rank], STAGE, collectives, VOCABULARY).engine.micro_batch
+        return with_micro_batch(configs[collectives.rank], STAGE, collectives, VOCABULARY).engine.micro_batch_size
     except RunFailed as error:
         return str(error)
 
@@ -36,17 +36,17 @@ def _needed(rows: int) -> float:
 
 def test_the_smallest_rank_decides_for_all():
     room = (_needed(3) + _needed(4)) / 2
-    small, large = (tiny_config(zero_stage=2, micro_batch="auto", memory_gb=gb) for gb in (room, 100.0))
+    small, large = (tiny_config(zero_stage=2, micro_batch_size="auto", memory_gb=gb) for gb in (room, 100.0))
     assert run_ranks(_resolved, 2, [large, small]) == [3, 3]
 
 
 def test_a_cpu_without_a_limit_reads_its_whole_share():
-    config = tiny_config(micro_batch="auto")
+    config = tiny_config(micro_batch_size="auto")
     assert run_ranks(_resolved, 2, [config, config]) == [None, None]
 
 
 def test_a_rank_too_small_for_one_row_is_told_so():
-    config = tiny_config(micro_batch="auto", memory_gb=1e-6)
+    config = tiny_config(micro_batch_size="auto", memory_gb=1e-6)
     for told in run_ranks(_resolved, 2, [config, config]):
         assert isinstance(told, str)
         assert "not one row fits" in told
@@ -54,5 +54,5 @@ def test_a_rank_too_small_for_one_row_is_told_so():
 
 @pytest.mark.parametrize("given", [None, 4])
 def test_what_the_config_says_stands(given):
-    config = tiny_config(micro_batch=given)
+    config = tiny_config(micro_batch_size=given)
     assert run_ranks(_resolved, 1, [config]) == [given]

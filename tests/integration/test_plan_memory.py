@@ -17,18 +17,18 @@ from tests.support.tiny_model import VOCABULARY, tiny_config
 CASES = [("float32", None), ("bfloat16", None), ("float32", 3)]
 
 
-def _tiny(zero_stage: int, precision: str, micro_batch: int | None) -> RunConfig:
-    config = tiny_config(zero_stage=zero_stage, precision=precision, micro_batch=micro_batch)
+def _tiny(zero_stage: int, precision: str, micro_batch_size: int | None) -> RunConfig:
+    config = tiny_config(zero_stage=zero_stage, precision=precision, micro_batch_size=micro_batch_size)
     return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"size": VOCABULARY})})
 
 
 def _base(zero_stage: int) -> RunConfig:
-    objectives = {"contrastive": {}, "matching": {}, "masked_language": {}}
-    stage = {"name": "vl", "sources": {"pairs": 1.0}, "objectives": objectives, "steps": 1, "batch": 2}
+    objectives = {"itc": {}, "itm": {}, "mlm": {}}
+    stage = {"name": "vl", "sources": {"pairs": 1.0}, "objectives": objectives, "steps": 1, "global_batch_size": 2}
     values = {
         "name": "base",
         "sources": {"pairs": {"shards": "pairs"}},
-        "data": {"lanes": 2},
+        "data": {"streams": 2},
         "stages": [stage],
         "engine": {"precision": "float32", "zero_stage": zero_stage},
     }

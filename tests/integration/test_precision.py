@@ -15,7 +15,7 @@ from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 STAGE = 2
 LAYOUTS: list[dict[str, Any]] = [
     *({"zero_stage": stage} for stage in (1, 2, 3)),
-    *({"zero_stage": stage, "offload_optimizer": True, "micro_batch": 3} for stage in (1, 2, 3)),
+    *({"zero_stage": stage, "offload_optimizer": True, "micro_batch_size": 3} for stage in (1, 2, 3)),
 ]
 Bits = dict[tuple[str, str], Tensor]  # by parameter and kind
 
@@ -68,7 +68,7 @@ def _sessions(folder: str) -> list[Session] | None:
             )
         step = TrainingStep(engine, config, stage, collectives)
         for k in range(2):
-            step(tiny_batch(config, 2 * number + k, collectives.rank, collectives.world_size, stage.batch))
+            step(tiny_batch(config, 2 * number + k, collectives.rank, collectives.world_size, stage.global_batch_size))
             gradients = engine.gradients()
             engine.step(1e-3)
         done = 2 * number + 2

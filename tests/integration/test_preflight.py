@@ -11,25 +11,25 @@ from tests.support.ranks import run_ranks
 
 def config_in(folder: Path, **more) -> RunConfig:
     shards = str(folder / "scenes")
-    pairs = {"contrastive": {}, "matching": {}, "masked_language": {}}
+    pairs = {"itc": {}, "itm": {}, "mlm": {}}
     values = {
         "name": "checked",
         "output": str(folder / "runs"),
         "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 8},
         "sources": {
             "scenes": {"shards": shards, "synthetic": {"scenes": 40, "image_size": 24}},
-            "pictures": {"shards": shards, "use": "images"},
+            "pictures": {"shards": shards, "type": "images"},
         },
-        "data": {"lanes": 2},
+        "data": {"streams": 2},
         "stages": [
             {
                 "name": "vision",
                 "sources": {"pictures": 1.0},
-                "objectives": {"masked_image": {}},
+                "objectives": {"mim": {}},
                 "steps": 9,
-                "batch": 8,
+                "global_batch_size": 8,
             },
-            {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": pairs, "steps": 9, "batch": 6},
+            {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": pairs, "steps": 9, "global_batch_size": 6},
         ],
         "engine": {"precision": "float32", "zero_stage": 2},
         "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},

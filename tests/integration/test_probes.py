@@ -59,8 +59,8 @@ class Experts(nn.Module):
         return []
 
 
-def _passes(step: int, micro_batch: int, rank: int, experts: str) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(100 * step + 10 * micro_batch + rank)
+def _passes(step: int, micro_batch_size: int, rank: int, experts: str) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(100 * step + 10 * micro_batch_size + rank)
     return {name: torch.randn(ROWS, WIDTH, generator=draw) for name in experts}
 
 
@@ -79,7 +79,7 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     groups = [{"params": matrices}, {"params": biases, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(
-        groups, lr=RATE, betas=settings.betas, eps=settings.epsilon, weight_decay=settings.weight_decay
+        groups, lr=RATE, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
     found = []
     for number, micro_batches in enumerate(steps):
@@ -90,7 +90,7 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
                 torch.stack(list(model(_passes(number, k, rank, experts)).values())).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
         norm = float(nn.utils.get_total_norm(gradients.values()))
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         adam.step()
         found.append(Step(gradients, norm, copy.deepcopy(model.state_dict())))
     return found
@@ -122,7 +122,7 @@ def _through_engine(collectives: Any, steps: list[list[str]], layouts: list[dict
 
     found = []
     for layout in layouts:
-        config = tiny_config(micro_batch=12 // collectives.world_size // len(steps[0]), **layout)
+        config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
         engine = DeepSpeedEngine(Experts(), config, config.stages[0], collectives)
         found.append([_step(engine, collectives, number, experts) for number, experts in enumerate(steps)])
         engine.close()

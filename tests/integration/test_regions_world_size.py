@@ -18,25 +18,25 @@ Found = tuple[dict[str, Tensor], dict[str, float]]
 
 def _config(**engine: object) -> RunConfig:
     model = {
-        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12, "max_regions": 6,
-        "region_features": 8, "region_classes": 7, "initial_std": 0.2, "dropout": 0.0,
+        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "max_regions": 6,
+        "region_features": 8, "region_classes": 7, "init_std": 0.2, "dropout": 0.0,
     }  # fmt: skip
     objectives = {
-        "matching": {"every": 2},
-        "masked_language": {},
-        "region_class": {},
-        "region_features": {"weight": 0.1},
+        "itm": {"every": 2},
+        "mlm": {},
+        "moc": {},
+        "mrfr": {"weight": 0.1},
     }
     stage = {
-        "name": "regions", "sources": {"some": 1.0}, "objectives": objectives, "steps": 4, "batch": ROWS,
-        "max_text": 12, "negatives": "random",
+        "name": "regions", "sources": {"some": 1.0}, "objectives": objectives, "steps": 4, "global_batch_size": ROWS,
+        "max_text_length": 12, "negatives": "random",
     }  # fmt: skip
     return validate(
         {
             "name": "test",
             "model": model,
-            "sources": {"some": {"shards": "invented", "use": "regions"}},
-            "data": {"lanes": 1},
+            "sources": {"some": {"shards": "invented", "type": "regions"}},
+            "data": {"streams": 1},
             "stages": [stage],
             "engine": {"precision": "float32", **engine},
         },
@@ -44,7 +44,7 @@ def _config(**engine: object) -> RunConfig:
     )
 
 
-def _gradients(plain: bool, zero_stage: int = 0, micro_batch: int | None = None) -> Found:
+def _gradients(plain: bool, zero_stage: int = 0, micro_batch_size: int | None = None) -> Found:
     """The global gradient and losses of one batch, on this rank."""
     from pipeline.data.storage import Storage
     from pipeline.training.collectives import Collectives, share
@@ -54,7 +54,7 @@ def _gradients(plain: bool, zero_stage: int = 0, micro_batch: int | None = None)
     from pipeline.training.steps import TrainingStep
     from tests.support.trial import VOCABULARY, invented_batch
 
-    config = _config(zero_stage=zero_stage, micro_batch=micro_batch)
+    config = _config(zero_stage=zero_stage, micro_batch_size=micro_batch_size)
     stage, collectives = config.stages[0], Collectives()
     model = build_stage_model(config, 0, Storage(), VOCABULARY)
     engine = PlainEngine(model, stage.optimizer) if plain else DeepSpeedEngine(model, config, stage, collectives)
@@ -63,7 +63,7 @@ def _gradients(plain: bool, zero_stage: int = 0, micro_batch: int | None = None)
     batch.region_keep[:4, -1] = False
     rows = batch.rows(slice(*share(ROWS, collectives.rank, collectives.world_size)))
     most = int(rows.region_keep.sum(dim=1).max())  # as the loader cuts them: fewer on the rank of the first rows
-    names = ("region_features", "region_location", "region_keep", "region_class", "region_hidden")
+    names = ("mrfr", "region_location", "region_keep", "moc", "region_hidden")
     rows = replace(rows, **{name: getattr(rows, name)[:, :most] for name in names})
     losses = {name: float(collectives.sum(loss)) for name, loss in step(rows).items()}
     return engine.gradients(), losses
@@ -74,13 +74,13 @@ def plain() -> Found:
     return run_ranks(_gradients, 1, True)[0]
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch"), [(3, 1, None), (2, 3, 2)])
+@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch_size"), [(3, 1, None), (2, 3, 2)])
 def test_gradient_and_losses_are_the_same_for_every_share(
-    plain: Found, world_size: int, zero_stage: int, micro_batch: int | None
+    plain: Found, world_size: int, zero_stage: int, micro_batch_size: int | None
 ) -> None:
     expected, expected_losses = plain
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    for gradients, losses in run_ranks(_gradients, world_size, False, zero_stage, micro_batch):
+    for gradients, losses in run_ranks(_gradients, world_size, False, zero_stage, micro_batch_size):
         assert losses == pytest.approx(expected_losses, rel=1e-5)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():

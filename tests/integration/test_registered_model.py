@@ -31,7 +31,9 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.checkpoint import Weights, load_weights
 from tests.support.pairs import picture
 
-TINY = VLMoConfig(width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text=12)
+TINY = VLMoConfig(
+    width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text_length=12
+)
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
 PICTURES = [picture(number) for number in range(70)]  # more than one batch
 TEXTS = ["a", "b c", "d e f a b", "c c c", "f"] * 14
@@ -49,7 +51,7 @@ json.dump(
     {
         "rows": answer.to_dict("records"),
         "only_text": model.predict(pd.DataFrame({"text": frame["text"][:2]})).to_dict("records"),
-        "without_matching": list(model.predict(frame[:1], params={"matching": False}).columns),
+        "without_matching": list(model.predict(frame[:1], params={"itm": False}).columns),
         "code": pipeline.__file__,
         "imported": [name for name in ("deepspeed", "ray", "transformers") if name in sys.modules],
         "signature": model.metadata.signature.to_dict(),
@@ -64,7 +66,7 @@ def imported(folder: Path) -> str:
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCABULARY))
     torch.save(to_published(build_model(TINY, len(VOCABULARY), seed=5).state_dict(), TINY), folder / "vlmo.pt")
     import_weights(
-        str(folder / "vlmo.pt"), "vlmo", f"{folder}/weights", ["max_text=12"], vocabulary=f"{folder}/vocab.txt"
+        str(folder / "vlmo.pt"), "vlmo", f"{folder}/weights", ["max_text_length=12"], vocabulary=f"{folder}/vocab.txt"
     )
     return f"{folder}/weights"
 
@@ -130,6 +132,6 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
 
 def test_weights_that_give_neither_embeddings_nor_scores_are_refused_with_what_they_lack(tmp_path: Path) -> None:
     weights = load_weights(Storage(), imported(tmp_path))
-    only_text = next(stage for stage in weights.config.stages if list(stage.objectives) == ["masked_language"])
+    only_text = next(stage for stage in weights.config.stages if list(stage.objectives) == ["mlm"])
     with pytest.raises(ConfigError, match="retrieval embeddings need contrastive"):
         outputs_of(replace(weights, stage=only_text.name))

@@ -14,15 +14,15 @@ def _train(folder: str) -> None:
     from pipeline.training.loop import train
 
     stages = [
-        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}},
+        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}},
         {
             "name": "larger",
             "sources": {"scenes": 1.0},
-            "objectives": {"contrastive": {}, "masked_language": {}},
+            "objectives": {"itc": {}, "mlm": {}},
             "image_size": 40,
         },
     ]
-    shared = {"steps": 3, "batch": 8, "optimizer": {"peak_rate": 1e-3, "warmup_steps": 1}}
+    shared = {"steps": 3, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
     scenes = {"shards": f"{folder}/scenes", "synthetic": {"scenes": 40, "image_size": 40}}
     unseen = {"shards": f"{folder}/unseen", "synthetic": {"scenes": 12, "seed": 2, "image_size": 40}}
     overrides = {
@@ -30,7 +30,7 @@ def _train(folder: str) -> None:
         "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8},
         "sources": {
             "scenes": scenes,
-            "pictures": {"shards": f"{folder}/scenes", "use": "images"},
+            "pictures": {"shards": f"{folder}/scenes", "type": "images"},
             "unseen": unseen,
         },
         "stages": [stage | shared for stage in stages],

@@ -23,12 +23,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     (folder / "run.yaml").write_text(
         f"name: saved\noutput: {folder}\ntracking: {{metrics_every: 1}}\n"
-        f"sources: {{texts: {{shards: {folder}/scenes, use: text, synthetic: {{scenes: 60, image_size: 16}}}}}}\n"
+        f"sources: {{texts: {{shards: {folder}/scenes, type: text, synthetic: {{scenes: 60, image_size: 16}}}}}}\n"
         "model: {width: 16, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
-        "data: {lanes: 2}\nengine: {precision: float32}\n"
+        "data: {streams: 2}\nengine: {precision: float32}\n"
         "checkpoint: {every: 2, keep: 1, keep_every: 4, keep_best: {metric: train/loss, mode: max}}\n"
-        f"stages:\n- {{name: language, sources: {{texts: 1.0}}, objectives: {{masked_language: {{}}}}, batch: 4, "
-        f"steps: {STEPS}, max_text: 16}}\n",
+        f"stages:\n- {{name: language, sources: {{texts: 1.0}}, objectives: {{mlm: {{}}}}, batch: 4, "
+        f"steps: {STEPS}, max_text_length: 16}}\n",
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "pipeline.training", str(folder / "run.yaml")]

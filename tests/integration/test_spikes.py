@@ -11,7 +11,7 @@ from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, journal, short_config, without_mlflow
 
 SPIKED = 4  # the batch whose loss is planted; checkpoints hold 3 and 6 steps
-SPIKE = {"factor": 3.0, "window": 2, "skip": 1, "most": 2}
+SPIKE = {"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2}
 
 
 class Killed(Exception):
@@ -95,4 +95,4 @@ def test_the_rollback_is_tagged(scenarios: Any) -> None:
 
 def test_a_stage_that_spikes_again_and_again_fails_by_name(scenarios: Any) -> None:
     for found in scenarios[1]:
-        assert "after 2 rollbacks; guards.spike.most allows no more" in found["told"]
+        assert "after 2 rollbacks; guards.spike.max_rollbacks allows no more" in found["told"]

@@ -35,14 +35,14 @@ def storage(s3) -> Storage:
 
 
 def run_config(shards: str, config: StorageConfig, workers: int = 0, threads: int = 2) -> RunConfig:
-    stage = {"name": "pairs", "sources": {"pairs": 1.0}, "steps": 50, "batch": 8, "max_text": 12}
+    stage = {"name": "pairs", "sources": {"pairs": 1.0}, "steps": 50, "global_batch_size": 8, "max_text_length": 12}
     values = {
         "name": "test",
         "storage": config.model_dump(),
         "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
         "sources": {"pairs": {"shards": shards}},
-        "data": {"lanes": 4, "window": 2, "loader": {"workers": workers, "threads": threads}},
-        "stages": [stage | {"objectives": {"contrastive": {}, "masked_language": {}}}],
+        "data": {"streams": 4, "shuffle_window": 2, "loader": {"num_workers": workers, "threads_per_worker": threads}},
+        "stages": [stage | {"objectives": {"itc": {}, "mlm": {}}}],
     }
     return validate(values, "test")
 
@@ -212,7 +212,7 @@ def test_unreachable_endpoint_is_named():
             endpoint_url=f"http://127.0.0.1:{port}",
             key="env:MOME_TEST_KEY",
             secret="env:MOME_TEST_KEY",
-            deadline_seconds=2.0,
+            retry_timeout_seconds=2.0,
         )
         with pytest.raises(
             StorageError, match=rf"the store did not answer at http://127\.0\.0\.1:{port}.*endpoint_url"

@@ -16,22 +16,22 @@ Gradients = dict[str, Tensor]
 NUM_STAGES = len(tiny_config().stages)
 
 
-def _gradients_of_stages(zero_stage: int, micro_batch: int | None) -> list[tuple[Gradients, dict[str, float]]]:
+def _gradients_of_stages(zero_stage: int, micro_batch_size: int | None) -> list[tuple[Gradients, dict[str, float]]]:
     """The global gradient and losses of one batch of each stage, through the engine, on this rank."""
-    return [_stage_gradients(index, zero_stage, micro_batch) for index in range(NUM_STAGES)]
+    return [_stage_gradients(index, zero_stage, micro_batch_size) for index in range(NUM_STAGES)]
 
 
-def _stage_gradients(index: int, zero_stage: int, micro_batch: int | None) -> tuple[Gradients, dict[str, float]]:
+def _stage_gradients(index: int, zero_stage: int, micro_batch_size: int | None) -> tuple[Gradients, dict[str, float]]:
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.steps import TrainingStep
 
-    config = tiny_config(zero_stage=zero_stage, micro_batch=micro_batch)
+    config = tiny_config(zero_stage=zero_stage, micro_batch_size=micro_batch_size)
     collectives = Collectives()
     stage = config.stages[index]
     engine = DeepSpeedEngine(_model(config, index), config, stage, collectives)
     step = TrainingStep(engine, config, stage, collectives)
-    batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.batch)
+    batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.global_batch_size)
     losses = {name: float(collectives.sum(loss)) for name, loss in step(batch).items()}
     gradients = engine.gradients()
     engine.close()
@@ -58,7 +58,7 @@ def _plain_gradients(index: int) -> tuple[Gradients, dict[str, float]]:
     config = tiny_config()
     stage = config.stages[index]
     engine = PlainEngine(_model(config, index), stage.optimizer)
-    losses = TrainingStep(engine, config, stage, Collectives())(tiny_batch(config, 1, 0, 1, stage.batch))
+    losses = TrainingStep(engine, config, stage, Collectives())(tiny_batch(config, 1, 0, 1, stage.global_batch_size))
     return engine.gradients(), {name: float(loss) for name, loss in losses.items()}
 
 
@@ -74,9 +74,9 @@ def plain() -> list[tuple[Gradients, dict[str, float]]]:
 LAYOUTS = [(1, 2, 5), (2, 3, None), (3, 2, 2)]  # the next test has the others, for the stage with most objectives
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch"), LAYOUTS)
-def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, zero_stage, micro_batch):
-    answers = run_ranks(_gradients_of_stages, world_size, zero_stage, micro_batch)[0]
+@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch_size"), LAYOUTS)
+def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, zero_stage, micro_batch_size):
+    answers = run_ranks(_gradients_of_stages, world_size, zero_stage, micro_batch_size)[0]
     for (expected, expected_losses), (got, losses) in zip(plain, answers, strict=True):
         assert losses == pytest.approx(expected_losses, rel=1e-5)
         assert got.keys() == expected.keys()
@@ -122,7 +122,7 @@ def _losses_at(collectives, steps: int, zero_stage: int) -> list[float]:
 
     config = tiny_config(zero_stage=zero_stage)
     stage, size = config.stages[2], 16
-    stage = stage.model_copy(update={"batch": size})
+    stage = stage.model_copy(update={"global_batch_size": size})
     engine = DeepSpeedEngine(_model(config, 2), config, stage, collectives)
     step = TrainingStep(engine, config, stage, collectives)
     losses = []

@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 
 Answer = tuple[dict[str, Tensor], dict[str, float]]
 STAGES: dict[str, dict[str, Any]] = {
-    "pretraining": {"matching": {}, "word_patch": {"weight": 0.1}, "masked_language": {}, "masked_image": {"every": 2}},
+    "pretraining": {"itm": {}, "wpa": {"weight": 0.1}, "mlm": {}, "mim": {"every": 2}},
     "ranking": {"ranking": {}},
 }
 ROWS = 12
@@ -29,17 +29,17 @@ def _config(objectives: dict[str, Any], **engine: Any):
         "objectives": objectives,
         "negatives": "random",
         "image_target": "mean_colour",
-        "wrong_texts": 3,
+        "num_negative_texts": 3,
         "steps": 4,
-        "batch": ROWS,
-        "max_text": 12,
+        "global_batch_size": ROWS,
+        "max_text_length": 12,
     }
     values = {
         "name": "vilt",
         "seed": 3,
         "model": tiny_section("vilt").model_dump() | {"drop_path": 0.1},
         "sources": {"pairs": {"shards": "pairs"}},
-        "data": {"lanes": 2},
+        "data": {"streams": 2},
         "stages": [stage],
         "engine": {"precision": "float32", **engine},
     }
@@ -77,7 +77,7 @@ def _plain() -> dict[str, Answer]:
     return answers
 
 
-def _ranked(zero_stage: int, micro_batch: int | None) -> dict[str, Answer]:
+def _ranked(zero_stage: int, micro_batch_size: int | None) -> dict[str, Answer]:
     from pipeline.data.storage import Storage
     from pipeline.training.collectives import Collectives
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -88,7 +88,7 @@ def _ranked(zero_stage: int, micro_batch: int | None) -> dict[str, Answer]:
     answers = {}
     collectives = Collectives()
     for name, objectives in STAGES.items():
-        config = _config(objectives, zero_stage=zero_stage, micro_batch=micro_batch)
+        config = _config(objectives, zero_stage=zero_stage, micro_batch_size=micro_batch_size)
         stage = config.stages[0]
         engine = DeepSpeedEngine(build_stage_model(config, 0, Storage(), VOCABULARY), config, stage, collectives)
         step = TrainingStep(engine, config, stage, collectives)
@@ -104,9 +104,9 @@ def plain() -> dict[str, Answer]:
     return run_ranks(_plain, 1)[0]
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch"), [(1, 2, 5), (3, 3, 2)])
-def test_gradient_of_shaped_pictures_is_that_of_one_process(plain, world_size, zero_stage, micro_batch) -> None:
-    answers = run_ranks(_ranked, world_size, zero_stage, micro_batch)[0]
+@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch_size"), [(1, 2, 5), (3, 3, 2)])
+def test_gradient_of_shaped_pictures_is_that_of_one_process(plain, world_size, zero_stage, micro_batch_size) -> None:
+    answers = run_ranks(_ranked, world_size, zero_stage, micro_batch_size)[0]
     for name, (expected, expected_losses) in plain.items():
         got, losses = answers[name]
         # Word-patch alignment is a difference of distances, which may be near 0.

@@ -49,7 +49,7 @@ def open_checked(cache: NodeCache, store: Path, name: str) -> module.CachedShard
     return shard
 
 
-def use(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
+def source_type(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
     """Opens a random file each round, and keeps the one before pinned meanwhile."""
     names, chance = sorted(os.listdir(store)), random.Random(seed)
     before = None
@@ -67,7 +67,7 @@ def use(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
 def main() -> None:
     module.PIECE = PIECE
     folder, max_bytes, store, seed, rounds = sys.argv[1:]
-    use(NodeCache(folder, int(max_bytes)), Path(store), int(seed), int(rounds))
+    source_type(NodeCache(folder, int(max_bytes)), Path(store), int(seed), int(rounds))
 
 
 if __name__ == "__main__":

@@ -21,16 +21,22 @@ from pipeline.data.storage import Storage
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:
-    """Pairs in 10 lanes and batches of 20, which 3, 6 and 8 ranks divide unevenly."""
-    stage = {"name": "pairs", "sources": {"pairs": 1.0}, "steps": 100_000, "batch": 20, "max_text": 12}
+    """Pairs in 10 streams and batches of 20, which 3, 6 and 8 ranks divide unevenly."""
+    stage = {
+        "name": "pairs",
+        "sources": {"pairs": 1.0},
+        "steps": 100_000,
+        "global_batch_size": 20,
+        "max_text_length": 12,
+    }
     values = {
         "name": "stream",
         "seed": 5,
         "storage": (storage or StorageConfig()).model_dump(),
         "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
         "sources": {"pairs": {"shards": shards}},
-        "data": {"lanes": 10, "window": 2, **loading},
-        "stages": [stage | {"objectives": {"contrastive": {}, "masked_language": {}, "masked_image": {}}}],
+        "data": {"streams": 10, "shuffle_window": 2, **loading},
+        "stages": [stage | {"objectives": {"itc": {}, "mlm": {}, "mim": {}}}],
     }
     return validate(values, "stream")
 

@@ -27,20 +27,23 @@ COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square")
 
 
-def write_set(folder: Path, use: str, count: int, seed: int = 0) -> str:
+def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
     """`count` samples of a use, in shards of 20; returns where they lie."""
     samples: dict[str, Callable[[CounterRandom], dict[str, Any]]] = {
         "questions": _question,
         "statements": _statement,
         "labelled": _labelled,
     }
-    drawn = (_keyed(number, samples[use](CounterRandom(hash64("drawn", use, seed, number)))) for number in range(count))
-    url = str(folder / f"{use}-{seed}")
+    drawn = (
+        _keyed(number, samples[source_type](CounterRandom(hash64("drawn", source_type, seed, number))))
+        for number in range(count)
+    )
+    url = str(folder / f"{source_type}-{seed}")
     storage = Storage()
     write_shards(storage, _bytes(drawn), url, samples_per_shard=20)
-    if use == "questions":
+    if source_type == "questions":
         storage.write(f"{url}/answers.json", json.dumps([*COLOURS, "yes", "no"]).encode())
-    if use == "labelled":
+    if source_type == "labelled":
         storage.write(f"{url}/classes.json", json.dumps(COLOURS).encode())
     return url
 
@@ -52,32 +55,34 @@ def colour_of(image: torch.Tensor) -> torch.Tensor:
     return near.sum(dim=1).argmax(dim=1)
 
 
-def run_config(folder: Path, use: str, objective: str, steps: int, is_drawn: bool = False, **stage: Any) -> RunConfig:
+def run_config(
+    folder: Path, source_type: str, objective: str, steps: int, is_drawn: bool = False, **stage: Any
+) -> RunConfig:
     """A run of one stage that fine-tunes a tiny VLMo from random weights on samples of a use, drawn unless they are."""
-    train, test = f"{folder}/{use}-0", f"{folder}/{use}-1"
+    train, test = f"{folder}/{source_type}-0", f"{folder}/{source_type}-1"
     if not is_drawn:
-        train, test = write_set(folder, use, 200), write_set(folder, use, 60, seed=1)
+        train, test = write_set(folder, source_type, 200), write_set(folder, source_type, 60, seed=1)
     model = {
         "width": 48, "layers": 3, "heads": 4, "vision_language_layers": 1, "image_size": SIDE, "patch_size": 8,
-        "max_text": 16, "positions": "absolute", "layer_scale": None, "drop_path": 0.0, "initial_std": 0.1,
+        "max_text_length": 16, "positions": "absolute", "layer_scale": None, "drop_path": 0.0, "init_std": 0.1,
     }  # fmt: skip
     values = {
-        "name": f"tiny-{use}",
+        "name": f"tiny-{source_type}",
         "output": str(folder / "runs"),
         "seed": 3,
         "model": model,
         "tokenizer": {"size": 200},
-        "sources": {"train": {"shards": train, "use": use}, "test": {"shards": test, "use": use}},
-        "data": {"lanes": 4, "augment": {"crop_scale": [0.9, 1.0], "operations": 0}},
+        "sources": {"train": {"shards": train, "type": source_type}, "test": {"shards": test, "type": source_type}},
+        "data": {"streams": 4, "augment": {"crop_scale": [0.9, 1.0], "num_ops": 0}},
         "stages": [
             {
                 "name": "finetune",
                 "sources": {"train": 1.0},
                 "objectives": {objective: {}},
                 "steps": steps,
-                "batch": 32,
-                "max_text": 16,
-                "optimizer": {"peak_rate": 2e-3, "warmup_steps": 5, "clip_norm": 1.0},
+                "global_batch_size": 32,
+                "max_text_length": 16,
+                "optimizer": {"lr": 2e-3, "warmup_steps": 5, "max_grad_norm": 1.0},
                 **stage,
             }
         ],

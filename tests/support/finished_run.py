@@ -32,20 +32,20 @@ def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -
     stage = {
         "name": "pairs",
         "sources": {next(iter(sources)): 1.0},
-        "objectives": {"contrastive": {}, "matching": {}},
+        "objectives": {"itc": {}, "itm": {}},
         "steps": 4,
-        "batch": 8,
-        "max_text": 24,
+        "global_batch_size": 8,
+        "max_text_length": 24,
     }
     values = {
         "name": "run",
         "output": str(output),
         "model": SECTION,
         "sources": sources,
-        "data": {"lanes": 4},
+        "data": {"streams": 4},
         "stages": [stage],
         "engine": {"precision": "float32"},
-        "evaluation": {"source": source, "batch": 8},
+        "evaluation": {"source": source, "batch_size": 8},
     }
     return RunConfig.model_validate_json(json.dumps(values | more))
 

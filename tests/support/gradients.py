@@ -38,10 +38,10 @@ class Layout:
     """Ranks and micro-batch size of a global batch. The ranks' parts differ by one example if they do not divide it."""
 
     ranks: int
-    micro_batch: int  # maximum number of examples of one forward
+    micro_batch_size: int  # maximum number of examples of one forward
 
     def __str__(self) -> str:
-        return f"{self.ranks}x{self.micro_batch}x{accumulation(BATCH, self.ranks, self.micro_batch)}"
+        return f"{self.ranks}x{self.micro_batch_size}x{accumulation(BATCH, self.ranks, self.micro_batch_size)}"
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,22 @@ def table_config(**engine: Any) -> RunConfig:
         "sources": {"pairs": 1.0},
         # With `every: 4`, many micro-batches of three examples hold none that masked_image reads.
         "objectives": {
-            "contrastive": {},
-            "matching": {"every": 2},
-            "masked_language": {},
-            "masked_image": {"every": 4},
+            "itc": {},
+            "itm": {"every": 2},
+            "mlm": {},
+            "mim": {"every": 4},
         },
         "steps": 100,
-        "batch": BATCH,
-        "max_text": 12,
-        "optimizer": {"peak_rate": 1e-3, "warmup_steps": 2, "clip_norm": 1.0},
+        "global_batch_size": BATCH,
+        "max_text_length": 12,
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0},
     }
     values = {
         "name": "gradients",
         "seed": 3,
         "model": tiny_section("vlmo").model_dump() | {"drop_path": 0.1},
         "sources": {"pairs": {"shards": "invented"}},
-        "data": {"lanes": 2},
+        "data": {"streams": 2},
         "stages": [stage],
         "engine": {"precision": "float32", **engine},
     }
@@ -133,7 +133,7 @@ def _through_engines(layout: Layout, shardings: tuple[Sharding, ...]) -> list[Gr
 
 
 def _through_engine(collectives: Collectives, layout: Layout, sharding: Sharding) -> Gradients:
-    config = table_config(micro_batch=layout.micro_batch, **asdict(sharding))
+    config = table_config(micro_batch_size=layout.micro_batch_size, **asdict(sharding))
     stage = config.stages[0]
     engine = DeepSpeedEngine(build_stage_model(config, 0, Storage(), VOCABULARY), config, stage, collectives)
     step = TrainingStep(engine, config, stage, collectives)

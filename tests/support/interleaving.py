@@ -103,7 +103,7 @@ class Disk:
 
 class DiskStorage(Storage):
     def __init__(self, disk: Disk):
-        super().__init__(StorageConfig(deadline_seconds=1e-3))
+        super().__init__(StorageConfig(retry_timeout_seconds=1e-3))
         self._disk = disk
 
     def _backend(self, url: str) -> tuple[Any, str]:

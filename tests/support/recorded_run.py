@@ -24,7 +24,7 @@ STEPS = 10  # of each stage
 RESUMED_AT = 14
 SECONDS = {"startup": 60.0, "training": 600.0, "data_wait": 30.0, "checkpoint": 12.0, "restart": 90.0, "lost_work": 8.0}
 SPIKE = "step 12: loss 9, median 2; back to step 10 without batches 0 to 2 of the stage"
-ALARM = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.matching.weight"
+ALARM = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.itm.weight"
 
 
 def plant_pairs(folder: Path) -> Planted:
@@ -34,16 +34,16 @@ def plant_pairs(folder: Path) -> Planted:
 
 
 def config_of(folder: Path, shards: str, name: str, *overrides: str) -> RunConfig:
-    stage = {"steps": STEPS, "batch": 8, "max_text": 12}
+    stage = {"steps": STEPS, "global_batch_size": 8, "max_text_length": 12}
     values: dict[str, Any] = {
         "name": name,
         "output": str(folder),
         "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8},
-        "sources": {"pictures": {"shards": shards, "use": "images"}, "pairs": {"shards": shards}},
-        "data": {"max_bad_rate": 1.0, "lanes": 4},
+        "sources": {"pictures": {"shards": shards, "type": "images"}, "pairs": {"shards": shards}},
+        "data": {"max_bad_rate": 1.0, "streams": 4},
         "stages": [
-            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}, **stage},
-            {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"contrastive": {}, "matching": {}}, **stage},
+            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **stage},
+            {"name": "pairs", "sources": {"pairs": 1.0}, "objectives": {"itc": {}, "itm": {}}, **stage},
         ],
         "evaluation": {"source": "pairs"},
     }

@@ -18,17 +18,17 @@ STEPS = 8
 def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
     """Two stages of `STEPS` steps, a checkpoint every third; `a__b=c` overrides the key a.b."""
     stages = [
-        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}},
-        {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"contrastive": {}, "masked_language": {}}},
+        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}},
+        {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"itc": {}, "mlm": {}}},
     ]
-    shared = {"steps": STEPS, "batch": 8, "optimizer": {"peak_rate": 1e-3, "warmup_steps": 1}}
+    shared = {"steps": STEPS, "global_batch_size": 8, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
     values: dict[str, Any] = {
         "output": folder,
         "name": name,
         "model": {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 24, "patch_size": 8},
         "sources": {
             "scenes": {"shards": f"{folder}/scenes", "synthetic": {"scenes": 60, "image_size": 24}},
-            "pictures": {"shards": f"{folder}/scenes", "use": "images"},
+            "pictures": {"shards": f"{folder}/scenes", "type": "images"},
         },
         "stages": [stage | shared for stage in stages],
         "engine.zero_stage": 2,

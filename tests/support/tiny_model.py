@@ -18,24 +18,30 @@ __all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]
 
 def tiny_config(**engine: Any) -> RunConfig:
     """Stages of a two-layer model, drop path on; the third has all of VLMo's objectives."""
-    optimizer = {"peak_rate": 1e-3, "warmup_steps": 2, "clip_norm": 1.0}
+    optimizer = {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0}
     stages = [
-        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}, "steps": 4, "batch": 12},
-        {"name": "language", "sources": {"texts": 1.0}, "objectives": {"masked_language": {}}, "steps": 4, "batch": 12},
+        {
+            "name": "vision",
+            "sources": {"pictures": 1.0},
+            "objectives": {"mim": {}},
+            "steps": 4,
+            "global_batch_size": 12,
+        },
+        {"name": "language", "sources": {"texts": 1.0}, "objectives": {"mlm": {}}, "steps": 4, "global_batch_size": 12},
         {
             "name": "vision_language",
             "sources": {"pairs": 1.0},
-            "objectives": {"contrastive": {}, "matching": {"every": 2}, "masked_language": {}, "masked_image": {}},
+            "objectives": {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {}},
             "steps": 4,
-            "batch": 12,
+            "global_batch_size": 12,
         },
         {
             "name": "random_negatives",
             "sources": {"pairs": 0.5, "more_pairs": 0.5},
-            "objectives": {"matching": {"every": 2}, "masked_language": {"every": 3}},
+            "objectives": {"itm": {"every": 2}, "mlm": {"every": 3}},
             "negatives": "random",
             "steps": 4,
-            "batch": 12,
+            "global_batch_size": 12,
         },
     ]
     values = {
@@ -48,17 +54,17 @@ def tiny_config(**engine: Any) -> RunConfig:
             "vision_language_layers": 1,
             "image_size": 16,
             "patch_size": 8,
-            "max_text": 12,
+            "max_text_length": 12,
             "drop_path": 0.1,
         },
         "sources": {
             "pairs": {"shards": "pairs"},
             "more_pairs": {"shards": "pairs"},
-            "pictures": {"shards": "pairs", "use": "images"},
-            "texts": {"shards": "pairs", "use": "text"},
+            "pictures": {"shards": "pairs", "type": "images"},
+            "texts": {"shards": "pairs", "type": "text"},
         },
-        "data": {"lanes": 2},
-        "stages": [{**stage, "max_text": 12, "optimizer": optimizer} for stage in stages],
+        "data": {"streams": 2},
+        "stages": [{**stage, "max_text_length": 12, "optimizer": optimizer} for stage in stages],
         "engine": {"precision": "float32", **engine},
     }
     return validate(values, "tiny")

@@ -18,7 +18,7 @@ PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
 
 
 def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
-    stage = {"sources": {"photos": 1.0}, "objectives": {"masked_image": {}}, "steps": 100, "batch": 16}
+    stage = {"sources": {"photos": 1.0}, "objectives": {"mim": {}}, "steps": 100, "global_batch_size": 16}
     values = {
         "name": name,
         "output": str(output),

@@ -29,7 +29,7 @@ Losses = dict[tuple[int, int], float]
 
 def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
     """Everything of the run lies under `folder`, a path or URL; runs of one folder share its data."""
-    found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "batch=16")]
+    found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
     found += ["model.width=32", "model.layers=2", "model.heads=2"]
     found += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
     found += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from jobs.objectives import source_types
 from pipeline.config.load import validate
 from pipeline.config.model import MODEL_SECTIONS, ImageBERTConfig, TransformerConfig, ViLTConfig
-from pipeline.config.schema import ImageTarget, Objective, RunConfig, StageConfig, Use
+from pipeline.config.schema import ImageTarget, Objective, RunConfig, SourceType, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.collectives import Collectives
@@ -43,8 +43,8 @@ _SIZES: dict[str, Any] = {
     "heads": 2,
     "image_size": 16,
     "patch_size": 8,
-    "max_text": 12,
-    "initial_std": 0.2,
+    "max_text_length": 12,
+    "init_std": 0.2,
     "drop_path": 0.0,
 }
 _SIZES_OF: dict[str, dict[str, Any]] = {
@@ -65,12 +65,12 @@ class Cell:
 
     objective: Objective
     kind: str
-    use: Use
+    source_type: SourceType
     keys: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         keys = [key if isinstance(value, dict) else str(value) for key, value in self.keys.items()]
-        return "-".join([self.objective, self.kind, self.use, *keys])
+        return "-".join([self.objective, self.kind, self.source_type, *keys])
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Trial:
     @property
     def floor(self) -> float | None:
         """The loss of a model that has learnt only the labels' frequencies; None if it is not known."""
-        if self.cell.objective != "matching":
+        if self.cell.objective != "itm":
             return None
         return COLLAPSED_1_TO_2 if self.cell.keys["negatives"] == "hard" else COLLAPSED_1_TO_1
 
@@ -94,7 +94,7 @@ class Trial:
         Word-patch alignment is a difference of distances, which starts near 0 and ends near -1.
         """
         start, end = self.losses[0], self.losses[-1]
-        if self.cell.objective == "word_patch":
+        if self.cell.objective == "wpa":
             return end < start - 0.5
         return end < 0.5 * start and (self.floor is None or end < 0.8 * self.floor)
 
@@ -103,18 +103,18 @@ def cells() -> Iterator[Cell]:
     """Yield every combination that can be trained, in the order of the objectives."""
     for objective in get_args(Objective):
         for kind in MODEL_SECTIONS:
-            for use in source_types(objective, kind):
-                for keys in _choices(objective, kind, use):
-                    yield Cell(objective, kind, use, keys)
+            for source_type in source_types(objective, kind):
+                for keys in _choices(objective, kind, source_type):
+                    yield Cell(objective, kind, source_type, keys)
 
 
-def _choices(objective: Objective, kind: str, use: Use) -> Iterator[dict[str, Any]]:
+def _choices(objective: Objective, kind: str, source_type: SourceType) -> Iterator[dict[str, Any]]:
     """Yield the stage keys that select each variant of an objective."""
-    if objective == "matching":
+    if objective == "itm":
         yield {"negatives": "random"}
-        if use in source_types("contrastive", kind):
+        if source_type in source_types("itc", kind):
             yield {"negatives": "hard"}
-    elif objective == "masked_image":
+    elif objective == "mim":
         for target in get_args(ImageTarget):
             if (target, kind) != ("visual_tokens", "vilt"):  # visual tokens name the patches of a square
                 yield {"image_target": target}
@@ -132,10 +132,10 @@ def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
     """Return a run of one stage that trains the cell together with the objectives it requires."""
     objectives: dict[str, Any] = {cell.objective: {}}
     keys = dict(cell.keys)
-    if cell.objective == "matching" and keys["negatives"] == "hard":
-        objectives["contrastive"] = {}
-    if cell.objective == "word_patch":
-        objectives["matching"] = {}
+    if cell.objective == "itm" and keys["negatives"] == "hard":
+        objectives["itc"] = {}
+    if cell.objective == "wpa":
+        objectives["itm"] = {}
         keys["negatives"] = "random"
     if keys.get("image_target") == "visual_tokens":
         keys["image_tokenizer"] = {"weights": "invented", "tokens": VISUAL_TOKENS}
@@ -144,19 +144,19 @@ def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
         "sources": {"trial": 1.0},
         "objectives": objectives,
         "steps": steps,
-        "batch": ROWS,
-        "max_text": _SIZES["max_text"],
-        "classes": CLASSES,
-        "answers": ANSWERS,
-        "wrong_texts": 3,
-        "optimizer": {"peak_rate": 1e-2, "warmup_steps": 3, "decay": "constant", "weight_decay": 0.0},
+        "global_batch_size": ROWS,
+        "max_text_length": _SIZES["max_text_length"],
+        "num_classes": CLASSES,
+        "num_answers": ANSWERS,
+        "num_negative_texts": 3,
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0},
         **keys,
     }
     values = {
         "name": "trial",
         "model": {"kind": cell.kind, **_SIZES, **_SIZES_OF.get(cell.kind, {})},
-        "sources": {"trial": {"shards": "invented", "use": cell.use}},
-        "data": {"lanes": 1},
+        "sources": {"trial": {"shards": "invented", "type": cell.source_type}},
+        "data": {"streams": 1},
         "stages": [stage],
         "engine": {"precision": "float32"},
     }
@@ -177,7 +177,9 @@ def begin(config: RunConfig, collectives: Collectives, engine: type[PlainEngine]
     stage = config.stages[0]
     built = engine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
     step = TrainingStep(built, config, stage, collectives, _image_tokenizer(stage))
-    return TrialState(built, step, twice(invented_batch(config.model, config.use_of(stage), 0, stage.batch // 2)))
+    return TrialState(
+        built, step, twice(invented_batch(config.model, config.source_type_of(stage), 0, stage.global_batch_size // 2))
+    )
 
 
 def train(cell: Cell, collectives: Collectives, steps: int = STEPS) -> Trial:
@@ -208,24 +210,24 @@ def _image_tokenizer(stage: StageConfig) -> ImageTokenizer | None:
 # ---- synthetic data
 
 
-def invented_batch(section: TransformerConfig, use: Use, step: int, size: int) -> Batch:
+def invented_batch(section: TransformerConfig, source_type: SourceType, step: int, size: int) -> Batch:
     """Return a global batch as a source of that type gives it; a function of the arguments alone."""
     draw = torch.Generator().manual_seed(1000 + step)
     members: dict[str, Tensor] = {}
-    if use in ("pairs", "images", "labelled", "questions", "statements"):
+    if source_type in ("pairs", "images", "labelled", "questions", "statements"):
         members |= _images(section, size, draw)
-    if use in ("pairs", "text", "regions", "questions", "statements"):
+    if source_type in ("pairs", "text", "regions", "questions", "statements"):
         members |= _texts(size, draw)
-    if use == "regions":
+    if source_type == "regions":
         assert isinstance(section, ImageBERTConfig), "no other kind reads regions"
         members |= _regions(section, size, draw)
-    if use == "statements":
+    if source_type == "statements":
         members |= _second_images(section, size, draw)
         members.pop("visible_patches", None)  # pairs of images use all patches
         members["label"] = torch.arange(size) % 2
-    if use == "labelled":
+    if source_type == "labelled":
         members["label"] = torch.arange(size) % CLASSES
-    if use == "questions":
+    if source_type == "questions":
         members["answers"] = torch.stack([torch.arange(size) % ANSWERS, torch.arange(1, size + 1) % ANSWERS], dim=1)
         members["answers"][::2, 1] = -1
         members["answer_scores"] = torch.tensor([[1.0, 0.3]]).expand(size, 2).clone()
@@ -321,10 +323,10 @@ def _regions(section: ImageBERTConfig, size: int, draw: torch.Generator) -> dict
     hidden = torch.zeros(size, count, dtype=torch.bool).scatter(1, positions[:, :1], True)
     positions[::3, 1] = -1
     return {
-        "region_features": features * keep.unsqueeze(-1),
+        "mrfr": features * keep.unsqueeze(-1),
         "region_location": location * keep.unsqueeze(-1),
         "region_keep": keep,
-        "region_class": torch.randint(0, section.region_classes, (size, count), generator=draw),
+        "moc": torch.randint(0, section.region_classes, (size, count), generator=draw),
         "region_positions": positions,
         "region_hidden": hidden,
     }

@@ -17,7 +17,10 @@ from tests.support.short_run import short_config
 
 def untrained_weights(folder: Path) -> tuple[RunConfig, str]:
     """Of the second stage, never trained; its scenes are drawn."""
-    config, storage = short_config(str(folder), evaluation={"source": "scenes", "limit": 22, "batch": 5}), Storage()
+    config, storage = (
+        short_config(str(folder), evaluation={"source": "scenes", "max_images": 22, "batch_size": 5}),
+        Storage(),
+    )
     build_synthetic(storage, config.sources)
     tokenizer = Tokenizer.train(iter_captions(storage, config.sources["scenes"].shards), 300)
     model = build_model(config.model, tokenizer.size, heads(config, 1), seed=5)

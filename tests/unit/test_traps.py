@@ -32,7 +32,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import RunConfig, Use
+from pipeline.config.schema import RunConfig, SourceType
 from pipeline.data.batch import Batch
 from pipeline.evaluation.evaluate import stages_trained_on
 from pipeline.evaluation.results import MatchingResult
@@ -51,8 +51,8 @@ def collectives() -> Iterator[Collectives]:
     alone.close()
 
 
-def run_of(kind: str, use: Use, objectives: dict[str, Any], **keys: Any) -> RunConfig:
-    return trial_config(Cell("masked_language", kind, use, {"objectives": objectives, **keys}))
+def run_of(kind: str, source_type: SourceType, objectives: dict[str, Any], **keys: Any) -> RunConfig:
+    return trial_config(Cell("mlm", kind, source_type, {"objectives": objectives, **keys}))
 
 
 def test_every_trap_has_a_test_of_its_name() -> None:
@@ -74,7 +74,7 @@ def test_trap_04_a_head_that_gives_one_answer_to_everything_is_called_collapsed(
 
 
 def test_trap_09_a_source_that_a_stage_trains_on_is_known_under_every_name() -> None:
-    values = run_of("vlmo", "pairs", {"contrastive": {}}).model_dump(mode="json")
+    values = run_of("vlmo", "pairs", {"itc": {}}).model_dump(mode="json")
     values["sources"] |= {
         "renamed": {"shards": values["sources"]["trial"]["shards"] + "/"},
         "held_out": {"shards": "elsewhere"},
@@ -96,23 +96,25 @@ class Recorder(PlainEngine):
 
 
 @pytest.mark.parametrize(
-    ("kind", "use", "objectives", "negatives"),
+    ("kind", "source_type", "objectives", "negatives"),
     [
-        ("vlmo", "pairs", ("contrastive", "matching", "masked_language"), "hard"),
-        ("vilt", "pairs", ("matching", "masked_language", "word_patch"), "random"),
-        ("imagebert", "regions", ("matching", "masked_language", "region_class", "region_features"), "random"),
+        ("vlmo", "pairs", ("itc", "itm", "mlm"), "hard"),
+        ("vilt", "pairs", ("itm", "mlm", "wpa"), "random"),
+        ("imagebert", "regions", ("itm", "mlm", "moc", "mrfr"), "random"),
     ],
 )
 def test_trap_06_words_and_regions_are_guessed_beside_their_own_partner_alone(
-    kind: str, use: Use, objectives: tuple[str, ...], negatives: str, collectives: Collectives
+    kind: str, source_type: SourceType, objectives: tuple[str, ...], negatives: str, collectives: Collectives
 ) -> None:
-    begun = begin(run_of(kind, use, {name: {} for name in objectives}, negatives=negatives), collectives, Recorder)
+    begun = begin(
+        run_of(kind, source_type, {name: {} for name in objectives}, negatives=negatives), collectives, Recorder
+    )
     begun.step(begun.batch)
     batch, seen = begun.batch, begun.engine.seen  # type: ignore[attr-defined]
-    guessing = [name for name, one in seen.items() if {"mlm", "region_class", "region_features"} & {*one.heads}]
+    guessing = [name for name, one in seen.items() if {"mlm", "moc", "mrfr"} & {*one.heads}]
     assert guessing == ["masked"]
     assert torch.equal(seen["masked"].text, batch.masked_text)
-    if use == "pairs":
+    if source_type == "pairs":
         assert torch.equal(seen["masked"].image, batch.image)
     else:
         own = batch.region_features.masked_fill(batch.region_hidden.unsqueeze(-1), 0)  # type: ignore[union-attr]
@@ -138,7 +140,7 @@ def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Te
 
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, collectives: Collectives) -> None:
-    for objective in ("contrastive", "masked_language"):
+    for objective in ("itc", "mlm"):
         plain, losses = gradients(run_of("vlmo", "pairs", {objective: {}}), collectives)
         weighted, more = gradients(run_of("vlmo", "pairs", {objective: {"weight": weight}}), collectives)
         torch.testing.assert_close(weighted, {name: weight * g for name, g in plain.items()}, rtol=1e-4, atol=1e-6)
@@ -148,8 +150,8 @@ def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, col
 
 @pytest.mark.parametrize("kind", ["vlmo", "dual_encoder"])
 def test_trap_12_accumulated_contrast_is_that_of_the_whole_batch(kind: str, collectives: Collectives) -> None:
-    whole = run_of(kind, "pairs", {"contrastive": {}})
-    cut = whole.model_copy(update={"engine": whole.engine.model_copy(update={"micro_batch": 5})})
+    whole = run_of(kind, "pairs", {"itc": {}})
+    cut = whole.model_copy(update={"engine": whole.engine.model_copy(update={"micro_batch_size": 5})})
     (expected, loss), (found, same_loss) = gradients(whole, collectives), gradients(cut, collectives)
     # An engine would divide by the number of micro-batches, which the step therefore multiplies by.
     found = {name: gradient / 3 for name, gradient in found.items()}

@@ -36,7 +36,7 @@ COLOURS = {  # RGB, far from one another and from the light backgrounds
     "cyan": (44, 196, 214),
 }
 THREE_OBJECTS = 0.3  # share of the scenes
-SAMPLES_PER_SHARD = 200  # small shards, so that lanes have something to shuffle
+SAMPLES_PER_SHARD = 200  # small shards, so that streams have something to shuffle
 MAX_REDRAWS = 10_000
 RECORD = "scenes.json"  # beside the shards: what they were drawn from
 DRAWING = 1  # raise when other pictures or captions would be drawn from the same configuration
@@ -102,8 +102,8 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
             continue
         _refuse_foreign(storage, source.shards)
         storage.write(join(source.shards, RECORD), json.dumps(_record(source, sources)).encode())
-        scenes = draw_scenes(source.synthetic, _excluded(source.synthetic, sources), pictures=source.use != "text")
-        samples = (sample for scene in scenes for sample in _samples(scene, source.use))
+        scenes = draw_scenes(source.synthetic, _excluded(source.synthetic, sources), pictures=source.type != "text")
+        samples = (sample for scene in scenes for sample in _samples(scene, source.type))
         write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD)
 
 
@@ -244,13 +244,13 @@ _OUTLINES = {  # corners around the centre, y downwards, for radius 1
 }  # fmt: skip
 
 
-def _samples(scene: Scene, use: str) -> Iterator[dict[str, Any]]:
-    if use == "text":
+def _samples(scene: Scene, source_type: str) -> Iterator[dict[str, Any]]:
+    if source_type == "text":
         for number, caption in enumerate(scene.captions):
             yield {"__key__": f"{scene.key}-{number}", "txt": caption.encode()}
         return
     sample = {"__key__": scene.key, "jpg": simplejpeg.encode_jpeg(scene.image, 95, "RGB", "444")}
-    if use == "pairs":
+    if source_type == "pairs":
         sample["json"] = json.dumps({"captions": scene.captions, "image_id": scene.image_id}).encode()
     yield sample
 
@@ -283,7 +283,7 @@ def _record(source: SourceConfig, sources: Mapping[str, SourceConfig]) -> dict[s
     assert source.synthetic is not None
     configs = [source.synthetic, *_exclusions(source.synthetic, sources)]
     drawn = [config.model_dump(exclude={"exclude"}) for config in configs]
-    return {"drawing": DRAWING, "use": source.use, "scenes": drawn[0], "excluding": drawn[1:]}
+    return {"drawing": DRAWING, "type": source.type, "scenes": drawn[0], "excluding": drawn[1:]}
 
 
 def _check_record(storage: Storage, name: str, source: SourceConfig, sources: Mapping[str, SourceConfig]) -> None:
@@ -292,8 +292,8 @@ def _check_record(storage: Storage, name: str, source: SourceConfig, sources: Ma
     if not storage.exists(url):
         return  # somebody else's shards
     drawn, wanted = json.loads(storage.read(url)), _record(source, sources)
-    if drawn["use"] == "pairs":  # pairs serve every use
-        wanted["use"] = "pairs"
+    if drawn["type"] == "pairs":  # pairs serve every use
+        wanted["type"] = "pairs"
     if drawn != wanted:
         raise DataError(
             f"source {name!r}: {source.shards} holds scenes drawn from another configuration ({drawn}), "

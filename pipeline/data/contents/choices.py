@@ -82,7 +82,7 @@ def load_answers(config: RunConfig, stage: StageConfig, storage: Storage) -> Cho
 
     Raises ConfigError when the list is missing or is not as long as `answers` says.
     """
-    if "answering" not in stage.objectives:
+    if "vqa" not in stage.objectives:
         return None
     url = stage.answer_list or _beside(config, stage, ANSWERS)
     try:
@@ -92,8 +92,10 @@ def load_answers(config: RunConfig, stage: StageConfig, storage: Storage) -> Cho
             f"stages.{stage.name}.answer_list: there is no {url}; name the list of answers (a JSON list), which "
             "mome shards build writes beside the shards of VQA's questions"
         ) from error
-    if len(found) != stage.answers:
-        raise ConfigError(f"stages.{stage.name}.answers: {stage.answers} given, and {url} lists {len(found)}; set that")
+    if len(found) != stage.num_answers:
+        raise ConfigError(
+            f"stages.{stage.name}.num_answers: {stage.num_answers} given, and {url} lists {len(found)}; set that"
+        )
     return found
 
 
@@ -109,8 +111,10 @@ def load_classes(config: RunConfig, stage: StageConfig, storage: Storage) -> Cho
         found = Choices.from_bytes(storage.read(url), url)
     except NotFound:
         return None
-    if len(found) != stage.classes:
-        raise ConfigError(f"stages.{stage.name}.classes: {stage.classes} given, and {url} lists {len(found)}; set that")
+    if len(found) != stage.num_classes:
+        raise ConfigError(
+            f"stages.{stage.name}.num_classes: {stage.num_classes} given, and {url} lists {len(found)}; set that"
+        )
     return found
 
 

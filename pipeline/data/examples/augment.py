@@ -47,7 +47,7 @@ def augment(
     image = random_resized_crop(image, shape, config.crop_scale, random, interpolation)
     if random.uniform() < 0.5 and config.flip and allow_flip:
         image = cv2.flip(image, 1)
-    return rand_augment(image, config.operations, config.magnitude, random)
+    return rand_augment(image, config.num_ops, config.magnitude, random)
 
 
 def mentions_side(caption: str) -> bool:

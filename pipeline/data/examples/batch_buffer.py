@@ -41,25 +41,25 @@ class BatchFields:
 
     @staticmethod
     def of(config: RunConfig, stage: StageConfig) -> BatchFields:
-        use, objectives = config.use_of(stage), stage.objectives
-        both = not objectives.keys().isdisjoint(
-            {"contrastive", "matching", "word_patch", "ranking", "answering", "reasoning"}
-        )
-        masked_text, masked_image = "masked_language" in objectives, "masked_image" in objectives
-        fused = masked_text and use == "pairs"  # masked words of a pair are read beside its picture
-        described = masked_image and use == "pairs" and config.model.kind == "vilt"  # and patches beside its text
+        source_type, objectives = config.source_type_of(stage), stage.objectives
+        both = not objectives.keys().isdisjoint({"itc", "itm", "wpa", "ranking", "vqa", "nlvr2"})
+        masked_text, masked_image = "mlm" in objectives, "mim" in objectives
+        fused = masked_text and source_type == "pairs"  # masked words of a pair are read beside its picture
+        described = (
+            masked_image and source_type == "pairs" and config.model.kind == "vilt"
+        )  # and patches beside its text
         return BatchFields(
-            image=(both and use != "regions") or fused or masked_image or "classification" in objectives,
-            text=both or masked_text or described or use == "regions",
+            image=(both and source_type != "regions") or fused or masked_image or "classification" in objectives,
+            text=both or masked_text or described or source_type == "regions",
             masked_text=masked_text,
             masked_image=masked_image,
-            stand_ins=masked_image and stage.masking.patches_covered < 1,
-            second_image="reasoning" in objectives,
-            label="classification" in objectives or "reasoning" in objectives,
-            answers="answering" in objectives,
-            regions=use == "regions",
-            region_class="region_class" in objectives,
-            masked_regions="region_class" in objectives or "region_features" in objectives,
+            stand_ins=masked_image and stage.masking.mask_token_prob < 1,
+            second_image="nlvr2" in objectives,
+            label="classification" in objectives or "nlvr2" in objectives,
+            answers="vqa" in objectives,
+            regions=source_type == "regions",
+            region_class="moc" in objectives,
+            masked_regions="moc" in objectives or "mrfr" in objectives,
         )
 
 
@@ -84,7 +84,7 @@ class BatchSpec:
         wants: BatchFields,
         rows: int,
         image_size: int,
-        max_text: int,
+        max_text_length: int,
         masked_patches: int,
         regions: RegionSizes | None = None,
         max_visible_patches: int = 0,
@@ -106,10 +106,12 @@ class BatchSpec:
             fields += [("answers", (rows, MAX_ANSWERS), integer)]
             fields += [("answer_scores", (rows, MAX_ANSWERS), np.dtype(np.float32))]
         if wants.text:
-            fields += [("text_length", (rows,), integer), ("text", (rows, max_text), integer)]
+            fields += [("text_length", (rows,), integer), ("text", (rows, max_text_length), integer)]
         if wants.masked_text:
             fields.append(("num_masked", (rows,), integer))
-            fields += [(name, (rows, max_text), integer) for name in ("masked_text", "mask_positions", "mask_labels")]
+            fields += [
+                (name, (rows, max_text_length), integer) for name in ("masked_text", "mask_positions", "mask_labels")
+            ]
         if wants.masked_image:
             fields.append(("patch_positions", (rows, masked_patches), integer))
         if wants.stand_ins:
@@ -172,11 +174,11 @@ def _region_fields(wants: BatchFields, rows: int, sizes: RegionSizes) -> list[Fi
     integer, number = np.dtype(np.int64), np.dtype(np.float32)
     fields: list[Field] = [
         ("num_regions", (rows,), integer),
-        ("region_features", (rows, sizes.most, sizes.numbers), number),
+        ("mrfr", (rows, sizes.most, sizes.numbers), number),
         ("region_location", (rows, sizes.most, LOCATION), number),
     ]
     if wants.region_class:
-        fields.append(("region_class", (rows, sizes.most), integer))
+        fields.append(("moc", (rows, sizes.most), integer))
     if wants.masked_regions:
         fields.append(("region_positions", (rows, sizes.masked), integer))
         fields.append(("region_hidden", (rows, sizes.most), np.dtype(np.bool_)))

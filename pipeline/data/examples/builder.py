@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.config.errors import DataError
 from pipeline.config.model import ImageBERTConfig, ViLTConfig
-from pipeline.config.schema import RunConfig, StageConfig, Use
+from pipeline.config.schema import RunConfig, SourceType, StageConfig
 from pipeline.data import in_progress
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import OwnShape, Shape, decode, put_on_canvas, shape_of
@@ -57,8 +57,8 @@ class LoaderSpec:
         return BatchFields.of(self.config, self.stage)
 
     @property
-    def use(self) -> Use:
-        return self.config.use_of(self.stage)
+    def source_type(self) -> SourceType:
+        return self.config.source_type_of(self.stage)
 
     @property
     def seed(self) -> int:
@@ -73,9 +73,9 @@ class LoaderSpec:
             read = patches if self.wants.image else 0
         else:
             side, patches, read = shape, self.config.model.num_patches, 0
-        masked = len(mask_patches(patches, stage.masking.patches, CounterRandom(0)))
+        masked = len(mask_patches(patches, stage.masking.image_mask_ratio, CounterRandom(0)))
         regions = _region_sizes(self.config, stage) if self.wants.regions else None
-        return BatchSpec.of(self.wants, len(self.places), side, stage.max_text, masked, regions, read)
+        return BatchSpec.of(self.wants, len(self.places), side, stage.max_text_length, masked, regions, read)
 
     @property
     def shape(self) -> Shape:
@@ -90,7 +90,7 @@ class LoaderSpec:
         return min(self.shape.num_patches, model.max_visible_patches or self.shape.num_patches)
 
     def split(self, parts: int) -> list[LoaderSpec]:
-        """The task in contiguous parts, each of whole lanes as far as may be; at most one part a place."""
+        """The task in contiguous parts, each of whole streams as far as may be; at most one part a place."""
         count = min(parts, len(self.places))
         slices = [rank_slice(len(self.places), part, count) for part in range(count)]
         return [replace(self, places=self.places[part.start : part.stop]) for part in slices]
@@ -99,7 +99,7 @@ class LoaderSpec:
         """The stage's order. Without a reader the order of buckets is not known, only their digest."""
         config, stage = self.config, self.stage
         sources = {
-            name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].use} {source.digest}")
+            name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].type} {source.digest}")
             for name, source in self.sources.items()
         }
         buckets = None
@@ -107,10 +107,10 @@ class LoaderSpec:
             buckets = LengthBuckets(stage.buckets.batches, _lengths(reader, stage.buckets.by))
         return DataOrder(
             sources,
-            num_streams=config.data.lanes,
-            shuffle_window=config.data.window,
+            num_streams=config.data.streams,
+            shuffle_window=config.data.shuffle_window,
             seed=self.seed,
-            batch_size=stage.batch,
+            batch_size=stage.global_batch_size,
             extra=self._recipe(),
             buckets=buckets,
         )
@@ -123,7 +123,7 @@ class LoaderSpec:
             config.data.augment.model_dump_json(),
             stage.masking.model_dump_json(),
             f"pixels {config.data.max_pixels} side {config.model.image_size} patches {config.model.num_patches}",
-            f"text {stage.max_text} vocabulary {self.tokenizer.digest}" if wants.text else "no text",
+            f"text {stage.max_text_length} vocabulary {self.tokenizer.digest}" if wants.text else "no text",
             f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
             f"answers {self.answers.digest}" if self.answers else "no answers",
             f"regions {_region_sizes(config, stage)}" if wants.regions else "no regions",
@@ -218,15 +218,15 @@ class ExampleBuilder:
 
     def _judged_draft(self, slot: SampleRef, sample: Sample) -> PendingExample:
         check_members(sample.members, sample.is_duplicate)
-        use = self._task.use
-        if use == "questions":
+        source_type = self._task.source_type
+        if source_type == "questions":
             question = question_of(sample.members)
             return PendingExample(slot, sample, question.text, question.answers)
-        if use == "statements":
+        if source_type == "statements":
             statement = statement_of(sample.members)
             return PendingExample(slot, sample, statement.text, label=int(statement.is_true))
-        if use == "labelled":
-            return PendingExample(slot, sample, label=class_of(sample.members, self._task.stage.classes))
+        if source_type == "labelled":
+            return PendingExample(slot, sample, label=class_of(sample.members, self._task.stage.num_classes))
         if not self._wants.text:
             return PendingExample(slot, sample)
         captions = captions_of(sample.members)
@@ -234,7 +234,7 @@ class ExampleBuilder:
 
     def _encode(self, drafts: Sequence[PendingExample]) -> Sequence[Tokens]:
         """One call for all texts: the tokenizer's own loop is not Python's."""
-        return self._task.tokenizer.encode_batch([draft.text for draft in drafts], self._task.stage.max_text)
+        return self._task.tokenizer.encode_batch([draft.text for draft in drafts], self._task.stage.max_text_length)
 
     def _write(self, drafts: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
         """Writes rows by their number; returns those that could not be, with what was wrong.
@@ -301,7 +301,7 @@ class ExampleBuilder:
 
     def _write_pictures(self, draft: PendingExample, decoded: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
         data, shape = self._task.config.data, self._task.shape
-        allow_flip = not (data.augment.flip_spares_sides and draft.mentions_side)
+        allow_flip = not (data.augment.skip_flip_for_left_right and draft.mentions_side)
         for name, purpose, picture in zip(
             ("image", "second_image"), ("augment", "augment second"), decoded, strict=False
         ):
@@ -328,13 +328,13 @@ class ExampleBuilder:
         if "visible_patches" in buffer:
             read = buffer["visible_patches"][row]
             read = read[read >= 0]
-            positions = read[mask_patches(len(read), masking.patches, random)]
+            positions = read[mask_patches(len(read), masking.image_mask_ratio, random)]
         else:
-            positions = mask_patches(count, masking.patches, random, masking.patch_shape == "blocks")
+            positions = mask_patches(count, masking.image_mask_ratio, random, masking.patch_shape == "blocks")
         buffer.write("patch_positions", row, positions, -1)
         if self._wants.stand_ins:
             random = self._random(draft.slot, draft.sample, "stand-ins")
-            shown = stand_ins(positions, count, masking.patches_covered, masking.patches_swapped, random)
+            shown = stand_ins(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
             buffer.write("patch_replacements", row, shown, -1)
 
     def _num_patches(self, buffer: BatchBuffer, row: int) -> int:
@@ -352,13 +352,13 @@ class ExampleBuilder:
         check_fit(found, model.region_features, model.region_classes if wants.region_class else None)
         found = found.most_confident(model.max_regions)
         buffer["num_regions"][row] = len(found)
-        buffer.write("region_features", row, found.features, 0.0)
+        buffer.write("mrfr", row, found.features, 0.0)
         buffer.write("region_location", row, found.locations(), 0.0)
         if found.classes is not None and wants.region_class:
-            buffer.write("region_class", row, found.classes, 0)
+            buffer.write("moc", row, found.classes, 0)
         if wants.masked_regions:
             random = self._random(draft.slot, draft.sample, "regions")
-            positions, is_zeroed = mask_regions(len(found), self._task.stage.masking.regions, random)
+            positions, is_zeroed = mask_regions(len(found), self._task.stage.masking.region_mask_ratio, random)
             buffer.write("region_positions", row, positions, -1)
             buffer["region_hidden"][row] = False
             buffer["region_hidden"][row, positions[is_zeroed]] = True
@@ -378,7 +378,7 @@ class ExampleBuilder:
         buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
         if self._wants.masked_text:
             random = self._random(draft.slot, draft.sample, "words")
-            masked = mask_whole_words(tokens, random, masking.probability, masking.whole_word, tokenizer)
+            masked = mask_whole_words(tokens, random, masking.mlm_probability, masking.whole_word, tokenizer)
             buffer["num_masked"][row] = len(masked.positions)
             buffer.write("masked_text", row, masked.ids, tokenizer.pad_id)
             buffer.write("mask_positions", row, masked.positions, 0)
@@ -395,7 +395,7 @@ def _bytes_of(decoded: Mapping[int, Sequence[np.ndarray]]) -> int:
 def _region_sizes(config: RunConfig, stage: StageConfig) -> RegionSizes:
     assert isinstance(config.model, ImageBERTConfig), "the schema gives regions to no other kind"
     most = config.model.max_regions
-    return RegionSizes(most, config.model.region_features, masked_at_most(most, stage.masking.regions))
+    return RegionSizes(most, config.model.region_features, masked_at_most(most, stage.masking.region_mask_ratio))
 
 
 def _lengths(reader: SampleReader | None, by: str) -> Callable[[SampleRef], int]:

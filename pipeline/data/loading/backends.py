@@ -62,7 +62,7 @@ class ThreadBackend:
 
     def __init__(self, task: LoaderSpec, storage: Storage):
         self._task, self._maker = task, ExampleBuilder(task, storage)
-        self._threads = ExampleThreads(self._maker, task.config.data.loader.threads)
+        self._threads = ExampleThreads(self._maker, task.config.data.loader.threads_per_worker)
         self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
 
     def submit(self, step: int) -> None:

@@ -36,7 +36,7 @@ from pipeline.data.storage import Storage
 
 def local_backend(task: LoaderSpec, storage: Storage) -> LoaderBackend:
     """Beside the trainer: processes, or threads of its own process when the config asks for no process."""
-    return ProcessBackend(task, storage) if task.config.data.loader.workers else ThreadBackend(task, storage)
+    return ProcessBackend(task, storage) if task.config.data.loader.num_workers else ThreadBackend(task, storage)
 
 
 class Loader:
@@ -60,7 +60,7 @@ class Loader:
         sources = {name: _source(config, storage, name) for name in stage.sources}
         self._names, self._sizes = sorted(sources), {name: int(sources[name].counts.sum()) for name in sources}
         _check_cache(config, sources, world_size)
-        places = rank_slice(stage.batch, rank, world_size)
+        places = rank_slice(stage.global_batch_size, rank, world_size)
         answers = load_answers(config, stage, storage)
         self._task = LoaderSpec(config, stage, tokenizer, sources, places, answers)
         self.order = self._task.order()
@@ -215,10 +215,10 @@ def _check_cache(config: RunConfig, sources: dict[str, Source], world_size: int)
     if data.cache.folder is None:
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks of this node, as torchrun and Ray Train tell them
-    lanes = min(data.lanes, -(-data.lanes * local // world_size) + 1)  # the slices' ends fall inside lanes
+    streams = min(data.streams, -(-data.streams * local // world_size) + 1)  # the slices' ends fall inside streams
     needed = sum(
-        open_window_bytes((shard.bytes for shard in source.manifest.shards), lanes, data.window)
+        open_window_bytes((shard.bytes for shard in source.manifest.shards), streams, data.shuffle_window)
         for source in sources.values()
         if not is_local(source.url)
     )
-    NodeCache(data.cache.folder, data.cache.max_bytes).check_budget(needed, f"the open windows of {lanes} lanes")
+    NodeCache(data.cache.folder, data.cache.max_bytes).check_budget(needed, f"the open windows of {streams} streams")

@@ -1,6 +1,6 @@
 """Loader processes of one rank, filling slots of memory that they share with it.
 
-Each process makes a fixed, contiguous part of the rank's places, and so reads its own lanes only. The memory is
+Each process makes a fixed, contiguous part of the rank's places, and so reads its own streams only. The memory is
 anonymous (it has no name in any file system) and the processes hear from their rank through sockets alone, so that
 after a SIGKILL of anyone the kernel itself takes everything back. A process that dies is noticed when its rows are
 next waited for, started anew, and given its unfinished steps again: they come out the same.
@@ -40,7 +40,8 @@ PROGRAM = "from pipeline.data.loading.worker import main; main()"  # not -m: its
 
 
 class ProcessBackend:
-    """`loader.workers` processes of `loader.threads` threads each. Rows are handed over where they were written."""
+    """`loader.num_workers` processes of `loader.threads_per_worker` threads each. Rows are handed over where they
+    were written."""
 
     def __init__(self, task: LoaderSpec, storage: Storage):
         loader = task.config.data.loader
@@ -48,7 +49,7 @@ class ProcessBackend:
         self._memory = _SlotMemory(self._layout.bytes, loader.prefetch_batches + 1 + HELD)
         self._workers: list[_Worker] = []
         try:
-            for share in task.split(loader.workers):
+            for share in task.split(loader.num_workers):
                 assignment = Assignment(share, storage, self._layout, self._first)
                 self._workers.append(_Worker(assignment, self._memory.descriptor))
         except BaseException:
@@ -130,7 +131,7 @@ class _Worker:
         if self._restarts == MAX_RESTARTS:
             raise RunFailed(
                 f"a loader process died {MAX_RESTARTS + 1} times in a short while, the last time {how}. If the machine "
-                "is short of memory, lower data.loader.workers, memory_bytes or read_ahead_bytes"
+                "is short of memory, lower data.loader.num_workers, memory_bytes or read_ahead_bytes"
             )
         self._restarts, self._steps_since = self._restarts + 1, 0
         log.warning("a loader process died (%s): starting it again (%d of %d)", how, self._restarts, MAX_RESTARTS)

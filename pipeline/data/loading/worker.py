@@ -66,7 +66,7 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
         try:
             if maker is None or threads is None:
                 maker = ExampleBuilder(assignment.task, assignment.storage)
-                threads = ExampleThreads(maker, assignment.task.config.data.loader.threads)
+                threads = ExampleThreads(maker, assignment.task.config.data.loader.threads_per_worker)
             buffer = BatchBuffer(
                 assignment.layout, memoryview(memory)[job.offset : job.offset + assignment.layout.bytes]
             )

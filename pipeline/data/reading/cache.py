@@ -95,8 +95,8 @@ class NodeCache:
         if needed > self.max_bytes:
             raise ConfigError(
                 f"data.cache.max_bytes {self.max_bytes} is below the {needed} bytes of {what}: shards would be deleted "
-                f"while they are read. Raise it to at least {needed}, lower data.window or data.lanes, or unset "
-                "data.cache.folder"
+                f"while they are read. Raise it to at least {needed}, lower data.shuffle_window or data.streams, or "
+                "unset data.cache.folder"
             )
 
     def open(self, url: str, size: int, etag: str, fetch: Fetch) -> CachedShard:
@@ -240,9 +240,9 @@ class NodeCache:
                 os.close(descriptor)
 
 
-def open_window_bytes(shard_bytes: Iterable[int], lanes: int, window: int) -> int:
-    """The most bytes of a source's shards that `lanes` lanes can have open at once, each a window of shards."""
-    return sum(sorted(shard_bytes, reverse=True)[: lanes * window])
+def open_window_bytes(shard_bytes: Iterable[int], streams: int, window: int) -> int:
+    """The most bytes of a source's shards that `streams` streams can have open at once, each a window of shards."""
+    return sum(sorted(shard_bytes, reverse=True)[: streams * window])
 
 
 def _download(part: int, size: int, fetch: Fetch) -> None:

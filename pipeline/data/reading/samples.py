@@ -86,7 +86,7 @@ class SampleReader:
         descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._files: PrefetchCache[OpenFile] = PrefetchCache(descriptors)
         self._pins: PrefetchCache[CachedShard] = PrefetchCache(descriptors)
-        self._requests = ThreadPoolExecutor(loader.requests, thread_name_prefix="requests")
+        self._requests = ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests")
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
         self._access = {name: self._access_to(name, cache) for name in sources}
         self._ahead: Prefetcher | None = None
@@ -174,7 +174,7 @@ class SampleReader:
         spans = ChunkStrategy(name, shards, self._memory, self._requests)
         if cache is None:
             return spans
-        each = max(2, self._loader.requests // 2)
+        each = max(2, self._loader.max_concurrent_requests // 2)
         return CacheStrategy(name, shards, cache, self._pins, spans, self._downloads, self._requests, each)
 
     def _open(self, source: str, shard: int) -> ShardView:
@@ -215,7 +215,7 @@ class SampleReader:
             self._has_told = True
             log.warning(
                 "data.loader.memory_bytes %d holds less than the open windows of this process need: parts of shards "
-                "are fetched more than once. Raise it, lower data.window, or set data.cache.folder",
+                "are fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder",
                 self._loader.memory_bytes,
             )
 

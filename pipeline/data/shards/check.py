@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from pipeline.config.errors import DataError
-from pipeline.config.schema import Use
+from pipeline.config.schema import SourceType
 from pipeline.data.contents.choices import CLASSES, Choices
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import Members, captions_of, check_members, class_of, image_bytes
@@ -77,13 +77,13 @@ class _Question:
 
     storage: Storage
     url: str
-    use: Use
+    source_type: SourceType
     max_pixels: int
     classes: int | None  # that the list beside the shards names
 
 
 def check_shards(
-    storage: Storage, url: str, use: Use, max_pixels: int, workers: int, progress: Progress | None = None
+    storage: Storage, url: str, source_type: SourceType, max_pixels: int, workers: int, progress: Progress | None = None
 ) -> Iterator[ShardReport]:
     """A report on every shard of a folder or pattern, in the order of their names, by `workers` processes.
 
@@ -96,7 +96,10 @@ def check_shards(
     records = {record.name: record for record in listed}
     tars = shard_names(url, found) if any(name.endswith(".tar") for name in found) or not records else []
     names = sorted({*tars, *records})
-    call = partial(_check_shard, _Question(storage, url, use, max_pixels, _num_classes(storage, folder, use, found)))
+    call = partial(
+        _check_shard,
+        _Question(storage, url, source_type, max_pixels, _num_classes(storage, folder, source_type, found)),
+    )
     reports = _in_processes(call, [(name, records.get(name)) for name in names], min(workers, len(names)))
     for done, report in enumerate(reports, 1):
         yield report
@@ -104,21 +107,23 @@ def check_shards(
             progress(done, len(names), report.shard)
 
 
-def _num_classes(storage: Storage, folder: str, use: Use, found: Collection[str]) -> int | None:
+def _num_classes(storage: Storage, folder: str, source_type: SourceType, found: Collection[str]) -> int | None:
     """The classes that a list beside the shards names, which a stage that trains on them must have; None without."""
-    if use != "labelled" or CLASSES not in found:
+    if source_type != "labelled" or CLASSES not in found:
         return None
     return len(Choices.from_bytes(storage.read(join(folder, CLASSES)), join(folder, CLASSES)))
 
 
-def sample_defect(sample: TarSample, use: Use, max_pixels: int, classes: int | None = None) -> BadSample | None:
+def sample_defect(
+    sample: TarSample, source_type: SourceType, max_pixels: int, classes: int | None = None
+) -> BadSample | None:
     """Why training would quarantine a sample; None when it would read it. Judged in the loader's own order."""
     members = sample.contents
     try:
         with judging("members"):
             check_members(members, sample.is_duplicate)
-            _read_annotations(members, use, classes)
-            encoded = _pictures(members, use)
+            _read_annotations(members, source_type, classes)
+            encoded = _pictures(members, source_type)
         with judging("image"):
             for each in encoded:
                 decode(each, max_pixels)
@@ -127,25 +132,25 @@ def sample_defect(sample: TarSample, use: Use, max_pixels: int, classes: int | N
     return None
 
 
-def _read_annotations(members: Members, use: Use, classes: int | None) -> None:
+def _read_annotations(members: Members, source_type: SourceType, classes: int | None) -> None:
     """Raises BadSample when what the use reads beside pictures is missing."""
-    if use in ("pairs", "text", "regions"):
+    if source_type in ("pairs", "text", "regions"):
         captions_of(members)
-    elif use == "questions":
+    elif source_type == "questions":
         question_of(members)
-    elif use == "statements":
+    elif source_type == "statements":
         statement_of(members)
-    elif use == "labelled":
+    elif source_type == "labelled":
         class_of(members, classes)
-    if use == "regions":
+    if source_type == "regions":
         regions_of(members)
 
 
-def _pictures(members: Members, use: Use) -> tuple[bytes, ...]:
+def _pictures(members: Members, source_type: SourceType) -> tuple[bytes, ...]:
     """The encoded pictures that the use reads. Raises BadSample when one is missing."""
-    if use in ("text", "regions"):
+    if source_type in ("text", "regions"):
         return ()
-    return both_images(members) if use == "statements" else (image_bytes(members),)
+    return both_images(members) if source_type == "statements" else (image_bytes(members),)
 
 
 def _check_shard(question: _Question, shard: tuple[str, ShardRecord | None]) -> ShardReport:
@@ -157,7 +162,7 @@ def _check_shard(question: _Question, shard: tuple[str, ShardRecord | None]) -> 
         with open_tar(question.storage, location, info) as tar:
             for sample in tar.samples():
                 builder.add(sample)
-                if fault := sample_defect(sample, question.use, question.max_pixels, question.classes):
+                if fault := sample_defect(sample, question.source_type, question.max_pixels, question.classes):
                     bad.append(ShardFinding(name, sample.key, sample.offset, fault.stage, fault.reason))
         index = builder.finish(tar, info.etag)
         if record is not None:

@@ -338,8 +338,8 @@ class _Unsupported(PermanentError):
 
 def _make_client(config: StorageConfig) -> Any:
     options: dict[str, Any] = {
-        "connect_timeout": min(_CONNECT_TIMEOUT, config.deadline_seconds / 4),
-        "read_timeout": min(_READ_TIMEOUT, config.deadline_seconds / 4),
+        "connect_timeout": min(_CONNECT_TIMEOUT, config.retry_timeout_seconds / 4),
+        "read_timeout": min(_READ_TIMEOUT, config.retry_timeout_seconds / 4),
         "retries": {"total_max_attempts": 1},  # `RetryPolicy` retries
         "max_pool_connections": _MAX_CONNECTIONS,
         "tcp_keepalive": True,

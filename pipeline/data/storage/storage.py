@@ -24,7 +24,7 @@ class Storage:
     """Access to every URL of a run. Picklable; each process opens its connections on first use, also after a fork.
 
     Every method may raise StorageError (NotFound, ObjectChanged and NoSpace are subclasses), and ConfigError for a
-    malformed URL. Transient failures are retried for `storage.deadline_seconds`.
+    malformed URL. Transient failures are retried for `storage.retry_timeout_seconds`.
     """
 
     def __init__(self, config: StorageConfig = StorageConfig()):
@@ -159,7 +159,7 @@ class Storage:
         """Drop connections and the lock, which after a fork may be held by a thread that does not exist here."""
         self._lock = threading.Lock()
         self._backends: dict[str, Backend] = {}
-        self._policy = RetryPolicy(self.config.deadline_seconds)
+        self._policy = RetryPolicy(self.config.retry_timeout_seconds)
         self._process = os.getpid()
 
 

@@ -44,7 +44,7 @@ _OUTSIDE = {
     "image_embedding.cls": f"{_PREFIX}embeddings.cls_token",
     "image_embedding.mask": f"{_PREFIX}embeddings.mask_token",
     "image_embedding.positions": f"{_PREFIX}embeddings.position_embeddings",
-    "masked_image_head.predict": "lm_head",
+    "mim_head.predict": "lm_head",
 }
 # Of BeitForMaskedImageModeling, of a BeitModel that pools no mean, and of one that does.
 NORMS = ("layernorm", f"{_PREFIX}layernorm", f"{_PREFIX}pooler.layernorm")
@@ -53,7 +53,7 @@ _PARTS = ("image_embedding", "attention", "vision_expert.lower", "vision_expert.
 _TABLE = "positions.image"
 _MASK = "image_embedding.mask"
 _MODALITY = "image_embedding.modality"
-_TOKENS = "masked_image_head.predict.bias"
+_TOKENS = "mim_head.predict.bias"
 _CARRIES_MODALITY = ("image_embedding.cls", "image_embedding.patch.bias", _MASK)  # that a picture's tokens begin as
 _UNUSED = re.compile(r"relative_position_index$|^classifier\.")
 
@@ -82,7 +82,7 @@ _RELEASE = (
 )
 CONFIG = ConfigFile(
     "beit",
-    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
+    keys={"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
     computed={"hidden_act": ("gelu",), "num_channels": (3,)},
     sizes=SIZES | IMAGE_SIZES,
 )
@@ -113,7 +113,7 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         "width": len(patch),
         "layers": layers,
         "heads": heads,
-        "feed_forward_ratio": len(expand) // len(patch),
+        "mlp_ratio": len(expand) // len(patch),
         "patch_size": patch.shape[-1],
         "image_size": grid * patch.shape[-1],
         "positions": "absolute" if table is None else "relative",
@@ -189,7 +189,7 @@ def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Na
         for name, parameter in model.named_parameters()
         if (model.part_of(name) in parts and name != _MODALITY)
         or (name == _MASK and masked)
-        or (name.startswith("masked_image_head.") and tokens)
+        or (name.startswith("mim_head.") and tokens)
     }
     outside = _OUTSIDE | {"norm": norm}
     return {name: published_names(name, outside, _LAYERS) for name in shapes}, shapes

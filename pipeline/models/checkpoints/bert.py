@@ -6,7 +6,7 @@ dropped. BERT predicts masked words by their embeddings, a table that ImageBERT 
 embedding, and is trained apart from it, so that Hugging Face's classes read the result of `to_hugging_face` only with
 `tie_word_embeddings=False`.
 
-Positions beyond `model.max_text` are cut off (BERT has 512 of them), which is all that a round trip loses.
+Positions beyond `model.max_text_length` are cut off (BERT has 512 of them), which is all that a round trip loses.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from pipeline.models.resize import cut_text_positions
 
 _PREFIX, _PREDICTIONS = "bert.", "cls.predictions."
 _HEAD = {
-    "masked_language_head.dense": f"{_PREDICTIONS}transform.dense",
-    "masked_language_head.norm": f"{_PREDICTIONS}transform.LayerNorm",
-    "masked_language_head.decode.weight": f"{_PREDICTIONS}decoder.weight",
-    "masked_language_head.decode.bias": f"{_PREDICTIONS}bias",
+    "mlm_head.dense": f"{_PREDICTIONS}transform.dense",
+    "mlm_head.norm": f"{_PREDICTIONS}transform.LayerNorm",
+    "mlm_head.decode.weight": f"{_PREDICTIONS}decoder.weight",
+    "mlm_head.decode.bias": f"{_PREDICTIONS}bias",
 }
 _WORDS = f"{_PREFIX}embeddings.word_embeddings.weight"
 _POSITIONS = f"{_PREFIX}embeddings.position_embeddings.weight"
 _DECODER, _BIAS = f"{_PREDICTIONS}decoder.weight", f"{_PREDICTIONS}bias"
 _BIAS_AGAIN = f"{_PREDICTIONS}decoder.bias"  # the same tensor, which some versions of transformers save twice
 _UNUSED = (f"{_PREFIX}pooler.", "cls.seq_relationship.", f"{_PREFIX}embeddings.position_ids", _BIAS_AGAIN)
-_TRUNK, _LANGUAGE = ("text_embedding.", "encoder."), "masked_language_head."
+_TRUNK, _LANGUAGE = ("text_embedding.", "encoder."), "mlm_head."
 
-MAX_TEXT = ImageBERTConfig.model_fields["max_text"].default
+MAX_TEXT = ImageBERTConfig.model_fields["max_text_length"].default
 
 CONFIG = ConfigFile(
     "bert",
-    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
+    keys={"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
     computed={
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute",),
@@ -70,8 +70,8 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         "width": width,
         "layers": layer_count(state, r"bert\.encoder\.layer\.(\d+)\."),
         "heads": assumed_heads(width, given),
-        "feed_forward_ratio": len(expand) // width,
-        "max_text": min(len(state[_POSITIONS]), MAX_TEXT),
+        "mlp_ratio": len(expand) // width,
+        "max_text_length": min(len(state[_POSITIONS]), MAX_TEXT),
     } | dict(given)
 
 
@@ -80,8 +80,8 @@ def from_hugging_face(
 ) -> dict[str, Tensor]:
     """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
 
-    What `allowed` names (see `require`) may differ, and is left out. Raises ConfigError for a `max_text` that BERT's
-    positions do not reach.
+    What `allowed` names (see `require`) may differ, and is left out. Raises ConfigError for a `max_text_length`
+    above the number of BERT's positions.
     """
     state = {name: tensor for name, tensor in _full_names(state).items() if not name.startswith(_UNUSED)}
     if _BIAS in state and _WORDS in state:  # files need not hold the decoder, which is the words' embedding
@@ -89,7 +89,7 @@ def from_hugging_face(
         state[_DECODER] = state.get(_DECODER, state[_WORDS]).clone()
     if _POSITIONS in state:
         try:
-            state[_POSITIONS] = cut_text_positions(state[_POSITIONS], config.max_text)
+            state[_POSITIONS] = cut_text_positions(state[_POSITIONS], config.max_text_length)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     wanted = _shapes(config, len(state[_WORDS]) if _WORDS in state else 1, with_head=_BIAS in state)

@@ -6,7 +6,7 @@ the way back is exact. Tensors may share the given state's memory.
 
 Hugging Face has one name, `classifier`, for the head of questions and of statements, and none for the matching head.
 Its ViltForMaskedLM ties the decoder to the words; a file without a decoder means that. Its norms' epsilon stands in
-its config: give the model the same as `norm_epsilon` and `text_norm_epsilon`. Both formats' pictures are at most
+its config: give the model the same as `norm_eps` and `text_norm_eps`. Both formats' pictures are at most
 int(1333 / 800 * shorter side) pixels long, which is 639 for 384; the paper's 640 is our config's default.
 
 Shapes: g grid side, D width.
@@ -50,18 +50,18 @@ _RELEASE = {
     "image_embedding.positions": "transformer.pos_embed",
     "norm": "transformer.norm",
     "pooler.dense": "pooler.dense",
-    "matching_head.classify": "itm_score.fc",
-    "masked_language_head.dense": "mlm_score.transform.dense",
-    "masked_language_head.norm": "mlm_score.transform.LayerNorm",
-    "masked_language_head.decode.weight": "mlm_score.decoder.weight",
-    "masked_language_head.decode.bias": "mlm_score.bias",
+    "itm_head.classify": "itm_score.fc",
+    "mlm_head.dense": "mlm_score.transform.dense",
+    "mlm_head.norm": "mlm_score.transform.LayerNorm",
+    "mlm_head.decode.weight": "mlm_score.decoder.weight",
+    "mlm_head.decode.bias": "mlm_score.bias",
     "ranking_head.score": "rank_output",
-    "answering_head.expand": "vqa_classifier.0",
-    "answering_head.norm": "vqa_classifier.1",
-    "answering_head.classify": "vqa_classifier.3",
-    "reasoning_head.expand": "nlvr2_classifier.0",
-    "reasoning_head.norm": "nlvr2_classifier.1",
-    "reasoning_head.classify": "nlvr2_classifier.3",
+    "vqa_head.expand": "vqa_classifier.0",
+    "vqa_head.norm": "vqa_classifier.1",
+    "vqa_head.classify": "vqa_classifier.3",
+    "nlvr2_head.expand": "nlvr2_classifier.0",
+    "nlvr2_head.norm": "nlvr2_classifier.1",
+    "nlvr2_head.classify": "nlvr2_classifier.3",
 }
 _RELEASE_LAYER = {
     "norm": "norm1",
@@ -84,13 +84,13 @@ _HUGGING_FACE = {
     "image_embedding.positions": f"{_EMBEDDINGS}.position_embeddings",
     "norm": "vilt.layernorm",
     "pooler.dense": "vilt.pooler.dense",
-    "masked_language_head.dense": "mlm_score.transform.dense",
-    "masked_language_head.norm": "mlm_score.transform.LayerNorm",
-    "masked_language_head.decode": _DECODER,
+    "mlm_head.dense": "mlm_score.transform.dense",
+    "mlm_head.norm": "mlm_score.transform.LayerNorm",
+    "mlm_head.decode": _DECODER,
     "ranking_head.score": "rank_output",
 } | {
     f"{head}.{module}": f"classifier.{number}"
-    for head in ("answering_head", "reasoning_head")
+    for head in ("vqa_head", "nlvr2_head")
     for module, number in (("expand", 0), ("norm", 1), ("classify", 3))
 }
 _UNUSED = ("text_embeddings.position_ids",)
@@ -100,16 +100,16 @@ _MODALITY = "token_type_embeddings.weight"
 _BIASES = ("attention.query_bias", "attention.key_bias", "attention.value_bias")
 # Parts that a checkpoint may lack, and those that one format or both have no name for: the release's masked patches
 # were broken, and are in no checkpoint.
-OPTIONAL = ("pooler", "matching_head", "masked_language_head", "answering_head", "reasoning_head", "ranking_head")
-UNPUBLISHED = ("masked_image_head",)
-UNPUBLISHED_BY_HUGGING_FACE = (*UNPUBLISHED, "matching_head")
+OPTIONAL = ("pooler", "itm_head", "mlm_head", "vqa_head", "nlvr2_head", "ranking_head")
+UNPUBLISHED = ("mim_head",)
+UNPUBLISHED_BY_HUGGING_FACE = (*UNPUBLISHED, "itm_head")
 LONGER_TO_SHORTER = 1333 / 800  # sides of pictures, in the release and in Hugging Face's processor
 
 CONFIG = ConfigFile(
     "vilt",
-    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps", "text_norm_epsilon": "layer_norm_eps"},
+    keys={"heads": "num_attention_heads", "norm_eps": "layer_norm_eps", "text_norm_eps": "layer_norm_eps"},
     computed={"hidden_act": ("gelu",), "num_channels": (3,), "num_images": (-1, 1, 2)},
-    sizes=SIZES | IMAGE_SIZES | {"max_text": "max_position_embeddings"},
+    sizes=SIZES | IMAGE_SIZES | {"max_text_length": "max_position_embeddings"},
 )
 
 
@@ -158,7 +158,7 @@ def from_hugging_face(
     reasons = classifier is not None and classifier.shape[-1] == 2 * config.width
     second = _has_second(state, f"{_EMBEDDINGS}.{_MODALITY}")
     shapes = _shapes(config, state, _HUGGING_FACE, "classifier.3.bias", second)
-    nameless = ("answering_head" if reasons else "reasoning_head", *UNPUBLISHED_BY_HUGGING_FACE)
+    nameless = ("vqa_head" if reasons else "nlvr2_head", *UNPUBLISHED_BY_HUGGING_FACE)
     return _read(state, _without(shapes, nameless), _hugging_face_names, config, allowed)
 
 
@@ -167,7 +167,7 @@ def to_hugging_face(state: Mapping[str, Tensor], config: ViLTConfig) -> dict[str
 
     Raises CheckpointError for a state with heads for questions and for statements, which there share one name.
     """
-    heads = {name.split(".")[0] for name in state} & {"answering_head", "reasoning_head"}
+    heads = {name.split(".")[0] for name in state} & {"vqa_head", "nlvr2_head"}
     if len(heads) > 1:
         raise CheckpointError(
             "Hugging Face's ViLT has one classifier, and these weights both answer questions and judge statements; "
@@ -198,7 +198,7 @@ def _read(
 
 
 def _write(state: Mapping[str, Tensor], naming: Naming, config: ViLTConfig) -> dict[str, Tensor]:
-    shapes = _shapes(config, state, {}, "answering_head.classify.bias", _SECOND in state)
+    shapes = _shapes(config, state, {}, "vqa_head.classify.bias", _SECOND in state)
     present = {name.split(".")[0] for name in state}
     shapes = _without(shapes, tuple(set(OPTIONAL) - present))
     require(state, shapes)
@@ -267,7 +267,7 @@ def _has_second(state: Mapping[str, Tensor], modality: str) -> bool:
 
 def _without(named: Mapping[str, T], parts: Collection[str]) -> dict[str, T]:
     """What belongs to none of some parts. The mask embedding is counted to the head that predicts what it hides."""
-    hidden = {"image_embedding.mask"} if "masked_image_head" in parts else set()
+    hidden = {"image_embedding.mask"} if "mim_head" in parts else set()
     return {name: value for name, value in named.items() if name.split(".")[0] not in parts and name not in hidden}
 
 
@@ -300,9 +300,9 @@ def _section(
         "width": width,
         "layers": layer_count(state, expand),
         "heads": assumed_heads(width, given),
-        "feed_forward_ratio": len(first) // width,
+        "mlp_ratio": len(first) // width,
         "patch_size": side,
         "image_size": round((positions.shape[1] - 1) ** 0.5) * side,
-        "max_text": len(texts),
+        "max_text_length": len(texts),
     } | dict(given)
     return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section

@@ -2,7 +2,7 @@
 
 A checkpoint may lack the classifier, and then has the names without their leading `vit.`; both are read, and the
 full names are written. ViTModel's pooler takes no part in what a ViT computes here and is dropped. Hugging Face's
-LayerNorms have an epsilon of 1e-12 (`model.norm_epsilon`), the JAX release's and by default ours one of 1e-6: no
+LayerNorms have an epsilon of 1e-12 (`model.norm_eps`), the JAX release's and by default ours one of 1e-6: no
 hidden vector that a trained ViT normalises is small enough to tell them apart to 1e-5.
 """
 
@@ -44,11 +44,11 @@ _OUTSIDE = {
 _CLASSES = "classifier.bias"
 _MASK, _POSITIONS = "image_embedding.mask", "image_embedding.positions"
 _UNUSED = (f"{_PREFIX}pooler.dense.weight", f"{_PREFIX}pooler.dense.bias")
-_UNPUBLISHED = "masked_image_head."  # what predicts masked patches has no name there
+_UNPUBLISHED = "mim_head."  # what predicts masked patches has no name there
 
 CONFIG = ConfigFile(
     "vit",
-    keys={"heads": "num_attention_heads", "norm_epsilon": "layer_norm_eps"},
+    keys={"heads": "num_attention_heads", "norm_eps": "layer_norm_eps"},
     computed={"hidden_act": ("gelu",), "num_channels": (3,)},
     sizes=SIZES | IMAGE_SIZES,
     resample=BILINEAR,
@@ -71,7 +71,7 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         "width": width,
         "layers": layer_count(state, rf"{re.escape(_LAYERS)}(\d+)\."),
         "heads": assumed_heads(width, given),
-        "feed_forward_ratio": len(expand) // width,
+        "mlp_ratio": len(expand) // width,
         "patch_size": side,
         "image_size": round((positions.shape[1] - 1) ** 0.5) * side,
     } | dict(given)

@@ -36,23 +36,23 @@ _OUTSIDE = {
     "image_embedding.positions": "transformer.pos_embed",
     "norm": "transformer.norm",
     "pooler.dense": "pooler.dense",
-    "contrastive_head.image": "itc_image_proj.fc",
-    "contrastive_head.text": "itc_text_proj.fc",
-    "contrastive_head.image_vl": "itc_vl_image_proj.fc",
-    "contrastive_head.text_vl": "itc_vl_text_proj.fc",
-    "contrastive_head.log_scale": "logit_scale",
-    "contrastive_head.log_scale_vl": "logit_vl_scale",
-    "matching_head.classify": "itm_score.fc",
-    "masked_language_head.dense": "mlm_score.transform.dense",
-    "masked_language_head.norm": "mlm_score.transform.LayerNorm",
-    "masked_language_head.decode.weight": "mlm_score.decoder.weight",
-    "masked_language_head.decode.bias": "mlm_score.bias",
-    "answering_head.expand": "vqa_classifier.0",
-    "answering_head.norm": "vqa_classifier.1",
-    "answering_head.classify": "vqa_classifier.3",
-    "reasoning_head.expand": "nlvr2_classifier.0",
-    "reasoning_head.norm": "nlvr2_classifier.1",
-    "reasoning_head.classify": "nlvr2_classifier.3",
+    "itc_head.image": "itc_image_proj.fc",
+    "itc_head.text": "itc_text_proj.fc",
+    "itc_head.image_vl": "itc_vl_image_proj.fc",
+    "itc_head.text_vl": "itc_vl_text_proj.fc",
+    "itc_head.log_scale": "logit_scale",
+    "itc_head.log_scale_vl": "logit_vl_scale",
+    "itm_head.classify": "itm_score.fc",
+    "mlm_head.dense": "mlm_score.transform.dense",
+    "mlm_head.norm": "mlm_score.transform.LayerNorm",
+    "mlm_head.decode.weight": "mlm_score.decoder.weight",
+    "mlm_head.decode.bias": "mlm_score.bias",
+    "vqa_head.expand": "vqa_classifier.0",
+    "vqa_head.norm": "vqa_classifier.1",
+    "vqa_head.classify": "vqa_classifier.3",
+    "nlvr2_head.expand": "nlvr2_classifier.0",
+    "nlvr2_head.norm": "nlvr2_classifier.1",
+    "nlvr2_head.classify": "nlvr2_classifier.3",
 }
 _INSIDE = {
     "norm": "norm1",
@@ -67,7 +67,7 @@ _EXPERTS = {"vision": "imag", "language": "text", "vision_language": "vl"}
 _EXPERT = {"norm": "norm2_{e}", "expand": "mlp_{e}.fc1", "contract": "mlp_{e}.fc2"}
 
 _WORDS = "text_embedding.word.weight"
-_ANSWERS = "answering_head.classify.bias"
+_ANSWERS = "vqa_head.classify.bias"
 _SECOND = "image_embedding.second"
 _TEXT_POSITIONS = _OUTSIDE["text_embedding.positions"]
 _TABLE = "relative_position_bias_table"
@@ -84,13 +84,13 @@ _UNUSED = (
 _OPTIONAL = (
     "vision_language_expert",
     "pooler",
-    "contrastive_head",
-    "matching_head",
-    "masked_language_head",
-    "answering_head",
-    "reasoning_head",
+    "itc_head",
+    "itm_head",
+    "mlm_head",
+    "vqa_head",
+    "nlvr2_head",
 )
-UNPUBLISHED = ("masked_image_head", "classification_head")  # parts that no published checkpoint has a name for
+UNPUBLISHED = ("mim_head", "classification_head")  # parts that no published checkpoint has a name for
 
 PUBLISHED_MAX_TEXT = 196  # that every published relative table was made for
 PUBLISHED_VISION_LANGUAGE_LAYERS = {12: 2, 24: 3}  # by layers
@@ -125,10 +125,10 @@ def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[st
         section["contrasts"] = 1  # of retrieval; pretraining has two
     expand = state.get("transformer.blocks.0.mlp_imag.fc1.weight")
     if expand is not None:
-        section["feed_forward_ratio"] = len(expand) // width
+        section["mlp_ratio"] = len(expand) // width
     reach = _reach_of_table(state, given) if relative else _reach_of_positions(state)
     if reach is not None:
-        section |= {"image_size": reach[0] * section["patch_size"], "max_text": reach[1]}
+        section |= {"image_size": reach[0] * section["patch_size"], "max_text_length": reach[1]}
     return section | dict(given)
 
 
@@ -147,16 +147,16 @@ def _reach_of_table(state: dict[str, Tensor], given: Mapping[str, Any]) -> tuple
     """Grid side and longest text that make up the rows of the table, (2g - 1)² + 3 and 2 T + 2."""
     texts = [PUBLISHED_MAX_TEXT]
     texts += [len(state[name]) for name in ("text_relative_position_index", _TEXT_POSITIONS) if name in state]
-    for text in [given["max_text"]] if "max_text" in given else texts:
+    for text in [given["max_text_length"]] if "max_text_length" in given else texts:
         distances = len(state[_TABLE]) - 5 - 2 * text
         side = round(max(distances, 0) ** 0.5)
         if side % 2 and side**2 == distances:
             return (side + 1) // 2, text
-    if {"image_size", "max_text"} <= given.keys():
+    if {"image_size", "max_text_length"} <= given.keys():
         return None
     raise ConfigError(
         f"{_TABLE} has {len(state[_TABLE])} rows, which do not tell the longest text and the picture's size apart; "
-        "give image_size=… and max_text=…"
+        "give image_size=… and max_text_length=…"
     )
 
 
@@ -276,7 +276,7 @@ def _published_shape(ours: str, shape: Shape, config: VLMoConfig) -> Shape:
     """Convolutions keep their kernel's shape, what is one for all rows a dimension for them, scalars none."""
     if ours == "image_embedding.patch.weight":
         return (shape[0], 3, config.patch_size, config.patch_size)
-    if ours.startswith("contrastive_head.log_scale"):
+    if ours.startswith("itc_head.log_scale"):
         return ()
     if ours == "image_embedding.cls":
         return (1, 1, *shape)

@@ -193,7 +193,7 @@ class CheckpointStore:
     def _other_records(self, url: str, own_seconds: float) -> dict[str, Record]:
         """What the other ranks wrote, once they all did; rank 0's own file took `own_seconds`."""
         missing = list(range(1, self.collectives.world_size))
-        patience = self.storage.config.deadline_seconds + _LAG * own_seconds
+        patience = self.storage.config.retry_timeout_seconds + _LAG * own_seconds
         deadline, pause = time.monotonic() + patience, _FIRST_LOOK
         records: dict[str, Record] = {}
         with ThreadPoolExecutor(8, "records") as pool:

@@ -15,15 +15,15 @@ from pipeline.training.terms.matched import HardMatching, RandomMatching, Rankin
 from pipeline.training.terms.term import Setting, Term
 
 TERMS: dict[Objective, type[Term]] = {
-    "masked_language": MaskedLanguage,
-    "masked_image": MaskedImage,
+    "mlm": MaskedLanguage,
+    "mim": MaskedImage,
     "classification": Classification,
-    "region_class": RegionClass,
-    "region_features": RegionFeatures,
-    "word_patch": WordPatch,
+    "moc": RegionClass,
+    "mrfr": RegionFeatures,
+    "wpa": WordPatch,
     "ranking": Ranking,
-    "answering": Answering,
-    "reasoning": Reasoning,
+    "vqa": Answering,
+    "nlvr2": Reasoning,
 }
 
 
@@ -31,10 +31,10 @@ def terms_of(setting: Setting) -> dict[Objective, Term]:
     """The terms of a stage, in the objectives' own order, which all ranks share."""
     chosen: dict[Objective, Term] = {}
     for objective in get_args(Objective):
-        if objective == "contrastive" or objective not in setting.stage.objectives:
+        if objective == "itc" or objective not in setting.stage.objectives:
             continue
         kind = TERMS.get(objective)
-        if objective == "matching":
+        if objective == "itm":
             kind = HardMatching if setting.stage.negatives == "hard" else RandomMatching
         assert kind is not None, f"objective {objective} has no term"
         chosen[objective] = kind(setting)

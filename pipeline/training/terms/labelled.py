@@ -42,9 +42,9 @@ class Reasoning(Term):
     """Statements about two pictures, each read with the statement."""
 
     def passes(self, rows: Batch) -> dict[str, ForwardInput]:
-        first = self.fused(rows, "statement", "reasoning")
+        first = self.fused(rows, "statement", "nlvr2")
         both = replace(first, second_image=rows.second_image, second_image_size=rows.second_image_size)
         return {"statement": both}
 
     def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
-        return reasoning_loss(outputs["statement"]["reasoning"], present(rows.label))
+        return reasoning_loss(outputs["statement"]["nlvr2"], present(rows.label))

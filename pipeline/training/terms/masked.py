@@ -28,7 +28,7 @@ class MaskedLanguage(Term):
 
     def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         fused = self.fused(rows, "masked", "mlm")
-        if self.setting.use == "text":
+        if self.setting.source_type == "text":
             fused = replace(fused, image=None, image_size=None, visible_patches=None)
         masked = replace(
             fused,
@@ -54,7 +54,7 @@ class MaskedImage(Term):
 
     def passes(self, rows: Batch) -> dict[str, ForwardInput]:
         one = ForwardInput(
-            heads=("masked_image",),
+            heads=("mim",),
             image=present(rows.image),
             image_size=rows.image_size,
             visible_patches=rows.visible_patches,
@@ -68,7 +68,7 @@ class MaskedImage(Term):
 
     def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         is_masked = None if rows.image_size is None else present(rows.patch_positions) >= 0
-        return masked_image_loss(outputs["hidden"]["masked_image"], self._targets(rows), is_masked)
+        return masked_image_loss(outputs["hidden"]["mim"], self._targets(rows), is_masked)
 
     def _targets(self, rows: Batch) -> Tensor:
         """What stands at the masked patches: (n, K) classes or tokens, or (n, K, p * p * 3) pixels."""
@@ -109,7 +109,7 @@ class _MaskedRegions(Term):
 class RegionClass(_MaskedRegions):
     """The detector's class of masked regions (MOC)."""
 
-    head = "region_class"
+    head = "moc"
 
     def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         logits = outputs["masked"][self.head]
@@ -119,7 +119,7 @@ class RegionClass(_MaskedRegions):
 class RegionFeatures(_MaskedRegions):
     """The feature vectors of masked regions (MRFR)."""
 
-    head = "region_features"
+    head = "mrfr"
 
     def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
         predicted = outputs["masked"][self.head]

@@ -69,7 +69,7 @@ class RandomMatching(Term):
         wrong = ~matched_rows(rows, self.stage)
         other = draw_of_source(self.setting.seed, rows, candidates, "random negative").cpu()
         nobody = torch.full_like(other, -1)
-        if self.setting.use != "regions":
+        if self.setting.source_type != "regions":
             return {"pair": [Exchange(VISUAL, torch.where(wrong, other, nobody))]}
         by_text = uniform_of(self.setting.seed, rows, "which is wrong", torch.device("cpu")) < 0.5
         return {
@@ -80,7 +80,7 @@ class RandomMatching(Term):
         }
 
     def exchanged_pass(self, rows: Batch, name: str) -> ForwardInput:
-        aligned: tuple[Head, ...] = ("alignment",) if "word_patch" in self.stage.objectives else ()
+        aligned: tuple[Head, ...] = ("alignment",) if "wpa" in self.stage.objectives else ()
         return self.fused(rows, name, "itm", *aligned)
 
     def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
@@ -113,14 +113,14 @@ class Ranking(Term):
         pairs = own[:, None] * size + np.arange(size)
         keys = torch.from_numpy(uniform_array(hash64(self.setting.seed, rows.step, "wrong texts"), pairs))
         image_id = candidates.image_id.cpu()
-        wrong = draw_wrong(keys, image_id[rows.place], image_id, self.stage.wrong_texts)
-        return {f"wrong_text_{k}": [Exchange(TEXT, wrong[:, k])] for k in range(self.stage.wrong_texts)}
+        wrong = draw_wrong(keys, image_id[rows.place], image_id, self.stage.num_negative_texts)
+        return {f"wrong_text_{k}": [Exchange(TEXT, wrong[:, k])] for k in range(self.stage.num_negative_texts)}
 
     def exchanged_pass(self, rows: Batch, name: str) -> ForwardInput:
         return self.fused(rows, name, "ranking")
 
     def loss(self, outputs: ForwardOutput, rows: Batch) -> Tensor:
-        names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.wrong_texts))]
+        names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.num_negative_texts))]
         return ranking_loss(torch.stack([outputs[name]["ranking"] for name in names], dim=1))
 
 
@@ -137,7 +137,7 @@ def matching_signs(logits: Tensor, matched: Tensor) -> dict[str, Tensor]:
 
 def matched_rows(rows: Batch, stage: StageConfig) -> Tensor:
     """Which rows random matching reads as true pairs: every second of those that it reads; (n,) bool, on the CPU."""
-    every = stage.objectives["matching"].every
+    every = stage.objectives["itm"].every
     return torch.div(rows.place + rows.step, every, rounding_mode="floor") % 2 == 0
 
 

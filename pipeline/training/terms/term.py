@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import StageConfig, Use
+from pipeline.config.schema import SourceType, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, Regions
@@ -30,7 +30,7 @@ class Setting:
     """What a stage's terms share."""
 
     stage: StageConfig
-    use: Use
+    source_type: SourceType
     seed: int  # of the stage's own draws
     patch_size: int
     image_tokenizer: ImageTokenizer | None  # of a stage whose masked patches are named by visual tokens

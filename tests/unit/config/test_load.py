@@ -51,10 +51,10 @@ def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
     ("override", "told"),
     [
         ("stages.vision.sources={scnes: 1.0}", "unknown source 'scnes'"),
-        ("stages.vision.batch=63", "must be a multiple of data.lanes"),
+        ("stages.vision.global_batch_size=63", "must be a multiple of data.streams"),
         ("stages.vision.sources={scenes: 1.0, sentences: 1.0}", "all sources of a stage must have one use"),
-        ("stages.language.objectives={masked_image: {}}", "masked_image needs sources read as images or pairs"),
-        ("stages.vision_language.objectives={matching: {}}", "add contrastive"),
+        ("stages.language.objectives={mim: {}}", "masked_image needs sources read as images or pairs"),
+        ("stages.vision_language.objectives={itm: {}}", "add contrastive"),
         ("stages.language.name=vision", "another stage has this name"),
         ("evaluation.source=pictures", "expected a source read as pairs, labelled"),
         ("engine={zero_stage: 0, precision: bfloat16}", "bfloat16 at ZeRO 0 would have no float32 master weights"),
@@ -74,14 +74,14 @@ def test_what_cannot_run_is_refused_by_name(override: str, told: str) -> None:
 
 
 def test_overrides_are_the_same_dotted_paths_and_pass_the_same_validation() -> None:
-    config = load_config(DEMO, ["stages.vision.steps=7", "stages.1.optimizer.peak_rate=3e-5", "cluster.workers=1"])
-    assert (config.stages[0].steps, config.stages[1].optimizer.peak_rate, config.cluster.workers) == (7, 3e-5, 1)
+    config = load_config(DEMO, ["stages.vision.steps=7", "stages.1.optimizer.lr=3e-5", "cluster.workers=1"])
+    assert (config.stages[0].steps, config.stages[1].optimizer.lr, config.cluster.workers) == (7, 3e-5, 1)
 
 
 def test_a_number_with_an_exponent_and_no_point_is_a_number(tmp_path: Path) -> None:
-    text = DEMO.read_text(encoding="utf-8").replace("peak_rate: 1e-3", "peak_rate: 1e-4")
+    text = DEMO.read_text(encoding="utf-8").replace("lr: 1e-3", "lr: 1e-4")
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
-    assert load_config(tmp_path / "run.yaml").stages[0].optimizer.peak_rate == 1e-4
+    assert load_config(tmp_path / "run.yaml").stages[0].optimizer.lr == 1e-4
 
 
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
@@ -167,14 +167,16 @@ def test_an_override_into_an_empty_element_fills_it(tmp_path: Path) -> None:
         load_config(tmp_path / "run.yaml", ["stages.0.steps=1"])
 
 
-@pytest.mark.parametrize("key", ["guards.hang_seconds", "storage.deadline_seconds", "tracking.flush_seconds"])
+@pytest.mark.parametrize("key", ["guards.hang_seconds", "storage.retry_timeout_seconds", "tracking.flush_seconds"])
 def test_seconds_that_no_thread_can_wait_are_refused(key: str) -> None:
     assert load_config(DEMO, [f"{key}=1e9"])
     with pytest.raises(ConfigError, match=key):
         load_config(DEMO, [f"{key}=1e12"])
 
 
-@pytest.mark.parametrize("key", ["stages.vision.steps", "stages.vision.batch", "data.window", "checkpoint.every"])
+@pytest.mark.parametrize(
+    "key", ["stages.vision.steps", "stages.vision.global_batch_size", "data.shuffle_window", "checkpoint.every"]
+)
 def test_counts_that_no_tensor_can_hold_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         load_config(DEMO, [f"{key}={10**20}"])
@@ -238,8 +240,8 @@ def test_mutated_configs_end_in_a_config_or_a_config_error(tmp_path: Path) -> No
     "key",
     [
         "guards.hang_seconds",
-        "storage.deadline_seconds",
-        "stages.vision.optimizer.peak_rate",
+        "storage.retry_timeout_seconds",
+        "stages.vision.optimizer.lr",
         "stages.vision.sources.scenes",
         "engine.memory_gb",
         "data.augment.crop_scale.1",
@@ -256,14 +258,14 @@ def test_numbers_are_finite(key: str, value: str) -> None:
 @pytest.mark.parametrize("name", ["coco.2017", "cc3m.v2", "a=b", "storage", "0", "with space", 'quo"te'])
 def test_a_source_may_have_any_name(tmp_path: Path, name: str) -> None:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
-    values["sources"][name] = {"shards": "runs/some", "use": "text"}
+    values["sources"][name] = {"shards": "runs/some", "type": "text"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     config = with_absolute_paths(load_config(tmp_path / "run.yaml"))
     assert Path(config.sources[name].shards).is_absolute()
-    assert config.sources[name].use == "text"
+    assert config.sources[name].type == "text"
     if '"' not in name:
         changed = load_config(
-            tmp_path / "run.yaml", [f'sources."{name}".shards=s3://b/x', f'sources."{name}".use=pairs']
+            tmp_path / "run.yaml", [f'sources."{name}".shards=s3://b/x', f'sources."{name}".type=pairs']
         )
         assert changed.sources[name].shards == "s3://b/x"
 
@@ -271,7 +273,7 @@ def test_a_source_may_have_any_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a/b", "a\\b", "a\nb", 101 * "a"])
 def test_a_source_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
-    values["sources"][name] = {"shards": "runs/some", "use": "text"}
+    values["sources"][name] = {"shards": "runs/some", "type": "text"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     with pytest.raises(ConfigError, match="a source's name"):
         load_config(tmp_path / "run.yaml")
@@ -301,18 +303,18 @@ def test_an_override_finds_a_key_that_contains_dots(tmp_path: Path) -> None:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     values["sources"]["coco.2017"] = {"shards": "runs/some"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    config = load_config(tmp_path / "run.yaml", ["sources.coco.2017.use=images", "sources.new.shards=runs/new"])
-    assert config.sources["coco.2017"].use == "images"
+    config = load_config(tmp_path / "run.yaml", ["sources.coco.2017.type=images", "sources.new.shards=runs/new"])
+    assert config.sources["coco.2017"].type == "images"
     assert config.sources["new"].shards == "runs/new"
 
 
-@pytest.mark.parametrize("override", ["stages.pairs.batch=abc", "stages.vision.steps=0", "stages.1.nme=x"])
+@pytest.mark.parametrize("override", ["stages.pairs.global_batch_size=abc", "stages.vision.steps=0", "stages.1.nme=x"])
 def test_one_wrong_value_in_a_stage_is_one_fault(override: str) -> None:
     override = override.replace("pairs", "vision_language")
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, [override])
     assert "one fault" in str(error.value)
-    assert "stages.vision_language.batch: " in str(error.value) or "stages.1" not in str(error.value)
+    assert "stages.vision_language.global_batch_size: " in str(error.value) or "stages.1" not in str(error.value)
 
 
 def test_a_run_without_stages_is_refused() -> None:
@@ -334,9 +336,9 @@ def test_only_keys_declared_changeable_may_differ_on_resume() -> None:
 
 
 def test_keys_of_free_mappings_are_not_taken_for_schema_keys() -> None:
-    assert not is_changeable("sources.storage.use")
+    assert not is_changeable("sources.storage.type")
     assert is_changeable("sources.storage.shards")
-    assert is_changeable("stages.2.optimizer.peak_rate")
+    assert is_changeable("stages.2.optimizer.lr")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_secret_queries_and_users_are_dropped(url: str, told: str) -> None:
         "{'key': 'env:MY_KEY', 'secret': 'env:MY_SECRET', 'max_tokens': '5', 'monkey': 'x'}",
         "sigma=0.5, design=new, config=x, tokens=40, key='000123', cookies, authorization was refused",
         "databricks://profile",
-        "optimizer.peak_rate=0.1",
+        "optimizer.lr=0.1",
         "",
     ],
 )

@@ -258,12 +258,12 @@ def test_epochs_count_how_often_each_source_was_read():
 
 
 def test_source_smaller_than_the_streams_is_refused():
-    with pytest.raises(DataError, match=r"source 'a' has 3 samples.*Lower data.lanes to at most 3"):
+    with pytest.raises(DataError, match=r"source 'a' has 3 samples.*Lower data.streams to at most 3"):
         DataOrder({"a": shards(2, 1)}, 4, 2, 0, 8)
 
 
 def test_streams_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(ConfigError, match=r"data.lanes 5 does not divide the global batch size 8"):
+    with pytest.raises(ConfigError, match=r"data.streams 5 does not divide the global batch size 8"):
         DataOrder({"a": shards(20)}, 5, 2, 0, 8)
 
 

@@ -84,9 +84,9 @@ def test_links_to_nothing_and_files_that_vanish_hide_no_others(tmp_path: Path, m
 def test_a_pipe_is_told_and_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.tar")
     url = str(tmp_path / "pipe.tar")
-    for use in (Storage().read, Storage().open, lambda url: Storage().read_range(url, 0, 3)):
+    for source_type in (Storage().read, Storage().open, lambda url: Storage().read_range(url, 0, 3)):
         with pytest.raises(StorageError, match=f"{url}: .* it is a pipe"):
-            use(url)
+            source_type(url)
 
 
 def test_a_pipe_of_the_shell_is_read():
@@ -218,7 +218,7 @@ def test_urls_join_and_split():
 
 
 def test_storage_survives_pickling_and_forking(tmp_path: Path):
-    storage = Storage(StorageConfig(deadline_seconds=7.0))
+    storage = Storage(StorageConfig(retry_timeout_seconds=7.0))
     storage.write(str(tmp_path / "file"), b"x")
     with storage._lock:  # as another thread may hold it at the moment of a fork
         child = os.fork()
@@ -227,7 +227,7 @@ def test_storage_survives_pickling_and_forking(tmp_path: Path):
             os._exit(0 if storage.read(str(tmp_path / "file")) == b"x" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     copy = pickle.loads(pickle.dumps(storage))  # noqa: S301
-    assert copy.config.deadline_seconds == 7.0
+    assert copy.config.retry_timeout_seconds == 7.0
     assert copy.read(str(tmp_path / "file")) == b"x"
 
 
@@ -313,7 +313,7 @@ def test_the_default_policy_outlives_an_absence_of_a_minute(clock: Clock):
             raise TransientError("away")
         return "back"
 
-    assert RetryPolicy(StorageConfig().deadline_seconds)("s3://bucket/key", request) == "back"
+    assert RetryPolicy(StorageConfig().retry_timeout_seconds)("s3://bucket/key", request) == "back"
     assert 60.0 <= clock.now <= 70.0
 
 

@@ -26,7 +26,7 @@ def storage() -> Storage:
 def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunConfig:
     """Three stages over one synthetic source of 24 scenes with two captions each; its shards are drawn."""
     shards = str(tmp_path_factory.mktemp("scenes") / "shards")
-    plain = {"steps": 4, "batch": 8}
+    plain = {"steps": 4, "global_batch_size": 8}
     values = {
         "name": "tiny",
         "model": {
@@ -36,26 +36,26 @@ def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunCon
             "vision_language_layers": 1,
             "image_size": 32,
             "patch_size": 8,
-            "max_text": 40,
+            "max_text_length": 40,
         },
         "sources": {
             "unseen": {"shards": shards, "synthetic": {"scenes": PAIRS, "image_size": 40, "captions": 2}},
-            "pictures": {"shards": shards, "use": "images"},
-            "sentences": {"shards": shards, "use": "text"},
+            "pictures": {"shards": shards, "type": "images"},
+            "sentences": {"shards": shards, "type": "text"},
         },
-        "data": {"lanes": 4},
+        "data": {"streams": 4},
         "stages": (
-            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"masked_image": {}}, **plain},
-            {"name": "language", "sources": {"sentences": 1.0}, "objectives": {"masked_language": {}}, **plain},
+            {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}, **plain},
+            {"name": "language", "sources": {"sentences": 1.0}, "objectives": {"mlm": {}}, **plain},
             {
                 "name": "vision_language",
                 "sources": {"unseen": 1.0},
-                "objectives": {"contrastive": {}, "matching": {}, "masked_language": {}},
+                "objectives": {"itc": {}, "itm": {}, "mlm": {}},
                 **plain,
             },
         ),
         "engine": {"precision": "float32"},
-        "evaluation": {"source": "unseen", "batch": 7},
+        "evaluation": {"source": "unseen", "batch_size": 7},
     }
     made = RunConfig.model_validate(values)
     build_synthetic(storage, {"unseen": made.sources["unseen"]})
@@ -69,7 +69,7 @@ def tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def held_out(config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> EvalPairs:
-    return load_pairs(config, storage, "unseen", None, tokenizer, max_text=40)
+    return load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_similarity_is_the_mean_of_both_heads_cosines(found: Evaluation, model: 
 def test_the_batch_size_changes_nothing(
     found: Evaluation, model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
-    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch": 64})})
+    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 64})})
     again = evaluate(model, tokenizer, other, storage, others={"vision": model, "language": model})
     torch.testing.assert_close(
         found.rankings.image_to_text.score,  # type: ignore[union-attr]
@@ -113,7 +113,7 @@ def test_a_dual_encoder_is_evaluated_by_its_one_contrast(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     sizes = {"width": 32, "layers": 1, "text_layers": 1, "heads": 2, "image_size": 32, "patch_size": 8}
-    stage = config.stages[-1].model_copy(update={"objectives": {"contrastive": ObjectiveConfig()}})
+    stage = config.stages[-1].model_copy(update={"objectives": {"itc": ObjectiveConfig()}})
     dual = config.model_copy(update={"model": DualEncoderConfig(**sizes, embedding=16), "stages": (stage,)})
     found = evaluate(build_model(dual.model, tokenizer.size, seed=3), tokenizer, dual, storage)
     assert found.rankings is not None
@@ -126,7 +126,7 @@ def test_a_dual_encoder_is_evaluated_by_its_one_contrast(
 def test_matching_without_a_contrast_ranks_by_reading_every_pair(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
-    changes = {"objectives": {"matching": ObjectiveConfig()}, "negatives": "random"}
+    changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}
     stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
     found = evaluate(model, tokenizer, config.model_copy(update={"stages": stages}), storage)
     result, held_out = found.to_json(), found.held_out
@@ -144,7 +144,7 @@ def test_matching_without_a_contrast_ranks_by_reading_every_pair(
 def test_of_many_pictures_the_first_few_are_read_with_all_their_captions(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"objectives": {"matching": ObjectiveConfig()}, "negatives": "random"}
+    changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}
     stages = (*config.stages[:-1], config.stages[-1].model_copy(update=changes))
     monkeypatch.setattr("pipeline.evaluation.evaluate.RERANK_PAIRS", 30)
     found = evaluate(model, tokenizer, config.model_copy(update={"stages": stages}), storage)

@@ -36,7 +36,7 @@ class Colourist(nn.Module):
         (head,) = one.heads
         assert one.image is not None
         self.rows += len(one.image)
-        if head == "reasoning":
+        if head == "nlvr2":
             # True where the first picture is redder than the second.
             assert one.second_image is not None
             redder = _redness(one.image) > _redness(one.second_image)
@@ -50,8 +50,8 @@ def _redness(image: torch.Tensor) -> torch.Tensor:
     return image.float().mean(dim=(1, 2)) @ torch.tensor([1.0, 0.0, -1.0])
 
 
-def source_of(folder: Path, use: str, objective: str, limit: int | None = None, **keys: Any) -> LabelledEvalSet:
-    config = run_config(folder, use, objective, 1, **keys)
+def source_of(folder: Path, source_type: str, objective: str, limit: int | None = None, **keys: Any) -> LabelledEvalSet:
+    config = run_config(folder, source_type, objective, 1, **keys)
     return LabelledEvalSet(config, Storage(), "test", config.stages[0], tokenizer_of(config), limit)
 
 
@@ -61,8 +61,8 @@ def tokenizer_of(config: RunConfig) -> Tokenizer:
 
 @pytest.mark.parametrize("limit", [None, 7])
 def test_vqa_accuracy_is_the_mean_score_of_the_answers_given(tmp_path: Path, limit: int | None) -> None:
-    source = source_of(tmp_path, "questions", "answering", limit, answers=6)
-    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    source = source_of(tmp_path, "questions", "vqa", limit, num_answers=6)
+    config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     listed = load_answers(config, config.stages[0], Storage())
     assert listed is not None
     right = evaluate_vqa(model := Colourist({"answers": 6}), source, listed)
@@ -82,10 +82,10 @@ def test_top_1_and_top_5_of_classes(tmp_path: Path) -> None:
 
 def test_nlvr2_accuracy_counts_true_and_false_alike(tmp_path: Path) -> None:
     """The colourist says "true" where the first picture is red, whatever the sentence: right half of the time."""
-    found = evaluate_nlvr2(Colourist({}), source_of(tmp_path, "statements", "reasoning"))
+    found = evaluate_nlvr2(Colourist({}), source_of(tmp_path, "statements", "nlvr2"))
     assert found.statements == 60
     assert 0.25 < found.accuracy < 0.75
-    other = evaluate_nlvr2(Colourist({}, wrong=True), source_of(tmp_path, "statements", "reasoning"))
+    other = evaluate_nlvr2(Colourist({}, wrong=True), source_of(tmp_path, "statements", "nlvr2"))
     assert found.accuracy + other.accuracy == pytest.approx(1.0)
     assert found.accuracy_without_model >= 0.5
 
@@ -98,25 +98,25 @@ def test_a_sentence_is_consistent_if_it_is_judged_rightly_with_every_pair() -> N
 
 
 @pytest.mark.parametrize(
-    ("use", "objective", "keys"),
-    [("questions", "answering", {"answers": 6}), ("labelled", "classification", {"classes": 4})],
+    ("source_type", "objective", "keys"),
+    [("questions", "vqa", {"num_answers": 6}), ("labelled", "classification", {"num_classes": 4})],
 )
 def test_evaluation_reports_what_the_stage_trained_in_the_promised_shape(
-    tmp_path: Path, use: str, objective: str, keys: dict[str, int]
+    tmp_path: Path, source_type: str, objective: str, keys: dict[str, int]
 ) -> None:
-    config = run_config(tmp_path, use, objective, 1, **keys)
+    config = run_config(tmp_path, source_type, objective, 1, **keys)
     found = evaluate(Colourist({"answers": 6, "classes": 4}), tokenizer_of(config), config, Storage())
     result = found.to_json()
     assert result["pairs"] == 0
     assert result["retrieval"] is result["mlm"] is None
     figures = result[objective]
     assert figures.get("accuracy", figures.get("top1")) == 1.0
-    assert f"eval/test/{objective}_{'accuracy' if objective == 'answering' else 'top1'}" in found.metrics()
+    assert f"eval/test/{objective}_{'accuracy' if objective == 'vqa' else 'top1'}" in found.metrics()
 
 
 def test_a_source_of_a_use_that_the_stage_did_not_train_is_refused(tmp_path: Path) -> None:
-    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
-    other = run_config(tmp_path, "labelled", "classification", 1, classes=4)
+    config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
+    other = run_config(tmp_path, "labelled", "classification", 1, num_classes=4)
     config = config.model_copy(update={"sources": {**config.sources, "other": other.sources["test"]}})
     with pytest.raises(ConfigError, match="read as labelled, and stage finetune did not train classification"):
         evaluate(Colourist({}), tokenizer_of(config), config, Storage(), "other")
@@ -124,7 +124,7 @@ def test_a_source_of_a_use_that_the_stage_did_not_train_is_refused(tmp_path: Pat
 
 def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) -> None:
     """Nothing is selected by a result here; but a figure on training shards must not pass for a held-out one."""
-    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     model, tokenizer = Colourist({"answers": 6}), tokenizer_of(config)
     assert evaluate(model, tokenizer, config, Storage()).to_json()["trained_on"] == []
     assert evaluate(model, tokenizer, config, Storage(), "train").to_json()["trained_on"] == ["finetune"]
@@ -134,7 +134,7 @@ def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) ->
 
 
 def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
-    source = source_of(tmp_path, "labelled", "classification", classes=2)  # half of the colours are no class here
+    source = source_of(tmp_path, "labelled", "classification", num_classes=2)  # half of the colours are no class here
     with pytest.raises(DataError, match="its class is"):
         source.shared(lambda: len(list(source.batches(torch.device("cpu"), "classes"))))
     assert source.skipped.total() + source.samples == 60
@@ -143,7 +143,7 @@ def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path
 def test_the_list_kept_with_the_weights_is_the_one_that_counts(tmp_path: Path) -> None:
     from pipeline.data.contents.choices import Choices
 
-    config = run_config(tmp_path, "questions", "answering", 1, answers=6)
+    config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     turned = Choices((*COLOURS[1:], COLOURS[0], "yes", "no"))
     found = evaluate(Colourist({"answers": 6}), tokenizer_of(config), config, Storage(), choices={ANSWERS: turned})
     assert found.answering is not None

@@ -36,7 +36,7 @@ def test_every_pair_is_read_in_the_order_of_the_manifest(
 def test_a_limit_keeps_the_first_pairs(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer, held_out: EvalPairs
 ) -> None:
-    few = load_pairs(config, storage, "unseen", 5, tokenizer, max_text=40)
+    few = load_pairs(config, storage, "unseen", 5, tokenizer, max_text_length=40)
     assert few.keys == held_out.keys[:5]
     assert torch.equal(few.images[:], held_out.images[:5])
     assert torch.equal(few.image_id, held_out.image_id[:5])
@@ -46,9 +46,9 @@ def test_unknown_sources_and_sources_without_pairs_are_refused(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(ConfigError, match="'nowhere' is no source of this run; sources with pairs: unseen"):
-        load_pairs(config, storage, "nowhere", None, tokenizer, max_text=40)
+        load_pairs(config, storage, "nowhere", None, tokenizer, max_text_length=40)
     with pytest.raises(ConfigError, match="'pictures' holds no pairs"):
-        load_pairs(config, storage, "pictures", None, tokenizer, max_text=40)
+        load_pairs(config, storage, "pictures", None, tokenizer, max_text_length=40)
 
 
 def _picture(colour: tuple[int, int, int]) -> bytes:
@@ -73,7 +73,9 @@ def _mixed(config: RunConfig, storage: Storage, folder: Path, bad: int) -> RunCo
 def test_a_bad_sample_is_left_out_and_counted(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    found = load_pairs(_mixed(config, storage, tmp_path / "a", 1), storage, "mixed", None, tokenizer, max_text=40)
+    found = load_pairs(
+        _mixed(config, storage, tmp_path / "a", 1), storage, "mixed", None, tokenizer, max_text_length=40
+    )
     assert len(found) == 9
     assert sum(found.skipped.values()) == 1
     assert "image: " in next(iter(found.skipped))
@@ -84,4 +86,4 @@ def test_too_many_bad_samples_are_fatal_with_their_reasons(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"5 of 10 samples are bad: image: .*max_bad_rate"):
-        load_pairs(_mixed(config, storage, tmp_path / "b", 5), storage, "mixed", None, tokenizer, max_text=40)
+        load_pairs(_mixed(config, storage, tmp_path / "b", 5), storage, "mixed", None, tokenizer, max_text_length=40)

@@ -51,7 +51,7 @@ def tokenizer() -> Tokenizer:
 
 def contrastive(config: RunConfig) -> RunConfig:
     """The same run, whose stage trained a contrast."""
-    stage = config.stages[0].model_copy(update={"objectives": {"contrastive": ObjectiveConfig()}, "classes": None})
+    stage = config.stages[0].model_copy(update={"objectives": {"itc": ObjectiveConfig()}, "classes": None})
     section = config.evaluation.model_copy(update={"prompts": PROMPTS})
     return config.model_copy(update={"stages": (stage,), "evaluation": section})
 
@@ -70,7 +70,7 @@ def test_a_class_is_the_mean_of_its_prompts(tokenizer: Tokenizer) -> None:
 
 
 def test_pictures_are_told_by_the_names_of_their_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    config = contrastive(run_config(tmp_path, "labelled", "classification", 1, classes=4))
+    config = contrastive(run_config(tmp_path, "labelled", "classification", 1, num_classes=4))
     found = evaluate(ColourSpace(tokenizer), tokenizer, config, Storage(), probe="train")
     result = found.to_json()
     assert result["zero_shot"] == {"pictures": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
@@ -99,7 +99,7 @@ def test_the_probe_is_the_minimum_of_its_loss() -> None:
 def test_a_prompt_has_a_place_for_the_name(tmp_path: Path) -> None:
     from pipeline.config.load import validate
 
-    values = run_config(tmp_path, "labelled", "classification", 1, classes=4).model_dump(mode="json")
+    values = run_config(tmp_path, "labelled", "classification", 1, num_classes=4).model_dump(mode="json")
     values["evaluation"]["prompts"] = ["a photo"]
     with pytest.raises(ConfigError, match=r"evaluation.prompts.*must hold \{\} once"):
         validate(values, "tiny")

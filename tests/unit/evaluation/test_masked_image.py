@@ -24,7 +24,7 @@ class Knowing(nn.Module):
         self.unused = nn.Parameter(torch.zeros(1))
 
     def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        return {name: {"masked_image": self._truth(one.image, one.patch_positions)} for name, one in passes.items()}
+        return {name: {"mim": self._truth(one.image, one.patch_positions)} for name, one in passes.items()}
 
     def _truth(self, image: Any, positions: Any) -> Tensor:
         if self.target == "pixels":

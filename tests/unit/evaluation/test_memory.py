@@ -34,7 +34,7 @@ def test_only_so_many_pictures_stay_decoded_and_all_are_the_same(
 ) -> None:
     one = 3 * 32 * 32
     monkeypatch.setattr(module, "DECODED_BYTES", 5 * one)
-    few = load_pairs(config, storage, "unseen", None, tokenizer, max_text=40)
+    few = load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
     for numbers in (slice(None), slice(3, 9), torch.tensor([20, 2, 2, 7])):
         assert torch.equal(few.images[numbers], held_out.images[numbers])
     assert torch.equal(few.picture(11), held_out.picture(11))
@@ -81,15 +81,13 @@ def evaluated(config: RunConfig) -> dict[str, Any]:
 def test_5000_pictures_and_25000_captions_take_less_than_4_gib(config: RunConfig, tmp_path: Path) -> None:
     """In a process of its own. The pictures alone would be 2.1 GiB, and each copy of the scores 0.5."""
     write_shards(Storage(), samples(), str(tmp_path), 1000)
-    stage = config.stages[-1].model_copy(
-        update={"objectives": {"contrastive": config.stages[-1].objectives["contrastive"]}}
-    )
+    stage = config.stages[-1].model_copy(update={"objectives": {"itc": config.stages[-1].objectives["itc"]}})
     config = config.model_copy(
         update={
             "sources": {"coco": SourceConfig(shards=str(tmp_path))},
             "stages": (stage.model_copy(update={"sources": {"coco": 1.0}}),),
             "model": config.model.model_copy(update={"image_size": SIDE}),
-            "evaluation": config.evaluation.model_copy(update={"source": "coco", "batch": 64}),
+            "evaluation": config.evaluation.model_copy(update={"source": "coco", "batch_size": 64}),
         }
     )
     (found,) = run_ranks(evaluated, 1, config)

@@ -43,19 +43,19 @@ def run(make_pairs, make_pair) -> RunConfig:
     stage = {
         "name": "pairs",
         "sources": {"pairs": 1.0},
-        "objectives": {"masked_language": {}, "matching": {}, "masked_image": {}},
+        "objectives": {"mlm": {}, "itm": {}, "mim": {}},
         "negatives": "random",
         "steps": 4,
-        "batch": 4,
-        "max_text": 20,
+        "global_batch_size": 4,
+        "max_text_length": 20,
     }
     values = {
         "name": "shaped",
-        "model": {"kind": "vilt", **sizes, "initial_std": 0.3},
+        "model": {"kind": "vilt", **sizes, "init_std": 0.3},
         "sources": {"pairs": {"shards": shards}},
-        "data": {"lanes": 2},
+        "data": {"streams": 2},
         "stages": [stage, {**stage, "name": "ranked", "objectives": {"ranking": {}}}],
-        "evaluation": {"source": "pairs", "batch": 5},
+        "evaluation": {"source": "pairs", "batch_size": 5},
     }
     return validate(values, "shaped")
 
@@ -104,7 +104,7 @@ def test_a_vilt_is_evaluated_and_reported(model: Model, run: RunConfig, tokenize
     assert result["itm"]["accuracy"] is not None
     assert (result["retrieval"]["by"], result["retrieval"]["images"]) == ("itm", 6)
     assert result["reconstruction"] is None
-    assert "matching" in render_report(build_report_data(found, run, tokenizer), run, {})
+    assert "itm" in render_report(build_report_data(found, run, tokenizer), run, {})
     ranked = evaluate(model, tokenizer, run, Storage(), stage="ranked")
     assert ranked.to_json()["retrieval"]["by"] == "ranking"
     assert ranked.rankings.text_to_image.best.shape == (18, 6)

@@ -25,7 +25,14 @@ from pipeline.training.checkpoint import load_weights
 
 WORDS = 11
 TINY = VLMoConfig(
-    width=64, layers=3, heads=1, vision_language_layers=1, image_size=32, patch_size=8, max_text=12, drop_path=0.1
+    width=64,
+    layers=3,
+    heads=1,
+    vision_language_layers=1,
+    image_size=32,
+    patch_size=8,
+    max_text_length=12,
+    drop_path=0.1,
 )
 CONTAINERS = {
     "bare": lambda state: state,
@@ -62,19 +69,19 @@ def test_every_container_imports_to_the_same_weights_and_exports_to_the_same_ten
     state = published()
     index = {"relative_position_index": torch.zeros(17, 17, dtype=torch.int64)} if container == "lightning" else {}
     path = save(tmp_path / "vlmo.pt", CONTAINERS[container](state | index))
-    told = import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
+    told = import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text_length=12"], vocabulary=vocabulary)
     weights = load_weights(Storage(), f"{tmp_path}/imported")
     assert equal(weights.tensors, build_model(TINY, WORDS, seed=5).state_dict())
     assert weights.config.model == TINY
     assert told["absent"] == []
-    assert told["objectives"] == ["masked_language", "contrastive", "matching", "masked_language"]
+    assert told["objectives"] == ["mlm", "itc", "itm", "mlm"]
     assert export_weights(f"{tmp_path}/imported", "vlmo", f"{tmp_path}/back.pt")["left_out"] == []
     assert equal(torch.load(tmp_path / "back.pt", weights_only=True)["state_dict"], state)
 
 
 def test_our_own_safetensors_need_no_sizes(tmp_path: Path, vocabulary: str) -> None:
     path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5)))
-    import_weights(path, "vlmo", f"{tmp_path}/first", ["max_text=12"], vocabulary=vocabulary)
+    import_weights(path, "vlmo", f"{tmp_path}/first", ["max_text_length=12"], vocabulary=vocabulary)
     export_weights(f"{tmp_path}/first", "safetensors", f"{tmp_path}/own.safetensors")
     import_weights(f"{tmp_path}/own.safetensors", "safetensors", f"{tmp_path}/second", vocabulary=vocabulary)
     first, second = (load_weights(Storage(), f"{tmp_path}/{name}") for name in ("first", "second"))
@@ -86,13 +93,13 @@ def test_our_own_safetensors_need_no_sizes(tmp_path: Path, vocabulary: str) -> N
 
 def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> None:
     path = save(tmp_path / "vlmo.pt", {name: t.half() for name, t in published().items()})
-    import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
+    import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text_length=12"], vocabulary=vocabulary)
     assert {t.dtype for t in load_weights(Storage(), f"{tmp_path}/imported").tensors.values()} == {torch.float32}
 
 
 def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocabulary: str) -> None:
     path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5, reasoning=True)))
-    import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text=12"], vocabulary=vocabulary)
+    import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text_length=12"], vocabulary=vocabulary)
     made = model_of(load_weights(Storage(), f"{tmp_path}/imported"))
     expected = build_model(TINY, WORDS, HeadConfig(answers=5, reasoning=True), seed=5)
     assert equal(made.state_dict(), expected.state_dict())
@@ -101,7 +108,7 @@ def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocab
 def test_a_language_stage_lacks_the_fusion_expert_and_says_so(tmp_path: Path, vocabulary: str) -> None:
     stage = {n: t for n, t in published().items() if "_vl" not in n and not n.startswith(("itc", "itm", "logit"))}
     path = save(tmp_path / "textmlm.pt", {"state_dict": stage})
-    sizes = ["max_text=12", "vision_language_layers=1"]
+    sizes = ["max_text_length=12", "vision_language_layers=1"]
     told = import_weights(path, "vlmo", f"{tmp_path}/imported", sizes, vocabulary=vocabulary)
     assert told["absent"] == ["vision_language_expert"]
     assert load_weights(Storage(), f"{tmp_path}/imported").absent == {"vision_language_expert"}
@@ -113,15 +120,15 @@ def test_a_mismatch_lists_every_name_and_is_refused_unless_excused(tmp_path: Pat
     del state["pooler.dense.bias"]
     path, out = save(tmp_path / "vlmo.pt", state), f"{tmp_path}/imported"
     with pytest.raises(CheckpointError) as error:
-        import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary)
+        import_weights(path, "vlmo", out, ["max_text_length=12"], vocabulary=vocabulary)
     assert "missing: pooler.dense.bias" in str(error.value)
     assert "unexpected: rank_output.bias, rank_output.weight" in str(error.value)
     assert "itm_score.fc.bias (is (3,), must be (2,))" in str(error.value)
     allowed = ("rank_output.*", "itm_score.fc.bias", "pooler.dense.bias")
-    import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary, may_differ=allowed)
+    import_weights(path, "vlmo", out, ["max_text_length=12"], vocabulary=vocabulary, may_differ=allowed)
     tensors = load_weights(Storage(), out).tensors
-    assert "matching_head.classify.bias" not in tensors
-    assert "matching_head.classify.weight" in tensors
+    assert "itm_head.classify.bias" not in tensors
+    assert "itm_head.classify.weight" in tensors
 
 
 class Armed:
@@ -161,10 +168,10 @@ def test_wrong_requests_say_what_to_do(tmp_path: Path, vocabulary: str) -> None:
     path, out = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported"
     for request, told in (
         ({"format_name": "onnx"}, "--format onnx: unknown; known: vlmo"),
-        ({"overrides": ["max_text=12"]}, "--vocabulary"),
-        ({"overrides": ["max_text=12", "widht=3"], "vocabulary": vocabulary}, "did you mean 'width'"),
-        ({"overrides": ["max_text=12", "kind=vit"], "vocabulary": vocabulary}, "kind"),
-        ({}, "give image_size=… and max_text=…"),
+        ({"overrides": ["max_text_length=12"]}, "--vocabulary"),
+        ({"overrides": ["max_text_length=12", "widht=3"], "vocabulary": vocabulary}, "did you mean 'width'"),
+        ({"overrides": ["max_text_length=12", "kind=vit"], "vocabulary": vocabulary}, "kind"),
+        ({}, "give image_size=… and max_text_length=…"),
     ):
         with pytest.raises(ConfigError) as error:
             import_weights(path, **({"format_name": "vlmo", "out": out} | request))  # type: ignore[arg-type]
@@ -173,9 +180,9 @@ def test_wrong_requests_say_what_to_do(tmp_path: Path, vocabulary: str) -> None:
 
 def test_weights_are_never_overwritten(tmp_path: Path, vocabulary: str) -> None:
     path, out = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported"
-    import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary)
+    import_weights(path, "vlmo", out, ["max_text_length=12"], vocabulary=vocabulary)
     with pytest.raises(ConfigError, match="holds weights already"):
-        import_weights(path, "vlmo", out, ["max_text=12"], vocabulary=vocabulary)
+        import_weights(path, "vlmo", out, ["max_text_length=12"], vocabulary=vocabulary)
 
 
 def test_export_tells_what_the_format_has_no_names_for(tmp_path: Path, vocabulary: str) -> None:
@@ -186,12 +193,12 @@ def test_export_tells_what_the_format_has_no_names_for(tmp_path: Path, vocabular
     told = export_weights(f"{tmp_path}/imported", "vlmo", f"{tmp_path}/out.pt")
     assert told["left_out"] == [
         "image_embedding.mask",
-        "masked_image_head.predict.bias",
-        "masked_image_head.predict.weight",
+        "mim_head.predict.bias",
+        "mim_head.predict.weight",
     ]
 
 
-SMALL = {"width": 64, "layers": 2, "heads": 1, "image_size": 32, "patch_size": 8, "max_text": 12}
+SMALL = {"width": 64, "layers": 2, "heads": 1, "image_size": 32, "patch_size": 8, "max_text_length": 12}
 SECTIONS: dict[str, TransformerConfig] = {
     "vlmo": TINY,
     "vilt": ViLTConfig(**SMALL, longest_side=48),
@@ -227,7 +234,7 @@ def test_every_format_goes_out_and_comes_back_as_it_was(format_name: str, tmp_pa
 def test_both_commands_work_from_the_command_line(tmp_path: Path, vocabulary: str) -> None:
     path, imported, back = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported", f"{tmp_path}/b.safetensors"
     options = ["--format", "vlmo", "--vocabulary", vocabulary, "--json"]
-    first = CliRunner().invoke(app, ["import", path, "max_text=12", "--out", imported, *options])
+    first = CliRunner().invoke(app, ["import", path, "max_text_length=12", "--out", imported, *options])
     assert json.loads(first.stdout)["model"]["width"] == TINY.width
     second = CliRunner().invoke(app, ["export", imported, "--format", "vlmo", "--out", back, "--json"])
     assert json.loads(second.stdout)["path"] == back

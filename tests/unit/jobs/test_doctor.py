@@ -98,7 +98,7 @@ def test_too_little_shared_memory_fails(tmp_path: Path) -> None:
 
 def test_shared_memory_is_needed_by_loader_processes_and_by_nccl(tmp_path: Path) -> None:
     threads = demo(tmp_path)
-    processes = demo(tmp_path, "data.loader.workers=2", "data.loader.prefetch_batches=3")
+    processes = demo(tmp_path, "data.loader.num_workers=2", "data.loader.prefetch_batches=3")
     batch = 64 * 3 * 48 * 48  # the largest stage's rows as uint8 pictures
     assert machine.shared_memory_of(threads, accelerators=0) == 0
     assert machine.shared_memory_of(processes, accelerators=0) == 4 * batch

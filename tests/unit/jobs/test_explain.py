@@ -43,7 +43,7 @@ def picture(tmp_path: Path) -> str:
 @pytest.mark.parametrize("kind", ["vlmo", "vilt"])
 @pytest.mark.parametrize("ending", ["html", "png"])
 def test_the_command_draws_a_checkpoints_reading(kind: str, ending: str, tmp_path: Path, picture: str) -> None:
-    run = checkpoint_of(Cell("word_patch", kind, "pairs"), tmp_path / "run")
+    run = checkpoint_of(Cell("wpa", kind, "pairs"), tmp_path / "run")
     out = tmp_path / f"drawn.{ending}"
     told = CliRunner().invoke(
         app, ["explain", run, "--image", picture, "--text", "a red circle", "--out", str(out), "--json"]
@@ -61,22 +61,22 @@ def test_what_the_stage_never_trained_is_said() -> None:
     def notes(cell: Cell) -> list[str]:
         return untrained_notes(trial_config(cell), "trial")
 
-    aligned, words = notes(Cell("word_patch", "vlmo", "pairs")), notes(Cell("masked_language", "vlmo", "pairs"))
+    aligned, words = notes(Cell("wpa", "vlmo", "pairs")), notes(Cell("mlm", "vlmo", "pairs"))
     assert len(aligned) == 1
-    assert "masked_language" in aligned[0]
+    assert "mlm" in aligned[0]
     assert len(words) == 1
-    assert "word_patch" in words[0]
-    assert "beside pictures" in notes(Cell("masked_language", "vlmo", "text"))[1]
+    assert "wpa" in words[0]
+    assert "beside pictures" in notes(Cell("mlm", "vlmo", "text"))[1]
 
 
 def test_a_model_that_aligns_no_words_is_refused_with_those_that_do(tmp_path: Path, picture: str) -> None:
-    run = checkpoint_of(Cell("contrastive", "dual_encoder", "pairs"), tmp_path / "run")
+    run = checkpoint_of(Cell("itc", "dual_encoder", "pairs"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"dual_encoder.*vlmo, vilt"):
         explain_checkpoint(run, picture, "a circle", str(tmp_path / "out.html"))
 
 
 def test_wrong_files_are_refused_by_name(tmp_path: Path, picture: str) -> None:
-    run = checkpoint_of(Cell("word_patch", "vlmo", "pairs"), tmp_path / "run")
+    run = checkpoint_of(Cell("wpa", "vlmo", "pairs"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"drawn\.pdf.*\.html or \.png"):
         explain_checkpoint(run, picture, "a circle", str(tmp_path / "drawn.pdf"))
     damaged = tmp_path / "damaged.jpg"

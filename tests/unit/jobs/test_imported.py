@@ -116,8 +116,8 @@ def same_tokens(model: Any, asked: Asked, heads: str) -> None:
 def same_visual_tokens(model: Any, asked: Asked) -> None:
     image, places = asked.pixels[0], torch.tensor([[0, 3, 5]])
     covered = torch.zeros(1, 9, dtype=torch.bool).scatter(1, places, True)
-    one = ForwardInput(heads=("masked_image",), image=image.permute(0, 2, 3, 1), patch_positions=places)
-    found = model_of(asked.weights).eval()({"x": one})["x"]["masked_image"]
+    one = ForwardInput(heads=("mim",), image=image.permute(0, 2, 3, 1), patch_positions=places)
+    found = model_of(asked.weights).eval()({"x": one})["x"]["mim"]
     expected = model(image, bool_masked_pos=covered).logits[:, places[0]]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     stage = asked.weights.config.stage_named(asked.weights.stage)
@@ -160,18 +160,18 @@ def our_own(model: Any, asked: Asked, *heads: str) -> dict[str, Any]:
         found |= {
             "itm": lambda out=out: {"matched": pytest.approx(out.softmax(0)[1].item(), abs=2e-5)},
             "answers": lambda out=out: {"answers": ranked(out.sigmoid(), ANSWERS)},
-            "reasoning": lambda out=out: {"true": pytest.approx(out.softmax(0)[1].item(), abs=2e-5)},
+            "nlvr2": lambda out=out: {"true": pytest.approx(out.softmax(0)[1].item(), abs=2e-5)},
             "ranking": lambda out=out: {"ranking": pytest.approx(out.item(), abs=2e-4)},
         }[head]()
     return found
 
 
 OURS = {"width": 24, "layers": 3, "heads": 3, "image_size": 24, "patch_size": 8}
-RELATIVE = VLMoConfig(**OURS, vision_language_layers=1, max_text=10)
-ABSOLUTE = VLMoConfig(**OURS, vision_language_layers=1, max_text=10, positions="absolute", layer_scale=None)
+RELATIVE = VLMoConfig(**OURS, vision_language_layers=1, max_text_length=10)
+ABSOLUTE = VLMoConfig(**OURS, vision_language_layers=1, max_text_length=10, positions="absolute", layer_scale=None)
 RETRIEVAL = RELATIVE.model_copy(update={"contrasts": 1})
-RELEASED_VILT = ViLTConfig(**OURS, longest_side=39, max_text=10)
-SHORT = ("max_text=10",)
+RELEASED_VILT = ViLTConfig(**OURS, longest_side=39, max_text_length=10)
+SHORT = ("max_text_length=10",)
 
 CASES = {
     "BERT, pretrained": Case(
@@ -258,7 +258,7 @@ CASES = {
     ),
     "ViLT, NLVR2": Case(
         "vilt", our_release(RELEASED_VILT, HeadConfig(reasoning=True), ("itm", "mlm")),
-        lambda model, asked: our_own(model, asked, "reasoning"), given=(2, TEXT), overrides=("heads=3",),
+        lambda model, asked: our_own(model, asked, "nlvr2"), given=(2, TEXT), overrides=("heads=3",),
     ),
     "ViLT, retrieval": Case(
         "vilt", our_release(RELEASED_VILT, HeadConfig(ranking=True), ("mlm",)),
@@ -280,7 +280,7 @@ CASES = {
     ),
     "VLMo, NLVR2": Case(
         "vlmo", our_release(RELATIVE, HeadConfig(reasoning=True), ("itm", "mlm", "itc", "logit")),
-        lambda model, asked: our_own(model, asked, "reasoning"), given=(2, TEXT), overrides=SHORT,
+        lambda model, asked: our_own(model, asked, "nlvr2"), given=(2, TEXT), overrides=SHORT,
     ),
 }  # fmt: skip
 
@@ -391,7 +391,7 @@ def test_a_head_that_is_whole_in_no_weights_is_never_scored(tmp_path: Path, capl
     del state["itc_vl_image_proj.fc.weight"], state["itm_score.fc.bias"]
     out = imported(state, "vlmo", tmp_path, *SHORT, may_differ=("itc_vl_*", "itm_*"))
     stage = load_weights(Storage(), out).config.stages[-1]
-    assert set(stage.objectives) == {"masked_language"}
+    assert set(stage.objectives) == {"mlm"}
     with pytest.raises(ConfigError, match="nothing can be predicted"):
         predict(out, photos(tmp_path)[0], None, TEXT)
 
@@ -401,11 +401,11 @@ def test_a_stage_that_claims_a_head_which_the_weights_lack_is_scored_without_it(
 ) -> None:
     state = FORMATS["vlmo"].write(build_model(RELATIVE, len(TOKENS)).state_dict(), RELATIVE)
     weights = load_weights(Storage(), imported(state, "vlmo", tmp_path, *SHORT))
-    tensors = {n: t for n, t in weights.tensors.items() if n != "contrastive_head.image_vl.weight"}
+    tensors = {n: t for n, t in weights.tensors.items() if n != "itc_head.image_vl.weight"}
     metadata = {"config": weights.config.model_dump(mode="json"), "stage": weights.stage, "step": 0}
     save_weights(Storage(), f"{tmp_path}/cut", tensors, TOKENS, metadata)
     found = weights_to_score(Storage(), f"{tmp_path}/cut")
-    assert set(found.config.stage_named(found.stage).objectives) == {"matching", "masked_language"}
+    assert set(found.config.stage_named(found.stage).objectives) == {"itm", "mlm"}
     assert "no whole head for contrastive" in caplog.text
 
 
@@ -417,7 +417,7 @@ def test_one_contrast_trains_and_starts_from_two(tmp_path: Path) -> None:
     for name, outputs in one.eval()(passes).items():
         assert outputs.keys() == {"itc", "scale"}
         torch.testing.assert_close(outputs["itc"], both.eval()(passes)[name]["itc"])
-    used = one.modules_for("contrastive", "pairs")
+    used = one.modules_for("itc", "pairs")
     assert used is not None
     (one(passes)["image"]["itc"].sum() + one(passes)["text"]["itc"].sum() + one(passes)["image"]["scale"]).backward()
     assert {one.part_of(n) for n, p in one.named_parameters() if p.grad is not None} == used
@@ -446,7 +446,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another depth": ({"num_hidden_layers": 12}, "num_hidden_layers is 12, the tensors have 3"),
     "heads that do not divide": ({"num_attention_heads": 7}, "width 24 must be a multiple of heads 7"),
     "heads of no number": ({"num_attention_heads": "many"}, "heads"),
-    "a damaged epsilon": ({"layer_norm_eps": -1}, "norm_epsilon"),
+    "a damaged epsilon": ({"layer_norm_eps": -1}, "norm_eps"),
 }
 
 
@@ -549,7 +549,7 @@ def test_a_header_of_others_that_speaks_of_a_model_is_no_section(told: str, tmp_
 def test_imported_vilt_reads_the_releases_longest_side(format_name: str, short: int, longest: int) -> None:
     """int(1333 / 800 * short) in the release and in Hugging Face's processor; the paper's 640 is our default."""
     with torch.device("meta"):
-        section = ViLTConfig(**{**OURS, "image_size": short // 8 * 8, "longest_side": 1000, "max_text": 10})
+        section = ViLTConfig(**{**OURS, "image_size": short // 8 * 8, "longest_side": 1000, "max_text_length": 10})
         state = build_state(section)
     inferred = FORMATS[format_name].infer(FORMATS[format_name].write(state, section), {"heads": 3})
     assert inferred["longest_side"] == longest

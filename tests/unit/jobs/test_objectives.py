@@ -19,12 +19,17 @@ def test_table_holds_every_trainable_combination() -> None:
     assert result.exit_code == 0, result.output
     table = json.loads(result.stdout.splitlines()[-1])["objectives"]
     assert list(table) == list(get_args(Objective))
-    listed = {(objective, kind, use) for objective, row in table.items() for kind, uses in row.items() for use in uses}
-    assert listed == {(cell.objective, cell.kind, cell.use) for cell in cells()}
+    listed = {
+        (objective, kind, source_type)
+        for objective, row in table.items()
+        for kind, source_types in row.items()
+        for source_type in source_types
+    }
+    assert listed == {(cell.objective, cell.kind, cell.source_type) for cell in cells()}
 
 
 def test_text_has_a_column_per_kind_and_a_line_per_objective() -> None:
     lines = as_text(objectives()).splitlines()
     assert lines[0].split() == ["objective", *MODEL_SECTIONS]
     assert [line.split()[0] for line in lines[1:]] == list(get_args(Objective))
-    assert next(line for line in lines if line.startswith("reasoning")).split()[1:] == ["statements"] * 2 + ["·"] * 3
+    assert next(line for line in lines if line.startswith("nlvr2")).split()[1:] == ["statements"] * 2 + ["·"] * 3

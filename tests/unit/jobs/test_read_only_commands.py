@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 COMMANDS = {
     "fingerprint": "fingerprint {config} --steps 0:1",
-    "fingerprint of an override": "fingerprint {config} data.loader.threads=3 --steps 0:1 --workers 1",
+    "fingerprint of an override": "fingerprint {config} data.loader.threads_per_worker=3 --steps 0:1 --workers 1",
     "plan": "plan {config}",
     "doctor": "doctor --config {config}",
     "predict": "predict {folder}/run --image {image} --text circle",

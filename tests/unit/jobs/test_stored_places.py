@@ -83,7 +83,7 @@ def hostile(tmp_path: Path, shards: str, asked: Asked, monkeypatch: pytest.Monke
         Path(asked.guarded),
         {"pairs": pairs, "beacon": beacon},
         "pairs",
-        storage={"endpoint_url": server, "key": "env:CANARY", "secret": f"file:{secret}", "deadline_seconds": 1.0},
+        storage={"endpoint_url": server, "key": "env:CANARY", "secret": f"file:{secret}", "retry_timeout_seconds": 1.0},
         tracking={"uri": server},
         cluster={"address": f"ray://{asked.address}"},
         tokenizer={"vocabulary": secret},

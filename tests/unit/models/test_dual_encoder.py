@@ -20,10 +20,10 @@ CONFIG = DualEncoderConfig(
     layers=3,
     text_layers=2,
     heads=3,
-    feed_forward_ratio=2,
+    mlp_ratio=2,
     image_size=16,
     patch_size=8,
-    max_text=12,
+    max_text_length=12,
     embedding=10,
     drop_path=0.4,
 )
@@ -71,7 +71,7 @@ def test_both_towers_give_unit_vectors_of_the_shared_space_and_one_scale(model: 
         torch.testing.assert_close(out[name]["itc"].norm(dim=-1), torch.ones(ROWS))
     assert out["image"]["scale"] == out["text"]["scale"]
     with torch.no_grad():
-        model.contrastive_head.log_scale.fill_(9.0)
+        model.itc_head.log_scale.fill_(9.0)
     assert model(passes())["image"]["scale"] == 100
 
 
@@ -99,8 +99,8 @@ def test_what_stands_at_padding_is_never_read(model: DualEncoder) -> None:
 
 def test_a_tower_is_moved_by_its_own_modality_alone(model: DualEncoder) -> None:
     found = {name: gradients(model, model({name: one})) for name, one in passes().items()}
-    assert {model.part_of(name) for name in found["image"]} == {"image_embedding", "image_tower", "contrastive_head"}
-    assert {model.part_of(name) for name in found["text"]} == {"text_embedding", "text_tower", "contrastive_head"}
+    assert {model.part_of(name) for name in found["image"]} == {"image_embedding", "image_tower", "itc_head"}
+    assert {model.part_of(name) for name in found["text"]} == {"text_embedding", "text_tower", "itc_head"}
 
 
 def test_reading_only_the_first_token_equals_reading_all(model: DualEncoder) -> None:
@@ -154,19 +154,17 @@ def test_heads_of_other_models_are_refused_by_name(model: DualEncoder) -> None:
 def test_contrast_over_pairs_is_all_it_learns() -> None:
     model = skeleton(CONFIG)
     assert (
-        model.modules_for("contrastive", "pairs")
-        == frozenset(PARTS)
-        == {model.part_of(n) for n, _ in model.named_parameters()}
+        model.modules_for("itc", "pairs") == frozenset(PARTS) == {model.part_of(n) for n, _ in model.named_parameters()}
     )
     with pytest.raises(ConfigError, match="mome objectives"):
-        model.parts_used(["matching"], "pairs")
+        model.parts_used(["itm"], "pairs")
     with pytest.raises(ConfigError, match=r"contrastive.*pairs.*text"):
-        model.parts_used(["contrastive"], "text")
+        model.parts_used(["itc"], "text")
 
 
 def test_positions_of_another_picture_size_and_text_length_are_resized_and_nothing_else_moves() -> None:
     before = build_model(CONFIG, VOCABULARY).state_dict()
-    changes = {"image_size": CONFIG.image_size + CONFIG.patch_size, "max_text": CONFIG.max_text - 2}
+    changes = {"image_size": CONFIG.image_size + CONFIG.patch_size, "max_text_length": CONFIG.max_text_length - 2}
     other = build_model(CONFIG.model_copy(update=changes), VOCABULARY)
     after = other.resize_state(before, CONFIG)
     other.load_state_dict(after)

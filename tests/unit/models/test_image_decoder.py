@@ -17,7 +17,7 @@ from pipeline.models.image_decoder import ImageDecoder, sine_positions
 from pipeline.models.model import HeadConfig, Model
 
 RELATIVE = VLMoConfig(
-    width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text=8, initial_std=0.2
+    width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text_length=8, init_std=0.2
 )
 ABSOLUTE = RELATIVE.model_copy(update={"positions": "absolute"})
 ROWS, PATCHES = 3, 9
@@ -74,17 +74,17 @@ def test_what_is_left_out_is_the_complement_in_ascending_order() -> None:
 
 
 def test_the_decoder_sees_nothing_of_masked_patches(model: Model) -> None:
-    one = ForwardInput(("masked_image",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
+    one = ForwardInput(("mim",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
     patches = one.image.unflatten(1, (3, 8)).unflatten(3, (3, 8)).clone()
     for row, positions in enumerate(one.patch_positions.tolist()):
         for place in positions:
             patches[row, place // 3, :, place % 3] = 0
     painted = replace(one, image=patches.reshape(one.image.shape))
-    found, other = (run(model, drop_masked_patches(each, PATCHES), "masked_image") for each in (one, painted))
+    found, other = (run(model, drop_masked_patches(each, PATCHES), "mim") for each in (one, painted))
     assert found.shape == (ROWS, 2, 192)
     torch.testing.assert_close(found, other)
     with pytest.raises(ValueError, match="image target"):
-        run(model, one, "masked_image")
+        run(model, one, "mim")
 
 
 def test_padding_among_visible_patches_changes_nothing() -> None:

@@ -17,7 +17,7 @@ from pipeline.models.forward import ForwardInput, Regions
 from pipeline.models.imagebert import ImageBERT
 
 CONFIG = ImageBERTConfig(
-    width=32, layers=2, heads=4, max_text=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
+    width=32, layers=2, heads=4, max_text_length=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
 )
 VOCABULARY = 40
 
@@ -113,13 +113,13 @@ def test_regions_have_no_order(model: ImageBERT, text: Tensor, keep: Tensor, reg
 
 def test_padding_of_words_and_regions_changes_nothing(model: ImageBERT, text: Tensor, keep: Tensor) -> None:
     """Passes of different lengths share a run: the longer one pads the other, which must not feel it."""
-    heads = ("itm", "mlm", "region_class", "region_features", "tokens")
+    heads = ("itm", "mlm", "moc", "mrfr", "tokens")
     one = ForwardInput(
         heads=heads, text=text[:, :6], text_keep=keep[:, :6], mask_positions=torch.tensor([[1], [2], [3]]),
         regions=regions_of(3, 3), region_positions=torch.tensor([[0, 1], [1, -1], [0, -1]]),
     )  # fmt: skip
     other = ForwardInput(
-        heads=("region_class",), text=text, text_keep=keep, regions=regions_of(3, 5),
+        heads=("moc",), text=text, text_keep=keep, regions=regions_of(3, 5),
         region_positions=torch.tensor([[4], [0], [1]]),
     )  # fmt: skip
     alone = model({"one": one})["one"]
@@ -150,35 +150,36 @@ def test_region_heads_predict_classes_and_features(
 ) -> None:
     positions = torch.tensor([[0, 3], [2, -1], [1, -1]])
     asked = ForwardInput(
-        heads=("region_class", "region_features", "tokens"), text=text, text_keep=keep, regions=regions,
+        heads=("moc", "mrfr", "tokens"), text=text, text_keep=keep, regions=regions,
         region_positions=positions,
     )  # fmt: skip
     out = model({"one": asked})["one"]
-    assert out["region_class"].shape == (3, 2, 7)
-    assert out["region_features"].shape == (3, 2, 8)
-    agree(out["region_class"][0, 1], model.region_class_head(out["tokens"][0, 9 + 3]))
-    agree(out["region_features"][1, 0], model.region_features_head(out["tokens"][1, 9 + 2]))
+    assert out["moc"].shape == (3, 2, 7)
+    assert out["mrfr"].shape == (3, 2, 8)
+    agree(out["moc"][0, 1], model.moc_head(out["tokens"][0, 9 + 3]))
+    agree(out["mrfr"][1, 0], model.mrfr_head(out["tokens"][1, 9 + 2]))
 
 
 def test_every_objective_gives_every_part_that_it_reads_a_gradient(
     text: Tensor, keep: Tensor, regions: Regions
 ) -> None:
     heads = {
-        ("matching", "regions"): "itm",
-        ("masked_language", "regions"): "mlm",
-        ("masked_language", "text"): "mlm",
-        ("region_class", "regions"): "region_class",
-        ("region_features", "regions"): "region_features",
+        ("itm", "regions"): "itm",
+        ("mlm", "regions"): "mlm",
+        ("mlm", "text"): "mlm",
+        ("moc", "regions"): "moc",
+        ("mrfr", "regions"): "mrfr",
     }
-    for (objective, use), head in heads.items():
+    for (objective, source_type), head in heads.items():
         model = build_model(CONFIG, VOCABULARY, seed=1)
         asked = ForwardInput(
             heads=(head,), text=text, text_keep=keep, mask_positions=torch.ones(3, 1, dtype=torch.int64),
-            regions=regions if use == "regions" else None, region_positions=torch.zeros(3, 1, dtype=torch.int64),
+            regions=regions if source_type == "regions" else None,
+            region_positions=torch.zeros(3, 1, dtype=torch.int64),
         )  # fmt: skip
         model({"one": asked})["one"][head].square().sum().backward()
         moved = {model.part_of(name) for name, p in model.named_parameters() if p.grad is not None}
-        assert moved == model.modules_for(objective, use)
+        assert moved == model.modules_for(objective, source_type)
         still = [n for n, p in model.named_parameters() if model.part_of(n) in moved and p.grad is None]
         assert not still
 
@@ -189,7 +190,7 @@ def test_it_reads_no_pixels(model: ImageBERT, text: Tensor) -> None:
 
 
 def test_a_text_longer_than_the_positions_is_refused(model: ImageBERT) -> None:
-    with pytest.raises(ValueError, match=r"model\.max_text"):
+    with pytest.raises(ValueError, match=r"model\.max_text_length"):
         model({"one": ForwardInput(heads=("tokens",), text=torch.ones(1, 13, dtype=torch.int64))})
 
 

@@ -35,4 +35,4 @@ def test_the_relative_table_has_the_published_shape(name: str) -> None:
 @pytest.mark.parametrize("name", MILLIONS)
 def test_every_stage_of_the_recipe_can_be_built_also_faithfully(name: str) -> None:
     check_stages(load_config(CONFIGS / f"{name}.yaml"))
-    check_stages(load_config(CONFIGS / f"{name}.yaml", ["faithful=true"]))
+    check_stages(load_config(CONFIGS / f"{name}.yaml", ["reproduce_vlmo_release=true"]))

@@ -25,11 +25,11 @@ CONFIG = ViLTConfig(
     width=24,
     layers=3,
     heads=3,
-    feed_forward_ratio=2,
+    mlp_ratio=2,
     image_size=32,
     longest_side=48,
     patch_size=PATCH,
-    max_text=12,
+    max_text_length=12,
     drop_path=0.2,
 )
 ALL = HeadConfig("mean_colour", answers=5, reasoning=True, ranking=True)
@@ -150,7 +150,7 @@ def test_sides_that_are_no_multiple_of_a_patch_are_refused(model: ViLT) -> None:
 
 
 def test_reading_every_patch_by_name_is_reading_all(model: ViLT) -> None:
-    heads: tuple[Head, ...] = ("itm", "mlm", "masked_image")
+    heads: tuple[Head, ...] = ("itm", "mlm", "mim")
     places = {"mask_positions": torch.tensor([[1, 2]] * ROWS), "patch_positions": torch.tensor([[0, 3]] * ROWS)}
     one = fused(*heads, **places)
     named = replace(one, visible_patches=all_patches())
@@ -195,15 +195,15 @@ def test_trap_undefined_mask_token_hidden_patches_are_predicted_and_never_seen(m
     """The release's masked patches name an embedding that does not exist; here it does, also in fused passes."""
     places = torch.tensor([[0, 5], [23, 6], [3, -1], [1, 5]])
     text = {} if with_text else {"text": None, "text_keep": None}
-    one = fused("masked_image", patch_positions=places, visible_patches=all_patches(), **text)
-    found = run(model, one)["masked_image"]
+    one = fused("mim", patch_positions=places, visible_patches=all_patches(), **text)
+    found = run(model, one)["mim"]
     assert found.shape == (ROWS, 2, 512)
     blotted = one.image.clone()
     for row, positions in enumerate(places.tolist()):
         for place in (p for p in positions if p >= 0):
             down, across = divmod(place, int(SIZES[row, 1]) // PATCH)
             blotted[row, PATCH * down :, PATCH * across :][:PATCH, :PATCH] = 250
-    blind = run(model, replace(one, image=blotted))["masked_image"]
+    blind = run(model, replace(one, image=blotted))["mim"]
     assert torch.equal(blind[places >= 0], found[places >= 0])
     assert gradients(model, {"one": run(model, one)})["image_embedding.mask"].any()
 
@@ -221,7 +221,7 @@ def test_a_stand_in_is_another_patch_at_the_masked_place(model: ViLT) -> None:
 def test_masking_without_a_head_for_it_is_refused() -> None:
     plain = build_model(CONFIG, VOCABULARY)
     with pytest.raises(ValueError, match="built with an image target"):
-        run(plain, fused("masked_image", patch_positions=torch.zeros(ROWS, 1, dtype=torch.int64)))
+        run(plain, fused("mim", patch_positions=torch.zeros(ROWS, 1, dtype=torch.int64)))
 
 
 # ---- passes
@@ -257,17 +257,17 @@ def test_passes_in_one_call_equal_passes_alone(model: ViLT) -> None:
 def test_a_text_alone_is_read_without_any_picture(model: ViLT) -> None:
     one = fused("mlm", image=None, image_size=None, mask_positions=torch.ones(ROWS, 1, dtype=torch.int64))
     moved = gradients(model, {"one": run(model, one)})
-    assert {model.part_of(name) for name in moved} == {"text_embedding", "blocks", "norm", "masked_language_head"}
+    assert {model.part_of(name) for name in moved} == {"text_embedding", "blocks", "norm", "mlm_head"}
 
 
 def test_the_second_picture_is_told_from_the_first(model: ViLT) -> None:
-    one = fused("reasoning")
+    one = fused("nlvr2")
     both = replace(one, second_image=one.image.flip(0), second_image_size=SIZES.flip(0))
     swapped = replace(
         one, image=both.second_image, image_size=both.second_image_size, second_image=one.image, second_image_size=SIZES
     )
-    assert run(model, both)["reasoning"].shape == (ROWS, 2)
-    assert not torch.allclose(run(model, both)["reasoning"], run(model, swapped)["reasoning"])
+    assert run(model, both)["nlvr2"].shape == (ROWS, 2)
+    assert not torch.allclose(run(model, both)["nlvr2"], run(model, swapped)["nlvr2"])
     with pytest.raises(ValueError, match="of two pictures all patches are read"):
         run(model, replace(both, visible_patches=all_patches()))
 
@@ -316,9 +316,9 @@ def test_trap_11_each_parameter_is_of_a_part_and_no_idle_one_is_built() -> None:
 
 def test_objectives_it_does_not_learn_are_refused() -> None:
     with pytest.raises(ConfigError, match="none that a model of kind 'vilt' learns"):
-        skeleton(CONFIG).parts_used(["contrastive"], "pairs")
+        skeleton(CONFIG).parts_used(["itc"], "pairs")
     with pytest.raises(ConfigError, match=r"matching.*pairs.*images"):
-        skeleton(CONFIG).parts_used(["matching"], "images")
+        skeleton(CONFIG).parts_used(["itm"], "images")
 
 
 def test_base_has_as_many_parameters_as_the_paper_says() -> None:
@@ -331,10 +331,10 @@ def test_base_has_as_many_parameters_as_the_paper_says() -> None:
 
 def test_what_fine_tuning_adds_starts_from_what_it_grew_out_of() -> None:
     state = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
-    state["matching_head.classify.bias"] += torch.tensor([1.0, 2.0])
+    state["itm_head.classify.bias"] += torch.tensor([1.0, 2.0])
     found = skeleton(CONFIG, VOCABULARY, HeadConfig(reasoning=True, ranking=True)).resize_state(state, CONFIG)
-    assert torch.equal(found["ranking_head.score.weight"], state["matching_head.classify.weight"][1:])
-    assert torch.equal(found["ranking_head.score.bias"], state["matching_head.classify.bias"][1:])
+    assert torch.equal(found["ranking_head.score.weight"], state["itm_head.classify.weight"][1:])
+    assert torch.equal(found["ranking_head.score.bias"], state["itm_head.classify.bias"][1:])
     assert torch.equal(found["image_embedding.second"], state["image_embedding.modality"])
     trained = found | {"ranking_head.score.bias": torch.full((1,), 9.0)}
     again = skeleton(CONFIG, VOCABULARY, HeadConfig(ranking=True)).resize_state(trained, CONFIG)
@@ -342,7 +342,7 @@ def test_what_fine_tuning_adds_starts_from_what_it_grew_out_of() -> None:
 
 
 def test_another_picture_size_resizes_the_grid_and_other_sizes_are_refused() -> None:
-    larger = CONFIG.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_epsilon": 1e-12})
+    larger = CONFIG.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_eps": 1e-12})
     state = build_model(CONFIG, VOCABULARY).state_dict()
     found = skeleton(larger, VOCABULARY).resize_state(state, CONFIG)
     assert torch.equal(
@@ -353,7 +353,7 @@ def test_another_picture_size_resizes_the_grid_and_other_sizes_are_refused() -> 
 
 
 def test_it_starts_from_a_vit_and_reads_pictures_as_that_did() -> None:
-    sizes = {key: getattr(CONFIG, key) for key in ("width", "layers", "heads", "feed_forward_ratio", "patch_size")}
+    sizes = {key: getattr(CONFIG, key) for key in ("width", "layers", "heads", "mlp_ratio", "patch_size")}
     section = ViTConfig(image_size=32, **sizes)
     vit = build_model(section, 0, HeadConfig(classes=4), seed=5)
     model = build_model(CONFIG, VOCABULARY, seed=6)

@@ -124,8 +124,15 @@ def test_mutated_tokenizers_end_in_a_checkpoint_error_or_load(folder: Path) -> N
 
 
 def stage(**keys: object) -> StageConfig:
-    values = {"name": "v", "sources": {"a": 1.0}, "objectives": {"masked_image": {}}, "steps": 1, "batch": 16, **keys}
-    config = {"name": "t", "model": {}, "sources": {"a": {"shards": "x", "use": "images"}}, "stages": [values]}
+    values = {
+        "name": "v",
+        "sources": {"a": 1.0},
+        "objectives": {"mim": {}},
+        "steps": 1,
+        "global_batch_size": 16,
+        **keys,
+    }
+    config = {"name": "t", "model": {}, "sources": {"a": {"shards": "x", "type": "images"}}, "stages": [values]}
     return validate(config, "test").stages[0]
 
 

@@ -18,7 +18,7 @@ from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.models.model import HeadConfig
 from pipeline.models.vit import PARTS, ViT
 
-CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8, drop_path=0.2, initial_std=0.2)
+CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8, drop_path=0.2, init_std=0.2)
 ROWS, PATCHES = 3, 9
 DECODER = ImageDecoderConfig(width=16, layers=2, heads=2)
 HEADS = {
@@ -48,7 +48,7 @@ def pictures() -> Tensor:
 
 
 def masked_pass(heads: HeadConfig) -> ForwardInput:
-    one = ForwardInput(("masked_image",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
+    one = ForwardInput(("mim",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
     return one if heads.image_decoder is None else drop_masked_patches(one, PATCHES)
 
 
@@ -71,7 +71,7 @@ def joined(patches: Tensor) -> Tensor:
 def test_shapes(model: ViT, heads: HeadConfig) -> None:
     out = model(passes(heads) | {"all": ForwardInput(("tokens",), image=pictures())})
     assert out["labelled"]["classes"].shape == (ROWS, 5)
-    assert out["hidden"]["masked_image"].shape == (ROWS, 2, 512 if heads.image_decoder is None else 192)
+    assert out["hidden"]["mim"].shape == (ROWS, 2, 512 if heads.image_decoder is None else 192)
     assert out["all"]["tokens"].shape == (ROWS, 1 + PATCHES, 24)
 
 
@@ -87,14 +87,14 @@ def test_every_parameter_belongs_to_one_part_and_every_part_has_parameters(model
 
 
 @pytest.mark.parametrize(
-    ("objective", "use", "name"), [("classification", "labelled", "labelled"), ("masked_image", "images", "hidden")]
+    ("objective", "source_type", "name"), [("classification", "labelled", "labelled"), ("mim", "images", "hidden")]
 )
 def test_parts_used_are_exactly_those_that_get_a_gradient(
-    model: ViT, heads: HeadConfig, objective: str, use: str, name: str
+    model: ViT, heads: HeadConfig, objective: str, source_type: str, name: str
 ) -> None:
     found = model({name: passes(heads)[name]})[name].values()
     torch.stack([value.square().sum() for value in found]).sum().backward()
-    used = model.parts_used([objective], use)  # type: ignore[list-item, arg-type]
+    used = model.parts_used([objective], source_type)  # type: ignore[list-item, arg-type]
     for parameter, tensor in model.named_parameters():
         assert (model.part_of(parameter) in used) == (tensor.grad is not None), parameter
 
@@ -120,9 +120,9 @@ def test_what_it_cannot_read_is_refused(model: ViT) -> None:
         model({"one": ForwardInput(("tokens",), image=pictures(), image_size=torch.tensor([[24, 8]] * ROWS))})
     with pytest.raises(ValueError, match="without the head 'classes'"):
         built(HeadConfig())({"one": ForwardInput(("classes",), image=pictures())})
-    assert model.modules_for("masked_language", "text") is None
+    assert model.modules_for("mlm", "text") is None
     with pytest.raises(ConfigError, match="kind 'vit'"):
-        model.parts_used(["contrastive"], "pairs")
+        model.parts_used(["itc"], "pairs")
 
 
 # ---- masked patches
@@ -136,7 +136,7 @@ def test_covered_patches_are_not_seen() -> None:
     model = built(HEADS["covered"])
     other = replace(one, image=joined(patches))
     assert not torch.equal(one.image, other.image)
-    torch.testing.assert_close(run(model, one, "masked_image"), run(model, other, "masked_image"))
+    torch.testing.assert_close(run(model, one, "mim"), run(model, other, "mim"))
 
 
 def test_a_patch_shown_in_another_s_place_is_the_picture_with_that_patch_there() -> None:
@@ -144,14 +144,14 @@ def test_a_patch_shown_in_another_s_place_is_the_picture_with_that_patch_there()
     model = built(HEADS["covered"])
     positions = torch.tensor([[0, 4, 6], [1, 2, 8], [3, 5, 7]])
     stand_ins = torch.tensor([[7, -1, 6], [-1, 2, 0], [3, -1, 1]])
-    one = ForwardInput(("masked_image",), image=pictures(), patch_positions=positions, patch_replacements=stand_ins)
+    one = ForwardInput(("mim",), image=pictures(), patch_positions=positions, patch_replacements=stand_ins)
     patches = cut(pictures()).clone()
     patches[0, 0], patches[1, 8], patches[2, 7] = cut(pictures())[[0, 1, 2], [7, 0, 1]]
     covered = torch.tensor([[4], [1], [5]])
     plain = ForwardInput(("tokens",), image=joined(patches), patch_positions=covered)
     expected = run(model, plain, "tokens").gather(1, (positions + 1)[..., None].expand(-1, -1, 24))
-    found = run(model, one, "masked_image")
-    torch.testing.assert_close(found, model.masked_image_head(expected))
+    found = run(model, one, "mim")
+    torch.testing.assert_close(found, model.mim_head(expected))
     unmasked = ForwardInput(("tokens",), image=pictures(), patch_positions=positions, patch_replacements=positions)
     torch.testing.assert_close(
         run(model, unmasked, "tokens"), run(model, replace(plain, image=pictures(), patch_positions=None), "tokens")
@@ -163,9 +163,9 @@ def test_a_pass_with_stand_ins_joins_one_without() -> None:
     whole = masked_pass(HEADS["covered"])
     partly = replace(whole, patch_replacements=torch.tensor([[3, -1], [2, -1], [-1, -1]]))
     together = model({"one": whole, "two": partly})
-    torch.testing.assert_close(together["one"]["masked_image"], run(model, whole, "masked_image"))
-    torch.testing.assert_close(together["two"]["masked_image"], run(model, partly, "masked_image"))
-    assert not torch.equal(together["one"]["masked_image"], together["two"]["masked_image"])
+    torch.testing.assert_close(together["one"]["mim"], run(model, whole, "mim"))
+    torch.testing.assert_close(together["two"]["mim"], run(model, partly, "mim"))
+    assert not torch.equal(together["one"]["mim"], together["two"]["mim"])
 
 
 def test_reading_all_patches_in_any_order_is_reading_the_picture() -> None:
@@ -192,10 +192,10 @@ def test_a_decoder_predicts_from_visible_patches_alone_and_each_masked_one_by_it
     patches = cut(one.image).clone()
     for row, positions in enumerate(one.patch_positions.tolist()):
         patches[row, positions] = 7
-    predictions = run(model, one, "masked_image")
-    torch.testing.assert_close(run(model, replace(one, image=joined(patches)), "masked_image"), predictions)
+    predictions = run(model, one, "mim")
+    torch.testing.assert_close(run(model, replace(one, image=joined(patches)), "mim"), predictions)
     backwards = replace(one, patch_positions=one.patch_positions.flip(1))
-    torch.testing.assert_close(run(model, backwards, "masked_image"), predictions.flip(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(model, backwards, "mim"), predictions.flip(1), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(predictions[:, 0], predictions[:, 1], atol=1e-3)
     assert not any("mask" in name for name, _ in model.image_embedding.named_parameters())
 

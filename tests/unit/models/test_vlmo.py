@@ -23,10 +23,10 @@ RELATIVE = VLMoConfig(
     layers=4,
     heads=3,
     vision_language_layers=2,
-    feed_forward_ratio=2,
+    mlp_ratio=2,
     image_size=16,
     patch_size=8,
-    max_text=12,
+    max_text_length=12,
     layer_scale=0.5,
     drop_path=0.3,
 )
@@ -65,9 +65,7 @@ def passes(seed: int = 0) -> dict[str, ForwardInput]:
     return {
         "image": ForwardInput(("itc",), image=image, drop_path_mask=drop_path_mask),
         "text": ForwardInput(("itc",), text=text, text_keep=keep, drop_path_mask=drop_path_mask),
-        "masked_image": ForwardInput(
-            ("masked_image",), image=image, patch_positions=patches, drop_path_mask=drop_path_mask
-        ),
+        "mim": ForwardInput(("mim",), image=image, patch_positions=patches, drop_path_mask=drop_path_mask),
         "masked_text": ForwardInput(
             ("mlm",), text=text, text_keep=keep, mask_positions=masked, drop_path_mask=drop_path_mask
         ),
@@ -90,7 +88,7 @@ def fine_tuning_passes() -> dict[str, ForwardInput]:
     return {
         "classes": ForwardInput(("classes",), image=pair.image),
         "answers": replace(pair, heads=("answers",)),
-        "reasoning": replace(pair, heads=("reasoning",), second_image=pair.image.flip(0)),
+        "nlvr2": replace(pair, heads=("nlvr2",), second_image=pair.image.flip(0)),
     }
 
 
@@ -222,7 +220,7 @@ def test_forward_never_waits_for_the_device(model: VLMo) -> None:
 
 
 def test_hidden_patches_are_not_seen(model: VLMo) -> None:
-    one = passes()["masked_image"]
+    one = passes()["mim"]
     patches = torch.rand(ROWS, 4).argsort(dim=1)[:, :2]
     painted = one.image.unflatten(1, (2, 8)).unflatten(3, (2, 8)).clone()
     for row in range(ROWS):
@@ -254,7 +252,7 @@ def test_bfloat16_gives_float32_results_near_those_of_float32(model: VLMo) -> No
 
 def test_scales_never_exceed_their_bound(model: VLMo) -> None:
     with torch.no_grad():
-        model.contrastive_head.log_scale.fill_(9.0)
+        model.itc_head.log_scale.fill_(9.0)
     out = model(passes())
     assert out["image"]["scale"] == 100
     assert out["text"]["scale_vl"] < 100
@@ -269,7 +267,7 @@ def test_trap_10_a_row_of_nothing_but_padding_gives_numbers_and_gradients(model:
 
 def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) -> None:
     """With equal modalities two pictures are two single ones; with their own, the order of the pictures tells."""
-    one = fine_tuning_passes()["reasoning"]
+    one = fine_tuning_passes()["nlvr2"]
     swapped = replace(one, image=one.second_image, second_image=one.image)
 
     def pooled(which: ForwardInput) -> tuple[Tensor, Tensor]:
@@ -298,7 +296,7 @@ def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
 
 
 def test_text_longer_than_the_positions_is_refused_by_name(model: VLMo) -> None:
-    with pytest.raises(ValueError, match=r"13 tokens.*12.*model\.max_text"):
+    with pytest.raises(ValueError, match=r"13 tokens.*12.*model\.max_text_length"):
         model({"one": ForwardInput(("itc",), text=torch.zeros(2, 13, dtype=torch.int64))})
 
 
@@ -313,7 +311,7 @@ def test_a_head_without_what_it_reads_is_refused(model: VLMo) -> None:
         with pytest.raises(ValueError, match=f"head '{head}'"):
             model({"one": replace(one, heads=(head,))})
     with pytest.raises(ValueError, match="image target"):
-        build_model(RELATIVE, VOCABULARY)({"one": given["masked_image"]})
+        build_model(RELATIVE, VOCABULARY)({"one": given["mim"]})
 
 
 # ---- parts
@@ -326,35 +324,37 @@ def test_every_parameter_belongs_to_one_part_and_every_part_has_parameters(model
 
 
 READINGS = {
-    ("contrastive", "pairs"): ("image", "text"),
-    ("matching", "pairs"): ("pair",),
-    ("masked_language", "pairs"): ("masked",),
-    ("masked_language", "text"): ("masked_text",),
-    ("masked_image", "images"): ("masked_image",),
-    ("masked_image", "pairs"): ("masked_image",),
+    ("itc", "pairs"): ("image", "text"),
+    ("itm", "pairs"): ("pair",),
+    ("mlm", "pairs"): ("masked",),
+    ("mlm", "text"): ("masked_text",),
+    ("mim", "images"): ("mim",),
+    ("mim", "pairs"): ("mim",),
     ("classification", "labelled"): ("classes",),
-    ("answering", "questions"): ("answers",),
-    ("reasoning", "statements"): ("reasoning",),
+    ("vqa", "questions"): ("answers",),
+    ("nlvr2", "statements"): ("nlvr2",),
 }
 STAGES = [
-    ({"masked_image"}, "images"),
-    ({"masked_language"}, "text"),
-    ({"contrastive", "matching", "masked_language"}, "pairs"),
+    ({"mim"}, "images"),
+    ({"mlm"}, "text"),
+    ({"itc", "itm", "mlm"}, "pairs"),
 ]
 
 
 def cases() -> Iterator[tuple[frozenset[str], str]]:
-    yield from ((frozenset({objective}), use) for objective, use in READINGS)
-    yield from ((frozenset(objectives), use) for objectives, use in STAGES)
+    yield from ((frozenset({objective}), source_type) for objective, source_type in READINGS)
+    yield from ((frozenset(objectives), source_type) for objectives, source_type in STAGES)
 
 
-@pytest.mark.parametrize(("objectives", "use"), cases())
-def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objectives: frozenset[str], use: str) -> None:
-    wanted = {name for objective in objectives for name in READINGS[objective, use]}
+@pytest.mark.parametrize(("objectives", "source_type"), cases())
+def test_parts_used_are_exactly_those_that_get_a_gradient(
+    model: VLMo, objectives: frozenset[str], source_type: str
+) -> None:
+    wanted = {name for objective in objectives for name in READINGS[objective, source_type]}
     every = passes() | fine_tuning_passes()
     kept = {name: replace(one, drop_path_mask=None) for name, one in every.items() if name in wanted}
     found = gradients(model, model(kept))
-    used = model.parts_used(objectives, use)
+    used = model.parts_used(objectives, source_type)
     assert {model.part_of(name) for name in found} == used
     for name, _ in model.named_parameters():
         assert (model.part_of(name) in used) == (name in found), name
@@ -363,21 +363,21 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(model: VLMo, objective
 
 def test_an_objective_with_nothing_to_read_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"contrastive.*pairs.*text"):
-        skeleton(RELATIVE).parts_used(frozenset({"contrastive"}), "text")
+        skeleton(RELATIVE).parts_used(frozenset({"itc"}), "text")
 
 
 def test_the_published_language_stage_is_written_as_names() -> None:
     model = skeleton(RELATIVE)
     frozen = model.parts_named(["image_embedding", "attention", "vision_expert"])
     assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
-    left = model.parts_used(frozenset({"masked_language"}), "text") - frozen
+    left = model.parts_used(frozenset({"mlm"}), "text") - frozen
     assert left == {
         "text_embedding",
         "positions.text",
         "language_expert.lower",
         "language_expert.upper",
         "norm",
-        "masked_language_head",
+        "mlm_head",
     }
 
 

@@ -25,7 +25,15 @@ WORK = Work(
     contrast_bytes=10**7,
     contrast_width=1536,
 )
-STAGE = Stage("vision_language", steps=1000, batch=1024, pictures=1, micro_batch=None, checkpoint_every=100, work=WORK)
+STAGE = Stage(
+    "vision_language",
+    steps=1000,
+    global_batch_size=1024,
+    pictures=1,
+    micro_batch_size=None,
+    checkpoint_every=100,
+    work=WORK,
+)
 H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
 
 
@@ -47,7 +55,7 @@ def test_nothing_fits_where_the_states_alone_are_too_large():
 
 
 def test_one_accelerator_computes_and_sends_nothing():
-    alone = estimate(STAGE, sharding(1), H100, IB, Assumptions(mfu=0.5, goodput=1.0), micro_batch=1024)
+    alone = estimate(STAGE, sharding(1), H100, IB, Assumptions(mfu=0.5, goodput=1.0), micro_batch_size=1024)
     assert alone.communication_seconds == 0
     assert alone.step_seconds == pytest.approx((1024 * 6e11 + 1e10) / (0.5 * 989e12))
     assert alone.hours == pytest.approx(1000 * alone.step_seconds / 3600)
@@ -69,22 +77,22 @@ def test_a_slower_network_is_felt_between_nodes_only():
 
 
 def test_accumulation_costs_the_second_reading():
-    cut = estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch=32)
-    assert (cut.accumulation, cut.micro_batch) == (4, 32)
+    cut = estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch_size=32)
+    assert (cut.accumulation, cut.micro_batch_size) == (4, 32)
     whole = estimate(STAGE, sharding(8), H100, IB, Assumptions())
     assert cut.compute_seconds / whole.compute_seconds == pytest.approx(6.5 / 6.0, rel=1e-3)
 
 
 def test_the_curve_goes_from_one_to_1024_and_stops_where_a_rank_had_no_row():
     def at(stage: Stage):
-        return lambda gpus: estimate(stage, sharding(gpus), H100, IB, Assumptions(), micro_batch=1)
+        return lambda gpus: estimate(stage, sharding(gpus), H100, IB, Assumptions(), micro_batch_size=1)
 
-    points = curve(at(STAGE), STAGE.batch)
+    points = curve(at(STAGE), STAGE.global_batch_size)
     assert [point.gpus for point in points] == [2**k for k in range(11)]
     assert points[0].efficiency == 1
     speeds = [point.samples_per_second for point in points]
     assert speeds == sorted(speeds)
-    small = replace(STAGE, batch=48)
+    small = replace(STAGE, global_batch_size=48)
     assert [point.gpus for point in curve(at(small), 48)][-1] == 32
 
 

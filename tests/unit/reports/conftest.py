@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, planted: Planted) -> Path:
     """A folder with one recorded run, and another that differs in three keys."""
     folder = tmp_path_factory.mktemp("runs")
     record_run(folder, planted)
-    record_run(folder, planted, "other", "seed=5", "stages.pairs.batch=16", "model.width=64")
+    record_run(folder, planted, "other", "seed=5", "stages.pairs.global_batch_size=16", "model.width=64")
     return folder
 
 

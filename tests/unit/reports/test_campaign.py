@@ -128,7 +128,7 @@ def test_stages_tell_what_they_read_and_where_they_began(campaign: Campaign) -> 
     vision, pairs = campaign.stages
     assert (vision.start_from, pairs.start_from) == ("random", "stage vision")
     assert (vision.reached, pairs.reached) == (STEPS, STEPS)
-    assert pairs.losses == {"contrastive": 5.0 / (2 * STEPS), "matching": 3.0 / (2 * STEPS)}
+    assert pairs.losses == {"itc": 5.0 / (2 * STEPS), "itm": 3.0 / (2 * STEPS)}
     source = pairs.sources[0]
     assert (source.num_samples, source.num_shards, source.now) == (120, 5, "")
     assert source.read == 8.0 * 2 * STEPS

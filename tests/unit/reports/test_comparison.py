@@ -20,7 +20,7 @@ def test_exactly_the_changed_keys_differ(runs: Path) -> None:
     assert found.config == {
         "seed": {"recorded": 0, "other": 5},
         "model.width": {"recorded": 32, "other": 64},
-        "stages.pairs.batch": {"recorded": 8, "other": 16},
+        "stages.pairs.global_batch_size": {"recorded": 8, "other": 16},
     }
     differing = {row.name for rows in found.results.values() for row in rows if row.differs}
     assert differing == set()
@@ -36,7 +36,7 @@ def test_of_a_stage_that_one_run_lacks_only_what_it_sets_is_told(runs: Path, pla
         session.unlink()
     found = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "shorter"))])
     own = {path.removeprefix("stages.vision.") for path in found.config if path.startswith("stages.vision.")}
-    assert own == {"sources.pictures", "steps", "batch", "max_text"}
+    assert own == {"sources.pictures", "steps", "batch", "max_text_length"}
     assert all("shorter" not in values for path, values in found.config.items() if path.startswith("stages.vision."))
 
 
@@ -49,9 +49,9 @@ def test_the_command_prints_results_for_machines_and_writes_a_page(runs: Path, t
     assert told["results"]["eval/pairs/i2t_r1"] == {"recorded": 0.5, "other": 0.5}
     assert told["results"]["steps"]["other"] == 2 * STEPS
     assert told["results"]["goodput"]["other"] == SECONDS["training"] / sum(SECONDS.values())
-    assert "stages.pairs.batch" in page.read_text()
+    assert "stages.pairs.global_batch_size" in page.read_text()
     table = CliRunner().invoke(app, arguments[:3]).stdout
-    assert "stages.pairs.batch" in table
+    assert "stages.pairs.global_batch_size" in table
     assert "model.layers" not in table
 
 

@@ -58,14 +58,14 @@ def with_odd_value(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(values).encode()
 
 
-def tried(data: bytes, use: Callable[[bytes], object], rounds: int, seed: int) -> int:
+def tried(data: bytes, source_type: Callable[[bytes], object], rounds: int, seed: int) -> int:
     """How many damaged copies were refused by one of our errors; anything else that is raised fails the test."""
     rng = random.Random(seed)
     refused = 0
     for _ in range(rounds):
         damaged = with_odd_value(data, rng) if rng.random() < 0.7 else mutate(data, rng)
         try:
-            use(damaged)
+            source_type(damaged)
         except MomeError:
             refused += 1
     return refused
@@ -75,13 +75,13 @@ def test_a_damaged_config_is_refused_in_our_words(run: Path) -> None:
     file = run / "run.json"
     whole = file.read_bytes()
 
-    def use(data: bytes) -> None:
+    def source_type(data: bytes) -> None:
         file.write_bytes(data)
         opened = open_run(str(run))
         render_campaign(gather(opened))
 
     try:
-        assert tried(whole, use, fuzz_rounds(120), 1) > 20
+        assert tried(whole, source_type, fuzz_rounds(120), 1) > 20
     finally:
         file.write_bytes(whole)
 
@@ -100,7 +100,7 @@ def test_other_damaged_files_of_a_run_are_left_out_or_refused(run: Path, name: s
     before = file.read_bytes() if file.exists() else None
     file.parent.mkdir(exist_ok=True)
 
-    def use(data: bytes) -> None:
+    def source_type(data: bytes) -> None:
         file.write_bytes(data)
         opened = open_run(str(run))
         render_campaign(gather(opened))
@@ -108,7 +108,7 @@ def test_other_damaged_files_of_a_run_are_left_out_or_refused(run: Path, name: s
         run_of(opened.config, Storage())
 
     try:
-        tried(json.dumps(whole).encode(), use, fuzz_rounds(40), 2)
+        tried(json.dumps(whole).encode(), source_type, fuzz_rounds(40), 2)
     finally:
         file.unlink() if before is None else file.write_bytes(before)
 
@@ -127,7 +127,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
     config = open_run(str(run)).config
     left_out = 0
 
-    def use(data: bytes) -> None:
+    def source_type(data: bytes) -> None:
         nonlocal left_out
         file.write_bytes(data)
         found = load_report_data(Storage(), str(run))
@@ -138,7 +138,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
             render_campaign(gather(open_run(str(run))))
 
     try:
-        assert tried(file.read_bytes(), use, fuzz_rounds(100), 3) == 0
+        assert tried(file.read_bytes(), source_type, fuzz_rounds(100), 3) == 0
     finally:
         file.unlink()
     assert left_out > 20
@@ -184,7 +184,7 @@ def test_a_damaged_manifest_is_refused_in_our_words(run: Path) -> None:
     folder = run / "stages" / "0-pairs"
     whole = {name: (folder / name).read_bytes() for name in ("MANIFEST.json", "COMMIT.json")}
 
-    def use(data: bytes) -> None:
+    def source_type(data: bytes) -> None:
         recommitted(folder, data)
         weights_info(Storage(), str(run))
         load_weights(Storage(), str(run))
@@ -194,7 +194,7 @@ def test_a_damaged_manifest_is_refused_in_our_words(run: Path) -> None:
         weights_info(Storage(), str(run))
 
     try:
-        assert tried(whole["MANIFEST.json"], use, fuzz_rounds(120), 4) > 20
+        assert tried(whole["MANIFEST.json"], source_type, fuzz_rounds(120), 4) > 20
         recommitted(folder, whole["MANIFEST.json"])
         assert tried(whole["COMMIT.json"], damage_commit, fuzz_rounds(60), 5) > 20
     finally:

@@ -14,13 +14,13 @@ from pipeline.tracking.describe import environment_tags, note_of_run, note_of_st
 
 def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None = None, **values: Any) -> RunConfig:
     stages = [
-        {"name": "vision", "sources": {"photos": 3.0, "drawings": 1.0}, "objectives": {"masked_image": {}}},
-        {"name": "second", "sources": {"photos": 1.0}, "objectives": {"masked_image": {}}},
+        {"name": "vision", "sources": {"photos": 3.0, "drawings": 1.0}, "objectives": {"mim": {}}},
+        {"name": "second", "sources": {"photos": 1.0}, "objectives": {"mim": {}}},
     ]
     base = {
         "name": "run",
         "sources": {"photos": {"shards": "photos", **(source or {})}, "drawings": {"shards": "drawings"}},
-        "stages": [{"steps": 1000, "batch": 16, **each, **(stage or {})} for each in stages],
+        "stages": [{"steps": 1000, "global_batch_size": 16, **each, **(stage or {})} for each in stages],
     }
     return validate(base | values, "test")
 
@@ -29,8 +29,12 @@ def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None
     "same",
     [
         {"name": "other", "output": "s3://bucket/runs", "seed": 7},
-        {"cluster": {"workers": 8}, "engine": {"zero_stage": 2, "micro_batch": 4}, "tracking": {"experiment": "mine"}},
-        {"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"workers": 4}}},
+        {
+            "cluster": {"workers": 8},
+            "engine": {"zero_stage": 2, "micro_batch_size": 4},
+            "tracking": {"experiment": "mine"},
+        },
+        {"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"num_workers": 4}}},
     ],
     ids=["names and seeds", "machines", "places"],
 )
@@ -42,7 +46,7 @@ def test_one_recipe_has_one_hash_wherever_it_runs(same: dict[str, Any]) -> None:
     "other",
     [
         {"stage": {"steps": 2000}},
-        {"stage": {"objectives": {"masked_image": {"weight": 2.0}}}},
+        {"stage": {"objectives": {"mim": {"weight": 2.0}}}},
         {"source": {"filters": {"width": {"min": 64}}}},
         {"model": {"width": 192, "heads": 3}},
         {"engine": {"precision": "float32"}},

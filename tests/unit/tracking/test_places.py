@@ -24,7 +24,7 @@ from tests.support.fuzz import fuzz_rounds, mutate
 
 
 def config_of(output: Path | str) -> RunConfig:
-    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"masked_image": {}}, "steps": 1, "batch": 16}
+    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16}
     values = {"name": "run", "output": str(output), "sources": {"none": {"shards": "none"}}, "stages": [stage]}
     return validate(values, "test")
 

@@ -25,7 +25,7 @@ def test_a_process_that_ends_at_once_is_reported_once_and_started_ever_more_slow
         program.chmod(0o755)
     monkeypatch.setattr("pipeline.tracking.shipper.sys.executable", str(program))
     caplog.set_level(logging.WARNING)
-    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"masked_image": {}}, "steps": 1, "batch": 16}
+    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16}
     config = validate(
         {
             "name": "run", "output": str(tmp_path), "sources": {"none": {"shards": "none"}}, "stages": [stage],

@@ -30,7 +30,7 @@ from tests.support.short_run import NoShipper
 
 
 def config_of(output: Path | str, **tracking: Any) -> RunConfig:
-    stage = {"sources": {"photos": 1.0}, "objectives": {"masked_image": {}}, "steps": 100, "batch": 16}
+    stage = {"sources": {"photos": 1.0}, "objectives": {"mim": {}}, "steps": 100, "global_batch_size": 16}
     values = {
         "name": "run",
         "output": str(output),
@@ -104,7 +104,7 @@ def test_after_a_rollback_the_true_points_are_recorded_and_told_of_the_checkpoin
 
 @pytest.mark.parametrize(
     ("change", "anew"),
-    [({"optimizer": {"peak_rate": 1e-3}}, True), ({"steps": 200}, True), ({}, False)],
+    [({"optimizer": {"lr": 1e-3}}, True), ({"steps": 200}, True), ({}, False)],
     ids=["rate", "steps", "nothing"],
 )
 def test_a_resume_that_changes_the_training_records_its_steps_anew(
@@ -194,7 +194,7 @@ def test_what_may_change_is_a_tag_and_what_may_not_is_a_param(tmp_path: Path) ->
     params, tags = split_changeable(config_of(tmp_path).model_dump(mode="json"))
 
     assert params["model.width"] == "768"
-    assert params["stages.0.batch"] == "16"
+    assert params["stages.0.global_batch_size"] == "16"
     assert tags["config.stages.0.steps"] == "100"
     assert tags["config.engine.zero_stage"] == "1"
     assert not any(f"config.{key}" in tags for key in params)

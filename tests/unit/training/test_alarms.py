@@ -90,21 +90,23 @@ def test_a_jump_of_the_loss_is_one_alarm_and_a_falling_loss_is_none() -> None:
     assert tags.said[0][1].startswith("since step 200: the loss jumped to 30")
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_signs_count_every_pair_of_each_class_however_the_batch_is_cut(stage: int, micro_batch: int | None) -> None:
+def test_signs_count_every_pair_of_each_class_however_the_batch_is_cut(
+    stage: int, micro_batch_size: int | None
+) -> None:
     """The head is made to call every pair matched."""
-    config = tiny_config(micro_batch=micro_batch)
+    config = tiny_config(micro_batch_size=micro_batch_size)
     one = config.stages[stage]
     model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     with torch.no_grad():
-        model.matching_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
+        model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
     step = TrainingStep(PlainEngine(model, one.optimizer), config, one, Collectives())
-    step(tiny_batch(config, 0, 0, 1, one.batch), tell=True)
-    read = one.batch // one.objectives["matching"].every
+    step(tiny_batch(config, 0, 0, 1, one.global_batch_size), tell=True)
+    read = one.global_batch_size // one.objectives["itm"].every
     matched, wrong = (read, 2 * read) if one.negatives == "hard" else (read // 2, read - read // 2)
     signs = {name: float(value) for name, value in step.signs.items()}
     assert signs["itm_matched"] == signs["itm_matched_right"] == matched
     assert (signs["itm_wrong"], signs["itm_wrong_right"]) == (wrong, 0)
-    if "contrastive" in one.objectives:
+    if "itc" in one.objectives:
         assert sign_metrics(signs)["train/itc_temperature"] == pytest.approx(0.07, rel=1e-6)

@@ -15,10 +15,10 @@ from pipeline.training.steps import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 
-@pytest.mark.parametrize("micro_batch", [None, 5])
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
 @pytest.mark.parametrize("index", [2, 3])
-def test_the_sources_shares_are_the_whole(index: int, micro_batch: int | None) -> None:
-    config = tiny_config(micro_batch=micro_batch)
+def test_the_sources_shares_are_the_whole(index: int, micro_batch_size: int | None) -> None:
+    config = tiny_config(micro_batch_size=micro_batch_size)
     stage = config.stages[index].model_copy(
         update={"start_from": "random", "sources": {"pairs": 0.5, "more_pairs": 0.5}}
     )

@@ -34,7 +34,7 @@ def test_the_parts_said_to_be_read_are_exactly_those_that_get_a_gradient(cell: C
     model = begun.engine.model.requires_grad_(True)  # also those that the stage froze
     begun.step(begun.batch)
     moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
-    expected = model.parts_used(begun.step.stage.objectives, cell.use)
+    expected = model.parts_used(begun.step.stage.objectives, cell.source_type)
     read = {name for name, _ in model.named_parameters() if model.part_of(name) in expected}
     assert read - SHIFTS == moved - SHIFTS
 
@@ -47,8 +47,8 @@ def test_every_kind_and_objective_is_in_a_cell() -> None:
 
 def test_a_collapsed_matching_head_is_no_success() -> None:
     """The known floors: 0.6365 where one pair in three matches, 0.6931 where one in two does."""
-    hard = Cell("matching", "vlmo", "pairs", {"negatives": "hard"})
-    random = Cell("matching", "vlmo", "pairs", {"negatives": "random"})
+    hard = Cell("itm", "vlmo", "pairs", {"negatives": "hard"})
+    random = Cell("itm", "vlmo", "pairs", {"negatives": "random"})
     assert Trial(hard, []).floor == pytest.approx(0.6365, abs=1e-4)
     assert Trial(random, []).floor == pytest.approx(0.6931, abs=1e-4)
     for cell, collapsed in ((hard, 0.6365), (random, 0.6931)):

@@ -21,7 +21,7 @@ from pipeline.training.steps import TrainingStep
 
 ROWS, SIDE, PATCH = 8, 24, 8
 VISUAL_TOKENS = 5
-MASKING = {"patches": 0.3, "patches_covered": 0.5, "patches_swapped": 0.3}
+MASKING = {"image_mask_ratio": 0.3, "mask_token_prob": 0.5, "random_patch_prob": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "covered": {"image_target": "mean_colour"},
     "shown in part": {"image_target": "mean_colour", "masking": MASKING},
@@ -33,23 +33,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_config(kind: str, objective: str = "masked_image", **stage: Any) -> RunConfig:
+def run_config(kind: str, objective: str = "mim", **stage: Any) -> RunConfig:
     sizes = {"width": 16, "layers": 2, "heads": 2, "image_size": SIDE, "patch_size": PATCH, "drop_path": 0.3}
-    more = {"vision_language_layers": 1, "max_text": 8} if kind == "vlmo" else {}
+    more = {"vision_language_layers": 1, "max_text_length": 8} if kind == "vlmo" else {}
     values = {
         "name": "test",
-        "model": {"kind": kind, **sizes, **more, "initial_std": 0.2},
-        "sources": {"a": {"shards": "x", "use": "labelled" if objective == "classification" else "images"}},
-        "data": {"lanes": 1},
+        "model": {"kind": kind, **sizes, **more, "init_std": 0.2},
+        "sources": {"a": {"shards": "x", "type": "labelled" if objective == "classification" else "images"}},
+        "data": {"streams": 1},
         "stages": [
             {
                 "name": "vision",
                 "sources": {"a": 1.0},
                 "objectives": {objective: {}},
                 "steps": 2,
-                "batch": ROWS,
-                "max_text": 8,
-                "classes": 3,
+                "global_batch_size": ROWS,
+                "max_text_length": 8,
+                "num_classes": 3,
                 **stage,
             }
         ],
@@ -70,7 +70,7 @@ def batch_of(config: RunConfig) -> Batch:
         source=torch.zeros(ROWS, dtype=torch.int64),
         image=torch.randint(0, 256, (ROWS, SIDE, SIDE, 3), generator=draw, dtype=torch.uint8),
         patch_positions=positions,
-        patch_replacements=shown if config.stages[0].masking.patches_covered < 1 else None,
+        patch_replacements=shown if config.stages[0].masking.mask_token_prob < 1 else None,
         label=torch.arange(ROWS) % 3,
     )
 
@@ -81,8 +81,10 @@ def tokens_of(image: Tensor, grid: int) -> Tensor:
     return mean_colour_targets(image, everywhere, image.shape[1] // grid) % VISUAL_TOKENS
 
 
-def gradients(config: RunConfig, micro_batch: int | None) -> tuple[dict[str, Tensor], float]:
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch": micro_batch})})
+def gradients(config: RunConfig, micro_batch_size: int | None) -> tuple[dict[str, Tensor], float]:
+    config = config.model_copy(
+        update={"engine": config.engine.model_copy(update={"micro_batch_size": micro_batch_size})}
+    )
     engine = PlainEngine(build_stage_model(config, 0, Storage(), 11), config.stages[0].optimizer)
     step = TrainingStep(engine, config, config.stages[0], Collectives(), tokens_of)
     loss = step(batch_of(config))["loss"]
@@ -90,7 +92,7 @@ def gradients(config: RunConfig, micro_batch: int | None) -> tuple[dict[str, Ten
     return {name: gradient / scale for name, gradient in engine.gradients().items()}, float(loss)
 
 
-CASES = [(kind, "masked_image", name) for kind in ("vlmo", "vit") for name in VARIANTS]
+CASES = [(kind, "mim", name) for kind in ("vlmo", "vit") for name in VARIANTS]
 CASES += [("vit", "classification", ""), ("vlmo", "classification", "")]
 
 
@@ -152,7 +154,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="reads no masked patch"):
         run_config("vit", image_decoder={}, masking=MASKING)
     with pytest.raises(ConfigError, match="exceed 1"):
-        run_config("vit", masking={"patches_covered": 0.8, "patches_swapped": 0.3})
+        run_config("vit", masking={"mask_token_prob": 0.8, "random_patch_prob": 0.3})
     with pytest.raises(ConfigError, match="multiple of heads 7"):
         run_config("vit", image_decoder={"heads": 7})
     with pytest.raises(ConfigError, match="kind vilt has none"):
@@ -160,7 +162,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="blocks fall on square pictures"):
         run_config("vilt", masking={"patch_shape": "blocks"})
     with pytest.raises(ConfigError, match="how many there are"):
-        run_config("vit", "classification", classes=None)
+        run_config("vit", "classification", num_classes=None)
 
 
 def test_rows_of_a_shorter_mask_count_only_their_own_patches() -> None:

@@ -29,7 +29,7 @@ def test_matrices_decay_and_everything_trained_is_in_one_group(model: Model) -> 
 
 
 def test_the_factor_is_of_heads_and_not_of_the_pooler(model: Model) -> None:
-    groups = parameter_groups(model, OptimizerConfig(head_rate_factor=20.0))
+    groups = parameter_groups(model, OptimizerConfig(head_lr_multiplier=20.0))
     fast = {id(parameter) for group in groups if group["rate_factor"] == 20.0 for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in fast) == model.part_of(name).endswith("_head"), name

@@ -21,26 +21,26 @@ from pipeline.training.terms.masked import MaskedLanguage, RegionClass, RegionFe
 from pipeline.training.terms.term import Term
 from tests.support.trial import COLLAPSED_1_TO_1, VOCABULARY, invented_batch, twice
 
-OBJECTIVES = ("matching", "masked_language", "region_class", "region_features")
+OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
 ROWS = 12
 
 
 def run_config(dropout: float = 0.0, **engine: int) -> RunConfig:
     model = {
-        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12, "max_regions": 6,
-        "region_features": 8, "region_classes": 7, "initial_std": 0.2, "dropout": dropout,
+        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "max_regions": 6,
+        "region_features": 8, "region_classes": 7, "init_std": 0.2, "dropout": dropout,
     }  # fmt: skip
     stage = {
         "name": "regions", "sources": {"some": 1.0}, "objectives": {name: {} for name in OBJECTIVES}, "steps": 30,
-        "batch": ROWS, "max_text": 12, "negatives": "random",
-        "optimizer": {"peak_rate": 1e-2, "warmup_steps": 3, "decay": "constant", "weight_decay": 0.0},
+        "global_batch_size": ROWS, "max_text_length": 12, "negatives": "random",
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0},
     }  # fmt: skip
     return validate(
         {
             "name": "test",
             "model": model,
-            "sources": {"some": {"shards": "invented", "use": "regions"}},
-            "data": {"lanes": 1},
+            "sources": {"some": {"shards": "invented", "type": "regions"}},
+            "data": {"streams": 1},
             "stages": [stage],
             "engine": {"precision": "float32", **engine},
         },
@@ -79,14 +79,14 @@ def test_thirty_steps_bring_all_four_losses_far_down_together(collectives: Colle
     first, last = losses[0], losses[-1]
     for objective in OBJECTIVES:
         assert last[objective] < 0.5 * first[objective], (objective, first[objective], last[objective])
-    assert last["matching"] < 0.8 * COLLAPSED_1_TO_1
+    assert last["itm"] < 0.8 * COLLAPSED_1_TO_1
 
 
 def test_masked_words_classes_and_features_share_one_forward(collectives: Collectives) -> None:
     engine, step, batch = training(run_config(), collectives)
     step(batch)
     assert set(engine.asked) == {"masked", "pair"}
-    assert engine.asked["masked"].heads == ("mlm", "region_class", "region_features")
+    assert engine.asked["masked"].heads == ("mlm", "moc", "mrfr")
     assert engine.asked["pair"].heads == ("itm",)
 
 
@@ -140,4 +140,4 @@ def test_dropped_elements_are_the_step_s_so_that_a_resumed_run_drops_the_same(co
     first = step(batch)["loss"]
     torch.manual_seed(2)
     torch.testing.assert_close(step(batch)["loss"], first, rtol=0, atol=0)
-    assert step(replace(batch, step=1))["masked_language"] != step(batch)["masked_language"]
+    assert step(replace(batch, step=1))["mlm"] != step(batch)["mlm"]

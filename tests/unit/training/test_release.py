@@ -1,4 +1,4 @@
-"""What `faithful` changes: each quirk of VLMo's release beside the corrected behaviour, and nothing without it."""
+"""Each deviation that `reproduce_vlmo_release` reproduces, compared with the corrected behaviour."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class OneRank:
         return values
 
 
-def switched(faithful: bool, objectives: dict[str, dict[str, float]] | None = None, stage: int = 2) -> RunConfig:
+def switched(
+    reproduce_vlmo_release: bool, objectives: dict[str, dict[str, float]] | None = None, stage: int = 2
+) -> RunConfig:
     """The tiny config without drop path, of one stage."""
     config = tiny_config()
     values = config.model_dump(mode="json")
@@ -47,7 +49,7 @@ def switched(faithful: bool, objectives: dict[str, dict[str, float]] | None = No
     values["stages"] = [values["stages"][stage]]
     if objectives is not None:
         values["stages"][0]["objectives"] = objectives
-    return validate(values | {"faithful": faithful}, "tiny")
+    return validate(values | {"reproduce_vlmo_release": reproduce_vlmo_release}, "tiny")
 
 
 def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -56,7 +58,7 @@ def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained_parts(model, config, stage))
     engine = PlainEngine(model, stage.optimizer)
-    losses = TrainingStep(engine, config, stage, OneRank())(tiny_batch(config, 1, 0, 1, stage.batch))  # type: ignore[arg-type]
+    losses = TrainingStep(engine, config, stage, OneRank())(tiny_batch(config, 1, 0, 1, stage.global_batch_size))  # type: ignore[arg-type]
     return engine.gradients(), losses
 
 
@@ -101,13 +103,13 @@ def test_trap_01_faithful_contrast_gets_the_gradient_that_the_releases_gather_le
 
 
 def test_trap_01_the_step_cuts_the_gradient_of_a_faithful_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = gradients(switched(False, {"contrastive": {}}))
-    same, _ = gradients(switched(True, {"contrastive": {}}))  # of one rank
+    ours, _ = gradients(switched(False, {"itc": {}}))
+    same, _ = gradients(switched(True, {"itc": {}}))  # of one rank
     assert all(torch.equal(ours[name], same[name]) for name in ours)
     told: list[int] = []
     real = release.cut
     monkeypatch.setattr(release, "cut", lambda found, world_size: (told.append(world_size), real(found, RANKS))[1])
-    cut, _ = gradients(switched(True, {"contrastive": {}}))
+    cut, _ = gradients(switched(True, {"itc": {}}))
     assert told == [1]
     for name in ours:
         share = 1 if "log_scale" in name else RANKS
@@ -119,11 +121,11 @@ def test_trap_01_the_step_cuts_the_gradient_of_a_faithful_run_only(monkeypatch: 
 
 @pytest.mark.parametrize(("stage", "share"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
 def test_masked_words_of_pairs_count_a_quarter_and_are_reported_whole(stage: int, share: float) -> None:
-    ours, ours_told = gradients(switched(False, {"masked_language": {}}, stage))
-    theirs, theirs_told = gradients(switched(True, {"masked_language": {}}, stage))
+    ours, ours_told = gradients(switched(False, {"mlm": {}}, stage))
+    theirs, theirs_told = gradients(switched(True, {"mlm": {}}, stage))
     for name in ours:
         torch.testing.assert_close(theirs[name], share * ours[name])
-    assert theirs_told["masked_language"] == ours_told["masked_language"]
+    assert theirs_told["mlm"] == ours_told["mlm"]
     torch.testing.assert_close(theirs_told["loss"], share * ours_told["loss"])
 
 
@@ -131,14 +133,14 @@ def test_masked_words_of_pairs_count_a_quarter_and_are_reported_whole(stage: int
 
 
 def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
-    for faithful in (False, True):
-        config = switched(faithful)
+    for reproduce_vlmo_release in (False, True):
+        config = switched(reproduce_vlmo_release)
         model = build_model(config.model, VOCABULARY, heads(config, 0))
         with torch.no_grad():
-            model.contrastive_head.log_scale.fill_(5.0)
+            model.itc_head.log_scale.fill_(5.0)
         one = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
         scale = model({"image": one})["image"]["scale"].detach()
-        assert float(scale) == pytest.approx(torch.tensor(5.0).exp().item() if faithful else 100.0)
+        assert float(scale) == pytest.approx(torch.tensor(5.0).exp().item() if reproduce_vlmo_release else 100.0)
 
 
 # ---- weight decay
@@ -151,8 +153,8 @@ RELEASED = {
     "blocks.1.experts.vision_language.norm.weight": True,
     "blocks.0.attention_gamma": True,
     "blocks.0.expert_gamma": True,
-    "contrastive_head.log_scale": True,
-    "contrastive_head.log_scale_vl": True,
+    "itc_head.log_scale": True,
+    "itc_head.log_scale_vl": True,
     "image_embedding.cls": True,
     "image_embedding.positions": True,
     "text_embedding.modality": True,
@@ -165,13 +167,13 @@ RELEASED = {
     "norm.weight": False,
     "text_embedding.norm.weight": False,
     "text_embedding.word.weight": True,
-    "masked_language_head.norm.weight": False,
-    "masked_language_head.decode.weight": True,
-    "masked_language_head.decode.bias": False,
-    "answering_head.norm.weight": True,
+    "mlm_head.norm.weight": False,
+    "mlm_head.decode.weight": True,
+    "mlm_head.decode.bias": False,
+    "vqa_head.norm.weight": True,
     "image_embedding.patch.bias": False,
-    "masked_image_head.predict.bias": False,
-    "masked_image_head.predict.weight": True,
+    "mim_head.predict.bias": False,
+    "mim_head.predict.weight": True,
 }
 
 
@@ -181,12 +183,14 @@ def test_trap_08_the_release_decays_by_pieces_of_names(name: str, decayed: bool)
 
 
 def test_trap_08_we_decay_matrices_and_nothing_else() -> None:
-    config = VLMoConfig(width=16, layers=2, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text=6)
+    config = VLMoConfig(
+        width=16, layers=2, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text_length=6
+    )
     model = skeleton(config, 11, HeadConfig(answers=3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def decayed(faithful: bool) -> set[str]:
-        groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1), faithful)
+    def decayed(reproduce_vlmo_release: bool) -> set[str]:
+        groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1), reproduce_vlmo_release)
         return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
 
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
@@ -194,7 +198,7 @@ def test_trap_08_we_decay_matrices_and_nothing_else() -> None:
     assert decayed(True) - matrices == {
         name
         for name in names.values()
-        if name.endswith(("gamma", "log_scale", "log_scale_vl", "cls", "modality", "answering_head.norm.weight"))
+        if name.endswith(("gamma", "log_scale", "log_scale_vl", "cls", "modality", "vqa_head.norm.weight"))
         or (".experts." in name and name.endswith("norm.weight"))
     }
     assert matrices - decayed(True) == {"positions.image", "positions.cross", "positions.text"}
@@ -204,5 +208,5 @@ def test_only_vlmo_has_a_release_to_be_faithful_to() -> None:
     values = tiny_config().model_dump(mode="json")
     values["model"] = {"kind": "vit", "width": 32, "heads": 2, "layers": 2, "image_size": 16, "patch_size": 8}
     values["stages"] = values["stages"][:1]
-    with pytest.raises(ConfigError, match="faithful: is said of VLMo's release"):
-        validate(values | {"faithful": True}, "tiny")
+    with pytest.raises(ConfigError, match="reproduce_vlmo_release: is said of VLMo's release"):
+        validate(values | {"reproduce_vlmo_release": True}, "tiny")

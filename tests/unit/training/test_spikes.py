@@ -10,7 +10,7 @@ from pipeline.config.errors import RunFailed
 from pipeline.config.schema import SpikeConfig
 from pipeline.training.spikes import Spike, SpikeFound, SpikeGuard
 
-CONFIG = SpikeConfig(factor=2.0, window=3, skip=2, most=2)
+CONFIG = SpikeConfig(factor=2.0, window=3, skip=2, max_rollbacks=2)
 
 
 def guard_after(*losses: float, config: SpikeConfig | None = CONFIG) -> SpikeGuard:
@@ -42,7 +42,7 @@ def test_what_was_read_since_the_checkpoint_and_some_batches_more_are_left_out()
     # A second spike after a checkpoint at step 8, which read batch 13 next.
     assert guard.skip(Spike(2, 9, 14, 9.0, 1.0), resumed_at=8, stage="pairs") == (13, 17)
     assert guard.batch_of(8) == 17
-    with pytest.raises(RunFailed, match=r"stage pairs, step 9: .* guards\.spike\.most"):
+    with pytest.raises(RunFailed, match=r"stage pairs, step 9: .* guards\.spike\.max_rollbacks"):
         guard.skip(Spike(3, 9, 14, 9.0, 1.0), resumed_at=8, stage="pairs")
 
 

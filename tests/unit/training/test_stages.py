@@ -91,7 +91,7 @@ def test_the_next_stage_reads_larger_pictures_with_resized_positions(tmp_path: P
 
 
 def test_a_stage_starts_from_a_run_of_another_size_and_text_length(tmp_path: Path) -> None:
-    short = staged(tmp_path, *[{"max_text": 8}] * 4, max_text=8, image_size=24)
+    short = staged(tmp_path, *[{"max_text_length": 8}] * 4, max_text_length=8, image_size=24)
     before = model_of_stage(short, 0)
     url = finish(short, 0, before)
     config = staged(tmp_path, {"start_from": url})
@@ -107,7 +107,11 @@ def test_a_stage_starts_from_a_run_of_another_size_and_text_length(tmp_path: Pat
         ({"layers": 3}, {}, "layers 3 there, 2 here"),
         ({"positions": "absolute"}, {}, "positions 'absolute' there, 'relative' here"),
         ({"layer_scale": None}, {}, "layer_scale False there, True here"),
-        ({"positions": "absolute", "max_text": 12}, {"positions": "absolute", "max_text": 20}, "model.max_text: 20"),
+        (
+            {"positions": "absolute", "max_text_length": 12},
+            {"positions": "absolute", "max_text_length": 20},
+            "model.max_text_length: 20",
+        ),
     ],
 )
 def test_another_architecture_is_refused_with_both_values(
@@ -121,7 +125,7 @@ def test_another_architecture_is_refused_with_both_values(
     assert "stages.vision.start_from" in str(error.value)
 
 
-@pytest.mark.parametrize("change", [{"drop_path": 0.3}, {"initial_std": 0.1}, {"layer_scale": 1e-5}])
+@pytest.mark.parametrize("change", [{"drop_path": 0.3}, {"init_std": 0.1}, {"layer_scale": 1e-5}])
 def test_what_only_training_depends_on_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
     other = staged(tmp_path, **change)
     url = finish(other, 0, build_model(other.model, VOCABULARY))
@@ -187,9 +191,9 @@ def trained(config: RunConfig, index: int) -> set[str]:
 def test_trap_11_what_no_objective_reads_is_not_trained(tmp_path: Path) -> None:
     """A relative model has no text positions; the top vision and language experts learn from contrast alone."""
     start = {"start_from": "random"}
-    without_contrast = {"objectives": {"masked_language": {}}} | start
+    without_contrast = {"objectives": {"mlm": {}}} | start
     fused = trained(staged(tmp_path, {}, {}, without_contrast), 2)
-    assert not {"vision_expert.upper", "language_expert.upper", "contrastive_head"} & fused
+    assert not {"vision_expert.upper", "language_expert.upper", "itc_head"} & fused
     assert {"vision_expert.upper", "language_expert.upper"} <= trained(staged(tmp_path, {}, {}, start), 2)
     assert "text_embedding.positions" not in model_of_stage(staged(tmp_path), 0).state_dict()
 

@@ -38,7 +38,7 @@ def run_config(objectives: dict[str, Any], **stage: Any) -> RunConfig:
         "name": "test",
         "model": tiny_section("vilt").model_dump(),
         "sources": {"pairs": {"shards": "invented"}},
-        "data": {"lanes": 1},
+        "data": {"streams": 1},
         "stages": [
             {
                 "name": "pairs",
@@ -46,9 +46,9 @@ def run_config(objectives: dict[str, Any], **stage: Any) -> RunConfig:
                 "objectives": objectives,
                 "negatives": "random",
                 "steps": 2,
-                "batch": ROWS,
-                "max_text": 12,
-                "wrong_texts": 3,
+                "global_batch_size": ROWS,
+                "max_text_length": 12,
+                "num_negative_texts": 3,
                 **stage,
             }
         ],
@@ -68,7 +68,7 @@ def batch_of(config: RunConfig) -> Batch:
 
 
 def test_word_patch_reads_the_very_pass_that_matching_judges(collectives: Collectives) -> None:
-    config = run_config({"matching": {}, "word_patch": {"weight": 0.1}})
+    config = run_config({"itm": {}, "wpa": {"weight": 0.1}})
     step, batch = step_of(config, collectives), batch_of(config)
     read: list[dict[str, Any]] = []
     model = step.engine.model
@@ -78,10 +78,10 @@ def test_word_patch_reads_the_very_pass_that_matching_judges(collectives: Collec
     found = read[0]["outputs"]["pair"]
     matched = matched_rows(batch, config.stages[0])
     aligned = {name: found[name] for name in ("words", "patches", "words_keep", "patches_keep")}
-    torch.testing.assert_close(losses["word_patch"], word_patch_loss(**aligned, matched=matched).detach() / ROWS)
+    torch.testing.assert_close(losses["wpa"], word_patch_loss(**aligned, matched=matched).detach() / ROWS)
     swapped = read[0]["passes"]["pair"].image != batch.image
     assert torch.equal(swapped.flatten(1).any(dim=1), ~matched)
-    torch.testing.assert_close(losses["loss"], losses["matching"] + 0.1 * losses["word_patch"])
+    torch.testing.assert_close(losses["loss"], losses["itm"] + 0.1 * losses["wpa"])
 
 
 def test_ranking_reads_each_picture_with_its_text_and_with_wrong_ones(collectives: Collectives) -> None:
@@ -116,8 +116,8 @@ def test_wrong_texts_do_not_depend_on_which_rows_ask(collectives: Collectives) -
 
 
 def test_masked_patches_are_read_beside_the_text_and_their_target_is_the_pictures_own(collectives: Collectives) -> None:
-    config = run_config({"masked_image": {}}, image_target="mean_colour")
-    term, batch = step_of(config, collectives).terms["masked_image"], batch_of(config)
+    config = run_config({"mim": {}}, image_target="mean_colour")
+    term, batch = step_of(config, collectives).terms["mim"], batch_of(config)
     assert isinstance(term, MaskedImage)
     one = term.passes(batch)["hidden"]
     assert one.text is batch.text
@@ -136,17 +136,17 @@ def test_masked_patches_are_read_beside_the_text_and_their_target_is_the_picture
 
 def test_padding_among_masked_patches_changes_no_loss(collectives: Collectives) -> None:
     for target in ("mean_colour", "pixels"):
-        config = run_config({"masked_image": {}}, image_target=target)
+        config = run_config({"mim": {}}, image_target=target)
         batch = batch_of(config)
         longer = replace(batch, patch_positions=torch.nn.functional.pad(batch.patch_positions, (0, 2), value=-1))
-        losses = [step_of(config, collectives)(each)["masked_image"] for each in (batch, longer)]
+        losses = [step_of(config, collectives)(each)["mim"] for each in (batch, longer)]
         torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_without_rows_each_term_still_has_a_gradient(collectives: Collectives) -> None:
-    config = run_config({"matching": {}, "word_patch": {}})
+    config = run_config({"itm": {}, "wpa": {}})
     step = step_of(config, collectives)
-    term = step.terms["word_patch"]
+    term = step.terms["wpa"]
     assert isinstance(term, WordPatch)
     batch = batch_of(config).rows(slice(0, 0))
     outputs = step.engine({"pair": term.fused(batch, "pair", "itm", "alignment")})

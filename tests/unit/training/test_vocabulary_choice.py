@@ -22,7 +22,7 @@ def run_config(folder: Path, tokens: tuple[str, ...], stated: bool | None, **tok
     (folder / "vocab.txt").write_text("\n".join(tokens))
     if stated is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": stated}))
-    stage = {"name": "stage", "sources": {"one": 1.0}, "objectives": {"masked_language": {}}, "steps": 1, "batch": 8}
+    stage = {"name": "stage", "sources": {"one": 1.0}, "objectives": {"mlm": {}}, "steps": 1, "global_batch_size": 8}
     return validate(
         {
             "name": "test",
@@ -35,8 +35,8 @@ def run_config(folder: Path, tokens: tuple[str, ...], stated: bool | None, **tok
                 "image_size": 16,
                 "patch_size": 8,
             },
-            "sources": {"one": {"shards": str(folder), "use": "text"}},
-            "data": {"lanes": 8},
+            "sources": {"one": {"shards": str(folder), "type": "text"}},
+            "data": {"streams": 8},
             "tokenizer": {"vocabulary": str(folder / "vocab.txt"), **tokenizer},
             "stages": [stage],
         },

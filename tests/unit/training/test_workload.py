@@ -27,7 +27,7 @@ def test_arithmetic_is_that_of_a_real_step(index):
     model = build_stage_model(config, index, Storage(), VOCABULARY)
     step = TrainingStep(PlainEngine(model, stage.optimizer), config, stage, Collectives())
     with FlopCounterMode(display=False) as counter:
-        step(full_batch(config, stage, stage.batch, VOCABULARY))
+        step(full_batch(config, stage, stage.global_batch_size, VOCABULARY))
     # The counter sees attention where the CPU computes it plainly, as it does with VLMo's trainable bias.
     found = run_step(model_without_memory(config, index, VOCABULARY), config, index, VOCABULARY, "cpu")
     assert found.flops == counter.get_total_flops()
@@ -75,8 +75,10 @@ def test_recomputed_blocks_hold_less_and_compute_more():
 
 def test_at_the_peak_of_twice_as_fast_a_gpu_a_step_takes_half_the_time_and_of_an_unknown_one_none():
     config, work = tiny_config(), work_of(tiny_config(), 2, VOCABULARY, "cuda")
-    share = largest_share(config.stages[2].batch, 3)
+    share = largest_share(config.stages[2].global_batch_size, 3)
     h100 = seconds_on("NVIDIA H100 80GB HBM3", config, 2, VOCABULARY, 3)
-    assert h100 == pytest.approx(work.step_flops(share, accumulation(config.stages[2].batch, 3, None)) / 989e12)
+    assert h100 == pytest.approx(
+        work.step_flops(share, accumulation(config.stages[2].global_batch_size, 3, None)) / 989e12
+    )
     assert seconds_on("NVIDIA L40S", config, 2, VOCABULARY, 3) == pytest.approx(h100 * 989 / 362)
     assert seconds_on("A GPU of next year", config, 2, VOCABULARY, 3) is None

@@ -93,7 +93,7 @@ def test_real_feature_files_are_built_read_and_understood(shared: Path, tmp_path
     """Faster R-CNN's features of photographs, through shards and loader, into a model (`../shared/data`)."""
     from PIL import Image
 
-    folder = shared / "data" / "region_features"
+    folder = shared / "data" / "mrfr"
     if not folder.is_dir():
         pytest.skip(f"feature files are not here: {folder}")
     lines = []
@@ -113,15 +113,17 @@ def test_real_feature_files_are_built_read_and_understood(shared: Path, tmp_path
         {
             "name": "real",
             "model": {
-                "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12, "region_features": 1024,
+                "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12,
+                "region_features": 1024,
                 "max_regions": 40, "dropout": 0.0,
             },
-            "sources": {"real": {"shards": str(tmp_path / "shards"), "use": "regions"}},
-            "data": {"lanes": 1, "max_bad_rate": 0.0},
+            "sources": {"real": {"shards": str(tmp_path / "shards"), "type": "regions"}},
+            "data": {"streams": 1, "max_bad_rate": 0.0},
             "stages": [
                 {
-                    "name": "regions", "sources": {"real": 1.0}, "steps": 9, "batch": 12, "max_text": 12,
-                    "objectives": {"region_features": {}, "masked_language": {}},
+                    "name": "regions", "sources": {"real": 1.0}, "steps": 9, "global_batch_size": 12,
+                    "max_text_length": 12,
+                    "objectives": {"mrfr": {}, "mlm": {}},
                 }
             ],
         },

@@ -29,8 +29,10 @@ from pipeline.data.storage import Storage
 THING = f"a (?:large|small) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 
 
-def source(folder, name: str, use: str = "pairs", **synthetic) -> SourceConfig:
-    return SourceConfig(shards=str(folder / name), use=use, synthetic=SyntheticConfig(**{"scenes": 30, **synthetic}))
+def source(folder, name: str, source_type: str = "pairs", **synthetic) -> SourceConfig:
+    return SourceConfig(
+        shards=str(folder / name), source_type=source_type, synthetic=SyntheticConfig(**{"scenes": 30, **synthetic})
+    )
 
 
 def members(url: str) -> list[dict[str, bytes]]:

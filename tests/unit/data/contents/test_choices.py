@@ -32,16 +32,16 @@ def test_what_is_no_list_of_texts_is_refused_with_its_place(content: bytes, told
 
 
 def test_answers_are_found_beside_the_shards_or_where_the_stage_says(tmp_path: Path) -> None:
-    config, storage = run_config(tmp_path, "questions", "answering", 1, answers=6), Storage()
+    config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
     assert load_answers(config, config.stages[0], storage) == Choices((*COLOURS, "yes", "no"))
     (tmp_path / "other.json").write_text(json.dumps(["a", "b"]))
-    named = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json"), "answers": 2})
+    named = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json"), "num_answers": 2})
     assert load_answers(config, named, storage) == Choices(("a", "b"))
     assert choices_of(config, [named], storage).keys() == {ANSWERS}
 
 
 def test_a_list_of_another_length_or_none_at_all_is_told_with_what_to_set(tmp_path: Path) -> None:
-    config, storage = run_config(tmp_path, "questions", "answering", 1, answers=7), Storage()
+    config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=7), Storage()
     with pytest.raises(ConfigError, match=r"answers: 7 given, and .* lists 6"):
         load_answers(config, config.stages[0], storage)
     gone = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "nowhere.json")})
@@ -50,10 +50,10 @@ def test_a_list_of_another_length_or_none_at_all_is_told_with_what_to_set(tmp_pa
 
 
 def test_classes_need_no_names_but_those_there_are_must_fit(tmp_path: Path) -> None:
-    config, storage = run_config(tmp_path, "labelled", "classification", 1, classes=4), Storage()
+    config, storage = run_config(tmp_path, "labelled", "classification", 1, num_classes=4), Storage()
     stage = config.stages[0]
     assert choices_of(config, [stage], storage) == {CLASSES: Choices(COLOURS)}
-    with pytest.raises(ConfigError, match="classes: 5 given"):
-        load_classes(config, stage.model_copy(update={"classes": 5}), storage)
+    with pytest.raises(ConfigError, match="num_classes: 5 given"):
+        load_classes(config, stage.model_copy(update={"num_classes": 5}), storage)
     Path(write_set(tmp_path, "labelled", 8), CLASSES).unlink()
     assert load_classes(config, stage, storage) is None

@@ -90,20 +90,20 @@ def test_texts_of_any_use_are_found() -> None:
 
 
 def test_check_judges_each_use_as_training_does(tmp_path: Path) -> None:
-    for use, other in (("questions", "statements"), ("statements", "questions"), ("labelled", "questions")):
-        config = run_config(tmp_path, use, _OBJECTIVES[use], 1, **_KEYS[use])
+    for source_type, other in (("questions", "statements"), ("statements", "questions"), ("labelled", "questions")):
+        config = run_config(tmp_path, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type])
         for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:
             walked = TarSample(sample.key, False, [(name, 0, data) for name, data in sample.members.items()])
-            assert fault_of(walked, use, 10**6) is None  # type: ignore[arg-type]
+            assert fault_of(walked, source_type, 10**6) is None  # type: ignore[arg-type]
             assert fault_of(walked, other, 10**6) is not None  # type: ignore[arg-type]
 
 
-_OBJECTIVES = {"questions": "answering", "statements": "reasoning", "labelled": "classification"}
-_KEYS: dict[str, dict[str, int]] = {"questions": {"answers": 6}, "statements": {}, "labelled": {"classes": 4}}
+_OBJECTIVES = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}
+_KEYS: dict[str, dict[str, int]] = {"questions": {"num_answers": 6}, "statements": {}, "labelled": {"num_classes": 4}}
 
 
-def first_batch(folder: Path, use: str, rank: int = 0, world_size: int = 1) -> Batch:
-    config, storage = run_config(folder, use, _OBJECTIVES[use], 1, **_KEYS[use]), Storage()
+def first_batch(folder: Path, source_type: str, rank: int = 0, world_size: int = 1) -> Batch:
+    config, storage = run_config(folder, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type]), Storage()
     tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
     with Loader(config, config.stages[0], storage, tokenizer, rank, world_size) as loader:
         return next(loader.batches(0))
@@ -138,16 +138,16 @@ def test_rows_of_statements_hold_both_pictures_and_the_label(tmp_path: Path) -> 
 
 
 def test_ranks_rows_together_are_the_whole_batch(tmp_path: Path) -> None:
-    for use in _OBJECTIVES:
-        whole = first_batch(tmp_path, use)
-        parts = [first_batch(tmp_path, use, rank, 3) for rank in range(3)]
+    for source_type in _OBJECTIVES:
+        whole = first_batch(tmp_path, source_type)
+        parts = [first_batch(tmp_path, source_type, rank, 3) for rank in range(3)]
         for name in ("image", "second_image", "label", "answers", "answer_scores"):
             if (expected := getattr(whole, name)) is not None:
-                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), expected), (use, name)
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), expected), (source_type, name)
 
 
 def test_another_list_of_answers_is_other_data(tmp_path: Path) -> None:
-    config, storage = run_config(tmp_path, "questions", "answering", 1, answers=6), Storage()
+    config, storage = run_config(tmp_path, "questions", "vqa", 1, answers=6), Storage()
     (tmp_path / "other.json").write_text(json.dumps(["no", *COLOURS, "yes"]))
     other = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json")})
     digests = set()
@@ -164,7 +164,7 @@ def test_a_picture_is_not_mirrored_where_the_answer_says_a_side(tmp_path: Path, 
 
     record = {"question": "where is it?", "answers": {answer: 1.0}}
     samples = [{"__key__": f"s{n}", "jpg": picture_of_sides(), "json": json.dumps(record).encode()} for n in range(32)]
-    config, storage = run_config(tmp_path, "questions", "answering", 1, answers=6), Storage()
+    config, storage = run_config(tmp_path, "questions", "vqa", 1, answers=6), Storage()
     url = str(tmp_path / "sides")
     write_shards(storage, samples, url)
     config = config.model_copy(

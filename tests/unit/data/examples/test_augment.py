@@ -34,7 +34,7 @@ from pipeline.data.examples.augment import (
 from pipeline.data.randomness import CounterRandom, hash64
 
 CONFIGS = Path(__file__).parents[4] / "configs"
-PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, operations=0)
+PLAIN = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0)
 
 
 def picture(size: int = 64) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_a_flip_mirrors_half_of_the_pictures_and_none_where_it_is_not_allowed():
 
 
 def test_allowing_flips_changes_nothing_but_the_flip():
-    config = AugmentConfig(operations=0)
+    config = AugmentConfig(num_ops=0)
     for key in range(30):
         allowed, forbidden = (
             augment(picture(), config, 32, CounterRandom(hash64(key)), flip) for flip in (True, False)

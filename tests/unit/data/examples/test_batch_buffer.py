@@ -9,7 +9,7 @@ ALL = BatchFields(image=True, text=True, masked_text=True, masked_image=True)
 
 
 def layout(rows: int, wants: BatchFields = ALL) -> BatchSpec:
-    return BatchSpec.of(wants, rows, image_size=6, max_text=5, masked_patches=3)
+    return BatchSpec.of(wants, rows, image_size=6, max_text_length=5, masked_patches=3)
 
 
 def test_arrays_share_no_byte_and_fill_no_more_than_the_layout_says():

@@ -46,20 +46,22 @@ def folder(make_pairs: Callable[..., str], make_pair: Callable[[int], dict[str, 
     return made
 
 
-def run_config(folder: str, use: str = "labelled", objective: str = "classification", **stage: Any) -> RunConfig:
+def run_config(
+    folder: str, source_type: str = "labelled", objective: str = "classification", **stage: Any
+) -> RunConfig:
     values = {
         "name": "test",
         "model": {"kind": "vit", "width": 16, "layers": 1, "heads": 2, "image_size": 32, "patch_size": 4},
-        "sources": {"one": {"shards": folder, "use": use}},
-        "data": {"lanes": 3, "max_bad_rate": 1.0},
+        "sources": {"one": {"shards": folder, "type": source_type}},
+        "data": {"streams": 3, "max_bad_rate": 1.0},
         "stages": [
             {
                 "name": "stage",
                 "sources": {"one": 1.0},
                 "objectives": {objective: {}},
                 "steps": 50,
-                "batch": 9,
-                "classes": CLASSES,
+                "global_batch_size": 9,
+                "num_classes": CLASSES,
                 **stage,
             }
         ],
@@ -102,23 +104,23 @@ def test_what_is_no_class_number_is_refused(text: bytes) -> None:
     assert class_of({"cls": b" 12\n"}) == 12
 
 
-MASKING = {"patches": 0.5, "patch_shape": "blocks", "patches_covered": 0.8, "patches_swapped": 0.1}
+MASKING = {"image_mask_ratio": 0.5, "patch_shape": "blocks", "mask_token_prob": 0.8, "random_patch_prob": 0.1}
 
 
 def test_masks_with_stand_ins_are_the_same_for_every_world_size(folder: str, tokenizer: Tokenizer) -> None:
-    config = run_config(folder, "images", "masked_image", masking=MASKING)
+    config = run_config(folder, "images", "mim", masking=MASKING)
     prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(1, 4), world) for world in (1, 2, 4)}
     assert len(prints) == 1
-    plain = run_config(folder, "images", "masked_image", masking={"patches": 0.5})
+    plain = run_config(folder, "images", "mim", masking={"image_mask_ratio": 0.5})
     assert fingerprint(plain, plain.stages[0], Storage(), tokenizer, range(1, 4), 1) not in prints
 
 
 def test_every_row_has_equally_many_masked_patches_and_what_is_shown_there(folder: str, tokenizer: Tokenizer) -> None:
-    batches, _ = take(run_config(folder, "images", "masked_image", masking=MASKING), tokenizer, 20)
+    batches, _ = take(run_config(folder, "images", "mim", masking=MASKING), tokenizer, 20)
     positions = torch.cat([batch.patch_positions for batch in batches])
     shown = torch.cat([batch.patch_replacements for batch in batches])
     assert positions.shape == shown.shape == (180, 32)
     assert (shown == -1).float().mean().item() == pytest.approx(0.8, abs=0.02)
     assert (shown == positions).float().mean().item() == pytest.approx(0.1, abs=0.02)
-    without = take(run_config(folder, "images", "masked_image"), tokenizer, 1)[0][0]
+    without = take(run_config(folder, "images", "mim"), tokenizer, 1)[0][0]
     assert without.patch_replacements is None

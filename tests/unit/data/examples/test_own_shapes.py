@@ -71,7 +71,7 @@ def picture(height: int, width: int, number: int = 0) -> np.ndarray:
 def test_without_augmentation_a_picture_is_resized_and_no_more() -> None:
     from pipeline.config.schema import AugmentConfig
 
-    plain = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, operations=0)
+    plain = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0)
     image = picture(300, 420)
     for key in range(3):
         found = augment(image, plain, OwnShape(64, 96, 16), CounterRandom(key), allow_flip=True)
@@ -118,23 +118,23 @@ def folder(make_pairs, make_pair) -> str:
     return made
 
 
-def run_config(folder: str, model: dict | None = None, use: str = "pairs", **stage) -> RunConfig:
+def run_config(folder: str, model: dict | None = None, source_type: str = "pairs", **stage) -> RunConfig:
     sizes = {"width": 32, "layers": 2, "heads": 2, "image_size": 24, "longest_side": 40, "patch_size": 8}
     values = {
         "name": "test",
         "seed": 3,
         "model": {"kind": "vilt", **sizes, "max_visible_patches": 10, **(model or {})},
-        "sources": {"pairs": {"shards": folder, "use": use}},
-        "data": {"lanes": 5, "window": 2},
+        "sources": {"pairs": {"shards": folder, "type": source_type}},
+        "data": {"streams": 5, "shuffle_window": 2},
         "stages": [
             {
                 "name": "stage",
                 "sources": {"pairs": 1.0},
-                "objectives": {"masked_language": {}, "matching": {}, "masked_image": {}},
+                "objectives": {"mlm": {}, "itm": {}, "mim": {}},
                 "negatives": "random",
                 "steps": 100,
-                "batch": 10,
-                "max_text": 12,
+                "global_batch_size": 10,
+                "max_text_length": 12,
                 **stage,
             }
         ],
@@ -169,7 +169,7 @@ def test_batches_are_cut_to_their_largest_picture_and_most_patches(folder: str, 
 
 
 def test_masked_patches_are_the_same_share_of_those_that_are_read(folder: str, tokenizer: Tokenizer) -> None:
-    for batch in take(run_config(folder, masking={"patches": 0.3}), tokenizer, 3):
+    for batch in take(run_config(folder, masking={"image_mask_ratio": 0.3}), tokenizer, 3):
         for row in range(len(batch)):
             masked = set(batch.patch_positions[row].tolist()) - {-1}
             read = set(batch.visible_patches[row].tolist()) - {-1}
@@ -193,13 +193,13 @@ def test_without_a_limit_every_patch_is_read(folder: str, tokenizer: Tokenizer) 
 
 
 def test_pictures_of_a_masked_image_stage_come_with_their_text_where_there_is_one(folder, tokenizer) -> None:
-    alone = {"objectives": {"masked_image": {}}}
+    alone = {"objectives": {"mim": {}}}
     assert take(run_config(folder, **alone), tokenizer, 1)[0].text is not None
-    assert take(run_config(folder, use="images", **alone), tokenizer, 1)[0].text is None
+    assert take(run_config(folder, source_type="images", **alone), tokenizer, 1)[0].text is None
 
 
 def test_global_batches_are_the_same_for_every_world_size(folder: str, tokenizer: Tokenizer) -> None:
-    config = run_config(folder, masking={"patches_covered": 0.8, "patches_swapped": 0.1})
+    config = run_config(folder, masking={"mask_token_prob": 0.8, "random_patch_prob": 0.1})
     stage = config.stages[0]
     prints = {fingerprint(config, stage, Storage(), tokenizer, range(2, 6), world_size) for world_size in (1, 2, 5)}
     assert len(prints) == 1
@@ -249,7 +249,7 @@ def test_two_pictures_of_a_statement_each_have_their_own_shape(tmp_path: Path, m
         }
     (tmp_path / "00000.tar").write_bytes(make_tar(samples))
     index_shards(Storage(), str(tmp_path))
-    config = run_config(str(tmp_path), use="statements", objectives={"reasoning": {}})
+    config = run_config(str(tmp_path), source_type="statements", objectives={"nlvr2": {}})
     batch = take(config, tokenizer, 1)[0]
     assert batch.visible_patches is None
     for name in ("image", "second_image"):
@@ -263,7 +263,7 @@ def test_two_pictures_of_a_statement_each_have_their_own_shape(tmp_path: Path, m
     [
         ({"masking": {"patch_shape": "blocks"}}, "patch_shape: blocks"),
         ({"image_target": "visual_tokens"}, "image_target: visual_tokens"),
-        ({"objectives": {"word_patch": {}, "matching": {"every": 2}}}, "give both the same `every`"),
+        ({"objectives": {"wpa": {}, "itm": {"every": 2}}}, "give both the same `every`"),
     ],
 )
 def test_what_only_square_pictures_serve_is_refused(folder: str, stage: dict, told: str) -> None:

@@ -24,7 +24,7 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 
 NUMBERS, CLASSES, MOST = 6, 5, 8
-OBJECTIVES = ("matching", "masked_language", "region_class", "region_features")
+OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
 
 
 def record(number: int, **changed: Any) -> RegionRecord:
@@ -68,19 +68,19 @@ def shards(tmp_path: Path, make_tar) -> str:
 
 def run_config(shards: str, objectives: tuple[str, ...] = OBJECTIVES, **changes: Any) -> RunConfig:
     model = {
-        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text": 12,
-        "max_regions": MOST, "region_features": NUMBERS, "region_classes": CLASSES,
+        "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12,
+        "max_regions": MOST, "mrfr": NUMBERS, "region_classes": CLASSES,
     }  # fmt: skip
     stage: dict[str, Any] = {
         "name": "regions", "sources": {"some": 1.0}, "objectives": {name: {} for name in objectives}, "steps": 100,
-        "batch": 10, "max_text": 12, "negatives": "random",
+        "global_batch_size": 10, "max_text_length": 12, "negatives": "random",
     }  # fmt: skip
     values = {
         "name": "test",
         "seed": 3,
         "model": model | changes.pop("model", {}),
-        "sources": {"some": {"shards": shards, "use": "regions"}},
-        "data": {"lanes": 5, "window": 2, "max_bad_rate": changes.pop("max_bad_rate", 1.0)},
+        "sources": {"some": {"shards": shards, "type": "regions"}},
+        "data": {"streams": 5, "shuffle_window": 2, "max_bad_rate": changes.pop("max_bad_rate", 1.0)},
         "stages": [stage | changes],
     }
     return validate(values, "test")
@@ -103,7 +103,7 @@ def test_a_row_holds_its_sample_s_regions(shards: str, tokenizer: Tokenizer) -> 
         best = given[batch.region_features[row][keep].numpy().tobytes()]
         np.testing.assert_array_equal(batch.region_location[row][keep], best.locations())
         np.testing.assert_array_equal(batch.region_class[row][keep], best.classes)
-        for name in ("region_features", "region_location", "region_class", "region_hidden"):
+        for name in ("mrfr", "region_location", "moc", "region_hidden"):
             assert not getattr(batch, name)[row][~keep].any()
         masked = batch.region_positions[row][batch.region_positions[row] >= 0]
         assert len(masked) == max(1, round(0.15 * len(best)))
@@ -113,7 +113,7 @@ def test_a_row_holds_its_sample_s_regions(shards: str, tokenizer: Tokenizer) -> 
     assert int(batch.region_keep.sum(dim=1).max()) == batch.region_keep.shape[1]
 
 
-@pytest.mark.parametrize("objectives", [OBJECTIVES, ("masked_language",), ("region_features",)])
+@pytest.mark.parametrize("objectives", [OBJECTIVES, ("mlm",), ("mrfr",)])
 def test_batches_are_the_same_for_every_world_size(
     shards: str, tokenizer: Tokenizer, objectives: tuple[str, ...]
 ) -> None:
@@ -127,7 +127,7 @@ def test_loader_processes_make_the_same_rows(shards: str, tokenizer: Tokenizer) 
     loader = config.data.loader.model_copy(update={"workers": 1})
     other = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
     (one,), (same,) = take(config, tokenizer, 1), take(other, tokenizer, 1)
-    for name in ("region_features", "region_keep", "region_positions", "region_hidden", "masked_text", "image_id"):
+    for name in ("mrfr", "region_keep", "region_positions", "region_hidden", "masked_text", "image_id"):
         assert torch.equal(getattr(one, name), getattr(same, name)), name
 
 
@@ -142,11 +142,11 @@ def test_masks_change_from_epoch_to_epoch(shards: str, tokenizer: Tokenizer) -> 
 
 
 def test_a_stage_holds_only_what_its_objectives_read(shards: str, tokenizer: Tokenizer) -> None:
-    (batch,) = take(run_config(shards, ("region_features",)), tokenizer, 1)
+    (batch,) = take(run_config(shards, ("mrfr",)), tokenizer, 1)
     assert batch.text is not None
     assert batch.region_positions is not None
     assert batch.region_class is batch.masked_text is None
-    (batch,) = take(run_config(shards, ("matching",)), tokenizer, 1)
+    (batch,) = take(run_config(shards, ("itm",)), tokenizer, 1)
     assert batch.region_features is not None
     assert batch.region_positions is batch.region_hidden is None
 
@@ -201,9 +201,15 @@ def test_only_imagebert_reads_regions() -> None:
         validate(
             {
                 "name": "test",
-                "sources": {"some": {"shards": "x", "use": "regions"}},
+                "sources": {"some": {"shards": "x", "type": "regions"}},
                 "stages": [
-                    {"name": "a", "sources": {"some": 1.0}, "objectives": {"region_class": {}}, "steps": 1, "batch": 16}
+                    {
+                        "name": "a",
+                        "sources": {"some": 1.0},
+                        "objectives": {"moc": {}},
+                        "steps": 1,
+                        "global_batch_size": 16,
+                    }
                 ],
             },
             "test",
@@ -213,6 +219,6 @@ def test_only_imagebert_reads_regions() -> None:
 def test_objectives_that_share_a_masked_pass_read_the_same_rows(shards: str) -> None:
     config = run_config(shards)
     values = config.model_dump(mode="json")
-    values["stages"][0]["objectives"]["region_class"]["every"] = 2
+    values["stages"][0]["objectives"]["moc"]["every"] = 2
     with pytest.raises(ConfigError, match="masked_language, region_class, region_features share one pass"):
         validate(values, "test")

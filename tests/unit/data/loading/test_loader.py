@@ -23,9 +23,9 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 
 OBJECTIVES = {
-    "vision": ("images", {"masked_image": {}}),
-    "language": ("text", {"masked_language": {}}),
-    "vision_language": ("pairs", {"contrastive": {}, "matching": {}, "masked_language": {}, "masked_image": {}}),
+    "vision": ("images", {"mim": {}}),
+    "language": ("text", {"mlm": {}}),
+    "vision_language": ("pairs", {"itc": {}, "itm": {}, "mlm": {}, "mim": {}}),
 }
 
 
@@ -45,21 +45,21 @@ def folders(make_pairs) -> dict[str, str]:
 
 
 def run_config(folders: dict[str, str], kind: str = "vision_language", **changes) -> RunConfig:
-    use, objectives = OBJECTIVES[kind]
-    data = {"lanes": 5, "window": 2, "max_bad_rate": 1.0} | changes.pop("data", {})
+    source_type, objectives = OBJECTIVES[kind]
+    data = {"streams": 5, "shuffle_window": 2, "max_bad_rate": 1.0} | changes.pop("data", {})
     stage = {
         "name": kind,
         "sources": dict(zip(folders, (1.0, 1.7), strict=False)),
         "objectives": objectives,
         "steps": 100,
-        "batch": 10,
-        "max_text": 12,
+        "global_batch_size": 10,
+        "max_text_length": 12,
     } | changes.pop("stage", {})
     values = {
         "name": "test",
         "seed": 3,
         "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
-        "sources": {name: {"shards": folder, "use": use} for name, folder in folders.items()},
+        "sources": {name: {"shards": folder, "type": source_type} for name, folder in folders.items()},
         "data": data,
         "stages": [stage],
     } | changes
@@ -149,7 +149,7 @@ def test_batch_holds_what_the_objectives_read(folders, tokenizer):
         batch = take(run_config(folders, kind), tokenizer, 0, 1)[0]
         optional = {f.name for f in fields(Batch)} - {"step", "place", "uid", "image_id", "source"}
         assert {name for name in optional if getattr(batch, name) is not None} == expected
-    only_contrast = run_config(folders, stage={"objectives": {"contrastive": {}}})
+    only_contrast = run_config(folders, stage={"objectives": {"itc": {}}})
     batch = take(only_contrast, tokenizer, 0, 1)[0]
     assert batch.masked_text is None
     assert batch.patch_positions is None
@@ -177,7 +177,7 @@ def test_shapes_types_and_padding(folders, tokenizer):
 
 
 def test_another_epoch_draws_another_look(folders, tokenizer):
-    config = run_config({"one": folders["one"]}, stage={"batch": 5})
+    config = run_config({"one": folders["one"]}, stage={"global_batch_size": 5})
     seen: dict[int, list[tuple[bytes, bytes, bytes]]] = {}
     for batch in take(config, tokenizer, 0, 23):
         for row in range(len(batch)):
@@ -306,12 +306,12 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
             return loader.digest
 
     base = digest(run_config(folders))
-    assert digest(run_config(folders, data={"loader": {"threads": 7, "prefetch_batches": 5}})) == base
+    assert digest(run_config(folders, data={"loader": {"threads_per_worker": 7, "prefetch_batches": 5}})) == base
     changed = [
         run_config(folders, data={"augment": {"magnitude": 3}}),
         run_config(folders, data={"max_pixels": 1000}),
-        run_config(folders, stage={"masking": {"probability": 0.3}}),
-        run_config(folders, stage={"max_text": 9}),
+        run_config(folders, stage={"masking": {"mlm_probability": 0.3}}),
+        run_config(folders, stage={"max_text_length": 9}),
         run_config(folders, seed=4),
         run_config(folders, stage={"name": "other"}),
     ]
@@ -325,7 +325,7 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
 
 
 def test_a_fault_is_raised_in_its_own_step_and_every_thread_ends(folders, tokenizer, monkeypatch: pytest.MonkeyPatch):
-    config = run_config(folders, data={"loader": {"threads": 3, "prefetch_batches": 4}})
+    config = run_config(folders, data={"loader": {"threads_per_worker": 3, "prefetch_batches": 4}})
     make_rows = module.ExampleBuilder.make
 
     def failing(maker: module.ExampleBuilder, step: int, *rest):
@@ -420,7 +420,9 @@ def wordy(make_pairs, make_pair) -> str:
 
 
 def wordy_config(folder: str, stage: dict, source: dict | None = None) -> RunConfig:
-    config = run_config({"wordy": folder}, stage={"max_text": 30, "batch": 5, **stage}, data={"window": 4})
+    config = run_config(
+        {"wordy": folder}, stage={"max_text_length": 30, "global_batch_size": 5, **stage}, data={"shuffle_window": 4}
+    )
     values = config.model_dump(mode="json", exclude_unset=True)
     values["sources"]["wordy"] |= source or {}
     return validate(values, "test")

@@ -39,15 +39,15 @@ def config(make_pairs) -> RunConfig:
         "name": "test",
         "model": {"width": 32, "layers": 3, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 4},
         "sources": {"pairs": {"shards": folder}},
-        "data": {"lanes": 4, "max_bad_rate": 1.0, "loader": {"workers": 2, "threads": 2}},
+        "data": {"streams": 4, "max_bad_rate": 1.0, "loader": {"num_workers": 2, "threads_per_worker": 2}},
         "stages": [
             {
                 "name": "together",
                 "sources": {"pairs": 1.0},
-                "objectives": {"contrastive": {}, "masked_language": {}, "masked_image": {}},
+                "objectives": {"itc": {}, "mlm": {}, "mim": {}},
                 "steps": STEPS,
-                "batch": 8,
-                "max_text": 12,
+                "global_batch_size": 8,
+                "max_text_length": 12,
             }
         ],
     }

@@ -178,12 +178,12 @@ def test_threads_that_open_one_object_download_it_once(tmp_path: Path):
 
 
 def test_a_budget_below_the_open_windows_is_refused_with_both_numbers(tmp_path: Path):
-    needed = open_window_bytes([50, 10, 30, 40], lanes=1, window=3)
+    needed = open_window_bytes([50, 10, 30, 40], streams=1, window=3)
     assert needed == 120
     NodeCache(tmp_path, 120).check_budget(needed, "the open windows")
     with pytest.raises(ConfigError, match=r"max_bytes 119 is below the 120 bytes of the open windows.*at least 120"):
         NodeCache(tmp_path, 119).check_budget(needed, "the open windows")
-    assert open_window_bytes([50, 10], lanes=9, window=3) == 60
+    assert open_window_bytes([50, 10], streams=9, window=3) == 60
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path):

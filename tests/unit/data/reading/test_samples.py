@@ -251,7 +251,7 @@ def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.Mo
 
 
 class Epoch:
-    """One epoch of 240 samples in batches of 8, over 2 lanes with windows of 1 shard; shards have several spans."""
+    """One epoch of 240 samples in batches of 8, over 2 streams with windows of 1 shard; shards have several spans."""
 
     def __init__(self, folder: str, url: str):
         self.url, self.source = url, source_of(folder)
@@ -335,7 +335,7 @@ def test_memory_below_the_open_windows_is_told_once_and_changes_no_sample(
     assert len(storage.ranges) > len(epoch.spans) == len(set(storage.ranges))
     assert told(caplog) == [
         "data.loader.memory_bytes 60000 holds less than the open windows of this process need: parts of shards are "
-        "fetched more than once. Raise it, lower data.window, or set data.cache.folder"
+        "fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
     ]
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config.load import validate
-from pipeline.config.schema import DataConfig, RunConfig, Use
+from pipeline.config.schema import DataConfig, RunConfig, SourceType
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.members import captions_of, image_id_of
 from pipeline.data.contents.regions import RegionRecord
@@ -30,7 +30,7 @@ from tests.support.fuzz import fuzz_rounds, mutate
 
 Members = dict[str, bytes]
 CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8
-USES: tuple[Use, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
+USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
 DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 
 # Members that must make a pair bad, whoever judges it.
@@ -65,7 +65,7 @@ GOOD: dict[str, Members] = {
     "infinite image_id": {"json": b'{"caption": "fine", "image_id": 1e400}'},
     "list as image_id": {"json": b'{"caption": "fine", "image_id": [1, {"a": null}]}'},
 }
-OTHERS: dict[Use, list[Members]] = {
+OTHERS: dict[SourceType, list[Members]] = {
     "labelled": [
         {"cls": text}
         for text in (b"9" * 5000, b"9" * 19, b"-1", b"+1", b"1.0", b"", "\u0661".encode(), b"1_0", b"nan", b"4")
@@ -96,121 +96,130 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def sample(use: Use, number: int) -> Members:
+def sample(source_type: SourceType, number: int) -> Members:
     """A good sample of a use."""
     shown = picture(number)
-    if use == "labelled":
+    if source_type == "labelled":
         return {"jpg": shown, "cls": b"%d" % (number % CLASSES)}
-    if use == "questions":
+    if source_type == "questions":
         record: dict[str, Any] = {"question": f"what is {number}?", "answers": {"yes": 1.0}, "question_id": number}
         return {"jpg": shown, "json": json.dumps(record).encode()}
-    if use == "statements":
+    if source_type == "statements":
         record = {"sentence": f"it is {number}", "label": number % 2 == 0, "id": str(number)}
         return {"0.jpg": shown, "1.jpg": picture(number + 1), "json": json.dumps(record).encode()}
     text = {"json": json.dumps({"captions": [f"a thing {number}", "another way"], "url": f"u/{number}"}).encode()}
-    if use == "regions":
+    if source_type == "regions":
         features = np.full((2, NUMBERS), number, dtype=np.float32)
         boxes = np.array([[0, 0, 5, 5], [1, 1, 9, 9]], dtype=np.float32)
         return text | {"npz": RegionRecord(features, boxes, (10, 10), np.array([0, 1])).to_bytes()}
-    return text | ({"jpg": shown} if use == "pairs" else {})
+    return text | ({"jpg": shown} if source_type == "pairs" else {})
 
 
-def run_config(folder: str, use: Use, count: int) -> RunConfig:
-    objectives: dict[Use, dict[str, Any]] = {
-        "pairs": {"contrastive": {}, "masked_language": {}},
-        "text": {"masked_language": {}},
+def run_config(folder: str, source_type: SourceType, count: int) -> RunConfig:
+    objectives: dict[SourceType, dict[str, Any]] = {
+        "pairs": {"itc": {}, "mlm": {}},
+        "text": {"mlm": {}},
         "labelled": {"classification": {}},
-        "regions": {"masked_language": {}, "region_class": {}},
-        "questions": {"answering": {}},
-        "statements": {"reasoning": {}},
+        "regions": {"mlm": {}, "moc": {}},
+        "questions": {"vqa": {}},
+        "statements": {"nlvr2": {}},
     }
     kind: dict[str, Any] = {"kind": "vlmo", "vision_language_layers": 1}
-    if use == "labelled":
+    if source_type == "labelled":
         kind = {"kind": "vit"}
-    if use == "regions":
-        kind = {"kind": "imagebert", "region_features": NUMBERS, "region_classes": 2, "max_regions": 4}
-    stage = {"name": "stage", "sources": {"one": 1.0}, "objectives": objectives[use], "steps": -(-count // BATCH)}
-    more = {"labelled": {"classes": CLASSES}, "questions": {"answers": len(ANSWERS)}}.get(use, {})
+    if source_type == "regions":
+        kind = {"kind": "imagebert", "mrfr": NUMBERS, "region_classes": 2, "max_regions": 4}
+    stage = {
+        "name": "stage",
+        "sources": {"one": 1.0},
+        "objectives": objectives[source_type],
+        "steps": -(-count // BATCH),
+    }
+    more = {"labelled": {"num_classes": CLASSES}, "questions": {"num_answers": len(ANSWERS)}}.get(source_type, {})
     return validate(
         {
             "name": "test",
             "model": {"width": 16, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 8} | kind,
-            "sources": {"one": {"shards": folder, "use": use}},
-            "data": {"lanes": 1, "window": 2, "max_bad_rate": 1.0},
-            "stages": [stage | {"batch": BATCH, "max_text": 8} | more],
+            "sources": {"one": {"shards": folder, "type": source_type}},
+            "data": {"streams": 1, "shuffle_window": 2, "max_bad_rate": 1.0},
+            "stages": [stage | {"global_batch_size": BATCH, "max_text_length": 8} | more],
         },
         "test",
     )
 
 
-def checked(folder: str, use: Use) -> ShardReport:
-    (report,) = check_shards(Storage(), folder, use, DataConfig().max_pixels, workers=1)
+def checked(folder: str, source_type: SourceType) -> ShardReport:
+    (report,) = check_shards(Storage(), folder, source_type, DataConfig().max_pixels, workers=1)
     return report
 
 
-def trained(folder: str, use: Use, count: int) -> set[tuple[str, str, str]]:
+def trained(folder: str, source_type: SourceType, count: int) -> set[tuple[str, str, str]]:
     """(key, stage, reason) of what one epoch of training quarantines."""
-    config = run_config(folder, use, count)
+    config = run_config(folder, source_type, count)
     tokenizer = Tokenizer.train(["a thing in another way is what it is"], 100)
     with Loader(config, config.stages[0], Storage(), tokenizer, rank=0, world_size=1) as loader:
         assert len(list(islice(loader.batches(0), -(-count // BATCH)))) == -(-count // BATCH)
         return {(bad["key"], bad["stage"], bad["reason"]) for bad in loader.quarantined()}
 
 
-def judge(tmp_path: Path, make_tar: Any, use: Use, damaged: dict[str, Members]) -> set[tuple[str, str, str]]:
+def judge(
+    tmp_path: Path, make_tar: Any, source_type: SourceType, damaged: dict[str, Members]
+) -> set[tuple[str, str, str]]:
     """What checking and training alike find bad among damaged samples, between twice as many good ones."""
-    samples = damaged | {f"good{number}": sample(use, number) for number in range(2 * len(damaged) + BATCH)}
-    samples |= {f"more{number}": sample(use, number) for number in range(-len(samples) % BATCH)}
+    samples = damaged | {f"good{number}": sample(source_type, number) for number in range(2 * len(damaged) + BATCH)}
+    samples |= {f"more{number}": sample(source_type, number) for number in range(-len(samples) % BATCH)}
     keys = sorted(samples, key=lambda key: random.Random(key).random())
-    folder = tmp_path / use
+    folder = tmp_path / source_type
     folder.mkdir()
     (folder / "0.tar").write_bytes(make_tar({key: samples[key] for key in keys}))
     (folder / "answers.json").write_bytes(Choices(ANSWERS).to_bytes())
     (folder / "classes.json").write_bytes(Choices(tuple("abcd")).to_bytes())
     index_shards(Storage(), str(folder))
-    report = checked(str(folder), use)
+    report = checked(str(folder), source_type)
     assert report.broken is None
     found = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
-    assert found == trained(str(folder), use, len(samples))
+    assert found == trained(str(folder), source_type, len(samples))
     assert {key for key, *_ in found} <= damaged.keys()
     for text in iter_captions(Storage(), str(folder)):
         text.encode()
     return found
 
 
-def variants(use: Use) -> dict[str, Members]:
-    named = {f"poison {name}": change for name, change in POISON.items() if use in ("pairs", "text", "regions")}
-    named |= {f"fine {name}": change for name, change in GOOD.items() if use in ("pairs", "text", "regions")}
-    named |= {f"poison {number}": change for number, change in enumerate(OTHERS.get(use, []))}
+def variants(source_type: SourceType) -> dict[str, Members]:
+    named = {f"poison {name}": change for name, change in POISON.items() if source_type in ("pairs", "text", "regions")}
+    named |= {f"fine {name}": change for name, change in GOOD.items() if source_type in ("pairs", "text", "regions")}
+    named |= {f"poison {number}": change for number, change in enumerate(OTHERS.get(source_type, []))}
     damaged = {}
     for number, (name, change) in enumerate(named.items()):
-        whole = sample(use, number)
+        whole = sample(source_type, number)
         if "txt" in change:
             del whole["json"]
         damaged[name] = whole | change
     return {name.replace(".", "").replace(" ", "_"): members for name, members in damaged.items()}
 
 
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("source_type", USES)
 def test_poison_is_counted_with_the_same_reason_by_checking_and_training(
-    use: Use, tmp_path: Path, make_tar: Any
+    source_type: SourceType, tmp_path: Path, make_tar: Any
 ) -> None:
-    damaged = variants(use)
-    bad = judge(tmp_path, make_tar, use, damaged)
+    damaged = variants(source_type)
+    bad = judge(tmp_path, make_tar, source_type, damaged)
     assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
     for _, _, reason in bad:
         assert "Error" not in reason, "a fault that was foreseen has words of its own"
 
 
-@pytest.mark.parametrize("use", USES)
-def test_checking_and_training_agree_on_every_damaged_sample(use: Use, tmp_path: Path, make_tar: Any) -> None:
-    rng = random.Random(use)
+@pytest.mark.parametrize("source_type", USES)
+def test_checking_and_training_agree_on_every_damaged_sample(
+    source_type: SourceType, tmp_path: Path, make_tar: Any
+) -> None:
+    rng = random.Random(source_type)
     damaged = {}
     for number in range(fuzz_rounds(60)):
-        members = sample(use, number)
+        members = sample(source_type, number)
         hurt = rng.choice([name for name in members if name not in ("jpg", "0.jpg", "1.jpg")] * 3 + list(members))
         damaged[f"hurt{number}"] = members | {hurt: mutate(members[hurt], rng)}
-    assert judge(tmp_path, make_tar, use, damaged)
+    assert judge(tmp_path, make_tar, source_type, damaged)
 
 
 def test_indexing_never_fails_and_names_images_by_their_pictures(make_tar: Any) -> None:

@@ -27,7 +27,9 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
 from pipeline.training.stages import load_matching
 
-CONFIG = VLMoConfig(width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text=8)
+CONFIG = VLMoConfig(
+    width=24, layers=3, heads=2, vision_language_layers=1, image_size=24, patch_size=8, max_text_length=8
+)
 TOKENS, VOCABULARY = 20, 11
 THEIRS = {
     "hidden_size": 24,
@@ -88,9 +90,7 @@ def test_trap_section_3_a_pretraining_checkpoint_s_one_table_is_read_and_its_log
     image, masked = pictures(), torch.tensor([[0, 3, 4, 8], [1, 2, 5, 6], [0, 1, 7, 8]])
     covered = torch.zeros(3, 9, dtype=torch.bool).scatter(1, masked, True)
     expected = theirs(image.permute(0, 3, 1, 2), bool_masked_pos=covered).logits
-    found = model({"one": ForwardInput(heads=("masked_image",), image=image, patch_positions=masked)})["one"][
-        "masked_image"
-    ]
+    found = model({"one": ForwardInput(heads=("mim",), image=image, patch_positions=masked)})["one"]["mim"]
     wanted = expected.gather(1, masked[..., None].expand(-1, -1, TOKENS))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -146,9 +146,7 @@ def test_hugging_face_reads_what_we_write_and_computes_the_same(tmp_path: Path) 
     image, masked = pictures(), torch.tensor([[0, 3], [1, 2], [7, 8]])
     covered = torch.zeros(3, 9, dtype=torch.bool).scatter(1, masked, True)
     expected = theirs.eval()(image.permute(0, 3, 1, 2), bool_masked_pos=covered).logits
-    found = model({"one": ForwardInput(heads=("masked_image",), image=image, patch_positions=masked)})["one"][
-        "masked_image"
-    ]
+    found = model({"one": ForwardInput(heads=("mim",), image=image, patch_positions=masked)})["one"]["mim"]
     wanted = expected.gather(1, masked[..., None].expand(-1, -1, TOKENS))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
@@ -247,7 +245,7 @@ def test_every_fault_is_listed_by_name(tmp_path: Path) -> None:
 
 def test_the_section_follows_from_the_shapes(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
-    section = infer_section(published, {"max_text": 8, "vision_language_layers": 1})
+    section = infer_section(published, {"max_text_length": 8, "vision_language_layers": 1})
     assert VLMoConfig.model_validate(section) == CONFIG
     with pytest.raises(ConfigError, match="no BEiT checkpoint"):
         infer_section({"vit.embeddings.cls_token": torch.zeros(1)}, {})
@@ -257,4 +255,4 @@ def test_only_what_pictures_read_is_brought(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     model = skeleton(CONFIG, VOCABULARY, HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS))
     brought = {model.part_of(name) for name in from_published(published, CONFIG)}
-    assert brought == model.modules_for("masked_image", "images")
+    assert brought == model.modules_for("mim", "images")

@@ -12,7 +12,7 @@ from pipeline.config.model import ImageBERTConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.bert import from_hugging_face, infer_section, to_hugging_face
 
-CONFIG = ImageBERTConfig(width=128, layers=2, heads=2, max_text=12, region_features=8, region_classes=7)
+CONFIG = ImageBERTConfig(width=128, layers=2, heads=2, max_text_length=12, region_features=8, region_classes=7)
 VOCABULARY = 40
 
 
@@ -36,7 +36,7 @@ def test_back_and_there_is_exact() -> None:
     ours = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
     again = from_hugging_face(to_hugging_face(ours, CONFIG), CONFIG)
     assert all(torch.equal(again[name], ours[name]) for name in again)
-    assert {name.split(".")[0] for name in again} == {"text_embedding", "encoder", "masked_language_head"}
+    assert {name.split(".")[0] for name in again} == {"text_embedding", "encoder", "mlm_head"}
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
@@ -48,14 +48,14 @@ def test_what_takes_no_part_is_dropped(kind: type) -> None:
     assert not result.unexpected_keys
     absent = {model.part_of(name) for name in result.missing_keys}
     assert absent <= set(model.HEAD_PARTS)
-    assert ("masked_language_head" in absent) == (kind is BertModel)
+    assert ("mlm_head" in absent) == (kind is BertModel)
 
 
 def test_a_file_without_the_tied_decoder_gives_the_words_embedding_twice() -> None:
     state = published(BertForMaskedLM)
     del state["cls.predictions.decoder.weight"], state["cls.predictions.decoder.bias"]
     found = from_hugging_face(state, CONFIG)
-    words, decoder = found["text_embedding.word_embeddings.weight"], found["masked_language_head.decode.weight"]
+    words, decoder = found["text_embedding.word_embeddings.weight"], found["mlm_head.decode.weight"]
     assert torch.equal(words, decoder)
     assert words.data_ptr() != decoder.data_ptr()
 
@@ -72,14 +72,14 @@ def test_old_names_of_layer_norms_are_read() -> None:
 
 def test_positions_beyond_the_longest_text_are_cut() -> None:
     state = published(BertModel)
-    found = from_hugging_face(state, CONFIG.model_copy(update={"max_text": 7}))
+    found = from_hugging_face(state, CONFIG.model_copy(update={"max_text_length": 7}))
     positions = found["text_embedding.position_embeddings.weight"]
     assert torch.equal(positions, state["embeddings.position_embeddings.weight"][:7])
 
 
 def test_a_text_that_bert_has_no_positions_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.max_text"):
-        from_hugging_face(published(BertModel), CONFIG.model_copy(update={"max_text": 13}))
+    with pytest.raises(ConfigError, match=r"model\.max_text_length"):
+        from_hugging_face(published(BertModel), CONFIG.model_copy(update={"max_text_length": 13}))
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_its_names() -> None:
@@ -90,9 +90,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_names() -> None:
 
 
 def test_the_section_is_told_by_the_shapes() -> None:
-    section = infer_section(published(BertModel), {"max_text": 12, "region_features": 8})
+    section = infer_section(published(BertModel), {"max_text_length": 12, "region_features": 8})
     assert ImageBERTConfig(**section) == ImageBERTConfig(
-        width=128, layers=2, heads=2, feed_forward_ratio=4, max_text=12, region_features=8
+        width=128, layers=2, heads=2, mlp_ratio=4, max_text_length=12, region_features=8
     )
 
 

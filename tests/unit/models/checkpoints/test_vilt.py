@@ -33,13 +33,13 @@ CONFIG = ViLTConfig(
     width=24,
     layers=3,
     heads=3,
-    feed_forward_ratio=2,
+    mlp_ratio=2,
     image_size=32,
     longest_side=48,
     patch_size=PATCH,
-    max_text=10,
+    max_text_length=10,
     max_visible_patches=None,
-    norm_epsilon=EPSILON,
+    norm_eps=EPSILON,
 )
 # Pictures of mixed shapes on one canvas: rows and columns of pixels.
 SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48], [40, 16]])
@@ -155,9 +155,9 @@ def test_reasoning_equals_hugging_faces_vilt_for_images_and_text_classification(
     model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(reasoning=True))
     given, second = inputs(), torch.arange(ROWS).roll(1)
     both = {name: torch.stack([given[name], given[name][second]], dim=1) for name in ("pixel_values", "pixel_mask")}
-    one = the_pass("reasoning", second_image=the_pass().image[second], second_image_size=SIZES[second])
+    one = the_pass("nlvr2", second_image=the_pass().image[second], second_image_size=SIZES[second])
     expected = other(input_ids=given["input_ids"], attention_mask=given["attention_mask"], **both).logits
-    agree(model({"one": one})["one"]["reasoning"], expected)
+    agree(model({"one": one})["one"]["nlvr2"], expected)
 
 
 def test_gradients_equal_hugging_faces() -> None:
@@ -175,7 +175,7 @@ def test_gradients_equal_hugging_faces() -> None:
 @pytest.mark.parametrize(
     "heads",
     [HeadConfig(), HeadConfig(ranking=True), HeadConfig(answers=5), HeadConfig(reasoning=True)],
-    ids=["pretrained", "ranking", "answers", "reasoning"],
+    ids=["pretrained", "ranking", "answers", "nlvr2"],
 )
 def test_there_and_back_is_exact_in_both_formats(heads: HeadConfig) -> None:
     state = build_model(CONFIG, VOCABULARY, heads).state_dict()
@@ -183,7 +183,7 @@ def test_there_and_back_is_exact_in_both_formats(heads: HeadConfig) -> None:
     assert list(back) == list(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
     back = from_hugging_face(to_hugging_face(state, CONFIG), CONFIG)
-    assert set(state) - set(back) == {"matching_head.classify.weight", "matching_head.classify.bias"}
+    assert set(state) - set(back) == {"itm_head.classify.weight", "itm_head.classify.bias"}
     assert all(torch.equal(back[name], state[name]) for name in back)
 
 
@@ -260,7 +260,7 @@ def test_a_decoder_that_is_the_words_need_not_stand_in_the_file() -> None:
     state = theirs(ViltForMaskedLM).state_dict()
     del state["mlm_score.decoder.weight"]
     found = from_hugging_face(state, CONFIG)
-    assert torch.equal(found["masked_language_head.decode.weight"], found["text_embedding.word.weight"])
+    assert torch.equal(found["mlm_head.decode.weight"], found["text_embedding.word.weight"])
 
 
 def test_two_heads_of_one_name_are_refused() -> None:
@@ -271,9 +271,7 @@ def test_two_heads_of_one_name_are_refused() -> None:
 
 def test_the_section_is_told_by_the_shapes() -> None:
     state = build_model(CONFIG, VOCABULARY).state_dict()
-    expected = {
-        key: getattr(CONFIG, key) for key in ("width", "layers", "feed_forward_ratio", "image_size", "max_text")
-    }
+    expected = {key: getattr(CONFIG, key) for key in ("width", "layers", "mlp_ratio", "image_size", "max_text_length")}
     for section in (
         infer_section(to_published(state, CONFIG), {"heads": 3}),
         infer_hugging_face_section(to_hugging_face(state, CONFIG), {"heads": 3}),

@@ -113,7 +113,7 @@ def test_round_trips_are_exact(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in published.items())
     state = build_model(CONFIG, 0, HeadConfig("mean_colour", classes=CLASSES), seed=2).state_dict()
     back = from_hugging_face(to_hugging_face(state, CONFIG), CONFIG)
-    assert state.keys() - back.keys() == {"masked_image_head.predict.weight", "masked_image_head.predict.bias"}
+    assert state.keys() - back.keys() == {"mim_head.predict.weight", "mim_head.predict.bias"}
     assert all(torch.equal(state[name], tensor) for name, tensor in back.items())
 
 
