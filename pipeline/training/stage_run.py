@@ -195,7 +195,7 @@ class StageRun:
     def _resume(self) -> int:
         """Steps of this stage that a whole checkpoint already holds, after restoring it; 0 without one."""
         found = self.checkpoints.latest()
-        self.checkpoints.clear_up()
+        self.checkpoints.remove_unfinished()
         if found is None or found[0].stage != self.stage.name:
             self.supervisor.resume_from(self._time_at_hand_over())
             return 0

@@ -173,7 +173,7 @@ def store_away(site: Site) -> Callable[[], bool]:
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:
     """One byte of the newest, while the ranks are gone because one was lost: the restart is the next to read it."""
-    before = site.told("checkpoint passed over")
+    before = site.told("checkpoint skipped")
     site.wait_for(lambda: len(site.run.checkpoints()) > 1 and bool(site.ranks()), "two checkpoints")
     ranks = site.ranks()
     site.strike(signal.SIGKILL)
@@ -183,7 +183,7 @@ def checkpoint_damaged(site: Site) -> Callable[[], bool]:
     data = bytearray(site.run.storage.read(join(url, name)))
     data[site.draw.randrange(len(data))] ^= 1
     site.run.storage.write(join(url, name), bytes(data))
-    return lambda: site.told("checkpoint passed over") > before
+    return lambda: site.told("checkpoint skipped") > before
 
 
 def mlflow_killed(site: Site) -> Callable[[], bool]:

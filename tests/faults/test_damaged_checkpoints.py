@@ -86,7 +86,7 @@ def test_damage_is_told_and_the_checkpoint_before_is_used(
     inflict(store.storage, url)
     with caplog.at_level(logging.WARNING):
         assert newest_weight(store) == [10, 11, 12, 13]
-    assert re.search(rf"passed over: {re.escape(url)}: {told}", caplog.text)
+    assert re.search(rf"skipped: {re.escape(url)}: {told}", caplog.text)
 
 
 def test_every_flipped_byte_of_the_two_small_files_is_noticed(tmp_path, collectives: Collectives) -> None:
@@ -121,7 +121,7 @@ def test_what_an_attempt_left_half_finished_is_passed_over_and_removed_once_a_ne
         store.storage.write(join(url, "rank-00001.json"), b"{}")
     with caplog.at_level(logging.WARNING):
         assert newest_weight(store) == [10, 11, 12, 13]
-        store.clear_up()
+        store.remove_unfinished()
     assert not store.storage.exists(before)
     assert store.storage.exists(beyond), "the work of another attempt, perhaps still alive, was removed"
     assert f"{before}: removed: it was never finished" in caplog.text
@@ -155,5 +155,5 @@ def test_the_parts_of_uploads_that_died_are_removed_at_the_start(store: Checkpoi
         upload = client.create_multipart_upload(Bucket=bucket, Key=each)["UploadId"]
         client.upload_part(Bucket=bucket, Key=each, UploadId=upload, PartNumber=1, Body=b"half")
     assert store.latest() is None
-    store.clear_up()
+    store.remove_unfinished()
     assert [found["Key"] for found in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]

@@ -139,7 +139,7 @@ def _resumed(folder: str) -> int:
     store = _store(Storage(), folder)
     step, right = _restored(store)
     assert right
-    store.clear_up()
+    store.remove_unfinished()
     _save(store, step + 1)
     store.wait()
     return step

@@ -1,8 +1,9 @@
-"""Folders that exist only when whole: their files first, then a manifest of sizes and SHA-256, COMMIT.json last.
+"""Committed folders: files first, then a manifest with their sizes and SHA-256, then COMMIT.json.
 
-Two attempts may come upon one folder. Each file of a folder that both would write is created once (`Storage.create`):
-an attempt that finds a name taken gives its own file another, which the manifest tells. Where one attempt would commit
-what the other would clear away, SEAL.json decides: whoever creates it goes on, and the other leaves the folder alone.
+Two attempts may write to the same folder. Each file that both would write is created exclusively (`Storage.create`); an
+attempt that finds a name taken writes its own file under another name, which its manifest records. Where one attempt
+would commit what the other would remove, SEAL.json decides: the attempt that creates it proceeds, and the other leaves
+the folder alone.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
 
 MANIFEST, SEAL, COMMIT = "MANIFEST.json", "SEAL.json", "COMMIT.json"
-Record = dict[str, Any]  # {"bytes": size, "sha256": hexadecimal digest}, and "file" where its name is another
+Record = dict[str, Any]  # {"bytes": size, "sha256": hexadecimal digest}, and "file" if stored under another name
 
-_PIECE = 16 * 2**20  # bytes asked for at a time when a file is verified
-_AHEAD = 4  # such pieces in flight
+_CHUNK = 16 * 2**20  # bytes of one request when a file is verified
+_READAHEAD = 4  # chunks in flight
 
 
 def file_record(data: bytes) -> Record:
@@ -36,11 +37,11 @@ def commit(
     before: Callable[[], None] = lambda: None,
     other_name: Callable[[str], str] | None = None,
 ) -> bool:
-    """Declare the files already written under `url` to be a whole: the manifest, then COMMIT.json, last.
+    """Commit the files already written under `url`: write the manifest, then COMMIT.json.
 
-    `before` is called when everything but COMMIT.json is there. `other_name` gives files another name where theirs is
-    taken; without it the folder is this attempt's own. Returns False when another attempt has committed the folder.
-    Raises StorageError when the files are not there as they were written.
+    `before` is called when everything except COMMIT.json is written. `other_name` chooses another name for a file whose
+    name is taken; without it the folder belongs to this attempt alone. Returns False if another attempt has committed
+    the folder. Raises StorageError if the files are not stored as they were written.
     """
     manifest = json.dumps({"files": files, **metadata}, indent=1).encode()
     record = file_record(manifest)
@@ -49,28 +50,28 @@ def commit(
     elif not storage.create(join(url, MANIFEST), manifest):
         record["file"] = other_name(MANIFEST)
         storage.write(join(url, record["file"]), manifest)
-    if fault := what_is_missing(storage, url, {**files, MANIFEST: record}):
-        raise StorageError(f"{url}: not committed: {fault}. Another attempt on this run may have removed it")
+    if missing := describe_missing(storage, url, {**files, MANIFEST: record}):
+        raise StorageError(f"{url}: not committed: {missing}. Another attempt on this run may have removed it")
     before()
     data = _commit_file(record)
     return storage.create(join(url, COMMIT), data) or storage.read(join(url, COMMIT)) == data
 
 
-def seal(storage: Storage, url: str, words: str) -> bool:
-    """Whether this attempt, and no other, decides what becomes of a folder; `words` tell it from others."""
-    data = json.dumps({"sealed": words}).encode()
+def seal(storage: Storage, url: str, decision: str) -> bool:
+    """Seal a folder; return whether `decision`, unique to this attempt, is the one in effect."""
+    data = json.dumps({"sealed": decision}).encode()
     return storage.create(join(url, SEAL), data) or storage.read(join(url, SEAL)) == data
 
 
-def what_is_missing(storage: Storage, url: str, files: Mapping[str, Record]) -> str:
-    """What one listing tells to be missing of a folder's files; empty when all are there with their sizes."""
+def describe_missing(storage: Storage, url: str, files: Mapping[str, Record]) -> str:
+    """Describe the first of a folder's files that is missing or has another size in a listing; empty if none is."""
     listing = storage.list_info(url)
     for name, record in files.items():
         name = record.get("file", name)
         if name not in listing:
             return f"{name} is missing"
         if listing[name].size != record["bytes"]:
-            return f"{name} has {listing[name].size} bytes, and {record['bytes']} were written"
+            return f"{name} has {listing[name].size} bytes; {record['bytes']} were written"
     return ""
 
 
@@ -79,27 +80,23 @@ def is_committed(storage: Storage, url: str) -> bool:
 
 
 def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
-    """The manifest of a committed folder, itself verified; its files are not.
+    """Return a committed folder's manifest, verified; the files it lists are not.
 
-    Raises CheckpointError for a folder that is not committed, or whose COMMIT.json or manifest is damaged.
+    Raises CheckpointError if the folder is not committed, or its COMMIT.json or manifest is damaged.
     """
     try:
         data = storage.read(join(url, COMMIT))
     except NotFound as error:
-        raise CheckpointError(f"{url}: not committed (no {COMMIT}); it was never finished") from error
+        raise CheckpointError(f"{url}: not committed (no {COMMIT}); it was never completed") from error
     try:
         record = json.loads(data)["manifest"]
         own_name = {"file": str(record["file"])} if "file" in record else {}
         record = {"bytes": int(record["bytes"]), "sha256": str(record["sha256"]), **own_name}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be read") from error
+        raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be parsed") from error
     if data != _commit_file(record):
-        raise CheckpointError(f"{url}: {COMMIT} is damaged: it is not what was written")
-    return _parsed_manifest(url, _verified(storage, url, MANIFEST, record))
-
-
-def _parsed_manifest(url: str, data: bytes) -> dict[str, Any]:
-    """The manifest, if it lists files of its own folder. What else it says is for its readers to judge."""
+        raise CheckpointError(f"{url}: {COMMIT} is damaged: it differs from what was written")
+    data = _read_verified(storage, url, MANIFEST, record)
     try:
         manifest: dict[str, Any] = json.loads(data)
         records = {name: (int(record["bytes"]), str(record["sha256"])) for name, record in manifest["files"].items()}
@@ -108,23 +105,23 @@ def _parsed_manifest(url: str, data: bytes) -> dict[str, Any]:
         raise CheckpointError(f"{url}: {MANIFEST} is damaged: {type(error).__name__}: {error}") from error
     for name in names:
         if name in ("", ".", "..") or not {"/", "\\"}.isdisjoint(name):
-            raise CheckpointError(f"{url}: {MANIFEST} lists {name!r:.80}, which is no file of this folder")
+            raise CheckpointError(f"{url}: {MANIFEST} lists {name!r:.80}, which is not a file name of this folder")
     return manifest
 
 
 def read_committed(storage: Storage, url: str) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and every file of a committed folder, each verified.
+    """Return a committed folder's manifest and the contents of its files, all verified.
 
-    Raises CheckpointError saying which file is missing or damaged.
+    Raises CheckpointError naming a missing or damaged file.
     """
     manifest = read_manifest(storage, url)
-    return manifest, {name: _verified(storage, url, name, record) for name, record in manifest["files"].items()}
+    return manifest, {name: _read_verified(storage, url, name, record) for name, record in manifest["files"].items()}
 
 
 def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
-    """Reads a file of a committed folder through, keeping none of it; the version that was found to be right.
+    """Verify a file of a committed folder without keeping its contents; return the version that was verified.
 
-    Raises CheckpointError when it is missing or damaged.
+    Raises CheckpointError if it is missing or damaged.
     """
     name = record.get("file", name)
     try:
@@ -132,8 +129,8 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
         if info.size != record["bytes"]:
             raise _damaged(url, name, record, f"{info.size} bytes")
         digest = hashlib.sha256()
-        for piece in _pieces(storage, join(url, name), info):
-            digest.update(piece)
+        for chunk in _chunks(storage, join(url, name), info):
+            digest.update(chunk)
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
     except ObjectChanged as error:
@@ -143,33 +140,33 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
     return info
 
 
-def _pieces(storage: Storage, url: str, info: ObjectInfo) -> Iterator[bytes]:
-    """The file in order, the next pieces being fetched meanwhile."""
-    waiting: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(_AHEAD, "verify") as pool:
-        for start in range(0, info.size, _PIECE):
-            waiting.append(pool.submit(storage.read_range, url, start, min(start + _PIECE, info.size), info.etag))
-            if len(waiting) > _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _chunks(storage: Storage, url: str, info: ObjectInfo) -> Iterator[bytes]:
+    """Yield a file's contents in order, fetching ahead."""
+    pending: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(_READAHEAD, "verify") as pool:
+        for start in range(0, info.size, _CHUNK):
+            pending.append(pool.submit(storage.read_range, url, start, min(start + _CHUNK, info.size), info.etag))
+            if len(pending) > _READAHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
-def _verified(storage: Storage, url: str, name: str, record: Record) -> bytes:
+def _read_verified(storage: Storage, url: str, name: str, record: Record) -> bytes:
     name = record.get("file", name)
     try:
         data = storage.read(join(url, name))
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
-    found = file_record(data)
-    if (found["bytes"], found["sha256"]) != (record["bytes"], record["sha256"]):
-        raise _damaged(url, name, record, f"{len(data)} bytes of {found['sha256'][:12]}…")
+    actual = file_record(data)
+    if (actual["bytes"], actual["sha256"]) != (record["bytes"], record["sha256"]):
+        raise _damaged(url, name, record, f"{len(data)} bytes of {actual['sha256'][:12]}…")
     return data
 
 
-def _damaged(url: str, name: str, record: Record, found: str) -> CheckpointError:
+def _damaged(url: str, name: str, record: Record, actual: str) -> CheckpointError:
     expected = f"{record['bytes']} bytes of SHA-256 {record['sha256'][:12]}…"
-    return CheckpointError(f"{url}: {name} is damaged: expected {expected}, found {found}")
+    return CheckpointError(f"{url}: {name} is damaged: expected {expected}, found {actual}")
 
 
 def _commit_file(manifest: Record) -> bytes:

@@ -1,6 +1,8 @@
-"""Which checkpoints stay, and how those that do not are deleted.
+"""Retention: which checkpoints are kept, and the deletion of the others and of what dead attempts left unfinished.
 
-Only folders whose names this package gives are looked at, and only files whose names it gives are deleted.
+One rank does it, in the background, and only while its start owns the run. It touches only folders and files whose
+names this package gives, and never what a later start wrote. A storage failure is logged and not raised: it costs
+space, but is no reason to stop the run.
 """
 
 from __future__ import annotations
@@ -8,99 +10,205 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
-from pipeline.data.storage import Storage, join
-from pipeline.training.checkpoint.committed import COMMIT, MANIFEST, SEAL
-from pipeline.training.ownership import Start
+from pipeline.data.storage import Storage, join, split
+from pipeline.training.checkpoint.committed import (
+    COMMIT,
+    MANIFEST,
+    SEAL,
+    Record,
+    describe_missing,
+    is_committed,
+    read_manifest,
+    seal,
+)
+from pipeline.training.ownership import Ownership, Start
 
 log = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"step-(\d{8,})\.(?:(\d{4,}-[0-9a-f]{8})-)?([0-9a-f]+)")
 _FILE = re.compile(rf"rank-\d{{5,}}\.(safetensors|json)|{'|'.join(map(re.escape, (MANIFEST, SEAL, COMMIT)))}")
-NOBODY = Start(0, "")  # of folders that carry no start: written by older versions, or outside a run
+NO_START = Start(0, "")  # of folders whose name has no start: they were not written by a run
 
 
 @dataclass(frozen=True)
-class Known:
-    """A committed checkpoint: the global step, the stage, and the metrics that it was saved with."""
+class CheckpointInfo:
+    """A committed checkpoint: its global step, its stage, and the metrics it was saved with."""
 
     url: str
     step: int
     stage: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    is_whole: bool = True  # as far as its manifest and the sizes of its files tell
+    is_complete: bool = True  # as far as the manifest and the files' sizes show
 
     @classmethod
-    def of(cls, url: str, metadata: Mapping[str, Any]) -> Known:
+    def of(cls, url: str, metadata: Mapping[str, Any]) -> CheckpointInfo:
         return cls(url, metadata["step"], metadata["stage"], metadata.get("metrics", {}))
 
 
 def folder_name(step: int, start: Start | None) -> str:
-    """A new name for a checkpoint that `start` writes; of two of one step and start the later is the greater."""
+    """Return a new name for a checkpoint written by `start`; names of one step and start are ordered by time."""
     token = f"{time.time_ns() // 1_000_000:x}"
     return f"step-{step:08d}.{token}" if start is None else f"step-{step:08d}.{start}-{token}"
 
 
 def start_of(name: str) -> Start:
-    """The start that wrote a checkpoint's folder."""
+    """Return the start that wrote a checkpoint folder."""
     match = _FOLDER.fullmatch(name)
-    return Start.parse(match[2]) if match and match[2] else NOBODY
+    return Start.parse(match[2]) if match and match[2] else NO_START
 
 
 def step_of(name: str) -> int | None:
-    """The global step in a checkpoint folder's name; None for any other name."""
+    """Return the global step in a checkpoint folder's name; None for any other name."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def newest_first(storage: Storage, url: str) -> list[str]:
-    """URLs of the folder's checkpoints, committed or not: by step, and of one step the latest start's first."""
-    names = [name for name in (name.rstrip("/") for name in storage.list(url)) if step_of(name) is not None]
-    return [join(url, name) for name in sorted(names, key=_age, reverse=True)]
+    """Return the URLs of the checkpoints in `url`, committed or not: latest step first, then latest start and time."""
+    matches = [match for name in storage.list(url) if (match := _FOLDER.fullmatch(name.rstrip("/")))]
+    matches.sort(key=lambda match: (int(match[1]), start_of(match[0]), int(match[3], 16)), reverse=True)
+    return [join(url, match[0]) for match in matches]
 
 
-def _age(name: str) -> tuple[int, Start, int]:
-    match = _FOLDER.fullmatch(name)
-    assert match is not None
-    return int(match[1]), start_of(name), int(match[3], 16)
+def select_kept(checkpoints: Iterable[CheckpointInfo], newest: CheckpointInfo, config: CheckpointConfig) -> set[str]:
+    """Return the URLs to keep: the last `keep`, one every `keep_every` steps, and the best of each stage.
 
-
-def wanted(found: Iterable[Known], newest: Known, config: CheckpointConfig) -> set[str]:
-    """URLs of the checkpoints that stay: the last `keep`, every `keep_every` steps, and the best of each stage.
-
-    One of the newest's step is what that replaces: the state is the same, and the older may be the damaged one that the
-    run has fallen back from. One that is not whole takes no place of one that is.
+    `newest` replaces others of its step: the state is the same, and an older one may be the damaged checkpoint that the
+    run fell back from. An incomplete checkpoint does not count as one of those kept.
     """
-    others = [each for each in found if each.step != newest.step and each.is_whole]
-    ordered = sorted([*others, newest], key=lambda each: each.step, reverse=True)
-    chosen = {newest.url, *(each.url for each in ordered[: config.keep])}
+    others = [checkpoint for checkpoint in checkpoints if checkpoint.step != newest.step and checkpoint.is_complete]
+    ordered = sorted([*others, newest], key=lambda checkpoint: checkpoint.step, reverse=True)
+    kept = {newest.url, *(checkpoint.url for checkpoint in ordered[: config.keep])}
     if config.keep_every is not None:
-        chosen |= {each.url for each in ordered if each.step % config.keep_every == 0}
+        kept |= {checkpoint.url for checkpoint in ordered if checkpoint.step % config.keep_every == 0}
     if config.keep_best is not None:
         metric, sign = config.keep_best.metric, 1 if config.keep_best.mode == "max" else -1
-        for stage in {each.stage for each in ordered}:
-            told = [each for each in ordered if each.stage == stage and metric in each.metrics]
-            if told:  # of equals the latest
-                chosen.add(max(told, key=lambda each: (sign * each.metrics[metric], each.step)).url)
-    return chosen
+        for stage in {checkpoint.stage for checkpoint in ordered}:
+            measured = [
+                checkpoint for checkpoint in ordered if checkpoint.stage == stage and metric in checkpoint.metrics
+            ]
+            if measured:  # the latest of equals
+                kept.add(max(measured, key=lambda info: (sign * info.metrics[metric], info.step)).url)
+    return kept
 
 
 def remove(storage: Storage, url: str, keep: str | None = None) -> None:
-    """Delete a checkpoint's folder: COMMIT.json first, so that no half-deleted one looks whole.
+    """Delete a checkpoint folder, COMMIT.json first so that no partly deleted one looks complete.
 
-    A file of another name is spared, and with it the folder; so is the file `keep`.
+    The file `keep` and files that are not a checkpoint's are left in place.
     """
     storage.delete(join(url, COMMIT))
     names = storage.list(url)
     if foreign := [name for name in names if not _FILE.fullmatch(name)]:
-        log.warning("%s: left in place, for it holds files that are not a checkpoint's: %s", url, ", ".join(foreign))
+        log.warning("%s: not removed, because it contains other files: %s", url, ", ".join(foreign))
     spared = {*foreign, keep} & set(names)
     if spared:
         for name in sorted(set(names) - spared):
             storage.delete(join(url, name))
     else:
         storage.delete(url)
+
+
+class Retention:
+    """Applies the retention policy to the checkpoints in the folder `url`, for the start that owns the run."""
+
+    def __init__(self, storage: Storage, url: str, config: CheckpointConfig, ownership: Ownership):
+        self._storage, self._url, self._config, self._ownership = storage, url, config, ownership
+        self._start = ownership.start or NO_START
+        self._infos: dict[str, CheckpointInfo] = {}  # committed checkpoints whose manifests were read
+        self._sealed: set[str] = set()  # uncommitted folders that were sealed at an earlier checkpoint
+        self.kept: tuple[CheckpointInfo, ...] = ()  # as of the last commit
+
+    def at_start(self, newest: CheckpointInfo | None) -> None:
+        """Remove what earlier attempts left unfinished; `newest` is the checkpoint the run resumes from.
+
+        Raises Superseded if a later start owns the run.
+        """
+        with self._failures_logged():
+            self._ownership.check()
+            count = self._storage.abort_uploads(self._url, lambda name: self._is_ours(name.partition("/")[0]))
+            if count:
+                log.warning("%s: aborted %d unfinished multipart uploads of earlier attempts", self._url, count)
+            if newest is not None:
+                self._remove_partial(newest)
+
+    def after_commit(self, newest: CheckpointInfo, files: Mapping[str, Record]) -> None:
+        """Remove the checkpoints that `newest`, just committed with `files`, makes obsolete.
+
+        Raises StorageError if it is incomplete: on a store that creates objects in two steps, another attempt may have
+        deleted its files. Raises Superseded, having deleted nothing, if a later start owns the run.
+        """
+        missing = ""
+        with self._failures_logged():
+            missing = describe_missing(self._storage, newest.url, files)
+            self._ownership.check()
+            if not missing:
+                self._infos[newest.url] = newest
+                self._remove_obsolete(newest)
+                self._remove_partial(newest)
+        if missing:
+            self._storage.delete(join(newest.url, COMMIT))
+            raise StorageError(f"{newest.url}: the commit was withdrawn: {missing}")
+
+    def _remove_obsolete(self, newest: CheckpointInfo) -> None:
+        urls = newest_first(self._storage, self._url)
+        committed = [self._info(url) for url in urls if is_committed(self._storage, url)]
+        kept = select_kept(committed, newest, self._config)
+        for checkpoint in committed:
+            if checkpoint.url not in kept and self._is_ours(split(checkpoint.url)[1]):
+                remove(self._storage, checkpoint.url)
+                self._infos.pop(checkpoint.url)
+        self.kept = tuple(checkpoint for checkpoint in committed if checkpoint.url in kept)
+        best = self._config.keep_best
+        if best is not None and best.metric not in newest.metrics:
+            recorded = ", ".join(sorted(newest.metrics)) or "none"
+            log.warning("checkpoint.keep_best.metric: '%s' is not recorded; available: %s", best.metric, recorded)
+
+    def _remove_partial(self, newest: CheckpointInfo) -> None:
+        """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
+        for url in newest_first(self._storage, self._url):
+            name = split(url)[1]
+            step = step_of(name)
+            assert step is not None
+            if step > newest.step or not self._is_ours(name) or is_committed(self._storage, url):
+                continue
+            if start_of(name) in (self._start, NO_START) or url in self._sealed:
+                self._remove_unfinished(url)
+                self._sealed.discard(url)
+            else:  # its writer may be about to commit: the seal decides, and is kept until the next checkpoint
+                if seal(self._storage, url, f"given up by {self._start}"):
+                    self._remove_unfinished(url, keep=SEAL)
+                self._sealed.add(url)
+
+    def _remove_unfinished(self, url: str, keep: str | None = None) -> None:
+        self._storage.abort_uploads(url)
+        remove(self._storage, url, keep)
+        log.warning("%s: removed an unfinished checkpoint", url)
+
+    def _is_ours(self, name: str) -> bool:
+        """Return whether a folder is a checkpoint of this start or of one it has superseded."""
+        return step_of(name) is not None and start_of(name) <= self._start
+
+    def _info(self, url: str) -> CheckpointInfo:
+        if url not in self._infos:
+            try:
+                manifest = read_manifest(self._storage, url)
+                missing = describe_missing(self._storage, url, manifest["files"])
+                self._infos[url] = replace(CheckpointInfo.of(url, manifest), is_complete=not missing)
+            except CheckpointError:
+                self._infos[url] = CheckpointInfo(url, step_of(split(url)[1]) or 0, is_complete=False)
+        return self._infos[url]
+
+    @contextmanager
+    def _failures_logged(self) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            log.warning("%s: obsolete or unfinished checkpoints could not be removed: %s", self._url, error)

@@ -1,9 +1,9 @@
-"""The checkpoints of one run: saved beside training, found again whole, kept and swept away as the config says.
+"""The checkpoints of one run: saved asynchronously, verified when restored.
 
-Training stops for the copy to the host's memory. A thread of each rank then writes the rank's file; that of rank 0
-waits until every rank's is there, commits, and clears up. The thread calls no collective, whose order among the
-trainer's own nothing would fix: ranks tell rank 0 of their files by small records in the store. If any of them dies
-meanwhile, the folder is never committed.
+Training pauses only for the copy to host memory. A thread of each rank then writes the rank's file; that of rank 0
+waits for the files of all ranks, commits, and applies the retention policy. The threads call no collective, because
+nothing would order those relative to the trainer's: ranks report their files to rank 0 by small records in the store.
+If a rank dies meanwhile, the folder is never committed.
 """
 
 from __future__ import annotations
@@ -22,24 +22,21 @@ from pipeline.config.errors import CheckpointError, StorageError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import NotFound, ObjectInfo, Storage, join
 from pipeline.training.checkpoint.committed import Record, commit, read_manifest, seal, verify
-from pipeline.training.checkpoint.host_copy import HostCopy
-from pipeline.training.checkpoint.housekeeping import Housekeeping
-from pipeline.training.checkpoint.retention import Known, folder_name, newest_first
-from pipeline.training.checkpoint.saved_state import SavedState
-from pipeline.training.checkpoint.tensor_file import TensorFile
+from pipeline.training.checkpoint.retention import CheckpointInfo, Retention, folder_name, newest_first
+from pipeline.training.checkpoint.serialization import HostCopy, SavedState, TensorFile
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import Fragment
 from pipeline.training.ownership import Ownership
 
 log = logging.getLogger(__name__)
 
-_FIRST_LOOK, _LONGEST_LOOK = 0.05, 2.0  # seconds between two looks for the other ranks' records
-_LAG = 4.0  # a rank may take so many times as long as rank 0 did, and the store's deadline besides
+_MIN_POLL, _MAX_POLL = 0.05, 2.0  # seconds between two queries for the other ranks' records
+_MAX_LAG = 4.0  # ranks may take this multiple of rank 0's time, plus the storage's retry timeout
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands: the global step reached, and what the state was made from."""
+    """A checkpoint's metadata: the progress of the run and what its state was made from."""
 
     url: str
     step: int  # global steps done
@@ -48,16 +45,16 @@ class Checkpoint:
     plan_digest: str
     world_size: int
     zero_stage: int
-    data_counts: dict[str, float]  # of the stage so far, by metric: samples read and found bad
-    time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by kind
-    spikes: dict[str, Any] = field(default_factory=dict)  # see `spikes.SpikeGuard`
+    data_counts: dict[str, float]  # of the stage so far, by metric
+    time_account: dict[str, float] = field(default_factory=dict)  # seconds of the run so far, by phase
+    spikes: dict[str, Any] = field(default_factory=dict)  # state of the SpikeGuard
 
 
 class CheckpointStore:
-    """The checkpoints of one run, written and read by all its ranks together.
+    """Saves and restores the checkpoints of one run, by all its ranks together.
 
-    `save`, `wait` and `latest` are collective. At most one save is under way. What goes wrong with it beside training
-    is raised, as the error that it is, by the next `check`, `save` or `wait`.
+    `save`, `wait` and `latest` are collective. At most one save is in progress; its error, if any, is raised by the
+    next `check`, `save` or `wait`.
     """
 
     def __init__(
@@ -68,24 +65,22 @@ class CheckpointStore:
         config: CheckpointConfig,
         ownership: Ownership | None = None,
     ):
-        """`ownership`: of the start that saves; without it nobody may have claimed the run."""
+        """`ownership`: of the start that saves; without it the run must not have been claimed."""
         self.storage = storage
         self.url = join(folder, "checkpoints")
         self.collectives = collectives
         self.config = config
-        self.waited = 0.0  # seconds that the last `save` waited for the one before it
+        self.waited = 0.0  # seconds the last `save` waited for the previous one
         self._copy = HostCopy(collectives.device)
-        self._under_way: Future[None] | None = None
+        self._in_progress: Future[None] | None = None
         self._abandoned = threading.Event()
         self._written: list[tuple[int, float]] = []
         self._ownership = ownership or Ownership(storage, folder, claim="")
-        self._housekeeping = Housekeeping(storage, self.url, config, self._ownership)
-        self._newest: Known | None = None  # that `latest` found
-
-    # ---- saving
+        self._retention = Retention(storage, self.url, config, self._ownership)
+        self._newest: CheckpointInfo | None = None  # set by `latest`
 
     def reserve(self, fragments: Iterable[Fragment]) -> None:
-        """Takes the memory that saves will need, so that the first does not stop training for longer than the next."""
+        """Allocate the host memory that saves need, so that the first save stalls no longer than the next ones."""
         self._copy.reserve(fragments)
 
     def save(
@@ -94,10 +89,10 @@ class CheckpointStore:
         metadata: Mapping[str, Any],
         before_commit: Callable[[], None] = lambda: None,
     ) -> str:
-        """Copy this rank's fragments; they are written and committed beside what follows. Returns the URL to be.
+        """Copy this rank's fragments and write them in the background. Returns the checkpoint's URL.
 
-        `before_commit` is called on rank 0, by the thread that then commits. `metadata` says "step", "stage" and what
-        else `Checkpoint` holds; its "metrics" are what `keep_best` compares.
+        `before_commit` is called on rank 0, by the thread that then commits. `metadata` holds "step", "stage" and the
+        other fields of `Checkpoint`; its "metrics" are what `keep_best` compares.
         """
         name = self.collectives.broadcast_json(folder_name(metadata["step"], self._ownership.start))
         url = join(self.url, name)
@@ -106,51 +101,52 @@ class CheckpointStore:
         self.waited = time.perf_counter() - started
         file = TensorFile(self._copy.take(fragments))
         metadata = {**metadata, "world_size": self.collectives.world_size}
-        self._under_way = in_background(lambda: self._write(url, file, metadata, before_commit), "checkpoint")
+        self._in_progress = in_background(lambda: self._write(url, file, metadata, before_commit), "checkpoint")
         return url
 
     def check(self) -> None:
-        """Raises what the save under way has died of, if it has."""
+        """Raise the error of the save in progress, if it has failed."""
         if self.is_written():
             self._finish()
 
     def is_written(self) -> bool:
-        """Whether this rank's thread has nothing left to do."""
-        return self._under_way is None or self._under_way.done()
+        """Return whether this rank's thread has finished."""
+        return self._in_progress is None or self._in_progress.done()
 
     def wait(self) -> None:
-        """Returns when the last save is committed, on every rank."""
+        """Wait until the last save is committed on every rank."""
         self._finish()
         self.collectives.barrier()
 
     def written(self) -> list[tuple[int, float]]:
-        """(step, seconds from the copy to the commit, or on other ranks to the file) of saves that ended."""
-        ended, self._written = self._written, []
-        return ended
+        """Return (step, seconds from the copy to the commit) of the saves that finished since the last call.
 
-    def kept(self) -> tuple[Known, ...]:
-        """On rank 0, the run's checkpoints as the last commit left them; nothing before it."""
-        return self._housekeeping.kept
+        On ranks other than 0 the time is that to the rank's own file.
+        """
+        finished, self._written = self._written, []
+        return finished
+
+    def kept(self) -> tuple[CheckpointInfo, ...]:
+        """Return the run's checkpoints as of the last commit, on rank 0; empty before it."""
+        return self._retention.kept
 
     def close(self, seconds: float = 20.0) -> None:
-        """End the thread: a save under way is given so long, then abandoned. What it raises is told, not raised."""
-        if self._under_way is None:
+        """Wait up to `seconds` for a save in progress, then abandon it. Its error is logged, not raised."""
+        if self._in_progress is None:
             return
         try:
-            self._under_way.result(seconds)
-        except TimeoutError:  # of this waiting, or of rank 0's for the others
+            self._in_progress.result(seconds)
+        except TimeoutError:  # raised here, or by rank 0's wait for the other ranks
             self._abandoned.set()
-            log.warning("the checkpoint being written was given up: it was not finished %.0f s after the run", seconds)
+            log.warning("the checkpoint in progress was abandoned: not written within %.0f s", seconds)
         except Exception as error:
-            log.warning("the checkpoint being written was lost: %s", error)
-        self._under_way = None
+            log.warning("the checkpoint in progress failed: %s", error)
+        self._in_progress = None
 
     def _finish(self) -> None:
-        if self._under_way is not None:
-            under_way, self._under_way = self._under_way, None
-            under_way.result()
-
-    # ---- in the thread
+        if self._in_progress is not None:
+            in_progress, self._in_progress = self._in_progress, None
+            in_progress.result()
 
     def _write(
         self, url: str, file: TensorFile, metadata: Mapping[str, Any], before_commit: Callable[[], None]
@@ -165,19 +161,19 @@ class CheckpointStore:
         else:
             records = {_part_name(0): record.result()}
             records |= self._other_records(url, time.perf_counter() - started)
-            self._stop_if_abandoned()  # who abandons it then closes what `before_commit` uses
+            self._stop_if_abandoned()  # `close` returns then, and the caller closes what `before_commit` uses
             self._ownership.check()
             before_commit()
             commit(self.storage, url, records, metadata, lambda: self._seal(url))
-            self._housekeeping.after_commit(Known.of(url, metadata), records)
+            self._retention.after_commit(CheckpointInfo.of(url, metadata), records)
         self._written.append((metadata["step"], time.perf_counter() - started))
 
     def _seal(self, url: str) -> None:
-        """Raises Superseded, or StorageError when a later start has given the folder up."""
+        """Raise Superseded, or StorageError if a later start has sealed the folder for removal."""
         self._ownership.check()
         if not seal(self.storage, url, f"committed by {self._ownership.start}"):
             self._ownership.check()
-            raise StorageError(f"{url}: not committed: another attempt on this run has given it up")
+            raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
 
     def _unless_abandoned(self, read: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
         def part(start: int, stop: int) -> bytes:
@@ -188,29 +184,29 @@ class CheckpointStore:
 
     def _stop_if_abandoned(self) -> None:
         if self._abandoned.is_set():
-            raise RuntimeError("the checkpoint was given up")
+            raise RuntimeError("the checkpoint was abandoned")
 
     def _other_records(self, url: str, own_seconds: float) -> dict[str, Record]:
-        """What the other ranks wrote, once they all did; rank 0's own file took `own_seconds`."""
+        """Wait for the other ranks' file records; rank 0's own file took `own_seconds` to write."""
         missing = list(range(1, self.collectives.world_size))
-        patience = self.storage.config.retry_timeout_seconds + _LAG * own_seconds
-        deadline, pause = time.monotonic() + patience, _FIRST_LOOK
+        timeout = self.storage.config.retry_timeout_seconds + _MAX_LAG * own_seconds
+        deadline, pause = time.monotonic() + timeout, _MIN_POLL
         records: dict[str, Record] = {}
         with ThreadPoolExecutor(8, "records") as pool:
             while missing:
-                found = dict(zip(missing, pool.map(lambda rank: self._record(url, rank), missing), strict=True))
-                records |= {_part_name(rank): record for rank, record in found.items() if record is not None}
-                missing = [rank for rank, record in found.items() if record is None]
+                results = dict(zip(missing, pool.map(lambda rank: self._record(url, rank), missing), strict=True))
+                records |= {_part_name(rank): record for rank, record in results.items() if record is not None}
+                missing = [rank for rank, record in results.items() if record is None]
                 if missing and time.monotonic() > deadline:
                     ranks = ", ".join(map(str, missing))
                     raise TimeoutError(
-                        f"{url}: not committed: rank {ranks} wrote nothing in {patience:.0f} s. "
-                        "Is it alive, and is that folder the same on every node?"
+                        f"{url}: not committed: rank {ranks} wrote nothing within {timeout:.0f} s. "
+                        "Check that the rank is alive and that every node sees the same folder."
                     )
                 if missing:
                     self._abandoned.wait(pause)
                     self._stop_if_abandoned()
-                pause = min(2 * pause, _LONGEST_LOOK)
+                pause = min(2 * pause, _MAX_POLL)
         return dict(sorted(records.items()))
 
     def _record(self, url: str, rank: int) -> Record | None:
@@ -219,24 +215,25 @@ class CheckpointStore:
         except NotFound:
             return None
 
-    # ---- finding
-
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
-        """The newest whole checkpoint, verified; a damaged one is told and passed over. The same on every rank."""
-        # An attempt that this start supersedes may commit one more and retire what is looked at here: a second look
-        # then finds its commit, and by then it deletes nothing any more.
-        return self._newest_whole() or self._newest_whole()
+        """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are skipped.
 
-    def _newest_whole(self) -> tuple[Checkpoint, SavedState] | None:
-        first = self.collectives.rank == 0
-        for url in self.collectives.broadcast_json(newest_first(self.storage, self.url) if first else None):
-            manifest = self.collectives.broadcast_json(self._manifest(url) if first else None)
+        Skipped checkpoints are logged.
+        """
+        # An attempt that this start supersedes may still commit one checkpoint and delete the one examined here. A
+        # second search then finds that commit, after which the old attempt deletes nothing more.
+        return self._newest_complete() or self._newest_complete()
+
+    def _newest_complete(self) -> tuple[Checkpoint, SavedState] | None:
+        is_first = self.collectives.rank == 0
+        for url in self.collectives.broadcast_json(newest_first(self.storage, self.url) if is_first else None):
+            manifest = self.collectives.broadcast_json(self._manifest(url) if is_first else None)
             files = None if manifest is None else self._verify(url, manifest["files"])
             if files is not None:
                 names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
-                guards = {name: manifest.get(name, {}) for name in ("time_account", "spikes")}
-                checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names}, **guards)
-                self._newest = Known.of(url, manifest)
+                optional = {name: manifest.get(name, {}) for name in ("time_account", "spikes")}
+                checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names}, **optional)
+                self._newest = CheckpointInfo.of(url, manifest)
                 return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
         return None
 
@@ -244,30 +241,31 @@ class CheckpointStore:
         try:
             return read_manifest(self.storage, url)
         except CheckpointError as error:
-            log.warning("checkpoint passed over: %s", error)
+            log.warning("checkpoint skipped: %s", error)
             return None
 
     def _verify(self, url: str, records: Mapping[str, Record]) -> dict[str, ObjectInfo] | None:
-        """Every file's verified version, or None where one is damaged. Each rank reads its share of the files."""
+        """Return the verified version of every file, or None if one is damaged. Each rank verifies a part of them."""
         rank, world_size = self.collectives.rank, self.collectives.world_size
-        found: dict[str, ObjectInfo] = {}
+        verified: dict[str, ObjectInfo] = {}
         faults = []
         for name in sorted(records)[rank::world_size]:
             try:
-                found[name] = verify(self.storage, url, name, records[name])
+                verified[name] = verify(self.storage, url, name, records[name])
             except CheckpointError as error:
                 faults.append(str(error))
-        shares = self.collectives.gather_json(({name: (i.size, i.etag) for name, i in found.items()}, faults))
-        faults = [fault for _, part in shares for fault in part]
+        own = {name: (info.size, info.etag) for name, info in verified.items()}
+        results = self.collectives.gather_json((own, faults))
+        faults = [fault for _, part in results for fault in part]
         if rank == 0:
             for fault in faults:
-                log.warning("checkpoint passed over: %s", fault)
-        return None if faults else {name: ObjectInfo(*info) for part, _ in shares for name, info in part.items()}
+                log.warning("checkpoint skipped: %s", fault)
+        return None if faults else {name: ObjectInfo(*info) for part, _ in results for name, info in part.items()}
 
-    def clear_up(self) -> None:
-        """Remove what attempts before this one left unfinished. To be called after `latest`, before the first save."""
+    def remove_unfinished(self) -> None:
+        """Remove what earlier attempts left unfinished. Call it after `latest` and before the first save."""
         if self.collectives.rank == 0:
-            self._housekeeping.at_start(self._newest)
+            self._retention.at_start(self._newest)
 
 
 def _part_name(rank: int) -> str:

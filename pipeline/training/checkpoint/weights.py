@@ -1,9 +1,9 @@
-"""What a finished stage hands over, and where the next one starts from: weights, never optimiser state.
+"""Model weights that a finished stage hands over, and that the next one or any user starts from.
 
-The checkpoint of a step, such as the best that a run kept, is read as what would have been handed over there.
+The folder of a step's checkpoint, such as the best that a run kept, can be read in the same way.
 
-<run>/stages/0-vision/weights.safetensors, vocab.txt, MANIFEST.json, COMMIT.json
-                      answers.json, classes.json   what the heads of fine-tuning choose among, if they were trained
+    <run>/stages/0-vision/weights.safetensors, vocab.txt, MANIFEST.json, COMMIT.json
+                          answers.json, classes.json    label lists of fine-tuned heads, if any were trained
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from pipeline.training.checkpoint.committed import (
     verify,
 )
 from pipeline.training.checkpoint.retention import step_of
-from pipeline.training.checkpoint.saved_state import SavedState
-from pipeline.training.checkpoint.tensor_file import TensorFile
+from pipeline.training.checkpoint.serialization import SavedState, TensorFile
 from pipeline.training.ownership import Ownership, Start
 
 WEIGHTS, VOCABULARY = "weights.safetensors", "vocab.txt"
@@ -52,9 +51,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """What a stage hands over: weights by name, never optimiser state, and what they are the weights of.
+    """A stage's weights by name, without optimizer state, and their metadata.
 
-    `config` is as `stored_config` makes it: its folder is the one that the weights were read from.
+    `config` comes from `stored_config`: its folder is the one that the weights were read from.
     """
 
     url: str
@@ -64,8 +63,8 @@ class Weights:
     step: int
     tensors: dict[str, Tensor]
     vocabulary: list[str]
-    absent: frozenset[str] = frozenset()  # parts of the model that imported weights were said not to hold
-    choices: Mapping[str, Choices] = field(default_factory=dict)  # what heads choose among, by file name
+    absent: frozenset[str] = frozenset()  # parts of the model that imported weights do not include
+    choices: Mapping[str, Choices] = field(default_factory=dict)  # label lists of the heads, by file name
 
 
 def stage_url(config: RunConfig, index: int) -> str:
@@ -81,13 +80,13 @@ def save_weights(
     choices: Mapping[str, Choices] | None = None,
     ownership: Ownership | None = None,
 ) -> bool:
-    """Commit a stage's weights, its vocabulary and what its heads choose among; called on rank 0 alone.
+    """Write and commit a stage's weights, vocabulary and label lists; called on rank 0 only.
 
-    Returns False, having changed nothing that is committed, when another attempt has committed the folder. Raises
-    Superseded when `ownership` was lost, StorageError when the files could not be written.
+    Returns False, leaving the committed files unchanged, if another attempt has committed the folder. Raises Superseded
+    if `ownership` was lost, StorageError if the files could not be written.
     """
     start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
-    taken: dict[str, str] = {}  # names that an attempt before, or beside, this one has taken -> what is written instead
+    taken: dict[str, str] = {}  # names that another attempt has used -> this attempt's own names
 
     def other_name(name: str) -> str:
         stem, dot, suffix = name.partition(".")
@@ -101,7 +100,7 @@ def save_weights(
         storage.write_parts(join(url, taken[WEIGHTS]), weights.size, weights.read)
     small = {
         VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode(),
-        **{name: each.to_bytes() for name, each in (choices or {}).items()},
+        **{name: labels.to_bytes() for name, labels in (choices or {}).items()},
     }
     for name, data in small.items():
         records[name] = file_record(data)
@@ -113,19 +112,19 @@ def save_weights(
     try:
         check()
         used = {taken.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
-        _remove_leavings(storage, url, start, used)
-    except StorageError as error:  # takes space, and no run down
-        log.warning("%s: what an attempt left could not be removed: %s", url, error)
+        _remove_partial(storage, url, start, used)
+    except StorageError as error:  # costs space, but is no reason to fail the run
+        log.warning("%s: files of an unfinished attempt could not be removed: %s", url, error)
     return is_ours
 
 
 def is_file_of_weights(name: str) -> bool:
-    """Return whether `save_weights` writes a file of this name, and removes one that an earlier start left."""
+    """Return whether `save_weights` writes files of this name, and removes those of earlier starts."""
     return _FILE.fullmatch(name) is not None
 
 
-def _remove_leavings(storage: Storage, url: str, start: Start, used: set[str]) -> None:
-    """Delete what `start` left in a committed folder; where it committed `used`, also what earlier starts left."""
+def _remove_partial(storage: Storage, url: str, start: Start, used: set[str]) -> None:
+    """Delete the uncommitted files of `start` in a committed folder and, if it committed `used`, of earlier starts."""
     for name in storage.list(url):
         if (match := _FILE.fullmatch(name)) and name not in used:
             writer = Start.parse(match["start"]) if match["start"] else Start(0, "")
@@ -134,21 +133,21 @@ def _remove_leavings(storage: Storage, url: str, start: Start, used: set[str]) -
 
 
 def find_weights(storage: Storage, url: str) -> str:
-    """The folder of weights that `url` means: itself, or that of the last finished stage of the run that it names.
+    """Return the folder of weights that `url` refers to: itself, or the last finished stage of a run's folder.
 
-    Raises CheckpointError when there is none.
+    Raises CheckpointError if there is none.
     """
     url = finished_stage(storage, url)
     if not is_committed(storage, url):
         raise CheckpointError(
-            f"{url}: no finished stage here; give the folder of a run, of one of its stages or of a checkpoint"
+            f"{url}: contains no finished stage; give the folder of a run, of one of its stages or of a checkpoint"
         )
     return url
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """What the manifest of weights says of them, without reading them."""
+    """Metadata of weights, read from their manifest alone."""
 
     url: str
     config: RunConfig
@@ -158,19 +157,19 @@ class WeightsInfo:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether they are those of a step, and not what the stage handed over."""
+        """True for a step's checkpoint, False for the final weights of a stage."""
         return step_of(split(self.url)[1]) is not None
 
 
 def weights_info(storage: Storage, url: str) -> WeightsInfo:
-    """Return what the weights that `load_weights` would read are. Raises CheckpointError as it does."""
-    found = find_weights(storage, url)
-    with _damage_told(found):
-        return WeightsInfo(**_facts(found, read_manifest(storage, found)))
+    """Return the metadata of the weights that `load_weights` would read; raises as it does."""
+    url = find_weights(storage, url)
+    with _damage_reported(url):
+        return WeightsInfo(**_metadata(url, read_manifest(storage, url)))
 
 
 def folder_of_weights(url: str) -> str:
-    """Return the folder of the run that a stage's or a checkpoint's folder lies in, else `url` itself."""
+    """Return the run's folder for the folder of a stage or checkpoint, else `url` itself."""
     run, kind = split(split(url)[0])
     name = split(url)[1]
     is_part = (kind == "stages" and _stage_order(name)[0] >= 0) or (kind == "checkpoints" and step_of(name) is not None)
@@ -178,18 +177,17 @@ def folder_of_weights(url: str) -> str:
 
 
 def load_weights(storage: Storage, url: str) -> Weights:
-    """Weights of a stage's folder, of the last finished stage of a run's folder, or of the checkpoint of a step.
+    """Load the weights of a stage's folder, of a run's last finished stage, or of a checkpoint.
 
-    Raises CheckpointError when there is none or it is damaged.
+    Raises CheckpointError if there are none or they are damaged.
     """
     url = find_weights(storage, url)
-    if step_of(split(url)[1]) is not None:
-        with _damage_told(url):
-            return _of_checkpoint(storage, url)
-    with _damage_told(url):
+    with _damage_reported(url):
+        if step_of(split(url)[1]) is not None:
+            return _checkpoint_weights(storage, url)
         manifest, files = read_committed(storage, url)
         return Weights(
-            **_facts(url, manifest),
+            **_metadata(url, manifest),
             tensors=safetensors.torch.load(files[WEIGHTS]),
             vocabulary=tokens_of(files[VOCABULARY]),
             absent=frozenset(manifest.get("absent", ())),
@@ -200,18 +198,18 @@ def load_weights(storage: Storage, url: str) -> Weights:
 
 
 @contextmanager
-def _damage_told(url: str) -> Iterator[None]:
-    """Turn whatever a manifest or file of an unexpected shape raises into a CheckpointError that names the folder."""
+def _damage_reported(url: str) -> Iterator[None]:
+    """Convert any error caused by malformed files into a CheckpointError that names the folder."""
     try:
         yield
     except (MomeError, AssertionError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{url}: is damaged: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{url} is damaged: {type(error).__name__}: {error}") from error
 
 
 def finished_stage(storage: Storage, url: str) -> str:
-    """The folder of the last finished stage where `url` is a run's; `url` itself otherwise."""
+    """Return the folder of the last finished stage if `url` is a run's folder, else `url` itself."""
     try:
         names = [name.rstrip("/") for name in storage.list(join(url, "stages"))]
     except StorageError as error:
@@ -220,40 +218,37 @@ def finished_stage(storage: Storage, url: str) -> str:
     return join(url, "stages", finished[-1]) if finished else url
 
 
-def _of_checkpoint(storage: Storage, url: str) -> Weights:
-    """The weights in a checkpoint's fragments, or their moving average where there is one."""
+def _checkpoint_weights(storage: Storage, url: str) -> Weights:
+    """Assemble the weights from a checkpoint's fragments, or their moving average if there is one."""
     manifest = read_manifest(storage, url)
-    if "shapes" not in manifest:
-        raise CheckpointError(f"{url}: tells no shapes, for an older version wrote it; give a stage's folder")
     files = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
     saved = SavedState(storage, url, files, manifest["stage_step"])
-    facts = _facts(url, manifest)
     run = split(split(url)[0])[0]
+    # Only the lists that `prepare` copied to the run's folder: no other file that a stored config names is read.
+    lists = {name: join(run, name) for name in (ANSWERS, CLASSES)}
     return Weights(
-        **facts,
+        **_metadata(url, manifest),
         tensors={
             name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
             for name, shape in manifest["shapes"].items()
         },
         vocabulary=tokens_of(storage.read(join(run, VOCABULARY))),
-        choices=_choices_of_run(storage, run),
+        choices={
+            name: Choices.from_bytes(storage.read(place), place)
+            for name, place in lists.items()
+            if storage.exists(place)
+        },
     )
 
 
-def _choices_of_run(storage: Storage, run: str) -> dict[str, Choices]:
-    """Return the lists that `prepare` left in the run's folder: no other file that a stored config names is read."""
-    places = {name: join(run, name) for name in (ANSWERS, CLASSES)}
-    return {name: Choices.from_bytes(storage.read(url), url) for name, url in places.items() if storage.exists(url)}
-
-
-def _facts(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    stage, step, where = manifest.get("stage"), manifest.get("step"), join(url, MANIFEST)
+def _metadata(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    stage, step, place = manifest.get("stage"), manifest.get("step"), join(url, MANIFEST)
     if not isinstance(stage, str) or not isinstance(step, int):
         raise CheckpointError(
-            f"{where} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
+            f"{place} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
         )
     try:
-        config, recorded = stored_config(manifest.get("config"), where, folder_of_weights(absolute(url)))
+        config, recorded = stored_config(manifest.get("config"), place, folder_of_weights(absolute(url)))
         config.stage_named(stage)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error

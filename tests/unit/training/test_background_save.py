@@ -170,7 +170,7 @@ def test_closing_gives_up_a_save_that_does_not_end(store: CheckpointStore, stora
     url = store.save(state(), metadata(1))
     thread = thread_of_the_save()
     store.close(seconds=0.1)
-    assert "given up" in caplog.text
+    assert "abandoned" in caplog.text
     storage.gate.set()
     thread.join(10)
     assert not thread.is_alive()

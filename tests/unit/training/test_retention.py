@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last, every so many steps, the best of each stage."""
+"""Retention keeps the last checkpoints, one every `keep_every` steps, and the best of each stage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.config.schema import CheckpointConfig, KeepBestConfig
 from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import COMMIT
 from pipeline.training.checkpoint.retention import (
-    NOBODY,
-    Known,
+    NO_START,
+    CheckpointInfo,
     folder_name,
     newest_first,
+    select_kept,
     start_of,
     step_of,
-    wanted,
 )
 from pipeline.training.ownership import Start
 
@@ -27,8 +27,8 @@ BEST = KeepBestConfig(metric="train/loss", mode="min")
 WORST = KeepBestConfig(metric="train/loss", mode="max")
 
 
-def known(step: int, stage: str = "s", url: str | None = None) -> Known:
-    return Known(url or str(step), step, stage, {"train/loss": LOSS[step]})
+def info(step: int, stage: str = "s", url: str | None = None) -> CheckpointInfo:
+    return CheckpointInfo(url or str(step), step, stage, {"train/loss": LOSS[step]})
 
 
 @pytest.mark.parametrize(
@@ -43,36 +43,36 @@ def known(step: int, stage: str = "s", url: str | None = None) -> Known:
         ({"keep": 2, "keep_every": 200, "keep_best": BEST}, [200, 400, 500, 600]),
     ],
 )
-def test_the_last_the_periodic_and_the_best_stay(config: dict[str, Any], stay: list[int]) -> None:
-    found = [known(step) for step in LOSS]
-    assert sorted(map(int, wanted(found, known(600), CheckpointConfig(**config)))) == stay
+def test_last_periodic_and_best_checkpoints_are_kept(config: dict[str, Any], stay: list[int]) -> None:
+    checkpoints = [info(step) for step in LOSS]
+    assert sorted(map(int, select_kept(checkpoints, info(600), CheckpointConfig(**config)))) == stay
 
 
-def test_the_best_is_that_of_each_stage() -> None:
-    found = [known(step, "first" if step <= 300 else "second") for step in LOSS]
-    chosen = wanted(found, known(600, "second"), CheckpointConfig(keep=1, keep_best=BEST))
+def test_best_checkpoint_of_each_stage_is_kept() -> None:
+    checkpoints = [info(step, "first" if step <= 300 else "second") for step in LOSS]
+    chosen = select_kept(checkpoints, info(600, "second"), CheckpointConfig(keep=1, keep_best=BEST))
     assert chosen == {"200", "400", "600"}
 
 
-def test_what_has_not_the_metric_is_not_the_best() -> None:
-    found = [known(100), Known("200", 200, "s", {"train/loss_itc": 0.0}), known(300)]
-    assert wanted(found, known(300), CheckpointConfig(keep=1, keep_best=BEST)) == {"300"}
+def test_checkpoint_without_the_metric_is_not_the_best() -> None:
+    checkpoints = [info(100), CheckpointInfo("200", 200, "s", {"train/loss_itc": 0.0}), info(300)]
+    assert select_kept(checkpoints, info(300), CheckpointConfig(keep=1, keep_best=BEST)) == {"300"}
 
 
-def test_one_of_the_same_step_is_replaced_by_the_newest() -> None:
-    """It is the damaged one that the run fell back from: were it counted among the last, a whole one would go."""
-    found = [known(100), known(200, url="damaged"), known(200, url="again")]
-    chosen = wanted(found, known(200, url="again"), CheckpointConfig(keep=2))
+def test_newest_checkpoint_replaces_others_of_its_step() -> None:
+    """The older one is damaged, and counting it would remove a complete checkpoint."""
+    checkpoints = [info(100), info(200, url="damaged"), info(200, url="again")]
+    chosen = select_kept(checkpoints, info(200, url="again"), CheckpointConfig(keep=2))
     assert chosen == {"100", "again"}
 
 
-def test_one_that_is_not_whole_takes_no_place_of_one_that_is() -> None:
-    found = [known(100), known(200), replace(known(300), is_whole=False), known(400)]
-    assert wanted(found, known(400), CheckpointConfig(keep=2)) == {"200", "400"}
+def test_incomplete_checkpoint_does_not_displace_a_complete_one() -> None:
+    checkpoints = [info(100), info(200), replace(info(300), is_complete=False), info(400)]
+    assert select_kept(checkpoints, info(400), CheckpointConfig(keep=2)) == {"200", "400"}
 
 
 def test_checkpoints_are_ordered_by_step_then_start_then_time(tmp_path: Path) -> None:
-    """Not as text: 99,999,999 is before 100,000,000, and start 10,000 after start 9,999."""
+    """The order is numeric: 99,999,999 precedes 100,000,000, and start 9,999 precedes start 10,000."""
     ordered = [
         "step-00000090.ff",
         "step-99999999.0001-aaaaaaaa-9",
@@ -85,14 +85,14 @@ def test_checkpoints_are_ordered_by_step_then_start_then_time(tmp_path: Path) ->
     ]
     for name in (*ordered, "notes.txt", "step-7"):
         Storage().write(str(tmp_path / name / COMMIT), b"")
-    found = [url.rpartition("/")[2] for url in newest_first(Storage(), str(tmp_path))]
-    assert found == ordered[::-1]
+    checkpoints = [url.rpartition("/")[2] for url in newest_first(Storage(), str(tmp_path))]
+    assert checkpoints == ordered[::-1]
 
 
-def test_a_name_tells_the_step_and_the_start() -> None:
+def test_folder_name_contains_step_and_start() -> None:
     start = Start(12345, "0a1b2c3d")
     assert (step_of(folder_name(150, start)), start_of(folder_name(150, start))) == (150, start)
-    assert (step_of(folder_name(150, None)), start_of(folder_name(150, None))) == (150, NOBODY)
+    assert (step_of(folder_name(150, None)), start_of(folder_name(150, None))) == (150, NO_START)
     assert Start(9999, "ff") < Start(10000, "00")
 
 
@@ -110,5 +110,5 @@ def test_a_name_tells_the_step_and_the_start() -> None:
         ("notes", None),
     ],
 )
-def test_only_our_names_are_ours(name: str, step: int | None) -> None:
+def test_step_is_parsed_from_checkpoint_names_only(name: str, step: int | None) -> None:
     assert step_of(name) == step

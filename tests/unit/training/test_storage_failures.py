@@ -99,7 +99,7 @@ def test_a_save_that_fails_anywhere_leaves_what_was_committed_and_the_next_succe
         assert newest_weight(store_of(Storage(), folder)) == numbers(40)
         successor = store_of(Storage(), folder)
         assert successor.latest() is not None
-        successor.clear_up()
+        successor.remove_unfinished()
         for step in (50, 60, 70):
             save(successor, step)
         assert committed_steps(folder) == [60, 70]
@@ -112,7 +112,7 @@ def test_a_restore_that_fails_anywhere_succeeds_once_the_store_is_well(tmp_path:
     def scenario(storage: Storage, folder: str) -> None:
         store = store_of(storage, folder)
         assert newest_weight(store) == numbers(20), "a fault of the store was taken for damage"
-        store.clear_up()
+        store.remove_unfinished()
 
     def check(storage: FailingStorage, folder: str) -> None:
         assert committed_steps(folder) == [10, 20]

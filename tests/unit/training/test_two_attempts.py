@@ -86,7 +86,7 @@ class Attempts:
         found = store.latest()
         assert found is not None, "the new attempt found no checkpoint"
         step = found[0].step
-        store.clear_up()
+        store.remove_unfinished()
         assert found[1].read("a", "weight", 0, 1).tolist() in ([step + OLD], [step + NEW])
         if self._new_hands_over:
             hand_over(storage, ownership, NEW)

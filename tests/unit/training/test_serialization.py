@@ -1,18 +1,19 @@
-"""A restore reads what it needs, once, and only of the version that was verified."""
+"""Checkpoint files: readable by safetensors, written in parts, and restored by range with few requests."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from pipeline.config.errors import CheckpointError
 from pipeline.data.storage import ObjectChanged, Storage, join
-from pipeline.training.checkpoint import saved_state
-from pipeline.training.checkpoint.saved_state import SavedState
-from pipeline.training.checkpoint.tensor_file import TensorFile
+from pipeline.training.checkpoint import serialization
+from pipeline.training.checkpoint.serialization import DTYPES, SavedState, TensorFile
 
 SIZES = {"a": 10, "b": 70_000, "c": 3, "d": 40_001}
 KINDS = ("exp_avg", "exp_avg_sq", "weight")
@@ -22,10 +23,10 @@ RANKS = 3
 class Counting(Storage):
     def __init__(self) -> None:
         super().__init__()
-        self.asked: Counter[tuple[str, int]] = Counter()
+        self.requests: Counter[tuple[str, int]] = Counter()
 
     def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
-        self.asked[url, start] += 1
+        self.requests[url, start] += 1
         return super().read_range(url, start, stop, etag)
 
 
@@ -41,7 +42,7 @@ def whole() -> dict[tuple[str, str], torch.Tensor]:
 
 @pytest.fixture
 def state(tmp_path: Path, whole: dict[tuple[str, str], torch.Tensor]) -> SavedState:
-    """The parameters cut among three ranks' files."""
+    """Parameters split across three ranks' files."""
     storage, files = Counting(), {}
     for rank in range(RANKS):
         parts = {}
@@ -55,9 +56,7 @@ def state(tmp_path: Path, whole: dict[tuple[str, str], torch.Tensor]) -> SavedSt
     return SavedState(storage, str(tmp_path), files, optimizer_step=7)
 
 
-def test_any_range_of_any_kind_reads_as_it_was_written(
-    state: SavedState, whole: dict[tuple[str, str], torch.Tensor]
-) -> None:
+def test_any_range_of_any_kind_round_trips(state: SavedState, whole: dict[tuple[str, str], torch.Tensor]) -> None:
     for (name, kind), values in whole.items():
         size = len(values)
         for start, stop in [(0, size), (0, 1), (size - 1, size), (size // 3, size // 2), (2, 2)]:
@@ -66,10 +65,10 @@ def test_any_range_of_any_kind_reads_as_it_was_written(
     assert not state.holds("a", "ema")
 
 
-def test_an_engine_s_reading_fetches_hardly_more_than_it_reads(monkeypatch: pytest.MonkeyPatch, request) -> None:
+def test_engine_access_pattern_fetches_little_more_than_it_reads(monkeypatch: pytest.MonkeyPatch, request) -> None:
     """Each parameter's own range of each kind, then its whole weight, with a cache far smaller than the files."""
-    monkeypatch.setattr(saved_state, "_SMALLEST", 1024)
-    monkeypatch.setattr(saved_state, "_MEMORY", 1024 * 3 * 4 * RANKS)
+    monkeypatch.setattr(serialization, "_MIN_BLOCK", 1024)
+    monkeypatch.setattr(serialization, "_CACHE_BYTES", 1024 * 3 * 4 * RANKS)
     state: SavedState = request.getfixturevalue("state")
     read = 0
     for name, size in SIZES.items():
@@ -77,18 +76,57 @@ def test_an_engine_s_reading_fetches_hardly_more_than_it_reads(monkeypatch: pyte
             read += len(state.read(name, kind, *bounds(size, 1)))
         for start in range(0, size, 500):
             read += len(state.read(name, "weight", start, min(start + 500, size)))
-    fetched = sum(state._blocks._storage.asked.values()) * 1024
+    fetched = sum(state._blocks._storage.requests.values()) * 1024
     assert fetched < 1.2 * 4 * read
 
 
-def test_only_the_version_that_was_verified_is_read(state: SavedState, tmp_path: Path) -> None:
-    state._blocks._kept.clear()
+def test_changed_file_is_refused(state: SavedState, tmp_path: Path) -> None:
+    state._blocks._blocks.clear()
     data = (tmp_path / "rank-0").read_bytes()
     Storage().write(str(tmp_path / "rank-0"), data + b"\0")
     with pytest.raises(ObjectChanged, match="rank-0"):
         state.read("a", "weight", 0, 3)
 
 
-def test_elements_that_no_rank_wrote_are_refused_by_name(state: SavedState) -> None:
+def test_missing_elements_are_named(state: SavedState) -> None:
     with pytest.raises(CheckpointError, match=r"holds 3 of the 4 elements 0…4 of c \(weight\)"):
         state.read("c", "weight", 0, 4)
+
+
+TENSORS = {
+    "a|0|weight": torch.arange(1000.0),
+    "half": torch.randn(3, 5).bfloat16(),
+    "transposed": torch.arange(12).reshape(3, 4).T,
+    "none": torch.empty(0),
+    "one": torch.tensor(3.0),
+    "flags": torch.tensor([True, False, True]),
+}
+
+
+@pytest.mark.parametrize("tensors", [TENSORS, {}], ids=["several", "none"])
+def test_safetensors_reads_the_file(tensors: dict[str, torch.Tensor]) -> None:
+    file = TensorFile(tensors)
+    read = safetensors.torch.load(file.read(0, file.size))
+    assert set(read) == set(tensors)
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_every_range_equals_the_whole_file() -> None:
+    file = TensorFile(TENSORS)
+    whole = file.read(0, file.size)
+    assert len(whole) == file.size
+    for start in range(0, file.size, 97):
+        for length in (1, 8, 500, file.size):
+            assert file.read(start, min(start + length, file.size)) == whole[start : start + length]
+
+
+def test_record_describes_the_whole_file() -> None:
+    file = TensorFile(TENSORS)
+    whole = file.read(0, file.size)
+    assert file.record() == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtype_names_match_safetensors(dtype: torch.dtype) -> None:
+    file = TensorFile({"x": torch.ones(3, dtype=dtype)})
+    assert safetensors.torch.load(file.read(0, file.size))["x"].dtype == dtype

@@ -1,0 +1,215 @@
+"""Checkpoint state as safetensors files: copied to host memory, written in parts, and read back by range.
+
+A safetensors file (https://github.com/huggingface/safetensors#format) is 8 bytes with the length of a JSON header, the
+header with every tensor's dtype, shape and offsets, and the tensors' bytes, here in the order given.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError
+from pipeline.data.storage import ObjectInfo, Storage, join
+from pipeline.training.engine import Fragment
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+LENGTH = struct.Struct("<Q")
+_HASH_BYTES = 16 * 2**20  # hashed at a time
+_CACHE_BYTES = 256 * 2**20
+_MIN_BLOCK, _MAX_BLOCK = 2**16, 8 * 2**20  # bytes of one request
+_READAHEAD = 2  # blocks
+_THREADS = 4
+_STREAMS = 4  # positions at which an engine reads each file concurrently: weights, moments, average
+
+
+class HostCopy:
+    """Copies a rank's fragments into one host buffer that is reused by every save; pinned if the device is a GPU."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._buffer = torch.empty(0)
+
+    def reserve(self, fragments: Iterable[Fragment]) -> None:
+        """Allocate the buffer ahead of the first `take`, which would otherwise stall training."""
+        self._grow(sum(len(value) for value in _by_key(fragments).values()))
+
+    def take(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
+        """Return float32 copies of the fragments' values by "name|start|kind", valid until the next `take`.
+
+        They are grouped by kind, so that reading all weights, or one rank's moments, is sequential.
+        """
+        values = _by_key(fragments)
+        self._grow(sum(len(value) for value in values.values()))
+        copies, offset = {}, 0
+        with torch.no_grad():
+            for key, value in values.items():
+                copies[key] = self._buffer[offset : offset + len(value)]
+                copies[key].copy_(value, non_blocking=True)
+                offset += len(value)
+        if self._is_cuda:
+            torch.cuda.synchronize()  # the next step overwrites the source
+        return copies
+
+    def _grow(self, size: int) -> None:
+        if len(self._buffer) < size:
+            self._buffer = torch.zeros(size, pin_memory=self._is_cuda)  # zeroing maps the pages now
+
+
+def _by_key(fragments: Iterable[Fragment]) -> dict[str, Tensor]:
+    values = [
+        (kind, f"{fragment.name}|{fragment.start}|{kind}", value)
+        for fragment in fragments
+        for kind, value in fragment.values.items()
+    ]
+    return {key: value for _, key, value in sorted(values, key=lambda item: item[0])}
+
+
+class TensorFile:
+    """A safetensors file of CPU tensors, never held as a whole; the tensors must not change while it is read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        header: dict[str, Any] = {}
+        chunks, offset = [], 0
+        for name, tensor in tensors.items():
+            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            header[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, offset + len(data)],
+            }
+            offset += len(data)
+            if data:
+                chunks.append(data)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % LENGTH.size)  # aligns the tensors
+        self._chunks = [memoryview(LENGTH.pack(len(text)) + text), *chunks]
+        self._starts = [0]
+        for chunk in self._chunks:
+            self._starts.append(self._starts[-1] + len(chunk))
+        self.size = self._starts[-1]
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return a copy of the bytes [start, stop)."""
+        first = bisect.bisect_right(self._starts, start) - 1
+        parts = []
+        for chunk, begin in zip(self._chunks[first:], self._starts[first:], strict=False):
+            if begin >= stop:
+                break
+            parts.append(chunk[max(start - begin, 0) : stop - begin])
+        return b"".join(parts)
+
+    def record(self) -> dict[str, Any]:
+        """Return the file's manifest entry: its size in bytes and its SHA-256."""
+        digest = hashlib.sha256()
+        for chunk in self._chunks:
+            for start in range(0, len(chunk), _HASH_BYTES):
+                digest.update(chunk[start : start + _HASH_BYTES])
+        return {"bytes": self.size, "sha256": digest.hexdigest()}
+
+
+class SavedState:
+    """A checkpoint's state, read by parameter and range whichever ranks wrote it (a FragmentSource).
+
+    `files` maps each file to the version that was verified; any other version is refused.
+    """
+
+    def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo], optimizer_step: int):
+        self.optimizer_step = optimizer_step
+        self._url = url
+        self._blocks = _BlockCache(storage, url, files)
+        # (name, kind) -> sorted list of (first element, number of elements, file, byte offset)
+        self._parts: dict[tuple[str, str], list[tuple[int, int, str, int]]] = {}
+        for file in files:
+            self._index(file)
+        for parts in self._parts.values():
+            parts.sort()
+
+    def _index(self, file: str) -> None:
+        (length,) = LENGTH.unpack(self._blocks.read(file, 0, LENGTH.size))
+        body = LENGTH.size + length
+        for key, entry in json.loads(self._blocks.read(file, LENGTH.size, body)).items():
+            name, start, kind = key.rsplit("|", 2)
+            if entry["dtype"] != "F32":
+                raise CheckpointError(f"{self._url}: {file} holds {key} as {entry['dtype']}; expected F32")
+            part = (int(start), entry["shape"][0], file, body + entry["data_offsets"][0])
+            self._parts.setdefault((name, kind), []).append(part)
+
+    def holds(self, name: str, kind: str) -> bool:
+        return (name, kind) in self._parts
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Return elements [start, stop) of a parameter's weight, moment or average, 1-d float32.
+
+        Raises CheckpointError if some are missing, StorageError if the store does not respond.
+        """
+        result = torch.empty(stop - start)
+        target = result.view(torch.uint8).numpy()
+        num_read = 0
+        for offset, length, file, position in self._parts.get((name, kind), []):
+            low, high = max(start, offset), min(stop, offset + length)
+            if low < high:
+                data = self._blocks.read(file, position + 4 * (low - offset), position + 4 * (high - offset))
+                target[4 * (low - start) : 4 * (high - start)] = np.frombuffer(data, np.uint8)
+                num_read += high - low
+        if num_read != stop - start:
+            raise CheckpointError(
+                f"{self._url}: holds {num_read} of the {stop - start} elements {start}…{stop} of {name} ({kind}); "
+                "it was written for another architecture or another set of frozen parameters"
+            )
+        return result
+
+
+class _BlockCache:
+    """Ranges of several files, read through a cache of blocks with readahead.
+
+    An engine reads sequentially at several positions of every file at once; the block size is chosen so that the cache
+    holds the next blocks of all of them.
+    """
+
+    def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo]):
+        self._storage, self._url, self._files = storage, url, files
+        streams = _STREAMS * len(files)
+        self._block_bytes = min(max(_CACHE_BYTES // ((_READAHEAD + 1) * streams), _MIN_BLOCK), _MAX_BLOCK)
+        self._capacity = max(_CACHE_BYTES // self._block_bytes, (_READAHEAD + 1) * streams)
+        self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(_THREADS, "restore")  # its threads end when the pool is garbage-collected
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        parts = []
+        for index in range(start // self._block_bytes, -(-stop // self._block_bytes)):
+            for ahead in range(_READAHEAD, -1, -1):  # the requested block last: it is then the most recently used
+                self._fetch(file, index + ahead)
+            begin = index * self._block_bytes
+            parts.append(self._blocks[file, index].result()[max(start - begin, 0) : stop - begin])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _fetch(self, file: str, index: int) -> None:
+        info = self._files[file]
+        start, stop = index * self._block_bytes, min((index + 1) * self._block_bytes, info.size)
+        if (file, index) in self._blocks:
+            self._blocks.move_to_end((file, index))
+        elif start < stop:
+            url = join(self._url, file)
+            self._blocks[file, index] = self._pool.submit(self._storage.read_range, url, start, stop, info.etag)
+            if len(self._blocks) > self._capacity:
+                self._blocks.popitem(last=False)
