@@ -257,7 +257,7 @@ def report(
     config: CallersConfig = None,
     as_json: AsJson = False,
 ) -> None:
-    """One page for a whole run: its curves, restarts, alarms, data, quarantine, time, cost and last evaluation."""
+    """One page for a whole run: its curves, restarts, alerts, data, quarantine, time, cost and last evaluation."""
     from jobs.report import report as write_report
 
     print_result(write_report(run, out, price, against, track, Caller.named(config)), as_json)

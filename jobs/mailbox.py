@@ -131,8 +131,8 @@ class _Forwarder(logging.Handler):
         if record.name.partition(".")[0] not in FORWARDED:
             return
         try:
-            alarm = {name: getattr(record, name) for name in ("alarm", "over") if hasattr(record, name)}
-            self._waiting.put_nowait({"level": record.levelname, "text": record.getMessage(), **alarm})
+            alert = {name: getattr(record, name) for name in ("alert", "over") if hasattr(record, name)}
+            self._waiting.put_nowait({"level": record.levelname, "text": record.getMessage(), **alert})
         except (queue.Full, TypeError, ValueError):
             pass
 

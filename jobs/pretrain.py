@@ -58,7 +58,7 @@ def pretrain(config: RunConfig, show: Show, interrupts: Interrupts | None = None
         try:
             _train(config, storage, attempt)
         finally:
-            attempt.tell_alarms()
+            attempt.tell_alerts()
     _raise_failure(config, storage, ownership)
     unfinished = _unfinished(config, storage)
     if unfinished is not None:
@@ -92,7 +92,7 @@ class _Attempt:
         self.placement = Placement(config.cluster, start)
         self._start = start  # of this driver: its restarts share its claim, and not its messages
         self._mail, self._interrupts = Mailbox(start), interrupts
-        self._alarms: dict[str, str] = {}  # those that stand
+        self._alerts: dict[str, str] = {}  # those that stand
 
     def fit(self, restarts: Any, failures_left: int) -> str | None:
         """One run of Ray Train; returns why its ranks saved and stopped, if they did."""
@@ -115,11 +115,11 @@ class _Attempt:
             )
         return stopped
 
-    def tell_alarms(self) -> None:
+    def tell_alerts(self) -> None:
         """At the end: what the run should still be looked at for."""
         self._show_messages()
-        for text in self._alarms.values():
-            notify(f"alarm not over: {text}", "yellow")
+        for text in self._alerts.values():
+            notify(f"alert not over: {text}", "yellow")
         self._mail.clear()
 
     def _look(self) -> None:
@@ -128,13 +128,13 @@ class _Attempt:
             self._interrupts.look(self._mail, self.placement.ranks)
 
     def _show_messages(self) -> None:
-        """Warnings of the first rank, alarms among them."""
+        """Warnings of the first rank, alerts among them."""
         for message in self._mail.take():
             notify(f"{message['level']} {message['text']}", "yellow")
             if message.get("over"):
-                self._alarms.pop(message["alarm"], None)
-            elif "alarm" in message:
-                self._alarms[message["alarm"]] = message["text"]
+                self._alerts.pop(message["alert"], None)
+            elif "alert" in message:
+                self._alerts[message["alert"]] = message["text"]
 
 
 def _train(config: RunConfig, storage: Storage, attempt: _Attempt) -> None:

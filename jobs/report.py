@@ -64,7 +64,7 @@ def report(
         "goodput": campaign.goodput,
         "restarts": campaign.restarts,
         "bad_samples": campaign.bad_samples,
-        "alarms": [alarm.name for alarm in campaign.alarms if not alarm.is_over],
+        "alerts": [alert.name for alert in campaign.alerts if not alert.is_over],
         "rank_hours": campaign.cost.rank_hours if campaign.cost else None,
         "cost": campaign.cost.total if campaign.cost and campaign.cost.price else None,
     }

@@ -26,13 +26,13 @@ from pipeline.tracking.mlflow_replay import shipped_to
 from pipeline.tracking.places import absolute_uri, default_uri, experiment_of, journal_folder
 from pipeline.training.goodput import PHASES
 
-ALARM, SPIKE = "mome.alarm.", "mome.spike."  # begin the names of tags
+ALERT, SPIKE = "mome.alert.", "mome.spike."  # begin the names of tags
 PART = "train/loss_"  # begins the names of a loss's parts
-OVER = "over at step"  # begins what an alarm says once its cause is gone (`pipeline.training.alarms`)
+OVER = "over at step"  # begins what an alert says once its cause is gone (`pipeline.training.alerts`)
 VERSION = "version."
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
 
-EventKind = Literal["begun", "restart", "spike", "alarm", "evaluation"]
+EventKind = Literal["begun", "restart", "spike", "alert", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Alert:
     """What the run says is wrong, and what to do about it."""
 
     name: str
@@ -129,7 +129,7 @@ class Campaign:
     stages: list[StageFacts]
     records: list[StageRecord] = field(repr=False)
     events: list[Event]
-    alarms: list[Alarm]
+    alerts: list[Alert]
     time: list[TimeShare]
     goodput: float | None
     restarts: int
@@ -171,7 +171,7 @@ def gather(run: RunFolder, price: float | None = None, server: str | None = None
         stages=[_stage(run, index) for index in range(len(config.stages))],
         records=run.stages,
         events=_events(run),
-        alarms=sorted((_alarm(tag) for tag in _latest(run.tags, ALARM)), key=lambda alarm: alarm.is_over),
+        alerts=sorted((_alert(tag) for tag in _latest(run.tags, ALERT)), key=lambda alert: alert.is_over),
         time=_time(seconds, cost),
         goodput=seconds["training"] / sum(seconds.values()) if sum(seconds.values()) else None,
         restarts=max(len(run.sessions) - 1, 0),
@@ -243,7 +243,7 @@ def _shards_now(config: RunConfig, storage: Storage, name: str) -> tuple[tuple[i
 def _events(run: RunFolder) -> list[Event]:
     """In their order."""
     found = [Event(tag.at, tag.step, "spike", tag.value) for tag in run.tags if tag.key.startswith(SPIKE)]
-    found += [Event(tag.at, tag.step, "alarm", tag.value) for tag in run.tags if tag.key.startswith(ALARM)]
+    found += [Event(tag.at, tag.step, "alert", tag.value) for tag in run.tags if tag.key.startswith(ALERT)]
     found += [Event(point.at, point.step, "evaluation", headline(point)) for point in run.evaluations]
     return sorted([*found, *_starts(run)], key=lambda event: event.at)
 
@@ -280,8 +280,8 @@ def headline(point: Point) -> str:
     return ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
 
 
-def _alarm(tag: Tag) -> Alarm:
-    return Alarm(tag.key.removeprefix(ALARM), tag.at, tag.step, tag.stage, tag.value)
+def _alert(tag: Tag) -> Alert:
+    return Alert(tag.key.removeprefix(ALERT), tag.at, tag.step, tag.stage, tag.value)
 
 
 def _latest(tags: list[Tag], prefix: str) -> list[Tag]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.loading.loader import Loader
-from pipeline.training.alarms import Reading, rank_metrics, sign_metrics
+from pipeline.training.alerts import Reading, rank_metrics, sign_metrics
 from pipeline.training.collectives import Collectives
 from pipeline.training.progress import Meter, Speed
 from pipeline.training.steps import TrainingStep
@@ -26,7 +26,7 @@ class Readings:
     losses: dict[str, float]  # of the global batch: `loss`, and each objective's
     points: dict[str, float]  # all there is to record, under MLflow's names
     speed: Speed
-    ranks: Reading  # what alarms are judged by
+    ranks: Reading  # what alerts are judged by
 
 
 class Instruments:
@@ -72,7 +72,7 @@ class Instruments:
     def _summed(
         self, step: int, trained: TrainingStep, losses: dict[str, Tensor], speed: Speed
     ) -> tuple[dict[str, float], Reading]:
-        """The global batch's losses by name, and what the alarms are judged by, from one sum over the ranks."""
+        """The global batch's losses by name, and what the alerts are judged by, from one sum over the ranks."""
         names, signs = sorted(losses), sorted(trained.signs)
         parts = [losses[name].float() for name in names] + [trained.signs[name].float() for name in signs]
         by_rank = torch.zeros(2, self.collectives.world_size, device=self.collectives.device)

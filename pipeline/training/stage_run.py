@@ -22,7 +22,7 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.errors import NoSpace
 from pipeline.tracking.recorder import DatasetInput, Kept, Recorder
-from pipeline.training.alarms import Alarms
+from pipeline.training.alerts import Alerts
 from pipeline.training.checkpoint import (
     CheckpointStore,
     finished_stage,
@@ -77,7 +77,7 @@ class StageRun:
         self.collectives, self.tracker, self.report = collectives, run.tracker, run.report
         self.first = config.stage_start(index)  # global step at which the stage begins
         self.ownership, self.supervisor = run.ownership, run.supervisor
-        self.spikes, self.alarms = SpikeGuard(config.guards.spike), Alarms(self.stage.name, run.tracker)
+        self.spikes, self.alerts = SpikeGuard(config.guards.spike), Alerts(self.stage.name, run.tracker)
         self._points: dict[str, float] = {}  # the metrics last recorded
         self._resumed_from = ""  # URL of the checkpoint
         rank, world_size = collectives.rank, collectives.world_size
@@ -172,13 +172,13 @@ class StageRun:
             found = describe(losses, self.collectives)
             where = diagnose(self.engine.module, lambda: self.step(batch), self.collectives)
             if self.collectives.rank == 0:
-                self.alarms.sound("not_finite", self.first + step, f"{found}; {where}")
+                self.alerts.sound("not_finite", self.first + step, f"{found}; {where}")
             raise RunFailed(
                 f"stage {self.stage.name}, step {self.first + step}: {found}; {where}. The weights were not updated. A "
                 "restart would repeat it: lower optimizer.lr, set optimizer.max_grad_norm, or use float32."
             )
         if self.collectives.rank == 0:
-            self.alarms.see_loss(self.first + step, seen.loss)
+            self.alerts.see_loss(self.first + step, seen.loss)
         try:
             self.spikes.judge(step, seen.loss)
         except SpikeFound:
@@ -244,7 +244,7 @@ class StageRun:
             tags["unknown_tokens"] = f"{coverage.worst:.4f}"  # share of [UNK] in the worst source's captions
         self.tracker.begin_stage(self.index, self.stage, tags, datasets)
         if coverage is not None and coverage.alert is not None:
-            self.alarms.sound("unknown_tokens", self.first + start, coverage.alert)
+            self.alerts.sound("unknown_tokens", self.first + start, coverage.alert)
 
     def _origin(self) -> str:
         if self.stage.start_from != "previous":
@@ -342,14 +342,14 @@ class StageRun:
         self.instruments.begin(step + 1)
 
     def _record(self, step: int, losses: dict[str, Tensor], rate: float) -> None:
-        """Everything that is worth a point, to the tracker; to the alarms; and how far the stage is."""
+        """Everything that is worth a point, to the tracker; to the alerts; and how far the stage is."""
         reached, read = self.first + step + 1, self.instruments.read(step, self.step, losses)
         points = read.points | {"train/lr": rate, "train/grad_norm": self.engine.gradient_norm()}
         points |= goodput_metrics(self.supervisor.goodput.seconds())
         self._points = points
         self.tracker.metrics(reached, points | self.supervisor.nodes.take())
         if self.collectives.rank == 0:
-            self.alarms.read(read.ranks)
+            self.alerts.read(read.ranks)
             left = (self.stage.steps - step - 1) / max(read.speed.steps_per_second, 1e-9)
             self.report(
                 Progress(

@@ -1,4 +1,4 @@
-"""The folder of a run of two stages, as training leaves it: one restart, a spike, an alarm, two evaluations, bad data.
+"""The folder of a run of two stages, as training leaves it: one restart, a spike, an alert, two evaluations, bad data.
 
 Its journal, quarantine and account of time are written by what training writes them with; no step is made.
 """
@@ -24,7 +24,7 @@ STEPS = 10  # of each stage
 RESUMED_AT = 14
 SECONDS = {"startup": 60.0, "training": 600.0, "data_wait": 30.0, "checkpoint": 12.0, "restart": 90.0, "lost_work": 8.0}
 SPIKE = "step 12: loss 9, median 2; back to step 10 without batches 0 to 2 of the stage"
-ALARM = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.itm.weight"
+ALERT = "matching is right for 3 % of the true pairs: raise stages.pairs.objectives.itm.weight"
 
 
 def plant_pairs(folder: Path) -> Planted:
@@ -130,9 +130,9 @@ def _record_journal(place: Path, planted: Planted) -> None:
     second.append("campaign", run="f00d", params={}, tags=tags, datasets=[])
     begin(second, 1, resumed_at=str(RESUMED_AT))
     second.steps(1, RESUMED_AT + 3, 2 * STEPS)
-    second.append("tag", 1, key="mome.alarm.matching_collapsed", value=ALARM)
-    second.append("tag", 1, key="mome.alarm.starved", value="since step 18: the loader is slow: add workers")
-    second.append("tag", 1, key="mome.alarm.starved", value="over at step 19; since step 18: the loader is slow")
+    second.append("tag", 1, key="mome.alert.matching_collapsed", value=ALERT)
+    second.append("tag", 1, key="mome.alert.starved", value="since step 18: the loader is slow: add workers")
+    second.append("tag", 1, key="mome.alert.starved", value="over at step 19; since step 18: the loader is slow")
     second.append("stage_end", 1, status="FINISHED")
     second.append("campaign_end", status="FINISHED")
     second.writer.close()

@@ -53,15 +53,15 @@ def test_warnings_of_ours_reach_the_driver_once_and_in_order(store: Store) -> No
     mail = Mailbox("claim")
     with forwarded_warnings(mail):
         for number in range(20):
-            logging.getLogger("pipeline.training.alarms").warning(
-                "alarm %d", number, extra={"alarm": "vision/itm_collapse"}
+            logging.getLogger("pipeline.training.alerts").warning(
+                "alert %d", number, extra={"alert": "vision/itm_collapse"}
             )
         logging.getLogger("pipeline.training").info("no warning")
         logging.getLogger("urllib3.connection").warning("none of ours")
     logging.getLogger("pipeline.training").warning("too late")
     found: list[Any] = mail.take()
-    assert [message["text"] for message in found] == [f"alarm {number}" for number in range(20)]
-    assert {message["alarm"] for message in found} == {"vision/itm_collapse"}
+    assert [message["text"] for message in found] == [f"alert {number}" for number in range(20)]
+    assert {message["alert"] for message in found} == {"vision/itm_collapse"}
     assert mail.take() == []
     assert Mailbox("another").take() == []
 

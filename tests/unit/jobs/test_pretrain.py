@@ -69,17 +69,17 @@ def test_a_password_that_an_earlier_version_recorded_is_neither_read_nor_shown()
     assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")
 
 
-def test_alarms_of_the_ranks_are_on_the_drivers_console_and_those_that_stand_at_its_end(
+def test_alerts_of_the_ranks_are_on_the_drivers_console_and_those_that_stand_at_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def alarm(name: str, text: str, **more: bool) -> dict[str, object]:
-        return {"level": "WARNING", "text": text, "alarm": f"vision/{name}", **more}
+    def alert(name: str, text: str, **more: bool) -> dict[str, object]:
+        return {"level": "WARNING", "text": text, "alert": f"vision/{name}", **more}
 
     said: list[str] = []
     messages = [
-        [alarm("itm_collapse", "collapsed"), alarm("itc_clamp", "clamped")],
+        [alert("itm_collapse", "collapsed"), alert("itc_clamp", "clamped")],
         [{"level": "WARNING", "text": "resuming stage vision at step 130"}],
-        [alarm("itc_clamp", "over", over=True)],
+        [alert("itc_clamp", "over", over=True)],
     ]
     monkeypatch.setattr(pretraining, "notify", lambda text, *_: said.append(text))
     monkeypatch.setattr(Mailbox, "take", lambda _: messages.pop(0) if messages else [])
@@ -87,11 +87,11 @@ def test_alarms_of_the_ranks_are_on_the_drivers_console_and_those_that_stand_at_
     attempt = pretraining._Attempt(config, Ownership(Storage(), config.folder, "claim"), "claim", None)
     attempt._look()
     attempt._look()
-    attempt.tell_alarms()
+    attempt.tell_alerts()
     assert said == [
         "WARNING collapsed",
         "WARNING clamped",
         "WARNING resuming stage vision at step 130",
         "WARNING over",
-        "alarm not over: collapsed",
+        "alert not over: collapsed",
     ]

@@ -18,7 +18,7 @@ from pipeline.reports.campaign_page import WIDE, _stretches, _timeline, render_c
 from pipeline.reports.rejected import PICTURES, SIDE
 from pipeline.reports.run_folder import RunFolder, open_run
 from tests.support.bad_shards import Planted
-from tests.support.recorded_run import ALARM, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
+from tests.support.recorded_run import ALERT, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
 
 def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) -> None:
@@ -27,9 +27,9 @@ def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) ->
         ("begun", None),
         ("spike", STEPS),
         ("restart", RESUMED_AT),
-        ("alarm", 2 * STEPS),
-        ("alarm", 2 * STEPS),
-        ("alarm", 2 * STEPS),
+        ("alert", 2 * STEPS),
+        ("alert", 2 * STEPS),
+        ("alert", 2 * STEPS),
         ("evaluation", 2 * STEPS),
         ("evaluation", 2 * STEPS),
     ]
@@ -37,11 +37,11 @@ def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) ->
     assert "pairs/i2t_r1 0.25" in campaign.events[6].told
 
 
-def test_an_alarm_stands_before_everything_else_with_what_to_do(campaign: Campaign) -> None:
+def test_an_alert_stands_before_everything_else_with_what_to_do(campaign: Campaign) -> None:
     page = render_campaign(campaign)
-    told = [(alarm.name, alarm.stage, alarm.is_over) for alarm in campaign.alarms]
+    told = [(alert.name, alert.stage, alert.is_over) for alert in campaign.alerts]
     assert told == [("matching_collapsed", "pairs", False), ("starved", "pairs", True)]
-    assert page.index(ALARM) < page.index("<h2>")
+    assert page.index(ALERT) < page.index("<h2>")
     assert SPIKE in page
 
 
@@ -51,7 +51,7 @@ def test_every_point_is_drawn_and_no_line_crosses_a_restart(campaign: Campaign, 
     assert [len(each.points) for each in stretches] == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
     drawn = _timeline(campaign, WIDE, in_seconds)
     assert len(drawn.bands) == 2
-    assert {kind for _, kind, _ in drawn.marks} == {"spike", "restart", "alarm", "evaluation"}
+    assert {kind for _, kind, _ in drawn.marks} == {"spike", "restart", "alert", "evaluation"}
     loss = drawn.panels[0]
     spots = [tuple(map(float, spot.split(","))) for line in loss.lines for spot in line.points.split()]
     assert len(spots) == 2 * STEPS

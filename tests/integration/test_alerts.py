@@ -1,4 +1,4 @@
-"""Alarms of a run on two ranks: each is a tag on its stage's run and a line in the log, and the run goes on."""
+"""Alerts of a run on two ranks: each is a tag on its stage's run and a line in the log, and the run goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.training.alarms import READINGS
+from pipeline.training.alerts import READINGS
 from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, journal, short_config, without_mlflow
 
@@ -51,7 +51,7 @@ def _troubled(folder: str) -> list[str]:
         return call(engine, passes)
 
     trainer.build_stage_model, DeepSpeedEngine.__call__ = spoilt, slow  # type: ignore[assignment, method-assign]
-    logging.getLogger("pipeline.training.alarms").addHandler(Lines())
+    logging.getLogger("pipeline.training.alerts").addHandler(Lines())
     try:
         stages = {"stages.pairs.objectives": OBJECTIVES, "stages.pairs.global_batch_size": 8}
         config = short_config(folder, data__lanes=8, **stages)
@@ -66,10 +66,10 @@ def test_a_troubled_run_says_so_in_tags_and_in_its_log_and_goes_on(tmp_path: Pat
     records = journal(tmp_path)
     tags = {r["key"]: r["value"] for r in records if r["kind"] == "tag" and r["stage"] == 1}
     names = ["itm_collapse", "itc_clamp", "loader_starved", "ranks_out_of_step"]
-    assert [name for name in names if f"mome.alarm.{name}" not in tags] == []
-    assert "rank 1 needs" in tags["mome.alarm.ranks_out_of_step"]
-    assert tags["mome.alarm.itm_collapse"].startswith(f"since step {STEPS + 1 + READINGS}: matching is right for 100%")
-    assert sum("stage pairs: ALARM" in line for line in first) == len(names)
+    assert [name for name in names if f"mome.alert.{name}" not in tags] == []
+    assert "rank 1 needs" in tags["mome.alert.ranks_out_of_step"]
+    assert tags["mome.alert.itm_collapse"].startswith(f"since step {STEPS + 1 + READINGS}: matching is right for 100%")
+    assert sum("stage pairs: ALERT" in line for line in first) == len(names)
     assert second == [], "one rank speaks for all"
     assert records[-1]["kind"] == "campaign_end"
     assert records[-1]["status"] == "FINISHED"

@@ -1,7 +1,7 @@
-"""Alarms: what a run that goes on should still be looked at for, each a tag on its run and a line that says what to do.
+"""Alerts: what a run that goes on should still be looked at for, each a tag on its run and a line that says what to do.
 
 They are judged at the steps whose metrics are read, on rank 0, from numbers that are read there anyway; the loss at
-every look. An alarm that several readings in a row give cause for is raised once, and taken back when as many give
+every look. An alert that several readings in a row give cause for is raised once, and taken back when as many give
 none. What ends a run at once (a loss that is not finite) is raised by who ends it.
 """
 
@@ -57,8 +57,8 @@ def rank_metrics(reading: Reading) -> dict[str, float]:
     return found
 
 
-class Alarms:
-    """One stage's alarms. Nothing here is asked by another rank."""
+class Alerts:
+    """One stage's alerts. Nothing here is asked by another rank."""
 
     def __init__(self, stage: str, tracker: Recorder):
         self._stage, self._tracker = stage, tracker
@@ -88,20 +88,20 @@ class Alarms:
                 "down again, go back to a checkpoint before it with a lower optimizer.lr or with "
                 "optimizer.max_grad_norm; guards.spike goes back by itself, past the data that did it",
             )
-            self._losses.clear()  # one jump is one alarm
+            self._losses.clear()  # one jump is one alert
         self._losses.append(loss)
 
     def sound(self, name: str, step: int, told: str) -> None:
-        """Raise an alarm. `told`: what was seen, and what to do."""
+        """Raise an alert. `told`: what was seen, and what to do."""
         self._raised[name] = text = f"since step {step}: {told}"
-        log.warning("stage %s: ALARM %s, %s", self._stage, name, text, extra={"alarm": f"{self._stage}/{name}"})
-        self._tracker.tag(f"mome.alarm.{name}", text)
+        log.warning("stage %s: ALERT %s, %s", self._stage, name, text, extra={"alert": f"{self._stage}/{name}"})
+        self._tracker.tag(f"mome.alert.{name}", text)
 
     def _take_back(self, name: str, step: int) -> None:
         text = f"over at step {step}; {self._raised.pop(name)}"
-        told = {"alarm": f"{self._stage}/{name}", "over": True}
-        log.warning("stage %s: alarm %s is over at step %d", self._stage, name, step, extra=told)
-        self._tracker.tag(f"mome.alarm.{name}", text)
+        told = {"alert": f"{self._stage}/{name}", "over": True}
+        log.warning("stage %s: alert %s is over at step %d", self._stage, name, step, extra=told)
+        self._tracker.tag(f"mome.alert.{name}", text)
 
 
 def _collapsed_matching(reading: Reading) -> str | None:

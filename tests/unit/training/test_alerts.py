@@ -1,4 +1,4 @@
-"""When an alarm is raised, once, and when it is taken back."""
+"""When an alert is raised, once, and when it is taken back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.models import build_model
 from pipeline.models.heads import MAX_SCALE
 from pipeline.models.model import HeadConfig
 from pipeline.tracking.recorder import SilentTracker
-from pipeline.training.alarms import JUMP, LOSSES, READINGS, Alarms, Reading, sign_metrics
+from pipeline.training.alerts import JUMP, LOSSES, READINGS, Alerts, Reading, sign_metrics
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
 from pipeline.training.steps import TrainingStep
@@ -42,51 +42,51 @@ CAUSES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CAUSES)
-def test_an_alarm_is_raised_once_after_as_many_readings_and_taken_back_after_as_many(name: str) -> None:
+def test_an_alert_is_raised_once_after_as_many_readings_and_taken_back_after_as_many(name: str) -> None:
     tags = Tags()
-    alarms = Alarms("pairs", tags)
+    alerts = Alerts("pairs", tags)
     for step in range(READINGS - 1):
-        alarms.read(reading(step, **CAUSES[name]))
-    alarms.read(reading(READINGS))
+        alerts.read(reading(step, **CAUSES[name]))
+    alerts.read(reading(READINGS))
     assert tags.said == [], "one good reading in between"
     for step in range(10, 13 + READINGS):
-        alarms.read(reading(step, **CAUSES[name]))
+        alerts.read(reading(step, **CAUSES[name]))
     (key, text), *more = tags.said
-    assert (key, more) == (f"mome.alarm.{name}", [])
+    assert (key, more) == (f"mome.alert.{name}", [])
     assert text.startswith(f"since step {9 + READINGS}: ")
     for step in range(30, 30 + READINGS):
-        alarms.read(reading(step))
+        alerts.read(reading(step))
     assert [key for key, _ in tags.said] == [key, key]
     assert tags.said[1][1] == f"over at step {29 + READINGS}; {text}"
 
 
 def test_matching_is_not_judged_before_its_stage_is_warm() -> None:
     tags = Tags()
-    alarms = Alarms("pairs", tags)
+    alerts = Alerts("pairs", tags)
     for step in range(3 * READINGS):
-        alarms.read(reading(step, warm=False, **CAUSES["itm_collapse"]))
+        alerts.read(reading(step, warm=False, **CAUSES["itm_collapse"]))
     assert tags.said == []
 
 
 def test_the_rank_that_is_behind_or_starved_is_named() -> None:
     tags = Tags()
-    alarms = Alarms("pairs", tags)
+    alerts = Alerts("pairs", tags)
     for step in range(READINGS):
-        alarms.read(reading(step, waits=[0.0, 0.4, 0.1], forwards=[1.0, 1.1, 3.3]))
+        alerts.read(reading(step, waits=[0.0, 0.4, 0.1], forwards=[1.0, 1.1, 3.3]))
     said = dict(tags.said)
-    assert "rank 1 waits for data 40%" in said["mome.alarm.loader_starved"]
-    assert "rank 2 needs 3.0 times" in said["mome.alarm.ranks_out_of_step"]
+    assert "rank 1 waits for data 40%" in said["mome.alert.loader_starved"]
+    assert "rank 2 needs 3.0 times" in said["mome.alert.ranks_out_of_step"]
 
 
-def test_a_jump_of_the_loss_is_one_alarm_and_a_falling_loss_is_none() -> None:
+def test_a_jump_of_the_loss_is_one_alert_and_a_falling_loss_is_none() -> None:
     tags = Tags()
-    alarms = Alarms("pairs", tags)
+    alerts = Alerts("pairs", tags)
     for step in range(2 * LOSSES):
-        alarms.see_loss(step, 10.0 - step / LOSSES)
+        alerts.see_loss(step, 10.0 - step / LOSSES)
     assert tags.said == []
     for step in range(3):
-        alarms.see_loss(200 + step, 10 * JUMP)
-    assert [key for key, _ in tags.said] == ["mome.alarm.loss_spike"]
+        alerts.see_loss(200 + step, 10 * JUMP)
+    assert [key for key, _ in tags.said] == ["mome.alert.loss_spike"]
     assert tags.said[0][1].startswith("since step 200: the loss jumped to 30")
 
 
