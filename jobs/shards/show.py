@@ -166,7 +166,7 @@ def _spread_samples(storage: Storage, url: str, manifest: Manifest, count: int) 
 def _read_shard(storage: Storage, url: str, folder: str, shard: ShardRecord, places: list[int]) -> Iterator[Shown]:
     found = load_index(storage, url, shard)
     for place in places:
-        start, stop = found.span(place)
+        start, stop = found.byte_range(place)
         data = storage.read_range(join(folder, shard.name), start, stop)
         members = {name: data[at - start : at - start + size] for name, at, size in found.members(place)}
         yield Shown(shard.name, found.keys[place], members)

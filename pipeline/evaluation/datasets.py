@@ -30,7 +30,7 @@ from pipeline.data.contents.questions import Question, Statement, both_images, q
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.reading.prefetch import PrefetchCache
-from pipeline.data.reading.samples import Sample, SampleReader, iter_samples, slots_of
+from pipeline.data.reading.samples import Sample, SampleReader, iter_samples, sample_refs
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
@@ -97,7 +97,7 @@ class StoredImages:
     def __init__(self, config: RunConfig, storage: Storage, source: Source):
         self._model, self._shape = config.model, shape_of(config.model)
         self._max_pixels = config.data.max_pixels
-        self._slots = slots_of(source)
+        self._slots = sample_refs(source)
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)

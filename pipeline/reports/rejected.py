@@ -89,7 +89,7 @@ def _members(storage: Storage, url: str, fault: Fault) -> dict[str, bytes]:
     if record is None:
         raise DataError(f"{fault.shard} is no longer in the manifest of {url}")
     index = load_index(storage, url, record)
-    number = next((n for n in range(len(index)) if index.place(n) == fault.offset), None)
+    number = next((n for n in range(len(index)) if index.first_offset(n) == fault.offset), None)
     if number is None or index.keys[number] != fault.key:
         raise DataError(f"{fault.shard} holds another sample at byte {fault.offset} now")
     location = join(shard_folder(url), fault.shard)

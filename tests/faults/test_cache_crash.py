@@ -17,7 +17,7 @@ from pipeline.data.reading.cache import NodeCache
 from tests.support.cache_reader import SIZE, content, fill, open_checked, source_type
 
 FILES = 12
-USER = Path(__file__).resolve().parents[1] / "cache_user.py"
+USER = Path(__file__).resolve().parents[1] / "support" / "cache_reader.py"
 
 
 def start(cache: NodeCache, store: Path, seed: int) -> subprocess.Popen:

@@ -164,11 +164,11 @@ class ExampleBuilder:
 
     def begin(self, step: int) -> None:
         """Starts reading ahead of `step`."""
-        self._reader.follow(lambda later: self.order.samples(later, self._task.places), step)
+        self._reader.start_prefetch(lambda later: self.order.samples(later, self._task.places), step)
 
     def reached(self, step: int) -> None:
         """All rows of `step` are made: what only they needed need not be kept."""
-        self._reader.reached(step)
+        self._reader.finish_step(step)
 
     def close(self) -> None:
         self._reader.close()

@@ -1,1 +1,1 @@
-"""From a sample's place to its bytes: shards in a store, kept on the node or in memory, fetched ahead of need."""
+"""Reading of samples from shards: local files, a store, or the node cache, with prefetching."""

@@ -1,7 +1,9 @@
-"""Things that are fetched once, and kept within a bound as long as the coming steps need them.
+"""A bounded cache that knows which training steps need an entry, and a thread that fetches entries ahead of them.
 
-Whoever reads ahead tells which step needs what. What no known step needs leaves first: at once what has been read to
-the end of its epoch, then what was needed longest ago. Without such knowledge the longest unused leaves first.
+`Prefetcher` walks the data order ahead of the loader and registers which step needs which entry, which is cheap; the
+fetches follow it as far as the byte limit allows. `PrefetchCache` evicts entries that no known step needs: first those
+whose reads of the epoch are complete, then the least recently needed. Without known steps it evicts the least recently
+used.
 """
 
 from __future__ import annotations
@@ -15,24 +17,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
-Start = Callable[[Callable[[], None]], object]
-_TIDY_EVERY = 16  # steps
+Submit = Callable[[Callable[[], None]], object]
+HORIZON = 256  # steps that the walk may be ahead
+_PURGE_EVERY = 16  # steps
 
 
 class _Entry(Generic[T]):
-    """One thing: not there (no future), asked for, on its way (begun), or there (the future is done)."""
+    """Entry that is absent (no future), queued, being fetched (started), or held (the future is done)."""
 
-    __slots__ = ("future", "is_begun", "is_planned", "is_used", "last", "reads", "size", "task", "walked")
+    __slots__ = ("future", "is_planned", "is_started", "is_used", "last_step", "num_planned", "reads", "size", "task")
 
     def __init__(self, size: int):
         self.size = size
         self.future: Future[T] | None = None
         self.task: Callable[[], None] | None = None
-        self.is_begun = self.is_used = False
-        self.is_planned = False  # reading ahead has it in its queue
-        self.last = -1  # the last known step that needs it
-        self.walked, self.reads = 0, 0  # known reads, and how many an epoch has at most
+        self.is_started = self.is_used = False
+        self.is_planned = False  # in the prefetcher's queue
+        self.last_step = -1  # last known step that needs it
+        self.num_planned, self.reads = 0, 0  # known reads, and the maximum number of reads in an epoch
 
     @property
     def is_held(self) -> bool:
@@ -40,111 +45,107 @@ class _Entry(Generic[T]):
 
     @property
     def is_exhausted(self) -> bool:
-        return self.reads > 0 and self.walked % self.reads == 0
+        return self.reads > 0 and self.num_planned % self.reads == 0
 
 
 class PrefetchCache(Generic[T]):
-    """A bounded table by key. Threads share it; each thing is fetched by one of them while the others wait for it.
+    """Bounded table by key, shared by threads. One thread fetches an entry while the others wait for it.
 
-    The bound is exceeded only by what readers wait for. `on_shortage` is called when something must leave that a
+    Only entries that readers wait for may exceed the bound. `on_shortage` is called when an entry is evicted that a
     known step still needs.
     """
 
-    def __init__(self, most: int, on_shortage: Callable[[], None] = lambda: None):
-        self._most, self._on_shortage = most, on_shortage
+    def __init__(self, max_size: int, on_shortage: Callable[[], None] = lambda: None):
+        self._max_size, self._on_shortage = max_size, on_shortage
         self._entries: OrderedDict[Hashable, _Entry[T]] = OrderedDict()
-        self._held = 0
-        self._reached = -1
+        self.size = 0  # of all entries held or being fetched
+        self._finished_step = -1
         self._is_closed = False
         self._lock = threading.Lock()
 
-    @property
-    def held(self) -> int:
-        """The size of all that is kept or on its way."""
-        return self._held
-
     def get(self, key: Hashable, size: int, fetch: Callable[[], T]) -> T:
-        """The thing; fetched by this thread unless it is there or another has begun. Raises what `fetch` raised."""
+        """Return the entry; fetch it in this thread unless it is held or being fetched. Raise what `fetch` raised."""
         with self._lock:
             entry = self._entry(key, size)
             self._entries.move_to_end(key)
             entry.is_used = True
-            entry.last = max(entry.last, self._reached)
+            entry.last_step = max(entry.last_step, self._finished_step)
             if entry.future is None:
-                self._make_room(size, must=True)
-                self._ask(entry, fetch)
-            future, task = entry.future, None if entry.is_begun else entry.task
+                self._make_room(size, force=True)
+                self._queue(entry, fetch)
+            future, task = entry.future, None if entry.is_started else entry.task
         if task is not None:
             task()
         assert future is not None
         return future.result()
 
-    def ask(self, key: Hashable, size: int, fetch: Callable[[], T], start: Start) -> bool:
-        """Has it fetched by `start(task)` unless it is there; False when that would cost what is needed sooner."""
+    def prefetch(self, key: Hashable, size: int, fetch: Callable[[], T], submit: Submit) -> bool:
+        """Fetch an absent entry by `submit(task)`. Return False if that would evict an entry that is needed sooner."""
         with self._lock:
             entry = self._entry(key, size)
             if entry.future is not None:
                 return True
-            if not self._make_room(size, must=False):
+            if not self._make_room(size, force=False):
                 return False
-            self._ask(entry, fetch)
+            self._queue(entry, fetch)
             task = entry.task
         assert task is not None
-        start(task)
+        submit(task)
         return True
 
-    def need(self, key: Hashable, size: int, step: int, reads: int = 0) -> bool:
-        """Notes that `step` reads it, one of at most `reads` times an epoch; True when it should be asked for."""
+    def plan(self, key: Hashable, size: int, step: int, reads: int = 0) -> bool:
+        """Register a read of the entry by `step`, one of at most `reads` in an epoch.
+
+        Return True if the entry should be prefetched.
+        """
         with self._lock:
             entry = self._entry(key, size)
-            entry.last = max(entry.last, step)
+            entry.last_step = max(entry.last_step, step)
             entry.reads = reads
-            entry.walked += 1
+            entry.num_planned += 1
             if entry.future is not None or entry.is_planned:
                 return False
             entry.is_planned = True
             return True
 
     def restart(self, step: int) -> None:
-        """Forgets all needs: the coming steps will be told anew, from `step` on."""
+        """Forget all planned reads; they will be registered again from `step` on."""
         with self._lock:
-            self._reached = step - 1
+            self._finished_step = step - 1
             for entry in self._entries.values():
-                entry.last, entry.walked, entry.is_planned = -1, 0, False
+                entry.last_step, entry.num_planned, entry.is_planned = -1, 0, False
 
-    def reached(self, step: int) -> None:
-        """No need up to `step` remains."""
+    def finish_step(self, step: int) -> None:
+        """Mark all reads up to `step` as done."""
         with self._lock:
-            self._reached = max(self._reached, step)
-            if step % _TIDY_EVERY == 0:
-                gone = [k for k, e in self._entries.items() if e.future is None and e.last <= step]
-                for key in gone:
+            self._finished_step = max(self._finished_step, step)
+            if step % _PURGE_EVERY == 0:
+                for key in [k for k, e in self._entries.items() if e.future is None and e.last_step <= step]:
                     del self._entries[key]
 
     def release(self, unneeded_steps: int = 0) -> None:
-        """Lets go of what no known step needs: what an epoch has read to its end, the rest after some steps more."""
+        """Drop entries that no known step needs: exhausted ones at once, others after `unneeded_steps` steps."""
         with self._lock:
             for key, entry in list(self._entries.items()):
-                bound = self._reached - (0 if entry.is_exhausted else unneeded_steps)
-                if entry.is_held and entry.last <= bound:
+                bound = self._finished_step - (0 if entry.is_exhausted else unneeded_steps)
+                if entry.is_held and entry.last_step <= bound:
                     self._drop(key)
 
     def invalidate(self, key: Hashable, value: T) -> None:
-        """Lets go of a thing that proved bad, so that it is fetched again, unless that has been done already."""
+        """Drop an entry whose value proved bad, unless it has been replaced since."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None and entry.is_held and entry.future and entry.future.result() is value:
                 self._drop(key)
 
     def close(self) -> None:
-        """Lets go of everything. Who waits for what has not begun gets a RuntimeError, and so does who asks again."""
+        """Drop all entries. Waiting and later `get` calls raise RuntimeError, except for fetches in progress."""
         with self._lock:
             self._is_closed = True
-            entries = list(self._entries.values())
+            waiting = [entry for entry in self._entries.values() if entry.future and not entry.is_started]
             self._entries.clear()
-            waiting = [entry for entry in entries if entry.future is not None and not entry.is_begun]
             for entry in waiting:
-                entry.is_begun = True
+                entry.is_started = True
         for entry in waiting:
             assert entry.future is not None
             entry.future.set_exception(RuntimeError("closed"))
@@ -157,99 +158,89 @@ class PrefetchCache(Generic[T]):
             entry = self._entries[key] = _Entry(size)
         return entry
 
-    def _ask(self, entry: _Entry[T], fetch: Callable[[], T]) -> None:
-        entry.future, entry.is_begun = Future(), False
+    def _queue(self, entry: _Entry[T], fetch: Callable[[], T]) -> None:
+        entry.future, entry.is_started = Future(), False
         entry.task = partial(self._run, entry, entry.future, fetch)
-        self._held += entry.size
+        self.size += entry.size
 
     def _run(self, entry: _Entry[T], future: Future[T], fetch: Callable[[], T]) -> None:
         with self._lock:
-            if entry.is_begun or entry.future is not future:
-                return  # a reader that could not wait has taken it over
-            entry.is_begun, entry.task = True, None
+            if entry.is_started or entry.future is not future:
+                return  # a reader has taken the fetch over
+            entry.is_started, entry.task = True, None
         try:
             value = fetch()
         except BaseException as error:
             with self._lock:
                 entry.future, entry.is_planned = None, False
-                self._held -= entry.size
+                self.size -= entry.size
             future.set_exception(error)
         else:
             future.set_result(value)
 
-    def _make_room(self, size: int, must: bool) -> bool:
-        while self._held + size > self._most:
-            candidates = [(self._rank(e), k) for k, e in self._entries.items() if e.is_held]
-            if not must:
-                candidates = [(rank, key) for rank, key in candidates if not rank[0]]
+    def _make_room(self, size: int, force: bool) -> bool:
+        """Evict entries until `size` fits. Entries that a known step needs are evicted only with `force`."""
+
+        def priority(entry: _Entry[T]) -> tuple[bool, bool, int]:
+            is_needed = entry.last_step > self._finished_step
+            return (True, not entry.is_used, 0) if is_needed else (False, not entry.is_exhausted, entry.last_step)
+
+        while self.size + size > self._max_size:
+            held = [(priority(entry), key) for key, entry in self._entries.items() if entry.is_held]
+            candidates = [item for item in held if force or not item[0][0]]
             if not candidates:
-                return must
-            rank, key = min(candidates, key=_first)
-            if rank[0]:
+                return force
+            (is_needed, _, _), key = min(candidates, key=lambda item: item[0])  # the least recently used of equals
+            if is_needed:
                 self._on_shortage()
             self._drop(key)
         return True
 
-    def _rank(self, entry: _Entry[T]) -> tuple[Any, ...]:
-        """What has the lowest leaves first; of equals, the longest unused."""
-        if entry.last > self._reached:
-            return True, not entry.is_used, 0
-        return False, not entry.is_exhausted, entry.last
-
     def _drop(self, key: Hashable) -> None:
         entry = self._entries[key]
-        self._held -= entry.size
+        self.size -= entry.size
         entry.future, entry.is_planned, entry.is_used = None, False, False
-        if entry.last <= self._reached:
+        if entry.last_step <= self._finished_step:
             del self._entries[key]
-
-
-def _first(candidate: tuple[tuple[Any, ...], Hashable]) -> tuple[Any, ...]:
-    return candidate[0]
-
-
-log = logging.getLogger(__name__)
-
-HORIZON = 256  # steps
 
 
 @dataclass(frozen=True)
 class PrefetchRequest:
-    """Something that one slot reads."""
+    """Cache entry that one sample needs."""
 
-    store: PrefetchCache[Any]
+    cache: PrefetchCache[Any]
     key: Hashable
-    size: int  # in the store's measure
-    bytes: int  # to be fetched
-    reads: int  # of it in an epoch at most
+    size: int  # in the cache's unit
+    bytes: int  # to fetch
+    reads: int  # maximum number of reads in an epoch
     fetch: Callable[[], Any]
-    start: Start
+    submit: Submit
 
 
 class Prefetcher:
-    """A thread that asks for what the steps from `step` on need.
+    """Thread that prefetches the entries which the steps from `step` on need, in the order of need.
 
-    `needs(step)` yields what each slot of a step needs; `most` bounds the bytes that were asked for and that no step
-    up to the reached one has needed, unless a single thing is larger.
+    `requests(step)` yields the entries of a step. `max_bytes` bounds the bytes requested for unfinished steps, except
+    for a single larger entry. Failures are ignored here: the reader of the entry meets them.
     """
 
-    def __init__(self, needs: Callable[[int], Iterable[PrefetchRequest]], step: int, most: int):
-        self._needs, self._most = needs, most
-        self._next = step  # to be walked
-        self._reached = step - 1
-        self._queue: deque[tuple[int, PrefetchRequest]] = deque()  # (first step that needs it, request)
-        self._asked: deque[tuple[int, int]] = deque()  # (first step that needs it, bytes)
-        self._ahead = 0  # bytes, the sum over `_asked`
-        self._is_blocked = False  # what is next in the queue finds no room before another step is reached
+    def __init__(self, requests: Callable[[int], Iterable[PrefetchRequest]], step: int, max_bytes: int):
+        self._requests, self._max_bytes = requests, max_bytes
+        self._next_step = step  # of the walk
+        self._finished_step = step - 1
+        self._queue: deque[tuple[int, PrefetchRequest]] = deque()  # planned: (first step that needs it, request)
+        self._submitted: deque[tuple[int, int]] = deque()  # (first step that needs it, bytes)
+        self._ahead = 0  # bytes, summed over `_submitted`
+        self._is_blocked = False  # the next request finds no room until a step is finished
         self._is_closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
         self._thread.start()
 
-    def reached(self, step: int) -> None:
-        """The consumer has what all steps up to this one need."""
+    def finish_step(self, step: int) -> None:
+        """Mark all reads up to `step` as done."""
         with self._changed:
-            self._reached = max(self._reached, step)
+            self._finished_step = max(self._finished_step, step)
             self._is_blocked = False
             self._changed.notify()
 
@@ -264,56 +255,54 @@ class Prefetcher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._pass()
-                while not (self._is_closed or self._may_ask() or self._may_walk()):
+                self._drop_finished()
+                while not (self._is_closed or self._can_submit() or self._can_walk()):
                     self._changed.wait()
-                    self._pass()
+                    self._drop_finished()
                 if self._is_closed:
                     return
             try:
-                self._ask()
-                if self._may_walk():
+                self._submit()
+                if self._can_walk():
                     self._walk()
-            except RuntimeError:
+            except RuntimeError:  # the cache was closed
                 if not self._is_closed:
                     raise
                 return
 
-    def _may_walk(self) -> bool:
-        return self._next <= self._reached + HORIZON
+    def _can_walk(self) -> bool:
+        return self._next_step <= self._finished_step + HORIZON
 
-    def _may_ask(self) -> bool:
+    def _can_submit(self) -> bool:
         if not self._queue or self._is_blocked:
             return False
-        return not self._ahead or self._ahead + self._queue[0][1].bytes <= self._most
+        return not self._ahead or self._ahead + self._queue[0][1].bytes <= self._max_bytes
 
-    def _pass(self) -> None:
-        """Takes account of the reached step."""
-        while self._asked and self._asked[0][0] <= self._reached:
-            self._ahead -= self._asked.popleft()[1]
-        while self._queue and self._queue[0][0] <= self._reached:
-            self._queue.popleft()  # whoever needed it has fetched it
-        self._next = max(self._next, self._reached + 1)
+    def _drop_finished(self) -> None:
+        while self._submitted and self._submitted[0][0] <= self._finished_step:
+            self._ahead -= self._submitted.popleft()[1]
+        while self._queue and self._queue[0][0] <= self._finished_step:
+            self._queue.popleft()  # its reader has fetched it
+        self._next_step = max(self._next_step, self._finished_step + 1)
 
-    def _ask(self) -> None:
-        while self._may_ask():
-            (step, need), reached = self._queue[0], self._reached
-            if not need.store.ask(need.key, need.size, need.fetch, need.start):
+    def _submit(self) -> None:
+        while self._can_submit():
+            (step, request), finished = self._queue[0], self._finished_step
+            if not request.cache.prefetch(request.key, request.size, request.fetch, request.submit):
                 with self._changed:
-                    self._is_blocked = self._reached == reached
+                    self._is_blocked = self._finished_step == finished
                 return
             self._queue.popleft()
-            self._asked.append((step, need.bytes))
-            self._ahead += need.bytes
+            self._submitted.append((step, request.bytes))
+            self._ahead += request.bytes
 
     def _walk(self) -> None:
-        step = self._next
-        self._next += 1
+        step = self._next_step
+        self._next_step += 1
         try:
-            for need in self._needs(step):
-                if need.store.need(need.key, need.size, step, need.reads):
-                    self._queue.append((step, need))
+            for request in self._requests(step):
+                if request.cache.plan(request.key, request.size, step, request.reads):
+                    self._queue.append((step, request))
         except Exception as error:
-            if self._is_closed:
-                return
-            log.debug("reading ahead of step %d: %s", step, error)
+            if not self._is_closed:
+                log.debug("prefetching for step %d failed: %s", step, error)

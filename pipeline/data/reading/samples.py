@@ -1,8 +1,6 @@
-"""Samples by their place: read from where their shard lies, and checked against what was indexed.
+"""Samples by reference: read from local files or a store, verified against the index, prefetched for coming steps.
 
-Every sample's bytes are compared with the checksum in its index, so that a changed shard is always found out. Remote
-shards are read in large spans kept in bounded memory, or whole in the node's cache, and ahead of need when the reader
-is told which steps are coming.
+Every sample's bytes are compared with the checksum in the index, so that a changed shard is always detected.
 """
 
 from __future__ import annotations
@@ -42,35 +40,35 @@ from pipeline.data.storage import Storage
 
 log = logging.getLogger(__name__)
 
-_DOWNLOADS = 2  # shards on their way to the cache at once, beside those that readers wait for
-_MOST_EARLY = 64  # steps told as reached before one that never is
-_CHUNK = 16  # samples of a step, when a source is read from end to end
+_DOWNLOADS = 2  # concurrent prefetches of whole shards into the cache
+_MAX_EARLY_STEPS = 64  # finished steps after one that is never finished
+_BATCH = 16  # samples of a step when a source is iterated
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample's bytes, undecoded."""
+    """Undecoded bytes of one sample."""
 
     source: str
     shard: str
     key: str
     offset: int  # of its first byte in the shard
-    uid: int  # int64; the same wherever this sample is read
-    image_id: int  # int64; equal for samples that show the same image, 0 where there is none
-    is_duplicate: bool  # an earlier sample of the shard has its key
+    uid: int  # int64; identifies the sample in every run
+    image_id: int  # int64; equal for samples with the same image, 0 without one
+    is_duplicate: bool  # an earlier sample of the shard has the same key
     members: dict[str, bytes]  # extension -> content
 
 
 def sample_uid(record: ShardRecord, sample: int) -> int:
-    """The name (int64) of a sample: a hash of its shard's content and its position there."""
+    """Return the uid (int64) of a sample: a hash of its shard's content and its number there."""
     return signed(hash64(record.digest, sample))
 
 
 class SampleReader:
-    """Reads the slots of a plan from `sources`, by name. Threads may share one reader; no thread starts before its use.
+    """Reads samples of `sources`, by name. Threads may share a reader; no thread starts before its first use.
 
-    Making one asks the store for every shard, unless its source was asked already: a missing, truncated or replaced one
-    raises DataError, by name. Remote shards go through `cache` where one is given. Close it, or use it in `with`.
+    The constructor checks that the store has every shard, unless its source did so: a missing, truncated or replaced
+    shard raises DataError, naming the shard. Remote shards go through `cache` if given. Close it, or use it in `with`.
     """
 
     def __init__(
@@ -82,84 +80,84 @@ class SampleReader:
     ):
         self._shards = {name: ShardReader(storage, source) for name, source in sources.items()}
         self._loader = loader
-        self._memory: PrefetchCache[Any] = PrefetchCache(loader.memory_bytes, self._tell_shortage)  # indexes and spans
+        self._memory: PrefetchCache[Any] = PrefetchCache(loader.memory_bytes, self._warn_shortage)  # views and chunks
         descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._files: PrefetchCache[OpenFile] = PrefetchCache(descriptors)
         self._pins: PrefetchCache[CachedShard] = PrefetchCache(descriptors)
-        self._requests = ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests")
+        self._requests = ThreadPoolExecutor(loader.requests, thread_name_prefix="requests")
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
-        self._access = {name: self._access_to(name, cache) for name in sources}
-        self._ahead: Prefetcher | None = None
-        self._passed, self._early = -1, set[int]()  # all steps up to `_passed` are reached, and these besides
-        self._has_told = False
+        self._strategies = {name: self._make_strategy(name, cache) for name in sources}
+        self._prefetcher: Prefetcher | None = None
+        self._finished, self._early = -1, set[int]()  # all steps up to `_finished` are finished, and `_early`
+        self._has_warned = False
         self._lock = threading.Lock()
 
-    def read(self, slot: SampleRef) -> Sample:
-        """The sample of a slot. Raises DataError when its shard changed, StorageError when it cannot be reached."""
-        shards, access = self._shards[slot.source], self._access[slot.source]
-        opened = self._open(slot.source, slot.shard)
-        index, number = opened.index, opened.number(slot.sample)
-        members, invalidate = access.read(slot.shard, opened, number)
+    def read(self, ref: SampleRef) -> Sample:
+        """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read."""
+        shards, strategy = self._shards[ref.source], self._strategies[ref.source]
+        view = self._open(ref.source, ref.shard)
+        index, number = view.index, view.number(ref.sample)
+        members, invalidate = strategy.read(ref.shard, view, number)
         if checksum(data for _, data in members) != index.crc[number]:
-            invalidate()  # what was kept may have been damaged on its way: once more
-            members, _ = access.read(slot.shard, opened, number)
+            invalidate()  # the cached bytes may have been damaged in transit: read again
+            members, _ = strategy.read(ref.shard, view, number)
             if checksum(data for _, data in members) != index.crc[number]:
-                raise shards.changed(slot.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
-        record = shards.record(slot.shard)
+                raise shards.changed(ref.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
+        record = shards.record(ref.shard)
         return Sample(
-            source=slot.source,
+            source=ref.source,
             shard=record.name,
             key=index.keys[number],
-            offset=index.place(number),
+            offset=index.first_offset(number),
             uid=sample_uid(record, number),
             image_id=int(index.image_id[number]),
             is_duplicate=bool(index.duplicate[number]),
             members=dict(members),
         )
 
-    def index(self, slot: SampleRef) -> tuple[ShardIndex, int]:
-        """The index of the slot's shard, without the json's fields, and the sample's number in it."""
-        opened = self._open(slot.source, slot.shard)
-        return opened.index, opened.number(slot.sample)
+    def index(self, ref: SampleRef) -> tuple[ShardIndex, int]:
+        """Return the index of a sample's shard and the sample's number in it."""
+        view = self._open(ref.source, ref.shard)
+        return view.index, view.number(ref.sample)
 
-    def follow(self, slots: Callable[[int], Iterable[SampleRef]], step: int) -> None:
-        """Reads ahead from `step` on, in a thread; `slots(step)` gives what a step will read."""
-        self._stop_following()
+    def start_prefetch(self, refs: Callable[[int], Iterable[SampleRef]], step: int) -> None:
+        """Prefetch the samples `refs(step)` of the steps from `step` on in a thread. Local files need no prefetch."""
+        self._stop_prefetch()
         if all(shards.is_local for shards in self._shards.values()):
             return
-        self._passed, self._early = step - 1, set()
-        for store in (self._memory, self._pins):
-            store.restart(step)
-        self._ahead = Prefetcher(lambda later: self._needs(slots(later), later), step, self._loader.read_ahead_bytes)
+        self._finished, self._early = step - 1, set()
+        for cache in (self._memory, self._pins):
+            cache.restart(step)
+        self._prefetcher = Prefetcher(lambda s: self._prefetch_step(refs(s), s), step, self._loader.read_ahead_bytes)
 
-    def reached(self, step: int) -> None:
-        """All of `step` is read: what no later step needs may go. Steps may be told a little out of their order."""
-        if (ahead := self._ahead) is None:
+    def finish_step(self, step: int) -> None:
+        """Mark all samples of `step` as read, and release what no later step needs. Steps may arrive out of order."""
+        if (prefetcher := self._prefetcher) is None:
             return
         with self._lock:
             self._early.add(step)
-            if len(self._early) > _MOST_EARLY:
-                self._passed = min(self._early) - 1
-            while self._passed + 1 in self._early:
-                self._passed += 1
-                self._early.discard(self._passed)
-            passed = self._passed
-        self._memory.reached(passed)
-        self._pins.reached(passed)
+            if len(self._early) > _MAX_EARLY_STEPS:
+                self._finished = min(self._early) - 1
+            while self._finished + 1 in self._early:
+                self._finished += 1
+                self._early.discard(self._finished)
+            finished = self._finished
+        self._memory.finish_step(finished)
+        self._pins.finish_step(finished)
         self._pins.release(HORIZON)
-        ahead.reached(passed)
+        prefetcher.finish_step(finished)
 
     def close(self) -> None:
-        """Ends every thread, once the requests in flight are answered, and lets go of all that is kept."""
-        if self._ahead is not None:
-            self._ahead.stop()
-        for store in (self._memory, self._files, self._pins):
-            store.close()
+        """End all threads after the requests in flight, and drop all cached data."""
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+        for cache in (self._memory, self._files, self._pins):
+            cache.close()
         for pool in (self._downloads, self._requests):
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in (self._downloads, self._requests):
             pool.shutdown(wait=True)
-        self._stop_following()
+        self._stop_prefetch()
 
     def __enter__(self) -> SampleReader:
         return self
@@ -167,94 +165,93 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _access_to(self, name: str, cache: NodeCache | None) -> ReadStrategy:
+    def _make_strategy(self, name: str, cache: NodeCache | None) -> ReadStrategy:
         shards = self._shards[name]
         if shards.is_local:
             return LocalStrategy(name, shards, self._files)
-        spans = ChunkStrategy(name, shards, self._memory, self._requests)
+        chunks = ChunkStrategy(name, shards, self._memory, self._requests)
         if cache is None:
-            return spans
-        each = max(2, self._loader.max_concurrent_requests // 2)
-        return CacheStrategy(name, shards, cache, self._pins, spans, self._downloads, self._requests, each)
+            return chunks
+        per_shard = max(2, self._loader.requests // 2)
+        return CacheStrategy(name, shards, cache, self._pins, chunks, self._downloads, self._requests, per_shard)
 
     def _open(self, source: str, shard: int) -> ShardView:
         shards = self._shards[source]
         return self._memory.get((source, shard), shards.index_bytes(shard), partial(shards.open, shard))
 
-    def _stop_following(self) -> None:
-        if self._ahead is not None:
-            self._ahead.stop()
-            self._ahead.join()
-            self._ahead = None
+    def _stop_prefetch(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher.join()
+            self._prefetcher = None
 
-    def _needs(self, slots: Iterable[SampleRef], step: int) -> Iterator[PrefetchRequest]:
-        """What the slots of remote sources need. A shard without a good index is left to whoever reads it."""
-        remote = [slot for slot in slots if not self._shards[slot.source].is_local]
-        opened = self._open_together(dict.fromkeys((slot.source, slot.shard) for slot in remote), step)
-        for slot in remote:
-            if (shard := opened.get((slot.source, slot.shard))) is not None:
-                yield self._access[slot.source].need(slot.shard, shard, shard.number(slot.sample))
+    def _prefetch_step(self, refs: Iterable[SampleRef], step: int) -> Iterator[PrefetchRequest]:
+        """Yield the requests for the samples of remote sources, after loading their shards' indexes in parallel.
 
-    def _open_together(self, wanted: Iterable[tuple[str, int]], step: int) -> dict[tuple[str, int], ShardView]:
-        keys = list(wanted)
+        A shard whose index cannot be loaded is skipped; its reader meets the failure.
+        """
+        remote = [ref for ref in refs if not self._shards[ref.source].is_local]
+        keys = list(dict.fromkeys((ref.source, ref.shard) for ref in remote))
         for source, shard in keys:
             shards = self._shards[source]
             size = shards.index_bytes(shard)
-            if self._memory.need((source, shard), size, step):
-                self._memory.ask((source, shard), size, partial(shards.open, shard), self._requests.submit)
-        opened = {}
+            if self._memory.plan((source, shard), size, step):
+                self._memory.prefetch((source, shard), size, partial(shards.open, shard), self._requests.submit)
+        views = {}
         for source, shard in keys:
             try:
-                opened[source, shard] = self._open(source, shard)
+                views[source, shard] = self._open(source, shard)
             except Exception as error:
-                log.debug("reading ahead: %s", error)
-        return opened
+                log.debug("prefetching an index failed: %s", error)
+        for ref in remote:
+            if (view := views.get((ref.source, ref.shard))) is not None:
+                yield self._strategies[ref.source].prefetch(ref.shard, view, view.number(ref.sample))
 
-    def _tell_shortage(self) -> None:
-        if not self._has_told:
-            self._has_told = True
+    def _warn_shortage(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
             log.warning(
-                "data.loader.memory_bytes %d holds less than the open windows of this process need: parts of shards "
+                "data.loader.memory_bytes %d is below what the open windows of this process need: chunks of shards "
                 "are fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder",
                 self._loader.memory_bytes,
             )
 
 
-def slots_of(source: Source) -> Callable[[int, int], list[SampleRef]]:
-    """`slots(start, stop)`: the samples of a source from one number to another, in the manifest's order."""
+def sample_refs(source: Source) -> Callable[[int, int], list[SampleRef]]:
+    """Return `refs(start, stop)`, which lists samples of a source by their numbers in the manifest's order."""
     ends = np.cumsum(source.counts)
 
-    def slots(start: int, stop: int) -> list[SampleRef]:
+    def refs(start: int, stop: int) -> list[SampleRef]:
         numbers = np.arange(start, stop)
         shards = np.searchsorted(ends, numbers, side="right")
         samples = numbers - (ends - source.counts)[shards]
         places = zip(shards.tolist(), samples.tolist(), strict=True)
         return [SampleRef(source.url, 0, shard, sample) for shard, sample in places]
 
-    return slots
+    return refs
 
 
 def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-    """Samples `start` to `stop`, or all, of a folder of shards, each once, in the manifest's order."""
-    opened = Source(source, load_manifest(storage, source)) if isinstance(source, str) else source
-    end = int(opened.counts.sum()) if stop is None else stop
-    between = slots_of(opened)
+    """Yield the samples [start, stop) of a folder of shards, or all of them, in the manifest's order."""
+    source = Source(source, load_manifest(storage, source)) if isinstance(source, str) else source
+    end = int(source.counts.sum()) if stop is None else stop
+    refs_between = sample_refs(source)
 
-    def slots(step: int) -> list[SampleRef]:
-        first = start + step * _CHUNK
-        return between(first, max(first, min(first + _CHUNK, end)))
+    def refs(step: int) -> list[SampleRef]:
+        first = start + step * _BATCH
+        return refs_between(first, max(first, min(first + _BATCH, end)))
 
     loader = LoaderConfig(memory_bytes=16 * CHUNK_BYTES, read_ahead_bytes=8 * CHUNK_BYTES)
-    with SampleReader(storage, {opened.url: opened}, loader) as reader:
-        reader.follow(slots, 0)
-        for step in range(-(-(end - start) // _CHUNK)):
-            for slot in slots(step):
-                yield reader.read(slot)
-            reader.reached(step)
+    with SampleReader(storage, {source.url: source}, loader) as reader:
+        reader.start_prefetch(refs, 0)
+        for step in range(-(-(end - start) // _BATCH)):
+            for ref in refs(step):
+                yield reader.read(ref)
+            reader.finish_step(step)
 
 
 def iter_captions(storage: Storage, url: str) -> Iterator[str]:
-    """Every text of a folder of shards, of any use. Samples without one are passed over: training counts them."""
+    """Yield every text of a folder of shards of any source type, skipping samples without one (training counts them)."""
     for sample in iter_samples(storage, url):
         try:
             with judging("members"):

@@ -88,11 +88,11 @@ class ShardIndex:
         for member in range(self.first[sample], self.first[sample + 1]):
             yield self.extensions[self.extension[member]], int(self.offset[member]), int(self.size[member])
 
-    def place(self, sample: int) -> int:
+    def first_offset(self, sample: int) -> int:
         """The offset in the tar of the sample's first member's data."""
         return int(self.offset[self.first[sample]])
 
-    def span(self, sample: int, stop: int | None = None) -> tuple[int, int]:
+    def byte_range(self, sample: int, stop: int | None = None) -> tuple[int, int]:
         """The bytes [start, stop) of the tar that hold the data of a sample, or of all up to sample `stop`.
 
         The data of a hard link lies with the file it names, so that members need not follow each other.

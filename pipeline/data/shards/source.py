@@ -100,7 +100,7 @@ class Selection:
     counts: np.ndarray  # (shards,) int64
     digest: str  # SHA-256 of filters, list and counts
 
-    def ordinals(self, index: ShardIndex) -> np.ndarray:
+    def sample_numbers(self, index: ShardIndex) -> np.ndarray:
         """The numbers (int64, ascending) of the chosen samples of a shard."""
         return np.flatnonzero(_admitted(index, self.filters, self.opt_out))
 
@@ -289,7 +289,7 @@ class Source:
     url: str
     manifest: Manifest
     selection: Selection | None = None  # None: every sample is read
-    seen: Mapping[str, ObjectInfo] | None = None  # what the store said of each shard; None: it is still to be asked
+    objects: Mapping[str, ObjectInfo] | None = None  # what the store said of each shard; None: it is still to be asked
 
     @property
     def counts(self) -> np.ndarray:
@@ -305,9 +305,9 @@ class Source:
             return self.manifest.digest
         return hashlib.sha256(f"{self.manifest.digest} {self.selection.digest}".encode()).hexdigest()
 
-    def chosen(self, index: ShardIndex) -> np.ndarray | None:
+    def selected(self, index: ShardIndex) -> np.ndarray | None:
         """The numbers (int64, ascending) of the samples read of a shard; None: all of them."""
-        return None if self.selection is None else self.selection.ordinals(index)
+        return None if self.selection is None else self.selection.sample_numbers(index)
 
 
 def open_source(

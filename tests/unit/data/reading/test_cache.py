@@ -17,7 +17,7 @@ from pipeline.config.errors import ConfigError, StorageError
 from pipeline.data.reading.cache import FOLDER, CacheFull, Fetch, NodeCache, open_window_bytes
 from tests.support.cache_reader import SIZE, content, fill, open_checked
 
-USER = Path(__file__).resolve().parents[3] / "cache_user.py"
+USER = Path(__file__).resolve().parents[3] / "support" / "cache_reader.py"
 
 
 def serving(data: bytes, asked: list[tuple[int, int]] | None = None) -> Fetch:

@@ -46,8 +46,8 @@ class Fetches:
             self.pool.shutdown()
 
     def reached(self, ahead: Prefetcher, step: int) -> None:
-        self.store.reached(step)
-        ahead.reached(step)
+        self.store.finish_step(step)
+        ahead.finish_step(step)
 
 
 def two_each(step: int) -> list[str]:

@@ -116,8 +116,8 @@ def test_missing_shard_is_told_before_anything_is_read(folder: str):
 
 def cut_places(folder: str) -> dict[str, int]:
     index = load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
-    start, stop = index.span(3)
-    end = -(-index.span(5)[1] // 512) * 512
+    start, stop = index.byte_range(3)
+    end = -(-index.byte_range(5)[1] // 512) * 512
     return {
         "inside a header": start - 100,
         "inside a member's data": start + 50,
@@ -156,7 +156,7 @@ def test_a_changed_shard_of_the_same_size_is_refused_by_name(folder: str):
     path = Path(folder, "00000.tar")
     index = load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
     data, times = bytearray(path.read_bytes()), path.stat()
-    data[index.span(3)[0] + 20] ^= 1
+    data[index.byte_range(3)[0] + 20] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     opened = reader(folder)
@@ -190,16 +190,16 @@ def test_spans_tile_the_shard_and_are_never_small(make_pairs, monkeypatch: pytes
     for least in (1, 3000, 10_000, 10**9):
         monkeypatch.setattr(module, "CHUNK_BYTES", least)
         opened = make_shard_view(index)
-        spans = sorted({opened.span(sample) for sample in range(40)})
+        spans = sorted({opened.chunk(sample) for sample in range(40)})
         for sample in range(40):
-            start, stop = opened.span(sample)
-            assert start <= index.span(sample)[0]
-            assert index.span(sample)[1] <= stop
+            start, stop = opened.chunk(sample)
+            assert start <= index.byte_range(sample)[0]
+            assert index.byte_range(sample)[1] <= stop
         assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
         assert len(spans) == 1 or all(stop - start > least - 1024 for start, stop in spans)
-        assert sum(opened.chosen_in(which) for which in range(len(spans))) == 40
+        assert sum(opened.num_selected(which) for which in range(len(spans))) == 40
         some = make_shard_view(index, np.array([0, 7, 39]))
-        assert sum(some.chosen_in(which) for which in range(len(spans))) == 3
+        assert sum(some.num_selected(which) for which in range(len(spans))) == 3
     assert len(spans) == 1
 
 
@@ -251,7 +251,7 @@ def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.Mo
 
 
 class Epoch:
-    """One epoch of 240 samples in batches of 8, over 2 streams with windows of 1 shard; shards have several spans."""
+    """One epoch of 240 samples in batches of 8, over 2 lanes with windows of 1 shard; shards have several spans."""
 
     def __init__(self, folder: str, url: str):
         self.url, self.source = url, source_of(folder)
@@ -267,7 +267,7 @@ class Epoch:
         self.expected = [[local.read(slot) for slot in self.order.batch(step)] for step in self.steps]
         indexes = [load_index(Storage(), folder, record) for record in self.source.manifest.shards]
         self.spans = {
-            (record.name, *make_shard_view(index).span(number))
+            (record.name, *make_shard_view(index).chunk(number))
             for record, index in zip(self.source.manifest.shards, indexes, strict=True)
             for number in range(len(index))
         }
@@ -276,7 +276,7 @@ class Epoch:
         """What a loader with four threads and two batches ahead reads of the places."""
         source = Source(self.url, self.source.manifest)
         with SampleReader(storage, {"pairs": source}, loader, cache) as remote, ThreadPoolExecutor(4) as pool:
-            remote.follow(lambda step: self.order.samples(step, places) if step in self.steps else [], 0)
+            remote.start_prefetch(lambda step: self.order.samples(step, places) if step in self.steps else [], 0)
             read = {}
             begun: dict[int, list] = {}
             for step in self.steps:
@@ -284,7 +284,7 @@ class Epoch:
                     if ahead not in begun:
                         begun[ahead] = [pool.submit(remote.read, slot) for slot in self.order.samples(ahead, places)]
                 read[step] = [run.result(60) for run in begun[step]]
-                remote.reached(step)
+                remote.finish_step(step)
         return [read[step] for step in self.steps]
 
 
@@ -334,7 +334,7 @@ def test_memory_below_the_open_windows_is_told_once_and_changes_no_sample(
     assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": 60_000})) == epoch.expected
     assert len(storage.ranges) > len(epoch.spans) == len(set(storage.ranges))
     assert told(caplog) == [
-        "data.loader.memory_bytes 60000 holds less than the open windows of this process need: parts of shards are "
+        "data.loader.memory_bytes 60000 is below what the open windows of this process need: chunks of shards are "
         "fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
     ]
 
@@ -407,7 +407,7 @@ def test_a_shard_replaced_in_the_store_is_refused_by_name(s3, epoch: Epoch, tmp_
         data = bytearray(storage.read(join(epoch.url, "00002.tar")))
         data[600] ^= 1
         storage.write(join(epoch.url, "00002.tar"), bytes(data))
-        remote.follow(lambda step: epoch.order.batch(step) if step in epoch.steps else [], 0)
+        remote.start_prefetch(lambda step: epoch.order.batch(step) if step in epoch.steps else [], 0)
         remote.read(SampleRef("pairs", 0, 1, 0))
         with pytest.raises(
             DataError, match=r"00002\.tar: the shard was changed: it was replaced while the run read it"
@@ -421,10 +421,10 @@ def test_following_can_begin_again_elsewhere(s3, epoch: Epoch):
     source = Source(epoch.url, epoch.source.manifest)
     with SampleReader(storage, {"pairs": source}, ROOM) as remote:
         for start in (15, 3):
-            remote.follow(lambda step: epoch.order.batch(step) if step in epoch.steps else [], start)
+            remote.start_prefetch(lambda step: epoch.order.batch(step) if step in epoch.steps else [], start)
             for step in range(start, start + 10):
                 assert [remote.read(slot) for slot in epoch.order.batch(step)] == epoch.expected[step]
-                remote.reached(step)
+                remote.finish_step(step)
     assert set(Counter(storage.ranges).values()) == {1}
 
 
@@ -438,7 +438,7 @@ def test_no_thread_starts_before_use_and_none_outlives_the_reader(s3, epoch: Epo
     source = Source(epoch.url, epoch.source.manifest)
     remote = SampleReader(Storage(s3.config), {"pairs": source}, ROOM, NodeCache(tmp_path, 2**30))
     assert threads_of_readers() == []
-    remote.follow(lambda step: epoch.order.batch(step) if step in epoch.steps else [], 0)
+    remote.start_prefetch(lambda step: epoch.order.batch(step) if step in epoch.steps else [], 0)
     remote.read(epoch.order.sample(0, 0))
     assert "read-ahead" in threads_of_readers()
     remote.close()
@@ -449,9 +449,9 @@ def test_no_thread_starts_before_use_and_none_outlives_the_reader(s3, epoch: Epo
 
 def test_local_sources_start_no_thread(folder: str):
     local = reader(folder)
-    local.follow(lambda step: [SampleRef("pairs", 0, 0, 0)], 0)
+    local.start_prefetch(lambda step: [SampleRef("pairs", 0, 0, 0)], 0)
     local.read(SampleRef("pairs", 0, 0, 0))
-    local.reached(0)
+    local.finish_step(0)
     assert threads_of_readers() == []
 
 
@@ -481,8 +481,8 @@ def test_hard_links_are_read_where_the_data_they_name_lies(where: str, tmp_path:
     storage.write(f"{folder}/0.tar", buffer.getvalue())
     manifest = index_shards(storage, folder)
     opened = make_shard_view(load_index(storage, folder, manifest.shards[0]))
-    assert len(opened.spans) > 3
+    assert len(opened.chunks) > 3
     for number in range(60):
-        start, stop = opened.span(number)
+        start, stop = opened.chunk(number)
         assert all(start <= at and at + size <= stop for _, at, size in opened.index.members(number))
     assert [(sample.key, sample.members) for sample in iter_samples(storage, folder)] == expected

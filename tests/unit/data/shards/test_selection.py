@@ -47,7 +47,7 @@ def indexes(source: Source) -> list[ShardIndex]:
 def read(folder: str, opt_out: str | None = None, **filters: dict) -> list[int]:
     """The samples that are left, by the numbers of their keys; the counts must agree."""
     source = opened(folder, opt_out, **filters)
-    found = [[int(index.keys[n][1:]) for n in source.chosen(index)] for index in indexes(source)]
+    found = [[int(index.keys[n][1:]) for n in source.selected(index)] for index in indexes(source)]
     assert source.counts.tolist() == [len(keys) for keys in found]
     return [key for keys in found for key in keys]
 
@@ -60,7 +60,7 @@ def opened(folder: str, opt_out: str | None = None, saved: str | None = None, **
 def test_a_source_without_conditions_is_its_manifest(folder: str):
     source = opened(folder)
     assert source.selection is None
-    assert source.chosen(indexes(source)[0]) is None
+    assert source.selected(indexes(source)[0]) is None
     assert source.counts.tolist() == [5, 4]
     assert source.counts.dtype == np.int64
     assert source.digest == source.manifest.digest
@@ -91,7 +91,7 @@ def test_every_condition_must_hold(folder: str):
 def test_a_shard_may_be_left_empty_and_a_source_not(folder: str):
     source = opened(folder, tongue={"any_of": ("de",)})
     assert source.counts.tolist() == [1, 0]
-    assert [source.chosen(index).tolist() for index in indexes(source)] == [[1], []]
+    assert [source.selected(index).tolist() for index in indexes(source)] == [[1], []]
     with pytest.raises(DataError, match=r"none of its 9 samples is left"):
         opened(folder, tongue={"any_of": ("nl",)})
 
@@ -188,7 +188,7 @@ def test_a_source_travels_to_other_processes(folder: str, tmp_path: Path):
     source = opened(folder, str(tmp_path / "out.txt"), score={"min": 0.5})
     again = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert (again.digest, again.counts.tolist()) == (source.digest, source.counts.tolist())
-    assert [again.chosen(index).tolist() for index in indexes(again)] == [[2], [0, 2, 3]]
+    assert [again.selected(index).tolist() for index in indexes(again)] == [[2], [0, 2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_an_entry_matches_in_whatever_form_it_is_spelled(decomposed: str, tmp_pa
     (tmp_path / "out.txt").write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
     source = opened(decomposed, str(tmp_path / "out.txt"))
     assert source.counts.tolist() == [1]
-    assert [source.chosen(index).tolist() for index in indexes(source)] == [[3]]
+    assert [source.selected(index).tolist() for index in indexes(source)] == [[3]]
     assert "3 of its 5 entries list a sample" in caplog.text
     assert "line 5, 'd0'" in caplog.text
 

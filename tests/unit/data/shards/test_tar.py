@@ -182,7 +182,7 @@ def test_a_hard_link_is_read_as_the_file_it_names(format: int) -> None:
     assert found.keys == ("a", long, "c")
     assert members == [{"txt": b"one", "json": b"{}"}] * 2 + [{"txt": b"one", "json": b"[]"}]
     for number in range(len(found)):
-        start, stop = found.span(number)
+        start, stop = found.byte_range(number)
         assert all(start <= at and at + size <= stop for _, at, size in found.members(number))
 
 
