@@ -84,7 +84,7 @@ class SampleReader:
         descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         self._files: PrefetchCache[OpenFile] = PrefetchCache(descriptors)
         self._pins: PrefetchCache[CachedShard] = PrefetchCache(descriptors)
-        self._requests = ThreadPoolExecutor(loader.requests, thread_name_prefix="requests")
+        self._requests = ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests")
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
         self._strategies = {name: self._make_strategy(name, cache) for name in sources}
         self._prefetcher: Prefetcher | None = None
@@ -172,7 +172,7 @@ class SampleReader:
         chunks = ChunkStrategy(name, shards, self._memory, self._requests)
         if cache is None:
             return chunks
-        per_shard = max(2, self._loader.requests // 2)
+        per_shard = max(2, self._loader.max_concurrent_requests // 2)
         return CacheStrategy(name, shards, cache, self._pins, chunks, self._downloads, self._requests, per_shard)
 
     def _open(self, source: str, shard: int) -> ShardView:
@@ -251,7 +251,7 @@ def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: i
 
 
 def iter_captions(storage: Storage, url: str) -> Iterator[str]:
-    """Yield every text of a folder of shards of any source type, skipping samples without one (training counts them)."""
+    """Yield every text of a folder of shards of any source type, skipping samples without one."""
     for sample in iter_samples(storage, url):
         try:
             with judging("members"):

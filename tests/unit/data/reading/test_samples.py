@@ -251,7 +251,7 @@ def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.Mo
 
 
 class Epoch:
-    """One epoch of 240 samples in batches of 8, over 2 lanes with windows of 1 shard; shards have several spans."""
+    """One epoch of 240 samples in batches of 8, over 2 streams with windows of 1 shard; shards have several spans."""
 
     def __init__(self, folder: str, url: str):
         self.url, self.source = url, source_of(folder)
