@@ -18,9 +18,8 @@ from pipeline.config.urls import is_local
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.planning.estimate import Assumptions, Stage, StageEstimate, estimate
+from pipeline.planning.estimate import Assumptions, Point, Stage, StageEstimate, curve, estimate
 from pipeline.planning.hardware import Accelerator, Network
-from pipeline.planning.scaling import Point, curve
 from pipeline.training.prepare import VOCABULARY
 from pipeline.training.sharding import sharding_of
 from pipeline.training.stages import check_stages
@@ -79,7 +78,7 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
         name=stage.name,
         steps=stage.steps,
         global_batch_size=stage.global_batch_size,
-        pictures={"text": 0, "regions": 0, "statements": 2}.get(config.source_type_of(stage), 1),
+        images={"text": 0, "regions": 0, "statements": 2}.get(config.source_type_of(stage), 1),
         micro_batch_size=None if micro == "auto" else micro,
         checkpoint_every=config.checkpoint.every,
         work=works[config.engine.activation_checkpointing],

@@ -13,7 +13,7 @@ from html import escape
 from jobs.plan import StagePlan, Target
 from jobs.plan_text import assumptions_of
 from pipeline.pages.page import signature
-from pipeline.planning.scaling import Point
+from pipeline.planning.estimate import Point
 
 WIDTH, LEFT, TOP, RIGHT, PLOT_BOTTOM = 900, 90, 50, 200, 390
 LINE_CHARACTERS, LINE_HEIGHT = 120, 14  # of the assumptions below the plot, at 10 px

@@ -7,9 +7,8 @@ from dataclasses import asdict
 
 from jobs.plan import StagePlan, Target
 from pipeline.pages.words import duration
-from pipeline.planning.estimate import CONTEXT_BYTES, StageEstimate, usable_bytes
+from pipeline.planning.estimate import CONTEXT_BYTES, Point, StageEstimate, usable_bytes
 from pipeline.planning.hardware import INTRA_EFFICIENCY, TERA
-from pipeline.planning.scaling import Point
 
 GB = 1e9
 CATEGORIES = ("states", "gradients", "buffers", "loader", "activations", "backward", "update", "total")

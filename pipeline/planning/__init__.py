@@ -1,6 +1,5 @@
-"""What a run will need, before it is run: memory, arithmetic, communication, storage, time and cost.
+"""Estimates of a run before it starts: memory, compute, communication, storage, time and cost.
 
-Nothing here trains, and nothing needs a cluster, data or an accelerator. `probe` watches real code run on tensors
-without memory; `memory` knows what DeepSpeed keeps at each ZeRO stage; `hardware` is a table of data sheets; `estimate`
-puts them together, `scaling` over many GPUs.
+No training, cluster, data or accelerator is needed. `probe` measures the real training code on tensors without memory;
+`memory` models DeepSpeed's ZeRO stages; `hardware` is a table of data sheets; `estimate` combines them.
 """

@@ -1,65 +1,68 @@
-"""A stage's needs from its work, the hardware and a few stated assumptions: memory, time, storage, checkpoints, cost.
+"""Estimates of a stage from its work, the hardware and stated assumptions: memory, time, storage, cost, scaling.
 
-Steps are taken as arithmetic at an assumed share of the accelerator's peak, then as much of the communication as
-backward does not hide. Nothing is measured here; every assumption is in `Assumptions` and is printed with the result.
+A step takes its FLOPs at an assumed fraction of the accelerator's peak, plus the communication that backward does not
+overlap. Nothing is measured here; every assumption is in `Assumptions` and is printed with the result.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeline.planning.hardware import INTRA_EFFICIENCY, INTRA_LATENCY, Accelerator, Network
-from pipeline.planning.memory import FLOAT32, MOMENTS, Memory, Sharding, memory_of
-from pipeline.planning.work import Parameters, Work
+from pipeline.planning.memory import FLOAT32, MOMENTS, Memory, Parameters, Sharding, Work, memory_of
 
-CONTEXT_BYTES = 1.5e9  # of the CUDA context, NCCL's buffers and cuBLAS's workspace
-PARAMETERS_OF_A_MODULE = 2  # that ZeRO 3 gathers at a time: mostly a weight and its bias
+CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL buffers and cuBLAS workspace
+PARAMETERS_OF_A_MODULE = 2  # gathered together by ZeRO 3: typically a weight and its bias
+SIZES = tuple(2**k for k in range(11))  # accelerators in the scaling curve: 1 to 1,024
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the estimate takes for given. Each is an option of `mome plan`."""
+    """Assumptions of the estimate. Each is an option of `mome plan`."""
 
-    mfu: float = 0.35  # share of the peak that a step's arithmetic reaches, without communication
-    overlap: float = 0.0  # of the gradients' communication that backward hides; the engine sets overlap_comm off
-    headroom: float = 0.1  # of the device's memory that is left free (fragments of the allocator)
-    cpu_milliseconds: float = 2.7  # of one core for one photo, decoded and augmented (mome bench loader)
-    sample_bytes: float = 110_000.0  # read from storage for a sample; the manifest's mean, where there is one
-    checkpoint_bandwidth: float = 1e9  # bytes a second to the store, of all ranks together
-    price: float = 0.0  # of a GPU for an hour
-    goodput: float = 0.97  # share of the hours that is training
+    mfu: float = 0.35  # model FLOPs utilization of a step without its communication
+    overlap: float = 0.0  # fraction of the compute time that hides communication; the engine sets overlap_comm off
+    headroom: float = 0.1  # fraction of the device memory lost to allocator fragmentation
+    cpu_milliseconds: float = 2.7  # of one core to decode and augment a photo (mome bench loader)
+    sample_bytes: float = 110_000.0  # per sample in storage; the manifest's mean, if known
+    checkpoint_bandwidth: float = 1e9  # bytes per second to the store, all ranks together
+    price: float = 0.0  # per GPU-hour
+    goodput: float = 0.97  # fraction of the time spent in training steps
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the estimate reads of a stage."""
+    """The stage's settings that enter the estimate."""
 
     name: str
     steps: int
     global_batch_size: int
-    pictures: int  # of a sample
-    micro_batch_size: int | None  # most rows of a micro-batch; None: a rank's whole share
+    images: int  # per sample
+    micro_batch_size: int | None  # maximum examples per micro-batch; None: a rank's whole share
     checkpoint_every: int
     work: Work
 
 
 @dataclass(frozen=True)
 class StageEstimate:
+    """The estimate of one stage."""
+
     name: str
     parameters: Parameters
     gpus: int
-    share: int  # rows of the rank with most
+    share: int  # examples of the rank with most
     micro_batch_size: int
     accumulation: int
     memory: Memory
     fits: bool
-    largest_micro_batch: int  # 0: not even one row fits
-    flops_per_step: float  # of all ranks
+    largest_micro_batch: int  # 0: not even one example fits
+    flops_per_step: float  # all ranks
     tokens_per_step: float  # positions that enter the encoder
     compute_seconds: float
     communication_seconds: float
-    communication_bytes: float  # of one rank and step
+    communication_bytes: float  # per rank and step
     step_seconds: float
     samples_per_second: float
     storage_bytes_per_second: float
@@ -71,22 +74,22 @@ class StageEstimate:
 
 
 def largest_share(batch: int, ranks: int) -> int:
-    """Rows of the rank that has most: shares differ by at most one."""
+    """Return the examples of the rank with most; shares differ by at most one."""
     return -(-batch // ranks)
 
 
-def memory_at(work: Work, sharding: Sharding, share: int, rows: int) -> Memory:
-    """Of a rank with `share` rows of the batch, read `rows` at a time."""
-    cut = replace(sharding, accumulates=rows < share)
-    workspace = work.workspace.at(rows)
-    contrast = max(0.0, work.contrast_bytes - workspace)  # the two are never alive together
+def memory_at(work: Work, sharding: Sharding, share: int, examples: int) -> Memory:
+    """Return the memory of a rank with `share` examples of the batch, in micro-batches of `examples`."""
+    cut = replace(sharding, accumulates=examples < share)
+    workspace = work.workspace.at(examples)
+    contrast = max(0.0, work.contrast_bytes - workspace)  # ITC and a backward are never alive together
     return memory_of(
-        work.parameters, cut, work.activations.at(rows), workspace + contrast, work.batch_bytes_per_row * share
+        work.parameters, cut, work.activations.at(examples), workspace + contrast, work.batch_bytes_per_example * share
     )
 
 
 def largest_micro_batch(work: Work, sharding: Sharding, share: int, room: float) -> int:
-    """The most rows of a micro-batch with which the rank's memory stays within `room` bytes; 0 if one is too many."""
+    """Return the largest micro-batch that fits into `room` bytes; 0 if not even one example does."""
     low, high = 0, share
     while low < high:
         middle = (low + high + 1) // 2
@@ -109,14 +112,14 @@ def estimate(
     assumptions: Assumptions,
     micro_batch_size: int | None = None,
 ) -> StageEstimate:
-    """The stage on `sharding.world_size` accelerators. `micro_batch_size` goes before the stage's own."""
+    """Return the estimate on `sharding.world_size` accelerators. `micro_batch_size` overrides the stage's."""
     work, ranks = stage.work, sharding.world_size
     share = largest_share(stage.global_batch_size, ranks)
     room = usable_bytes(accelerator, assumptions)
     most = largest_micro_batch(work, sharding, share, room)
     accumulation = math.ceil(share / max(1, min(share, micro_batch_size or stage.micro_batch_size or share)))
-    rows = math.ceil(share / accumulation)
-    memory = memory_at(work, sharding, share, rows)
+    examples = math.ceil(share / accumulation)
+    memory = memory_at(work, sharding, share, examples)
     flops = work.step_flops(share, accumulation)
     compute = flops / (accelerator.flops * assumptions.mfu)
     moved, communication = _communication(work, sharding, accelerator, network, accumulation, stage.global_batch_size)
@@ -131,7 +134,7 @@ def estimate(
         parameters=work.parameters,
         gpus=ranks,
         share=share,
-        micro_batch_size=rows,
+        micro_batch_size=examples,
         accumulation=accumulation,
         memory=memory,
         fits=memory.total <= room,
@@ -144,7 +147,7 @@ def estimate(
         step_seconds=step,
         samples_per_second=samples,
         storage_bytes_per_second=samples * assumptions.sample_bytes,
-        loader_cores=samples * assumptions.cpu_milliseconds / 1000 * stage.pictures,
+        loader_cores=samples * assumptions.cpu_milliseconds / 1000 * stage.images,
         checkpoint_bytes=checkpoint,
         checkpoint_seconds=checkpoint / bandwidth,
         hours=hours,
@@ -155,21 +158,21 @@ def estimate(
 def _communication(
     work: Work, sharding: Sharding, accelerator: Accelerator, network: Network, accumulation: int, batch: int
 ) -> tuple[float, float]:
-    """Bytes that one rank sends in a step, and seconds, by rings over the slowest link.
+    """Return the bytes that one rank sends per step, and the seconds that takes with rings over the slowest link.
 
-    An all-reduce sends 2 (W - 1) / W of the data, an all-gather or reduce-scatter half of that. Gradients travel as
-    float32, which is what the engine is told to speak: all-reduced in buckets once a step at stages 0 and 1, and once a
-    micro-batch at 2; reduce-scattered once a micro-batch at 3. Updated weights are gathered once at 1 and 2; at 3 every
-    module's weights are, for each micro-batch, and again in backward where the model is larger than what is kept.
+    An all-reduce sends 2 (W - 1) / W of the data, an all-gather or reduce-scatter half of that. Gradients are sent as
+    float32: all-reduced in buckets once per step at ZeRO 0 and 1 and once per micro-batch at 2; reduce-scattered once
+    per micro-batch at 3. Updated weights are gathered once at 1 and 2. At 3 the weights of every module are gathered
+    for each micro-batch, and again in backward if the model exceeds `max_live`.
     """
     ranks, size = sharding.world_size, work.parameters
     if ranks == 1:
         return 0.0, 0.0
     buckets = max(1.0, size.trained / sharding.reduce_bucket)
     if sharding.zero_stage == 3:
-        readings = accumulation * (1 if size.total <= sharding.max_live else 2)
-        elements = FLOAT32 * size.trained * accumulation + sharding.element * size.total * readings
-        messages = buckets * accumulation + readings * size.tensors / PARAMETERS_OF_A_MODULE
+        gathers = accumulation * (1 if size.total <= sharding.max_live else 2)
+        elements = FLOAT32 * size.trained * accumulation + sharding.element * size.total * gathers
+        messages = buckets * accumulation + gathers * size.tensors / PARAMETERS_OF_A_MODULE
     else:
         times = accumulation if sharding.zero_stage == 2 else 1
         weights = sharding.element * size.trained if sharding.zero_stage else 0
@@ -181,5 +184,38 @@ def _communication(
         bandwidth, latency = accelerator.inside_bandwidth * INTRA_EFFICIENCY, INTRA_LATENCY
     else:
         bandwidth, latency = network.bandwidth * network.efficiency, network.latency
-    # NCCL's trees make the latency between many nodes grow with the logarithm of their number.
+    # With NCCL's trees the latency grows with the logarithm of the number of nodes.
     return sent, sent / bandwidth + messages * latency * math.log2(ranks)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the scaling curve."""
+
+    gpus: int
+    samples_per_second: float
+    efficiency: float  # relative to ideal scaling from the first point
+    step_seconds: float
+    micro_batch_size: int
+    fits: bool
+    hours: float
+    cost: float
+
+
+def curve(at: Callable[[int], StageEstimate], batch: int) -> list[Point]:
+    """Return the scaling curve of a stage; `at` gives the estimate for a number of accelerators, at most `batch`."""
+    estimates = [at(gpus) for gpus in SIZES if gpus <= batch]
+    first = estimates[0].samples_per_second / estimates[0].gpus if estimates else 0.0
+    return [
+        Point(
+            e.gpus,
+            e.samples_per_second,
+            e.samples_per_second / e.gpus / first,
+            e.step_seconds,
+            e.micro_batch_size,
+            e.fits,
+            e.hours,
+            e.cost,
+        )
+        for e in estimates
+    ]

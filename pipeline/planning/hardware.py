@@ -1,8 +1,8 @@
-"""Accelerators and networks by name, from their makers' data sheets: what an estimate divides by.
+"""Accelerators and networks by name, from their manufacturers' data sheets.
 
-Peaks are of dense bfloat16 products, without sparsity. Bandwidths are of one accelerator in one direction: InfiniBand
-and EFA have a card for each, Ethernet one for the eight of a node. What real runs reach of them is an assumption, which
-is printed beside every estimate.
+Peaks are dense bfloat16 FLOPS, without sparsity. Bandwidths are per accelerator in one direction: InfiniBand and EFA
+have a card per accelerator, Ethernet one for the eight of a node. The fraction that real runs reach is an assumption,
+printed with every estimate.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ GB, TERA = 10**9, 10**12
 
 @dataclass(frozen=True)
 class Accelerator:
+    """Peak performance of one accelerator."""
+
     name: str
-    flops: float  # dense bfloat16 a second
+    flops: float  # dense bfloat16 per second
     memory_bytes: float
-    memory_bandwidth: float  # bytes a second
+    memory_bandwidth: float  # bytes per second
     per_node: int = 8
-    inside: float = 0.0  # bytes a second to others of its node, one direction; 0: over PCIe
+    inside: float = 0.0  # bytes per second to others of the node, one direction; 0: over PCIe
 
     @property
     def inside_bandwidth(self) -> float:
@@ -32,21 +34,21 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Network:
-    """What joins nodes. `latency` is of one step of a collective, in seconds."""
+    """Interconnect between nodes. `latency` is that of one step of a collective, in seconds."""
 
     name: str
-    bandwidth: float  # bytes a second of each accelerator, one direction
+    bandwidth: float  # bytes per second per accelerator, one direction
     latency: float
-    efficiency: float  # of the bandwidth, as collectives of large messages reach it
+    efficiency: float  # fraction of the bandwidth that collectives of large messages reach
 
 
-PCIE = 25 * GB  # generation 4, 16 streams, as measured copies reach it
+PCIE = 25 * GB  # generation 4, 16 streams, as measured in copies
 INTRA_LATENCY = 5e-6
 INTRA_EFFICIENCY = 0.8
 
 ACCELERATORS = {
-    each.name: each
-    for each in (
+    item.name: item
+    for item in (
         Accelerator("b200", 2250 * TERA, 180 * GB, 8000 * GB, inside=900 * GB),
         Accelerator("h200", 989 * TERA, 141 * GB, 4800 * GB, inside=450 * GB),
         Accelerator("h100", 989 * TERA, 80 * GB, 3350 * GB, inside=450 * GB),  # SXM5
@@ -55,13 +57,13 @@ ACCELERATORS = {
         Accelerator("a100-40", 312 * TERA, 40 * GB, 1555 * GB, inside=300 * GB),
         Accelerator("l40s", 362 * TERA, 48 * GB, 864 * GB),
         Accelerator("a10g", 70 * TERA, 24 * GB, 600 * GB),
-        Accelerator("v100", 125 * TERA, 32 * GB, 900 * GB, inside=150 * GB),  # float16: it has no bfloat16
+        Accelerator("v100", 125 * TERA, 32 * GB, 900 * GB, inside=150 * GB),  # float16; it does not support bfloat16
         Accelerator("mi300x", 1307 * TERA, 192 * GB, 5300 * GB, inside=448 * GB),
     )
 }
 NETWORKS = {
-    each.name: each
-    for each in (
+    item.name: item
+    for item in (
         Network("nvlink", 450 * GB, 5e-6, 0.8),  # every accelerator in one NVLink domain
         Network("ib-400", 50 * GB, 10e-6, 0.85),  # InfiniBand NDR, a card each
         Network("ib-200", 25 * GB, 10e-6, 0.85),  # InfiniBand HDR, a card each
@@ -75,23 +77,23 @@ Named = TypeVar("Named", Accelerator, Network)
 
 
 def accelerator_named(name: str) -> Accelerator:
-    """Raises ConfigError listing the known names."""
+    """Return the accelerator of that name. Raises ConfigError listing the known ones."""
     return _named("--accelerator", ACCELERATORS, name)
 
 
 def network_named(name: str) -> Network:
-    """Raises ConfigError listing the known names."""
+    """Return the network of that name. Raises ConfigError listing the known ones."""
     return _named("--network", NETWORKS, name)
 
 
 def accelerator_like(device: str) -> Accelerator | None:
-    """The accelerator that a driver calls `device` ("NVIDIA H100 80GB HBM3"); None for one that is not in the table."""
+    """Return the accelerator with the driver's name `device` ("NVIDIA H100 80GB HBM3"), or None if it is unknown."""
     words = device.lower().replace("-", " ").split()
-    found = [each for name, each in ACCELERATORS.items() if name.split("-")[0] in words]
-    if len(found) > 1:
+    matches = [accelerator for name, accelerator in ACCELERATORS.items() if name.split("-")[0] in words]
+    if len(matches) > 1:
         small = any(word in ("40gb", "pcie") for word in words)
-        found = [each for each in found if each.name.endswith(("-40", "-pcie")) == small] or found
-    return found[0] if found else None
+        matches = [match for match in matches if match.name.endswith(("-40", "-pcie")) == small] or matches
+    return matches[0] if matches else None
 
 
 def _named(option: str, table: dict[str, Named], name: str) -> Named:

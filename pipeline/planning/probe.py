@@ -1,10 +1,10 @@
-"""Watching code run: the bytes that its tensors hold, and the arithmetic it asks for.
+"""Measurement of running code: the bytes that its tensors occupy, and its FLOPs.
 
-Storages are followed from the operation that makes them to their release, so that what autograd saves, what
-checkpointing drops, and what backward holds for a moment are found without naming any layer. It works on tensors
-without memory (the meta device) as on real ones; only attention must be told which kernel the device will choose.
+Storages are tracked from allocation to release, so that tensors saved by autograd, dropped by checkpointing and
+temporary in backward are counted without naming any layer. It works on the meta device as on real tensors; only the
+attention kernel of the target device must be given.
 
-Shapes: B rows, H heads, Q queries, K keys, D width of a head.
+Shapes: B examples, H heads, Q queries, K keys, D width of a head.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# Which attention a device runs: CUDA's kernels never hold the products of queries and keys, with a bias or without; the
-# CPU's kernel has no gradient for a bias, and falls back to plain arithmetic there.
+# The attention kernels of a device: CUDA's never materialize the query-key products, with or without a bias; the CPU's
+# has no gradient for a bias and falls back to plain operations.
 Kernels = Literal["cuda", "cpu"]
 
-unwatched = _disable_current_modes  # a context in which nothing is followed
+unwatched = _disable_current_modes  # a context manager in which nothing is counted
 
 
 class Followed(TorchDispatchMode):
-    """Bytes of the storages made while it is entered, alive now (`live`) and most at any time (`peak`), and `flops`.
+    """Counts `flops` and the bytes of storages allocated inside the context: alive now (`live`) and at most (`peak`).
 
-    Storages of the `known` tensors are nobody's: weights, and the batch.
+    Storages of the `known` tensors (weights and the batch) are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -57,7 +57,7 @@ class Followed(TorchDispatchMode):
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
-        """A tensor made unwatched stays nobody's, and so do its views."""
+        """Exclude a tensor that was made unwatched, and its views."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._followed[key] = weakref.ref(storage, lambda _: self._followed.pop(key, None))
@@ -78,10 +78,10 @@ class Followed(TorchDispatchMode):
 
 
 class FusedAttention:
-    """Runs every attention as the chosen device's kernels would, as far as bytes and arithmetic go; `flops` counts it.
+    """Replaces attention on meta tensors by an operation with the bytes and FLOPs of the device's kernel.
 
-    Values are not computed: it is for tensors without memory. While it is entered it stands in torch's own place: a
-    function mode would not be there when a backward computes blocks again.
+    Values are not computed. It patches torch's function, because a function mode would not be active when backward
+    recomputes checkpointed blocks.
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -101,13 +101,13 @@ class FusedAttention:
     ) -> Tensor:
         biased = attn_mask is not None and attn_mask.requires_grad
         if query.device.type != "meta" or (self.kernels == "cpu" and biased):
-            # Tensors without memory take the plain path, as a bias with a gradient does on the CPU, by themselves.
+            # On the meta device torch takes the plain path by itself, as the CPU does for a bias with a gradient.
             return self._plain(query, key, value, attn_mask=attn_mask, **kwargs)
         return _Kernel.apply(self, query, key, value, attn_mask)
 
 
 class _Kernel(torch.autograd.Function):
-    """Saves the queries, keys, values, bias, result, and one float32 a query: flash and memory-efficient attention."""
+    """Flash or memory-efficient attention: saves queries, keys, values, bias, result and one float32 per query."""
 
     @staticmethod
     def forward(
@@ -123,22 +123,22 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, _, _, *mask = ctx.saved_tensors
-        ctx.mode.flops += 2 * _attention_flops(query, key, value)  # what it computes anew is not counted
-        found: list[Tensor | None] = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        ctx.mode.flops += 2 * _attention_flops(query, key, value)  # recomputation is not counted
+        gradients_in: list[Tensor | None] = [torch.empty_like(tensor) for tensor in (query, key, value)]
         if mask and mask[0].requires_grad:
-            whole = mask[0].new_empty(*query.shape[:-1], key.shape[-2])  # of every row, summed afterwards
-            found.append(whole.sum_to_size(mask[0].shape))
-        return None, *found, *([None] if len(found) == 3 else [])
+            whole = mask[0].new_empty(*query.shape[:-1], key.shape[-2])  # per example, summed afterwards
+            gradients_in.append(whole.sum_to_size(mask[0].shape))
+        return None, *gradients_in, *([None] if len(gradients_in) == 3 else [])
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Of both products: 2 B H Q K D for the scores, and as many for the mixing."""
+    """Return the FLOPs of both products: 2 B H Q K D for the scores, and as many for the weighted sum."""
     batch, heads, queries, width = query.shape
     return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
 
 
 class Probe:
-    """Follows bytes and arithmetic of what runs inside `with`; `known` tensors are not counted."""
+    """Counts bytes and FLOPs of the code inside `with`; `known` tensors are excluded."""
 
     def __init__(self, known: Iterable[Tensor], kernels: Kernels) -> None:
         self._followed, self._attention = Followed(known), FusedAttention(kernels)
@@ -163,14 +163,14 @@ class Probe:
         return self._followed.peak
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Do not count a tensor that was made unwatched, nor its views."""
+        """Exclude a tensor that was made unwatched, and its views."""
         self._followed.leave_out(tensor)
 
     def forget_peak(self) -> None:
-        """Begin `peak_bytes` anew from what is alive."""
+        """Reset `peak_bytes` to the bytes alive now."""
         self._followed.peak = self._followed.live
 
     @property
     def flops(self) -> int:
-        """Of all multiplications of matrices so far: two for each product that is added."""
+        """FLOPs of all matrix multiplications so far, two per multiply-add."""
         return self._followed.flops + self._attention.flops

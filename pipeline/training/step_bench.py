@@ -25,8 +25,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.planning.hardware import TERA, accelerator_like
-from pipeline.planning.memory import Memory, memory_of
-from pipeline.planning.work import Work
+from pipeline.planning.memory import Memory, Work, memory_of
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.full_batch import full_batch
@@ -114,7 +113,11 @@ def predicted_memory(config: RunConfig, index: int, work: Work, world_size: int,
     pieces = accumulation(stage.global_batch_size, world_size, config.engine.micro_batch_size)
     rows = -(-own // pieces)
     return memory_of(
-        work.parameters, sharding, work.activations.at(rows), work.workspace.at(rows), work.batch_bytes_per_row * own
+        work.parameters,
+        sharding,
+        work.activations.at(rows),
+        work.workspace.at(rows),
+        work.batch_bytes_per_example * own,
     )
 
 

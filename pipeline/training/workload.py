@@ -21,8 +21,8 @@ from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
 from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
-from pipeline.planning.work import Line, Parameters, Work
 from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
 from pipeline.training.contrast import CONTRASTS
@@ -56,11 +56,11 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
     return Work(
         parameters=parameters_of(model),
         flops=line(lambda one: one.flops),
-        flops_per_row_accumulated=pieces.flops / (2 * rows),
+        flops_per_example_accumulated=pieces.flops / (2 * rows),
         activations=line(lambda one: one.activations),
         workspace=line(lambda one: one.workspace),
         tokens=line(lambda one: one.tokens),
-        batch_bytes_per_row=few.batch_bytes / rows,
+        batch_bytes_per_example=few.batch_bytes / rows,
         contrast_flops=contrast[0],
         contrast_bytes=contrast[1],
         contrast_width=2 * sum(few.contrast_widths),

@@ -7,20 +7,18 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.planning.estimate import Assumptions, Stage, estimate, largest_micro_batch, memory_at
+from pipeline.planning.estimate import Assumptions, Stage, curve, estimate, largest_micro_batch, memory_at
 from pipeline.planning.hardware import ACCELERATORS, NETWORKS, accelerator_like, accelerator_named
-from pipeline.planning.memory import Sharding
-from pipeline.planning.scaling import curve
-from pipeline.planning.work import Line, Parameters, Work
+from pipeline.planning.memory import Line, Parameters, Sharding, Work
 
 WORK = Work(
     parameters=Parameters(trained=200_000_000, frozen=0, buffers=0, largest=20_000_000, tensors=300),
     flops=Line(0, 6e11),
-    flops_per_row_accumulated=6.5e11,
+    flops_per_example_accumulated=6.5e11,
     activations=Line(1e7, 5e8),
     workspace=Line(1e7, 1e6),
     tokens=Line(0, 1000),
-    batch_bytes_per_row=150_000,
+    batch_bytes_per_example=150_000,
     contrast_flops=10**10,
     contrast_bytes=10**7,
     contrast_width=1536,
@@ -29,7 +27,7 @@ STAGE = Stage(
     "vision_language",
     steps=1000,
     global_batch_size=1024,
-    pictures=1,
+    images=1,
     micro_batch_size=None,
     checkpoint_every=100,
     work=WORK,

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.planning.memory import Sharding, memory_of
-from pipeline.planning.work import Parameters
+from pipeline.planning.memory import Parameters, Sharding, memory_of
 
 SIZE = Parameters(trained=8_000_000, frozen=2_000_000, buffers=0, largest=1_000_000)
 

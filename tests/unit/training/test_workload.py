@@ -49,7 +49,7 @@ def test_cut_shares_read_the_towers_twice():
 
 def test_bfloat16_halves_most_of_the_activations():
     exact, half = (work_of(tiny_config(precision=p), 0, VOCABULARY, "cuda") for p in ("float32", "bfloat16"))
-    assert 0.4 < half.activations.per_row / exact.activations.per_row < 0.8
+    assert 0.4 < half.activations.per_example / exact.activations.per_example < 0.8
 
 
 ONE_OF_A_KIND = {f"{cell.kind}-{cell.objective}": cell for cell in cells() if "visual_tokens" not in str(cell)}
@@ -69,8 +69,8 @@ def test_recomputed_blocks_hold_less_and_compute_more():
         return work_of(tiny_config(activation_checkpointing=recomputed), 2, VOCABULARY, "cuda")
 
     kept, recomputed = work(False), work(True)
-    assert recomputed.activations.per_row < 0.6 * kept.activations.per_row
-    assert recomputed.flops.per_row > 1.15 * kept.flops.per_row
+    assert recomputed.activations.per_example < 0.6 * kept.activations.per_example
+    assert recomputed.flops.per_example > 1.15 * kept.flops.per_example
 
 
 def test_at_the_peak_of_twice_as_fast_a_gpu_a_step_takes_half_the_time_and_of_an_unknown_one_none():
