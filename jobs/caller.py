@@ -13,7 +13,7 @@ from pipeline.config.load import load_config
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig, StorageConfig
 from pipeline.config.section import Section
-from pipeline.config.stored import Recorded
+from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
 from pipeline.tracking.committed import Store
@@ -70,7 +70,7 @@ class Caller(Section):
         )
 
 
-def untracked_because(config: RunConfig, recorded: Recorded, storage: Store) -> str | None:
+def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: Store) -> str | None:
     """Return why results of a folder are not recorded in MLflow unless the caller asks for it; None where they are.
 
     `config` is as `Caller.applied` makes it. What is recorded without being asked for goes to the run that it is of,

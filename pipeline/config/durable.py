@@ -1,6 +1,6 @@
-"""Local files that are written whole: readers see the old content or the new, also after a power cut.
+"""Atomic, durable writes of local files: readers see the old or the new content, also after a power failure.
 
-Here, below all other packages, because storage and tracking both write such files.
+It is part of `config`, the lowest layer, because both storage and tracking use it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-# What a file system or its permissions answer where a folder cannot be synced.
+# Errors of file systems, or of permissions, that do not support syncing a folder.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
-_names = random.SystemRandom()  # never the global generator, and different in forked processes
+_names = random.SystemRandom()  # not the global generator, and different in forked processes
 
 
 def write_durably(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace a file's content, or create the file and its folders. When this returns, the disk holds it."""
+    """Replace or create a file, and its folders. The content is on disk when this returns."""
     with atomic_write(path) as file:
         file.write(data)
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None] | None = None) -> Iterator[BinaryIO]:
-    """Yield a file that takes `path`'s place when the block ends well, and leaves no trace when it does not.
+    """Yield a file that replaces `path` if the block succeeds, and is removed otherwise.
 
-    `place(temporary, path)` gives it its name (default: os.replace). File and folder are synced, so that no later
-    change of the folder, such as a deletion, can survive a power cut that this one does not.
+    `place(temporary, path)` moves it into place (default: os.replace). File and folder are synced, so that no later
+    change of the folder, such as a deletion, can survive a power failure that this one does not.
     """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
@@ -49,12 +49,12 @@ def atomic_write(path: str | os.PathLike[str], place: Callable[[str, str], None]
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file of this name is one that `atomic_write` has not yet given its own."""
+    """Return True for the name of a temporary file of `atomic_write`."""
     return name.startswith(".") and name.endswith(".partial")
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Have the disk hold what was created, renamed and deleted in a folder, where its file system can."""
+    """Flush creations, renames and deletions in a folder to disk, if its file system supports that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -68,12 +68,12 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 def _make_folder(folder: str) -> None:
     missing = []
-    above = folder
-    while not os.path.isdir(above):
-        if os.path.lexists(above) and not os.path.isdir(above):  # it may have been made between the two looks
-            raise NotADirectoryError(errno.ENOTDIR, "is not a folder", above)
-        missing.append(above)
-        above = os.path.dirname(above)
+    parent = folder
+    while not os.path.isdir(parent):
+        if os.path.lexists(parent) and not os.path.isdir(parent):  # it may have been created since the check above
+            raise NotADirectoryError(errno.ENOTDIR, "is not a folder", parent)
+        missing.append(parent)
+        parent = os.path.dirname(parent)
     os.makedirs(folder, exist_ok=True)
-    for made in reversed(missing):
-        sync_folder(os.path.dirname(made))
+    for created in reversed(missing):
+        sync_folder(os.path.dirname(created))

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to one `RunConfig`, or one `ConfigError` that lists every fault."""
+"""Loading of a `RunConfig` from YAML and `key=value` overrides. A `ConfigError` lists all faults at once."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML keeps the last, silently).
+    """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML silently keeps the last).
 
-    As in YAML 1.2, `1:30` and `010` are texts, which no key for a number takes: 1.1 reads them as 90 and 8.
+    As in YAML 1.2, `1:30` and `010` are strings, which numeric keys refuse; YAML 1.1 reads them as 90 and 8.
     """
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
         except (ValueError, LookupError, AttributeError, OverflowError) as error:  # `!!int x`, the date 2024-13-45
             kind, line = node.tag.rpartition(":")[2], node.start_mark.line + 1
             raise yaml.constructor.ConstructorError(
-                problem=f"line {line}: {str(node.value)[:100]!r} is no value of type {kind}; quote it to give a text"
+                problem=f"line {line}: {str(node.value)[:100]!r} is not a valid {kind}; quote it to pass a string"
             ) from error
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -47,10 +47,10 @@ class _Loader(yaml.SafeLoader):
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    problem=f"line {line}: a key is a {key_node.id}; quote values that begin with a brace or bracket"
+                    problem=f"line {line}: a key is a {key_node.id}; quote values that start with a brace or bracket"
                 )
-            if key_node.tag != _MERGE:  # `<<: *base` may be there beside keys that it also has
-                key_node.tag = "tag:yaml.org,2002:str"  # 2017, on, null: a name all the same
+            if key_node.tag != _MERGE:  # `<<: *base` may repeat keys of the mapping
+                key_node.tag = "tag:yaml.org,2002:str"  # a key such as 2017, on or null is a string too
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(problem=f"duplicate key '{key_node.value}' in line {line}")
                 seen.add(key_node.value)
@@ -78,16 +78,16 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read one run's YAML, apply dotted overrides, and validate.
+    """Read a run's YAML, apply dotted overrides, and validate.
 
-    Raises ConfigError naming every fault with its dotted path, a suggestion for unknown keys, and the file.
+    Raises ConfigError listing every fault with its dotted path and a suggestion for unknown keys.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: cannot be read ({reason}); give the path of a YAML config") from error
+        raise ConfigError(f"{path}: cannot be read ({reason}); pass the path of a YAML config") from error
     values = parse_yaml(content, str(path))
     if not isinstance(values, dict):
         kind = "an empty file" if values is None else f"a {type(values).__name__}"
@@ -98,7 +98,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def validate(values: dict[str, Any], origin: str) -> RunConfig:
-    """Validate plain values; `origin` heads the error. Strict pydantic takes lists for tuples only from JSON."""
+    """Validate plain values; `origin` starts the error message. Strict pydantic takes lists as tuples only in JSON."""
     try:
         text = json.dumps(values, default=str, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -117,22 +117,22 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
 
 
 def resolve_secret(reference: str | None) -> str | None:
-    """Return the value behind `env:NAME` or `file:PATH` without surrounding blanks; it is never stored or logged."""
+    """Return the value of `env:NAME` or `file:PATH`, stripped of whitespace; it is never stored or logged."""
     if reference is None:
         return None
-    secret = _secret_behind(reference).strip()  # files end in a line break, values of a Windows env file in \r
+    secret = _read_secret(reference).strip()  # files end in a newline, values of a Windows env file in \r
     if not secret:
         raise ConfigError(f"secret '{reference}': it is empty")
     remember(secret)
     if not secret.isprintable():
         raise ConfigError(
-            f"secret '{reference}': it holds a line break or another control character, which no header can. "
-            "Give the value alone, on one line"
+            f"secret '{reference}': it contains a line break or another control character, which HTTP headers cannot "
+            "carry; give the value alone, on one line"
         )
     return secret
 
 
-def _secret_behind(reference: str) -> str:
+def _read_secret(reference: str) -> str:
     kind, _, name = reference.partition(":")
     if kind == "env":
         if name not in os.environ:
@@ -141,13 +141,17 @@ def _secret_behind(reference: str) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"secret '{reference}': the file is no UTF-8 text") from None
-    except (OSError, ValueError, RuntimeError) as error:  # the latter two: a NUL in the path, an unknown user's home
+        raise ConfigError(f"secret '{reference}': the file is not UTF-8 text") from None
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a NUL in the path; an unknown home
         raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping of dotted paths to leaves."""
+    """Return nested mappings and lists as one mapping from dotted paths to leaves."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
     if items is None:
         return {prefix: values}
@@ -158,7 +162,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: RunConfig, new: RunConfig) -> tuple[Changes, Changes]:
-    """The keys that differ between two configs, as (allowed, refused) on resume: path -> (old, new)."""
+    """Return the keys that differ between two configs, as (allowed, refused) on resume: path -> (old, new)."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
     allowed: Changes = {}
     refused: Changes = {}
@@ -169,12 +173,12 @@ def changes(old: RunConfig, new: RunConfig) -> tuple[Changes, Changes]:
 
 
 def is_changeable(path: str) -> bool:
-    """Whether the schema lets the key at a dotted path differ on resume."""
+    """Return True if the key at a dotted path may differ on resume."""
     model: Any = RunConfig
     for part in path.split("."):
         fields = _fields(model)
         if part not in fields:
-            if not part.isdigit():  # a key of a free mapping, such as a source's name
+            if not part.isdigit():  # a key of a free-form mapping, such as a source's name
                 model = _value_type(model)
             continue
         field = fields[part]
@@ -222,14 +226,14 @@ def _local_keys(config: RunConfig) -> dict[tuple[str | int, ...], str]:
 
 
 def parse_yaml(content: str | bytes, origin: str) -> Any:
-    """Return the value of YAML; bytes may be UTF-8 or, with a byte order mark, UTF-16."""
+    """Parse YAML; bytes may be UTF-8 or, with a byte order mark, UTF-16."""
     try:
         return yaml.load(content, Loader=_Loader)
     except yaml.reader.ReaderError as error:
-        raise ConfigError(f"{origin}: not a text in UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise ConfigError(f"{origin}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{origin}: not valid YAML: {error}") from error
-    except (RecursionError, ValueError, OverflowError) as error:  # nested too deep; a date or number that is none
+    except (RecursionError, ValueError, OverflowError) as error:  # nested too deep, or an invalid date or number
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"{origin}: not valid YAML: {reason}") from error
 
@@ -259,7 +263,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _key_parts(target: Any, parts: list[str]) -> int:
-    """Return how many leading parts of a dotted path are one key of `target`, as in `sources.coco.2017.type`."""
+    """Return how many leading parts of a dotted path form one key of `target`, as in `sources.coco.2017.use`."""
     if not isinstance(target, dict):
         return 1
     return next((size for size in range(len(parts), 1, -1) if ".".join(parts[:size]) in target), 1)
@@ -276,7 +280,7 @@ def _child(target: Any, part: str, override: str) -> Any:
 
 
 def _position(items: list[Any], part: str, override: str) -> int:
-    """A list's element by number or, where its elements are named, by name."""
+    """Return the index of a list element given by number or by its `name`."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
@@ -288,7 +292,7 @@ def _position(items: list[Any], part: str, override: str) -> int:
 
 
 def _causes(faults: list[Any]) -> list[Any]:
-    """Return the faults without those that follow from another: a tuple is too short where its items failed."""
+    """Return the faults without consequential ones: a tuple is also reported as too short if its items failed."""
     locations = [fault["loc"] for fault in faults]
     return [
         fault
@@ -323,7 +327,7 @@ def _describe(fault: Any, values: dict[str, Any]) -> str:
 
 
 def _named(location: list[str], index: int, values: dict[str, Any]) -> str:
-    """Return a part of a fault's location; the number of a stage becomes its name, where it has one."""
+    """Return a part of a fault's location; a stage's number becomes its name, if that is unique."""
     part = location[index]
     if index != 1 or location[0] != "stages" or not part.isdigit():
         return part
@@ -357,15 +361,15 @@ def _model_at(location: list[str]) -> Any:
 
 
 def _is_kind(location: list[str], index: int) -> bool:
-    """Whether a part of pydantic's path is no key but the kind of model it judged the section by."""
+    """Return True for the part of pydantic's path that is the model kind of the union, not a key."""
     return index == 1 and location[0] == "model" and location[1] in MODEL_SECTIONS
 
 
 def _section(annotation: Any) -> Any:
-    """The Section class inside an annotation such as tuple[StageConfig, ...] or X | None."""
+    """Return the Section class inside an annotation such as tuple[StageConfig, ...] or X | None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
+    return next((section for inner in get_args(annotation) if (section := _section(inner))), None)
 
 
 def _fields(model: Any) -> dict[str, Any]:

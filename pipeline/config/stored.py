@@ -1,7 +1,7 @@
-"""Configs read from the folder of a run or of weights, which somebody else may have written.
+"""Configs stored with runs and weights, which may come from an untrusted author.
 
-Such a config says what was trained, and on what. It decides neither whom this machine talks to, nor which secrets it
-sends, nor where anything is written: `stored_config` replaces all of that, and nothing else may parse one to act on it.
+A stored config describes what was trained and on which data. It must not decide which hosts this machine contacts,
+which secrets it sends or where it writes: `stored_config` replaces those keys. Use no other function to act on one.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.config.urls import absolute, is_local
 
-# Stores that are reached by an account of the caller's. The URL of any other names a host, which a request would tell
-# who reads the folder, and when.
+# Stores that are accessed with the caller's own account. Any other URL names a host, and a request to it would reveal
+# who reads the folder and when.
 STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "hf", "memory"})
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """Where a stored config says that its run lies and was tracked: shown and compared, never used."""
+class RecordedLocation:
+    """The run folder and tracking URI recorded in a stored config; for display and comparison only."""
 
     folder: str
     tracking_uri: str | None
 
 
 def parse_config(data: bytes | str, where: str) -> RunConfig:
-    """Return the config in a file that `mome` wrote, as it stands there without passwords: to compare and to show.
+    """Return the config in a file written by `mome`, without passwords, for display and comparison.
 
-    Raises ConfigError, with `where` it was read from, for anything else.
+    Raises ConfigError, naming `where` it was read from, for any other content.
     """
     try:
         return RunConfig.model_validate_json(json.dumps(_without_secrets(json.loads(data))))
     except ValidationError as error:
         raise ConfigError(
             f"{where}: not a config of this version ({error.error_count()} faults, the first: "
-            f"{error.errors()[0]['msg']}). Read it with the version that wrote it, or give the run another `name`"
+            f"{error.errors()[0]['msg']}); read it with the version that wrote it, or choose another run `name`"
         ) from None
-    except Exception as error:  # rules that a damaged config breaks before they can judge it
+    except Exception as error:  # a damaged config may break the validators themselves
         raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _without_secrets(values: Any) -> Any:
-    """Take the user part out of addresses that earlier versions recorded with it; this version refuses them."""
+    """Remove user names and passwords from addresses, which the schema refuses."""
     for section, key in (("tracking", "uri"), ("storage", "endpoint_url")):
-        found = values.get(section) if isinstance(values, dict) else None
-        if isinstance(found, dict) and isinstance(found.get(key), str):
-            found[key] = redact(found[key])
+        keys = values.get(section) if isinstance(values, dict) else None
+        if isinstance(keys, dict) and isinstance(keys.get(key), str):
+            keys[key] = redact(keys[key])
     return values
 
 
-def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, Recorded]:
-    """Return the config that lies in `folder` as this machine may act on it, and what it says of its places.
+def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, RecordedLocation]:
+    """Return the config stored in `folder` in a form that is safe to act on, and its recorded locations.
 
-    Its folder is `folder`, wherever it was written. Endpoints, secret references, the MLflow and Ray addresses are
-    those of the environment: of its storage section only the deadline is taken. Raises ConfigError as `parse_config`.
+    The run's folder becomes `folder`, wherever it was written. Endpoints, secrets, MLflow and Ray addresses are those
+    of the environment; of the storage section only the retry timeout is kept. Raises ConfigError as `parse_config`.
     """
     try:
         text = json.dumps(values)
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     config = parse_config(text, where)
-    recorded = Recorded(config.folder, config.tracking.uri)
+    recorded = RecordedLocation(config.folder, config.tracking.uri)
     output, _, name = absolute(folder.rstrip("/") or "/").rpartition("/")
     located = config.model_copy(
         update={
@@ -81,9 +81,9 @@ def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, Reco
 
 
 def check_stored_url(url: str, key: str) -> None:
-    """Raise ConfigError for a URL of a stored config that names a host to be asked, or runs through another URL."""
+    """Raise ConfigError for a URL of a stored config that names a host to contact, or chains another URL."""
     if "::" in url or not (is_local(url) or url.partition("://")[0] in STORES):
         raise ConfigError(
-            f"{key}: {url}: a stored config may not have this machine ask another host; give the URL yourself, "
+            f"{key}: {url}: a stored config must not make this machine contact another host; pass the URL yourself "
             "with --source"
         )

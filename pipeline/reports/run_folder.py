@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import Recorded, parse_config, stored_config
+from pipeline.config.stored import RecordedLocation, parse_config, stored_config
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.journal import EVALUATION, Journal
 from pipeline.tracking.liveness import is_held
@@ -91,7 +91,7 @@ class RunFolder:
     folder: str
     storage: Storage  # the caller's
     config: RunConfig
-    recorded: Recorded
+    recorded: RecordedLocation
     values: Values
     run: str  # MLflow's name of the parent run's place in the journal; empty before its first start
     stages: list[StageRecord]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError, StorageError
 from pipeline.config.schema import RunConfig
-from pipeline.config.stored import Recorded, stored_config
+from pipeline.config.stored import RecordedLocation, stored_config
 from pipeline.config.urls import absolute
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.text import tokens_of
@@ -58,7 +58,7 @@ class Weights:
 
     url: str
     config: RunConfig
-    recorded: Recorded
+    recorded: RecordedLocation
     stage: str
     step: int
     tensors: dict[str, Tensor]
@@ -151,7 +151,7 @@ class WeightsInfo:
 
     url: str
     config: RunConfig
-    recorded: Recorded
+    recorded: RecordedLocation
     stage: str
     step: int
 

@@ -102,7 +102,7 @@ def test_a_value_that_its_tag_does_not_fit_is_one_message(tag: str, value: str) 
 
 
 def test_a_value_that_its_tag_does_not_fit_is_named_with_its_line() -> None:
-    with pytest.raises(ConfigError, match="line 2: 'maybe' is no value of type bool"):
+    with pytest.raises(ConfigError, match="line 2: 'maybe' is not a valid bool"):
         parse_yaml("name: a\nseed: !!bool maybe\n", "run.yaml")
 
 
@@ -200,14 +200,14 @@ def test_merge_keys_are_read_and_a_mapping_overrides_what_it_merges() -> None:
     [
         (b"output: {{ bucket }}\n", "a key is a mapping"),
         (b"? [a, b]\n: c\n", "a key is a sequence"),
-        ("name: caf\xe9\n".encode("latin-1"), "not a text in UTF-8"),
+        ("name: caf\xe9\n".encode("latin-1"), "not UTF-8 text"),
         (b"name: &a [*a]\n", "contains itself"),
         (b"name: &a {b: *a}\n", "contains itself"),
         (b"[" * 5000, "nested too deep"),
         (b"name: 2026-99-99\n", "not valid YAML"),
         (b"", "an empty file"),
         (b"- a\n", "a list"),
-        (b"\x00", "not a text in UTF-8"),
+        (b"\x00", "not UTF-8 text"),
         (b'name: "a\\ud83d"\n', "not valid Unicode"),
         (b"<<: 5\n", "not valid YAML"),
         (b"a: !!python/object:os.system x\n", "not valid YAML"),
@@ -372,11 +372,11 @@ def test_blanks_around_a_secret_are_no_part_of_it(tmp_path: Path, monkeypatch, c
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"head\r\ntail", "holds a line break"),
-        (b"head\x00tail", "holds a line break"),
+        (b"head\r\ntail", "contains a line break"),
+        (b"head\x00tail", "contains a line break"),
         (b" \r\n", "is empty"),
         (b"", "is empty"),
-        (b"\xff\xfe\x00", "no UTF-8 text"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
 def test_what_no_header_can_hold_is_refused_and_not_shown(tmp_path: Path, content: bytes, expected: str) -> None:
