@@ -77,15 +77,15 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
     described = Stage(
         name=stage.name,
         steps=stage.steps,
-        batch=stage.batch,
-        images={"text": 0, "regions": 0, "statements": 2}.get(config.use_of(stage), 1),
+        global_batch_size=stage.global_batch_size,
+        images={"text": 0, "regions": 0, "statements": 2}.get(config.source_type_of(stage), 1),
         micro_batch_size=None if micro == "auto" else micro,
         checkpoint_every=config.checkpoint.every,
         work=works[config.engine.activation_checkpointing],
     )
 
     def at(gpus: int, largest: bool = False, recomputed: bool | None = None, **engine: Any) -> StageEstimate:
-        settings = _with(config, **{"micro_batch": described.micro_batch_size, **engine})
+        settings = _with(config, **{"micro_batch_size": described.micro_batch_size, **engine})
         sharding = sharding_of(settings, stage, gpus, on_cuda=True)
         one = described if recomputed is None else replace(described, work=works[recomputed])
         found = estimate(one, sharding, target.accelerator, target.network, assumptions)
@@ -97,7 +97,8 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
     others = {name: at(target.gpus, **engine) for name, engine in _alternatives(config)}
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = at(target.gpus, largest=micro == "auto")
-    points = curve(lambda gpus: at(gpus, largest=described.micro_batch_size is None), stage.batch) if scaling else []
+    takes_largest = described.micro_batch_size is None
+    points = curve(lambda gpus: at(gpus, largest=takes_largest), stage.global_batch_size) if scaling else []
     return StagePlan(chosen, assumptions, others, points)
 
 

@@ -263,7 +263,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _key_parts(target: Any, parts: list[str]) -> int:
-    """Return how many leading parts of a dotted path form one key of `target`, as in `sources.coco.2017.use`."""
+    """Return how many leading parts of a dotted path form one key of `target`, as in `sources.coco.2017.type`."""
     if not isinstance(target, dict):
         return 1
     return next((size for size in range(len(parts), 1, -1) if ".".join(parts[:size]) in target), 1)

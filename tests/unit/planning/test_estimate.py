@@ -24,7 +24,7 @@ WORK = Work(
     contrast_width=1536,
 )
 STAGE = Stage(
-    "vision_language", steps=1000, batch=1024, images=1, micro_batch_size=None, checkpoint_every=100, work=WORK
+    "pairs", steps=1000, global_batch_size=1024, images=1, micro_batch_size=None, checkpoint_every=100, work=WORK
 )
 H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
 
