@@ -17,7 +17,7 @@ from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage
 from pipeline.tracking.committed import Store
-from pipeline.tracking.places import absolute_uri, default_uri, named_uri, run_of
+from pipeline.tracking.locations import absolute_uri, configured_uri, default_uri, read_run_id
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -32,7 +32,7 @@ class Caller(Section):
     @staticmethod
     def of(config: RunConfig) -> Caller:
         """Return the caller whose own config this is: it was read from a file that they named."""
-        return Caller(storage=config.storage, tracking_uri=named_uri(config), cluster=config.cluster)
+        return Caller(storage=config.storage, tracking_uri=configured_uri(config), cluster=config.cluster)
 
     @staticmethod
     def named(config: Path | None = None) -> Caller:
@@ -76,11 +76,11 @@ def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: St
     `config` is as `Caller.applied` makes it. What is recorded without being asked for goes to the run that it is of,
     and to the server that this run was tracked by, if that is the caller's own too.
     """
-    if run_of(config, storage) is None:
+    if read_run_id(config, storage) is None:
         return f"{config.folder} is no tracked run"
     if _place(recorded.folder) != _place(config.folder):
         return f"it is a copy of {recorded.folder}"
-    known, own = recorded.tracking_uri or default_uri(config.output), named_uri(config)
+    known, own = recorded.tracking_uri or default_uri(config.output), configured_uri(config)
     if redact(absolute_uri(known)) != redact(absolute_uri(own)):
         return (
             f"the run was tracked at {redact(known)}; to record there, set {URI_VARIABLE}, or name the config that it "

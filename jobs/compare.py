@@ -10,9 +10,8 @@ from jobs.caller import Caller
 from jobs.console import aligned
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError
-from pipeline.pages.words import significant
-from pipeline.reports.comparison import Comparison, Result, compare
-from pipeline.reports.comparison_page import render_comparison
+from pipeline.pages.formatting import significant
+from pipeline.reports.comparison import Comparison, Result, compare, render_comparison
 from pipeline.reports.run_folder import open_run
 
 LONGEST = 48  # characters of a value in the table

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pipeline.config.errors import StorageError
 from pipeline.config.redaction import printable
-from pipeline.pages.words import duration
+from pipeline.pages.formatting import duration
 from pipeline.training.progress import Progress as RunProgress
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from jobs.report import reported
 from pipeline.config.load import load_config
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.locations import tracking_uri
 
 
 def demo(overrides: list[str], fresh: bool) -> dict[str, Any]:

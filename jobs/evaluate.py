@@ -37,8 +37,8 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.models import build_model, skeleton
 from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run, stages_of
-from pipeline.tracking.places import named_uri
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.locations import configured_uri
+from pipeline.tracking.tracker import JournalTracker
 from pipeline.training.checkpoint import (
     Weights,
     WeightsInfo,
@@ -429,11 +429,11 @@ def _track(measured: EvalResult, target: Target, storage: Storage, page: bytes, 
     if track is None:
         reason = untracked_because(config, target.info.recorded, storage)
         if reason is not None:
-            notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(named_uri(config))}")
+            notify(f"not recorded in MLflow: {reason}. Give --track to record it in {redact(configured_uri(config))}")
         track = reason is None
     if not track:
         return
-    tracker = Tracker.open(config, storage)
+    tracker = JournalTracker.open(config, storage)
     tracker.metrics(target.info.step, measured.metrics)
     tracker.artifact(f"evaluation/{target.key.name}/{REPORT}", page)
     if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it

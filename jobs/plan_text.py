@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from jobs.plan import StagePlan, Target
-from pipeline.pages.words import duration
+from pipeline.pages.formatting import duration
 from pipeline.planning.estimate import CONTEXT_BYTES, Point, StageEstimate, usable_bytes
 from pipeline.planning.hardware import INTRA_EFFICIENCY, TERA
 

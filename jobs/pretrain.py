@@ -23,8 +23,8 @@ from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import validate, with_absolute_paths
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.places import absolute_uri, named_uri
-from pipeline.tracking.server import check_server
+from pipeline.tracking.locations import absolute_uri, configured_uri
+from pipeline.tracking.mlflow_server import check_server
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import prepare
@@ -72,7 +72,7 @@ def pretrain(config: RunConfig, show: Show, interrupts: Interrupts | None = None
 def for_ranks(config: RunConfig) -> RunConfig:
     """The config as every rank must read it, whatever its working folder: local paths and the MLflow file absolute."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(named_uri(config))}
+    values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(configured_uri(config))}
     return validate(values, config.name)
 
 

@@ -16,8 +16,8 @@ from jobs.evaluate import without_random_heads
 from jobs.served import outputs_of
 from pipeline.config.redaction import redact, redact_values
 from pipeline.data.storage import Storage, split
-from pipeline.tracking.mlflow_model import Export, register
-from pipeline.tracking.places import absolute_uri, experiment_of, run_of, tracking_uri
+from pipeline.tracking.locations import absolute_uri, experiment_name, read_run_id, tracking_uri
+from pipeline.tracking.mlflow_models import Export, register
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,11 +55,11 @@ def register_checkpoint(
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
-            run=run_of(config, storage),
+            run=read_run_id(config, storage),
             stage_index=config.stages.index(stage),
         )
         server = absolute_uri(tracking_uri(config))
-        done = register(server, experiment_of(config), name, alias, export)
+        done = register(server, experiment_name(config), name, alias, export)
     return asdict(done) | {"tracking_uri": redact(server), "checkpoint": weights.url}
 
 

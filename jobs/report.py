@@ -15,17 +15,16 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
-from pipeline.reports.campaign import gather
-from pipeline.reports.campaign_page import render_campaign
 from pipeline.reports.comparison import compare
 from pipeline.reports.run_folder import open_run
-from pipeline.tracking.places import named_uri, tracking_uri
-from pipeline.tracking.tracker import Tracker
+from pipeline.reports.run_report import collect_report, render_run_report
+from pipeline.tracking.locations import configured_uri, tracking_uri
+from pipeline.tracking.tracker import JournalTracker
 from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
 
-CAMPAIGN = "campaign.html"
+CAMPAIGN = "run_report.html"
 
 
 def report(
@@ -43,9 +42,9 @@ def report(
     """
     opened = open_run(run, caller.store())
     config = caller.applied(opened.config)
-    campaign = gather(opened, price, None if config.tracking.uri is None else tracking_uri(config))
+    campaign = collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
     comparison = compare([opened, *(open_run(each, opened.storage) for each in against)]) if against else None
-    page = render_campaign(campaign, comparison).encode()
+    page = render_run_report(campaign, comparison).encode()
     place = str(out) if out is not None else join(opened.folder, CAMPAIGN)
     if out is None:
         opened.storage.write(place, page)
@@ -54,7 +53,7 @@ def report(
     if opened.run and not opened.is_live:  # the process that trains alone commits its journal
         reason = untracked_because(config, opened.recorded, opened.storage) if track is None else None
         if reason is not None:
-            notify(f"the page is not logged in MLflow: {reason}. Give --track to log it in {redact(named_uri(config))}")
+            notify(f"the page is not logged in MLflow: {reason}. --track logs it in {redact(configured_uri(config))}")
         elif track is not False:
             _record(config, opened.storage, page)
     return {
@@ -90,12 +89,12 @@ def _write_after(config: RunConfig) -> None:
         if not caller.store().exists(join(config.folder, RUN_FILE)):
             return  # it failed before there was a run
         page = report(config.folder, track=True, caller=caller)["report"]
-        notify(f"Campaign    {page}")
+        notify(f"RunReport    {page}")
     except Exception as error:  # whatever it is, it must not hide how the run ended
         log.warning("no campaign report: %s: %s", type(error).__name__, error)
 
 
 def _record(config: RunConfig, storage: Storage, page: bytes) -> None:
-    tracker = Tracker.open(config, storage)
+    tracker = JournalTracker.open(config, storage)
     tracker.artifact(CAMPAIGN, page)
     tracker.close()

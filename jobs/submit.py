@@ -27,8 +27,8 @@ from jobs.pretrain import for_ranks
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import local_paths, validate
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.describe import told_environment
-from pipeline.tracking.places import named_uri
+from pipeline.tracking.describe import job_environment
+from pipeline.tracking.locations import configured_uri
 
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 2.0
@@ -94,7 +94,7 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
             f"the cluster cannot see folders of this machine:\n{told}\n"
             "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
         )
-    uri = named_uri(config)
+    uri = configured_uri(config)
     if not same_machine and uri.startswith("sqlite:"):
         raise ConfigError(f"tracking.uri: {uri} is a file of this machine; give the URL of an MLflow server")
     values = for_ranks(config).model_dump(mode="json", exclude_unset=True)
@@ -122,7 +122,7 @@ def _send(client: Any, config: RunConfig, job: str) -> None:
             try:
                 client.submit_job(
                     entrypoint=f"{interpreter()} -m jobs.cli train run.yaml --json",
-                    runtime_env={"working_dir": folder, "env_vars": told_environment(job)},
+                    runtime_env={"working_dir": folder, "env_vars": job_environment(job)},
                     submission_id=job,
                     metadata={"run": config.name, "checkpoint": config.folder},
                 )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from jobs.caller import URI_VARIABLE, Caller
 from pipeline.config.errors import TrackingError
 from pipeline.config.redaction import redact
-from pipeline.tracking.mlflow_client import Outage
-from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending, shipping_alone
-from pipeline.tracking.places import absolute_uri, read_journal, resolve_uri, writing
+from pipeline.tracking.locations import absolute_uri, journal_write_errors, read_journal, resolve_uri
+from pipeline.tracking.mlflow_replay import MlflowUploader, exclusive_upload, pending_bytes
+from pipeline.tracking.mlflow_server import ServerUnavailable
 
 logger = logging.getLogger("mome.tracking")
 
@@ -33,26 +33,26 @@ def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> Synced:
     """
     caller = caller.with_server(uri)
     journal = read_journal(run, caller.store())
-    campaigns = journal.campaigns()
-    if not campaigns:
+    run_records = journal.run_records()
+    if not run_records:
         raise TrackingError(
             f"{run}: no tracking journal in {journal.folder}; give the folder of a run, <output>/<name>"
         )
-    target, known = resolve_uri(caller.server_of(run)), str(campaigns[-1].get("uri"))
+    target, known = resolve_uri(caller.server_of(run)), str(run_records[-1].get("uri"))
     if caller.server is None and redact(absolute_uri(known)) != redact(target):
         raise TrackingError(
             f"{run}: its journal says that it was tracked at {redact(known)}; to ship it there, give --uri, name the "
             f"config that it was trained with (--config), or set {URI_VARIABLE}"
         )
-    with writing(journal), shipping_alone(journal.folder) as alone:
-        if not alone:
+    with journal_write_errors(journal), exclusive_upload(journal.folder) as is_alone:
+        if not is_alone:
             raise TrackingError(f"{run}: another process is shipping this journal; the run seems to be going on")
-        pending = num_pending(journal.folder, target)
-        shipper = MlflowShipper(journal.folder, target, logger.warning)
+        pending = pending_bytes(journal.folder, target)
+        uploader = MlflowUploader(journal.folder, target, logger.warning)
         try:
-            shipper.ship()
-        except Outage as error:
+            uploader.upload()
+        except ServerUnavailable as error:
             raise TrackingError(
-                f"{redact(target)}: the server takes no records ({error}); start it, or give another with --uri"
+                f"{redact(target)}: the server is unavailable ({error}); start it, or name another with --uri"
             ) from error
-    return Synced(redact(target), pending, shipper.num_points)
+    return Synced(redact(target), pending, uploader.num_points)

@@ -16,7 +16,7 @@ from jobs.doctor import compute, machine, services
 from jobs.doctor.finding import Finding, not_asked
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local, local_path
-from pipeline.tracking.places import journal_folder
+from pipeline.tracking.locations import journal_folder
 
 
 def examine(config: RunConfig | None, say: Callable[[str], None] = lambda _: None) -> list[Finding]:

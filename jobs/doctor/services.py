@@ -27,8 +27,8 @@ from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_names
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.places import named_uri, tracking_uri
-from pipeline.tracking.server import FAULTS, check_server, get
+from pipeline.tracking.locations import configured_uri, tracking_uri
+from pipeline.tracking.mlflow_server import HTTP_ERRORS, check_server, http_get
 
 PATIENCE_SECONDS = 20.0  # with a store; a run has storage.retry_timeout_seconds
 ANSWER_SECONDS = 5.0
@@ -118,8 +118,8 @@ def mlflow(config: RunConfig | None) -> Finding:
 
 def _version_of(uri: str) -> str:
     try:
-        status, body = get(redact(uri).rstrip("/") + "/version", limit=100)
-    except FAULTS:
+        status, body = http_get(redact(uri).rstrip("/") + "/version", limit=100)
+    except HTTP_ERRORS:
         return ""
     version = body.decode(errors="replace").strip()  # none behind a login, or a proxy that does not pass it on
     return version if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", version) else ""
@@ -144,7 +144,7 @@ def _time_at(url: str) -> float | None:
             date = answer.headers["Date"]
     except urllib.error.HTTPError as error:  # it refuses, and says when
         date = error.headers["Date"]
-    except FAULTS:
+    except HTTP_ERRORS:
         return None
     try:
         return parsedate_to_datetime(date).timestamp()
@@ -155,7 +155,7 @@ def _time_at(url: str) -> float | None:
 def servers(config: RunConfig) -> list[str]:
     """The HTTP servers that a run speaks to."""
     store = config.storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-    uris = [uri for uri in (store, named_uri(config)) if uri]
+    uris = [uri for uri in (store, configured_uri(config)) if uri]
     return [redact(uri) for uri in uris if uri.startswith(("http://", "https://"))]
 
 

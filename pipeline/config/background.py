@@ -1,4 +1,4 @@
-"""Calls in a thread of their own, which does not keep the process alive."""
+"""Daemon threads: one call in the background, a call with a time limit, and a periodic call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
-    """Start `call` in a daemon thread of this name; return the future of its result or its error."""
+    """Start `call` in a daemon thread called `name`; return the future of its result or exception."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -27,8 +27,42 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def within(seconds: float, call: Callable[[], T], name: str) -> T:
-    """Return the result of `call`, or raise its error; TimeoutError when it takes longer: its thread is then left."""
+    """Return the result of `call`, or raise its exception.
+
+    Raises TimeoutError when it takes longer than `seconds`; its thread then keeps running in the background.
+    """
     future = in_background(call, name)
     if not wait([future], seconds).done:
-        raise TimeoutError(f"no whole answer within {seconds:.0f} s: it comes too slowly")
+        raise TimeoutError(f"no complete response within {seconds:.0f} s")
     return future.result()
+
+
+class PeriodicThread:
+    """Daemon thread that calls `task` every `seconds` until `stop`, or until the task returns False.
+
+    `task` handles its own exceptions: one that escapes ends the thread. With `immediately` the first call is made when
+    the thread starts, otherwise after `seconds`.
+    """
+
+    def __init__(self, task: Callable[[], object], seconds: float, name: str, immediately: bool = False):
+        self._task, self._seconds, self._immediately = task, seconds, immediately
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> PeriodicThread:
+        self._thread.start()
+        return self
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Ask the thread to end and wait for it, at most `timeout` seconds; return False if it never started."""
+        self._stop.set()
+        if self._thread.ident is None:
+            return False
+        self._thread.join(timeout)
+        return True
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.0 if self._immediately else self._seconds):
+            self._immediately = False
+            if self._task() is False:
+                return

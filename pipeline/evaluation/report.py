@@ -31,9 +31,9 @@ from pipeline.evaluation.report_data import (
 from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import Ranked, Recall
 from pipeline.pages import page as pages
-from pipeline.pages.curves import Curve, curve
+from pipeline.pages.charts import Measure, Series, line_chart
+from pipeline.pages.formatting import percent
 from pipeline.pages.page import render_page
-from pipeline.pages.words import percent
 from pipeline.tracking.describe import chosen_keys
 
 HERE = Path(__file__).parent  # of the templates
@@ -127,7 +127,11 @@ def render_report(
         shown=shown,
         links=links,
         config=config,
-        curves=[_drawn(name, points) for name, points in curves.items() if points],
+        curves=[
+            (name, max(points), line_chart([Measure("loss", [Series(0, sorted(points))], 130)], width=350))
+            for name, points in curves.items()
+            if points
+        ],
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         against=against,
         beside=metric_differences(shown, against) if against else [],
@@ -141,10 +145,6 @@ def metric_differences(shown: ReportData, other: ReportData) -> list[tuple[str, 
     return [
         (name, shown.metrics[name], other.metrics[name], shown.metrics[name] - other.metrics[name]) for name in common
     ]
-
-
-def _drawn(name: str, points: Sequence[tuple[int, float]]) -> Curve:
-    return curve(name, sorted(points))
 
 
 def _recall_rows(found: Evaluation) -> list[RecallRow]:

@@ -1,1 +1,1 @@
-"""What every page this project writes has in common: one HTML file that needs nothing else."""
+"""HTML pages: rendering, charts, and the formats of numbers."""

@@ -1,4 +1,4 @@
-"""Pages: each is one HTML file with its styles, drawings and pictures inside, and needs neither network nor script."""
+"""Rendering of HTML pages: one file with styles, charts and images inside, without network access or scripts."""
 
 from __future__ import annotations
 
@@ -15,28 +15,25 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pipeline.pages.words import duration, moment, money, number, percent, significant
+from pipeline.pages.formatting import duration, moment, money, number, percent, significant
 
-THUMBNAIL = 160  # pixels at most
-LOSSLESS = 96  # pictures up to this side are kept exact
+THUMBNAIL = 160  # maximum side in pixels
+LOSSLESS = 96  # images up to this side are stored losslessly
 HERE = Path(__file__).parent
 
 
 def signature(subject: str) -> str:
-    """Return what a page or picture of ours bears to tell what it is of; no other subject has the same."""
+    """Return the marker that identifies a page or image of `subject`; it is unique to the subject."""
     return f"mome {hashlib.sha256(subject.encode(errors='replace')).hexdigest()[:32]}"
 
 
 def render_page(template: str, folders: Sequence[Path], subject: str, **values: Any) -> str:
-    """The page that `template` makes, found in `folders`; what pages share (`base.html.j2`, …) lies here.
+    """Render `template` from `folders`, which may use the shared templates of this folder (`base.html.j2`, …).
 
-    `subject` tells apart what pages are of: a page may take the place of an older one of the same subject.
+    The page carries the signature of `subject`: a page may only overwrite an older one of the same subject.
     """
-    return (
-        _environment(tuple(folders))
-        .get_template(template)
-        .render(written=moment(1000 * time.time()), signature=signature(subject), **values)
-    )
+    page = _environment(tuple(folders)).get_template(template)
+    return page.render(written=moment(1000 * time.time()), signature=signature(subject), **values)
 
 
 @functools.lru_cache
@@ -48,20 +45,21 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {each.__name__: each for each in (percent, number, significant, money, duration, moment)}
+    filters = (percent, number, significant, money, duration, moment)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment
 
 
 def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL) -> str:
-    """A picture (H, W, 3) uint8 as a data URI, at most `side` pixels wide or high; small ones without loss."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side))
-    kind, options = ("PNG", {"optimize": True}) if max(picture.size) <= LOSSLESS else ("JPEG", {"quality": 80})
+    """Return an image (H, W, 3) uint8 as a data URI, at most `side` pixels wide and high."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    kind, options = ("PNG", {"optimize": True}) if max(image.size) <= LOSSLESS else ("JPEG", {"quality": 80})
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return data_uri(buffer.getvalue(), kind)
 
 
 def data_uri(encoded: bytes, kind: str) -> str:
-    """An encoded picture as an address that holds it; `kind` is PNG or JPEG."""
+    """Return an encoded image as a data URI; `kind` is PNG or JPEG."""
     return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded).decode()}"

@@ -1,1 +1,1 @@
-"""What a run left in its folder, told to people: the campaign's report, and runs beside one another."""
+"""Reports on runs, from the files in their folders: the report of one run, and comparisons of several."""

@@ -7,11 +7,14 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import flatten
 from pipeline.config.redaction import redact
 from pipeline.evaluation.report_data import load_report_data
+from pipeline.pages.charts import Chart, Measure, Series, line_chart
+from pipeline.pages.page import render_page
 from pipeline.reports.run_folder import RunFolder, StageRecord
 from pipeline.tracking.journal import EVALUATION
 
@@ -181,3 +184,29 @@ def _losses(runs: Sequence[RunFolder], stage: str) -> Iterator[tuple[int, list[t
 
 def _plain(value: Result) -> Result:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+HERE = Path(__file__).parent  # of the templates
+WIDTH, HEIGHT = 350, 130  # of a stage's curves
+
+
+@dataclass(frozen=True)
+class Drawn:
+    name: str
+    line: Chart
+
+
+def render_comparison(comparison: Comparison) -> str:
+    """The page as text."""
+    subject = f"comparison {' '.join(comparison.folders)}"
+    return render_page("comparison.html.j2", [HERE], subject, comparison=comparison, drawings=drawings(comparison))
+
+
+def drawings(comparison: Comparison) -> list[Drawn]:
+    """Each stage's losses, a line for each run."""
+    return [Drawn(stage.name, _drawing(stage)) for stage in comparison.curves]
+
+
+def _drawing(stage: StageCurves) -> Chart:
+    stretches = [Series(number, points) for number, points in stage.runs]
+    return line_chart([Measure("loss", stretches, HEIGHT)], WIDTH)

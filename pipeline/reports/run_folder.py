@@ -15,10 +15,9 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import RecordedLocation, parse_config, stored_config
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.journal import EVALUATION, Journal
-from pipeline.tracking.liveness import is_held
-from pipeline.tracking.places import read_journal
-from pipeline.tracking.records import Record
+from pipeline.tracking.journal import EVALUATION, Journal, Record
+from pipeline.tracking.lease import is_held
+from pipeline.tracking.locations import read_journal
 from pipeline.training import goodput
 from pipeline.training.prepare import RUN_FILE
 
@@ -237,9 +236,9 @@ class _Reading:
 
     def _record(self, record: Record, stage: StageRecord | None) -> None:
         kind = record["kind"]
-        if kind == "campaign":
+        if kind == "run":
             self.run = record["run"]
-        elif kind == "campaign_end":
+        elif kind == "run_end":
             self.status = record["status"]
         elif kind == "metrics":
             self._point(record, stage)

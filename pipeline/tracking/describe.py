@@ -1,4 +1,4 @@
-"""What a run is, in MLflow's terms: its config as params and tags, where it came from, its recipe, and a summary."""
+"""Description of a run for MLflow: config as params and tags, environment, recipe hash, and a Markdown summary."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ from pipeline.config.schema import RunConfig, StageConfig
 
 PACKAGES = ("mome", "torch", "deepspeed", "ray", "mlflow", "webdataset", "transformers", "numpy", "pydantic")
 COMMIT, DIRTY = "mlflow.source.git.commit", "mome.git.dirty"
-# Told to every rank by who starts them: the Ray job that the run is, the commit of the code that was sent along without
-# its history, and the image that its containers are of.
-TOLD = {
+# Tags that ranks cannot determine themselves: the launcher passes them in these environment variables.
+PROPAGATED_TAGS = {
     "ray.submission_id": "MOME_SUBMISSION_ID",
     COMMIT: "MOME_GIT_COMMIT",
     DIRTY: "MOME_GIT_DIRTY",
     "image_digest": "MOME_IMAGE_DIGEST",
 }
-_NOT_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # what MLflow refuses in the name of a metric, param or tag
-CONFIG_TAG = "config."  # begins the tags of keys that may change on resume
-# Of a config, what says nothing of what is learnt: names, places, machines, and how the run is watched.
+_INVALID_IN_KEYS = re.compile(r"[^\w.\-/ :]")  # characters that MLflow rejects in names of metrics, params and tags
+CONFIG_TAG = "config."  # prefix of the tags of config keys that may change on resume
+# Config sections without influence on what is learnt: names, locations, machines, monitoring.
 NOT_OF_RECIPE = ("name", "output", "seed", "storage", "cluster", "guards", "checkpoint", "tracking", "evaluation")
 
 
 def recipe_hash(config: RunConfig) -> str:
-    """Equal for runs that learn the same from the same kinds of sources, whatever their names, seeds and machines."""
+    """Return a hash that is equal for runs with the same recipe, whatever their names, seeds and machines."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude=set(NOT_OF_RECIPE))
     for source in values["sources"].values():
-        del source["shards"]  # where they lie; what they hold is the plan's digest
+        del source["shards"]  # the location; the data digest covers the content
     for key in ("loader", "cache"):
         del values["data"][key]
     values["engine"] = {"precision": values["engine"]["precision"]}
@@ -50,9 +49,9 @@ def recipe_hash(config: RunConfig) -> str:
 
 
 def note_of_run(config: RunConfig) -> str:
-    """Markdown, which MLflow shows above a run's tags."""
+    """Return the run's summary in Markdown, which MLflow shows above the tags."""
     lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
-    lines += ["| stage | learns | from | steps | batch | starts from |", "|---|---|---|---|---|---|"]
+    lines += ["| stage | objectives | sources | steps | batch | starts from |", "|---|---|---|---|---|---|"]
     for stage in config.stages:
         cells = [
             stage.name,
@@ -66,7 +65,7 @@ def note_of_run(config: RunConfig) -> str:
 
 
 def note_of_stage(stage: StageConfig, origin: str) -> str:
-    """The same of a stage; `origin`: the weights that it started from, or 'random'."""
+    """Return a stage's summary in Markdown; `origin` is the URL of its initial weights, or 'random'."""
     return (
         f"**{stage.name}**: {', '.join(stage.objectives)} from {_sources(stage)}; {stage.steps:,} steps of "
         f"{stage.global_batch_size:,} samples. Started from {'random weights' if origin == 'random' else origin}."
@@ -81,30 +80,30 @@ def _sources(stage: StageConfig) -> str:
 
 
 def environment_tags() -> dict[str, str]:
-    """Who started this process, where, with which code and packages."""
+    """Return tags of this process: user, host, commit and package versions."""
     tags = {"mlflow.source.name": "mome", "mlflow.source.type": "JOB", "mome.host": socket.gethostname()}
-    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no entry in the password database
         tags["mlflow.user"] = getpass.getuser()
     for package in PACKAGES:
         try:
             tags[f"version.{package}"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return tags | code_tags() | {tag: os.environ[name] for tag, name in TOLD.items() if os.environ.get(name)}
+    return tags | code_tags() | {tag: os.environ[name] for tag, name in PROPAGATED_TAGS.items() if os.environ.get(name)}
 
 
 def code_tags() -> dict[str, str]:
-    """The commit that this code is of, and whether it was changed since; nothing outside a checkout."""
+    """Return the commit of this checkout and whether it has changes; no tags outside a checkout."""
     tree = Path(__file__).resolve().parents[2]
     if not (tree / ".git").exists() or (commit := _git(tree, "rev-parse", "HEAD")) is None:
         return {}
     return {COMMIT: commit, DIRTY: str(bool(_git(tree, "status", "--porcelain"))).lower()}
 
 
-def told_environment(submission_id: str) -> dict[str, str]:
-    """What to set for the ranks of a job that this checkout's code is sent to."""
+def job_environment(submission_id: str) -> dict[str, str]:
+    """Return environment variables that describe this checkout and submission to the ranks of a Ray job."""
     tags = code_tags() | {"ray.submission_id": submission_id}
-    return {TOLD[tag]: value for tag, value in tags.items()}
+    return {PROPAGATED_TAGS[tag]: value for tag, value in tags.items()}
 
 
 def _git(tree: Path, *arguments: str) -> str | None:
@@ -116,12 +115,12 @@ def _git(tree: Path, *arguments: str) -> str | None:
 
 
 def resolved_config(config: RunConfig) -> str:
-    """Every key of the run as YAML, defaults included."""
+    """Return the complete config as YAML, including defaults, with secrets redacted."""
     return _as_yaml(config.model_dump(mode="json"))
 
 
 def chosen_keys(config: RunConfig) -> str:
-    """The keys of the run that differ from the defaults, as YAML."""
+    """Return the config keys that differ from the defaults as YAML, with secrets redacted."""
     return _as_yaml(config.model_dump(mode="json", exclude_defaults=True))
 
 
@@ -131,7 +130,10 @@ def _as_yaml(values: dict[str, Any]) -> str:
 
 
 def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
-    """Flattened (params, tags): MLflow's params are immutable, so what may change on resume is tagged instead."""
+    """Return the flattened config as (params, tags).
+
+    MLflow's params are immutable, so keys that may change on resume become tags.
+    """
     params, tags = {}, {}
     for path, value in flatten(values).items():
         text = redact(value if isinstance(value, str) else json.dumps(value))
@@ -144,5 +146,5 @@ def split_changeable(values: dict[str, Any], prefix: str = "") -> tuple[dict[str
 
 @functools.lru_cache(maxsize=4096)
 def clean_key(name: str) -> str:
-    """The name as MLflow takes it for a metric, param or tag."""
-    return posixpath.normpath(_NOT_IN_KEYS.sub("_", name)).lstrip("/")
+    """Return `name` with characters replaced that MLflow rejects."""
+    return posixpath.normpath(_INVALID_IN_KEYS.sub("_", name)).lstrip("/")

@@ -1,47 +1,211 @@
-"""The journal of a run: what happened, in append-only JSON Lines files, kept through crashes and lost nodes.
+"""A run's journal: append-only JSON Lines files that survive crashes and lost nodes.
 
-Every process that records something about a run (training, a restart of it, an evaluation) appends to a file
-of its own, a *session*; the sessions in order are the run's journal. One writer a file means that a crash can
-only tear a session's last line, that nobody has to repair a file another process may be writing, and that two
-nodes never append to two copies of one file.
+Every process that records something about a run (training, a restart, an evaluation) appends to its own file, a
+*session*; the sessions in order form the journal. With one writer per file, a crash can tear only the last line of a
+session, no process repairs a file that another may be writing, and two nodes never append to copies of one file.
 
-What a record may hold: `pipeline.tracking.records`. How a journal is kept in a remote run's storage:
-`pipeline.tracking.committed`.
+A record is {"kind": …, "at": milliseconds, "stage": index or null, …}. Kinds: run (first record of every session),
+stage, metrics, rewind (voids a stage's later points), tag, artifact, model and model_gone (weights retained, and
+deleted), stage_end, run_end. Numbers keep every bit; those that JSON lacks are strings ("nan", "inf", "-inf"). Records
+are validated when read, because a journal may have been written by anybody.
+
+`pipeline.tracking.committed` copies the journal into a remote run's storage.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import math
 import os
+import posixpath
 import re
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from pipeline.config.durable import sync_folder
-from pipeline.tracking.liveness import Lease
-from pipeline.tracking.records import Record, decode, encode, is_file_name
+from pipeline.tracking.lease import Lease
 
 logger = logging.getLogger("mome.tracking")
 
-CHECKPOINT, HAND_OVER = "checkpoint", "hand_over"  # roles of weights in model records; hand-overs are never removed
-RESTORED = "restored"  # a file of a journal that came from another node
-EVALUATION = "eval/"  # begins the keys of what was measured on held-out data
+Record = dict[str, Any]
+
+CHECKPOINT, FINAL_WEIGHTS = "checkpoint", "final_weights"  # roles in model records; final weights are never deleted
+RESTORED = "restored"  # marker file of a journal that was downloaded from the run's storage
+EVALUATION = "eval/"  # prefix of the metrics of held-out data
+RUN_ID = "[0-9A-Za-z_.-]{1,64}"
 SESSION_NAME = r"(?P<session>[0-9]{6}-[0-9a-f]{1,32})"
+_ARTIFACT_FILE = re.compile(r"[0-9a-f]{16}/[^/\0]{1,255}")
+_MAX_ARTIFACT_NAME = 1000
 _BLOCK = 2**16
 
 
+def is_file_name(name: str) -> bool:
+    """Return True for the path of an artifact inside a journal: '<16 hex digits>/<name>'.
+
+    Every file name read from a record passes this check before it becomes a path, because a journal's author must not
+    be able to read or write files elsewhere on this machine.
+    """
+    return (
+        _ARTIFACT_FILE.fullmatch(name) is not None
+        and posixpath.basename(name) not in (".", "..")
+        and len(posixpath.basename(name).encode(errors="replace")) <= 255  # the limit of file systems is in bytes
+    )
+
+
+def _check_file_name(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError("an artifact's file must be '<16 hex digits>/<name>'")
+    return name
+
+
+def check_artifact_name(name: str) -> str:
+    """Return `name` if it is a safe relative path in MLflow's artifact folder; raise ValueError otherwise."""
+    if "\0" in name or "\\" in name or not 0 < len(name) <= _MAX_ARTIFACT_NAME:
+        raise ValueError("an artifact's name must be a relative path")
+    if name.startswith("/") or name != posixpath.normpath(name) or name.split("/")[0] in (".", ".."):
+        raise ValueError("an artifact's name must be a relative path without '..'")
+    return name
+
+
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Step = Annotated[int, Field(ge=-(2**53), le=2**53)]
+_Stage = Annotated[int, Field(ge=0, lt=10_000)]
+_Number = float | Literal["nan", "inf", "-inf"]
+_Texts = dict[str, str]
+
+
+class _Base(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    at: _Count
+
+
+class _Dataset(TypedDict):
+    name: str
+    source: str
+    digest: str
+    context: str
+
+
+class _Point(TypedDict):
+    stage: _Stage | None
+    key: str
+    value: _Number
+    at: _Count
+
+
+class _RunRecord(_Base):
+    kind: Literal["run"]
+    stage: _Stage | None
+    run: Annotated[str, Field(pattern=f"^{RUN_ID}$")]  # becomes part of an MLflow search filter
+    name: NotRequired[str]
+    uri: NotRequired[str]
+    experiment: NotRequired[str]
+    params: _Texts
+    tags: _Texts
+    datasets: list[_Dataset]
+    server_has_more: NotRequired[bool]
+
+
+class _StageRecord(_Base):
+    kind: Literal["stage"]
+    stage: _Stage
+    name: str
+    params: _Texts
+    tags: _Texts
+    datasets: list[_Dataset]
+
+
+class _Metrics(_Base):
+    kind: Literal["metrics"]
+    stage: _Stage | None
+    step: _Step
+    values: dict[str, _Number]
+
+
+class _Rewind(_Base):
+    kind: Literal["rewind"]
+    stage: _Stage
+    step: _Step
+
+
+class _Tag(_Base):
+    kind: Literal["tag"]
+    stage: _Stage | None
+    key: str
+    value: str
+
+
+class _Artifact(_Base):
+    kind: Literal["artifact"]
+    stage: _Stage | None
+    name: Annotated[str, AfterValidator(check_artifact_name)]
+    file: Annotated[str, AfterValidator(_check_file_name)]
+
+
+class _Model(_Base):
+    kind: Literal["model"]
+    stage: _Stage
+    step: _Step
+    url: str
+    role: str
+    points: list[_Point]
+
+
+class _ModelGone(_Base):
+    kind: Literal["model_gone"]
+    stage: _Stage | None
+    url: str
+
+
+class _End(_Base):
+    kind: Literal["stage_end", "run_end"]
+    stage: _Stage | None
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+
+
+_AnyRecord = _RunRecord | _StageRecord | _Metrics | _Rewind | _Tag | _Artifact | _Model | _ModelGone | _End
+_VALIDATOR: TypeAdapter[Any] = TypeAdapter(Annotated[_AnyRecord, Field(discriminator="kind")])
+
+
+def encode_number(value: float) -> float | str:
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def encode(record: Record) -> bytes:
+    """Return the record's line. Unpaired surrogates, which UTF-8 cannot encode, become question marks."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return line.encode(errors="replace") + b"\n"
+
+
+def decode(line: bytes) -> Record:
+    """Return the validated record of a line. Raises ValueError with a one-line message for anything else."""
+    try:
+        record: Record = _VALIDATOR.validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+    return record
+
+
 def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
-    """The records from byte `start` on, each with the offset behind it; an unfinished last line is left alone."""
+    """Yield (end offset, record) from byte `start` on; an unfinished last line is skipped."""
     with path.open("rb") as file:
         file.seek(start)
         yield from parse_records(file, str(path), start)
 
 
 def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Iterator[tuple[int, Record]]:
-    """Yield the records of a session's lines, each with the offset behind it; a line that is none is reported."""
+    """Yield (end offset, record) of a session's lines; an invalid line is logged and yielded with kind "damaged"."""
     for line in lines:
         if not line.endswith(b"\n"):
             return
@@ -49,13 +213,13 @@ def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Itera
         try:
             record = decode(line)
         except ValueError as error:
-            logger.warning("%s: the record that ends at byte %d is damaged and is left out (%s)", origin, offset, error)
+            logger.warning("%s: skipped the damaged record that ends at byte %d (%s)", origin, offset, error)
             record = {"kind": "damaged", "stage": None}
         yield offset, record
 
 
 def complete_length(path: Path) -> int:
-    """Return the number of bytes up to the end of the last whole line, reading backwards from the end."""
+    """Return the number of bytes up to the end of the last complete line, reading backwards from the end."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -69,20 +233,23 @@ def complete_length(path: Path) -> int:
 
 
 class JournalWriter:
-    """Appends to one session. A record is handed to the operating system at once, so that killing this process
-    loses none; `sync` makes them survive the machine, and is called in batches, away from the training thread."""
+    """Appends records to one session.
+
+    `append` hands a record to the operating system at once, so that killing this process loses none. `sync` makes the
+    records survive a power failure; it is called periodically, outside the training thread.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        self._lease = Lease(path)  # tells others that this session is alive (see `liveness`)
+        self._lease = Lease(path)  # shows other processes that this session is being written
         sync_folder(path.parent)
         self._lock = threading.Lock()
         self._pending = b""
         self._failing = False
 
     def append(self, record: Record) -> None:
-        """Append one record. A full disk does not raise: what did not fit is kept in memory and written later."""
+        """Append one record. On a full disk the record is kept in memory and written later; nothing is raised."""
         with self._lock:
             self._pending += encode(record)
             try:
@@ -92,7 +259,7 @@ class JournalWriter:
             except OSError as error:
                 if not self._failing:
                     logger.warning(
-                        "the tracking journal in %s cannot be written (%s); records are kept in memory until it can",
+                        "cannot write the tracking journal in %s (%s); records are kept in memory until it works again",
                         self._path.parent, error,
                     )  # fmt: skip
                 self._failing = True
@@ -107,7 +274,7 @@ class JournalWriter:
 
 
 class Journal:
-    """A folder of sessions, with the artifacts they name under `files/`."""
+    """A folder of sessions, with the artifacts that their records name under `files/`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -120,43 +287,39 @@ class Journal:
         return self.folder / f"{session}.jsonl"
 
     def file(self, name: str) -> Path | None:
-        """Return the path of the artifact that a record calls `name`; None, reported, for one outside this folder."""
-        if is_file_name(name) and self._is_inside(self.folder / "files" / name):
-            return self.folder / "files" / name
-        logger.warning("%s: the file %r lies outside this journal or is none; it is left out", self.folder, name[:200])
+        """Return the path of an artifact; None, with a warning, when it is not a regular file inside `files/`."""
+        path = self.folder / "files" / name
+        with contextlib.suppress(OSError, RuntimeError):  # a loop of symbolic links
+            inside = is_file_name(name) and path.resolve().is_relative_to(self.folder.resolve() / "files")
+            if inside and (path.is_file() or not path.exists()):  # opening a named pipe would block
+                return path
+        logger.warning("%s: skipped %r, which is not a file of this journal", self.folder, name[:200])
         return None
-
-    def _is_inside(self, path: Path) -> bool:
-        try:
-            inside = path.resolve().is_relative_to(self.folder.resolve() / "files")
-            return inside and (path.is_file() or not path.exists())  # a pipe would be waited for
-        except (OSError, RuntimeError):  # links that lead to themselves
-            return False
 
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
         return read_records(self.path(session), start)
 
     def all_records(self) -> Iterator[Record]:
-        """Every record of every session, in order."""
+        """Yield the records of all sessions in order."""
         for session in self.sessions():
             for _, record in self.records(session):
                 yield record
 
-    def campaigns(self) -> list[Record]:
-        """The campaign record of every session, in order: which run this is, and where it is shown."""
+    def run_records(self) -> list[Record]:
+        """Return the first record of every session, which identifies the run and its MLflow server."""
         firsts = (next(self.records(session), None) for session in self.sessions())
-        return [first[1] for first in firsts if first is not None and first[1]["kind"] == "campaign"]
+        return [first[1] for first in firsts if first is not None and first[1]["kind"] == "run"]
 
     @property
     def was_restored(self) -> bool:
-        """Whether some of it came from another node, if only for a report, and no run has gone on from that here."""
+        """True if part of it was downloaded from the run's storage and no run has continued it on this machine."""
         return (self.folder / RESTORED).exists()
 
-    def restored(self) -> None:
+    def mark_restored(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / RESTORED).touch()
 
-    def goes_on(self) -> None:
+    def clear_restored(self) -> None:
         (self.folder / RESTORED).unlink(missing_ok=True)
 
     def start_session(self) -> JournalWriter:
@@ -166,7 +329,7 @@ class Journal:
         return JournalWriter(self.path(f"{number:06d}-{secrets.token_hex(4)}"))
 
     def discard(self) -> None:
-        """Set the whole journal aside: it belongs to another run that had this name."""
+        """Move the journal aside, because it belongs to another run of the same name."""
         aside = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.old")
         self.folder.rename(aside)
         logger.warning(
@@ -174,39 +337,38 @@ class Journal:
         )
 
 
-class HighWater:
-    """Which points the journal holds already, so that replayed steps are not recorded twice.
+class ReplayFilter:
+    """Drops metrics that the journal already holds, so that replayed steps are not recorded twice.
 
-    A stage's points come in the order of their steps: whatever is at or below the highest step of its key is a
-    replay, and since a resumed run is the uninterrupted run (C4) the first point stands; after a rewind, what follows
-    is another run's. Points of the campaign (evaluations of any checkpoint, in any order) are replays only when step
-    and value are the same.
+    The points of a stage arrive in the order of their steps. A point at or below the highest step of its key is a
+    replay, and since a resumed run equals the uninterrupted run (C4), the first point counts; a rewind lowers the
+    highest step. Points outside stages (evaluations of any checkpoint, in any order) are replays only if step and value
+    are equal.
     """
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[int, str], int] = {}
-        self._campaign: set[tuple[str, int, float | str]] = set()
+        self._last_steps: dict[tuple[int, str], int] = {}
+        self._outside_stages: set[tuple[str, int, float | str]] = set()
 
     def observe(self, record: Record) -> None:
+        """Update the state from a journal record."""
+        stage = record["stage"]
         if record["kind"] == "metrics":
-            self.fresh(record["stage"], record["step"], record["values"])
+            self.keep_new(stage, record["step"], record["values"])
         elif record["kind"] == "rewind":
-            self.rewind(record["stage"], record["step"])
+            steps = self._last_steps.items()
+            self._last_steps = {key: min(last, record["step"]) if key[0] == stage else last for key, last in steps}
 
-    def rewind(self, stage: int, step: int) -> None:
-        """Forget the points of a stage beyond `step`: they will be recorded anew, with other values."""
-        self._steps = {key: min(last, step) if key[0] == stage else last for key, last in self._steps.items()}
-
-    def fresh(self, stage: int | None, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """The values not yet recorded, which now count as recorded."""
+    def keep_new(self, stage: int | None, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values that are not replays, and count them as recorded."""
         if stage is None:
-            points = {(key, step, value) for key, value in values.items()} - self._campaign
-            self._campaign |= points
+            points = {(key, step, value) for key, value in values.items()} - self._outside_stages
+            self._outside_stages |= points
             return {key: value for key, value in values.items() if (key, step, value) in points}
-        fresh = {key: value for key, value in values.items() if step > self._steps.get((stage, key), -1)}
-        self._steps.update(dict.fromkeys(((stage, key) for key in fresh), step))
-        return fresh
+        new = {key: value for key, value in values.items() if step > self._last_steps.get((stage, key), -1)}
+        self._last_steps.update(dict.fromkeys(((stage, key) for key in new), step))
+        return new
 
-    def of_stage(self, stage: int) -> int:
-        """The highest step recorded of a stage; -1 when there is none."""
-        return max((step for (index, _), step in self._steps.items() if index == stage), default=-1)
+    def last_step(self, stage: int) -> int:
+        """Return the highest recorded step of a stage, or -1."""
+        return max((step for (index, _), step in self._last_steps.items() if index == stage), default=-1)

@@ -1,114 +1,123 @@
-"""The weights that a run keeps, as MLflow's LoggedModels: checkpoints and hand-overs, with their step and results.
+"""A run's weights in MLflow: checkpoints and final weights as LoggedModels, and exports in the model registry.
 
-The files stay where they are; what is logged says where that is (`mome.url`), what they are and how they did, so that
-`search_logged_models` ranks checkpoints. A model that a later run starts from is an input of that run.
+`LoggedModels` logs only the weights' URL (`mome.url`), step and results, so that `search_logged_models` ranks
+checkpoints; the files stay in the run's storage. `register` stores a model that
+`mlflow.pyfunc.load_model("models:/NAME@ALIAS")` loads by itself: weights, the code that reads them and the name of the
+loader module, without pickle and without this repository on the serving machine.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.tracking.journal import HAND_OVER, Journal
-from pipeline.tracking.mlflow_client import ask
-from pipeline.tracking.records import Record
+from pipeline.config.errors import TrackingError
+from pipeline.config.redaction import redact
+from pipeline.tracking.journal import FINAL_WEIGHTS, Journal, Record
+from pipeline.tracking.locations import resolve_uri
+from pipeline.tracking.mlflow_server import connect, experiment_id, request
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.models import ModelSignature
 
-IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's own name for a model whose files it does not hold
-_NOT_IN_NAMES = re.compile(r"[/:.%\"']")
-_A_PAGE = 100
+IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's tag of models whose files it does not store
+VECTORS = ("image_embedding", "text_embedding")
+_INVALID_IN_NAMES = re.compile(r"[/:.%\"']")
+_PAGE_SIZE = 100
 
 
 class LoggedModels:
-    """Those of one campaign on one server."""
+    """The LoggedModels of one run on one server. A model from which a later run starts becomes that run's input."""
 
-    def __init__(self, client: MlflowClient, experiment: str, campaign: Record, journal: Journal):
+    def __init__(self, client: MlflowClient, experiment: str, run_record: Record, journal: Journal):
         self._client, self._experiment = client, experiment
-        self._run, self._name, self._journal = campaign["run"], campaign.get("name", "run"), journal
+        self._run, self._name, self._journal = run_record["run"], run_record.get("name", "run"), journal
         self._by_url: dict[str, str] | None = None
         self._by_step: dict[int, str] = {}
-        self._pending: set[str] = set()  # ids of models that were created and not yet declared to be whole
-        self._gone: set[str] | None = None
+        self._pending: set[str] = set()  # ids of models that were created but not finalized
+        self._deleted: set[str] | None = None
 
     def log(self, record: Record, run_id: str, stage: str) -> str | None:
-        """Log weights, unless they are; returns the model's id, or None for weights that are no longer kept."""
+        """Log weights once; return the model's id, or None for weights that have been deleted since."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        url, step = record["url"], record["step"]
-        if url in self._removed():
+        if self._deleted is None:  # read once: logging a model only to delete it later is avoided
+            self._deleted = {entry["url"] for entry in self._journal.all_records() if entry["kind"] == "model_gone"}
+        url, step, role = record["url"], record["step"], record["role"]
+        if url in self._deleted:
             return None
-        model_id = self._known().get(url)
+        model_id = self._ids().get(url)
         if model_id is None:
-            name = _NOT_IN_NAMES.sub("-", f"{self._name}-{stage}-{step:08d}")
-            tags = {"mome.run": self._run, "mome.url": url, "mome.step": str(step), "mome.role": record["role"]}
-            about = {"stage": stage, "step": str(step), "role": record["role"]}
+            name = _INVALID_IN_NAMES.sub("-", f"{self._name}-{stage}-{step:08d}")
+            tags = {"mome.run": self._run, "mome.url": url, "mome.step": str(step), "mome.role": role}
+            params = {"stage": stage, "step": str(step), "role": role}
             create = self._client.create_logged_model
-            model = ask(create, self._experiment, name, run_id, tags | {IS_EXTERNAL: "true"}, about, "weights")
+            model = request(create, self._experiment, name, run_id, tags | {IS_EXTERNAL: "true"}, params, "weights")
             model_id = self._remember(model)
         if model_id in self._pending:
-            ask(self._client.finalize_logged_model, model_id, LoggedModelStatus.READY)
+            request(self._client.finalize_logged_model, model_id, LoggedModelStatus.READY)
             self._pending.discard(model_id)
-        if record["role"] == HAND_OVER:  # an output cannot be taken back, so checkpoints are none
-            outputs = ask(self._client.get_run, run_id).outputs
-            if model_id not in {each.model_id for each in (outputs.model_outputs if outputs else ())}:
-                ask(self._client.log_outputs, run_id, [LoggedModelOutput(model_id, step)])
+        if role == FINAL_WEIGHTS:  # checkpoints are not logged as outputs, because outputs cannot be removed
+            outputs = request(self._client.get_run, run_id).outputs
+            if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+                request(self._client.log_outputs, run_id, [LoggedModelOutput(model_id, step)])
         return model_id
 
     def remove(self, url: str) -> None:
-        """The weights at `url` were deleted: the model is too, and stays in the journal and in the run's metrics."""
-        model_id = self._known().pop(url, None)
+        """Delete the model of deleted weights; the journal and the run's metrics still describe it."""
+        model_id = self._ids().pop(url, None)
         if model_id is not None:
             self._by_step = {step: other for step, other in self._by_step.items() if other != model_id}
-            ask(self._client.delete_logged_model, model_id)
+            request(self._client.delete_logged_model, model_id)
 
     def at_step(self, step: int) -> str | None:
-        """The weights of a global step, which an evaluation at that step is of."""
-        self._known()
+        """Return the id of the model of a global step, to which an evaluation at that step belongs."""
+        self._ids()
         return self._by_step.get(step)
 
     def start_from(self, url: str, run_id: str) -> str | None:
-        """Make the weights at `url` an input of a run; returns the run that made them, where this server knows it."""
+        """Make the weights at `url` an input of a run; return the run that made them, if this server knows it."""
         from mlflow.entities import LoggedModelInput
 
-        model = self._at(url)
+        model = self._find(url)
         if model is None:
             return None
-        inputs = ask(self._client.get_run, run_id).inputs
-        if model.model_id not in {each.model_id for each in (inputs.model_inputs if inputs else ())}:
-            ask(self._client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])
+        inputs = request(self._client.get_run, run_id).inputs
+        if model.model_id not in {entry.model_id for entry in (inputs.model_inputs if inputs else ())}:
+            request(self._client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])
         return model.source_run_id
 
-    def _at(self, url: str) -> LoggedModel | None:
-        """This campaign's, or another's in any experiment."""
-        own = self._known().get(url)
-        if own is not None:
-            return ask(self._client.get_logged_model, own)
-        everywhere = [each.experiment_id for each in ask(self._client.search_experiments)]
-        asked = f"tags.`mome.url` = '{url}'"
-        found = ask(self._client.search_logged_models, everywhere, asked, max_results=1) if "'" not in url else []
-        return found[0] if found else None
+    def _find(self, url: str) -> LoggedModel | None:
+        """Return the model of this run, or else of any run in any experiment, whose weights are at `url`."""
+        if (own := self._ids().get(url)) is not None:
+            return request(self._client.get_logged_model, own)
+        if "'" in url:  # cannot be quoted in a filter
+            return None
+        experiments = [experiment.experiment_id for experiment in request(self._client.search_experiments)]
+        condition = f"tags.`mome.url` = '{url}'"
+        models = request(self._client.search_logged_models, experiments, condition, max_results=1)
+        return models[0] if models else None
 
-    def _known(self) -> dict[str, str]:
-        """URL -> id, asked once."""
+    def _ids(self) -> dict[str, str]:
+        """Return URL -> model id, requested from the server once."""
         if self._by_url is None:
             self._by_url = {}
-            for model in self._all():
-                self._remember(model)
+            condition, token = f"tags.`mome.run` = '{self._run}'", None
+            while True:
+                search = self._client.search_logged_models
+                page = request(search, [self._experiment], condition, max_results=_PAGE_SIZE, page_token=token)
+                for model in page:
+                    if "mome.url" in model.tags:
+                        self._remember(model)
+                token = page.token
+                if not token:
+                    break
         return self._by_url
-
-    def _all(self) -> Iterator[LoggedModel]:
-        asked, token = f"tags.`mome.run` = '{self._run}'", None
-        while True:
-            search = self._client.search_logged_models
-            page = ask(search, [self._experiment], asked, max_results=_A_PAGE, page_token=token)
-            yield from (model for model in page if "mome.url" in model.tags)
-            token = page.token
-            if not token:
-                return
 
     def _remember(self, model: LoggedModel) -> str:
         from mlflow.entities import LoggedModelStatus
@@ -119,8 +128,114 @@ class LoggedModels:
             self._pending.add(model.model_id)
         return model.model_id
 
-    def _removed(self) -> set[str]:
-        """What the journal, read once, says is gone: replaying it then makes no model to delete it again."""
-        if self._gone is None:
-            self._gone = {record["url"] for record in self._journal.all_records() if record["kind"] == "model_gone"}
-        return self._gone
+
+@dataclass(frozen=True)
+class Export:
+    """A model to register: a folder, the module whose `_load_pyfunc` reads it, and metadata."""
+
+    folder: Path
+    loader: str  # a module of `code`
+    code: Sequence[Path]  # packages that are copied into the model
+    requirements: Sequence[str]
+    outputs: Sequence[str]  # columns of a prediction
+    example: Mapping[str, Any]  # a request of one row
+    step: int
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    run: str | None  # value of the tag `mome.run` of the run that made it
+    stage_index: int
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in MLflow's model registry."""
+
+    name: str
+    version: int
+    alias: str | None
+    model_id: str
+    run_id: str | None  # MLflow run of the stage that made it, if the server knows it
+    uri: str  # for `mlflow.pyfunc.load_model`
+
+
+def register(uri: str, experiment: str, name: str, alias: str | None, export: Export) -> Registered:
+    """Log `export` as a model of the stage that made it, register it as the next version of `name`, set the alias.
+
+    Raises TrackingError with the server's error.
+    """
+    uri = resolve_uri(uri)
+    client = connect(uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        return _register(client, uri, experiment, name, alias, export)
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: the server did not register {name}: {error}. Check its "
+            "address, and the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        ) from error
+
+
+def _register(
+    client: MlflowClient, uri: str, experiment: str, name: str, alias: str | None, export: Export
+) -> Registered:
+    import mlflow
+    import pandas as pd
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    run_id, experiment = _stage_run(client, export) or (None, experiment_id(client, uri, experiment))
+    tags = dict(export.tags)
+    model = client.create_logged_model(experiment, name, run_id, tags, dict(export.params), model_type="export")
+    mlflow.pyfunc.log_model(
+        model_id=model.model_id,
+        loader_module=export.loader,
+        data_path=str(export.folder),
+        code_paths=[str(package) for package in export.code],
+        pip_requirements=list(export.requirements),
+        signature=signature(export.outputs),
+        input_example=pd.DataFrame([dict(export.example)]),
+    )
+    if run_id is not None:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=export.step)])
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"models:/{model.model_id}"
+    version = int(client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version)
+    if alias is not None:
+        client.set_registered_model_alias(name, alias, str(version))
+    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
+    return Registered(name, version, alias, model.model_id, run_id, address)
+
+
+def signature(outputs: Sequence[str]) -> ModelSignature:
+    """Return the signature: per row an encoded image, a text, or both; one column per output."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    inputs: list[ColSpec | TensorSpec] = [
+        ColSpec(DataType.binary, "image", required=False),
+        ColSpec(DataType.string, "text", required=False),
+    ]
+    columns: list[ColSpec | TensorSpec] = [
+        ColSpec(Array(DataType.double) if name in VECTORS else DataType.double, name, required=False)
+        for name in outputs
+    ]
+    matching = ParamSchema([ParamSpec("matching", DataType.boolean, True)])
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching)
+
+
+def _stage_run(client: MlflowClient, export: Export) -> tuple[str, str] | None:
+    """Return (run id, experiment id) of the stage that made the export; None if the server does not know it."""
+    if export.run is None:
+        return None
+    condition = f"tags.`mome.run` = '{export.run}' and tags.stage_index = '{export.stage_index}'"
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, filter_string=condition, max_results=1)
+    return (runs[0].info.run_id, runs[0].info.experiment_id) if runs else None

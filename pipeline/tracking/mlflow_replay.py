@@ -1,9 +1,9 @@
-"""Replays a run's journal into MLflow: one parent run a campaign, one child a stage, every point exactly once.
+"""Upload of a run's journal to MLflow: one parent run, one child run per stage, every point exactly once.
 
-Replaying is idempotent, so that a lost cursor or an answer that never arrived costs only time: runs are found by
-tags that are set in the same request that creates them, params and tags say the same again, and MLflow's SQL store
-drops points it has with the same key, step, value and timestamp. Only points that were journaled anew, after the
-journal of their first recording was lost, have another timestamp; they are compared with what the server holds.
+The upload is idempotent, so that a lost cursor or response costs only time. Runs are found by tags that are set in the
+request that creates them, repeated params and tags have the same values, and MLflow's SQL store drops points that it
+has with the same key, step, value and timestamp. Points that were recorded again, after the journal with their first
+recording was lost, have other timestamps; they are compared with the steps that the server holds.
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ from typing_extensions import TypedDict
 
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
-from pipeline.tracking.journal import EVALUATION, Journal, complete_length
-from pipeline.tracking.liveness import InUse, Lease
-from pipeline.tracking.mlflow_client import Outage, Refused, RunGone, ask, connect, experiment_id, prepare_client
+from pipeline.tracking.journal import EVALUATION, Journal, Record, complete_length
+from pipeline.tracking.lease import InUse, Lease
 from pipeline.tracking.mlflow_models import LoggedModels
-from pipeline.tracking.records import Record
+from pipeline.tracking.mlflow_server import (
+    RequestRejected,
+    RunNotFound,
+    ServerUnavailable,
+    connect,
+    experiment_id,
+    prepare_client,
+    request,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-POINTS_A_BATCH, PAIRS_A_BATCH = 1000, 100  # MLflow's limits
-LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36
+MAX_BATCH_POINTS, MAX_BATCH_PAIRS = 1000, 100  # MLflow's limits
+MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters
 
 
 class _State(TypedDict):
@@ -48,20 +55,20 @@ _STATE = TypeAdapter(_State)
 
 
 class Cursor:
-    """How far each session was shipped to one server. Losing it only means that records are sent again."""
+    """Position up to which each session was uploaded to one server. If it is lost, records are sent again."""
 
     def __init__(self, folder: Path, uri: str):
         self._path = folder / f"cursor-{hashlib.sha256(redact(uri).encode()).hexdigest()[:8]}.json"
         self.offsets: dict[str, int] = {}
-        self.marks: dict[str, dict[str, int]] = {}  # stage index -> key -> the step up to which the server had points
-        self.run, self.experiment = "", ""  # MLflow's ids of the campaign's run there
-        with contextlib.suppress(OSError, ValueError):  # a ValidationError is one
+        self.marks: dict[str, dict[str, int]] = {}  # stage index -> key -> last step that the server already had
+        self.run, self.experiment = "", ""  # MLflow's ids of the parent run and its experiment
+        with contextlib.suppress(OSError, ValueError):  # includes ValidationError
             state = _STATE.validate_json(self._path.read_bytes())
             self.offsets, self.marks = state["offsets"], state["marks"]
             self.run, self.experiment = state.get("run", ""), state.get("experiment", "")
 
     def offset(self, journal: Journal, session: str) -> int:
-        """Return the byte from which a session is still to be shipped: all of it, when what is known cannot be true."""
+        """Return the byte from which to continue a session; 0 if the stored offset is not the end of a record."""
         offset = self.offsets.get(session, 0)
         if offset == 0:
             return 0
@@ -78,26 +85,24 @@ class Cursor:
         self.save()
 
 
-def shipped_to(folder: Path, uri: str) -> tuple[str, str] | None:
-    """Return MLflow's ids (run, experiment) of a journal's campaign at `uri`; None where this machine knows none."""
+def uploaded_run(folder: Path, uri: str) -> tuple[str, str] | None:
+    """Return MLflow's ids (run, experiment) of a journal's run at `uri`; None if this machine did not upload it."""
     cursor = Cursor(folder, uri)
-    known = re.fullmatch(r"[0-9a-f]{32}", cursor.run) and re.fullmatch(r"\d{1,32}", cursor.experiment)
-    return (cursor.run, cursor.experiment) if known else None
+    is_valid = re.fullmatch(r"[0-9a-f]{32}", cursor.run) and re.fullmatch(r"\d{1,32}", cursor.experiment)
+    return (cursor.run, cursor.experiment) if is_valid else None
 
 
-def num_pending(folder: Path, uri: str) -> int:
-    """Bytes of the journal that were not shipped to `uri`."""
+def pending_bytes(folder: Path, uri: str) -> int:
+    """Return the number of bytes of the journal that were not uploaded to `uri`."""
     journal, cursor = Journal(folder), Cursor(folder, uri)
-    return sum(
-        complete_length(journal.path(session)) - cursor.offset(journal, session) for session in journal.sessions()
-    )
+    return sum(complete_length(journal.path(name)) - cursor.offset(journal, name) for name in journal.sessions())
 
 
 @contextlib.contextmanager
-def shipping_alone(folder: Path) -> Iterator[bool]:
-    """Yields whether this process is the only one that ships this journal."""
+def exclusive_upload(folder: Path) -> Iterator[bool]:
+    """Yield True while this process holds the journal's upload lock, False if another process does."""
     try:
-        lease = Lease(folder / "shipper.lock")
+        lease = Lease(folder / "uploader.lock")
     except InUse:
         yield False
         return
@@ -107,49 +112,46 @@ def shipping_alone(folder: Path) -> Iterator[bool]:
         lease.release()
 
 
-class MlflowShipper:
-    """Ships one journal to one MLflow server."""
+class MlflowUploader:
+    """Uploads one journal to one MLflow server. `report` receives messages for the user."""
 
-    def __init__(self, folder: Path, uri: str, say: Callable[[str], None]):
+    def __init__(self, folder: Path, uri: str, report: Callable[[str], None]):
         prepare_client()
         self._journal = Journal(folder)
         self._uri = uri
-        self._say = say
+        self._report = report
         self._cursor = Cursor(folder, uri)
         self._client: MlflowClient | None = None
         self._experiment = ""
-        self._runs: dict[int | None, str] = {}  # stage index, or None for the parent -> run id
+        self._runs: dict[int | None, str] = {}  # stage index (None: the parent) -> MLflow run id
         self._logged_models: LoggedModels | None = None
         self._points: list[Metric] = []
         self._points_run = ""
         self.num_points = 0
 
-    def ship(self) -> None:
-        """Ship everything beyond the cursor, in order. Raises Outage; what was shipped until then stays shipped."""
+    def upload(self) -> None:
+        """Upload everything beyond the cursor, in order. Raises ServerUnavailable; the cursor keeps the progress."""
         try:
-            self._ship_or_begin_again()
-        except (Refused, RunGone) as error:  # such as a deleted experiment: its owner can mend that
-            raise Outage(str(error)) from error
+            try:
+                self._upload_records()
+            except RunNotFound:  # permanently deleted, or another database: upload the whole journal again
+                self._client = self._logged_models = None
+                self._runs = {}
+                self._cursor.reset()
+                self._upload_records()
+        except (RequestRejected, RunNotFound) as error:  # such as a deleted experiment, which can be restored
+            raise ServerUnavailable(str(error)) from error
         except OSError as error:
-            raise Outage(describe_error(error)) from error
+            raise ServerUnavailable(describe_error(error)) from error
 
-    def _ship_or_begin_again(self) -> None:
-        try:
-            self._ship()
-        except RunGone:  # removed for good, or another database: the whole journal is due
-            self._client = self._logged_models = None
-            self._runs = {}
-            self._cursor.reset()
-            self._ship()
-
-    def _ship(self) -> None:
+    def _upload_records(self) -> None:
         self._points = []
         for session in self._journal.sessions():
-            shipped = self._cursor.offset(self._journal, session)
-            for offset, record in self._journal.records(session, shipped):
+            start = self._cursor.offset(self._journal, session)
+            for offset, record in self._journal.records(session, start):
                 if record["kind"] == "metrics":
-                    self._collect(record)
-                    if len(self._points) < POINTS_A_BATCH:
+                    self._collect_points(record)
+                    if len(self._points) < MAX_BATCH_POINTS:
                         continue
                     self._send_points()
                 else:
@@ -165,214 +167,207 @@ class MlflowShipper:
         self._cursor.run, self._cursor.experiment = self._runs.get(None, self._cursor.run), self._experiment
         self._cursor.save()
 
-    def _collect(self, record: Record) -> None:
+    def _collect_points(self, record: Record) -> None:
         from mlflow.entities import Metric
 
-        run = self._run_of(record["stage"])
+        run = self._run_id(record["stage"])
         if run != self._points_run:
             self._send_points()
             self._points_run = run
-        held = self._cursor.marks.get(str(record["stage"]), {})
+        marks = self._cursor.marks.get(str(record["stage"]), {})
         for key, value in record["values"].items():
-            if record["step"] > held.get(key, -1):
-                of = self._models.at_step(record["step"]) if key.startswith(EVALUATION) else None
-                self._points.append(Metric(key, float(value), record["at"], record["step"], model_id=of))
+            if record["step"] > marks.get(key, -1):
+                model_id = self._models.at_step(record["step"]) if key.startswith(EVALUATION) else None
+                self._points.append(Metric(key, float(value), record["at"], record["step"], model_id=model_id))
 
     def _send_points(self) -> None:
         points, self._points = self._points, []
-        for start in range(0, len(points), POINTS_A_BATCH):
-            batch = points[start : start + POINTS_A_BATCH]
+        for start in range(0, len(points), MAX_BATCH_POINTS):
+            batch = points[start : start + MAX_BATCH_POINTS]
             try:
-                ask(self._connected().log_batch, self._points_run, metrics=batch)
-            except Refused:  # one bad point must not take the others with it
-                self._stop_if_deleted()
+                request(self._connected().log_batch, self._points_run, metrics=batch)
+            except RequestRejected:  # send the points one by one, so that one invalid point does not lose the others
+                self._raise_if_deleted()
                 for point in batch:
-                    self._unless_refused(self._connected().log_batch, self._points_run, metrics=[point])
+                    self._send(self._connected().log_batch, self._points_run, metrics=[point])
             self.num_points += len(batch)
 
     def _apply(self, record: Record) -> None:
         kind, stage, client = record["kind"], record["stage"], self._connected()
-        if kind == "campaign":
-            self._begin_campaign(record)
+        if kind == "run":
+            parent = self._find_run(None) or self._create_run(record, {"mome.role": "run"})
+            self._log_params_and_tags(parent, record)
+            if record.get("server_has_more", False):
+                self._read_marks()
         elif kind == "stage":
             self._begin_stage(record)
         elif kind == "tag":
-            self._unless_refused(client.set_tag, self._run_of(stage), record["key"], record["value"][:LONGEST_TAG])
+            self._send(client.set_tag, self._run_id(stage), record["key"], record["value"][:MAX_TAG])
         elif kind == "rewind":
             marks = self._cursor.marks.get(str(stage), {})
             marks.update({key: min(step, record["step"]) for key, step in marks.items()})
         elif kind == "artifact":
-            folder = os.path.dirname(record["name"]) or None
             path = self._journal.file(record["file"])
             if path is None:
-                self._say(f"tracking: the artifact {record['name']} lies outside the journal and was left out")
+                self._report(f"tracking: skipped the artifact {record['name']}, whose file is not in the journal")
             elif path.exists():
-                self._unless_refused(client.log_artifact, self._run_of(stage), str(path), folder)
+                folder = os.path.dirname(record["name"]) or None
+                self._send(client.log_artifact, self._run_id(stage), str(path), folder)
             else:
-                self._say(f"tracking: the artifact {record['name']} is missing from {path} and was left out")
+                self._report(f"tracking: skipped the artifact {record['name']}, because {path} is missing")
         elif kind == "model":
-            with self._refusals_told():
+            with self._rejections_reported():
                 self._log_model(record)
         elif kind == "model_gone":
-            with self._refusals_told():
+            with self._rejections_reported():
                 self._models.remove(record["url"])
-        elif kind in ("stage_end", "campaign_end"):
-            run = self._run_of(stage)
-            self._unless_refused(client.set_terminated, run, record["status"], record["at"])
-
-    def _begin_campaign(self, record: Record) -> None:
-        parent = self._find(None) or self._create(record, {"mome.role": "campaign"})
-        self._describe(parent, record)
-        if record.get("server_has_more", False):
-            self._read_marks()
+        elif kind in ("stage_end", "run_end"):
+            self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 
     def _begin_stage(self, record: Record) -> None:
-        stage = record["stage"]
-        parent = self._run_of(None)
-        child = self._find(stage) or self._create(record, {"mome.role": "stage", "mlflow.parentRunId": parent})
+        stage, client, parent = record["stage"], self._connected(), self._run_id(None)
+        child = self._find_run(stage) or self._create_run(record, {"mome.role": "stage", "mlflow.parentRunId": parent})
         for run in (parent, child):
-            ask(self._connected().update_run, run, status="RUNNING")
-            self._add_datasets(run, record["datasets"])
-        self._describe(child, record)
+            request(client.update_run, run, status="RUNNING")
+            self._log_datasets(run, record["datasets"])
+        self._log_params_and_tags(child, record)
         origin = record["tags"].get("start_from")
         if origin not in (None, "random"):
-            with self._refusals_told():
-                made_by = self._models.start_from(origin, child)
-                if made_by is not None:
-                    ask(self._connected().set_tag, child, "start_from.run_id", made_by)
+            with self._rejections_reported():
+                origin_run = self._models.start_from(origin, child)
+                if origin_run is not None:
+                    request(client.set_tag, child, "start_from.run_id", origin_run)
 
     def _log_model(self, record: Record) -> None:
-        """Weights that are kept, with the points of their step, which the run has already at the same times."""
+        """Log saved weights together with the points of their step, which the run already has with the same times."""
         from mlflow.entities import Metric
 
-        run = self._run_of(record["stage"])
-        stage = ask(self._connected().get_run, run).data.tags.get("stage", str(record["stage"]))
+        run = self._run_id(record["stage"])
+        stage = request(self._connected().get_run, run).data.tags.get("stage", str(record["stage"]))
         model_id = self._models.log(record, run, stage)
         if model_id is None:
             return
-        for of in (record["stage"], None):
-            self._points_run = self._run_of(of)
+        for point_stage in (record["stage"], None):
+            self._points_run = self._run_id(point_stage)
             self._points = [
                 Metric(point["key"], float(point["value"]), point["at"], record["step"], model_id=model_id)
                 for point in record["points"]
-                if point["stage"] == of
+                if point["stage"] == point_stage
             ]
-            self.num_points -= len(self._points)  # they were counted when they were shipped
+            self.num_points -= len(self._points)  # already counted when the run's points were sent
             self._send_points()
 
-    def _describe(self, run: str, record: Record) -> None:
-        """Params and tags. A param that already has another value cannot change: it becomes a tag."""
+    def _log_params_and_tags(self, run: str, record: Record) -> None:
+        """Log params and tags. A param that already has another value is immutable and becomes a tag."""
         from mlflow.entities import Param, RunTag
 
-        held = ask(self._connected().get_run, run).data.params
-        params = {key: value[:LONGEST_PARAM] for key, value in record["params"].items()}
+        existing = request(self._connected().get_run, run).data.params
+        params = {key: value[:MAX_PARAM] for key, value in record["params"].items()}
         tags = dict(record["tags"])
-        tags |= {f"mome.changed.{key}": value for key, value in params.items() if held.get(key, value) != value}
-        new = [Param(key, value) for key, value in params.items() if key not in held]
-        pairs = [RunTag(key, str(value)[:LONGEST_TAG]) for key, value in tags.items()]
-        for start in range(0, len(new), PAIRS_A_BATCH):
-            self._unless_refused(self._connected().log_batch, run, params=new[start : start + PAIRS_A_BATCH])
-        for start in range(0, len(pairs), PAIRS_A_BATCH):
-            self._unless_refused(self._connected().log_batch, run, tags=pairs[start : start + PAIRS_A_BATCH])
+        tags |= {f"mome.changed.{key}": value for key, value in params.items() if existing.get(key, value) != value}
+        new = [Param(key, value) for key, value in params.items() if key not in existing]
+        pairs = [RunTag(key, str(value)[:MAX_TAG]) for key, value in tags.items()]
+        for start in range(0, len(new), MAX_BATCH_PAIRS):
+            self._send(self._connected().log_batch, run, params=new[start : start + MAX_BATCH_PAIRS])
+        for start in range(0, len(pairs), MAX_BATCH_PAIRS):
+            self._send(self._connected().log_batch, run, tags=pairs[start : start + MAX_BATCH_PAIRS])
 
-    def _add_datasets(self, run: str, datasets: list[dict[str, str]]) -> None:
+    def _log_datasets(self, run: str, datasets: list[dict[str, str]]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
         for item in datasets:
             kind = urlsplit(item["source"]).scheme or "local"
             source, profile = json.dumps({"uri": item["source"]}), json.dumps({"digest": item["digest"]})
-            dataset = Dataset(item["name"], item["digest"][:LONGEST_DIGEST], kind, source, profile=profile)
+            dataset = Dataset(item["name"], item["digest"][:MAX_DIGEST], kind, source, profile=profile)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])]))
         if inputs:
-            self._unless_refused(self._connected().log_inputs, run, inputs)
+            self._send(self._connected().log_inputs, run, inputs)
 
     def _read_marks(self) -> None:
-        """Ask which points the server has: those journaled from here on may have been shipped before the loss."""
-        for stage, run in self._children().items():
-            marks = self._cursor.marks.setdefault(str(stage), {})
-            for metric in ask(self._connected().get_run, run).data.to_proto().metrics:
+        """Read the last step of every metric on the server: points up to there may have been uploaded before."""
+        for run in self._search_runs("tags.`mome.role` = 'stage'"):
+            marks = self._cursor.marks.setdefault(str(int(run.data.tags["stage_index"])), {})
+            for metric in request(self._connected().get_run, run.info.run_id).data.to_proto().metrics:
                 marks[metric.key] = max(metric.step, marks.get(metric.key, -1))
 
-    def _run_of(self, stage: int | None) -> str:
-        run = self._runs.get(stage) or self._find(stage)
+    def _run_id(self, stage: int | None) -> str:
+        """Return the MLflow run id of a stage, or of the parent run for None. Raises RunNotFound."""
+        run = self._runs.get(stage) or self._find_run(stage)
         if run is None:
-            raise RunGone(f"the run of {'the campaign' if stage is None else f'stage {stage}'} is not there any more")
+            raise RunNotFound(f"the {'parent run' if stage is None else f'run of stage {stage}'} no longer exists")
         return run
 
-    def _find(self, stage: int | None) -> str | None:
-        which = "tags.`mome.role` = 'campaign'"
+    def _find_run(self, stage: int | None) -> str | None:
+        condition = "tags.`mome.role` = 'run'"
         if stage is not None:
-            which = f"tags.`mome.role` = 'stage' and tags.stage_index = '{stage}'"
-        runs = self._search(which)
+            condition = f"tags.`mome.role` = 'stage' and tags.stage_index = '{stage}'"
+        runs = self._search_runs(condition)
         if not runs:
-            self._stop_if_deleted(*self._search(which, deleted=True))
+            self._raise_if_deleted(*self._search_runs(condition, deleted=True))
             return None
         self._runs[stage] = runs[0].info.run_id
         return self._runs[stage]
 
-    def _children(self) -> dict[int, str]:
-        runs = self._search("tags.`mome.role` = 'stage'")
-        return {int(run.data.tags["stage_index"]): run.info.run_id for run in runs}
-
-    def _search(self, which: str, deleted: bool = False) -> list[Any]:
+    def _search_runs(self, condition: str, deleted: bool = False) -> list[Any]:
         from mlflow.entities import ViewType
 
         client, view = self._connected(), ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
-        text = f"tags.`mome.run` = '{self._campaign['run']}' and {which}"
-        return ask(client.search_runs, [self._experiment], text, view, order_by=["start_time ASC"])
+        text = f"tags.`mome.run` = '{self._run_record['run']}' and {condition}"
+        return request(client.search_runs, [self._experiment], text, view, order_by=["start_time ASC"])
 
-    def _create(self, record: Record, tags: dict[str, str]) -> str:
-        """Create a run together with the tags it is found by: an answer that is lost then creates no second one."""
-        tags = tags | {"mome.run": self._campaign["run"]}
+    def _create_run(self, record: Record, tags: dict[str, str]) -> str:
+        """Create a run with the tags by which it is found, so that a lost response does not create a second one."""
+        tags = tags | {"mome.run": self._run_record["run"]}
         if record["stage"] is not None:
             tags["stage_index"] = str(record["stage"])
         create = self._connected().create_run
-        run = ask(create, self._experiment, start_time=record["at"], tags=tags, run_name=record.get("name"))
+        run = request(create, self._experiment, start_time=record["at"], tags=tags, run_name=record.get("name"))
         self._runs[record["stage"]] = run.info.run_id
         return run.info.run_id
 
     @property
-    def _campaign(self) -> Record:
-        """The first campaign record: a run stays in the experiment it began in."""
-        return self._journal.campaigns()[0]
+    def _run_record(self) -> Record:
+        """The journal's first run record; a run stays in the experiment in which it started."""
+        return self._journal.run_records()[0]
 
     @property
     def _models(self) -> LoggedModels:
         if self._logged_models is None:
             client = self._connected()
-            self._logged_models = LoggedModels(client, self._experiment, self._campaign, self._journal)
+            self._logged_models = LoggedModels(client, self._experiment, self._run_record, self._journal)
         return self._logged_models
 
     def _connected(self) -> MlflowClient:
         if self._client is None:
-            self._client = ask(self._connect)
+            self._client = request(self._connect)
         return self._client
 
     def _connect(self) -> MlflowClient:
         client = connect(self._uri)
-        self._experiment = experiment_id(client, self._uri, self._campaign.get("experiment", "Default"))
+        self._experiment = experiment_id(client, self._uri, self._run_record.get("experiment", "Default"))
         return client
 
-    def _stop_if_deleted(self, *runs: Any) -> None:
-        """Raise Outage where a run or its experiment is deleted: both can be restored, and then take what is kept."""
+    def _raise_if_deleted(self, *runs: Any) -> None:
+        """Raise ServerUnavailable if a run or its experiment is deleted: once restored, it accepts the records."""
         client = self._connected()
-        known = runs or [ask(client.get_run, run) for run in self._runs.values()]
-        experiment = ask(client.get_experiment, self._experiment)
+        known = runs or [request(client.get_run, run) for run in self._runs.values()]
+        experiment = request(client.get_experiment, self._experiment)
         deleted = [f"its run {run.info.run_id}" for run in known if run.info.lifecycle_stage == "deleted"]
         if experiment.lifecycle_stage == "deleted":
             deleted = [f"its experiment {experiment.name}"]
         if deleted:
-            raise Outage(f"{deleted[0]} is deleted: restore it, or remove it for good with `mlflow gc`")
+            raise ServerUnavailable(f"{deleted[0]} is deleted: restore it, or remove it for good with `mlflow gc`")
 
-    def _unless_refused(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
-        with self._refusals_told():
-            ask(action, *args, **values)
+    def _send(self, action: Callable[..., object], *args: Any, **values: Any) -> None:
+        """Make a request; a rejection is reported instead of raised."""
+        with self._rejections_reported():
+            request(action, *args, **values)
 
     @contextlib.contextmanager
-    def _refusals_told(self) -> Iterator[None]:
+    def _rejections_reported(self) -> Iterator[None]:
         try:
             yield
-        except Refused as error:
-            self._stop_if_deleted()
-            self._say(f"tracking: {redact(self._uri)} refused a record, which stays in the journal only: {error}")
+        except RequestRejected as error:
+            self._raise_if_deleted()
+            self._report(f"tracking: {redact(self._uri)} rejected a record, which only the journal has: {error}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.results import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
-from pipeline.tracking.recorder import Recorder
+from pipeline.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def rank_metrics(reading: Reading) -> dict[str, float]:
 class Alerts:
     """One stage's alerts. Nothing here is asked by another rank."""
 
-    def __init__(self, stage: str, tracker: Recorder):
+    def __init__(self, stage: str, tracker: Tracker):
         self._stage, self._tracker = stage, tracker
         self._for: dict[str, int] = {}  # readings in a row that gave cause
         self._against: dict[str, int] = {}

@@ -15,8 +15,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.loading.loader import local_backend
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.recorder import Recorder, SilentTracker, Status
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import JournalTracker, Status, Tracker
 from pipeline.training.checkpoint import is_committed, stage_url
 from pipeline.training.collectives import Collectives
 from pipeline.training.ownership import Ownership, Start
@@ -83,7 +82,7 @@ def _take(config: RunConfig, storage: Storage, collectives: Collectives, claim: 
     return Ownership(storage, config.folder, claim, Start.parse(start))
 
 
-def _end(tracker: Recorder, status: Status) -> None:
+def _end(tracker: Tracker, status: Status) -> None:
     """Close the record. A run that ends before its time may have to be gone soon: its store is not waited for long."""
     tracker.finish(status)
     closing = threading.Thread(target=tracker.close, name="closing tracker", daemon=True)
@@ -104,11 +103,11 @@ def _run_stage(run: Run, index: int) -> None:
             spike = found.spike
 
 
-def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Recorder:
+def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Tracker:
     if collectives.rank != 0:
-        return SilentTracker()
+        return Tracker()
     tags = {
         "world_size": str(collectives.world_size),
         "zero_stage": str(config.engine.zero_stage),
     }
-    return Tracker.open(config, storage, tags)
+    return JournalTracker.open(config, storage, tags)

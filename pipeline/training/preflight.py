@@ -26,9 +26,8 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.loading.loader import Loader, local_backend
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.mlflow_check import try_writing
-from pipeline.tracking.places import experiment_of, tracking_uri
-from pipeline.tracking.server import check_server
+from pipeline.tracking.locations import experiment_name, tracking_uri
+from pipeline.tracking.mlflow_server import check_server, try_writing
 from pipeline.training.collectives import Collectives
 from pipeline.training.measure import peak_memory
 from pipeline.training.micro_batch import with_micro_batch
@@ -130,7 +129,7 @@ def _try_tracking(config: RunConfig, rank: int) -> str:
         return ""
     try:
         check_server(config.model_copy(update={"tracking": config.tracking.model_copy(update={"required": True})}))
-        return try_writing(tracking_uri(config), experiment_of(config))
+        return try_writing(tracking_uri(config), experiment_name(config))
     except MomeError as error:
         if config.tracking.required:
             raise

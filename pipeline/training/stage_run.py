@@ -21,7 +21,7 @@ from pipeline.data.loading.backends import BackendFactory
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
 from pipeline.data.storage.errors import NoSpace
-from pipeline.tracking.recorder import DatasetInput, Kept, Recorder
+from pipeline.tracking.tracker import DatasetInput, SavedWeights, Tracker
 from pipeline.training.alerts import Alerts
 from pipeline.training.checkpoint import (
     CheckpointStore,
@@ -58,7 +58,7 @@ class Run:
     storage: Storage
     tokenizer: Tokenizer
     collectives: Collectives
-    tracker: Recorder
+    tracker: Tracker
     report: Report
     loader_backend: BackendFactory
     supervisor: RankSupervisor
@@ -302,7 +302,9 @@ class StageRun:
             self.tracker.metrics(step, {"ckpt/write_s": seconds})
         if ended:
             names = [stage.name for stage in self.config.stages]
-            self.tracker.keeps([Kept(k.url, k.step, names.index(k.stage)) for k in self.checkpoints.kept() if k.stage])
+            self.tracker.log_checkpoints(
+                [SavedWeights(k.url, k.step, names.index(k.stage)) for k in self.checkpoints.kept() if k.stage]
+            )
 
     def _hand_over(self) -> None:
         self.checkpoints.wait()
@@ -312,7 +314,7 @@ class StageRun:
             self.ownership.check()
         self._write_quarantine(self.first + self.stage.steps, self._quarantined())
         url = stage_url(self.config, self.index)
-        self.tracker.hands_over(Kept(url, self.first + self.stage.steps, self.index))
+        self.tracker.log_final_weights(SavedWeights(url, self.first + self.stage.steps, self.index))
         self.tracker.end_stage("FINISHED")
         self.tracker.commit(self.first + self.stage.steps)
         if weights is not None:

@@ -187,10 +187,10 @@ def checkpoint_damaged(site: Site) -> Callable[[], bool]:
 
 
 def mlflow_killed(site: Site) -> Callable[[], bool]:
-    missed = site.told("takes no records")
+    missed = site.told("is unavailable")
     site.server.kill()
     time.sleep(AWAY)
-    site.wait_for(lambda: site.told("takes no records") > missed, "the server to be missed")
+    site.wait_for(lambda: site.told("is unavailable") > missed, "the server to be missed")
     site.server.start()
     return lambda: True
 

@@ -11,11 +11,11 @@ from mlflow import MlflowClient
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.mlflow_client import Outage
-from pipeline.tracking.mlflow_replay import MlflowShipper, num_pending
-from pipeline.tracking.places import journal_folder
-from pipeline.tracking.tracker import Tracker
-from tests.support.short_run import NoShipper
+from pipeline.tracking.locations import journal_folder
+from pipeline.tracking.mlflow_replay import MlflowUploader, pending_bytes
+from pipeline.tracking.mlflow_server import ServerUnavailable
+from pipeline.tracking.tracker import JournalTracker
+from tests.support.short_run import NoUploader
 from tests.support.tracked_run import checkpoint, config_of, record
 
 
@@ -26,18 +26,18 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def shipped_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.tracker.Shipper", NoShipper)
+    monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
 
 
-def ship(config: RunConfig, uri: str, said: Callable[[str], None] = print) -> MlflowShipper:
-    shipper = MlflowShipper(journal_folder(config.folder), uri, said)
-    shipper.ship()
-    return shipper
+def ship(config: RunConfig, uri: str, said: Callable[[str], None] = print) -> MlflowUploader:
+    uploader = MlflowUploader(journal_folder(config.folder), uri, said)
+    uploader.upload()
+    return uploader
 
 
 def run_ids(config: RunConfig, client: MlflowClient) -> list[str]:
     """The parent's, then the stages'."""
-    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).campaigns()}
+    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).run_records()}
     experiments = [each.experiment_id for each in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`mome.run` = '{run}'", order_by=["start_time ASC"])
     return [each.info.run_id for each in sorted(found, key=lambda each: each.data.tags["mome.role"])]
@@ -48,21 +48,21 @@ def losses(client: MlflowClient, run: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in sorted(points, key=lambda point: (point.timestamp, point.step))]
 
 
-@pytest.mark.parametrize("what", ["stage", "campaign", "experiment"])
-@pytest.mark.parametrize("fresh", [False, True], ids=["same shipper", "another process"])
+@pytest.mark.parametrize("what", ["stage", "run", "experiment"])
+@pytest.mark.parametrize("fresh", [False, True], ids=["same uploader", "another process"])
 def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     tmp_path: Path, uri: str, what: str, fresh: bool
 ) -> None:
     config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
-    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
+    tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(10))
-    shipper = ship(config, uri)
+    uploader = ship(config, uri)
     campaign, stage = run_ids(config, client)
     experiment = client.get_run(stage).info.experiment_id
     delete, restore = {
         "stage": (lambda: client.delete_run(stage), lambda: client.restore_run(stage)),
-        "campaign": (lambda: client.delete_run(campaign), lambda: client.restore_run(campaign)),
+        "run": (lambda: client.delete_run(campaign), lambda: client.restore_run(campaign)),
         "experiment": (lambda: client.delete_experiment(experiment), lambda: client.restore_experiment(experiment)),
     }[what]
 
@@ -73,10 +73,10 @@ def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     tracker.tag("after", "deletion")  # of the campaign
     said: list[str] = []
     for _ in range(2):
-        shipper = MlflowShipper(journal_folder(config.folder), uri, said.append) if fresh else shipper
-        with pytest.raises(Outage, match="is deleted: restore it"):
-            shipper.ship()
-    assert num_pending(journal_folder(config.folder), uri) > 0
+        uploader = MlflowUploader(journal_folder(config.folder), uri, said.append) if fresh else uploader
+        with pytest.raises(ServerUnavailable, match="is deleted: restore it"):
+            uploader.upload()
+    assert pending_bytes(journal_folder(config.folder), uri) > 0
     assert said == []
     restore()
     tracker.close()
@@ -85,19 +85,19 @@ def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     assert run_ids(config, client) == [campaign, stage], "no run was created a second time"
     assert losses(client, stage) == [(step, 1 / (step + 1)) for step in range(20)]
     assert client.get_run(campaign).data.tags["after"] == "deletion"
-    assert num_pending(journal_folder(config.folder), uri) == 0
+    assert pending_bytes(journal_folder(config.folder), uri) == 0
 
 
 def test_after_a_rollback_the_later_points_are_in_force_and_told_of_the_model(tmp_path: Path, uri: str) -> None:
     config = config_of(tmp_path, uri, "rollback")
-    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
+    tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(1, 11))
     for step in range(11, 31):
         tracker.metrics(step, {"train/loss": 50.0})
     tracker.rewind(10)
     for step in range(11, 31):
         tracker.metrics(step, {"train/loss": 2.0})
-    tracker.keeps([checkpoint(config, 20)])
+    tracker.log_checkpoints([checkpoint(config, 20)])
     tracker.close()
     ship(config, uri)
 
@@ -113,13 +113,13 @@ def test_after_a_rollback_the_later_points_are_in_force_and_told_of_the_model(tm
 def test_a_node_lost_after_a_rollback_ships_the_new_points_over_the_old_marks(tmp_path: Path, uri: str) -> None:
     """The server has the void points; the journal that is left asks it what it has, then goes back below that."""
     config = config_of(tmp_path, uri, "marks")
-    tracker, client = Tracker.open(config, Storage()), MlflowClient(uri)
+    tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(1, 31))
     ship(config, uri)
     journal = Journal(journal_folder(config.folder))
     journal.restored()  # as after a node was lost: the server may have more than this journal
     tracker.close()
-    again = Tracker.open(config, Storage())
+    again = JournalTracker.open(config, Storage())
     again.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
     again.rewind(10)
     for step in range(11, 31):
@@ -135,7 +135,7 @@ def test_what_an_evaluation_opened_is_ended(tmp_path: Path, uri: str) -> None:
     """Weights that were imported have no run that trains: nobody else would end what their evaluation began."""
     config, client = config_of(tmp_path, uri, "imported"), MlflowClient(uri)
     for _ in range(2):
-        tracker = Tracker.open(config, Storage())
+        tracker = JournalTracker.open(config, Storage())
         tracker.metrics(0, {"eval/r1": 0.5})
         tracker.close()
         ship(config, uri)

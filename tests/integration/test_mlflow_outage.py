@@ -21,8 +21,8 @@ from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.places import journal_folder
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.locations import journal_folder
+from pipeline.tracking.tracker import JournalTracker
 from tests.support.mlflow_server import Server
 from tests.support.tracked_run import PHOTOS, checkpoint, config_of, record, weights
 
@@ -48,7 +48,7 @@ def rows(database: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
 
 def runs_of(database: Path, config: RunConfig) -> dict[str, tuple[str, str]]:
     """Of the parent and its children: name -> (MLflow's run id, status)."""
-    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).campaigns()}
+    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).run_records()}
     found = rows(
         database,
         "select name, runs.run_uuid, status from runs join tags on tags.run_uuid = runs.run_uuid "
@@ -78,15 +78,15 @@ def content(database: Path) -> list[list[tuple[Any, ...]]]:
 
 def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}")
-    first = Tracker.open(config, Storage(), {"attempt": "1"})
+    first = JournalTracker.open(config, Storage(), {"attempt": "1"})
     record(first, config, 0, range(0, 60))
     first.abandon()
-    second = Tracker.open(config, Storage(), {"attempt": "2"})
+    second = JournalTracker.open(config, Storage(), {"attempt": "2"})
     record(second, config, 0, range(40, 100))
     second.end_stage()
     record(second, config, 1, range(100, 130))
     second.abandon()
-    third = Tracker.open(config, Storage(), {"attempt": "3"})
+    third = JournalTracker.open(config, Storage(), {"attempt": "3"})
     record(third, config, 1, range(120, 200))
     third.artifact("report/index.html", b"<p>good</p>")
     third.end_stage()
@@ -117,7 +117,7 @@ def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_
 
 def test_shipping_again_without_the_cursor_changes_nothing(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}")
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     record(tracker, config, 0, range(1500))  # more than one batch
     tracker.metrics(1500, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     tracker.end_stage()
@@ -143,7 +143,7 @@ def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_ne
 ) -> None:
     config = config_of("memory://bucket/lost-node", f"sqlite:///{database}")
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "first-node"))
-    first = Tracker.open(config, Storage())
+    first = JournalTracker.open(config, Storage())
     record(first, config, 0, range(0, 60))
     first.commit(60)
     for step in range(60, 80):
@@ -154,7 +154,7 @@ def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_ne
     )  # as its shipper would have, a moment before the loss
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "second-node"))
-    second = Tracker.open(config, Storage())
+    second = JournalTracker.open(config, Storage())
     record(second, config, 0, range(60, 100))
     second.end_stage()
     second.finish()
@@ -172,13 +172,13 @@ def test_what_a_killed_trainer_journaled_is_shipped_and_no_process_stays(tmp_pat
         "import os, signal, sys, time\n"
         "from pipeline.config.schema import RunConfig\n"
         "from pipeline.data.storage import Storage\n"
-        "from pipeline.tracking.tracker import Tracker\n"
+        "from pipeline.tracking.tracker import JournalTracker\n"
         "config = RunConfig.model_validate_json(sys.stdin.read())\n"
-        "tracker = Tracker.open(config, Storage())\n"
+        "tracker = JournalTracker.open(config, Storage())\n"
         "tracker.begin_stage(0, config.stages[0], {}, [])\n"
         "for step in range(2000): tracker.metrics(step, {'train/loss': 1 / (step + 1)})\n"
-        "while tracker._shipper._process is None: time.sleep(0.01)\n"
-        "print(tracker._shipper._process.pid, flush=True)\n"
+        "while tracker._uploader._process is None: time.sleep(0.01)\n"
+        "print(tracker._uploader._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
 
@@ -206,7 +206,7 @@ def is_running(process: int) -> bool:
 
 def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, server.uri)
-    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
+    tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
     slowest = 0.0
 
@@ -242,13 +242,13 @@ def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path,
 
 def test_a_run_that_never_saw_its_server_is_shipped_later(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     record(tracker, config, 0, range(50))
     tracker.end_stage()
     tracker.finish()
     tracker.close(timeout=0)
 
-    with pytest.raises(TrackingError, match="takes no records"):
+    with pytest.raises(TrackingError, match="is unavailable"):
         sync(config.folder, caller=Caller.of(config))
     assert sync(config.folder, caller=Caller(tracking_uri=server.uri)).points == 100
 
@@ -273,19 +273,19 @@ def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_i
     tmp_path: Path, database: Path
 ) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}", name="kept.models")
-    first = Tracker.open(config, Storage())
+    first = JournalTracker.open(config, Storage())
     record(first, config, 0, range(1, 91))
-    first.keeps([checkpoint(config, 30), checkpoint(config, 60)])
+    first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
     first.metrics(60, {"eval/unseen/r1": 0.2})  # of a checkpoint that is there
     first.abandon()
-    second = Tracker.open(config, Storage())
+    second = JournalTracker.open(config, Storage())
     record(second, config, 0, range(61, 101))
     second.metrics(90, {"eval/unseen/r1": 0.5})  # of one that is written meanwhile
-    second.keeps([checkpoint(config, 60), checkpoint(config, 90)])
-    second.hands_over(weights(config, 0))
+    second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
+    second.log_final_weights(weights(config, 0))
     second.end_stage()
     record(second, config, 1, range(101, 201))
-    second.hands_over(weights(config, 1))
+    second.log_final_weights(weights(config, 1))
     second.end_stage()
     second.metrics(200, {"eval/unseen/r1": 0.75})  # of the last stage, after the run
     second.finish()

@@ -18,8 +18,8 @@ from jobs.caller import Caller
 from jobs.sync import sync
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.places import journal_folder
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.locations import journal_folder
+from pipeline.tracking.tracker import JournalTracker
 from tests.support.mlflow_server import ADMIN, PASSWORD, Server
 from tests.support.postgres import USER, Postgres
 from tests.support.stores import S3
@@ -81,7 +81,7 @@ def test_a_server_away_in_the_middle_of_a_run_has_every_point_once_and_in_order_
     server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
     server.start()
     config = config_of(tmp_path / "runs", server.uri)
-    tracker = Tracker.open(config, Storage(), {"world_size": "1"})
+    tracker = JournalTracker.open(config, Storage(), {"world_size": "1"})
     tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
     steps, slowest = 0, 0.0
 
@@ -99,12 +99,12 @@ def test_a_server_away_in_the_middle_of_a_run_has_every_point_once_and_in_order_
         train(1)
     server.kill()
     train(OUTAGE_SECONDS / 2)
-    tracker.keeps([checkpoint(config, 50)])
+    tracker.log_checkpoints([checkpoint(config, 50)])
     tracker.artifact("report.html", b"<p>recorded while the server was away</p>")
     train(OUTAGE_SECONDS / 2)
     server.start()
     train(2)
-    tracker.hands_over(weights(config, 0))
+    tracker.log_final_weights(weights(config, 0))
     tracker.end_stage()
     tracker.finish()
     tracker.close(timeout=120 + OUTAGE_SECONDS)
@@ -137,11 +137,11 @@ def test_a_server_with_a_login_takes_what_the_environment_says_and_nothing_witho
     server.start()
     config = config_of(tmp_path / "runs", server.uri)
     try:
-        tracker = Tracker.open(config, Storage())
+        tracker = JournalTracker.open(config, Storage())
         record(tracker, config, 0, range(50))
         tracker.finish()
         tracker.close(timeout=5)
-        assert journal_folder(config.folder).joinpath("shipper.log").exists()
+        assert journal_folder(config.folder).joinpath("uploader.log").exists()
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", ADMIN)
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
         client = MlflowClient(server.uri)

@@ -49,7 +49,7 @@ def _preflight(config: RunConfig) -> tuple[list[tuple[str, str]], str]:
 
 
 def test_every_stage_takes_a_step_and_nothing_is_left_behind(tmp_path):
-    from pipeline.tracking.mlflow_client import connect
+    from pipeline.tracking.mlflow_server import connect
 
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     client.search_experiments()  # makes the database

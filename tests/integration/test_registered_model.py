@@ -27,7 +27,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import to_published
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import JournalTracker
 from pipeline.training.checkpoint import Weights, load_weights
 from tests.support.pairs import picture
 
@@ -75,7 +75,7 @@ def track(weights: Weights) -> None:
     """The run that is said to have made the weights."""
     config = weights.config
     index = [stage.name for stage in config.stages].index(weights.stage)
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(index, config.stages[index], {}, [])
     tracker.finish()
     tracker.close(timeout=120)

@@ -80,7 +80,7 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
     assert len(run.losses()) == len(STAGES) * STEPS
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     experiments = [each.experiment_id for each in client.search_experiments()]
-    (parent,) = client.search_runs(experiments, filter_string="tags.`mome.role` = 'campaign'")
+    (parent,) = client.search_runs(experiments, filter_string="tags.`mome.role` = 'run'")
     assert parent.data.tags["ray.submission_id"] == job
 
     unpacked = [list(each.glob("runtime_resources/working_dir_files/*/jobs")) for each in cluster.sessions()]

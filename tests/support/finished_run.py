@@ -65,7 +65,7 @@ def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = 
         writer = Journal(folder / "journal").start_session()
         campaign = {"run": run, "name": recorded.name, "uri": recorded.tracking.uri or "sqlite:///none", "tags": {}}
         about = {"experiment": "e", "params": {}, "datasets": [], "server_has_more": False}
-        writer.append({"kind": "campaign", "at": 1, "stage": None, **campaign, **about})
+        writer.append({"kind": "run", "at": 1, "stage": None, **campaign, **about})
         begun = {"name": "pairs", "params": {}, "tags": {}, "datasets": []}
         writer.append({"kind": "stage", "at": 2, "stage": 0, **begun})
         writer.append({"kind": "metrics", "at": 3, "stage": 0, "step": 4, "values": {"train/loss": 2.0}})

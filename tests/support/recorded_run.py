@@ -16,7 +16,7 @@ from pipeline.data.quarantine import BadRecord
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal, JournalWriter
-from pipeline.tracking.recorder import DatasetInput
+from pipeline.tracking.tracker import DatasetInput
 from tests.support.bad_shards import Planted, plant
 
 START = 1_790_000_000_000  # milliseconds since 1970
@@ -117,7 +117,7 @@ def _record_journal(place: Path, planted: Planted) -> None:
         session.append("stage", stage, name=name, params={}, tags={"start_from": origin, **more}, datasets=[read])
 
     first = _Session(journal, START)
-    first.append("campaign", run="f00d", params={}, tags=tags, datasets=[])
+    first.append("run", run="f00d", params={}, tags=tags, datasets=[])
     begin(first, 0)
     first.steps(0, 1, STEPS)
     first.append("stage_end", 0, status="FINISHED")
@@ -127,18 +127,18 @@ def _record_journal(place: Path, planted: Planted) -> None:
     first.writer.close()
 
     second = _Session(journal, START + 100_000)
-    second.append("campaign", run="f00d", params={}, tags=tags, datasets=[])
+    second.append("run", run="f00d", params={}, tags=tags, datasets=[])
     begin(second, 1, resumed_at=str(RESUMED_AT))
     second.steps(1, RESUMED_AT + 3, 2 * STEPS)
     second.append("tag", 1, key="mome.alert.matching_collapsed", value=ALERT)
     second.append("tag", 1, key="mome.alert.starved", value="since step 18: the loader is slow: add workers")
     second.append("tag", 1, key="mome.alert.starved", value="over at step 19; since step 18: the loader is slow")
     second.append("stage_end", 1, status="FINISHED")
-    second.append("campaign_end", status="FINISHED")
+    second.append("run_end", status="FINISHED")
     second.writer.close()
 
     evaluation = _Session(journal, START + 200_000)
-    evaluation.append("campaign", run="f00d", params={}, tags={}, datasets=[])
+    evaluation.append("run", run="f00d", params={}, tags={}, datasets=[])
     for recall in (0.25, 0.5):
         values = {"eval/pairs/pairs": 64.0, "eval/pairs/i2t_r1": recall, "eval/pairs/t2i_r1": recall / 2}
         evaluation.append("metrics", step=2 * STEPS, values=values)

@@ -42,7 +42,7 @@ def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
     return load_config(DEMO, [f"{key}={json.dumps(value)}" for key, value in values.items()])
 
 
-class NoShipper:
+class NoUploader:
     """In the place of the tracker's: ships nothing, so that journals are all that is written."""
 
     def __init__(self, *_: Any) -> None: ...
@@ -55,7 +55,7 @@ def without_mlflow() -> None:
     """On this rank: journals are written, as always, and no process is started that would ship them."""
     from pipeline.tracking import tracker
 
-    tracker.Shipper = NoShipper  # type: ignore[misc, assignment]
+    tracker.Uploader = NoUploader  # type: ignore[misc, assignment]
 
 
 def train_short(folder: str, name: str = "run", **overrides: Any) -> None:

@@ -10,8 +10,7 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
-from pipeline.tracking.recorder import DatasetInput, Kept
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights
 from tests.support.train_process import STAGES, Campaign
 
 PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
@@ -29,7 +28,7 @@ def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
     return validate(values, "test")
 
 
-def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> None:
+def record(tracker: JournalTracker, config: RunConfig, stage: int, steps: range) -> None:
     """What the loop records of these steps of a stage."""
     tags = {"zero_stage": "1"} | ({"start_from": weights(config, stage - 1).url} if stage else {})
     tracker.begin_stage(stage, config.stages[stage], tags, [PHOTOS])
@@ -37,13 +36,13 @@ def record(tracker: Tracker, config: RunConfig, stage: int, steps: range) -> Non
         tracker.metrics(step, {"train/loss": 1 / (step + 1), "train/lr": step / 3})
 
 
-def weights(config: RunConfig, stage: int) -> Kept:
+def weights(config: RunConfig, stage: int) -> SavedWeights:
     """What a stage hands over."""
-    return Kept(f"{config.folder}/stages/{stage}-{config.stages[stage].name}", 100 * (stage + 1), stage)
+    return SavedWeights(f"{config.folder}/stages/{stage}-{config.stages[stage].name}", 100 * (stage + 1), stage)
 
 
-def checkpoint(config: RunConfig, step: int) -> Kept:
-    return Kept(f"{config.folder}/checkpoints/step-{step:08d}.abcd", step, (step - 1) // 100)
+def checkpoint(config: RunConfig, step: int) -> SavedWeights:
+    return SavedWeights(f"{config.folder}/checkpoints/step-{step:08d}.abcd", step, (step - 1) // 100)
 
 
 def assert_tracked_once(run: Campaign, folder: Path, attempts: int) -> None:
@@ -52,7 +51,7 @@ def assert_tracked_once(run: Campaign, folder: Path, attempts: int) -> None:
     (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "vlmo")
     digest = load_manifest(Storage(), f"{folder}/scenes").digest[:36]
     found = client.search_runs([experiment], filter_string=f"dataset.digest = '{digest}'")
-    (parent,) = (each for each in found if each.data.tags["mome.role"] == "campaign" and each.info.run_name == run.name)
+    (parent,) = (each for each in found if each.data.tags["mome.role"] == "run" and each.info.run_name == run.name)
     children = [each for each in found if each.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert sorted(each.info.run_name for each in children) == sorted(STAGES)
     assert {each.info.status for each in (parent, *children)} == {"FINISHED"}
@@ -65,6 +64,6 @@ def assert_tracked_once(run: Campaign, folder: Path, attempts: int) -> None:
         assert len(points) == len(expected)
         assert {point.step: point.value for point in points} == expected
     kept = client.search_logged_models([experiment], f"tags.`mome.run` = '{parent.data.tags['mome.run']}'")
-    handed_over = [model for model in kept if model.tags["mome.role"] == "hand_over"]
+    handed_over = [model for model in kept if model.tags["mome.role"] == "final_weights"]
     assert sorted(model.params["stage"] for model in handed_over) == sorted(STAGES)
     assert {m.tags["mome.url"] for m in kept if m not in handed_over} == set(run.checkpoints())

@@ -25,7 +25,7 @@ def test_a_call_within_its_time_gives_its_own_result_or_error() -> None:
 
 def test_a_call_that_takes_too_long_is_left_and_keeps_no_process_alive() -> None:
     over = threading.Event()
-    with pytest.raises(TimeoutError, match="no whole answer within 0 s"):
+    with pytest.raises(TimeoutError, match="no complete response within 0 s"):
         within(0.01, over.wait, "waits")
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "waits")
     over.set()

@@ -228,7 +228,7 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
 @pytest.mark.parametrize("answer", [drip, drip_headers])
 def test_an_answer_that_never_ends_is_given_up_on(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "LIST_SECONDS", 0.3)
-    with serving(answer) as server, pytest.raises(RunFailed, match="no whole answer"):
+    with serving(answer) as server, pytest.raises(RunFailed, match="no complete response"):
         open_dashboard(server.url)
 
 

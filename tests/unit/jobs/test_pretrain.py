@@ -14,7 +14,7 @@ from jobs.submit import for_cluster
 from pipeline.config.load import load_config
 from pipeline.config.stored import parse_config
 from pipeline.data.storage import Storage
-from pipeline.tracking.places import tracking_uri
+from pipeline.tracking.locations import tracking_uri
 from pipeline.training.ownership import Ownership
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"

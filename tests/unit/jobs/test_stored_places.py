@@ -21,7 +21,7 @@ from jobs.caller import URI_VARIABLE, Caller
 from jobs.cli import app
 from pipeline.config.errors import ConfigError, MomeError
 from pipeline.config.stored import check_stored_url, stored_config
-from pipeline.tracking.mlflow_model import Registered
+from pipeline.tracking.mlflow_models import Registered
 from tests.support.finished_run import config_of, contents, draw, write_run
 
 
@@ -139,7 +139,7 @@ def test_no_command_asks_or_opens_what_a_folder_names(
     assert registered == [f"sqlite:///{tmp_path}/mlflow.db"]
     assert sorted(path.name for path in Path(asked.guarded).iterdir()) == ["secret"]
     journal = b"".join(path.read_bytes() for path in Path(hostile, "journal").glob("*.jsonl"))
-    assert journal.count(b'"kind":"campaign"') == 1  # nothing was recorded
+    assert journal.count(b'"kind":"run"') == 1  # nothing was recorded
 
 
 def test_a_stored_config_keeps_no_server_no_secret_and_no_place(hostile: str, asked: Asked) -> None:
@@ -227,5 +227,5 @@ def test_results_go_beside_the_weights_that_were_given(original: Path, tmp_path:
     shown = CliRunner().invoke(app, ["compare", str(copy), str(original), "--json"])
     assert shown.exit_code == 0, shown.output
     assert CliRunner().invoke(app, ["report", str(copy)]).exit_code == 0
-    assert (copy / "campaign.html").exists()
+    assert (copy / "run_report.html").exists()
     assert contents(tmp_path / "runs") == before

@@ -8,8 +8,8 @@ import botocore.session
 import pytest
 
 from pipeline.data.storage import Storage, join
-from pipeline.reports.campaign import Campaign, gather
 from pipeline.reports.run_folder import RunFolder, open_run
+from pipeline.reports.run_report import RunReport, collect_report
 from pipeline.tracking.committed import CommittedJournal
 from pipeline.tracking.journal import Journal
 from tests.support.bad_shards import Planted
@@ -36,8 +36,8 @@ def run(runs: Path) -> RunFolder:
 
 
 @pytest.fixture(scope="session")
-def campaign(run: RunFolder) -> Campaign:
-    return gather(run, price=2.5)
+def campaign(run: RunFolder) -> RunReport:
+    return collect_report(run, price=2.5)
 
 
 @pytest.fixture

@@ -13,15 +13,14 @@ from pipeline.data.contents.images import decode
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.pages.page import thumbnail
-from pipeline.reports.campaign import Campaign, gather
-from pipeline.reports.campaign_page import WIDE, _stretches, _timeline, render_campaign
-from pipeline.reports.rejected import PICTURES, SIDE
+from pipeline.reports.bad_samples import PICTURES, SIDE
 from pipeline.reports.run_folder import RunFolder, open_run
+from pipeline.reports.run_report import WIDE, RunReport, _stretches, _timeline, collect_report, render_run_report
 from tests.support.bad_shards import Planted
 from tests.support.recorded_run import ALERT, RESUMED_AT, SECONDS, SPIKE, STEPS, bad_records, record_run
 
 
-def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) -> None:
+def test_what_happened_stands_in_its_order_with_its_steps(campaign: RunReport) -> None:
     told = [(event.kind, event.step) for event in campaign.events]
     assert told == [
         ("begun", None),
@@ -37,8 +36,8 @@ def test_what_happened_stands_in_its_order_with_its_steps(campaign: Campaign) ->
     assert "pairs/i2t_r1 0.25" in campaign.events[6].told
 
 
-def test_an_alert_stands_before_everything_else_with_what_to_do(campaign: Campaign) -> None:
-    page = render_campaign(campaign)
+def test_an_alert_stands_before_everything_else_with_what_to_do(campaign: RunReport) -> None:
+    page = render_run_report(campaign)
     told = [(alert.name, alert.stage, alert.is_over) for alert in campaign.alerts]
     assert told == [("matching_collapsed", "pairs", False), ("starved", "pairs", True)]
     assert page.index(ALERT) < page.index("<h2>")
@@ -46,7 +45,7 @@ def test_an_alert_stands_before_everything_else_with_what_to_do(campaign: Campai
 
 
 @pytest.mark.parametrize("in_seconds", [False, True])
-def test_every_point_is_drawn_and_no_line_crosses_a_restart(campaign: Campaign, in_seconds: bool) -> None:
+def test_every_point_is_drawn_and_no_line_crosses_a_restart(campaign: RunReport, in_seconds: bool) -> None:
     stretches = list(_stretches(campaign, "train/loss", in_seconds))
     assert [len(each.points) for each in stretches] == [STEPS, RESUMED_AT + 2 - STEPS, 2 * STEPS - RESUMED_AT - 2]
     drawn = _timeline(campaign, WIDE, in_seconds)
@@ -58,7 +57,7 @@ def test_every_point_is_drawn_and_no_line_crosses_a_restart(campaign: Campaign, 
     assert all(drawn.left <= x <= WIDE - drawn.right and loss.top <= y <= loss.bottom for x, y in spots)
 
 
-def test_time_and_cost_are_whole(campaign: Campaign) -> None:
+def test_time_and_cost_are_whole(campaign: RunReport) -> None:
     total = sum(SECONDS.values())
     assert {each.kind: each.seconds for each in campaign.time} == SECONDS
     assert sum(each.share for each in campaign.time) == pytest.approx(1)
@@ -70,12 +69,12 @@ def test_time_and_cost_are_whole(campaign: Campaign) -> None:
 
 def test_the_price_of_the_config_holds_where_none_is_given(planted: Planted, tmp_path: Path) -> None:
     record_run(tmp_path, planted, "priced", "cluster.price=3")
-    cost = gather(open_run(str(tmp_path / "priced"))).cost
+    cost = collect_report(open_run(str(tmp_path / "priced"))).cost
     assert cost is not None
     assert cost.price == 3
 
 
-def test_bad_samples_are_shown_where_they_decode_and_else_say_why(campaign: Campaign, planted: Planted) -> None:
+def test_bad_samples_are_shown_where_they_decode_and_else_say_why(campaign: RunReport, planted: Planted) -> None:
     quarantine = campaign.quarantine
     assert quarantine.total == len(bad_records(planted))
     assert sum(samples for _, _, _, samples, _ in quarantine.by_reason) == len(planted.expected)
@@ -100,13 +99,13 @@ def test_shards_that_are_gone_or_others_are_told(planted: Planted, tmp_path: Pat
     for file in moved.glob("00000.tar*"):
         file.unlink()
     index_shards(Storage(), str(moved))
-    changed = gather(open_run(str(tmp_path / "changed")))
+    changed = collect_report(open_run(str(tmp_path / "changed")))
     assert "others now" in changed.stages[1].sources[0].now
     shutil.rmtree(moved)
-    gone = gather(open_run(str(tmp_path / "changed")))
+    gone = collect_report(open_run(str(tmp_path / "changed")))
     assert "cannot be read now" in gone.stages[1].sources[0].now
     assert all("not read again" in each.why for each in gone.quarantine.samples)
-    assert "cannot be read now" in render_campaign(gone)
+    assert "cannot be read now" in render_run_report(gone)
 
 
 def test_a_run_that_never_started_has_a_page_too(planted: Planted, tmp_path: Path) -> None:
@@ -114,9 +113,9 @@ def test_a_run_that_never_started_has_a_page_too(planted: Planted, tmp_path: Pat
     for part in ("journal", "time.json", "restarts", "quarantine"):
         place = tmp_path / "waiting" / part
         shutil.rmtree(place) if place.is_dir() else place.unlink()
-    waiting = gather(open_run(str(tmp_path / "waiting")))
+    waiting = collect_report(open_run(str(tmp_path / "waiting")))
     assert (waiting.status, waiting.reached, waiting.cost) == ("NOT STARTED", 0, None)
-    assert "Nothing was recorded yet" in render_campaign(waiting)
+    assert "Nothing was recorded yet" in render_run_report(waiting)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
@@ -124,7 +123,7 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
         open_run(str(tmp_path))
 
 
-def test_stages_tell_what_they_read_and_where_they_began(campaign: Campaign) -> None:
+def test_stages_tell_what_they_read_and_where_they_began(campaign: RunReport) -> None:
     vision, pairs = campaign.stages
     assert (vision.start_from, pairs.start_from) == ("random", "stage vision")
     assert (vision.reached, pairs.reached) == (STEPS, STEPS)

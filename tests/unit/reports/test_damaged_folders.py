@@ -16,12 +16,10 @@ from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
 from pipeline.evaluation.report import ReportLink, render_report
 from pipeline.evaluation.report_data import headline, load_report_data, save_report_data
-from pipeline.reports.campaign import gather
-from pipeline.reports.campaign_page import render_campaign
-from pipeline.reports.comparison import compare
-from pipeline.reports.comparison_page import render_comparison
+from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import open_run
-from pipeline.tracking.places import run_of
+from pipeline.reports.run_report import collect_report, render_run_report
+from pipeline.tracking.locations import read_run_id
 from pipeline.training.checkpoint import load_weights, weights_info
 from tests.support.finished_run import config_of, draw, write_run
 from tests.support.full_report import fullest
@@ -78,7 +76,7 @@ def test_a_damaged_config_is_refused_in_our_words(run: Path) -> None:
     def source_type(data: bytes) -> None:
         file.write_bytes(data)
         opened = open_run(str(run))
-        render_campaign(gather(opened))
+        render_run_report(collect_report(opened))
 
     try:
         assert tried(whole, source_type, fuzz_rounds(120), 1) > 20
@@ -103,9 +101,9 @@ def test_other_damaged_files_of_a_run_are_left_out_or_refused(run: Path, name: s
     def source_type(data: bytes) -> None:
         file.write_bytes(data)
         opened = open_run(str(run))
-        render_campaign(gather(opened))
+        render_run_report(collect_report(opened))
         render_comparison(compare([opened, opened]))
-        run_of(opened.config, Storage())
+        read_run_id(opened.config, Storage())
 
     try:
         tried(json.dumps(whole).encode(), source_type, fuzz_rounds(40), 2)
@@ -135,7 +133,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
         if found:
             shown = headline(found)
             render_report(shown, config, {}, shown, [ReportLink.of(shown, "page.html")])
-            render_campaign(gather(open_run(str(run))))
+            render_run_report(collect_report(open_run(str(run))))
 
     try:
         assert tried(file.read_bytes(), source_type, fuzz_rounds(100), 3) == 0

@@ -14,11 +14,9 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation.explain import Condition, ExplainedWord, Explanation, Guess, explanation_html
 from pipeline.evaluation.report import render_report
 from pipeline.evaluation.report_data import load_report_data, save_report_data
-from pipeline.reports.campaign import Campaign, gather
-from pipeline.reports.campaign_page import render_campaign
-from pipeline.reports.comparison import compare
-from pipeline.reports.comparison_page import render_comparison
+from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import RunFolder, open_run
+from pipeline.reports.run_report import RunReport, collect_report, render_run_report
 from tests.support.bad_shards import Planted
 from tests.support.chromium import Browser, browser, installed
 from tests.support.full_report import fullest
@@ -26,17 +24,17 @@ from tests.support.recorded_run import record_run
 
 MOST_BYTES = 5_000_000
 TELEPHONE, DESK = 390, 1280
-KINDS = ["evaluation", "campaign", "comparison", "explanation"]
+KINDS = ["evaluation", "run", "comparison", "explanation"]
 
 
 @pytest.fixture(scope="module")
-def pages(campaign: Campaign, run: RunFolder, runs: Path) -> dict[str, str]:
+def pages(campaign: RunReport, run: RunFolder, runs: Path) -> dict[str, str]:
     """Each kind of page, as full as it can be."""
     shown, beside = fullest(), compare([run, open_run(str(runs / "other"))])
     curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
     return {
         "evaluation": render_report(shown, run.config, curves, against=replace(shown, digest="e" * 64)),
-        "campaign": render_campaign(replace(campaign, evaluations=[shown]), beside),
+        "run": render_run_report(replace(campaign, evaluations=[shown]), beside),
         "comparison": render_comparison(beside),
         "explanation": explanation_html(
             _explanation(), "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]
@@ -89,12 +87,12 @@ def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
         record_run(tmp_path, planted, name, f"sources.pairs.opt_out=http://user:{password}@server:5000")
     one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
     for page in (
-        render_campaign(gather(one)),
+        render_run_report(collect_report(one)),
         render_comparison(compare([one, two])),
         render_report(fullest(), one.config, {}),
     ):
         assert "secret" not in page
-    assert "server:5000" in render_campaign(gather(one))
+    assert "server:5000" in render_run_report(collect_report(one))
 
 
 def test_what_was_shown_is_read_back_as_it_was(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import ObjectInfo, Storage
-from pipeline.tracking import liveness
+from pipeline.tracking import lease
 from pipeline.tracking.committed import CommittedJournal, committed_segments
-from pipeline.tracking.journal import Journal, JournalWriter, parse_records, read_records
-from pipeline.tracking.records import encode
+from pipeline.tracking.journal import Journal, JournalWriter, encode, parse_records, read_records
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
 
@@ -209,7 +208,7 @@ def test_random_histories_of_nodes_restore_every_committed_point_once(tmp_path: 
 
 def _commits(storage: Storage, folder: Path, url: str) -> None:
     journal, committed = Journal(folder), CommittedJournal(storage, url)
-    with suppress(StorageError):  # as `Tracker.open`, which training then begins again
+    with suppress(StorageError):  # as `JournalTracker.open`, which training then begins again
         committed.restore(journal)
     writer = training(journal, 1, 3)
     for file in ("0123456789abcdef/a.html", "0123456789abcdee/b.html"):
@@ -217,7 +216,7 @@ def _commits(storage: Storage, folder: Path, url: str) -> None:
         (journal.folder / "files" / file).write_bytes(file.encode())
         writer.append(artifact(file))
         writer.append(point(4 if "a.html" in file else 5))
-        with suppress(StorageError):  # `Tracker.commit` warns
+        with suppress(StorageError):  # `JournalTracker.commit` warns
             committed.commit(journal)
     if isinstance(storage, FailingStorage):
         storage.heal()
@@ -314,7 +313,7 @@ def test_a_hostile_file_name_is_left_out_and_reported(
     assert not (folder / "files").exists()
     assert not any(b"a secret" in data for data in outward.values())
     assert steps(journal) == [1], "the rest of the journal is restored"
-    assert "left out" in caplog.text
+    assert "skipped" in caplog.text
 
 
 @pytest.mark.parametrize("link", ["file", "its folder", "files", "loop", "pipe"])
@@ -350,7 +349,7 @@ def test_a_link_out_of_the_journal_is_neither_read_nor_written(
 
     assert journal.file(NAME) is None
     assert not any("files" in name for name in store)
-    assert "outside" in caplog.text
+    assert "not a file of this journal" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -430,12 +429,12 @@ def test_without_file_locks_a_run_goes_on_and_a_heartbeat_tells_who_lives(
     (session,) = journal.sessions()
 
     assert "no file locks" in caplog.text
-    assert liveness.is_held(journal.path(session))
-    monkeypatch.setattr(liveness, "_held", set())  # as another process sees it
-    assert liveness.is_held_elsewhere(journal.path(session))
+    assert lease.is_held(journal.path(session))
+    monkeypatch.setattr(lease, "_held", set())  # as another process sees it
+    assert lease.is_held_elsewhere(journal.path(session))
     os.utime(journal.folder / f"{session}.jsonl.heartbeat", (1, 1))
-    assert not liveness.is_held_elsewhere(journal.path(session)), "its process has died"
+    assert not lease.is_held_elsewhere(journal.path(session)), "its process has died"
     writer.close()
-    assert not liveness.is_held(journal.path(session))
+    assert not lease.is_held(journal.path(session))
     assert steps(journal) == [1, 2, 3]
     assert not list(tmp_path.glob("*.heartbeat"))

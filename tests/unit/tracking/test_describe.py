@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
-from pipeline.tracking.describe import environment_tags, note_of_run, note_of_stage, recipe_hash, told_environment
+from pipeline.tracking.describe import environment_tags, job_environment, note_of_run, note_of_stage, recipe_hash
 
 
 def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None = None, **values: Any) -> RunConfig:
@@ -65,7 +65,7 @@ def test_a_run_is_summed_up_by_its_stages() -> None:
 
 
 def test_ranks_of_a_submitted_job_know_its_id_and_the_commit_that_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = told_environment("run-1a2b-2")
+    told = job_environment("run-1a2b-2")
     here = environment_tags()
     for name, value in told.items():
         monkeypatch.setenv(name, value)

@@ -15,10 +15,9 @@ import pytest
 
 from pipeline.data.storage import ObjectInfo
 from pipeline.tracking.committed import CommittedJournal
-from pipeline.tracking.journal import HighWater, Journal, JournalWriter, read_records
-from pipeline.tracking.records import encode, encode_number
+from pipeline.tracking.journal import Journal, JournalWriter, ReplayFilter, encode, encode_number, read_records
 
-END = encode({"kind": "campaign_end", "at": 1, "stage": None, "status": "FINISHED"})
+END = encode({"kind": "run_end", "at": 1, "stage": None, "status": "FINISHED"})
 REPORT = "0123456789abcdef/report.html"
 
 
@@ -109,7 +108,7 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCapt
     path = tmp_path / "000001-ab.jsonl"
     path.write_bytes(END + b"\x00\x00\x00\n" + END)
 
-    assert [record["kind"] for _, record in read_records(path)] == ["campaign_end", "damaged", "campaign_end"]
+    assert [record["kind"] for _, record in read_records(path)] == ["run_end", "damaged", "run_end"]
     assert "damaged" in caplog.text
 
 
@@ -149,24 +148,24 @@ def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, monkeypatch: 
 
 
 def test_replayed_steps_are_not_fresh_whatever_the_rhythm_of_the_replay() -> None:
-    seen = HighWater()
+    seen = ReplayFilter()
     for step in (10, 20, 30):
-        seen.fresh(0, step, {"loss": 1.0})
+        seen.keep_new(0, step, {"loss": 1.0})
 
-    replay = {step: seen.fresh(0, step, {"loss": 1.0}) for step in (7, 14, 21, 28, 35)}
+    replay = {step: seen.keep_new(0, step, {"loss": 1.0}) for step in (7, 14, 21, 28, 35)}
 
     assert [step for step, values in replay.items() if values] == [35]
-    assert seen.fresh(1, 7, {"loss": 1.0}) == {"loss": 1.0}, "another stage has its own marks"
-    assert seen.fresh(0, 30, {"lr": 0.1, "loss": 1.0}) == {"lr": 0.1}, "a key recorded after the crash is not lost"
+    assert seen.keep_new(1, 7, {"loss": 1.0}) == {"loss": 1.0}, "another stage has its own marks"
+    assert seen.keep_new(0, 30, {"lr": 0.1, "loss": 1.0}) == {"lr": 0.1}, "a key recorded after the crash is not lost"
 
 
 def test_evaluations_of_older_checkpoints_are_fresh_and_repeated_ones_are_not() -> None:
-    seen = HighWater()
-    seen.fresh(None, 500, {"eval/r1": 0.5})
+    seen = ReplayFilter()
+    seen.keep_new(None, 500, {"eval/r1": 0.5})
 
-    assert seen.fresh(None, 100, {"eval/r1": 0.1}) == {"eval/r1": 0.1}
-    assert seen.fresh(None, 500, {"eval/r1": 0.5}) == {}
-    assert seen.fresh(None, 500, {"eval/r1": 0.6}) == {"eval/r1": 0.6}
+    assert seen.keep_new(None, 100, {"eval/r1": 0.1}) == {"eval/r1": 0.1}
+    assert seen.keep_new(None, 500, {"eval/r1": 0.5}) == {}
+    assert seen.keep_new(None, 500, {"eval/r1": 0.6}) == {"eval/r1": 0.6}
 
 
 def test_segments_of_several_commits_make_the_whole_journal(tmp_path: Path, store: FolderStore) -> None:
@@ -212,7 +211,7 @@ def test_what_a_report_restored_is_news_to_the_run_that_goes_on(tmp_path: Path, 
     assert CommittedJournal(store, "run/journal").restore(second), "read for a report"
     assert not CommittedJournal(store, "run/journal").restore(second)
     assert second.was_restored, "no run has gone on from it here"
-    second.goes_on()
+    second.clear_restored()
     assert not second.was_restored
 
 

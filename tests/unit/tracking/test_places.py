@@ -17,9 +17,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.urls import local_path
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.mlflow_replay import Cursor, num_pending, shipping_alone
-from pipeline.tracking.places import journal_folder, read_journal, run_of
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.locations import journal_folder, read_journal, read_run_id
+from pipeline.tracking.mlflow_replay import Cursor, exclusive_upload, pending_bytes
+from pipeline.tracking.tracker import JournalTracker
 from tests.support.fuzz import fuzz_rounds, mutate
 
 
@@ -52,7 +52,7 @@ def test_a_cache_that_cannot_be_written_is_told_with_its_remedy(
     with pytest.raises(TrackingError, match="MOME_CACHE"):
         read_journal(folder, storage)
     with pytest.raises(TrackingError, match="MOME_CACHE"):
-        Tracker.open(config_of("memory://places/runs"), storage)
+        JournalTracker.open(config_of("memory://places/runs"), storage)
     storage.delete("memory://places")
 
 
@@ -63,12 +63,12 @@ def test_a_damaged_id_of_a_run_is_named(tmp_path: Path) -> None:
     for data in [*extreme, *(mutate(whole, rng) for _ in range(fuzz_rounds(300)))]:
         storage.write(f"{config.folder}/tracking.json", data)
         with suppress(TrackingError):
-            assert re.fullmatch(r"[\w.-]{1,64}", run_of(config, storage) or "", re.ASCII)
+            assert re.fullmatch(r"[\w.-]{1,64}", read_run_id(config, storage) or "", re.ASCII)
             continue
         assert data != whole
     storage.write(f"{config.folder}/tracking.json", b"{}")
     with pytest.raises(TrackingError, match=r"tracking.json is damaged.*Restore it"):
-        run_of(config, storage)
+        read_run_id(config, storage)
 
 
 def test_a_damaged_cursor_only_ships_again(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_damaged_cursor_only_ships_again(tmp_path: Path) -> None:
         read = Cursor(tmp_path, "http://server")
         assert all(isinstance(offset, int) and offset >= 0 for offset in read.offsets.values())
         assert all(isinstance(step, int) for marks in read.marks.values() for step in marks.values())
-        num_pending(tmp_path, "http://server")
+        pending_bytes(tmp_path, "http://server")
 
 
 def test_a_cursor_that_cannot_be_true_ships_the_whole_session(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_cursor_that_cannot_be_true_ships_the_whole_session(tmp_path: Path) ->
         cursor.offsets = {session: offset}
         cursor.save()
 
-        assert num_pending(tmp_path, "http://server") == len(whole) - (offset if offset in ends else 0)
+        assert pending_bytes(tmp_path, "http://server") == len(whole) - (offset if offset in ends else 0)
 
 
 def test_no_link_in_a_journal_that_came_from_somebody_is_followed(tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_no_link_in_a_journal_that_came_from_somebody_is_followed(tmp_path: Path
     folder = tmp_path / "journal"
     folder.mkdir()
     cursor = Cursor(folder, "http://server")
-    for name in ("shipper.lock", cursor._path.name, cursor._path.with_suffix(".partial").name):
+    for name in ("uploader.lock", cursor._path.name, cursor._path.with_suffix(".partial").name):
         (folder / name).symlink_to(victim)
     cursor.save()
-    with pytest.raises(OSError), shipping_alone(folder):  # noqa: PT011
+    with pytest.raises(OSError), exclusive_upload(folder):  # noqa: PT011
         pass
 
     assert victim.read_text() == "mine"
@@ -133,7 +133,7 @@ def test_without_file_locks_one_process_still_ships(tmp_path: Path, monkeypatch:
         raise OSError(38, os.strerror(38))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with shipping_alone(tmp_path) as first, shipping_alone(tmp_path) as second:
+    with exclusive_upload(tmp_path) as first, exclusive_upload(tmp_path) as second:
         assert (first, second) == (True, False)
-    with shipping_alone(tmp_path) as later:
+    with exclusive_upload(tmp_path) as later:
         assert later

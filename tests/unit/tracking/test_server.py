@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import TrackingError
-from pipeline.tracking import server
-from pipeline.tracking.server import _fault_of as fault_of
+from pipeline.tracking import mlflow_server
+from pipeline.tracking.mlflow_server import find_fault
 from tests.support.fuzz import fuzz_rounds, mutate
 
 HEALTH, API = "/health", "/api/2.0/mlflow/experiments/get-by-name"
@@ -69,9 +69,9 @@ def serving(answers: dict[str, tuple[int, str]], tls: Path | None = None) -> Ite
 )
 def test_servers_that_work_are_accepted(answers: dict[str, tuple[int, str]]) -> None:
     with serving(answers) as address:
-        assert fault_of(address) is None
-        assert fault_of(address + "/") is None
-        assert fault_of(address.replace("://", "://me:hunter2@")) is None
+        assert find_fault(address) is None
+        assert find_fault(address + "/") is None
+        assert find_fault(address.replace("://", "://me:hunter2@")) is None
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_servers_that_work_are_accepted(answers: dict[str, tuple[int, str]]) -> 
 )
 def test_servers_that_are_none_of_mlflow_are_refused(answers: dict[str, tuple[int, str]]) -> None:
     with serving(answers) as address:
-        assert "is it an MLflow server?" in (fault_of(address) or "")
+        assert "is it an MLflow server?" in (find_fault(address) or "")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_servers_that_are_none_of_mlflow_are_refused(answers: dict[str, tuple[in
 )
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_port_that_speaks_no_http_is_named(said: bytes, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer() -> None:
@@ -107,7 +107,7 @@ def test_a_port_that_speaks_no_http_is_named(said: bytes, scheme: str, monkeypat
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        fault = fault_of(f"{scheme}://127.0.0.1:{listening.getsockname()[1]}")
+        fault = find_fault(f"{scheme}://127.0.0.1:{listening.getsockname()[1]}")
         thread.join()
 
     assert "does not answer" in (fault or "")
@@ -124,15 +124,15 @@ def test_a_port_that_speaks_no_http_is_named(said: bytes, scheme: str, monkeypat
     ],
 )  # fmt: skip
 def test_malformed_addresses_end_in_one_message(uri: str) -> None:
-    assert fault_of(uri)
+    assert find_fault(uri)
 
 
 @pytest.mark.parametrize("password", ["a:b", "a#b", "a/b+c", "a?b", "a%40b"])
 def test_passwords_that_the_database_driver_reads_are_read_here(password: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as database:
         port = database.getsockname()[1]
-        assert fault_of(f"postgresql://mlflow:{password}@127.0.0.1:{port}/mlflow") is None
-        told = fault_of(f"postgresql://mlflow:{password}@127.0.0.1:1/mlflow")
+        assert find_fault(f"postgresql://mlflow:{password}@127.0.0.1:{port}/mlflow") is None
+        told = find_fault(f"postgresql://mlflow:{password}@127.0.0.1:1/mlflow")
     assert "does not answer at 127.0.0.1:1" in (told or "")
     assert password not in (told or "")
 
@@ -147,7 +147,7 @@ def test_passwords_that_the_database_driver_reads_are_read_here(password: str) -
     ],
 )  # fmt: skip
 def test_services_and_databases_that_the_client_finds_itself_are_accepted(uri: str) -> None:
-    assert fault_of(uri) is None
+    assert find_fault(uri) is None
 
 
 @pytest.mark.parametrize(
@@ -169,17 +169,17 @@ def test_each_database_is_asked_at_its_own_port(uri: str, port: int, monkeypatch
 
     monkeypatch.setattr("socket.create_connection", connect)
 
-    assert fault_of(uri) is None
+    assert find_fault(uri) is None
     assert asked == [port]
 
 
 def test_a_databases_unix_socket_is_asked(tmp_path: Path) -> None:
     uri = f"postgresql:///mlflow?host={tmp_path}"
-    assert ".s.PGSQL.5432" in (fault_of(uri) or "")
+    assert ".s.PGSQL.5432" in (find_fault(uri) or "")
     with socket.socket(socket.AF_UNIX) as database:
         database.bind(str(tmp_path / ".s.PGSQL.5432"))
         database.listen()
-        assert fault_of(uri) is None
+        assert find_fault(uri) is None
 
 
 def test_the_clients_tls_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +193,13 @@ def test_the_clients_tls_variables_are_heeded(tmp_path: Path, monkeypatch: pytes
     )  # fmt: skip
     certificate.write_text(certificate.read_text() + (tmp_path / "cert.pem").read_text())
     with serving({HEALTH: (200, "OK")}, tls=certificate) as address:
-        assert "CERTIFICATE_VERIFY_FAILED" in (fault_of(address) or "")
+        assert "CERTIFICATE_VERIFY_FAILED" in (find_fault(address) or "")
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "cert.pem"))
-        assert fault_of(address) is None
+        assert find_fault(address) is None
         monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(tmp_path / "absent.pem"))
-        assert "MLFLOW_TRACKING_SERVER_CERT_PATH" in (fault_of(address) or "")
+        assert "MLFLOW_TRACKING_SERVER_CERT_PATH" in (find_fault(address) or "")
         monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
-        assert fault_of(address) is None
+        assert find_fault(address) is None
 
 
 def test_mutated_addresses_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +213,11 @@ def test_mutated_addresses_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         "mysql://[::1]:3306/x?unix_socket=/a", "sqlite:////tmp/mlflow.db",
     ]  # fmt: skip
     for _ in range(fuzz_rounds(500)):
-        fault_of(mutate(rng.choice(uris).encode(), rng).decode(errors="surrogateescape"))
+        find_fault(mutate(rng.choice(uris).encode(), rng).decode(errors="surrogateescape"))
 
 
 def test_the_client_that_cannot_use_an_address_says_so() -> None:
-    from pipeline.tracking.mlflow_client import connect
+    from pipeline.tracking.mlflow_server import connect
 
     with pytest.raises(TrackingError, match=r"tracking.uri http\+nothing://server: MLflow's client cannot use it"):
         connect("http+nothing://me:hunter2@server")
@@ -232,8 +232,8 @@ def test_the_client_that_cannot_use_an_address_says_so() -> None:
         ("/", "is not a file"),
         ("{}", "is not a file"),
         ("{}/pipe", "is not a file"),
-        ("{}/text.db", "no SQLite database"),
-        ("{}/text.db?timeout=20", "no SQLite database"),
+        ("{}/text.db", "not an SQLite database"),
+        ("{}/text.db?timeout=20", "not an SQLite database"),
         ("{}/loop", "cannot be used"),
         ("{}/" + "a" * 300, "cannot be used"),
         ("{}/a\0b", "cannot be used"),
@@ -244,7 +244,7 @@ def test_a_path_that_no_sqlite_database_can_have_is_refused(tmp_path: Path, path
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text.db").write_text("no database, but some text", encoding="utf-8")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert told in (fault_of("sqlite:///" + path.replace("{}", str(tmp_path))) or "")
+    assert told in (find_fault("sqlite:///" + path.replace("{}", str(tmp_path))) or "")
 
 
 def test_a_database_that_is_there_or_is_yet_to_be_made_is_accepted(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_database_that_is_there_or_is_yet_to_be_made_is_accepted(tmp_path: Pat
         database.commit()
     (tmp_path / "empty.db").touch()
     for name in ("made.db", "made.db?timeout=20", "empty.db", "absent.db", "new/folder/absent.db"):
-        assert fault_of(f"sqlite:///{tmp_path}/{name}") is None
+        assert find_fault(f"sqlite:///{tmp_path}/{name}") is None
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_database_that_is_there_or_is_yet_to_be_made_is_accepted(tmp_path: Pat
 def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, begins: bytes
 ) -> None:
-    monkeypatch.setattr(server, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 0.2)
     over = threading.Event()
 
     def drip() -> None:
@@ -274,6 +274,6 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
-        assert "too slowly" in (fault_of(f"http://127.0.0.1:{listener.getsockname()[1]}") or "")
+        assert "no complete response" in (find_fault(f"http://127.0.0.1:{listener.getsockname()[1]}") or "")
         over.set()
         thread.join()

@@ -20,13 +20,12 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.describe import resolved_config, split_changeable
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.places import journal_folder, read_journal, tracking_uri
-from pipeline.tracking.recorder import DatasetInput, Kept, Recorder, SilentTracker
-from pipeline.tracking.server import check_server
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
+from pipeline.tracking.mlflow_server import check_server
+from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights, Tracker
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds
-from tests.support.short_run import NoShipper
+from tests.support.short_run import NoUploader
 
 
 def config_of(output: Path | str, **tracking: Any) -> RunConfig:
@@ -48,7 +47,7 @@ def recorded(config: RunConfig, kind: str) -> list[dict[str, Any]]:
 
 
 def train(config: RunConfig, steps: range) -> None:
-    tracker = Tracker.open(config, Storage(), {"world_size": "2"})
+    tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, config.stages[0], {"zero_stage": "1"}, [DatasetInput("photos", "here", "ab" * 32)])
     for step in steps:
         tracker.metrics(step, {"train/loss": 1 / (step + 1)})
@@ -66,7 +65,7 @@ def test_a_resumed_run_records_no_step_twice_and_says_where_it_resumed(tmp_path:
     assert [point["step"] for point in points] == list(range(80))
     assert (tags[0, "mome.resumed_at_step"], tags[0, "mome.resumed_below_step"]) == ("30", "49")
     assert tags[None, "mome.restarts"] == "1"
-    assert len({campaign["run"] for campaign in recorded(config, "campaign")}) == 1
+    assert len({campaign["run"] for campaign in recorded(config, "run")}) == 1
 
 
 def loss_of(config: RunConfig) -> dict[int, float]:
@@ -76,7 +75,7 @@ def loss_of(config: RunConfig) -> dict[int, float]:
 
 def test_after_a_rollback_the_true_points_are_recorded_and_told_of_the_checkpoint(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(0, config.stages[0], {}, [])
     for step in range(1, 31):
         tracker.metrics(step, {"train/loss": 2.0 if step <= 10 else 50.0})
@@ -84,13 +83,13 @@ def test_after_a_rollback_the_true_points_are_recorded_and_told_of_the_checkpoin
     tracker.rewind(10)
     for step in range(11, 21):
         tracker.metrics(step, {"train/loss": 2.0})
-    tracker.keeps([Kept("run/checkpoints/20", 20, 0)])
+    tracker.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0)])
     tracker.close(timeout=0)
-    train_on = Tracker.open(config, Storage())  # a restart knows of the rollback
+    train_on = JournalTracker.open(config, Storage())  # a restart knows of the rollback
     train_on.begin_stage(0, config.stages[0], {"resumed_at": "20"}, [])
     for step in range(15, 31):
         train_on.metrics(step, {"train/loss": 2.0})
-    train_on.keeps([Kept("run/checkpoints/20", 20, 0), Kept("run/checkpoints/30", 30, 0)])
+    train_on.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0), SavedWeights("run/checkpoints/30", 30, 0)])
     train_on.close(timeout=0)
 
     assert loss_of(config) == dict.fromkeys(range(1, 31), 2.0)
@@ -116,7 +115,7 @@ def test_a_resume_that_changes_the_training_records_its_steps_anew(
         update={"steps": change["steps"]} if "steps" in change else
         {"optimizer": config.stages[0].optimizer.model_copy(update=change.get("optimizer", {}))}
     )  # fmt: skip
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(0, changed, {"resumed_at": "30"}, [])
     for step in range(31, 61):
         tracker.metrics(step, {"train/loss": 9.0})
@@ -136,25 +135,25 @@ def test_a_run_begun_anew_under_an_old_name_does_not_continue_the_old_journal(
 
     train(config, range(0, 5))
 
-    assert [campaign["params"]["name"] for campaign in recorded(config, "campaign")] == ["run"]
+    assert [campaign["params"]["name"] for campaign in recorded(config, "run")] == ["run"]
     assert [point["step"] for point in recorded(config, "metrics")] == list(range(5))
     Storage().delete(config.folder)
 
 
 def test_a_campaign_that_fails_in_a_stage_ends_both(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(1, config.stages[1], {}, [])
     tracker.finish("FAILED")
     tracker.close(timeout=0)
 
-    ends = recorded(config, "stage_end") + recorded(config, "campaign_end")
+    ends = recorded(config, "stage_end") + recorded(config, "run_end")
     assert [(end["stage"], end["status"]) for end in ends] == [(1, "FAILED"), (None, "FAILED")]
 
 
 def test_metrics_that_are_not_finite_are_recorded(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(0, config.stages[0], {}, [])
     tracker.metrics(1, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     tracker.close(timeout=0)
@@ -166,7 +165,7 @@ def test_whatever_goes_wrong_in_tracking_is_told_and_not_raised(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(tmp_path)
-    tracker = Tracker.open(config, Storage())
+    tracker = JournalTracker.open(config, Storage())
 
     tracker.metrics(1, {"loss": "not a number"})  # type: ignore[dict-item]
     tracker.artifact("report.html", tmp_path / "absent.html")
@@ -235,10 +234,10 @@ def test_secret_looking_queries_of_servers_are_refused(tmp_path: Path, query: st
 
 
 def test_the_silent_tracker_has_every_method_of_the_tracker() -> None:
-    methods = [name for name in vars(Recorder) if not name.startswith("_")]
+    methods = [name for name in vars(Tracker) if not name.startswith("_")]
 
     for name in methods:
-        ours, silent = (inspect.signature(getattr(kind, name)).parameters for kind in (Tracker, SilentTracker))
+        ours, silent = (inspect.signature(getattr(kind, name)).parameters for kind in (JournalTracker, Tracker))
         assert list(ours) == list(silent), name
 
 
@@ -263,7 +262,7 @@ def test_an_unreachable_server_refuses_the_start_in_one_message(tmp_path: Path) 
 def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.server.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.tracking.mlflow_server.ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.perf_counter()
         with pytest.raises(TrackingError, match="does not answer"):
@@ -274,7 +273,7 @@ def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(
 def test_a_database_that_cannot_be_made_refuses_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
 
-    with pytest.raises(TrackingError, match="not a folder"):
+    with pytest.raises(TrackingError, match="not a writable folder"):
         check_server(config_of(tmp_path, uri=f"sqlite:///{tmp_path}/file/mlflow.db"))
     with pytest.raises(TrackingError, match="file store"):
         check_server(config_of(tmp_path, uri=f"file://{tmp_path}/mlruns"))
@@ -297,11 +296,11 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
     monkeypatch.setenv("MOME_CACHE", str(cache))
     config = config_of(output, uri="http://127.0.0.1:1")
 
-    def opened() -> Tracker:
+    def opened() -> JournalTracker:
         try:
-            return Tracker.open(config, storage)
+            return JournalTracker.open(config, storage)
         except StorageError:  # the run does not start; its next start meets another store
-            return Tracker.open(config, Storage())
+            return JournalTracker.open(config, Storage())
 
     for first, last in ((1, 20), (11, 30)):
         tracker = opened()
@@ -316,14 +315,14 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
         evaluation.close()
         tracker._writer.close()  # as when it is killed
     storage.heal()
-    tracker = Tracker.open(config, storage)
+    tracker = JournalTracker.open(config, storage)
     tracker.close()
 
 
 def test_each_storage_call_of_a_tracker_fails_and_no_point_is_lost_or_doubled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.tracking.tracker.Shipper", NoShipper)
+    monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
     monkeypatch.setattr("pipeline.tracking.tracker.environment_tags", dict)  # git's answers take long
     output = "memory://attempts"
     clean = FailingStorage()
@@ -340,6 +339,6 @@ def test_each_storage_call_of_a_tracker_fails_and_no_point_is_lost_or_doubled(
         points = [record for record in journal.all_records() if record["kind"] == "metrics"]
         assert [point["step"] for point in points if point["stage"] == 0] == list(range(1, 31)), fault
         assert {point["step"] for point in points if point["stage"] is None} == {20, 30}, fault
-        assert len({campaign["run"] for campaign in journal.campaigns()}) == 1, fault
+        assert len({campaign["run"] for campaign in journal.run_records()}) == 1, fault
     Storage().delete(output)
     assert len(faults) >= 30, len(faults)

@@ -10,7 +10,7 @@ import torch
 from pipeline.models import build_model
 from pipeline.models.heads import MAX_SCALE
 from pipeline.models.model import HeadConfig
-from pipeline.tracking.recorder import SilentTracker
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.alerts import JUMP, LOSSES, READINGS, Alerts, Reading, sign_metrics
 from pipeline.training.collectives import Collectives
 from pipeline.training.plain_engine import PlainEngine
@@ -20,7 +20,7 @@ from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 LEARNT = {"itm_matched": 10, "itm_matched_right": 8, "itm_wrong": 20, "itm_wrong_right": 15}
 
 
-class Tags(SilentTracker):
+class Tags(Tracker):
     def __init__(self) -> None:
         self.said: list[tuple[str, str]] = []
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage
-from pipeline.tracking.recorder import SilentTracker, Status
+from pipeline.tracking.tracker import Status, Tracker
 from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.goodput import GoodputTracker
 from pipeline.training.loop import _end
@@ -95,7 +95,7 @@ def test_superseded_run_does_not_write_the_time_account(monkeypatch: pytest.Monk
 def test_only_a_finished_run_waits_for_its_record_to_be_closed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: Status, waits: bool
 ) -> None:
-    class Tracker(SilentTracker):
+    class SlowTracker(Tracker):
         closed = False
 
         def close(self, timeout: float = 20.0) -> None:
@@ -103,7 +103,7 @@ def test_only_a_finished_run_waits_for_its_record_to_be_closed(
             self.closed = True
 
     monkeypatch.setattr("pipeline.training.loop.CLOSE_SECONDS", 0.05)
-    tracker, back = Tracker(), threading.Event()
+    tracker, back = SlowTracker(), threading.Event()
     timer = threading.Timer(0.3, back.set)
     timer.start()
     _end(tracker, status)

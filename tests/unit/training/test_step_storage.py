@@ -16,7 +16,7 @@ from pipeline.training.collectives import close_group
 from pipeline.training.evaluation import StageEvaluation
 from pipeline.training.loop import train
 from pipeline.training.stage_run import StageRun
-from tests.support.short_run import BeforeStep, NoShipper, losses, short_config
+from tests.support.short_run import BeforeStep, NoUploader, losses, short_config
 
 
 class StepGuard:
@@ -60,7 +60,7 @@ class StepGuard:
 def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither checkpoints, metrics, progress, a trace, an evaluation nor a notice of preemption waits for the store."""
     guard = StepGuard(monkeypatch)
-    monkeypatch.setattr("pipeline.tracking.tracker.Shipper", NoShipper)
+    monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
     config = short_config(
         str(tmp_path),
         cluster__workers=1,

@@ -1,4 +1,4 @@
-"""Numbers as people read them, in pages and on terminals."""
+"""Number and time formats of the pages and the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 
 def percent(fraction: float | None) -> str:
-    """'12.5 %' with a space that does not break: one decimal, two below one percent; a dash where there is no value."""
+    """Return '12.5 %' with a no-break space: one decimal, two below one percent, a dash for None."""
     if fraction is None:
         return "–"
     return f"{fraction * 100:.{2 if 0 < round(fraction, 4) < 0.01 else 1}f}\N{NO-BREAK SPACE}%"
@@ -17,17 +17,17 @@ def number(value: float) -> str:
 
 
 def significant(value: float) -> str:
-    """Four digits that mean something: '0.001235', '12.35', '12,346'."""
+    """Return four significant digits: '0.001235', '12.35', '12,346'."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def money(value: float) -> str:
-    """Two digits behind the point, whatever the currency."""
+    """Return two decimals, without a currency."""
     return f"{value:,.2f}"
 
 
 def duration(seconds: float) -> str:
-    """`1 h 02 min`, `3 min 05 s` or `12 s`; below ten seconds with one decimal."""
+    """Return `1 h 02 min`, `3 min 05 s` or `12 s`; one decimal below ten seconds."""
     if 0 < seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(milliseconds: float) -> str:
-    """A time since 1970 as its reader anywhere takes it: '2026-11-21 18:32:05 UTC'; a dash for one beyond calendars."""
+    """Return a time since 1970 as '2026-11-21 18:32:05 UTC'; a dash outside the years 1970 to 9999."""
     if not 0 <= milliseconds < 253_402_300_800_000:  # the year 10000
         return "–"
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

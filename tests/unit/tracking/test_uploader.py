@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config.load import validate
 from pipeline.tracking.journal import Journal
-from pipeline.tracking.shipper import Shipper
+from pipeline.tracking.uploader import Uploader
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_a_process_that_ends_at_once_is_reported_once_and_started_ever_more_slow
     if script != "absent":
         program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\n{script}\n")
         program.chmod(0o755)
-    monkeypatch.setattr("pipeline.tracking.shipper.sys.executable", str(program))
+    monkeypatch.setattr("pipeline.tracking.uploader.sys.executable", str(program))
     caplog.set_level(logging.WARNING)
     stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16}
     config = validate(
@@ -35,13 +35,13 @@ def test_a_process_that_ends_at_once_is_reported_once_and_started_ever_more_slow
     )  # fmt: skip
     journal = Journal(tmp_path / "journal")
     writer = journal.start_session()
-    shipper = Shipper(journal, writer, config)
+    uploader = Uploader(journal, writer, config)
     time.sleep(1.0)
-    shipper.close(5.0)
+    uploader.close(5.0)
     writer.close()
 
-    reports = [message for message in caplog.messages if "the process that ships to MLflow" in message]
+    reports = [message for message in caplog.messages if "the process that uploads to MLflow" in message]
     assert len(reports) == 1
-    assert "shipper.log" in reports[0]
+    assert "uploader.log" in reports[0]
     assert "hunter2" not in caplog.text
     assert len((tmp_path / "starts").read_text().splitlines() if script != "absent" else []) <= 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pipeline.config.errors import MomeError
@@ -17,13 +18,18 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.data.shards.source import open_source, selection_url
 from pipeline.data.storage import Storage
-from pipeline.evaluation.report_data import ReportData, load_report_data
-from pipeline.pages.words import significant
-from pipeline.reports.rejected import Quarantined, look_again
+from pipeline.evaluation import report
+from pipeline.evaluation.report_data import ReportData, headline, load_report_data
+from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
+from pipeline.pages.formatting import significant
+from pipeline.pages.page import render_page
+from pipeline.reports.bad_samples import Quarantined, look_again
+from pipeline.reports.comparison import Comparison
 from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, Tag
+from pipeline.tracking.describe import chosen_keys
 from pipeline.tracking.journal import EVALUATION
-from pipeline.tracking.mlflow_replay import shipped_to
-from pipeline.tracking.places import absolute_uri, default_uri, experiment_of, journal_folder
+from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
+from pipeline.tracking.mlflow_replay import uploaded_run
 from pipeline.training.goodput import PHASES
 
 ALERT, SPIKE = "mome.alert.", "mome.spike."  # begin the names of tags
@@ -112,7 +118,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Campaign:
+class RunReport:
     """One run as its report tells it."""
 
     name: str
@@ -146,7 +152,7 @@ class Campaign:
         return sum(source.bad for stage in self.stages for source in stage.sources)
 
 
-def gather(run: RunFolder, price: float | None = None, server: str | None = None) -> Campaign:
+def collect_report(run: RunFolder, price: float | None = None, server: str | None = None) -> RunReport:
     """`price` of a rank for an hour; without it the run's own `cluster.price`. The shards are asked what they are.
 
     `server` is the MLflow URI of who reads the page, which it may lead to.
@@ -156,11 +162,11 @@ def gather(run: RunFolder, price: float | None = None, server: str | None = None
     seconds = {} if run.time is None else run.time["seconds"]
     cost = _cost(run, sum(seconds.values()), config.cluster.price if price is None else price)
     recorded, page = _in_mlflow(run, server)
-    return Campaign(
+    return RunReport(
         name=run.name,
         folder=run.folder,
         run=run.run,
-        experiment=experiment_of(config),
+        experiment=experiment_name(config),
         status=run.status or ("UNFINISHED" if started else "NOT STARTED"),
         started=min(started, default=None),
         ended=ended,
@@ -244,7 +250,7 @@ def _events(run: RunFolder) -> list[Event]:
     """In their order."""
     found = [Event(tag.at, tag.step, "spike", tag.value) for tag in run.tags if tag.key.startswith(SPIKE)]
     found += [Event(tag.at, tag.step, "alert", tag.value) for tag in run.tags if tag.key.startswith(ALERT)]
-    found += [Event(point.at, point.step, "evaluation", headline(point)) for point in run.evaluations]
+    found += [Event(point.at, point.step, "evaluation", summarize_evaluation(point)) for point in run.evaluations]
     return sorted([*found, *_starts(run)], key=lambda event: event.at)
 
 
@@ -271,7 +277,7 @@ def _resumed(run: RunFolder, session: Session) -> int | None:
     return None if found is None else int(found)
 
 
-def headline(point: Point) -> str:
+def summarize_evaluation(point: Point) -> str:
     """What an evaluation found, in a line: its retrieval, else its first figures."""
     found = {name: value for name, value in point.values.items() if name.startswith(EVALUATION)}
     short = {name.removeprefix(EVALUATION): value for name, value in found.items()}
@@ -315,7 +321,7 @@ def _in_mlflow(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]
     own = absolute_uri(server or default_uri(run.config.output))
     others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
     for uri in dict.fromkeys([own, *others]):
-        if (known := shipped_to(journal_folder(run.folder), uri)) is not None:
+        if (known := uploaded_run(journal_folder(run.folder), uri)) is not None:
             is_page = uri == own and uri.startswith(("http://", "https://"))
             page = f"{redact(uri).rstrip('/')}/#/experiments/{known[1]}/runs/{known[0]}" if is_page else ""
             return {"MLflow run": known[0]}, page
@@ -329,10 +335,97 @@ def _lineage(run: RunFolder) -> dict[str, str]:
     if commit and tags.get("mome.git.dirty") == "true":
         commit += " with changes that are not committed"
     named = {
-        "Experiment": experiment_of(run.config),
+        "Experiment": experiment_name(run.config),
         "Code": commit,
         "Submission": tags.get("ray.submission_id", ""),
         "Started by": tags.get("mlflow.user", ""),
         "Versions": ", ".join(f"{p} {tags[VERSION + p]}" for p in SHOWN_VERSIONS if VERSION + p in tags),
     }
     return {name: value for name, value in named.items() if value}
+
+
+HERE = Path(__file__).parent  # of the templates
+WIDE, NARROW = 1040, 350  # of a timeline, in pixels: for a desk, for a telephone
+MOST_LISTED = 60  # events; what is beyond is counted
+# Metric of the journal, name of its panel, its height.
+MEASURES = (
+    ("train/loss", "loss", 170),
+    ("train/grad_norm", "gradient norm", 70),
+    ("train/lr", "learning rate", 60),
+    ("perf/samples_per_s", "samples a second", 70),
+    ("perf/data_wait_share", "share of time waiting for data", 60),
+)
+RETRIEVAL = ("i2t_r1", "t2i_r1")
+
+
+def render_run_report(campaign: RunReport, against: Comparison | None = None) -> str:
+    """The page as text. `against`: this run beside others."""
+    return render_page(
+        "run_report.html.j2",
+        [HERE, report.HERE],
+        subject=f"campaign {campaign.folder}",
+        campaign=campaign,
+        curves={
+            axis: [_timeline(campaign, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
+        },
+        shown=headline(campaign.evaluations) if campaign.evaluations else None,
+        listed=campaign.events[:MOST_LISTED],
+        unlisted=max(len(campaign.events) - MOST_LISTED, 0),
+        comparison=against,
+        yaml=chosen_keys(campaign.recorded),
+    )
+
+
+def _timeline(campaign: RunReport, width: int, in_seconds: bool) -> Chart:
+    """The same curves over steps, or over seconds since the first start."""
+    measures = [
+        Measure(name, list(_stretches(campaign, metric, in_seconds)), height) for metric, name, height in MEASURES
+    ]
+    measures = [measure for measure in measures if measure.series]
+    if len(campaign.measured) > 1:
+        measures.append(Measure("retrieval R@1, both ways", list(_measured(campaign, in_seconds)), 60))
+    stages = [(record.name, *_reach(campaign, record, in_seconds)) for record in campaign.records if record.points]
+    marks = [
+        Mark(_since(campaign, event.at) if in_seconds else float(event.step or 0), event.kind, event.told)
+        for event in campaign.events
+        if event.kind != "begun" and (in_seconds or event.step is not None)
+    ]
+    return line_chart(measures, width, stages, marks, in_seconds)
+
+
+def _since(campaign: RunReport, at: int) -> float:
+    """Seconds from the run's first start."""
+    return (at - (campaign.started or at)) / 1000
+
+
+def _stretches(campaign: RunReport, metric: str, in_seconds: bool) -> Iterator[Series]:
+    """A line for each process that recorded the metric: what lies between two was no training."""
+    starts = [event.at for event in campaign.events if event.kind in ("begun", "restart")]
+    begun = [record for record in campaign.records if record.points]
+    for number, record in enumerate(begun):
+        series = record.series(metric)
+        for start, end in zip(starts, [*starts[1:], float("inf")], strict=True):
+            points = [
+                (_since(campaign, at) if in_seconds else float(step), value)
+                for at, step, value in series
+                if start <= at < end
+            ]
+            if points:
+                yield Series(number, points)
+
+
+def _measured(campaign: RunReport, in_seconds: bool) -> Iterator[Series]:
+    found = {name for point in campaign.measured for name in point.values}
+    names = sorted(name for name in found if name.startswith(EVALUATION) and name.endswith(RETRIEVAL))
+    for number, name in enumerate(names):
+        points = [(p.at, p.step, p.values[name]) for p in campaign.measured if name in p.values]
+        yield Series(number, [(_since(campaign, at) if in_seconds else float(step), v) for at, step, v in points])
+
+
+def _reach(campaign: RunReport, record: StageRecord, in_seconds: bool) -> tuple[float, float]:
+    """From where to where a stage goes on the axis."""
+    if in_seconds:
+        first = record.begun[0]["at"] if record.begun else record.points[0].at
+        return _since(campaign, first), _since(campaign, record.points[-1].at)
+    names = [stage.name for stage in campaign.config.stages]
+    return float(campaign.config.stage_start(names.index(record.name))), float(record.reached or 0)

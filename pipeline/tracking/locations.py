@@ -1,4 +1,4 @@
-"""Where a run is recorded: its MLflow server and experiment, its id there, and its journal on this machine."""
+"""Locations of a run's records: MLflow server and experiment, run id, journal on this machine and in the storage."""
 
 from __future__ import annotations
 
@@ -16,39 +16,35 @@ from pipeline.config.redaction import remember
 from pipeline.config.schema import RunConfig, is_reference
 from pipeline.config.urls import is_local, local_path
 from pipeline.tracking.committed import CommittedJournal, Store
-from pipeline.tracking.journal import Journal
-from pipeline.tracking.records import RUN_ID
+from pipeline.tracking.journal import RUN_ID, Journal
 
 RUN_FILE = "tracking.json"
 _SQLITE = "sqlite:///"
 _SET_CACHE = "set MOME_CACHE to a folder that can be written"
-_RESTORE_RUN = "Restore it, or delete it: the run is then recorded as a new one"
+_RESTORE_RUN = "Restore it, or delete it to record the run as a new one"
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """Return the MLflow URI of a run, which may hold a password: for connections, never for a record.
+    """Return the run's MLflow URI. It may contain a password: use it to connect, never in a record or message.
 
-    Raises ConfigError where it is a reference to nothing.
+    Raises ConfigError when the configured reference resolves to nothing.
     """
-    return resolve_uri(named_uri(config))
+    return resolve_uri(configured_uri(config))
 
 
-def named_uri(config: RunConfig) -> str:
-    """Return the MLflow URI of a run as it is configured, maybe as a reference, else SQLite."""
+def configured_uri(config: RunConfig) -> str:
+    """Return the run's MLflow URI as configured, possibly a secret reference; SQLite by default."""
     return config.tracking.uri if config.tracking.uri is not None else default_uri(config.output)
 
 
 def default_uri(output: str) -> str:
-    """Return the MLflow URI of the runs in the folder `output` that are configured without one.
-
-    SQLite beside the runs' folders, or in the working folder when `output` is remote.
-    """
+    """Return the default MLflow URI: SQLite in the folder `output`, or in the working folder if that is remote."""
     folder = local_path(output) if is_local(output) else Path.cwd()
     return f"{_SQLITE}{folder}/mlflow.db"
 
 
 def resolve_uri(uri: str) -> str:
-    """Return an MLflow URI given as it is, or as 'env:NAME' or 'file:PATH'. Raises ConfigError for an empty one."""
+    """Resolve an MLflow URI, which may be a reference 'env:NAME' or 'file:PATH'. Raises ConfigError if it is empty."""
     if is_reference(uri):
         reference, uri = uri, (resolve_secret(uri) or "").strip()
         if not uri:
@@ -57,23 +53,23 @@ def resolve_uri(uri: str) -> str:
     return uri
 
 
-def database_file(uri: str) -> Path | None:
-    """The file of an SQLite URI; None for a server's."""
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite URI; None for any other URI."""
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
 def absolute_uri(uri: str) -> str:
-    """The same server or file, whatever the working folder."""
-    return uri if (file := database_file(uri)) is None else f"{_SQLITE}{local_path(str(file))}"
+    """Return the URI with an SQLite path made independent of the working folder."""
+    return uri if (file := sqlite_file(uri)) is None else f"{_SQLITE}{local_path(str(file))}"
 
 
-def experiment_of(config: RunConfig) -> str:
-    """The MLflow experiment of a run: as configured, else the family of its model, whose runs are worth comparing."""
+def experiment_name(config: RunConfig) -> str:
+    """Return the run's MLflow experiment: as configured, else the model family, whose runs are comparable."""
     return config.tracking.experiment or config.model.kind
 
 
-def run_of(config: RunConfig, storage: Store) -> str | None:
-    """What every MLflow run of this run is tagged with as `mome.run`; None before it was first started."""
+def read_run_id(config: RunConfig, storage: Store) -> str | None:
+    """Return the id that tags the run's MLflow runs as `mome.run`; None before the first start."""
     url = f"{config.folder}/{RUN_FILE}"
     if not storage.exists(url):
         return None
@@ -83,44 +79,44 @@ def run_of(config: RunConfig, storage: Store) -> str | None:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise TrackingError(f"{url} is damaged ({error}): {_RESTORE_RUN}") from error
     if not isinstance(run, str) or not re.fullmatch(RUN_ID, run):
-        raise TrackingError(f"{url} is damaged: no id of a run in it. {_RESTORE_RUN}")
+        raise TrackingError(f"{url} is damaged: it contains no run id. {_RESTORE_RUN}")
     return run
 
 
 def journal_folder(folder: str) -> Path:
-    """Where this machine keeps the journal of the run in `folder`: there, or in the cache when that is remote."""
+    """Return the folder of the run's journal on this machine: in the run's folder, or in the cache if it is remote."""
     if is_local(folder):
         return local_path(folder) / "journal"
     try:
         root = Path(os.environ.get("MOME_CACHE") or "~/.cache/mome").expanduser().absolute()
     except RuntimeError as error:
-        raise TrackingError(f"the journal of {folder} has no place: {error}; {_SET_CACHE}") from error
+        raise TrackingError(f"no folder for the journal of {folder}: {error}; {_SET_CACHE}") from error
     return root / hashlib.sha256(folder.rstrip("/").encode()).hexdigest()[:16] / "journal"
 
 
 def committed_journal(folder: str, storage: Store) -> CommittedJournal | None:
-    """The journal's copy in a remote run's folder; None for a local run, whose journal is there itself."""
+    """Return the journal's copy in a remote run's folder; None for a local run, whose journal is already there."""
     return None if is_local(folder) else CommittedJournal(storage, f"{folder.rstrip('/')}/journal")
 
 
 def read_journal(folder: str, storage: Store) -> Journal:
-    """The journal of the run in `folder`, as far as it is known here or committed there."""
+    """Return the journal of the run in `folder`, after downloading what was committed by other machines."""
     journal = Journal(journal_folder(folder))
     if (committed := committed_journal(folder, storage)) is not None:
-        with writing(journal):
+        with journal_write_errors(journal):
             committed.restore(journal)
     return journal
 
 
 @contextlib.contextmanager
-def writing(journal: Journal) -> Iterator[None]:
-    """Raise TrackingError, which names the remedy, where the folder of a journal cannot be written."""
+def journal_write_errors(journal: Journal) -> Iterator[None]:
+    """Convert an OSError into a TrackingError that names the remedy."""
     try:
         yield
     except MomeError:
         raise
     except OSError as error:
         raise TrackingError(
-            f"the run's journal cannot be written in {journal.folder} ({error.strerror or error}); give an `output` "
-            f"that can be written or, where that is remote, {_SET_CACHE}"
+            f"the run's journal cannot be written in {journal.folder} ({error.strerror or error}); set `output` to a "
+            f"writable folder or, if it is remote, {_SET_CACHE}"
         ) from error

@@ -1,0 +1,175 @@
+"""Line charts as coordinates and labels, which the pages' templates render as SVG.
+
+A chart has one panel per measure, stacked above a shared axis (steps or seconds). Stages are bands of that axis, and
+events are marks across all panels. Coordinates are in units of the drawing; y grows downwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+LEFT, RIGHT, TOP, BOTTOM = 44, 10, 34, 22  # margins: stage names and marks above, the axis below
+GAP = 26  # between panels, for a panel's name
+LOG_RATIO = 30  # positive values that span a larger ratio are drawn on a logarithmic axis
+TIME_UNITS = ((90.0, 1.0, "s"), (5400.0, 60.0, "min"), (72 * 3600.0, 3600.0, "h"), (math.inf, 86400.0, "d"))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, value) that are joined by a line; `stage` selects the colour."""
+
+    stage: int
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The content of one panel."""
+
+    name: str
+    series: Sequence[Series]
+    height: int = 90
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An event at `x`: a restart, a spike, an alert or an evaluation."""
+
+    x: float
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    stage: int
+    points: str  # 'x,y x,y …'
+
+
+@dataclass(frozen=True)
+class Panel:
+    name: str
+    top: float
+    bottom: float
+    lines: list[Line]
+    dots: list[tuple[int, float, float]]  # (stage, x, y) of series with a single point
+    ticks: list[tuple[float, str]]  # (y, label)
+    is_logarithmic: bool
+
+
+@dataclass(frozen=True)
+class Band:
+    stage: int
+    x: float
+    width: float
+    name: str  # empty if it does not fit
+
+
+@dataclass(frozen=True)
+class Chart:
+    width: int
+    height: float
+    left: int
+    right: int
+    panels: list[Panel]
+    bands: list[Band]
+    marks: list[tuple[float, str, str]]  # (x, kind, text)
+    ticks: list[tuple[float, str]]  # (x, label)
+
+
+def line_chart(
+    measures: Sequence[Measure],
+    width: int,
+    stages: Sequence[tuple[str, float, float]] = (),
+    marks: Sequence[Mark] = (),
+    in_seconds: bool = False,
+) -> Chart:
+    """Lay out a chart of `measures`. `stages` are (name, first x, last x); x is a step, or seconds since the start."""
+    values = [x for measure in measures for series in measure.series for x, _ in series.points]
+    values += [x for _, *edges in stages for x in edges] + [mark.x for mark in marks]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    x_of = Axis(low, high if high > low else low + 1, LEFT, width - RIGHT)
+    panels, top = [], float(TOP)
+    for measure in measures:
+        panels.append(_panel(measure, x_of, top + GAP))
+        top = panels[-1].bottom
+    bands = [_band(number, name, x_of(first), x_of(last)) for number, (name, first, last) in enumerate(stages)]
+    placed_marks = [(round(x_of(mark.x), 1), mark.kind, mark.text) for mark in marks]
+    return Chart(
+        width, top + BOTTOM, LEFT, RIGHT, panels, bands, placed_marks, _x_ticks(x_of, in_seconds)
+    )  # fmt: skip
+
+
+class Axis:
+    """Maps values between `low` and `high` to coordinates between `start` and `end`."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, is_logarithmic: bool = False):
+        self.low, self.high, self.start, self.end, self.is_logarithmic = low, high, start, end, is_logarithmic
+
+    def __call__(self, value: float) -> float:
+        if self.is_logarithmic:
+            fraction = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            fraction = (value - self.low) / (self.high - self.low)
+        return self.start + fraction * (self.end - self.start)
+
+
+def _panel(measure: Measure, x_of: Callable[[float], float], top: float) -> Panel:
+    finite = [(s.stage, [(x, value) for x, value in s.points if math.isfinite(value)]) for s in measure.series]
+    values = [value for _, points in finite for _, value in points] or [0.0, 1.0]
+    is_logarithmic = min(values) > 0 and max(values) / min(values) > LOG_RATIO
+    low, high, ticks = decades(values) if is_logarithmic else linear_ticks(values)
+    y_of = Axis(low, high, top + measure.height, top, is_logarithmic)
+    lines, dots = [], []
+    for stage, points in finite:
+        placed = [(round(x_of(x), 1), round(y_of(value), 1)) for x, value in downsample(points)]
+        if len(placed) == 1:
+            dots.append((stage, *placed[0]))
+        elif placed:
+            lines.append(Line(stage, " ".join(f"{x:g},{y:g}" for x, y in placed)))
+    labels = [(round(y_of(tick), 1), f"{tick:g}") for tick in ticks]
+    return Panel(measure.name, top, top + measure.height, lines, dots, labels, is_logarithmic)
+
+
+def downsample(points: Sequence[tuple[float, float]], max_points: int = 400) -> list[tuple[float, float]]:
+    """Return at most `max_points` points: the means of equally long sections (the last may be shorter)."""
+    size = max(-(-len(points) // max_points), 1)
+    sections = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in sections]
+
+
+def linear_ticks(values: Iterable[float]) -> tuple[float, float, list[float]]:
+    """Return (low, high, ticks): round bounds around the values, and three to six round ticks."""
+    values = list(values)
+    low, high = min(values), max(values)
+    span = (high - low) or max(abs(high), 1.0)
+    unit = 10 ** math.floor(math.log10(span / 3))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 4)
+    bottom, top = math.floor(low / step), math.ceil(high / step)
+    top = max(top, bottom + 1)
+    return bottom * step, top * step, [round(n * step, 10) for n in range(bottom, top + 1)]
+
+
+def decades(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Return (low, high, ticks) of a logarithmic axis: powers of ten, with at most five ticks."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    stride = -(-(high - low) // 4)
+    return 10.0**low, 10.0**high, [10.0**power for power in range(low, high + 1, stride)]
+
+
+def _band(stage: int, name: str, start: float, end: float) -> Band:
+    room = (end - start) / 6.5  # in letters
+    label = name if len(name) <= room else f"{name[: int(room) - 1]}…" if room >= 4 else ""
+    return Band(stage, round(start, 1), round(end - start, 1), label)
+
+
+def _x_ticks(x_of: Axis, in_seconds: bool) -> list[tuple[float, str]]:
+    unit, name = 1.0, ""
+    if in_seconds:
+        span = x_of.high - x_of.low
+        unit, name = next((unit, f" {name}") for limit, unit, name in TIME_UNITS if span <= limit)
+    low, high = x_of.low / unit, x_of.high / unit
+    ticks = [tick for tick in linear_ticks([low, high])[2] if low <= tick <= high]
+    return [(round(x_of(tick * unit), 1), f"{tick:,g}{name}") for tick in ticks]

@@ -1,0 +1,97 @@
+"""Detection of files that a living process is using, by file lock or, on file systems without locks, by heartbeat.
+
+A process that dies loses its locks at once. Where flock is missing (Lustre without `-o flock`, some NFS), the owner
+touches a file next to the used one every few seconds instead, and counts as dead 60 s after the last touch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from pathlib import Path
+
+from pipeline.config.background import PeriodicThread
+
+logger = logging.getLogger("mome.tracking")
+
+BEAT_SECONDS = 10.0
+DEAD_SECONDS = 60.0  # since the last heartbeat
+_held: set[Path] = set()  # files that this process uses
+
+
+class InUse(Exception):
+    """Another process is using the file."""
+
+
+class Lease:
+    """Marks a file, creating it if necessary, as used by this process until `release` or the process's death.
+
+    Raises InUse when another process uses it. A file system without locks is logged as a warning.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._heartbeat: PeriodicThread | None = None
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise InUse(str(path)) from None
+        except OSError as error:
+            if _has_heartbeat(path):
+                os.close(self._fd)
+                raise InUse(str(path)) from None
+            logger.warning(
+                "%s: the file system has no file locks (%s); using heartbeat files instead",
+                path.parent, error.strerror or error,
+            )  # fmt: skip
+            self._beat()
+            self._heartbeat = PeriodicThread(self._beat, BEAT_SECONDS, "mome-heartbeat").start()
+        _held.add(path)
+
+    def release(self) -> None:
+        _held.discard(self._path)
+        os.close(self._fd)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            _heartbeat_file(self._path).unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        file = _heartbeat_file(self._path)
+        with contextlib.suppress(OSError):  # a full disk may still accept the next heartbeat's timestamp
+            file.touch()
+            os.utime(file, (time.time(), time.time()))  # this machine's clock, not the file server's
+
+
+def is_held_elsewhere(path: Path) -> bool:
+    """Return True while another process uses the file."""
+    return path not in _held and is_held(path)
+
+
+def is_held(path: Path) -> bool:
+    """Return True while any process uses the file."""
+    if path in _held or _has_heartbeat(path):
+        return True
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: NFS grants exclusive locks to writers only
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks on this file system, and no heartbeat
+            return False
+    return False
+
+
+def _heartbeat_file(path: Path) -> Path:
+    return path.with_name(path.name + ".heartbeat")
+
+
+def _has_heartbeat(path: Path) -> bool:
+    try:
+        return abs(time.time() - _heartbeat_file(path).stat().st_mtime) < DEAD_SECONDS
+    except OSError:
+        return False

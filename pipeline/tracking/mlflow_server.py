@@ -1,0 +1,308 @@
+"""Access to a run's MLflow server: a check before the run starts, the client, and the meaning of its errors.
+
+mlflow is imported only by the functions that need its client, so that `check_server` stays fast.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.metadata
+import json
+import logging
+import os
+import socket
+import ssl
+import stat
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.config.background import within
+from pipeline.config.errors import TrackingError
+from pipeline.config.redaction import describe_error, password_of, redact, remember
+from pipeline.config.schema import RunConfig
+from pipeline.tracking.locations import sqlite_file, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 5.0
+HTTP_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: a malformed URL
+CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # a request that the client repeats could create a run twice
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_SQLITE_MAGIC = b"SQLite format 3\0"
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_HOSTED = ("databricks", "databricks-uc", "uc", "azureml", "arn")  # services of MLflow or its plugins
+_REJECTED_CODES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST")
+_CREDENTIALS = "Check its address, and the credentials in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+_EXPECTED = (
+    "expected http(s)://…, sqlite:///path, postgresql://… or the URI of an installed MLflow plugin "
+    "(MLflow's file store is not supported)"
+)
+
+# ---- check without mlflow
+
+
+def check_server(config: RunConfig, required: bool | None = None) -> None:
+    """Raise TrackingError if tracking is required and the server does not respond (within about ten seconds).
+
+    `required` overrides the config's `tracking.required`.
+    """
+    if not (config.tracking.required if required is None else required):
+        return
+    uri = tracking_uri(config)
+    if (fault := find_fault(uri)) is not None:
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: {fault}. Start the server, correct the address, or set "
+            "tracking.required=false: the run is then recorded locally and uploaded later by `mome sync`"
+        )
+
+
+def find_fault(uri: str) -> str | None:
+    """Return what is wrong with the server or database at `uri`; None if it responds."""
+    if (database := sqlite_file(uri)) is not None:
+        return _fault_of_folder(database.absolute().parent) or _fault_of_sqlite(database)
+    try:
+        parts = urllib.parse.urlsplit(redact(uri))  # redacted: a password may contain characters that end a host
+        engine, port = parts.scheme.partition("+")[0], parts.port
+        if fault := _fault_of_password(uri, engine):
+            return fault
+        if parts.scheme in ("http", "https"):
+            return _fault_of_http(redact(uri).rstrip("/"))
+        if engine in _PORTS:
+            return _fault_of_database(parts, engine, port or _PORTS[engine])
+    except ValueError as error:
+        return f"not a URI ({redact(str(error))}); {_EXPECTED}"
+    plugins = {entry.name for entry in importlib.metadata.entry_points(group="mlflow.tracking_store")} - {"file"}
+    return None if parts.scheme in _HOSTED or uri in _HOSTED or parts.scheme in plugins else _EXPECTED
+
+
+def _fault_of_password(uri: str, engine: str) -> str | None:
+    terminators = "@" if engine in _PORTS else "/?#@"
+    unquoted = [letter for letter in terminators if letter in (password_of(uri) or "")]
+    if not unquoted:
+        return None
+    escapes = ", ".join(f"{letter} as {urllib.parse.quote(letter, safe='')}" for letter in unquoted)
+    return f"its password contains characters that end it in a URI; write {escapes}"
+
+
+def _fault_of_sqlite(database: Path) -> str | None:
+    name = str(database).partition("?")[0]
+    if name == "." or ":memory:" in name:
+        return "a database in memory is lost with its process; give sqlite:///path of a file"
+    try:
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            return f"{name} is not a file; give sqlite:///path of a file"
+        with open(name, "rb") as file:
+            if file.read(len(_SQLITE_MAGIC)) not in (_SQLITE_MAGIC, b""):
+                return f"{name} is not an SQLite database; give the path of one, or of a new file"
+    except FileNotFoundError:
+        return None  # MLflow creates it
+    except (OSError, ValueError) as error:
+        return f"{name[:300]} cannot be used ({getattr(error, 'strerror', None) or error})"
+    return None if os.access(name, os.W_OK) else f"{name} is not writable"
+
+
+def _fault_of_folder(folder: Path) -> str | None:
+    try:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except (OSError, ValueError) as error:
+        return f"{folder} cannot be reached ({error})"
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return None if writable else f"{existing} is not a writable folder"
+
+
+def _fault_of_http(url: str) -> str | None:
+    """Request /health, which DagsHub and GitLab do not offer, and then an experiment, which every server knows."""
+    try:
+        status, body = http_get(f"{url}/health")
+        if status == 200 and body.strip() == b"OK":
+            return None
+        if status < 500 and status not in (401, 403):
+            status, body = http_get(f"{url}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default")
+    except urllib.error.URLError as error:
+        return f"the server does not answer ({error.reason})"
+    except HTTP_ERRORS as error:
+        return f"the server does not answer in HTTP ({type(error).__name__}: {error})"
+    # 401 and 403 prove that a server responds; MLflow's client reports rejected credentials with its first request.
+    if status in (401, 403) or _is_mlflow(body):
+        return None
+    return f"the server answered {status} {http.client.responses.get(status, '')}; is it an MLflow server?"
+
+
+def _is_mlflow(body: bytes) -> bool:
+    """Return True for a response of MLflow's API: an experiment, or one of its errors."""
+    try:
+        response = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(response, dict) and not response.keys().isdisjoint(("experiment", "error_code"))
+
+
+def _fault_of_database(parts: urllib.parse.SplitResult, engine: str, port: int) -> str | None:
+    query = dict(urllib.parse.parse_qsl(parts.query))
+    host = parts.hostname or query.get("host", "")
+    if path := query.get("unix_socket"):
+        return _fault_of_address(socket.AF_UNIX, path)
+    if host.startswith("/"):
+        return _fault_of_address(socket.AF_UNIX, f"{host}/.s.PGSQL.{query.get('port', port)}")
+    if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
+        return None  # the driver chooses: a default socket, one of several hosts, or a data source name
+    return _fault_of_address(None, (host, int(query.get("port", port))))
+
+
+def _fault_of_address(family: socket.AddressFamily | None, address: str | tuple[str, int]) -> str | None:
+    try:
+        if family is None:
+            socket.create_connection(address, timeout=ANSWER_SECONDS).close()  # type: ignore[arg-type]
+        else:
+            with socket.socket(family) as connection:
+                connection.settimeout(ANSWER_SECONDS)
+                connection.connect(address)
+    except (OSError, OverflowError) as error:
+        return f"the database does not answer at {address if family else f'{address[0]}:{address[1]}'} ({error})"
+    return None
+
+
+def http_get(url: str, limit: int = 2**16) -> tuple[int, bytes]:
+    """Return (status, body) of a GET request, using the TLS settings that MLflow's client reads.
+
+    Raises one of HTTP_ERRORS when there is no complete response within 2 * ANSWER_SECONDS. A socket's own timeout is
+    not enough: it never expires for a server that sends a byte now and then.
+    """
+
+    def get() -> tuple[int, bytes]:
+        handlers = [urllib.request.HTTPSHandler(context=_tls())] if url.lower().startswith("https:") else []
+        try:
+            with urllib.request.build_opener(*handlers).open(url, timeout=ANSWER_SECONDS) as response:
+                return response.status, response.read(limit)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read(limit)
+
+    return within(2 * ANSWER_SECONDS, get, "mome-http-get")
+
+
+def _tls() -> ssl.SSLContext:
+    """Build the context from MLflow's MLFLOW_TRACKING_* variables and requests' CA bundle variables."""
+    context = ssl.create_default_context()
+    bundles = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    name = next((name for name in bundles if os.environ.get(name)), None)
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif name is not None:
+        path = os.environ[name]
+        try:
+            context.load_verify_locations(**{"capath" if os.path.isdir(path) else "cafile": path})
+        except OSError as error:
+            raise OSError(f"{name}={path}: cannot read certificates from it ({error})") from error
+    if certificate := os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
+        try:
+            context.load_cert_chain(certificate)
+        except OSError as error:
+            raise OSError(f"MLFLOW_TRACKING_CLIENT_CERT_PATH={certificate}: not a certificate ({error})") from error
+    return context
+
+
+# ---- MLflow's client
+
+
+class ServerUnavailable(Exception):
+    """The server did not respond, or not as expected; the same request may succeed later."""
+
+
+class RequestRejected(Exception):
+    """The server rejected the request; repeating it is useless."""
+
+
+class RunNotFound(Exception):
+    """A run that was uploaded earlier no longer exists on the server."""
+
+
+def request(action: Callable[..., T], *args: Any, **values: Any) -> T:
+    """Return `action(*args, **values)`; its errors become ServerUnavailable, RequestRejected or RunNotFound."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return action(*args, **values)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise RunNotFound(redact(str(error))) from error
+        kind = RequestRejected if error.error_code in _REJECTED_CODES else ServerUnavailable
+        raise kind(redact(str(error))) from error
+    except Exception as error:  # connection, database and file errors of any underlying library
+        raise ServerUnavailable(describe_error(error)) from error
+
+
+def prepare_client() -> None:
+    """Set the client's environment variables. Call it before the first import of mlflow, which reads them once."""
+    os.environ.update(CLIENT_ENVIRONMENT)
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return an MLflow client. Creates or migrates an SQLite database, which takes seconds. Raises TrackingError."""
+    if (database := sqlite_file(uri)) is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):  # secrets that error messages may quote
+        remember(os.environ.get(name, ""))
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=uri)
+    except Exception as error:  # such as a missing driver or an unknown URI scheme
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: MLflow's client cannot use it ({describe_error(error)})"
+        ) from error
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """Return the id of the experiment `name`, creating it if necessary.
+
+    Artifacts go next to an SQLite database; a server chooses their location itself.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    database = sqlite_file(uri)
+    location = None if database is None else (database.absolute().parent / "mlartifacts" / name).as_uri()
+    return client.create_experiment(name, artifact_location=location)
+
+
+def try_writing(uri: str, experiment: str) -> str:
+    """Create a run with a tag, read it back and delete it; return a description of the result.
+
+    The run is created in `experiment` if it exists, otherwise in MLflow's default one. A database that does not exist
+    is not created. Raises TrackingError with the server's error.
+    """
+    if (database := sqlite_file(uri)) is not None and not database.exists():
+        return "its database will be created with the run"
+    client = connect(uri)
+    try:
+        existing = client.get_experiment_by_name(experiment)
+        run = client.create_run(existing.experiment_id if existing else "0", run_name="mome preflight")
+        try:
+            client.set_tag(run.info.run_id, "mome.preflight", "written")
+            if client.get_run(run.info.run_id).data.tags.get("mome.preflight") != "written":
+                raise TrackingError(f"tracking.uri {redact(uri)}: a tag that was written could not be read back")
+        finally:
+            client.delete_run(run.info.run_id)
+    except TrackingError:
+        raise
+    except Exception as error:  # connection and database errors of any underlying library
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: the server refused a run: {describe_error(error)}. {_CREDENTIALS}"
+        ) from error
+    return "a run was written, read back and deleted"
