@@ -227,7 +227,7 @@ def signature(outputs: Sequence[str]) -> ModelSignature:
         ColSpec(Array(DataType.double) if name in VECTORS else DataType.double, name, required=False)
         for name in outputs
     ]
-    matching = ParamSchema([ParamSpec("matching", DataType.boolean, True)])
+    matching = ParamSchema([ParamSpec("itm", DataType.boolean, True)])
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching)
 
 
