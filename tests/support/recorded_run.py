@@ -72,7 +72,7 @@ class _Session:
                 "train/lr": 1e-3,
                 "perf/samples_per_s": 40.0,
             }
-            values |= {"train/loss_contrastive": 5.0 / step, "train/loss_matching": 3.0 / step} if stage else {}
+            values |= {"train/loss_itc": 5.0 / step, "train/loss_itm": 3.0 / step} if stage else {}
             source = "pairs" if stage else "pictures"
             values |= {f"data/samples/{source}": 8.0 * step, f"data/bad/{source}": 1.0, f"data/epochs/{source}": 0.1}
             self.append("metrics", stage, step=step, values=values | more)
