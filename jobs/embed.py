@@ -7,7 +7,6 @@ from typing import Any
 
 from jobs.caller import Caller
 from jobs.console import PLAIN_SECONDS, notify, repeatedly
-from jobs.evaluate import model_of, weights_to_score
 from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.urls import absolute
 from pipeline.data.contents.text import Tokenizer
@@ -15,6 +14,7 @@ from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
 from pipeline.evaluation.embedding import DONE, Embedder, checkpoint_digest, embed_shards
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.training.checkpoint import COMMIT, weights_info
 
 
@@ -75,10 +75,10 @@ def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 
 def _embed(asked: EmbedRequest, ranks: Ranks) -> dict[str, Any]:
     storage = asked.store()
-    weights = weights_to_score(storage, asked.checkpoint)
+    weights = load_usable_weights(storage, asked.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     digest = checkpoint_digest(storage.read(join(weights.url, COMMIT)))
-    embedder = Embedder(model_of(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
+    embedder = Embedder(build_trained_model(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
     found = embed_shards(embedder, storage, asked.shards, asked.out, ranks, config.data.max_bad_rate)
     return {"out": asked.out, "checkpoint": weights.url, **asdict(found)}

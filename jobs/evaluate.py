@@ -34,7 +34,7 @@ from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.report import ReportLink, build_report_data, render_report
 from pipeline.evaluation.report_data import EvalKey, ReportData, headline, load_report_data, save_report_data
 from pipeline.evaluation.results import Evaluation
-from pipeline.models import build_model, skeleton
+from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.models.model import Model
 from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.locations import configured_uri
@@ -43,13 +43,11 @@ from pipeline.training.checkpoint import (
     Weights,
     WeightsInfo,
     is_committed,
-    load_weights,
     stage_url,
     weights_info,
 )
 from pipeline.training.goodput import add_time
 from pipeline.training.prepare import RUN_FILE
-from pipeline.training.stages import heads, load_matching
 
 log = logging.getLogger(__name__)
 
@@ -252,13 +250,13 @@ def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 def _measured(asked: EvalRequest, key: EvalKey, ranks: Ranks) -> EvalResult:
     """Called on each of the ranks, which get the same; only the first makes the page."""
     storage = asked.store()
-    weights = weights_to_score(storage, asked.checkpoint)
+    weights = load_usable_weights(storage, asked.checkpoint)
     stage = weights.config.stage_named(weights.stage)
     config, source = _with_source(weights.config, stage, asked.source, "--source", asked.read_as)
     config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
     device = device_of(ranks)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
-    model = model_of(weights).to(device)
+    model = build_trained_model(weights).to(device)
     found = evaluate(
         model,
         tokenizer,
@@ -319,46 +317,6 @@ def _evaluation_of(run: str, target: Target, caller: Caller) -> ReportData:
     )
 
 
-def weights_to_score(storage: Storage, url: str) -> Weights:
-    """Return the weights at a URL for measurements or predictions. Raises CheckpointError as `load_weights`."""
-    return without_random_heads(load_weights(storage, url))
-
-
-def without_random_heads(weights: Weights) -> Weights:
-    """Return weights without the objectives whose heads they do not hold, as imported weights may; log their names.
-
-    Such heads would be drawn at random.
-    """
-    config, stage = weights.config, weights.config.stage_named(weights.stage)
-    model = skeleton(config.model, len(weights.vocabulary), heads(config, config.stages.index(stage)))
-    lacking = {
-        model.part_of(name)
-        for name, tensor in model.state_dict().items()
-        if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
-    } & set(model.HEAD_PARTS)
-    random = [
-        o for o in stage.objectives if (model.modules_for(o, config.source_type_of(stage)) or frozenset()) & lacking
-    ]
-    if not random:
-        return weights
-    log.warning("%s: the weights hold no whole head for %s, which is left out", weights.url, ", ".join(random))
-    objectives = {o: settings for o, settings in stage.objectives.items() if o not in random}
-    scored = stage.model_copy(update={"objectives": objectives})
-    stages = tuple(scored if each is stage else each for each in config.stages)
-    return replace(weights, config=config.model_copy(update={"stages": stages}))
-
-
-def model_of(weights: Weights) -> Model:
-    """The model that a stage's weights are of."""
-    config = weights.config
-    index = config.stages.index(config.stage_named(weights.stage))
-    model = build_model(config.model, len(weights.vocabulary), heads(config, index))
-    if drawn := weights.absent - set(model.HEAD_PARTS):
-        log.warning("%s holds no %s: drawn at random", weights.url, ", ".join(sorted(drawn)))
-    load_matching(model, weights.tensors, weights.stage, weights.absent)
-    return model
-
-
 def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> Iterator[tuple[str, nn.Module]]:
     """The finished stages before this one, which alone can tell what their objectives learnt."""
     for index, stage in enumerate(config.stages):
@@ -366,7 +324,7 @@ def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> It
         if stage.name == weights.stage:
             return
         if is_committed(storage, url):
-            yield stage.name, model_of(weights_to_score(storage, url))
+            yield stage.name, build_trained_model(load_usable_weights(storage, url))
 
 
 def _with_source(

@@ -9,7 +9,6 @@ from typing import Any
 from PIL.PngImagePlugin import PngInfo
 
 from jobs.caller import Caller
-from jobs.evaluate import model_of, weights_to_score
 from jobs.objectives import source_types
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError, DataError
@@ -27,6 +26,7 @@ from pipeline.evaluation.explain import (
     explanation_subject,
     untrained_notes,
 )
+from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.pages.page import signature
 
 FORMATS = (".html", ".png")
@@ -42,10 +42,10 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     if not out.endswith(FORMATS):
         raise ConfigError(f"--out {out}: expected a name that ends in {' or '.join(FORMATS)}")
     storage = caller.store()
-    weights = weights_to_score(storage, checkpoint.rstrip("/"))
+    weights = load_usable_weights(storage, checkpoint.rstrip("/"))
     config = weights.config
     stage = config.stage_named(weights.stage)
-    model = model_of(weights)
+    model = build_trained_model(weights)
     if model.modules_for("wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("wpa", kind))
         raise ConfigError(

@@ -12,20 +12,19 @@ from typing import Any
 from PIL import Image
 
 from jobs.caller import Caller
-from jobs.evaluate import without_random_heads
-from jobs.served import outputs_of
 from pipeline.config.redaction import redact, redact_values
 from pipeline.data.storage import Storage, split
+from pipeline.inference import drop_untrained_objectives, pyfunc_outputs
 from pipeline.tracking.locations import absolute_uri, experiment_name, read_run_id, tracking_uri
 from pipeline.tracking.mlflow_models import Export, register
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (ROOT / "pipeline", ROOT / "jobs")
-# What `jobs.served` imports, and nothing that only training needs.
+CODE = (ROOT / "pipeline",)
+# What `pipeline.inference` imports, and nothing that only training needs.
 SERVING = (
-    "botocore", "einops", "fsspec", "jinja2", "numpy", "opencv-python-headless", "pandas", "pillow", "pydantic",
-    "pyyaml", "rich", "safetensors", "scipy", "simplejpeg", "tokenizers", "torch", "typer", "urllib3",
+    "botocore", "einops", "fsspec", "numpy", "opencv-python-headless", "pandas", "pillow", "pydantic",
+    "pyyaml", "safetensors", "scipy", "simplejpeg", "tokenizers", "torch", "urllib3",
 )  # fmt: skip
 
 
@@ -47,10 +46,10 @@ def register_checkpoint(
         _write(weights, folder)
         export = Export(
             folder=Path(folder),
-            loader="jobs.served",
+            loader="pipeline.inference",
             code=CODE,
             requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
-            outputs=outputs_of(without_random_heads(weights)),
+            outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
             example={"image": _example_picture(), "text": "a grey square"},
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},

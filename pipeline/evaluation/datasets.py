@@ -304,11 +304,11 @@ class LabelledEvalSet:
             batch = list(self._read(itertools.islice(samples, rows.stop - rows.start))) if is_own else []
             self.samples += len(batch)
             wanted = self._pass(batch or [self._nothing()], heads)
-            yield on_device(wanted, device), [each.annotation for each in batch]
+            yield move_inputs(wanted, device), [each.annotation for each in batch]
 
     def _pass(self, batch: Sequence[Annotated], heads: tuple[Head, ...]) -> ForwardInput:
         rows = [each.tokens for each in batch if each.tokens]
-        return pass_over([e.pictures for e in batch], rows, self._tokenizer.pad_id, self._config.model, *heads)
+        return collate_inputs([e.pictures for e in batch], rows, self._tokenizer.pad_id, self._config.model, *heads)
 
     def _nothing(self) -> Annotated:
         """What is read where there is no sample and other ranks read one."""
@@ -354,7 +354,7 @@ class LabelledEvalSet:
         return resize_for(decode(data, self._config.data.max_pixels), self._config.model)
 
 
-def pass_over(
+def collate_inputs(
     pictures: Sequence[tuple[np.ndarray, ...]],
     rows: Sequence[Sequence[int]],
     pad: int,
@@ -377,7 +377,7 @@ def pass_over(
     )
 
 
-def on_device(one: ForwardInput, device: torch.device) -> ForwardInput:
+def move_inputs(one: ForwardInput, device: torch.device) -> ForwardInput:
     """The same pass with its tensors there."""
     members = {name: value for name, value in vars(one).items() if isinstance(value, Tensor)}
     moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}

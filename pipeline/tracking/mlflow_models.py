@@ -231,6 +231,26 @@ def signature(outputs: Sequence[str]) -> ModelSignature:
     return ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching)
 
 
+def download_weights(uri: str, folder: Path, tracking_uri: str | None = None) -> str:
+    """Download a registered model into `folder` and return its folder of weights.
+
+    `uri` is `models:/NAME@ALIAS` or `models:/NAME/VERSION`. Raises TrackingError where the registry has no such model.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    try:
+        model = mlflow.artifacts.download_artifacts(uri, dst_path=str(folder), tracking_uri=tracking_uri)
+        flavor = Model.load(model).flavors["python_function"]
+        return str(Path(model) / flavor["data"])
+    except (MlflowException, OSError, KeyError) as error:
+        raise TrackingError(
+            f"{uri}: not found in MLflow's registry at {redact(tracking_uri or mlflow.get_registry_uri())}: {error}. "
+            "Check the name, the version or alias, and the tracking URI"
+        ) from error
+
+
 def _stage_run(client: MlflowClient, export: Export) -> tuple[str, str] | None:
     """Return (run id, experiment id) of the stage that made the export; None if the server does not know it."""
     if export.run is None:

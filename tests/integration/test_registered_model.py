@@ -16,15 +16,14 @@ import torch
 from mlflow import MlflowClient
 
 from jobs.convert import import_weights
-from jobs.evaluate import model_of
 from jobs.register import register_checkpoint
-from jobs.served import outputs_of
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.model import VLMoConfig
 from pipeline.data.contents.images import decode, resize
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.retrieval import embed_images, embed_texts, fusion_scores
+from pipeline.inference import build_trained_model, load_model, pyfunc_outputs
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import to_published
 from pipeline.tracking.tracker import JournalTracker
@@ -53,7 +52,7 @@ json.dump(
         "only_text": model.predict(pd.DataFrame({"text": frame["text"][:2]})).to_dict("records"),
         "without_matching": list(model.predict(frame[:1], params={"itm": False}).columns),
         "code": pipeline.__file__,
-        "imported": [name for name in ("deepspeed", "ray", "transformers") if name in sys.modules],
+        "imported": sorted({"deepspeed", "jinja2", "ray", "rich", "transformers", "typer"} & sys.modules.keys()),
         "signature": model.metadata.signature.to_dict(),
         "example": list(model.input_example.columns),
     },
@@ -99,7 +98,7 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
     served = json.loads(done.stdout)
 
     weights = load_weights(Storage(), checkpoint)
-    model, tokenizer = model_of(weights), Tokenizer.from_vocabulary(weights.vocabulary)
+    model, tokenizer = build_trained_model(weights), Tokenizer.from_vocabulary(weights.vocabulary)
     images = torch.from_numpy(np.stack([resize(decode(image, 10_000), TINY.image_size) for image in PICTURES]))
     rows = [tokenizer.encode(text, 12).ids for text in TEXTS]
     image, text = embed_images(model, images), embed_texts(model, rows, tokenizer.pad_id)
@@ -110,6 +109,11 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
         "similarity": (image * text).sum(dim=1),
         "matched": fusion_scores(model, images, rows, tokenizer.pad_id, pairs).sigmoid(),
     }
+
+    registered = load_model(told["uri"], tracking_uri=uri)
+    torch.testing.assert_close(registered.encode_texts(TEXTS), text)
+    with pytest.raises(TrackingError, match="not found in MLflow's registry"):
+        load_model("models:/unknown@candidate", tracking_uri=uri)
 
     client = MlflowClient(uri)
     version = client.get_model_version_by_alias("tiny", "candidate")
@@ -133,5 +137,5 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
 def test_weights_that_give_neither_embeddings_nor_scores_are_refused_with_what_they_lack(tmp_path: Path) -> None:
     weights = load_weights(Storage(), imported(tmp_path))
     only_text = next(stage for stage in weights.config.stages if list(stage.objectives) == ["mlm"])
-    with pytest.raises(ConfigError, match="retrieval embeddings need contrastive"):
-        outputs_of(replace(weights, stage=only_text.name))
+    with pytest.raises(ConfigError, match="retrieval embeddings need itc"):
+        pyfunc_outputs(replace(weights, stage=only_text.name))

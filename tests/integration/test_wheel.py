@@ -41,6 +41,25 @@ def test_every_recipe_and_module_of_the_checkout_is_in_the_wheel(installed: Path
                 assert (installed / target / path.relative_to(ROOT / source)).is_file(), path
 
 
+def run_program(program: str, installed: Path, folder: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_api_imports_from_the_wheel_without_the_command_line(installed: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, pipeline.inference as api\n"
+        "print(api.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))\n"
+    )
+    (module,) = run_program(program, installed, tmp_path).split()
+    assert Path(module) == installed / "pipeline" / "inference.py"
+
+
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     program = (
         "import jobs.demo; from jobs.configs import configs_folder; from jobs.audit import fingerprint_of\n"
@@ -49,18 +68,7 @@ def test_the_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_pa
         "config = load_config(configs_folder() / 'demo.yaml', small)\n"
         "print(jobs.demo.__file__, configs_folder(), fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    demo, configs, steps = done.stdout.split(maxsplit=2)
+    demo, configs, steps = run_program(program, installed, tmp_path).split(maxsplit=2)
     assert Path(demo).is_relative_to(installed)
     assert Path(configs) == installed / "mome" / "configs"
     assert steps.strip() == "[0, 1]"

@@ -22,7 +22,8 @@ LEVELS = {
     "pipeline.evaluation": 3,
     "pipeline.training": 4,  # evaluates while it trains
     "pipeline.reports": 5,  # over a run's folder: what training and evaluation left there
-    "jobs": 6,
+    "pipeline.inference": 6,  # the Python API: trained weights, ready for use
+    "jobs": 7,
 }
 
 HOMES = {

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from jobs.cli import FORMAT_HELP, app
 from jobs.convert import export_weights, import_weights
-from jobs.evaluate import model_of
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.model import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
 from pipeline.data.storage import Storage
+from pipeline.inference import build_trained_model
 from pipeline.models import build_model
 from pipeline.models.checkpoints import FORMATS
 from pipeline.models.checkpoints.vlmo import to_published
@@ -100,7 +100,7 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> N
 def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocabulary: str) -> None:
     path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5, reasoning=True)))
     import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text_length=12"], vocabulary=vocabulary)
-    made = model_of(load_weights(Storage(), f"{tmp_path}/imported"))
+    made = build_trained_model(load_weights(Storage(), f"{tmp_path}/imported"))
     expected = build_model(TINY, WORDS, HeadConfig(answers=5, reasoning=True), seed=5)
     assert equal(made.state_dict(), expected.state_dict())
 

@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from jobs.convert import export_weights, import_weights
-from jobs.evaluate import model_of, weights_to_score
 from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.model import TransformerConfig, ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
+from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints import FORMATS
 from pipeline.models.forward import ForwardInput
@@ -104,9 +104,9 @@ def masked(logits: Tensor, asked: Asked) -> dict[str, Any]:
 def same_tokens(model: Any, asked: Asked, heads: str) -> None:
     """No objective of these checkpoints predicts anything: what they share is the encoder."""
     image = asked.pixels[0]
-    found = model_of(asked.weights).eval()({"x": ForwardInput(heads=("tokens",), image=image.permute(0, 2, 3, 1))})[
-        "x"
-    ]["tokens"]
+    found = build_trained_model(asked.weights).eval()(
+        {"x": ForwardInput(heads=("tokens",), image=image.permute(0, 2, 3, 1))}
+    )["x"]["tokens"]
     hidden = model(image).last_hidden_state if heads == "bare" else model.beit(image).last_hidden_state
     if heads == "pooler":
         hidden = model.beit.pooler.layernorm(hidden)
@@ -117,7 +117,7 @@ def same_visual_tokens(model: Any, asked: Asked) -> None:
     image, places = asked.pixels[0], torch.tensor([[0, 3, 5]])
     covered = torch.zeros(1, 9, dtype=torch.bool).scatter(1, places, True)
     one = ForwardInput(heads=("mim",), image=image.permute(0, 2, 3, 1), patch_positions=places)
-    found = model_of(asked.weights).eval()({"x": one})["x"]["mim"]
+    found = build_trained_model(asked.weights).eval()({"x": one})["x"]["mim"]
     expected = model(image, bool_masked_pos=covered).logits[:, places[0]]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     stage = asked.weights.config.stage_named(asked.weights.stage)
@@ -125,7 +125,9 @@ def same_visual_tokens(model: Any, asked: Asked) -> None:
 
 
 def same_words(model: Any, asked: Asked) -> None:
-    found = model_of(asked.weights).eval()({"x": ForwardInput(heads=("tokens",), text=asked.ids)})["x"]["tokens"]
+    found = build_trained_model(asked.weights).eval()({"x": ForwardInput(heads=("tokens",), text=asked.ids)})["x"][
+        "tokens"
+    ]
     torch.testing.assert_close(found, model(**asked.words).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
@@ -404,9 +406,9 @@ def test_a_stage_that_claims_a_head_which_the_weights_lack_is_scored_without_it(
     tensors = {n: t for n, t in weights.tensors.items() if n != "itc_head.image_vl.weight"}
     metadata = {"config": weights.config.model_dump(mode="json"), "stage": weights.stage, "step": 0}
     save_weights(Storage(), f"{tmp_path}/cut", tensors, TOKENS, metadata)
-    found = weights_to_score(Storage(), f"{tmp_path}/cut")
+    found = load_usable_weights(Storage(), f"{tmp_path}/cut")
     assert set(found.config.stage_named(found.stage).objectives) == {"itm", "mlm"}
-    assert "no whole head for contrastive" in caplog.text
+    assert "no complete head for itc" in caplog.text
 
 
 def test_one_contrast_trains_and_starts_from_two(tmp_path: Path) -> None:

@@ -1,0 +1,490 @@
+"""Python API: load trained weights and use them, without the command line or Ray.
+
+    from pipeline.inference import load_model
+
+    model = load_model("runs/demo")                        # a run, a checkpoint, a weights URL or models:/NAME@ALIAS
+    images = model.encode_images(["dog.jpg", "cat.jpg"])   # (2, D) unit vectors
+    texts = model.encode_texts(["a dog", "a cat"])         # (2, D); images @ texts.T are the cosine similarities
+    model.score_pairs(["dog.jpg"], ["a dog"])              # (1,) probability that image and text match
+    model.fill_masks("a [MASK] in the grass", "dog.jpg")   # the best words for each [MASK]
+    model.answer("dog.jpg", "what animal is this?")        # the best answers of a model fine-tuned for VQA
+
+MLflow loads registered models through this module as well (`mome register`), so it imports neither typer, rich nor
+jinja2. Weights are read without unpickling, and the checksum of every file is verified.
+
+Shapes: N images, M texts, P pairs, D embedding dimensions, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image as pil
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import Objective, RunConfig, StageConfig
+from pipeline.data.contents.choices import CLASSES, Choices, answers_with
+from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
+from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
+from pipeline.data.quarantine import BadSample
+from pipeline.data.storage import NotFound, Storage
+from pipeline.evaluation.datasets import collate_inputs, move_inputs
+from pipeline.evaluation.retrieval import contrastive_features, embed_images, embed_texts, eval_mode, fusion_scores
+from pipeline.models import build_model, skeleton
+from pipeline.models.forward import ForwardInput, Head
+from pipeline.models.model import Model
+from pipeline.training.checkpoint import Weights, load_weights
+from pipeline.training.stages import heads, load_matching
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+ImageInput = str | Path | bytes | np.ndarray | pil.Image  # a path or URL, an encoded file, or pixels (H, W, 3) uint8
+Prediction = dict[str, Any]
+BATCH_SIZE = 64
+
+
+def load_model(
+    source: str | Path,
+    storage: Storage | None = None,
+    device: str | torch.device | None = None,
+    tracking_uri: str | None = None,
+) -> TrainedModel:
+    """Load weights with their tokenizer and answer lists, ready for inference.
+
+    `source` is the folder or URL of a run (its last finished stage), of a stage, of imported weights or of a
+    checkpoint;
+    or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of MLflow's registry at `tracking_uri` (default: MLflow's own
+    setting). `storage` holds the credentials of an object store (default: from the environment), `device` is where the
+    model runs (default: the GPU if there is one). Raises CheckpointError for a folder without complete weights,
+    TrackingError where MLflow has no such model.
+    """
+    storage = storage or Storage()
+    url = str(source).rstrip("/")
+    if not url.startswith("models:/"):
+        return TrainedModel.from_weights(load_usable_weights(storage, url), storage, device)
+    from pipeline.tracking.mlflow_models import download_weights
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = load_usable_weights(storage, download_weights(url, Path(folder), tracking_uri))
+    return TrainedModel.from_weights(replace(weights, url=url), storage, device)
+
+
+def load_usable_weights(storage: Storage, url: str) -> Weights:
+    """Load the weights at a URL without the objectives they cannot serve. Raises CheckpointError as `load_weights`."""
+    return drop_untrained_objectives(load_weights(storage, url))
+
+
+def drop_untrained_objectives(weights: Weights) -> Weights:
+    """Return the weights without the objectives whose heads they lack, which would be drawn at random; log their names.
+
+    Imported weights may lack heads.
+    """
+    config, stage = weights.config, weights.config.stage_named(weights.stage)
+    model = skeleton(config.model, len(weights.vocabulary), heads(config, config.stages.index(stage)))
+    lacking = {
+        model.part_of(name)
+        for name, tensor in model.state_dict().items()
+        if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
+    } & set(model.HEAD_PARTS)
+    dropped = [
+        o for o in stage.objectives if (model.modules_for(o, config.source_type_of(stage)) or frozenset()) & lacking
+    ]
+    if not dropped:
+        return weights
+    log.warning("%s: no complete head for %s; these objectives are left out", weights.url, ", ".join(dropped))
+    objectives = {o: settings for o, settings in stage.objectives.items() if o not in dropped}
+    usable = stage.model_copy(update={"objectives": objectives})
+    stages = tuple(usable if other is stage else other for other in config.stages)
+    return replace(weights, config=config.model_copy(update={"stages": stages}))
+
+
+def build_trained_model(weights: Weights) -> Model:
+    """Build the model of a stage and load its weights; log the parts that are drawn at random."""
+    config = weights.config
+    index = config.stages.index(config.stage_named(weights.stage))
+    model = build_model(config.model, len(weights.vocabulary), heads(config, index))
+    if random := weights.absent - set(model.HEAD_PARTS):
+        log.warning("%s: no weights for %s; initialized at random", weights.url, ", ".join(sorted(random)))
+    load_matching(model, weights.tensors, weights.stage, weights.absent)
+    return model
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Zero, one or two images (H, W, 3) uint8 and an optional text."""
+
+    images: tuple[np.ndarray, ...] = ()
+    text: str | None = None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.text is not None and MASK in self.text
+
+    def is_pair(self, images: int = 1) -> bool:
+        return len(self.images) == images and self.text is not None and not self.has_mask
+
+    def __str__(self) -> str:
+        text = "no text" if self.text is None else f"a text with {MASK}" if self.has_mask else "a text"
+        return f"{('no image', 'one image', 'two images')[len(self.images)]} and {text}"
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    """One objective's prediction: the inputs it needs, in words and as a test, and the method that computes it."""
+
+    needs: str
+    accepts: Callable[[_Inputs], bool]
+    predict: Callable[[TrainedModel, _Inputs, int], Prediction]
+
+
+class TrainedModel:
+    """A stage's model with the tokenizer, config and answer lists that give its outputs their meaning.
+
+    Methods run in evaluation mode, without gradients, and return tensors on the CPU. They raise ConfigError for what
+    the
+    stage was not trained for and for a text without a token, DataError for an image that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        stage: StageConfig,
+        choices: Mapping[str, Choices],
+        storage: Storage | None = None,
+        url: str = "",
+    ):
+        self.model, self.tokenizer, self.choices, self.url = model, tokenizer, choices, url
+        self.config, self.stage, self.storage = config.for_stage(stage), stage, storage or Storage()
+
+    @classmethod
+    def from_weights(
+        cls, weights: Weights, storage: Storage | None = None, device: str | torch.device | None = None
+    ) -> TrainedModel:
+        """Build the model on `device` (default: the GPU if there is one)."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
+        stage = weights.config.stage_named(weights.stage)
+        model = build_trained_model(weights).to(device).eval()
+        return cls(model, tokenizer, weights.config, stage, weights.choices, storage, weights.url)
+
+    def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return unit vectors (N, D) in the space shared with `encode_texts`."""
+        self._require("itc", "embeddings")
+        batches = [
+            embed_images(self.model, torch.from_numpy(np.stack([self._pixels(image) for image in batch])), batch_size)
+            for batch in _chunks(images, batch_size)
+        ]
+        return torch.cat(batches)
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return unit vectors (M, D) in the space shared with `encode_images`."""
+        self._require("itc", "embeddings")
+        return embed_texts(self.model, [self._tokenize(text) for text in texts], self.tokenizer.pad_id, batch_size)
+
+    def score_pairs(self, images: Sequence[ImageInput], texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
+        """Return the probability (P,) that each image matches the text at the same index.
+
+        A model fine-tuned for ranking returns its ranking scores instead. Without either objective, compare
+        `encode_images` with `encode_texts`.
+        """
+        if len(images) != len(texts):
+            raise ValueError(f"score_pairs got {len(images)} images and {len(texts)} texts; give one text per image")
+        is_ranking = "ranking" in self.stage.objectives
+        if not is_ranking:
+            self._require("itm", "pair scores")
+        scores = [
+            self._score([self._pixels(images[i]) for i in batch], [self._tokenize(texts[i]) for i in batch], is_ranking)
+            for batch in _chunks(range(len(images)), batch_size)
+        ]
+        return torch.cat(scores)
+
+    def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
+        """Return the `top_k` most probable answers to a question about an image, the best first."""
+        self._require("vqa", "answers")
+        return self._predict_answers(_Inputs((self._decode(image),), question), top_k)["answers"]
+
+    def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
+        """Return the `top_k` most probable tokens for each [MASK] in `text`, the best first.
+
+        The image is read only by a stage that trained masked language modelling with images.
+        """
+        self._require("mlm", "masked words")
+        return self._predict_words(_Inputs(() if image is None else (self._decode(image),), text), top_k)["words"]
+
+    def predict(self, images: Sequence[ImageInput] = (), text: str | None = None, top_k: int = 5) -> Prediction:
+        """Return every prediction that the stage was trained for and that these inputs allow, by name.
+
+        Raises ConfigError listing the inputs that each prediction needs, if there is none.
+        """
+        inputs = _Inputs(tuple(self._decode(image) for image in images), text)
+        trained = {o: _PREDICTORS[o] for o in self.stage.objectives if o in _PREDICTORS}
+        predictions: Prediction = {}
+        for predictor in trained.values():
+            if predictor.accepts(inputs):
+                predictions |= predictor.predict(self, inputs, top_k)
+        if predictions:
+            return predictions
+        needs = "; ".join(f"{objective} needs {predictor.needs}" for objective, predictor in trained.items())
+        raise ConfigError(
+            f"nothing can be predicted from {inputs}: stage {self.stage.name} was trained for "
+            f"{needs or 'objectives without predictions: ' + ', '.join(self.stage.objectives)}"
+        )
+
+    def tokenize_masked(self, text: str) -> tuple[list[int], list[int]]:
+        """Return token ids, with the mask token where `text` spells [MASK], and the positions of the masks.
+
+        The tokenizer itself would split the spelling into letters.
+        """
+        ids, positions = [self.tokenizer.tokens.index(CLS)], []
+        for number, piece in enumerate(text.split(MASK)):
+            if number:
+                positions.append(len(ids))
+                ids.append(self.tokenizer.mask_id)
+            ids += self.tokenizer.encode(piece, len(piece) + 2).ids[1:-1]
+        ids.append(self.tokenizer.tokens.index(SEP))
+        if len(ids) > self.stage.max_text_length:
+            raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text_length}")
+        return ids, positions
+
+    # Predictions by objective ----------------------------------------------------------------------------------------
+
+    def _predict_answers(self, inputs: _Inputs, top_k: int) -> Prediction:
+        answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}")
+        return {"answers": _top(self._outputs(inputs, "answers")["answers"][0].sigmoid(), answers.names, top_k)}
+
+    def _predict_truth(self, inputs: _Inputs, top_k: int) -> Prediction:
+        return {"true": self._outputs(inputs, "nlvr2")["nlvr2"][0].softmax(dim=0)[1].item()}
+
+    def _predict_classes(self, inputs: _Inputs, top_k: int) -> Prediction:
+        probabilities = self._outputs(inputs, "classes")["classes"][0].softmax(dim=0)
+        classes = self.choices.get(CLASSES)
+        is_named = classes is not None and len(classes) == len(probabilities)
+        names = classes.names if is_named and classes else [str(number) for number in range(len(probabilities))]
+        return {"classes": _top(probabilities, names, top_k)}
+
+    def _predict_match(self, inputs: _Inputs, top_k: int) -> Prediction:
+        return {"matched": self._outputs(inputs, "itm")["itm"][0].softmax(dim=0)[1].item()}
+
+    def _predict_ranking(self, inputs: _Inputs, top_k: int) -> Prediction:
+        return {"ranking": self._outputs(inputs, "ranking")["ranking"][0].item()}
+
+    def _predict_similarity(self, inputs: _Inputs, top_k: int) -> Prediction:
+        """Return the mean cosine of the contrastive heads, from -1 to 1."""
+        pair = self._forward_input(inputs, "itc")
+        with eval_mode(self.model) as device:
+            image, text = (
+                contrastive_features(self.model, move_inputs(tower, device))
+                for tower in (replace(pair, text=None, text_keep=None), replace(pair, image=None, image_size=None))
+            )
+        return {"similarity": (image @ text.T).item()}
+
+    def _predict_words(self, inputs: _Inputs, top_k: int) -> Prediction:
+        assert inputs.text is not None
+        ids, positions = self.tokenize_masked(inputs.text)
+        if not positions:
+            raise ConfigError(f"the text {inputs.text!r} has no {MASK}; write {MASK} in the place of each hidden word")
+        reads_images = self.config.source_type_of(self.stage) == "pairs"
+        forward_input = self._collate(inputs.images if reads_images else (), ids, "mlm")
+        logits = self._run(replace(forward_input, mask_positions=torch.tensor([positions])))["mlm"][0]
+        return {"words": [_top(row, self.tokenizer.tokens, top_k) for row in logits.softmax(dim=1)]}
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def _outputs(self, inputs: _Inputs, head: Head) -> dict[str, Tensor]:
+        return self._run(self._forward_input(inputs, head))
+
+    def _forward_input(self, inputs: _Inputs, head: Head) -> ForwardInput:
+        return self._collate(inputs.images, [] if inputs.text is None else self._tokenize(inputs.text), head)
+
+    def _collate(self, images: Sequence[np.ndarray], ids: list[int], head: Head) -> ForwardInput:
+        resized = tuple(resize_for(image, self.config.model) for image in images)
+        rows = [ids] if ids else []
+        return collate_inputs([resized] if resized else [], rows, self.tokenizer.pad_id, self.config.model, head)
+
+    def _run(self, forward_input: ForwardInput) -> dict[str, Tensor]:
+        with eval_mode(self.model) as device:
+            outputs = self.model({"only": move_inputs(forward_input, device)})["only"]
+        return {name: value.float().cpu() for name, value in outputs.items()}
+
+    def _score(self, images: Sequence[np.ndarray], tokens: Sequence[Sequence[int]], is_ranking: bool) -> Tensor:
+        """Score resized images with token rows, pair by pair: probabilities, or ranking scores."""
+        canvases, sizes = on_one_canvas(images)
+        image_size = torch.from_numpy(sizes) if isinstance(shape_of(self.config.model), OwnShape) else None
+        pairs = torch.arange(len(images))[:, None].expand(-1, 2)
+        scores = fusion_scores(
+            self.model,
+            torch.from_numpy(canvases),
+            tokens,
+            self.tokenizer.pad_id,
+            pairs,
+            len(images),
+            image_size,
+            "ranking" if is_ranking else "itm",
+        )
+        return scores if is_ranking else scores.sigmoid()
+
+    def _require(self, objective: Objective, purpose: str) -> None:
+        if objective not in self.stage.objectives:
+            raise ConfigError(
+                f"{self.url or 'this model'}: {purpose} need objective {objective}, and stage {self.stage.name} was "
+                f"trained for {', '.join(self.stage.objectives)}; give the checkpoint of a stage with {objective}"
+            )
+
+    def _decode(self, image: ImageInput) -> np.ndarray:
+        if isinstance(image, pil.Image):
+            return np.array(image.convert("RGB"))
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ConfigError(f"an image of shape {image.shape}, {image.dtype}; expected (height, width, 3) uint8")
+            return image
+        name = "the image" if isinstance(image, bytes) else f"image {image}"
+        try:
+            return decode(
+                image if isinstance(image, bytes) else self.storage.read(str(image)), self.config.data.max_pixels
+            )
+        except NotFound as error:
+            raise ConfigError(f"{name}: no such file; give the path or URL of a JPEG, PNG or WebP file") from error
+        except BadSample as bad:
+            raise DataError(f"{name}: {bad}; give a JPEG, PNG or WebP file") from bad
+
+    def _pixels(self, image: ImageInput) -> np.ndarray:
+        return resize_for(self._decode(image), self.config.model)
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(text, self.stage.max_text_length).ids
+        if len(ids) <= 2:
+            raise ConfigError(f"no token is left of the text {text!r:.60}; give at least one word")
+        return ids
+
+
+_PREDICTORS: dict[Objective, _Predictor] = {
+    "vqa": _Predictor("an image and a question", _Inputs.is_pair, TrainedModel._predict_answers),
+    "nlvr2": _Predictor(
+        "two images and a statement", lambda inputs: inputs.is_pair(images=2), TrainedModel._predict_truth
+    ),
+    "classification": _Predictor(
+        "an image and no text",
+        lambda inputs: len(inputs.images) == 1 and inputs.text is None,
+        TrainedModel._predict_classes,
+    ),
+    "itc": _Predictor("an image and a text", _Inputs.is_pair, TrainedModel._predict_similarity),
+    "itm": _Predictor("an image and a text", _Inputs.is_pair, TrainedModel._predict_match),
+    "ranking": _Predictor("an image and a text", _Inputs.is_pair, TrainedModel._predict_ranking),
+    "mlm": _Predictor(
+        f"a text with {MASK} and at most one image",
+        lambda inputs: inputs.has_mask and len(inputs.images) <= 1,
+        TrainedModel._predict_words,
+    ),
+}
+
+
+def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:
+    best = probabilities.topk(min(k, len(probabilities)))
+    return {names[n]: round(p, 6) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    if not len(items):
+        raise ValueError("no images are given; give at least one")
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+# MLflow's pyfunc ------------------------------------------------------------------------------------------------------
+
+EMBEDDINGS, MATCHED = ("image_embedding", "text_embedding", "similarity"), "matched"
+
+
+def pyfunc_outputs(weights: Weights) -> tuple[str, ...]:
+    """Return the columns of a registered model's answers. Raises ConfigError if these weights give none."""
+    objectives = weights.config.stage_named(weights.stage).objectives
+    columns = (*(EMBEDDINGS if "itc" in objectives else ()), *((MATCHED,) if "itm" in objectives else ()))
+    if not columns:
+        raise ConfigError(
+            f"{weights.url}: stage {weights.stage} was trained for {', '.join(objectives)}; retrieval embeddings need "
+            "itc, matching scores need itm. Give a stage that has one of them"
+        )
+    return columns
+
+
+class PyfuncModel:
+    """A trained model behind MLflow's `pyfunc` interface: a data frame in, a data frame out."""
+
+    def __init__(self, weights: Weights):
+        self.outputs = pyfunc_outputs(weights)
+        self.trained = TrainedModel.from_weights(weights)
+
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Return one row for each row of `model_input`, whose columns are `image` (bytes of a file) and `text`.
+
+        Either may be absent or null. `image_embedding` and `text_embedding` are unit vectors (D,); `similarity`, their
+        dot product, and `matched`, a probability, need both. What cannot be computed is null. `params={"itm": False}`
+        skips the fusion encoder. Raises DataError naming the row that cannot be read.
+        """
+        import pandas as pd
+
+        columns = [name for name in self.outputs if name != MATCHED or (params or {}).get("itm", True)]
+        batches = [
+            self._predict_batch(model_input.iloc[start : start + BATCH_SIZE], start, columns)
+            for start in range(0, len(model_input), BATCH_SIZE)
+        ]
+        answers = {name: [value for batch in batches for value in batch[name]] for name in columns}
+        return pd.DataFrame(answers, index=model_input.index, dtype=object)
+
+    def _predict_batch(self, frame: pd.DataFrame, first: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+        """Answer some rows of the request, the first of which has number `first`."""
+        images = {
+            row: self._read(first + row, self.trained._pixels, bytes(data)) for row, data in _values(frame, "image")
+        }
+        tokens = {
+            row: self._read(first + row, self.trained._tokenize, str(text)) for row, text in _values(frame, "text")
+        }
+        both = [row for row in images if row in tokens]
+        answers: dict[str, dict[int, Any]] = {name: {} for name in columns}
+        if "similarity" in columns:
+            model, pad = self.trained.model, self.trained.tokenizer.pad_id
+            if images:
+                vectors = embed_images(model, torch.from_numpy(np.stack(list(images.values()))))
+                answers["image_embedding"] = dict(zip(images, vectors, strict=True))
+            if tokens:
+                answers["text_embedding"] = dict(
+                    zip(tokens, embed_texts(model, list(tokens.values()), pad), strict=True)
+                )
+            for row in both:
+                answers["similarity"][row] = float(answers["image_embedding"][row] @ answers["text_embedding"][row])
+            for name in ("image_embedding", "text_embedding"):
+                answers[name] = {row: vector.tolist() for row, vector in answers[name].items()}
+        if MATCHED in columns and both:
+            scores = self.trained._score([images[row] for row in both], [tokens[row] for row in both], False)
+            answers[MATCHED] = dict(zip(both, scores.tolist(), strict=True))
+        return {name: [by_row.get(row) for row in range(len(frame))] for name, by_row in answers.items()}
+
+    @staticmethod
+    def _read(row: int, read: Callable[[Any], Any], value: Any) -> Any:
+        try:
+            return read(value)
+        except (ConfigError, DataError) as error:
+            raise DataError(f"row {row}: {error}") from error
+
+
+def _values(frame: pd.DataFrame, column: str) -> list[tuple[int, Any]]:
+    """Return (row, value) of a column's values that are neither absent nor null (NaN)."""
+    if column not in frame:
+        return []
+    return [(row, v) for row, v in enumerate(frame[column]) if v is not None and not isinstance(v, float)]
+
+
+def _load_pyfunc(path: str) -> PyfuncModel:
+    return PyfuncModel(load_usable_weights(Storage(), path))
