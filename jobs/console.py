@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import StorageError
 from pipeline.config.redaction import printable
 from pipeline.pages.formatting import duration
@@ -87,7 +87,6 @@ class ProgressDisplay:
 @contextmanager
 def repeatedly(look: Callable[[], None], seconds: float) -> Iterator[None]:
     """Within `with`, and once more at its end, `look` is called: for what goes on elsewhere, and is seen in a store."""
-    over = threading.Event()
 
     def guarded() -> None:
         try:
@@ -95,17 +94,11 @@ def repeatedly(look: Callable[[], None], seconds: float) -> Iterator[None]:
         except StorageError as error:  # the picture may be late; the work goes on
             log.debug("progress not read: %s", error)
 
-    def watch() -> None:
-        while not over.wait(seconds):
-            guarded()
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
+    thread = PeriodicThread(guarded, seconds, "progress").start()
     try:
         yield
     finally:
-        over.set()
-        thread.join(timeout=10)
+        thread.stop(timeout=10)
         guarded()
 
 

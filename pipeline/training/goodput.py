@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import StorageError
 from pipeline.data.storage import Storage, join
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
@@ -57,8 +58,7 @@ class GoodputTracker:
                 self.restarts += 1
                 self._seconds["restart"] += max(now - previous["at"], 0.0)
                 self._phase = "restart"
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mome-goodput", daemon=True)
+        self._heartbeat = PeriodicThread(self._write, HEARTBEAT_SECONDS, "mome-goodput", immediately=True)
 
     def resume_from(self, seconds: Seconds | None) -> None:
         """Resume from a checkpoint's time account. Training time recorded after it is reclassified as lost work."""
@@ -94,26 +94,19 @@ class GoodputTracker:
     def start(self) -> None:
         """Start the heartbeat, on rank 0."""
         if self._is_writer:
-            self._thread.start()
+            self._heartbeat.start()
 
     def close(self, ended: bool, write: bool = True) -> None:
         """Stop the heartbeat and write the account once more.
 
         `ended`: the run has completed all steps. `write=False`: another process owns the account now.
         """
-        if self._thread.is_alive():
-            self._closed.set()
-            self._thread.join()
+        if self._heartbeat.stop():
             if write:
                 self._write(ended)
             self._writer.close(CLOSE_SECONDS)
 
-    def _run(self) -> None:
-        self._write(False)
-        while not self._closed.wait(HEARTBEAT_SECONDS):
-            self._write(False)
-
-    def _write(self, ended: bool) -> None:
+    def _write(self, ended: bool = False) -> None:
         record = {"at": time.time(), "seconds": self.seconds(), "restarts": self.restarts, "ended": ended}
         self._writer.write(self._url, json.dumps(record).encode())
 

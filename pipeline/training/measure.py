@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.background import PeriodicThread
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
@@ -159,19 +159,17 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    most, done = [_resident_bytes()], threading.Event()
+    peak = _resident_bytes()
 
-    def watch() -> None:
-        while not done.wait(0.01):
-            most[0] = max(most[0], _resident_bytes())
+    def update() -> None:
+        nonlocal peak
+        peak = max(peak, _resident_bytes())
 
-    watcher = threading.Thread(target=watch, name="peak memory", daemon=True)
-    watcher.start()
+    sampler = PeriodicThread(update, 0.01, "peak memory").start()
     try:
-        yield lambda: most[0]
+        yield lambda: peak
     finally:
-        done.set()
-        watcher.join()
+        sampler.stop()
 
 
 def _resident_bytes() -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.config.background import PeriodicThread
 from pipeline.training.collectives import Collectives, KeyValueStore
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,16 @@ class NodeMonitor:
         self._name = name or socket.gethostname()
         self._lock = threading.Lock()
         self._new: Metrics = {}
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mome-nodes", daemon=True)
+        self._store: KeyValueStore | None = None
+        self._sampler: NodeSampler | None = None
+        self._thread = PeriodicThread(self._publish, seconds, "mome-nodes", immediately=True)
 
     def start(self) -> None:
         if self._collectives.local_rank == 0:
             self._thread.start()
 
     def close(self) -> None:
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * self._seconds)
+        self._thread.stop(timeout=2 * self._seconds)
 
     def take(self) -> Metrics:
         """Return all nodes' statistics as `system/<node>/…` on rank 0; empty if none are newer than the last call."""
@@ -53,20 +53,22 @@ class NodeMonitor:
             new, self._new = self._new, {}
         return new
 
-    def _run(self) -> None:
+    def _publish(self) -> bool:
+        """Share this node's statistics; return False when that no longer works."""
         try:
-            store, sampler = self._collectives.key_value_store(), NodeSampler()
-            while not self._closed.wait(self._seconds):
-                self._publish(store, sampler.sample())
+            if self._store is None or self._sampler is None:  # the first statistics cover the time until the next call
+                self._store, self._sampler = self._collectives.key_value_store(), NodeSampler()
+                return True
+            report = json.dumps({"node": self._name, "metrics": self._sampler.sample()})
+            self._store.write(TOPIC, report)
+            if self._collectives.rank == 0:
+                gathered = metrics_by_node({rank: json.loads(text) for rank, text in self._store.read(TOPIC).items()})
+                with self._lock:
+                    self._new = gathered
         except (RuntimeError, OSError, psutil.Error) as error:  # the store's host is gone, or psutil lacks permission
             log.warning("node %s: statistics are no longer sampled: %s", self._name, error)
-
-    def _publish(self, store: KeyValueStore, metrics: Metrics) -> None:
-        store.write(TOPIC, json.dumps({"node": self._name, "metrics": metrics}))
-        if self._collectives.rank == 0:
-            gathered = metrics_by_node({rank: json.loads(text) for rank, text in store.read(TOPIC).items()})
-            with self._lock:
-                self._new = gathered
+            return False
+        return True
 
 
 def metrics_by_node(reports: dict[int, dict[str, Any]]) -> Metrics:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from pipeline.config.background import within
+from pipeline.config.background import PeriodicThread, within
 from pipeline.config.errors import MomeError, Preempted
 from pipeline.data import in_progress
 from pipeline.data.storage import Storage, join
@@ -78,8 +78,7 @@ class Watchdog:
         self._last_seen: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was first seen
         self._store: KeyValueStore | None = None
         self._retry_store_at = 0.0
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="mome-watchdog", daemon=True)
+        self._thread = PeriodicThread(self._check, self._tick, "mome-watchdog")
         self.enter("startup", 0)
 
     def enter(self, phase: Phase, step: int, limit: float | None = None) -> None:
@@ -91,22 +90,21 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._thread.stop()
         faulthandler.cancel_dump_traceback_later()
 
-    def _run(self) -> None:
-        while not self._closed.wait(self._tick):
-            own = self._heartbeat()
-            if own.limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
-                _exit_later(own.limit + 10 * self._tick + 4 * REQUEST_SECONDS)
-            self._request(functools.partial(KeyValueStore.write, topic=HEARTBEATS, text=json.dumps(asdict(own))))
-            hang = self._request(lambda store: store.announcement(HANG))
-            if hang is not None:
-                self._finish(hang)
-            elif own.seconds > own.limit and not self._waits_for_slower_rank(own):
-                self._finish(self._announce_hang(own))
+    def _check(self) -> bool:
+        """Publish this rank's heartbeat and end the process if a rank hangs; return False after that."""
+        own = self._heartbeat()
+        if own.limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
+            _exit_later(own.limit + 10 * self._tick + 4 * REQUEST_SECONDS)
+        self._request(functools.partial(KeyValueStore.write, topic=HEARTBEATS, text=json.dumps(asdict(own))))
+        hang = self._request(lambda store: store.announcement(HANG))
+        if hang is None and own.seconds > own.limit and not self._waits_for_slower_rank(own):
+            hang = self._announce_hang(own)
+        if hang is not None:
+            self._finish(hang)
+        return hang is None
 
     def _request(self, request: Callable[[KeyValueStore], T]) -> T | None:
         """Return the store's response; None if its host is gone, stopped or unreachable."""
@@ -199,7 +197,6 @@ class Watchdog:
         log.error("rank %d exits with status %d, to be restarted", self._collectives.rank, EXIT_STATUS)
         logging.shutdown()
         self._end(EXIT_STATUS)
-        self._closed.set()
 
     def _save(self, report: bytes) -> None:
         url = join(self._folder, f"step-{self._entered[1]:08d}.rank-{self._collectives.rank:05d}.txt")
