@@ -11,8 +11,7 @@ from pathlib import Path
 
 from pipeline.config.load import load_config
 from pipeline.config.redaction import redact
-from pipeline.config.schema import ClusterConfig, RunConfig, StorageConfig
-from pipeline.config.section import Section
+from pipeline.config.schema import ClusterConfig, RunConfig, Section, StorageConfig
 from pipeline.config.stored import RecordedLocation
 from pipeline.config.urls import absolute
 from pipeline.data.storage import Storage

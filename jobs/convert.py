@@ -21,8 +21,7 @@ from torch import Tensor
 from jobs.published import choices_of_published, read_published, vocabulary_of
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.load import apply_override, load_config, validate
-from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import DataConfig, Objective, RunConfig, SourceType, StageConfig
+from pipeline.config.schema import DataConfig, Objective, RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.contents.text import Tokenizer, is_cased
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton

@@ -12,7 +12,7 @@ from jobs.caller import Caller
 from jobs.objectives import source_types
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.model import MODEL_SECTIONS
+from pipeline.config.schema import MODEL_SECTIONS
 from pipeline.data.contents.images import decode
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.quarantine import BadSample

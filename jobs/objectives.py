@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from jobs.console import aligned
-from pipeline.config.model import MODEL_SECTIONS
-from pipeline.config.schema import Objective, SourceType
+from pipeline.config.schema import MODEL_SECTIONS, Objective, SourceType
 from pipeline.models import skeleton
 
 

@@ -20,8 +20,7 @@ import torch
 
 from pipeline.config.errors import CheckpointError
 from pipeline.config.load import load_config
-from pipeline.config.model import TransformerConfig, VLMoConfig
-from pipeline.config.schema import CheckpointConfig, StorageConfig
+from pipeline.config.schema import CheckpointConfig, StorageConfig, TransformerConfig, VLMoConfig
 from pipeline.data.storage import PartReader, Storage, join
 from pipeline.models import skeleton
 from pipeline.training.checkpoint import CheckpointStore

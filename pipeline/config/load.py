@@ -13,9 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import MODEL_SECTIONS
 from pipeline.config.redaction import remember
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import MODEL_SECTIONS, RunConfig
 from pipeline.config.urls import is_local, local_path
 
 _MERGE = "tag:yaml.org,2002:merge"

@@ -84,9 +84,9 @@ def _type(key: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in key.get("enum", [key.get("const")]))
     if key["type"] == "array":
         items = key.get("prefixItems")
-        return f"list of {len(items)} numbers" if items else f"list of {_type(key['items'], definitions)}"
+        return f"list of {len(items)} numbers" if items else f"list of {_plural(key['items'], definitions)}"
     if key["type"] == "object":
-        return f"mapping of names to {_type(key['additionalProperties'], definitions)}"
+        return f"mapping of names to {_plural(key['additionalProperties'], definitions)}"
     bounds = (
         ("exclusiveMinimum", "> {}"),
         ("minimum", "≥ {}"),
@@ -95,6 +95,11 @@ def _type(key: dict[str, Any], definitions: dict[str, Any]) -> str:
     )
     limits = [form.format(f"{key[name]:g}") for name, form in bounds if name in key and key[name] < 1e9]
     return " ".join([key["type"], *([", ".join(limits)] if limits else [])])
+
+
+def _plural(key: dict[str, Any], definitions: dict[str, Any]) -> str:
+    noun, space, bounds = _type(key, definitions).partition(" ")
+    return f"{noun}s{space}{bounds}"
 
 
 if __name__ == "__main__":

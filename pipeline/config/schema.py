@@ -1,25 +1,25 @@
-"""Every configuration key, with its type, its bound and its default. One YAML file is one run.
+"""Every configuration key with its type, bounds, default and meaning. One YAML file configures one run.
 
-Classes are strict and frozen, and refuse unknown keys. A field declared with `changeable()` may differ when
-a run is resumed; any other change is refused by name (contract C4).
+Sections are strict and frozen, and refuse unknown keys. Only keys declared `changeable` may differ when a run
+is resumed; any other change is refused by name (contract C4). Checks that need the objectives' own declarations are in
+`pipeline.objectives.check_objectives`: this module must not import torch.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import ModelConfig, VLMoConfig
 from pipeline.config.redaction import holds_secret
-from pipeline.config.section import LONGEST, Fraction, Positive, Section, changeable
-from pipeline.config.urls import is_local, parse
+from pipeline.config.urls import file_name_of, is_local, parse
 
-# What a source's samples are read as: pairs of a picture and captions; pictures alone; texts alone; pictures with a
-# class; captions with a detector's regions; questions about a picture with answers (VQA); statements about two
-# pictures that are true or false (NLVR2).
+# pairs: an image and its captions. images: images alone. text: texts alone. labelled: an image and its class.
+# regions: captions and an object detector's regions. questions: questions about an image with their answers (VQA).
+# statements: true or false statements about two images (NLVR2).
 SourceType = Literal["pairs", "images", "text", "labelled", "regions", "questions", "statements"]
 Objective = Literal[
     "itc",
@@ -34,7 +34,6 @@ Objective = Literal[
     "nlvr2",
     "ranking",
 ]
-ImageTarget = Literal["mean_colour", "pixels", "visual_tokens"]
 USES_OF: dict[Objective, frozenset[SourceType]] = {
     "itc": frozenset({"pairs"}),
     "itm": frozenset({"pairs", "regions"}),
@@ -54,13 +53,33 @@ EVALUATED: tuple[SourceType, ...] = (
     "labelled",
     "questions",
     "statements",
-)  # uses that results are measured on
+)  # types that results are measured on
+ImageTarget = Literal["mean_colour", "pixels", "visual_tokens"]
+Interpolation = Literal["bicubic", "bilinear"]
+
+LONGEST = 1e9  # seconds (about 30 years): an effectively infinite timeout that threads can still wait for
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]  # larger integers are not exact in floats and tensors
+NonNegative = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0, le=LONGEST)]
 
 
-def _secret_reference(value: str) -> str:
-    if not re.match(r"^(env|file):.+", value):
-        raise ValueError("is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself")
-    return value
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def fixed(default: Any, description: str, **bounds: Any) -> Any:
+    """Declare a key that must not change when a run is resumed."""
+    return Field(default, description=description, **bounds)
+
+
+def changeable(default: Any, description: str, **bounds: Any) -> Any:
+    """Declare a key that may change when a run is resumed; the change is recorded."""
+    return Field(default, description=description, json_schema_extra={"changeable": True}, **bounds)
+
+
+# ---- value types
 
 
 def is_reference(value: str) -> bool:
@@ -68,7 +87,21 @@ def is_reference(value: str) -> bool:
     return value.startswith(("env:", "file:")) and not value.startswith("file://")
 
 
-def _endpoint(value: str) -> str:
+def parse_steps(value: str) -> tuple[int, int]:
+    """Return the first and last step of 'A:B', with A below B. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", value)
+    if not match or int(match[1]) >= int(match[2]):
+        raise ValueError("expected A:B with A below B, numbers of steps, such as 100:105")
+    return int(match[1]), int(match[2])
+
+
+def _check_secret_reference(value: str) -> str:
+    if not re.match(r"^(env|file):.+", value):
+        raise ValueError("is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself")
+    return value
+
+
+def _check_endpoint(value: str) -> str:
     if holds_secret(value):
         raise ValueError(
             "holds a user, password or token, which would be recorded; give the URL without them, and storage.key and "
@@ -77,7 +110,7 @@ def _endpoint(value: str) -> str:
     return value
 
 
-def _server(value: str) -> str:
+def _check_tracking_uri(value: str) -> str:
     if not is_reference(value) and holds_secret(value):
         raise ValueError(
             "holds a user, password or token, which would be recorded; give 'env:NAME' or 'file:PATH' of the whole "
@@ -86,88 +119,290 @@ def _server(value: str) -> str:
     return value
 
 
-def parse_steps(told: str) -> tuple[int, int]:
-    """Return the first and last step of 'A:B', with A below B. Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,15}:[0-9]{1,15}", told) or (steps := [*map(int, told.split(":"))])[0] >= steps[1]:
-        raise ValueError("expected A:B with A below B, numbers of steps, such as 100:105")
-    return steps[0], steps[1]
-
-
-def _steps(value: str) -> str:
+def _check_steps(value: str) -> str:
     parse_steps(value)
     return value
 
 
-def _prompt(value: str) -> str:
+def _check_prompt(value: str) -> str:
     if value.count("{}") != 1:
-        raise ValueError("must hold {} once, in the place of a class's name, such as 'a photo of a {}.'")
+        raise ValueError("must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'")
     return value
 
 
-def _url(value: str) -> str:
+def _check_url(value: str) -> str:
     parse(value)
     return value
 
 
-def _local_folder(value: str) -> str:
+def _check_local_folder(value: str) -> str:
     if not is_local(value):
-        raise ValueError("must be a folder of each node's own, not one of a store")
+        raise ValueError("must be a folder on each node's own disk, not a URL of an object store")
     return value
 
 
-Url = Annotated[str, AfterValidator(_url)]
-Prompt = Annotated[str, AfterValidator(_prompt)]
-SecretReference = Annotated[str, AfterValidator(_secret_reference)]
+Url = Annotated[str, AfterValidator(_check_url)]
+SecretReference = Annotated[str, AfterValidator(_check_secret_reference)]
+ObjectiveName = Objective
+
+
+# ---- models: the defaults are the papers' base sizes; what a head predicts is a property of the stage
+
+
+class TransformerConfig(Section):
+    """Sizes common to all models: the transformer, and the images and texts it reads."""
+
+    READS_TEXT: ClassVar[bool] = True
+    # Keys that do not change which weights fit.
+    TRAINING_ONLY: ClassVar[frozenset[str]] = frozenset({"init_std", "drop_path", "interpolation"})
+
+    kind: str = Field(description="Model architecture")
+    width: Positive = fixed(768, "Hidden size of the transformer")
+    layers: Positive = fixed(12, "Number of transformer layers")
+    heads: Positive = fixed(12, "Number of attention heads; must divide `width`")
+    mlp_ratio: Positive = fixed(4, "Hidden size of the feed-forward layers, as a multiple of `width`")
+    image_size: Positive = fixed(224, "Side of the square input images in pixels; a multiple of `patch_size`")
+    patch_size: Positive = fixed(16, "Side of an image patch in pixels")
+    max_text_length: Positive = fixed(40, "Number of text positions, including [CLS] and [SEP]")
+    init_std: float = fixed(
+        0.02, "Standard deviation of the initial weights; small widths learn sooner with about 1 / sqrt(width)", gt=0
+    )
+    drop_path: Fraction = fixed(0.0, "Drop-path rate of the last layer, rising linearly from 0 in the first")
+    interpolation: Interpolation = fixed(
+        "bicubic",
+        "Kernel for resizing images: VLMo, ViLT and BEiT use bicubic, Hugging Face's ViT processor bilinear (an "
+        "imported ViT takes it from its preprocessor_config.json)",
+    )
+
+    @model_validator(mode="after")
+    def _check_divisible(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}")
+        return self
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the keys that determine which weights fit: sections that agree in these can share weights."""
+        return {name: value for name, value in self.model_dump().items() if name not in self.TRAINING_ONLY}
+
+    @property
+    def grid(self) -> int:
+        """Number of patches along one side of a square image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of a square image."""
+        return self.grid**2
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Drop-path rate of each layer."""
+        return _linear_rates(self.drop_path, self.layers)
+
+
+def _linear_rates(last: float, layers: int) -> tuple[float, ...]:
+    return tuple(last * layer / max(layers - 1, 1) for layer in range(layers))
+
+
+class VLMoConfig(TransformerConfig):
+    """VLMo (arXiv 2111.02358); the defaults are VLMo-base at 224 px."""
+
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"norm_eps", "contrasts"}
+
+    kind: Literal["vlmo"] = "vlmo"
+    vision_language_layers: Positive = fixed(
+        2, "Number of top layers in which fused sequences use the vision-language expert"
+    )
+    positions: Literal["relative", "absolute"] = fixed("relative", "Kind of position embeddings")
+    max_text_length: Positive = fixed(196, "Number of text positions, including [CLS] and [SEP]")
+    layer_scale: float | None = fixed(0.1, "Initial value of LayerScale; null disables LayerScale")
+    drop_path: Fraction = fixed(0.1, "Drop-path rate of the last layer, rising linearly from 0 in the first")
+    norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's BEiT configs state 1e-12", gt=0)
+    contrasts: Literal[1, 2] = fixed(
+        2,
+        "Number of contrastive projections: 2 in pretraining (own experts and vision-language expert), 1 in the "
+        "release's retrieval fine-tuning",
+    )
+
+    def architecture(self) -> dict[str, Any]:
+        # The gammas' initial value does not matter for loading; their presence does.
+        return super().architecture() | {"layer_scale": self.layer_scale is not None}
+
+    @model_validator(mode="after")
+    def _check_has_lower_layers(self) -> Self:
+        if self.vision_language_layers >= self.layers:
+            raise ValueError(f"vision_language_layers must be below layers {self.layers}")
+        return self
+
+
+class ViLTConfig(TransformerConfig):
+    """ViLT (arXiv 2102.03334); the defaults are ViLT-B/32. Images keep their aspect ratio.
+
+    Each side is cut to a multiple of the patch, and the positions of a square image are resized to each image's grid.
+    The paper's longest side is 640 px (at most 12 x 20 = 240 patches); the release computes 639, which gives 608 and at
+    most 228 patches. Published models also apply dropout 0.1 to hidden vectors; this one does not, because it would
+    make results depend on generator state.
+    """
+
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
+        "longest_side",
+        "max_visible_patches",
+        "norm_eps",
+        "text_norm_eps",
+    }
+
+    kind: Literal["vilt"] = "vilt"
+    image_size: Positive = fixed(384, "Shorter side of the input images in pixels; a multiple of `patch_size`")
+    patch_size: Positive = fixed(32, "Side of an image patch in pixels")
+    longest_side: Positive = fixed(640, "Longest allowed side of the input images in pixels")
+    norm_eps: float = fixed(1e-6, "Epsilon of the encoder's layer norms; Hugging Face's configs state 1e-12", gt=0)
+    text_norm_eps: float = fixed(1e-12, "Epsilon of the layer norms of the text embedding and of the MLM head", gt=0)
+    max_visible_patches: Positive | None = fixed(
+        200, "Maximum number of patches drawn at random from each image in pretraining; null reads all patches"
+    )
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> Self:
+        if self.longest_side < self.image_size:
+            raise ValueError(
+                f"longest_side {self.longest_side} is below image_size {self.image_size}, the shorter side"
+            )
+        return self
+
+
+class ViTConfig(TransformerConfig):
+    """ViT (arXiv 2010.11929); the defaults are ViT-B/16. It reads no text."""
+
+    READS_TEXT: ClassVar = False
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {"max_text_length", "norm_eps"}
+
+    kind: Literal["vit"] = "vit"
+    norm_eps: float = fixed(1e-6, "Epsilon of the layer norms; Hugging Face's configs state 1e-12", gt=0)
+
+
+class ImageBERTConfig(TransformerConfig):
+    """ImageBERT (arXiv 2001.07966): BERT-base over words and an object detector's regions. It reads no pixels."""
+
+    TRAINING_ONLY: ClassVar = TransformerConfig.TRAINING_ONLY | {
+        "image_size",
+        "patch_size",
+        "max_regions",
+        "dropout",
+        "norm_eps",
+    }
+
+    kind: Literal["imagebert"] = "imagebert"
+    max_text_length: Positive = fixed(44, "Number of text positions, including [CLS] and [SEP]")
+    max_regions: Positive = fixed(100, "Maximum number of regions per image")
+    region_features: Positive = fixed(2048, "Dimension of a region's feature vector")
+    region_classes: Positive = fixed(1600, "Number of classes of the object detector")
+    norm_eps: float = fixed(1e-12, "Epsilon of the layer norms", gt=0)
+    # The masks are seeded by step and rank: a resumed run draws the same ones, another world size draws others. No
+    # step forwards an example twice (this model has no ITC), so masks need not be replayed.
+    dropout: Fraction = fixed(0.1, "Dropout of BERT's embeddings, attention and hidden vectors")
+
+    @model_validator(mode="after")
+    def _check_no_drop_path(self) -> Self:
+        if self.drop_path:
+            raise ValueError("drop_path does not exist in BERT; leave it 0 and set dropout")
+        return self
+
+
+class DualEncoderConfig(TransformerConfig):
+    """Two towers trained with ITC (CLIP, arXiv 2103.00020): the baseline. `layers` and `width` size the image tower."""
+
+    kind: Literal["dual_encoder"] = "dual_encoder"
+    max_text_length: Positive = fixed(77, "Number of text positions, including [CLS] and [SEP]")
+    text_layers: Positive = fixed(12, "Number of layers of the text tower")
+    embedding: Positive = fixed(512, "Dimension of the shared embedding space")
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Drop-path rate of each layer of the deeper tower; the other tower uses the last of them."""
+        return _linear_rates(self.drop_path, max(self.layers, self.text_layers))
+
+
+MODEL_SECTIONS: dict[str, type[TransformerConfig]] = {
+    "vlmo": VLMoConfig,
+    "vilt": ViLTConfig,
+    "vit": ViTConfig,
+    "imagebert": ImageBERTConfig,
+    "dual_encoder": DualEncoderConfig,
+}
+
+
+def kind_of(value: Any) -> Any:
+    """Return the kind that a model section names ('vlmo' if it names none), or None for a value without keys."""
+    return value.get("kind", "vlmo") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+ModelConfig = Annotated[
+    Annotated[VLMoConfig, Tag("vlmo")]
+    | Annotated[ViLTConfig, Tag("vilt")]
+    | Annotated[ViTConfig, Tag("vit")]
+    | Annotated[ImageBERTConfig, Tag("imagebert")]
+    | Annotated[DualEncoderConfig, Tag("dual_encoder")],
+    Discriminator(kind_of),
+]
+
+
+# ---- storage, sources and loading
 
 
 class StorageConfig(Section):
-    """How object stores are reached. What is not given comes from the store's usual environment variables."""
+    """Access to object stores. Keys that are not set come from the store's usual environment variables."""
 
-    endpoint_url: Annotated[str, AfterValidator(_endpoint)] | None = changeable(None)
-    key: SecretReference | None = changeable(None)
-    secret: SecretReference | None = changeable(None)
-    anonymous: bool = changeable(False)  # send unsigned requests, which public buckets answer
-    retry_timeout_seconds: float = changeable(
-        300.0, gt=0, le=LONGEST
-    )  # how long a store may be away, or slow, before a run fails
+    endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] | None = changeable(
+        None, "URL of the S3 endpoint (default: AWS_ENDPOINT_URL, else AWS)"
+    )
+    key: SecretReference | None = changeable(None, "Access key, as 'env:NAME' or 'file:PATH'")
+    secret: SecretReference | None = changeable(None, "Secret key, as 'env:NAME' or 'file:PATH'")
+    anonymous: bool = changeable(False, "Send unsigned requests, as public buckets accept them")
+    retry_timeout_seconds: Seconds = changeable(
+        300.0, "Time in seconds after which a run fails when the store does not respond"
+    )
 
     @model_validator(mode="after")
-    def _signs_or_not(self) -> StorageConfig:
+    def _check_signing(self) -> StorageConfig:
         if self.anonymous and (self.key or self.secret):
             raise ValueError("anonymous: true sends no key; remove storage.key and storage.secret, or set it to false")
         return self
 
 
 class TokenizerConfig(Section):
-    """A WordPiece vocabulary file (one token a line); without one, a vocabulary is trained from the captions."""
+    """WordPiece vocabulary. Without a vocabulary file, one is trained from the captions."""
 
-    vocabulary: Url | None = None
-    size: Positive = 30522  # at most this many tokens, when trained
-    lowercase: bool | None = None  # lower-case text, strip its accents; default: unless the vocabulary has capitals
+    vocabulary: Url | None = fixed(None, "URL of a vocabulary file with one token per line")
+    size: Positive = fixed(30522, "Maximum number of tokens of a trained vocabulary")
+    lowercase: bool | None = fixed(
+        None, "Lower-case texts and strip accents (default: true unless the vocabulary contains capital letters)"
+    )
 
 
 class SyntheticConfig(Section):
-    """Scenes of coloured shapes with captions from a small grammar, drawn on first use."""
+    """Scenes of coloured shapes with captions from a small grammar, generated on first use."""
 
-    scenes: Positive = 2000
-    seed: int = 0
-    image_size: Positive = 64
-    captions: Positive = 3  # per scene
-    distinct: bool = False  # no two scenes share any caption
-    exclude: str | None = None  # another synthetic source none of whose scenes may be drawn again
+    scenes: Positive = fixed(2000, "Number of scenes")
+    seed: int = fixed(0, "Seed of the generator")
+    image_size: Positive = fixed(64, "Side of the images in pixels")
+    captions: Positive = fixed(3, "Number of captions per scene")
+    distinct: bool = fixed(False, "Require that no two scenes share a caption")
+    exclude: str | None = fixed(None, "Name of another synthetic source whose scenes must not be generated again")
 
 
 class FilterConfig(Section):
-    """Which values of one indexed property let a sample be read. Every condition given must hold."""
+    """Conditions on one indexed property; a sample is read if all conditions hold."""
 
-    min: float | None = None
-    max: float | None = None
-    any_of: tuple[str, ...] | None = None
-    none_of: tuple[str, ...] | None = None
-    keep_missing: bool = False  # read samples that lack the property
+    min: float | None = fixed(None, "Smallest allowed value")
+    max: float | None = fixed(None, "Largest allowed value")
+    any_of: tuple[str, ...] | None = fixed(None, "Allowed values")
+    none_of: tuple[str, ...] | None = fixed(None, "Excluded values")
+    keep_missing: bool = fixed(False, "Read samples that do not have the property")
 
     @model_validator(mode="after")
-    def _says_something(self) -> FilterConfig:
+    def _check_has_condition(self) -> FilterConfig:
         if self.min is self.max is self.any_of is self.none_of is None:
             raise ValueError("needs a condition: min, max, any_of or none_of")
         return self
@@ -176,306 +411,400 @@ class FilterConfig(Section):
 class SourceConfig(Section):
     """A folder of shards with its manifest, and what training reads of each sample."""
 
-    shards: Url = Field(json_schema_extra={"changeable": True})  # where they lie; what they hold is the plan's digest
-    type: SourceType = "pairs"
-    synthetic: SyntheticConfig | None = None
-    filters: dict[str, FilterConfig] = Field({})  # by property: width, height, caption_length, or a field of the json
-    opt_out: Url | None = None  # a text file of ids never to be read: keys, image ids or URLs, one a line
-    opt_out_must_match: bool = changeable(False)  # refuse a list with an entry that lists no sample of the shards
+    # The location may change on resume because the data's content is part of the data digest.
+    shards: Url = changeable(..., "URL of the folder of shards")
+    type: SourceType = fixed("pairs", "Content of a sample; decides which objectives can read the source")
+    synthetic: SyntheticConfig | None = fixed(None, "Generate the shards on first use")
+    filters: dict[str, FilterConfig] = fixed(
+        {}, "Conditions by property: width, height, caption_length, or a field of the samples' JSON"
+    )
+    opt_out: Url | None = fixed(
+        None, "URL of a text file of identifiers that are never read: sample keys, image ids or URLs, one per line"
+    )
+    opt_out_must_match: bool = changeable(False, "Fail if an entry of the opt-out list matches no sample of the shards")
 
 
 class AugmentConfig(Section):
-    """Random-resized crop, flip and RandAugment (VLMo: 0.5-1, flip, RandAugment(2, 7) without colour inversion).
+    """Random resized crop, flip and RandAugment; the defaults are VLMo's (RandAugment(2, 7) without inversion)."""
 
-    `magnitude` is of 10, as VLMo counts; ViLT's 9 is of 30, which is 3 here. At 10, rotation is 30 degrees, shear 0.3,
-    brightness and sharpness 1.9, translation 10 of 224 pixels.
-    """
-
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    flip: bool = True
-    skip_flip_for_left_right: bool = True  # never flip a picture whose caption says 'left' or 'right'
-    num_ops: Annotated[int, Field(ge=0)] = 2
-    magnitude: Annotated[int, Field(ge=0, le=10)] = 7  # of 10
+    crop_scale: tuple[float, float] = fixed(
+        (0.5, 1.0), "Smallest and largest fraction of the image area that is cropped"
+    )
+    flip: bool = fixed(True, "Flip half of the images horizontally")
+    skip_flip_for_left_right: bool = fixed(True, "Do not flip an image whose caption contains 'left' or 'right'")
+    num_ops: NonNegative = fixed(2, "Number of RandAugment operations per image")
+    magnitude: Annotated[int, Field(ge=0, le=10)] = fixed(
+        7,
+        "Magnitude of the RandAugment operations on VLMo's scale of 10 (ViLT's 9 of 30 is 3 here). At 10: rotation "
+        "30 degrees, shear 0.3, brightness and sharpness 1.9, translation 10 of 224 pixels",
+    )
 
 
 class CacheConfig(Section):
-    """Remote shards kept as files of each node, shared by one user's processes. Off while `folder` is unset."""
+    """Node-local disk cache of remote shards, shared by all processes of a user."""
 
-    folder: Annotated[str, AfterValidator(_local_folder)] | None = changeable(None)
-    max_bytes: Positive = changeable(200 * 2**30)
+    folder: Annotated[str, AfterValidator(_check_local_folder)] | None = changeable(
+        None, "Local folder of the cache; unset disables the cache"
+    )
+    max_bytes: Positive = changeable(200 * 2**30, "Maximum size of the cache in bytes")
 
 
 class LoaderConfig(Section):
-    """How a rank prepares its batches. Nothing here changes what they hold."""
+    """Resources with which a rank prepares batches; they do not influence the content of the batches."""
 
-    num_workers: Annotated[int, Field(ge=0)] = changeable(0)  # processes; 0: threads of the trainer's own process
-    threads_per_worker: Positive = changeable(2)  # of each process
-    prefetch_batches: Positive = changeable(2)
-    max_concurrent_requests: Positive = changeable(8)  # ranged reads in flight, of each process
-    read_ahead_bytes: Positive = changeable(2**28)  # remote bytes fetched before they are needed, of each process
-    memory_bytes: Positive = changeable(2**30)  # remote bytes kept in memory, of each process
+    num_workers: NonNegative = changeable(
+        0, "Number of loader processes per rank; 0 uses threads of the trainer's process"
+    )
+    threads_per_worker: Positive = changeable(2, "Number of threads per loader process")
+    prefetch_batches: Positive = changeable(2, "Number of batches prepared in advance")
+    max_concurrent_requests: Positive = changeable(8, "Concurrent ranged reads per process")
+    read_ahead_bytes: Positive = changeable(2**28, "Remote bytes prefetched per process")
+    memory_bytes: Positive = changeable(2**30, "Remote bytes kept in memory per process")
 
 
 class DataConfig(Section):
-    """The order of the data and what is done to each sample (contract C1)."""
+    """Order of the data and per-sample processing (contract C1)."""
 
-    streams: Positive = 16
-    shuffle_window: Positive = 4  # shards a lane shuffles together
-    max_bad_rate: Fraction = changeable(0.01)
-    max_pixels: Positive = 25_000_000  # a larger picture is quarantined; decoding one takes up to 8 bytes per pixel
-    augment: AugmentConfig = AugmentConfig()
-    loader: LoaderConfig = changeable(LoaderConfig())
-    cache: CacheConfig = changeable(CacheConfig())
+    streams: Positive = fixed(16, "Number of streams each source is divided into; must divide the global batch sizes")
+    shuffle_window: Positive = fixed(4, "Number of shards that a stream shuffles together")
+    max_bad_rate: Fraction = changeable(0.01, "Fraction of bad samples above which the run fails")
+    max_pixels: Positive = fixed(
+        25_000_000, "Largest image in pixels; larger ones count as bad samples (decoding takes up to 8 bytes per pixel)"
+    )
+    augment: AugmentConfig = fixed(AugmentConfig(), "Image augmentation")
+    loader: LoaderConfig = changeable(LoaderConfig(), "Loader resources")
+    cache: CacheConfig = changeable(CacheConfig(), "Node-local disk cache")
+
+
+# ---- stages
 
 
 class MaskingConfig(Section):
-    mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of the words
-    whole_word: bool = True
-    region_mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15  # of a detector's regions
-    image_mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # of the patches
-    patch_shape: Literal["scattered", "blocks"] = "scattered"  # blocks: rectangles of at least 16 patches (BEiT)
-    # What the encoder reads where a patch is masked: the mask embedding, another patch of the picture, or the patch
-    # itself; these two shares, and what they leave (ViT: 0.8, 0.1 and 0.1).
-    mask_token_prob: Fraction = 1.0
-    random_patch_prob: Fraction = 0.0
+    """Selection of masked words, patches and regions, and what replaces masked patches."""
+
+    mlm_probability: OpenFraction = fixed(0.15, "Fraction of words that are masked")
+    whole_word: bool = fixed(True, "Mask all tokens of a word together")
+    region_mask_ratio: OpenFraction = fixed(0.15, "Fraction of regions that are masked")
+    image_mask_ratio: OpenFraction = fixed(0.4, "Fraction of image patches that are masked")
+    patch_shape: Literal["scattered", "blocks"] = fixed(
+        "scattered", "Arrangement of masked patches: independent, or rectangles of at least 16 patches (BEiT)"
+    )
+    mask_token_prob: Fraction = fixed(
+        1.0,
+        "Fraction of masked patches replaced by the mask embedding (ViT: 0.8); the rest after random_patch_prob stay",
+    )
+    random_patch_prob: Fraction = fixed(
+        0.0, "Fraction of masked patches replaced by another patch of the same image (ViT: 0.1)"
+    )
 
     @model_validator(mode="after")
-    def _shares(self) -> MaskingConfig:
+    def _check_fractions(self) -> MaskingConfig:
         if self.mask_token_prob + self.random_patch_prob > 1 + 1e-9:
             raise ValueError(
-                f"mask_token_prob {self.mask_token_prob} and random_patch_prob {self.random_patch_prob} sum to over 1"
+                f"mask_token_prob {self.mask_token_prob} + random_patch_prob {self.random_patch_prob} exceeds 1"
             )
         return self
 
 
 class BucketsConfig(Section):
-    """Samples of like length share a batch: each lane sorts blocks of `batches` batches' worth of its samples."""
+    """Length bucketing: examples of similar length share a batch."""
 
-    by: Literal["caption", "image"] = "caption"  # caption: its characters; image: its aspect ratio
-    batches: Annotated[int, Field(ge=2)] = 16
+    by: Literal["caption", "image"] = fixed(
+        "caption", "Length to sort by: number of characters of the caption, or aspect ratio of the image"
+    )
+    batches: Annotated[int, Field(ge=2)] = fixed(16, "Number of batches that a stream sorts together")
 
 
 class ObjectiveConfig(Section):
-    """An objective's weight, and the share of each global batch that it reads (1, 1/2, 1/3, …)."""
+    """Weight of an objective and the fraction of each global batch that it reads."""
 
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
-    every: Positive = 1  # reads one row in `every` of each global batch, in turn
+    weight: Annotated[float, Field(gt=0.0)] = fixed(1.0, "Weight in the summed loss")
+    every: Positive = fixed(1, "Read one example in `every` of each global batch, in rotation")
 
 
 class OptimizerConfig(Section):
-    """AdamW, linear warm-up, then linear or cosine decay to `min_lr` (VLMo's values as defaults)."""
+    """AdamW with linear warm-up and decay; the defaults are VLMo's."""
 
-    lr: float = changeable(2e-4, gt=0)
-    min_lr: float = changeable(0.0, ge=0)
-    warmup_steps: int = changeable(2500, ge=0)
-    lr_schedule: Literal["linear", "cosine", "constant"] = changeable("linear")
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0  # 0: no clipping, as published
-    head_lr_multiplier: Annotated[float, Field(gt=0)] = 1.0  # of trained heads' rate (a VQA head: VLMo 20, ViLT 10)
-    # Decay of an exponential moving average of the weights, which the stage then hands over in their place. Early steps
-    # count more: step t keeps min(ema_decay, (1 + t) / (10 + t)) of the average.
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    lr: float = changeable(2e-4, "Peak learning rate", gt=0)
+    min_lr: float = changeable(0.0, "Learning rate at the end of the stage", ge=0)
+    warmup_steps: int = changeable(2500, "Number of linear warm-up steps", ge=0)
+    lr_schedule: Literal["linear", "cosine", "constant"] = changeable(
+        "linear", "Decay of the learning rate after warm-up"
+    )
+    betas: tuple[float, float] = fixed((0.9, 0.98), "AdamW's decay rates of the first and second moment")
+    eps: Annotated[float, Field(gt=0)] = fixed(1e-8, "AdamW's epsilon")
+    weight_decay: Annotated[float, Field(ge=0)] = fixed(0.01, "Decoupled weight decay, applied to matrices only")
+    max_grad_norm: Annotated[float, Field(ge=0)] = fixed(
+        0.0, "Maximum gradient norm; larger gradients are clipped (0: no clipping, as published)"
+    )
+    head_lr_multiplier: Annotated[float, Field(gt=0)] = fixed(
+        1.0, "Multiplier of the learning rate of task heads (VQA: 20 in VLMo, 10 in ViLT)"
+    )
+    ema_decay: OpenFraction | None = fixed(
+        None,
+        "Decay of an exponential moving average of the weights, which the stage then exports; step t uses "
+        "min(ema_decay, (1 + t) / (10 + t)) (default: no average)",
+    )
 
 
 class ImageDecoderConfig(Section):
-    """Predicts masked patches that the encoder never reads (MAE, arXiv 2111.06377, section 3: the paper's sizes)."""
+    """Decoder that predicts masked patches the encoder does not read (MAE, arXiv 2111.06377, section 3)."""
 
-    width: Positive = 512
-    layers: Positive = 8
-    heads: Positive = 16
+    width: Positive = fixed(512, "Hidden size of the decoder; a multiple of `heads` and of 4")
+    layers: Positive = fixed(8, "Number of layers")
+    heads: Positive = fixed(16, "Number of attention heads")
 
     @model_validator(mode="after")
-    def _divisible(self) -> ImageDecoderConfig:
-        # Its fixed positions are a sine and a cosine for each of two axes.
+    def _check_divisible(self) -> ImageDecoderConfig:
+        # The fixed position embeddings have a sine and a cosine for each of two axes.
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads} and of 4")
         return self
 
 
 class ImageTokenizerConfig(Section):
-    """What names the visual tokens of `image_target: visual_tokens` (BEiT: DALL-E's, 8192 of them).
+    """Tokenizer that supplies the targets of `image_target: visual_tokens` (BEiT uses DALL-E's, with 8192 tokens).
 
-    A folder or URL with the `config.json` and `model.safetensors` of Hugging Face's FlavaImageCodebook, which is
-    DALL-E's encoder; `pipeline.models.visual_tokens` says how to write one from DALL-E's own file.
+    The weights are in the format of Hugging Face's FlavaImageCodebook, which is DALL-E's encoder;
+    `pipeline.models.visual_tokens` explains how to convert DALL-E's own file.
     """
 
-    weights: Url
-    tokens: Positive = 8192
+    weights: Url = fixed(..., "URL of a folder with `config.json` and `model.safetensors`")
+    tokens: Positive = fixed(8192, "Number of visual tokens")
 
 
 class ExpertsConfig(Section):
-    """What the experts that no earlier stage trained start from."""
+    """Initialization of VLMo's experts that no earlier stage has trained."""
 
-    language: Literal["random", "vision", "inherit"] = "inherit"
-    vision_language: Literal["random", "vision", "language", "inherit"] = "inherit"
+    language: Literal["random", "vision", "inherit"] = fixed(
+        "inherit", "Initialization of the language expert: random, a copy of the vision expert, or the starting weights"
+    )
+    vision_language: Literal["random", "vision", "language", "inherit"] = fixed(
+        "inherit", "Initialization of the vision-language expert: random, a copy of an expert, or the starting weights"
+    )
 
 
 class StageConfig(Section):
-    """One stage: its sources with weights, objectives, trainable parts, length, optimiser and starting weights."""
+    """One training stage: sources, objectives, length, optimizer and starting weights."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    sources: dict[str, Annotated[float, Field(gt=0.0)]]
-    objectives: dict[Objective, ObjectiveConfig]
-    steps: Positive = Field(json_schema_extra={"changeable": True})
-    global_batch_size: Positive
-    max_text_length: Positive = 40
-    image_size: Positive | None = None  # of this stage's pictures; None: model.image_size
-    masking: MaskingConfig = MaskingConfig()
-    buckets: BucketsConfig | None = None
-    image_target: ImageTarget = "pixels"  # of masked_image
-    image_tokenizer: ImageTokenizerConfig | None = None  # that visual_tokens needs
-    image_decoder: ImageDecoderConfig | None = None  # given: the encoder reads only what masked_image leaves visible
-    num_negative_texts: Positive = 15  # that ranking reads beside each picture's own
-    negatives: Literal["hard", "random"] = "hard"  # of matching: by contrastive score; or any of the same source
-    num_classes: Positive | None = None  # that classification tells apart
-    num_answers: Positive | None = None  # that answering chooses among
-    answer_list: Url | None = None  # URL of their JSON list; None: answers.json beside the first source's shards
-    freeze: tuple[str, ...] = ()  # parts of the model, by name
-    start_from: Url = "previous"  # 'previous', 'random', or the URL of a run, stage or checkpoint
-    experts: ExpertsConfig = ExpertsConfig()
-    optimizer: OptimizerConfig = changeable(OptimizerConfig())
+    name: str = fixed(
+        ..., "Name of the stage: lower-case letters, digits and underscores", pattern=r"^[a-z][a-z0-9_]*$"
+    )
+    sources: dict[str, Annotated[float, Field(gt=0.0)]] = fixed(..., "Sampling weight of each source, by its name")
+    objectives: dict[ObjectiveName, ObjectiveConfig] = fixed(..., "Objectives that the stage trains, by name")
+    steps: Positive = changeable(..., "Number of optimizer steps")
+    global_batch_size: Positive = fixed(..., "Number of examples per optimizer step, over all ranks")
+    max_text_length: Positive = fixed(40, "Maximum text length in tokens, including [CLS] and [SEP]")
+    image_size: Positive | None = fixed(None, "Image size of this stage in pixels (default: model.image_size)")
+    masking: MaskingConfig = fixed(MaskingConfig(), "Masking of words, patches and regions")
+    buckets: BucketsConfig | None = fixed(None, "Length bucketing (default: none)")
+    image_target: ImageTarget = fixed("pixels", "Target of the mim objective")
+    image_tokenizer: ImageTokenizerConfig | None = fixed(
+        None, "Image tokenizer; required by `image_target: visual_tokens`"
+    )
+    image_decoder: ImageDecoderConfig | None = fixed(
+        None, "Decoder for mim; if set, the encoder reads only visible patches (MAE)"
+    )
+    num_negative_texts: Positive = fixed(15, "Number of negative texts per image in the ranking objective")
+    negatives: Literal["hard", "random"] = fixed(
+        "hard", "Negatives of the itm objective: drawn by itc similarity, or uniformly from the same source"
+    )
+    num_classes: Positive | None = fixed(None, "Number of classes; required by the classification objective")
+    num_answers: Positive | None = fixed(None, "Number of answers; required by the vqa objective")
+    answer_list: Url | None = fixed(
+        None, "URL of a JSON list of the answers (default: answers.json next to the first source's shards)"
+    )
+    freeze: tuple[str, ...] = fixed((), "Names of the model parts that are not trained")
+    start_from: Url = fixed(
+        "previous", "Starting weights: 'previous', 'random', or the URL of a run, stage or checkpoint"
+    )
+    experts: ExpertsConfig = fixed(ExpertsConfig(), "Initialization of experts")
+    optimizer: OptimizerConfig = changeable(OptimizerConfig(), "Optimizer and learning rate")
+
+
+# ---- engine, cluster, checkpoints, tracking, evaluation
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = changeable(1)
-    offload_optimizer: bool = changeable(False)  # master weights and moments live in host memory, at ZeRO 1, 2 and 3
-    offload_parameters: bool = changeable(False)  # and so do the weights that are not in use, at ZeRO 3
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    # Most samples one forward may hold; None: a rank's whole share; auto: as many as fit the smallest rank's memory.
-    micro_batch_size: Positive | Literal["auto"] | None = changeable(None)
-    memory_gb: float | None = changeable(None, gt=0)  # of a rank, that auto may fill; None: what its GPU has free
-    # The backward computes each transformer block again instead of keeping its activations: a third more work, and
-    # memory for one block's activations instead of all.
-    activation_checkpointing: bool = changeable(False)
-    compile: bool = changeable(False)  # the transformer blocks, by torch.compile: minutes at the start; not at ZeRO 3
-    threads: Positive = 1  # CPU threads of a rank's tensor arithmetic
-    check_graph_every: Positive = changeable(100)  # steps between two comparisons of the ranks' graphs
+    """DeepSpeed engine and precision."""
+
+    zero_stage: Literal[0, 1, 2, 3] = changeable(1, "DeepSpeed ZeRO stage")
+    offload_optimizer: bool = changeable(False, "Keep master weights and moments in host memory (ZeRO 1 to 3)")
+    offload_parameters: bool = changeable(False, "Keep unused weights in host memory (ZeRO 3)")
+    precision: Literal["float32", "bfloat16"] = fixed("bfloat16", "Precision of the weights in forward and backward")
+    micro_batch_size: Positive | Literal["auto"] | None = changeable(
+        None,
+        "Maximum number of examples per forward; auto uses as many as fit the memory of the smallest rank (default: "
+        "a rank's whole share of the global batch)",
+    )
+    memory_gb: float | None = changeable(
+        None, "Memory per rank in GB that `micro_batch_size: auto` may use (default: the free memory of the GPU)", gt=0
+    )
+    activation_checkpointing: bool = changeable(
+        False,
+        "Recompute each transformer block in backward: a third more compute for the activation memory of one block",
+    )
+    compile: bool = changeable(
+        False, "Compile the transformer blocks with torch.compile (minutes at startup; not at ZeRO 3)"
+    )
+    threads: Positive = fixed(1, "Number of CPU threads per rank for tensor operations")
+    check_graph_every: Positive = changeable(100, "Number of steps between comparisons of the ranks' execution order")
 
 
 class ClusterConfig(Section):
-    """Where the ranks run. With `address` unset a local Ray is started."""
+    """Placement of the ranks on a Ray cluster. If `address` is not set, a local Ray is started."""
 
-    workers: Positive = changeable(1)  # ranks
-    min_workers: Positive | None = changeable(None)  # fewest to go on with while nodes are missing; None: `workers`
-    placement: Literal["pack", "spread"] = changeable("pack")  # of ranks: on few nodes, or on as many as there are
-    gpus_per_worker: Annotated[float, Field(ge=0)] = changeable(0)
-    cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1)
-    address: str | None = changeable(None)
-    max_failures: Annotated[int, Field(ge=0)] = changeable(3)  # restarts after errors, killed ranks and lost nodes
-    max_preemptions: Annotated[int, Field(ge=0)] | None = changeable(None)  # after announced losses; None: any number
-    # How long ranks may take to be placed, runtime environments included; then fewer are tried, down to min_workers.
-    start_seconds: float = changeable(60.0, gt=0, le=LONGEST)
-    # How long there must be room for more ranks, up to `workers`, before a smaller run saves and restarts with them.
-    grow_seconds: float = changeable(60.0, gt=0, le=LONGEST)
-    loader_actors: Annotated[int, Field(ge=0)] = changeable(0)  # of each rank; 0: batches are prepared beside it
-    loader_cpus: Annotated[float, Field(ge=0)] = changeable(1)  # of each of these
-    loader_resource: str | None = changeable(None)  # only on nodes that offer this custom resource (ray start)
-    price: float = changeable(0.0, ge=0)  # of a rank for an hour, in any currency: for `mome plan` and the report
+    workers: Positive = changeable(1, "Number of ranks")
+    min_workers: Positive | None = changeable(
+        None, "Minimum number of ranks to continue with while nodes are missing (default: `workers`)"
+    )
+    placement: Literal["pack", "spread"] = changeable(
+        "pack", "Placement of ranks: on as few nodes as possible, or on as many as possible"
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] = changeable(0, "Number of GPUs per rank; below 1 to share")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = changeable(1, "Number of CPUs reserved per rank")
+    address: str | None = changeable(None, "Address of the Ray cluster (default: start a local Ray)")
+    max_failures: NonNegative = changeable(3, "Maximum number of restarts after errors, killed ranks and lost nodes")
+    max_preemptions: NonNegative | None = changeable(
+        None, "Maximum number of restarts after announced preemptions (default: unlimited)"
+    )
+    start_seconds: Seconds = changeable(
+        60.0,
+        "Time to place the ranks in seconds, including runtime environments; then fewer ranks are tried, down to "
+        "min_workers",
+    )
+    grow_seconds: Seconds = changeable(
+        60.0,
+        "Time in seconds for which room for more ranks must exist before a smaller run saves and restarts with them",
+    )
+    loader_actors: NonNegative = changeable(
+        0, "Number of remote loader actors per rank; 0 prepares batches next to the trainer"
+    )
+    loader_cpus: Annotated[float, Field(ge=0)] = changeable(1, "Number of CPUs per loader actor")
+    loader_resource: str | None = changeable(
+        None, "Custom Ray resource that a node must offer to host loader actors (default: any node)"
+    )
+    price: float = changeable(0.0, "Price per rank and hour in any currency, for `mome plan` and reports", ge=0)
 
 
 class KeepBestConfig(Section):
-    """A metric that is recorded in training, such as train/loss, and which of its values is the better."""
+    """Selection of the best checkpoint by a training metric."""
 
-    metric: str
-    mode: Literal["min", "max"] = "min"
+    metric: str = fixed(..., "Name of a recorded metric, such as train/loss")
+    mode: Literal["min", "max"] = fixed("min", "Direction in which the metric improves")
 
 
 class SpikeConfig(Section):
-    """A loss above `factor` x the median of the last `window` losses: back to the last checkpoint, past that data.
+    """Rollback on loss spikes: a loss above `factor` times the median of the last `window` losses.
 
-    Left out are the batches since that checkpoint up to the one that spiked, and `skip` more. The stage still makes
-    all its steps.
+    The stage returns to its last checkpoint and skips the batches from there up to the spike, plus `skip` more; it
+    still makes all its steps.
     """
 
-    factor: float = changeable(3.0, gt=1)
-    window: Positive = changeable(100)  # losses; nothing is judged before so many were seen
-    skip: int = changeable(0, ge=0)
-    max_rollbacks: Positive = changeable(3)  # rollbacks of one stage; a spike after that many ends the run
+    factor: float = changeable(3.0, "Ratio to the median loss above which a loss is a spike", gt=1)
+    window: Positive = changeable(100, "Number of losses in the median; no detection before that many steps")
+    skip: int = changeable(0, "Number of additional batches to skip after the spike", ge=0)
+    max_rollbacks: Positive = changeable(3, "Maximum number of rollbacks per stage; a further spike ends the run")
 
 
 class GuardsConfig(Section):
-    """What a run watches itself for."""
+    """Run-time checks and timeouts. A step that exceeds its timeout ends the run with a stack trace of every rank."""
 
-    # Steps between two looks, before the update, at what all ranks must know together: a loss or gradient that is not
-    # finite, a spike, a notice of preemption. A look reads one small sum from the device, and waits for it.
-    health_check_every: Positive = changeable(1)
-    hang_seconds: float = changeable(120.0, gt=0, le=LONGEST)  # of a step; then stacks are written and the ranks end
-    start_seconds: float = changeable(1800.0, gt=0, le=LONGEST)  # the same until the first step of a stage is done
-    save_seconds: float = changeable(1800.0, gt=0, le=LONGEST)  # the same of a checkpoint or hand-over
-    evaluate_seconds: float = changeable(3600.0, gt=0, le=LONGEST)  # the same of an evaluation (`evaluation.every`)
-    spike: SpikeConfig | None = changeable(None)
+    health_check_every: Positive = changeable(
+        1,
+        "Number of steps between health checks before the update (non-finite loss or gradient, spikes, preemption); "
+        "each check waits for one small all-reduce",
+    )
+    hang_seconds: Seconds = changeable(120.0, "Timeout of a training step in seconds")
+    start_seconds: Seconds = changeable(1800.0, "Timeout of a stage's start up to its first step in seconds")
+    save_seconds: Seconds = changeable(1800.0, "Timeout of a checkpoint or weight export in seconds")
+    evaluate_seconds: Seconds = changeable(3600.0, "Timeout of an evaluation during training in seconds")
+    spike: SpikeConfig | None = changeable(None, "Rollback on loss spikes (default: off)")
 
 
 class CheckpointConfig(Section):
-    """Saved beside training, which stops for the copy to the host's memory only: that much memory a rank is taken."""
+    """Asynchronous checkpoints: training pauses only for a copy of the rank's state to host memory."""
 
-    every: Positive = changeable(500)  # steps
-    keep: Positive = changeable(2)  # the last so many
-    keep_every: Positive | None = changeable(None)  # also every so many steps of the run, for ever
-    keep_best: KeepBestConfig | None = changeable(None)  # also the best of each stage
+    every: Positive = changeable(500, "Number of steps between checkpoints")
+    keep: Positive = changeable(2, "Number of most recent checkpoints to keep")
+    keep_every: Positive | None = changeable(
+        None, "Keep checkpoints at multiples of this step permanently (default: none)"
+    )
+    keep_best: KeepBestConfig | None = changeable(
+        None, "Keep the best checkpoint of each stage by a metric (default: none)"
+    )
 
 
 class TrackingConfig(Section):
-    """MLflow. With `uri` unset: SQLite in the run's folder, or in the working folder when that is remote."""
+    """MLflow tracking."""
 
-    uri: Annotated[str, AfterValidator(_server)] | None = changeable(None)  # a URI, or 'env:NAME' or 'file:PATH' of one
-    experiment: str | None = None  # None: the family of the model, such as vlmo
-    metrics_every: Positive = changeable(10)  # steps between two points; reading them is the only host synchronisation
-    flush_seconds: float = changeable(5.0, gt=0, le=LONGEST)
-    required: bool = changeable(True)  # refuse to start a run when the server does not answer
-    # Steps A:B (counted over all stages) of which rank 0 records a trace, as `mome train --profile A:B` says.
-    profile: Annotated[str, AfterValidator(_steps)] | None = changeable(None)
+    uri: Annotated[str, AfterValidator(_check_tracking_uri)] | None = changeable(
+        None,
+        "MLflow tracking URI, or 'env:NAME' or 'file:PATH' of one (default: SQLite in the run's folder, or in the "
+        "working folder if that is remote)",
+    )
+    experiment: str | None = fixed(None, "MLflow experiment (default: the kind of the model, such as vlmo)")
+    metrics_every: Positive = changeable(
+        10, "Number of steps between recorded metrics; reading them is the only host synchronization"
+    )
+    flush_seconds: Seconds = changeable(5.0, "Interval of uploads in seconds")
+    required: bool = changeable(True, "Refuse to start a run if the tracking server does not respond")
+    profile: Annotated[str, AfterValidator(_check_steps)] | None = changeable(
+        None, "Steps A:B, counted over all stages, of which rank 0 records a profiler trace (default: none)"
+    )
 
 
 class EvaluationConfig(Section):
-    """The held-out pairs that the last stage is evaluated on at its end, and every stage while it trains."""
+    """Evaluation on a held-out source at the end of the run and, optionally, during training."""
 
-    source: str | None = changeable(None)
-    max_images: Positive | None = changeable(None)  # images
-    batch_size: Positive = changeable(64)
-    # Texts that zero-shot classification holds pictures against, with {} in the place of a class's name.
-    prompts: tuple[Prompt, ...] = changeable(("a photo of a {}.",), min_length=1)
-    every: Positive | None = changeable(None)  # steps between two evaluations of a stage; None: only at the run's end
-    max_images_during_training: Positive = changeable(1000)  # images that each of those reads
+    source: str | None = changeable(None, "Name of the held-out source (default: no evaluation)")
+    max_images: Positive | None = changeable(None, "Maximum number of images (default: all)")
+    batch_size: Positive = changeable(64, "Number of examples per forward")
+    prompts: tuple[Annotated[str, AfterValidator(_check_prompt)], ...] = changeable(
+        ("a photo of a {}.",), "Prompts of zero-shot classification, with {} in place of the class name", min_length=1
+    )
+    every: Positive | None = changeable(
+        None, "Number of steps between evaluations of a stage (default: only at the end of the run)"
+    )
+    max_images_during_training: Positive = changeable(1000, "Maximum number of images of an evaluation during training")
 
 
 class RunConfig(Section):
-    """One run: everything `mome train` needs."""
+    """Configuration of one run of `mome train`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    output: Url = changeable("runs")  # fsspec URL; the run lives in <output>/<name>
-    seed: int = 0
-    reproduce_vlmo_release: bool = False  # to VLMo's release: its quirks too, which `training/release.py` lists
-    storage: StorageConfig = changeable(StorageConfig())
-    model: ModelConfig = VLMoConfig()
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    sources: dict[str, SourceConfig]
-    data: DataConfig = DataConfig()
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
-    engine: EngineConfig = changeable(EngineConfig())
-    cluster: ClusterConfig = changeable(ClusterConfig())
-    guards: GuardsConfig = changeable(GuardsConfig())
-    checkpoint: CheckpointConfig = changeable(CheckpointConfig())
-    tracking: TrackingConfig = changeable(TrackingConfig())
-    evaluation: EvaluationConfig = changeable(EvaluationConfig())
+    name: str = fixed(..., "Name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    output: Url = changeable("runs", "Folder or URL that contains the run's folder `<output>/<name>`")
+    seed: int = fixed(0, "Seed of the weights, the data order, masking and augmentation")
+    reproduce_vlmo_release: bool = fixed(
+        False, "Reproduce the quirks of VLMo's released code, listed in `pipeline/training/release.py`"
+    )
+    storage: StorageConfig = changeable(StorageConfig(), "Access to object stores")
+    model: ModelConfig = fixed(VLMoConfig(), "Model architecture and sizes")
+    tokenizer: TokenizerConfig = fixed(TokenizerConfig(), "Text tokenizer")
+    sources: dict[str, SourceConfig] = fixed(..., "Data sources by name")
+    data: DataConfig = fixed(DataConfig(), "Data order, augmentation and loading")
+    stages: tuple[StageConfig, ...] = fixed(..., "Training stages in order", min_length=1)
+    engine: EngineConfig = changeable(EngineConfig(), "DeepSpeed engine")
+    cluster: ClusterConfig = changeable(ClusterConfig(), "Ray cluster")
+    guards: GuardsConfig = changeable(GuardsConfig(), "Run-time checks and timeouts")
+    checkpoint: CheckpointConfig = changeable(CheckpointConfig(), "Checkpoints")
+    tracking: TrackingConfig = changeable(TrackingConfig(), "MLflow tracking")
+    evaluation: EvaluationConfig = changeable(EvaluationConfig(), "Evaluation")
 
     @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
-        # Here, because the rules speak of the classes of this module.
-        from pipeline.config.rules import faults_of
+    def _check_consistent(self) -> RunConfig:
+        from pipeline.config.rules import faults_of  # removed with the objectives' own declarations
 
-        if faults := list(faults_of(self)):
+        if faults := [*_faults(self), *faults_of(self)]:
             raise ValueError("\n".join(faults))
         return self
 
     def source_type_of(self, stage: StageConfig) -> SourceType:
-        """What the stage reads of its samples: the same for all its sources."""
+        """Return the source type of a stage, which all its sources share."""
         return self.sources[next(iter(stage.sources))].type
 
     def stage_named(self, name: str | None) -> StageConfig:
-        """The stage of that name, or the last one. Raises ConfigError naming the stages there are."""
+        """Return the stage of that name, or the last one. Raises ConfigError listing the stages."""
         if name is None:
             return self.stages[-1]
         for stage in self.stages:
@@ -484,20 +813,20 @@ class RunConfig(Section):
         raise ConfigError(f"no stage '{name}' in this run; its stages: {', '.join(s.name for s in self.stages)}")
 
     def for_stage(self, stage: StageConfig) -> RunConfig:
-        """The run as a stage sees it: `model.image_size` is the size of the stage's own pictures.
+        """Return the config with `model.image_size` set to the stage's image size.
 
-        All that concerns one stage (its model, its loader, its weights' record) is made from this. It may be asked
-        of its own result, for the same stage or another.
+        Model, loader and weight records of a stage are built from this. Calling it on its own result, for the same
+        stage or another, is allowed.
         """
         if stage.image_size in (None, self.model.image_size):
             return self
         model = type(self.model).model_validate(self.model.model_dump() | {"image_size": stage.image_size})
-        sizes = ((each, each.image_size or self.model.image_size) for each in self.stages)
-        stages = tuple(each.model_copy(update={"image_size": size}) for each, size in sizes)
+        sizes = ((other, other.image_size or self.model.image_size) for other in self.stages)
+        stages = tuple(other.model_copy(update={"image_size": size}) for other, size in sizes)
         return self.model_copy(update={"model": model, "stages": stages})
 
     def stage_start(self, index: int) -> int:
-        """The first global step of a stage: steps count over all stages."""
+        """Return the first global step of a stage; steps count over all stages."""
         return sum(stage.steps for stage in self.stages[:index])
 
     @property
@@ -506,5 +835,98 @@ class RunConfig(Section):
 
     @property
     def folder(self) -> str:
-        """The URL of the run's own folder."""
+        """URL of the run's own folder."""
         return f"{self.output.rstrip('/')}/{self.name}"
+
+
+# ---- rules between keys: each fault is one line that begins with the key's path
+
+
+def _faults(config: RunConfig) -> Iterator[str]:
+    if config.reproduce_vlmo_release and config.model.kind != "vlmo":
+        yield f"reproduce_vlmo_release: applies to model.kind vlmo only, and model.kind is {config.model.kind}"
+    yield from _engine_faults(config.engine)
+    for index, stage in enumerate(config.stages):
+        yield from _stage_faults(config, index, stage)
+    yield from _source_faults(config)
+    cluster = config.cluster
+    if cluster.min_workers is not None and cluster.min_workers > cluster.workers:
+        yield f"cluster.min_workers: {cluster.min_workers} is above cluster.workers {cluster.workers}"
+    if (gpus := cluster.gpus_per_worker) > 1 and gpus != int(gpus):
+        yield f"cluster.gpus_per_worker: expected a whole number, or a fraction below 1 to share a GPU; got {gpus}"
+
+
+def _engine_faults(engine: EngineConfig) -> Iterator[str]:
+    """Yield combinations that DeepSpeed silently ignores, or fails on without saying what to change."""
+    if engine.precision == "bfloat16" and engine.zero_stage == 0:
+        yield (
+            "engine.precision: bfloat16 at ZeRO 0 would have no float32 master weights and sums; "
+            "set engine.zero_stage to 1, 2 or 3, or engine.precision to float32"
+        )
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        yield "engine.offload_optimizer: ZeRO 0 keeps all state on the device; set engine.zero_stage to 1, 2 or 3"
+    if engine.offload_parameters and engine.zero_stage != 3:
+        yield (
+            f"engine.offload_parameters: at ZeRO {engine.zero_stage} every rank computes with whole weights on its "
+            "device; set engine.zero_stage to 3, or offload the optimizer alone"
+        )
+    if engine.compile and engine.zero_stage == 3:
+        yield (
+            "engine.compile: ZeRO 3 gathers each module's weights in hooks, at which torch.compile breaks "
+            "its graphs or fails; leave it false, or set engine.zero_stage to 0, 1 or 2"
+        )
+
+
+def _source_faults(config: RunConfig) -> Iterator[str]:
+    for name, source in config.sources.items():
+        if not name or name in (".", "..") or file_name_of(name) != name or len(name) > 100:
+            yield (
+                f"sources: {name!r}: the name of a source is also a file name; use no slash, no control character and "
+                "at most 100 characters"
+            )
+        excluded = source.synthetic.exclude if source.synthetic else None
+        if excluded is not None and (excluded not in config.sources or config.sources[excluded].synthetic is None):
+            yield f"sources.{name}.synthetic.exclude: '{excluded}' is not a synthetic source of this run"
+    held_out = config.evaluation.source
+    if held_out is not None and held_out not in config.sources:
+        yield f"evaluation.source: unknown source '{held_out}'; known: {', '.join(config.sources)}"
+    if config.evaluation.every is not None and held_out is None:
+        yield "evaluation.every: set without evaluation.source; name the held-out source to evaluate on"
+
+
+def _stage_faults(config: RunConfig, index: int, stage: StageConfig) -> Iterator[str]:
+    where = f"stages.{stage.name}"
+    if stage.name in [other.name for other in config.stages[:index]]:
+        yield f"stages.{index}.name: another stage has the name '{stage.name}'"
+    if stage.global_batch_size % config.data.streams:
+        yield (
+            f"{where}.global_batch_size: {stage.global_batch_size} must be a multiple of data.streams "
+            f"{config.data.streams}"
+        )
+    if stage.max_text_length > config.model.max_text_length:
+        yield (
+            f"{where}.max_text_length: {stage.max_text_length} is above model.max_text_length "
+            f"{config.model.max_text_length}"
+        )
+    if stage.image_size is not None:
+        try:
+            config.for_stage(stage)
+        except ValidationError as error:
+            for fault in error.errors():
+                yield f"{where}.image_size: {fault['msg'].removeprefix('Value error, ')}"
+    if not stage.sources or not stage.objectives:
+        yield f"{where}: needs at least one source and one objective"
+    every = max((objective.every for objective in stage.objectives.values()), default=1)
+    if stage.global_batch_size < config.cluster.workers * every:
+        yield (
+            f"{where}.global_batch_size: {stage.global_batch_size} leaves a rank without an example; expected at "
+            f"least cluster.workers x every = {config.cluster.workers * every}"
+        )
+    for name in stage.sources:
+        if name not in config.sources:
+            yield f"{where}.sources: unknown source '{name}'; known: {', '.join(config.sources)}"
+    types = {config.sources[name].type for name in stage.sources if name in config.sources}
+    if "regions" in types and config.model.kind != "imagebert":
+        yield f"{where}.sources: regions are for a model of kind imagebert, and model.kind is {config.model.kind}"
+    if len(types) > 1:
+        yield f"{where}.sources: of type {' and '.join(sorted(types))}; all sources of a stage must have one type"

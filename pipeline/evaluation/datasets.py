@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import RunConfig, SourceType, StageConfig
+from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
 from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.model import (
+from pipeline.config.schema import (
     DualEncoderConfig,
     ImageBERTConfig,
     TransformerConfig,

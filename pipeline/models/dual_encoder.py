@@ -15,8 +15,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from pipeline.config.model import DualEncoderConfig, TransformerConfig
-from pipeline.config.schema import Objective, SourceType
+from pipeline.config.schema import DualEncoderConfig, Objective, SourceType, TransformerConfig
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import SharedSpaceHead

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import ImageDecoderConfig
+from pipeline.config.schema import ImageDecoderConfig, TransformerConfig
 from pipeline.models.embeddings import read_padding
 from pipeline.models.heads import MaskedImageHead
 from pipeline.models.model import HeadConfig

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
 
-from pipeline.config.model import ImageBERTConfig
-from pipeline.config.schema import Objective, SourceType
+from pipeline.config.schema import ImageBERTConfig, Objective, SourceType
 from pipeline.models.attention import gather
 from pipeline.models.embeddings import key_padding
 from pipeline.models.forward import ForwardInput, Head, Regions

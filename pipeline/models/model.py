@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import TransformerConfig
-from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, SourceType
+from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, SourceType, TransformerConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.heads import INITIAL_SCALE
 from pipeline.models.multiway import MultiwayBlock

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.config.model import TransformerConfig, ViLTConfig
-from pipeline.config.schema import Objective, SourceType
+from pipeline.config.schema import Objective, SourceType, TransformerConfig, ViLTConfig
 from pipeline.models.attention import gather
 from pipeline.models.embeddings import ImageEmbedding, TextEmbedding, key_padding
 from pipeline.models.forward import ForwardInput, Head

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pipeline.config.model import TransformerConfig, ViTConfig
-from pipeline.config.schema import Objective, SourceType
+from pipeline.config.schema import Objective, SourceType, TransformerConfig, ViTConfig
 from pipeline.models.embeddings import ImageEmbedding, read_padding
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.heads import ClassificationHead, MaskedImageHead

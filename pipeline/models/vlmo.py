@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.model import TransformerConfig, VLMoConfig
-from pipeline.config.schema import Objective, SourceType
+from pipeline.config.schema import Objective, SourceType, TransformerConfig, VLMoConfig
 from pipeline.models.attention import gather_pairs
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding, read_padding
 from pipeline.models.forward import ForwardInput, Head

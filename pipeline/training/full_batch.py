@@ -13,8 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.config.model import ImageBERTConfig, TransformerConfig, ViLTConfig
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import ImageBERTConfig, RunConfig, StageConfig, TransformerConfig, ViLTConfig
 from pipeline.data.batch import Batch
 
 SPECIAL_TOKENS = 2  # [CLS] and [SEP], which are never masked

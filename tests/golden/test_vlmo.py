@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import VLMoConfig
 from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
 from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo

@@ -17,8 +17,9 @@ from mlflow import MlflowClient
 
 from jobs.convert import import_weights
 from jobs.register import register_checkpoint
-from pipeline.config.errors import ConfigError, TrackingError
-from pipeline.config.model import VLMoConfig
+from jobs.served import outputs_of
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage

@@ -20,8 +20,17 @@ from torch import Tensor
 
 from jobs.objectives import source_types
 from pipeline.config.load import validate
-from pipeline.config.model import MODEL_SECTIONS, ImageBERTConfig, TransformerConfig, ViLTConfig
-from pipeline.config.schema import ImageTarget, Objective, RunConfig, SourceType, StageConfig
+from pipeline.config.schema import (
+    MODEL_SECTIONS,
+    ImageBERTConfig,
+    ImageTarget,
+    Objective,
+    RunConfig,
+    SourceType,
+    StageConfig,
+    TransformerConfig,
+    ViLTConfig,
+)
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.collectives import Collectives

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.config.model import Interpolation, TransformerConfig, ViLTConfig
+from pipeline.config.schema import Interpolation, TransformerConfig, ViLTConfig
 from pipeline.data.contents import jpeg
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from pipeline.config.model import Interpolation
-from pipeline.config.schema import AugmentConfig
+from pipeline.config.schema import AugmentConfig, Interpolation
 from pipeline.data.contents.images import Shape, random_resized_crop
 from pipeline.data.randomness import CounterRandom
 

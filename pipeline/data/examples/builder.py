@@ -15,8 +15,7 @@ import cv2
 import numpy as np
 
 from pipeline.config.errors import DataError
-from pipeline.config.model import ImageBERTConfig, ViLTConfig
-from pipeline.config.schema import RunConfig, SourceType, StageConfig
+from pipeline.config.schema import ImageBERTConfig, RunConfig, SourceType, StageConfig, ViLTConfig
 from pipeline.data import in_progress
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import OwnShape, Shape, decode, put_on_canvas, shape_of

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import VLMoConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.hugging_face import (
     IMAGE_SIZES,

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import ImageBERTConfig
+from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.hugging_face import SIZES, ConfigFile, translated
 from pipeline.models.checkpoints.mismatch import Shape, require

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import ViLTConfig
+from pipeline.config.schema import ViLTConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.hugging_face import (
     IMAGE_SIZES,

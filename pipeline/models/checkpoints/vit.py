@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import ViTConfig
+from pipeline.config.schema import ViTConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.hugging_face import (
     BILINEAR,

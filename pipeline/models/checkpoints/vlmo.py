@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import VLMoConfig
 from pipeline.models import skeleton
 from pipeline.models.checkpoints.mismatch import Shape, require
 from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count

@@ -52,10 +52,10 @@ def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
     [
         ("stages.vision.sources={scnes: 1.0}", "unknown source 'scnes'"),
         ("stages.vision.global_batch_size=63", "must be a multiple of data.streams"),
-        ("stages.vision.sources={scenes: 1.0, sentences: 1.0}", "all sources of a stage must have one use"),
+        ("stages.vision.sources={scenes: 1.0, sentences: 1.0}", "all sources of a stage must have one type"),
         ("stages.language.objectives={mim: {}}", "mim needs sources"),
         ("stages.vision_language.objectives={itm: {}}", "add contrastive"),
-        ("stages.language.name=vision", "another stage has this name"),
+        ("stages.language.name=vision", "another stage has the name"),
         ("evaluation.source=pictures", "expected pairs, labelled"),
         ("engine={zero_stage: 0, precision: bfloat16}", "bfloat16 at ZeRO 0 would have no float32 master weights"),
         ("engine={zero_stage: 0, offload_optimizer: true}", "ZeRO 0 keeps all state on the device"),
@@ -275,7 +275,7 @@ def test_a_source_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> N
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     values["sources"][name] = {"shards": "runs/some", "type": "text"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    with pytest.raises(ConfigError, match="a source's name"):
+    with pytest.raises(ConfigError, match="the name of a source"):
         load_config(tmp_path / "run.yaml")
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import DualEncoderConfig
-from pipeline.config.schema import ObjectiveConfig, RunConfig
+from pipeline.config.schema import DualEncoderConfig, ObjectiveConfig, RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from jobs.cli import FORMAT_HELP, app
 from jobs.convert import export_weights, import_weights
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
+from pipeline.config.schema import ImageBERTConfig, TransformerConfig, ViLTConfig, ViTConfig, VLMoConfig
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model
 from pipeline.models import build_model

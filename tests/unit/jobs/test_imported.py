@@ -25,7 +25,7 @@ from torch import Tensor
 from jobs.convert import export_weights, import_weights
 from jobs.predict import predict
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
-from pipeline.config.model import TransformerConfig, ViLTConfig, VLMoConfig
+from pipeline.config.schema import TransformerConfig, ViLTConfig, VLMoConfig
 from pipeline.data.contents.images import decode, resize_for
 from pipeline.data.storage import Storage
 from pipeline.inference import build_trained_model, load_usable_weights

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.objectives import as_text, objectives
-from pipeline.config.model import MODEL_SECTIONS
-from pipeline.config.schema import Objective
+from pipeline.config.schema import MODEL_SECTIONS, Objective
 from tests.support.trial import cells
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import DualEncoderConfig
+from pipeline.config.schema import DualEncoderConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.dual_encoder import PARTS, DualEncoder
 from pipeline.models.forward import ForwardInput, ForwardOutput

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.model import VLMoConfig
-from pipeline.config.schema import ImageDecoderConfig
+from pipeline.config.schema import ImageDecoderConfig, VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, drop_masked_patches, unmasked_patches
 from pipeline.models.image_decoder import ImageDecoder, sine_positions

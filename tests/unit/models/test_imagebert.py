@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from pipeline.config.model import ImageBERTConfig
+from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.bert import from_hugging_face
 from pipeline.models.forward import ForwardInput, Regions

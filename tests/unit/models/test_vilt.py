@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import ViLTConfig, ViTConfig
+from pipeline.config.schema import ViLTConfig, ViTConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.model import HeadConfig

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import ViTConfig
-from pipeline.config.schema import ImageDecoderConfig
+from pipeline.config.schema import ImageDecoderConfig, ViTConfig
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.models.model import HeadConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import VLMoConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import HeadConfig

@@ -7,8 +7,7 @@ from typing import get_args
 
 import pytest
 
-from pipeline.config.model import MODEL_SECTIONS
-from pipeline.config.schema import Objective
+from pipeline.config.schema import MODEL_SECTIONS, Objective
 from pipeline.training.collectives import Collectives
 from tests.support.trial import Cell, Trial, begin, cells, train, trial_config
 

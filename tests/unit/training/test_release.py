@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import validate
-from pipeline.config.model import VLMoConfig
-from pipeline.config.schema import OptimizerConfig, RunConfig
+from pipeline.config.schema import OptimizerConfig, RunConfig, VLMoConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig

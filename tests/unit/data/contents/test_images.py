@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from pipeline.config.model import ViTConfig
+from pipeline.config.schema import ViTConfig
 from pipeline.data.contents.images import (
     FORMATS,
     RATIO,

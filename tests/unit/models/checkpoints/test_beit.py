@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitModel, PreTrainedModel
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import VLMoConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.beit import (
     LAYER_TABLE,

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import ImageBERTConfig
+from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.bert import from_hugging_face, infer_section, to_hugging_face
 

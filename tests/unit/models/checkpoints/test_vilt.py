@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import ViLTConfig
+from pipeline.config.schema import ViLTConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vilt import (
     from_hugging_face,

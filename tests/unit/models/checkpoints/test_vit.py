@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 from transformers import ViTConfig as Theirs
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import ViTConfig
+from pipeline.config.schema import ViTConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vit import from_hugging_face, infer_section, to_hugging_face
 from pipeline.models.forward import ForwardInput

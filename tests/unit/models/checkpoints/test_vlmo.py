@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.config.errors import CheckpointError, ConfigError
-from pipeline.config.model import VLMoConfig
+from pipeline.config.schema import VLMoConfig
 from pipeline.models import build_model
 from pipeline.models.checkpoints.vlmo import from_published, infer_section, to_published
 from pipeline.models.model import HeadConfig
