@@ -206,7 +206,7 @@ def test_tars_that_are_no_scenes_are_never_replaced(tmp_path):
 
 
 def test_excluding_what_is_no_synthetic_source_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="'nothing' is no synthetic source"):
+    with pytest.raises(ConfigError, match="'nothing' is not a synthetic source"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", exclude="nothing")})
     circle = {name: source(tmp_path, name, exclude=other) for name, other in (("a", "b"), ("b", "a"))}
     with pytest.raises(ConfigError, match="excludes itself"):
