@@ -207,5 +207,5 @@ def test_only_vlmo_has_a_release_to_be_faithful_to() -> None:
     values = tiny_config().model_dump(mode="json")
     values["model"] = {"kind": "vit", "width": 32, "heads": 2, "layers": 2, "image_size": 16, "patch_size": 8}
     values["stages"] = values["stages"][:1]
-    with pytest.raises(ConfigError, match="reproduce_vlmo_release: applies to model.kind vlmo"):
+    with pytest.raises(ConfigError, match=r"reproduce_vlmo_release: applies to model\.kind vlmo"):
         validate(values | {"reproduce_vlmo_release": True}, "tiny")
