@@ -17,7 +17,6 @@ from mlflow import MlflowClient
 
 from jobs.convert import import_weights
 from jobs.register import register_checkpoint
-from jobs.served import outputs_of
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize
