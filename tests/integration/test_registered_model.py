@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from jobs.convert import import_weights
 from jobs.register import register_checkpoint
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, TrackingError
 from pipeline.config.schema import VLMoConfig
 from pipeline.data.contents.images import decode, resize
 from pipeline.data.contents.text import Tokenizer
