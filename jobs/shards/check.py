@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -116,7 +116,7 @@ def _findings(report: ShardReport) -> Iterator[ShardFinding]:
 
 
 def _line(finding: ShardFinding) -> bytes:
-    return f"{json.dumps(finding.as_json(), ensure_ascii=False)}\n".encode()
+    return f"{json.dumps(asdict(finding), ensure_ascii=False)}\n".encode()
 
 
 def _print_summary(summary: _Summary, url: str, report: Path | None) -> None:

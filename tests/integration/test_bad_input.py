@@ -90,7 +90,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "empty" / "0.tar", pairs=0)
     index_shards(Storage(), str(tmp_path / "empty"))
     error = refuse(demo(tmp_path, f"sources.pictures.shards={tmp_path}/empty"))
-    assert "empty: its shards hold no samples" in str(error)
+    assert "empty: its shards have no samples" in str(error)
 
 
 def test_weights_of_another_architecture_are_refused_before_any_rank_is_placed(tmp_path: Path) -> None:

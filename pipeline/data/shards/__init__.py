@@ -1,1 +1,1 @@
-"""What a source has: tars and their indexes, the manifest that names them, and which of their samples are read."""
+"""Shards of a source: tars and their indexes, the manifest, and the selection of samples."""

@@ -19,7 +19,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.quarantine import BadSample
 from pipeline.data.reading.samples import iter_captions, iter_samples
-from pipeline.data.shards.check import fault_of
+from pipeline.data.shards.check import sample_defect
 from pipeline.data.shards.tar import TarSample
 from pipeline.data.storage import Storage
 from tests.support.fine_tuning_data import COLOURS, run_config
@@ -94,8 +94,8 @@ def test_check_judges_each_use_as_training_does(tmp_path: Path) -> None:
         config = run_config(tmp_path, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type])
         for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:
             walked = TarSample(sample.key, False, [(name, 0, data) for name, data in sample.members.items()])
-            assert fault_of(walked, source_type, 10**6) is None  # type: ignore[arg-type]
-            assert fault_of(walked, other, 10**6) is not None  # type: ignore[arg-type]
+            assert sample_defect(walked, source_type, 10**6) is None  # type: ignore[arg-type]
+            assert sample_defect(walked, other, 10**6) is not None  # type: ignore[arg-type]
 
 
 _OBJECTIVES = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}

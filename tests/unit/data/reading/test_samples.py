@@ -303,7 +303,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-ROOM = LoaderConfig(memory_bytes=2**20, read_ahead_bytes=30_000, requests=4)
+ROOM = LoaderConfig(memory_bytes=2**20, read_ahead_bytes=30_000, max_concurrent_requests=4)
 
 
 @ON_MOTO

@@ -128,7 +128,7 @@ def run_config(folder: str, source_type: SourceType, count: int) -> RunConfig:
     if source_type == "labelled":
         kind = {"kind": "vit"}
     if source_type == "regions":
-        kind = {"kind": "imagebert", "mrfr": NUMBERS, "region_classes": 2, "max_regions": 4}
+        kind = {"kind": "imagebert", "region_features": NUMBERS, "region_classes": 2, "max_regions": 4}
     stage = {
         "name": "stage",
         "sources": {"one": 1.0},

@@ -114,12 +114,12 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
     with pytest.raises(DataError, match=r"no \.tar files there\. Unpack x\.tgz"):
         index_shards(storage, str(tmp_path / "empty"))
     (tmp_path / "empty" / "y.tar").write_bytes(empty_tar())
-    with pytest.raises(DataError, match=r"x\.tgz would not be read beside y\.tar\. Unpack x\.tgz"):
+    with pytest.raises(DataError, match=r"x\.tgz would not be read along with y\.tar\. Unpack x\.tgz"):
         index_shards(storage, str(tmp_path / "empty"))
     index_shards(storage, str(tmp_path / "empty" / "{y}.tar"))
     (tmp_path / "empty" / "x.tar").write_bytes(empty_tar())
     (tmp_path / "empty" / "z.TAR").write_bytes(empty_tar())
-    with pytest.raises(DataError, match=r"z\.TAR would not be read beside x\.tar\. Rename z\.TAR"):
+    with pytest.raises(DataError, match=r"z\.TAR would not be read along with x\.tar\. Rename z\.TAR"):
         index_shards(storage, str(tmp_path / "empty"))
     (tmp_path / "empty" / "z.TAR").unlink()
     (tmp_path / "empty" / "lost.tar").symlink_to("absent.tar")
@@ -127,7 +127,7 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
         index_shards(storage, str(tmp_path / "empty"))
     (tmp_path / "empty" / "lost.tar").unlink()
     index_shards(storage, str(tmp_path / "empty"))
-    with pytest.raises(DataError, match=r"hold no samples"):
+    with pytest.raises(DataError, match=r"have no samples"):
         load_manifest(storage, str(tmp_path / "empty"))
 
 
@@ -334,7 +334,7 @@ def test_a_trusted_count_that_proves_wrong_is_fatal_by_name(counted: str):
     Path(counted, "00002_stats.json").write_text(json.dumps({"successes": 3}))
     manifest = index_shards(Storage(), counted, trust_counts=True)
     assert [shard.samples for shard in manifest.shards] == [5, 3, 3, 2]
-    with pytest.raises(DataError, match=r"00002\.tar: it holds 4 samples, and the index of another tool said 3"):
+    with pytest.raises(DataError, match=r"00002\.tar: it has 4 samples, and the index of another tool said 3"):
         load_index(Storage(), counted, manifest.shards[2])
 
 
@@ -348,13 +348,13 @@ def test_a_trusted_shard_that_was_replaced_is_fatal_by_name(counted: str, make_t
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("00000.tar.idx", b"12345", "no list of 8-byte offsets"),
-        ("00000.tar.idx", struct.pack("<3Q", 0, 100, 2048), "no growing multiples of 512"),
+        ("00000.tar.idx", b"12345", "not a list of 8-byte offsets"),
+        ("00000.tar.idx", struct.pack("<3Q", 0, 100, 2048), "not increasing multiples of 512"),
         ("00000.tar.idx", struct.pack("<3Q", 0, 512, 1 << 30), "samples end at byte 1073741824"),
         ("00001.idx", b"v2.0 1\njpg 512 10\n", "version v2.0"),
         ("00001.idx", b"v1.1 2\njpg 512 10\n", "states 2 samples and lists 1"),
-        ("00001.idx", b"v1.0 1\njpg 512\n", "line 2 is no list of members"),
-        ("00001.idx", b"v1.0 1\njpg 512 99999999\n", "no member of 99999999 bytes"),
+        ("00001.idx", b"v1.0 1\njpg 512\n", "line 2 is not a list of members"),
+        ("00001.idx", b"v1.0 1\njpg 512 99999999\n", "a member of 99999999 bytes"),
         ("00002_stats.json", b'{"successes": 4000}', "4000 samples in a tar of"),
         ("00002_stats.json", b'{"count": 4}', "successes"),
     ],
@@ -426,7 +426,7 @@ def test_damaged_manifests_and_counts_give_data_errors_and_nothing_else(make_pai
             refused += folder in str(error)
     assert refused
     path.write_bytes(b"[" * 50_000)
-    with pytest.raises(DataError, match=r"manifest\.json: no manifest of shards"):
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest of shards"):
         load_manifest(Storage(), folder)
 
 

@@ -92,7 +92,7 @@ def test_a_shard_may_be_left_empty_and_a_source_not(folder: str):
     source = opened(folder, tongue={"any_of": ("de",)})
     assert source.counts.tolist() == [1, 0]
     assert [source.selected(index).tolist() for index in indexes(source)] == [[1], []]
-    with pytest.raises(DataError, match=r"none of its 9 samples is left"):
+    with pytest.raises(DataError, match=r"leave none of its 9 samples"):
         opened(folder, tongue={"any_of": ("nl",)})
 
 
@@ -131,7 +131,7 @@ def test_properties_that_cannot_be_compared_so_are_told(folder: str):
         opened(folder, tongue={"min": 1})
     with pytest.raises(ConfigError, match=r"score: it is a number in .\.tar"):
         opened(folder, score={"any_of": ("1",)})
-    with pytest.raises(ConfigError, match=r"note: it is neither a number nor a short text throughout 1\.tar"):
+    with pytest.raises(ConfigError, match=r"note: it is neither a number nor a short text in all of 1\.tar"):
         opened(folder, note={"min": 1})
 
 

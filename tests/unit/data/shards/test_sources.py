@@ -54,5 +54,5 @@ def test_shards_counted_by_another_tool_are_read_like_others(make_pairs):
 
 def test_a_wrong_count_of_another_tool_stops_the_reader_by_name(make_pairs):
     source = counted(make_pairs("pairs", [3, 2]), [3, 1])
-    with pytest.raises(DataError, match=r"00001\.tar: it holds 2 samples, and the index of another tool said 1"):
+    with pytest.raises(DataError, match=r"00001\.tar: it has 2 samples, and the index of another tool said 1"):
         keys_read(source)

@@ -206,7 +206,7 @@ def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
     assert [sample.key for sample in tar.samples()] == ["a"]
     assert tar.skipped == {
         "symbolic link": 2,
-        "hard link to a file that is not before it in the tar": 1,
+        "hard link to a file that does not precede it in the tar": 1,
         "pipe": 1,
         "character device": 1,
         "file without an extension": 1,
@@ -218,7 +218,7 @@ def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
 
 
 def test_a_tar_of_links_alone_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match=r"x\.tar: it holds no sample, only 2 x symbolic link.*tar --dereference"):
+    with pytest.raises(DataError, match=r"x\.tar: no sample, only 2 x symbolic link.*tar --dereference"):
         index(written(("a.jpg", tarfile.SYMTYPE, "../x"), ("a.txt", tarfile.SYMTYPE, "../y")))
 
 
