@@ -24,7 +24,7 @@ from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
 
-CAMPAIGN = "run_report.html"
+RUN_REPORT = "run_report.html"
 
 
 def report(
@@ -42,10 +42,10 @@ def report(
     """
     opened = open_run(run, caller.store())
     config = caller.applied(opened.config)
-    campaign = collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
+    collected = collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
     comparison = compare([opened, *(open_run(each, opened.storage) for each in against)]) if against else None
-    page = render_run_report(campaign, comparison).encode()
-    place = str(out) if out is not None else join(opened.folder, CAMPAIGN)
+    page = render_run_report(collected, comparison).encode()
+    place = str(out) if out is not None else join(opened.folder, RUN_REPORT)
     if out is None:
         opened.storage.write(place, page)
     else:
@@ -58,14 +58,14 @@ def report(
             _record(config, opened.storage, page)
     return {
         "report": place,
-        "status": campaign.status,
-        "step": campaign.reached,
-        "goodput": campaign.goodput,
-        "restarts": campaign.restarts,
-        "bad_samples": campaign.bad_samples,
-        "alerts": [alert.name for alert in campaign.alerts if not alert.is_over],
-        "rank_hours": campaign.cost.rank_hours if campaign.cost else None,
-        "cost": campaign.cost.total if campaign.cost and campaign.cost.price else None,
+        "status": collected.status,
+        "step": opened.reached,
+        "goodput": opened.goodput,
+        "restarts": opened.num_restarts,
+        "bad_samples": collected.bad_samples,
+        "alerts": [alert.name for alert in collected.alerts if not alert.is_over],
+        "rank_hours": collected.cost.rank_hours if collected.cost else None,
+        "cost": collected.cost.total if collected.cost and collected.cost.price else None,
     }
 
 
@@ -89,12 +89,12 @@ def _write_after(config: RunConfig) -> None:
         if not caller.store().exists(join(config.folder, RUN_FILE)):
             return  # it failed before there was a run
         page = report(config.folder, track=True, caller=caller)["report"]
-        notify(f"RunReport    {page}")
+        notify(f"Report      {page}")
     except Exception as error:  # whatever it is, it must not hide how the run ended
-        log.warning("no campaign report: %s: %s", type(error).__name__, error)
+        log.warning("the run report was not written: %s: %s", type(error).__name__, error)
 
 
 def _record(config: RunConfig, storage: Storage, page: bytes) -> None:
     tracker = JournalTracker.open(config, storage)
-    tracker.artifact(CAMPAIGN, page)
+    tracker.artifact(RUN_REPORT, page)
     tracker.close()

@@ -1,4 +1,4 @@
-"""Bad samples looked at again: what was quarantined, by source and reason, with its picture where that decodes."""
+"""Inspection of a run's quarantine: counts by source and reason, and some samples read again with their images."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeline.data.shards.manifest import load_index, load_manifest, shard_folde
 from pipeline.data.storage import Storage, join
 from pipeline.pages.page import thumbnail
 
-PICTURES = 24  # looked at again, at most: each is a read from the store
-EACH = 3  # of one source and reason
-SIDE = 96  # pixels of a thumbnail
+MAX_SAMPLES = 24  # each is a read from the store
+MAX_PER_REASON = 3
+THUMBNAIL = 96  # maximum side in pixels
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A bad sample and what is wrong with it, as training found it."""
+class QuarantinedSample:
+    """A bad sample and the reason that training recorded."""
 
     source: str
     shard: str
     key: str
     offset: int  # of its first byte in the shard
-    stage: str  # of reading that found it: members, caption, image, …
+    stage: str  # of reading: members, caption, image, …
     reason: str
 
     @property
@@ -38,59 +38,55 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """One bad sample looked at again. `picture` is a data URI; where there is none, `why` says what is in the way."""
+class InspectedSample:
+    """A bad sample read again: its image as a data URI, or None and the `error` that prevents showing it."""
 
-    fault: Fault
-    times: int  # it was met: once an epoch, in every stage that reads it
-    picture: str | None
-    why: str
+    sample: QuarantinedSample
+    times: int  # how often it was replaced, over all epochs and stages
+    image: str | None
+    error: str
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    total: int  # samples replaced, repetitions counted
-    by_reason: list[tuple[str, str, str, int, int]]  # source, stage, reason, different samples, times
-    samples: list[Rejected]  # some of each
+class Quarantine:
+    total: int  # replaced samples, repetitions included
+    by_reason: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
+    samples: list[InspectedSample]  # a few of each reason
 
 
-def look_again(config: RunConfig, storage: Storage, records: list[dict[str, Any]]) -> Quarantined:
-    """Sums up a run's quarantine and reads a few of its samples once more."""
-    names = [each.name for each in fields(Fault)]
-    times = Counter(Fault(**{name: record[name] for name in names}) for record in records)
-    kinds: dict[tuple[str, str, str], list[Fault]] = {}
-    for fault in times:
-        kinds.setdefault(fault.kind, []).append(fault)
-    sums = [(*kind, len(faults), sum(times[fault] for fault in faults)) for kind, faults in kinds.items()]
-    samples = [_look(config, storage, fault, times[fault]) for fault in _some(list(kinds.values()))]
-    return Quarantined(len(records), sorted(sums, key=lambda row: -row[-1]), samples)
+def inspect_quarantine(config: RunConfig, storage: Storage, records: list[dict[str, Any]]) -> Quarantine:
+    """Summarize a run's quarantine and read a few samples of each reason again."""
+    names = [entry.name for entry in fields(QuarantinedSample)]
+    times = Counter(QuarantinedSample(**{name: record[name] for name in names}) for record in records)
+    kinds: dict[tuple[str, str, str], list[QuarantinedSample]] = {}
+    for sample in times:
+        kinds.setdefault(sample.kind, []).append(sample)
+    counts = [(*kind, len(samples), sum(times[sample] for sample in samples)) for kind, samples in kinds.items()]
+    # One of each kind before a second one of any, so that rare reasons are included.
+    rounds = [samples[turn] for turn in range(MAX_PER_REASON) for samples in kinds.values() if turn < len(samples)]
+    inspected = [_inspect(config, storage, sample, times[sample]) for sample in rounds[:MAX_SAMPLES]]
+    return Quarantine(len(records), sorted(counts, key=lambda row: -row[-1]), inspected)
 
 
-def _some(kinds: list[list[Fault]]) -> list[Fault]:
-    """A few of each kind, rare ones included: no more of any until every kind had its share."""
-    rounds = [faults[turn] for turn in range(EACH) for faults in kinds if turn < len(faults)]
-    return rounds[:PICTURES]
-
-
-def _look(config: RunConfig, storage: Storage, fault: Fault, times: int) -> Rejected:
+def _inspect(config: RunConfig, storage: Storage, sample: QuarantinedSample, times: int) -> InspectedSample:
     try:
-        data = image_bytes(_members(storage, config.sources[fault.source].shards, fault))
-        return Rejected(fault, times, thumbnail(decode(data, config.data.max_pixels), SIDE), "")
+        data = image_bytes(_members(storage, config.sources[sample.source].shards, sample))
+        return InspectedSample(sample, times, thumbnail(decode(data, config.data.max_pixels), THUMBNAIL), "")
     except BadSample as bad:
-        return Rejected(fault, times, None, bad.reason)
+        return InspectedSample(sample, times, None, bad.reason)
     except (MomeError, KeyError) as error:
-        return Rejected(fault, times, None, f"not read again: {error}")
+        return InspectedSample(sample, times, None, f"not read again: {error}")
 
 
-def _members(storage: Storage, url: str, fault: Fault) -> dict[str, bytes]:
-    """The sample whose first byte is where the fault's was. Raises DataError where the shards have changed."""
-    check_stored_url(url, f"sources.{fault.source}.shards")
-    record = next((each for each in load_manifest(storage, url).shards if each.name == fault.shard), None)
+def _members(storage: Storage, url: str, sample: QuarantinedSample) -> dict[str, bytes]:
+    """Read the sample's members at its recorded offset. Raises DataError if the shards have changed."""
+    check_stored_url(url, f"sources.{sample.source}.shards")
+    record = next((record for record in load_manifest(storage, url).shards if record.name == sample.shard), None)
     if record is None:
-        raise DataError(f"{fault.shard} is no longer in the manifest of {url}")
+        raise DataError(f"{sample.shard} is no longer in the manifest of {url}")
     index = load_index(storage, url, record)
-    number = next((n for n in range(len(index)) if index.first_offset(n) == fault.offset), None)
-    if number is None or index.keys[number] != fault.key:
-        raise DataError(f"{fault.shard} holds another sample at byte {fault.offset} now")
-    location = join(shard_folder(url), fault.shard)
+    number = next((n for n in range(len(index)) if index.first_offset(n) == sample.offset), None)
+    if number is None or index.keys[number] != sample.key:
+        raise DataError(f"{sample.shard} now has another sample at byte {sample.offset}")
+    location = join(shard_folder(url), sample.shard)
     return {name: storage.read_range(location, at, at + size) for name, at, size in index.members(number)}

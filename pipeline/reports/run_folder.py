@@ -1,12 +1,13 @@
-"""A run as its folder tells it, finished or not: its config, its journal, its account of time, its restarts.
+"""A finished or running run, read from its folder: config, journal, time account, restarts, quarantine.
 
-Nothing here needs the run's weights, its data or its MLflow server; of a remote folder the committed journal is read.
+Neither weights nor data nor an MLflow server are needed. For a remote folder the committed journal is read.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +22,7 @@ from pipeline.tracking.locations import read_journal
 from pipeline.training import goodput
 from pipeline.training.prepare import RUN_FILE
 
-LONGEST_SECONDS = 1e12
-RESTARTS = "restarts"
-QUARANTINE = "quarantine"
+MAX_SECONDS = 1e12  # of one phase; more is damage
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """Metrics recorded at once."""
+    """Metrics that were recorded together."""
 
     at: int  # milliseconds since 1970
     step: int  # global
@@ -41,43 +40,48 @@ class Point:
 
 @dataclass
 class StageRecord:
-    """What the journal holds of one stage, over all its sessions."""
+    """A stage's records from all sessions."""
 
     name: str
     points: list[Point] = field(default_factory=list)
-    begun: list[Record] = field(default_factory=list)  # its `stage` records, one for each time it was taken up
+    starts: list[Record] = field(default_factory=list)  # its `stage` records, one per start
     tags: dict[str, str] = field(default_factory=dict)  # the last value of each
-    status: str = ""  # of its last end; empty while it goes on, or where it was cut off
+    status: str = ""  # empty while the stage is running or after it was interrupted
 
     @property
     def reached(self) -> int | None:
-        """The highest step. Points of a checkpoint come when it is written, after those of later steps."""
+        """The highest recorded step. A checkpoint's points are recorded late, after those of later steps."""
         return max((point.step for point in self.points), default=None)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """The median throughput."""
+        speeds = [value for _, _, value in self.series("perf/samples_per_s")]
+        return statistics.median(speeds) if speeds else None
 
     def last(self, metric: str) -> float | None:
         return next((p.values[metric] for p in reversed(self.points) if metric in p.values), None)
 
     def series(self, metric: str) -> list[tuple[int, int, float]]:
-        """(milliseconds, step, value) of one metric."""
+        """Return (milliseconds, step, value) of one metric."""
         return [(p.at, p.step, p.values[metric]) for p in self.points if metric in p.values]
 
 
 @dataclass(frozen=True)
 class Session:
-    """One process that trained: from its first record to its last."""
+    """The first and last record of a process that trained, in milliseconds, and its tags."""
 
     start: int
     end: int
-    first_step: int | None  # that it recorded
     tags: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A tag as it was set, on the run or on one of its stages."""
+    """A tag of the run or of a stage at the time it was set."""
 
     at: int
-    step: int | None  # the last one recorded before
+    step: int | None  # the last step recorded before
     stage: str | None
     key: str
     value: str
@@ -85,52 +89,62 @@ class Tag:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run. `values` is the config as it was kept, `config` what this machine may act on (`stored_config`)."""
+    """A run. `values` is the config as stored; `config` is what this machine may act on (`stored_config`)."""
 
     folder: str
     storage: Storage  # the caller's
     config: RunConfig
     recorded: RecordedLocation
     values: Values
-    run: str  # MLflow's name of the parent run's place in the journal; empty before its first start
+    run: str  # value of the MLflow tag `mome.run`; empty before the first start
     stages: list[StageRecord]
     sessions: list[Session]
     tags: list[Tag]
-    evaluations: list[Point]  # of any checkpoint, in the order they were made
-    status: str  # of the last process that trained: FINISHED, FAILED, KILLED; empty while none has ended
-    is_live: bool  # some process of this machine is writing its journal
-    time: Values | None  # as `pipeline.training.goodput` keeps it
+    evaluations: list[Point]  # of any checkpoint, in the order in which they were made
+    status: str  # FINISHED, FAILED or KILLED; empty while the last process has not ended
+    is_live: bool  # a process on this machine is writing the journal
+    seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
 
     @property
     def name(self) -> str:
-        """The name that the run was given; its folder may have got another."""
+        """The run's name in its config; the folder may have been renamed."""
         return str(self.values["name"])
 
     def recorded_config(self) -> RunConfig:
-        """The config as it was kept, to be shown."""
+        """Return the config as stored, for display."""
         return parse_config(json.dumps(self.values), join(self.folder, RUN_FILE))
 
     @property
     def reached(self) -> int:
-        """The highest global step that was recorded."""
+        """The highest recorded global step."""
         return max((stage.reached or 0 for stage in self.stages), default=0)
 
+    @property
+    def num_restarts(self) -> int:
+        return max(len(self.sessions) - 1, 0)
+
+    @property
+    def goodput(self) -> float | None:
+        """The fraction of all time that was spent in steps that were kept."""
+        total = sum(self.seconds.values())
+        return self.seconds["training"] / total if total else None
+
     def restarts(self) -> list[Values]:
-        """{time, cause, message} of what Ray Train was told, in order."""
-        return list(self._objects(RESTARTS, ".json", time=(int, float), cause=str, message=str))
+        """Return {time, cause, message} of every restart that the driver recorded, in order."""
+        return list(self._objects("restarts", ".json", time=(int, float), cause=str, message=str))
 
     def quarantined(self) -> list[Values]:
-        """Every bad sample that was replaced, in the order they were met."""
+        """Return a record of every replaced bad sample, in order."""
         texts = dict.fromkeys(("source", "shard", "key", "stage", "reason"), str)
-        return list(self._objects(QUARANTINE, ".jsonl", offset=int, **texts))
+        return list(self._objects("quarantine", ".jsonl", offset=int, **texts))
 
     def _objects(self, folder: str, suffix: str, **types: Any) -> Iterator[Values]:
-        """The JSON objects in the files of a folder, one a line or a file; those without such values are left out."""
-        place = join(self.folder, folder)
-        for name in self.storage.list(place):
+        """Yield the JSON objects in a folder's files (one per line in .jsonl) that have values of these types."""
+        url = join(self.folder, folder)
+        for name in self.storage.list(url):
             if not name.endswith(suffix):
                 continue
-            data = self.storage.read(join(place, name))
+            data = self.storage.read(join(url, name))
             for line in data.splitlines() if suffix == ".jsonl" else [data]:
                 try:
                     values = json.loads(line)
@@ -139,59 +153,16 @@ class RunFolder:
                 if isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in types.items()):
                     yield values
                 else:
-                    log.warning("%s/%s: a damaged record is left out", place, name)
+                    log.warning("%s/%s: skipped a damaged record", url, name)
 
 
 def open_run(run: str, storage: Storage | None = None) -> RunFolder:
-    """The run in folder `run` (path or URL), read through `storage`, which is the caller's; else the environment's.
+    """Read the run in folder `run` (path or URL) through `storage` (default: one configured by the environment).
 
-    Raises ConfigError, naming it, where there is none that can be read.
+    Raises ConfigError if there is no readable run.
     """
     folder = run.rstrip("/")
     storage = storage or Storage()
-    values = _values(run, folder, storage)
-    config, recorded = stored_config(values, join(folder, RUN_FILE), folder)
-    journal, read = _read_journal(storage, config, folder)
-    return RunFolder(
-        folder=folder,
-        storage=storage,
-        config=config,
-        recorded=recorded,
-        values=values,
-        run=read.run,
-        stages=read.stages,
-        sessions=read.sessions,
-        tags=read.tags,
-        evaluations=read.evaluations,
-        status=read.status,
-        is_live=any(is_held(journal.path(session)) for session in journal.sessions()),
-        time=_account(storage, folder),
-    )
-
-
-def _account(storage: Storage, folder: str) -> Values | None:
-    """The account of time; None where there is none, or none that can be understood."""
-    found = goodput.read_record(storage, folder)
-    seconds = found.get("seconds") if isinstance(found, dict) else None
-    if not isinstance(seconds, dict) or "training" not in seconds:
-        return None
-    return found if all(isinstance(v, int | float) and 0 <= v < LONGEST_SECONDS for v in seconds.values()) else None
-
-
-def stages_of(config: RunConfig, storage: Storage) -> list[StageRecord]:
-    """What was recorded of each stage of a run; nothing where there is no journal."""
-    return _read_journal(storage, config, config.folder)[1].stages
-
-
-def _read_journal(storage: Storage, config: RunConfig, folder: str) -> tuple[Journal, _Reading]:
-    journal = read_journal(folder, storage)
-    read = _Reading(config)
-    for session in journal.sessions():
-        read.session([record for _, record in journal.records(session) if _is_known(record, config)])
-    return journal, read
-
-
-def _values(run: str, folder: str, storage: Storage) -> Values:
     url = join(folder, RUN_FILE)
     if not storage.exists(url):
         raise ConfigError(f"{run}: no run there (no {RUN_FILE} in it); give the folder of a run, <output>/<name>")
@@ -201,16 +172,50 @@ def _values(run: str, folder: str, storage: Storage) -> Values:
         raise ConfigError(f"{url}: not JSON ({error}); the run's folder is damaged") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{url}: expected a config, got {type(values).__name__}; the run's folder is damaged")
-    return values
+    config, recorded = stored_config(values, url, folder)
+    journal, reader = _read_journal(storage, config, folder)
+    return RunFolder(
+        folder=folder,
+        storage=storage,
+        config=config,
+        recorded=recorded,
+        values=values,
+        run=reader.run,
+        stages=reader.stages,
+        sessions=reader.sessions,
+        tags=reader.tags,
+        evaluations=reader.evaluations,
+        status=reader.status,
+        is_live=any(is_held(journal.path(session)) for session in journal.sessions()),
+        seconds=_seconds(storage, folder),
+    )
 
 
-def _is_known(record: Record, config: RunConfig) -> bool:
-    """Whether a record is whole, and of a stage that the run has."""
-    return record["kind"] != "damaged" and (record["stage"] is None or record["stage"] < len(config.stages))
+def _seconds(storage: Storage, folder: str) -> dict[str, float]:
+    """Return the seconds of each phase; {} if there is no valid time account."""
+    record = goodput.read_record(storage, folder)
+    seconds = record.get("seconds") if isinstance(record, dict) else None
+    if not isinstance(seconds, dict) or "training" not in seconds:
+        return {}
+    return seconds if all(isinstance(v, int | float) and 0 <= v < MAX_SECONDS for v in seconds.values()) else {}
 
 
-class _Reading:
-    """Sorts a journal's records by what they tell."""
+def stages_of(config: RunConfig, storage: Storage) -> list[StageRecord]:
+    """Return the records of each stage of a run, which are empty if there is no journal."""
+    return _read_journal(storage, config, config.folder)[1].stages
+
+
+def _read_journal(storage: Storage, config: RunConfig, folder: str) -> tuple[Journal, _JournalReader]:
+    journal, reader = read_journal(folder, storage), _JournalReader(config)
+    known = (None, *range(len(config.stages)))  # the journal may be another run's, with more stages
+    for session in journal.sessions():
+        records = (record for _, record in journal.records(session))
+        reader.read_session([r for r in records if r["kind"] != "damaged" and r["stage"] in known])
+    return journal, reader
+
+
+class _JournalReader:
+    """Collects a journal's records by stage."""
 
     def __init__(self, config: RunConfig):
         self.stages = [StageRecord(stage.name) for stage in config.stages]
@@ -221,47 +226,41 @@ class _Reading:
         self.status = ""
         self._step: int | None = None  # the last one recorded in this session
 
-    def session(self, records: list[Record]) -> None:
-        """One process's records, the first of which says what it was."""
+    def read_session(self, records: list[Record]) -> None:
         self._step = None
-        steps = [r["step"] for r in records if r["kind"] == "metrics" and r["stage"] is not None]
         if any(record["kind"] == "stage" for record in records):
-            first = steps[0] if steps else None
-            self.sessions.append(Session(records[0]["at"], records[-1]["at"], first, records[0].get("tags", {})))
+            self.sessions.append(Session(records[0]["at"], records[-1]["at"], records[0].get("tags", {})))
             self.status = ""
         for record in records:
-            stage = record["stage"]
-            if stage is None or stage < len(self.stages):  # a journal may be another run's, or anybody's
-                self._record(record, None if stage is None else self.stages[stage])
+            stage = None if record["stage"] is None else self.stages[record["stage"]]
+            kind = record["kind"]
+            if kind == "run":
+                self.run = record["run"]
+            elif kind == "run_end":
+                self.status = record["status"]
+            elif kind == "metrics":
+                self._add_point(record, stage)
+            elif kind == "tag":
+                name = None if stage is None else stage.name
+                self.tags.append(Tag(record["at"], self._step, name, record["key"], record["value"]))
+            if stage is not None:
+                self._add_to_stage(kind, record, stage)
 
-    def _record(self, record: Record, stage: StageRecord | None) -> None:
-        kind = record["kind"]
-        if kind == "run":
-            self.run = record["run"]
-        elif kind == "run_end":
-            self.status = record["status"]
-        elif kind == "metrics":
-            self._point(record, stage)
-        elif kind == "tag":
-            self.tags.append(
-                Tag(record["at"], self._step, None if stage is None else stage.name, record["key"], record["value"])
-            )
-        if stage is None:
-            return
+    def _add_to_stage(self, kind: str, record: Record, stage: StageRecord) -> None:
         if kind == "stage":
-            stage.begun.append(record)
+            stage.starts.append(record)
             stage.tags.update(record["tags"])
         elif kind == "tag":
             stage.tags[record["key"]] = record["value"]
         elif kind == "stage_end":
             stage.status = record["status"]
-        elif kind == "rewind":  # what was recorded beyond its step is void
+        elif kind == "rewind":  # points beyond its step are void
             void = {id(point) for point in stage.points if point.step > record["step"]}
             stage.points = [point for point in stage.points if id(point) not in void]
             self.evaluations = [point for point in self.evaluations if id(point) not in void]
 
-    def _point(self, record: Record, stage: StageRecord | None) -> None:
-        # The journal keeps numbers that JSON does not know as words.
+    def _add_point(self, record: Record, stage: StageRecord | None) -> None:
+        # float() also decodes "nan" and "inf", which the journal stores as strings.
         point = Point(record["at"], record["step"], {name: float(v) for name, v in record["values"].items()})
         if stage is not None:
             stage.points.append(point)

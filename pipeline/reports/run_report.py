@@ -1,12 +1,11 @@
-"""What a campaign's report says, gathered: every stage's curves and data, what happened, where time went, what it cost.
+"""Report of a run as one HTML page: curves on one axis, events, data, time and cost, evaluations, lineage.
 
-Drawing is `campaign_page`'s. Everything is read from the run's folder (`run_folder`), but for the shards: their
-manifests, to see whether they are still what was trained on, and a few bad samples, to show them.
+Everything is read from the run's folder, except the shards' manifests, which show whether the data has changed since,
+and a few quarantined samples.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,297 +13,270 @@ from typing import Literal
 
 from pipeline.config.errors import MomeError
 from pipeline.config.redaction import redact
-from pipeline.config.schema import RunConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.data.shards.source import open_source, selection_url
-from pipeline.data.storage import Storage
-from pipeline.evaluation import report
+from pipeline.evaluation.report import HERE as EVALUATION_TEMPLATES
 from pipeline.evaluation.report_data import ReportData, headline, load_report_data
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
 from pipeline.pages.formatting import significant
 from pipeline.pages.page import render_page
-from pipeline.reports.bad_samples import Quarantined, look_again
+from pipeline.reports.bad_samples import Quarantine, inspect_quarantine
 from pipeline.reports.comparison import Comparison
-from pipeline.reports.run_folder import Point, RunFolder, Session, StageRecord, Tag
+from pipeline.reports.run_folder import Point, RunFolder, StageRecord
 from pipeline.tracking.describe import chosen_keys
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
 from pipeline.tracking.mlflow_replay import uploaded_run
 from pipeline.training.goodput import PHASES
 
-ALERT, SPIKE = "mome.alert.", "mome.spike."  # begin the names of tags
-PART = "train/loss_"  # begins the names of a loss's parts
-OVER = "over at step"  # begins what an alert says once its cause is gone (`pipeline.training.alerts`)
-VERSION = "version."
+HERE = Path(__file__).parent  # folder of the templates
+ALERT, SPIKE = "mome.alert.", "mome.spike."  # prefixes of tags
+OVER = "over at step"  # prefix of the text of an alert that is over (`pipeline.training.alerts`)
 SHOWN_VERSIONS = ("mome", "torch", "deepspeed", "ray", "mlflow")
+WIDE, NARROW = 1040, 350  # widths of the charts in pixels, for desktops and phones
+MAX_EVENTS = 60
+# Metric, name of its panel, height.
+MEASURES = (
+    ("train/loss", "loss", 170),
+    ("train/grad_norm", "gradient norm", 70),
+    ("train/lr", "learning rate", 60),
+    ("perf/samples_per_s", "samples per second", 70),
+    ("perf/data_wait_share", "fraction of time waiting for data", 60),
+)
+RETRIEVAL = ("i2t_r1", "t2i_r1")
 
 EventKind = Literal["begun", "restart", "spike", "alert", "evaluation"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to the run, at `at` milliseconds since 1970."""
-
-    at: int
+    at: int  # milliseconds since 1970
     step: int | None  # global; None before the first
     kind: EventKind
-    told: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Alert:
-    """What the run says is wrong, and what to do about it."""
+    """A problem that training reported, with its remedy."""
 
     name: str
     at: int
     step: int | None
     stage: str | None
-    told: str
+    text: str
 
     @property
     def is_over(self) -> bool:
-        return self.told.startswith(OVER)
+        return self.text.startswith(OVER)
 
 
 @dataclass(frozen=True)
-class SourceFacts:
-    """A source as a stage read it."""
+class SourceSummary:
+    """A source of a stage: its data at the start, its data now, and what the stage has read."""
 
     name: str
     shards: str
     weight: float
-    digest: str  # of what the stage began with; empty where it never began
-    num_shards: int | None  # now; None where they cannot be read
+    digest: str  # at the stage's start; empty before
+    num_shards: int | None  # now; None if unreadable
     num_samples: int | None
-    now: str  # what is to be said of the shards as they are now; empty while they are those that were trained on
-    read: float  # samples read so far
-    bad: float
+    change: str  # why the data differs from what was trained on; empty if it does not
+    read: float  # samples
+    bad: float  # samples
     epochs: float
 
 
 @dataclass(frozen=True)
-class StageFacts:
+class StageSummary:
     name: str
     steps: int
-    reached: int  # steps done
+    reached: int  # completed steps
     status: str
     objectives: list[str]
     start_from: str
-    sources: list[SourceFacts]
-    loss: float | None  # the last
-    losses: dict[str, float]  # its parts
-    samples_per_second: float | None  # the median over its points
-    seconds: float  # from its first point to its last, interruptions included
+    sources: list[SourceSummary]
+    loss: float | None  # last
+    losses: dict[str, float]  # last, by objective
+    samples_per_second: float | None
+    seconds: float  # from the start to the last point, interruptions included
 
 
 @dataclass(frozen=True)
-class TimeShare:
-    """Seconds of one kind (`pipeline.training.goodput`)."""
+class PhaseTime:
+    """Time and cost of one phase (`pipeline.training.goodput`)."""
 
-    kind: str
+    phase: str
     seconds: float
-    share: float
+    fraction: float
     cost: float
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of all the time from the first start on, restarts and lost work included."""
+    """Cost of all time since the first start, restarts and lost work included."""
 
-    ranks: float  # the mean over the time of training
+    ranks: float  # mean over the training time
     rank_hours: float
-    price: float  # of a rank for an hour; 0: not given
+    price: float  # per rank-hour; 0 if unknown
     total: float
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run as its report tells it."""
-
-    name: str
-    folder: str
-    run: str
+    run: RunFolder = field(repr=False)
     experiment: str
     status: str
     started: int | None  # milliseconds since 1970
-    ended: int | None  # the last sign of life
-    reached: int
-    total_steps: int
-    config: RunConfig
-    recorded: RunConfig  # as it was kept, to be shown
-    stages: list[StageFacts]
-    records: list[StageRecord] = field(repr=False)
+    ended: int | None  # time of the last point
+    stages: list[StageSummary]
     events: list[Event]
     alerts: list[Alert]
-    time: list[TimeShare]
-    goodput: float | None
-    restarts: int
+    time: list[PhaseTime]
     cost: Cost | None
-    evaluations: list[ReportData]  # as they were kept, the newest first
-    measured: list[Point]  # every evaluation, with the step it was made at
-    quarantine: Quarantined
+    evaluations: list[ReportData]  # newest first
+    quarantine: Quarantine
     lineage: dict[str, str]
-    mlflow_page: str  # the address of the run in MLflow's pages, if the reader's server is reached by http
+    mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
 
     @property
     def bad_samples(self) -> float:
-        """Replaced so far; the quarantine's lists may lag behind by the steps since the last checkpoint."""
+        """Replaced samples. The quarantine may lag behind by the steps since the last checkpoint."""
         return sum(source.bad for stage in self.stages for source in stage.sources)
 
 
 def collect_report(run: RunFolder, price: float | None = None, server: str | None = None) -> RunReport:
-    """`price` of a rank for an hour; without it the run's own `cluster.price`. The shards are asked what they are.
+    """Collect a run's report. `price` per rank-hour defaults to the run's `cluster.price`.
 
-    `server` is the MLflow URI of who reads the page, which it may lead to.
+    `server` is the reader's MLflow URI, to which the page may link.
     """
-    config, started = run.config, [session.start for session in run.sessions]
-    ended = max((p.at for r in run.stages for p in r.points), default=None)
-    seconds = {} if run.time is None else run.time["seconds"]
-    cost = _cost(run, sum(seconds.values()), config.cluster.price if price is None else price)
-    recorded, page = _in_mlflow(run, server)
+    started = min((session.start for session in run.sessions), default=None)
+    cost = _cost(run, run.config.cluster.price if price is None else price)
+    mlflow, mlflow_page = _find_in_mlflow(run, server)
     return RunReport(
-        name=run.name,
-        folder=run.folder,
-        run=run.run,
-        experiment=experiment_name(config),
-        status=run.status or ("UNFINISHED" if started else "NOT STARTED"),
-        started=min(started, default=None),
-        ended=ended,
-        reached=run.reached,
-        total_steps=config.total_steps,
-        config=config,
-        recorded=run.recorded_config(),
-        stages=[_stage(run, index) for index in range(len(config.stages))],
-        records=run.stages,
+        run=run,
+        experiment=experiment_name(run.config),
+        status=run.status or ("NOT STARTED" if started is None else "UNFINISHED"),
+        started=started,
+        ended=max((point.at for record in run.stages for point in record.points), default=None),
+        stages=[_stage(run, index) for index in range(len(run.config.stages))],
         events=_events(run),
-        alerts=sorted((_alert(tag) for tag in _latest(run.tags, ALERT)), key=lambda alert: alert.is_over),
-        time=_time(seconds, cost),
-        goodput=seconds["training"] / sum(seconds.values()) if sum(seconds.values()) else None,
-        restarts=max(len(run.sessions) - 1, 0),
+        alerts=_alerts(run),
+        time=_time(run.seconds, cost),
         cost=cost,
         evaluations=load_report_data(run.storage, run.folder),
-        measured=run.evaluations,
-        quarantine=look_again(config, run.storage, run.quarantined()),
-        lineage=_lineage(run) | recorded,
-        mlflow_page=page,
+        quarantine=inspect_quarantine(run.config, run.storage, run.quarantined()),
+        lineage=_lineage(run) | mlflow,
+        mlflow_page=mlflow_page,
     )
 
 
-def _stage(run: RunFolder, index: int) -> StageFacts:
+def _stage(run: RunFolder, index: int) -> StageSummary:
     stage, record = run.config.stages[index], run.stages[index]
-    begun = {each["name"]: each["digest"] for entry in record.begun for each in entry["datasets"]}
-    speeds = [value for _, _, value in record.series("perf/samples_per_s")]
-    first, parts = run.config.stage_start(index), (f"{PART}{name}" for name in stage.objectives)
-    return StageFacts(
+    digests = {dataset["name"]: dataset["digest"] for start in record.starts for dataset in start["datasets"]}
+    losses = {name: record.last(f"train/loss_{name}") for name in stage.objectives}
+    first = run.config.stage_start(index)
+    start_from = record.tags.get("start_from", stage.start_from)
+    for number, other in enumerate(run.config.stages):  # name an earlier stage of this run instead of its URL
+        if start_from.endswith(f"/{run.name}/stages/{number}-{other.name}"):
+            start_from = f"stage {other.name}"
+    return StageSummary(
         name=stage.name,
         steps=stage.steps,
         reached=(record.reached or first) - first,
-        status=record.status or ("begun" if record.begun else "not begun"),
+        status=record.status or ("running" if record.starts else "not started"),
         objectives=list(stage.objectives),
-        start_from=_origin(run, record.tags.get("start_from", stage.start_from)),
-        sources=[_source(run, record, name, w, begun.get(name, "")) for name, w in stage.sources.items()],
+        start_from=start_from,
+        sources=[_source(run, record, name, w, digests.get(name, "")) for name, w in stage.sources.items()],
         loss=record.last("train/loss"),
-        losses={name.removeprefix(PART): value for name in parts if (value := record.last(name)) is not None},
-        samples_per_second=statistics.median(speeds) if speeds else None,
-        seconds=(record.points[-1].at - record.begun[0]["at"]) / 1000 if record.points and record.begun else 0.0,
+        losses={name: value for name, value in losses.items() if value is not None},
+        samples_per_second=record.samples_per_second,
+        seconds=(record.points[-1].at - record.starts[0]["at"]) / 1000 if record.points and record.starts else 0.0,
     )
 
 
-def _origin(run: RunFolder, start_from: str) -> str:
-    """Where weights came from: an earlier stage of this run by its name, else as it was given."""
-    own = {f"/stages/{index}-{stage.name}": stage.name for index, stage in enumerate(run.config.stages)}
-    return next((f"stage {name}" for end, name in own.items() if start_from.endswith(f"/{run.name}{end}")), start_from)
-
-
-def _source(run: RunFolder, record: StageRecord, name: str, weight: float, digest: str) -> SourceFacts:
-    found, fault = _shards_now(run.config, run.storage, name)
-    num_shards, num_samples, now = found or (None, None, "")
-    changed = bool(digest and now) and digest != now
-    return SourceFacts(
+def _source(run: RunFolder, record: StageRecord, name: str, weight: float, digest: str) -> SourceSummary:
+    config, num_shards, num_samples, change = run.config.sources[name], None, None, ""
+    try:
+        for key, url in (("shards", config.shards), ("opt_out", config.opt_out)):
+            if url is not None:
+                check_stored_url(url, f"sources.{name}.{key}")
+        source = open_source(run.storage, config, selection_url(run.config, name))
+        num_shards, num_samples = len(source.manifest.shards), int(source.counts.sum())
+        if digest and source.digest != digest:
+            change = f"the shards have changed since: digest {source.digest[:12]}…"
+    except MomeError as error:
+        change = f"cannot be read now: {error}"
+    return SourceSummary(
         name=name,
-        shards=run.config.sources[name].shards,
+        shards=config.shards,
         weight=weight,
         digest=digest,
         num_shards=num_shards,
         num_samples=num_samples,
-        now=fault or (f"the shards are others now: digest {now[:12]}…" if changed else ""),
+        change=change,
         read=record.last(f"data/samples/{name}") or 0.0,
         bad=record.last(f"data/bad/{name}") or 0.0,
         epochs=record.last(f"data/epochs/{name}") or 0.0,
     )
 
 
-def _shards_now(config: RunConfig, storage: Storage, name: str) -> tuple[tuple[int, int, str] | None, str]:
-    """((shards, samples read of them, digest), "") of a source as it lies there, or (None, what is wrong)."""
-    try:
-        for key, url in (("shards", config.sources[name].shards), ("opt_out", config.sources[name].opt_out)):
-            if url is not None:
-                check_stored_url(url, f"sources.{name}.{key}")
-        source = open_source(storage, config.sources[name], selection_url(config, name))
-    except MomeError as error:
-        return None, f"cannot be read now: {error}"
-    return (len(source.manifest.shards), int(source.counts.sum()), source.digest), ""
-
-
 def _events(run: RunFolder) -> list[Event]:
-    """In their order."""
-    found = [Event(tag.at, tag.step, "spike", tag.value) for tag in run.tags if tag.key.startswith(SPIKE)]
-    found += [Event(tag.at, tag.step, "alert", tag.value) for tag in run.tags if tag.key.startswith(ALERT)]
-    found += [Event(point.at, point.step, "evaluation", summarize_evaluation(point)) for point in run.evaluations]
-    return sorted([*found, *_starts(run)], key=lambda event: event.at)
+    prefixes: tuple[tuple[str, EventKind], ...] = ((SPIKE, "spike"), (ALERT, "alert"))
+    events = [
+        Event(tag.at, tag.step, kind, tag.value)
+        for prefix, kind in prefixes
+        for tag in run.tags
+        if tag.key.startswith(prefix)
+    ]
+    events += [Event(point.at, point.step, "evaluation", _summarize_evaluation(point)) for point in run.evaluations]
+    return sorted([*events, *_starts(run)], key=lambda event: event.at)
 
 
 def _starts(run: RunFolder) -> Iterator[Event]:
-    """The first start and every restart, with what is known of its cause."""
-    causes = [(1000 * each["time"], f"{each['cause']}: {each['message']}") for each in run.restarts()]
-    before = 0
+    """Yield the first start and every restart, with its recorded cause."""
+    causes = [(1000 * entry["time"], f"{entry['cause']}: {entry['message']}") for entry in run.restarts()]
+    starts = [start for record in run.stages for start in record.starts]
+    previous = 0
     for number, session in enumerate(run.sessions):
-        told = f"{session.tags.get('world_size', '?')} ranks, rank 0 on {session.tags.get('mome.host', '?')}"
+        text = f"{session.tags.get('world_size', '?')} ranks, rank 0 on {session.tags.get('mome.host', '?')}"
         if number == 0:
-            yield Event(session.start, None, "begun", told)
+            yield Event(session.start, None, "begun", text)
         else:
-            cause = [words for at, words in causes if before <= at <= session.start]
-            resumed = _resumed(run, session)
-            after = "began again" if resumed is None else f"went on after step {resumed}"
-            yield Event(session.start, resumed, "restart", "; ".join([after, told, *cause[-1:]]))
-        before = session.start
+            cause = [message for at, message in causes if previous <= at <= session.start]
+            tags = [start["tags"] for start in starts if session.start <= start["at"] <= session.end]
+            step = int(tags[0]["resumed_at"]) if tags and "resumed_at" in tags[0] else None
+            resumed = "restarted from the beginning" if step is None else f"resumed after step {step}"
+            yield Event(session.start, step, "restart", "; ".join([resumed, text, *cause[-1:]]))
+        previous = session.start
 
 
-def _resumed(run: RunFolder, session: Session) -> int | None:
-    """The step of the checkpoint that a session went on from; None where it began its stage anew."""
-    begun = [entry for record in run.stages for entry in record.begun if session.start <= entry["at"] <= session.end]
-    found = begun[0]["tags"].get("resumed_at") if begun else None
-    return None if found is None else int(found)
-
-
-def summarize_evaluation(point: Point) -> str:
-    """What an evaluation found, in a line: its retrieval, else its first figures."""
-    found = {name: value for name, value in point.values.items() if name.startswith(EVALUATION)}
-    short = {name.removeprefix(EVALUATION): value for name, value in found.items()}
-    recalls = {name: value for name, value in short.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
-    shown = recalls or {name: value for name, value in short.items() if not name.endswith("/pairs")}
+def _summarize_evaluation(point: Point) -> str:
+    """Return an evaluation's recalls, or else its first metrics, in one line."""
+    values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
+    recalls = {name: value for name, value in values.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}
+    shown = recalls or {name: value for name, value in values.items() if not name.endswith("/pairs")}
     return ", ".join(f"{name} {significant(value)}" for name, value in list(shown.items())[:4])
 
 
-def _alert(tag: Tag) -> Alert:
-    return Alert(tag.key.removeprefix(ALERT), tag.at, tag.step, tag.stage, tag.value)
+def _alerts(run: RunFolder) -> list[Alert]:
+    """Return the last state of every alert of every stage, active ones first."""
+    latest = {(tag.stage, tag.key): tag for tag in run.tags if tag.key.startswith(ALERT)}
+    tags = sorted(latest.values(), key=lambda tag: tag.at)
+    alerts = [Alert(tag.key.removeprefix(ALERT), tag.at, tag.step, tag.stage, tag.value) for tag in tags]
+    return sorted(alerts, key=lambda alert: alert.is_over)
 
 
-def _latest(tags: list[Tag], prefix: str) -> list[Tag]:
-    """Of tags that were set more than once, on the same stage, the last."""
-    found = {(tag.stage, tag.key): tag for tag in tags if tag.key.startswith(prefix)}
-    return sorted(found.values(), key=lambda tag: tag.at)
-
-
-def _time(seconds: dict[str, float], cost: Cost | None) -> list[TimeShare]:
+def _time(seconds: dict[str, float], cost: Cost | None) -> list[PhaseTime]:
     total = sum(seconds.values())
-    each_second = cost.total / total if cost and total else 0.0
-    kinds = [kind for kind in PHASES if seconds.get(kind)]
-    return [TimeShare(kind, seconds[kind], seconds[kind] / total, seconds[kind] * each_second) for kind in kinds]
+    price = cost.total / total if cost and total else 0.0
+    phases = [phase for phase in PHASES if seconds.get(phase)]
+    return [PhaseTime(phase, seconds[phase], seconds[phase] / total, seconds[phase] * price) for phase in phases]
 
 
-def _cost(run: RunFolder, seconds: float, price: float) -> Cost | None:
-    """Ranks are held for all of the account's time; where their number changed, by its mean over the training."""
+def _cost(run: RunFolder, price: float) -> Cost | None:
+    """Compute the cost. Ranks are occupied during all of the time; their number is the mean over the training time."""
+    seconds = sum(run.seconds.values())
     sizes = [(float(s.tags["world_size"]), max(s.end - s.start, 1)) for s in run.sessions if "world_size" in s.tags]
     if not sizes or not seconds:
         return None
@@ -313,119 +285,91 @@ def _cost(run: RunFolder, seconds: float, price: float) -> Cost | None:
     return Cost(ranks, hours, price, hours * price)
 
 
-def _in_mlflow(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
-    """Return what leads to the run in MLflow: its id, if this machine shipped it, else the tag; and its page's address.
+def _find_in_mlflow(run: RunFolder, server: str | None) -> tuple[dict[str, str], str]:
+    """Return how to find the run in MLflow (its id if this machine uploaded it, otherwise its tag), and its page's URL.
 
-    Ids are MLflow's own. The address is on the reader's server, never on one that the folder names.
+    The URL is on the reader's own server, never on one that the run's folder names.
     """
     own = absolute_uri(server or default_uri(run.config.output))
     others = [] if run.recorded.tracking_uri is None else [absolute_uri(run.recorded.tracking_uri)]
     for uri in dict.fromkeys([own, *others]):
-        if (known := uploaded_run(journal_folder(run.folder), uri)) is not None:
-            is_page = uri == own and uri.startswith(("http://", "https://"))
-            page = f"{redact(uri).rstrip('/')}/#/experiments/{known[1]}/runs/{known[0]}" if is_page else ""
-            return {"MLflow run": known[0]}, page
+        if (ids := uploaded_run(journal_folder(run.folder), uri)) is not None:
+            has_page = uri == own and uri.startswith(("http://", "https://"))
+            page = f"{redact(uri).rstrip('/')}/#/experiments/{ids[1]}/runs/{ids[0]}" if has_page else ""
+            return {"MLflow run": ids[0]}, page
     return ({"In MLflow": f"the run tagged mome.run = '{run.run}'"} if run.run else {}), ""
 
 
 def _lineage(run: RunFolder) -> dict[str, str]:
-    """What made this run, as its last start recorded it."""
+    """Return code, versions and user of the last start."""
     tags = run.sessions[-1].tags if run.sessions else {}
     commit = tags.get("mlflow.source.git.commit", "")
     if commit and tags.get("mome.git.dirty") == "true":
-        commit += " with changes that are not committed"
-    named = {
+        commit += " with uncommitted changes"
+    versions = {name: tags.get(f"version.{name}") for name in SHOWN_VERSIONS}
+    lineage = {
         "Experiment": experiment_name(run.config),
         "Code": commit,
         "Submission": tags.get("ray.submission_id", ""),
         "Started by": tags.get("mlflow.user", ""),
-        "Versions": ", ".join(f"{p} {tags[VERSION + p]}" for p in SHOWN_VERSIONS if VERSION + p in tags),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None),
     }
-    return {name: value for name, value in named.items() if value}
+    return {name: value for name, value in lineage.items() if value}
 
 
-HERE = Path(__file__).parent  # of the templates
-WIDE, NARROW = 1040, 350  # of a timeline, in pixels: for a desk, for a telephone
-MOST_LISTED = 60  # events; what is beyond is counted
-# Metric of the journal, name of its panel, its height.
-MEASURES = (
-    ("train/loss", "loss", 170),
-    ("train/grad_norm", "gradient norm", 70),
-    ("train/lr", "learning rate", 60),
-    ("perf/samples_per_s", "samples a second", 70),
-    ("perf/data_wait_share", "share of time waiting for data", 60),
-)
-RETRIEVAL = ("i2t_r1", "t2i_r1")
-
-
-def render_run_report(campaign: RunReport, against: Comparison | None = None) -> str:
-    """The page as text. `against`: this run beside others."""
+def render_run_report(report: RunReport, comparison: Comparison | None = None) -> str:
+    """Return the report as an HTML page, with a comparison with other runs if given."""
     return render_page(
         "run_report.html.j2",
-        [HERE, report.HERE],
-        subject=f"campaign {campaign.folder}",
-        campaign=campaign,
+        [HERE, EVALUATION_TEMPLATES],
+        subject=f"report {report.run.folder}",
+        report=report,
+        run=report.run,
         curves={
-            axis: [_timeline(campaign, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
+            axis: [_chart(report, width, axis == "time") for width in (WIDE, NARROW)] for axis in ("steps", "time")
         },
-        shown=headline(campaign.evaluations) if campaign.evaluations else None,
-        listed=campaign.events[:MOST_LISTED],
-        unlisted=max(len(campaign.events) - MOST_LISTED, 0),
-        comparison=against,
-        yaml=chosen_keys(campaign.recorded),
+        shown=headline(report.evaluations) if report.evaluations else None,
+        listed=report.events[:MAX_EVENTS],
+        unlisted=max(len(report.events) - MAX_EVENTS, 0),
+        comparison=comparison,
+        yaml=chosen_keys(report.run.recorded_config()),
     )
 
 
-def _timeline(campaign: RunReport, width: int, in_seconds: bool) -> Chart:
-    """The same curves over steps, or over seconds since the first start."""
-    measures = [
-        Measure(name, list(_stretches(campaign, metric, in_seconds)), height) for metric, name, height in MEASURES
-    ]
-    measures = [measure for measure in measures if measure.series]
-    if len(campaign.measured) > 1:
-        measures.append(Measure("retrieval R@1, both ways", list(_measured(campaign, in_seconds)), 60))
-    stages = [(record.name, *_reach(campaign, record, in_seconds)) for record in campaign.records if record.points]
+def _chart(report: RunReport, width: int, in_seconds: bool) -> Chart:
+    """Lay out all curves over steps, or over seconds since the first start."""
+
+    def x_of(at: int, step: int | None) -> float:
+        return (at - (report.started or at)) / 1000 if in_seconds else float(step or 0)
+
+    starts = [event.at for event in report.events if event.kind in ("begun", "restart")]
+    records = [(index, record) for index, record in enumerate(report.run.stages) if record.points]
+    measures = []
+    for metric, name, height in MEASURES:
+        series = []
+        for number, (_, record) in enumerate(records):
+            for start, end in zip(starts, [*starts[1:], float("inf")], strict=True):  # no line crosses a restart
+                points = [(x_of(at, step), value) for at, step, value in record.series(metric) if start <= at < end]
+                if points:
+                    series.append(Series(number, points))
+        if series:
+            measures.append(Measure(name, series, height))
+    evaluations = report.run.evaluations
+    if len(evaluations) > 1:
+        names = sorted({n for p in evaluations for n in p.values if n.startswith(EVALUATION) and n.endswith(RETRIEVAL)})
+        recalls = [
+            Series(number, [(x_of(p.at, p.step), p.values[name]) for p in evaluations if name in p.values])
+            for number, name in enumerate(names)
+        ]
+        measures.append(Measure("retrieval R@1 in both directions", recalls, 60))
+    stages = []
+    for index, record in records:
+        last, first_step = record.points[-1], report.run.config.stage_start(index)
+        first_at = record.starts[0]["at"] if record.starts else record.points[0].at
+        stages.append((record.name, x_of(first_at, first_step), x_of(last.at, record.reached)))
     marks = [
-        Mark(_since(campaign, event.at) if in_seconds else float(event.step or 0), event.kind, event.told)
-        for event in campaign.events
+        Mark(x_of(event.at, event.step), event.kind, event.text)
+        for event in report.events
         if event.kind != "begun" and (in_seconds or event.step is not None)
     ]
     return line_chart(measures, width, stages, marks, in_seconds)
-
-
-def _since(campaign: RunReport, at: int) -> float:
-    """Seconds from the run's first start."""
-    return (at - (campaign.started or at)) / 1000
-
-
-def _stretches(campaign: RunReport, metric: str, in_seconds: bool) -> Iterator[Series]:
-    """A line for each process that recorded the metric: what lies between two was no training."""
-    starts = [event.at for event in campaign.events if event.kind in ("begun", "restart")]
-    begun = [record for record in campaign.records if record.points]
-    for number, record in enumerate(begun):
-        series = record.series(metric)
-        for start, end in zip(starts, [*starts[1:], float("inf")], strict=True):
-            points = [
-                (_since(campaign, at) if in_seconds else float(step), value)
-                for at, step, value in series
-                if start <= at < end
-            ]
-            if points:
-                yield Series(number, points)
-
-
-def _measured(campaign: RunReport, in_seconds: bool) -> Iterator[Series]:
-    found = {name for point in campaign.measured for name in point.values}
-    names = sorted(name for name in found if name.startswith(EVALUATION) and name.endswith(RETRIEVAL))
-    for number, name in enumerate(names):
-        points = [(p.at, p.step, p.values[name]) for p in campaign.measured if name in p.values]
-        yield Series(number, [(_since(campaign, at) if in_seconds else float(step), v) for at, step, v in points])
-
-
-def _reach(campaign: RunReport, record: StageRecord, in_seconds: bool) -> tuple[float, float]:
-    """From where to where a stage goes on the axis."""
-    if in_seconds:
-        first = record.begun[0]["at"] if record.begun else record.points[0].at
-        return _since(campaign, first), _since(campaign, record.points[-1].at)
-    names = [stage.name for stage in campaign.config.stages]
-    return float(campaign.config.stage_start(names.index(record.name))), float(record.reached or 0)

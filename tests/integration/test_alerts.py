@@ -71,5 +71,5 @@ def test_a_troubled_run_says_so_in_tags_and_in_its_log_and_goes_on(tmp_path: Pat
     assert tags["mome.alert.itm_collapse"].startswith(f"since step {STEPS + 1 + READINGS}: matching is right for 100%")
     assert sum("stage pairs: ALERT" in line for line in first) == len(names)
     assert second == [], "one rank speaks for all"
-    assert records[-1]["kind"] == "campaign_end"
+    assert records[-1]["kind"] == "run_end"
     assert records[-1]["status"] == "FINISHED"

@@ -37,7 +37,7 @@ def ship(config: RunConfig, uri: str, said: Callable[[str], None] = print) -> Ml
 
 def run_ids(config: RunConfig, client: MlflowClient) -> list[str]:
     """The parent's, then the stages'."""
-    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).run_records()}
+    (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
     experiments = [each.experiment_id for each in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`mome.run` = '{run}'", order_by=["start_time ASC"])
     return [each.info.run_id for each in sorted(found, key=lambda each: each.data.tags["mome.role"])]
@@ -58,11 +58,11 @@ def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(10))
     uploader = ship(config, uri)
-    campaign, stage = run_ids(config, client)
+    parent, stage = run_ids(config, client)
     experiment = client.get_run(stage).info.experiment_id
     delete, restore = {
         "stage": (lambda: client.delete_run(stage), lambda: client.restore_run(stage)),
-        "run": (lambda: client.delete_run(campaign), lambda: client.restore_run(campaign)),
+        "run": (lambda: client.delete_run(parent), lambda: client.restore_run(parent)),
         "experiment": (lambda: client.delete_experiment(experiment), lambda: client.restore_experiment(experiment)),
     }[what]
 
@@ -70,7 +70,7 @@ def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     for step in range(10, 20):
         tracker.metrics(step, {"train/loss": 1 / (step + 1)})
     tracker.end_stage()
-    tracker.tag("after", "deletion")  # of the campaign
+    tracker.tag("after", "deletion")  # on the parent run
     said: list[str] = []
     for _ in range(2):
         uploader = MlflowUploader(journal_folder(config.folder), uri, said.append) if fresh else uploader
@@ -82,9 +82,9 @@ def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     tracker.close()
     ship(config, uri)
 
-    assert run_ids(config, client) == [campaign, stage], "no run was created a second time"
+    assert run_ids(config, client) == [parent, stage], "no run was created a second time"
     assert losses(client, stage) == [(step, 1 / (step + 1)) for step in range(20)]
-    assert client.get_run(campaign).data.tags["after"] == "deletion"
+    assert client.get_run(parent).data.tags["after"] == "deletion"
     assert pending_bytes(journal_folder(config.folder), uri) == 0
 
 
@@ -140,5 +140,5 @@ def test_what_an_evaluation_opened_is_ended(tmp_path: Path, uri: str) -> None:
         tracker.close()
         ship(config, uri)
 
-    (campaign,) = run_ids(config, client)
-    assert client.get_run(campaign).info.status == "FINISHED"
+    (parent,) = run_ids(config, client)
+    assert client.get_run(parent).info.status == "FINISHED"

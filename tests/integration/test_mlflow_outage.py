@@ -48,7 +48,7 @@ def rows(database: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
 
 def runs_of(database: Path, config: RunConfig) -> dict[str, tuple[str, str]]:
     """Of the parent and its children: name -> (MLflow's run id, status)."""
-    (run,) = {campaign["run"] for campaign in Journal(journal_folder(config.folder)).run_records()}
+    (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
     found = rows(
         database,
         "select name, runs.run_uuid, status from runs join tags on tags.run_uuid = runs.run_uuid "

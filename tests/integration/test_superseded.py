@@ -42,7 +42,7 @@ def _superseded(folder: str) -> dict[str, Any]:
         with taken, pytest.raises(Superseded, match="taken up by a later start"):
             train(config, lambda progress: None)
         committed.append(sorted(file.parent.name for file in Path(config.folder).glob("*/*/COMMIT.json")))
-    ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "campaign_end")]
+    ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "run_end")]
     train(config, lambda progress: None)
     return {"committed": committed, "ended": ended}
 

@@ -1,4 +1,4 @@
-"""A recorded run, and what its campaign's report is made of."""
+"""A recorded run and its report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, planted: Planted) -> Path:
-    """A folder with one recorded run, and another that differs in three keys."""
+    """Folder with a recorded run and another that differs in three config keys."""
     folder = tmp_path_factory.mktemp("runs")
     record_run(folder, planted)
     record_run(folder, planted, "other", "seed=5", "stages.pairs.global_batch_size=16", "model.width=64")
@@ -36,13 +36,13 @@ def run(runs: Path) -> RunFolder:
 
 
 @pytest.fixture(scope="session")
-def campaign(run: RunFolder) -> RunReport:
+def report(run: RunFolder) -> RunReport:
     return collect_report(run, price=2.5)
 
 
 @pytest.fixture
 def s3_run(request: pytest.FixtureRequest, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URL of the recorded run in an object store, its journal as checkpoints commit it, on a machine without it."""
+    """URL of the recorded run in an object store, with a committed journal that this machine does not have."""
     store = request.getfixturevalue("moto_store")
     for name, value in (store.environment | {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}).items():
         monkeypatch.setenv(name, value)

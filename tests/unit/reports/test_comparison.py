@@ -1,4 +1,4 @@
-"""`mome compare`: exactly the keys that differ, and the results of every run."""
+"""`mome compare` shows exactly the config keys that differ and the results of every run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.support.recorded_run import SECONDS, STEPS, record_run
 
 
 def test_exactly_the_changed_keys_differ(runs: Path) -> None:
-    found = compare([open_run(str(runs / "recorded")), open_run(str(runs / "other"))])
-    assert found.config == {
+    comparison = compare([open_run(str(runs / "recorded")), open_run(str(runs / "other"))])
+    assert comparison.config == {
         "seed": {"recorded": 0, "other": 5},
         "model.width": {"recorded": 32, "other": 64},
         "stages.pairs.global_batch_size": {"recorded": 8, "other": 16},
     }
-    differing = {row.name for rows in found.results.values() for row in rows if row.differs}
+    differing = {row.name for rows in comparison.results.values() for row in rows if row.differs}
     assert differing == set()
 
 
-def test_of_a_stage_that_one_run_lacks_only_what_it_sets_is_told(runs: Path, planted: Planted, tmp_path: Path) -> None:
+def test_a_missing_stage_shows_only_its_explicit_keys(runs: Path, planted: Planted, tmp_path: Path) -> None:
     record_run(tmp_path, planted, "shorter")
     path = tmp_path / "shorter" / "run.json"
     config = json.loads(path.read_text())
@@ -34,21 +34,24 @@ def test_of_a_stage_that_one_run_lacks_only_what_it_sets_is_told(runs: Path, pla
     path.write_text(json.dumps(config))
     for session in (tmp_path / "shorter" / "journal").glob("*.jsonl"):
         session.unlink()
-    found = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "shorter"))])
-    own = {path.removeprefix("stages.vision.") for path in found.config if path.startswith("stages.vision.")}
-    assert own == {"sources.pictures", "steps", "batch", "max_text_length"}
-    assert all("shorter" not in values for path, values in found.config.items() if path.startswith("stages.vision."))
+    comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "shorter"))])
+    prefix = "stages.vision."
+    own = {path.removeprefix(prefix) for path in comparison.config if path.startswith(prefix)}
+    assert own == {"sources.pictures", "steps", "global_batch_size", "max_text_length"}
+    assert all(
+        "shorter" not in values for path, values in comparison.config.items() if path.startswith("stages.vision.")
+    )
 
 
-def test_the_command_prints_results_for_machines_and_writes_a_page(runs: Path, tmp_path: Path) -> None:
-    page = tmp_path / "beside.html"
+def test_compare_prints_json_and_writes_a_page(runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "comparison.html"
     arguments = ["compare", str(runs / "recorded"), str(runs / "other"), "--html", str(page), "--json"]
-    told = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
-    assert told["runs"] == ["recorded", "other"]
-    assert told["results"]["vision"]["recorded"] is not None
-    assert told["results"]["eval/pairs/i2t_r1"] == {"recorded": 0.5, "other": 0.5}
-    assert told["results"]["steps"]["other"] == 2 * STEPS
-    assert told["results"]["goodput"]["other"] == SECONDS["training"] / sum(SECONDS.values())
+    printed = json.loads(CliRunner().invoke(app, arguments).stdout.splitlines()[-1])
+    assert printed["runs"] == ["recorded", "other"]
+    assert printed["results"]["vision"]["recorded"] is not None
+    assert printed["results"]["eval/pairs/i2t_r1"] == {"recorded": 0.5, "other": 0.5}
+    assert printed["results"]["steps"]["other"] == 2 * STEPS
+    assert printed["results"]["goodput"]["other"] == SECONDS["training"] / sum(SECONDS.values())
     assert "stages.pairs.global_batch_size" in page.read_text()
     table = CliRunner().invoke(app, arguments[:3]).stdout
     assert "stages.pairs.global_batch_size" in table
@@ -56,7 +59,7 @@ def test_the_command_prints_results_for_machines_and_writes_a_page(runs: Path, t
 
 
 @pytest.mark.parametrize("command", ["compare", "report"])
-def test_a_folder_without_a_run_ends_the_command_with_status_2(
+def test_a_folder_without_a_run_exits_with_status_2(
     command: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     others = [str(runs / "recorded")] if command == "compare" else []
@@ -67,8 +70,8 @@ def test_a_folder_without_a_run_ends_the_command_with_status_2(
     assert f"{tmp_path}: no run there" in capsys.readouterr().err
 
 
-def test_runs_of_one_name_go_by_their_folders(runs: Path, planted: Planted, tmp_path: Path) -> None:
+def test_runs_of_equal_name_are_identified_by_folder(runs: Path, planted: Planted, tmp_path: Path) -> None:
     record_run(tmp_path, planted)
-    found = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "recorded"))])
-    assert found.runs == [str(runs / "recorded"), str(tmp_path / "recorded")]
-    assert set(found.config) == {"output"}
+    comparison = compare([open_run(str(runs / "recorded")), open_run(str(tmp_path / "recorded"))])
+    assert comparison.runs == [str(runs / "recorded"), str(tmp_path / "recorded")]
+    assert set(comparison.config) == {"output"}

@@ -208,7 +208,7 @@ def test_a_manifest_lists_files_of_its_own_folder_alone(run: Path, name: str) ->
     values["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     try:
         recommitted(folder, json.dumps(values).encode())
-        with pytest.raises(MomeError, match="no file of this folder"):
+        with pytest.raises(MomeError, match="not a file name of this folder"):
             load_weights(Storage(), str(run))
     finally:
         for each, data in whole.items():

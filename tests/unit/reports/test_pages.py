@@ -28,13 +28,13 @@ KINDS = ["evaluation", "run", "comparison", "explanation"]
 
 
 @pytest.fixture(scope="module")
-def pages(campaign: RunReport, run: RunFolder, runs: Path) -> dict[str, str]:
+def pages(report: RunReport, run: RunFolder, runs: Path) -> dict[str, str]:
     """Each kind of page, as full as it can be."""
     shown, beside = fullest(), compare([run, open_run(str(runs / "other"))])
     curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
     return {
         "evaluation": render_report(shown, run.config, curves, against=replace(shown, digest="e" * 64)),
-        "run": render_run_report(replace(campaign, evaluations=[shown]), beside),
+        "run": render_run_report(replace(report, evaluations=[shown]), beside),
         "comparison": render_comparison(beside),
         "explanation": explanation_html(
             _explanation(), "unpronounceable" * 4, "s3://bucket/" + "run/" * 30, ["a note"]
