@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import with_absolute_paths
 from pipeline.config.schema import RunConfig, parse_steps
-from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.loading.loader import fingerprint
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import apart, prepare
 
@@ -24,7 +24,7 @@ def fingerprint_of(
         first, last = parse_steps(steps)
     except ValueError as error:
         raise ConfigError(f"--steps {steps}: {error}") from None
-    loader = config.data.loader.model_copy(update={"workers": workers, "threads": threads})
+    loader = config.data.loader.model_copy(update={"num_workers": workers, "threads": threads})
     config = with_absolute_paths(config)
     config = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
     chosen = config.stage_named(stage)

@@ -19,8 +19,7 @@ from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
 from pipeline.config.schema import RunConfig
-from pipeline.data.loading.backends import BackendFactory
-from pipeline.data.loading.loader import local_backend
+from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
 from pipeline.training.loop import train

@@ -1,69 +1,282 @@
-"""The contract between data and training: one rank's rows of one global batch.
+"""The batch, the contract between data and training: one rank's examples of one global batch.
 
-Shapes: B rows, H x W pixels, P patches, L tokens, R regions, F numbers of a region, K masked tokens, patches or
-regions a row.
+Every field is declared once, in `Batch`, with the type and shape of one example, its padding and its group. That
+declaration drives the memory layout (`BatchSpec`, `BatchBuffer`), collation, fingerprints, the swap of negatives and
+synthetic batches: a new field is one line here, and the code that writes its values.
+
+Shapes: B examples, H x W pixels, S side of the square that holds every image, P patches, L tokens, R regions,
+F features of a region, K masked tokens, patches or regions of an example.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.data.contents.questions import MAX_ANSWERS
+from pipeline.data.contents.regions import LOCATION
+
+IGNORED = -100  # the label of a padded masked position
+_ALIGNMENT = 64  # bytes, of every array: a cache line
+
+Values = TypeVar("Values", np.ndarray, Tensor)
+Modality = Literal["vision", "language"]
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Maximum sizes of one example; a size that no field of a batch uses may stay 0."""
+
+    image_side: int = 0  # pixels of the square that holds every image
+    text: int = 0  # tokens
+    visible_patches: int = 0
+    masked_patches: int = 0
+    regions: int = 0
+    region_features: int = 0
+    masked_regions: int = 0
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """How a batch field is stored, padded and compared.
+
+    `group` is what a stage requests (None: part of every batch). Axes are cut to the longest example of a batch, and
+    only the real part enters fingerprints: `counted_by` names the field whose values give its length, as the number of
+    values that are not padding, or directly where that field's padding is None. Fields of one `modality` move together
+    when an example gets another example's image or text as a negative.
+    """
+
+    group: str | None
+    dtype: type[np.generic]
+    shape: tuple[str | int, ...] = ()  # of one example: names of `BatchSizes`, or numbers
+    padding: float | None = 0
+    counted_by: str | None = None
+    modality: Modality | None = None
+    in_fingerprint: bool = True
+
+
+def batch_field(*arguments: Any, **options: Any) -> Any:
+    """Declare an optional field of a batch; the arguments are those of `FieldSpec`."""
+    return dataclasses.field(default=None, metadata={"spec": FieldSpec(*arguments, **options)})
+
+
+def _identity() -> Any:
+    """Declare a number of every example. Fingerprints hash what is needed of them apart from the other fields."""
+    return dataclasses.field(metadata={"spec": FieldSpec(None, np.int64, in_fingerprint=False)})
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of global batch `step`. A member is None where the stage's objectives do not read it.
+    """Examples of global batch `step`. A field is None where the stage's objectives do not read it.
 
-    Lengths L, R and K, and H and W of pictures that keep their shape, are those of these rows and not of the global
-    batch: no result may depend on them.
+    Lengths L, R and K, and H and W of images that keep their aspect ratio, are those of these examples and not of the
+    global batch: no result may depend on them.
     """
 
     step: int
-    place: Tensor  # (B,) int64: the row's position in the global batch
-    uid: Tensor  # (B,) int64: hash of (source, shard, sample), the same wherever it is read
-    image_id: Tensor  # (B,) int64: equal rows show the same image and are never each other's negatives
-    source: Tensor  # (B,) int64: the number of the row's source among the stage's, by name
-    image: Tensor | None = None  # (B, H, W, 3) uint8
-    image_size: Tensor | None = None  # (B, 2) int64: rows and columns of `image` that are picture, if pictures differ
-    visible_patches: Tensor | None = None  # (B, K) int64: the patches a model reads, padded with -1, if pictures differ
-    second_image: Tensor | None = None  # (B, H, W, 3) uint8: of a statement about two pictures
-    second_image_size: Tensor | None = None  # (B, 2) int64
-    patch_positions: Tensor | None = None  # (B, K) int64: the masked patches, padded with -1 if pictures differ
-    patch_replacements: Tensor | None = None  # (B, K) int64: patch shown in its place, -1: none; None: none anywhere
-    text: Tensor | None = None  # (B, L) int64, [CLS] … [SEP], padded with [PAD]
-    text_keep: Tensor | None = None  # (B, L) bool: False at padding
-    masked_text: Tensor | None = None  # (B, L) int64: `text` with whole words masked
-    mask_positions: Tensor | None = None  # (B, K) int64: masked tokens, padded with 0
-    mask_labels: Tensor | None = None  # (B, K) int64: the tokens that stood there, padded with -100
-    region_features: Tensor | None = None  # (B, R, F) float32
-    region_location: Tensor | None = None  # (B, R, 5) float32: see `passes.Regions`
-    region_keep: Tensor | None = None  # (B, R) bool: False at padding
-    region_class: Tensor | None = None  # (B, R) int64: the detector's most likely class
-    region_positions: Tensor | None = None  # (B, K) int64: the masked regions, padded with -1
-    region_hidden: Tensor | None = None  # (B, R) bool: the masked regions whose features are zeroed (the others stay)
-    label: Tensor | None = None  # (B,) int64: a picture's class; 1 for a true statement, 0 for a false one
-    answers: Tensor | None = None  # (B, K) int64: the answers people gave to a question, padded with -1
-    answer_scores: Tensor | None = None  # (B, K) float32: each one's soft target
+    place: Tensor  # (B,) int64: the example's position in the global batch
+    uid: Tensor = _identity()  # (B,): hash of (source, shard, sample), the same for every reader
+    image_id: Tensor = _identity()  # (B,): examples with equal ids show one image and are never each other's negatives
+    source: Tensor = _identity()  # (B,): the index of the example's source among the stage's, sorted by name
+
+    # (B, H, W, 3) images, and (B, 2) their rows and columns where images of a batch differ in size.
+    image: Tensor | None = batch_field(
+        "image", np.uint8, ("image_side", "image_side", 3), counted_by="image_size", modality="vision"
+    )
+    image_size: Tensor | None = batch_field(
+        "image_size", np.int64, (2,), padding=None, modality="vision", in_fingerprint=False
+    )
+    # The second image of a statement about two.
+    second_image: Tensor | None = batch_field(
+        "second_image", np.uint8, ("image_side", "image_side", 3), counted_by="second_image_size"
+    )
+    second_image_size: Tensor | None = batch_field(
+        "second_image_size", np.int64, (2,), padding=None, in_fingerprint=False
+    )
+    # (B, P): the patches that a model reads, if images differ in size.
+    visible_patches: Tensor | None = batch_field(
+        "visible_patches", np.int64, ("visible_patches",), padding=-1, counted_by="visible_patches", modality="vision"
+    )
+    # (B, K): the masked patches, and the patch that is shown in the place of each (-1: the mask embedding).
+    patch_positions: Tensor | None = batch_field(
+        "masked_patches", np.int64, ("masked_patches",), padding=-1, counted_by="patch_positions"
+    )
+    patch_replacements: Tensor | None = batch_field(
+        "patch_replacements", np.int64, ("masked_patches",), padding=-1, counted_by="patch_positions"
+    )
+    label: Tensor | None = batch_field("label", np.int64)  # (B,): an image's class; 1 for a true statement, else 0
+    # (B, K): the answers given to a question, and the soft target of each.
+    answers: Tensor | None = batch_field("answers", np.int64, (MAX_ANSWERS,), padding=-1)
+    answer_scores: Tensor | None = batch_field("answers", np.float32, (MAX_ANSWERS,))
+    # (B, L): [CLS] … [SEP], padded with [PAD]; `text_keep` is False at padding.
+    text: Tensor | None = batch_field("text", np.int64, ("text",), counted_by="text_keep", modality="language")
+    text_keep: Tensor | None = batch_field(
+        "text", np.bool_, ("text",), counted_by="text_keep", modality="language", in_fingerprint=False
+    )
+    # (B, L) `text` with whole words masked; (B, K) the masked tokens' positions and original ids.
+    masked_text: Tensor | None = batch_field("masked_text", np.int64, ("text",), counted_by="text_keep")
+    mask_positions: Tensor | None = batch_field("masked_text", np.int64, ("text",), counted_by="mask_labels")
+    mask_labels: Tensor | None = batch_field(
+        "masked_text", np.int64, ("text",), padding=IGNORED, counted_by="mask_labels"
+    )
+    # (B, R, F) and (B, R, 5): a detector's regions (see `models.forward.Regions`); `region_keep` is False at padding.
+    region_features: Tensor | None = batch_field(
+        "regions", np.float32, ("regions", "region_features"), counted_by="region_keep", modality="vision"
+    )
+    region_location: Tensor | None = batch_field(
+        "regions", np.float32, ("regions", LOCATION), counted_by="region_keep", modality="vision"
+    )
+    region_keep: Tensor | None = batch_field(
+        "regions", np.bool_, ("regions",), counted_by="region_keep", modality="vision", in_fingerprint=False
+    )
+    # (B, R) the detector's most likely class; (B, R) whether a region's features are zeroed; (B, K) masked regions.
+    region_class: Tensor | None = batch_field("region_class", np.int64, ("regions",), counted_by="region_keep")
+    region_hidden: Tensor | None = batch_field("masked_regions", np.bool_, ("regions",), counted_by="region_keep")
+    region_positions: Tensor | None = batch_field(
+        "masked_regions", np.int64, ("masked_regions",), padding=-1, counted_by="region_positions"
+    )
 
     def __len__(self) -> int:
         return len(self.place)
 
     def rows(self, which: slice | Tensor) -> Batch:
-        """The chosen rows of every member; an index tensor lies on the CPU."""
+        """Return the chosen examples of every field; an index tensor is on the CPU."""
         if isinstance(which, slice):
             return self._map(lambda tensor: tensor[which])
         return self._map(lambda tensor: tensor[which.to(tensor.device, non_blocking=True)])
 
     def to(self, device: torch.device) -> Batch:
-        """Every member on a device but `place`, which the host reads: fetching it back would make it wait."""
+        """Return the batch on a device, except `place`: the host reads it, and fetching it back would synchronise."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=True))
         return replace(moved, place=self.place)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "step"}
-        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if t is not None}
+        members = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in members.items() if isinstance(value, Tensor)}
         return replace(self, **changed)
+
+    def hash_into(self, digest: hashlib._Hash) -> None:
+        """Feed every example to a hash, without its padding, so that the result does not depend on the world size."""
+        specs = field_specs(type(self))
+        present = {name: getattr(self, name) for name, spec in specs.items() if spec.in_fingerprint}
+        present = {name: tensor for name, tensor in present.items() if tensor is not None}
+        for row in range(len(self)):
+            digest.update(np.array([self.step, self.place[row], self.uid[row], self.image_id[row]]).tobytes())
+            for name, tensor in present.items():
+                counter = specs[name].counted_by
+                lengths = None if counter is None else getattr(self, counter)
+                values = tensor[row]
+                if counter is not None and lengths is not None:
+                    real = _real_lengths(lengths[row : row + 1], specs[counter].padding)[0]
+                    values = values[tuple(slice(int(length)) for length in real)]
+                digest.update(f"{name}{tuple(values.shape)}".encode())
+                digest.update(values.contiguous().numpy().tobytes())
+
+
+def field_specs(batch_type: type[Batch] = Batch) -> dict[str, FieldSpec]:
+    """Return the declared fields of a batch by name, in order."""
+    return {f.name: f.metadata["spec"] for f in dataclasses.fields(batch_type) if "spec" in f.metadata}
+
+
+def swapped_fields(modality: Modality) -> dict[str, float]:
+    """Return the fields that move together when an example gets another's image or text, with their padding."""
+    specs = field_specs().items()
+    return {name: spec.padding or 0 for name, spec in specs if spec.modality == modality}
+
+
+def _real_lengths(values: Values, padding: float | None) -> Values:
+    """Return (B, axes): an example's sizes themselves (padding None), or its number of values that are not padding."""
+    return values if padding is None else (values != padding).sum(1)[:, None]
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """The arrays of `num_examples` examples of some field groups, and their place in one block of memory."""
+
+    num_examples: int
+    groups: frozenset[str]
+    sizes: BatchSizes
+    batch_type: type[Batch] = Batch
+
+    @property
+    def fields(self) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
+        """Return name, shape and type of every array."""
+        return [
+            (name, (self.num_examples, *map(self._length, spec.shape)), np.dtype(spec.dtype))
+            for name, spec in field_specs(self.batch_type).items()
+            if spec.group is None or spec.group in self.groups
+        ]
+
+    @property
+    def bytes(self) -> int:
+        return sum(_aligned(shape, dtype) for _, shape, dtype in self.fields)
+
+    def _length(self, axis: str | int) -> int:
+        return axis if isinstance(axis, int) else int(getattr(self.sizes, axis))
+
+
+class BatchBuffer:
+    """The arrays of a spec over `memory` (anything with the buffer protocol), by field name.
+
+    Examples are written in place: into memory of the trainer's process, or into memory that a loader process shares
+    with it, in which case nothing is copied or pickled between the worker and the trainer.
+    """
+
+    def __init__(self, spec: BatchSpec, memory: Any):
+        self.spec, self.memory = spec, memory
+        self._specs = field_specs(spec.batch_type)
+        self._arrays: dict[str, np.ndarray] = {}
+        offset = 0
+        for name, shape, dtype in spec.fields:
+            self._arrays[name] = np.ndarray(shape, dtype, memory, offset)
+            offset += _aligned(shape, dtype)
+
+    @staticmethod
+    def allocate(spec: BatchSpec) -> BatchBuffer:
+        return BatchBuffer(spec, np.empty(spec.bytes, dtype=np.uint8))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def write(self, name: str, row: int, values: np.ndarray, padding: float | None = None) -> None:
+        """Set one example of a field, padded to its size with `padding` (default: the field's own)."""
+        array = self._arrays[name]
+        array[row, : len(values)] = values
+        array[row, len(values) :] = self._specs[name].padding if padding is None else padding
+
+    def copy(self) -> BatchBuffer:
+        """Return the same examples in memory of their own."""
+        other = BatchBuffer.allocate(self.spec)
+        other.copy_rows(range(self.spec.num_examples), self)
+        return other
+
+    def copy_rows(self, rows: range, source: BatchBuffer) -> None:
+        """Copy all examples of a smaller buffer into `rows` of this one."""
+        for name, array in self._arrays.items():
+            array[rows.start : rows.stop] = source[name]
+
+    def to_batch(self, step: int, places: range) -> Batch:
+        """Return the examples as tensors over the same memory, every axis cut to the longest example."""
+        tensors = {}
+        for name, array in self._arrays.items():
+            counter = self._specs[name].counted_by
+            if counter is not None and counter in self:
+                longest = _real_lengths(self[counter], self._specs[counter].padding).max(axis=0)
+                array = array[(slice(None), *(slice(int(length)) for length in longest))]
+            tensors[name] = torch.from_numpy(array)
+        return self.spec.batch_type(step=step, place=torch.arange(places.start, places.stop), **tensors)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

@@ -15,26 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, swapped_fields
 from pipeline.training.collectives import Collectives
 
-# Members that belong together, and what they are padded with.
-VISUAL = {
-    "image": 0,
-    "image_size": 0,
-    "visible_patches": -1,
-    "region_features": 0,
-    "region_location": 0,
-    "region_keep": 0,
-}
-TEXT = {"text": 0, "text_keep": 0}
+# Fields that move together, and what they are padded with.
+VISUAL, TEXT = swapped_fields("vision"), swapped_fields("language")
 
 
 @dataclass(frozen=True)
 class Exchange:
     """For each row the place of the row in the global batch whose `members` it gets, or -1 for its own."""
 
-    members: dict[str, int]
+    members: dict[str, float]
     places: Tensor  # (n,) int64
 
 
@@ -61,7 +53,7 @@ def exchanged(collectives: Collectives, batch: Batch, size: int, rows: Tensor, e
     return result
 
 
-def _padded(collectives: Collectives, rows: Tensor, fill: int) -> Tensor:
+def _padded(collectives: Collectives, rows: Tensor, fill: float) -> Tensor:
     """The rows as large as the largest rank's: only the outermost dimensions may differ."""
     sizes = collectives.largest(list(rows.shape[1:]))
     padding = [amount for size, own in zip(sizes, rows.shape[1:], strict=True) for amount in (size - own, 0)][::-1]

@@ -12,8 +12,7 @@ import torch
 from pipeline.config.errors import Preempted, Superseded
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.backends import BackendFactory
-from pipeline.data.loading.loader import local_backend
+from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.tracker import JournalTracker, Status, Tracker
 from pipeline.training.checkpoint import is_committed, stage_url

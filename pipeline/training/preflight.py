@@ -23,8 +23,8 @@ from pipeline.config.errors import MomeError, RunFailed, StorageError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.backends import BackendFactory
-from pipeline.data.loading.loader import Loader, local_backend
+from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import experiment_name, tracking_uri
 from pipeline.tracking.mlflow_server import check_server, try_writing

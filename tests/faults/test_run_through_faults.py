@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.loading.loader import fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 from tests.support.fault_proxy import FaultProxy

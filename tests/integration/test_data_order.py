@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.fingerprint import fingerprint
+from pipeline.data.loading.loader import fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 from tests.support.data_stream import stream_config

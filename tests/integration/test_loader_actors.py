@@ -17,8 +17,8 @@ from pipeline.config.errors import DataError
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.backends import BackendFactory
-from pipeline.data.loading.loader import Loader, local_backend
+from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from tests.support.data_stream import stream_config
@@ -73,7 +73,7 @@ def actor_processes() -> list[int]:
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if "ray::RowActor" in " ".join(process.info["cmdline"] or [])
+        if "ray::ExampleActor" in " ".join(process.info["cmdline"] or [])
     ]
 
 

@@ -18,8 +18,7 @@ from pipeline.config.errors import DataError, StorageError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.fingerprint import fingerprint
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.order import SampleRef
 from pipeline.data.reading.samples import SampleReader, iter_captions
 from pipeline.data.shards.manifest import index_shards, load_manifest

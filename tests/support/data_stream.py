@@ -15,7 +15,6 @@ from pathlib import Path
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.fingerprint import hash_rows
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
 
@@ -52,7 +51,7 @@ def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: rang
                 digest, uids = hashlib.sha256(), []
                 for stream in streams:
                     batch = next(stream)
-                    hash_rows(digest, batch)
+                    batch.hash_into(digest)
                     uids += batch.uid.tolist()
                 epochs = [slot.epoch for slot in loaders[0].order.batch(step)]
                 read = " ".join(f"{epoch}:{uid}" for epoch, uid in zip(epochs, uids, strict=True))

@@ -1,13 +1,12 @@
-"""One rank's rows from the plan: read, choose a caption, tokenise, mask, decode and augment, each where it belongs.
+"""Builds one rank's examples in the data order: read, draw a caption, tokenise, mask, decode and augment.
 
-What a row holds is decided by its step and place alone (contract C1). A bad sample's place is taken by a good
-candidate of the same window, drawn by a hash, so that a replacement too is the same for every reader.
+An example's content is determined by its step and place alone (contract C1). A bad sample is replaced by a good
+candidate of the same shuffle window, drawn by a hash, so that the replacement too is the same for every reader.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -17,6 +16,7 @@ import numpy as np
 from pipeline.config.errors import DataError
 from pipeline.config.schema import ImageBERTConfig, RunConfig, SourceType, StageConfig, ViLTConfig
 from pipeline.data import in_progress
+from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents.choices import Choices
 from pipeline.data.contents.images import OwnShape, Shape, decode, put_on_canvas, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
@@ -24,7 +24,6 @@ from pipeline.data.contents.questions import both_images, question_of, statement
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.examples.augment import augment, mentions_side
-from pipeline.data.examples.batch_buffer import BatchBuffer, BatchFields, BatchSpec, RegionSizes
 from pipeline.data.examples.masking import mask_patches, mask_whole_words, stand_ins
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample, judged, judging
@@ -35,25 +34,51 @@ from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 
 MAX_TRIES = 16  # candidates to replace one bad sample
-_STEPS_PLANNED = 4  # whose slots are kept: threads make the rows of one step and of the next
-_DECODED_BYTES = 8 * 2**20  # of pictures that wait to be augmented, of each thread
-IGNORED = -100  # the label of a padded masked place
+_CACHED_STEPS = 4  # steps whose order is kept: threads build the examples of one step and of the next
+_DECODED_BYTES = 8 * 2**20  # decoded images of one thread that wait to be augmented
+
+
+def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
+    """Return the groups of batch fields that a stage's objectives read, given the type of its sources."""
+    source_type, objectives = config.source_type_of(stage), stage.objectives.keys()
+    reads_pairs = not objectives.isdisjoint({"itc", "itm", "wpa", "ranking", "vqa", "nlvr2"})
+    mlm, mim, is_pair = "mlm" in objectives, "mim" in objectives, source_type == "pairs"
+    groups = {
+        "image": (reads_pairs and source_type != "regions")
+        or (mlm and is_pair)  # masked words of a pair are predicted from its image too
+        or mim
+        or "classification" in objectives,
+        "text": reads_pairs
+        or mlm
+        or (mim and is_pair and config.model.kind == "vilt")  # masked patches are predicted from the text too
+        or source_type == "regions",
+        "masked_text": mlm,
+        "masked_patches": mim,
+        "patch_replacements": mim and stage.masking.mask_token_prob < 1,
+        "second_image": "nlvr2" in objectives,
+        "label": not objectives.isdisjoint({"classification", "nlvr2"}),
+        "answers": "vqa" in objectives,
+        "regions": source_type == "regions",
+        "region_class": "moc" in objectives,
+        "masked_regions": not objectives.isdisjoint({"moc", "mrfr"}),
+    }
+    return frozenset(name for name, is_read in groups.items() if is_read)
 
 
 @dataclass(frozen=True)
 class LoaderSpec:
-    """Everything that decides the rows of some places of a stage's batches. Picklable: a loader process gets one."""
+    """Everything that determines the examples at some places of a stage's batches.
+
+    Picklable: it is sent to loader processes and actors.
+    """
 
     config: RunConfig
     stage: StageConfig
     tokenizer: Tokenizer
     sources: dict[str, Source]
     places: range  # of every global batch
-    answers: Choices | None = None  # that the stage chooses among
-
-    @property
-    def wants(self) -> BatchFields:
-        return BatchFields.of(self.config, self.stage)
+    groups: frozenset[str]  # groups of batch fields that the stage reads
+    answers: Choices | None = None  # the answers that the stage chooses among
 
     @property
     def source_type(self) -> SourceType:
@@ -61,20 +86,8 @@ class LoaderSpec:
 
     @property
     def seed(self) -> int:
-        """Stages that read one source see it in different orders."""
+        """The seed of the stage's order: stages that read one source see it in different orders."""
         return hash64(self.config.seed, self.stage.name)
-
-    @property
-    def layout(self) -> BatchSpec:
-        stage, shape = self.stage, self.shape
-        if isinstance(shape, OwnShape):
-            side, patches = shape.canvas, self.max_visible_patches
-            read = patches if self.wants.image else 0
-        else:
-            side, patches, read = shape, self.config.model.num_patches, 0
-        masked = len(mask_patches(patches, stage.masking.image_mask_ratio, CounterRandom(0)))
-        regions = _region_sizes(self.config, stage) if self.wants.regions else None
-        return BatchSpec.of(self.wants, len(self.places), side, stage.max_text_length, masked, regions, read)
 
     @property
     def shape(self) -> Shape:
@@ -82,20 +95,44 @@ class LoaderSpec:
 
     @property
     def max_visible_patches(self) -> int:
-        """The most patches that a model reads of a picture in its own shape."""
-        model = self.config.model
+        """The maximum number of patches that a model reads of an image that keeps its aspect ratio."""
+        model, shape = self.config.model, self.shape
         assert isinstance(model, ViLTConfig)
-        assert isinstance(self.shape, OwnShape)
-        return min(self.shape.num_patches, model.max_visible_patches or self.shape.num_patches)
+        assert isinstance(shape, OwnShape)
+        return min(shape.num_patches, model.max_visible_patches or shape.num_patches)
+
+    @property
+    def batch_spec(self) -> BatchSpec:
+        config, masking, shape = self.config, self.stage.masking, self.shape
+        groups = set(self.groups)
+        if isinstance(shape, OwnShape):
+            side, patches = shape.canvas, self.max_visible_patches
+            groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
+            if "image" in groups and "second_image" not in groups:  # models read all patches of two images
+                groups.add("visible_patches")
+        else:
+            side, patches = shape, config.model.num_patches
+        sizes = BatchSizes(
+            image_side=side,
+            text=self.stage.max_text_length,
+            visible_patches=patches,
+            masked_patches=len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0))),
+        )
+        if "regions" in groups:
+            assert isinstance(config.model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
+            count, width = config.model.max_regions, config.model.region_features
+            masked = masked_at_most(count, masking.region_mask_ratio)
+            sizes = replace(sizes, regions=count, region_features=width, masked_regions=masked)
+        return BatchSpec(len(self.places), frozenset(groups), sizes)
 
     def split(self, parts: int) -> list[LoaderSpec]:
-        """The task in contiguous parts, each of whole streams as far as may be; at most one part a place."""
+        """Return the spec in contiguous parts of equal size to within one place, none of them empty."""
         count = min(parts, len(self.places))
         slices = [rank_slice(len(self.places), part, count) for part in range(count)]
         return [replace(self, places=self.places[part.start : part.stop]) for part in slices]
 
     def order(self, reader: SampleReader | None = None) -> DataOrder:
-        """The stage's order. Without a reader the order of buckets is not known, only their digest."""
+        """Return the stage's data order. Without a reader only the digest of a bucketed order can be used."""
         config, stage = self.config, self.stage
         sources = {
             name: OrderSource(source.counts, stage.sources[name], f"{config.sources[name].type} {source.digest}")
@@ -103,322 +140,294 @@ class LoaderSpec:
         }
         buckets = None
         if stage.buckets is not None:
-            buckets = LengthBuckets(stage.buckets.batches, _lengths(reader, stage.buckets.by))
+            buckets = LengthBuckets(stage.buckets.batches, _length_function(reader, stage.buckets.by))
         return DataOrder(
             sources,
             num_streams=config.data.streams,
             shuffle_window=config.data.shuffle_window,
             seed=self.seed,
             batch_size=stage.global_batch_size,
-            extra=self._recipe(),
+            extra=self._content_settings(),
             buckets=buckets,
         )
 
-    def _recipe(self) -> list[str]:
-        """Everything besides the order that decides what a row contains."""
-        config, stage, wants = self.config, self.stage, self.wants
+    def _content_settings(self) -> list[str]:
+        """Return everything besides the order that determines an example's content."""
+        config, stage = self.config, self.stage
         return [
-            json.dumps(asdict(wants), sort_keys=True),
+            f"fields {sorted(self.groups)} {asdict(self.batch_spec.sizes)}",
             config.data.augment.model_dump_json(),
             stage.masking.model_dump_json(),
-            f"pixels {config.data.max_pixels} side {config.model.image_size} patches {config.model.num_patches}",
-            f"text {stage.max_text_length} vocabulary {self.tokenizer.digest}" if wants.text else "no text",
+            f"pixels {config.data.max_pixels} side {config.model.image_size} shape {self.shape}",
+            f"vocabulary {self.tokenizer.digest}" if "text" in self.groups else "no text",
             f"buckets by {stage.buckets.by}" if stage.buckets else "no buckets",
             f"answers {self.answers.digest}" if self.answers else "no answers",
-            f"regions {_region_sizes(config, stage)}" if wants.regions else "no regions",
-            f"shape {self.shape} {self.max_visible_patches}" if isinstance(self.shape, OwnShape) else "square",
-            *([] if config.model.interpolation == "bicubic" else [f"interpolation {config.model.interpolation}"]),
+            f"interpolation {config.model.interpolation}",
         ]
 
 
 @dataclass(frozen=True)
 class PendingExample:
-    """A sample that is good as far as can be told without decoding it, and the text that is read with it."""
+    """A sample whose members are good as far as known without decoding it, with the text and labels read from it."""
 
-    slot: SampleRef
+    ref: SampleRef
     sample: Sample
-    text: str = ""  # the caption drawn for it, its question or its statement
+    text: str = ""  # the drawn caption, the question or the statement
     answers: Mapping[str, float] = field(default_factory=dict)
     label: int = 0
 
-    @property
-    def mentions_side(self) -> bool:
-        """Whether a mirrored picture would make its text or its answers false."""
-        return any(mentions_side(each) for each in (self.text, *self.answers))
-
 
 class ExampleBuilder:
-    """Makes the rows of a task. Threads may share one; `close` ends what reads ahead."""
+    """Builds the examples of a loader spec. Threads may share one; `close` stops its prefetching."""
 
-    def __init__(self, task: LoaderSpec, storage: Storage):
-        cv2.setNumThreads(0)  # rows are the unit of parallel work; OpenCV's own threads would only contend
-        settings = task.config.data.cache
+    def __init__(self, spec: LoaderSpec, storage: Storage):
+        cv2.setNumThreads(0)  # examples are the unit of parallel work; OpenCV's own threads would only contend
+        settings = spec.config.data.cache
         cache = NodeCache(settings.folder, settings.max_bytes) if settings.folder else None
-        self._task, self._wants, self._seed = task, task.wants, task.seed
-        self._numbers = {name: number for number, name in enumerate(sorted(task.sources))}
-        self._reader = SampleReader(storage, task.sources, task.config.data.loader, cache)
-        self.order = task.order(self._reader)
-        # Asked for all places of a step at once: that costs little more than the few of one thread's turn.
-        self._slots = lru_cache(_STEPS_PLANNED)(partial(self.order.samples, places=task.places))
+        self._spec, self._groups, self._shape, self._seed = spec, spec.groups, spec.shape, spec.seed
+        self._source_type = spec.source_type
+        self._source_numbers = {name: number for number, name in enumerate(sorted(spec.sources))}
+        self._reader = SampleReader(storage, spec.sources, spec.config.data.loader, cache)
+        self.order = spec.order(self._reader)
+        # The order of all places of a step costs little more than that of the few places of one thread's task.
+        self._planned = lru_cache(_CACHED_STEPS)(partial(self.order.samples, places=spec.places))
 
-    def begin(self, step: int) -> None:
-        """Starts reading ahead of `step`."""
-        self._reader.start_prefetch(lambda later: self.order.samples(later, self._task.places), step)
+    def start_prefetch(self, step: int) -> None:
+        """Start to fetch remote samples ahead, from `step` on."""
+        self._reader.start_prefetch(lambda later: self.order.samples(later, self._spec.places), step)
 
-    def reached(self, step: int) -> None:
-        """All rows of `step` are made: what only they needed need not be kept."""
+    def finish_step(self, step: int) -> None:
+        """Drop what only the examples of `step` needed: all of them are built."""
         self._reader.finish_step(step)
 
     def close(self) -> None:
         self._reader.close()
 
-    def make(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[BadRecord]:
-        """Writes the rows of `places` into the buffer, whose row 0 is place `first`; returns what had to be replaced.
+    def build(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[BadRecord]:
+        """Write the examples of `places` into the buffer, whose row 0 is place `first`; return what was replaced.
 
-        Raises DataError or StorageError; a bad sample raises nothing.
+        A bad sample does not raise. Raises DataError when a shard changed or no replacement is good, and StorageError
+        when a shard cannot be read.
         """
         bad: list[BadRecord] = []
-        drafts: dict[int, PendingExample] = {}
-        planned = self._slots(step)
+        pending: dict[int, PendingExample] = {}
+        planned = self._planned(step)
         for place in places:
-            slot = planned[place - self._task.places.start]
-            sample = self._reader.read(slot)
+            ref = planned[place - self._spec.places.start]
+            sample = self._reader.read(ref)
             try:
-                drafts[place] = self._draft(slot, sample)
-            except BadSample as error:
-                bad.append(self._replace(step, place, buffer, place - first, _record(error, sample, slot, step, place)))
-        faults = self._write({place - first: draft for place, draft in drafts.items()}, buffer)
-        for row, fault in sorted(faults.items()):
-            place = first + row
-            record = _record(fault, drafts[place].sample, drafts[place].slot, step, place)
-            bad.append(self._replace(step, place, buffer, row, record))
+                pending[place - first] = self._parse(ref, sample)
+            except BadSample as fault:
+                record = _bad_record(fault, ref, sample, step, place)
+                bad.append(self._replace(step, place, buffer, place - first, record))
+        faults = self._write(pending, buffer)
+        for row in sorted(faults):
+            record = _bad_record(faults[row], pending[row].ref, pending[row].sample, step, first + row)
+            bad.append(self._replace(step, first + row, buffer, row, record))
         return bad
 
     def _replace(self, step: int, place: int, buffer: BatchBuffer, row: int, bad: BadRecord) -> BadRecord:
         for attempt in range(MAX_TRIES):
-            slot = self.order.replacement(step, place, attempt)
-            sample = self._reader.read(slot)
+            ref = self.order.replacement(step, place, attempt)
+            sample = self._reader.read(ref)
             try:
-                draft = self._draft(slot, sample)
+                example = self._parse(ref, sample)
             except BadSample:
-                continue  # counted in the place that planned it
-            if not self._write({row: draft}, buffer):
+                continue  # it is counted at the place that planned it
+            if not self._write({row: example}, buffer):
                 return bad.replaced_with(sample.key)
         raise DataError(
             f"source '{bad.source}': {bad.key} in {bad.shard} is bad ({bad.stage}: {bad.reason}), and so were "
-            f"{MAX_TRIES} candidates around it. The shards do not hold what `use` says, or were built wrongly: "
-            "look at them with mome shards check"
+            f"{MAX_TRIES} candidates around it. The shards do not hold what the source's `type` says, or were built "
+            "wrongly: check them with `mome shards check`"
         )
 
-    def _draft(self, slot: SampleRef, sample: Sample) -> PendingExample:
-        """Raises BadSample."""
+    def _parse(self, ref: SampleRef, sample: Sample) -> PendingExample:
+        """Read a sample's members, except its images. Raises BadSample."""
         with judging("members"):
-            return self._judged_draft(slot, sample)
+            check_members(sample.members, sample.is_duplicate)
+            if self._source_type == "questions":
+                question = question_of(sample.members)
+                return PendingExample(ref, sample, question.text, question.answers)
+            if self._source_type == "statements":
+                statement = statement_of(sample.members)
+                return PendingExample(ref, sample, statement.text, label=int(statement.is_true))
+            if self._source_type == "labelled":
+                return PendingExample(ref, sample, label=class_of(sample.members, self._spec.stage.num_classes))
+            if "text" not in self._groups:
+                return PendingExample(ref, sample)
+            captions = captions_of(sample.members)
+            drawn = sample_random(self._seed, ref.epoch, sample.uid, "caption").integer(len(captions))
+            return PendingExample(ref, sample, captions[drawn])
 
-    def _judged_draft(self, slot: SampleRef, sample: Sample) -> PendingExample:
-        check_members(sample.members, sample.is_duplicate)
-        source_type = self._task.source_type
-        if source_type == "questions":
-            question = question_of(sample.members)
-            return PendingExample(slot, sample, question.text, question.answers)
-        if source_type == "statements":
-            statement = statement_of(sample.members)
-            return PendingExample(slot, sample, statement.text, label=int(statement.is_true))
-        if source_type == "labelled":
-            return PendingExample(slot, sample, label=class_of(sample.members, self._task.stage.num_classes))
-        if not self._wants.text:
-            return PendingExample(slot, sample)
-        captions = captions_of(sample.members)
-        return PendingExample(slot, sample, captions[self._random(slot, sample, "caption").integer(len(captions))])
+    def _write(self, pending: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
+        """Write examples by row; return the fault of each row that could not be written.
 
-    def _encode(self, drafts: Sequence[PendingExample]) -> Sequence[Tokens]:
-        """One call for all texts: the tokenizer's own loop is not Python's."""
-        return self._task.tokenizer.encode_batch([draft.text for draft in drafts], self._task.stage.max_text_length)
-
-    def _write(self, drafts: Mapping[int, PendingExample], buffer: BatchBuffer) -> dict[int, BadSample]:
-        """Writes rows by their number; returns those that could not be, with what was wrong.
-
-        One thing is done for all rows before the next: decoding a picture empties the processor's caches, and what
-        follows it takes half as long again when it comes back to each row in turn. Texts come first: they cost little,
-        and a missing one spares the decoding.
+        One operation is done for all examples before the next: decoding an image evicts the processor's caches, and
+        what follows it takes half as long again when each example is finished in turn. Texts come first: they cost
+        little, and a missing one saves the decoding.
         """
-        bad: dict[int, BadSample] = {}
+        faults: dict[int, BadSample] = {}
 
-        def judge(stage: str, write: Callable[[int, PendingExample], None], rows: Iterable[int] = drafts) -> None:
+        def apply(stage: str, write: Callable[[int, PendingExample], None], rows: Iterable[int] = pending) -> None:
             for row in rows:
-                if row not in bad:
+                if row not in faults:
                     try:
-                        write(row, drafts[row])
+                        write(row, pending[row])
                     except Exception as error:
-                        bad[row] = judged(stage, error)
+                        faults[row] = judged(stage, error)
 
-        if self._wants.text:
-            tokens = dict(zip(drafts, self._encode(list(drafts.values())), strict=True))
-            judge("caption", lambda row, draft: self._write_text(draft, tokens[row], buffer, row))
-        if self._wants.image:
-            waiting: dict[int, list[np.ndarray]] = {}
+        if "text" in self._groups:
+            texts = [example.text for example in pending.values()]
+            encoded = self._spec.tokenizer.encode_batch(texts, self._spec.stage.max_text_length)
+            tokens = dict(zip(pending, encoded, strict=True))
+            apply("caption", lambda row, example: self._write_text(example, tokens[row], buffer, row))
+        if "image" in self._groups:
+            decoded: dict[int, list[np.ndarray]] = {}
 
-            def decode_one(row: int, draft: PendingExample) -> None:
-                waiting[row] = self._decode(draft)
-                if _bytes_of(waiting) > _DECODED_BYTES:
+            def decode_one(row: int, example: PendingExample) -> None:
+                decoded[row] = self._decode(example)
+                if sum(image.nbytes for images in decoded.values() for image in images) > _DECODED_BYTES:
                     augment_all()
 
-            def augment_one(row: int, draft: PendingExample) -> None:
-                self._write_pictures(draft, waiting.pop(row), buffer, row)
-
             def augment_all() -> None:
-                judge("image", augment_one, list(waiting))
+                apply(
+                    "image",
+                    lambda row, example: self._write_images(example, decoded.pop(row), buffer, row),
+                    list(decoded),
+                )
 
-            judge("image", decode_one)
+            apply("image", decode_one)
             augment_all()
-        judge("members", lambda row, draft: self._write_rest(draft, buffer, row))
-        return bad
+        apply("members", lambda row, example: self._write_rest(example, buffer, row))
+        return faults
 
-    def _write_rest(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """All but the text and the pictures. Raises BadSample."""
-        sample, slot = draft.sample, draft.slot
-        if self._wants.regions:
-            self._write_regions(draft, buffer, row)
-        if self._wants.answers:
-            self._write_answers(draft, buffer, row)
-        if self._wants.label:
-            buffer["label"][row] = draft.label
-        if self._wants.masked_image:
-            self._write_masked_patches(draft, buffer, row)
-        buffer["uid"][row] = sample.uid
-        # A statement's two pictures have no one name.
-        is_shown = self._wants.image or self._wants.regions
-        buffer["image_id"][row] = (sample.image_id or sample.uid) if is_shown else sample.uid
-        buffer["source"][row] = self._numbers[slot.source]
+    def _write_text(self, example: PendingExample, tokens: Tokens, buffer: BatchBuffer, row: int) -> None:
+        if len(tokens) <= 2:
+            raise BadSample("caption", f"no token is left of {example.text[:40]!r}")
+        tokenizer, masking = self._spec.tokenizer, self._spec.stage.masking
+        buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
+        buffer.write("text_keep", row, np.ones(len(tokens), dtype=np.bool_))
+        if "masked_text" in self._groups:
+            random = self._random(example, "words")
+            masked = mask_whole_words(tokens, random, masking.mlm_probability, masking.whole_word, tokenizer)
+            buffer.write("masked_text", row, masked.ids, tokenizer.pad_id)
+            buffer.write("mask_positions", row, masked.positions)
+            buffer.write("mask_labels", row, masked.labels)
 
-    def _decode(self, draft: PendingExample) -> list[np.ndarray]:
-        """Raises BadSample."""
-        members = draft.sample.members
-        encoded = both_images(members) if self._wants.second_image else (image_bytes(members),)
-        with in_progress.decoding(f"{draft.slot.source}: {draft.sample.shard} {draft.sample.key}"):
-            return [decode(each, self._task.config.data.max_pixels) for each in encoded]
+    def _decode(self, example: PendingExample) -> list[np.ndarray]:
+        members = example.sample.members
+        encoded = both_images(members) if "second_image" in self._groups else (image_bytes(members),)
+        with in_progress.decoding(f"{example.ref.source}: {example.sample.shard} {example.sample.key}"):
+            return [decode(image, self._spec.config.data.max_pixels) for image in encoded]
 
-    def _write_pictures(self, draft: PendingExample, decoded: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
-        data, shape = self._task.config.data, self._task.shape
-        allow_flip = not (data.augment.skip_flip_for_left_right and draft.mentions_side)
-        for name, purpose, picture in zip(
+    def _write_images(self, example: PendingExample, decoded: list[np.ndarray], buffer: BatchBuffer, row: int) -> None:
+        settings, model, shape = self._spec.config.data.augment, self._spec.config.model, self._shape
+        allow_flip = not (
+            settings.skip_flip_for_left_right and any(map(mentions_side, (example.text, *example.answers)))
+        )
+        for name, purpose, image in zip(
             ("image", "second_image"), ("augment", "augment second"), decoded, strict=False
         ):
-            random = self._random(draft.slot, draft.sample, purpose)
-            seen = augment(picture, data.augment, shape, random, allow_flip, self._task.config.model.interpolation)
+            random = self._random(example, purpose)
+            augmented = augment(image, settings, shape, random, allow_flip, model.interpolation)
             if isinstance(shape, OwnShape):
-                buffer[f"{name}_size"][row] = seen.shape[:2]
-            put_on_canvas(seen, buffer[name][row])
+                buffer[f"{name}_size"][row] = augmented.shape[:2]
+            put_on_canvas(augmented, buffer[name][row])
         if "visible_patches" in buffer:
-            self._write_patches_read(draft, buffer, row)
+            limit, count = self._spec.max_visible_patches, self._num_patches(buffer, row)
+            visible = np.arange(count)
+            if count > limit:
+                visible = np.sort(self._random(example, "patches read").permutation(count)[:limit])
+            buffer.write("visible_patches", row, visible)
 
-    def _write_patches_read(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """All patches of a picture in its own shape; where they are more than the model reads, some at random."""
-        most, count = self._task.max_visible_patches, self._num_patches(buffer, row)
-        read = np.arange(count)
-        if count > most:
-            read = np.sort(self._random(draft.slot, draft.sample, "patches read").permutation(count)[:most])
-        buffer.write("visible_patches", row, read, -1)
+    def _write_rest(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
+        """Write everything but the text and the images."""
+        sample, groups = example.sample, self._groups
+        if "regions" in groups:
+            self._write_regions(example, buffer, row)
+        if "answers" in groups:  # a question without a listed answer has only wrong ones
+            assert self._spec.answers is not None
+            listed = self._spec.answers.numbered(example.answers)
+            buffer.write("answers", row, np.array(list(listed), dtype=np.int64))
+            buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32))
+        if "label" in groups:
+            buffer["label"][row] = example.label
+        if "masked_patches" in groups:
+            self._write_masked_patches(example, buffer, row)
+        buffer["uid"][row] = sample.uid
+        shows_image = "image" in groups or "regions" in groups
+        # The two images of a statement have no common id.
+        buffer["image_id"][row] = (sample.image_id or sample.uid) if shows_image else sample.uid
+        buffer["source"][row] = self._source_numbers[example.ref.source]
 
-    def _write_masked_patches(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """Of a picture in its own shape only patches that are read are masked, their share the same in each picture."""
-        masking, count = self._task.stage.masking, self._num_patches(buffer, row)
-        random = self._random(draft.slot, draft.sample, "patches")
+    def _write_masked_patches(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
+        """Mask the same fraction of every image's patches; of an image that keeps its aspect ratio, visible ones."""
+        masking, count = self._spec.stage.masking, self._num_patches(buffer, row)
+        random = self._random(example, "patches")
         if "visible_patches" in buffer:
-            read = buffer["visible_patches"][row]
-            read = read[read >= 0]
-            positions = read[mask_patches(len(read), masking.image_mask_ratio, random)]
+            visible = buffer["visible_patches"][row]
+            visible = visible[visible >= 0]
+            positions = visible[mask_patches(len(visible), masking.image_mask_ratio, random)]
         else:
             positions = mask_patches(count, masking.image_mask_ratio, random, masking.patch_shape == "blocks")
-        buffer.write("patch_positions", row, positions, -1)
-        if self._wants.stand_ins:
-            random = self._random(draft.slot, draft.sample, "stand-ins")
+        buffer.write("patch_positions", row, positions)
+        if "patch_replacements" in self._groups:
+            random = self._random(example, "stand-ins")
             shown = stand_ins(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
-            buffer.write("patch_replacements", row, shown, -1)
+            buffer.write("patch_replacements", row, shown)
 
     def _num_patches(self, buffer: BatchBuffer, row: int) -> int:
-        """Of the row's picture."""
-        model = self._task.config.model
+        model = self._spec.config.model
         if "image_size" not in buffer:
             return model.num_patches
         return int(buffer["image_size"][row].prod()) // model.patch_size**2
 
-    def _write_regions(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """Raises BadSample when there are no regions, or none that this model reads."""
-        model, wants = self._task.config.model, self._wants
+    def _write_regions(self, example: PendingExample, buffer: BatchBuffer, row: int) -> None:
+        """Write the most confident regions. Raises BadSample without regions that fit the model."""
+        model, masking = self._spec.config.model, self._spec.stage.masking
         assert isinstance(model, ImageBERTConfig)
-        found = regions_of(draft.sample.members)
-        check_fit(found, model.region_features, model.region_classes if wants.region_class else None)
-        found = found.most_confident(model.max_regions)
-        buffer["num_regions"][row] = len(found)
-        buffer.write("mrfr", row, found.features, 0.0)
-        buffer.write("region_location", row, found.locations(), 0.0)
-        if found.classes is not None and wants.region_class:
-            buffer.write("moc", row, found.classes, 0)
-        if wants.masked_regions:
-            random = self._random(draft.slot, draft.sample, "regions")
-            positions, is_zeroed = mask_regions(len(found), self._task.stage.masking.region_mask_ratio, random)
-            buffer.write("region_positions", row, positions, -1)
+        regions = regions_of(example.sample.members)
+        check_fit(regions, model.region_features, model.region_classes if "region_class" in self._groups else None)
+        regions = regions.most_confident(model.max_regions)
+        buffer.write("region_keep", row, np.ones(len(regions), dtype=np.bool_))
+        buffer.write("region_features", row, regions.features)
+        buffer.write("region_location", row, regions.locations())
+        if "region_class" in self._groups and regions.classes is not None:
+            buffer.write("region_class", row, regions.classes)
+        if "masked_regions" in self._groups:
+            random = self._random(example, "regions")
+            positions, is_zeroed = mask_regions(len(regions), masking.region_mask_ratio, random)
+            buffer.write("region_positions", row, positions)
             buffer["region_hidden"][row] = False
             buffer["region_hidden"][row, positions[is_zeroed]] = True
 
-    def _write_answers(self, draft: PendingExample, buffer: BatchBuffer, row: int) -> None:
-        """The listed ones among the answers; a question may have none, and teaches then what it is not."""
-        assert self._task.answers is not None
-        listed = self._task.answers.numbered(draft.answers)
-        buffer.write("answers", row, np.array(list(listed), dtype=np.int64), -1)
-        buffer.write("answer_scores", row, np.array(list(listed.values()), dtype=np.float32), 0.0)
-
-    def _write_text(self, draft: PendingExample, tokens: Tokens, buffer: BatchBuffer, row: int) -> None:
-        if len(tokens) <= 2:
-            raise BadSample("caption", f"no token is left of {draft.text[:40]!r}")
-        tokenizer, masking = self._task.tokenizer, self._task.stage.masking
-        buffer["text_length"][row] = len(tokens)
-        buffer.write("text", row, np.array(tokens.ids, dtype=np.int64), tokenizer.pad_id)
-        if self._wants.masked_text:
-            random = self._random(draft.slot, draft.sample, "words")
-            masked = mask_whole_words(tokens, random, masking.mlm_probability, masking.whole_word, tokenizer)
-            buffer["num_masked"][row] = len(masked.positions)
-            buffer.write("masked_text", row, masked.ids, tokenizer.pad_id)
-            buffer.write("mask_positions", row, masked.positions, 0)
-            buffer.write("mask_labels", row, masked.labels, IGNORED)
-
-    def _random(self, slot: SampleRef, sample: Sample, purpose: str) -> CounterRandom:
-        return sample_random(self._seed, slot.epoch, sample.uid, purpose)
+    def _random(self, example: PendingExample, purpose: str) -> CounterRandom:
+        return sample_random(self._seed, example.ref.epoch, example.sample.uid, purpose)
 
 
-def _bytes_of(decoded: Mapping[int, Sequence[np.ndarray]]) -> int:
-    return sum(picture.nbytes for pictures in decoded.values() for picture in pictures)
+def _bad_record(fault: BadSample, ref: SampleRef, sample: Sample, step: int, place: int) -> BadRecord:
+    return BadRecord(
+        source=ref.source,
+        shard=sample.shard,
+        key=sample.key,
+        offset=sample.offset,
+        epoch=ref.epoch,
+        step=step,
+        place=place,
+        stage=fault.stage,
+        reason=fault.reason,
+    )
 
 
-def _region_sizes(config: RunConfig, stage: StageConfig) -> RegionSizes:
-    assert isinstance(config.model, ImageBERTConfig), "the schema gives regions to no other kind"
-    most = config.model.max_regions
-    return RegionSizes(most, config.model.region_features, masked_at_most(most, stage.masking.region_mask_ratio))
+def _length_function(reader: SampleReader | None, by: str) -> Callable[[SampleRef], int]:
+    """Return what buckets sort by: the longest caption's characters, or the aspect ratio in thousandths."""
 
-
-def _lengths(reader: SampleReader | None, by: str) -> Callable[[SampleRef], int]:
-    """What buckets sort by: the longest caption's characters, or the picture's aspect ratio in thousandths."""
-
-    def length(slot: SampleRef) -> int:
-        assert reader is not None, "the order of buckets is read from the shards' indexes"
-        index, sample = reader.index(slot)
+    def length(ref: SampleRef) -> int:
+        assert reader is not None, "the lengths of a bucketed order are read from the shards' indexes"
+        index, sample = reader.index(ref)
         if by == "caption":
             return int(index.caption_length[sample])
         return int(1000 * index.width[sample] / max(1, index.height[sample]))
 
     return length
-
-
-def _record(error: BadSample, sample: Sample, slot: SampleRef, step: int, place: int) -> BadRecord:
-    return BadRecord(
-        source=slot.source,
-        shard=sample.shard,
-        key=sample.key,
-        offset=sample.offset,
-        epoch=slot.epoch,
-        step=step,
-        place=place,
-        stage=error.stage,
-        reason=error.reason,
-    )

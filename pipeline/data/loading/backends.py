@@ -1,79 +1,241 @@
-"""Who prepares a rank's batches: threads of its own process here; processes and Ray actors behind the same interface.
+"""Loader backends: threads of the trainer's process, or loader processes that share memory with it.
 
-A backend is told which steps to begin, and hands each over when asked. It decides when rows are ready, never what
-they hold.
+Each loader process builds a fixed, contiguous part of the rank's places, and so reads its own streams only. The memory
+is anonymous (it has no name in any file system) and the processes communicate with their rank through sockets alone,
+so that after a SIGKILL of any process the kernel reclaims everything. A process that dies is noticed when its examples
+are next waited for, restarted, and given its unfinished steps again: their examples come out the same.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, wait
 from typing import Protocol
 
-from pipeline.data.examples.batch_buffer import BatchBuffer
-from pipeline.data.examples.builder import ExampleBuilder, LoaderSpec
+from pipeline.config.errors import RunFailed
+from pipeline.data import in_progress
+from pipeline.data.batch import BatchBuffer
+from pipeline.data.examples.builder import LoaderSpec
+from pipeline.data.loading.worker import Assignment, Done, ExampleThreads, Job
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
 
-MAX_RUN = 16  # rows of one thread's turn at most: what follows an error or a close need not be waited for long
+log = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3  # of one process within RESTART_STEPS: a cause that persists would restart it for ever
+RESTART_STEPS = 100
+HELD = 2  # buffers that the consumer may hold while the processes fill the others
+END_SECONDS = 5.0  # for a process to exit by itself
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # examples are the unit of parallel work
+PROGRAM = "from pipeline.data.loading.worker import main; main()"  # not -m: its messages would be pickled as __main__'s
 
 
 class LoaderBackend(Protocol):
-    """Makes the batches of one rank ahead of need. Steps begin in order, one after the other."""
+    """Builds the batches of one rank ahead of need. It decides when examples are ready, never what they contain."""
 
     def submit(self, step: int) -> None:
-        """Starts on the rows of a step."""
+        """Start to build the examples of a step. Steps are submitted in order."""
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
-        """Waits for the rows of the earliest step begun. Raises what went wrong with them."""
+        """Wait for the examples of the earliest step submitted. Raises what went wrong with them."""
 
     def close(self) -> None:
-        """Ends all that was started. What was handed over stays usable."""
+        """Stop all threads and processes. Buffers that were returned stay usable."""
 
 
 BackendFactory = Callable[[LoaderSpec, Storage], LoaderBackend]
 
 
-class ExampleThreads:
-    """Threads that make a task's rows, a few rows a turn."""
-
-    def __init__(self, maker: ExampleBuilder, threads: int):
-        self._maker, self._threads = maker, threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._has_begun = False
-
-    def submit(self, step: int, places: range, buffer: BatchBuffer, first: int) -> list[Future[list[BadRecord]]]:
-        """Begins the rows of `places`; row 0 of the buffer is place `first`."""
-        if not self._has_begun:
-            self._maker.begin(step)
-            self._has_begun = True
-        # A few rows a turn: one by one, handing them over would cost a twentieth of making them.
-        length = min(MAX_RUN, max(1, len(places) // (4 * self._threads)))
-        runs = [places[start : start + length] for start in range(0, len(places), length)]
-        return [self._pool.submit(self._maker.make, step, run, buffer, first) for run in runs]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._maker.close()
+def local_backend(spec: LoaderSpec, storage: Storage) -> LoaderBackend:
+    """Return processes, or threads of the trainer's process if `data.loader.num_workers` is 0."""
+    return ProcessBackend(spec, storage) if spec.config.data.loader.num_workers else ThreadBackend(spec, storage)
 
 
 class ThreadBackend:
-    """Threads of the trainer's own process, whose interpreter they share: a busy trainer is better served by others."""
+    """Threads of the trainer's own process; they share its interpreter lock, so that a busy trainer slows them."""
 
-    def __init__(self, task: LoaderSpec, storage: Storage):
-        self._task, self._maker = task, ExampleBuilder(task, storage)
-        self._threads = ExampleThreads(self._maker, task.config.data.loader.threads_per_worker)
+    def __init__(self, spec: LoaderSpec, storage: Storage):
+        self._batch_spec, self._first = spec.batch_spec, spec.places.start
+        self._threads = ExampleThreads(spec, storage)
         self._pending: dict[int, tuple[BatchBuffer, list[Future[list[BadRecord]]]]] = {}
 
     def submit(self, step: int) -> None:
-        buffer, places = BatchBuffer.allocate(self._task.layout), self._task.places
-        self._pending[step] = buffer, self._threads.submit(step, places, buffer, places.start)
+        buffer = BatchBuffer.allocate(self._batch_spec)
+        self._pending[step] = buffer, self._threads.submit(step, buffer, self._first)
 
     def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
-        buffer, runs = self._pending.pop(step)
-        bad = [record for run in runs for record in run.result()]
-        self._maker.reached(step)
-        return buffer, bad
+        buffer, futures = self._pending.pop(step)
+        return buffer, self._threads.result(step, futures)
 
     def close(self) -> None:
         self._threads.close()
+
+
+class ProcessBackend:
+    """`loader.num_workers` processes of `loader.threads_per_worker` threads, which write into the trainer's memory."""
+
+    def __init__(self, spec: LoaderSpec, storage: Storage):
+        loader = spec.config.data.loader
+        self._spec = spec.batch_spec
+        self._memory = _SharedBuffers(self._spec.bytes, loader.prefetch_batches + 1 + HELD)
+        self._workers: list[_Worker] = []
+        try:
+            for part in spec.split(loader.num_workers):
+                assignment = Assignment(part, storage, self._spec, spec.places.start)
+                self._workers.append(_Worker(assignment, self._memory.descriptor))
+        except BaseException:
+            self.close()
+            raise
+        self._buffers: dict[int, int] = {}  # step -> index of its buffer
+        self._done: dict[int, list[Done]] = {}
+
+    def submit(self, step: int) -> None:
+        self._buffers[step] = self._memory.take()
+        self._done[step] = []
+        for worker in self._workers:
+            worker.send(Job(step, self._buffers[step] * self._spec.bytes))
+
+    def result(self, step: int) -> tuple[BatchBuffer, list[BadRecord]]:
+        while len(self._done[step]) < len(self._workers):
+            self._receive()
+        index, parts = self._buffers.pop(step), self._done.pop(step)
+        buffer = BatchBuffer(self._spec, self._memory.lend(index))
+        for part in parts:
+            if part.error is not None:
+                raise part.error
+        if not self._memory.has_free:  # the consumer holds more batches than HELD: it gets this one as a copy
+            buffer = buffer.copy()
+        bad = [record for part in parts for record in part.bad]
+        return buffer, sorted(bad, key=lambda record: record.place)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.close()
+
+    def _receive(self) -> None:
+        ready = wait([worker.connection for worker in self._workers])
+        for worker in self._workers:
+            if worker.connection in ready:
+                try:
+                    done: Done = worker.connection.recv()
+                except (EOFError, ConnectionError):
+                    worker.restart()
+                    continue
+                worker.mark_finished(done.step)
+                self._done[done.step].append(done)
+
+
+class _Worker:
+    """One loader process, its socket, and the jobs it has not finished."""
+
+    def __init__(self, assignment: Assignment, memory: int):
+        self._assignment, self._memory = assignment, memory
+        self._progress = _anonymous_file()  # holds the names of the samples that the process is decoding
+        weakref.finalize(self, os.close, self._progress)
+        os.ftruncate(self._progress, in_progress.BYTES)
+        self._samples = mmap.mmap(self._progress, in_progress.BYTES)
+        in_progress.watch(self._samples)
+        self._restarts = self._steps_since_restart = 0
+        self.jobs: dict[int, Job] = {}  # by step, in order
+        self._start()
+
+    def send(self, job: Job) -> None:
+        self.jobs[job.step] = job
+        try:
+            self.connection.send(job)
+        except ConnectionError:
+            self.restart()
+
+    def mark_finished(self, step: int) -> None:
+        del self.jobs[step]
+        self._steps_since_restart += 1
+        if self._steps_since_restart >= RESTART_STEPS:
+            self._restarts = 0
+
+    def restart(self) -> None:
+        """Start the process again with its unfinished jobs. Raises RunFailed after MAX_RESTARTS in a short while."""
+        self.connection.close()
+        self._wait()
+        status = self._process.returncode
+        cause = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+        if self._restarts == MAX_RESTARTS:
+            raise RunFailed(
+                f"a loader process died {MAX_RESTARTS + 1} times in a short while, the last time {cause}. If the "
+                "machine is short of memory, lower data.loader.num_workers, memory_bytes or read_ahead_bytes"
+            )
+        self._restarts, self._steps_since_restart = self._restarts + 1, 0
+        log.warning("a loader process died (%s): restarting it (%d of %d)", cause, self._restarts, MAX_RESTARTS)
+        self._start()
+        for job in self.jobs.values():
+            self.connection.send(job)
+
+    def close(self) -> None:
+        """End the process, whose socket is closed."""
+        self._wait()
+        in_progress.forget(self._samples)
+
+    def _wait(self) -> None:
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptors = (theirs.fileno(), self._memory, self._progress)
+            self._samples[:] = bytes(in_progress.BYTES)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *map(str, descriptors)],
+                pass_fds=descriptors,
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        self.connection = Connection(ours.detach())
+        self.connection.send(self._assignment)
+
+
+class _SharedBuffers:
+    """Equal buffers of anonymous shared memory. A lent buffer is free again when nothing refers to it any more."""
+
+    def __init__(self, buffer_bytes: int, count: int):
+        self._buffer_bytes = buffer_bytes
+        self.descriptor = _anonymous_file()
+        weakref.finalize(self, os.close, self.descriptor)
+        os.ftruncate(self.descriptor, buffer_bytes * count)
+        self._memory = mmap.mmap(self.descriptor, buffer_bytes * count)
+        self._free: deque[int] = deque(range(count))
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    def take(self) -> int:
+        return self._free.popleft()
+
+    def lend(self, index: int) -> object:
+        """Return the buffer's memory as an object whose deletion frees the buffer."""
+        memory = (ctypes.c_char * self._buffer_bytes).from_buffer(self._memory, index * self._buffer_bytes)
+        weakref.finalize(memory, self._free.append, index).atexit = False
+        return memory
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("mome-batches")
+    with tempfile.TemporaryFile() as file:  # unlinked already; for systems without Linux's call
+        return os.dup(file.fileno())

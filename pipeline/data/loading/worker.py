@@ -1,7 +1,7 @@
-"""A loader process, started by `pipeline.data.loading.process_backend` with a socket and shared memory as open files.
+"""Threads that build examples, and the loader process that runs them (started by `loading.backends`).
 
-It reads jobs from a socket and writes rows into memory it shares with its rank. It holds nothing that outlives it:
-the memory has no name, there is no semaphore, and when its rank dies, however it dies, the socket closes and it ends.
+A loader process reads jobs from a socket and writes examples into memory shared with its rank. It holds nothing that
+outlives it: the memory has no name, there is no semaphore, and when its rank dies the socket closes and it exits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -22,26 +22,57 @@ import torch
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.redaction import configure_logging
 from pipeline.data import in_progress
-from pipeline.data.examples.batch_buffer import BatchBuffer, BatchSpec
+from pipeline.data.batch import BatchBuffer, BatchSpec
 from pipeline.data.examples.builder import ExampleBuilder, LoaderSpec
-from pipeline.data.loading.backends import ExampleThreads
 from pipeline.data.quarantine import BadRecord
 from pipeline.data.storage import Storage
+
+MAX_RUN = 16  # examples of one thread's task at most: an error or a close takes effect after the running tasks
+
+
+class ExampleThreads:
+    """A thread pool that builds the examples of a loader spec, a few examples per task."""
+
+    def __init__(self, spec: LoaderSpec, storage: Storage):
+        self._builder, self._places = ExampleBuilder(spec, storage), spec.places
+        self._num_threads = spec.config.data.loader.threads_per_worker
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="loader")
+        self._is_prefetching = False
+
+    def submit(self, step: int, buffer: BatchBuffer, first: int) -> list[Future[list[BadRecord]]]:
+        """Start to build the spec's examples of a step; row 0 of the buffer is place `first`."""
+        if not self._is_prefetching:
+            self._builder.start_prefetch(step)
+            self._is_prefetching = True
+        # Several examples per task: one by one, the hand-over would cost a twentieth of building them.
+        length = min(MAX_RUN, max(1, len(self._places) // (4 * self._num_threads)))
+        runs = [self._places[start : start + length] for start in range(0, len(self._places), length)]
+        return [self._pool.submit(self._builder.build, step, run, buffer, first) for run in runs]
+
+    def result(self, step: int, futures: list[Future[list[BadRecord]]]) -> list[BadRecord]:
+        """Wait for a step's examples and return what was replaced. Raises the first error in order of place."""
+        bad = [record for future in futures for record in future.result()]
+        self._builder.finish_step(step)
+        return bad
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._builder.close()
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a loader process is told first."""
+    """The first message to a loader process."""
 
-    task: LoaderSpec  # of the process's own places
+    loader_spec: LoaderSpec  # of the process's own places
     storage: Storage
-    layout: BatchSpec  # of a whole slot, which the rank's processes fill together
-    first: int  # the place of a slot's row 0
+    batch_spec: BatchSpec  # of a whole buffer, which the rank's processes fill together
+    first: int  # the place of a buffer's row 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """Make the process's rows of `step` in the slot at `offset` of the shared memory."""
+    """A request to build the process's examples of `step` in the buffer at `offset` of the shared memory."""
 
     step: int
     offset: int
@@ -49,7 +80,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """The rows of a step are in their slot, or why not."""
+    """The answer to a job: the replaced samples, or the error."""
 
     step: int
     bad: list[BadRecord]
@@ -57,65 +88,56 @@ class Done:
 
 
 def serve(connection: Connection, memory: mmap.mmap) -> None:
-    """Makes rows until the rank closes the socket."""
+    """Build examples until the rank closes the socket."""
     assignment: Assignment = connection.recv()
-    send = _locked(connection.send)
-    maker = threads = None
+    lock = threading.Lock()
+    threads = None
+
+    def send(message: Done) -> None:
+        with lock:
+            connection.send(message)
+
     while True:
         job: Job = connection.recv()
         try:
-            if maker is None or threads is None:
-                maker = ExampleBuilder(assignment.task, assignment.storage)
-                threads = ExampleThreads(maker, assignment.task.config.data.loader.threads_per_worker)
-            buffer = BatchBuffer(
-                assignment.layout, memoryview(memory)[job.offset : job.offset + assignment.layout.bytes]
-            )
-            runs = threads.submit(job.step, assignment.task.places, buffer, assignment.first)
-            _when_all_done(runs, job.step, maker, send)
+            if threads is None:
+                threads = ExampleThreads(assignment.loader_spec, assignment.storage)
+            spec = assignment.batch_spec
+            buffer = BatchBuffer(spec, memoryview(memory)[job.offset : job.offset + spec.bytes])
+            _send_when_done(threads, threads.submit(job.step, buffer, assignment.first), job.step, send)
         except Exception as error:
             send(Done(job.step, [], _portable(error)))
 
 
-def _when_all_done(
-    runs: list[Future[list[BadRecord]]], step: int, maker: ExampleBuilder, send: Callable[[Done], None]
+def _send_when_done(
+    threads: ExampleThreads, futures: list[Future[list[BadRecord]]], step: int, send: Callable[[Done], None]
 ) -> None:
-    left, lock = len(runs), threading.Lock()
+    remaining, lock = len(futures), threading.Lock()
 
-    def one_done(_: Future[list[BadRecord]]) -> None:
-        nonlocal left
+    def count_down(_: Future[list[BadRecord]]) -> None:
+        nonlocal remaining
         with lock:
-            left -= 1
-            is_last = left == 0
-        if not is_last:
-            return
-        maker.reached(step)
-        error = next((found for run in runs if (found := run.exception()) is not None), None)
-        bad = [] if error else [record for run in runs for record in run.result()]
-        send(Done(step, bad, _portable(error) if isinstance(error, Exception) else None))
+            remaining -= 1
+            if remaining:
+                return
+        try:
+            send(Done(step, threads.result(step, futures)))
+        except Exception as error:
+            send(Done(step, [], _portable(error)))
 
-    for run in runs:
-        run.add_done_callback(one_done)
+    for future in futures:
+        future.add_done_callback(count_down)
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that survives pickling: ours do, others are told in words."""
+    """Return an error that survives pickling: the project's own do, others are formatted as text."""
     if isinstance(error, MomeError):
         return error
     return RunFailed(f"a loader process failed: {''.join(traceback.format_exception(error))}")
 
 
-def _locked(call: Callable[[Done], None]) -> Callable[[Done], None]:
-    lock = threading.Lock()
-
-    def locked(message: Done) -> None:
-        with lock:
-            call(message)
-
-    return locked
-
-
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the rank decides what ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the process group; the rank decides what ends
     configure_logging()
     torch.set_num_threads(1)
     socket, memory, progress = map(int, sys.argv[1:4])
@@ -123,4 +145,4 @@ def main() -> None:
     try:
         serve(Connection(socket), mmap.mmap(memory, 0))
     except (EOFError, ConnectionError):
-        os._exit(0)  # the rank is gone or done with us: no thread of ours may hold the process up
+        os._exit(0)  # the rank has gone or closed the socket: no thread may keep the process alive

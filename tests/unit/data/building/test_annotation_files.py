@@ -247,7 +247,7 @@ def test_other_json_is_no_annotation_file(tmp_path: Path, content: Any) -> None:
 def test_the_data_sets_own_files_become_shards_that_read_back(
     shared: Path, tmp_path: Path, file: str, images: str, kind: str, count: int
 ) -> None:
-    folder = shared / "data" / "mrfr"
+    folder = shared / "data" / "region_features"
     assert find_annotations(folder / file) == kind
     options = Options(images=folder / "images" / images, min_count=1)
     found = read_annotations(folder / file, kind, problems := Problems(), options)  # type: ignore[arg-type]

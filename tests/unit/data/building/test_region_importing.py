@@ -93,7 +93,7 @@ def test_real_feature_files_are_built_read_and_understood(shared: Path, tmp_path
     """Faster R-CNN's features of photographs, through shards and loader, into a model (`../shared/data`)."""
     from PIL import Image
 
-    folder = shared / "data" / "mrfr"
+    folder = shared / "data" / "region_features"
     if not folder.is_dir():
         pytest.skip(f"feature files are not here: {folder}")
     lines = []

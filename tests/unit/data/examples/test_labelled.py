@@ -14,8 +14,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.members import class_of
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.fingerprint import fingerprint
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards

@@ -20,8 +20,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.contents.images import OwnShape, on_one_canvas, random_resized_crop, resize
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.augment import augment
-from pipeline.data.loading.fingerprint import fingerprint, hash_rows
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.randomness import CounterRandom
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
@@ -215,7 +214,7 @@ def test_the_fingerprint_tells_every_member(folder: str, tokenizer: Tokenizer, m
     prints = []
     for each in (batch, replace(batch, **{member: changed})):
         digest = hashlib.sha256()
-        hash_rows(digest, each)
+        each.hash_into(digest)
         prints.append(digest.hexdigest())
     assert prints[0] != prints[1]
 

@@ -17,8 +17,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.regions import RegionRecord
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading.fingerprint import fingerprint
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
@@ -69,7 +68,7 @@ def shards(tmp_path: Path, make_tar) -> str:
 def run_config(shards: str, objectives: tuple[str, ...] = OBJECTIVES, **changes: Any) -> RunConfig:
     model = {
         "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12,
-        "max_regions": MOST, "mrfr": NUMBERS, "region_classes": CLASSES,
+        "max_regions": MOST, "region_features": NUMBERS, "region_classes": CLASSES,
     }  # fmt: skip
     stage: dict[str, Any] = {
         "name": "regions", "sources": {"some": 1.0}, "objectives": {name: {} for name in objectives}, "steps": 100,
@@ -103,7 +102,7 @@ def test_a_row_holds_its_sample_s_regions(shards: str, tokenizer: Tokenizer) -> 
         best = given[batch.region_features[row][keep].numpy().tobytes()]
         np.testing.assert_array_equal(batch.region_location[row][keep], best.locations())
         np.testing.assert_array_equal(batch.region_class[row][keep], best.classes)
-        for name in ("mrfr", "region_location", "moc", "region_hidden"):
+        for name in ("region_features", "region_location", "region_class", "region_hidden"):
             assert not getattr(batch, name)[row][~keep].any()
         masked = batch.region_positions[row][batch.region_positions[row] >= 0]
         assert len(masked) == max(1, round(0.15 * len(best)))
@@ -124,10 +123,10 @@ def test_batches_are_the_same_for_every_world_size(
 
 def test_loader_processes_make_the_same_rows(shards: str, tokenizer: Tokenizer) -> None:
     config = run_config(shards)
-    loader = config.data.loader.model_copy(update={"workers": 1})
+    loader = config.data.loader.model_copy(update={"num_workers": 1})
     other = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
     (one,), (same,) = take(config, tokenizer, 1), take(other, tokenizer, 1)
-    for name in ("mrfr", "region_keep", "region_positions", "region_hidden", "masked_text", "image_id"):
+    for name in ("region_features", "region_keep", "region_positions", "region_hidden", "masked_text", "image_id"):
         assert torch.equal(getattr(one, name), getattr(same, name)), name
 
 
@@ -220,5 +219,5 @@ def test_objectives_that_share_a_masked_pass_read_the_same_rows(shards: str) -> 
     config = run_config(shards)
     values = config.model_dump(mode="json")
     values["stages"][0]["objectives"]["moc"]["every"] = 2
-    with pytest.raises(ConfigError, match="masked_language, region_class, region_features share one pass"):
+    with pytest.raises(ConfigError, match="mlm, moc, mrfr share one pass"):
         validate(values, "test")

@@ -17,8 +17,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import builder as module
-from pipeline.data.loading.fingerprint import fingerprint, hash_rows
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 
@@ -91,7 +90,7 @@ def row_hashes(batches: list[Batch]) -> list[str]:
     for batch in batches:
         for row in range(len(batch)):
             digest = hashlib.sha256()
-            hash_rows(digest, batch.rows(slice(row, row + 1)))
+            batch.rows(slice(row, row + 1)).hash_into(digest)
             found.append(digest.hexdigest())
     return found
 

@@ -17,9 +17,8 @@ from pipeline.config.errors import DataError, RunFailed
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.loading import process_backend
-from pipeline.data.loading.fingerprint import fingerprint
-from pipeline.data.loading.loader import Loader
+from pipeline.data.loading import backends
+from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 
@@ -59,7 +58,7 @@ def open_loader(config: RunConfig, tokenizer: Tokenizer) -> Loader:
 
 
 def with_workers(config: RunConfig, count: int) -> RunConfig:
-    loader = config.data.loader.model_copy(update={"workers": count})
+    loader = config.data.loader.model_copy(update={"num_workers": count})
     return config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
 
 
@@ -147,7 +146,7 @@ def test_a_killed_process_is_started_again_and_nothing_changes(config, tokenizer
 def test_a_process_that_is_killed_for_ever_ends_the_run_with_a_reason(
     config, tokenizer, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(process_backend, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(backends, "MAX_RESTARTS", 1)
 
     def kill_and_go_on(loader: Loader) -> None:
         for _ in loader.batches(0):
