@@ -1,164 +1,274 @@
-"""Contract C2: the gradient of a global batch is the same for every ranks x micro-batch x accumulation x ZeRO stage."""
+"""Contract C2: one global batch has one gradient, for every number of ranks, micro-batch size and ZeRO stage."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.support.gradients import TOLERANCE, Layout, Sharding, engine_gradients, plain_gradients, relative_errors
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
+from pipeline.training.collectives import share
+from tests.support.fine_tuning_data import run_config
+from tests.support.gradients import TOLERANCE, relative_errors
 from tests.support.ranks import run_ranks
-from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
+from tests.support.tiny_model import tiny_config
+from tests.support.trial import invented_batch, tiny_section
 
-Gradients = dict[str, Tensor]
-NUM_STAGES = len(tiny_config().stages)
-
-
-def _gradients_of_stages(zero_stage: int, micro_batch_size: int | None) -> list[tuple[Gradients, dict[str, float]]]:
-    """The global gradient and losses of one batch of each stage, through the engine, on this rank."""
-    return [_stage_gradients(index, zero_stage, micro_batch_size) for index in range(NUM_STAGES)]
+Result = tuple[dict[str, torch.Tensor], dict[str, float]]  # gradients, losses
+SHAPED_IMAGES = 12
+REGIONS = 10  # neither 3 ranks nor micro-batches of 2 divide it
+PAIRS = 48
 
 
-def _stage_gradients(index: int, zero_stage: int, micro_batch_size: int | None) -> tuple[Gradients, dict[str, float]]:
-    from pipeline.training.collectives import Collectives
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
-    from pipeline.training.steps import TrainingStep
+@dataclass(frozen=True)
+class Case:
+    """A stage of a tiny run, and this rank's examples of its global batch (default: `tiny_batch`)."""
 
-    config = tiny_config(zero_stage=zero_stage, micro_batch_size=micro_batch_size)
-    collectives = Collectives()
-    stage = config.stages[index]
-    engine = DeepSpeedEngine(_model(config, index), config, stage, collectives)
-    step = TrainingStep(engine, config, stage, collectives)
-    batch = tiny_batch(config, 1, collectives.rank, collectives.world_size, stage.global_batch_size)
-    losses = {name: float(collectives.sum(loss)) for name, loss in step(batch).items()}
-    gradients = engine.gradients()
-    engine.close()
-    return gradients, losses
+    config: Callable[..., RunConfig]
+    index: int = 0
+    batch: Callable[[RunConfig, int, int], Batch] | None = None
 
 
-def _model(config, index):
-    from pipeline.models import build_model
-    from pipeline.models.model import HeadConfig
-    from pipeline.training.stages import trained_parts
+def one_stage(section: dict[str, Any], stage: dict[str, Any], source_type: str = "pairs") -> Callable[..., RunConfig]:
+    def config(**engine: Any) -> RunConfig:
+        values = {
+            "name": "test",
+            "seed": 3,
+            "model": section,
+            "sources": {"some": {"shards": "invented", "type": source_type}},
+            "data": {"streams": 2},
+            "stages": [{"name": "stage", "sources": {"some": 1.0}, "steps": 4, "max_text_length": 12, **stage}],
+            "engine": {"precision": "float32", **engine},
+        }
+        return validate(values, "test")
 
-    model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
-    trained = trained_parts(model, config, config.stages[index])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.part_of(name) in trained)
-    return model
-
-
-def _plain_gradients(index: int) -> tuple[Gradients, dict[str, float]]:
-    from pipeline.training.collectives import Collectives
-    from pipeline.training.plain_engine import PlainEngine
-    from pipeline.training.steps import TrainingStep
-
-    config = tiny_config()
-    stage = config.stages[index]
-    engine = PlainEngine(_model(config, index), stage.optimizer)
-    losses = TrainingStep(engine, config, stage, Collectives())(tiny_batch(config, 1, 0, 1, stage.global_batch_size))
-    return engine.gradients(), {name: float(loss) for name, loss in losses.items()}
+    return config
 
 
-def _plain_gradients_of_stages() -> list[tuple[Gradients, dict[str, float]]]:
-    return [_plain_gradients(index) for index in range(NUM_STAGES)]
+def pairs_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
+    """Return 48 pairs; every second one repeats the image before it, which must not become a negative."""
+    batch = replace(invented_batch(config.model, "pairs", 1, PAIRS), image_id=torch.arange(PAIRS) // 2 * 2)
+    return batch.rows(slice(*share(PAIRS, rank, world_size)))
 
 
-@pytest.fixture(scope="module")
-def plain() -> list[tuple[Gradients, dict[str, float]]]:
-    return run_ranks(_plain_gradients_of_stages, 1)[0]
+def regions_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
+    """Return examples with regions, padded to this rank's maximum as the loader does: the first ranks have fewer."""
+    batch = invented_batch(config.model, "regions", 1, REGIONS)
+    batch.region_keep[:4, -1] = False
+    rows = batch.rows(slice(*share(REGIONS, rank, world_size)))
+    length = int(rows.region_keep.sum(dim=1).max())
+    names = ("region_features", "region_location", "region_keep", "region_class", "region_hidden")
+    return replace(rows, **{name: getattr(rows, name)[:, :length] for name in names})
 
 
-LAYOUTS = [(1, 2, 5), (2, 3, None), (3, 2, 2)]  # the next test has the others, for the stage with most objectives
+def shaped_batch(config: RunConfig, rank: int, world_size: int) -> Batch:
+    """Return images that keep their aspect ratio, padded to this rank's largest image and longest text."""
+    rows = invented_batch(config.model, "pairs", 1, SHAPED_IMAGES).rows(slice(*share(SHAPED_IMAGES, rank, world_size)))
+    height, width = rows.image_size.max(dim=0).values.tolist()
+    patches, length = int((rows.visible_patches >= 0).sum(dim=1).max()), int(rows.text_keep.sum(dim=1).max())
+    text = {name: getattr(rows, name)[:, :length] for name in ("text", "text_keep", "masked_text")}
+    return replace(
+        rows, image=rows.image[:, :height, :width], visible_patches=rows.visible_patches[:, :patches], **text
+    )
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage", "micro_batch_size"), LAYOUTS)
-def test_gradient_of_the_global_batch_is_that_of_one_process(plain, world_size, zero_stage, micro_batch_size):
-    answers = run_ranks(_gradients_of_stages, world_size, zero_stage, micro_batch_size)[0]
-    for (expected, expected_losses), (got, losses) in zip(plain, answers, strict=True):
-        assert losses == pytest.approx(expected_losses, rel=1e-5)
-        assert got.keys() == expected.keys()
-        everything = torch.sqrt(sum(g.double().square().sum() for g in expected.values()))
-        for name, gradient in expected.items():
-            error = (got[name].double() - gradient.double()).norm()
-            assert error <= 1e-5 * gradient.double().norm() + 1e-7 * everything, (name, float(error))
-
-
-# Every sharding, with and without accumulation, on one, two, three and five ranks.
-CELLS = {
-    Layout(1, 48): [Sharding(3, offload_optimizer=True, offload_parameters=True)],
-    Layout(2, 8): [Sharding(1), Sharding(2, offload_optimizer=True), Sharding(3, offload_optimizer=True)],
-    Layout(3, 16): [Sharding(0), Sharding(1, offload_optimizer=True)],
-    Layout(5, 10): [Sharding(2), Sharding(3)],
+REGION_SECTION = {
+    "kind": "imagebert", "width": 32, "layers": 2, "heads": 2, "max_text_length": 12, "max_regions": 6,
+    "region_features": 8, "region_classes": 7, "init_std": 0.2, "dropout": 0.0,
+}  # fmt: skip
+VILT = tiny_section("vilt").model_dump() | {"drop_path": 0.1}
+RANDOM = {"negatives": "random"}
+CASES = {
+    **{stage.name: Case(tiny_config, index) for index, stage in enumerate(tiny_config().stages)},
+    # With `every: 4`, many micro-batches of three examples hold none that masked_image reads.
+    "48 pairs": Case(
+        one_stage(
+            tiny_section("vlmo").model_dump() | {"drop_path": 0.1},
+            {
+                "objectives": {
+                    "itc": {},
+                    "itm": {"every": 2},
+                    "mlm": {},
+                    "mim": {"every": 4},
+                },
+                "global_batch_size": PAIRS,
+            },
+        ),
+        batch=pairs_batch,
+    ),
+    "regions": Case(
+        one_stage(
+            REGION_SECTION,
+            {
+                "objectives": {
+                    "itm": {"every": 2},
+                    "mlm": {},
+                    "moc": {},
+                    "mrfr": {"weight": 0.1},
+                },
+                "global_batch_size": REGIONS,
+                **RANDOM,
+            },
+            "regions",
+        ),
+        batch=regions_batch,
+    ),
+    "shaped images": Case(
+        one_stage(
+            VILT,
+            {
+                "objectives": {
+                    "itm": {},
+                    "wpa": {"weight": 0.1},
+                    "mlm": {},
+                    "mim": {"every": 2},
+                },
+                "image_target": "mean_colour",
+                "global_batch_size": SHAPED_IMAGES,
+                **RANDOM,
+            },
+        ),
+        batch=shaped_batch,
+    ),
+    "ranking": Case(
+        one_stage(
+            VILT, {"objectives": {"ranking": {}}, "num_negative_texts": 3, "global_batch_size": SHAPED_IMAGES, **RANDOM}
+        ),
+        batch=shaped_batch,
+    ),
+}
+# Ranks and micro-batch size -> engines. All cases run on the first engine of a layout, the 48 pairs on every one.
+LAYOUTS: dict[tuple[int, int | None], list[dict[str, Any]]] = {
+    (1, 5): [{"zero_stage": 2}, {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}],
+    (2, 3): [
+        {"zero_stage": 3},
+        {"zero_stage": 1},
+        {"zero_stage": 2, "offload_optimizer": True},
+        {"zero_stage": 3, "offload_optimizer": True},
+    ],
+    (3, None): [{"zero_stage": 1}, {"zero_stage": 0}, {"zero_stage": 1, "offload_optimizer": True}],
+    (3, 2): [{"zero_stage": 2}],
+    (5, 2): [{"zero_stage": 3}, {"zero_stage": 2}],
 }
 
 
-@pytest.mark.parametrize("layout", CELLS, ids=str)
-def test_gradient_of_48_pairs_is_that_of_autograd_however_they_are_cut_and_sharded(table_expected, layout):
-    for sharding, got in zip(CELLS[layout], engine_gradients(layout, CELLS[layout]), strict=True):
-        errors = relative_errors(table_expected, got)
-        assert max(errors.values()) <= TOLERANCE, (str(sharding), max(errors, key=errors.get), max(errors.values()))
+def _results(names: list[str], plain: bool, engines: list[dict[str, Any]]) -> list[dict[str, Result]]:
+    from tests.support.engines import gradients_and_losses
+
+    def result(name: str, engine: dict[str, Any]) -> Result:
+        case = CASES[name]
+        return gradients_and_losses(case.config(**engine), case.index, plain, case.batch)
+
+    return [
+        {name: result(name, engine) for name in (names if number == 0 else ["48 pairs"])}
+        for number, engine in enumerate(engines)
+    ]
 
 
 @pytest.fixture(scope="module")
-def table_expected() -> Gradients:
-    return plain_gradients()
+def expected() -> dict[str, Result]:
+    """Return each case's gradient by autograd in one process."""
+    return run_ranks(_results, 1, [*CASES], True, [{}])[0][0]
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), LAYOUTS)
+def test_gradient_equals_one_process(expected, world_size, micro_batch_size):
+    names = ["48 pairs"] if world_size == 5 else [*CASES]
+    engines = [{"micro_batch_size": micro_batch_size, **engine} for engine in LAYOUTS[world_size, micro_batch_size]]
+    for engine, results in zip(engines, run_ranks(_results, world_size, names, False, engines)[0], strict=True):
+        for name, (gradients, losses) in results.items():
+            # Word-patch alignment is a difference of distances, which may be near 0.
+            assert losses == pytest.approx(expected[name][1], rel=1e-5, abs=1e-7), (name, engine)
+            errors = relative_errors(expected[name][0], gradients)
+            worst = max(errors, key=errors.__getitem__)
+            assert errors[worst] <= TOLERANCE, (name, engine, worst, errors[worst])
+
+
+FINE_TUNING: dict[str, tuple[str, dict[str, Any]]] = {
+    "questions": ("vqa", {"num_answers": 6}),
+    "statements": ("nlvr2", {}),
+    "labelled": ("classification", {"num_classes": 4}),
+}
+
+
+def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int | None) -> dict[str, Result]:
+    """Return the gradient and losses of one batch from the loader, with drop path, for each fine-tuning objective."""
+    from pipeline.data.contents.text import Tokenizer
+    from pipeline.data.loading.loader import Loader
+    from pipeline.data.reading.samples import iter_captions
+    from pipeline.data.storage import Storage
+    from pipeline.training.collectives import Collectives
+    from pipeline.training.stages import build_stage_model
+    from tests.support.engines import build_engine
+
+    collectives, storage, results = Collectives(), Storage(), {}
+    for source_type, (objective, keys) in FINE_TUNING.items():
+        config = run_config(Path(folder, source_type), source_type, objective, 1, is_drawn=True, **keys)
+        engine = config.engine.model_copy(update={"zero_stage": zero_stage, "micro_batch_size": micro_batch_size})
+        model = config.model.model_copy(update={"drop_path": 0.1})
+        config = config.model_copy(update={"engine": engine, "model": model})
+        tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
+        built = build_engine(
+            config, collectives=collectives, model=build_stage_model(config, 0, storage, tokenizer.size)
+        )
+        with Loader(config, built.stage, storage, tokenizer, collectives.rank, collectives.world_size) as loader:
+            losses = built.losses(next(loader.batches(0)))
+        results[source_type] = built.engine.gradients(), losses
+        built.engine.close()
+    return results
+
+
+def test_fine_tuning_gradient_equals_one_process(tmp_path: Path) -> None:
+    for source_type, (objective, keys) in FINE_TUNING.items():
+        (tmp_path / source_type).mkdir()
+        run_config(tmp_path / source_type, source_type, objective, 1, **keys)  # draws the shards
+    expected = run_ranks(_fine_tuning_gradients, 1, str(tmp_path), 0, None)[0]
+    for world_size, zero_stage, micro_batch_size in ((2, 2, 5), (3, 3, None)):
+        results = run_ranks(_fine_tuning_gradients, world_size, str(tmp_path), zero_stage, micro_batch_size)[0]
+        for source_type, (gradients, losses) in results.items():
+            assert losses == pytest.approx(expected[source_type][1], rel=1e-5)
+            assert max(relative_errors(expected[source_type][0], gradients).values()) <= TOLERANCE, (
+                source_type,
+                world_size,
+            )
 
 
 def _losses(steps: int, zero_stages: list[int]) -> list[list[float]]:
-    """At each ZeRO stage the losses of all steps, then the gradient norm of the last."""
-    from pipeline.training.collectives import Collectives
-
-    collectives = Collectives()
-    return [_losses_at(collectives, steps, zero_stage) for zero_stage in zero_stages]
-
-
-def _losses_at(collectives, steps: int, zero_stage: int) -> list[float]:
-    from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    """Return, for each ZeRO stage, the losses of `steps` steps and the gradient norm of the last."""
     from pipeline.training.schedule import learning_rate
-    from pipeline.training.steps import TrainingStep
+    from tests.support.engines import build_engine, tiny_model
 
-    config = tiny_config(zero_stage=zero_stage)
-    stage, size = config.stages[2], 16
-    stage = stage.model_copy(update={"global_batch_size": size})
-    engine = DeepSpeedEngine(_model(config, 2), config, stage, collectives)
-    step = TrainingStep(engine, config, stage, collectives)
-    losses = []
-    for number in range(steps):
-        loss = step(tiny_batch(config, number, collectives.rank, collectives.world_size, size))["loss"]
-        engine.step(learning_rate(number, steps, stage.optimizer))
-        losses.append(float(collectives.sum(loss)))
-    engine.close()
-    return [*losses, engine.gradient_norm()]
+    results = []
+    for zero_stage in zero_stages:
+        config = tiny_config(zero_stage=zero_stage)
+        stages = [stage.model_copy(update={"global_batch_size": 16}) for stage in config.stages]
+        config = config.model_copy(update={"stages": tuple(stages)})
+        built = build_engine(config, 2, model=tiny_model(config, 2))
+        losses = [built.train([step], learning_rate(step, steps, built.stage.optimizer))[0] for step in range(steps)]
+        built.engine.close()
+        results.append([*losses, built.engine.gradient_norm()])
+    return results
 
 
-@pytest.fixture(scope="module")
-def losses_of_two_ranks() -> list[list[float]]:
-    return run_ranks(_losses, 2, 20, [2, 0, 1, 3])[0]
-
-
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_twenty_steps_have_the_same_losses_at_every_zero_stage(losses_of_two_ranks, zero_stage):
-    at = dict(zip([2, 0, 1, 3], losses_of_two_ranks, strict=True))
-    assert at[zero_stage] == pytest.approx(at[2], rel=1e-5)
-
-
-def test_twenty_steps_have_the_same_losses_on_ranks_of_unequal_shares(losses_of_two_ranks):
-    assert run_ranks(_losses, 3, 20, [2])[0][0] == pytest.approx(losses_of_two_ranks[0], rel=1e-5)
+def test_twenty_steps_have_equal_losses_for_every_layout():
+    zero_2, *others = run_ranks(_losses, 2, 20, [2, 0, 1, 3])[0]
+    for losses in [*others, run_ranks(_losses, 3, 20, [2])[0][0]]:
+        assert losses == pytest.approx(zero_2, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_losses_equal_on_one_to_four_ranks_at_every_zero_stage():
-    stages, steps = [0, 1, 2, 3], 100 if "MOME_LONG_RUNS" in os.environ else 5  # a hundred take half an hour
-    found = {w: run_ranks(_losses, w, steps, stages, seconds=3600.0)[0] for w in (1, 2, 3, 4)}
-    expected = found[1][0][:-1]
-    worst = {
-        f"{w} ranks, ZeRO {stage}": max(abs(got / right - 1) for got, right in zip(losses[:-1], expected, strict=True))
-        for w, by_stage in found.items()
-        for stage, losses in zip(stages, by_stage, strict=True)
-    }
-    print("worst relative difference of a loss from one rank at ZeRO 0:", worst)
-    assert max(worst.values()) <= 1e-5, worst
+    zero_stages, steps = [0, 1, 2, 3], 100 if "MOME_LONG_RUNS" in os.environ else 5  # 100 steps take half an hour
+    results = {ranks: run_ranks(_losses, ranks, steps, zero_stages, seconds=3600.0)[0] for ranks in (1, 2, 3, 4)}
+    expected = results[1][0][:-1]
+    for ranks, by_zero_stage in results.items():
+        for zero_stage, losses in zip(zero_stages, by_zero_stage, strict=True):
+            assert losses[:-1] == pytest.approx(expected, rel=1e-5), f"{ranks} ranks, ZeRO {zero_stage}"

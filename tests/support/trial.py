@@ -332,10 +332,10 @@ def _regions(section: ImageBERTConfig, size: int, draw: torch.Generator) -> dict
     hidden = torch.zeros(size, count, dtype=torch.bool).scatter(1, positions[:, :1], True)
     positions[::3, 1] = -1
     return {
-        "mrfr": features * keep.unsqueeze(-1),
+        "region_features": features * keep.unsqueeze(-1),
         "region_location": location * keep.unsqueeze(-1),
         "region_keep": keep,
-        "moc": torch.randint(0, section.region_classes, (size, count), generator=draw),
+        "region_class": torch.randint(0, section.region_classes, (size, count), generator=draw),
         "region_positions": positions,
         "region_hidden": hidden,
     }

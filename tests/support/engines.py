@@ -1,0 +1,128 @@
+"""Engines of tiny runs on the calling rank, for tests of gradients, optimizer state and checkpoints.
+
+Everything that builds a model, engine and training step from a config for a test does so here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import CheckpointConfig, RunConfig, StageConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.models import build_model
+from pipeline.models.model import Model
+from pipeline.training.checkpoint import CheckpointStore
+from pipeline.training.collectives import Collectives
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.stages import heads, trained_parts
+from pipeline.training.steps import TrainingStep
+from tests.support.tiny_model import tiny_batch
+from tests.support.trial import VOCABULARY
+
+LEARNING_RATE = 1e-3
+Gradients = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class EngineOnRank:
+    """A stage's engine and training step on this rank."""
+
+    config: RunConfig
+    stage: StageConfig
+    collectives: Collectives
+    engine: Any
+    step: TrainingStep
+
+    def batch(self, step: int) -> Batch:
+        """Return this rank's examples of the tiny batch of a step."""
+        return tiny_batch(
+            self.config, step, self.collectives.rank, self.collectives.world_size, self.stage.global_batch_size
+        )
+
+    def losses(self, batch: Batch) -> dict[str, float]:
+        """Run forward and backward on this rank's examples and return the losses of the global batch."""
+        return {name: float(self.collectives.sum(loss)) for name, loss in self.step(batch).items()}
+
+    def train(self, steps: Iterable[int], learning_rate: float = LEARNING_RATE) -> list[float]:
+        """Make optimizer steps on tiny batches and return their global losses."""
+        losses = []
+        for step in steps:
+            losses.append(self.losses(self.batch(step))["loss"])
+            self.engine.step(learning_rate)
+        return losses
+
+    def save(self, folder: str, step: int) -> CheckpointStore:
+        """Begin to write a checkpoint of `step` steps; `wait` for it on the returned store."""
+        store = self.store(folder)
+        metadata = {
+            "step": step,
+            "stage": self.stage.name,
+            "stage_step": step,
+            "plan_digest": "plan",
+            "data_counts": {},
+            "zero_stage": self.config.engine.zero_stage,
+        }
+        store.save(self.engine.fragments(), metadata)
+        return store
+
+    def restore(self, folder: str) -> bool | None:
+        """Load the newest checkpoint and return whether the engine then equals it bit for bit; None without one."""
+        latest = self.store(folder).latest()
+        if latest is None:
+            return None
+        saved = latest[1]
+        self.engine.restore(saved)
+        return all(
+            torch.equal(value, saved.read(fragment.name, kind, fragment.start, fragment.start + len(value)))
+            for fragment in self.engine.fragments()
+            for kind, value in fragment.values.items()
+        )
+
+    def store(self, folder: str) -> CheckpointStore:
+        return CheckpointStore(Storage(self.config.storage), folder, self.collectives, CheckpointConfig(keep=9))
+
+
+def tiny_model(config: RunConfig, index: int = 0, freeze: Iterable[str] = ()) -> Model:
+    """Build a stage's model with random weights; the parts that it does not train, and `freeze`, need no gradient."""
+    model = build_model(config.model, VOCABULARY, heads(config, index), seed=5)
+    trained = trained_parts(model, config, config.stages[index]) - set(freeze)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.part_of(name) in trained)
+    return model
+
+
+def build_engine(
+    config: RunConfig,
+    index: int = 0,
+    collectives: Collectives | None = None,
+    model: Model | None = None,
+    plain: bool = False,
+) -> EngineOnRank:
+    """Build the engine of stage `index` on this rank. `plain` selects autograd and Adam in one process."""
+    collectives, stage = collectives or Collectives(), config.stages[index]
+    model = model or tiny_model(config, index)
+    engine = PlainEngine(model, stage.optimizer) if plain else DeepSpeedEngine(model, config, stage, collectives)
+    return EngineOnRank(config, stage, collectives, engine, TrainingStep(engine, config, stage, collectives))
+
+
+def gradients_and_losses(
+    config: RunConfig,
+    index: int = 0,
+    plain: bool = False,
+    batch: Callable[[RunConfig, int, int], Batch] | None = None,
+) -> tuple[Gradients, dict[str, float]]:
+    """Return the gradient and losses of one global batch. `batch(config, rank, world_size)`: default, a tiny batch."""
+    built = build_engine(config, index, plain=plain)
+    rank, world_size = built.collectives.rank, built.collectives.world_size
+    losses = built.losses(batch(config, rank, world_size) if batch else built.batch(1))
+    gradients = built.engine.gradients()
+    if not plain:
+        built.engine.close()
+    return gradients, losses
