@@ -82,9 +82,9 @@ def train(
     from jobs.preflight import preflight_on_ray
     from jobs.pretrain import pretrain
     from jobs.report import reported
-    from pipeline.training.profile import Window
+    from pipeline.training.profile import ProfileWindow
 
-    more = [] if profile is None else [Window.parse(profile).override]
+    more = [] if profile is None else [ProfileWindow.parse(profile).override]
     settings = load_config(config, [*(overrides or []), *more])
     if preflight:
         with status("checking on every rank"):

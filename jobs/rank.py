@@ -22,8 +22,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
+from pipeline.training.health import is_out_of_memory
 from pipeline.training.loop import train
-from pipeline.training.memory import is_out_of_memory
 from pipeline.training.ownership import Ownership
 from pipeline.training.progress import Progress
 

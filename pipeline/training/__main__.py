@@ -13,7 +13,7 @@ from pipeline.config.load import load_config
 from pipeline.config.redaction import configure_logging, printable
 from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
-from pipeline.training.profile import Window
+from pipeline.training.profile import ProfileWindow
 from pipeline.training.progress import Progress
 
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     try:
         wants_preflight, rest = "--preflight" in arguments, [each for each in arguments if each != "--preflight"]
         if "--profile" in rest and rest[-1] != "--profile":
-            rest.append(Window.parse(rest.pop(rest.index("--profile") + 1)).override)
+            rest.append(ProfileWindow.parse(rest.pop(rest.index("--profile") + 1)).override)
             rest.remove("--profile")
         if not rest or any(each.startswith("-") for each in rest):
             raise ConfigError("usage: torchrun -m pipeline.training CONFIG [--preflight] [--profile A:B] [key=value …]")

@@ -1,8 +1,8 @@
-"""Alerts: what a run that goes on should still be looked at for, each a tag on its run and a line that says what to do.
+"""Alerts: conditions of a running stage that need attention, each a tag on its MLflow run and a log line with a remedy.
 
-They are judged at the steps whose metrics are read, on rank 0, from numbers that are read there anyway; the loss at
-every look. An alert that several readings in a row give cause for is raised once, and taken back when as many give
-none. What ends a run at once (a loss that is not finite) is raised by who ends it.
+They are evaluated on rank 0 at the metrics steps, from metrics that are collected anyway; loss spikes at every health
+check. An alert is raised once, after several consecutive steps have met its condition, and cleared after as many have
+not.
 """
 
 from __future__ import annotations
@@ -11,155 +11,136 @@ import logging
 import statistics
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.evaluation.results import COLLAPSED
 from pipeline.models.heads import MAX_SCALE
 from pipeline.tracking.tracker import Tracker
+from pipeline.training.callbacks import Callback
+from pipeline.training.metrics import MetricsSnapshot, StepMetrics
+
+if TYPE_CHECKING:
+    from pipeline.training.context import Stage, StageState
+    from pipeline.training.coverage import Coverage
+    from pipeline.training.health import StepHealth
 
 log = logging.getLogger(__name__)
 
-READINGS = 5  # in a row, for or against
-CLAMPED = 0.999  # of the contrast's largest scale
-STARVED = 0.1  # share of its time that a rank waits for data
-BEHIND = 1.5  # x the median rank's forward
-JUMP = 3.0  # x the median of the last losses …
-LOSSES = 50  # … so many
+CONSECUTIVE = 5  # metrics steps until an alert is raised or cleared
+CLAMPED = 0.999  # of the contrastive loss's maximum scale
+MAX_DATA_WAIT = 0.1  # fraction of its time that a rank may wait for data
+MAX_SLOWDOWN = 1.5  # of a rank's forward, relative to the median rank
+JUMP = 3.0  # of the loss, relative to the median of the last `LOSSES`
+LOSSES = 50
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The run at one step of a stage."""
+class Alerts(Callback):
+    """The alerts of one stage; used on rank 0 only."""
 
-    step: int  # over all stages
-    warm: bool  # past the stage's warm-up
-    signs: dict[str, float]  # of the global batch, as `terms` and the contrast name them
-    waits: list[float]  # share of its time that each rank waited for data since the last reading
-    forwards: list[float]  # seconds of each rank's forward, their median since the last reading
-
-
-def sign_metrics(signs: dict[str, float]) -> dict[str, float]:
-    """What the signs come to, under MLflow's names."""
-    found = {}
-    if scale := signs.get("itc_scale"):
-        found["train/itc_temperature"] = 1 / scale
-    for kind in ("matched", "wrong"):
-        if rows := signs.get(f"itm_{kind}"):
-            found[f"train/itm_recall_{kind}"] = signs[f"itm_{kind}_right"] / rows
-    return found
-
-
-def rank_metrics(reading: Reading) -> dict[str, float]:
-    """How unlike the ranks are."""
-    found = {"perf/data_wait_share_worst": max(reading.waits)}
-    if (ratio := _slowest(reading)) is not None:
-        found["perf/slowest_rank_ratio"] = ratio[1]
-    return found
-
-
-class Alerts:
-    """One stage's alerts. Nothing here is asked by another rank."""
-
-    def __init__(self, stage: str, tracker: Tracker):
-        self._stage, self._tracker = stage, tracker
-        self._for: dict[str, int] = {}  # readings in a row that gave cause
-        self._against: dict[str, int] = {}
+    def __init__(self, stage: Stage, tracker: Tracker, coverage: Coverage | None = None):
+        self._stage, self._tracker, self._coverage = stage, tracker, coverage
+        self._met: dict[str, int] = {}  # consecutive steps that met the condition
+        self._unmet: dict[str, int] = {}
         self._raised: dict[str, str] = {}
         self._losses: deque[float] = deque(maxlen=LOSSES)
 
-    def read(self, reading: Reading) -> None:
-        """Judge everything but the loss."""
-        for name, judge in CHECKS.items():
-            told = judge(reading)
-            self._for[name] = self._for.get(name, 0) + 1 if told else 0
-            self._against[name] = 0 if told else self._against.get(name, 0) + 1
-            if told and self._for[name] >= READINGS and name not in self._raised:
-                self.sound(name, reading.step, told)
-            elif name in self._raised and self._against[name] >= READINGS:
-                self._take_back(name, reading.step)
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        if self._coverage is not None and self._coverage.alert is not None:
+            self.raise_alert("unknown_tokens", self._stage.global_step(start), self._coverage.alert)
 
-    def see_loss(self, step: int, loss: float) -> None:
-        """One step's loss of the global batch, before its update."""
+    def on_health(self, step: int, health: StepHealth) -> None:
+        self.observe_loss(self._stage.global_step(step), health.losses["loss"])
+
+    def on_fault(self, step: int, name: str, message: str) -> None:
+        self.raise_alert(name, self._stage.global_step(step), message)
+
+    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
+        self.evaluate(snapshot.step_metrics)
+
+    def evaluate(self, metrics: StepMetrics) -> None:
+        """Evaluate the conditions of all alerts except the loss spike."""
+        for name, check in CHECKS.items():
+            message = check(metrics)
+            self._met[name] = self._met.get(name, 0) + 1 if message else 0
+            self._unmet[name] = 0 if message else self._unmet.get(name, 0) + 1
+            if message and self._met[name] >= CONSECUTIVE and name not in self._raised:
+                self.raise_alert(name, metrics.step, message)
+            elif name in self._raised and self._unmet[name] >= CONSECUTIVE:
+                self.clear(name, metrics.step)
+
+    def observe_loss(self, step: int, loss: float) -> None:
+        """Check the global batch's loss at one step for a spike."""
         if len(self._losses) == LOSSES and loss > JUMP * (median := statistics.median(self._losses)):
-            self.sound(
+            self.raise_alert(
                 "loss_spike",
                 step,
-                f"the loss jumped to {loss:.4g} (median of the last {LOSSES}: {median:.4g}). Where it does not come "
-                "down again, go back to a checkpoint before it with a lower optimizer.lr or with "
-                "optimizer.max_grad_norm; guards.spike goes back by itself, past the data that did it",
+                f"the loss jumped to {loss:.4g} (median of the last {LOSSES}: {median:.4g}). If it does not recover, "
+                "resume from an earlier checkpoint with a lower optimizer.lr or with optimizer.max_grad_norm; "
+                "guards.spike rolls back and skips the data automatically",
             )
-            self._losses.clear()  # one jump is one alert
+            self._losses.clear()  # one jump raises one alert
         self._losses.append(loss)
 
-    def sound(self, name: str, step: int, told: str) -> None:
-        """Raise an alert. `told`: what was seen, and what to do."""
-        self._raised[name] = text = f"since step {step}: {told}"
-        log.warning("stage %s: ALERT %s, %s", self._stage, name, text, extra={"alert": f"{self._stage}/{name}"})
+    def raise_alert(self, name: str, step: int, message: str) -> None:
+        """Raise an alert; `message` states the observation and the remedy."""
+        self._raised[name] = text = f"since step {step}: {message}"
+        source = f"{self._stage.name}/{name}"
+        log.warning("stage %s: ALERT %s, %s", self._stage.name, name, text, extra={"alert": source})
         self._tracker.tag(f"mome.alert.{name}", text)
 
-    def _take_back(self, name: str, step: int) -> None:
+    def clear(self, name: str, step: int) -> None:
+        """Mark an alert as over."""
         text = f"over at step {step}; {self._raised.pop(name)}"
-        told = {"alert": f"{self._stage}/{name}", "over": True}
-        log.warning("stage %s: alert %s is over at step %d", self._stage, name, step, extra=told)
+        extra = {"alert": f"{self._stage.name}/{name}", "over": True}
+        log.warning("stage %s: alert %s is over at step %d", self._stage.name, name, step, extra=extra)
         self._tracker.tag(f"mome.alert.{name}", text)
 
 
-def _collapsed_matching(reading: Reading) -> str | None:
-    found = sign_metrics(reading.signs)
-    matched, wrong = found.get("train/itm_recall_matched"), found.get("train/itm_recall_wrong")
-    if not reading.warm or matched is None or wrong is None or min(matched, wrong) >= COLLAPSED:
+def _itm_collapse(metrics: StepMetrics) -> str | None:
+    values = metrics.metrics()
+    matched, mismatched = values.get("train/itm_recall_matched"), values.get("train/itm_recall_wrong")
+    if not metrics.is_warm or matched is None or mismatched is None or min(matched, mismatched) >= COLLAPSED:
         return None
     return (
-        f"matching is right for {matched:.0%} of the true pairs and {wrong:.0%} of the wrong ones: "
-        "it gives nearly all the same answer and has learnt nothing of pairs. Check that the stage started from the "
-        "weights it should have (tag start_from); lower optimizer.lr or warm up longer; begin with "
-        "negatives=random"
+        f"image-text matching is right for {matched:.0%} of the matched pairs and {mismatched:.0%} of the mismatched "
+        "ones: it predicts nearly the same class for all. Check that the stage started from the intended weights (tag "
+        "start_from), lower optimizer.lr or warm up longer, or begin with negatives=random"
     )
 
 
-def _clamped_temperature(reading: Reading) -> str | None:
-    if reading.signs.get("itc_scale", 0.0) < CLAMPED * MAX_SCALE:
+def _itc_clamp(metrics: StepMetrics) -> str | None:
+    if metrics.diagnostics.get("itc_scale", 0.0) < CLAMPED * MAX_SCALE:
         return None
     return (
-        f"the contrast's temperature is at its clamp ({1 / MAX_SCALE:g}): it cannot get sharper and its gradient is "
-        "cut off. Common where a batch is too easy: use a larger batch, or look for repeated pictures that have "
-        "different image ids"
+        f"the contrastive temperature has reached its minimum ({1 / MAX_SCALE:g}), where its gradient is cut off. This "
+        "is common if batches are too easy: use a larger batch, or look for duplicate images with different image ids"
     )
 
 
-def _starved(reading: Reading) -> str | None:
-    worst = max(reading.waits)
-    if worst < STARVED:
+def _data_starvation(metrics: StepMetrics) -> str | None:
+    worst = max(metrics.data_wait)
+    if worst < MAX_DATA_WAIT:
         return None
     return (
-        f"rank {reading.waits.index(worst)} waits for data {worst:.0%} of its time. Raise data.loader.num_workers or "
-        "data.loader.threads_per_worker, keep shards on the node with data.cache, or let CPU nodes prepare batches "
-        "with cluster.loader_actors; `mome bench loader` tells what a core can do"
+        f"rank {metrics.data_wait.index(worst)} waits for data {worst:.0%} of its time. Raise data.loader.num_workers "
+        "or data.loader.threads_per_worker, cache shards on the node with data.cache, or let CPU nodes prepare batches "
+        "with cluster.loader_actors; `mome bench loader` measures the throughput per core"
     )
 
 
-def _out_of_step(reading: Reading) -> str | None:
-    slowest = _slowest(reading)
-    if slowest is None or slowest[1] < BEHIND:
+def _straggler(metrics: StepMetrics) -> str | None:
+    slowest = metrics.slowest_rank()
+    if slowest is None or slowest[1] < MAX_SLOWDOWN:
         return None
     return (
         f"rank {slowest[0]} needs {slowest[1]:.1f} times as long for its forward as the median rank, and all wait for "
-        "it. Look at its machine: other processes, a GPU that throttles; run `mome doctor` there, or leave it out"
+        "it. Check its machine for other processes or a throttled GPU; run `mome doctor` there, or exclude the node"
     )
 
 
-def _slowest(reading: Reading) -> tuple[int, float] | None:
-    """The slowest rank, and its forward's seconds by the median rank's; None where there is nobody to compare with."""
-    median = statistics.median_low(reading.forwards)
-    if len(reading.forwards) < 2 or median <= 0:
-        return None
-    slowest = max(reading.forwards)
-    return reading.forwards.index(slowest), slowest / median
-
-
-CHECKS: dict[str, Callable[[Reading], str | None]] = {
-    "itm_collapse": _collapsed_matching,
-    "itc_clamp": _clamped_temperature,
-    "loader_starved": _starved,
-    "ranks_out_of_step": _out_of_step,
+CHECKS: dict[str, Callable[[StepMetrics], str | None]] = {
+    "itm_collapse": _itm_collapse,
+    "itc_clamp": _itc_clamp,
+    "data_starvation": _data_starvation,
+    "straggler": _straggler,
 }

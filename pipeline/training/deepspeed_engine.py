@@ -23,7 +23,7 @@ from pipeline.training.deepspeed_config import deepspeed_config
 from pipeline.training.engine import Fragment, FragmentSource
 from pipeline.training.extensions import alone, use_own_folder, use_own_ninja
 from pipeline.training.gradient_buffers import GradientBuffers
-from pipeline.training.parameter_groups import parameter_groups
+from pipeline.training.optimizer import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)

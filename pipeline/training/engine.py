@@ -1,70 +1,78 @@
-"""What training needs of an engine: `deepspeed_engine` is the one of runs, `plain_engine` that of trials.
+"""The engine protocol, the state fragments it exchanges with checkpoints, and an engine without DeepSpeed.
 
-A fragment is a range of one parameter with its float32 master weight, Adam moments and, if the stage keeps one, moving
-average: the form in which a checkpoint holds state, readable at any world size and ZeRO stage (contract C5).
+A fragment is a range of one parameter: its float32 master weight, its Adam moments and, if the stage keeps one, its
+moving average. Checkpoints store fragments, which are readable at any world size and ZeRO stage (contract C5).
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from pipeline.config.schema import OptimizerConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.models.model import Model
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements start … start + len of the flattened parameter `name`. Frozen parameters have a weight alone."""
+    """Elements [start, start + len) of the flattened parameter `name`. Frozen parameters have a weight only."""
 
     name: str
     start: int
-    # "weight", "exp_avg", "exp_avg_sq" and perhaps "ema": 1-d, where and in the precision in which the engine holds
-    # them. They may be views of its state: the next step changes them.
+    # "weight", "exp_avg", "exp_avg_sq" and optionally "ema", 1-d, in the engine's device and precision. They may be
+    # views of its state that the next step changes.
     values: dict[str, Tensor]
 
 
 class FragmentSource(Protocol):
-    """Where saved state is read from, whatever ranks wrote it."""
+    """Saved state, independent of the ranks that wrote it."""
 
     optimizer_step: int
 
     def holds(self, name: str, kind: str) -> bool:
-        """Whether anything of that kind was saved for a parameter."""
+        """Return whether values of that kind were saved for a parameter."""
         ...
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements start … stop of a parameter's weight, moment or average, 1-d float32."""
+        """Return elements [start, stop) of a parameter's weight, moment or average, 1-d float32."""
         ...
 
 
 class StepEngine(Protocol):
-    """What a training step itself calls."""
+    """The part of an engine that a training step uses."""
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; `last` marks the micro-batch before `step`."""
+        """Add this micro-batch's gradient; `last` marks the last micro-batch before `step`."""
 
 
 class Engine(StepEngine, Protocol):
+    """An engine whose state can be inspected, saved and restored."""
+
     def step(self, rate: float) -> None:
-        """Update the weights at a learning rate, which heads may multiply."""
+        """Update the weights at this learning rate, times the multiplier of their parameter group."""
 
     def gradient_norm(self) -> float: ...
 
     def gradients(self) -> dict[str, Tensor]:
-        """The global batch's full gradients, between the last `backward` and `step`."""
+        """Return the global batch's full gradients; valid between the last `backward` and `step`."""
         ...
 
     def local_gradients(self) -> list[Tensor]:
-        """This rank's part of what the next `step` applies, between the last `backward` and it."""
+        """Return this rank's part of the gradients that the next `step` applies."""
         ...
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this rank's state by category."""
+        """Return the bytes of this rank's state by category."""
         ...
 
     def fragments(self) -> Iterator[Fragment]: ...
@@ -72,5 +80,69 @@ class Engine(StepEngine, Protocol):
     def restore(self, source: FragmentSource) -> None: ...
 
     def weights(self) -> dict[str, Tensor] | None:
-        """What the stage hands over: full float32 weights, or their moving average, on rank 0; a collective call."""
+        """Gather the full float32 weights, or their moving average, on rank 0. A collective call."""
         ...
+
+
+class PlainEngine:
+    """Autograd and torch's AdamW in one process: the reference that every other engine must match."""
+
+    def __init__(self, model: Model, optimizer: OptimizerConfig):
+        self.model = model
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            trained, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+        )
+
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
+        return self.model(passes)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of all parameters that received one since the last step."""
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def step(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+class ForwardTimer:
+    """Times this rank's forwards, the part of a step in which no rank waits for another (below ZeRO 3).
+
+    A slow machine delays every rank at the next reduction, so the whole step would not identify it. On a GPU, stream
+    events measure the time; they are read only where the loop waits for the device anyway.
+    """
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Time the forward in the block."""
+        if self._is_cuda:
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds.append(time.perf_counter() - began)
+
+    def read(self) -> float:
+        """Return the median seconds since the last call; 0 without a forward. Call it once the device has finished.
+
+        The median is insensitive to the first steps and to those with an execution-order check.
+        """
+        self._seconds += [start.elapsed_time(end) / 1000 for start, end in self._events]
+        median = statistics.median(self._seconds) if self._seconds else 0.0
+        self._seconds, self._events = [], []
+        return median

@@ -1,83 +1,72 @@
-"""Evaluation while a stage trains: at chosen steps all ranks read held-out pairs with the weights as they then are.
+"""Evaluation during training: all ranks evaluate held-out pairs with the current weights, at configured steps.
 
-The training stream is not touched (contracts C1, C4): modules are in evaluation mode and back in their own afterwards,
-no gradient is kept, nothing is drawn from a generator, and the loader goes on where it stood. Every rank makes equally
-many forwards through the engine, which at ZeRO 3 gathers weights from all. The weights read are the trained ones, not
-their moving average.
+The training stream is not affected (contracts C1, C4): modules return to the mode they were in, no gradient is kept, no
+random generator is used, and the loader keeps its position. Every rank runs the same number of forwards through the
+engine, which at ZeRO 3 gathers weights from all. The trained weights are evaluated, not their moving average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from pipeline.config.schema import RunConfig
-from pipeline.data.contents.choices import Choices
-from pipeline.data.contents.text import Tokenizer
-from pipeline.data.storage import Storage
 from pipeline.evaluation.classification import class_names
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import can_evaluate, evaluate
-from pipeline.training.collectives import Collectives
+from pipeline.training.callbacks import Callback, StepEvent
+
+if TYPE_CHECKING:
+    from pipeline.training.context import RunContext, Stage, StageState
 
 
-class StageEvaluation:
-    """Of one stage on `evaluation.source`, as `evaluation.every` says. All ranks call it together."""
+class Evaluation(Callback):
+    """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        index: int,
-        storage: Storage,
-        tokenizer: Tokenizer,
-        collectives: Collectives,
-        choices: Mapping[str, Choices],
-    ):
-        self._config, self._stage = config, config.stages[index]
-        self._storage, self._tokenizer, self._collectives = storage, tokenizer, collectives
-        self._choices = choices
-        self._is_last = index + 1 == len(config.stages)
-        self._held_out: EvalPairs | None = None  # kept from one evaluation to the next
-        self._check_classes()
+    def __init__(self, stage: Stage, context: RunContext):
+        """Raises ConfigError if classes that are named by their texts have no names."""
+        self._stage, self._context = stage, context
+        self._pairs: EvalPairs | None = None  # kept between evaluations
+        run, source = stage.run, stage.run.evaluation.source
+        self._is_enabled = False
+        if run.evaluation.every is not None and source is not None:
+            self._is_enabled = can_evaluate(run, source, stage.config)
+            if run.sources[source].type == "labelled" and "itc" in stage.config.objectives:
+                class_names(run, source, context.storage)  # fails before the stage trains
 
-    def _check_classes(self) -> None:
-        """That classes told by their names have some is known before the stage trains. Raises ConfigError."""
-        config, source = self._config, self._config.evaluation.source
-        if config.evaluation.every is None or source is None or "itc" not in self._stage.objectives:
-            return
-        if config.sources[source].type == "labelled":
-            class_names(config, source, self._storage)
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        self._state = state
 
     def is_due(self, step: int) -> bool:
-        """After this step of the stage: every so many, and at its end, but not at the run's: that is `evaluate_run`."""
-        section, done = self._config.evaluation, step + 1
-        if section.every is None or section.source is None:
+        """Return whether to evaluate after this step. `mome train` evaluates the finished run by itself."""
+        if not self._is_enabled:
             return False
-        if not can_evaluate(self._config, section.source, self._stage):
-            return False
-        if done == self._stage.steps:
-            return not self._is_last
-        return done % section.every == 0
+        if step + 1 == self._stage.steps:
+            return self._stage.index + 1 < len(self._stage.run.stages)
+        return (step + 1) % (self._stage.run.evaluation.every or 1) == 0
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """`eval/<source>/…` of the first `evaluation.max_images_during_training` samples, the same on every rank."""
-        section = self._config.evaluation
-        found = evaluate(
-            model,
-            self._tokenizer,
-            self._config,
-            self._storage,
+    def after_step(self, event: StepEvent) -> None:
+        if self.is_due(event.step) and not event.preempted:
+            with self._context.supervisor.during("evaluation", self._stage.global_step(event.step)):
+                metrics = self.evaluate()
+            self._state.callbacks.on_evaluation(event.step, metrics)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return `eval/<source>/…` over the first `max_images_during_training` images, the same on every rank."""
+        section, context = self._stage.run.evaluation, self._context
+        result = evaluate(
+            self._state.engine.reader,
+            context.tokenizer,
+            self._stage.run,
+            context.storage,
             limit=min(section.max_images_during_training, section.max_images or section.max_images_during_training),
             stage=self._stage.name,
             rerank_best=0,
-            choices=self._choices,
-            ranks=self._collectives,
-            held_out=self._held_out,
+            choices=self._state.choices,
+            ranks=context.collectives,
+            held_out=self._pairs,
         )
-        self._held_out = found.held_out
-        return found.metrics()
+        self._pairs = result.held_out
+        return result.metrics()
 
     def close(self) -> None:
-        if self._held_out is not None:
-            self._held_out.close()
+        if self._pairs is not None:
+            self._pairs.close()

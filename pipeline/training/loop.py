@@ -1,32 +1,64 @@
-"""The campaign: every stage in turn, on this rank. The same under Ray Train and under `torchrun`."""
+"""The training loop: every stage of a run in turn, on one rank. The same under Ray Train and under `torchrun`."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
-from pipeline.config.errors import Preempted, Superseded
+from pipeline.config.errors import CheckpointError, Preempted, RunFailed, Superseded
 from pipeline.config.schema import RunConfig
+from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
-from pipeline.tracking.tracker import JournalTracker, Status, Tracker
-from pipeline.training.checkpoint import is_committed, stage_url
+from pipeline.tracking.tracker import JournalTracker, SavedWeights, Status, Tracker
+from pipeline.training.alerts import Alerts
+from pipeline.training.callbacks import Callback, Callbacks, StepEvent
+from pipeline.training.checkpoint import (
+    VOCABULARY,
+    CheckpointStore,
+    is_committed,
+    read_manifest,
+    save_weights,
+    stage_url,
+)
+from pipeline.training.checkpoint.checkpointer import Checkpointer, checkpoint_metadata
 from pipeline.training.collectives import Collectives
+from pipeline.training.context import RunContext, Stage, StageResult, StageState
+from pipeline.training.coverage import load_coverage
+from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.evaluation import Evaluation
+from pipeline.training.health import (
+    ExecutionOrderCheck,
+    Spike,
+    SpikeGuard,
+    check_step_health,
+    locate_non_finite,
+    permanent_failures_explained,
+)
+from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.training.metrics import MetricsCollector, ProgressReporter, StageTracking
+from pipeline.training.micro_batch import with_micro_batch
+from pipeline.training.optimizer import learning_rate
 from pipeline.training.ownership import Ownership, Start
 from pipeline.training.prepare import prepare
+from pipeline.training.profile import Profiler, ProfileWindow
 from pipeline.training.progress import Report
-from pipeline.training.spikes import SpikeFound
-from pipeline.training.stage_run import Run, StageRun
-from pipeline.training.supervisor import RankSupervisor
+from pipeline.training.stages import build_stage_model
+from pipeline.training.steps import TrainingStep
+from pipeline.training.supervisor import RankSupervisor, SupervisorCallback
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 45.0  # with the other waits at the end less than Kubernetes' 120 s of grace
+CLOSE_SECONDS = 45.0  # with the other waits at the end, less than Kubernetes' grace period of 120 s
 
 
 def train(
@@ -35,44 +67,237 @@ def train(
     loader_backend: BackendFactory = local_backend,
     preempted: Callable[[], bool] | None = None,
     claim: str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Run every stage that is not finished yet, from the last whole checkpoint. Called once on each rank.
+    """Run every unfinished stage from its latest complete checkpoint. Call it once on each rank.
 
-    `loader_backend` builds the backend that prepares the rank's batches; `preempted`, asked on every rank, says whether
-    its machine is about to be taken away. In a process's main thread SIGTERM and SIGUSR1 say the same. Rank 0 takes
-    the run for this start (`ownership`); `claim` is the launcher's, where the launcher has taken it before.
+    `loader_backend` builds the backend that prepares this rank's batches. `preempted` is polled on every rank and says
+    whether its machine is about to be taken away; in a process's main thread SIGTERM and SIGUSR1 mean the same. `claim`
+    is given by a launcher that has prepared the run and taken its ownership; otherwise rank 0 does both. `callbacks`
+    are attached to every stage after the standard ones.
 
-    Raises Preempted once the run is saved, Superseded (on rank 0) when a later start has it, and another MomeError for
-    what a restart would only repeat; anything else may be tried again. A hung rank ends the process (`watchdog`).
+    Raises Preempted once the run is saved, Superseded (on rank 0) if a later start owns it, and another MomeError for
+    failures that a restart would repeat; any other error may be retried. A hung rank ends the process (`watchdog`).
     """
     began = time.monotonic()
     torch.set_num_threads(config.engine.threads)
-    collectives = Collectives()
-    storage = Storage(config.storage)
+    collectives, storage = Collectives(), Storage(config.storage)
+    is_first = collectives.rank == 0
     supervisor = RankSupervisor(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
-    if collectives.rank == 0:
+    if is_first and claim is None:
         prepare(config, storage)
-    ownership = _take(config, storage, collectives, claim)
-    tokenizer = Tokenizer.load(storage, join(config.folder, "vocab.txt"), config.tokenizer.lowercase)
-    tracker = _open_tracker(config, storage, collectives)
-    run = Run(config, storage, tokenizer, collectives, tracker, report, loader_backend, supervisor, ownership)
+    ownership = _take_ownership(config, storage, collectives, claim)
+    tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
+    tracker: Tracker = Tracker()
+    if is_first:
+        tags = {"world_size": str(collectives.world_size), "zero_stage": str(config.engine.zero_stage)}
+        tracker = JournalTracker.open(config, storage, tags)
+    coverage = load_coverage(storage, config.folder) if is_first else None
+    context = RunContext(
+        config, storage, tokenizer, collectives, tracker, report, loader_backend, supervisor, ownership, coverage
+    )
     try:
         with supervisor:
             for index in range(len(config.stages)):
                 if not is_committed(storage, stage_url(config, index)):
-                    _run_stage(run, index)
+                    _train_with_rollbacks(context, index, callbacks)
                     collectives.barrier()
     except Superseded:
-        tracker.abandon()  # how the run ends is for its owner to say
+        tracker.abandon()  # the new owner decides how the run ends
         raise
     except BaseException as error:
-        _end(tracker, "KILLED" if isinstance(error, Preempted) else "FAILED")
+        _close_tracker(tracker, "KILLED" if isinstance(error, Preempted) else "FAILED")
         raise
-    _end(tracker, "FINISHED")
+    _close_tracker(tracker, "FINISHED")
 
 
-def _take(config: RunConfig, storage: Storage, collectives: Collectives, claim: str | None) -> Ownership:
-    """The run is this start's: on rank 0's word, for all ranks."""
+def train_stage(
+    stage: Stage, context: RunContext, callbacks: Callbacks, rolled_back: Spike | None = None
+) -> StageResult:
+    """Train one stage from its latest complete checkpoint, or its starting weights, until its weights are exported.
+
+    `rolled_back`: the loss spike that ended the previous attempt, whose data is now skipped. Returns early after a
+    preemption, with the state saved, and at a loss spike, before its update. Raises RunFailed for failures that a
+    restart would repeat.
+    """
+    config, collectives, supervisor = stage.config, context.collectives, context.supervisor
+    with build_stage_state(stage, context, callbacks) as state:
+        start = resume(state, stage, context, rolled_back)
+        callbacks.on_stage_start(state, start)
+        batches = state.loader.batches(state.spikes.batch_of(start))
+        result = StageResult(stage.steps)
+        for step in range(start, stage.steps):
+            callbacks.before_batch(step)
+            batch = next(batches)
+            callbacks.before_step(step, batch)
+            losses = state.step(batch, tell=stage.is_metrics_step(step))
+            callbacks.after_backward(step)
+            health = None
+            if stage.is_health_check_step(step):
+                gradients = state.engine.local_gradients()
+                health = check_step_health(losses, gradients, supervisor.preempted(), collectives)
+                if not health.is_finite:
+                    fault = locate_non_finite(losses, state.engine.module, partial(state.step, batch), collectives)
+                    callbacks.on_fault(step, "not_finite", fault)
+                    raise RunFailed(
+                        f"stage {stage.name}, step {stage.global_step(step)}: {fault}. The weights were not updated. A "
+                        "restart would repeat it: lower optimizer.lr, set optimizer.max_grad_norm, or use float32."
+                    )
+                callbacks.on_health(step, health)
+                if spike := state.spikes.observe(step, health.losses["loss"]):
+                    result = StageResult(step, spike=spike)
+                    break
+            lr = learning_rate(step, stage.steps, config.optimizer)
+            state.engine.step(lr)
+            event = StepEvent(step, losses, health, lr)
+            callbacks.after_step(event)
+            if event.preempted:
+                result = StageResult(step + 1, preempted=True)
+                break
+        callbacks.on_stage_end(result)
+        if result.num_steps == stage.steps:
+            export_weights(state, stage, context)
+    return result
+
+
+def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callback]) -> None:
+    """Run one stage to completion, rolling back to the last checkpoint on each loss spike.
+
+    Raises Preempted if steps of the run remain, and RunFailed after `guards.spike.max_rollbacks` rollbacks.
+    """
+    spike, is_first_attempt = None, True
+    while is_first_attempt or spike is not None:
+        context.supervisor.begin_stage(context.config.stage_start(index), is_rollback=not is_first_attempt)
+        run = context.config.for_stage(context.config.stages[index])
+        stage = Stage(with_micro_batch(run, index, context.collectives, context.tokenizer.size), index)
+        result = train_stage(stage, context, Callbacks([*standard_callbacks(stage, context), *extra]), spike)
+        spike, is_first_attempt = result.spike, False
+    reached = stage.global_step(result.num_steps)
+    if result.preempted and reached < context.config.total_steps:
+        raise Preempted(
+            f"stage {stage.name}, step {reached}: preempted; checkpoint saved. Re-run the same command to resume."
+        )
+
+
+def standard_callbacks(stage: Stage, context: RunContext) -> list[Callback]:
+    """Build the callbacks of every run. The order matters within a hook: a save includes the step's evaluation."""
+    collectives, window = context.collectives, stage.run.tracking.profile
+    callbacks: list[Callback] = []
+    if window is not None and collectives.rank == 0:
+        callbacks.append(Profiler(stage, context, ProfileWindow.parse(window)))
+    supervision = SupervisorCallback(context.supervisor, stage.first_step)
+    callbacks += [
+        supervision,
+        ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step),
+        StageTracking(stage, context),
+    ]
+    if collectives.rank == 0:
+        callbacks.append(Alerts(stage, context.tracker, context.coverage))
+        callbacks.append(ProgressReporter(stage, context.report))
+    return [
+        *callbacks,
+        MetricsCollector(stage, context),
+        Evaluation(stage, context),
+        Checkpointer(stage, context),
+    ]
+
+
+@contextmanager
+def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -> Iterator[StageState]:
+    """Build a stage's loader, model, engine and step with its starting weights, and release them at the end.
+
+    A collective call. Errors that a restart would repeat, in the block too, are raised as RunFailed.
+    """
+    config, storage, collectives = stage.run, context.storage, context.collectives
+    rank, world_size = collectives.rank, collectives.world_size
+    with ExitStack() as stack:
+        stack.callback(gc.collect)
+        stack.callback(callbacks.close)
+        loader = stack.enter_context(
+            Loader(config, stage.config, storage, context.tokenizer, rank, world_size, context.loader_backend)
+        )
+        choices = choices_of(config, config.stages[: stage.index + 1], storage)
+        checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint, context.ownership)
+        engine, step, shapes = build_engine(stage, storage, context.tokenizer.size, collectives, callbacks)
+        stack.callback(engine.close)
+        stack.callback(checkpoints.close)
+        spikes = SpikeGuard(config.guards.spike)
+        with permanent_failures_explained(config, stage.config, collectives, engine.memory):
+            yield StageState(engine, step, loader, checkpoints, spikes, callbacks, shapes, choices)
+
+
+def build_engine(
+    stage: Stage, storage: Storage, vocabulary: int, collectives: Collectives, callbacks: Callback
+) -> tuple[DeepSpeedEngine, TrainingStep, dict[str, list[int]]]:
+    """Build the engine and step of a stage with its starting weights, and the shapes of its parameters by name.
+
+    A collective call. Raises RunFailed, with the memory plan, if it does not fit.
+    """
+    with permanent_failures_explained(stage.run, stage.config, collectives):
+        image_tokenizer = load_image_tokenizer(stage.config, storage, collectives.device)
+        model = build_stage_model(stage.run, stage.index, storage, vocabulary)
+        callbacks.on_model_built(model)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        engine = DeepSpeedEngine(model, stage.run, stage.config, collectives)
+    return engine, TrainingStep(engine, stage.run, stage.config, collectives, image_tokenizer), shapes
+
+
+def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: Spike | None) -> int:
+    """Restore the stage's latest complete checkpoint; return the number of steps it holds, 0 without one."""
+    latest = state.checkpoints.latest()
+    state.checkpoints.remove_unfinished()
+    start = 0
+    if latest is None or latest[0].stage != stage.name:
+        previous = read_manifest(context.storage, stage_url(stage.run, stage.index - 1)) if stage.index else {}
+        context.supervisor.resume_from(previous.get("time_account", {}))
+    else:
+        checkpoint, saved = latest
+        if checkpoint.plan_digest != state.loader.digest:
+            raise CheckpointError(
+                f"{checkpoint.url} was made from other data: its plan digest is {checkpoint.plan_digest[:12]}…, the "
+                f"sources now give {state.loader.digest[:12]}…. Restore the shards and their manifests, or start a new "
+                "run under another `name`."
+            )
+        state.engine.restore(saved)
+        context.supervisor.resume_from(checkpoint.time_account)
+        state.spikes.restore(checkpoint.spikes)
+        state.resumed_from, state.data_counts = checkpoint.url, checkpoint.data_counts
+        start = checkpoint.stage_step
+        log.warning("resuming stage %s at step %d from %s", stage.name, start, checkpoint.url)
+    if rolled_back is not None:
+        first, stop = state.spikes.skip_range(rolled_back, start, stage.name)
+        description = (
+            f"step {stage.global_step(rolled_back.step)}: loss {rolled_back.loss:.4g}, median "
+            f"{rolled_back.median:.4g}; back to step {stage.global_step(start)} "
+            f"without batches {first} to {stop - 1} of the stage"
+        )
+        log.warning("stage %s: loss spike: %s", stage.name, description)
+        state.rollback = (f"mome.spike.{rolled_back.number}", description)
+    return start
+
+
+def export_weights(state: StageState, stage: Stage, context: RunContext) -> None:
+    """Hand over the trained weights, with the journal up to the stage's end. A collective call."""
+    end = stage.global_step(stage.steps)
+    weights = state.engine.weights()  # on rank 0 only
+    if weights is not None:
+        context.ownership.check()
+    context.tracker.log_final_weights(SavedWeights(stage.url, end, stage.index))
+    context.tracker.end_stage("FINISHED")
+    context.tracker.commit(end)
+    if weights is not None:
+        metadata = checkpoint_metadata(stage, context, state, stage.steps)
+        tokens = list(context.tokenizer.tokens)
+        if not save_weights(context.storage, stage.url, weights, tokens, metadata, state.choices, context.ownership):
+            context.ownership.check()
+            log.warning(
+                "%s: an earlier start has already handed the stage over; continuing from its weights", stage.url
+            )
+    context.collectives.barrier()
+
+
+def _take_ownership(config: RunConfig, storage: Storage, collectives: Collectives, claim: str | None) -> Ownership:
+    """Take the run's ownership on rank 0 and share it with all ranks."""
     start = None
     if collectives.rank == 0:
         taken = Ownership.take(storage, config.folder, claim)
@@ -81,32 +306,11 @@ def _take(config: RunConfig, storage: Storage, collectives: Collectives, claim: 
     return Ownership(storage, config.folder, claim, Start.parse(start))
 
 
-def _end(tracker: Tracker, status: Status) -> None:
-    """Close the record. A run that ends before its time may have to be gone soon: its store is not waited for long."""
+def _close_tracker(tracker: Tracker, status: Status) -> None:
+    """Close the tracker; unless the run has finished, wait only briefly, because the machine may be about to go."""
     tracker.finish(status)
     closing = threading.Thread(target=tracker.close, name="closing tracker", daemon=True)
     closing.start()
     closing.join(None if status == "FINISHED" else CLOSE_SECONDS)
     if closing.is_alive():
-        log.warning("tracking: the run's store took more than %.0f s; the next start goes on from there", CLOSE_SECONDS)
-
-
-def _run_stage(run: Run, index: int) -> None:
-    """One stage to its end, begun anew from its last checkpoint as often as `guards.spike` allows."""
-    spike = None
-    while True:
-        run.supervisor.begin_stage(run.config.stage_start(index), is_rollback=spike is not None)
-        try:
-            return StageRun(run, index).run(spike)
-        except SpikeFound as found:
-            spike = found.spike
-
-
-def _open_tracker(config: RunConfig, storage: Storage, collectives: Collectives) -> Tracker:
-    if collectives.rank != 0:
-        return Tracker()
-    tags = {
-        "world_size": str(collectives.world_size),
-        "zero_stage": str(config.engine.zero_stage),
-    }
-    return JournalTracker.open(config, storage, tags)
+        log.warning("tracking: not closed within %.0f s; the next start continues from the journal", CLOSE_SECONDS)

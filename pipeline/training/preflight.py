@@ -1,19 +1,19 @@
-"""`--preflight`: everything a run will do, once, before a large allocation is held for it; nothing is left behind.
+"""`--preflight`: everything a run does, once, before a large allocation is reserved for it; nothing is left behind.
 
-Every rank writes, reads and deletes an object under the run's storage; the first one does the same in MLflow. Then each
-stage is built as it will be trained, and takes one full step of its own data: read, forward, backward, update. The
-weights are thrown away. What has to be written meanwhile lies in a folder beside the run's, which goes at the end; only
-the index of shards that had none stays beside them.
+Every rank writes, reads and deletes an object in the run's storage; rank 0 does the same in MLflow. Then each stage is
+built as for training and runs one full step on its own data: read, forward, backward, update. The weights are
+discarded. Files are written to a temporary folder next to the run's; only indexes of shards that had none remain.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,10 +29,12 @@ from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import experiment_name, tracking_uri
 from pipeline.tracking.mlflow_server import check_server, try_writing
 from pipeline.training.collectives import Collectives
+from pipeline.training.context import Stage
+from pipeline.training.health import ExecutionOrderCheck
+from pipeline.training.loop import build_engine
 from pipeline.training.measure import peak_memory
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.prepare import VOCABULARY, apart, prepare
-from pipeline.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -150,38 +152,28 @@ def _try_stage(
     collectives: Collectives,
     loader_backend: BackendFactory,
 ) -> str:
-    """One full step of a stage, as the loop takes it."""
-    config = with_micro_batch(config.for_stage(config.stages[index]), index, collectives, tokenizer.size)
-    stage = config.stages[index]
-    with peak_memory(collectives.device) as peak, _closing() as closing:
-        loader = Loader(config, stage, storage, tokenizer, collectives.rank, collectives.world_size, loader_backend)
-        closing.append(loader.close)
-        trainer = build_trainer(config, index, storage, tokenizer.size, collectives)
-        closing.append(trainer.engine.close)
+    """Build a stage and run its first step as the training loop does."""
+    run = config.for_stage(config.stages[index])
+    stage = Stage(with_micro_batch(run, index, collectives, tokenizer.size), index)
+    rank, world_size = collectives.rank, collectives.world_size
+    order = ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
+    with ExitStack() as stack:
+        peak = stack.enter_context(peak_memory(collectives.device))
+        stack.callback(gc.collect)
+        loader = Loader(stage.run, stage.config, storage, tokenizer, rank, world_size, loader_backend)
+        stack.enter_context(loader)
+        engine, step, _ = build_engine(stage, storage, tokenizer.size, collectives, order)
+        stack.callback(engine.close)
         batch = next(iter(loader.batches(0)))
         started = time.perf_counter()
-        trainer.guard.begin(0)
-        losses = trainer.step(batch)
-        trainer.guard.check(config.stage_start(index))
-        trainer.engine.step(stage.optimizer.lr)
-        loss, norm = float(collectives.sum(losses["loss"])), trainer.engine.gradient_norm()
+        order.before_step(0)
+        losses = step(batch)
+        order.after_backward(0)
+        engine.step(stage.config.optimizer.lr)
+        loss, norm = float(collectives.sum(losses["loss"])), engine.gradient_norm()
         seconds = time.perf_counter() - started
-    most = collectives.largest([peak()])[0]
-    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+        most = collectives.largest([peak()])[0]
+    if not math.isfinite(loss + norm):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
-    rows = (
-        f"{stage.global_batch_size} rows = {collectives.world_size} ranks x {trainer.step.accumulation} micro-batches"
-    )
-    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, most memory {most / GB:.2f} GB a rank"
-
-
-@contextmanager
-def _closing() -> Iterator[list[Callable[[], None]]]:
-    """What is appended is called at the end, the last first."""
-    calls: list[Callable[[], None]] = []
-    try:
-        yield calls
-    finally:
-        for call in reversed(calls):
-            call()
-        gc.collect()
+    rows = f"{stage.config.global_batch_size} rows = {world_size} ranks x {step.accumulation} micro-batches"
+    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, peak memory {most / GB:.2f} GB per rank"

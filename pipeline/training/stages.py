@@ -88,7 +88,7 @@ def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) 
     """Give the experts that the config names their start: random, a copy of another expert, or kept as handed over."""
     prepared = dict(start)
     for target, source in (("language", stage.experts.language), ("vision_language", stage.experts.vision_language)):
-        if source == "kept":
+        if source == "inherit":
             continue
         parts, fresh = model.parts_named([f"{target}_expert"]), model.state_dict()
         prepared |= {name: fresh[name] for name in fresh if model.part_of(name) in parts}

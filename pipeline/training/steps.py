@@ -29,9 +29,8 @@ from pipeline.training.by_source import of_each_source
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.contrast import Contrast, contrast_of, tower_passes
 from pipeline.training.drop_path import drop_path_mask
-from pipeline.training.engine import StepEngine
+from pipeline.training.engine import ForwardTimer, StepEngine
 from pipeline.training.exchange import exchanged
-from pipeline.training.pace import Pace
 from pipeline.training.terms import terms_of
 from pipeline.training.terms.term import Candidates, ImageTokenizer, Setting, Term
 
@@ -71,7 +70,7 @@ class TrainingStep:
         self.accumulation = accumulation(
             stage.global_batch_size, collectives.world_size, config.engine.micro_batch_size
         )
-        self.pace = Pace(collectives.device)
+        self.forward_timer = ForwardTimer(collectives.device)
         # Of the last call that was asked to tell: this rank's part of what terms know beside losses, by name; and by
         # objective (S, 2) its sums and counts of each source.
         self.signs: dict[str, Tensor] = {}
@@ -98,7 +97,7 @@ class TrainingStep:
     def _whole(self, batch: Batch, counts: dict[Objective, Tensor]) -> dict[str, Tensor]:
         given = {} if self._draws_by_contrast else self._exchange(batch, None)
         passes = self._passes(batch) | self._exchanged_passes(given)
-        with self.pace.forward():
+        with self.forward_timer.forward():
             outputs = self.engine(passes)
         contrast = self._contrast(outputs, batch)
         if self._draws_by_contrast:
@@ -119,7 +118,7 @@ class TrainingStep:
         for k, piece in enumerate(pieces):
             rows = batch.rows(piece)
             passes = self._passes(rows) | self._exchanged_passes(_within(given, rows.place))
-            with self.pace.forward():
+            with self.forward_timer.forward():
                 outputs = self.engine(passes)
             losses = self._losses(outputs, rows, counts, contrast, piece)
             scale = self.collectives.world_size * self.accumulation  # DeepSpeed divides by both

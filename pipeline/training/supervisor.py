@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pipeline.config.errors import Superseded
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local
+from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
+from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import GoodputTracker, Phase, Seconds
 from pipeline.training.node_monitor import NodeMonitor
 from pipeline.training.preemption import PreemptionSignal
 from pipeline.training.watchdog import Limits, Watchdog
+
+if TYPE_CHECKING:
+    from pipeline.training.context import StageResult
 
 
 class RankSupervisor:
@@ -88,6 +94,26 @@ class RankSupervisor:
         self._watchdog.close()
         self.goodput.close(ended=error is None, write=not isinstance(error, Superseded))
         self.preempted.__exit__(kind, error, trace)
+
+
+class SupervisorCallback(Callback):
+    """Reports the phases of a stage's steps to the supervisor. `first_step` is the stage's first global step."""
+
+    def __init__(self, supervisor: RankSupervisor, first_step: int):
+        self._supervisor, self._first_step = supervisor, first_step
+        self._num_begun = 0
+
+    def before_batch(self, step: int) -> None:
+        if self._num_begun:
+            self._supervisor.step_done()
+        self._num_begun += 1
+        self._supervisor.enter("data_wait", self._first_step + step)
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        self._supervisor.enter("training", self._first_step + step)
+
+    def on_stage_end(self, result: StageResult) -> None:
+        self._supervisor.step_done()
 
 
 def _limits(config: RunConfig) -> Limits:

@@ -21,6 +21,8 @@ from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
 from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.planning.estimate import largest_share
+from pipeline.planning.hardware import accelerator_like
 from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.training.blocks import prepare_blocks
@@ -28,7 +30,7 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.contrast import CONTRASTS
 from pipeline.training.full_batch import full_batch
 from pipeline.training.stages import stage_skeleton, trained_parts
-from pipeline.training.steps import TrainingStep
+from pipeline.training.steps import TrainingStep, accumulation
 
 SAMPLE_ROWS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,6 +67,21 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
         contrast_bytes=contrast[1],
         contrast_width=2 * sum(few.contrast_widths),
     )
+
+
+def peak_step_seconds(gpu: str, config: RunConfig, index: int, vocabulary: int, world_size: int) -> float | None:
+    """Return the duration of a step of stage `index` at the peak bfloat16 performance of a GPU; None if unknown.
+
+    Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). Texts count with the longest
+    length that the stage allows. `gpu` is the name CUDA gives. The call takes seconds.
+    """
+    accelerator = accelerator_like(gpu)
+    if accelerator is None:
+        return None
+    batch = config.stages[index].global_batch_size
+    num_micro_batches = accumulation(batch, world_size, config.engine.micro_batch_size)
+    work = work_of(config, index, vocabulary, "cuda")
+    return work.step_flops(largest_share(batch, world_size), num_micro_batches) / accelerator.flops
 
 
 def model_without_memory(config: RunConfig, index: int, vocabulary: int) -> Model:

@@ -41,8 +41,7 @@ def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
     config = short_config(
         folder, output=output, storage=storage, cluster__workers=1, guards__hang_seconds=HANG, guards__save_seconds=900
     )
-    with BeforeStep(2, ask):
-        train(config, lambda progress: None)
+    train(config, lambda progress: None, callbacks=[BeforeStep(2, ask)])
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)

@@ -76,7 +76,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     from pipeline.data.storage import Storage
     from pipeline.training.collectives import Collectives, share
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
-    from pipeline.training.guards import GraphGuard
+    from pipeline.training.health import ExecutionOrderCheck
     from pipeline.training.stages import build_stage_model
     from pipeline.training.steps import TrainingStep
     from tests.support.trial import VOCABULARY, invented_batch
@@ -87,15 +87,16 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
         config = _config("vlmo", **layout)
         stage = config.stages[0]
         model = build_stage_model(config, 0, Storage(), VOCABULARY)
-        guard = GraphGuard(model, collectives, every=1)
+        check = ExecutionOrderCheck(collectives, every=1)
+        check.on_model_built(model)
         engine = DeepSpeedEngine(model, config, stage, collectives)
         step = TrainingStep(engine, config, stage, collectives)
         gradients = []
         for number in range(2):
             rows = slice(*share(stage.global_batch_size, collectives.rank, collectives.world_size))
-            guard.begin(number)
+            check.before_step(number)
             step(invented_batch(config.model, "pairs", number, stage.global_batch_size).rows(rows))
-            guard.check(number)
+            check.after_backward(number)
             gradients.append(engine.gradients())
             engine.step(1e-3)
         found.append((gradients[0], gradients[1]))

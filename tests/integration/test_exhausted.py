@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.training.callbacks import Callback
 from tests.support.ranks import run_ranks
-from tests.support.short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
+from tests.support.short_run import STEPS, BeforeStep, losses, train_short, without_mlflow
 
 
 @pytest.fixture
@@ -31,23 +32,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def _allocate_too_much(folder: str) -> dict[str, str]:
     """What a run says that runs out of memory, in a step and while it is built."""
     from pipeline.config.errors import RunFailed
-    from pipeline.training import loop, trainer
+
+    class AllocateWhileBuilding(Callback):
+        def on_model_built(self, model: Any) -> None:
+            torch.empty(10**15)
 
     without_mlflow()
-    told = {}
-    config = short_config(folder, "step", engine__zero_stage=2)
-    with BeforeStep(2, lambda _: torch.empty(10**15)), pytest.raises(RunFailed) as caught:
-        loop.train(config, lambda progress: None)
-    told["step"] = str(caught.value)
-
-    def build(*_: Any) -> Any:
-        return torch.empty(10**15)
-
-    trainer.build_stage_model = build
-    with pytest.raises(RunFailed) as caught:
-        loop.train(short_config(folder, "build", engine__zero_stage=2), lambda progress: None)
-    told["build"] = str(caught.value)
-    return told
+    messages = {}
+    callbacks = {"step": BeforeStep(2, lambda _: torch.empty(10**15)), "build": AllocateWhileBuilding()}
+    for name, callback in callbacks.items():
+        with pytest.raises(RunFailed) as caught:
+            train_short(folder, name, engine__zero_stage=2, callbacks=[callback])
+        messages[name] = str(caught.value)
+    return messages
 
 
 def test_out_of_memory_ends_the_run_with_what_is_held_and_what_to_change(tmp_path: Path) -> None:
@@ -65,7 +62,6 @@ def test_out_of_memory_ends_the_run_with_what_is_held_and_what_to_change(tmp_pat
 def _fill_the_disk(folder: str, disk: str) -> str:
     """Train on a disk that is full from the fifth step on; what the run says."""
     from pipeline.config.errors import RunFailed
-    from pipeline.training.loop import train
 
     without_mlflow()
     ballast = Path(disk, "ballast")
@@ -79,12 +75,12 @@ def _fill_the_disk(folder: str, disk: str) -> str:
                 pass
 
     train_short(folder, "whole")
-    with BeforeStep(4, fill), pytest.raises(RunFailed) as caught:
-        train(short_config(disk, "run", **_data_in(folder)), lambda progress: None)
+    with pytest.raises(RunFailed) as caught:
+        train_short(disk, callbacks=[BeforeStep(4, fill)], **_data_in(folder))
     committed = sorted(file.parent.name for file in Path(disk, "run", "checkpoints").glob("*/COMMIT.json"))
     assert [name[:13] for name in committed] == ["step-00000003"]
     ballast.unlink()
-    train(short_config(disk, "run", **_data_in(folder)), lambda progress: None)
+    train_short(disk, **_data_in(folder))
     return str(caught.value)
 
 
@@ -97,6 +93,6 @@ def test_a_full_disk_ends_the_run_by_name_and_leaves_the_checkpoint_before(tmp_p
     (told,) = run_ranks(_fill_the_disk, 1, str(tmp_path), str(small_disk))
     assert f"{small_disk}/run/checkpoints/step-00000006" in told
     assert "no space left" in told
-    assert "What is committed stays" in told
+    assert "Committed checkpoints are kept" in told
     assert len(losses(small_disk)) == 2 * STEPS
     assert losses(small_disk) == losses(tmp_path, "whole")

@@ -104,8 +104,8 @@ def test_ranks_wait_for_one_that_is_within_its_own_allowance(tmp_path: Path) -> 
 def _sleeping(folder: str) -> None:
     without_mlflow()
     redirect_stderr(f"{folder}/log-{os.environ['RANK']}")
-    with BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None):
-        train_short(folder, guards__hang_seconds=5 * ALLOWED)
+    hang = BeforeStep(3, lambda _: time.sleep(600) if os.environ["RANK"] == "1" else None)
+    train_short(folder, guards__hang_seconds=5 * ALLOWED, callbacks=[hang])
 
 
 def test_a_run_whose_rank_hangs_ends_with_every_ranks_stacks(tmp_path: Path) -> None:

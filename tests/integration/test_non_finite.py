@@ -1,4 +1,4 @@
-"""A number that is not finite stops the run before the update, and the module and rank it came from are named."""
+"""A non-finite value stops the run before the update, naming the module and rank where it began."""
 
 from __future__ import annotations
 
@@ -8,50 +8,53 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.training.callbacks import Callback
 from tests.support.ranks import run_ranks
-from tests.support.short_run import BeforeStep, short_config, without_mlflow
+from tests.support.short_run import train_short, without_mlflow
 
 STEP = 2
 
 
-def _spoil(folder: str, kind: str, zero_stage: int, precision: str = "float32") -> dict[str, Any]:
-    """What the run says, and whether its weights are those of before the step, when rank 1 is spoilt in step `STEP`."""
-    from pipeline.config.errors import RunFailed
-    from pipeline.training.loop import train
-    from pipeline.training.stage_run import StageRun
+class Spoiler(Callback):
+    """Makes rank 1 produce non-finite values in step `STEP`, and compares the weights before and after."""
 
-    kept: dict[str, Any] = {}
+    def __init__(self, kind: str):
+        self._kind = kind
+        self.is_unchanged = False
 
-    def act(training_step: Any) -> None:
-        engine = training_step.engine
+    def on_stage_start(self, state: Any, start: int) -> None:
+        self._engine = state.engine
+
+    def before_step(self, step: int, batch: Any) -> None:
+        if step != STEP:
+            return
         if os.environ["RANK"] == "1":
-            module = engine.module.get_submodule("blocks.1.attention")
-            if kind == "output":
+            module = self._engine.module.get_submodule("blocks.1.attention")
+            if self._kind == "output":
                 module.register_forward_hook(lambda m, i, output: output * float("inf"))
-            else:  # the forward pass stays finite
+            else:  # the forward stays finite
                 module.register_forward_hook(lambda m, i, output: _Spoilt.apply(output))
-        kept["engine"] = engine
-        kept["before"] = [fragment.values["weight"].clone() for fragment in engine.fragments()]
+        self._before = [fragment.values["weight"].clone() for fragment in self._engine.fragments()]
 
-    original = StageRun._look
+    def on_fault(self, step: int, name: str, message: str) -> None:
+        after = [fragment.values["weight"] for fragment in self._engine.fragments()]
+        self.is_unchanged = all(torch.equal(a, b) for a, b in zip(self._before, after, strict=True))
 
-    def look(self: Any, *arguments: Any) -> bool:
-        try:
-            return original(self, *arguments)
-        except RunFailed:
-            after = [fragment.values["weight"] for fragment in self.engine.fragments()]
-            kept["same"] = all(torch.equal(a, b) for a, b in zip(kept["before"], after, strict=True))
-            raise
 
-    StageRun._look = look  # type: ignore[method-assign]
-    name = f"{kind}-{zero_stage}-{precision}"
-    changed = {"engine__zero_stage": zero_stage, "engine__precision": precision}
-    try:
-        with BeforeStep(STEP, act), pytest.raises(RunFailed) as caught:
-            train(short_config(folder, name, **changed), lambda progress: None)
-    finally:
-        StageRun._look = original  # type: ignore[method-assign]
-    return {"told": str(caught.value), "same": kept["same"]}
+def _spoil(folder: str, kind: str, zero_stage: int, precision: str = "float32") -> dict[str, Any]:
+    """Return the run's error and whether its weights are those before the step."""
+    from pipeline.config.errors import RunFailed
+
+    spoiler = Spoiler(kind)
+    with pytest.raises(RunFailed) as caught:
+        train_short(
+            folder,
+            f"{kind}-{zero_stage}-{precision}",
+            callbacks=[spoiler],
+            engine__zero_stage=zero_stage,
+            engine__precision=precision,
+        )
+    return {"message": str(caught.value), "is_unchanged": spoiler.is_unchanged}
 
 
 class _Spoilt(torch.autograd.Function):
@@ -79,11 +82,11 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, 
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_the_first_module_and_its_rank_are_named_and_nothing_was_updated(scenarios: Any, case: Any) -> None:
-    for found in (rank[case] for rank in scenarios):
-        assert f"step {STEP}: " in found["told"]
-        assert "on rank 1, in the " + ("forward" if case[0] == "output" else "backward") in found["told"]
-        assert "module 'blocks.1.attention" in found["told"]
-        assert ("is nan on rank 1" in found["told"]) == (case[0] == "output")
-        assert "weights were not updated" in found["told"]
-        assert found["same"]
+def test_non_finite_value_stops_the_run_before_the_update(scenarios: Any, case: Any) -> None:
+    for result in (rank[case] for rank in scenarios):
+        assert f"step {STEP}: " in result["message"]
+        assert "on rank 1, in the " + ("forward" if case[0] == "output" else "backward") in result["message"]
+        assert "module 'blocks.1.attention" in result["message"]
+        assert ("is nan on rank 1" in result["message"]) == (case[0] == "output")
+        assert "weights were not updated" in result["message"]
+        assert result["is_unchanged"]

@@ -36,8 +36,9 @@ def _preempt(folder: str, name: str, how: str, rank: int, step: int) -> dict[str
                 os.kill(os.getpid(), signal.Signals[how])
 
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    with BeforeStep(step, act), pytest.raises(Preempted) as caught:
-        train(short_config(folder, name), lambda progress: None, preempted=lambda: told)
+    config = short_config(folder, name)
+    with pytest.raises(Preempted) as caught:
+        train(config, lambda progress: None, preempted=lambda: told, callbacks=[BeforeStep(step, act)])
     return {
         "told": str(caught.value),
         "status": caught.value.exit_status,
@@ -68,7 +69,7 @@ def test_a_run_told_to_go_is_saved_at_once_on_all_ranks(scenarios: Any, name: st
     step = CASES[name][2]
     for rank in scenarios[1]:
         found = rank[name]
-        assert "Run the same command" in found["told"]
+        assert "Re-run the same command" in found["told"]
         assert found["status"] == 75
         assert found["handlers"], "the handlers of before are back"
         assert found["steps"] == step + 1, "the step was finished, and none begun"

@@ -166,16 +166,17 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
     """What stops each guarded step; it must not come to reduce a gradient."""
     from pipeline.config.errors import RunFailed
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
-    from pipeline.training.guards import GraphGuard
+    from pipeline.training.health import ExecutionOrderCheck
 
     told = []
     for layout in layouts:
         for experts in DIVERGING:
             config = tiny_config(**layout)
             model = Experts()
-            guard = GraphGuard(model, collectives, every=10)
+            check = ExecutionOrderCheck(collectives, every=10, first_step=70)
+            check.on_model_built(model)  # type: ignore[arg-type]
             engine = DeepSpeedEngine(model, config, config.stages[0], collectives)  # type: ignore[arg-type]
-            guard.begin(0, first=70)
+            check.before_step(0)
             try:
                 outputs = engine(_passes(0, 0, collectives.rank, experts[collectives.rank]))
                 engine.backward(torch.stack(list(outputs.values())).sum(), last=True)

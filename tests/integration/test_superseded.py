@@ -39,8 +39,8 @@ def _superseded(folder: str) -> dict[str, Any]:
     config, committed = short_config(folder, "run", cluster__workers=1), []
     for step in (TAKEN, STEPS - 1):
         taken = BeforeStep(step, lambda _: Ownership.take(Storage(), config.folder))
-        with taken, pytest.raises(Superseded, match="taken up by a later start"):
-            train(config, lambda progress: None)
+        with pytest.raises(Superseded, match="taken up by a later start"):
+            train(config, lambda progress: None, callbacks=[taken])
         committed.append(sorted(file.parent.name for file in Path(config.folder).glob("*/*/COMMIT.json")))
     ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "run_end")]
     train(config, lambda progress: None)

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,20 +21,13 @@ BEAT_SECONDS = 0.1  # what a killed process did since its last beat counts as do
 def _slow(folder: str, killed_at: int | None) -> None:
     """Train one rank with steps of some length; SIGKILL itself before the given step's passes."""
     from pipeline.training import goodput, loop  # noqa: F401 - imports are of no run
-    from pipeline.training.steps import TrainingStep
 
     without_mlflow()
     goodput.HEARTBEAT_SECONDS = BEAT_SECONDS
-    original = TrainingStep.__call__
-
-    def call(self: Any, batch: Any, **asked: Any) -> Any:
-        time.sleep(STEP_SECONDS)
-        return original(self, batch, **asked)
-
-    TrainingStep.__call__ = call  # type: ignore[method-assign]
+    slow = [BeforeStep(step, lambda _: time.sleep(STEP_SECONDS)) for step in range(STEPS)]
+    killed = BeforeStep(-1 if killed_at is None else killed_at, lambda _: os.kill(os.getpid(), signal.SIGKILL))
     Path(folder, "begun").write_text(f"{time.time()}", encoding="utf-8")
-    with BeforeStep(-1 if killed_at is None else killed_at, lambda _: os.kill(os.getpid(), signal.SIGKILL)):
-        train_short(folder, cluster__workers=1)
+    train_short(folder, cluster__workers=1, callbacks=[killed, *slow])
     Path(folder, "ended").write_text(f"{time.time()}", encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from pipeline.models.model import Model
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import heads, trained_parts
 from pipeline.training.steps import TrainingStep
 from tests.support.tiny_model import tiny_batch

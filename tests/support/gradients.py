@@ -19,7 +19,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep, accumulation
 from tests.support.ranks import run_ranks

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.data.batch import Batch
 from pipeline.tracking.journal import read_records
+from pipeline.training.callbacks import Callback
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 STEPS = 8
@@ -58,11 +60,11 @@ def without_mlflow() -> None:
     tracker.Uploader = NoUploader  # type: ignore[misc, assignment]
 
 
-def train_short(folder: str, name: str = "run", **overrides: Any) -> None:
-    """On this rank."""
+def train_short(folder: str, name: str = "run", callbacks: Sequence[Callback] = (), **overrides: Any) -> None:
+    """Train a short run on this rank."""
     from pipeline.training.loop import train
 
-    train(short_config(folder, name, **overrides), lambda progress: None)
+    train(short_config(folder, name, **overrides), lambda progress: None, callbacks=callbacks)
 
 
 def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
@@ -81,24 +83,15 @@ def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
     return [record for file in files for _, record in read_records(file)]
 
 
-class BeforeStep:
-    """While in `with`, on this rank: `act(training_step)` before the passes over the batch `step` of any stage."""
+class BeforeStep(Callback):
+    """Calls `act(state)` before the forward over the batch `step` of any stage."""
 
-    def __init__(self, step: int, act: Callable[[Any], None]):
-        from pipeline.training.steps import TrainingStep
+    def __init__(self, step: int, act: Callable[[Any], object]):
+        self._step, self._act = step, act
 
-        self._class, self._original = TrainingStep, TrainingStep.__call__
-        original = self._original
+    def on_stage_start(self, state: Any, start: int) -> None:
+        self._state = state
 
-        def call(training_step: Any, batch: Any, **asked: Any) -> Any:
-            if batch.step == step:
-                act(training_step)
-            return original(training_step, batch, **asked)
-
-        self._call = call
-
-    def __enter__(self) -> None:
-        self._class.__call__ = self._call  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        self._class.__call__ = self._original  # type: ignore[method-assign]
+    def before_step(self, step: int, batch: Batch) -> None:
+        if batch.step == self._step:
+            self._act(self._state)

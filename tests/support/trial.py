@@ -34,8 +34,8 @@ from pipeline.config.schema import (
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.collectives import Collectives
-from pipeline.training.plain_engine import PlainEngine
-from pipeline.training.schedule import learning_rate
+from pipeline.training.engine import PlainEngine
+from pipeline.training.optimizer import learning_rate
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
 from pipeline.training.terms.term import ImageTokenizer

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.data.storage import Storage
 from pipeline.training.collectives import Collectives
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config

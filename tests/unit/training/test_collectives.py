@@ -12,7 +12,7 @@ import os, socket
 from types import SimpleNamespace
 import psutil
 from pipeline.training.collectives import Collectives
-from pipeline.training.instruments import Instruments
+from pipeline.training.metrics import total_data_counts
 
 collectives = Collectives()
 assert collectives.gather_json((1, "a", None)) == [[1, "a", None]]
@@ -24,10 +24,8 @@ assert store.announce("hung", "first") == "first"
 assert store.announce("hung", "second") == "first"
 assert store.announcement("hung") == "first" and store.announcement("shown") is None
 for large in (2**24 + 1, 4 * 10**10 + 1):
-    instruments = SimpleNamespace(
-        _loader=SimpleNamespace(counts=lambda: {"samples/pairs": large}), collectives=collectives, counted_before={}
-    )
-    assert Instruments.data_counts(instruments) == {"data/samples/pairs": float(large)}
+    loader = SimpleNamespace(counts=lambda: {"samples/pairs": large})
+    assert total_data_counts(loader, {}, collectives) == {"data/samples/pairs": float(large)}
 open_to = {c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}
 assert open_to <= {"127.0.0.1", "::1"}, open_to
 collectives.close()

@@ -15,7 +15,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.objectives.masked_image import mean_colour_targets
 from pipeline.training.collectives import Collectives
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model, check_stages, heads
 from pipeline.training.steps import TrainingStep
 

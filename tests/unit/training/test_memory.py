@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.training.collectives import Collectives
-from pipeline.training.memory import is_out_of_memory, out_of_memory
+from pipeline.training.health import is_out_of_memory, out_of_memory
 from tests.support.tiny_model import tiny_config
 
 

@@ -8,7 +8,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import OptimizerConfig
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig, Model
-from pipeline.training.parameter_groups import parameter_groups
+from pipeline.training.optimizer import parameter_groups
 from tests.support.tiny_model import tiny_config
 
 

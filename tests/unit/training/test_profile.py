@@ -1,64 +1,54 @@
-"""`--profile A:B`: a trace of these steps, and nothing otherwise."""
+"""`--profile A:B` writes a trace of these steps."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
-from pipeline.training.profile import Window, profiled
+from pipeline.training.context import Stage
+from pipeline.training.profile import Profiler, ProfileWindow
 from tests.support.tiny_model import tiny_config
 
 
-class Kept:
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def artifact(self, name: str, content: object) -> None:
-        self.names.append(name)
-
-
-def config_in(folder: Path, window: str | None):
-    config = tiny_config()
-    tracking = config.tracking.model_copy(update={"profile": window})
-    return config.model_copy(update={"output": str(folder), "tracking": tracking})
-
-
-def steps(number: int):
-    for step in range(number):
+def profile(folder: Path, window: str, num_steps: int) -> list[str]:
+    """Profile steps of the stage that begins at global step 8; return the names of the artifacts."""
+    config = tiny_config().model_copy(update={"output": str(folder)})
+    names: list[str] = []
+    tracker = SimpleNamespace(artifact=lambda name, content: names.append(name))
+    context: Any = SimpleNamespace(storage=Storage(), tracker=tracker)
+    stage = Stage(config, 1)
+    profiler = Profiler(stage, context, ProfileWindow.parse(window))
+    for step in range(num_steps):
+        profiler.before_batch(step)
         torch.ones(8) * step
-        yield step, "batch"
+    profiler.close()
+    assert stage.first_step == FIRST
+    return names
 
 
-def test_the_window_s_steps_are_traced_and_the_trace_is_logged(tmp_path):
-    config, kept = config_in(tmp_path, "12:14"), Kept()
-    seen = [step for step, _ in profiled(steps(6), 10, config, Storage(), kept, rank=0)]
-    assert seen == list(range(6))
-    assert kept.names == ["profile/steps-00000012-00000014.json.gz"]
-    trace = json.loads(gzip.decompress((tmp_path / "tiny" / kept.names[0]).read_bytes()))
-    multiplications = [event for event in trace["traceEvents"] if event.get("name") == "aten::mul"]
-    assert len(multiplications) == 2  # those of drawing steps 3 and 4: the second one's data are waited for inside
+FIRST = sum(stage.steps for stage in tiny_config().stages[:1])
 
 
-def test_a_window_that_a_stage_ends_in_is_written_too(tmp_path):
-    kept = Kept()
-    for _ in profiled(steps(3), 0, config_in(tmp_path, "2:50"), Storage(), kept, rank=0):
-        pass
-    assert kept.names == ["profile/steps-00000002-00000003.json.gz"]
+def test_steps_in_the_window_are_traced_and_logged(tmp_path: Path) -> None:
+    (name,) = profile(tmp_path, f"{FIRST + 2}:{FIRST + 4}", 6)
+    assert name == f"profile/steps-{FIRST + 2:08d}-{FIRST + 4:08d}.json.gz"
+    trace = json.loads(gzip.decompress((tmp_path / "tiny" / name).read_bytes()))
+    assert len([event for event in trace["traceEvents"] if event.get("name") == "aten::mul"]) == 2
 
 
-@pytest.mark.parametrize(("window", "rank"), [(None, 0), ("0:2", 1)])
-def test_without_a_window_and_on_other_ranks_the_steps_are_the_same_object(tmp_path, window, rank):
-    given = steps(2)
-    assert profiled(given, 0, config_in(tmp_path, window), Storage(), Kept(), rank) is given
+def test_window_cut_by_the_end_of_the_stage_is_written(tmp_path: Path) -> None:
+    assert profile(tmp_path, f"{FIRST + 2}:50", 3) == [f"profile/steps-{FIRST + 2:08d}-{FIRST + 3:08d}.json.gz"]
 
 
-@pytest.mark.parametrize("told", ["5", "5:5", "7:5", "a:b"])
-def test_a_wrong_window_is_refused(told):
+@pytest.mark.parametrize("text", ["5", "5:5", "7:5", "a:b"])
+def test_malformed_window_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="expected A:B"):
-        Window.parse(told)
+        ProfileWindow.parse(text)

@@ -14,7 +14,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.collectives import Collectives
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
 from pipeline.training.terms.masked import MaskedLanguage, RegionClass, RegionFeatures

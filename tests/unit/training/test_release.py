@@ -17,8 +17,8 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
 from pipeline.training import release
 from pipeline.training.contrast import Contrast, contrast_of
-from pipeline.training.parameter_groups import parameter_groups
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
+from pipeline.training.optimizer import parameter_groups
 from pipeline.training.stages import heads, trained_parts
 from pipeline.training.steps import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config

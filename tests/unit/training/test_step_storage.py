@@ -1,9 +1,8 @@
-"""Between two steps the training thread makes no storage call: a store that is away for minutes stops no step."""
+"""Between two steps the training thread makes no storage call: an unavailable store delays no step."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,26 @@ import pytest
 
 from jobs.rank import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import Preempted
+from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
+from pipeline.training.callbacks import Callback, StepEvent
 from pipeline.training.collectives import close_group
-from pipeline.training.evaluation import StageEvaluation
+from pipeline.training.evaluation import Evaluation
 from pipeline.training.loop import train
-from pipeline.training.stage_run import StageRun
-from tests.support.short_run import BeforeStep, NoUploader, losses, short_config
+from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short_config
 
 
-class StepGuard:
-    """While in `with`: every storage call of this thread between the first and the last step of a stage raises.
+class StepGuard(Callback):
+    """Makes every storage call of this thread between the first and the last step of a stage raise.
 
-    What an evaluation reads is its input, as batches are a step's: `guards.evaluate_seconds` allows for it.
+    Evaluation is exempt: it reads its input, as a step does, and `guards.evaluate_seconds` allows for it.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls = 0  # of other threads, between steps
         self._is_stepping = False
         self._thread = threading.get_ident()
-        do, steps, evaluate = Storage._do, StageRun._steps, StageEvaluation.__call__
+        do, evaluate = Storage._do, Evaluation.evaluate
 
         def guarded_do(storage: Storage, url: str, action: str, call: Any) -> Any:
             if self._is_stepping and threading.get_ident() == self._thread:
@@ -37,28 +37,26 @@ class StepGuard:
             self.calls += self._is_stepping
             return do(storage, url, action, call)
 
-        def guarded_steps(run: StageRun, start: int) -> Iterator[Any]:
-            try:
-                for item in steps(run, start):
-                    self._is_stepping = True
-                    yield item
-            finally:
-                self._is_stepping = False
-
-        def unguarded_evaluation(evaluation: StageEvaluation, model: Any) -> Any:
+        def unguarded_evaluate(evaluation: Evaluation) -> Any:
             self._is_stepping = False
             try:
-                return evaluate(evaluation, model)
+                return evaluate(evaluation)
             finally:
                 self._is_stepping = True
 
         monkeypatch.setattr(Storage, "_do", guarded_do)
-        monkeypatch.setattr(StageRun, "_steps", guarded_steps)
-        monkeypatch.setattr(StageEvaluation, "__call__", unguarded_evaluation)
+        monkeypatch.setattr(Evaluation, "evaluate", unguarded_evaluate)
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        self._is_stepping = True
+
+    def after_step(self, event: StepEvent) -> None:
+        if event.preempted or event.step + 1 == STEPS:
+            self._is_stepping = False
 
 
 def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither checkpoints, metrics, progress, a trace, an evaluation nor a notice of preemption waits for the store."""
+    """Checkpoints, metrics, progress, the profiler and preemption do not wait for the store."""
     guard = StepGuard(monkeypatch)
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
     config = short_config(
@@ -68,14 +66,15 @@ def test_no_step_makes_a_storage_call_in_the_training_thread(tmp_path: Path, mon
         tracking__profile="4:6",
         evaluation__source="scenes",
         evaluation__every=4,
-        evaluation__limit_during=8,
+        evaluation__max_images_during_training=8,
         guards__spike={"window": 4, "factor": 100.0},
     )
     progress, noticed = ProgressFile(config, Storage(config.storage)), threading.Event()
     try:
-        with BeforeStep(6, lambda _: noticed.set()), pytest.raises(Preempted):
-            train(config, progress, preempted=noticed.is_set)
-        train(config, progress)
+        preempt = BeforeStep(6, lambda _: noticed.set())
+        with pytest.raises(Preempted):
+            train(config, progress, preempted=noticed.is_set, callbacks=[preempt, guard])
+        train(config, progress, callbacks=[guard])
     finally:
         progress.close()
         close_group()

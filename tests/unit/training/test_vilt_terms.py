@@ -15,7 +15,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.objectives.word_patch import word_patch_loss
 from pipeline.training.collectives import Collectives
-from pipeline.training.plain_engine import PlainEngine
+from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep
 from pipeline.training.terms.masked import MaskedImage

@@ -1,0 +1,139 @@
+"""Callbacks: everything that surrounds a training step, attached to the hooks of `loop.train_stage`.
+
+Metrics, checkpoints, evaluation, alerts, progress, the profiler, goodput and the execution-order check are callbacks. A
+hook that calls a collective must do so on every rank in the same order, so such callbacks are attached on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pipeline.data.batch import Batch
+
+if TYPE_CHECKING:
+    from pipeline.training.context import StageResult, StageState
+    from pipeline.training.health import StepHealth
+    from pipeline.training.metrics import MetricsSnapshot
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A completed update: the stage's step (from 0), this rank's parts of the losses, and the learning rate."""
+
+    step: int
+    losses: dict[str, Tensor]
+    health: StepHealth | None  # None at steps without a health check
+    lr: float
+
+    @property
+    def preempted(self) -> bool:
+        """The ranks have agreed to save and stop after this step."""
+        return self.health is not None and self.health.preempted
+
+
+class Callback:
+    """Hooks of the training loop, called in the order below; by default they do nothing. `step` counts from 0."""
+
+    def on_model_built(self, model: nn.Module) -> None:
+        """Called before the engine wraps the model."""
+
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        """Called before the first step, once the stage has resumed at step `start`."""
+
+    def before_batch(self, step: int) -> None:
+        """Called before the step's batch is requested from the loader."""
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        """Called before the forward."""
+
+    def after_backward(self, step: int) -> None:
+        """Called after the backward, before the health check."""
+
+    def on_health(self, step: int, health: StepHealth) -> None:
+        """Called after a health check, before the update."""
+
+    def on_fault(self, step: int, name: str, message: str) -> None:
+        """Called before the run is stopped because of a fault."""
+
+    def after_step(self, event: StepEvent) -> None:
+        """Called after the update."""
+
+    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
+        """Called when metrics have been collected after a step."""
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Called when the model has been evaluated after a step."""
+
+    def on_checkpoint(self, num_steps: int, url: str) -> None:
+        """Called when the state after `num_steps` steps has been copied and is being written to `url`."""
+
+    def on_stage_end(self, result: StageResult) -> None:
+        """Called after the last step, before the weights are exported; not called when an error ends the stage."""
+
+    def close(self) -> None:
+        """Release resources; called whenever the stage ends."""
+
+
+class Callbacks(Callback):
+    """Forwards each hook to several callbacks, in order; `close` in reverse order and whatever the others raise."""
+
+    def __init__(self, callbacks: Iterable[Callback] = ()):
+        self._callbacks = tuple(callbacks)
+
+    def on_model_built(self, model: nn.Module) -> None:
+        for callback in self._callbacks:
+            callback.on_model_built(model)
+
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        for callback in self._callbacks:
+            callback.on_stage_start(state, start)
+
+    def before_batch(self, step: int) -> None:
+        for callback in self._callbacks:
+            callback.before_batch(step)
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        for callback in self._callbacks:
+            callback.before_step(step, batch)
+
+    def after_backward(self, step: int) -> None:
+        for callback in self._callbacks:
+            callback.after_backward(step)
+
+    def on_health(self, step: int, health: StepHealth) -> None:
+        for callback in self._callbacks:
+            callback.on_health(step, health)
+
+    def on_fault(self, step: int, name: str, message: str) -> None:
+        for callback in self._callbacks:
+            callback.on_fault(step, name, message)
+
+    def after_step(self, event: StepEvent) -> None:
+        for callback in self._callbacks:
+            callback.after_step(event)
+
+    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
+        for callback in self._callbacks:
+            callback.on_metrics(step, snapshot)
+
+    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        for callback in self._callbacks:
+            callback.on_evaluation(step, metrics)
+
+    def on_checkpoint(self, num_steps: int, url: str) -> None:
+        for callback in self._callbacks:
+            callback.on_checkpoint(num_steps, url)
+
+    def on_stage_end(self, result: StageResult) -> None:
+        for callback in self._callbacks:
+            callback.on_stage_end(result)
+
+    def close(self) -> None:
+        with ExitStack() as stack:
+            for callback in self._callbacks:
+                stack.callback(callback.close)

@@ -1,0 +1,434 @@
+"""Health of a training step: non-finite values, loss spikes, diverging ranks, and exhausted memory.
+
+Before an update, all ranks must agree on anything that changes what they do next, or some would wait forever: that a
+loss or gradient is not finite, that a machine is being preempted, and the loss of the global batch. One reduction
+carries all of it. A second process group, or a reduction read one step later, would save the wait for the device, but
+could neither stop before the update nor lose no step. `guards.health_check_every` spaces the checks.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.errors import RunFailed
+from pipeline.config.schema import RunConfig, SpikeConfig, StageConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage.errors import NoSpace
+from pipeline.training.callbacks import Callback
+from pipeline.training.collectives import Collectives
+from pipeline.training.steps import accumulation
+
+if TYPE_CHECKING:
+    from pipeline.training.context import StageState
+
+# ---- the check before an update
+
+
+@dataclass(frozen=True)
+class StepHealth:
+    """State of a step before its update, the same on every rank."""
+
+    losses: dict[str, float]  # of the global batch: `loss` and each objective's
+    num_bad_losses: int  # ranks with a non-finite loss
+    num_bad_gradients: int  # ranks with a non-finite gradient
+    preempted: bool  # on any rank
+
+    @property
+    def is_finite(self) -> bool:
+        return not self.num_bad_losses and not self.num_bad_gradients
+
+
+def check_step_health(
+    losses: dict[str, Tensor], gradients: Iterable[Tensor], preempted: bool, collectives: Collectives
+) -> StepHealth:
+    """Reduce the losses and this rank's condition over all ranks. A collective call.
+
+    `losses` are this rank's parts, 0-d, by name; `gradients` are those its next update reads. A gradient norm that
+    overflows counts as non-finite, because the update divides by it.
+    """
+    parts = torch.stack([loss.float() for loss in losses.values()])
+    gradients = list(gradients)
+    norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+    norm = torch.stack([norm.float() for norm in norms]).sum().to(parts.device)
+    flags = torch.stack([~parts.isfinite().all(), ~norm.isfinite(), torch.tensor(preempted, device=parts.device)])
+    *totals, bad_losses, bad_gradients, notices = collectives.sum(torch.cat([parts, flags.float()])).tolist()
+    return StepHealth(
+        dict(zip(losses, totals, strict=True)), round(bad_losses), round(bad_gradients), round(notices) > 0
+    )
+
+
+# ---- where a non-finite value came from
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The first module on a rank with a non-finite output or output gradient; `order` counts modules executed."""
+
+    order: int
+    module: str
+    description: str
+
+
+class _NonFiniteTracer:
+    """Records the first module whose output, and the first whose output gradient, is not finite."""
+
+    def __init__(self) -> None:
+        self.origins: dict[str, _Origin] = {}
+        self._num_executed = {"forward": 0, "backward": 0}
+
+    @contextmanager
+    def attached_to(self, model: nn.Module) -> Iterator[None]:
+        handles = [module.register_forward_hook(self._hook(name)) for name, module in model.named_modules() if name]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._num_executed["forward"] += 1
+            for tensor in _tensors(output):
+                if not _is_finite(tensor):
+                    self._record("forward", name, _describe_cause(module, inputs, tensor))
+                if tensor.requires_grad:
+                    tensor.register_hook(after_backward)
+
+        def after_backward(gradient: Tensor) -> None:
+            self._num_executed["backward"] += 1
+            if not _is_finite(gradient):
+                self._record("backward", name, f"the gradient of its output has {_describe(gradient)}")
+
+        return after_forward
+
+    def _record(self, direction: str, name: str, description: str) -> None:
+        self.origins.setdefault(direction, _Origin(self._num_executed[direction], name, description))
+
+
+def locate_non_finite(
+    losses: dict[str, Tensor], model: nn.Module, repeat: Callable[[], object], collectives: Collectives
+) -> str:
+    """Describe which losses are not finite and in which module and rank it began. A collective call.
+
+    Neither a loss, which is summed over the batch, nor a gradient, which is summed over ranks, identifies its source.
+    `repeat` therefore runs the step again, recording every module's output and gradient; the first module in execution
+    order is the source. Gradients are unusable afterwards.
+    """
+    own = {name: loss.item() for name, loss in losses.items() if not _is_finite(loss)}
+    bad_losses = [
+        f"'{name}' is {value} on rank {rank}"
+        for rank, values in enumerate(collectives.gather_json(own))
+        for name, value in values.items()
+    ]
+    symptom = ", ".join(bad_losses) if bad_losses else "the gradient is not finite, though the losses are"
+    tracer = _NonFiniteTracer()
+    with tracer.attached_to(model):
+        repeat()
+    gathered = collectives.gather_json(
+        {direction: (origin.order, origin.module, origin.description) for direction, origin in tracer.origins.items()}
+    )
+    for direction in ("forward", "backward"):
+        origins = [
+            (*rank_origins[direction], rank) for rank, rank_origins in enumerate(gathered) if direction in rank_origins
+        ]
+        if origins:
+            _, module, description, rank = min(origins, key=lambda origin: (origin[0], origin[3]))
+            return f"{symptom}; first in module '{module}' on rank {rank}, in the {direction} pass: {description}"
+    return f"{symptom}; all module outputs and gradients are finite when repeated: a sum over rows or ranks overflowed"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.detach().isfinite().all())
+
+
+def _describe(tensor: Tensor) -> str:
+    bad = ~tensor.detach().isfinite()
+    kind = "nan" if bool(tensor.detach().isnan().any()) else "inf"
+    return f"{kind} ({int(bad.sum())} of {bad.numel()} values)"
+
+
+def _describe_cause(module: nn.Module, inputs: Any, output: Tensor) -> str:
+    description = f"its output has {_describe(output)}"
+    for name, parameter in module.named_parameters():
+        if parameter.numel() and not _is_finite(parameter):
+            return f"{description}, its parameter '{name}' has {_describe(parameter)}"
+    if not all(_is_finite(tensor) for tensor in _tensors(inputs)):
+        return f"{description}, and its input is not finite either"
+    return f"{description}; its inputs and parameters are finite"
+
+
+# ---- ranks that execute different modules (contract C3)
+
+FIRST_STEPS = 3
+END = "(the end of the forward)"
+
+
+class ExecutionOrderCheck(Callback):
+    """Compares across ranks the order in which the model's modules run: in the first steps, then every so many.
+
+    DeepSpeed computes silently wrong gradients when ranks run different modules in one step (`diverging_ranks` among
+    the project's probes: 96 % error at ZeRO 2; at ZeRO 3 it mixes up weights, or hangs). The ranks therefore compare
+    before any gradient is reduced, at the end of each forward; at ZeRO 3, whose forward gathers weights, before every
+    module.
+
+    Raises RunFailed on every rank, naming the first modules that differ. The hooks must be registered before the
+    engine's. Recomputation in activation checkpointing and modules inside a compiled block are not recorded.
+    """
+
+    def __init__(self, collectives: Collectives, every: int, first_step: int = 0):
+        """`first_step`: the stage's first global step, for messages."""
+        self._collectives, self._every, self._first_step = collectives, every, first_step
+        self._start = 0  # the first step of this process
+        self._step = 0
+        self._is_active = self._in_forward = self._compares_each_module = False
+        self._executed: list[str] = []
+        self._digest = hashlib.sha256()
+
+    def on_model_built(self, model: nn.Module) -> None:
+        self._model = model
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(self._enter_model if module is model else self._recorder(name))
+        model.register_forward_hook(self._leave_model)
+
+    def on_stage_start(self, state: StageState, start: int) -> None:
+        self._start = start
+
+    def before_step(self, step: int, batch: Batch | None = None) -> None:
+        self._step = self._first_step + step
+        self._compares_each_module = any(
+            hasattr(parameter, "ds_id") for parameter in self._model.parameters()
+        )  # ZeRO 3
+        self._is_active = step - self._start < FIRST_STEPS or (step - self._start) % self._every == 0
+        self._executed.clear()
+        self._digest = hashlib.sha256()
+
+    def after_backward(self, step: int) -> None:
+        if self._is_active:
+            self._compare()
+        self._is_active = False
+
+    def _enter_model(self, module: nn.Module, arguments: object) -> None:
+        self._in_forward = True
+
+    def _recorder(self, name: str) -> Callable[[nn.Module, object], None]:
+        def record(module: nn.Module, arguments: object) -> None:
+            if not torch.compiler.is_compiling() and self._is_active and self._in_forward:
+                self._record(name)
+                if self._compares_each_module:
+                    self._compare()
+
+        return record
+
+    def _leave_model(self, module: nn.Module, arguments: object, result: object) -> None:
+        self._in_forward = False
+        if self._is_active:
+            self._record(END)
+            self._compare()
+
+    def _record(self, name: str) -> None:
+        self._executed.append(name)
+        self._digest.update(f"{name}\n".encode())
+
+    def _compare(self) -> None:
+        digest = int.from_bytes(self._digest.digest()[:7], "big")
+        if self._collectives.largest([digest, -digest]) == [digest, -digest]:
+            return
+        difference = _first_difference(self._collectives.gather_json(self._executed))
+        raise RunFailed(
+            f"step {self._step}: ranks ran different modules; {difference}. Gradients would have been silently wrong. "
+            "The modules a step runs must depend on the step number only, never on a rank's own data."
+        )
+
+
+def _first_difference(executed: list[list[str]]) -> str:
+    for position in range(max(len(names) for names in executed)):
+        names = [rank[position] if position < len(rank) else "(nothing)" for rank in executed]
+        if len(set(names)) > 1:
+            by_rank = ", ".join(f"rank {rank} ran '{name}'" for rank, name in enumerate(names))
+            return f"call {position}: {by_rank}"
+    raise AssertionError("the sequences are equal")
+
+
+# ---- loss spikes
+
+Range = tuple[int, int]  # batches start … stop - 1 of a stage
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss spike in `step`, which read `batch`; `number` counts the stage's spikes from 1."""
+
+    number: int
+    step: int
+    batch: int
+    loss: float
+    median: float
+
+
+class SpikeGuard:
+    """Detects loss spikes and skips the data that caused them (PaLM, arXiv 2204.02311, section 5.1).
+
+    After a spike the stage rolls back to its last checkpoint and skips the batches read since. The data order is a
+    function of the step (contract C1), so skipping only changes which batch a step reads: batch = step + the batches
+    skipped before it. The skipped ranges and the recent losses are part of every checkpoint. A run killed after a
+    rollback and before the next checkpoint meets the spike again and skips the same batches. The state is the same on
+    every rank.
+    """
+
+    def __init__(self, config: SpikeConfig | None):
+        self.config = config
+        self._losses: deque[float] = deque(maxlen=config.window if config else 1)
+        self.skipped: list[Range] = []
+        self._num_rollbacks = 0  # exceeds len(skipped) if two spikes preceded the next checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that `restore` takes, JSON-serialisable."""
+        losses = list(self._losses) if self.config else []
+        return {"skipped": [list(span) for span in self.skipped], "rollbacks": self._num_rollbacks, "losses": losses}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.skipped = [(start, stop) for start, stop in state.get("skipped", [])]
+        self._num_rollbacks = state.get("rollbacks", 0)
+        self._losses.clear()
+        self._losses.extend(state.get("losses", []))
+
+    def batch_of(self, step: int) -> int:
+        """Return the batch that a step at or after the restored position reads."""
+        return step + sum(stop - start for start, stop in self.skipped)
+
+    def observe(self, step: int, loss: float) -> Spike | None:
+        """Record the global batch's loss, before the update; return the spike if it is one."""
+        if self.config is None:
+            return None
+        if len(self._losses) == self.config.window:
+            median = statistics.median(self._losses)
+            if loss > self.config.factor * median:
+                return Spike(self._num_rollbacks + 1, step, self.batch_of(step), loss, median)
+        self._losses.append(loss)
+        return None
+
+    def skip_range(self, spike: Spike, resumed_at: int, stage: str) -> Range:
+        """Skip the batches read since step `resumed_at` up to the spike and `skip` more. Call after `restore`.
+
+        Raises RunFailed if the stage has used up its rollbacks.
+        """
+        assert self.config is not None
+        if spike.number > self.config.max_rollbacks:
+            raise RunFailed(
+                f"stage {stage}, step {spike.step}: the loss jumped to {spike.loss:.4g} (median of the last "
+                f"{self.config.window}: {spike.median:.4g}) after {self.config.max_rollbacks} rollbacks; "
+                "guards.spike.max_rollbacks allows no more. Inspect the data, lower optimizer.lr, or clip gradients "
+                "with optimizer.max_grad_norm."
+            )
+        skipped = (self.batch_of(resumed_at), spike.batch + 1 + self.config.skip)
+        self.skipped.append(skipped)
+        self._num_rollbacks = spike.number
+        return skipped
+
+
+# ---- exhausted memory and storage
+
+# Messages of allocators that raise a plain RuntimeError, or one of an accelerator library.
+OUT_OF_MEMORY_MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+@contextmanager
+def permanent_failures_explained(
+    config: RunConfig, stage: StageConfig, collectives: Collectives, memory: Callable[[], dict[str, int]] | None = None
+) -> Iterator[None]:
+    """Convert errors that a restart would only repeat (memory or disk exhausted) into RunFailed with remedies.
+
+    `memory` returns the bytes of this rank's state by category; None while the engine is being built.
+    """
+    try:
+        yield
+    except NoSpace as error:
+        raise RunFailed(
+            f"stage {stage.name}: {error} Committed checkpoints are kept: run the same command once space is free."
+        ) from error
+    except (RuntimeError, MemoryError, OSError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, config, stage, collectives, memory() if memory else None) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether device or host memory was exhausted, whichever library reports it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
+
+
+def out_of_memory(
+    error: BaseException, config: RunConfig, stage: StageConfig, collectives: Collectives, held: dict[str, int] | None
+) -> RunFailed:
+    """Return the error to raise; `held`: bytes of this rank's state by category, None before the engine was built."""
+    engine, world_size = config.engine, collectives.world_size
+    share = -(-stage.global_batch_size // world_size)
+    rows = -(-share // accumulation(stage.global_batch_size, world_size, engine.micro_batch_size))
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}"]
+    if held is None:
+        lines.append("It happened before the first step: the model and its optimizer state do not fit.")
+    else:
+        parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in held.items())
+        device = "in host memory"
+        if collectives.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(collectives.device)
+            peak = torch.cuda.max_memory_allocated(collectives.device)
+            device = f"the device has {_format_bytes(total)}, {_format_bytes(free)} free; peak {_format_bytes(peak)}"
+        lines.append(f"This rank's state at engine.zero_stage {engine.zero_stage}: {parts}; {device}")
+    lines.append(
+        f"One forward held {rows} of the rank's {share} rows (engine.micro_batch_size: "
+        f"{engine.micro_batch_size or 'not set'}); memory beyond the state above is activations."
+    )
+    remedies = []
+    if rows > 1:
+        remedies.append(f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)")
+    if not engine.activation_checkpointing:
+        remedies.append("engine.activation_checkpointing=true (recomputes activations instead of storing them)")
+    if engine.zero_stage < 3:
+        remedies.append(f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)")
+    if not engine.offload_optimizer and engine.zero_stage:  # nothing is offloaded without ZeRO
+        remedies.append("engine.offload_optimizer=true (keeps moments in host memory)")
+    if engine.precision == "float32":
+        remedies.append("engine.precision=bfloat16 (in a new run; it cannot change within one)")
+    remedies.append("more ranks (cluster.workers)")
+    lines.append("A restart would repeat it. Change, in this order: " + "; ".join(remedies))
+    return RunFailed("\n".join(lines))
+
+
+def _format_bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
