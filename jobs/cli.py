@@ -1,209 +1,183 @@
-"""The `mome` command line. Exit status: 0 done, 1 failed, 2 wrong usage or config."""
+"""The `mome` command line. Exit status: 0 done, 1 failed, 2 wrong usage or config.
+
+Commands import what they need when they run: `mome --help` loads neither torch, Ray nor MLflow.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from jobs.arguments import local_file
 from jobs.bench import app as bench_app
-from jobs.caller import Caller
-from jobs.console import ProgressDisplay, console, echo, notify, print_result, status
-from jobs.jobs_command import Address, Token
+from jobs.console import console, echo, print_result, status
 from jobs.jobs_command import app as jobs_app
+from jobs.options import (
+    Address,
+    Checkpoint,
+    Config,
+    JsonOption,
+    Overrides,
+    OwnConfig,
+    Run,
+    Token,
+    Track,
+    TrackingUri,
+    Workers,
+    local_file,
+)
 from jobs.shards import app as shards_app
 from pipeline.config.errors import ConfigError, MomeError
-from pipeline.config.load import load_config
 from pipeline.config.redaction import configure_logging, printable, show_exception
-from pipeline.config.schema import EVALUATED, SourceType
+
+if TYPE_CHECKING:
+    from jobs.caller import Caller
+
+TRAIN, EVALUATE, DATA = "Train", "Evaluate and use a model", "Data"
+RESULTS, CONFIGS, CLUSTER = "Results", "Configs and planning", "Machine and cluster"
+FORMAT_HELP = "Naming scheme of the tensors: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (mome's own)."
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     help="Staged vision-language pretraining on a Ray cluster, from image-text tars in object storage.",
 )
-app.add_typer(shards_app, name="shards")
-app.add_typer(bench_app, name="bench")
-app.add_typer(jobs_app, name="jobs")
-
-Config = Annotated[Path, typer.Argument(parser=local_file, help="A YAML config, such as configs/demo.yaml.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Dotted overrides: stages.vision.steps=100 cluster.workers=4", metavar="KEY=VALUE"),
-]
-FORMAT_HELP = "Whose names the tensors have: vlmo, vilt, vilt-hf, vit, beit, bert, or safetensors (our own)."
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Ranks on the run's Ray cluster that share the work; else this process.")
-]
-CallersConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        parser=local_file,
-        help="A config of your own whose storage, MLflow and Ray addresses are used; those in the run's folder never "
-        "are. Default: the environment (AWS_*, MLFLOW_TRACKING_URI, RAY_ADDRESS).",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+config_app = typer.Typer(no_args_is_help=True, help="List and show the recipes of this package; print the schema.")
 
 
-@app.command()
+def _print_version(value: bool) -> None:
+    if value:
+        try:
+            echo(f"mome {version('mome')}")
+        except PackageNotFoundError:
+            echo("mome (from source, not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _caller(config: Path | None) -> Caller:
+    from jobs.caller import Caller
+
+    return Caller.named(config)
+
+
+@app.command(rich_help_panel=TRAIN)
 def demo(
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an earlier demo run and train again.")] = False,
-    as_json: AsJson = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier demo run and train again.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Draw scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
-    from jobs.demo import demo as run_demo
+    """Generate scenes with captions, train three stages on two workers, evaluate on unseen scenes, write a report."""
+    from jobs.train import run_demo
 
     print_result(run_demo(overrides or [], fresh), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(
     config: Config,
     overrides: Overrides = None,
     preflight: Annotated[
-        bool, typer.Option("--preflight", help="One full step of each stage on every rank, storage, MLflow; no run.")
+        bool,
+        typer.Option("--preflight", help="Check one full step of each stage on every rank, storage and MLflow; exit."),
     ] = False,
-    profile: Annotated[str | None, typer.Option(help="Steps A:B, over all stages, to record a trace of.")] = None,
-    as_json: AsJson = False,
+    profile: Annotated[
+        str | None, typer.Option(help="Global steps A:B (B excluded) to record a profiler trace of.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run the stages of CONFIG, or go on where the run stopped. A local Ray is started if no address is given."""
-    from jobs.evaluate import evaluate_run
-    from jobs.interrupts import Interrupts
-    from jobs.preflight import preflight_on_ray
-    from jobs.pretrain import pretrain
-    from jobs.report import reported
+    """Run the stages of CONFIG, or resume the run. Without an address, a local Ray is started."""
+    from jobs.train import run_and_evaluate, run_preflight
+    from pipeline.config.load import load_config
     from pipeline.training.profile import ProfileWindow
 
-    more = [] if profile is None else [ProfileWindow.parse(profile).override]
-    settings = load_config(config, [*(overrides or []), *more])
-    if preflight:
-        with status("checking on every rank"):
-            checked = preflight_on_ray(settings)
-        print_result(checked, as_json)
-        return
-    with reported(settings), Interrupts(settings) as interrupts:
-        with ProgressDisplay() as show:
-            trained = pretrain(settings, show, interrupts)
-        if not trained:
-            notify(f"{settings.folder}: every stage is finished already; change `name` to begin another run")
-        result = evaluate_run(settings) if settings.evaluation.source else {"checkpoint": settings.folder}
-    print_result(result, as_json)
+    extra = [] if profile is None else [ProfileWindow.parse(profile).override]
+    settings = load_config(config, [*(overrides or []), *extra])
+    print_result(run_preflight(settings) if preflight else run_and_evaluate(settings), as_json)
 
 
-@app.command()
-def plan(
+@app.command(rich_help_panel=TRAIN)
+def submit(
     config: Config,
     overrides: Overrides = None,
-    accelerator: Annotated[str, typer.Option(help="h100, h200, a100-80, a100-40, l40s, b200, …")] = "h100",
-    network: Annotated[
-        str, typer.Option(help="Between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100, ethernet-25.")
-    ] = "ib-400",
-    gpus: Annotated[int | None, typer.Option(min=1, help="How many; else cluster.workers.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of a GPU for an hour; else cluster.price.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that arithmetic reaches.")] = 0.35,
-    overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of a step that hides communication.")] = 0.0,
-    goodput: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the hours that is training.")] = 0.97,
-    cpu_milliseconds: Annotated[float, typer.Option(min=0, help="Of a core for a photo: `mome bench loader`.")] = 2.7,
-    sample_bytes: Annotated[float, typer.Option(min=0, help="Of a sample in storage, where no manifest says.")] = 1.1e5,
-    store_bandwidth: Annotated[float, typer.Option(min=1, help="Bytes/s that checkpoints are written at.")] = 1e9,
-    text_tokens: Annotated[int | None, typer.Option(min=4, help="Tokens of each text; else the most.")] = None,
-    scaling: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Also 1 to 1,024 GPUs: a table, and this SVG.")
+    address: Address = "",
+    token: Token = None,
+    follow: Annotated[bool, typer.Option(help="Stream the job's output until it ends.")] = True,
+    submission_id: Annotated[
+        str | None,
+        typer.Option(help="Id of the job; a known id is not submitted again (default: derived from the config)."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """What CONFIG needs: memory by ZeRO stage, time, communication, storage, cost. No cluster and no data are read."""
-    from jobs.output import check_output, write_output
-    from jobs.plan import Target, as_json_object, plan_run, with_workers
-    from jobs.plan_chart import scaling_svg
-    from jobs.plan_text import as_text
-    from pipeline.data.storage import Storage
-    from pipeline.planning.estimate import Assumptions
-    from pipeline.planning.hardware import accelerator_named, network_named
+    """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
+    from jobs.submit import submit as submit_job
+    from pipeline.config.load import load_config
 
-    settings = load_config(config, overrides or [])
-    if scaling is not None:
-        check_output(Storage(), str(scaling), "--scaling")
-    assumptions = Assumptions(
-        mfu=mfu,
-        overlap=overlap,
-        cpu_milliseconds=cpu_milliseconds,
-        sample_bytes=sample_bytes,
-        checkpoint_bandwidth=store_bandwidth,
-        price=settings.cluster.price if price is None else price,
-        goodput=goodput,
-    )
-    settings = with_workers(settings, gpus or settings.cluster.workers)
-    machines, joined = accelerator_named(accelerator), network_named(network)
-    target = Target(machines, joined, settings.cluster.workers, assumptions, text_tokens)
-    with status("planning") as update:
-        plans = plan_run(settings, target, scaling is not None, update)
-    if scaling is not None:
-        title = f"{settings.name} on {machines.name}, {joined.name}"
-        write_output(Storage(), str(scaling), scaling_svg(plans, target, title).encode(), "--scaling")
-    if as_json:
-        print_result(as_json_object(plans, target), as_json)
-    else:
-        echo(as_text(plans, target))
+    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
-    source: Annotated[str | None, typer.Option(help="A source of the run's config, or the URL of shards.")] = None,
+    checkpoint: Checkpoint,
+    source: Annotated[
+        str | None, typer.Option(help="Source of the run's config, or URL of shards (default: evaluation.source).")
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most images to read: a look beside the full evaluation.")
+        int | None, typer.Option(min=1, help="Maximum number of images, for a partial evaluation.")
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(parser=local_file, help="Where the HTML report goes; else report-NAME.html beside the weights."),
-    ] = None,
-    track: Annotated[
-        bool | None,
         typer.Option(
-            "--track/--no-track",
-            help="Record the result in MLflow. Default: if the folder is no copy, and its run was tracked there.",
+            parser=local_file, help="Path of the HTML report (default: report-NAME.html next to the weights)."
         ),
     ] = None,
+    track: Track = None,
     name: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="Name of the evaluation (default: the source's).")
+        str | None, typer.Option("--as", metavar="NAME", help="Name of the evaluation (default: the source's name).")
     ] = None,
     workers: Workers = None,
     rerank: Annotated[
-        int | None, typer.Option(min=0, help="Best candidates of each query that the fusion encoder reads again.")
+        int | None,
+        typer.Option(
+            min=0, help="Number of candidates per query that the fusion encoder re-ranks (default: evaluation.rerank)."
+        ),
     ] = None,
-    against: Annotated[str | None, typer.Option(help="Another evaluated run, whose figures stand beside.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Folder of another evaluated run, whose figures the report compares.")
+    ] = None,
     source_type: Annotated[
-        str | None, typer.Option(help="What a URL of shards is read as: pairs, labelled, questions or statements.")
+        str | None,
+        typer.Option(
+            "--type", help="Type of a URL's source: pairs, labelled, questions or statements (default: the stage's)."
+        ),
     ] = None,
     probe: Annotated[
-        str | None, typer.Option(help="Labelled pictures to train a linear classifier on; --source measures it.")
+        str | None, typer.Option(help="Labelled source to train a linear classifier on; --source measures it.")
     ] = None,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """What the checkpoint's stage trained, on held-out data, with a report.
+    """Evaluate what the checkpoint's stage was trained for on held-out data, and write a report.
 
-    Pairs: retrieval, re-ranking, matching, masked words. Labelled pictures: classes told by their names, by a head
-    that was trained for them, by a linear probe. Questions and statements: accuracy.
+    Pairs: retrieval, re-ranking, matching, masked words. Labelled images: zero-shot classification, a trained head, a
+    linear probe. Questions and statements: accuracy.
     """
     from jobs.evaluate import evaluate_checkpoint
 
-    read_as: SourceType | None = None
-    if source_type is not None:
-        if source_type not in EVALUATED:
-            raise ConfigError(f"--use {source_type}: expected one of {', '.join(EVALUATED)}")
-        read_as = source_type  # type: ignore[assignment]
     result = evaluate_checkpoint(
         checkpoint,
         source=source,
@@ -213,185 +187,324 @@ def evaluate(
         against=against,
         workers=workers,
         rerank_best=rerank,
-        source_type=read_as,
+        source_type=source_type,
         probe=probe,
         name=name,
-        caller=Caller.named(config),
+        caller=_caller(config),
     )
-    if result is not None:  # under torchrun the first rank tells
+    if result is not None:  # under torchrun, rank 0 prints
         print_result(result, as_json)
 
 
-@app.command()
-def embed(
-    shards: Annotated[str, typer.Argument(help="A folder of indexed shards (path or URL).")],
-    checkpoint: Annotated[str, typer.Option(help="The folder of a run, of a stage or of a checkpoint (path or URL).")],
-    out: Annotated[str, typer.Option(help="Where a Parquet file for each shard goes (path or URL).")],
-    workers: Workers = None,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write the vectors of every picture and caption of SHARDS. The same command again goes on where it stopped."""
-    from jobs.embed import embed as run_embed
-
-    result = run_embed(shards, checkpoint, out, workers, Caller.named(config))
-    if result is not None:  # under torchrun the first rank tells
-        print_result(result, as_json)
-
-
-@app.command()
-def report(
-    run: Annotated[str, typer.Argument(help="The folder of a run (path or URL).")],
-    out: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Where the page goes, if not into the run's folder.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of a rank for an hour; else cluster.price.")] = None,
-    against: Annotated[list[str] | None, typer.Option(help="Another run, to stand beside. May be given again.")] = None,
-    track: Annotated[
-        bool | None,
-        typer.Option(
-            "--track/--no-track",
-            help="Log the page in MLflow. Default: if the folder is no copy, and its run was tracked there.",
-        ),
-    ] = None,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """One page for a whole run: its curves, restarts, alerts, data, quarantine, time, cost and last evaluation."""
-    from jobs.report import report as write_report
-
-    print_result(write_report(run, out, price, against, track, Caller.named(config)), as_json)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[str], typer.Argument(help="The folders of two runs or more (paths or URLs).")],
-    html: Annotated[Path | None, typer.Option(parser=local_file, help="Also a page, here.")] = None,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """Runs beside one another: the keys in which their configs differ, and what came out of each."""
-    from jobs.compare import as_table, compare_runs
-
-    found = compare_runs(runs, html, Caller.named(config))
-    if as_json:
-        print_result(found.as_json(), as_json)
-    else:
-        echo(as_table(found))
-
-
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
-    image: Annotated[str | None, typer.Option(help="A picture (path or URL).")] = None,
-    second_image: Annotated[str | None, typer.Option(help="The second picture of a statement about two.")] = None,
+    checkpoint: Checkpoint,
+    image: Annotated[str | None, typer.Option(help="Path or URL of an image.")] = None,
+    second_image: Annotated[
+        str | None, typer.Option(help="Path or URL of the second image, for a statement about two images.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="A question, a statement, a caption, or a text with [MASK].")] = None,
-    top: Annotated[int, typer.Option(help="Most answers, classes or words that are told.", min=1)] = 5,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
+    top: Annotated[int, typer.Option(help="Maximum number of answers, classes or words to print.", min=1)] = 5,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """What a checkpoint says of pictures and a text: answers, truth, classes, a match, a similarity, masked words."""
+    """Predict answers, truth, classes, a match, a similarity or masked words from images and a text."""
     from jobs.predict import predict as run_predict
 
-    print_result(run_predict(checkpoint, image, second_image, text, top, Caller.named(config)), as_json)
+    print_result(run_predict(checkpoint, image, second_image, text, top, _caller(config)), as_json)
 
 
-@app.command()
-def submit(
-    config: Config,
-    overrides: Overrides = None,
-    address: Address = "",
-    token: Token = None,
-    follow: Annotated[bool, typer.Option(help="Stream the job's output until it ends.")] = True,
-    submission_id: Annotated[
-        str | None, typer.Option(help="Submitting the same id twice is one job. If not given: the same run is.")
-    ] = None,
-    as_json: AsJson = False,
+@app.command(rich_help_panel=EVALUATE)
+def explain(
+    checkpoint: Checkpoint,
+    image: Annotated[str, typer.Option(help="Path or URL of an image.")],
+    text: Annotated[str, typer.Option(help="Text about the image.")],
+    out: Annotated[str, typer.Option(help="Path or URL of the drawing, ending in .html or .png.")] = "explain.html",
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Run CONFIG as a Ray job: `mome train` on the cluster's head, with this checkout's code."""
-    from jobs.submit import submit as submit_job
+    """Draw the patches each word aligns to, and the model's guesses for each word with and without the image."""
+    from jobs.predict import explain_checkpoint
 
-    print_result(submit_job(load_config(config, overrides or []), address, follow, submission_id, token), as_json)
+    result = explain_checkpoint(checkpoint, image, text, out, _caller(config))
+    print_result(result if as_json else {key: result[key] for key in ("out", "distance", "notes")}, as_json)
 
 
-@app.command()
-def sync(
-    run: Annotated[str, typer.Argument(help="The folder of a run (path or URL).")],
-    uri: Annotated[
-        str | None, typer.Option(help="The MLflow server (default: MLFLOW_TRACKING_URI, or SQLite beside the run).")
-    ] = None,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
+@app.command(rich_help_panel=EVALUATE)
+def embed(
+    shards: Annotated[str, typer.Argument(help="Folder of indexed shards (path or URL).")],
+    checkpoint: Annotated[str, typer.Option(help="Folder of a run, of a stage or of a checkpoint (path or URL).")],
+    out: Annotated[str, typer.Option(help="Folder for one Parquet file per shard (path or URL).")],
+    workers: Workers = None,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ship to MLflow what an unreachable server missed. Shipping twice changes nothing."""
-    from jobs.sync import sync as ship
+    """Write the embeddings of every image and caption of SHARDS. The same command again continues where it stopped."""
+    from jobs.embed import embed as run_embed
 
-    print_result(asdict(ship(run, uri, Caller.named(config))), as_json)
+    result = run_embed(shards, checkpoint, out, workers, _caller(config))
+    if result is not None:  # under torchrun, rank 0 prints
+        print_result(result, as_json)
 
 
-@app.command()
+@app.command("import", rich_help_panel=EVALUATE)
+def import_(
+    path: Annotated[str, typer.Argument(help="Published checkpoint: a file, or a Hugging Face folder (path or URL).")],
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
+    out: Annotated[str, typer.Option(help="New folder (path or URL), for `start_from` and `mome evaluate`.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Model sizes that cannot be inferred from the tensors: heads=16 image_size=384", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Config whose model section describes the weights.")
+    ] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="Vocabulary file of the weights, one token per line (path or URL).")
+    ] = None,
+    may_differ: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or pattern of tensors that may be missing, unexpected or of another shape; may be repeated."
+        ),
+    ] = None,
+    answers: Annotated[
+        str | None, typer.Option(help="Answers of a VQA head: a JSON list, or one answer per line (path or URL).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert published weights to weights that a stage can start from. Only tensors are loaded, never code."""
+    from jobs.convert import import_weights
+
+    allowed = tuple(may_differ or ())
+    print_result(import_weights(path, format, out, overrides or [], model, vocabulary, allowed, answers), as_json)
+
+
+@app.command(rich_help_panel=EVALUATE)
+def export(
+    checkpoint: Checkpoint,
+    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
+    out: Annotated[str, typer.Option(help="File to write: safetensors if the name ends so, else torch's format.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a stage's weights under a published format's names, and verify that they read back bit for bit."""
+    from jobs.convert import export_weights
+
+    print_result(export_weights(checkpoint, format, out), as_json)
+
+
+@app.command(rich_help_panel=EVALUATE)
+def register(
+    checkpoint: Checkpoint,
+    name: Annotated[str, typer.Option(help="Name of the registered model; the checkpoint becomes its next version.")],
+    alias: Annotated[
+        str | None, typer.Option(help="Alias to point at this version, such as candidate or champion.")
+    ] = None,
+    uri: TrackingUri = None,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Register a checkpoint in MLflow, so that `mlflow.pyfunc.load_model` gives embeddings and matching scores."""
+    from jobs.register import register_checkpoint
+
+    print_result(register_checkpoint(checkpoint, name, alias, uri, _caller(config)), as_json)
+
+
+app.add_typer(shards_app, name="shards", rich_help_panel=DATA)
+
+
+@app.command(rich_help_panel=DATA)
 def fingerprint(
     config: Config,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="The stage whose data are meant; the last, if not given.")] = None,
-    steps: Annotated[str, typer.Option(help="Steps A:B of the stage.")] = "0:10",
-    world_size: Annotated[int, typer.Option(help="Ranks that read the batches.", min=1)] = 1,
-    workers: Annotated[int, typer.Option(help="Loader processes of each rank; 0: threads alone.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(help="Loader threads of each process.", min=1)] = 2,
-    as_json: AsJson = False,
+    stage: Annotated[str | None, typer.Option(help="Name of the stage (default: the last one).")] = None,
+    steps: Annotated[str, typer.Option(help="Steps A:B of the stage (B excluded).")] = "0:10",
+    world_size: Annotated[int, typer.Option(help="Number of ranks that read the batches.", min=1)] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Number of loader processes per rank; 0 loads in the rank's threads.", min=0)
+    ] = 0,
+    threads: Annotated[int, typer.Option(help="Number of loader threads per process.", min=1)] = 2,
+    as_json: JsonOption = False,
 ) -> None:
-    """The hash of the data of steps A to B: equal for every world size, number of workers and threads (contract C1)."""
-    from jobs.audit import fingerprint_of
+    """Hash the data of steps A to B: equal for every world size and number of workers and threads (contract C1)."""
+    from jobs.configs import fingerprint_of
+    from pipeline.config.load import load_config
 
     settings = load_config(config, overrides or [])
     print_result(fingerprint_of(settings, stage, steps, world_size, workers, threads), as_json)
 
 
-@app.command()
-def explain(
-    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
-    image: Annotated[str, typer.Option(help="A picture (path or URL).")],
-    text: Annotated[str, typer.Option(help="What is said about it.")],
-    out: Annotated[str, typer.Option(help="Where it is drawn: a name ending in .html or .png.")] = "explain.html",
-    config: CallersConfig = None,
-    as_json: AsJson = False,
+@app.command(rich_help_panel=RESULTS)
+def report(
+    run: Run,
+    out: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Path of the HTML page (default: in the run's folder).")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price per rank-hour (default: cluster.price of the run).")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Folder of another run to compare with; may be repeated.")
+    ] = None,
+    track: Track = None,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Draw which patches each word aligns to, and what the model guesses for each word with and without the picture."""
-    from jobs.explain import explain_checkpoint
+    """Write a page about a whole run: curves, restarts, alerts, data, quarantine, time, cost, last evaluation."""
+    from jobs.report import report as write_report
 
-    result = explain_checkpoint(checkpoint, image, text, out, Caller.named(config))
-    print_result(result if as_json else {key: result[key] for key in ("out", "distance", "notes")}, as_json)
+    print_result(write_report(run, out, price, against, track, _caller(config)), as_json)
 
 
-@app.command()
-def objectives(as_json: AsJson = False) -> None:
+@app.command(rich_help_panel=RESULTS)
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Folders of two or more runs (paths or URLs).")],
+    html: Annotated[Path | None, typer.Option(parser=local_file, help="Also write an HTML page to this path.")] = None,
+    config: OwnConfig = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs: the keys in which their configs differ, and their results."""
+    from jobs.report import as_table, compare_runs
+
+    comparison = compare_runs(runs, html, _caller(config))
+    if as_json:
+        print_result(comparison.as_json(), as_json)
+    else:
+        echo(as_table(comparison))
+
+
+@app.command(rich_help_panel=RESULTS)
+def sync(run: Run, uri: TrackingUri = None, config: OwnConfig = None, as_json: JsonOption = False) -> None:
+    """Upload to MLflow what an unreachable server missed. Uploading twice changes nothing."""
+    from jobs.tracking_sync import sync as upload
+
+    print_result(asdict(upload(run, uri, _caller(config))), as_json)
+
+
+@config_app.command("list")
+def list_configs(as_json: JsonOption = False) -> None:
+    """List the recipes with their kind of model and stages."""
+    from jobs.configs import list_recipes
+
+    print_result(list_recipes(), as_json)
+
+
+@config_app.command("show")
+def show_config(
+    name: Annotated[str, typer.Argument(help="Name of a recipe, such as demo or finetune/vilt_b32_vqa.")],
+) -> None:
+    """Print a recipe, for example to start your own config from it."""
+    from jobs.configs import read_recipe
+
+    echo(read_recipe(name), newline=False)
+
+
+@config_app.command("schema")
+def show_schema() -> None:
+    """Print the JSON schema of a config, for validation and completion in editors."""
+    import json
+
+    from pipeline.config.schema import RunConfig
+
+    echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+app.add_typer(config_app, name="config", rich_help_panel=CONFIGS)
+
+
+@app.command(rich_help_panel=CONFIGS)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    accelerator: Annotated[
+        str,
+        typer.Option(help="GPU model: h100, h200, b200, a100-80, a100-40, l40s or another of pipeline.planning."),
+    ] = "h100",
+    network: Annotated[
+        str,
+        typer.Option(help="Network between nodes: nvlink, ib-400, ib-200, efa-400, ethernet-100 or ethernet-25."),
+    ] = "ib-400",
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs (default: cluster.workers).")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price per GPU-hour (default: cluster.price).")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Model FLOPs utilization, as a fraction.")] = 0.35,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the arithmetic that communication overlaps with.")
+    ] = 0.0,
+    goodput: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Fraction of the wall-clock time spent on training.")
+    ] = 0.97,
+    cpu_milliseconds: Annotated[
+        float, typer.Option(min=0, help="CPU time to prepare an image, in ms of one core; see `mome bench loader`.")
+    ] = 2.7,
+    sample_bytes: Annotated[
+        float, typer.Option(min=0, help="Stored size of a sample in bytes, for sources without a local manifest.")
+    ] = 1.1e5,
+    store_bandwidth: Annotated[
+        float, typer.Option(min=1, help="Write bandwidth of the checkpoint store, in bytes/s.")
+    ] = 1e9,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=4, help="Tokens per text (default: the maximum that the stage allows).")
+    ] = None,
+    scaling: Annotated[
+        Path | None,
+        typer.Option(parser=local_file, help="Also plan 1 to 1,024 GPUs: print a table and write this SVG file."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate memory by ZeRO stage, time, communication, storage and cost of CONFIG. Needs no cluster and no data."""
+    from jobs.plan import plan_command
+    from pipeline.planning.estimate import Assumptions
+
+    assumptions = Assumptions(
+        mfu=mfu,
+        overlap=overlap,
+        cpu_milliseconds=cpu_milliseconds,
+        sample_bytes=sample_bytes,
+        checkpoint_bandwidth=store_bandwidth,
+        goodput=goodput,
+    )
+    result, text = plan_command(
+        config, overrides or [], accelerator, network, gpus, price, assumptions, text_tokens, scaling
+    )
+    if as_json:
+        print_result(result, as_json)
+    else:
+        echo(text)
+
+
+@app.command(rich_help_panel=CONFIGS)
+def objectives(as_json: JsonOption = False) -> None:
     """List the objectives that each kind of model learns, and the source types it learns them from."""
-    from jobs.objectives import as_text
-    from jobs.objectives import objectives as find
+    from jobs.configs import objectives as table_of_objectives
+    from jobs.configs import objectives_text
 
-    table = find()
+    table = table_of_objectives()
     if as_json:
         print_result(table, as_json)
     else:
-        echo(as_text(table))
+        echo(objectives_text(table))
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def doctor(
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(parser=local_file, help="The run that is meant: its store, sources, servers.")
+        Path | None,
+        typer.Option(parser=local_file, help="Config of a run whose storage, sources and servers are checked too."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """What works on this machine, what does not, and how to mend it. Exit status 1 if something needed does not."""
+    """Check this machine and the services a run needs, with a remedy for each failure. Exit status 1 on a failure."""
     from jobs import doctor as checks
+    from pipeline.config.load import load_config
 
     if overrides and config is None:
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
     settings = load_config(config, overrides or []) if config else None
-    with status("looking") as update:
-        findings = checks.examine(settings, lambda name: update(f"looked at: {name}"))
+    with status("checking") as update:
+        findings = checks.examine(settings, lambda name: update(f"checked: {name}"))
     if as_json:
         print_result(checks.as_json(findings), as_json)
     else:
@@ -400,69 +513,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command("import")
-def import_(
-    path: Annotated[str, typer.Argument(help="A published checkpoint: a file, or a Hugging Face folder (path or URL)")],
-    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
-    out: Annotated[str, typer.Option(help="The new folder (path or URL), for `start_from` and `mome evaluate`.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Sizes that the tensors do not tell: heads=16 image_size=384", metavar="KEY=VALUE"),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(parser=local_file, help="A config whose model section the weights are of.")
-    ] = None,
-    vocabulary: Annotated[str | None, typer.Option(help="The vocabulary of the weights, a token a line.")] = None,
-    may_differ: Annotated[
-        list[str] | None,
-        typer.Option(help="A tensor, or a pattern of names, that may be missing, unexpected or of another shape."),
-    ] = None,
-    answers: Annotated[
-        str | None, typer.Option(help="The answers that a VQA head chooses among: a JSON list, or one a line.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Turn published weights into ones that a stage can start from. Nothing but tensors is loaded."""
-    from jobs.convert import import_weights
-
-    allowed = tuple(may_differ or ())
-    print_result(import_weights(path, format, out, overrides or [], model, vocabulary, allowed, answers), as_json)
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, or of one of its stages (path or URL).")],
-    format: Annotated[str, typer.Option(help=FORMAT_HELP)],
-    out: Annotated[str, typer.Option(help="The file: safetensors if it ends so, else as torch saves.")],
-    as_json: AsJson = False,
-) -> None:
-    """Write a stage's weights under a published format's names, and check that they read back bit for bit."""
-    from jobs.convert import export_weights
-
-    print_result(export_weights(checkpoint, format, out), as_json)
-
-
-@app.command()
-def register(
-    checkpoint: Annotated[str, typer.Argument(help="The folder of a run, a stage or a checkpoint (path or URL).")],
-    name: Annotated[str, typer.Option(help="The registered model, of which this becomes the next version.")],
-    alias: Annotated[str | None, typer.Option(help="Points at this version from now on: candidate, champion.")] = None,
-    uri: Annotated[
-        str | None, typer.Option(help="The MLflow server (default: MLFLOW_TRACKING_URI, or SQLite beside the run).")
-    ] = None,
-    config: CallersConfig = None,
-    as_json: AsJson = False,
-) -> None:
-    """Put a checkpoint into MLflow's registry: `mlflow.pyfunc.load_model` then gives embeddings and matching scores."""
-    from jobs.register import register_checkpoint
-
-    print_result(register_checkpoint(checkpoint, name, alias, uri, Caller.named(config)), as_json)
+app.add_typer(bench_app, name="bench", rich_help_panel=CLUSTER)
+app.add_typer(jobs_app, name="jobs", rich_help_panel=CLUSTER)
 
 
 def main() -> None:
-    """The console script: errors a user can cause end in one message, never in a traceback.
+    """Run the command line; errors that a user can cause end in one message, never in a traceback.
 
-    Ctrl-C ends a command with status 130. A run's driver saves first, and after SIGTERM ends with 75 (`interrupts`).
+    Ctrl-C ends a command with status 130; a run's driver saves first, and ends with status 75 after SIGTERM.
     """
     configure_logging()
     try:
@@ -471,18 +529,13 @@ def main() -> None:
         console.print(Text.assemble(("error: ", "red"), printable(str(error))))
         sys.exit(error.exit_status)
     except BaseException as error:
-        if (status := _status_of_stopped(error)) is None:
-            sys.excepthook = show_exception  # typer has put its own there
+        interrupts = sys.modules.get("jobs.interrupts")
+        if interrupts is None or not isinstance(error, interrupts.Stopped):
+            sys.excepthook = show_exception  # typer has installed its own
             raise
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # without waiting for what still talks to a store or a cluster
-
-
-def _status_of_stopped(error: BaseException) -> int | None:
-    """The exit status of a run that was told to end; None for any other error. Imports nothing that was not."""
-    interrupts = sys.modules.get("jobs.interrupts")
-    return error.exit_status if interrupts and isinstance(error, interrupts.Stopped) else None
+        os._exit(error.exit_status)  # without waiting for threads that talk to a store or a cluster
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What a person sees of a run: a live line with stage, step, loss, speed and time left; plain lines in a log file."""
+"""Terminal output: results on standard output; messages and progress on standard error.
+
+Imports neither torch nor the training package, so that `mome --help` starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,27 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import StorageError
 from pipeline.config.redaction import printable
 from pipeline.pages.formatting import duration
-from pipeline.training.progress import Progress as RunProgress
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from pipeline.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
-PLAIN_SECONDS = 10.0
+PLAIN_SECONDS = 10.0  # between progress lines where standard error is not a terminal
 
-# Standard error, for people. Data is never markup, and files get whole lines; print to it by `notify` and `status`.
+# Text from data is never interpreted as markup, and files receive whole lines.
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -40,20 +46,23 @@ def echo(text: str, err: bool = False, newline: bool = True) -> None:
 
 @contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """Show on the terminal what is being done; yield a function that replaces the message."""
-    with console.status(Text(printable(message))) as shown:
-        yield lambda text: shown.update(Text(printable(text)))
+    """Show a status message on the terminal during the block; yield a function that replaces it."""
+    with console.status(Text(printable(message))) as spinner:
+        yield lambda text: spinner.update(Text(printable(text)))
 
 
 class ProgressDisplay:
-    """Shows a run's progress on standard error; standard output stays free for results."""
+    """Progress of a run on standard error: one bar per stage on a terminal, a line every ten seconds otherwise."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as ProgressBar
+
+        self._bar = ProgressBar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[state]}"),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -67,63 +76,60 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, progress: RunProgress) -> None:
-        told = (
+    def __call__(self, progress: Progress) -> None:
+        state = (
             f"loss {progress.loss:.4f}  {progress.samples_per_second:.0f} samples/s  "
             f"stage ends in {duration(progress.seconds_left)}"
         )
         if console.is_terminal:
-            self._show_bar(progress, told)
+            if progress.stage not in self._tasks:
+                self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.stage_steps, state="")
+            self._bar.update(self._tasks[progress.stage], completed=progress.stage_step, state=state)
         elif progress.stage_step == progress.stage_steps or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            notify(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {told}")
-
-    def _show_bar(self, progress: RunProgress, told: str) -> None:
-        if progress.stage not in self._tasks:
-            self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=progress.stage_steps, told="")
-        self._bar.update(self._tasks[progress.stage], completed=progress.stage_step, told=told)
+            notify(f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  {state}")
 
 
 @contextmanager
-def repeatedly(look: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Within `with`, and once more at its end, `look` is called: for what goes on elsewhere, and is seen in a store."""
+def poll(update: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call `update` every `seconds` during the block, and once at its end; storage errors only delay the next call."""
 
-    def guarded() -> None:
+    def guarded_update() -> None:
         try:
-            look()
-        except StorageError as error:  # the picture may be late; the work goes on
+            update()
+        except StorageError as error:
             log.debug("progress not read: %s", error)
 
-    thread = PeriodicThread(guarded, seconds, "progress").start()
+    thread = PeriodicThread(guarded_update, seconds, "progress").start()
     try:
         yield
     finally:
         thread.stop(timeout=10)
-        guarded()
+        guarded_update()
 
 
 def print_result(result: dict[str, Any], as_json: bool) -> None:
-    """A command's result on standard output: a line for each value there is, or one JSON object for a machine."""
+    """Print a command's result on standard output: one line per value that is not None, or one JSON object."""
     if as_json:
         echo(json.dumps(result))
         return
-    lines = dict(_lines(result))
+    lines = dict(_flatten(result))
     width = max(map(len, lines), default=0)
-    for key, told in lines.items():
-        echo(f"{key:<{width}}  {told}")
+    for key, value in lines.items():
+        echo(f"{key:<{width}}  {value}")
 
 
-def _lines(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flatten(result: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in result.items():
         if isinstance(value, dict):
-            yield from _lines(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         elif value is not None:
             values = value if isinstance(value, list) else [value]
-            yield prefix + key, ", ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
+            yield prefix + key, ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in values)
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """A table of equally many cells a line, each column as wide as its widest cell."""
+    """Return a table whose columns are as wide as their widest cells; all lines have the same number of cells."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.caller import Caller
-from jobs.console import PLAIN_SECONDS, notify, repeatedly
-from jobs.shared import answered, device_of, on_workers, ranks_here
+from jobs.console import PLAIN_SECONDS, notify, poll
+from jobs.distributed import device_of, on_workers, ranks_here, run_request
 from pipeline.config.urls import absolute
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
@@ -45,7 +45,7 @@ def embed(
         return None
     storage = caller.store()
     config = caller.applied(weights_info(storage, asked.checkpoint).config)
-    with repeatedly(_Shown(asked, storage).look, PLAIN_SECONDS):
+    with poll(_Shown(asked, storage).look, PLAIN_SECONDS):
         if workers is not None:
             return on_workers(_embed_rank, config, workers, "embedding", asdict(asked))
         return _embed(asked, ranks)
@@ -70,7 +70,7 @@ class _Shown:
 
 def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
     """What Ray Train runs on each worker."""
-    return answered(loop_config, lambda asked, ranks: _embed(EmbedRequest(**asked), ranks))
+    return run_request(loop_config, lambda asked, ranks: _embed(EmbedRequest(**asked), ranks))
 
 
 def _embed(asked: EmbedRequest, ranks: Ranks) -> dict[str, Any]:

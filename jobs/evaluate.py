@@ -11,15 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from torch import nn
 
 from jobs.caller import Caller, untracked_because
 from jobs.console import notify
+from jobs.distributed import device_of, on_workers, ranks_here, run_request
 from jobs.output import check_output, write_output
-from jobs.shared import answered, device_of, on_workers, ranks_here
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, SourceType, StageConfig
@@ -125,7 +125,7 @@ def evaluate_checkpoint(
     against: str | None = None,
     workers: int | None = None,
     rerank_best: int | None = None,
-    source_type: SourceType | None = None,
+    source_type: str | None = None,
     probe: str | None = None,
     name: str | None = None,
     caller: Caller = Caller(),
@@ -139,8 +139,17 @@ def evaluate_checkpoint(
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
     ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
     """
+    if source_type is not None and source_type not in EVALUATED:
+        raise ConfigError(f"--type {source_type}: expected one of {', '.join(EVALUATED)}")
     asked = EvalRequest(
-        checkpoint.rstrip("/"), source, limit, rerank_best, source_type, probe, name, caller=caller.model_dump_json()
+        checkpoint.rstrip("/"),
+        source,
+        limit,
+        rerank_best,
+        cast(SourceType, source_type),
+        probe,
+        name,
+        caller=caller.model_dump_json(),
     )
     if report is not None:
         check_output(caller.store(), str(report), "--report")
@@ -244,7 +253,7 @@ def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
         asked = EvalRequest(**given["asked"])
         return vars(_measured(asked, EvalKey(**given["key"]), ranks))
 
-    return answered(loop_config, measure)
+    return run_request(loop_config, measure)
 
 
 def _measured(asked: EvalRequest, key: EvalKey, ranks: Ranks) -> EvalResult:

@@ -1,4 +1,4 @@
-"""`mome jobs`: the jobs of a cluster, over its dashboard: list, status, logs, stop."""
+"""`mome jobs`: list the jobs of a cluster, show their status and logs, and stop them, through the Ray dashboard."""
 
 from __future__ import annotations
 
@@ -11,45 +11,38 @@ from typing import Annotated, Any
 import typer
 
 from jobs.console import echo, print_result
-from jobs.dashboard import first_line, open_dashboard
-from jobs.follow import follow as follow_job
+from jobs.options import Address, JsonOption, Token
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
-from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import Storage, join
 
-app = typer.Typer(no_args_is_help=True, help="Jobs submitted to a cluster: list, status, logs, stop.")
+app = typer.Typer(no_args_is_help=True, help="List jobs submitted to a cluster, show their status and logs, stop them.")
 
-Address = Annotated[
-    str,
-    typer.Option(help="The cluster's dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS"),
-]
-Token = Annotated[str | None, typer.Option(help="Where the cluster's token is: env:NAME or file:PATH.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
-Job = Annotated[str, typer.Argument(help="The job's id, as `mome submit` and `mome jobs list` give it.")]
+Job = Annotated[str, typer.Argument(help="Id of the job, as printed by `mome submit` and `mome jobs list`.")]
 
 STOP_SECONDS = 60.0
 
 
 @app.command("list")
-def list_(address: Address = "", token: Token = None, as_json: AsJson = False) -> None:
-    """Every job the cluster knows of, the newest first."""
+def list_(address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
+    """List all jobs of the cluster, newest first."""
+    from jobs.dashboard import open_dashboard
+
     jobs = open_dashboard(address, token).list_jobs()
     jobs.sort(key=lambda job: job.start_time or 0, reverse=True)
-    told = [_told(job) for job in jobs if job.submission_id]
+    rows = [_describe(job) for job in jobs if job.submission_id]
     if as_json:
-        print_result({"jobs": told}, as_json)
+        print_result({"jobs": rows}, as_json)
         return
-    for job in told:
-        echo(f"{job['job']:<40}  {job['status']:<9}  {job['started'] or '-':<20}  {job['run'] or '-'}")
+    for row in rows:
+        echo(f"{row['job']:<40}  {row['status']:<9}  {row['started'] or '-':<20}  {row['run'] or '-'}")
 
 
 @app.command()
-def status(job: Job, address: Address = "", token: Token = None, as_json: AsJson = False) -> None:
-    """Where a job stands, with its run's progress where the run's folder can be read from here."""
-    told = _told(_known(open_dashboard(address, token), job))
-    if progress := _progress(told["checkpoint"]):
-        told["progress"] = progress
-    print_result(told, as_json)
+def status(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
+    """Show the status of a job, and the progress of its run if the run's folder is readable from here."""
+    info = _describe(_open(job, address, token)[1])
+    if progress := _progress(info["checkpoint"]):
+        info["progress"] = progress
+    print_result(info, as_json)
 
 
 @app.command()
@@ -57,14 +50,15 @@ def logs(
     job: Job,
     address: Address = "",
     token: Token = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
-    as_json: AsJson = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Stream the output until the job ends.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """What a job has printed."""
-    client = open_dashboard(address, token)
-    _known(client, job)
+    """Print the output of a job."""
+    from jobs.logs import stream_logs
+
+    client, _ = _open(job, address, token)
     if follow:
-        print_result({"job": job, "status": follow_job(client, job)}, as_json)
+        print_result({"job": job, "status": stream_logs(client, job)}, as_json)
         return
     output = client.get_job_logs(job)
     if as_json:
@@ -74,52 +68,57 @@ def logs(
 
 
 @app.command()
-def stop(job: Job, address: Address = "", token: Token = None, as_json: AsJson = False) -> None:
-    """End a job. Its run keeps its last checkpoint: submitted again, it goes on from there."""
-    client = open_dashboard(address, token)
-    _known(client, job)
+def stop(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
+    """Stop a job. Its run keeps its last checkpoint and resumes from it when submitted again."""
+    client, _ = _open(job, address, token)
     client.stop_job(job)
     end = time.monotonic() + STOP_SECONDS
     while not (state := client.get_job_status(job)).is_terminal():
         if time.monotonic() > end:
-            raise RunFailed(f"job {job}: still {state.value} {STOP_SECONDS:.0f} s after it was told to stop")
+            raise RunFailed(f"job {job}: still {state.value} {STOP_SECONDS:.0f} s after the request to stop")
         time.sleep(0.5)
     print_result({"job": job, "status": state.value}, as_json)
 
 
-def _known(client: Any, job: str) -> Any:
+def _open(job: str, address: str, token: str | None) -> tuple[Any, Any]:
+    """Return the dashboard's client and its information on the job. Raises ConfigError for an unknown job."""
+    from jobs.dashboard import first_line, open_dashboard
+
+    client = open_dashboard(address, token)
     try:
-        return client.get_job_info(job)
+        return client, client.get_job_info(job)
     except RuntimeError as error:
-        raise ConfigError(f"job {job}: {first_line(error)} `mome jobs list` shows those the cluster knows") from error
+        raise ConfigError(f"job {job}: {first_line(error)} `mome jobs list` lists the cluster's jobs") from error
 
 
-def _told(job: Any) -> dict[str, Any]:
+def _describe(job: Any) -> dict[str, Any]:
     metadata = job.metadata or {}
     return {
         "job": job.submission_id,
         "run": metadata.get("run"),
         "status": getattr(job.status, "value", job.status),
-        "started": _moment(job.start_time),
-        "ended": _moment(job.end_time),
+        "started": _timestamp(job.start_time),
+        "ended": _timestamp(job.end_time),
         "message": job.message,
         "checkpoint": metadata.get("checkpoint"),
     }
 
 
-def _moment(milliseconds: int | None) -> str | None:
+def _timestamp(milliseconds: int | None) -> str | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
 
 
 def _progress(folder: str | None) -> dict[str, Any] | None:
-    """The run's own word on how far it is; None where its folder is out of reach."""
-    from jobs.rank import PROGRESS_FILE
-
+    """Return the content of the run's progress file; None if it is not readable from here."""
     if not folder:
         return None
+    from jobs.rank import PROGRESS_FILE
+    from pipeline.config.schema import StorageConfig
+    from pipeline.data.storage import Storage, join
+
     storage, url = Storage(StorageConfig(retry_timeout_seconds=5.0)), join(folder, PROGRESS_FILE)
     with suppress(MomeError, ValueError):
         if storage.exists(url):
-            found: dict[str, Any] = json.loads(storage.read(url))
-            return found
+            progress: dict[str, Any] = json.loads(storage.read(url))
+            return progress
     return None

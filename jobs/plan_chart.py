@@ -10,8 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from html import escape
 
-from jobs.plan import StagePlan, Target
-from jobs.plan_text import assumptions_of
+from jobs.plan import StagePlan, Target, assumptions_of
 from pipeline.pages.page import signature
 from pipeline.planning.estimate import Point
 

@@ -14,11 +14,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from jobs.cluster import connect, first_words, on_ranks
-from jobs.console import notify, repeatedly
+from jobs.console import notify, poll
 from jobs.interrupts import Interrupts
 from jobs.mailbox import Mailbox
 from jobs.notice import PREEMPTED
-from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, as_error, run_rank
+from jobs.rank import FAILURE_FILE, PROGRESS_FILE, PROGRESS_SECONDS, error_from_json, run_rank
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import validate, with_absolute_paths
 from pipeline.config.schema import RunConfig
@@ -54,7 +54,7 @@ def pretrain(config: RunConfig, show: Show, interrupts: Interrupts | None = None
     taken = Ownership.take(storage, config.folder)
     ownership = Ownership(storage, config.folder, taken.claim)  # whichever start of its ranks has the run
     attempt = _Attempt(config, ownership, str(taken.start), interrupts)
-    with repeatedly(_Shown(config, show).look, PROGRESS_SECONDS):
+    with poll(_Shown(config, show).look, PROGRESS_SECONDS):
         try:
             _train(config, storage, attempt)
         finally:
@@ -187,7 +187,7 @@ def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) ->
     ownership.check()
     url = join(config.folder, FAILURE_FILE)
     if storage.exists(url):
-        raise as_error(json.loads(storage.read(url)))
+        raise error_from_json(json.loads(storage.read(url)))
 
 
 class _Shown:

@@ -84,16 +84,16 @@ def _told(error: Exception) -> dict[str, Any] | None:
         )
         return {"message": message, "exit_status": 1}
     if isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
-        return as_told(error)
+        return error_json(error)
     return None
 
 
-def as_told(error: MomeError) -> dict[str, Any]:
+def error_json(error: MomeError) -> dict[str, Any]:
     """What a rank tells the driver of an error, as JSON."""
     return {"message": str(error), "exit_status": error.exit_status}
 
 
-def as_error(told: dict[str, Any]) -> RunFailed:
+def error_from_json(told: dict[str, Any]) -> RunFailed:
     """The error that the driver raises for it."""
     error = RunFailed(told["message"])
     error.exit_status = told["exit_status"]

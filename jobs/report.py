@@ -1,7 +1,9 @@
-"""`mome report`: a campaign's page, written into the run's folder and logged where the run was tracked."""
+"""`mome report`, a page about one run in the run's folder and in MLflow, and `mome compare`, a table of several
+runs."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.caller import Caller, untracked_because
-from jobs.console import notify
+from jobs.console import aligned, notify
 from jobs.output import write_output
 from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
-from pipeline.data.storage import Storage, join
-from pipeline.reports.comparison import compare
+from pipeline.data.storage import join
+from pipeline.pages.formatting import significant
+from pipeline.reports.comparison import Comparison, Result, compare, render_comparison
 from pipeline.reports.run_folder import open_run
 from pipeline.reports.run_report import collect_report, render_run_report
 from pipeline.tracking.locations import configured_uri, tracking_uri
@@ -25,6 +28,7 @@ from pipeline.training.prepare import RUN_FILE
 log = logging.getLogger(__name__)
 
 RUN_REPORT = "run_report.html"
+MAX_CHARACTERS = 48  # of a value in the comparison table
 
 
 def report(
@@ -35,66 +39,108 @@ def report(
     track: bool | None = None,
     caller: Caller = Caller(),
 ) -> dict[str, Any]:
-    """Write the page of the run in folder `run` (path or URL) there, or to `out`. Returns what `--json` prints.
+    """Write the page of the run in folder `run` (path or URL) there, or to `out`; return what `--json` prints.
 
-    With `track` the page is logged in MLflow, if the run does not go on just now on this machine; if it is None, where
-    `untracked_because` finds nothing against it. Raises ConfigError, naming it, for a folder without a run.
+    With `track` the page is logged in MLflow unless the run is active on this machine; if it is None, only where
+    `untracked_because` finds no objection. Raises ConfigError for a folder without a run.
     """
     opened = open_run(run, caller.store())
     config = caller.applied(opened.config)
-    collected = collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
-    comparison = compare([opened, *(open_run(each, opened.storage) for each in against)]) if against else None
-    page = render_run_report(collected, comparison).encode()
-    place = str(out) if out is not None else join(opened.folder, RUN_REPORT)
+    summary = collect_report(opened, price, None if config.tracking.uri is None else tracking_uri(config))
+    comparison = compare([opened, *(open_run(other, opened.storage) for other in against)]) if against else None
+    page = render_run_report(summary, comparison).encode()
+    url = str(out) if out is not None else join(opened.folder, RUN_REPORT)
     if out is None:
-        opened.storage.write(place, page)
+        opened.storage.write(url, page)
     else:
-        write_output(opened.storage, place, page, "--out")
-    if opened.run and not opened.is_live:  # the process that trains alone commits its journal
+        write_output(opened.storage, url, page, "--out")
+    if opened.run and not opened.is_live:  # a training process commits its own journal
         reason = untracked_because(config, opened.recorded, opened.storage) if track is None else None
         if reason is not None:
             notify(f"the page is not logged in MLflow: {reason}. --track logs it in {redact(configured_uri(config))}")
         elif track is not False:
-            _record(config, opened.storage, page)
+            tracker = JournalTracker.open(config, opened.storage)
+            tracker.artifact(RUN_REPORT, page)
+            tracker.close()
     return {
-        "report": place,
-        "status": collected.status,
+        "report": url,
+        "status": summary.status,
         "step": opened.reached,
         "goodput": opened.goodput,
         "restarts": opened.num_restarts,
-        "bad_samples": collected.bad_samples,
-        "alerts": [alert.name for alert in collected.alerts if not alert.is_over],
-        "rank_hours": collected.cost.rank_hours if collected.cost else None,
-        "cost": collected.cost.total if collected.cost and collected.cost.price else None,
+        "bad_samples": summary.bad_samples,
+        "alerts": [alert.name for alert in summary.alerts if not alert.is_over],
+        "rank_hours": summary.cost.rank_hours if summary.cost else None,
+        "cost": summary.cost.total if summary.cost and summary.cost.price else None,
     }
 
 
 @contextmanager
 def reported(config: RunConfig) -> Iterator[None]:
-    """Writes the page of the run that the block works on, however it ends. A fault of the page is told and no more."""
-    begun = True
+    """Write the run's page when the block ends, unless a ConfigError ended it before anything was started."""
     try:
         yield
-    except ConfigError:  # nothing was started, so there is nothing to tell
-        begun = False
+    except ConfigError:
         raise
-    finally:
-        if begun:
-            _write_after(config)
+    except BaseException:
+        _write_report(config)
+        raise
+    else:
+        _write_report(config)
 
 
-def _write_after(config: RunConfig) -> None:
+def _write_report(config: RunConfig) -> None:
     caller = Caller.of(config)
     try:
-        if not caller.store().exists(join(config.folder, RUN_FILE)):
-            return  # it failed before there was a run
-        page = report(config.folder, track=True, caller=caller)["report"]
-        notify(f"Report      {page}")
-    except Exception as error:  # whatever it is, it must not hide how the run ended
-        log.warning("the run report was not written: %s: %s", type(error).__name__, error)
+        if caller.store().exists(join(config.folder, RUN_FILE)):  # absent if the run failed before it was created
+            notify(f"Report      {report(config.folder, track=True, caller=caller)['report']}")
+    except Exception as error:  # an error of the report must not hide how the run ended
+        log.warning("no run report: %s: %s", type(error).__name__, error)
 
 
-def _record(config: RunConfig, storage: Storage, page: bytes) -> None:
-    tracker = JournalTracker.open(config, storage)
-    tracker.artifact(RUN_REPORT, page)
-    tracker.close()
+def compare_runs(runs: list[str], html: Path | None = None, caller: Caller = Caller()) -> Comparison:
+    """Compare the runs in these folders (paths or URLs); also write an HTML page to `html`.
+
+    Raises ConfigError for fewer than two runs, and for a folder without a run.
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"mome compare: expected two runs or more, got {len(runs)}")
+    storage = caller.store()
+    comparison = compare([open_run(run, storage) for run in runs])
+    if html is not None:
+        write_output(storage, str(html), render_comparison(comparison).encode(), "--html")
+    return comparison
+
+
+def as_table(comparison: Comparison) -> str:
+    """Return two tables: the config keys that differ, and all results; `*` marks results that differ."""
+    runs = comparison.runs
+    config = [["", "config", *map(_shorten, runs)]]
+    for path, values in comparison.config.items():
+        config.append(["", path, *(_config_value(values, run) for run in runs)])
+    if not comparison.config:
+        config.append(["", "no key differs", *("" for _ in runs)])
+    results = [["", "results", *map(_shorten, runs)]]
+    for group, rows in comparison.results.items():
+        results.append(["", f"{group}:", *("" for _ in runs)])
+        for row in rows:
+            results.append(["*" if row.differs else "", f"  {row.name}", *map(_result, row.values)])
+    return f"{aligned(config)}\n\n{aligned(results)}"
+
+
+def _config_value(values: dict[str, Any], run: str) -> str:
+    if run not in values:
+        return "(no such key)"
+    value = values[run]
+    return _shorten(value if isinstance(value, str) else json.dumps(value))
+
+
+def _result(value: Result) -> str:
+    if value is None:
+        return "-"
+    return _shorten(value if isinstance(value, str) else significant(value))
+
+
+def _shorten(text: str) -> str:
+    """Keep the end of a long text, in which paths differ."""
+    return text if len(text) <= MAX_CHARACTERS else f"…{text[1 - MAX_CHARACTERS :]}"

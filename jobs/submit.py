@@ -22,7 +22,7 @@ import yaml
 from jobs.configs import configs_folder
 from jobs.console import notify
 from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dashboard
-from jobs.follow import follow as follow_job
+from jobs.logs import stream_logs
 from jobs.pretrain import for_ranks
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import local_paths, validate
@@ -56,7 +56,7 @@ def submit(
     status = "SUBMITTED"
     if follow:
         try:
-            status = follow_job(client, job)
+            status = stream_logs(client, job)
         except KeyboardInterrupt:
             raise RunFailed(f"no longer following; job {job} goes on: `mome jobs stop {job}` ends it") from None
     if status not in ("SUCCEEDED", "SUBMITTED"):

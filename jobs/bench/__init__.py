@@ -1,4 +1,4 @@
-"""`mome bench`: measure this machine, beside what its users would otherwise run."""
+"""`mome bench`: measure the loader, the store, a training step and checkpoints on this machine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 
-from jobs.arguments import local_file
 from jobs.console import print_result, status
+from jobs.options import Config, JsonOption, Overrides, local_file
 
-app = typer.Typer(no_args_is_help=True, help="Measure this machine beside what its users would otherwise run.")
+app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training step and checkpoints on this machine.")
 
 PEERS = ("webdataset_pil", "open_clip_composition", "ray_data")
 MIB = 2**20
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 
 
 @app.command()
@@ -107,16 +105,18 @@ def checkpoint(
 
 @app.command()
 def step(
-    config: Annotated[Path, typer.Argument(parser=local_file, help="A YAML config, such as configs/vlmo_base.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
-    stage: Annotated[str | None, typer.Option(help="The stage; the last, if not given.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="On this machine; each on a GPU, where there are any.")] = 1,
-    steps: Annotated[int, typer.Option(min=0, help="Steps timed; 0: only the one measured for memory.")] = 5,
+    config: Config,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Name of the stage (default: the last one).")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks on this machine, one per GPU if it has any.")] = 1,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Number of timed steps; 0 runs only the step that measures memory.")
+    ] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Time and memory of a stage's steps here, beside what `mome plan` says; without Ray, and without data.
+    """Measure time and memory of a stage's training steps, next to the estimate of `mome plan`.
 
-    On several machines: torchrun … -m pipeline.training.step_bench CONFIG [--stage NAME] \\[key=value …]
+    Needs neither Ray nor data. On several machines: torchrun … -m jobs.bench.step CONFIG [--stage NAME] \\[key=value …]
     """
     from jobs.bench.step import run_step_bench
 

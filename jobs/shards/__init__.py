@@ -1,16 +1,211 @@
-"""`mome shards`: import what you have into tar shards, index tars that others made, check them, look at samples."""
+"""`mome shards`: build, index, check and show tar shards, and add a detector's regions to them."""
 
 from __future__ import annotations
 
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from jobs.shards.build import build, index
-from jobs.shards.check import check
-from jobs.shards.regions import regions
-from jobs.shards.show import show
+from jobs.options import JsonOption, local_file
 
-app = typer.Typer(
-    no_args_is_help=True, help="Build, index, check and look at shards: tars of images, captions and texts."
+SourceFormat = StrEnum(  # "auto", then the formats of pipeline.data.building
+    "SourceFormat",
+    "auto folder jsonl coco list table parquet text vqa vg_qa nlvr2 karpathy classes",
 )
-for command in (build, index, check, show, regions):
-    app.command()(command)
+SourceType = StrEnum("SourceType", "pairs images text labelled regions questions statements")
+
+Report = Annotated[
+    Path | None,
+    typer.Option(parser=local_file, help="Write every bad sample to this file, one JSON object per line."),
+]
+MaxPixels = Annotated[
+    int, typer.Option(min=1, help="Maximum pixels of an image; a larger one is rejected as a decompression bomb.")
+]
+MAX_PIXELS = 25_000_000  # default of data.max_pixels
+
+app = typer.Typer(no_args_is_help=True, help="Build, index, check and show shards: tars of images, captions and texts.")
+
+
+@app.command()
+def build(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            parser=local_file,
+            help="Folder of images, list of images with captions, table, Parquet, annotation file or text.",
+        ),
+    ],
+    out: Annotated[str, typer.Argument(help="Folder or URL (s3://bucket/path) to write the shards to.")],
+    kind: Annotated[
+        SourceFormat, typer.Option(help="Format of SOURCE; auto detects it from the content.")
+    ] = SourceFormat.auto,  # type: ignore[attr-defined]
+    images: Annotated[
+        Path | None,
+        typer.Option(parser=local_file, help="Folder that image paths are relative to. \\[default: SOURCE's folder]"),
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Also read images that a list names outside of that folder.")
+    ] = False,
+    image_column: Annotated[
+        str | None, typer.Option(help="table, parquet: name or number of the column with image paths (or bytes).")
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="table, parquet: name or number of the column with captions.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Number of samples in each tar.")] = 1000,
+    words: Annotated[int, typer.Option(min=1, help="text: maximum number of words per sample.")] = 64,
+    annotations: Annotated[
+        list[Path] | None,
+        typer.Option(parser=local_file, help="vqa: annotations file; repeat for each file whose answers are listed."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="karpathy: import the images of this split only.")] = None,
+    listed_only: Annotated[
+        bool, typer.Option("--listed-only", help="vqa, vg_qa: omit questions without a listed answer.")
+    ] = False,
+    min_count: Annotated[
+        int | None,
+        typer.Option(min=1, help="vqa, vg_qa: minimum number of occurrences of a listed answer. \\[default: 9]"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of samples to import.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the shards at OUT once the new ones are complete.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first missing image or bad line.")] = False,
+    max_missing: Annotated[
+        str | None,
+        typer.Option(
+            help="Fail, and write nothing, if more of the entries cannot be used: 1% or 0.01. \\[default: 100%]"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Import images and captions, or text, into tars with a manifest. Nothing is left half-written.
+
+    folder: the caption of x.jpg is in x.txt, x.caption or x.jpg.txt next to it.
+    jsonl: lines of {"image": path, "captions": \\[text, …]}.
+    list: a JSON list of the same objects (BLIP, ALBEF).
+    table: CSV, TSV or lines with '|', with a header or Flickr's names
+    (captions.txt, results.csv, *.token).
+    parquet: a file or a folder of files, with paths or the images themselves.
+    coco: COCO's captions.
+
+    VQA v2's questions, Visual Genome's question_answers.json, NLVR2's lines and
+    Karpathy's splits are recognized by their content. A folder with one folder
+    of images per class needs --kind classes. The answers and classes that a
+    head predicts are written next to the shards: answers.json, classes.json.
+    """
+    from jobs.shards.build import build_shards
+
+    build_shards(
+        source,
+        out,
+        str(kind),
+        images=images,
+        allow_outside=allow_outside,
+        image_column=image_column,
+        caption_column=caption_column,
+        samples_per_shard=samples_per_shard,
+        words=words,
+        answers=annotations,
+        split=split,
+        listed_only=listed_only,
+        min_count=min_count,
+        limit=limit,
+        overwrite=overwrite,
+        strict=strict,
+        max_missing=max_missing,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def index(
+    url: Annotated[str, typer.Argument(help="Folder of tars, or a brace pattern: s3://b/train-{0000..0095}.tar")],
+    trust_counts: Annotated[
+        bool, typer.Option("--trust-counts", help="Do not read tars that another tool has counted already (see above).")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Index tars written by any tool (webdataset, img2dataset, …) in place; run again to continue.
+
+    Every tar is read once, in parallel, and verified to be complete. With --trust-counts a tar is not read where
+    Megatron-Energon (.tar.idx), DALI (.idx) or img2dataset (_stats.json) stored its number of samples next to it: it is
+    then indexed when training first needs it, a wrong count stops the run, and the data's digest identifies the tar by
+    its ETag and size.
+    """
+    from jobs.shards.build import index_folder
+
+    index_folder(url, trust_counts, as_json)
+
+
+@app.command()
+def check(
+    url: Annotated[str, typer.Argument(help="Folder of tars, brace pattern, or one tar.")],
+    source_type: Annotated[
+        SourceType, typer.Option("--type", help="Source type for which the samples are checked.")
+    ] = SourceType.pairs,  # type: ignore[attr-defined]
+    report: Report = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every shard to its end and decode every sample, as training would.
+
+    Training would quarantine and replace a bad sample (corrupt image, missing member, empty caption, duplicate key,
+    member that executes code when loaded, …); a broken shard (truncated, empty, replaced, missing, different from its
+    index) would stop the run.
+
+    Exit status: 0 without findings, 3 for bad samples only, 1 for broken shards.
+    """
+    from jobs.shards.check import check_folder
+
+    if status := check_folder(url, str(source_type), report, max_pixels, workers, as_json):
+        raise typer.Exit(status)
+
+
+@app.command()
+def show(
+    url: Annotated[str, typer.Argument(help="Folder of indexed shards, brace pattern, or one tar of them.")],
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples to show, spread over the shards.")] = 8,
+    sheet: Annotated[
+        Path | None, typer.Option(parser=local_file, help="Save a contact sheet of the samples to this PNG file.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print keys, members, sizes and captions of some samples, and save their images as one contact sheet."""
+    from jobs.shards.show import show_samples
+
+    show_samples(url, samples, sheet, as_json)
+
+
+@app.command()
+def regions(
+    url: Annotated[str, typer.Argument(help="Folder of tars with images, or brace pattern.")],
+    out: Annotated[str, typer.Argument(help="Folder or URL to write the shards with regions to.")],
+    detector: Annotated[
+        Path,
+        typer.Option(parser=local_file, help="Folder of a Hugging Face object-detection model, present on every node."),
+    ],
+    max_regions: Annotated[
+        int, typer.Option("--regions", min=1, help="Maximum number of regions per image, by confidence.")
+    ] = 100,
+    workers: Annotated[int, typer.Option(min=1, help="Number of Ray actors; each loads a detector.")] = 1,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="Number of GPUs of each actor; may be a fraction.")] = 0,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster (host:6379); without it, a local Ray is started.")
+    ] = None,
+    report: Report = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the shards at URL to OUT, adding to each sample a member .npz with a detector's regions.
+
+    Keys and other members stay as they are. A sample whose image is bad gets no regions and is reported; training
+    quarantines it. Run the command again to continue after an interruption.
+    """
+    from jobs.shards.regions import detect_regions
+
+    detect_regions(url, out, detector, max_regions, workers, gpus_per_worker, max_pixels, address, report, as_json)

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, get_args
 
-import typer
-
-from jobs.arguments import local_file
 from jobs.console import echo
-from jobs.shards.report import JsonOption, ShardProgress, report_manifest
+from jobs.shards.report import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.building import annotation_files, importers
 from pipeline.data.building.files import Problems, Sample, suffix_of
@@ -24,11 +19,7 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 
-AUTO = "auto"
-KindOption = StrEnum("KindOption", [AUTO, *get_args(importers.Kind), *annotation_files.KINDS])  # type: ignore[misc]
-
-
-# Options that only some formats have; given for another they would be ignored.
+# Options that only some formats use; for any other format they are an error.
 APPLIES_TO = {
     "--image-column": ("table", "parquet"),
     "--caption-column": ("table", "parquet"),
@@ -39,79 +30,32 @@ APPLIES_TO = {
 }
 
 
-def build(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            parser=local_file,
-            help="Folder of images, list of images with captions, table, Parquet, annotation file or text.",
-        ),
-    ],
-    out: Annotated[str, typer.Argument(help="Folder or URL (s3://bucket/path) that the shards are written to.")],
-    kind: Annotated[KindOption, typer.Option(help="Format of SOURCE; auto looks at it.")] = KindOption(AUTO),
-    images: Annotated[
-        Path | None,
-        typer.Option(parser=local_file, help="Folder that image paths are relative to. \\[default: SOURCE's folder]"),
-    ] = None,
-    allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Read images that a list names outside of that folder.")
-    ] = False,
-    image_column: Annotated[
-        str | None, typer.Option(help="table, parquet: name or number of the column with image paths (or bytes).")
-    ] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help="table, parquet: name or number of the column with captions.")
-    ] = None,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in each tar.")] = 1000,
-    words: Annotated[int, typer.Option(min=1, help="text: maximum words per sample.")] = importers.WORDS_PER_TEXT,
-    answers: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--annotations",
-            parser=local_file,
-            help="vqa: annotations file; repeat for each file whose answers are listed.",
-        ),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="karpathy: import the images of this split only.")] = None,
-    listed_only: Annotated[
-        bool, typer.Option("--listed-only", help="vqa, vg_qa: leave out questions without a listed answer.")
-    ] = False,
-    min_count: Annotated[
-        int | None,
-        typer.Option(min=1, help="vqa, vg_qa: times an answer must be given to be listed. \\[default: 9]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Import this many samples only.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the shards at OUT, once the new ones are whole.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first missing image or bad line.")] = False,
-    max_missing: Annotated[
-        str | None,
-        typer.Option(
-            help="Fail, and write nothing, if more of the entries cannot be used: 1% or 0.01. \\[default: 100%]"
-        ),
-    ] = None,
-    as_json: JsonOption = False,
+def build_shards(
+    source: Path,
+    out: str,
+    kind: str,
+    *,
+    images: Path | None,
+    allow_outside: bool,
+    image_column: str | None,
+    caption_column: str | None,
+    samples_per_shard: int,
+    words: int,
+    answers: list[Path] | None,
+    split: str | None,
+    listed_only: bool,
+    min_count: int | None,
+    limit: int | None,
+    overwrite: bool,
+    strict: bool,
+    max_missing: str | None,
+    as_json: bool,
 ) -> None:
-    """Import images and captions, or text, into tars with a manifest. Nothing is left half-written.
-
-    folder: the caption of x.jpg is in x.txt, x.caption or x.jpg.txt beside it.
-    jsonl: lines of {"image": path, "captions": \\[text, …]}.
-    list: a JSON list of the same objects (BLIP, ALBEF).
-    table: CSV, TSV or lines with '|', with a header or Flickr's names
-    (captions.txt, results.csv, *.token).
-    parquet: a file or a folder of files, with paths or the images themselves.
-    coco: COCO's captions.
-
-    VQA v2's questions, Visual Genome's question_answers.json, NLVR2's lines and
-    Karpathy's splits are recognized by their content. A folder with one folder
-    of images per class needs --kind classes. The answers and classes that a
-    head predicts are written beside the shards: answers.json, classes.json.
-    """
+    """Write the shards and print the result; the arguments are the options of `mome shards build`."""
     storage = Storage()
     threshold = _fraction(max_missing)
-    chosen = str(kind)
-    if chosen == AUTO:
+    chosen = kind
+    if chosen == "auto":
         chosen = annotation_files.find_annotations(source) or importers.find_kind(source)
     given = (image_column, caption_column, answers, listed_only, min_count, split)
     for (option, kinds), value in zip(APPLIES_TO.items(), given, strict=True):
@@ -149,19 +93,8 @@ def build(
             echo(f"{join(out, name)}: {len(listed)} of them, the number that the stage's config names")
 
 
-def index(
-    url: Annotated[str, typer.Argument(help="A folder of tars, or a brace pattern: s3://b/train-{0000..0095}.tar")],
-    trust_counts: Annotated[
-        bool, typer.Option("--trust-counts", help="Read no tar that another tool has counted already (see above).")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Index tars written by anyone (webdataset, img2dataset, …) as they lie; run again to continue.
-
-    Every tar is read once, in parallel, and proved whole. With --trust-counts a tar is not read where Megatron-Energon
-    (.tar.idx), DALI (.idx) or img2dataset (_stats.json) left its number of samples beside it: it is then indexed when
-    training first needs it, a wrong count stops the run, and the data's digest names the tar by its ETag and size.
-    """
+def index_folder(url: str, trust_counts: bool, as_json: bool) -> None:
+    """Index the tars at `url` and print the manifest's facts."""
     with ShardProgress("indexing") as progress:
         manifest = index_shards(Storage(), url, progress.shard, trust_counts=trust_counts)
     report_manifest(manifest, url, as_json, {"trusted": sum(shard.is_trusted for shard in manifest.shards)})

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import cast
 
-import typer
-
-from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.output import list_of_findings
-from jobs.shards.report import JsonOption, ShardProgress, print_json
-from pipeline.config.schema import DataConfig
+from jobs.shards.report import ShardProgress, print_json
+from pipeline.config.schema import SourceType
 from pipeline.data.shards.check import ShardFinding, ShardReport, check_shards
 from pipeline.data.storage import Storage
 
@@ -26,42 +21,12 @@ BROKEN, BAD = 1, 3  # exit statuses
 _LISTED = 20  # broken shards named on the screen
 
 
-class SourceTypeOption(StrEnum):
-    pairs = "pairs"
-    images = "images"
-    text = "text"
-    labelled = "labelled"
-    regions = "regions"
-    questions = "questions"
-    statements = "statements"
-
-
-def check(
-    url: Annotated[str, typer.Argument(help="A folder of tars, a brace pattern, or one tar.")],
-    source_type: Annotated[
-        SourceTypeOption, typer.Option(help="What training reads of each sample: `use` of the source.")
-    ] = (SourceTypeOption.pairs),
-    report: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Write every finding here, one JSON object a line.")
-    ] = None,
-    max_pixels: Annotated[int, typer.Option(min=1, help="A larger picture is a decompression bomb.")] = (
-        DataConfig().max_pixels
-    ),
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    as_json: JsonOption = False,
-) -> None:
-    """Read every shard to its end and decode every sample, as training would.
-
-    A bad sample (a corrupt picture, a missing member, an empty caption, a key that stands twice, a member that
-    executes code when loaded, …) would be quarantined and replaced; a broken shard (cut, empty, replaced, missing, not
-    as it was indexed) would stop the run.
-
-    Exit status: 0 nothing found, 3 bad samples only, 1 broken shards.
-    """
+def check_folder(url: str, source_type: str, report: Path | None, max_pixels: int, workers: int, as_json: bool) -> int:
+    """Check the shards at `url`, print the findings and return the exit status."""
     summary = _Summary()
     with ShardProgress("checking") as progress, ExitStack() as stack:
         lines = stack.enter_context(list_of_findings(report, "--report")) if report else None
-        for shard in check_shards(Storage(), url, source_type.value, max_pixels, workers, progress.shard):
+        for shard in check_shards(Storage(), url, cast(SourceType, source_type), max_pixels, workers, progress.shard):
             summary.add(shard)
             if lines is not None:
                 lines.writelines(_line(found) for found in _findings(shard))
@@ -69,8 +34,7 @@ def check(
         print_json(summary.as_json(url, report))
     else:
         _print_summary(summary, url, report)
-    if summary.broken or summary.bad:
-        raise typer.Exit(BROKEN if summary.broken else BAD)
+    return BROKEN if summary.broken else BAD if summary.bad else 0
 
 
 @dataclass

@@ -13,16 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.output import list_of_findings
-from jobs.shards.report import JsonOption, ShardProgress, report_manifest
+from jobs.shards.report import ShardProgress, report_manifest
 from pipeline.config.errors import ConfigError, DataError, MomeError, RunFailed
-from pipeline.config.schema import ClusterConfig, DataConfig
+from pipeline.config.schema import ClusterConfig
 from pipeline.config.urls import is_local, local_path
 from pipeline.data.building.files import Sample
 from pipeline.data.building.importers import write_tar
@@ -58,33 +55,23 @@ class Done:
     bad: list[dict[str, str]] = field(default_factory=list)  # key, stage and reason of each that has no regions
 
 
-def regions(
-    url: Annotated[str, typer.Argument(help="A folder of tars with pictures, or a brace pattern.")],
-    out: Annotated[str, typer.Argument(help="Folder or URL that the shards with regions are written to.")],
-    detector: Annotated[
-        Path, typer.Option(parser=local_file, help="Folder of a Hugging Face object-detection model, on every node.")
-    ],
-    most: Annotated[int, typer.Option("--regions", min=1, help="Regions kept of a picture, by confidence.")] = 100,
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors; each holds a detector.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs of each actor; may be a fraction.")] = 0,
-    max_pixels: Annotated[int, typer.Option(min=1, help="A larger picture is a decompression bomb.")] = (
-        DataConfig().max_pixels
-    ),
-    address: Annotated[str | None, typer.Option(help="A Ray cluster; a local one is started if none is given.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Write every bad sample here, one JSON object a line.")
-    ] = None,
-    as_json: JsonOption = False,
+def detect_regions(
+    url: str,
+    out: str,
+    detector: Path,
+    max_regions: int,
+    workers: int,
+    gpus_per_worker: float,
+    max_pixels: int,
+    address: str | None,
+    report: Path | None,
+    as_json: bool,
 ) -> None:
-    """Write the shards at URL again, at OUT, each sample with a member .npz of a detector's regions.
-
-    Keys and other members stay as they are. A sample whose picture is bad gets no regions and is told; training
-    quarantines it. Run it again to go on where it was interrupted.
-    """
+    """Write the shards with regions and print the result; the arguments are the options of `mome shards regions`."""
     cluster = ClusterConfig(workers=workers, gpus_per_worker=gpus_per_worker, address=address)
     with ExitStack() as stack, ShardProgress("detecting") as progress:
         findings = stack.enter_context(list_of_findings(report, "--report")) if report else None
-        done = add_regions(Storage(), url, out, detector, most, max_pixels, cluster, progress)
+        done = add_regions(Storage(), url, out, detector, max_regions, max_pixels, cluster, progress)
         bad = [{"shard": shard.shard, **found} for shard in done for found in shard.bad]
         if len(bad) == sum(shard.samples for shard in done):
             example = f"{bad[0]['key']}: {bad[0]['reason']}" if bad else "there is no sample"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from jobs.console import echo
 from pipeline.data.shards.manifest import Manifest
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line.")]
 
 T = TypeVar("T")
 

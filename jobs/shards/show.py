@@ -7,16 +7,14 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from jobs.arguments import local_file
 from jobs.console import echo
 from jobs.output import check_output, write_output
-from jobs.shards.report import JsonOption, manifest_facts, print_json
+from jobs.shards.report import manifest_facts, print_json
 from pipeline.config.schema import DataConfig
 from pipeline.data.contents.images import EXTENSIONS, decode
 from pipeline.data.contents.members import record_of
@@ -29,15 +27,8 @@ MAX_PIXELS = DataConfig().max_pixels
 TILE, CAPTION_LINES, LINE_CHARACTERS, LINE_HEIGHT = 224, 6, 38, 15  # of the contact sheet, in pixels and characters
 
 
-def show(
-    url: Annotated[str, typer.Argument(help="A folder of indexed shards, a brace pattern, or one tar of them.")],
-    samples: Annotated[int, typer.Option(min=1, help="How many samples, spread over the shards.")] = 8,
-    sheet: Annotated[
-        Path | None, typer.Option(parser=local_file, help="Save a contact sheet of them here (PNG).")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Print keys, members, sizes and captions of some samples, and save their pictures as one contact sheet."""
+def show_samples(url: str, samples: int, sheet: Path | None, as_json: bool) -> None:
+    """Print `samples` samples of the shards at `url`, and draw their images on the PNG file `sheet`."""
     storage = Storage()
     if sheet is not None:
         check_output(storage, str(sheet), "--sheet")

@@ -98,11 +98,11 @@ def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
     before = config.stages[: index + 1]
     notes = []
     if not any("wpa" in stage.objectives for stage in before):
-        notes.append("No stage trained word_patch: the plan shows how its features happen to lie.")
+        notes.append("No stage trained wpa: the drawn alignment comes from features that were not trained for it.")
     if not any("mlm" in stage.objectives for stage in before):
-        notes.append("No stage trained masked_language: the guesses are those of an untrained head.")
+        notes.append("No stage trained mlm: the guesses are those of an untrained head.")
     elif not any("mlm" in s.objectives and config.source_type_of(s) == "pairs" for s in before):
-        notes.append("No stage trained masked_language beside pictures: only the guesses without one were learnt.")
+        notes.append("No stage trained mlm beside pictures: only the guesses without one were learnt.")
     return notes
 
 

@@ -135,7 +135,8 @@ def test_tars_without_a_manifest_are_checked_for_themselves(planted: Planted, tm
 
 def test_what_is_not_read_is_not_bad(planted: Planted):
     by_use = {
-        source_type: check(planted.folder, "--use", source_type)[1]["bad_samples"] for source_type in ("images", "text")
+        source_type: check(planted.folder, "--type", source_type)[1]["bad_samples"]
+        for source_type in ("images", "text")
     }
     always = sum(len(planted.bad[kind]) for kind in KINDS[-4:])  # executable members, duplicate keys
     stages = Counter(kind for kind, found in planted.bad.items() for _ in found if kind not in KINDS[-4:])

@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.caller import Caller
-from jobs.sync import sync
+from jobs.tracking_sync import sync
 from pipeline.config.errors import TrackingError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.caller import Caller
-from jobs.sync import sync
+from jobs.tracking_sync import sync
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder

@@ -213,7 +213,7 @@ def test_an_annotation_file_is_told_by_its_content_and_its_list_lies_beside_the_
     assert (told["kind"], told["num_samples"], told["answers.json"]) == ("vqa", 1, 1)
     assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["grey"]
     assert "What colour is it?" in run("show", tmp_path / "out").stdout
-    assert run("check", tmp_path / "out", "--use", "questions", "--workers", 1).exit_code == 0
+    assert run("check", tmp_path / "out", "--type", "questions", "--workers", 1).exit_code == 0
 
 
 def test_a_folder_of_a_folder_for_each_class_is_built_when_asked_for(tmp_path):

@@ -62,11 +62,11 @@ def test_python_api_imports_from_the_wheel_without_the_command_line(installed: P
 
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     program = (
-        "import jobs.demo; from jobs.configs import configs_folder; from jobs.audit import fingerprint_of\n"
+        "import jobs.train; from jobs.configs import configs_folder, fingerprint_of\n"
         "from pipeline.config.load import load_config\n"
         "small = ['sources.scenes.synthetic.scenes=60', 'sources.unseen.synthetic.scenes=10']\n"
         "config = load_config(configs_folder() / 'demo.yaml', small)\n"
-        "print(jobs.demo.__file__, configs_folder(), fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])\n"
+        "print(jobs.train.__file__, configs_folder(), fingerprint_of(config, None, '0:1', 1, 0, 1)['steps'])\n"
     )
     demo, configs, steps = run_program(program, installed, tmp_path).split(maxsplit=2)
     assert Path(demo).is_relative_to(installed)

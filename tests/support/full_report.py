@@ -74,7 +74,7 @@ def fullest(name: str = "recorded") -> ReportData:
                 AlignedCaption(noise(HEAT_MAP_PIXELS), CAPTION, [(w, noise(HEAT_MAP_PIXELS), 0.3) for w in words])
                 for _ in range(ALIGNMENT_EXAMPLES)
             ],
-            ["No stage trained word_patch: the plan shows how its features happen to lie."],
+            ["No stage trained wpa: the drawn alignment comes from features that were not trained for it."],
         ),
         skipped=[(CAPTION, 3)],
     )

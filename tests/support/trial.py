@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jobs.objectives import source_types
+from jobs.configs import source_types
 from pipeline.config.load import validate
 from pipeline.config.schema import (
     MODEL_SECTIONS,

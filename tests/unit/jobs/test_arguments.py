@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.arguments import local_file
 from jobs.cli import app
+from jobs.options import local_file
 
 
 def _parameters(command):

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.explain import explain_checkpoint
+from jobs.predict import explain_checkpoint
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage

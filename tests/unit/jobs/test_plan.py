@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from jobs.plan import Target, as_json_object, plan_run, with_workers
+from jobs.distributed import with_workers
+from jobs.plan import Target, as_json_object, as_text, plan_run
 from jobs.plan_chart import scaling_svg
-from jobs.plan_text import as_text
 from pipeline.config.errors import ConfigError
 from pipeline.planning.estimate import Assumptions
 from pipeline.planning.hardware import accelerator_named, network_named

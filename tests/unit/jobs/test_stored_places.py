@@ -184,7 +184,7 @@ def test_only_stored_config_reads_configs_that_folders_hold() -> None:
     assert parsing == {
         "pipeline/config/load.py",
         "pipeline/config/stored.py",
-        "jobs/preflight.py",
+        "jobs/distributed.py",
         "jobs/rank.py",
         "jobs/restarts.py",
     }

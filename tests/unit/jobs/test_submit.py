@@ -46,7 +46,7 @@ def test_fewest_ranks_above_the_most_are_refused_by_name() -> None:
 def test_submitting_needs_neither_cuda_nor_what_trains() -> None:
     """A laptop has no GPU, and DeepSpeed looks for one and for its compiler as soon as it is imported."""
     script = (
-        "import sys, jobs.cli, jobs.submit, jobs.jobs_command, jobs.follow\n"
+        "import sys, jobs.cli, jobs.submit, jobs.jobs_command, jobs.logs\n"
         "loaded = {name for name in ('deepspeed', 'mlflow', 'transformers') if name in sys.modules}\n"
         "import torch\n"
         "assert not loaded, loaded\n"

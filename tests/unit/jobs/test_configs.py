@@ -1,17 +1,23 @@
-"""`mome fingerprint` accepts what `mome train` accepts, and changes nothing of a run."""
+"""Recipes, the table of objectives, and `mome fingerprint`, which changes nothing of a run."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from typer.testing import CliRunner
 
-from jobs.audit import fingerprint_of
+from jobs.cli import app
+from jobs.configs import fingerprint_of, list_recipes, read_recipe
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import with_absolute_paths
+from pipeline.config.schema import MODEL_SECTIONS, Objective
 from pipeline.data.storage import Storage
 from pipeline.training.prepare import RUN_FILE, prepare
 from tests.support.short_run import short_config
+from tests.support.trial import cells
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -57,3 +63,46 @@ def test_a_run_with_relative_paths_is_fingerprinted_by_the_config_it_was_trained
     config = short_config("runs", name="other", tokenizer__vocabulary="vocab.txt")
     prepare(with_absolute_paths(config), Storage())
     assert fingerprint_of(config, "pairs", "0:1", 1, 0, 1)["steps"] == [0, 1]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_every_recipe_is_listed_and_shown_whole() -> None:
+    recipes = json.loads(run("config", "list", "--json"))
+    assert recipes["demo"] == "vlmo: vision → language → vision_language"
+    assert "finetune/vilt_b32_vqa" in recipes
+    assert recipes == list_recipes()
+    assert run("config", "show", "configs/demo.yaml") == read_recipe("demo")
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_names() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'dmeo'; expected one of demo, "):
+        read_recipe("dmeo")
+
+
+def test_schema_describes_the_config() -> None:
+    schema = json.loads(run("config", "schema"))
+    assert {"name", "model", "sources", "stages"} <= schema["properties"].keys()
+
+
+def test_table_of_objectives_holds_every_trainable_combination() -> None:
+    table = json.loads(run("objectives", "--json"))["objectives"]
+    assert list(table) == list(get_args(Objective))
+    listed = {
+        (objective, kind, source_type)
+        for objective, row in table.items()
+        for kind, source_types in row.items()
+        for source_type in source_types
+    }
+    assert listed == {(cell.objective, cell.kind, cell.source_type) for cell in cells()}
+
+
+def test_text_has_a_column_per_kind_and_a_line_per_objective() -> None:
+    lines = run("objectives").splitlines()
+    assert lines[0].split() == ["objective", *MODEL_SECTIONS]
+    assert [line.split()[0] for line in lines[1:]] == list(get_args(Objective))
+    assert next(line for line in lines if line.startswith("nlvr2")).split()[1:] == ["statements"] * 2 + ["·"] * 3
