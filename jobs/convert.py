@@ -26,8 +26,8 @@ from pipeline.data.contents.text import Tokenizer, is_cased
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
+from pipeline.models.checkpoints.conversion import ConfigFile
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
-from pipeline.models.checkpoints.hugging_face import ConfigFile
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit

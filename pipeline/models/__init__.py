@@ -1,4 +1,4 @@
-"""Models: a model reads named passes over a batch and returns their features by name."""
+"""Models: named forward inputs in, named outputs out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from pipeline.models.vilt import ViLT
 from pipeline.models.vit import ViT
 from pipeline.models.vlmo import VLMo
 
-Kind = Callable[[Any, int, HeadConfig], Model]
-_KINDS: dict[type[TransformerConfig], Kind] = {
+_KINDS: dict[type[TransformerConfig], Callable[[Any, int, HeadConfig], Model]] = {
     VLMoConfig: VLMo,
     ViLTConfig: ViLT,
     ViTConfig: ViT,
@@ -31,22 +30,22 @@ _KINDS: dict[type[TransformerConfig], Kind] = {
 
 
 def build_model(config: TransformerConfig, vocabulary: int, heads: HeadConfig = HeadConfig(), seed: int = 0) -> Model:
-    """The model a config names, its weights drawn from `seed` alone (the global generator is left as it was)."""
+    """Build the model of a config; weights depend on `seed` alone, and the global generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
-        model = _kind(config)(config, vocabulary, heads)
+        model = _model_class(config)(config, vocabulary, heads)
     model.initialize(seed)
     return model
 
 
 def skeleton(config: TransformerConfig, vocabulary: int = 1, heads: HeadConfig = HeadConfig()) -> Model:
-    """The same without memory for its weights: for names, shapes and parts."""
+    """Build the model on the meta device, without memory for its weights: for names, shapes and parts."""
     with torch.device("meta"):
-        return _kind(config)(config, vocabulary, heads)
+        return _model_class(config)(config, vocabulary, heads)
 
 
-def _kind(config: TransformerConfig) -> Kind:
+def _model_class(config: TransformerConfig) -> Callable[[Any, int, HeadConfig], Model]:
     if isinstance(config, ImageBERTConfig):
-        from pipeline.models.imagebert import ImageBERT  # here: its trunk's library takes seconds to load
+        from pipeline.models.imagebert import ImageBERT  # lazily, because importing transformers takes seconds
 
         return ImageBERT
     return _KINDS[type(config)]

@@ -1,6 +1,6 @@
-"""What enters the encoder: text tokens, image patches, and the positions both are told by.
+"""Token embeddings of texts and images, and their absolute or relative positions.
 
-Shapes: B rows, L tokens, P patches, I = 1 + P image tokens ([CLS] in front), or 1 + K where only K patches are read,
+Shapes: B examples, L tokens, P patches, I = 1 + P image tokens ([CLS] in front; 1 + K where K patches are visible),
 T longest text, D width, H heads, N layers, p side of a patch.
 """
 
@@ -10,13 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pipeline.models.attention import gather
-
-TEXT_EPSILON = 1e-12  # BERT's
+from pipeline.models.heads import TEXT_EPSILON
+from pipeline.models.multiway import gather
 
 
 class TextEmbedding(nn.Module):
-    """BERT's embedding of tokens, then the vector that says "this is text"."""
+    """BERT's token embedding with a modality vector added."""
 
     positions: nn.Parameter | None
 
@@ -26,7 +25,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.max_text_length = max_text_length
         self.word = nn.Embedding(vocabulary, width)
-        self.token_type = nn.Parameter(torch.empty(2, width))  # BERT's sentence A and B; A alone is read
+        self.token_type = nn.Parameter(torch.empty(2, width))  # BERT's sentences A and B; only A is used
         self.register_parameter("positions", nn.Parameter(torch.empty(max_text_length, width)) if absolute else None)
         self.norm = nn.LayerNorm(width, eps=epsilon)
         self.modality = nn.Parameter(torch.empty(width))
@@ -36,8 +35,8 @@ class TextEmbedding(nn.Module):
         length = text.shape[1]
         if length > self.max_text_length:
             raise ValueError(
-                f"a text of {length} tokens is longer than the model's positions reach ({self.max_text_length}); "
-                "cut the text or raise model.max_text_length"
+                f"a text of {length} tokens is longer than the model's {self.max_text_length} positions; "
+                "shorten the text or raise model.max_text_length"
             )
         x = self.word(text) + self.token_type[0]
         if self.positions is not None:
@@ -46,7 +45,7 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Patches and [CLS], then the vector that says "this is an image", where texts are read too."""
+    """Patch projection with [CLS], positions, and a modality vector in models that also read text."""
 
     positions: nn.Parameter | None
     mask: nn.Parameter | None
@@ -69,92 +68,89 @@ class ImageEmbedding(nn.Module):
         self.cls = nn.Parameter(torch.empty(width))
         count = 1 + (image_size // patch_size) ** 2
         self.register_parameter("positions", nn.Parameter(torch.empty(count, width)) if absolute else None)
-        # Counted to the masked-image head, but used here, and ZeRO-3 gathers it for its owner only.
+        # Part of the masked-image head, but owned by its user: ZeRO-3 gathers a parameter only for its owner.
         self.register_parameter("mask", nn.Parameter(torch.empty(width)) if maskable else None)
         self.register_parameter("modality", nn.Parameter(torch.empty(width)) if modality else None)
-        # The modality of the second of two pictures (NLVR2).
+        # The modality vector of the second image of a pair (NLVR2).
         self.register_parameter("second", nn.Parameter(torch.empty(width)) if second else None)
 
     def forward(
         self,
         image: Tensor,
-        hidden: Tensor | None = None,
+        masked: Tensor | None = None,
         is_second: Tensor | None = None,
-        stand_ins: Tensor | None = None,
-        read: Tensor | None = None,
+        replacements: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, I, D); `hidden` (B, P) bool covers patches.
+        """image (B, H, W, 3), uint8 or floats in [-1, 1] -> (B, I, D).
 
-        `is_second` (B,) bool says which pictures are the second of two. `stand_ins` (B, P) says which patch of the
-        picture is shown at each place. With `read` (B, K) only those patches become tokens, in that order: (B, 1 + K,
-        D); what stands where it is negative means nothing.
+        `masked` (B, P) bool puts the mask embedding in place of patches, `is_second` (B,) bool marks second images,
+        `replacements` (B, P) is the patch shown at each place. With `visible` (B, K) only those patches become tokens,
+        in that order: (B, 1 + K, D); the output where it is negative is meaningless.
         """
         if image.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(
-                f"an image batch of shape {tuple(image.shape)} does not fit the model, which reads "
-                f"(rows, {self.image_size}, {self.image_size}, 3); resize the images or change model.image_size"
+                f"an image batch of shape {tuple(image.shape)} does not fit the model, which expects "
+                f"(batch, {self.image_size}, {self.image_size}, 3); resize the images or change model.image_size"
             )
-        patches = self.cut(image)
-        if read is not None:
-            read = read.clamp(min=0)
-            stand_ins = read if stand_ins is None else stand_ins.gather(1, read)
-            hidden = None if hidden is None else hidden.gather(1, read)
-        if stand_ins is not None:
-            patches = gather(patches, stand_ins)
-        x = self.project(patches, hidden)
+        patches = self.patchify(image)
+        if visible is not None:
+            visible = visible.clamp(min=0)
+            replacements = visible if replacements is None else replacements.gather(1, visible)
+            masked = None if masked is None else masked.gather(1, visible)
+        if replacements is not None:
+            patches = gather(patches, replacements)
+        x = self.project(patches, masked)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-        if self.positions is not None:
-            x = x + (self.positions if read is None else _positions_of(self.positions, read))
-        return self.tell_modality(x, is_second)
+        if self.positions is not None and visible is None:
+            x = x + self.positions
+        elif self.positions is not None and visible is not None:
+            x = x + nn.functional.embedding(nn.functional.pad(visible + 1, (1, 0)), self.positions)
+        return self.add_modality(x, is_second)
 
-    def cut(self, image: Tensor) -> Tensor:
-        """(B, H, W, 3) -> (B, P, 3 p²), as they are: rearranging bytes moves a quarter of what floats would."""
+    def patchify(self, image: Tensor) -> Tensor:
+        """(B, H, W, 3) -> (B, P, 3 p²) without a change of type: moving bytes costs a quarter of moving floats."""
         return rearrange(image, "b (h p) (w q) c -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
 
-    def project(self, patches: Tensor, hidden: Tensor | None) -> Tensor:
-        """Patches (B, P, 3 p²), bytes or floats in [-1, 1] -> (B, P, D), the mask embedding where `hidden` (B, P)."""
+    def project(self, patches: Tensor, masked: Tensor | None) -> Tensor:
+        """Patches (B, P, 3 p²), uint8 or floats in [-1, 1] -> (B, P, D), the mask embedding where `masked` (B, P)."""
         pixels = patches.to(self.cls.dtype)
         x = self.patch(pixels / 127.5 - 1.0 if patches.dtype == torch.uint8 else pixels)
-        if hidden is None:
+        if masked is None:
             return x
         if self.mask is None:
-            raise ValueError("patches can be hidden only in a model built with an image target")
-        return torch.where(hidden.unsqueeze(-1), self.mask, x)
+            raise ValueError("patches can be masked only in a model built with an image target")
+        return torch.where(masked.unsqueeze(-1), self.mask, x)
 
-    def tell_modality(self, x: Tensor, is_second: Tensor | None) -> Tensor:
-        """Add to each token (B, I, D) the vector that says what it is of."""
+    def add_modality(self, x: Tensor, is_second: Tensor | None) -> Tensor:
+        """Add the image's modality vector to each token (B, I, D)."""
         if self.modality is None:
             return x
         if is_second is None:
             return x + self.modality
-        assert self.second is not None, "a model that reasons about two pictures has a vector for the second"
+        assert self.second is not None, "two images need a model built with nlvr2"
         return x + torch.where(is_second[:, None, None], self.second, self.modality)
 
 
-def _positions_of(positions: Tensor, read: Tensor) -> Tensor:
-    """The positions (I, D) of [CLS] and of the patches in `read` (B, K): (B, 1 + K, D)."""
-    return nn.functional.embedding(nn.functional.pad(read + 1, (1, 0)), positions)
-
-
-def read_padding(read: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds for [CLS] and for the patches in `read` (B, K), -1 where there is none: (B, 1 + K)."""
-    return key_padding(nn.functional.pad(read >= 0, (1, 0), value=True), dtype)
+def visible_padding(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the attention padding (B, 1 + K) of [CLS] and the patches `visible` (B, K), where -1 is padding."""
+    return key_padding(nn.functional.pad(visible >= 0, (1, 0), value=True), dtype)
 
 
 def key_padding(keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds for each key, from `keep` (B, L) bool: 0, or a huge negative where it is False.
+    """Return the attention padding of each key from `keep` (B, L) bool: 0, or a huge negative value where False.
 
-    Finite, so that a row of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
+    It is finite, so that an example of nothing but padding gives numbers and not NaN; its exponential is exactly 0.
     """
     return torch.zeros_like(keep, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min / 2)
 
 
 class RelativePositions(nn.Module):
-    """A bias for every pair of tokens, by their distance; each layer and head has a column of one table.
+    """An attention bias for each pair of tokens by their distance; each layer and head has a column of one table.
 
-    The table has three parts, whose rows are in the release's order: `image`, a row for each of the (2g - 1)² offsets
-    on the g x g grid, then patch-from-[CLS], [CLS]-from-patch, [CLS]-[CLS]; `cross`, text to image and image to text;
-    `text`, a row for each of the 2T - 3 distances between words, then the same three for the text's [CLS].
+    The table has three parts with rows in the release's order: `image`, a row for each of the (2g - 1)² offsets on the
+    g x g grid, then patch-from-[CLS], [CLS]-from-patch, [CLS]-[CLS]; `cross`, text to image and image to text; `text`,
+    a row for each of the 2T - 3 distances between words, then the same three for the text's [CLS].
     """
 
     image_index: Tensor
@@ -170,23 +166,23 @@ class RelativePositions(nn.Module):
         self.register_buffer("text_index", text_distances(max_text_length), persistent=False)
 
     def forward(self, text_length: int, with_image: bool) -> Tensor:
-        """The bias of every layer (N, H, L, L) for sequences of `text_length` tokens, then the image if there is one.
+        """Return the bias (N, H, L, L) of `text_length` tokens, followed by the image if there is one.
 
         Longer padding adds rows and columns and changes none.
         """
-        blocks = []
+        parts = []
         if text_length:
-            blocks.append(_look_up(self.text, self.text_index[:text_length, :text_length]))
+            parts.append(_look_up(self.text, self.text_index[:text_length, :text_length]))
         if with_image:
-            blocks.append(_look_up(self.image, self.image_index))
-        bias = blocks[0] if len(blocks) == 1 else self._join(*blocks)
+            parts.append(_look_up(self.image, self.image_index))
+        bias = parts[0]
+        if len(parts) == 2:
+            text, image = parts
+            to_image, to_text = self.cross[:, :, None, None].unbind(0)
+            text_rows = torch.cat([text, to_image.expand(-1, text.shape[1], image.shape[1])], dim=2)
+            image_rows = torch.cat([to_text.expand(-1, image.shape[1], text.shape[1]), image], dim=2)
+            bias = torch.cat([text_rows, image_rows], dim=1)
         return rearrange(bias, "(n h) q k -> n h q k", n=self.layers)
-
-    def _join(self, text: Tensor, image: Tensor) -> Tensor:
-        to_image, to_text = self.cross[:, :, None, None].unbind(0)
-        text_rows = torch.cat([text, to_image.expand(-1, text.shape[1], image.shape[1])], dim=2)
-        image_rows = torch.cat([to_text.expand(-1, image.shape[1], text.shape[1]), image], dim=2)
-        return torch.cat([text_rows, image_rows], dim=1)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -195,7 +191,7 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 def image_distances(grid: int) -> Tensor:
-    """The row of `RelativePositions.image` for each pair of image tokens: (I, I) int64, [CLS] first."""
+    """Return the row of `RelativePositions.image` for each pair of image tokens: (I, I) int64, [CLS] first."""
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     row, column = row.flatten(), column.flatten()
     down = row[:, None] - row[None, :] + grid - 1
@@ -204,13 +200,13 @@ def image_distances(grid: int) -> Tensor:
 
 
 def text_distances(max_text_length: int) -> Tensor:
-    """The row of `RelativePositions.text` for each pair of text tokens: (T, T) int64, [CLS] first."""
-    place = torch.arange(max_text_length - 1)
-    return _with_cls(place[None, :] - place[:, None] + max_text_length - 2, 2 * max_text_length - 3)
+    """Return the row of `RelativePositions.text` for each pair of text tokens: (T, T) int64, [CLS] first."""
+    position = torch.arange(max_text_length - 1)
+    return _with_cls(position[None, :] - position[:, None] + max_text_length - 2, 2 * max_text_length - 3)
 
 
 def _with_cls(index: Tensor, first_row: int) -> Tensor:
-    """Put [CLS] in front: it reads others by row `first_row`, is read by the next, and reads itself by the third."""
+    """Prepend [CLS]: `first_row` for its attention to others, the next row for theirs to it, the third for itself."""
     size = len(index) + 1
     joined = torch.empty(size, size, dtype=torch.int64)
     joined[1:, 1:] = index

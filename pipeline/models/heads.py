@@ -1,6 +1,6 @@
-"""What the objectives read off the encoder's features. Every result is float32, whatever the parameters are.
+"""Heads that map encoder features to an objective's outputs, in float32 whatever the parameters' precision.
 
-Shapes: B rows, K positions a row, D width, V vocabulary.
+Shapes: B examples, K positions, D width, E embedding width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,44 +18,32 @@ TEXT_EPSILON = 1e-12  # BERT's
 
 
 class ContrastiveHead(nn.Module):
-    """One or two projections of each modality's [CLS]: its own expert's, and the vision-language expert's."""
+    """Projections of each modality's [CLS] into one space, with a learned logit scale.
 
-    def __init__(self, width: int, max_scale: float = MAX_SCALE, contrasts: Literal[1, 2] = 2) -> None:
+    With two contrasts (VLMo), the second one projects the [CLS] of the vision-language expert.
+    """
+
+    def __init__(
+        self, width: int, max_scale: float = MAX_SCALE, contrasts: Literal[1, 2] = 2, embedding: int | None = None
+    ) -> None:
         super().__init__()
         self.max_scale = max_scale
         self.suffixes = ("", "_vl")[:contrasts]
         for suffix in self.suffixes:
             for name in ("image", "text"):
-                self.add_module(f"{name}{suffix}", nn.Linear(width, width, bias=False))
+                self.add_module(f"{name}{suffix}", nn.Linear(width, embedding or width, bias=False))
             # One element, not 0-d: DeepSpeed broadcasts parameters as bytes, which 0-d tensors cannot be viewed as.
             self.register_parameter(f"log_scale{suffix}", nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)])))
 
     def forward(self, modality: Literal["image", "text"], *cls: Tensor) -> dict[str, Tensor]:
-        """A [CLS] (B, D) for each contrast -> `itc` and `itc_vl`, unit vectors (B, D); `scale` and `scale_vl`, 0-d."""
+        """Return `itc`, `itc_vl`, unit vectors (B, E), and `scale`, `scale_vl` (0-d), from one [CLS] (B, D) each."""
         outputs = {}
         for suffix, features in zip(self.suffixes, cls, strict=True):
             projected = self.get_submodule(f"{modality}{suffix}")(features)
+            log_scale = self.get_parameter(f"log_scale{suffix}")
             outputs[f"itc{suffix}"] = F.normalize(projected.float(), dim=-1)
-            outputs[f"scale{suffix}"] = _scale(self.get_parameter(f"log_scale{suffix}"), self.max_scale)
+            outputs[f"scale{suffix}"] = log_scale.float().exp().clamp(max=self.max_scale).squeeze(0)
         return outputs
-
-
-class SharedSpaceHead(nn.Module):
-    """CLIP's: a projection of each modality's [CLS] into the space that pictures and texts share."""
-
-    def __init__(self, width: int, embedding: int) -> None:
-        super().__init__()
-        self.image = nn.Linear(width, embedding, bias=False)
-        self.text = nn.Linear(width, embedding, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
-
-    def forward(self, modality: Literal["image", "text"], cls: Tensor) -> tuple[Tensor, Tensor]:
-        """[CLS] (B, D) -> unit vectors (B, E) and the scale (0-d)."""
-        return F.normalize(self.get_submodule(modality)(cls).float(), dim=-1), _scale(self.log_scale)
-
-
-def _scale(log_scale: Tensor, most: float = MAX_SCALE) -> Tensor:
-    return log_scale.float().exp().clamp(max=most).squeeze(0)
 
 
 class Pooler(nn.Module):
@@ -94,7 +82,7 @@ class MaskedLanguageHead(nn.Module):
 
 
 class MaskedImageHead(nn.Module):
-    """Hidden patches (B, K, D) -> logits of colour classes, or pixels: (B, K, targets)."""
+    """Masked patches (B, K, D) -> logits of colour classes or visual tokens, or pixels: (B, K, targets)."""
 
     def __init__(self, width: int, targets: int) -> None:
         super().__init__()
@@ -105,7 +93,7 @@ class MaskedImageHead(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """ViT's: [CLS] (B, D) -> logits (B, classes)."""
+    """ViT's head: [CLS] (B, D) -> logits (B, classes)."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -116,7 +104,7 @@ class ClassificationHead(nn.Module):
 
 
 class PooledHead(nn.Module):
-    """What ViLT and VLMo fine-tune for VQA and NLVR2: pooled features (B, D) -> logits (B, targets)."""
+    """ViLT's and VLMo's head for VQA and NLVR2: pooled features (B, D) -> logits (B, targets)."""
 
     def __init__(self, width: int, hidden: int, targets: int) -> None:
         super().__init__()
@@ -129,7 +117,7 @@ class PooledHead(nn.Module):
 
 
 class RankingHead(nn.Module):
-    """ViLT's for retrieval: pooled [CLS] (B, D) -> scores (B,), the higher the better text and image fit."""
+    """ViLT's head for retrieval: pooled [CLS] (B, D) -> scores (B,), higher for a better match."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

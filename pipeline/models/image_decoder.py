@@ -1,10 +1,10 @@
 """MAE's decoder (arXiv 2111.06377, section 3): predicts the patches that the encoder never read.
 
-The encoder spends nothing on masked patches; this light transformer reads what it made of the visible ones, and one
-embedding with its position for each masked patch. Positions are fixed sines and cosines, so that weights serve any
-grid.
+The encoder spends nothing on masked patches. This light transformer reads the encoder's features of the visible ones,
+and for each masked patch one embedding with its position. Positions are fixed sines and cosines, so that weights serve
+any grid.
 
-Shapes: B rows, V visible and K masked patches a row, P patches, g x g grid, D width of the encoder, W of the decoder.
+Shapes: B examples, V visible and K masked patches, P patches, g x g grid, D width of the encoder, W of the decoder.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.schema import ImageDecoderConfig, TransformerConfig
-from pipeline.models.embeddings import read_padding
+from pipeline.models.embeddings import visible_padding
 from pipeline.models.heads import MaskedImageHead
 from pipeline.models.model import HeadConfig
-from pipeline.models.multiway import EPSILON, MultiwayBlock
+from pipeline.models.multiway import EPSILON, MultiwayBlock, run_blocks
 
 FEED_FORWARD_RATIO = 4
 LONGEST_WAVE = 10_000.0  # of the positions, in radians times patches
@@ -34,36 +34,31 @@ class ImageDecoder(nn.Module):
         self.mask = nn.Parameter(torch.empty(config.width))
         self.register_buffer("positions", sine_positions(grid, config.width), persistent=False)
         self.blocks = nn.ModuleList(
-            MultiwayBlock(
-                config.width, config.heads, FEED_FORWARD_RATIO, ("vision",), None, drop_path=0.0, key_bias=True
-            )
+            MultiwayBlock(config.width, config.heads, FEED_FORWARD_RATIO, ("vision",), None, 0.0, key_bias=True)
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width, eps=EPSILON)
         self.predict = nn.Linear(config.width, targets)
 
     def forward(self, features: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """features (B, 1 + V, D) of [CLS] and the patches `visible` (B, V) -> predictions (B, K, targets), float32.
+        """Return predictions (B, K, targets) float32 for the patches `masked` (B, K).
 
-        `masked` (B, K) are the patches asked for. Where `visible` is negative, features are padding. The order of
-        tokens means nothing to a transformer that has added their positions, so masked ones stand behind the others.
+        `features` (B, 1 + V, D) are those of [CLS] and of the patches `visible` (B, V), padding where that is negative.
+        Masked tokens follow the others: tokens have their positions added, so that their order does not matter.
         """
         encoded = self.embed(features)
         positions = self.positions.to(encoded.dtype)
         known = encoded + F.embedding(F.pad(visible.clamp(min=0) + 1, (1, 0)), positions)
         x = torch.cat([known, self.mask + F.embedding(masked + 1, positions)], dim=1)
-        padding = F.pad(read_padding(visible, x.dtype), (0, masked.shape[1]))
-        asked = torch.arange(known.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
-        for number, block in enumerate(self.blocks):
-            read = asked if number == len(self.blocks) - 1 else None
-            x = block(x, {"vision": slice(None)}, None, padding, None, read)
-        return self.predict(self.norm(x)).float()
+        padding = F.pad(visible_padding(visible, x.dtype), (0, masked.shape[1]))
+        outputs = torch.arange(known.shape[1], x.shape[1], device=x.device).expand(len(x), -1)
+        return self.predict(self.norm(run_blocks(self.blocks, x, "vision", padding, None, outputs))).float()
 
 
 def sine_positions(grid: int, width: int) -> Tensor:
-    """Fixed positions of [CLS], all zeros, and of a g x g grid: (1 + P, W) float32.
+    """Return fixed positions (1 + P, W) float32 of [CLS], which are zeros, and of a g x g grid.
 
-    The first half of the numbers tells the column and the second the row, each as sines, then cosines.
+    The first half of each vector encodes the column and the second the row, as sines, then cosines.
     """
     frequency = torch.exp(-math.log(LONGEST_WAVE) * torch.arange(width // 4) / (width // 4))
     angle = torch.arange(grid)[:, None] * frequency
@@ -72,8 +67,8 @@ def sine_positions(grid: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width), torch.cat([across, down], dim=1)])
 
 
-def build_masked_image_head(config: TransformerConfig, heads: HeadConfig) -> MaskedImageHead | ImageDecoder | None:
-    """What predicts masked patches in a stage with these heads; None where it masks no pictures."""
+def build_mim_head(config: TransformerConfig, heads: HeadConfig) -> MaskedImageHead | ImageDecoder | None:
+    """Build the head that predicts masked patches; None for a stage that masks no images."""
     targets = heads.image_targets(config.patch_size)
     if heads.image_target is None:
         return None

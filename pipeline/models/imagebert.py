@@ -1,10 +1,10 @@
-"""ImageBERT (arXiv 2001.07966): BERT reads a caption's words and, after them, a detector's regions of the picture.
+"""ImageBERT (arXiv 2001.07966): BERT over a caption's words, followed by a detector's regions of the image.
 
-The trunk is Hugging Face's BERT, built from the config, so that BERT's own weights start it. A region's embedding is
-the LayerNorm of four vectors: its projected feature, its projected location, the segment that says "picture", and one
-position that all regions share, for they have no order.
+The encoder is Hugging Face's BERT, built from the config, so that BERT's own weights can start it. A region's embedding
+is the LayerNorm of four vectors: its projected feature, its projected location, the segment of images, and one position
+that all regions share, because they have no order.
 
-Shapes: B rows, L tokens, R regions, F numbers of a region, K positions a row, D width, V vocabulary, C classes.
+Shapes: B examples, L tokens, R regions, F features of a region, D width.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
 
-from pipeline.config.schema import ImageBERTConfig, Objective, SourceType
-from pipeline.models.attention import gather
+from pipeline.config.schema import ImageBERTConfig
 from pipeline.models.embeddings import key_padding
-from pipeline.models.forward import ForwardInput, Head, Regions
+from pipeline.models.forward import Regions
 from pipeline.models.heads import MaskedLanguageHead
 from pipeline.models.model import HeadConfig, Model
+from pipeline.models.multiway import gather
 from pipeline.models.packing import PackedInputs
 
 PARTS = (
@@ -34,17 +34,16 @@ PARTS = (
     "moc_head",
     "mrfr_head",
 )
-LOCATION = 5  # numbers of `Regions.location`
-PICTURE = 1  # the segment of regions; words are of segment 0
+LOCATION = 5  # values of `Regions.location`
+IMAGE_SEGMENT = 1  # words are of segment 0
 
-_TEXT = {"text_embedding", "encoder"}
-_FUSED = _TEXT | {"region_embedding"}
+_FUSED = frozenset({"text_embedding", "encoder", "region_embedding"})
 
 
 class RegionEmbedding(nn.Module):
-    def __init__(self, numbers: int, width: int, dropout: float, epsilon: float) -> None:
+    def __init__(self, features: int, width: int, dropout: float, epsilon: float) -> None:
         super().__init__()
-        self.feature = nn.Linear(numbers, width)
+        self.feature = nn.Linear(features, width)
         self.location = nn.Linear(LOCATION, width)
         self.position = nn.Parameter(torch.empty(width))
         self.norm = nn.LayerNorm(width, eps=epsilon)
@@ -52,15 +51,15 @@ class RegionEmbedding(nn.Module):
 
     def forward(self, regions: Regions, segment: Tensor) -> Tensor:
         """Features (B, R, F), locations (B, R, 5) and the segment (D,) -> (B, R, D)."""
-        kind = self.position.dtype
-        x = self.feature(regions.features.to(kind)) + self.location(regions.location.to(kind))
+        dtype = self.position.dtype
+        x = self.feature(regions.features.to(dtype)) + self.location(regions.location.to(dtype))
         return self.dropout(self.norm(x + segment + self.position))
 
 
 class BinaryMatchingHead(nn.Module):
-    """[CLS] (B, D) -> logits (B, 2) of not matched, matched: (0, z) of one z.
+    """[CLS] (B, D) -> logits (B, 2) of not matched, matched: (0, z).
 
-    Their cross-entropy is z's binary cross-entropy, the paper's loss.
+    Their cross-entropy is the binary cross-entropy of z, the paper's loss.
     """
 
     def __init__(self, width: int) -> None:
@@ -73,73 +72,50 @@ class BinaryMatchingHead(nn.Module):
 
 class ImageBERT(Model):
     PARTS: ClassVar = PARTS
-    # Of these, BERT has only the masked-language head: a stage that starts from BERT draws the others.
+    # BERT's checkpoints have only the masked-language head of these; a stage that starts from BERT draws the others.
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("region_embedding") :]
+    TRAINS: ClassVar = {
+        ("itm", "regions"): _FUSED | {"itm_head"},
+        ("mlm", "regions"): _FUSED | {"mlm_head"},
+        ("mlm", "text"): _FUSED - {"region_embedding"} | {"mlm_head"},
+        ("moc", "regions"): _FUSED | {"moc_head"},
+        ("mrfr", "regions"): _FUSED | {"mrfr_head"},
+    }
     BLOCK: ClassVar = BertLayer
 
     config: ImageBERTConfig
 
     def __init__(self, config: ImageBERTConfig, vocabulary: int, heads: HeadConfig = HeadConfig()) -> None:
         super().__init__(config, heads)
+        width, epsilon = config.width, config.norm_eps
         bert = bert_config(config, vocabulary)
         self.text_embedding = BertEmbeddings(bert)
-        self.region_embedding = RegionEmbedding(config.region_features, config.width, config.dropout, config.norm_eps)
+        self.region_embedding = RegionEmbedding(config.region_features, width, config.dropout, epsilon)
         self.encoder = BertEncoder(bert)
-        self.itm_head = BinaryMatchingHead(config.width)
-        # Not tied to the words' embedding: each parameter has one owner, which is what ZeRO-3 gathers it for.
-        self.mlm_head = MaskedLanguageHead(config.width, vocabulary, config.norm_eps)
-        self.moc_head = nn.Linear(config.width, config.region_classes)
-        self.mrfr_head = nn.Linear(config.width, config.region_features)
+        self.itm_head = BinaryMatchingHead(width)
+        # Not tied to the word embedding: each parameter has one owner, for which ZeRO-3 gathers it.
+        self.mlm_head = MaskedLanguageHead(width, vocabulary, epsilon)
+        self.moc_head = nn.Linear(width, config.region_classes)
+        self.mrfr_head = nn.Linear(width, config.region_features)
 
-    def encode(self, rows: PackedInputs) -> tuple[Tensor, None]:
-        if rows.image is not None or rows.text is None or rows.text_keep is None:
+    def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
+        if packed.image is not None or packed.text is None or packed.text_keep is None:
             raise ValueError(
-                "ImageBERT reads texts and a detector's regions, no pixels; mome shards regions makes them"
+                "ImageBERT reads texts and a detector's regions, no pixels; add regions with `mome shards regions`"
             )
-        if rows.text.shape[1] > self.config.max_text_length:
+        if packed.text.shape[1] > self.config.max_text_length:
             raise ValueError(
-                f"a text of {rows.text.shape[1]} tokens is longer than the model's positions reach "
-                f"({self.config.max_text_length}); cut the text or raise model.max_text_length"
+                f"a text of {packed.text.shape[1]} tokens is longer than the model's {self.config.max_text_length} "
+                "positions; shorten the text or raise model.max_text_length"
             )
-        x, keep = self.text_embedding(rows.text), rows.text_keep
-        if rows.regions is not None:
-            picture = torch.tensor(PICTURE, device=x.device)
-            segment = self.text_embedding.token_type_embeddings(picture)
-            x = torch.cat([x, self.region_embedding(rows.regions, segment)], dim=1)
-            keep = torch.cat([keep, rows.regions.keep], dim=1)
+        x, keep = self.text_embedding(packed.text), packed.text_keep
+        if packed.regions is not None:
+            segment = self.text_embedding.token_type_embeddings(torch.tensor(IMAGE_SEGMENT, device=x.device))
+            x = torch.cat([x, self.region_embedding(packed.regions, segment)], dim=1)
+            keep = torch.cat([keep, packed.regions.keep], dim=1)
         padding = key_padding(keep, x.dtype)
         x = self.encoder(x, attention_mask=padding[:, None, None, :]).last_hidden_state
-        return (x if rows.output_positions is None else gather(x, rows.output_positions)), None
-
-    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
-        if head == "itm":
-            return {head: self.itm_head(features[:, 0])}
-        if head == "mlm":
-            return {head: self.mlm_head(features)}
-        if head == "moc":
-            return {head: self.moc_head(features).float()}
-        if head == "mrfr":
-            return {head: self.mrfr_head(features).float()}
-        if head == "tokens":
-            return {head: features}
-        raise ValueError(f"ImageBERT has no head '{head}'; it has itm, mlm, region_class, region_features and tokens")
-
-    def part_of(self, parameter: str) -> str:
-        part = parameter.split(".")[0]
-        assert part in PARTS, f"{parameter} belongs to no part"
-        return part
-
-    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
-        """Everything reads words and regions together; masked language also reads texts by themselves, as BERT."""
-        readable: dict[tuple[Objective, SourceType], set[str]] = {
-            ("itm", "regions"): _FUSED | {"itm_head"},
-            ("mlm", "regions"): _FUSED | {"mlm_head"},
-            ("mlm", "text"): _TEXT | {"mlm_head"},
-            ("moc", "regions"): _FUSED | {"moc_head"},
-            ("mrfr", "regions"): _FUSED | {"mrfr_head"},
-        }
-        parts = readable.get((objective, source_type))
-        return None if parts is None else frozenset(parts)
+        return (x if packed.output_positions is None else gather(x, packed.output_positions)), None
 
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
         if name.endswith("LayerNorm.weight"):
@@ -149,8 +125,8 @@ class ImageBERT(Model):
 
 
 def bert_config(config: ImageBERTConfig, vocabulary: int) -> BertConfig:
-    """The trunk's own config; its defaults are BERT-base's."""
-    return BertConfig(  # type: ignore[call-arg]  # `attn_implementation` is every config's, and in no signature
+    """Return the encoder's own config; its defaults are BERT-base's."""
+    return BertConfig(  # type: ignore[call-arg]  # `attn_implementation` belongs to every config and to no signature
         vocab_size=vocabulary,
         hidden_size=config.width,
         num_hidden_layers=config.layers,
@@ -160,6 +136,6 @@ def bert_config(config: ImageBERTConfig, vocabulary: int) -> BertConfig:
         attention_probs_dropout_prob=config.dropout,
         max_position_embeddings=config.max_text_length,
         layer_norm_eps=config.norm_eps,
-        pad_token_id=None,  # padding is kept out by the attention mask; a fixed id would freeze that row of the table
+        pad_token_id=None,  # the attention mask excludes padding; a fixed id would freeze that row of the table
         attn_implementation="sdpa",
     )

@@ -1,9 +1,9 @@
-"""What every kind of model is to the trainer: named passes in, features by name out, parameters in named parts.
+"""The interface of every kind of model: named forward inputs in, named outputs out, parameters in named parts.
 
-A kind says which heads it has, which parts each objective reads, and how rows of one kind become features; joining
-passes into few runs through the layers, and finding each head's features again, is done here for all.
+A subclass says which parts each objective trains and how packed inputs become features. Packing several inputs into few
+runs of the encoder, and applying the heads, is shared.
 
-Shapes: B rows, K positions whose features a head reads, D width.
+Shapes: B examples, L tokens, I image tokens, K positions that a head reads, D width.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +24,44 @@ from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, S
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.heads import INITIAL_SCALE
 from pipeline.models.multiway import MultiwayBlock
-from pipeline.models.packing import PackedInputs, grouped
+from pipeline.models.packing import PackedInputs, group_inputs
 
-COLOUR_CLASSES = 512  # three bits a channel
+COLOUR_CLASSES = 512  # three bits per channel
+_HEAD_MODULES: dict[Head, str] = {
+    "itc": "itc_head",
+    "itm": "itm_head",
+    "mlm": "mlm_head",
+    "mim": "mim_head",
+    "decoded_image": "mim_head",
+    "moc": "moc_head",
+    "mrfr": "mrfr_head",
+    "classes": "classification_head",
+    "answers": "vqa_head",
+    "nlvr2": "nlvr2_head",
+    "ranking": "ranking_head",
+}
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a stage, not the model's section, says of the heads; None or False builds no such head."""
+    """The heads that a stage needs beyond the model's section; None or False builds no such head."""
 
     image_target: ImageTarget | None = None
-    visual_tokens: int = 0  # that the tokenizer of `image_target` tells apart
+    visual_tokens: int = 0  # vocabulary of the image tokenizer
     image_decoder: ImageDecoderConfig | None = None
     classes: int | None = None
     answers: int | None = None
     reasoning: bool = False
     ranking: bool = False
-    bounds_scales: bool = True  # of the contrast; VLMo's release has that commented out
+    bounds_scales: bool = True  # clamp the logit scales; commented out in VLMo's release
 
     @property
     def covers_patches(self) -> bool:
-        """Whether the encoder reads an embedding in place of masked patches; a decoder's it does not read at all."""
+        """Return whether the encoder reads a mask embedding; with an image decoder it never reads masked patches."""
         return self.image_target is not None and self.image_decoder is None
 
     def image_targets(self, patch_size: int) -> int:
-        """Numbers that the masked-image head predicts for a patch; 0 without one."""
+        """Return the number of values predicted for each masked patch; 0 without a masked-image head."""
         if self.image_target is None:
             return 0
         sizes = {"mean_colour": COLOUR_CLASSES, "pixels": 3 * patch_size**2, "visual_tokens": self.visual_tokens}
@@ -56,117 +69,129 @@ class HeadConfig:
 
 
 class Model(nn.Module, ABC):
-    # A name stands for itself and for all that begin with it and a dot: "vision_expert" freezes both halves.
+    # A name of `freeze` also stands for the parts that begin with it and a dot: "vision_expert" freezes both halves.
     PARTS: ClassVar[tuple[str, ...]]
-    HEAD_PARTS: ClassVar[tuple[str, ...]]  # those that may start anew when weights are loaded into a stage
-    RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` bridges
+    HEAD_PARTS: ClassVar[tuple[str, ...]]  # may be initialized anew when weights are loaded into a stage
+    PART_OF: ClassVar[dict[str, str]] = {
+        "image_embedding.mask": "mim_head",
+        "image_embedding.second": "nlvr2_head",
+    }
+    TRAINS: ClassVar[Mapping[tuple[Objective, SourceType], frozenset[str]]]  # see `modules_for`
+    RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
     BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
 
     def __init__(self, config: TransformerConfig, heads: HeadConfig) -> None:
         super().__init__()
         self.config, self.heads = config, heads
 
-    def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        """Every pass's features under its own name; `ForwardInput` says what the heads return."""
-        outputs: ForwardOutput = {}
-        for group in grouped(passes).values():
-            outputs.update(self._read(group))
-        return {name: outputs[name] for name in passes}
-
-    def _read(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        """Passes of one kind in one run through the layers."""
-        rows = PackedInputs(list(passes.values()))
-        features, branch = self.encode(rows)
-        outputs: ForwardOutput = {}
-        for index, (name, one) in enumerate(passes.items()):
-            outputs[name] = {}
-            for head in one.heads:
-                found = rows.find(features, index, head)
-                found_branch = rows.find(branch, index, head) if branch is not None and head == "itc" else None
-                outputs[name].update(self.head_outputs(head, one, found, found_branch))
+    def forward(self, inputs: dict[str, ForwardInput]) -> ForwardOutput:
+        """Run all inputs and return each one's head outputs under its name; `ForwardInput` lists them."""
+        outputs: ForwardOutput = {name: {} for name in inputs}
+        for group in group_inputs(inputs).values():
+            packed = PackedInputs(list(group.values()))
+            features, branch = self.encode(packed)
+            for index, (name, one) in enumerate(group.items()):
+                for head in one.heads:
+                    own = packed.select(features, index, head)
+                    own_branch = None if branch is None or head != "itc" else packed.select(branch, index, head)
+                    outputs[name] |= self.head_outputs(head, one, own, own_branch)
         return outputs
 
     @abstractmethod
-    def encode(self, rows: PackedInputs) -> tuple[Tensor, Tensor | None]:
-        """Return final features at `rows.output_positions` (B, K, D; None: everywhere) and those of a second branch."""
+    def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
+        """Return final features (B, K, D) at `packed.output_positions` (None: everywhere), and a second branch's."""
 
-    @abstractmethod
     def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
-        """A head's outputs by name, from the features (B, K, D) at the positions it reads."""
+        """Return a head's outputs by name, from the features (B, K, D) at the positions it reads."""
+        if head == "tokens":
+            return {head: features}
+        module = getattr(self, _HEAD_MODULES.get(head, ""), None)
+        is_decoded = self.heads.image_decoder is not None
+        if module is None or (head in ("mim", "decoded_image") and is_decoded != (head == "decoded_image")):
+            raise ValueError(f"this {self.config.kind} model was built without the head '{head}'")
+        if head == "itc":
+            modality: Literal["image", "text"] = "image" if one.text is None else "text"
+            return module(modality, *(x[:, 0] for x in (features, branch) if x is not None))
+        if head == "decoded_image":
+            return {"mim": module(features, one.visible_patches, one.patch_positions)}
+        pooler = getattr(self, "pooler", nn.Identity())
+        if head == "nlvr2":
+            features = pooler(features).flatten(1)
+        elif head in ("itm", "answers", "ranking"):
+            features = pooler(features[:, 0])
+        elif head == "classes":
+            features = features[:, 0]
+        return {head: module(features).float()}
 
-    @abstractmethod
     def part_of(self, parameter: str) -> str:
-        """The name in PARTS that a parameter belongs to; every parameter belongs to exactly one."""
+        """Return the name in PARTS that a parameter belongs to; every parameter belongs to exactly one."""
+        part = self.PART_OF.get(parameter, parameter.split(".")[0])
+        assert part in self.PARTS, f"{parameter} belongs to no part"
+        return part
 
-    @abstractmethod
     def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
-        """The parts whose parameters all get a gradient from an objective over sources of that use.
+        """Return the parts whose parameters all get a gradient from an objective over sources of that type.
 
-        None where the model has no such head, or the objective nothing to read.
+        None where the model has no such head, or cannot learn the objective from such sources.
         """
+        return self.TRAINS.get((objective, source_type))
 
     def transformer_blocks(self) -> list[nn.Module]:
-        """The blocks of all its transformers, in which nearly all work is done and nearly all activations arise."""
+        """Return the blocks of all transformers, which hold nearly all computation and activations."""
         return [module for module in self.modules() if isinstance(module, self.BLOCK)]
 
     def parts_used(self, objectives: Iterable[Objective], source_type: SourceType) -> frozenset[str]:
-        """The parts that get a gradient in a stage. ConfigError if the model cannot serve an objective."""
+        """Return the parts that a stage trains. Raises ConfigError if the model cannot learn an objective."""
         used: set[str] = set()
         for objective in objectives:
             parts = self.modules_for(objective, source_type)
             if parts is None:
-                raise ConfigError(self._not_read(objective, source_type))
+                served = [other for other in get_args(SourceType) if self.modules_for(objective, other) is not None]
+                raise ConfigError(
+                    f"objective '{objective}' needs sources of type {' or '.join(served)}, and the stage's sources are "
+                    f"{source_type}; add such a source or drop the objective"
+                    if served
+                    else f"a model of kind '{self.config.kind}' does not learn objective '{objective}'; "
+                    "`mome objectives` lists the supported combinations"
+                )
             used |= parts
         return frozenset(used)
 
-    def _not_read(self, objective: Objective, source_type: SourceType) -> str:
-        readable = [other for other in get_args(SourceType) if self.modules_for(objective, other) is not None]
-        if not readable:
-            return (
-                f"objective '{objective}' is none that a model of kind '{self.config.kind}' learns; "
-                "`mome objectives` lists what goes with what"
-            )
-        return (
-            f"objective '{objective}' reads {' or '.join(readable)}, and no source of the stage gives that "
-            f"(sources give: {source_type}); add a source or drop the objective"
-        )
-
     def parts_named(self, names: Iterable[str]) -> frozenset[str]:
-        """The parts that names of a config's `freeze` stand for; ConfigError for a name that stands for none."""
-        found: set[str] = set()
+        """Return the parts that the names of a config's `freeze` stand for. Raises ConfigError for an unknown name."""
+        selected: set[str] = set()
         for name in names:
             parts = {part for part in self.PARTS if part == name or part.startswith(f"{name}.")}
             if not parts:
                 known = sorted({*self.PARTS, *(part.split(".")[0] for part in self.PARTS)})
                 near = get_close_matches(name, known, n=1)
                 hint = f"did you mean '{near[0]}'?" if near else f"the parts are {', '.join(known)}"
-                raise ConfigError(f"freeze: '{name}' is no part of the model; {hint}")
-            found |= parts
-        return frozenset(found)
+                raise ConfigError(f"freeze: the model has no part '{name}'; {hint}")
+            selected |= parts
+        return frozenset(selected)
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:
-        """Weights of a model of section `before`, made to fit this one by the kind's published rule.
+        """Fit weights of a model with section `before` to this one, by the published rule of its kind.
 
-        Of a kind that has such a rule, `RESIZABLE` names the keys it serves; a difference in any other is refused.
-        Raises ConfigError naming the keys with both values.
+        Raises ConfigError naming the keys that differ and are not in `RESIZABLE`, with both values.
         """
         own, other = self.config.architecture(), before.architecture()
         different = [key for key in own | other if own.get(key) != other.get(key) and key not in self.RESIZABLE]
         if different:
-            told = ", ".join(f"{key} {other.get(key)!r} there, {own.get(key)!r} here" for key in different)
+            values = ", ".join(f"{key} {other.get(key)!r} there, {own.get(key)!r} here" for key in different)
             raise ConfigError(
-                f"the weights are of another architecture ({told}); give the same `model` section, or other weights"
+                f"the weights are of another architecture ({values}); give the same `model` section, or other weights"
             )
         return dict(state)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set every parameter, each from the seed and its own name: another head or layer changes no other weight."""
+        """Initialize every parameter from the seed and its name, so that another head or layer changes no other."""
         for name, parameter in self.named_parameters():
             self.initialize_parameter(name, parameter, seed)
 
     def initialize_parameter(self, name: str, parameter: Tensor, seed: int) -> None:
-        """Truncated normal weights as BERT and BEiT; biases 0, norms 1, logit scales CLIP's."""
+        """Draw truncated normal weights as BERT and BEiT do; biases 0, norms 1, logit scales CLIP's."""
         last = name.rpartition(".")[2]
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
@@ -175,26 +200,21 @@ class Model(nn.Module, ABC):
         elif last.startswith("log_scale"):
             nn.init.constant_(parameter, math.log(INITIAL_SCALE))
         else:
-            draw_normal(name, parameter, self.config.init_std, seed)
+            # A generator of its own, seeded with a hash of the name, and values truncated at two deviations.
+            key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+            values, std = torch.empty(parameter.shape), self.config.init_std
+            nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, torch.Generator().manual_seed(key))
+            parameter.copy_(values)
 
 
-def draw_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:
-    """Normal numbers truncated at two deviations, a function of the seed and the parameter's name."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-    drawn = torch.empty(parameter.shape)
-    generator = torch.Generator().manual_seed(key)
-    nn.init.trunc_normal_(drawn, std=std, a=-2 * std, b=2 * std, generator=generator)
-    parameter.copy_(drawn)
-
-
-def aligned(one: ForwardInput, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
-    """The outputs of the `alignment` head, from the final features (B, L + I, D) of a fused pass."""
+def alignment_outputs(one: ForwardInput, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the outputs of the `alignment` head from the final features (B, L + I, D) of a fused input."""
     assert one.text is not None
     length = one.text.shape[1]
     words, patches = features[:, :length], features[:, length + 1 :]
     keep = torch.ones_like(one.text, dtype=torch.bool) if one.text_keep is None else one.text_keep
-    place = torch.arange(length, device=keep.device)
-    inner = (place > 0) & (place < keep.sum(dim=1, keepdim=True) - 1)
+    position = torch.arange(length, device=keep.device)
+    is_word = (position > 0) & (position < keep.sum(dim=1, keepdim=True) - 1)
     if patches_keep is None:
         patches_keep = torch.ones(patches.shape[:2], dtype=torch.bool, device=keep.device)
-    return {"words": words, "patches": patches, "words_keep": inner, "patches_keep": patches_keep}
+    return {"words": words, "patches": patches, "words_keep": is_word, "patches_keep": patches_keep}

@@ -1,22 +1,90 @@
-"""Multiway (MoME) transformer block: one shared attention, one expert per modality (VLMo, section 3.1).
+"""Multiway (MoME) transformer block: shared self-attention, one feed-forward expert per modality (VLMo, section 3.1).
 
-Shapes: B rows, L tokens (text first, then image), K positions whose result is wanted, D width, H heads.
+Attention follows BEiT: query and value biases, no key bias. A key bias adds the same to every product of a query and so
+changes nothing, but ViT's published weights have one.
+
+Shapes: B examples, L tokens (text first, then image), K output positions, D width, H heads, N layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
-
-from pipeline.models.attention import Attention, gather
 
 Expert = Literal["vision", "language", "vision_language"]
 Route = dict[Expert, slice]
 
 EPSILON = 1e-6  # of the encoder's LayerNorms
+
+
+def gather(x: Tensor, positions: Tensor) -> Tensor:
+    """Return the vectors of `x` (B, L, D) at `positions` (B, K): (B, K, D)."""
+    return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def gather_bias(bias: Tensor, positions: Tensor) -> Tensor:
+    """Return the query rows of an attention bias (1 or B, H, L, L) at `positions` (B, K): (B, H, K, L)."""
+    if len(bias) != 1:
+        return bias.gather(2, positions[:, None, :, None].expand(-1, bias.shape[1], -1, bias.shape[3]))
+    # An embedding lookup: its backward neither sorts nor serializes as that of indexing does.
+    rows = F.embedding(positions, rearrange(bias, "1 h q k -> q (h k)"))
+    return rearrange(rows, "b q (h k) -> b h q k", h=bias.shape[1])
+
+
+def gather_pairs(bias: Tensor, positions: Tensor) -> Tensor:
+    """Return the bias (H, L, L) between the tokens at `positions` (B, K): (B, H, K, K)."""
+    rows = gather_bias(bias.unsqueeze(0), positions)
+    return rows.gather(3, positions[:, None, None, :].expand(*rows.shape[:3], -1))
+
+
+class Attention(nn.Module):
+    key_bias: nn.Parameter | None
+
+    def __init__(self, width: int, heads: int, key_bias: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        # Owned by this module, not by three Linears: ZeRO-3 gathers a parameter only for the module that owns it.
+        self.weight = nn.Parameter(torch.empty(3 * width, width))
+        self.query_bias = nn.Parameter(torch.zeros(width))
+        self.register_parameter("key_bias", nn.Parameter(torch.zeros(width)) if key_bias else None)
+        self.value_bias = nn.Parameter(torch.zeros(width))
+        self.projection = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None, padding: Tensor | None, output_positions: Tensor | None
+    ) -> Tensor:
+        """Return (B, L, D), or (B, K, D) for the queries at `output_positions` (B, K).
+
+        `bias` (H, L, L or B, H, L, L) and `padding` (B, L) are added to the scaled products of queries and keys.
+        """
+        query, key, value = self._project(x, output_positions)
+        if bias is not None:
+            bias = bias if bias.dim() == 4 else bias.unsqueeze(0)
+            bias = bias if output_positions is None else gather_bias(bias, output_positions)
+        if padding is not None:
+            padding = padding[:, None, None, :]
+            bias = padding if bias is None else bias + padding
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        if bias is not None and not len(x):
+            # The kernel drops the bias of an empty batch, but every rank must run the same graph (contract C3).
+            mixed = mixed + 0 * bias.sum()
+        return self.projection(rearrange(mixed, "b h l d -> b l (h d)"))
+
+    def _project(self, x: Tensor, output_positions: Tensor | None) -> tuple[Tensor, ...]:
+        key_bias = torch.zeros_like(self.query_bias) if self.key_bias is None else self.key_bias
+        if output_positions is None:
+            joint = F.linear(x, self.weight, torch.cat([self.query_bias, key_bias, self.value_bias]))
+            return rearrange(joint, "b l (three h d) -> three b h l d", three=3, h=self.heads).unbind(0)
+        width = x.shape[-1]
+        query = F.linear(gather(x, output_positions), self.weight[:width], self.query_bias)
+        joint = F.linear(x, self.weight[width:], torch.cat([key_bias, self.value_bias]))
+        key, value = rearrange(joint, "b l (two h d) -> two b h l d", two=2, h=self.heads).unbind(0)
+        return rearrange(query, "b l (h d) -> b h l d", h=self.heads), key, value
 
 
 class FeedForward(nn.Module):
@@ -33,7 +101,7 @@ class FeedForward(nn.Module):
 
 
 class MultiwayBlock(nn.Module):
-    """Attention, its norm and the LayerScale gammas serve all modalities; the feed-forward part is routed."""
+    """Pre-norm block. Attention, its norm and the LayerScale gammas are shared; the feed-forward part is routed."""
 
     attention_gamma: nn.Parameter | None
     expert_gamma: nn.Parameter | None
@@ -65,38 +133,49 @@ class MultiwayBlock(nn.Module):
         bias: Tensor | None = None,
         padding: Tensor | None = None,
         drop_path_mask: Tensor | None = None,
-        read: Tensor | None = None,
+        output_positions: Tensor | None = None,
     ) -> Tensor:
-        """`route` says which token span each expert reads; spans tile the sequence in order.
+        """Return (B, L, D), or (B, K, D) at `output_positions` (B, K) for a last block of which the rest is unused.
 
-        bias (H, L, L) and padding (B, L) are added inside attention. drop_path_mask (B, 2) bool says which rows keep
-        their attention and feed-forward branch; None keeps all, unscaled. With `read` (B, K) only those positions
-        are computed: (B, K, D) instead of (B, L, D), for a last block whose other results nobody reads.
+        `route` names the token span of each expert; spans tile the sequence in order. `bias` (H, L, L) and `padding`
+        (B, L) are added inside attention. `drop_path_mask` (B, 2) bool is True where an example keeps its attention
+        and feed-forward branch; None keeps all, unscaled.
         """
-        mixed = self.attention(self.norm(x), bias, padding, read)
-        if read is not None:
-            assert len(route) == 1, "positions can be chosen only where one expert reads the whole sequence"
-            x = gather(x, read)
-        attention_kept, expert_kept = self._kept(drop_path_mask, x.dtype)
-        x = _add(x, mixed, self.attention_gamma, attention_kept)
-        if len(route) == 1:
-            (expert,) = route
-            fed = self.experts[expert](x)
-        else:
-            fed = torch.cat([self.experts[expert](x[:, span]) for expert, span in route.items()], dim=1)
-        return _add(x, fed, self.expert_gamma, expert_kept)
-
-    def _kept(self, drop_path_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """The factors (B, 1, 1) of the two branches: 0 where dropped, 1 / (1 - rate) where kept."""
-        if drop_path_mask is None:
-            return None, None
-        scale = 1.0 / (1.0 - self.drop_path) if self.drop_path < 1 else 0.0
-        attention, expert = (drop_path_mask.to(dtype) * scale)[:, :, None, None].unbind(1)
-        return attention, expert
+        mixed = self.attention(self.norm(x), bias, padding, output_positions)
+        if output_positions is not None:
+            assert len(route) == 1, "output_positions need one expert that reads the whole sequence"
+            x = gather(x, output_positions)
+        attention_scale = expert_scale = None
+        if drop_path_mask is not None:  # factors (B, 1, 1): 0 where dropped, 1 / (1 - rate) where kept
+            scale = 1.0 / (1.0 - self.drop_path) if self.drop_path < 1 else 0.0
+            attention_scale, expert_scale = (drop_path_mask.to(x.dtype) * scale)[:, :, None, None].unbind(1)
+        x = _add_branch(x, mixed, self.attention_gamma, attention_scale)
+        parts = [self.experts[expert](x if len(route) == 1 else x[:, span]) for expert, span in route.items()]
+        return _add_branch(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), self.expert_gamma, expert_scale)
 
 
-def _add(x: Tensor, branch: Tensor, gamma: Tensor | None, kept: Tensor | None) -> Tensor:
-    """x + gamma * kept * branch, in one reading of the branch."""
+def _add_branch(x: Tensor, branch: Tensor, gamma: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Return x + gamma * scale * branch, reading the branch once."""
     if gamma is None:
-        return x + branch if kept is None else torch.addcmul(x, branch, kept)
-    return torch.addcmul(x, branch, gamma if kept is None else gamma * kept)
+        return x + branch if scale is None else torch.addcmul(x, branch, scale)
+    return torch.addcmul(x, branch, gamma if scale is None else gamma * scale)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    expert: Expert,
+    padding: Tensor | None = None,
+    drop_path_mask: Tensor | None = None,
+    output_positions: Tensor | None = None,
+) -> Tensor:
+    """Run blocks of a single expert; the last one computes only `output_positions` (B, K), if given.
+
+    `padding` (B, L) is added to the keys, `drop_path_mask` is (B, N, 2). Returns (B, L, D) or (B, K, D).
+    """
+    blocks = list(blocks)
+    for layer, block in enumerate(blocks):
+        keep = None if drop_path_mask is None else drop_path_mask[:, layer]
+        positions = output_positions if layer == len(blocks) - 1 else None
+        x = block(x, {expert: slice(None)}, None, padding, keep, positions)
+    return x

@@ -1,6 +1,6 @@
-"""Several passes of one kind as one run through the layers, and what each head reads of it found again.
+"""Pack several forward inputs of one kind into a single run of the encoder, and select each head's features again.
 
-Shapes: B rows (of all passes), L longest text, I image tokens ([CLS] in front), K positions read, D width.
+Shapes: B examples (of all inputs), L longest text, P patches, K output positions, D width.
 """
 
 from __future__ import annotations
@@ -11,80 +11,122 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.attention import gather
 from pipeline.models.forward import ForwardInput, Head, Regions
+from pipeline.models.multiway import gather
 
-WHOLE = ("tokens", "alignment", "decoded_image")  # heads that read every position
-FIRST = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the first position
+ALL_POSITIONS = ("tokens", "alignment", "decoded_image")  # heads that read every position
+FIRST_POSITION = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # heads that read the [CLS] in front
+
+
+def group_inputs(inputs: dict[str, ForwardInput]) -> dict[tuple, dict[str, ForwardInput]]:
+    """Group inputs that can share a run: the same modalities, image shape and branching, drop path in all or none."""
+    groups: dict[tuple, dict[str, ForwardInput]] = {}
+    for name, one in inputs.items():
+        image = None
+        if one.image is not None:
+            shape = None if one.image_size is not None else one.image.shape[1:]  # images with a size are padded
+            image = (shape, one.image.dtype, one.visible_patches is None)
+        key = (image, one.regions is None, one.text is None, "itc" in one.heads, one.drop_path_mask is None)
+        groups.setdefault(key, {})[name] = one
+    return groups
 
 
 class PackedInputs:
-    """The rows of some passes joined, texts and pictures padded to the longest. A pass with two images is two rows."""
+    """The examples of several inputs, padded to the longest text and largest image; two images are two pieces."""
 
-    def __init__(self, passes: list[ForwardInput]) -> None:
-        for one in passes:
-            _check(one)
+    def __init__(self, inputs: list[ForwardInput]) -> None:
         self._pieces: list[ForwardInput] = []
-        self._pieces_of: list[range] = []  # by pass
-        for one in passes:
-            pieces = _pieces(one)
-            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + len(pieces)))
-            self._pieces.extend(pieces)
-        self._sizes = [len(_anchor(piece)) for piece in self._pieces]
-        self.branches = "itc" in passes[0].heads
-        self.image = _joined_images([piece.image for piece in self._pieces])
+        self._pieces_of: list[range] = []  # by input
+        is_second: list[bool] = []  # by piece
+        for one in inputs:
+            _check(one)
+            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + 1 + (one.second_image is not None)))
+            first = replace(one, second_image=None, second_image_size=None)
+            self._pieces.append(first)
+            is_second.append(False)
+            if one.second_image is not None:
+                self._pieces.append(replace(first, image=one.second_image, image_size=one.second_image_size))
+                is_second.append(True)
+        pieces = self._pieces
+        self._sizes = [len(_anchor(piece)) for piece in pieces]
+        self.branches = "itc" in inputs[0].heads
+        self.image = _join_images([piece.image for piece in pieces])
         self.image_size = None if self.image is None else self._image_sizes()
-        self.visible_patches = _joined([piece.visible_patches for piece in self._pieces], value=-1)
-        self.is_second = self._is_second(passes)
-        self.text = _joined([piece.text for piece in self._pieces], value=0)
-        texts_kept = [_text_keep(piece) for piece in self._pieces if piece.text is not None]
-        self.text_keep = _joined(texts_kept, value=False)
-        self.regions = _joined_regions([piece.regions for piece in self._pieces])
-        self.drop_path_mask = _joined([piece.drop_path_mask for piece in self._pieces])
-        self._read = [self._positions(piece) for piece in self._pieces]
-        self._whole = any(head in piece.heads for piece in self._pieces for head in WHOLE)
-        joined = [torch.cat(list(positions.values()), dim=1) for positions in self._read if positions]
-        # Positions in the sequence that heads read, (B, K); None where a head reads them all.
-        self.output_positions = None if self._whole else _joined(joined, value=0)
+        self.visible_patches = _join([piece.visible_patches for piece in pieces], value=-1)
+        flags = [
+            torch.full((size,), flag, device=_anchor(piece).device)
+            for piece, size, flag in zip(pieces, self._sizes, is_second, strict=True)
+        ]
+        self.is_second = torch.cat(flags) if any(is_second) else None  # (B,) bool: the second image of a statement
+        self.text = _join([piece.text for piece in pieces], value=0)
+        keeps = [
+            torch.ones_like(piece.text, dtype=torch.bool) if piece.text_keep is None else piece.text_keep
+            for piece in pieces
+            if piece.text is not None
+        ]
+        self.text_keep = _join(keeps, value=False)
+        self.regions = _join_regions([piece.regions for piece in pieces if piece.regions is not None])
+        self.drop_path_mask = _join([piece.drop_path_mask for piece in pieces])
+        self._positions = [self._head_positions(piece) for piece in pieces]
+        self._reads_all = any(head in piece.heads for piece in pieces for head in ALL_POSITIONS)
+        joined = [torch.cat(list(positions.values()), dim=1) for positions in self._positions if positions]
+        # (B, K): positions of the sequence that the heads read; None where a head reads all of them.
+        self.output_positions = None if self._reads_all else _join(joined, value=0)
 
     def __len__(self) -> int:
         return sum(self._sizes)
 
     def masked(self, num_patches: int) -> Tensor | None:
-        """Which patches are covered: (B, P) bool; None where none is in any pass."""
-        if not any(_covers(piece) for piece in self._pieces):
+        """Return (B, P) bool, True where the mask embedding replaces a patch; None if no input masks patches."""
+        if not any(_masks_patches(piece) for piece in self._pieces):
             return None
-        return torch.cat([_hidden(piece, num_patches) for piece in self._pieces])
+        masks = []
+        for piece in self._pieces:
+            assert piece.image is not None
+            mask = torch.zeros(len(piece.image), num_patches + 1, dtype=torch.bool, device=piece.image.device)
+            if piece.patch_positions is not None and _masks_patches(piece):
+                value = True if piece.patch_replacements is None else piece.patch_replacements < 0
+                mask = mask.scatter(1, _padding_last(piece.patch_positions, num_patches), value)
+            masks.append(mask[:, :-1])
+        return torch.cat(masks)
 
     def replacements(self, num_patches: int) -> Tensor | None:
-        """Which patch of the picture is shown at each place: (B, P) int64; None where each shows its own."""
+        """Return (B, P) int64, the patch shown at each place; None where each place shows its own."""
         if all(piece.patch_replacements is None for piece in self._pieces):
             return None
-        return torch.cat([_stand_ins(piece, num_patches) for piece in self._pieces])
+        shown = []
+        for piece in self._pieces:
+            assert piece.image is not None
+            own = torch.arange(num_patches + 1, device=piece.image.device).expand(len(piece.image), -1)
+            if piece.patch_positions is not None and piece.patch_replacements is not None:
+                replaced = torch.where(piece.patch_replacements < 0, piece.patch_positions, piece.patch_replacements)
+                own = own.scatter(1, _padding_last(piece.patch_positions, num_patches), replaced)
+            shown.append(own[:, :-1])
+        return torch.cat(shown)
 
-    def find(self, features: Tensor, index: int, head: Head) -> Tensor:
-        """What a head of the index-th pass reads, out of the features of all rows: (B, K, D)."""
-        return torch.cat([self._find(features, piece, head) for piece in self._pieces_of[index]], dim=1)
+    def select(self, features: Tensor, index: int, head: Head) -> Tensor:
+        """Return the features (B, K, D) that a head of the index-th input reads, out of those of all examples."""
+        return torch.cat([self._select_piece(features, piece, head) for piece in self._pieces_of[index]], dim=1)
 
-    def _find(self, features: Tensor, index: int, head: Head) -> Tensor:
-        first = sum(self._sizes[:index])
-        mine = features[first : first + self._sizes[index]]
-        if head in WHOLE:
-            return self._without_padding(mine, index)
-        if self._whole:
-            return gather(mine, self._read[index][head])
+    def _select_piece(self, features: Tensor, index: int, head: Head) -> Tensor:
+        start = sum(self._sizes[:index])
+        own = features[start : start + self._sizes[index]]
+        if head in ALL_POSITIONS:
+            return self._without_padding(own, self._pieces[index])
+        if self._reads_all:
+            return gather(own, self._positions[index][head])
         column = 0
-        for name, positions in self._read[index].items():
+        for name, positions in self._positions[index].items():
             if name == head:
-                return mine[:, column : column + positions.shape[1]]
+                return own[:, column : column + positions.shape[1]]
             column += positions.shape[1]
-        raise AssertionError(f"head {head} was not read")
+        raise AssertionError(f"head {head} was not requested")
 
-    def _positions(self, piece: ForwardInput) -> dict[str, Tensor]:
-        """Where in the sequence each head of a pass reads: (B, K)."""
+    def _head_positions(self, piece: ForwardInput) -> dict[str, Tensor]:
+        """Return the positions (B, K) in the packed sequence that each head of a piece reads."""
         positions: dict[str, Tensor] = {}
         for head in piece.heads:
-            if head in FIRST:
+            if head in FIRST_POSITION:
                 anchor = _anchor(piece)
                 positions[head] = torch.zeros(len(anchor), 1, dtype=torch.int64, device=anchor.device)
             elif head == "mlm":
@@ -112,54 +154,21 @@ class PackedInputs:
             sizes.append(whole.expand(len(piece.image), 2) if piece.image_size is None else piece.image_size)
         return torch.cat(sizes)
 
-    def _is_second(self, passes: list[ForwardInput]) -> Tensor | None:
-        """Which rows are the second picture of a statement about two: (B,) bool; None where none is."""
-        if all(one.second_image is None for one in passes):
-            return None
-        flags = [
-            torch.full((self._sizes[piece],), place == 1, device=_anchor(self._pieces[piece]).device)
-            for pieces in self._pieces_of
-            for place, piece in enumerate(pieces)
-        ]
-        return torch.cat(flags)
-
-    def _without_padding(self, x: Tensor, index: int) -> Tensor:
-        """The tokens of a pass without what joining added to its text, or to its regions."""
-        one = self._pieces[index]
-        if self.text is not None and one.regions is not None:
-            x = x[:, : self.text.shape[1] + one.regions.keep.shape[1]]
-        if self.text is None or one.text is None or one.text.shape[1] == self.text.shape[1]:
+    def _without_padding(self, x: Tensor, piece: ForwardInput) -> Tensor:
+        """Remove the positions that packing added to the text or regions of a piece."""
+        if self.text is not None and piece.regions is not None:
+            x = x[:, : self.text.shape[1] + piece.regions.keep.shape[1]]
+        if self.text is None or piece.text is None or piece.text.shape[1] == self.text.shape[1]:
             return x
-        return torch.cat([x[:, : one.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
-
-
-def grouped(passes: dict[str, ForwardInput]) -> dict[tuple, dict[str, ForwardInput]]:
-    """Passes that can share a run: of one kind and branching, of like pictures, with drop path in all or none."""
-    groups: dict[tuple, dict[str, ForwardInput]] = {}
-    for name, one in passes.items():
-        image = None
-        if one.image is not None:
-            shape = None if one.image_size is not None else one.image.shape[1:]  # pictures that differ are padded
-            image = (shape, one.image.dtype, one.visible_patches is None)
-        key = (image, one.regions is None, one.text is None, "itc" in one.heads, one.drop_path_mask is None)
-        groups.setdefault(key, {})[name] = one
-    return groups
-
-
-def _pieces(one: ForwardInput) -> list[ForwardInput]:
-    if one.second_image is None:
-        return [one]
-    first = replace(one, second_image=None, second_image_size=None)
-    return [first, replace(first, image=one.second_image, image_size=one.second_image_size)]
+        return torch.cat([x[:, : piece.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
 
 
 def _check(one: ForwardInput) -> None:
-    """A pass whose members do not serve its heads is refused, by name."""
-    kind = "an image" if one.text is None else "a text" if one.image is None and one.regions is None else "a fused"
+    """Raise ValueError where an input's members do not serve its heads."""
     if one.image is None and one.text is None:
-        raise ValueError("a pass needs an image, a text, or both; regions are read with a text")
+        raise ValueError("a forward input needs an image, a text, or both; regions are read with a text")
     if one.second_image is not None and one.visible_patches is not None:
-        raise ValueError("of two pictures all patches are read; leave out visible_patches")
+        raise ValueError("two images are read with all their patches; leave out visible_patches")
     fused = one.text is not None and (one.image is not None or one.regions is not None)
     masks_regions = one.text is not None and one.regions is not None and one.region_positions is not None
     serves: dict[Head, bool] = {
@@ -173,84 +182,57 @@ def _check(one: ForwardInput) -> None:
         "nlvr2": fused and one.second_image is not None,
         "tokens": True,
     }
+    kind = "a fused" if fused else "an image" if one.text is None else "a text"
     for head in one.heads:
         if not serves.get(head, fused):
-            raise ValueError(
-                f"head '{head}' cannot read {kind} pass with these members; see ForwardInput for what it needs"
-            )
+            raise ValueError(f"head '{head}' cannot read {kind} input with these members; see ForwardInput")
 
 
-def _hidden(piece: ForwardInput, num_patches: int) -> Tensor:
-    assert piece.image is not None
-    hidden = torch.zeros(len(piece.image), num_patches + 1, dtype=torch.bool, device=piece.image.device)
-    if piece.patch_positions is not None and _covers(piece):
-        covered = True if piece.patch_replacements is None else piece.patch_replacements < 0
-        hidden = hidden.scatter(1, _or_beyond(piece.patch_positions, num_patches), covered)
-    return hidden[:, :-1]
-
-
-def _covers(piece: ForwardInput) -> bool:
-    """Whether the encoder reads an embedding in place of masked patches; a decoder's are left out altogether."""
+def _masks_patches(piece: ForwardInput) -> bool:
+    """Return whether the encoder reads the mask embedding; with an image decoder, masked patches are left out."""
     return piece.patch_positions is not None and "decoded_image" not in piece.heads
 
 
-def _stand_ins(piece: ForwardInput, num_patches: int) -> Tensor:
-    assert piece.image is not None
-    own = torch.arange(num_patches + 1, device=piece.image.device).expand(len(piece.image), -1)
-    if piece.patch_positions is not None and piece.patch_replacements is not None:
-        shown = torch.where(piece.patch_replacements < 0, piece.patch_positions, piece.patch_replacements)
-        own = own.scatter(1, _or_beyond(piece.patch_positions, num_patches), shown)
-    return own[:, :-1]
-
-
-def _or_beyond(positions: Tensor, num_patches: int) -> Tensor:
-    """The positions, and one behind all patches in place of -1, which is padding."""
+def _padding_last(positions: Tensor, num_patches: int) -> Tensor:
+    """Replace -1, the padding, by the position after all patches."""
     return positions.where(positions >= 0, num_patches)
 
 
 def _anchor(one: ForwardInput) -> Tensor:
-    """A member that the pass surely has: its rows and device are the pass's."""
+    """Return a member that every input has: its length and device are the input's."""
     member = one.image if one.text is None else one.text
     assert member is not None
     return member
 
 
-def _text_keep(one: ForwardInput) -> Tensor:
-    assert one.text is not None
-    return torch.ones_like(one.text, dtype=torch.bool) if one.text_keep is None else one.text_keep
-
-
-def _joined_images(images: list[Tensor | None]) -> Tensor | None:
-    """All pictures, padded with zeros at the bottom and right to the tallest and widest."""
-    given = [image for image in images if image is not None]
-    if not given:
+def _join_images(images: list[Tensor | None]) -> Tensor | None:
+    """Concatenate images, padded with zeros at the bottom and right to the tallest and widest."""
+    present = [image for image in images if image is not None]
+    if not present:
         return None
-    height, width = max(i.shape[1] for i in given), max(i.shape[2] for i in given)
+    height, width = max(i.shape[1] for i in present), max(i.shape[2] for i in present)
     padded = [
         i if i.shape[1:3] == (height, width) else F.pad(i, (0, 0, 0, width - i.shape[2], 0, height - i.shape[1]))
-        for i in given
+        for i in present
     ]
     return padded[0] if len(padded) == 1 else torch.cat(padded)
 
 
-def _joined_regions(regions: list[Regions | None]) -> Regions | None:
-    """All regions, padded to the row with most."""
-    given = [each for each in regions if each is not None]
-    if not given:
-        return None
-    if len(given) == 1:
-        return given[0]
-    most = max(each.keep.shape[1] for each in given)
-    missing = [most - each.keep.shape[1] for each in given]
+def _join_regions(regions: list[Regions]) -> Regions | None:
+    """Concatenate regions, padded to the example with most."""
+    if len(regions) < 2:
+        return regions[0] if regions else None
+    longest = max(one.keep.shape[1] for one in regions)
+    missing = [longest - one.keep.shape[1] for one in regions]
     return Regions(
-        features=torch.cat([F.pad(each.features, (0, 0, 0, n)) for each, n in zip(given, missing, strict=True)]),
-        location=torch.cat([F.pad(each.location, (0, 0, 0, n)) for each, n in zip(given, missing, strict=True)]),
-        keep=torch.cat([F.pad(each.keep, (0, n)) for each, n in zip(given, missing, strict=True)]),
+        features=torch.cat([F.pad(one.features, (0, 0, 0, n)) for one, n in zip(regions, missing, strict=True)]),
+        location=torch.cat([F.pad(one.location, (0, 0, 0, n)) for one, n in zip(regions, missing, strict=True)]),
+        keep=torch.cat([F.pad(one.keep, (0, n)) for one, n in zip(regions, missing, strict=True)]),
     )
 
 
-def _joined(members: list[Tensor | None] | list[Tensor], value: float | None = None) -> Tensor | None:
-    """The rows of all members; with `value`, dimension 1 is padded to the longest. None if there are none."""
+def _join(members: list[Tensor | None] | list[Tensor], value: float | None = None) -> Tensor | None:
+    """Concatenate tensors, with `value` padding dimension 1 to the longest; None if there are none."""
     tensors = [member for member in members if member is not None]
     if not tensors:
         return None

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.models.forward import ForwardInput
-from pipeline.models.model import aligned
+from pipeline.models.model import alignment_outputs
 from pipeline.objectives.word_patch import (
     BETA,
     INNER,
@@ -40,7 +40,7 @@ def aligned_features(golden: dict[str, Tensor]) -> dict[str, Tensor]:
     text, keep = golden["input.text_features"], golden["input.text_mask"]
     one = ForwardInput(("alignment",), text=torch.zeros_like(keep, dtype=torch.int64), text_keep=keep)
     features = torch.cat([text, golden["input.image_features"]], dim=1)
-    return aligned(one, features, golden["input.image_mask"][:, 1:])
+    return alignment_outputs(one, features, golden["input.image_mask"][:, 1:])
 
 
 def test_plan_and_distance_equal_the_release(golden: dict[str, Tensor]) -> None:

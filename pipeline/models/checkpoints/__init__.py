@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ImageTarget
 from pipeline.models.checkpoints import beit, bert, vilt, vit, vlmo
-from pipeline.models.checkpoints.hugging_face import ConfigFile
+from pipeline.models.checkpoints.conversion import ConfigFile
 
 State = dict[str, Tensor]
 

@@ -24,17 +24,19 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import VLMoConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import (
+from pipeline.models.checkpoints.conversion import (
     IMAGE_SIZES,
     SIZES,
     ConfigFile,
     Names,
+    Shape,
+    assumed,
+    assumed_heads,
     from_named,
+    layer_count,
     published_names,
     to_named,
 )
-from pipeline.models.checkpoints.mismatch import Shape
-from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
 from pipeline.models.model import HeadConfig
 
 _PREFIX = "beit."

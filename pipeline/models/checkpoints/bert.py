@@ -20,9 +20,15 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ImageBERTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import SIZES, ConfigFile, translated
-from pipeline.models.checkpoints.mismatch import Shape, require
-from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
+from pipeline.models.checkpoints.conversion import (
+    SIZES,
+    ConfigFile,
+    Shape,
+    assumed_heads,
+    layer_count,
+    require,
+    translated,
+)
 from pipeline.models.resize import cut_text_positions
 
 _PREFIX, _PREDICTIONS = "bert.", "cls.predictions."

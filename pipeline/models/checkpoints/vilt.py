@@ -24,18 +24,20 @@ from torch import Tensor
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import ViLTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import (
+from pipeline.models.checkpoints.conversion import (
     IMAGE_SIZES,
     SIZES,
     ConfigFile,
     Names,
+    Shape,
+    assumed_heads,
     from_named,
+    layer_count,
     published_names,
+    require,
     to_named,
     translated,
 )
-from pipeline.models.checkpoints.mismatch import Shape, require
-from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.model import HeadConfig
 from pipeline.models.vilt import EXPERT
 

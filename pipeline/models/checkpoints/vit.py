@@ -17,18 +17,19 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ViTConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.hugging_face import (
+from pipeline.models.checkpoints.conversion import (
     BILINEAR,
     IMAGE_SIZES,
     SIZES,
     ConfigFile,
     Names,
+    Shape,
+    assumed_heads,
     from_named,
+    layer_count,
     published_names,
     to_named,
 )
-from pipeline.models.checkpoints.mismatch import Shape
-from pipeline.models.checkpoints.sizes import assumed_heads, layer_count
 from pipeline.models.model import HeadConfig
 
 _PREFIX = "vit."

@@ -21,8 +21,7 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import VLMoConfig
 from pipeline.models import skeleton
-from pipeline.models.checkpoints.mismatch import Shape, require
-from pipeline.models.checkpoints.sizes import assumed, assumed_heads, layer_count
+from pipeline.models.checkpoints.conversion import Shape, assumed, assumed_heads, layer_count, require
 from pipeline.models.model import HeadConfig, Model
 
 # Ours on the left. `{n}` is the layer.

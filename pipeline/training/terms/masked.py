@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.data.batch import Batch
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, drop_masked_patches
-from pipeline.models.vilt import on_canvas
+from pipeline.models.vilt import canvas_patches
 from pipeline.objectives.masked_image import masked_image_loss, mean_colour_targets, pixel_targets
 from pipeline.objectives.masked_language import masked_count, masked_language_loss
 from pipeline.objectives.regions import masked_region_count, region_class_loss, region_features_loss
@@ -76,7 +76,7 @@ class MaskedImage(Term):
         if rows.image_size is not None:
             size = self.setting.patch_size
             grid = torch.div(rows.image_size, size, rounding_mode="floor")
-            positions = on_canvas(positions.clamp(min=0), grid, image.shape[2] // size)
+            positions = canvas_patches(positions.clamp(min=0), grid, image.shape[2] // size)
         if self.stage.image_target == "visual_tokens":
             tokenizer = self.setting.image_tokenizer
             assert tokenizer is not None, "the loop loads the tokenizer that the stage names"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.models.attention import Attention
+from pipeline.models.multiway import Attention
 
 ROWS, LENGTH, WIDTH, HEADS = 3, 5, 8, 2
 

@@ -203,6 +203,6 @@ def test_absolute_text_positions_are_cut_and_never_invented() -> None:
     before = positions(3)
     assert torch.equal(cut_text_positions(before, 4), before[:4])
     with pytest.raises(
-        ConfigError, match=r"model.max_text_length: 11, but the weights know absolute positions of 10 tokens"
+        ConfigError, match=r"model.max_text_length: 11, but the weights have absolute positions of 10 tokens"
     ):
         cut_text_positions(before, 11)

@@ -15,7 +15,7 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.model import HeadConfig
 from pipeline.models.resize import resize_grid
-from pipeline.models.vilt import ViLT, on_canvas, resized_positions
+from pipeline.models.vilt import ViLT, canvas_patches, resized_positions
 
 VOCABULARY, LENGTH, PATCH = 23, 7, 8
 SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48]])
@@ -89,7 +89,7 @@ def test_patches_are_numbered_over_the_picture_and_found_on_the_canvas() -> None
     canvas = torch.arange(6 * 6).view(6, 6)
     for row, (height, width) in enumerate(grid.tolist()):
         own = torch.arange(height * width)[None]
-        assert torch.equal(on_canvas(own, grid[row : row + 1], 6)[0], canvas[:height, :width].flatten())
+        assert torch.equal(canvas_patches(own, grid[row : row + 1], 6)[0], canvas[:height, :width].flatten())
 
 
 def test_a_larger_canvas_changes_nothing(model: ViLT) -> None:
@@ -167,7 +167,7 @@ def test_patches_that_are_not_read_have_no_influence_and_their_order_none_either
     read = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 0, 15], [2, 5, -1]])
     one = fused("itm", visible_patches=read)
     kept = torch.zeros(ROWS, 6 * 6, dtype=torch.bool)
-    kept = kept.scatter(1, on_canvas(read.clamp(min=0), SIZES // PATCH, 6), True)
+    kept = kept.scatter(1, canvas_patches(read.clamp(min=0), SIZES // PATCH, 6), True)
     pixels = kept.view(ROWS, 6, 6).repeat_interleave(PATCH, dim=1).repeat_interleave(PATCH, dim=2)
     blotted = one.image.where(pixels.unsqueeze(-1), 13)
     blotted[3, :8, :8] = one.image[3, :8, :8]  # what stands for -1 is patch 0, and is masked instead
@@ -268,7 +268,7 @@ def test_the_second_picture_is_told_from_the_first(model: ViLT) -> None:
     )
     assert run(model, both)["nlvr2"].shape == (ROWS, 2)
     assert not torch.allclose(run(model, both)["nlvr2"], run(model, swapped)["nlvr2"])
-    with pytest.raises(ValueError, match="of two pictures all patches are read"):
+    with pytest.raises(ValueError, match="two images are read with all their patches"):
         run(model, replace(both, visible_patches=all_patches()))
 
 
@@ -315,9 +315,9 @@ def test_trap_11_each_parameter_is_of_a_part_and_no_idle_one_is_built() -> None:
 
 
 def test_objectives_it_does_not_learn_are_refused() -> None:
-    with pytest.raises(ConfigError, match="none that a model of kind 'vilt' learns"):
+    with pytest.raises(ConfigError, match="kind 'vilt' does not learn"):
         skeleton(CONFIG).parts_used(["itc"], "pairs")
-    with pytest.raises(ConfigError, match=r"matching.*pairs.*images"):
+    with pytest.raises(ConfigError, match=r"itm.*pairs.*images"):
         skeleton(CONFIG).parts_used(["itm"], "images")
 
 

@@ -362,7 +362,7 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
 
 
 def test_an_objective_with_nothing_to_read_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"contrastive.*pairs.*text"):
+    with pytest.raises(ConfigError, match=r"itc.*pairs.*text"):
         skeleton(RELATIVE).parts_used(frozenset({"itc"}), "text")
 
 

@@ -7,15 +7,16 @@ Of our tensors one may be several published ones, row upon row: query, key and v
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.config.errors import ConfigError
-from pipeline.models.checkpoints.mismatch import Shape, require
+from pipeline.config.errors import CheckpointError, ConfigError
 
 Names = Mapping[str, tuple[str, ...]]  # ours -> the published tensors that, row upon row, are it
 
@@ -183,3 +184,62 @@ def published_shape(ours: str, shape: Shape, patch_size: int) -> Shape:
     if ours == "image_embedding.positions":
         return (1, *shape)
     return shape
+
+
+Shape = tuple[int, ...]
+
+
+def require(state: Mapping[str, Tensor], wanted: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
+    """The wanted names that the state has in their shapes: all of them, but for what `allowed` excuses.
+
+    `allowed` are names or patterns (`vqa_classifier.*`); a name that matches may be missing, unexpected or of another
+    shape, and is then left out. Raises CheckpointError listing every other fault.
+    """
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    wrong = [name for name, shape in wanted.items() if name in state and tuple(state[name].shape) != shape]
+    faults = {
+        "missing": excused(missing, allowed),
+        "unexpected": excused(unexpected, allowed),
+        "wrong shape": [
+            f"{name} (is {tuple(state[name].shape)}, must be {wanted[name]})" for name in excused(wrong, allowed)
+        ],
+    }
+    if any(faults.values()):
+        lines = [f"  {kind}: {', '.join(sorted(names))}" for kind, names in faults.items() if names]
+        message = "the checkpoint does not fit the model; compare its sizes with the config's model section"
+        raise CheckpointError("\n".join([message, *lines]))
+    return set(wanted) - set(missing) - set(wrong)
+
+
+def excused(names: Iterable[str], allowed: Collection[str]) -> list[str]:
+    """The names that no pattern excuses."""
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
+
+
+log = logging.getLogger(__name__)
+
+HEAD_WIDTH = 64  # of nearly every published model
+
+
+def layer_count(names: Iterable[str], pattern: str) -> int:
+    """Return how many layers there are; `pattern` finds a layer's number at the beginning of a name.
+
+    Raises CheckpointError unless they are numbered from 0 without a gap.
+    """
+    layers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    if gaps := [number for number in range(len(layers)) if number not in layers]:
+        raise CheckpointError(f"the checkpoint has {len(layers)} layers, but none numbered {gaps[0]}; it is not whole")
+    return len(layers)
+
+
+def assumed(key: str, value: int, reason: str, given: Mapping[str, Any]) -> int:
+    """Return `value` for a key that no tensor tells, and say so unless the key was given."""
+    if key not in given:
+        log.warning("%s=%s assumed (%s); give %s=N if that is wrong", key, value, reason, key)
+    return value
+
+
+def assumed_heads(width: int, given: Mapping[str, Any]) -> int:
+    """Return the number of attention heads of a model whose tensors do not tell it."""
+    return assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", given)
