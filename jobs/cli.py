@@ -506,10 +506,10 @@ def doctor(
     with status("checking") as update:
         findings = checks.examine(settings, lambda name: update(f"checked: {name}"))
     if as_json:
-        print_result(checks.as_json(findings), as_json)
+        print_result(checks.as_json(results), as_json)
     else:
-        echo(checks.as_text(findings))
-    if not checks.healthy(findings):
+        echo(checks.as_text(results))
+    if not checks.healthy(results):
         raise typer.Exit(1)
 
 

@@ -1,7 +1,7 @@
-"""`mome doctor`: what of this machine, and of what a run speaks to, works here, what does not, and how to mend it.
+"""`mome doctor`: checks of this machine and of the services that a run uses, each with a remedy if it fails.
 
-Each check is a function that returns a `Finding`; none changes anything, except that DeepSpeed's operators are built
-where they are not, and that a small object is written to the run's output and deleted.
+The checks change nothing, except that DeepSpeed's operators are built if necessary, and that a small object is written
+to the run's output and deleted. `mome train --preflight` checks the ranks and stages of a run with the same functions.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.doctor import compute, machine, services
-from jobs.doctor.finding import Finding, not_asked
+from jobs.doctor import machine, services
+from jobs.doctor.machine import CheckResult, skipped
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local, local_path
 from pipeline.tracking.locations import journal_folder
 
 
-def examine(config: RunConfig | None, say: Callable[[str], None] = lambda _: None) -> list[Finding]:
-    """Every check, in the order of what depends on what. `say` is told what is being looked at."""
-    findings = []
-    for finding in _findings(config):
-        findings.append(finding)
-        say(finding.name)
-    return findings
+def run_checks(config: RunConfig | None, report: Callable[[str], None] = lambda _: None) -> list[CheckResult]:
+    """Run all checks in the order of their dependencies; `report` receives the name of each finished check."""
+    results = []
+    for result in _run_checks(config):
+        results.append(result)
+        report(result.name)
+    return results
 
 
-def as_json(findings: list[Finding]) -> dict[str, Any]:
-    return {"works": healthy(findings), "findings": [vars(finding) for finding in findings]}
+def as_json(results: list[CheckResult]) -> dict[str, Any]:
+    return {"passed": healthy(results), "checks": [vars(result) for result in results]}
 
 
-def as_text(findings: list[Finding]) -> str:
-    """A line for each, and below one that fails how to mend it."""
-    width = max(len(finding.name) for finding in findings)
+def as_text(results: list[CheckResult]) -> str:
+    """Format one line per check, followed by the remedy of a failed one."""
+    width = max(len(result.name) for result in results)
     lines = []
-    for finding in findings:
-        lines.append(f"{finding.status:<9}  {finding.name:<{width}}  {finding.found}")
-        if finding.mend:
-            lines.append(f"{'':<9}  {'':<{width}}  → {finding.mend}")
+    for result in results:
+        lines.append(f"{result.status:<9}  {result.name:<{width}}  {result.detail}")
+        if result.remedy:
+            lines.append(f"{'':<9}  {'':<{width}}  → {result.remedy}")
     return "\n".join(lines)
 
 
-def healthy(findings: list[Finding]) -> bool:
-    return not any(finding.status == "fails" for finding in findings)
+def healthy(results: list[CheckResult]) -> bool:
+    return not any(result.status == "failed" for result in results)
 
 
-def _findings(config: RunConfig | None) -> Iterator[Finding]:
+def _run_checks(config: RunConfig | None) -> Iterator[CheckResult]:
     import torch
 
     yield machine.packages(machine.requirements())
-    seen = compute.driver()
-    yield compute.accelerator(config, seen)
+    gpus = machine.driver()
+    yield machine.accelerator(config, gpus)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    yield compute.nccl(count)
-    yield compute.gloo()
-    yield compute.operators()
+    yield machine.nccl(count)
+    yield machine.gloo()
+    yield machine.operators()
     yield machine.shared_memory(machine.shared_memory_of(config, count))
     yield from _disks(config)
     yield machine.open_files()
@@ -65,9 +65,9 @@ def _findings(config: RunConfig | None) -> Iterator[Finding]:
     yield services.ray_cluster(config)
     yield services.ray_token(config)
     if config is None:
-        yield not_asked("storage", "--config says which output and sources")
+        yield skipped("storage", "give --config to check a run's output and sources")
     else:
-        storage = services.patient(config)
+        storage = services.impatient_storage(config)
         yield services.output(config, storage)
         yield from services.sources(config, storage)
     yield services.mlflow(config)
@@ -75,8 +75,8 @@ def _findings(config: RunConfig | None) -> Iterator[Finding]:
     yield services.clock(services.servers(config) if config else [store] if store else [])
 
 
-def _disks(config: RunConfig | None) -> Iterator[Finding]:
-    """Where a run writes on this machine: temporary files, Ray's above all, its output or journal, its cache."""
+def _disks(config: RunConfig | None) -> Iterator[CheckResult]:
+    """Check the local disks that a run writes to: temporary files (mostly Ray's), output or journal, cache."""
     yield machine.disk("temporary disk", Path(tempfile.gettempdir()))
     if config is None:
         return

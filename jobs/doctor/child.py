@@ -1,6 +1,6 @@
-"""What `mome doctor` tries in a process of its own: `python -m jobs.doctor.child collective|operators|cluster CONFIG`.
+"""Checks that run in their own process: `python -m jobs.doctor.child collective|operators|cluster CONFIG`.
 
-The last line of its output is the result; if it fails, the last line of its complaint is the reason.
+The last line of standard output is the result; after a failure, the last line of standard error is the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pipeline.config.schema import ClusterConfig
 
 
 def collective() -> str:
-    """Every rank adds its number; all must have the same sum."""
+    """Sum a tensor over all ranks and verify the result."""
     import torch
 
     from pipeline.training.collectives import Collectives
@@ -24,11 +24,11 @@ def collective() -> str:
     expected = ranks.world_size * (ranks.world_size + 1) / 2
     if not bool((total == expected).all()):
         raise SystemExit(f"the sum is {total[0]:g}, expected {expected:g}")
-    told = "a sum agreed"
+    result = "all-reduce verified"
     if ranks.device.type == "cuda":
-        told = f"{'.'.join(map(str, torch.cuda.nccl.version()))}, {told}"
+        result = f"{'.'.join(map(str, torch.cuda.nccl.version()))}, {result}"
     ranks.close()
-    return told
+    return result
 
 
 def operators() -> str:
@@ -39,7 +39,7 @@ def operators() -> str:
 
 
 def cluster(values: str) -> str:
-    """The resources of a Ray cluster and its version, as JSON."""
+    """Return the number of nodes, resources and version of a Ray cluster as JSON."""
     import ray
 
     from jobs.cluster import connect

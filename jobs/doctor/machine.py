@@ -1,4 +1,7 @@
-"""The machine itself: packages, disks, shared memory, limits of the process."""
+"""Checks of this machine: packages, disks, memory, process limits, accelerators, collectives, DeepSpeed's operators.
+
+Checks that may hang, crash or occupy the accelerator run in their own process (`child`) with a time limit.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,18 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
-from jobs.doctor.finding import Finding, fails, gigabytes, not_asked, works
+from jobs.cluster import address_of
 from pipeline.config.schema import RunConfig
+from pipeline.training.extensions import use_own_folder
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 SHARED_MEMORY = Path("/dev/shm")
@@ -23,31 +32,63 @@ REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,]+\])?>=([\d.]+)$")  # as pyproject
 FREE_BYTES, FREE_SHARE = 2**30, 0.05  # Ray stops putting objects on a disk that is 95 % full
 NCCL_BYTES = 2**30  # of shared memory, for eight ranks of a node
 OPEN_FILES = 4096
+COLLECTIVE_SECONDS = 90.0
+BUILD_SECONDS = 300.0
+OLDEST_COMPILER = 9  # of g++, for DeepSpeed's operators
+Status = Literal["passed", "failed", "skipped"]
 
 
-def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> Finding:
-    """Whether every package that mome needs is here and new enough, and which are not the tested versions."""
-    installed, wrong = {}, []
-    for name, least in [found.groups() for found in map(REQUIREMENT.match, requirements) if found]:
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of one check; `remedy` is set if it failed."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def passed(name: str, detail: str) -> CheckResult:
+    return CheckResult(name, "passed", detail)
+
+
+def failed(name: str, detail: str, remedy: str) -> CheckResult:
+    """Return the result of a check that a run on this machine, or the given config's run, needs."""
+    return CheckResult(name, "failed", detail, remedy)
+
+
+def skipped(name: str, detail: str) -> CheckResult:
+    """Return the result of a check that is not needed, or whose target is unknown."""
+    return CheckResult(name, "skipped", detail)
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB"
+
+
+def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> CheckResult:
+    """Check that the required packages are installed and recent enough; list those that differ from the tested ones."""
+    installed, problems = {}, []
+    for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements) if match]:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
             continue
-        if _numbers(installed[name]) < _numbers(least):
-            wrong.append(f"{name} {installed[name]} is older than {least}")
-    if wrong:
-        return fails("packages", "; ".join(wrong), "pip install --constraint constraints.txt '.[ray]'")
+        if _numbers(installed[name]) < _numbers(minimum):
+            problems.append(f"{name} {installed[name]} is older than {minimum}")
+    if problems:
+        return failed("packages", "; ".join(problems), "pip install --constraint constraints.txt '.[ray]'")
     pinned = _pins(tested)
     differing = [name for name, has in installed.items() if _numbers(has) != _numbers(pinned.get(name, has))]
     others = [f"{name} {installed[name]} (tested: {pinned[name]})" for name in differing]
-    told = f"; not as tested: {', '.join(others)}" if others else ", each as tested" if pinned else ""
+    versions = f"; not as tested: {', '.join(others)}" if others else ", all as tested" if pinned else ""
     python = ".".join(map(str, sys.version_info[:3]))
-    return works("packages", f"Python {python}, {len(installed)} packages{told}")
+    return passed("packages", f"Python {python}, {len(installed)} packages{versions}")
 
 
 def requirements() -> list[str]:
-    """What mome says that it needs, without its extras; nothing when it is not installed as a package."""
+    """Return the requirements in mome's metadata without extras; [] if it is not installed as a package."""
     try:
         return [line for line in importlib.metadata.requires("mome") or [] if ";" not in line]
     except importlib.metadata.PackageNotFoundError:
@@ -63,47 +104,47 @@ def _pins(constraints: Path) -> dict[str, str]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` -> (2, 13): builds of one version are equal, and so are 3.1 and 3.1.0."""
+    """Return (2, 13) for `2.13.0+cpu`: builds of a version are equal, and so are 3.1 and 3.1.0."""
     release = [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
     while release and release[-1] == 0:
         release.pop()
     return tuple(release)
 
 
-def disk(name: str, folder: Path, needed: int = FREE_BYTES) -> Finding:
-    """Whether `folder`, or where it would be made, has `needed` bytes free and is not about to be full."""
+def disk(name: str, folder: Path, needed: int = FREE_BYTES) -> CheckResult:
+    """Check that the disk of `folder`, which may not exist yet, has `needed` bytes free and is not nearly full."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        return fails(name, f"{existing} is not a folder that can be written", "give another, or its owner's rights")
+        return failed(name, f"{existing} is not a writable folder", "use another folder, or change its permissions")
     usage = shutil.disk_usage(existing)
-    told = f"{folder}: {gigabytes(usage.free)} of {gigabytes(usage.total)} free"
+    detail = f"{folder}: {_gigabytes(usage.free)} of {_gigabytes(usage.total)} free"
     if usage.free < max(needed, FREE_SHARE * usage.total):
-        return fails(
-            name, told, f"free {gigabytes(max(needed, FREE_SHARE * usage.total))} there, or give another folder"
+        return failed(
+            name, detail, f"free {_gigabytes(max(needed, FREE_SHARE * usage.total))} there, or use another folder"
         )
-    return works(name, told)
+    return passed(name, detail)
 
 
-def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> Finding:
-    """Whether `needed` bytes of shared memory are free: loader processes and NCCL die of a bus error otherwise."""
+def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> CheckResult:
+    """Check that `needed` bytes of shared memory are free: otherwise loader processes and NCCL die of a bus error."""
     name = "shared memory"
     if not place.is_dir():
-        return fails(name, f"{place} is missing", "mount a tmpfs there")
+        return failed(name, f"{place} is missing", "mount a tmpfs there")
     free = shutil.disk_usage(place).free
-    told = f"{place}: {gigabytes(free)} free, {gigabytes(needed)} needed"
+    detail = f"{place}: {_gigabytes(free)} free, {_gigabytes(needed)} needed"
     if free < needed:
-        mend = (
+        remedy = (
             "containers have 64 MiB by default: docker run --shm-size=…, in Kubernetes an emptyDir of medium Memory at "
-            "/dev/shm; or set data.loader.num_workers lower"
+            "/dev/shm; or reduce data.loader.num_workers"
         )
-        return fails(name, told, mend)
-    return works(name, told)
+        return failed(name, detail, remedy)
+    return passed(name, detail)
 
 
 def shared_memory_of(config: RunConfig | None, accelerators: int) -> int:
-    """Bytes of shared memory that the ranks of a run put on one node: NCCL's, and the rows of loader processes.
+    """Return the bytes of shared memory that a run needs on one node: NCCL's, and the loader processes' batches.
 
-    Counted as if all ranks of a machine with `accelerators` were here; without any, all ranks of the run.
+    Assumes one rank per accelerator of this machine; without accelerators, all ranks of the run.
     """
     needed = NCCL_BYTES if accelerators else 0
     if config is None or not config.data.loader.num_workers:
@@ -116,40 +157,200 @@ def shared_memory_of(config: RunConfig | None, accelerators: int) -> int:
     return needed + batches * pixels * ranks // config.cluster.workers
 
 
-def open_files(least: int = OPEN_FILES) -> Finding:
-    """Whether the process may open enough files: shards, connections, and Ray's sockets to every other process."""
+def open_files(minimum: int = OPEN_FILES) -> CheckResult:
+    """Check the limit of open files: shards, connections, and Ray's sockets to every other process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    told = f"{soft} may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
-    if soft != resource.RLIM_INFINITY and soft < least:
-        return fails("open files", told, "ulimit -n 65536 in the shell that starts Ray or the ranks")
-    return works("open files", told)
+    detail = f"{soft} may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
+    if soft != resource.RLIM_INFINITY and soft < minimum:
+        return failed("open files", detail, "ulimit -n 65536 in the shell that starts Ray or the ranks")
+    return passed("open files", detail)
 
 
-def rendezvous() -> Finding:
-    """Where the ranks of several machines would meet, and a warning where the internet may reach it."""
-    name = "meeting point"
+def rendezvous() -> CheckResult:
+    """Report the address where ranks of several machines meet, with a warning if it is public."""
+    name = "rendezvous"
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
     try:
-        addresses = sorted({str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(host, None)})
+        addresses = sorted({str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(host, None)})
     except OSError as error:
-        return not_asked(name, f"{host} has no address: {error}")
+        return skipped(name, f"{host} has no address: {error}")
     public = [address for address in addresses if ipaddress.ip_address(address).is_global]
     if public:
-        return works(
+        return passed(
             name,
-            f"{host} is {', '.join(public)}: WARNING, a public address. Ranks trust whoever reaches their ports: keep "
-            "the nodes in a private network, or behind a firewall",
+            f"{host} is {', '.join(public)}: WARNING, a public address. Ranks accept commands from any machine that "
+            "reaches their ports: keep the nodes in a private network or behind a firewall",
         )
-    return works(name, f"{host} is {', '.join(addresses)}, not a public address")
+    return passed(name, f"{host} is {', '.join(addresses)}, not a public address")
 
 
-def locked_memory(adapters: Path = INFINIBAND) -> Finding:
-    """Whether memory may be registered with InfiniBand adapters, where there are any."""
+def locked_memory(adapters: Path = INFINIBAND) -> CheckResult:
+    """Check the limit of locked memory, which InfiniBand adapters need; skipped without adapters."""
     names = sorted(path.name for path in adapters.iterdir()) if adapters.is_dir() else []
     if not names:
-        return not_asked("locked memory", "no InfiniBand or EFA adapter here")
+        return skipped("locked memory", "no InfiniBand or EFA adapter here")
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != resource.RLIM_INFINITY:
-        mend = "ulimit -l unlimited; docker run --ulimit memlock=-1 --cap-add IPC_LOCK"
-        return fails("locked memory", f"{', '.join(names)}, and only {soft} bytes may be locked", mend)
-    return works("locked memory", f"{', '.join(names)}, unlimited")
+        remedy = "ulimit -l unlimited; docker run --ulimit memlock=-1 --cap-add IPC_LOCK"
+        return failed("locked memory", f"{', '.join(names)}, and only {soft} bytes may be locked", remedy)
+    return passed("locked memory", f"{', '.join(names)}, unlimited")
+
+
+def driver() -> list[str]:
+    """Return `name, memory, driver version` of each accelerator that the driver sees; [] without a driver."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def accelerator(config: RunConfig | None, gpus: list[str]) -> CheckResult:
+    """Check that torch can use `gpus`, which the driver sees, and that they suffice for a run on this machine."""
+    import torch
+
+    name = "accelerator"
+    built = torch.version.cuda
+    if gpus and built is None:
+        remedy = "install torch's CUDA build: pip install --force-reinstall torch, from an index that has it"
+        return failed(name, f"the driver sees {len(gpus)} ({gpus[0]}); torch {torch.__version__} has no CUDA", remedy)
+    if gpus and not torch.cuda.is_available():
+        remedy = "update the driver, or install torch for an older CUDA; give a container access to the GPUs"
+        return failed(name, f"the driver sees {len(gpus)} ({gpus[0]}); torch for CUDA {built} cannot use it", remedy)
+    if torch.cuda.is_available():
+        return _usable(name, config, gpus)
+    needs_gpus = config is not None and config.cluster.gpus_per_worker > 0
+    if needs_gpus and _is_here(config):
+        remedy = "run on a machine with GPUs, give cluster.address, or set cluster.gpus_per_worker=0"
+        return failed(name, "none, but cluster.gpus_per_worker is not 0", remedy)
+    return skipped(name, "none here" + ("; the run uses those of its cluster" if needs_gpus else "; ranks run on CPU"))
+
+
+def _usable(name: str, config: RunConfig | None, gpus: list[str]) -> CheckResult:
+    import torch
+
+    count, (major, minor) = torch.cuda.device_count(), torch.cuda.get_device_capability()
+    detail = f"{count} x {torch.cuda.get_device_name()}, compute {major}.{minor}, CUDA {torch.version.cuda}"
+    detail += f", driver {gpus[0].split(',')[-1].strip()}" if gpus else ""
+    if config is not None and config.engine.precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
+        return failed(name, f"{detail}: no bfloat16", "set engine.precision=float32")
+    here = config is not None and config.cluster.gpus_per_worker > 0 and _is_here(config)
+    if here and config is not None and (needed := config.cluster.workers * config.cluster.gpus_per_worker) > count:
+        remedy = f"set cluster.workers={int(count / config.cluster.gpus_per_worker)}, or give cluster.address"
+        return failed(name, f"{detail}: the run needs {needed:g}", remedy)
+    return passed(name, detail)
+
+
+def _is_here(config: RunConfig | None) -> bool:
+    """Return True if the run's ranks are placed on this machine."""
+    return config is not None and address_of(config.cluster) is None
+
+
+def gloo() -> CheckResult:
+    """Sum a tensor over two CPU ranks."""
+    return _collective("gloo", 2, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def nccl(count: int) -> CheckResult:
+    """Sum a tensor over up to two ranks, each on its own GPU."""
+    if not count:
+        return skipped("NCCL", "no usable accelerator")
+    return _collective("NCCL", min(count, 2), {})
+
+
+def _collective(name: str, ranks: int, extra: dict[str, str]) -> CheckResult:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes, began = [], time.monotonic()
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(start_probe("collective", **place, **extra))
+    detail, status = "", 0
+    for process in processes:
+        output, code = finish_probe(process, began + COLLECTIVE_SECONDS - time.monotonic())
+        if code and not status:
+            detail, status = output, code
+        detail = detail or output
+    if status:
+        remedy = (
+            "NCCL_DEBUG=INFO shows more; " if name == "NCCL" else ""
+        ) + f"{name.upper()}_SOCKET_IFNAME must name an existing interface, if it is set (see ip link)"
+        return failed(name, f"{ranks} rank(s) on this machine could not sum a tensor: {detail}", remedy)
+    return passed(name, f"{ranks} rank(s) on this machine, {detail}")
+
+
+def operators() -> CheckResult:
+    """Load DeepSpeed's operators for CPU ranks, building them if necessary."""
+    name = "DeepSpeed operators"
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        return failed(name, "DeepSpeed is not installed", "pip install --constraint constraints.txt deepspeed")
+    folder = Path(use_own_folder())
+    if fault := _folder_fault(folder):
+        return failed(name, fault, "set TORCH_EXTENSIONS_DIR to a folder that allows writing and execution")
+    began = time.monotonic()
+    output, status = finish_probe(start_probe("operators"), BUILD_SECONDS)
+    if status:
+        fault, remedy = _compiler_fault() or (
+            output,
+            f"delete {folder} and try again; see the compiler's output",
+        )
+        return failed(name, f"{installed} in {folder}: {fault}", remedy)
+    return passed(name, f"{installed}, loaded from {folder} in {time.monotonic() - began:.0f} s")
+
+
+def _folder_fault(folder: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f"trial-{os.getpid()}"
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
+    return ""
+
+
+def _compiler_fault() -> tuple[str, str] | None:
+    """Return (fault, remedy) of the compiler or ninja; None if both are usable."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler})", "apt-get install g++, or set CXX"
+    done = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True, check=False)
+    number = done.stdout.strip().split(".")[0]
+    if done.returncode or not number.isdigit():
+        return f"{compiler} is not a C++ compiler", "apt-get install g++, or set CXX"
+    if "clang" not in compiler and int(number) < OLDEST_COMPILER:
+        return (
+            f"{compiler} has version {number}, expected {OLDEST_COMPILER} or newer",
+            "install a newer g++ and set CXX",
+        )
+    if not (shutil.which("ninja") or (Path(sys.executable).parent / "ninja").exists()):
+        return "ninja is missing", "pip install ninja"
+    return None
+
+
+def start_probe(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `jobs.doctor.child` with this process's import path."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.doctor.child", *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish_probe(process: subprocess.Popen[str], seconds: float) -> tuple[str, int]:
+    """Return (last line of output, or of standard error after a failure; exit status). A hung process is killed."""
+    try:
+        output, errors = process.communicate(timeout=max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return "it did not finish in time and was killed", 1
+    lines = (output if process.returncode == 0 else errors or output).strip().splitlines()
+    return (lines[-1] if lines else f"it ended with status {process.returncode}"), process.returncode

@@ -1,4 +1,4 @@
-"""What a run speaks to: the object store, its sources, MLflow, a Ray cluster; and whether the clock is theirs."""
+"""Checks of the services that a run uses: object store, sources, MLflow, Ray cluster; and of the clock."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from pathlib import Path
 
 from jobs.cluster import address_of
 from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
-from jobs.doctor.compute import finish_child, start_child
-from jobs.doctor.finding import Finding, fails, not_asked, works
+from jobs.doctor.machine import CheckResult, failed, finish_probe, passed, skipped, start_probe
 from jobs.resources import requested
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.redaction import redact
@@ -29,91 +28,87 @@ from pipeline.data.shards.manifest import load_manifest, shard_folder, shard_nam
 from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import configured_uri, tracking_uri
 from pipeline.tracking.mlflow_server import HTTP_ERRORS, check_server, http_get
+from pipeline.training.preflight import check_storage
 
-PATIENCE_SECONDS = 20.0  # with a store; a run has storage.retry_timeout_seconds
+RETRY_SECONDS = 20.0  # for the store; a run retries for storage.retry_timeout_seconds
 ANSWER_SECONDS = 5.0
 CLUSTER_SECONDS = 90.0
 SKEW_SECONDS = 60.0  # S3 refuses requests that are 15 minutes off
 
 
-def patient(config: RunConfig) -> Storage:
-    """The run's store, which gives up sooner than a run does."""
-    deadline = min(PATIENCE_SECONDS, config.storage.retry_timeout_seconds)
+def impatient_storage(config: RunConfig) -> Storage:
+    """Return the run's storage with a shorter retry timeout."""
+    deadline = min(RETRY_SECONDS, config.storage.retry_timeout_seconds)
     return Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
 
 
-def output(config: RunConfig, storage: Storage) -> Finding:
-    """Writes, lists, reads and deletes a small object where the run will write."""
-    name, key = "output", f"mome-doctor-{secrets.token_hex(4)}"
-    url, data = join(config.output, key), secrets.token_bytes(1024)
-    began = time.monotonic()
+def output(config: RunConfig, storage: Storage) -> CheckResult:
+    """Write, read, list and delete a small object in the run's output folder."""
+    started = time.monotonic()
     try:
-        storage.write(url, data)
-        same, listed = storage.read(url) == data, key in storage.list(config.output)
-        storage.delete(url)
-        gone = not storage.exists(url)
+        check_storage(storage, config.output, f"mome-doctor-{secrets.token_hex(4)}", num_bytes=1024)
     except (StorageError, ConfigError) as error:
-        return fails(name, f"{config.output}: {error}", "`storage` in the config says how it is reached")
+        return failed("output", f"{config.output}: {error}", "check the config's `storage` section")
     except OSError as error:
-        return fails(name, f"{config.output}: {error}", "give an `output` that can be written")
-    if not (same and listed and gone):
-        told = "read something else" if not same else "does not list" if not listed else "still has"
-        return fails(name, f"{config.output}: the store {told} what was written", "it is not consistent: use another")
-    return works(name, f"{config.output}: written, listed, read and deleted in {time.monotonic() - began:.2f} s")
+        return failed("output", f"{config.output}: {error}", "set `output` to a writable folder")
+    seconds = time.monotonic() - started
+    return passed("output", f"{config.output}: written, listed, read and deleted in {seconds:.2f} s")
 
 
-def sources(config: RunConfig, storage: Storage) -> list[Finding]:
-    """For each folder of shards: its manifest, and the first bytes of its first shard."""
+def sources(config: RunConfig, storage: Storage) -> list[CheckResult]:
+    """Check, for each folder of shards, its manifest and the first bytes of its first shard."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, source in config.sources.items():
         names[source.shards].append(name)
-    drawn = {source.shards for source in config.sources.values() if source.synthetic is not None}
-    return [_source(f"source {', '.join(found)}", url, storage, url in drawn) for url, found in names.items()]
+    generated = {source.shards for source in config.sources.values() if source.synthetic is not None}
+    return [_source(f"source {', '.join(users)}", url, storage, url in generated) for url, users in names.items()]
 
 
-def _source(name: str, url: str, storage: Storage, drawn: bool) -> Finding:
+def _source(name: str, url: str, storage: Storage, is_generated: bool) -> CheckResult:
     try:
-        told, shards = _shards(url, storage)
-        if not shards and drawn:
-            return works(name, f"{url}: drawn when the run starts")
+        description, shards = _shards(url, storage)
+        if not shards and is_generated:
+            return passed(name, f"{url}: generated when the run starts")
         if shards and not storage.read_range(join(shard_folder(url), shards[0]), 0, 512):
-            return fails(name, f"{url}: {shards[0]} is empty", "mome shards check says more")
+            return failed(name, f"{url}: {shards[0]} is empty", "run `mome shards check`")
     except (StorageError, ConfigError, DataError) as error:
-        if drawn:
-            return works(name, f"{url}: drawn when the run starts")
-        return fails(name, str(error), "correct sources.….shards, or see mome shards build and mome shards check")
-    return works(name, f"{url}: {told}")
+        if is_generated:
+            return passed(name, f"{url}: generated when the run starts")
+        return failed(name, str(error), "correct sources.….shards, or use `mome shards build` and `mome shards check`")
+    return passed(name, f"{url}: {description}")
 
 
 def _shards(url: str, storage: Storage) -> tuple[str, list[str]]:
-    """What a source holds, and its shards' names. Raises what the manifest's loading raises when it holds none."""
+    """Return a source's description and the names of its shards. Raises DataError if it has none."""
     try:
         manifest = load_manifest(storage, url)
     except DataError:
-        found = shard_names(url, storage.list_info(shard_folder(url)))
-        if not found:
+        names = shard_names(url, storage.list_info(shard_folder(url)))
+        if not names:
             raise
-        return f"{len(found)} tars, not indexed yet: the run will do that", found
+        return f"{len(names)} tars, not indexed yet: the run will index them", names
     return f"{manifest.num_samples} samples in {len(manifest.shards)} shards", [s.name for s in manifest.shards]
 
 
-def mlflow(config: RunConfig | None) -> Finding:
-    """Whether the tracking server answers, and is of the version whose client is here."""
+def mlflow(config: RunConfig | None) -> CheckResult:
+    """Check that the tracking server responds and that its version matches the installed client."""
     if config is None:
-        return not_asked("MLflow", f"{importlib.metadata.version('mlflow')} is installed; --config says which server")
+        return skipped(
+            "MLflow", f"{importlib.metadata.version('mlflow')} is installed; give --config to check a run's server"
+        )
     try:
         uri = tracking_uri(config)
-        check_server(config.model_copy(update={"tracking": config.tracking.model_copy(update={"required": True})}))
+        check_server(config, required=True)
     except (TrackingError, ConfigError) as error:
-        return fails("MLflow", str(error), "start it, or correct tracking.uri")
+        return failed("MLflow", str(error), "start the server, or correct tracking.uri")
     client = importlib.metadata.version("mlflow")
     if not uri.startswith(("http://", "https://")):
-        return works("MLflow", f"{redact(uri)} can be written, client {client}")
+        return passed("MLflow", f"{redact(uri)} is writable, client {client}")
     server = _version_of(uri)
     if server and server.split(".")[0] != client.split(".")[0]:
-        mend = f"run a server of version {client.split('.')[0]}, or install the client of {server}"
-        return fails("MLflow", f"{redact(uri)} is of version {server}, the client of {client}", mend)
-    return works("MLflow", f"{redact(uri)} answers, version {server or 'unknown'}, client {client}")
+        remedy = f"run a server of version {client.split('.')[0]}, or install client {server}"
+        return failed("MLflow", f"{redact(uri)} has version {server}, the client has {client}", remedy)
+    return passed("MLflow", f"{redact(uri)} answers, version {server or 'unknown'}, client {client}")
 
 
 def _version_of(uri: str) -> str:
@@ -121,106 +116,106 @@ def _version_of(uri: str) -> str:
         status, body = http_get(redact(uri).rstrip("/") + "/version", limit=100)
     except HTTP_ERRORS:
         return ""
-    version = body.decode(errors="replace").strip()  # none behind a login, or a proxy that does not pass it on
+    version = body.decode(errors="replace").strip()  # empty behind a login or some proxies
     return version if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", version) else ""
 
 
-def clock(urls: Iterable[str]) -> Finding:
-    """Whether this machine's time is that of the first of `urls` that says what time it is."""
+def clock(urls: Iterable[str]) -> CheckResult:
+    """Compare this machine's clock with the first of `urls` whose response has a date."""
     for url in urls:
         there = _time_at(url)
         if there is not None:
             skew = time.time() - there
-            told = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
+            detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
             if abs(skew) > SKEW_SECONDS:
-                return fails("clock", told, "run NTP (chrony, systemd-timesyncd): S3 refuses 15 minutes")
-            return works("clock", told)
-    return not_asked("clock", "no server to compare it with")
+                return failed("clock", detail, "run NTP (chrony, systemd-timesyncd): S3 tolerates 15 minutes")
+            return passed("clock", detail)
+    return skipped("clock", "no server to compare with")
 
 
 def _time_at(url: str) -> float | None:
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
             date = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # it refuses, and says when
+    except urllib.error.HTTPError as error:  # an error response has a date, too
         date = error.headers["Date"]
     except HTTP_ERRORS:
         return None
     try:
         return parsedate_to_datetime(date).timestamp()
-    except (TypeError, ValueError):  # no date, or none that is one
+    except (TypeError, ValueError):  # missing or malformed
         return None
 
 
 def servers(config: RunConfig) -> list[str]:
-    """The HTTP servers that a run speaks to."""
+    """Return the URLs of the HTTP servers that a run uses."""
     store = config.storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
     uris = [uri for uri in (store, configured_uri(config)) if uri]
     return [redact(uri) for uri in uris if uri.startswith(("http://", "https://"))]
 
 
-def ray_cluster(config: RunConfig | None) -> Finding:
-    """Whether the cluster that is named answers, and what it offers beside what the run asks for."""
+def ray_cluster(config: RunConfig | None) -> CheckResult:
+    """Check that the configured cluster responds, and compare its resources with the run's request."""
     name = "Ray"
     address = _address(config)
     try:
         installed = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         if address:
-            return fails(name, f"{address} is named, and Ray is not installed", "pip install 'mome[ray]'")
-        return not_asked(name, "not installed; torchrun needs none")
+            return failed(name, f"{address} is configured, but Ray is not installed", "pip install 'mome[ray]'")
+        return skipped(name, "not installed; torchrun does not need it")
     if not address:
-        return not_asked(name, f"{installed}; no cluster is named, so a run starts its own")
+        return skipped(name, f"{installed}; no cluster is configured, so a run starts its own")
     wanted = config.cluster if config else ClusterConfig()
-    told, status = finish_child(start_child("cluster", wanted.model_dump_json()), CLUSTER_SECONDS)
+    output, status = finish_probe(start_probe("cluster", wanted.model_dump_json()), CLUSTER_SECONDS)
     if status:
-        return fails(name, f"{address}: {told}", "ray start --head there; the same Ray version and token here")
-    offered = json.loads(told)
+        return failed(name, f"{address}: {output}", "run ray start --head there, with this Ray version and token")
+    offered = json.loads(output)
     has = ", ".join(f"{offered['resources'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-    found = f"{address}: {offered['nodes']} node(s) with {has}, version {offered['ray']}"
-    lacking = missing(wanted, offered["resources"]) if config else []
-    if lacking:
-        found += f"; the run asks for {', '.join(lacking)}: it waits until nodes join, as those of an autoscaler do"
-    return works(name, found)
+    detail = f"{address}: {offered['nodes']} node(s) with {has}, version {offered['ray']}"
+    missing = missing_resources(wanted, offered["resources"]) if config else []
+    if missing:
+        detail += f"; the run needs {', '.join(missing)} and waits until nodes (of an autoscaler) join"
+    return passed(name, detail)
 
 
 def _address(config: RunConfig | None) -> str | None:
-    """Return the address of the cluster that is named, wherever it is."""
-    found = address_of(config.cluster if config else ClusterConfig())
-    return found[0] if found else None
+    """Return the address of the configured cluster; None if none is configured."""
+    address = address_of(config.cluster if config else ClusterConfig())
+    return address[0] if address else None
 
 
-def missing(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
-    """What all ranks and their loader actors ask for together, of each resource that the cluster has less of."""
-    asked = requested(wanted, wanted.workers)
-    return [f"{number:g} {kind}" for kind, number in asked.items() if number > offered.get(kind, 0)]
+def missing_resources(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
+    """Return the request of all ranks and loader actors for each resource of which the cluster has less."""
+    needed = requested(wanted, wanted.workers)
+    return [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
 
 
-def ray_token(config: RunConfig | None) -> Finding:
-    """Whether there is a token, only its owner can read it, and a cluster elsewhere is never entered without one."""
+def ray_token(config: RunConfig | None) -> CheckResult:
+    """Check that a Ray token exists if the cluster is on another machine, and that only its owner can read it."""
     name = "Ray token"
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return works(name, "in RAY_AUTH_TOKEN; a file shows it to fewer")
+        return passed(name, "in RAY_AUTH_TOKEN; a file is visible to fewer processes")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else token_file()
     address = _address(config)
     if path is None or not path.is_file():
         if named:
-            return fails(name, f"RAY_AUTH_TOKEN_PATH names {path}, which is no file", "correct it, or unset it")
+            return failed(name, f"RAY_AUTH_TOKEN_PATH names {path}, which is not a file", "correct or unset it")
         if address and address != "auto" and not is_loopback(address):
-            mend = f"copy the cluster's token to {TOKEN_FILE}, then chmod 600 {TOKEN_FILE}"
-            return fails(name, f"none, and the cluster {address} is not on this machine", mend)
-        return not_asked(name, "none; a cluster on this machine needs none of yours")
+            remedy = f"copy the cluster's token to {TOKEN_FILE}, then chmod 600 {TOKEN_FILE}"
+            return failed(name, f"none, and the cluster {address} is not on this machine", remedy)
+        return skipped(name, "none; a cluster on this machine does not need one")
     if not path.read_text(encoding="utf-8").strip():
-        return fails(name, f"{path} is empty", "ray get-auth-token --generate, or copy the cluster's")
+        return failed(name, f"{path} is empty", "ray get-auth-token --generate, or copy the cluster's")
     if _others_may_read(path):
         mode = stat.S_IMODE(path.stat().st_mode)
-        return fails(name, f"{path} may be read by others ({mode:o})", f"chmod 600 {path}")
-    return works(name, f"{path}, for its owner alone")
+        return failed(name, f"{path} is readable by other users ({mode:o})", f"chmod 600 {path}")
+    return passed(name, f"{path}, readable only by its owner")
 
 
 def _others_may_read(path: Path) -> bool:
-    """Whether its group or everybody may, and may enter the folders it lies in. Ray writes it as any other file."""
+    """Return True if the group or all users can read the file and enter its parent folders."""
     mode = path.stat().st_mode
     entered = [parent.stat().st_mode for parent in path.resolve().parents]
     everybody = mode & stat.S_IROTH and all(parent & stat.S_IXOTH for parent in entered)

@@ -68,7 +68,8 @@ def preflight(config: RunConfig, say: Say, loader_backend: BackendFactory = loca
             say(str(checked[-1]))
 
     try:
-        check("storage", lambda: _try_storage(storage, scratch.folder, collectives.rank))
+        key = f"preflight-rank-{collectives.rank}"
+        check("storage", lambda: check_storage(storage, scratch.folder, key, WRITTEN_BYTES))
         check("tracking", lambda: _try_tracking(config, collectives.rank))
         check("data and vocabulary", lambda: _prepare(scratch, storage, collectives))
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
@@ -110,18 +111,21 @@ def _checked(collectives: Collectives, what: str, run: Callable[[], str]) -> Che
     return Checked(what, answers[0][0], max(seconds for _, _, seconds in answers))
 
 
-def _try_storage(storage: Storage, folder: str, rank: int) -> str:
-    url, data = join(folder, f"preflight-rank-{rank}"), secrets.token_bytes(WRITTEN_BYTES)
+def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> str:
+    """Write, read, list and delete an object in `folder`; return the speeds. Raises StorageError."""
+    url, data = join(folder, key), secrets.token_bytes(num_bytes)
     started = time.perf_counter()
     storage.write(url, data)
     written = time.perf_counter()
-    if storage.read(url) != data:
-        raise StorageError(f"{url}: what was written could not be read back")
+    is_equal = storage.read(url) == data
     read = time.perf_counter()
+    is_listed = key in storage.list(folder)
     storage.delete(url)
-    if storage.exists(url):
-        raise StorageError(f"{url}: could not be deleted")
-    speeds = (len(data) / 1e6 / max(seconds, 1e-9) for seconds in (written - started, read - written))
+    is_deleted = not storage.exists(url)
+    if not (is_equal and is_listed and is_deleted):
+        fault = "returns other data" if not is_equal else "does not list it" if not is_listed else "did not delete it"
+        raise StorageError(f"{url}: the store accepted an object but {fault}; it is not consistent, use another")
+    speeds = (num_bytes / 1e6 / max(seconds, 1e-9) for seconds in (written - started, read - written))
     return "written at {:.0f} MB/s, read at {:.0f} MB/s, deleted".format(*speeds)
 
 
@@ -130,7 +134,7 @@ def _try_tracking(config: RunConfig, rank: int) -> str:
     if rank != 0:
         return ""
     try:
-        check_server(config.model_copy(update={"tracking": config.tracking.model_copy(update={"required": True})}))
+        check_server(config, required=True)
         return try_writing(tracking_uri(config), experiment_name(config))
     except MomeError as error:
         if config.tracking.required:

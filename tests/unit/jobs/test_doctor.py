@@ -1,4 +1,4 @@
-"""`mome doctor`: every check fails when it should, and says how to mend it; none fails for what nobody asked for."""
+"""`mome doctor`: every check fails when it must and names a remedy; no check fails for something that is not needed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from jobs import doctor
 from jobs.cli import app
-from jobs.doctor import compute, machine, services
-from jobs.doctor.finding import Finding, fails, not_asked, works
+from jobs.doctor import machine, services
+from jobs.doctor.machine import CheckResult, failed, passed, skipped
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
@@ -45,9 +45,9 @@ def demo(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", *overrides])
 
 
-def failing(finding: Finding, *told: str) -> bool:
+def failing(result: CheckResult, *told: str) -> bool:
     """Whether it fails, says so with all of `told`, and names a remedy."""
-    return finding.status == "fails" and all(each in finding.found for each in told) and bool(finding.mend)
+    return result.status == "failed" and all(each in result.detail for each in told) and bool(result.remedy)
 
 
 # ---- the machine
@@ -64,34 +64,34 @@ def test_a_package_that_is_missing_or_too_old_fails(requirement: str, told: str)
 def test_a_package_of_another_version_than_tested_is_told(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("# tested\nnumpy==2.0.1\n")
-    finding = machine.packages(["numpy>=2.0"], constraints)
-    assert finding.status == "works"
-    assert "(tested: 2.0.1)" in finding.found
+    result = machine.packages(["numpy>=2.0"], constraints)
+    assert result.status == "passed"
+    assert "(tested: 2.0.1)" in result.detail
 
 
 def test_builds_of_one_version_are_equal(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text(f"torch=={torch.__version__.split('+')[0]}.0\n")
-    assert "torch" not in machine.packages(["torch>=2.8"], constraints).found
+    assert "torch" not in machine.packages(["torch>=2.8"], constraints).detail
 
 
 def test_what_mome_needs_is_read_from_its_own_metadata() -> None:
-    assert machine.packages(machine.requirements()).status == "works"
+    assert machine.packages(machine.requirements()).status == "passed"
     assert len(machine.requirements()) > 15
 
 
 def test_a_disk_with_too_little_room_fails(tmp_path: Path) -> None:
-    assert machine.disk("output disk", tmp_path / "runs" / "demo", needed=1).status == "works"
+    assert machine.disk("output disk", tmp_path / "runs" / "demo", needed=1).status == "passed"
     assert failing(machine.disk("output disk", tmp_path / "runs" / "demo", needed=2**60), "free")
 
 
 def test_a_folder_that_cannot_be_made_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert failing(machine.disk("output disk", tmp_path / "file" / "runs"), "is not a folder that can be written")
+    assert failing(machine.disk("output disk", tmp_path / "file" / "runs"), "is not a writable folder")
 
 
 def test_too_little_shared_memory_fails(tmp_path: Path) -> None:
-    assert machine.shared_memory(0, tmp_path).status == "works"
+    assert machine.shared_memory(0, tmp_path).status == "passed"
     assert failing(machine.shared_memory(2**60, tmp_path), "needed")
     assert failing(machine.shared_memory(0, tmp_path / "shm"), "is missing")
 
@@ -112,32 +112,32 @@ def test_shared_memory_is_needed_by_loader_processes_and_by_nccl(tmp_path: Path)
 )
 def test_a_public_meeting_point_of_the_ranks_is_warned_of(monkeypatch, address: str, warned: bool) -> None:
     monkeypatch.setenv("MASTER_ADDR", address)
-    finding = machine.rendezvous()
-    assert (finding.status, "WARNING, a public address" in finding.found) == ("works", warned)
+    result = machine.rendezvous()
+    assert (result.status, "WARNING, a public address" in result.detail) == ("passed", warned)
     monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
-    assert machine.rendezvous().status == "not asked"
+    assert machine.rendezvous().status == "skipped"
 
 
 def test_too_few_open_files_fail() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     try:
-        finding = machine.open_files()
+        result = machine.open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert failing(finding, "1024 may be open")
+    assert failing(result, "1024 may be open")
 
 
 def test_memory_that_may_not_be_locked_fails_where_there_is_infiniband(tmp_path: Path) -> None:
-    assert machine.locked_memory(tmp_path / "none").status == "not asked"
+    assert machine.locked_memory(tmp_path / "none").status == "skipped"
     (tmp_path / "mlx5_0").mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (min(65536, soft) if soft > 0 else 65536, hard))
     try:
-        finding = machine.locked_memory(tmp_path)
+        result = machine.locked_memory(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
-    assert failing(finding, "mlx5_0")
+    assert failing(result, "mlx5_0")
 
 
 # ---- what ranks compute with
@@ -151,18 +151,18 @@ def test_an_accelerator_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch:
     smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    seen = compute.driver()
+    seen = machine.driver()
     assert seen == ["NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15"]
-    assert failing(compute.accelerator(None, seen), "H100", "torch")
+    assert failing(machine.accelerator(None, seen), "H100", "torch")
 
 
 @needs_no_cuda
 def test_no_accelerator_fails_only_where_the_run_asks_for_one_here(tmp_path: Path) -> None:
     asks = "cluster.gpus_per_worker=1"
-    assert compute.accelerator(None, []).status == "not asked"
-    assert compute.accelerator(demo(tmp_path), []).status == "not asked"
-    assert compute.accelerator(demo(tmp_path, asks, "cluster.address=head:6379"), []).status == "not asked"
-    assert failing(compute.accelerator(demo(tmp_path, asks), []), "cluster.gpus_per_worker")
+    assert machine.accelerator(None, []).status == "skipped"
+    assert machine.accelerator(demo(tmp_path), []).status == "skipped"
+    assert machine.accelerator(demo(tmp_path, asks, "cluster.address=head:6379"), []).status == "skipped"
+    assert failing(machine.accelerator(demo(tmp_path, asks), []), "cluster.gpus_per_worker")
 
 
 def test_a_driver_that_answers_with_a_fault_sees_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,28 +170,28 @@ def test_a_driver_that_answers_with_a_fault_sees_nothing(tmp_path: Path, monkeyp
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate with the driver'\nexit 9\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert compute.driver() == []
+    assert machine.driver() == []
 
 
 def test_ranks_that_cannot_reach_each_other_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    assert failing(compute.gloo(), "could not sum a tensor", "nosuch0")
+    assert failing(machine.gloo(), "could not sum a tensor", "nosuch0")
 
 
 def test_nccl_is_not_asked_for_without_an_accelerator() -> None:
-    assert compute.nccl(0).status == "not asked"
+    assert machine.nccl(0).status == "skipped"
 
 
 def test_what_hangs_is_ended_and_fails() -> None:
     process = subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert compute.finish_child(process, 0.1) == ("it hung, and was ended", 1)
+    assert machine.finish_probe(process, 0.1) == ("it did not finish in time and was killed", 1)
     assert process.poll() is not None
 
 
 def test_a_folder_of_operators_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
-    assert failing(compute.operators(), "cannot be written")
+    assert failing(machine.operators(), "cannot be written")
 
 
 def test_operators_that_cannot_be_built_fail_and_the_compiler_is_named(
@@ -199,7 +199,7 @@ def test_operators_that_cannot_be_built_fail_and_the_compiler_is_named(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert failing(compute.operators(), "there is no C++ compiler (no-such-compiler)")
+    assert failing(machine.operators(), "no C++ compiler (no-such-compiler)")
 
 
 # ---- what a run speaks to
@@ -207,17 +207,17 @@ def test_operators_that_cannot_be_built_fail_and_the_compiler_is_named(
 
 def test_an_output_that_can_be_written_works_and_nothing_is_left(tmp_path: Path) -> None:
     config = demo(tmp_path)
-    assert services.output(config, services.patient(config)).status == "works"
+    assert services.output(config, services.impatient_storage(config)).status == "passed"
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_a_bucket_is_written_to_and_one_that_is_not_there_fails(s3: Any, tmp_path: Path) -> None:
-    def output(url: str) -> Finding:
+    def output(url: str) -> CheckResult:
         config = demo(tmp_path).model_copy(update={"output": url, "storage": s3.config})
-        return services.output(config, services.patient(config))
+        return services.output(config, services.impatient_storage(config))
 
-    assert output(s3.url("runs")).status == "works"
+    assert output(s3.url("runs")).status == "passed"
     assert Storage(s3.config).list(s3.url("runs")) == []
     assert failing(output("s3://no-such-bucket/runs"), "no-such-bucket")
 
@@ -225,7 +225,7 @@ def test_a_bucket_is_written_to_and_one_that_is_not_there_fails(s3: Any, tmp_pat
 def test_an_output_that_cannot_be_written_fails(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     config = demo(tmp_path)
-    assert failing(services.output(config, services.patient(config)), str(tmp_path))
+    assert failing(services.output(config, services.impatient_storage(config)), str(tmp_path))
 
 
 class Forgetful(Storage):
@@ -243,13 +243,13 @@ def of_shards(tmp_path: Path, url: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", f"sources.pictures.shards={url}"])
 
 
-def source(tmp_path: Path, url: str) -> Finding:
+def source(tmp_path: Path, url: str) -> CheckResult:
     return {f.name: f for f in services.sources(of_shards(tmp_path, url), Storage())}["source pictures"]
 
 
 def test_sources_fail_when_they_are_not_there_or_empty(tmp_path: Path, make_pairs: Callable[..., str]) -> None:
     good = make_pairs("good", [3, 2])
-    assert "2 tars, not indexed yet" in source(tmp_path, good).found
+    assert "2 tars, not indexed yet" in source(tmp_path, good).detail
     (tmp_path / "bare").mkdir()
     assert failing(source(tmp_path, str(tmp_path / "bare")))
     assert failing(source(tmp_path, str(tmp_path / "absent")), str(tmp_path / "absent"))
@@ -262,15 +262,15 @@ def test_an_indexed_source_says_what_it_holds_and_fails_when_a_shard_is_gone(
 
     folder = make_pairs("pairs", [3, 2])
     ensure_indexed(Storage(), folder)
-    assert source(tmp_path, folder) == works("source pictures", f"{folder}: 5 samples in 2 shards")
+    assert source(tmp_path, folder) == passed("source pictures", f"{folder}: 5 samples in 2 shards")
     (Path(folder) / "00000.tar").unlink()
     assert failing(source(tmp_path, folder), "00000.tar")
 
 
 def test_a_source_that_the_run_draws_is_not_missed(tmp_path: Path) -> None:
     config = load_config(DEMO, [f"sources.scenes.shards={tmp_path}/scenes", f"sources.unseen.shards={tmp_path}/unseen"])
-    findings = {finding.name: finding for finding in services.sources(config, Storage())}
-    assert findings["source unseen"] == works("source unseen", f"{tmp_path}/unseen: drawn when the run starts")
+    results = {result.name: result for result in services.sources(config, Storage())}
+    assert results["source unseen"] == passed("source unseen", f"{tmp_path}/unseen: generated when the run starts")
 
 
 @pytest.fixture
@@ -313,14 +313,14 @@ def test_mlflow_fails_when_it_does_not_answer_even_where_a_run_may_start(tmp_pat
 
 def test_mlflow_of_another_major_version_fails(tmp_path: Path, serve: Serve) -> None:
     old = serve({"/health": "OK", "/version": "2.9.1"})
-    assert failing(services.mlflow(demo(tmp_path, f"tracking.uri={old}")), "is of version 2.9.1")
+    assert failing(services.mlflow(demo(tmp_path, f"tracking.uri={old}")), "has version 2.9.1")
     same = serve({"/health": "OK", "/version": services.importlib.metadata.version("mlflow")})
-    assert services.mlflow(demo(tmp_path, f"tracking.uri={same}")).status == "works"
+    assert services.mlflow(demo(tmp_path, f"tracking.uri={same}")).status == "passed"
 
 
 def test_mlflow_in_a_file_works_and_without_a_config_is_not_asked_for(tmp_path: Path) -> None:
-    assert services.mlflow(demo(tmp_path)).status == "works"
-    assert services.mlflow(None).status == "not asked"
+    assert services.mlflow(demo(tmp_path)).status == "passed"
+    assert services.mlflow(None).status == "skipped"
 
 
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])
@@ -330,8 +330,8 @@ def test_a_clock_that_is_wrong_fails(skew: float, serve: Serve) -> None:
 
 
 def test_a_clock_is_right_or_not_asked_for(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert services.clock([serve({"/": ""})]).status == "works"
-    assert services.clock([]).status == "not asked"
+    assert services.clock([serve({"/": ""})]).status == "passed"
+    assert services.clock([]).status == "skipped"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:7070")
     assert services.servers(demo(tmp_path)) == ["http://store:7070"]
 
@@ -342,7 +342,7 @@ def test_a_cluster_that_does_not_answer_fails(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_not_named_is_not_asked_for(tmp_path: Path) -> None:
-    assert services.ray_cluster(demo(tmp_path)).status == "not asked"
+    assert services.ray_cluster(demo(tmp_path)).status == "skipped"
 
 
 def test_what_a_cluster_lacks_is_counted_over_all_ranks(tmp_path: Path) -> None:
@@ -366,14 +366,14 @@ def test_a_cluster_says_what_it_has_beside_what_is_asked(tmp_path: Path, monkeyp
             assert head.poll() is None
             time.sleep(0.5)
         config = demo(tmp_path, f"cluster.address=127.0.0.1:{port}", "cluster.cpus_per_worker=2")
-        finding = services.ray_cluster(config)
+        result = services.ray_cluster(config)
     finally:
         head.terminate()
         head.wait(PATIENCE)
         shutil.rmtree(folder, ignore_errors=True)
-    assert finding.status == "works", finding
-    assert "1 node(s) with 3 CPU, 0 GPU" in finding.found
-    assert "the run asks for 4 CPU" in finding.found
+    assert result.status == "passed", result
+    assert "1 node(s) with 3 CPU, 0 GPU" in result.detail
+    assert "the run needs 4 CPU" in result.detail
 
 
 def answers(port: int) -> bool:
@@ -391,25 +391,25 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize(("mode", "status"), [(0o644, "fails"), (0o640, "fails"), (0o600, "works")])
+@pytest.mark.parametrize(("mode", "status"), [(0o644, "failed"), (0o640, "failed"), (0o600, "passed")])
 def test_a_token_that_others_may_read_fails(mode: int, status: str, home: Path) -> None:
     token = home / ".ray" / "auth_token"
     token.write_text("a token")
     token.chmod(mode)
-    finding = services.ray_token(None)
-    assert finding.status == status
-    assert finding.mend == ("" if status == "works" else f"chmod 600 {token}")
+    result = services.ray_token(None)
+    assert result.status == status
+    assert result.remedy == ("" if status == "passed" else f"chmod 600 {token}")
 
 
 def test_a_token_in_a_home_that_is_closed_is_safe(home: Path) -> None:
     (home / ".ray" / "auth_token").write_text("a token")
     (home / ".ray" / "auth_token").chmod(0o644)
     home.chmod(0o700)
-    assert services.ray_token(None).status == "works"
+    assert services.ray_token(None).status == "passed"
 
 
 @pytest.mark.parametrize(
-    ("address", "status"), [("head:6379", "fails"), ("127.0.0.1:6379", "not asked"), ("auto", "not asked")]
+    ("address", "status"), [("head:6379", "failed"), ("127.0.0.1:6379", "skipped"), ("auto", "skipped")]
 )
 def test_a_cluster_elsewhere_is_not_entered_without_a_token(
     address: str, status: str, home: Path, tmp_path: Path
@@ -419,30 +419,30 @@ def test_a_cluster_elsewhere_is_not_entered_without_a_token(
 
 def test_a_token_that_is_named_and_missing_or_empty_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
-    assert failing(services.ray_token(None), "is no file")
+    assert failing(services.ray_token(None), "is not a file")
     (home / "token").write_text("\n")
     assert failing(services.ray_token(None), "is empty")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a token")
-    assert services.ray_token(None).status == "works"
+    assert services.ray_token(None).status == "passed"
 
 
 # ---- the command
 
 
 @pytest.mark.parametrize(
-    ("findings", "status"),
+    ("results", "status"),
     [
-        ([works("gloo", "2 ranks"), not_asked("NCCL", "none")], 0),
-        ([works("gloo", "2 ranks"), fails("disk", "full", "free some")], 1),
+        ([passed("gloo", "2 ranks"), skipped("NCCL", "none")], 0),
+        ([passed("gloo", "2 ranks"), failed("disk", "full", "free some")], 1),
     ],
 )
 def test_the_exit_status_says_whether_everything_needed_works(
-    findings: list[Finding], status: int, monkeypatch: pytest.MonkeyPatch
+    results: list[CheckResult], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_findings", lambda config: iter(findings))
+    monkeypatch.setattr(doctor, "_run_checks", lambda config: iter(results))
     told = CliRunner().invoke(app, ["doctor"])
     assert told.exit_code == status
-    assert all(finding.found in told.output and finding.mend in told.output for finding in findings)
+    assert all(result.detail in told.output and result.remedy in told.output for result in results)
 
 
 def test_overrides_without_a_config_are_refused() -> None:
@@ -455,8 +455,8 @@ def test_the_whole_command_on_this_machine(tmp_path: Path, serve: Serve) -> None
     overrides = [f"output={tmp_path}/runs", f"tracking.uri={server}"]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False)
     result = json.loads(done.stdout.splitlines()[-1])
-    statuses = {finding["name"]: finding["status"] for finding in result["findings"]}
+    statuses = {result["name"]: result["status"] for result in result["results"]}
     works_here = {"packages", "gloo", "DeepSpeed operators", "output", "MLflow", "clock"}
-    assert {name for name in works_here if statuses[name] == "works"} == works_here, result
-    assert result["works"] == ("fails" not in statuses.values())
-    assert done.returncode == (0 if result["works"] else 1)
+    assert {name for name in works_here if statuses[name] == "passed"} == works_here, result
+    assert result["passed"] == ("failed" not in statuses.values())
+    assert done.returncode == (0 if result["passed"] else 1)
