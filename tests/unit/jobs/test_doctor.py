@@ -348,8 +348,8 @@ def test_a_cluster_that_is_not_named_is_not_asked_for(tmp_path: Path) -> None:
 def test_what_a_cluster_lacks_is_counted_over_all_ranks(tmp_path: Path) -> None:
     asks = ["workers=4", "gpus_per_worker=2", "cpus_per_worker=3", "loader_actors=2", "loader_resource=loader"]
     wanted = demo(tmp_path, *(f"cluster.{each}" for each in asks)).cluster
-    assert services.missing(wanted, {"CPU": 20.0, "GPU": 8.0, "loader": 1.0}) == []
-    assert services.missing(wanted, {"CPU": 19.0}) == ["20 CPU", "8 GPU", "0.008 loader"]
+    assert services.missing_resources(wanted, {"CPU": 20.0, "GPU": 8.0, "loader": 1.0}) == []
+    assert services.missing_resources(wanted, {"CPU": 19.0}) == ["20 CPU", "8 GPU", "0.008 loader"]
 
 
 def test_a_cluster_says_what_it_has_beside_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
