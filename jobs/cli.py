@@ -504,7 +504,7 @@ def doctor(
         raise ConfigError("KEY=VALUE changes a config; give one with --config")
     settings = load_config(config, overrides or []) if config else None
     with status("checking") as update:
-        findings = checks.examine(settings, lambda name: update(f"checked: {name}"))
+        results = checks.run_checks(settings, lambda name: update(f"checked: {name}"))
     if as_json:
         print_result(checks.as_json(results), as_json)
     else:
