@@ -1,10 +1,11 @@
-"""`mome shards build` and `mome shards index`: from files, or tars as they lie, to shards that training can read."""
+"""`mome shards build` and `mome shards index`: make shards for training from files or from existing tars."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from jobs.console import echo
@@ -19,7 +20,7 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
 
-# Options that only some formats use; for any other format they are an error.
+# Options of some formats only; with another format they are an error.
 APPLIES_TO = {
     "--image-column": ("table", "parquet"),
     "--caption-column": ("table", "parquet"),
@@ -53,28 +54,28 @@ def build_shards(
 ) -> None:
     """Write the shards and print the result; the arguments are the options of `mome shards build`."""
     storage = Storage()
-    threshold = _fraction(max_missing)
-    chosen = kind
-    if chosen == "auto":
-        chosen = annotation_files.find_annotations(source) or importers.find_kind(source)
-    given = (image_column, caption_column, answers, listed_only, min_count, split)
-    for (option, kinds), value in zip(APPLIES_TO.items(), given, strict=True):
-        if value and chosen not in kinds:
-            raise ConfigError(f"{option} is for --kind {' or '.join(kinds)}; {source} is read as {chosen}")
+    threshold = _parse_fraction(max_missing)
+    format_name = kind
+    if format_name == "auto":
+        format_name = annotation_files.find_annotations(source) or importers.find_kind(source)
+    values = (image_column, caption_column, answers, listed_only, min_count, split)
+    for (option, kinds), value in zip(APPLIES_TO.items(), values, strict=True):
+        if value and format_name not in kinds:
+            raise ConfigError(f"{option} is for --kind {' or '.join(kinds)}; {source} is read as {format_name}")
     importers.check_writable(storage, out, overwrite)
     if images is not None and not images.is_dir():
         raise ConfigError(f"--images {images}: no such folder; expected the folder that image paths are relative to")
     problems = Problems(strict=strict, allow_outside=allow_outside)
     choices: Mapping[str, Choices] = {}
-    if chosen in annotation_files.KINDS:
+    if format_name in annotation_files.KINDS:
         options = annotation_files.Options(images, tuple(answers or ()), split, listed_only, min_count)
-        found = annotation_files.read_annotations(source, chosen, problems, options)  # type: ignore[arg-type]
-        samples, choices = found.samples, found.choices
+        annotations = annotation_files.read_annotations(source, format_name, problems, options)  # type: ignore[arg-type]
+        samples, choices = annotations.samples, annotations.choices
     else:
         columns = Columns(image_column, caption_column)
-        samples = importers.read_samples(source, chosen, problems, images, words, columns)  # type: ignore[arg-type]
-    tally = Tally()
-    samples = _enough(tally.count(_limited(samples, limit)), problems, tally, threshold)
+        samples = importers.read_samples(source, format_name, problems, images, words, columns)  # type: ignore[arg-type]
+    counts = ImportCounts()
+    samples = _check_missing(counts.count(islice(samples, limit)), problems, counts, threshold)
     try:
         with ShardProgress("indexing") as progress:
             counted = progress.count(samples)
@@ -83,14 +84,15 @@ def build_shards(
             storage.write(join(out, name), listed.to_bytes())
     finally:
         _report_problems(problems)
-        for hint in _hints(source, chosen, problems, tally):
+        for hint in _hints(source, format_name, problems, counts):
             echo(f"hint: {hint}", err=True)
-    facts = {"kind": chosen, "left_out": problems.count, "skipped": dict(problems.skipped)}
-    facts |= tally.facts() | {name: len(listed) for name, listed in choices.items()}
+    facts = {"kind": format_name, "left_out": problems.count, "skipped": dict(problems.skipped)}
+    facts |= {name: count for name, count in asdict(counts).items() if name != "samples"}
+    facts |= {name: len(listed) for name, listed in choices.items()}
     report_manifest(manifest, out, as_json, facts)
     if not as_json:
         for name, listed in choices.items():
-            echo(f"{join(out, name)}: {len(listed)} of them, the number that the stage's config names")
+            echo(f"{join(out, name)}: {len(listed)} entries, the number to set in the stage's config")
 
 
 def index_folder(url: str, trust_counts: bool, as_json: bool) -> None:
@@ -100,16 +102,9 @@ def index_folder(url: str, trust_counts: bool, as_json: bool) -> None:
     report_manifest(manifest, url, as_json, {"trusted": sum(shard.is_trusted for shard in manifest.shards)})
 
 
-def _limited(samples: Iterator[Sample], limit: int | None) -> Iterator[Sample]:
-    for number, sample in enumerate(samples, 1):
-        yield sample
-        if number == limit:
-            return
-
-
 @dataclass
-class Tally:
-    """Counts of what was imported."""
+class ImportCounts:
+    """Counts of the imported samples and their contents."""
 
     samples: int = 0
     images: int = 0
@@ -128,22 +123,17 @@ class Tally:
             self.without_caption += bool(images) and not captions
             yield sample
 
-    def facts(self) -> dict[str, int]:
-        facts = asdict(self)
-        del facts["samples"]
-        return facts
-
 
 def _is_animated(image: bytes) -> bool:
-    if format_of(image) in ("JPEG", "BMP"):  # cannot be; the others are opened
+    if format_of(image) in ("JPEG", "BMP"):  # never; the others are opened
         return False
     try:
         return measure(image).is_animated
-    except BadSample:  # training counts what is damaged
+    except BadSample:  # training counts damaged images
         return False
 
 
-def _fraction(text: str | None) -> float:
+def _parse_fraction(text: str | None) -> float:
     if text is None:
         return 1.0
     try:
@@ -151,14 +141,16 @@ def _fraction(text: str | None) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise ConfigError(f"--max-missing {text}: expected a share of the entries, such as 1% or 0.01")
+        raise ConfigError(f"--max-missing {text}: expected a fraction of the entries, such as 1% or 0.01")
     return value
 
 
-def _enough(samples: Iterator[Sample], problems: Problems, tally: Tally, threshold: float) -> Iterator[Sample]:
-    """Yield the samples. At their end raise DataError if too many entries could not be used."""
+def _check_missing(
+    samples: Iterator[Sample], problems: Problems, counts: ImportCounts, threshold: float
+) -> Iterator[Sample]:
+    """Yield the samples, then raise DataError if too many entries could not be used."""
     yield from samples
-    entries = tally.samples + problems.faults
+    entries = counts.samples + problems.faults
     if problems.faults > threshold * entries:
         raise DataError(
             f"{problems.faults} of {entries} entries could not be used ({problems.faults / entries:.1%}), more than "
@@ -166,12 +158,12 @@ def _enough(samples: Iterator[Sample], problems: Problems, tally: Tally, thresho
         )
 
 
-def _hints(source: Path, kind: str, problems: Problems, tally: Tally) -> Iterator[str]:
-    if problems.absent and not tally.images:
-        yield "not one of the listed images exists; give the folder that their paths are relative to with --images"
-    elif problems.faults > tally.samples:
-        yield f"more entries could not be used ({problems.faults}) than were imported ({tally.samples})"
-    if kind == "folder" and tally.images and not tally.captions and _is_folder_of_classes(source):
+def _hints(source: Path, kind: str, problems: Problems, counts: ImportCounts) -> Iterator[str]:
+    if problems.absent and not counts.images:
+        yield "none of the listed images exists; give the folder that their paths are relative to with --images"
+    elif problems.faults > counts.samples:
+        yield f"more entries could not be used ({problems.faults}) than were imported ({counts.samples})"
+    if kind == "folder" and counts.images and not counts.captions and _is_folder_of_classes(source):
         yield "there are no captions, but one folder per class? Import it with --kind classes to train a classifier"
 
 

@@ -1,4 +1,4 @@
-"""What the commands on shards tell: a line of progress, the facts of a manifest, one JSON object for machines."""
+"""Output of the shards commands: the progress bar, the facts of a manifest, and one JSON object for scripts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 class ShardProgress:
-    """A line on standard error: samples read, then shards done. Silent where nobody looks on."""
+    """Progress bar on standard error: samples read, then shards done. Shown on a terminal only."""
 
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
+    def __init__(self, action: str) -> None:
+        self._action = action
 
     def __enter__(self) -> ShardProgress:
-        said = TextColumn("{task.description}")
-        columns = (SpinnerColumn(), said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        text = TextColumn("{task.description}")
+        columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self._task = self._bar.add_task("starting", total=None)
         self._bar.start()
@@ -33,17 +33,19 @@ class ShardProgress:
         self._bar.stop()
 
     def count(self, samples: Iterator[T]) -> Iterator[T]:
+        """Yield the samples and show their number."""
         for number, sample in enumerate(samples, 1):
             self._bar.update(self._task, description="reading samples", completed=number)
             yield sample
 
     def shard(self, done: int, total: int, name: str) -> None:
-        """`total` is 0 while shards are written, whose number nobody knows yet."""
+        """Show a finished shard; `total` is 0 while it is unknown."""
         if total:
-            self._bar.update(self._task, description=f"{self._doing} {name}", completed=done, total=total)
+            self._bar.update(self._task, description=f"{self._action} {name}", completed=done, total=total)
 
 
 def manifest_facts(manifest: Manifest, url: str) -> dict[str, Any]:
+    """Return a manifest's totals as a JSON object."""
     return {
         "url": url,
         "shards": len(manifest.shards),
@@ -54,30 +56,26 @@ def manifest_facts(manifest: Manifest, url: str) -> dict[str, Any]:
 
 
 def report_manifest(manifest: Manifest, url: str, as_json: bool, more: dict[str, Any]) -> None:
+    """Print a manifest's totals and the command's own facts."""
     facts = manifest_facts(manifest, url) | more
     if as_json:
-        print_json(facts)
+        echo(json.dumps(facts, ensure_ascii=False))
         return
     left_out = f", {facts['left_out']} left out" if facts.get("left_out") else ""
     echo(f"{_counted(manifest.num_samples, 'sample')} in {_counted(len(manifest.shards), 'shard')} at {url}{left_out}")
     if "images" in facts:
-        size = f"{sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB"
         counts = [(facts["images"], "image"), (facts["captions"], "caption")]
-        contents = ", ".join([*(_counted(count, noun) for count, noun in counts if count), size])
+        parts = [_counted(count, noun) for count, noun in counts if count]
         notes = [
             (facts["without_caption"], "image", "without a caption"),
             (facts["animated"], "animated image", "(first frame)"),
         ]
-        told = "".join(f"; {_counted(count, noun)} {note}" for count, noun, note in notes if count)
-        echo(f"{contents}{told}")
+        suffix = "".join(f"; {_counted(count, noun)} {note}" for count, noun, note in notes if count)
+        echo(", ".join([*parts, f"{facts['bytes'] / 1e6:,.1f} MB"]) + suffix)
     if trusted := facts.get("trusted"):
-        echo(f"{trusted} of the shards were counted by another tool; each is read when it is first needed")
-    echo(f"look at them: mome shards show {url} --sheet sheet.png")
+        echo(f"{trusted} of the shards were counted by another tool and are read on first use")
+    echo(f"inspect them: mome shards show {url} --sheet sheet.png")
 
 
 def _counted(count: Any, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def print_json(facts: dict[str, object]) -> None:
-    echo(json.dumps(facts, ensure_ascii=False))

@@ -58,7 +58,7 @@ def lines(path: Path, names: list[str]) -> Path:
 
 def test_hints_say_what_to_try(folder: Path, tmp_path: Path) -> None:
     absent = build(lines(tmp_path / "l.jsonl", ["x.jpg", "y.jpg"]), tmp_path / "out", fails=DataError)
-    assert "hint: not one of the listed images exists; give the folder" in absent.stderr
+    assert "hint: none of the listed images exists; give the folder" in absent.stderr
     half = build(lines(tmp_path / "l.jsonl", ["x.jpg", "y.jpg", "a.jpg"]), tmp_path / "out", "--images", folder)
     assert "hint: more entries could not be used (2) than were imported (1)" in half.stderr
     for name in ("cat", "dog"):

@@ -14,7 +14,7 @@ from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcess
 from typer.testing import CliRunner
 
 from jobs.shards import app
-from jobs.shards.regions import Done, RegionActor, RegionTask
+from jobs.shards.regions import RegionActor, RegionShard, RegionTask
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.data.contents.regions import parse_regions
 from pipeline.data.reading.samples import Sample, iter_samples
@@ -25,7 +25,7 @@ NUMBERS, CLASSES = 16, 5
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_actor(task: RegionTask, shards: Mapping[str, ObjectInfo], _: object) -> Iterator[Done]:
+    def one_actor(task: RegionTask, shards: Mapping[str, ObjectInfo], _: object) -> Iterator[RegionShard]:
         actor = RegionActor(task)
         return (actor.detect(name, source) for name, source in shards.items())
 
@@ -140,7 +140,7 @@ def test_a_cut_shard_stops_the_command_by_name(pairs: str, detector: Path, tmp_p
 
 def test_shards_without_a_picture_are_told(make_pairs, detector: Path, tmp_path: Path) -> None:
     texts = make_pairs("texts", [2], planted={(0, 0): {"txt": b"one"}, (0, 1): {"txt": b"two"}})
-    with pytest.raises(DataError, match="not one sample has a picture"):
+    with pytest.raises(DataError, match="no sample has an image"):
         run(texts, tmp_path / "out", "--detector", detector)
 
 

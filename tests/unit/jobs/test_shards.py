@@ -53,7 +53,7 @@ def test_index_check_and_show_tell_everything_in_clean_text(folder: Path, tmp_pa
     (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines())
     assert bad["key"] == "cut"
     assert "half a character" in bad["reason"]
-    assert "passed over, no sample's: symbolic link" in run("check", folder, "--workers", 1)[1]
+    assert "skipped, not part of a sample: symbolic link" in run("check", folder, "--workers", 1)[1]
     status, out = run("show", folder, "--json", "--sheet", tmp_path / "sheet.png")
     shown = json.loads(out.splitlines()[-1])["samples"]
     assert [sample["key"] for sample in shown] == [clean_name(NAME), "cut"]
