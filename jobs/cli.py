@@ -406,9 +406,9 @@ def show_schema() -> None:
     """Print the JSON schema of a config, for validation and completion in editors."""
     import json
 
-    from pipeline.config.schema import RunConfig
+    from pipeline.config.reference import json_schema
 
-    echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+    echo(json.dumps(json_schema(), indent=2))
 
 
 app.add_typer(config_app, name="config", rich_help_panel=CONFIGS)

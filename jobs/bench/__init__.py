@@ -12,64 +12,71 @@ from jobs.options import Config, JsonOption, Overrides, local_file
 
 app = typer.Typer(no_args_is_help=True, help="Measure loader, store, training step and checkpoints on this machine.")
 
-PEERS = ("webdataset_pil", "open_clip_composition", "ray_data")
+PEERS = ("webdataset_pil", "open_clip_composition")
 MIB = 2**20
 
 
 @app.command()
 def loader(
-    shards: Annotated[str | None, typer.Option(help="A local folder of indexed shards of pairs.")] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Local folder of indexed shards of pairs (default: synthetic images).")
+    ] = None,
     photos: Annotated[
         list[Path] | None,
-        typer.Option(parser=local_file, help="A folder of captioned photos, repeated into shards; may be given often."),
+        typer.Option(parser=local_file, help="Folder of captioned photos to build shards from; may be repeated."),
     ] = None,
     vocabulary: Annotated[
-        Path | None, typer.Option(parser=local_file, help="A vocab.txt; else one is trained from the captions.")
+        Path | None, typer.Option(parser=local_file, help="A vocab.txt (default: trained on the captions).")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples each contender loads in a round.")] = 2048,
-    workers: Annotated[int, typer.Option(min=0, help="Our processes; 0: threads of the trainer's own.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each; peers get workers x threads processes.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 64,
-    rand_augment: Annotated[bool, typer.Option(help="Measure with RandAugment and without, or only without.")] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="Every contender is measured once in each.")] = 3,
-    peer: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PEERS)}; may be given often.")] = None,
-    uint8_peers: Annotated[bool, typer.Option(help="Measure the peers also without their float32 output.")] = True,
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples that each loader loads per round.")] = 2048,
+    workers: Annotated[int, typer.Option(min=0, help="Number of our processes; 0 uses threads of the trainer.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Number of threads per process; peers use workers x threads processes.")
+    ] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Number of samples per batch.")] = 64,
+    rand_augment: Annotated[bool, typer.Option(help="Measure with and without RandAugment, or only without.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; every loader is measured once per round.")] = 3,
+    peer: Annotated[
+        list[str] | None, typer.Option(help=f"Loader to compare with: {' or '.join(PEERS)}; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """CPU time of a sample by our loader, by webdataset with PIL, by open_clip's stages and by Ray Data.
+    """Measure the CPU time per sample of our loader, of webdataset with Pillow, and of open_clip's pipeline.
 
-    Every process of a contender counts, once it is warm. Without --shards and --photos, pictures are drawn.
+    All processes of a loader count, after its warm-up.
     """
-    from jobs.bench.loader import Settings, bench_loader
+    from jobs.bench.loader import bench_loader
 
-    chosen = Settings(
-        shards=shards,
-        photos=tuple(photos or ()),
-        vocabulary=str(vocabulary) if vocabulary else None,
-        samples=samples,
-        workers=workers,
-        threads=threads,
-        batch=batch,
-        rand_augment=rand_augment,
-        rounds=rounds,
-        peers=PEERS if peer is None else tuple(peer),
-        uint8_peers=uint8_peers,
-    )
     with status("starting") as update:
-        print_result(bench_loader(chosen, update), as_json)
+        result = bench_loader(
+            shards=shards,
+            photos=tuple(photos or ()),
+            vocabulary=str(vocabulary) if vocabulary else None,
+            samples=samples,
+            workers=workers,
+            threads=threads,
+            batch_size=batch,
+            rand_augment=rand_augment,
+            rounds=rounds,
+            peers=PEERS if peer is None else tuple(peer),
+            progress=update,
+        )
+    print_result(result, as_json)
 
 
 @app.command()
 def storage(
-    url: Annotated[str | None, typer.Argument(help="A folder or URL to write to and read; else a local S3.")] = None,
-    object_mib: Annotated[int, typer.Option(min=1, help="Size of the object that is read.")] = 128,
-    range_mib: Annotated[int, typer.Option(min=1, help="Size of one request.")] = 8,
-    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
-    objects: Annotated[int, typer.Option(min=1, help="Objects of the folder that is listed.")] = 500,
-    rounds: Annotated[int, typer.Option(min=1, help="Every contender is measured once in each.")] = 3,
+    url: Annotated[
+        str | None, typer.Argument(help="Folder or URL to write to and read from (default: a local S3 server).")
+    ] = None,
+    object_mib: Annotated[int, typer.Option(min=1, help="Size of the object, in MiB.")] = 128,
+    range_mib: Annotated[int, typer.Option(min=1, help="Size of one request, in MiB.")] = 8,
+    in_flight: Annotated[int, typer.Option(min=1, help="Number of concurrent requests.")] = 4,
+    objects: Annotated[int, typer.Option(min=1, help="Number of objects of the listed folder.")] = 500,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; every client is measured once per round.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """How fast a store is read and listed from here, by us, by fsspec and by botocore."""
+    """Measure how fast a store is read and listed by our client, by fsspec and by botocore."""
     from jobs.bench.storage import bench_storage
 
     with status("starting") as update:
@@ -88,14 +95,19 @@ def storage(
 @app.command()
 def checkpoint(
     config: Annotated[
-        Path | None, typer.Argument(parser=local_file, help="A run's config, for its model; else VLMo base.")
+        Path | None, typer.Argument(parser=local_file, help="Config whose model is saved (default: VLMo base).")
     ] = None,
-    url: Annotated[str | None, typer.Option(help="A folder or URL to save in; else a temporary folder.")] = None,
-    mb_per_second: Annotated[float, typer.Option(min=0, help="Of the store that is imitated; 0: as it is.")] = 50.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Saves of each kind.")] = 1,
+    url: Annotated[str | None, typer.Option(help="Folder or URL to save in (default: a temporary folder).")] = None,
+    mb_per_second: Annotated[
+        float, typer.Option(min=0, help="Write bandwidth of the simulated store, in MB/s; 0 uses the real bandwidth.")
+    ] = 50.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of saves of each kind.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """How long a save stops training, beside a synchronous one, on a slow store; 24 bytes of memory a parameter."""
+    """Measure how long asynchronous and synchronous saves stall training on a slow store.
+
+    Needs 24 bytes of memory per parameter.
+    """
     from jobs.bench.checkpoint import bench_checkpoint
 
     with status("starting") as update:

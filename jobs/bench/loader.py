@@ -1,90 +1,214 @@
-"""`mome bench loader`: what a sample costs, in CPU time, by our loader and by those people run instead.
+"""`mome bench loader`: CPU time per sample of our loader and of other projects' loaders on the same shards.
 
-Every contender reads the same shards in a process of its own, in turn, over several rounds, so that whatever else
-the machine does falls on all of them. Figures are medians over rounds; `spread` holds the lowest and the highest.
+Every loader runs in a fresh process (`python -m jobs.bench.loader JOB.json RESULT.json`) with one thread per worker.
+Counting starts after a warm-up and includes every process the loader started.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import gcd
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from jobs.bench.contender import Job
-from jobs.bench.parts import CORE
-from jobs.bench.peers import PEERS
-from jobs.bench.photos import write_photos
-from pipeline.config.errors import ConfigError, RunFailed
-from pipeline.config.urls import is_local
-from pipeline.data.contents.text import Tokenizer
-from pipeline.data.reading.samples import iter_captions
-from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.storage import Storage
+import cv2
+import numpy as np
+import psutil
+import simplejpeg
+import torch
 
-PACKAGES = ("webdataset", "ray", "pillow", "torch", "simplejpeg", "opencv-python-headless", "tokenizers")
+from jobs.bench.peers import PEERS, PeerRecipe
+from pipeline.config.errors import ConfigError, DataError, RunFailed
+from pipeline.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    LoaderConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    VLMoConfig,
+)
+from pipeline.config.urls import is_local
+from pipeline.data.building import importers
+from pipeline.data.building.files import Problems, Sample
+from pipeline.data.contents.members import image_bytes
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.loading.loader import Loader
+from pipeline.data.reading.samples import iter_captions, iter_samples
+from pipeline.data.shards.manifest import load_manifest
+from pipeline.data.storage import Storage, join
+
+PACKAGES = ("webdataset", "pillow", "torch", "simplejpeg", "opencv-python-headless", "tokenizers")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | {
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "CUDA_VISIBLE_DEVICES": "",
 }
+DECODE = "simplejpeg"  # the contender that only decodes JPEGs
+WARM_UP_BATCHES = 6
 VOCABULARY_SIZE = 8192
-TOLD_LINES = 12  # of a failed contender's output
-KEYS = ("samples_per_core_second", "cpu_seconds_per_1000")
+MIN_SHARDS, MAX_SAMPLES_PER_SHARD = 16, 1000
+
+SYNTHETIC_IMAGES = 48  # number of different images where no photos are given
+WIDTH, HEIGHT, QUALITY = 640, 480, 90
+SLOPE = 1.4  # amplitudes fall as frequency^-1.4, slightly less than in photos: sensor noise and sharp edges
+CONTRAST = 52.0  # standard deviation of the pixels; gives JPEGs of about 90 kB, like photos of this size
+WORDS = (  # noqa: SIM905
+    "a the man woman dog child street red small large ball running standing beside behind water green field with two "
+    "people white shirt playing holding looking camera mountain old building wooden bench sunny"
+).split()
 
 Measurement = dict[str, Any]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured, and on what data: indexed `shards`, or `photos` (folders), or pictures drawn for it."""
+class Job:
+    """One measurement. Ours uses `workers` processes of `threads` threads; peers use workers x threads processes."""
 
-    shards: str | None = None
-    photos: tuple[Path, ...] = ()
-    vocabulary: str | None = None
-    samples: int = 2048
-    workers: int = 1
-    threads: int = 1  # with one of one thread, every contender works on one core
-    batch: int = 64
-    rand_augment: bool = True  # measured on and off; False: off alone
-    rounds: int = 3
-    peers: tuple[str, ...] = tuple(PEERS)
-    uint8_peers: bool = True  # measure peers a second time without their float32 conversion
+    contender: str  # mome, simplejpeg, or one of PEERS
+    shards: str  # local folder with a manifest
+    vocabulary: str
+    samples: int
+    batch_size: int
+    workers: int
+    threads: int
+    num_ops: int  # of RandAugment; 0 disables it
     seed: int = 0
 
+    @property
+    def num_peer_processes(self) -> int:
+        return max(1, self.workers) * self.threads
 
-def bench_loader(settings: Settings, progress: Progress = lambda told: None) -> dict[str, Any]:
-    """Measure everything. Raises ConfigError for settings that cannot be, RunFailed when a contender fails."""
-    if unknown := set(settings.peers) - set(PEERS):
-        raise ConfigError(f"--peer {', '.join(sorted(unknown))}: unknown; known: {', '.join(PEERS)}")
+    def config(self) -> RunConfig:
+        """Return the work as a run: one vision-language stage over the shards."""
+        stage = StageConfig(
+            name="bench",
+            sources={"photos": 1.0},
+            objectives={"itc": ObjectiveConfig(), "mlm": ObjectiveConfig()},
+            steps=10**9,
+            global_batch_size=self.batch_size,
+        )
+        loader = LoaderConfig(num_workers=self.workers, threads_per_worker=self.threads)
+        augment = AugmentConfig(num_ops=self.num_ops)
+        return RunConfig(
+            name="bench",
+            seed=self.seed,
+            model=VLMoConfig(),
+            sources={"photos": SourceConfig(shards=self.shards)},
+            data=DataConfig(streams=gcd(self.batch_size, 16), augment=augment, loader=loader),
+            stages=(stage,),
+        )
+
+    def peer_recipe(self) -> PeerRecipe:
+        """Return the same work for a peer."""
+        config, shards = self.config(), load_manifest(Storage(), self.shards).shards
+        stage = config.stages[0]
+        return PeerRecipe(
+            shards=tuple(join(self.shards, shard.name) for shard in shards),
+            num_samples=sum(shard.samples for shard in shards),
+            batch_size=self.batch_size,
+            workers=self.num_peer_processes,
+            seed=self.seed,
+            vocabulary=self.vocabulary,
+            image_size=config.model.image_size,
+            crop_scale=config.data.augment.crop_scale,
+            num_ops=self.num_ops,
+            magnitude=config.data.augment.magnitude,
+            max_text_length=stage.max_text_length,
+            mlm_probability=stage.masking.mlm_probability,
+        )
+
+
+def bench_loader(
+    shards: str | None = None,
+    photos: tuple[Path, ...] = (),
+    vocabulary: str | None = None,
+    samples: int = 2048,
+    workers: int = 1,
+    threads: int = 1,
+    batch_size: int = 64,
+    rand_augment: bool = True,
+    rounds: int = 3,
+    peers: tuple[str, ...] = tuple(PEERS),
+    progress: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Measure all loaders on `shards`, on shards of `photos` (folders), or on synthetic images.
+
+    Figures are medians of `rounds`, in which the contenders take turns. Raises ConfigError for unusable settings,
+    RunFailed when a contender fails.
+    """
+    if unknown := set(peers) - set(PEERS):
+        raise ConfigError(f"--peer {', '.join(sorted(unknown))}: unknown; expected {', '.join(PEERS)}")
     with tempfile.TemporaryDirectory(prefix="mome-bench-") as folder:
-        job = _prepare(settings, Path(folder), progress)
-        runs = dict(_runs(settings, job))
-        measured: dict[str, list[Measurement]] = {label: [] for label in runs}
-        for number in range(settings.rounds):
-            for label in _rotated(list(runs), number):
-                progress(f"round {number + 1} of {settings.rounds}: {label}")
-                measured[label].append(run_job(runs[label], Path(folder)))
-        return _summary(settings, job, measured)
+        storage, num_processes = Storage(), max(1, workers) * threads
+        if shards is None:
+            progress("writing shards")
+            shards = join(folder, "shards")
+            write_photos(storage, photos, shards, samples, num_processes)
+        if not is_local(shards):
+            raise ConfigError(f"--shards {shards}: the peers read local files only (webdataset cannot read s3://)")
+        num_shards = len(load_manifest(storage, shards).shards)
+        if num_shards < num_processes:
+            raise ConfigError(
+                f"{shards} has {num_shards} shards; the peers need one for each of {num_processes} processes. "
+                "Use fewer workers"
+            )
+        if vocabulary is None:
+            progress("training a vocabulary")
+            vocabulary = join(folder, "vocabulary.txt")
+            Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE).save(storage, vocabulary)
+        job = Job("mome", shards, vocabulary, samples, batch_size, workers, threads, num_ops=2 if rand_augment else 0)
+        jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
+        if rand_augment:
+            jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
+        measured: dict[str, list[Measurement]] = {label: [] for label in jobs}
+        for number in range(rounds):
+            labels = list(jobs)
+            for label in labels[number % len(labels) :] + labels[: number % len(labels)]:
+                progress(f"round {number + 1} of {rounds}: {label}")
+                measured[label].append(run_job(jobs[label], Path(folder)))
+    result = _table({name: measured[name] for name in ("mome", *peers)})
+    result["decode_limit"] = median(run["samples"] / run["cpu_seconds"] for run in measured[DECODE])
+    if rand_augment:
+        result["without_rand_augment"] = _table({name: measured[f"{name}/off"] for name in ("mome", *peers)})
+    result["settings"] = {
+        "data": jobs["mome"].shards if not photos else ", ".join(map(str, photos)),
+        "samples": samples,
+        "batch": batch_size,
+        "rounds": rounds,
+        "workers": workers,
+        "threads": threads,
+        "peer_processes": num_processes,
+        "rand_augment": rand_augment,
+        "outputs": {name: measured[name][0]["output"] for name in ("mome", *peers)},
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "load": os.getloadavg()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+    return result
 
 
 def run_job(job: Job, folder: Path) -> Measurement:
-    """Measure one contender in a fresh interpreter pinned to one thread per worker."""
-    asked, answer = folder / "job.json", folder / "result.json"
-    asked.write_text(json.dumps(asdict(job)))
+    """Measure one contender in a fresh interpreter, limited to one thread per worker."""
+    request, answer = folder / "job.json", folder / "result.json"
+    request.write_text(json.dumps(asdict(job)))
     answer.unlink(missing_ok=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.bench.contender", str(asked), str(answer)],
+        [sys.executable, "-m", "jobs.bench.loader", str(request), str(answer)],
         env={**os.environ, **ONE_THREAD},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -92,136 +216,79 @@ def run_job(job: Job, folder: Path) -> Measurement:
         errors="replace",
     )
     try:
-        told, _ = process.communicate()
+        output, _ = process.communicate()
     finally:
-        if process.poll() is None:  # this command is being stopped: what the contender started ends with it
+        if process.poll() is None:  # this command is being interrupted: let the contender end its workers
             process.send_signal(signal.SIGINT)
             process.wait()
     if process.returncode or not answer.exists():
-        last = "\n".join(told.strip().splitlines()[-TOLD_LINES:])
+        last = "\n".join(output.strip().splitlines()[-12:])
         raise RunFailed(f"{job.contender} ended with status {process.returncode} and no measurement:\n{last}")
     return json.loads(answer.read_text())
 
 
-def _prepare(settings: Settings, folder: Path, progress: Progress) -> Job:
-    """The shards and the vocabulary on this machine, as the job of our loader with RandAugment."""
-    storage, shards = Storage(), settings.shards
-    workers = max(1, settings.workers) * settings.threads
-    if shards is None:
-        progress("writing shards")
-        shards = str(folder / "shards")
-        write_photos(storage, settings.photos, shards, settings.samples, at_least=workers)
-    if not is_local(shards):
-        raise ConfigError(f"--shards {shards}: the peers read local files only (webdataset has no reader for s3://)")
-    found = len(load_manifest(storage, shards).shards)
-    if found < workers:
-        raise ConfigError(f"{shards} has {found} shards; peers give each of {workers} workers one. Use fewer workers")
-    vocabulary = settings.vocabulary
-    if vocabulary is None:
-        progress("training a vocabulary")
-        vocabulary = str(folder / "vocabulary.txt")
-        Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE).save(storage, vocabulary)
-    return Job(
-        contender="mome",
-        shards=shards,
-        vocabulary=vocabulary,
-        samples=settings.samples,
-        batch=settings.batch,
-        workers=settings.workers,
-        threads=settings.threads,
-        seed=settings.seed,
-        operations=2 if settings.rand_augment else 0,
-        normalise=True,
-    )
+def measure(job: Job) -> Measurement:
+    """Return samples, wall-clock seconds and CPU seconds of one contender, after its warm-up."""
+    if job.contender == DECODE:
+        return _measure_decoding(job)
+    if job.contender in PEERS:
+        return _count(PEERS[job.contender](job.peer_recipe()), job.samples)
+    config, storage = job.config(), Storage()
+    tokenizer = Tokenizer.load(storage, job.vocabulary)
+    with Loader(config, config.stages[0], storage, tokenizer, 0, 1) as loader:
+        return _count(((batch.image, batch.text) for batch in loader.batches(0)), job.samples)
 
 
-def _runs(settings: Settings, job: Job) -> Iterator[tuple[str, Job]]:
-    """Every measurement of a round by its label: `contender`, `contender/off`, `contender/uint8`."""
-    for operations in dict.fromkeys((job.operations, 0)):
-        mark = "" if operations == job.operations else "/off"
-        for contender in ("mome", "parts", *settings.peers):
-            yield contender + mark, replace(job, contender=contender, operations=operations)
-    for contender in settings.peers if settings.uint8_peers else ():
-        yield f"{contender}/uint8", replace(job, contender=contender, normalise=False)
-    yield "wait", replace(job, contender="wait")
+def _count(batches: Iterator[tuple[Any, Any]], samples: int) -> Measurement:
+    for _ in itertools.islice(batches, WARM_UP_BATCHES):
+        pass
+    before, started, counted = tree_cpu_seconds(os.getpid()), time.perf_counter(), 0
+    while counted < samples:
+        image, _ = next(batches)
+        counted += len(image)
+    seconds, cpu_seconds = time.perf_counter() - started, tree_cpu_seconds(os.getpid()) - before
+    output = f"{str(image.dtype).removeprefix('torch.')} {'x'.join(str(side) for side in image.shape[1:])}"
+    return {"samples": counted, "seconds": seconds, "cpu_seconds": cpu_seconds, "output": output}
 
 
-def _rotated(labels: list[str], by: int) -> list[str]:
-    by %= len(labels)
-    return labels[by:] + labels[:by]
+def _measure_decoding(job: Job) -> Measurement:
+    samples = itertools.islice(iter_samples(Storage(), job.shards), job.samples)
+    data = [jpeg for sample in samples if (jpeg := image_bytes(sample.members))[:2] == b"\xff\xd8"]
+    started = time.thread_time()
+    for jpeg in data:
+        simplejpeg.decode_jpeg(jpeg, "RGB")
+    return {"samples": len(data), "cpu_seconds": max(time.thread_time() - started, 1e-9)}
 
 
-def _summary(settings: Settings, job: Job, measured: dict[str, list[Measurement]]) -> dict[str, Any]:
-    contenders = ("mome", *settings.peers)
-    result = _table({name: measured[name] for name in contenders})
-    result |= _against_parts(measured["mome"], measured["parts"])
-    if settings.rand_augment:
-        off = _table({name: measured[f"{name}/off"] for name in contenders})
-        result["without_rand_augment"] = off | _against_parts(measured["mome/off"], measured["parts/off"])
-    if settings.uint8_peers and settings.peers:
-        result["uint8_peers"] = _table({name: measured[f"{name}/uint8"] for name in settings.peers})
-    if "ray_data" in settings.peers:
-        daemons = [1000 * run["cpu"]["daemons"] / run["samples"] for run in measured["ray_data"]]
-        result["ray_daemons_cpu_seconds_per_1000"] = median(daemons)  # not in ray_data's figures above
-    for key in ("wait_share", "next_share"):
-        result[key] = median(run[key] for run in measured["wait"])
-    result["settings"] = _told_settings(settings, job) | {
-        "outputs": {name: measured[name][0]["output"] for name in contenders}
-    }
-    return result
+def tree_cpu_seconds(pid: int) -> float:
+    """Return the CPU seconds of a process and its descendants; children that ended are counted by their parents."""
+    root = psutil.Process(pid)
+    total = 0.0
+    for process in (root, *root.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def _table(measured: dict[str, list[Measurement]]) -> dict[str, Any]:
-    """The figures of some contenders, and how many times ours is faster where it is among them."""
-    cost = {name: [1000 * run["cpu"]["work"] / run["samples"] for run in runs] for name, runs in measured.items()}
+    """Return the figures of some contenders, and how many times faster ours is than each peer."""
+    cost = {name: [1000 * run["cpu_seconds"] / run["samples"] for run in runs] for name, runs in measured.items()}
     rate = {name: [1000 / seconds for seconds in costs] for name, costs in cost.items()}
-    table: dict[str, Any] = {
+    return {
         "samples_per_core_second": {name: median(rates) for name, rates in rate.items()},
         "cpu_seconds_per_1000": {name: median(costs) for name, costs in cost.items()},
         "spread": {name: [min(rates), max(rates)] for name, rates in rate.items()},
         "samples_per_second": {
             name: median(run["samples"] / run["seconds"] for run in runs) for name, runs in measured.items()
         },
-    }
-    if ours := rate.get("mome"):
-        peers = {name: rates for name, rates in rate.items() if name != "mome"}
-        table["times_faster"] = {
-            name: median(our / their for our, their in zip(ours, rates, strict=True)) for name, rates in peers.items()
-        }
-    return table
-
-
-def _against_parts(ours: list[Measurement], parts: list[Measurement]) -> dict[str, Any]:
-    """Milliseconds of a sample by part; our cost over the sum of decode, crop, augment and tokenise (1 is perfect)."""
-    milliseconds = {name: median(run["parts"][name] for run in parts) for name in parts[0]["parts"]}
-    costs = [1000 * run["cpu"]["work"] / run["samples"] for run in ours]
-    sums = [sum(run["parts"][name] for name in CORE) for run in parts]
-    totals = [sum(run["parts"].values()) for run in parts]
-    return {
-        "parts": milliseconds,
-        "overhead_over_parts": median(cost / total for cost, total in zip(costs, sums, strict=True)),
-        "overhead_over_all_parts": median(cost / total for cost, total in zip(costs, totals, strict=True)),
-        "decode_limit": median(run["decode_limit"] for run in parts),
-    }
-
-
-def _told_settings(settings: Settings, job: Job) -> dict[str, Any]:
-    data = settings.shards or ", ".join(str(folder) for folder in settings.photos) or "drawn 640x480 JPEGs"
-    return {
-        "data": data,
-        "samples": settings.samples,
-        "batch": settings.batch,
-        "rounds": settings.rounds,
-        "workers": settings.workers,
-        "threads": settings.threads,
-        "peer_processes": job.work.workers,
-        "crop_scale": list(job.config.data.augment.crop_scale),
-        "image_size": job.config.model.image_size,
-        "rand_augment": [job.operations, job.config.data.augment.magnitude] if settings.rand_augment else None,
-        "cores": os.cpu_count(),
-        "processor": _processor(),
-        "load": os.getloadavg()[0],
-        "packages": {name: version(name) for name in PACKAGES},
+        "times_faster": {
+            name: median(our / their for our, their in zip(rate["mome"], rates, strict=True))
+            for name, rates in rate.items()
+            if name != "mome"
+        },
     }
 
 
@@ -230,3 +297,57 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+# ---- data to measure on
+
+
+def write_photos(storage: Storage, folders: tuple[Path, ...], url: str, samples: int, min_shards: int) -> None:
+    """Write `samples` samples of the folders' photos, repeated under new keys, or of synthetic images, to `url`."""
+    photos = [sample for folder in folders for sample in _read_photos(folder)] or list(synthetic_photos())
+    repeated = ({**photo, "__key__": f"{n:07d}"} for n, photo in zip(range(samples), itertools.cycle(photos)))
+    per_shard = max(1, min(MAX_SAMPLES_PER_SHARD, samples // max(MIN_SHARDS, min_shards)))
+    importers.write_shards(storage, repeated, url, per_shard)
+
+
+def _read_photos(folder: Path) -> list[Sample]:
+    """Read the pairs of a folder's captions.jsonl, or its images with .txt files."""
+    source = folder / "captions.jsonl" if (folder / "captions.jsonl").exists() else folder
+    samples = importers.read_samples(source, importers.find_kind(source), Problems())
+    pairs = [sample for sample in samples if "captions" in json.loads(sample.get("json", b"{}"))]
+    if not pairs:
+        raise DataError(f"{folder}: no photo with a caption. Expected captions.jsonl, or a .txt next to each image")
+    return pairs
+
+
+def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[Sample]:
+    """Yield images of coloured noise with a photo's frequency spectrum, and captions of common words."""
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None] * HEIGHT, np.fft.rfftfreq(WIDTH)[None] * WIDTH)
+    amplitudes = 1 / np.maximum(frequency, 1) ** SLOPE
+
+    def noise() -> np.ndarray:
+        waves = np.fft.rfft2(generator.standard_normal((HEIGHT, WIDTH))) * amplitudes
+        field = np.fft.irfft2(waves, s=(HEIGHT, WIDTH))
+        return (field - field.mean()) / field.std()
+
+    for number in range(count):
+        captions = [" ".join(generator.choice(WORDS, size=generator.integers(8, 16))) for _ in range(5)]
+        light, red, blue = noise(), noise(), noise()
+        colours = np.stack([light + 0.5 * red, light, light + 0.5 * blue], axis=2)
+        pixels = np.ascontiguousarray(np.clip(128 + CONTRAST * colours, 0, 255).astype(np.uint8))
+        record = {"image_id": number, "captions": captions}
+        jpeg = simplejpeg.encode_jpeg(pixels, QUALITY, "RGB", "420")
+        yield {"__key__": f"{number}", "jpg": jpeg, "json": json.dumps(record).encode()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    random.seed(job.seed)
+    Path(sys.argv[2]).write_text(json.dumps(measure(job)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,149 +1,181 @@
-"""What people run instead: three loaders of other projects over the same shards, as their documentation builds them.
+"""Loaders of other projects for `mome bench loader`, built as their documentation shows, with equal augmentation.
 
-Each gives (image, text) batches without end; PillowRecipe tells what the rows are.
+webdataset_pil: webdataset, Pillow, and torch's DataLoader. open_clip_composition: the pipeline of open_clip's training
+data, on Pillow instead of torchvision. Both yield (image, text) batches without end: images (B, 3, S, S) float32 in
+[-1, 1]; text (B, 3, L) int64, the tokens, the masked tokens and the labels.
 """
 
 from __future__ import annotations
 
-import itertools
+import io
 import json
-import logging
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 import webdataset
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
-from jobs.bench.pillow import PillowRecipe, decode_rgb
+from pipeline.data.contents.images import draw_crop
+from pipeline.data.examples.augment import APPLIED, FILL, MAX_MAGNITUDE, ROTATE, SHEAR, TRANSLATE, enhance_factor
+from pipeline.data.randomness import CounterRandom
 
-WARM_UP_BATCHES = 6
+IGNORED = -100  # label of a token that is not masked
 IMAGES = "jpg;png;jpeg;webp"
-SAMPLE_BUFFER, SAMPLE_INITIAL = 5000, 1000  # open_clip's shuffle of samples
+SAMPLE_BUFFER, SAMPLE_INITIAL = 5000, 1000  # open_clip's shuffle buffers of samples
 SHARD_BUFFER, SHARD_INITIAL = 2000, 500  # and of shards
-PASSES = 20  # over the shards before its stages start anew, which throws an unfinished batch away
-RAY_STORE_BYTES = 2**30
+EPOCHS = 20  # of the shard list before the pipeline restarts, which drops an incomplete batch
 
 
 @dataclass(frozen=True)
-class Work:
-    """The data a peer reads, and with how many processes."""
+class PeerRecipe:
+    """The data and the work of a peer; every worker process receives a copy."""
 
-    shards: tuple[str, ...]  # paths of tars
-    counts: tuple[int, ...]  # samples of each
-    samples: int  # to be measured
-    batch: int
+    shards: tuple[str, ...]  # paths of the tars
+    num_samples: int  # of all shards
+    batch_size: int
     workers: int
     seed: int
-    recipe: PillowRecipe
+    vocabulary: str  # path of the file
+    image_size: int
+    crop_scale: tuple[float, float]
+    num_ops: int  # of RandAugment; 0 disables it
+    magnitude: int
+    max_text_length: int
+    mlm_probability: float
+
+    @property
+    def samples_per_worker(self) -> int:
+        """Number of samples that a worker reads per epoch; a larger shuffle buffer would never fill."""
+        return max(1, self.num_samples // self.workers)
+
+    def image(self, picture: Image.Image) -> Tensor:
+        """Crop, flip, augment and normalise in torchvision's order of operations."""
+        counter = CounterRandom(random.getrandbits(64))
+        top, left, height, width = draw_crop(picture.height, picture.width, self.crop_scale, counter)
+        picture = picture.crop((left, top, left + width, top + height))
+        picture = picture.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        if random.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for _ in range(self.num_ops):
+            operation = OPERATIONS[random.choice(NAMES)]
+            sign = random.choice((-1.0, 1.0))
+            if random.random() < APPLIED:
+                picture = operation(picture, self.magnitude / MAX_MAGNITUDE, sign)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+        return pixels.clone().sub_(0.5).div_(0.5)
+
+    def text(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Tokenize one of the captions with transformers' tokenizer."""
+        return load_tokenizer(self.vocabulary)(
+            random.choice(record["captions"]),
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_text_length,
+            return_special_tokens_mask=True,
+            return_offsets_mapping=True,
+        )
+
+    def collate(self, examples: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, Tensor]:
+        """Stack the images and mask whole words with transformers' collator."""
+        images, texts = zip(*examples, strict=True)
+        collator = DataCollatorForLanguageModeling(
+            load_tokenizer(self.vocabulary),
+            mlm_probability=self.mlm_probability,
+            whole_word_mask=True,
+            mask_replace_prob=1.0,  # the only choice that the collator supports for whole words
+            random_replace_prob=0.0,
+        )
+        masked = collator([dict(text) for text in texts])
+        ids, labels = masked["input_ids"], masked["labels"]
+        return torch.stack(images), torch.stack([torch.where(labels == IGNORED, ids, labels), ids, labels], dim=1)
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Batches that bring a loader to its steady state, then those to be counted. Both are (image, text)."""
-
-    warm_up: Iterator[tuple[Any, Any]]
-    batches: Iterator[tuple[Any, Any]]
-
-    @staticmethod
-    def endless(batches: Iterator[tuple[Any, Any]]) -> Stream:
-        """What is prepared ahead when the count begins is as much as when it ends."""
-        return Stream(itertools.islice(batches, WARM_UP_BATCHES), batches)
+Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-def webdataset_pil(work: Work) -> Stream:
-    """webdataset's reader and buffers, Pillow, torch's DataLoader: the tutorial's loader."""
-    recipe = work.recipe
+def webdataset_pil(recipe: PeerRecipe) -> Batches:
+    """Yield batches of webdataset's tutorial loader: its reader and shuffle, Pillow, and torch's DataLoader."""
 
-    def row(sample: dict[str, Any]) -> tuple[Any, Any]:
-        return recipe.image(decode_rgb(_picture(sample))), recipe.text(json.loads(sample["json"]))
+    def example(sample: dict[str, Any]) -> tuple[Any, Any]:
+        data = next(sample[name] for name in IMAGES.split(";") if sample.get(name) is not None)
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            return recipe.image(picture.convert("RGB")), recipe.text(json.loads(sample["json"]))
 
-    dataset = webdataset.WebDataset(list(work.shards), shardshuffle=100, seed=work.seed)
-    dataset = dataset.shuffle(min(1000, _share(work))).map(row).repeat()
-    return Stream.endless(iter(DataLoader(dataset, work.batch, num_workers=work.workers, collate_fn=recipe.collate)))
+    dataset = webdataset.WebDataset(list(recipe.shards), shardshuffle=100, seed=recipe.seed)
+    dataset = dataset.shuffle(min(1000, recipe.samples_per_worker)).map(example).repeat()
+    return iter(DataLoader(dataset, recipe.batch_size, num_workers=recipe.workers, collate_fn=recipe.collate))
 
 
-def open_clip_composition(work: Work) -> Stream:
-    """The stages of open_clip's training data: seeded shard shuffle, large sample buffer, batches made by the workers.
-
-    Its pictures are transformed by torchvision on Pillow; here by the same Pillow calls without torchvision.
-    """
+def open_clip_composition(recipe: PeerRecipe) -> Batches:
+    """Yield batches of open_clip's pipeline: seeded shard shuffle, large sample buffer, batches made by the workers."""
+    available = recipe.samples_per_worker
     stages = [
-        webdataset.SimpleShardList(list(work.shards) * PASSES),
-        webdataset.detshuffle(bufsize=SHARD_BUFFER, initial=SHARD_INITIAL, seed=work.seed),
+        webdataset.SimpleShardList(list(recipe.shards) * EPOCHS),
+        webdataset.detshuffle(bufsize=SHARD_BUFFER, initial=SHARD_INITIAL, seed=recipe.seed),
         webdataset.split_by_node,
         webdataset.split_by_worker,
         webdataset.tarfile_to_samples(),
-        webdataset.shuffle(min(SAMPLE_BUFFER, _share(work)), initial=min(SAMPLE_INITIAL, _share(work))),
-        webdataset.select(_is_pair),
+        webdataset.shuffle(min(SAMPLE_BUFFER, available), initial=min(SAMPLE_INITIAL, available)),
+        webdataset.select(lambda sample: "json" in sample and any(name in sample for name in IMAGES.split(";"))),
         webdataset.decode("pilrgb"),
         webdataset.rename(image=IMAGES, text="json"),
-        webdataset.map_dict(image=work.recipe.image, text=work.recipe.text),
+        webdataset.map_dict(image=recipe.image, text=recipe.text),
         webdataset.to_tuple("image", "text"),
-        webdataset.batched(work.batch, collation_fn=work.recipe.collate, partial=False),
+        webdataset.batched(recipe.batch_size, collation_fn=recipe.collate, partial=False),
     ]
     dataset = webdataset.DataPipeline(*stages).repeat()
-    loader = webdataset.WebLoader(
-        dataset, batch_size=None, shuffle=False, num_workers=work.workers, persistent_workers=True
+    return iter(
+        webdataset.WebLoader(
+            dataset, batch_size=None, shuffle=False, num_workers=recipe.workers, persistent_workers=True
+        )
     )
-    return Stream.endless(iter(loader))
 
 
-def ray_data(work: Work) -> Stream:
-    """Ray Data's webdataset reader, Pillow in map_batches, iter_batches, on a Ray of `workers` CPUs of its own.
-
-    It prepares as far ahead as its store has room, so whole passes are counted; the warm-up starts its workers.
-    """
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=work.workers,
-        object_store_memory=RAY_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    wanted = sum(before < work.samples for before in itertools.accumulate(work.counts, initial=0)) or 1
-    passes = (_ray_pass(work, work.shards[:wanted]) for _ in itertools.count())
-    return Stream(_ray_pass(work, work.shards[: work.workers]), itertools.chain.from_iterable(passes))
-
-
-def _ray_pass(work: Work, shards: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
-    import ray
-
-    recipe = work.recipe
-
-    def rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        samples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = [(recipe.image(decode_rgb(_picture(each))), recipe.text(json.loads(each["json"]))) for each in samples]
-        image, text = recipe.collate(made)
-        return {"image": image.numpy(), "text": text.numpy()}
-
-    # Undecoded, since its own decoder would send whole pictures through the object store.
-    dataset = ray.data.read_webdataset(list(shards), decoder=None).map_batches(rows, batch_size=work.batch)
-    for batch in dataset.iter_batches(batch_size=work.batch, batch_format="numpy"):
-        yield batch["image"], batch["text"]
-
-
-PEERS: dict[str, Callable[[Work], Stream]] = {
+PEERS: dict[str, Callable[[PeerRecipe], Batches]] = {
     "webdataset_pil": webdataset_pil,
     "open_clip_composition": open_clip_composition,
-    "ray_data": ray_data,
 }
 
 
-def _share(work: Work) -> int:
-    """Samples a worker reads in a pass: a larger buffer would be emptied before it is full."""
-    return max(1, sum(work.counts) // work.workers)
+@lru_cache(maxsize=1)
+def load_tokenizer(vocabulary: str) -> BertTokenizer:
+    """Return the tokenizer, built once per process: building it costs as much as loading a hundred samples."""
+    return BertTokenizer(vocabulary)
 
 
-def _picture(sample: dict[str, Any]) -> bytes:
-    return next(sample[name] for name in IMAGES.split(";") if sample.get(name) is not None)
+def _affine(picture: Image.Image, inverse: tuple[float, ...]) -> Image.Image:
+    """Apply the transform whose inverse maps output to input pixels, as Pillow expects it."""
+    return picture.transform(
+        picture.size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR, fillcolor=FILL
+    )  # fmt: skip
 
 
-def _is_pair(sample: dict[str, Any]) -> bool:
-    return "json" in sample and any(name in sample for name in IMAGES.split(";"))
+# Name → operation(picture, strength 0 … 1, sign ±1), equal to those of pipeline/data/examples/augment.py.
+OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+    "Identity": lambda picture, strength, sign: picture,
+    "AutoContrast": lambda picture, strength, sign: ImageOps.autocontrast(picture),
+    "Equalize": lambda picture, strength, sign: ImageOps.equalize(picture),
+    "Brightness": lambda picture, strength, sign: ImageEnhance.Brightness(picture).enhance(enhance_factor(strength)),
+    "Sharpness": lambda picture, strength, sign: ImageEnhance.Sharpness(picture).enhance(enhance_factor(strength)),
+    "ShearX": lambda picture, strength, sign: _affine(picture, (1, -sign * strength * SHEAR, 0, 0, 1, 0)),
+    "ShearY": lambda picture, strength, sign: _affine(picture, (1, 0, 0, -sign * strength * SHEAR, 1, 0)),
+    "TranslateX": lambda picture, strength, sign: _affine(
+        picture, (1, 0, -sign * strength * TRANSLATE * picture.width, 0, 1, 0)
+    ),
+    "TranslateY": lambda picture, strength, sign: _affine(
+        picture, (1, 0, 0, 0, 1, -sign * strength * TRANSLATE * picture.height)
+    ),
+    "Rotate": lambda picture, strength, sign: picture.rotate(
+        sign * strength * ROTATE, Image.Resampling.BILINEAR, fillcolor=FILL
+    ),
+}
+NAMES = tuple(OPERATIONS)

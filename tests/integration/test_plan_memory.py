@@ -36,8 +36,8 @@ def _base(zero_stage: int) -> RunConfig:
 
 
 def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int], dict[str, int]]]:
+    from jobs.bench.step import bench_step
     from pipeline.training.collectives import Collectives
-    from pipeline.training.step_bench import bench_step
 
     found = [bench_step(config, index, Collectives(), steps=0) for config in configs]
     return [(each.predicted, each.measured) for each in found]
