@@ -1,4 +1,4 @@
-"""Processes that use a node cache are killed at random moments; whoever comes next finds it in order."""
+"""Processes that share a node cache are killed at random moments; the next process finds it consistent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def start(cache: NodeCache, store: Path, seed: int) -> subprocess.Popen:
 
 
 def wait_for_part(cache: NodeCache) -> Path:
-    """A download that is under way."""
+    """Wait until a download is in progress."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if parts := list(cache.folder.glob("*.part")):
@@ -34,7 +34,7 @@ def wait_for_part(cache: NodeCache) -> Path:
     raise AssertionError("no download began")
 
 
-def test_a_process_killed_while_it_downloads_leaves_what_the_next_one_cleans(tmp_path: Path):
+def test_next_process_cleans_up_a_killed_download(tmp_path: Path):
     store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 4 * SIZE)
     fill(store, FILES)
     for seed in range(3):
@@ -53,8 +53,8 @@ def test_a_process_killed_while_it_downloads_leaves_what_the_next_one_cleans(tmp
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_the_cache_is_in_order_after_kills_at_random_moments(tmp_path: Path, processes: int):
-    """The others go on meanwhile, and after the last kill the whole budget can be used."""
+def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
+    """Other processes keep reading, and the whole budget can be used after the last kill."""
     store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 8 * SIZE)
     fill(store, FILES)
     chance = random.Random(processes)

@@ -1,10 +1,10 @@
-"""Faults of every kind at random moments of a run over two nodes: it ends with the losses of the uninterrupted run.
+"""Faults of every kind at random moments of a run over two nodes: it ends with the uninterrupted run's losses.
 
 MOME_CHAOS=30 python -m pytest -s tests/faults/test_chaos.py
 
-Shards, checkpoints and records lie in an object store behind a proxy, metrics go to an MLflow server. After each fault
-the harness waits for the next step and for the evidence that the fault was noticed; at the end it prints how long each
-took to recover from, and the goodput: the share of the time in which no fault was being recovered from.
+Shards, checkpoints and journals are in an object store behind a proxy; metrics go to an MLflow server. After each fault
+the test waits for the next step and for evidence that the fault was noticed. It prints the recovery time of each fault
+and the goodput: the fraction of time in which no fault was being recovered from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.data.storage import join
 from tests.support.fault_proxy import FaultProxy
 from tests.support.mlflow_server import Server
 from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
-from tests.support.train_process import STAGES, Campaign, assert_same_losses, paced
+from tests.support.train_process import STAGES, TrainProcess, assert_same_losses, paced
 
 FAULTS = int(os.environ.get("MOME_CHAOS", "4"))  # about a minute each
 STEPS = max(12, 4 * FAULTS)  # of each stage
@@ -41,9 +41,9 @@ HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
 
 @dataclass
 class Site:
-    """Everything that can be broken, and the run."""
+    """The run, and every service and process that can be broken."""
 
-    run: Campaign
+    run: TrainProcess
     cluster: Cluster
     proxy: FaultProxy
     server: Server
@@ -53,17 +53,17 @@ class Site:
 
     @property
     def node(self) -> Node:
-        """The one that comes and goes; the head stays."""
+        """Return the node that is lost and returns; the head stays."""
         return self.cluster.others[0]
 
     def ranks(self) -> list[psutil.Process]:
         return [rank for node in self.cluster.nodes for rank in node.ranks() if rank.pid not in self.stopped]
 
     def restarts(self, cause: str) -> int:
-        return self.run.causes().count(cause)
+        return self.run.restart_causes().count(cause)
 
-    def told(self, words: str) -> int:
-        """How often the ranks logged something."""
+    def count_logged(self, words: str) -> int:
+        """Count how often the ranks logged `words`."""
         found = 0
         for session in self.cluster.sessions():
             for file in (session / "logs").glob("**/*"):
@@ -73,7 +73,7 @@ class Site:
         return found
 
     def strike(self, number: signal.Signals) -> psutil.Process | None:
-        """Sends a signal to a rank; None where the run ended before there was one."""
+        """Send a signal to a random rank and return it; None if the run ended before there was one."""
         while self.run.running():
             self.wait_for(lambda: bool(self.ranks()), "a rank")
             with suppress(IndexError, psutil.NoSuchProcess):
@@ -96,7 +96,7 @@ def rank_killed(site: Site) -> Callable[[], bool]:
 
 
 def rank_stopped(site: Site) -> Callable[[], bool]:
-    """And again: what paces the ranks may be about to wake it."""
+    """Stop a rank, and stop it again: the thread that paces the ranks may be about to wake it."""
     before, rank = site.restarts("failed"), site.strike(signal.SIGSTOP)
 
     def missed() -> bool:
@@ -130,7 +130,7 @@ def preempted(site: Site) -> Callable[[], bool]:
 
 
 def driver_killed(site: Site) -> Callable[[], bool]:
-    """Submitted anew, the run goes on: in a session of its own."""
+    """Kill the driver and start the run again, which resumes in a new session."""
     sessions = site.run.sessions()
     site.run.kill()
     site.run.start()
@@ -138,15 +138,15 @@ def driver_killed(site: Site) -> Callable[[], bool]:
 
 
 def until_missed(site: Site, words: str, pause: float, blow: Callable[[], object]) -> Callable[[], bool]:
-    """Strikes every so many seconds until the ranks log the words.
+    """Repeat a fault every `pause` seconds until the ranks log `words`.
 
-    One blow may go unmissed, rightly: a rank that is starting or ending wants nothing of what it breaks.
+    A single fault may go unnoticed: a rank that is starting or ending does not use what it breaks.
     """
-    before, again = site.told(words), 0.0
+    before, again = site.count_logged(words), 0.0
 
     def missed() -> bool:
         nonlocal again
-        if site.told(words) > before:
+        if site.count_logged(words) > before:
             return True
         if time.monotonic() > again:
             blow()
@@ -154,7 +154,7 @@ def until_missed(site: Site, words: str, pause: float, blow: Callable[[], object
         return False
 
     site.wait_for(missed, f"a log that says '{words}'")
-    return lambda: site.told(words) > before
+    return lambda: site.count_logged(words) > before
 
 
 def loader_killed(site: Site) -> Callable[[], bool]:
@@ -172,8 +172,8 @@ def store_away(site: Site) -> Callable[[], bool]:
 
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:
-    """One byte of the newest, while the ranks are gone because one was lost: the restart is the next to read it."""
-    before = site.told("checkpoint skipped")
+    """Flip one byte of the newest checkpoint after a rank was lost, so that the restart reads it next."""
+    before = site.count_logged("checkpoint skipped")
     site.wait_for(lambda: len(site.run.checkpoints()) > 1 and bool(site.ranks()), "two checkpoints")
     ranks = site.ranks()
     site.strike(signal.SIGKILL)
@@ -183,20 +183,20 @@ def checkpoint_damaged(site: Site) -> Callable[[], bool]:
     data = bytearray(site.run.storage.read(join(url, name)))
     data[site.draw.randrange(len(data))] ^= 1
     site.run.storage.write(join(url, name), bytes(data))
-    return lambda: site.told("checkpoint skipped") > before
+    return lambda: site.count_logged("checkpoint skipped") > before
 
 
 def mlflow_killed(site: Site) -> Callable[[], bool]:
-    missed = site.told("is unavailable")
+    missed = site.count_logged("is unavailable")
     site.server.kill()
     time.sleep(AWAY)
-    site.wait_for(lambda: site.told("is unavailable") > missed, "the server to be missed")
+    site.wait_for(lambda: site.count_logged("is unavailable") > missed, "the server to be missed")
     site.server.start()
     return lambda: True
 
 
 def disk_full(site: Site) -> Callable[[], bool]:
-    """The shards' copies are gone and there is no room for others; and then a rank is lost, so that they are missed."""
+    """Remove the cached shards, fill the disk, and kill a rank so that the shards are needed again."""
     for copy in site.cache.rglob("*.tar"):
         copy.unlink(missing_ok=True)
     filling = site.cache / "filling"
@@ -234,7 +234,7 @@ def _title(process: psutil.Process) -> str:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of 8 MiB; None where this process may not mount one."""
+    """Mount a file system of 8 MiB; yield None where this process may not mount one."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "mome-test", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -247,9 +247,9 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 
 def schedule(draw: random.Random, kinds: list[Callable[[Site], Callable[[], bool]]]) -> list[tuple[int, str]]:
-    """(step, kind) of each fault: a random moment of each equal part of the run; every kind before one comes again.
+    """Return (step, kind) of each fault: a random moment of each equal part of the run, every kind before any repeats.
 
-    A part is left over at the end: what breaks just before the run ends may be missed by nobody.
+    The last part of the run has no fault: one that happens just before the end may go unnoticed.
     """
     part = len(STAGES) * STEPS / (FAULTS + 1)
     order = [kind.__name__ for kind in kinds[:FAULTS]]
@@ -269,8 +269,8 @@ def report(times: dict[str, list[float]], wall: float) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tmp_path: Path) -> None:
-    whole = Campaign(tmp_path, "whole", STEPS)
+def test_run_with_every_fault_equals_uninterrupted_run(s3, tmp_path: Path) -> None:
+    whole = TrainProcess(tmp_path, "whole", STEPS)
     whole.start_alone().finish()
     draw, times = random.Random(5), defaultdict(list)
     server = Server(tmp_path)
@@ -290,7 +290,7 @@ def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tm
                 "data.loader.num_workers=1",
             ]
             keys += [f"data.cache={{folder: '{cache}', max_bytes: 4000000}}"] if cache else []
-            run = Campaign(
+            run = TrainProcess(
                 tmp_path, "chaos", STEPS, *keys,
                 environment=cluster.environment, output=s3.url("runs"), storage=s3.config,
             )  # fmt: skip
@@ -300,7 +300,7 @@ def test_a_run_through_faults_of_every_kind_ends_as_the_uninterrupted_run(s3, tm
             with paced(run, site.ranks, REST):
                 for step, name in schedule(draw, kinds):
                     site.wait_for(lambda: run.step() >= step and bool(site.ranks()), f"step {step}")  # noqa: B023
-                    assert run.running(), f"ended before {name}: {run.told()[-2000:]}"
+                    assert run.running(), f"ended before {name}: {run.log_text()[-2000:]}"
                     at, reached = time.monotonic(), run.step()
                     noticed = {kind.__name__: kind for kind in KINDS}[name](site)
                     site.wait_for(lambda: run.step() > reached, f"a step after {name}")  # noqa: B023

@@ -1,4 +1,4 @@
-"""A node that is cut off, its processes alive and no connection told: the run goes on without it (C4)."""
+"""A node loses its network while its processes live and no connection is closed: the run continues without it (C4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.network import network
 from tests.support.ray_nodes import raylets, wait_until
-from tests.support.train_process import Campaign, assert_same_losses, paced
+from tests.support.train_process import TrainProcess, assert_same_losses, paced
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +17,11 @@ STEPS, SECONDS = 20, 900
 
 
 @pytest.mark.timeout(2400)
-def test_a_node_that_is_cut_off_is_done_without(tmp_path: Path) -> None:
+def test_run_continues_without_an_unreachable_node(tmp_path: Path) -> None:
     with network(2) as net:
         if net is None:
             pytest.skip("network namespaces are not permitted here")
-        whole = Campaign(tmp_path, "whole", STEPS).start_alone()
+        whole = TrainProcess(tmp_path, "whole", STEPS).start_alone()
         whole.finish()
         with raylets([1, 1], hosts=net.hosts) as cluster:
 
@@ -30,12 +30,12 @@ def test_a_node_that_is_cut_off_is_done_without(tmp_path: Path) -> None:
 
             keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
             keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1"]
-            run = Campaign(tmp_path, "cut", STEPS, *keys, environment=cluster.environment).start()
+            run = TrainProcess(tmp_path, "cut", STEPS, *keys, environment=cluster.environment).start()
             with paced(run, ranks):
                 wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
-                assert [len(node.ranks()) for node in cluster.nodes] == [1, 1], run.told()
+                assert [len(node.ranks()) for node in cluster.nodes] == [1, 1], run.log_text()
                 net.cut(1)
                 assert cluster.others[0].ranks(), "its processes are alive; only the network is gone"
             run.finish()
-        assert run.causes() == ["failed"]
+        assert run.restart_causes() == ["failed"]
         assert_same_losses(run.losses(), whole.losses())

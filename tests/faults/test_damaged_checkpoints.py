@@ -1,4 +1,4 @@
-"""Contract C5 under damage, in a folder and in an object store: each is found and told, and the one before is used."""
+"""Contract C5 under damage: a damaged checkpoint is reported and skipped, in a folder and in an object store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def collectives() -> Iterator[Collectives]:
 
 @pytest.fixture(params=["local", "moto"])
 def store(request: pytest.FixtureRequest, tmp_path, monkeypatch, collectives: Collectives) -> CheckpointStore:
-    """The checkpoints of an empty run, in a folder or in an object store."""
+    """Return the checkpoint store of an empty run, in a folder or in an object store."""
     storage, folder = Storage(), str(tmp_path / "run")
     if request.param == "moto":
         storage, folder = in_object_store(request, monkeypatch)
@@ -76,7 +76,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Storage, str], None]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told_and_the_checkpoint_before_is_used(
+def test_damaged_checkpoint_is_reported_and_skipped(
     store: CheckpointStore, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     told, inflict = DAMAGES[damage]
@@ -89,8 +89,7 @@ def test_damage_is_told_and_the_checkpoint_before_is_used(
     assert re.search(rf"skipped: {re.escape(url)}: {told}", caplog.text)
 
 
-def test_every_flipped_byte_of_the_two_small_files_is_noticed(tmp_path, collectives: Collectives) -> None:
-    """Whatever byte of COMMIT.json or MANIFEST.json it is: what says that a checkpoint is whole is itself checked."""
+def test_any_flipped_byte_of_commit_or_manifest_is_detected(tmp_path, collectives: Collectives) -> None:
     store = CheckpointStore(Storage(), str(tmp_path), collectives, CheckpointConfig())
     save(store, 10)
     url = save(store, 20)
@@ -104,16 +103,16 @@ def test_every_flipped_byte_of_the_two_small_files_is_noticed(tmp_path, collecti
     assert newest_weight(store) == [20, 21, 22, 23]
 
 
-def test_with_every_checkpoint_damaged_there_is_none(store: CheckpointStore) -> None:
+def test_no_checkpoint_is_used_when_all_are_damaged(store: CheckpointStore) -> None:
     for step in (10, 20):
         flip(store.storage, join(save(store, step), PART), -1)
     assert store.latest() is None
 
 
-def test_what_an_attempt_left_half_finished_is_passed_over_and_removed_once_a_newer_is_whole(
+def test_partial_checkpoints_are_skipped_and_later_removed(
     store: CheckpointStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files of a rank without a commit, as a run leaves them that is killed while it writes."""
+    """A run that is killed while it writes leaves files of ranks without a commit."""
     save(store, 10)
     before, beyond = join(store.url, "step-00000010.0a0a"), join(store.url, "step-00000020.0b0b")
     for url in (before, beyond):
@@ -130,7 +129,7 @@ def test_what_an_attempt_left_half_finished_is_passed_over_and_removed_once_a_ne
     assert newest_weight(store) == [20, 21, 22, 23]
 
 
-def test_nothing_is_removed_that_no_run_wrote(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_files_are_never_removed(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
     save(store, 10)
     kept = [join(store.url, "step-00000005.copy", PART), join(store.url, "notes.txt")]
     unfinished = join(store.url, "step-00000006.0c0c")
@@ -145,7 +144,7 @@ def test_nothing_is_removed_that_no_run_wrote(store: CheckpointStore, caplog: py
 
 
 @pytest.mark.parametrize("store", ["moto"], indirect=True)
-def test_the_parts_of_uploads_that_died_are_removed_at_the_start(store: CheckpointStore) -> None:
+def test_parts_of_dead_uploads_are_removed_at_start(store: CheckpointStore) -> None:
     import botocore.session
 
     client = botocore.session.get_session().create_client("s3")

@@ -1,4 +1,4 @@
-"""`mome embed` killed with SIGKILL again and again: the same command ends with what it would have written at once."""
+"""`mome embed` killed repeatedly with SIGKILL: the same command then writes what one undisturbed call writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AFTER = (5, 20)  # records, each time in a process of its own
 
 
 class Embedding:
-    """`mome embed` in a process."""
+    """A `mome embed` process."""
 
     def __init__(self, shards: str, checkpoint: str, out: Path):
         command = [sys.executable, "-m", "jobs.cli", "embed", shards, "--checkpoint", checkpoint, "--out", str(out)]
@@ -43,7 +43,7 @@ class Embedding:
         return len(list((self._out / DONE).glob("*.json")))
 
     def kill_at(self, records: int) -> int:
-        """SIGKILL once so many shards are done; how many were in the end."""
+        """Send SIGKILL once `records` shards are done; return the number done in the end."""
         deadline = time.monotonic() + SECONDS
         while self.records() < records and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -58,7 +58,7 @@ class Embedding:
         return json.loads(out)
 
 
-def test_a_killed_embedding_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
     config, checkpoint = untrained_weights(tmp_path)
     samples = (
         {"__key__": sample.key, **sample.members} for sample in iter_samples(Storage(), config.sources["scenes"].shards)

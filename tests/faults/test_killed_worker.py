@@ -1,6 +1,6 @@
-"""Contract C4 end to end: a rank killed in the middle of every stage leaves the uninterrupted run's losses.
+"""Contract C4 end to end: a rank killed in every stage leaves the uninterrupted run's losses.
 
-And in MLflow one run with a child a stage, each step once.
+MLflow has one run with one child per stage and each step once.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 
 from tests.support.tracked_run import assert_tracked_once
-from tests.support.train_process import SECONDS, STAGES, Campaign
+from tests.support.train_process import SECONDS, STAGES, TrainProcess
 
 STEPS = 12
 
 
 @pytest.mark.timeout(1200)
-def test_a_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
-    whole = Campaign(tmp_path, "whole", STEPS)
+def test_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
+    whole = TrainProcess(tmp_path, "whole", STEPS)
     whole.start().finish()
-    killed = Campaign(tmp_path, "killed", STEPS).start()
+    killed = TrainProcess(tmp_path, "killed", STEPS).start()
     deadline = time.monotonic() + SECONDS
     kills = 0
     while kills < len(STAGES) and killed.running() and time.monotonic() < deadline:
-        stage, step = killed.reached()
+        stage, step = killed.last_step()
         if stage == kills and step >= kills * STEPS + 6 and (ranks := killed.ranks()):
             ranks[kills % len(ranks)].send_signal(signal.SIGKILL)
             kills += 1
@@ -34,14 +34,14 @@ def test_a_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     assert kills == len(STAGES)
     assert len(whole.losses()) == len(STAGES) * STEPS
     assert killed.losses() == whole.losses()
-    assert killed.causes() == ["failed"] * kills
+    assert killed.restart_causes() == ["failed"] * kills
     assert_tracked_once(killed, tmp_path, attempts=kills + 1)
 
 
 @pytest.mark.timeout(1800)
-def test_a_process_killed_twice_is_one_run_in_mlflow(tmp_path: Path) -> None:
-    """Without Ray: who runs the same command again."""
-    run = Campaign(tmp_path, "killed", 8)
+def test_process_killed_twice_is_one_mlflow_run(tmp_path: Path) -> None:
+    """Without Ray, a user restarts the same command."""
+    run = TrainProcess(tmp_path, "killed", 8)
     for step in (5, 12):
         run.start_alone()
         deadline = time.monotonic() + SECONDS

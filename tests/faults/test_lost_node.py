@@ -1,4 +1,4 @@
-"""Two nodes: a run over both goes on with what is there when one is lost, and grows back when it returns (C1, C4)."""
+"""A run over two nodes continues on one when the other is lost, and grows back when it returns (C1, C4)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.support.ray_nodes import Cluster, raylets, wait_until
-from tests.support.train_process import Campaign, assert_same_losses, paced
+from tests.support.train_process import TrainProcess, assert_same_losses, paced
 
 pytestmark = pytest.mark.slow
 
@@ -25,22 +25,22 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    """The run that nothing happens to, on one rank without Ray."""
-    run = Campaign(tmp_path_factory.mktemp("runs"), "whole", STEPS).start_alone()
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainProcess:
+    """Return the uninterrupted run, on one rank without Ray."""
+    run = TrainProcess(tmp_path_factory.mktemp("runs"), "whole", STEPS).start_alone()
     run.finish()
     return run
 
 
-def elastic(cluster: Cluster, folder: Path, name: str, *more: str) -> Campaign:
-    """A run of two ranks, one on each node, that goes on with one."""
+def elastic(cluster: Cluster, folder: Path, name: str, *more: str) -> TrainProcess:
+    """Return a run of two ranks, one on each node, that can continue with one."""
     keys = [f"cluster.address='{cluster.address}'", "cluster.workers=2", "cluster.min_workers=1"]
     keys += ["cluster.placement=spread", "cluster.start_seconds=20", "cluster.grow_seconds=1", *more]
-    return Campaign(folder, name, STEPS, *keys, environment=cluster.environment)
+    return TrainProcess(folder, name, STEPS, *keys, environment=cluster.environment)
 
 
 def ranks(cluster: Cluster) -> list[int]:
-    """How many each node has."""
+    """Return the number of ranks on each node."""
     return [len(node.ranks()) for node in cluster.nodes]
 
 
@@ -49,47 +49,47 @@ def all_ranks(cluster: Cluster) -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(2400)
-def test_a_lost_node_leaves_the_losses_as_they_were_and_is_used_again(cluster: Cluster, whole: Campaign) -> None:
+def test_losing_a_node_changes_no_loss(cluster: Cluster, whole: TrainProcess) -> None:
     run, lost = elastic(cluster, whole.folder, "lost").start(), cluster.others[0]
     with paced(run, lambda: all_ranks(cluster)):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
-        assert ranks(cluster) == [1, 1], run.told()
+        assert ranks(cluster) == [1, 1], run.log_text()
 
         before = run.step()
         lost.lose()
         wait_until(lambda: run.step() > before + 5 or not run.running(), "steps without the node", SECONDS)
-        assert ranks(cluster) == [1, 0], run.told()
+        assert ranks(cluster) == [1, 0], run.log_text()
 
         lost.start()
         wait_until(lambda: ranks(cluster) == [1, 1] or not run.running(), "both nodes in use", SECONDS)
     run.finish()
-    assert run.causes() == ["failed", "grown"]
+    assert run.restart_causes() == ["failed", "grown"]
     assert_same_losses(run.losses(), whole.losses())
 
 
 @pytest.mark.timeout(2400)
-def test_notice_of_a_nodes_end_costs_no_step(cluster: Cluster, whole: Campaign) -> None:
+def test_announced_preemption_of_a_node_costs_no_step(cluster: Cluster, whole: TrainProcess) -> None:
     cluster.wait_for_nodes(2)
     run = elastic(cluster, whole.folder, "warned", "checkpoint.every=1000").start()
     with paced(run, lambda: all_ranks(cluster)):
         wait_until(lambda: run.step() > 5 or not run.running(), "the first steps", SECONDS)
         cluster.announce_preemption(cluster.others[0], 600)
-        wait_until(lambda: run.causes() or not run.running(), "the ranks to save and stop", SECONDS)
-        assert run.causes() == ["preempted"]
-        assert run.step() - run.saved()[-1] <= 1, "more than one step was lost"
+        wait_until(lambda: run.restart_causes() or not run.running(), "the ranks to save and stop", SECONDS)
+        assert run.restart_causes() == ["preempted"]
+        assert run.step() - run.saved_steps()[-1] <= 1, "more than one step was lost"
         before = run.step()
         wait_until(lambda: run.step() > before or not run.running(), "steps on the node that stays", SECONDS)
         assert ranks(cluster) == [1, 0]
         cluster.others[0].lose()
         cluster.others[0].start()
     run.finish()
-    assert run.causes()[:1] == ["preempted"]
-    assert "failed" not in run.causes()
+    assert run.restart_causes()[:1] == ["preempted"]
+    assert "failed" not in run.restart_causes()
     assert_same_losses(run.losses(), whole.losses())
 
 
 @pytest.mark.timeout(2400)
-def test_a_lost_head_is_replaced_and_the_run_goes_on_under_its_name(cluster: Cluster, whole: Campaign) -> None:
+def test_run_resumes_under_its_name_on_a_new_head(cluster: Cluster, whole: TrainProcess) -> None:
     cluster.wait_for_nodes(2)
     run = elastic(cluster, whole.folder, "headless").start()
     with paced(run, lambda: all_ranks(cluster)):

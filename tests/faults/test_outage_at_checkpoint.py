@@ -1,4 +1,4 @@
-"""The object store is away when a checkpoint is due: the run waits or goes on, and ends as the undisturbed one."""
+"""The object store is unavailable when a checkpoint is due: the run equals the undisturbed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HANG = max(20.0, OUTAGE / 3)  # of a step: in the long version an outage that is
 
 
 def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
-    """Before the step after which the first checkpoint is written, this rank asks for the store to go away."""
+    """Train on this rank; ask for the outage before the step after which the first checkpoint is written."""
     from pipeline.data.storage.retry import RetryBudget
     from pipeline.training.loop import train
 
@@ -45,9 +45,7 @@ def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_a_run_survives_an_outage_that_falls_on_a_checkpoint(
-    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_survives_an_outage_at_a_checkpoint(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.data.storage import Storage
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))

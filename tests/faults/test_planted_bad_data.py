@@ -1,4 +1,4 @@
-"""Planted bad data is found exactly, by `mome shards check` ahead of training and by the loader in it (contract C7)."""
+"""Planted bad data is found exactly, by `mome shards check` before training and by the loader in it (contract C7)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH = 10
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    """120 pairs in five shards, 36 of them bad in 19 ways, indexed."""
+    """Return 120 indexed pairs in five shards, 36 of them bad in 19 ways."""
     found = plant(tmp_path_factory.mktemp("planted") / "pairs")
     index_shards(Storage(), found.folder)
     return found
@@ -33,7 +33,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 @pytest.fixture
 def three_shards(tmp_path: Path) -> Path:
-    """Thirty good pairs, indexed; tests break the middle shard."""
+    """Return thirty good, indexed pairs; tests break the middle shard."""
     for shard in range(3):
         write_tar(tmp_path / f"{shard:05d}.tar", [(f"s{n}", good(n)) for n in range(10 * shard, 10 * shard + 10)])
     index_shards(Storage(), str(tmp_path))
@@ -69,7 +69,7 @@ def run_config(folder: object, samples: int) -> RunConfig:
 
 
 def read_epoch(folder: object, samples: int) -> list[dict]:
-    """One epoch through the loader; what it quarantined."""
+    """Read one epoch through the loader and return the quarantined samples."""
     config = run_config(folder, samples)
     tokenizer = Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
     with Loader(config, config.stages[0], Storage(), tokenizer, rank=0, world_size=1) as loader:
@@ -85,13 +85,13 @@ def as_expected(record: dict) -> Expected:
     return Expected(record["shard"], record["key"], record["offset"], record["stage"])
 
 
-def test_the_planted_set_holds_every_kind(planted: Planted):
+def test_planted_set_holds_every_kind(planted: Planted):
     assert {kind: len(found) for kind, found in planted.bad.items()} == {k: 1 + n % 3 for n, k in enumerate(KINDS)}
     assert len(planted.expected) == sum(map(len, planted.bad.values()))
     assert len(KINDS) >= 12
 
 
-def test_checking_finds_exactly_what_was_planted(planted: Planted, tmp_path: Path):
+def test_check_finds_exactly_the_planted_samples(planted: Planted, tmp_path: Path):
     status, summary = check(planted.folder, "--report", tmp_path / "deep" / "bad.jsonl")
     assert status == 3
     assert (summary["num_samples"], summary["shards"]) == (planted.samples, 5)
@@ -102,21 +102,21 @@ def test_checking_finds_exactly_what_was_planted(planted: Planted, tmp_path: Pat
     assert all(record["reason"] for record in records)
 
 
-def test_training_quarantines_exactly_what_was_planted(planted: Planted):
+def test_loader_quarantines_exactly_the_planted_samples(planted: Planted):
     records = read_epoch(planted.folder, planted.samples)
     assert Counter(map(as_expected, records)) == Counter(planted.expected)
     bad = {one.key for kind in BAD for one in planted.bad[kind]}
     assert not bad & {record["replaced_by"] for record in records}
 
 
-def test_checking_gives_the_reasons_that_training_gives(planted: Planted, tmp_path: Path):
+def test_check_and_loader_give_equal_reasons(planted: Planted, tmp_path: Path):
     check(planted.folder, "--report", tmp_path / "bad.jsonl")
     checked = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     trained = read_epoch(planted.folder, planted.samples)
     assert {(as_expected(r), r["reason"]) for r in checked} == {(as_expected(r), r["reason"]) for r in trained}
 
 
-def test_processes_report_what_one_reports(planted: Planted, tmp_path: Path):
+def test_reports_of_one_and_two_processes_are_equal(planted: Planted, tmp_path: Path):
     reports = []
     for workers in (1, 2):
         status, _ = check(planted.folder, "--report", tmp_path / "bad.jsonl", "--workers", workers)
@@ -125,7 +125,7 @@ def test_processes_report_what_one_reports(planted: Planted, tmp_path: Path):
     assert reports[0] == reports[1]
 
 
-def test_tars_without_a_manifest_are_checked_for_themselves(planted: Planted, tmp_path: Path):
+def test_tars_without_a_manifest_are_checked(planted: Planted, tmp_path: Path):
     for path in Path(planted.folder).glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     status, summary = check(tmp_path)
@@ -133,7 +133,7 @@ def test_tars_without_a_manifest_are_checked_for_themselves(planted: Planted, tm
     assert not list(tmp_path.glob("*.npz"))
 
 
-def test_what_is_not_read_is_not_bad(planted: Planted):
+def test_members_that_are_not_read_are_not_bad(planted: Planted):
     by_use = {
         source_type: check(planted.folder, "--type", source_type)[1]["bad_samples"]
         for source_type in ("images", "text")
@@ -145,7 +145,7 @@ def test_what_is_not_read_is_not_bad(planted: Planted):
     assert by_use["text"] == always + sum(count for kind, count in stages.items() if kind not in pictures)
 
 
-def test_a_clean_source_exits_with_nought(three_shards: Path):
+def test_clean_source_exits_with_0(three_shards: Path):
     assert check(three_shards) == (
         0,
         {
@@ -161,7 +161,7 @@ def test_a_clean_source_exits_with_nought(three_shards: Path):
 
 
 @pytest.mark.parametrize("kind", BREAKS)
-def test_a_broken_shard_is_named_by_the_check_and_stops_training(three_shards: Path, kind: str):
+def test_broken_shard_is_named_and_stops_training(three_shards: Path, kind: str):
     BREAKS[kind](three_shards / "00001.tar")
     status, summary = check(three_shards)
     assert status == 1
@@ -171,14 +171,14 @@ def test_a_broken_shard_is_named_by_the_check_and_stops_training(three_shards: P
         read_epoch(three_shards, 30)
 
 
-def test_a_sidecar_of_another_tar_makes_a_shard_broken(three_shards: Path):
+def test_index_of_another_tar_makes_a_shard_broken(three_shards: Path):
     (three_shards / "00001.tar.index.npz").write_bytes((three_shards / "00002.tar.index.npz").read_bytes())
     status, summary = check(three_shards)
     assert (status, list(summary["broken_shards"])) == (1, ["00001.tar"])
     assert "belongs to another version" in summary["broken_shards"]["00001.tar"]
 
 
-def test_broken_and_bad_are_both_told_and_broken_decides_the_status(planted: Planted, tmp_path: Path):
+def test_broken_shards_decide_the_exit_status(planted: Planted, tmp_path: Path):
     for path in Path(planted.folder).glob("*.tar"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     BREAKS["zero bytes"](tmp_path / "00000.tar")
@@ -192,7 +192,7 @@ def test_broken_and_bad_are_both_told_and_broken_decides_the_status(planted: Pla
     assert len(lines) == 1 + len(left)
 
 
-def test_webdatasets_own_reader_passes_over_much_of_it_in_silence(tmp_path: Path):
+def test_webdataset_reader_skips_much_of_it_silently(tmp_path: Path):
     table = webdataset_table(tmp_path)
     silent = {kind for kind, (raising, _) in table.items() if raising.startswith("silent")}
     assert silent >= {"cut inside a header", "cut before a member", "cut before the zero blocks", "missing caption"}

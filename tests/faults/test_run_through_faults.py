@@ -1,4 +1,4 @@
-"""A whole run's stream through a faulty network: no sample is lost, doubled or substituted (contracts C1 and C7)."""
+"""A data stream over a faulty network: no sample is lost, repeated or replaced (contracts C1 and C7)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_config(shards: str, storage: StorageConfig) -> RunConfig:
     ],
     ids=["bar", "heavy", "outage"],
 )
-def test_a_run_through_faults_is_the_undisturbed_run(
+def test_stream_over_a_faulty_network_equals_undisturbed(
     s3, make_pairs, shards: int, faults: dict[str, float], outage: float
 ):
     folder, url = make_pairs("pairs", [2] * shards), s3.url("pairs")

@@ -1,4 +1,4 @@
-"""Contract C7's transient half: whatever the network between us and a store does, bytes come right or not at all."""
+"""Contract C7, transient faults: reads and writes through a faulty network are byte-equal or raise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Through = Callable[..., tuple[FaultProxy, Storage]]
 
 @pytest.fixture
 def through(s3) -> Iterator[Through]:
-    """through(deadline=seconds, **faults) -> a proxy before the store, and a Storage that sees only the proxy."""
+    """Return through(deadline=seconds, **faults): a proxy in front of the store, and a Storage that uses it."""
     with ExitStack() as open_proxies:
 
         def make(deadline: float = 20.0, **faults) -> tuple[FaultProxy, Storage]:
@@ -54,7 +54,7 @@ def test_random_ranges_are_byte_equal_under_heavy_faults(through: Through, url: 
 
 
 @pytest.mark.parametrize("fault", ["cut", "short"])
-def test_a_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str, fault: str):
+def test_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str, fault: str):
     proxy, storage = through()
     proxy.inject(fault, fault, fault)
     assert storage.read_range(url, 100_000, 2_900_000) == DATA[100_000:2_900_000]
@@ -66,7 +66,7 @@ def test_a_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str,
     assert proxy.bytes_sent == 2_800_000  # no byte was asked for twice
 
 
-def test_a_whole_object_is_resumed_too(through: Through, url: str):
+def test_read_of_a_whole_object_is_resumed(through: Through, url: str):
     proxy, storage = through()
     proxy.inject("short", "cut")
     assert storage.read(url) == DATA
@@ -78,7 +78,7 @@ def test_a_whole_object_is_resumed_too(through: Through, url: str):
     assert [served.method for served in proxy.served] == ["GET"] * 3 + ["HEAD", "GET", "GET"]
 
 
-def test_a_stalled_body_is_resumed_well_before_the_deadline(through: Through, url: str):
+def test_stalled_body_is_resumed_before_the_deadline(through: Through, url: str):
     proxy, storage = through(deadline=4.0)
     proxy.inject("stall", "stall")
     assert storage.read(url) == DATA
@@ -87,7 +87,7 @@ def test_a_stalled_body_is_resumed_well_before_the_deadline(through: Through, ur
 
 
 @pytest.mark.parametrize("fault", ["longer", "misplaced"])
-def test_an_answer_of_other_bytes_than_asked_for_is_not_taken(through: Through, url: str, fault: str):
+def test_response_of_another_range_is_rejected(through: Through, url: str, fault: str):
     proxy, storage = through()
     proxy.inject(fault)
     assert storage.read_range(url, 5, 1_000_000) == DATA[5:1_000_000]
@@ -95,7 +95,7 @@ def test_an_answer_of_other_bytes_than_asked_for_is_not_taken(through: Through, 
     assert len(proxy.served) == 2
 
 
-def test_pieces_never_come_from_two_versions(through: Through, s3, url: str):
+def test_resumed_read_never_mixes_two_versions(through: Through, s3, url: str):
     proxy, storage = through()
     proxy.inject("short")
     proxy.rates["unavailable"] = 1.0  # from the second request on
@@ -110,7 +110,7 @@ def test_pieces_never_come_from_two_versions(through: Through, s3, url: str):
             reading.result()
 
 
-def test_a_truncated_object_is_named(through: Through, s3, url: str):
+def test_truncated_object_is_named(through: Through, s3, url: str):
     _, storage = through(unavailable=0.3, seed=1)
     etag = storage.info(url).etag
     Storage(s3.config).write(url, DATA[:1000])
@@ -121,7 +121,7 @@ def test_a_truncated_object_is_named(through: Through, s3, url: str):
             storage.read_range(url, start, 9000, etag)
 
 
-def test_a_store_that_asks_to_be_spared_is_spared(through: Through, url: str):
+def test_retry_after_header_is_respected(through: Through, url: str):
     proxy, storage = through(retry_after=1)
     proxy.inject("unavailable", "unavailable")
     assert storage.read(url) == DATA
@@ -129,7 +129,7 @@ def test_a_store_that_asks_to_be_spared_is_spared(through: Through, url: str):
     assert proxy.impatient == 0
 
 
-def test_no_store_is_waited_for_beyond_the_deadline(through: Through, url: str):
+def test_retries_end_at_the_deadline(through: Through, url: str):
     _, storage = through(deadline=1.0, unavailable=1.0, retry_after=3600)
     with pytest.raises(StorageError, match=r"^s3://.*/object: reading failed: .*SlowDown.*2 attempts in \d+ s\.$"):
         storage.read(url)
@@ -140,14 +140,14 @@ def test_no_store_is_waited_for_beyond_the_deadline(through: Through, url: str):
         storage.read(url)
 
 
-def test_a_body_that_always_breaks_ends_at_the_deadline(through: Through, url: str):
+def test_body_that_always_breaks_ends_at_the_deadline(through: Through, url: str):
     proxy, storage = through(deadline=2.0, stall=1.0)
     with pytest.raises(StorageError, match=r"object: reading failed: .*Read timed out.*\d+ attempts in \d s"):
         storage.read(url)
     assert proxy.injected["stall"] > 1
 
 
-def test_reading_continues_after_an_outage(through: Through, url: str):
+def test_reads_continue_after_an_outage(through: Through, url: str):
     proxy, storage = through(deadline=max(20.0, 2 * OUTAGE), latency=0.001)
     places = [(start, start + 50_000) for start in range(0, len(DATA), 50_000)]
     proxy.away(OUTAGE, after=10)
@@ -156,7 +156,7 @@ def test_reading_continues_after_an_outage(through: Through, url: str):
     assert proxy.injected["away"]
 
 
-def test_what_is_done_twice_for_a_lost_answer_is_done_once(through: Through, s3, tmp_path: Path, monkeypatch):
+def test_retried_writes_and_deletes_take_effect_once(through: Through, s3, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     proxy, storage = through(lost=0.2, unavailable=0.2, seed=3)
     (tmp_path / "large").write_bytes(DATA * 4)
@@ -174,7 +174,7 @@ def test_what_is_done_twice_for_a_lost_answer_is_done_once(through: Through, s3,
     assert min(proxy.injected[kind] for kind in ("lost", "unavailable")) > 3
 
 
-def test_a_large_upload_is_complete_though_nobody_heard_of_it(through: Through, s3, tmp_path: Path, monkeypatch):
+def test_upload_completes_although_its_response_is_lost(through: Through, s3, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     proxy, storage = through()
     (tmp_path / "large").write_bytes(DATA * 4)
@@ -184,8 +184,8 @@ def test_a_large_upload_is_complete_though_nobody_heard_of_it(through: Through, 
     assert Storage(s3.config).read(s3.url("large")) == DATA * 4
 
 
-def test_parts_travel_at_once_and_each_is_tried_again(through: Through, s3, monkeypatch):
-    """The source gives no part out before four were asked for; then two of them are lost on their way."""
+def test_parts_are_sent_concurrently_and_retried(through: Through, s3, monkeypatch):
+    """The source returns no part until four were requested; then two requests are lost."""
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     proxy, storage = through()
     proxy.inject("lost", "unavailable", of="PUT .*partNumber=")
@@ -202,7 +202,7 @@ def test_parts_travel_at_once_and_each_is_tried_again(through: Through, s3, monk
     assert storage.abort_uploads(s3.url()) == 0
 
 
-def test_an_upload_that_fails_leaves_neither_object_nor_parts(through: Through, s3, monkeypatch):
+def test_failed_upload_leaves_neither_object_nor_parts(through: Through, s3, monkeypatch):
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     _, storage = through()
 
@@ -217,7 +217,7 @@ def test_an_upload_that_fails_leaves_neither_object_nor_parts(through: Through, 
     assert storage.abort_uploads(s3.url()) == 0
 
 
-def test_parts_of_uploads_that_nobody_finished_are_removed(through: Through, s3):
+def test_parts_of_unfinished_uploads_are_removed(through: Through, s3):
     proxy, storage = through()
     client = storage._backend(s3.url())[0]._client
     for key in ("run/a", "run/b/c", "other"):
@@ -231,8 +231,8 @@ def test_parts_of_uploads_that_nobody_finished_are_removed(through: Through, s3)
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize("parts", [1, 3])
-def test_an_object_is_created_once(s3, monkeypatch, parts: int):
-    """Whole and in parts; by a condition, and by a look where the store answers that it knows none."""
+def test_object_is_created_once(s3, monkeypatch, parts: int):
+    """Whole and in parts; with a conditional request, and with a look first where the store supports none."""
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     storage, data = Storage(s3.config), DATA[:1] * ((parts - 1) * 5 * 2**20 + 10)
     assert storage.create_parts(s3.url("a"), len(data), lambda start, stop: data[start:stop])
@@ -258,7 +258,7 @@ def _read_in_child(storage: Storage, url: str, answer) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_started_while_threads_read_make_their_own_connections(through: Through, url: str, method: str):
+def test_processes_started_during_reads_connect_anew(through: Through, url: str, method: str):
     _, storage = through(latency=0.001, cut=0.2)
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one message and the right exit status, before anything is half-written."""
+"""Mistakes of users end in one message and the documented exit status, before anything is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEMO = ROOT / "configs" / "demo.yaml"
 
 
 def demo(folder: Path, *overrides: str) -> RunConfig:
-    """The demo, small, with everything under `folder`."""
+    """Return the demo's config, shortened, with all paths below `folder`."""
     places = [f"sources.{name}.shards={folder}/scenes" for name in ("scenes", "pictures", "sentences")]
     small = ["sources.scenes.synthetic.scenes=60", "sources.unseen.synthetic.scenes=10"]
     every = [f"output={folder}/runs", f"sources.unseen.shards={folder}/unseen", *places, *small]
@@ -60,7 +60,7 @@ def write_tar(path: Path, pairs: int, corrupt: tuple[int, ...] = ()) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def test_the_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None:
+def test_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.cli", "train", str(DEMO), "model.widht=3", f"output={tmp_path}/runs"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
@@ -69,7 +69,7 @@ def test_the_command_line_ends_with_status_2_and_one_message(tmp_path: Path) -> 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
+def test_missing_dataset_is_named(tmp_path: Path) -> None:
     config = demo(tmp_path, f"sources.pictures.shards={tmp_path}/nowhere")
     error = refuse(config)
     assert f"{tmp_path}/nowhere" in str(error)
@@ -77,7 +77,7 @@ def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "demo" / "run.json").exists()
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path: Path) -> None:
     config = demo(tmp_path)
     prepare(config, Storage())
     shard = sorted((tmp_path / "scenes").glob("*.tar"))[0]
@@ -85,7 +85,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert shard.name in str(refuse(config))
 
 
-def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
+def test_empty_dataset_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "empty" / "0.tar", pairs=0)
     index_shards(Storage(), str(tmp_path / "empty"))
@@ -93,7 +93,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     assert "empty: its shards have no samples" in str(error)
 
 
-def test_weights_of_another_architecture_are_refused_before_any_rank_is_placed(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_rejected(tmp_path: Path) -> None:
     narrow = demo(tmp_path, "model.width=64", "name=narrow")
     tokenizer: Tokenizer = prepare(narrow, Storage())
     metadata = {"config": narrow.model_dump(mode="json"), "stage": "vision", "step": 1}
@@ -103,7 +103,7 @@ def test_weights_of_another_architecture_are_refused_before_any_rank_is_placed(t
     assert "width 64 there, 128 here" in str(error)
 
 
-def test_a_changed_key_that_may_not_change_is_refused_by_name(tmp_path: Path) -> None:
+def test_change_of_a_fixed_key_is_rejected_by_name(tmp_path: Path) -> None:
     prepare(demo(tmp_path), Storage())
     error = refuse(demo(tmp_path, "stages.vision.masking.image_mask_ratio=0.7", "seed=8", "cluster.workers=1"))
     assert error.exit_status == 2
@@ -112,7 +112,7 @@ def test_a_changed_key_that_may_not_change_is_refused_by_name(tmp_path: Path) ->
     assert "cluster.workers" not in str(error)
 
 
-def test_an_unreachable_bucket_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_bucket_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     config = demo(
@@ -125,20 +125,20 @@ def test_an_unreachable_bucket_is_one_message(tmp_path: Path, monkeypatch: pytes
     assert "s3://nowhere/pictures" in str(error)
 
 
-def test_an_unreachable_mlflow_is_one_message_and_starts_nothing(tmp_path: Path) -> None:
+def test_unreachable_mlflow_is_one_message(tmp_path: Path) -> None:
     error = refuse(demo(tmp_path, "tracking.uri=http://127.0.0.1:9"))
     assert isinstance(error, TrackingError)
     assert "tracking.required=false" in str(error)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_cluster_is_not_given_folders_of_this_machine() -> None:
+def test_local_folders_are_rejected_for_a_cluster() -> None:
     with pytest.raises(ConfigError, match=r"sources\.scenes\.shards"):
         for_cluster(load_config(DEMO), same_machine=False)
 
 
 @pytest.mark.timeout(300)
-def test_an_unreachable_ray_address_is_one_message(tmp_path: Path) -> None:
+def test_unreachable_ray_address_is_one_message(tmp_path: Path) -> None:
     error = refuse(demo(tmp_path, "cluster.address='127.0.0.1:9'"))
     assert isinstance(error, RunFailed)
     assert "cluster.address 127.0.0.1:9" in str(error)
@@ -146,7 +146,7 @@ def test_an_unreachable_ray_address_is_one_message(tmp_path: Path) -> None:
 
 def tiny_run(folder: Path, *overrides: str) -> list[str]:
     sources = f"{{pairs: {{shards: {folder}/tars, type: images}}}}"
-    stage = "{name: vision, sources: {pairs: 1.0}, objectives: {mim: {}}, steps: 6, batch: 8}"
+    stage = "{name: vision, sources: {pairs: 1.0}, objectives: {mim: {}}, steps: 6, global_batch_size: 8}"
     config = folder / "run.yaml"
     config.write_text(
         f"name: tiny\noutput: {folder}/runs\nsources: {sources}\nstages: [{stage}]\n"
@@ -173,7 +173,7 @@ def pairs(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_a_corrupt_jpeg_is_counted_and_replaced(pairs: Callable[..., Path]) -> None:
+def test_corrupt_jpeg_is_quarantined_and_replaced(pairs: Callable[..., Path]) -> None:
     folder = pairs(corrupt=(3, 17))
     done = run_alone(tiny_run(folder))
     assert done.returncode == 0, done.stderr
@@ -183,7 +183,7 @@ def test_a_corrupt_jpeg_is_counted_and_replaced(pairs: Callable[..., Path]) -> N
     assert all(record["stage"] == "image" and record["shard"] == "0.tar" for record in records)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_it(pairs: Callable[..., Path]) -> None:
+def test_non_finite_loss_stops_the_run_by_name(pairs: Callable[..., Path]) -> None:
     done = run_alone(
         tiny_run(
             pairs(),

@@ -1,4 +1,4 @@
-"""Recomputed and compiled transformer blocks: less memory, or less time, and the same gradient."""
+"""Activation checkpointing and torch.compile: less memory, or less time, and the same gradient."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _config(kind: str, **engine: Any):
 
 
 @contextmanager
-def _bytes_kept() -> Iterator[list[int]]:
-    """Of each tensor that autograd keeps for the backward."""
+def _saved_bytes() -> Iterator[list[int]]:
+    """Yield a list that receives the size of each tensor that autograd saves for the backward pass."""
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _bytes_kept() -> Iterator[list[int]]:
 
 
 def _plain(kind: str, **engine: Any) -> tuple[Gradients, int]:
-    """One step's gradient in one process, and the bytes that autograd kept for it."""
+    """Return the gradient of one step in one process, and the bytes that autograd saved for it."""
     from pipeline.training.blocks import prepare_blocks
     from pipeline.training.collectives import Collectives
     from tests.support.trial import begin
@@ -57,13 +57,13 @@ def _plain(kind: str, **engine: Any) -> tuple[Gradients, int]:
     config = _config(kind, **engine)
     begun = begin(config, Collectives())
     prepare_blocks(begun.engine.model, config.engine)
-    with _bytes_kept() as kept:
+    with _saved_bytes() as kept:
         begun.step(begun.batch)
     return begun.engine.gradients(), sum(kept)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recomputed_blocks_give_the_same_gradient_bit_for_bit_from_less_memory(kind: str) -> None:
+def test_recomputed_blocks_give_an_equal_gradient(kind: str) -> None:
     expected, all_bytes = _plain(kind)
     got, fewer_bytes = _plain(kind, activation_checkpointing=True)
     assert got.keys() == expected.keys()
@@ -72,7 +72,7 @@ def test_recomputed_blocks_give_the_same_gradient_bit_for_bit_from_less_memory(k
 
 
 def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
-    """Of two steps of VLMo's, before each update, with every layout: at ZeRO 3 the second follows the first's trace."""
+    """Return the gradients of two VLMo steps for every layout; ZeRO 3 traces the first and follows it in the second."""
     from pipeline.data.storage import Storage
     from pipeline.training.collectives import Collectives, share
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -104,7 +104,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     return found
 
 
-def test_recomputed_blocks_give_the_same_gradient_on_two_ranks_at_zero_1_and_3_and_accumulated() -> None:
+def test_recomputed_blocks_give_an_equal_gradient_on_ranks() -> None:
     layouts = [
         {"zero_stage": 1},
         {"zero_stage": 1, "activation_checkpointing": True},
@@ -119,7 +119,7 @@ def test_recomputed_blocks_give_the_same_gradient_on_two_ranks_at_zero_1_and_3_a
 
 
 def _compiled() -> tuple[Gradients, Gradients, dict[str, int], dict[str, int]]:
-    """A ViT's gradient without and with compiled blocks; what torch compiled, and where it broke off."""
+    """Return a ViT's gradient without and with compiled blocks, the compiled graphs, and the graph breaks."""
     from torch._dynamo.utils import counters
 
     expected, _ = _plain("vit")
@@ -128,7 +128,7 @@ def _compiled() -> tuple[Gradients, Gradients, dict[str, int], dict[str, int]]:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_gradient_from_whole_graphs() -> None:
+def test_compiled_blocks_give_the_gradient_without_breaks() -> None:
     expected, got, compiled, broken = run_ranks(_compiled, 1)[0]
     assert compiled["unique_graphs"] > 0
     assert broken == {}

@@ -1,4 +1,4 @@
-"""Contract C5 in an object store, where a folder is only a name: verified, with the one before to fall back on."""
+"""Contract C5 in an object store: checkpoints are verified, and an older one is used if the newest is not whole."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def store(s3, collectives: Collectives) -> CheckpointStore:
     return CheckpointStore(Storage(s3.config), s3.url("run"), collectives, CheckpointConfig(keep=2))
 
 
-def test_the_newest_checkpoint_is_read_and_all_but_two_are_removed(store: CheckpointStore) -> None:
+def test_newest_is_read_and_all_but_two_are_removed(store: CheckpointStore) -> None:
     first, *others = [save(store, step) for step in (10, 20, 30)]
     assert newest_weight(store) == [30, 31, 32, 33]
     assert not store.storage.exists(first)
     assert all(store.storage.exists(join(url, COMMIT)) for url in others)
 
 
-def test_a_checkpoint_without_its_commit_or_with_a_changed_file_is_passed_over(store: CheckpointStore) -> None:
+def test_uncommitted_and_changed_checkpoints_are_skipped(store: CheckpointStore) -> None:
     *_, last = [save(store, step) for step in (10, 20, 30)]
     store.storage.delete(join(last, COMMIT))
     assert newest_weight(store) == [20, 21, 22, 23]

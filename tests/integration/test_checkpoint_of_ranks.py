@@ -1,4 +1,4 @@
-"""Saves of several ranks: committed when every rank's file is there, by no collective, and never when one has died."""
+"""Checkpoints of several ranks: committed once every rank's file exists, without collectives, and never without it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipeline.training.checkpoint import COMMIT, MANIFEST
 from tests.support.ranks import run_ranks, start_ranks
 
 
-class Troubled(Storage):
-    """A store in which a rank's file meets trouble on its way."""
+class FaultyStorage(Storage):
+    """A store that calls `trouble` before a rank's file is written."""
 
     trouble: Any = staticmethod(lambda: None)
 
@@ -27,8 +27,8 @@ class Troubled(Storage):
         super().write_parts(url, size, part)
 
 
-class Counting(Storage):
-    """A store that tells how many bytes of each file were read."""
+class CountingStorage(Storage):
+    """A store that counts the bytes read of each file."""
 
     def __getstate__(self) -> dict[str, Any]:
         raise AssertionError("counts are of one process")
@@ -49,7 +49,7 @@ def _store(storage: Storage, folder: str):
 
 
 def _save(store, step: int) -> str:
-    """One parameter of 3000 elements, its ranks' ranges end to end; element i of step s is i + s."""
+    """Save one parameter of 3000 elements, sharded over the ranks; element i of step s is i + s."""
     from pipeline.training.engine import Fragment
 
     share = 3000 // store.collectives.world_size
@@ -65,7 +65,7 @@ def _restored(store) -> tuple[int, bool]:
 
 
 def _a_slow_rank(folder: str) -> tuple[float, str]:
-    storage = Troubled()
+    storage = FaultyStorage()
     store = _store(storage, folder)
     if store.collectives.rank == 1:
         storage.trouble = lambda: time.sleep(0.5)
@@ -75,7 +75,7 @@ def _a_slow_rank(folder: str) -> tuple[float, str]:
     return store.written()[0][1], url
 
 
-def test_rank_0_commits_when_the_slowest_rank_s_file_is_there(tmp_path: Path) -> None:
+def test_rank_0_commits_once_the_slowest_rank_has_written(tmp_path: Path) -> None:
     (first, url), (second, _) = run_ranks(_a_slow_rank, 2, str(tmp_path))
     assert min(first, second) > 0.45
     manifest = json.loads((Path(url) / MANIFEST).read_text(encoding="utf-8"))
@@ -91,7 +91,7 @@ def _latest(folder: str) -> tuple[int, bool]:
 def _a_rank_that_writes_nothing(folder: str) -> str:
     from pipeline.config.schema import StorageConfig
 
-    storage = Troubled(StorageConfig(retry_timeout_seconds=0.5))
+    storage = FaultyStorage(StorageConfig(retry_timeout_seconds=0.5))
     store = _store(storage, folder)
     if store.collectives.rank == 1:
         storage.trouble = lambda: time.sleep(8)
@@ -105,12 +105,12 @@ def _a_rank_that_writes_nothing(folder: str) -> str:
     return "told"
 
 
-def test_a_rank_that_writes_nothing_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
+def test_rank_that_writes_nothing_prevents_the_commit(tmp_path: Path) -> None:
     assert run_ranks(_a_rank_that_writes_nothing, 2, str(tmp_path)) == ["told", ""]
 
 
 def _save_and_die(folder: str) -> str:
-    storage = Troubled()
+    storage = FaultyStorage()
     store = _store(storage, folder)
     _save(store, 1)
     store.wait()
@@ -121,7 +121,7 @@ def _save_and_die(folder: str) -> str:
     return url
 
 
-def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_rank_killed_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
     ranks = start_ranks(_save_and_die, 2, str(tmp_path))
     for process in ranks:
         process.join(120)
@@ -135,7 +135,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path: Pa
 
 
 def _resumed(folder: str) -> int:
-    """The next attempt: it goes on from the checkpoint, and saves the step at which the last one died."""
+    """Resume from the newest checkpoint and save the step at which the attempt before died."""
     store = _store(Storage(), folder)
     step, right = _restored(store)
     assert right
@@ -146,14 +146,14 @@ def _resumed(folder: str) -> int:
 
 
 def _read_own_half(folder: str) -> dict[str, int]:
-    storage = Counting()
+    storage = CountingStorage()
     store = _store(storage, folder)
     store.latest()
     return storage.__dict__["counts"]
 
 
-def test_ranks_share_the_reading_through_of_the_files(tmp_path: Path) -> None:
-    """Each verifies its half of four files, and reads no more than the first block of the others' (here all of it)."""
+def test_ranks_share_the_verification_of_files(tmp_path: Path) -> None:
+    """Each rank verifies half of four files and reads only the first block of the others (here the whole file)."""
     run_ranks(_save_committed, 4, str(tmp_path))
     (folder,) = (tmp_path / "checkpoints").iterdir()
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}

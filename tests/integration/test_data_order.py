@@ -1,6 +1,6 @@
-"""Contract C1: one order of the data for every world size, loader, cache and store.
+"""Contract C1: the data order is the same for every world size, loader, cache and store.
 
-Continuous integration runs a cover of all pairs of settings. The whole table, over 500 batches:
+By default a set of cases in which every two settings meet. For the whole table over 500 batches:
 
     MOME_ORDER=whole MOME_ORDER_STEPS=500 python -m pytest tests/integration/test_data_order.py
 """
@@ -32,7 +32,7 @@ Setting = tuple[int, int, int, str]
 
 
 def cover(settings: list[tuple[object, ...]]) -> Iterator[Setting]:
-    """Combinations in which every two values of different settings meet, chosen greedily."""
+    """Yield combinations in which every two values of different settings occur together, chosen greedily."""
     left = {pair for combination in product(*settings) for pair in pairs(combination)}
     while left:
         best = max(product(*settings), key=lambda combination: len(left & pairs(combination)))
@@ -60,20 +60,20 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, str]:
-    """The fingerprint of the plainest case, once it was computed."""
+    """Return the fingerprint of the simplest case, filled in by the first test."""
     return {}
 
 
 def with_loading(config: RunConfig, workers: int, threads: int, cache: Path | None) -> RunConfig:
     data = config.data.model_dump()
-    data["loader"] |= {"workers": workers, "threads": threads}
+    data["loader"] |= {"num_workers": workers, "threads_per_worker": threads}
     data["cache"] |= {"folder": str(cache) if cache else None}
     return config.model_copy(update={"data": type(config.data).model_validate(data)})
 
 
 @pytest.fixture
 def place(s3, make_pairs, caches: Path, tmp_path: Path) -> Callable[[str], tuple[RunConfig, Path | None]]:
-    """place(name) -> a run that reads the same pairs from there, and its cache."""
+    """Return place(name): the config of a run that reads the same pairs from there, and its cache."""
     folder = make_pairs("pairs", [9, 4, 10, 7, 12])
     index_shards(Storage(), folder)
 
@@ -92,7 +92,9 @@ def place(s3, make_pairs, caches: Path, tmp_path: Path) -> Callable[[str], tuple
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize(("world", "workers", "threads", "where"), CASES)
-def test_the_order_is_one(place, tokenizer, expected, world: int, workers: int, threads: int, where: str):
+def test_data_order_is_the_same_everywhere(
+    place, tokenizer, expected, world: int, workers: int, threads: int, where: str
+):
     config, cache = place(where)
 
     def read(world: int, workers: int, threads: int, steps: int = STEPS) -> str:

@@ -1,4 +1,4 @@
-"""A run that evaluates on its way trains exactly as one that does not, and what it finds is what a checkpoint gives."""
+"""Evaluation during training changes no loss, and gives the metrics that the checkpoint gives afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS, EVERY = 6, 2
 
 
 def _both_runs(folder: str, zero_stage: int) -> None:
-    """Twelve pictures in batches of five: of three batches one rank has two, and the last is not full."""
+    """Train without and with evaluation: twelve images in batches of five, so the ranks have unequal batches."""
     without_mlflow()
     shared: dict[str, Any] = {
         "engine__zero_stage": zero_stage,
@@ -48,7 +48,7 @@ def _both_runs(folder: str, zero_stage: int) -> None:
 @pytest.mark.parametrize(
     "zero_stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
-def test_the_losses_are_those_of_a_run_that_never_evaluates(tmp_path: Path, zero_stage: int) -> None:
+def test_evaluation_changes_no_loss(tmp_path: Path, zero_stage: int) -> None:
     run_ranks(_both_runs, 2, str(tmp_path), zero_stage)
     assert losses(tmp_path, "evaluating") == losses(tmp_path, "plain")
     assert len(losses(tmp_path, "plain")) == STEPS
@@ -58,11 +58,11 @@ def test_the_losses_are_those_of_a_run_that_never_evaluates(tmp_path: Path, zero
     assert {"eval/unseen/t2i_mean_rank", "eval/unseen/mlm_accuracy"} <= found[4].keys()
     seconds = [each["values"]["time/evaluation_s"] for each in points if "time/evaluation_s" in each["values"]]
     assert seconds[0] == 0 < seconds[-1]
-    _equals_what_a_checkpoint_gives(tmp_path, found)
+    _assert_equal_to_checkpoint(tmp_path, found)
 
 
-def _equals_what_a_checkpoint_gives(folder: Path, found: dict[int, dict[str, float]]) -> None:
-    """`mome evaluate` of a step's checkpoint reads the same weights later, alone."""
+def _assert_equal_to_checkpoint(folder: Path, found: dict[int, dict[str, float]]) -> None:
+    """Evaluate the checkpoint of a step with `mome evaluate` and compare."""
     from jobs.evaluate import evaluate_checkpoint
 
     kept = {int(each.name[5:13]): each for each in (folder / "evaluating" / "checkpoints").iterdir()}

@@ -1,4 +1,4 @@
-"""A run that ran out of memory or of disk ends at once, and says what it holds and what to change."""
+"""A run that exceeds memory or disk ends at once and reports its use and what to change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.short_run import STEPS, BeforeStep, losses, train_short, with
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
+    """Mount a file system of 8 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -30,7 +30,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def _allocate_too_much(folder: str) -> dict[str, str]:
-    """What a run says that runs out of memory, in a step and while it is built."""
+    """Return the messages of runs that exceed memory in a step and while the model is built."""
     from pipeline.config.errors import RunFailed
 
     class AllocateWhileBuilding(Callback):
@@ -47,7 +47,7 @@ def _allocate_too_much(folder: str) -> dict[str, str]:
     return messages
 
 
-def test_out_of_memory_ends_the_run_with_what_is_held_and_what_to_change(tmp_path: Path) -> None:
+def test_out_of_memory_reports_use_and_remedies(tmp_path: Path) -> None:
     (told,) = run_ranks(_allocate_too_much, 1, str(tmp_path))
     assert "stage vision, rank 0 of 1: out of memory: " in told["step"]
     assert "engine.zero_stage 2: parameters " in told["step"]
@@ -60,7 +60,7 @@ def test_out_of_memory_ends_the_run_with_what_is_held_and_what_to_change(tmp_pat
 
 
 def _fill_the_disk(folder: str, disk: str) -> str:
-    """Train on a disk that is full from the fifth step on; what the run says."""
+    """Train on a disk that is full from the fifth step on, then again with room; return the first run's message."""
     from pipeline.config.errors import RunFailed
 
     without_mlflow()
@@ -89,7 +89,7 @@ def _data_in(folder: str) -> dict[str, Any]:
     return {"sources": {"scenes": scenes, "pictures": {"shards": f"{folder}/scenes", "type": "images"}}}
 
 
-def test_a_full_disk_ends_the_run_by_name_and_leaves_the_checkpoint_before(tmp_path: Path, small_disk: Path) -> None:
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, small_disk: Path) -> None:
     (told,) = run_ranks(_fill_the_disk, 1, str(tmp_path), str(small_disk))
     assert f"{small_disk}/run/checkpoints/step-00000006" in told
     assert "no space left" in told

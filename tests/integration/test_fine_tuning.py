@@ -1,4 +1,4 @@
-"""Fine-tuning end to end: shards, training, hand-over, evaluation and prediction of each use, far above chance."""
+"""Fine-tuning end to end: shards, training, evaluation and prediction of each task, far above chance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS: dict[str, dict[str, Any]] = {"questions": {"num_answers": 6}, "statements"
 
 
 def _fine_tune(folder: str, source_type: str, optimizer: dict[str, Any]) -> dict[str, Any] | None:
-    """A whole run on this rank; rank 0 evaluates it."""
+    """Train on this rank; rank 0 returns the evaluation."""
     from jobs.evaluate import evaluate_run
     from pipeline.training.collectives import Collectives
     from pipeline.training.loop import train
@@ -46,33 +46,33 @@ def fine_tuned(folder: Path, source_type: str, optimizer: dict[str, Any] = PLAIN
 
 @pytest.fixture(scope="module")
 def answering(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run that answers questions, with a faster head and a moving average."""
-    optimizer = {**PLAIN, "head_lr_multiplier": 2.0, "ema": 0.9}
+    """Return the evaluation of a question-answering run with a head learning rate and a moving average."""
+    optimizer = {**PLAIN, "head_lr_multiplier": 2.0, "ema_decay": 0.9}
     return fine_tuned(tmp_path_factory.mktemp("vqa"), "questions", optimizer)
 
 
-def test_questions_are_answered_by_the_average_of_the_weights(answering: dict[str, Any]) -> None:
+def test_vqa_accuracy_of_the_averaged_weights(answering: dict[str, Any]) -> None:
     assert answering["vqa"]["accuracy"] > answering["vqa"]["accuracy_without_model"] + 0.3
     assert answering["trained_on"] == []
 
 
-def test_the_list_of_answers_goes_with_the_weights(answering: dict[str, Any]) -> None:
+def test_answer_vocabulary_is_stored_with_the_weights(answering: dict[str, Any]) -> None:
     weights = load_weights(Storage(), answering["checkpoint"])
     assert weights.choices[ANSWERS] == Choices((*COLOURS, "yes", "no"))
 
 
-def test_statements_about_two_pictures_are_judged(tmp_path: Path) -> None:
+def test_nlvr2_accuracy_is_above_chance(tmp_path: Path) -> None:
     found = fine_tuned(tmp_path, "statements")["nlvr2"]
     assert found["accuracy"] > found["accuracy_without_model"] + 0.2
     assert found["consistency"] is not None
 
 
-def test_pictures_are_told_by_class(tmp_path: Path) -> None:
+def test_classification_accuracy_is_above_chance(tmp_path: Path) -> None:
     found = fine_tuned(tmp_path, "labelled")["classification"]
     assert found["top1"] > found["chance"] + 0.4
 
 
-def test_a_checkpoint_answers_a_question_about_a_picture(answering: dict[str, Any], tmp_path: Path) -> None:
+def test_predict_answers_questions_about_an_image(answering: dict[str, Any], tmp_path: Path) -> None:
     from jobs.predict import predict
 
     right = 0
@@ -84,9 +84,7 @@ def test_a_checkpoint_answers_a_question_about_a_picture(answering: dict[str, An
     assert right >= 3
 
 
-def test_what_a_checkpoint_cannot_predict_ends_with_status_2_and_says_what_it_can(
-    answering: dict[str, Any], tmp_path: Path
-) -> None:
+def test_predict_without_a_question_ends_with_status_2(answering: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(picture_of_sides())
     command = [sys.executable, "-m", "jobs.cli", "predict", answering["checkpoint"], "--image", str(tmp_path / "a.jpg")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -96,7 +94,7 @@ def test_what_a_checkpoint_cannot_predict_ends_with_status_2_and_says_what_it_ca
     assert json.loads(told.stdout.splitlines()[-1])["answers"]
 
 
-def test_wrong_use_of_predict_is_refused_by_name(answering: dict[str, Any], tmp_path: Path) -> None:
+def test_wrong_options_of_predict_are_rejected_by_name(answering: dict[str, Any], tmp_path: Path) -> None:
     from jobs.predict import predict
 
     with pytest.raises(ConfigError, match="--second-image is given without --image"):

@@ -1,4 +1,4 @@
-"""Batches that Ray actors prepare are the batches that the rank itself would prepare, byte for byte."""
+"""Batches prepared by Ray actors equal those that the rank itself prepares, byte for byte."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def read(config: RunConfig, tokenizer: Tokenizer, backend: BackendFactory, rank:
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 3)])
-def test_actors_make_the_rows_that_the_rank_would_make(cluster, config, tokenizer, rank: int, world: int):
+def test_batches_of_actors_equal_those_of_the_rank(cluster, config, tokenizer, rank: int, world: int):
     remote = read(config, tokenizer, RayBackend, rank, world)
     for batch, expected in zip(remote, read(config, tokenizer, local_backend, rank, world), strict=True):
         for name in ("uid", "image_id", "image", "masked_text", "mask_labels", "patch_positions"):
             assert getattr(batch, name).equal(getattr(expected, name)), name
 
 
-def test_a_killed_actor_comes_back_and_nothing_changes(cluster, config, tokenizer):
+def test_killed_actor_restarts_and_changes_no_batch(cluster, config, tokenizer):
     expected = read(config, tokenizer, local_backend, 0, 1)
     with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, RayBackend) as loader:
         for number, (batch, whole) in enumerate(zip(loader.batches(2), expected, strict=False)):
@@ -77,7 +77,7 @@ def actor_processes() -> list[int]:
     ]
 
 
-def test_an_actors_error_is_raised_here_as_itself(cluster, config, tokenizer):
+def test_error_of_an_actor_is_raised_unchanged(cluster, config, tokenizer):
     with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, RayBackend) as loader:
         for shard in Path(config.sources["pairs"].shards).glob("*.tar"):
             shard.unlink()

@@ -1,4 +1,4 @@
-"""`engine.micro_batch_size: auto`: the rows that fit the smallest rank, the same on all."""
+"""`engine.micro_batch_size: auto`: the largest size that fits the smallest rank, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _resolved(configs: list[RunConfig]) -> int | str | None:
 
 
 def _needed(rows: int) -> float:
-    """GB that two ranks need each for micro-batches of so many rows, by the same estimate."""
+    """Return the estimated GB that each of two ranks needs for micro-batches of `rows` examples."""
     from pipeline.planning.estimate import memory_at
     from pipeline.training.sharding import sharding_of
     from pipeline.training.workload import work_of
@@ -34,18 +34,18 @@ def _needed(rows: int) -> float:
     return memory_at(work, sharding_of(config, config.stages[STAGE], 2, on_cuda=False), 6, rows).total / 1e9
 
 
-def test_the_smallest_rank_decides_for_all():
+def test_smallest_rank_decides_for_all():
     room = (_needed(3) + _needed(4)) / 2
     small, large = (tiny_config(zero_stage=2, micro_batch_size="auto", memory_gb=gb) for gb in (room, 100.0))
     assert run_ranks(_resolved, 2, [large, small]) == [3, 3]
 
 
-def test_a_cpu_without_a_limit_reads_its_whole_share():
+def test_cpu_without_memory_limit_is_not_divided():
     config = tiny_config(micro_batch_size="auto")
     assert run_ranks(_resolved, 2, [config, config]) == [None, None]
 
 
-def test_a_rank_too_small_for_one_row_is_told_so():
+def test_rank_too_small_for_one_example_is_an_error():
     config = tiny_config(micro_batch_size="auto", memory_gb=1e-6)
     for told in run_ranks(_resolved, 2, [config, config]):
         assert isinstance(told, str)
@@ -53,6 +53,6 @@ def test_a_rank_too_small_for_one_row_is_told_so():
 
 
 @pytest.mark.parametrize("given", [None, 4])
-def test_what_the_config_says_stands(given):
+def test_configured_size_is_kept(given):
     config = tiny_config(micro_batch_size=given)
     assert run_ranks(_resolved, 1, [config]) == [given]

@@ -1,4 +1,4 @@
-"""What MLflow has after runs were deleted and restored, and after a stage went back (C6)."""
+"""MLflow after runs were deleted and restored, and after a stage was rolled back (C6)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ship(config: RunConfig, uri: str, said: Callable[[str], None] = print) -> Ml
 
 
 def run_ids(config: RunConfig, client: MlflowClient) -> list[str]:
-    """The parent's, then the stages'."""
+    """Return the run ids of the parent, then of the stages."""
     (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
     experiments = [each.experiment_id for each in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`mome.run` = '{run}'", order_by=["start_time ASC"])
@@ -50,9 +50,7 @@ def losses(client: MlflowClient, run: str) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("what", ["stage", "run", "experiment"])
 @pytest.mark.parametrize("fresh", [False, True], ids=["same uploader", "another process"])
-def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
-    tmp_path: Path, uri: str, what: str, fresh: bool
-) -> None:
+def test_metrics_of_a_deleted_run_arrive_after_its_restore(tmp_path: Path, uri: str, what: str, fresh: bool) -> None:
     config = config_of(tmp_path, uri, f"run-{what}-{fresh}")
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": config.name})})
     tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
@@ -88,7 +86,7 @@ def test_points_of_a_deleted_run_are_kept_and_arrive_once_it_is_restored(
     assert pending_bytes(journal_folder(config.folder), uri) == 0
 
 
-def test_after_a_rollback_the_later_points_are_in_force_and_told_of_the_model(tmp_path: Path, uri: str) -> None:
+def test_metrics_after_a_rollback_replace_earlier_ones(tmp_path: Path, uri: str) -> None:
     config = config_of(tmp_path, uri, "rollback")
     tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(1, 11))
@@ -110,8 +108,8 @@ def test_after_a_rollback_the_later_points_are_in_force_and_told_of_the_model(tm
     assert [metric.value for metric in model.metrics if metric.key == "train/loss"] == [2.0]
 
 
-def test_a_node_lost_after_a_rollback_ships_the_new_points_over_the_old_marks(tmp_path: Path, uri: str) -> None:
-    """The server has the void points; the journal that is left asks it what it has, then goes back below that."""
+def test_rollback_below_uploaded_steps_after_a_lost_node(tmp_path: Path, uri: str) -> None:
+    """The server has metrics that are no longer valid; the remaining journal resumes below its last step."""
     config = config_of(tmp_path, uri, "marks")
     tracker, client = JournalTracker.open(config, Storage()), MlflowClient(uri)
     record(tracker, config, 0, range(1, 31))
@@ -131,8 +129,8 @@ def test_a_node_lost_after_a_rollback_ships_the_new_points_over_the_old_marks(tm
     assert losses(client, stage)[-20:] == [(step, 2.0) for step in range(11, 31)]
 
 
-def test_what_an_evaluation_opened_is_ended(tmp_path: Path, uri: str) -> None:
-    """Weights that were imported have no run that trains: nobody else would end what their evaluation began."""
+def test_run_opened_by_an_evaluation_is_ended(tmp_path: Path, uri: str) -> None:
+    """Imported weights have no training run that would end it."""
     config, client = config_of(tmp_path, uri, "imported"), MlflowClient(uri)
     for _ in range(2):
         tracker = JournalTracker.open(config, Storage())

@@ -1,4 +1,4 @@
-"""MLflow as a run leaves it: one parent, a child a stage, every point once, through crashes and outages (C6)."""
+"""A run in MLflow: one parent, one child per stage, every metric once, through crashes and outages (C6)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite store shared by the tests of this module: creating one takes seconds."""
+    """Return the path of an SQLite store shared by this module, because creating one takes seconds."""
     return tmp_path_factory.mktemp("sqlite") / "mlflow.db"
 
 
@@ -47,7 +47,7 @@ def rows(database: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 def runs_of(database: Path, config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Of the parent and its children: name -> (MLflow's run id, status)."""
+    """Return name -> (MLflow run id, status) of the parent and its children."""
     (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
     found = rows(
         database,
@@ -64,19 +64,19 @@ def tags_of(database: Path, run_id: str) -> dict[str, str]:
 
 
 def points_of(database: Path, run_id: str, key: str) -> list[tuple[int, float]]:
-    """In the order in which the server received them."""
+    """Return (step, value) in the order in which the server received them."""
     query = "select step, value from metrics where run_uuid = ? and key = ? order by rowid"
     return rows(database, query, run_id, key)  # type: ignore[return-value]
 
 
 def content(database: Path) -> list[list[tuple[Any, ...]]]:
-    """Everything a resent record could double. Run statuses and times included."""
+    """Return all rows that a repeated upload could duplicate, with run statuses and times."""
     tables = ("runs", "metrics", "latest_metrics", "params", "tags", "datasets", "inputs")
     tables += ("logged_models", "logged_model_metrics", "logged_model_params", "logged_model_tags")
     return [sorted(rows(database, f"select * from {table}"), key=repr) for table in tables]
 
 
-def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_path: Path, database: Path) -> None:
+def test_restarted_run_is_one_parent_with_a_child_per_stage(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}")
     first = JournalTracker.open(config, Storage(), {"attempt": "1"})
     record(first, config, 0, range(0, 60))
@@ -115,7 +115,7 @@ def test_a_run_is_one_parent_with_one_child_a_stage_however_often_restarted(tmp_
     assert rows(database, digests, PHOTOS.digest[:36]) == [(3,)]
 
 
-def test_shipping_again_without_the_cursor_changes_nothing(tmp_path: Path, database: Path) -> None:
+def test_repeated_upload_without_cursor_changes_nothing(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}")
     tracker = JournalTracker.open(config, Storage())
     record(tracker, config, 0, range(1500))  # more than one batch
@@ -138,7 +138,7 @@ def test_shipping_again_without_the_cursor_changes_nothing(tmp_path: Path, datab
     assert len(rows(database, "select * from metrics where run_uuid = ? and key in ('nan', 'up', 'down')", run_id)) == 3
 
 
-def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_next(
+def test_metric_uploaded_before_a_node_loss_is_not_repeated(
     tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of("memory://bucket/lost-node", f"sqlite:///{database}")
@@ -166,7 +166,7 @@ def test_a_point_shipped_before_its_node_was_lost_is_not_shipped_again_by_the_ne
     Storage().delete(config.folder)
 
 
-def test_what_a_killed_trainer_journaled_is_shipped_and_no_process_stays(tmp_path: Path, database: Path) -> None:
+def test_journal_of_a_killed_trainer_is_uploaded(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}", name="killed")
     program = (
         "import os, signal, sys, time\n"
@@ -197,14 +197,14 @@ def test_what_a_killed_trainer_journaled_is_shipped_and_no_process_stays(tmp_pat
 
 
 def is_running(process: int) -> bool:
-    """Whether the process works still; one that ended but that nobody waited for does not."""
+    """Return True while the process runs; False once it is a zombie or gone."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False
 
 
-def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path, server: Server) -> None:
+def test_outage_delays_no_step_and_loses_no_metric(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, server.uri)
     tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
     tracker.begin_stage(0, config.stages[0], {}, [PHOTOS])
@@ -240,7 +240,7 @@ def test_an_outage_delays_no_step_and_loses_and_doubles_no_point(tmp_path: Path,
     assert slowest < 2  # no call waited for the server, which was away for three seconds
 
 
-def test_a_run_that_never_saw_its_server_is_shipped_later(tmp_path: Path, server: Server) -> None:
+def test_run_without_server_is_uploaded_later(tmp_path: Path, server: Server) -> None:
     config = config_of(tmp_path, "http://127.0.0.1:1", name="offline")
     tracker = JournalTracker.open(config, Storage())
     record(tracker, config, 0, range(50))
@@ -257,7 +257,7 @@ def test_a_run_that_never_saw_its_server_is_shipped_later(tmp_path: Path, server
     assert points_of(server.database, run_id, "train/loss") == [(step, 1 / (step + 1)) for step in range(50)]
 
 
-def test_a_folder_without_a_journal_is_named(tmp_path: Path) -> None:
+def test_folder_without_a_journal_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="no tracking journal"):
         sync(str(tmp_path / "nothing"))
 
@@ -269,9 +269,7 @@ def rows_if_there(database: Path, query: str) -> list[tuple[Any, ...]]:
         return []
 
 
-def test_what_a_run_keeps_is_a_logged_model_with_its_step_and_results_and_what_it_removes_is_none(
-    tmp_path: Path, database: Path
-) -> None:
+def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, database: Path) -> None:
     config = config_of(tmp_path, f"sqlite:///{database}", name="kept.models")
     first = JournalTracker.open(config, Storage())
     record(first, config, 0, range(1, 91))

@@ -1,6 +1,6 @@
-"""The MLflow that clusters have: a server on PostgreSQL, artifacts in an S3 store, and a login.
+"""MLflow as clusters run it: a server on PostgreSQL, artifacts in an S3 store, and a login.
 
-The outage lasts seconds here; `MOME_OUTAGE_SECONDS=600` makes it ten minutes.
+The outage lasts seconds; MOME_OUTAGE_SECONDS=600 makes it ten minutes.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def rows(postgres: Postgres, query: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 def journaled(folder: str, stage: int) -> dict[str, list[Point]]:
-    """A stage's points by their key, as the journal holds them."""
+    """Return a stage's metrics by key, as the journal has them."""
     records = Journal(journal_folder(folder)).all_records()
     mine = (each for each in records if each["kind"] == "metrics" and each["stage"] == stage)
     return _by_key((key, r["step"], float(value), r["at"]) for r in mine for key, value in r["values"].items())
 
 
 def stored(postgres: Postgres, run_id: str) -> dict[str, list[Point]]:
-    """A run's points in the order that MLflow draws them in; of a table's rows PostgreSQL promises none."""
+    """Return a run's metrics in MLflow's order; PostgreSQL guarantees no order of rows."""
     asked = "select key, step, value, timestamp from metrics where run_uuid = %s order by timestamp, step"
     return _by_key(rows(postgres, asked, run_id))
 
@@ -73,10 +73,8 @@ def _by_key(points: Iterable[tuple[Any, ...]]) -> dict[str, list[Point]]:
 
 @pytest.mark.timeout(900 + OUTAGE_SECONDS)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_a_server_away_in_the_middle_of_a_run_has_every_point_once_and_in_order_afterwards(
-    postgres: Postgres, s3: S3, tmp_path: Path
-) -> None:
-    """The store's credentials are the server's alone, and so are the database's: the run knows one URL."""
+def test_outage_of_the_server_loses_and_repeats_no_metric(postgres: Postgres, s3: S3, tmp_path: Path) -> None:
+    """Only the server has the credentials of the store and the database; the run has one URL."""
     environment = {**s3.environment, "MLFLOW_S3_ENDPOINT_URL": s3.endpoint}
     server = Server(tmp_path, postgres.uri, s3.url("artifacts"), environment)
     server.start()
@@ -129,9 +127,7 @@ def test_a_server_away_in_the_middle_of_a_run_has_every_point_once_and_in_order_
         server.kill()
 
 
-def test_a_server_with_a_login_takes_what_the_environment_says_and_nothing_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_with_login_needs_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flask_wtf", reason="mlflow's login needs the package Flask-WTF")
     server = Server(tmp_path, login=True)
     server.start()

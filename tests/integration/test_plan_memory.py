@@ -1,6 +1,6 @@
-"""The plan's memory is what two ranks of a running engine hold, by category, within a tenth.
+"""The planned memory equals what two ranks of a running engine hold, by category, within a tenth.
 
-`MOME_PLAN_BASE=1` measures VLMo-base too (202 M parameters with its heads; minutes, and about 12 GB).
+`MOME_PLAN_BASE=1` also measures VLMo-base (202 M parameters with its heads): minutes, and about 12 GB.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int],
 
 
 @pytest.mark.parametrize("zero_stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
-def test_tiny_model_holds_what_was_planned(zero_stage):
+def test_memory_of_a_tiny_model_is_as_planned(zero_stage):
     configs = [_tiny(zero_stage, *case) for case in CASES]
     for case, (predicted, measured) in zip(CASES, run_ranks(_measure, 2, configs, 2)[0], strict=True):
         for name in ("states", "activations", "total"):
@@ -56,6 +56,6 @@ def test_tiny_model_holds_what_was_planned(zero_stage):
 
 @pytest.mark.skipif(not os.environ.get("MOME_PLAN_BASE"), reason="minutes and gigabytes: MOME_PLAN_BASE=1 runs it")
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_base_model_holds_what_was_planned(zero_stage):
+def test_memory_of_the_base_model_is_as_planned(zero_stage):
     predicted, measured = run_ranks(_measure, 2, [_base(zero_stage)], 0)[0][0]
     assert predicted == pytest.approx(measured, rel=0.1)

@@ -1,4 +1,4 @@
-"""`--preflight`: one step of every stage on every rank, storage and MLflow written to, and nothing left behind."""
+"""`--preflight`: one step of every stage on every rank, test writes to storage and MLflow, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _preflight(config: RunConfig) -> tuple[list[tuple[str, str]], str]:
         return [], str(error)
 
 
-def test_every_stage_takes_a_step_and_nothing_is_left_behind(tmp_path):
+def test_every_stage_makes_a_step_and_leaves_nothing(tmp_path):
     from pipeline.tracking.mlflow_server import connect
 
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
@@ -64,7 +64,7 @@ def test_every_stage_takes_a_step_and_nothing_is_left_behind(tmp_path):
     assert not client.search_runs([each.experiment_id for each in client.search_experiments()])
 
 
-def test_all_ranks_hear_what_one_of_them_cannot_do(tmp_path):
+def test_failure_of_one_rank_is_reported_on_all(tmp_path):
     (tmp_path / "runs").write_text("a file where the runs' folder should be")
     answers = run_ranks(_preflight, 2, config_in(tmp_path))
     for _, failure in answers:

@@ -1,8 +1,8 @@
-"""The project's three DeepSpeed probes, through our engine: experts used in turn get autograd's gradient, or a stop.
+"""DeepSpeed probes through our engine: experts used in turn get autograd's gradient, or the run is stopped.
 
 DeepSpeed 0.19.8 by itself re-applies the last gradient of an expert that a step leaves idle (ZeRO 3; ZeRO 1-3 with
-offload), loses or doubles gradients of several backwards over different branches, and mixes the gradients of ranks that
-run different experts.
+offload), loses or doubles gradients of several backward passes over different branches, and mixes the gradients of
+ranks that run different experts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GUARDED = [layout for layout in LAYOUTS if not layout.get("offload_parameters")]
 
 
 class Experts(nn.Module):
-    """A shared layer, and three experts of which a call runs those it names."""
+    """A shared layer and three experts, of which a call runs those it names."""
 
     HEAD_PARTS: ClassVar = ()
 
@@ -72,7 +72,7 @@ class Step:
 
 
 def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
-    """Autograd in one process; an idle expert's gradient is 0, and Adam goes on."""
+    """Return the steps of autograd in one process; an idle expert's gradient is 0 and Adam still updates it."""
     model, stage = Experts(), tiny_config().stages[0]
     settings = stage.optimizer
     biases = [p for p in model.parameters() if p.dim() < 2]
@@ -103,8 +103,8 @@ class Probed:
     of_vlmo: dict[str, float]  # worst relative error of each layout and step of a VLMo whose experts are idle in turn
 
 
-def _probed() -> Probed:
-    """All probes in one start of the ranks."""
+def _run_probes() -> Probed:
+    """Run all probes on one set of ranks."""
     from pipeline.training.collectives import Collectives
 
     collectives = Collectives()
@@ -114,7 +114,7 @@ def _probed() -> Probed:
 
 @pytest.fixture(scope="module")
 def probed() -> list[Probed]:
-    return run_ranks(_probed, 2)
+    return run_ranks(_run_probes, 2)
 
 
 def _through_engine(collectives: Any, steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
@@ -139,8 +139,8 @@ def _step(engine: Any, collectives: Any, number: int, micro_batches: list[str]) 
     return Step(gradients, engine.gradient_norm(), engine.weights() or {})
 
 
-def _wrong(right: Step, found: Step) -> list[str]:
-    """What differs from autograd, each with its relative error."""
+def _differences(right: Step, found: Step) -> list[str]:
+    """Return what differs from autograd, each with its relative error."""
     pairs = {
         **{f"gradient of {name}": (g, found.gradients[name]) for name, g in right.gradients.items()},
         **{f"weight {name}": (w, found.weights[name]) for name, w in right.weights.items()},
@@ -151,19 +151,19 @@ def _wrong(right: Step, found: Step) -> list[str]:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_probe_of_experts_used_in_turn_gets_autograds_gradient_at_every_stage(probed, scenario: str) -> None:
+def test_probe_experts_used_in_turn_equal_autograd(probed, scenario: str) -> None:
     expected = _expected(SCENARIOS[scenario], 2)
     wrong = {
         f"{layout}, step {number}": told
         for layout, got in zip(LAYOUTS, probed[0].in_turn[scenario], strict=True)
         for number, (right, found) in enumerate(zip(expected, got, strict=True))
-        if (told := _wrong(right, found))
+        if (told := _differences(right, found))
     }
     assert not wrong, "\n".join(f"{where}: {told}" for where, told in wrong.items())
 
 
 def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
-    """What stops each guarded step; it must not come to reduce a gradient."""
+    """Return the error that stops each guarded step; no step may reduce gradients."""
     from pipeline.config.errors import RunFailed
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
@@ -186,7 +186,7 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
     return told
 
 
-def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_mix_at_every_stage(probed) -> None:
+def test_probe_diverging_ranks_stop_before_reduction(probed) -> None:
     for answer in probed:
         for told, (_, other) in zip(answer.stopped, DIVERGING * len(GUARDED), strict=True):
             second = "'experts.B'" if other == "B" else "'shared'"
@@ -196,7 +196,7 @@ def test_probe_of_ranks_that_run_different_experts_is_stopped_before_gradients_m
 
 
 def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
-    """Steps that read pictures alone, then texts alone, through VLMo: the other expert and its embedding are idle."""
+    """Alternate image-only and text-only steps of VLMo: the other expert and its embedding are idle."""
     from pipeline.models import build_model
     from pipeline.models.forward import ForwardInput
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
@@ -225,5 +225,5 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     return worst
 
 
-def test_probe_of_vlmos_experts_idle_in_turn_gets_autograds_gradient_at_zero_3_and_with_offload(probed) -> None:
+def test_probe_idle_experts_of_vlmo_equal_autograd(probed) -> None:
     assert {where: error for where, error in probed[0].of_vlmo.items() if not error <= 1e-5} == {}

@@ -1,4 +1,4 @@
-"""`mome shards regions` on Ray actors: what they make is the same, however many they are."""
+"""`mome shards regions` on Ray actors writes the same bytes for any number of actors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_one_worker_and_two_write_the_same_bytes(pairs: str, detector: Path, tmp
     assert digests[0] == digests[1]
 
 
-def test_a_folder_that_is_no_detector_is_told_by_the_actor_that_opens_it(pairs: str, tmp_path: Path) -> None:
+def test_folder_without_a_detector_is_rejected(pairs: str, tmp_path: Path) -> None:
     (tmp_path / "detector").mkdir()
     with pytest.raises(ConfigError, match="no detector that transformers can load"):
         run(pairs, tmp_path / "out", "--detector", tmp_path / "detector")

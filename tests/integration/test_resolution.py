@@ -1,4 +1,4 @@
-"""A run whose last stage reads larger pictures than its first: trained, handed over, evaluated, exported, imported."""
+"""A run whose last stage reads larger images than its first: trained, evaluated, exported and imported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _train(folder: str) -> None:
     train(load_config(DEMO, [f"{key}={value!r}" for key, value in overrides.items()]), lambda progress: None)
 
 
-def test_a_later_stage_may_read_larger_pictures(tmp_path: Path) -> None:
+def test_later_stage_may_read_larger_images(tmp_path: Path) -> None:
     from jobs.convert import export_weights, import_weights
     from jobs.evaluate import evaluate_checkpoint
     from pipeline.data.storage import Storage

@@ -1,4 +1,4 @@
-"""A run's checkpoints as the loop leaves them: those that the config keeps, with their metrics, and nothing else."""
+"""The checkpoints of a finished run: those that the config keeps, with their metrics, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one short stage, saved every two of its steps."""
+    """Return the folder of a run of one short stage with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "run.yaml").write_text(
         f"name: saved\noutput: {folder}\ntracking: {{metrics_every: 1}}\n"
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model: {width: 16, layers: 2, heads: 2, vision_language_layers: 1, image_size: 16, patch_size: 8}\n"
         "data: {streams: 2}\nengine: {precision: float32}\n"
         "checkpoint: {every: 2, keep: 1, keep_every: 4, keep_best: {metric: train/loss, mode: max}}\n"
-        f"stages:\n- {{name: language, sources: {{texts: 1.0}}, objectives: {{mlm: {{}}}}, batch: 4, "
+        f"stages:\n- {{name: language, sources: {{texts: 1.0}}, objectives: {{mlm: {{}}}}, global_batch_size: 4, "
         f"steps: {STEPS}, max_text_length: 16}}\n",
         encoding="utf-8",
     )
@@ -47,7 +47,7 @@ def metrics(run: Path, name: str) -> dict[int, float]:
     return {r["step"]: r["values"][name] for r in records if r["kind"] == "metrics" and name in r["values"]}
 
 
-def test_what_the_config_keeps_is_there_and_whole(run: Path) -> None:
+def test_kept_checkpoints_exist_and_are_whole(run: Path) -> None:
     losses = metrics(run, "train/loss")
     saved = [step for step in losses if step % 2 == 0 and step < STEPS]
     best = max(saved, key=lambda step: losses[step])
@@ -57,15 +57,15 @@ def test_what_the_config_keeps_is_there_and_whole(run: Path) -> None:
         assert manifest["metrics"]["train/loss"] == losses[manifest["step"]]
 
 
-def test_every_save_tells_what_it_took_from_training_and_how_long_it_was_under_way(run: Path) -> None:
+def test_every_save_records_its_stall_and_duration(run: Path) -> None:
     for name in ("ckpt/stall_s", "ckpt/wait_s", "ckpt/write_s"):
         assert sorted(metrics(run, name)) == [2, 4, 6, 8, 10], name
     stalls = metrics(run, "ckpt/stall_s")
     assert all(waited <= stalls[step] for step, waited in metrics(run, "ckpt/wait_s").items())
 
 
-def test_the_weights_of_a_checkpoint_are_read_as_those_of_a_stage_are(run: Path) -> None:
-    """With the model's names and shapes, the vocabulary and the config: a stage may start from them."""
+def test_checkpoint_loads_like_the_weights_of_a_stage(run: Path) -> None:
+    """Names, shapes, vocabulary and config are equal, so a stage may start from a checkpoint."""
     handed_over = load_weights(Storage(), str(run))
     (folder,) = (run / "checkpoints").glob("step-00000010.*")
     found = load_weights(Storage(), str(folder))

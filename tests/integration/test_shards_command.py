@@ -1,4 +1,4 @@
-"""`mome shards`: build, index, check, show, from files to shards in a folder and in an S3 bucket."""
+"""`mome shards` build, index, check and show, from files to shards in a folder and in an S3 bucket."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def facts(result: Result) -> dict:
 
 @pytest.fixture
 def pairs(tmp_path) -> Path:
-    """A jsonl of twelve good pairs and one whose picture is missing."""
+    """Write a jsonl of twelve good pairs and one whose image is missing."""
     lines = []
     for number in range(12):
         image = Image.fromarray(np.full((20, 30 + number, 3), 20 * number, np.uint8))
@@ -50,13 +50,13 @@ def pairs(tmp_path) -> Path:
 
 @pytest.fixture
 def bucket(s3, monkeypatch) -> str:
-    """An S3 bucket, reached as the command reaches it: by the store's usual environment variables."""
+    """Return an S3 bucket, which the command reaches through the usual environment variables."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return s3.url()
 
 
-def test_pairs_are_built_shown_and_looked_at(pairs, tmp_path):
+def test_pairs_are_built_checked_and_shown(pairs, tmp_path):
     out, sheet = tmp_path / "out", tmp_path / "deep" / "sheet.png"
     built = run("build", pairs, out, "--samples-per-shard", 5)
     assert "12 samples in 3 shards" in built.stdout
@@ -72,7 +72,7 @@ def test_pairs_are_built_shown_and_looked_at(pairs, tmp_path):
         assert image.width > 900
 
 
-def test_machines_read_one_object_on_the_last_line(pairs, tmp_path):
+def test_last_line_is_one_json_object(pairs, tmp_path):
     built = facts(run("build", pairs, tmp_path / "out", "--json"))
     assert (built["num_samples"], built["shards"], built["left_out"], built["kind"]) == (12, 1, 1, "jsonl")
     shown = facts(run("show", tmp_path / "out", "--samples", 3, "--json"))
@@ -81,7 +81,7 @@ def test_machines_read_one_object_on_the_last_line(pairs, tmp_path):
     assert shown["manifest"] == built["manifest"] == load_manifest(Storage(), str(tmp_path / "out")).digest
 
 
-def test_building_to_a_bucket_gives_the_shards_that_a_folder_gets(pairs, tmp_path, bucket):
+def test_shards_in_a_bucket_equal_those_in_a_folder(pairs, tmp_path, bucket):
     there = facts(run("build", pairs, f"{bucket}/pairs", "--samples-per-shard", 5, "--json"))
     here = facts(run("build", pairs, tmp_path / "out", "--samples-per-shard", 5, "--json"))
     assert there["manifest"] == here["manifest"]
@@ -89,14 +89,14 @@ def test_building_to_a_bucket_gives_the_shards_that_a_folder_gets(pairs, tmp_pat
     assert shown == again
 
 
-def test_shards_are_replaced_only_when_told(pairs, tmp_path):
+def test_shards_are_replaced_only_with_overwrite(pairs, tmp_path):
     run("build", pairs, tmp_path / "out")
     refused = run("build", pairs, tmp_path / "out", "--limit", 2, fails=DataError)
     assert "--overwrite" in str(refused.exception)
     assert facts(run("build", pairs, tmp_path / "out", "--limit", 2, "--overwrite", "--json"))["num_samples"] == 2
 
 
-def test_a_bad_source_leaves_nothing_behind(pairs, tmp_path):
+def test_bad_source_leaves_nothing_behind(pairs, tmp_path):
     out = tmp_path / "out"
     run("build", pairs, out, "--strict", "--samples-per-shard", 1, fails=DataError)
     run("build", tmp_path / "absent.jsonl", out, fails=DataError)
@@ -107,13 +107,13 @@ def test_a_bad_source_leaves_nothing_behind(pairs, tmp_path):
     assert CliRunner().invoke(app, ["build", str(pairs), str(out), "--kind", "word"]).exit_code == 2
 
 
-def test_showing_what_is_not_there_names_it(tmp_path):
+def test_show_names_what_does_not_exist(tmp_path):
     assert "absent" in str(run("show", tmp_path / "absent", fails=DataError).exception)
     (tmp_path / "000.tar").write_bytes(b"")
     assert "mome shards index" in str(run("show", tmp_path, fails=DataError).exception)
 
 
-def test_a_damaged_picture_is_shown_as_such(tmp_path):
+def test_damaged_image_is_marked_in_show(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8)).save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
     run("build", tmp_path, tmp_path / "out")
@@ -130,7 +130,7 @@ def test_texts_are_built_and_shown(tmp_path):
     run("show", tmp_path / "out", "--sheet", tmp_path / "sheet.png")
 
 
-def test_tars_in_img2dataset_layout_are_indexed_as_they_lie(tmp_path):
+def test_img2dataset_tars_are_indexed_in_place(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(buffer, "JPEG")
     record = json.dumps({"caption": "a black square"}).encode()
@@ -149,7 +149,7 @@ def test_tars_in_img2dataset_layout_are_indexed_as_they_lie(tmp_path):
     assert shown[0]["image_size"] == [9, 9]
 
 
-def test_counts_of_another_tool_are_trusted_when_told(pairs, tmp_path):
+def test_counts_of_another_tool_need_trust_counts(pairs, tmp_path):
     run("build", pairs, tmp_path / "out", "--samples-per-shard", 5)
     for path in (tmp_path / "out").glob("*.npz"):
         path.unlink()
@@ -176,7 +176,7 @@ def test_shards_in_a_bucket_are_checked(pairs, bucket):
     assert (one["num_samples"], one["shards"]) == (2, 1)
 
 
-def test_a_pipe_is_never_run(tmp_path):
+def test_pipe_urls_are_never_run(tmp_path):
     for command in ("index", "check", "show"):
         run(command, f"pipe:touch {tmp_path}/ran; cat {tmp_path}/x.tar", fails=ConfigError)
     assert os.listdir(tmp_path) == []
@@ -202,7 +202,7 @@ def test_coco_photos_are_built(tmp_path):
     assert built["kind"] == "coco"
 
 
-def test_an_annotation_file_is_told_by_its_content_and_its_list_lies_beside_the_shards(tmp_path):
+def test_annotation_format_is_detected_from_content(tmp_path):
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "COCO_val2014_000000000005.jpg")
     question = {"question_id": 50, "image_id": 5, "question": "What colour is it?"}
     answers = {"question_id": 50, "multiple_choice_answer": "grey", "answers": [{"answer": "Grey."}] * 10}
@@ -216,7 +216,7 @@ def test_an_annotation_file_is_told_by_its_content_and_its_list_lies_beside_the_
     assert run("check", tmp_path / "out", "--type", "questions", "--workers", 1).exit_code == 0
 
 
-def test_a_folder_of_a_folder_for_each_class_is_built_when_asked_for(tmp_path):
+def test_folder_per_class_is_built_with_kind_classes(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "train" / name / "a.png")

@@ -1,6 +1,6 @@
-"""Streaming from an S3 store equals streaming from a folder, and every fault of a store is told by name.
+"""Streaming from an S3 store equals streaming from a folder, and every fault of a store is reported by name.
 
-The `s3` fixture runs each test on moto's server and on OpenStack Swift, whose answers differ where the API leaves room.
+The `s3` fixture runs each test on moto's server and on OpenStack Swift, whose responses differ where the API allows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def copy(storage: Storage, folder: str, url: str) -> None:
         storage.upload(Path(folder, name), join(url, name))
 
 
-def test_s3_equals_local_for_every_world_size_and_number_of_workers(s3, storage, make_pairs):
+def test_s3_equals_local_for_every_world_size(s3, storage, make_pairs):
     folder, url = make_pairs("pairs", [9, 4, 10]), s3.url("data", "pairs")
     copy(storage, folder, url)
     local, remote = index_shards(Storage(), folder), index_shards(storage, url)
@@ -94,7 +94,7 @@ def test_objects_are_written_read_listed_and_deleted(s3, storage, tmp_path: Path
     assert storage.list(s3.url()) == ["run2"]
 
 
-def test_empty_objects_and_names_with_spaces_are_objects_like_any(s3, storage):
+def test_empty_objects_and_names_with_spaces(s3, storage):
     for name, data in (("empty", b""), ("größe x+y%20&z.tar", b"12345")):
         url = s3.url("folder", name)
         storage.write(url, data)
@@ -105,8 +105,8 @@ def test_empty_objects_and_names_with_spaces_are_objects_like_any(s3, storage):
         assert storage.list(s3.url("folder")) == []
 
 
-def test_looking_for_what_is_absent_needs_no_second_attempt(s3, monkeypatch: pytest.MonkeyPatch):
-    """Swift ends a HEAD's 404 with bytes that no client expects: they must not spoil what is asked next."""
+def test_missing_objects_need_no_second_attempt(s3, monkeypatch: pytest.MonkeyPatch):
+    """Swift ends a HEAD's 404 with unexpected bytes, which must not corrupt the next response."""
 
     def refuse(patience: RetryBudget, error: Exception) -> None:
         raise error
@@ -224,7 +224,7 @@ def _read_in_child(storage: Storage, url: str, queue) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_make_their_own_connections(s3, storage, method: str):
+def test_other_processes_open_their_own_connections(s3, storage, method: str):
     storage.write(s3.url("key"), b"value")
     assert storage.read(s3.url("key")) == b"value"
     context = multiprocessing.get_context(method)

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from jobs.dashboard import find_token, is_loopback, open_dashboard
 from pipeline.config.errors import ConfigError, RunFailed
 from tests.support.ray_nodes import Cluster, raylets
-from tests.support.train_process import ROOT, STAGES, Campaign
+from tests.support.train_process import ROOT, STAGES, TrainProcess
 
 STEPS = 6
 
@@ -57,7 +57,7 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
     cluster: Cluster, token_file: Path, tmp_path: Path
 ) -> None:
     keys = ["cluster.workers=2", "cluster.placement=spread"]
-    run = Campaign(tmp_path, "submitted", STEPS, *keys)
+    run = TrainProcess(tmp_path, "submitted", STEPS, *keys)
     at = ["--address", cluster.dashboard]
     secret = f"file:{token_file}"
 
@@ -99,7 +99,7 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_stopped_job_is_submitted_anew_and_goes_on(cluster: Cluster, token_file: Path, tmp_path: Path) -> None:
-    run = Campaign(tmp_path, "stopped", 300, "cluster.workers=2")
+    run = TrainProcess(tmp_path, "stopped", 300, "cluster.workers=2")
     reach = ["--address", cluster.dashboard, "--token", f"file:{token_file}", "--json"]
     first = mome("submit", *run.arguments, *reach, "--no-follow", home=tmp_path)
     job = json.loads(first.stdout.splitlines()[-1])["job"]

@@ -13,7 +13,7 @@ from pipeline.data.storage import Storage
 from pipeline.training.ownership import OWNER_FILE, Ownership
 from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
-from tests.support.train_process import SECONDS, Campaign
+from tests.support.train_process import SECONDS, TrainProcess
 
 TAKEN = 4  # before this step's passes, with the checkpoint of step 3 committed
 
@@ -58,12 +58,12 @@ def test_a_superseded_run_commits_nothing_and_its_successor_goes_on(tmp_path: Pa
 
 @pytest.mark.timeout(1200)
 def test_ray_does_not_place_the_ranks_of_a_superseded_run_again(tmp_path: Path) -> None:
-    run = Campaign(tmp_path, "run", 12).start()
+    run = TrainProcess(tmp_path, "run", 12).start()
     deadline = time.monotonic() + SECONDS
     while run.step() < 6 and run.running() and time.monotonic() < deadline:
         time.sleep(0.02)
     Ownership.take(Storage(), run.url)
     assert run.process is not None
     assert run.process.wait(timeout=SECONDS) == Superseded.exit_status
-    assert "taken up by a later start" in run.told()
+    assert "taken up by a later start" in run.log_text()
     assert not (tmp_path / "run" / "failure.json").exists(), "what its successor's ranks would give up for"

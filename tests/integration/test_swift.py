@@ -1,4 +1,4 @@
-"""infra/swift.sh: a store that is started serves, and leaves nothing running when it is stopped."""
+"""infra/swift.sh: a started store serves, and stopping it leaves nothing running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def swift(*arguments: object, **environment: str) -> subprocess.CompletedProcess
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines that name the folder."""
+    """Return the command lines that contain the folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -29,7 +29,7 @@ def processes_of(folder: Path) -> list[str]:
     return [line for line in found if str(folder) in line]
 
 
-def test_a_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
+def test_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     started = swift("start", folder)
     if started.returncode == 3:
@@ -52,7 +52,7 @@ def test_a_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
     assert list(folder.glob("*.pid")) == []
 
 
-def test_a_machine_without_swift_is_told_what_to_install(tmp_path: Path) -> None:
+def test_message_without_swift_names_the_installation(tmp_path: Path) -> None:
     refused = swift("start", tmp_path / "store", PATH="/nonexistent", HOME=os.environ.get("HOME", "/"))
     assert refused.returncode == 3
     assert "Swift is not installed; as root: infra/swift.sh install" in refused.stderr

@@ -1,4 +1,4 @@
-"""Ranks whose shares of a global batch differ, one of them perhaps empty, speak to each other without waiting."""
+"""Collectives of ranks with unequal, possibly empty, parts of a global batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BATCHES = (8, 2)  # on three ranks: shares of 2, 3 and 3 rows; of 0, 1 and 1
 
 
 def _gathered() -> list[tuple[int, list[int], list[int]]]:
-    """For each batch: how many rows are this rank's, all ranks' rows, and each own row's follower, fetched."""
+    """Return, for each batch: number of own examples, all gathered examples, fetched successors of the own ones."""
     collectives = Collectives()
     found = []
     for batch in BATCHES:
@@ -37,7 +37,7 @@ def test_values_of_different_lengths_reach_every_rank() -> None:
         assert broadcast == ["of rank 0", [1, 2.5]]
 
 
-def test_trap_15_ranks_with_unequal_rows_gather_and_exchange_them_all() -> None:
+def test_trap_15_unequal_ranks_gather_and_fetch_all_rows() -> None:
     for batch, answers in zip(BATCHES, zip(*run_ranks(_gathered, 3), strict=True), strict=True):
         assert sum(size for size, _, _ in answers) == batch
         assert len({size for size, _, _ in answers}) == 2

@@ -87,7 +87,7 @@ VILT = tiny_section("vilt").model_dump() | {"drop_path": 0.1}
 RANDOM = {"negatives": "random"}
 CASES = {
     **{stage.name: Case(tiny_config, index) for index, stage in enumerate(tiny_config().stages)},
-    # With `every: 4`, many micro-batches of three examples hold none that masked_image reads.
+    # With `every: 4`, many micro-batches of three examples hold none that MIM reads.
     "48 pairs": Case(
         one_stage(
             tiny_section("vlmo").model_dump() | {"drop_path": 0.1},

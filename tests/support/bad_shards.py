@@ -1,8 +1,8 @@
-"""A folder of pairs with every kind of bad sample planted in it, what is expected of each, and ways to break a shard.
+"""A folder of pairs with every kind of bad sample, the expected report of each, and ways to break a shard.
 
     python tests/support/bad_shards.py
 
-prints what webdataset's own reader makes of the same things.
+prints how webdataset's own reader treats the same shards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Runs:
-    """Unpickling this makes a folder: proof that reading ran code of the shard's author."""
+    """An object whose unpickling creates a folder: proof that reading ran code of the shard's author."""
 
     folder: str
 
@@ -46,7 +46,7 @@ def good(number: int) -> Members:
 
 
 def _corrupt(data: bytes) -> bytes:
-    """A JPEG with foreign bytes in its pixels' data: Pillow decodes it to noise."""
+    """Overwrite bytes in a JPEG's pixel data: Pillow decodes it to noise."""
     middle = len(data) * 3 // 4
     return data[:middle] + bytes(range(40)) + data[middle + 40 :]
 

@@ -1,8 +1,6 @@
-"""A process that reads random shards through a node cache and checks every byte; some are killed while they do.
+"""A process that reads random shards through a node cache and checks every byte.
 
-    python tests/support/cache_reader.py CACHE MAX_BYTES STORE SEED ROUNDS
-
-STORE is a folder of files, `name` holding what `name` decides (`content`). Each round two of them are open.
+python tests/support/cache_reader.py CACHE MAX_BYTES STORE SEED ROUNDS
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests open pages in, spoken to over its debugging pipe: no driver and no port."""
+"""A headless Chromium that opens pages, controlled over its debugging pipe: no driver and no port."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A run's data without its model, as a process that can be killed: global batches read and recorded step by step.
+"""The data of a run without its model, as a process that can be killed: it reads and records global batches.
 
     python tests/support/data_stream.py CONFIG.json VOCABULARY WORLD_SIZE FIRST LAST RECORD
 
-Each line of RECORD is one delivered global batch: its step, the hash of its rows, and epoch:uid of each of them.
+Each line of RECORD is one delivered global batch: its step, the hash of its examples, and epoch:uid of each example.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.data.storage import Storage
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:
-    """Pairs in 10 streams and batches of 20, which 3, 6 and 8 ranks divide unevenly."""
+    """Return a config of pairs in 10 streams and batches of 20, which 3, 6 and 8 ranks divide unevenly."""
     stage = {
         "name": "pairs",
         "sources": {"pairs": 1.0},
@@ -41,7 +41,7 @@ def stream_config(shards: str, storage: StorageConfig | None = None, **loading: 
 
 
 def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: range, path: Path) -> None:
-    """Appends a line for each step; a line that is whole was delivered."""
+    """Append a line for each step; a whole line was delivered."""
     storage, stage = Storage(config.storage), config.stages[0]
     loaders = [Loader(config, stage, storage, tokenizer, rank, world_size) for rank in range(world_size)]
     streams = [loader.batches(steps.start) for loader in loaders]
@@ -64,7 +64,7 @@ def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: rang
 
 
 def whole_lines(path: Path) -> list[str]:
-    """What a killed process had recorded whole; a torn last line is cut off, as a checkpoint without COMMIT is."""
+    """Return the whole lines and cut off a torn last one, as a checkpoint without COMMIT is ignored."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

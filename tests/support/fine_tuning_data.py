@@ -1,6 +1,6 @@
-"""Tiny sets for fine-tuning, drawn: questions about coloured shapes, statements about two pictures, pictures by class.
+"""Tiny drawn data sets for fine-tuning: questions about coloured shapes, statements about two images, and classes.
 
-Each is a folder of tars with what `mome shards build` would have written beside them.
+Each is a folder of tars with the files that `mome shards build` writes next to them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
 
 
 def colour_of(image: torch.Tensor) -> torch.Tensor:
-    """(B,) int64: which of COLOURS most of each picture's painted pixels have; image (B, H, W, 3)."""
+    """Return the index (B,) int64 in COLOURS of each image's most frequent painted colour; image (B, H, W, 3)."""
     paint = torch.tensor([RGB[name] for name in COLOURS], dtype=torch.float32)
     near = torch.cdist(image.float().flatten(1, 2), paint.expand(len(image), -1, -1)) < 40
     return near.sum(dim=1).argmax(dim=1)
@@ -58,7 +58,7 @@ def colour_of(image: torch.Tensor) -> torch.Tensor:
 def run_config(
     folder: Path, source_type: str, objective: str, steps: int, is_drawn: bool = False, **stage: Any
 ) -> RunConfig:
-    """A run of one stage that fine-tunes a tiny VLMo from random weights on samples of a use, drawn unless they are."""
+    """Return a run that fine-tunes a tiny VLMo from random weights; draw its samples unless `is_drawn`."""
     train, test = f"{folder}/{source_type}-0", f"{folder}/{source_type}-1"
     if not is_drawn:
         train, test = write_set(folder, source_type, 200), write_set(folder, source_type, 60, seed=1)
@@ -113,7 +113,7 @@ def _picture(left: Thing, right: Thing, random: CounterRandom) -> bytes:
 
 
 def _question(random: CounterRandom) -> dict[str, Any]:
-    """Both shapes have one colour, and the question is which."""
+    """Return a question about the colour of two shapes of one colour."""
     thing = _thing(random)
     other = _thing(random, thing.colour)
     record = {
@@ -125,7 +125,7 @@ def _question(random: CounterRandom) -> dict[str, Any]:
 
 
 def _statement(random: CounterRandom) -> dict[str, Any]:
-    """One picture is of red shapes and one of blue, and the statement says which."""
+    """Return an image of red shapes, one of blue shapes, and a statement about the first."""
     first, second = ("red", "blue") if random.uniform() < 0.5 else ("blue", "red")
     is_true = random.uniform() < 0.5
     said = first if is_true else second
@@ -141,14 +141,14 @@ def _labelled(random: CounterRandom) -> dict[str, Any]:
 
 
 def picture_of_sides() -> bytes:
-    """Black on the left, white on the right."""
+    """Return an image that is black on the left and white on the right."""
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[:, SIDE // 2 :] = 255
     return simplejpeg.encode_jpeg(pixels, 95, "RGB", "444")
 
 
 def write_picture(path: Path, colour: str) -> Path:
-    """Two shapes of a colour, as the drawn questions ask about; none of the sets holds this picture."""
+    """Write an image of two shapes of a colour, which is in none of the data sets."""
     things = (Thing("large", colour, "circle"), Thing("large", colour, "square"))
     path.write_bytes(_picture(*things, CounterRandom(hash64("another picture", colour))))
     return path

@@ -1,4 +1,4 @@
-"""A run's folder with the finished weights of one tiny stage on drawn scenes: what reading commands are given."""
+"""The folder of a finished run of one tiny stage on drawn scenes, for tests of commands that read runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECTION = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "i
 
 
 def draw(folder: Path, seed: int = 0) -> str:
-    """Draw a folder of shards; its path."""
+    """Draw a folder of shards and return its path."""
     drawn = {"scenes": SCENES, "image_size": 32, "captions": 2, "seed": seed}
     config = config_of(folder.parent, {"drawn": {"shards": str(folder), "synthetic": drawn}}, "drawn")
     build_synthetic(Storage(), config.sources)
@@ -51,7 +51,7 @@ def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -
 
 
 def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = "c0ffee") -> str:
-    """Write the folder of a finished run, which says that it is `recorded`; `run`: its id in MLflow, if tracked."""
+    """Write the folder of a finished run with the config `recorded`; `run`: its MLflow run id, None if untracked."""
     storage = Storage()
     tokenizer = Tokenizer.train(iter_captions(storage, shards), 200)
     model = build_model(recorded.model, tokenizer.size, heads(recorded, 0), seed=1)
@@ -74,7 +74,7 @@ def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = 
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below a folder: when it was written, and what it holds."""
+    """Return path -> (modification time, bytes) of every file below a folder."""
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in sorted(folder.rglob("*"))

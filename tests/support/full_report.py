@@ -1,4 +1,4 @@
-"""An evaluation that shows as much as any can: every gallery full, of pictures that no encoder makes small."""
+"""An evaluation report with every gallery full, of noise images that no encoder compresses."""
 
 from __future__ import annotations
 

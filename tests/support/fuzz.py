@@ -1,4 +1,4 @@
-"""How long the fuzz tests run: `MOME_FUZZ=20 pytest …` tries twenty times as many inputs as `make test` does."""
+"""Length of the fuzz tests: `MOME_FUZZ=20 pytest …` tries twenty times as many inputs as `make test`."""
 
 from __future__ import annotations
 

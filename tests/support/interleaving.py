@@ -1,14 +1,14 @@
-"""Every interleaving of two attempts' storage calls, for tests of what they may do to each other.
+"""Every interleaving of two attempts' storage calls, for tests of how they affect each other.
 
     explored = explore({"old": old_attempt, "new": new_attempt}, begin, check, check_end)
 
 `begin(storage)` fills the store. An attempt is a function of its own Storage; each call of that Storage waits for its
-turn, and exactly one call is made at a time. Interleavings that lead to the same store, with both attempts having seen
-the same answers, go on alike, so each such state is entered once; `explored.interleavings` counts the ways through.
-`check(disk)` is called in every state: it sees what a third process would, were both attempts killed there;
-`check_end` where both have ended.
+turn, and one call is made at a time. Interleavings that lead to the same store, with both attempts having received the
+same results, continue identically, so each such state is entered once; `explored.interleavings` counts the paths.
+`check(disk)` is called in every state: it sees what a third process would see if both attempts were killed there.
+`check_end` is called where both have ended.
 
-Attempts must be functions of what they read: `explore` makes tokens and times those of a counter for each attempt.
+Attempts must be functions of what they read: `explore` replaces tokens and times by a counter for each attempt.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SECONDS = 30.0  # for an attempt to come to its next call
 
 
 class Killed(BaseException):
-    """Ends an attempt whose rest is known."""
+    """Ends an attempt whose remaining calls are known."""
 
 
 @dataclass
 class Disk:
-    """What a store holds, and who wrote each object. A Backend."""
+    """The objects of a store and the attempt that wrote each. Implements Backend."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class DiskStorage(Storage):
 
 
 class TurnStorage(DiskStorage):
-    """One attempt's way to the disk: each call waits for its turn."""
+    """The Storage of one attempt, whose calls wait for their turn."""
 
     def __init__(self, turns: _Turns, name: str):
         super().__init__(turns.disk)
@@ -134,7 +134,7 @@ class TurnStorage(DiskStorage):
 
 
 class _Turns:
-    """One run of the attempts: they stop before each call, and are let go on one at a time."""
+    """One execution of the attempts: each stops before every call and is resumed individually."""
 
     def __init__(self, attempts: Mapping[str, Callable[[Storage], None]], disk: Disk):
         self.disk = disk
@@ -185,7 +185,7 @@ class _Turns:
         yield told
 
     def step(self, name: str) -> None:
-        """Let an attempt make its next call and come to the one after."""
+        """Let an attempt make its next call and stop before the one after."""
         self.running = name
         self._go[name].release()
         self._wait()
@@ -221,7 +221,7 @@ def explore(
     check_end: Callable[[Disk], None],
     max_switches: int | None = None,
 ) -> Explored:
-    """Enter every state, or those that are reached with at most `max_switches` turns from one attempt to the other.
+    """Enter every state, or those reached with at most `max_switches` switches between the attempts.
 
     An AssertionError of a check, or an error of an attempt, names the schedule that led there.
     """
@@ -267,14 +267,14 @@ def _switches(schedule: list[str]) -> int:
 
 
 def _key(turns: _Turns, schedule: list[str], max_switches: int | None) -> bytes:
-    """Of a state, from which the same can follow."""
+    """Return the identity of a state; equal states have equal continuations."""
     if max_switches is None:
         return turns.key()
     return turns.key() + f"{schedule[-1:]}{_switches(schedule)}".encode()
 
 
 def _allowed(turns: _Turns, schedule: list[str], max_switches: int | None) -> list[str]:
-    """The attempts that may make the next call; the one that made the last first."""
+    """Return the attempts that may make the next call, the one that made the last call first."""
     names = sorted(turns.enabled(), key=lambda name: name not in schedule[-1:])
     if max_switches is not None and len(names) == 2 and _switches(schedule) >= max_switches:
         return names[:1]
@@ -305,7 +305,7 @@ def _told(schedule: list[str]) -> str:
 
 
 class _Numbers(ExitStack):
-    """While in `with`, tokens and times are numbers of the attempt that asks for them."""
+    """Context in which tokens and times are numbers of the calling attempt."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""An MLflow server for tests, which can be killed and comes back with what it knew."""
+"""An MLflow server that tests can kill and start again with its data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADMIN, PASSWORD = "admin", "a long password of the test's"
 
 
 class Server:
-    """An `mlflow server` of our own that can be killed and started again."""
+    """An `mlflow server` process."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class Server:
         environment: Mapping[str, str] | None = None,
         login: bool = False,
     ):
-        """`backend`: the database, else SQLite in `folder`; `artifacts`: where they go, else below `folder`.
+        """Choose a port. `backend`: database URL (default: SQLite in `folder`); `artifacts`: default, below `folder`.
 
-        `login`: MLflow's basic auth, with `ADMIN` and `PASSWORD`.
+        `login`: use MLflow's basic auth with `ADMIN` and `PASSWORD`.
         """
         self.port = free_port()
         self.folder = folder

@@ -1,6 +1,6 @@
-"""Machines with addresses of their own on one: network namespaces joined by a bridge, whose links can be cut.
+"""Several machines with addresses of their own on one: network namespaces joined by a bridge, whose links can be cut.
 
-Needs the right to make network namespaces (root, or CAP_SYS_ADMIN and CAP_NET_ADMIN) and `ip`.
+Needs the right to create network namespaces (root, or CAP_SYS_ADMIN and CAP_NET_ADMIN) and `ip`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.support.ray_nodes import Host
 
 
 class Network:
-    """`count` machines; the first is this process's own network, each other one a namespace."""
+    """`count` machines: the first is this process's own network, each other one a namespace."""
 
     def __init__(self, count: int):
         self._tag = f"m{os.getpid() % 100000}"
@@ -24,7 +24,7 @@ class Network:
         self.hosts = [self._host(number) for number in range(count)]
 
     def _host(self, number: int) -> Host:
-        """Gloo would choose the interface by the machine's name, which is the same in every namespace."""
+        """Return a machine. Gloo would choose the interface by host name, which is the same in every namespace."""
         interface = f"{self._tag}b" if number == 0 else f"{self._tag}e{number}"
         prefix = ("ip", "netns", "exec", self._namespace(number)) if number else ()
         return Host(f"{self._subnet}.{number + 1}", prefix, (("GLOO_SOCKET_IFNAME", interface),))
@@ -48,7 +48,7 @@ class Network:
             _ip(f"-n {space} link set lo up")
 
     def cut(self, number: int) -> None:
-        """Nothing goes in or out any more; no connection is told so."""
+        """Drop all packets of a machine without closing its connections."""
         _ip(f"link set {self._tag}v{number} down")
 
     def mend(self, number: int) -> None:
@@ -63,7 +63,7 @@ class Network:
 
 @contextmanager
 def network(count: int) -> Iterator[Network | None]:
-    """None where namespaces are not permitted."""
+    """Build the network and yield it; yield None where namespaces are not permitted."""
     made = Network(count)
     try:
         try:

@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own, from Debian's package: in a temporary folder, on a free port, ended with the test."""
+"""A PostgreSQL server from Debian's package, in a temporary folder and on a free port."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Several Ray nodes on one machine, each a raylet in a session of its own, for tests: they start, are lost, return.
+"""Several Ray nodes on one machine, each a raylet in a session of its own.
 
-Every node has its own address (127.0.0.2, 127.0.0.3, …), ports and processes. A node is lost as a machine is: all its
-processes get SIGKILL at once. Nothing here ends a process that it did not start.
+Every node has its own address, ports and processes. Losing a node sends SIGKILL to all its processes at once. Only
+processes started here are ended.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HEALTH = {
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
+    """Return different ports on which no process listens."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -49,7 +49,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all that descend from it, as far as they are alive."""
+    """Return a process and its living descendants."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -59,7 +59,7 @@ def tree(pid: int) -> list[psutil.Process]:
 
 @dataclass(frozen=True)
 class Host:
-    """Where a node runs: its address, and what its command begins with and inherits."""
+    """The address of a node, the prefix of its command, and additional environment variables."""
 
     address: str
     prefix: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Host:
 
 @dataclass
 class Node:
-    """One raylet with its workers; the head has the cluster's state and dashboard too."""
+    """One raylet with its workers; the head also has the cluster's state and dashboard."""
 
     command: list[str]
     environment: dict[str, str]
@@ -90,8 +90,8 @@ class Node:
                 preexec_fn=_end_with_parent,
             )
 
-    def start_again_if_it_gave_up(self) -> None:
-        """On a loaded machine a raylet may not be up within the half minute that `ray start` grants it."""
+    def restart_if_ended(self) -> None:
+        """Start the node again if it ended: a loaded machine may exceed the half minute that `ray start` allows."""
         if self.process is not None and self.process.poll() is not None:
             self.attempts += 1
             assert self.attempts < ATTEMPTS, self.log.read_text(encoding="utf-8")[-3000:]
@@ -99,14 +99,14 @@ class Node:
             self.start()
 
     def processes(self) -> list[psutil.Process]:
-        """All that belong to the node. Workers outlive the raylet as orphans for a while, so that they are noted."""
+        """Return the node's processes, including workers that outlive their raylet for a while."""
         if self.process is not None:
             self.known |= {each.pid: each for each in tree(self.process.pid)}
         self.known = {pid: each for pid, each in self.known.items() if each.is_running()}
         return list(self.known.values())
 
     def lose(self) -> None:
-        """The machine is gone: SIGKILL to all its processes."""
+        """Send SIGKILL to all the node's processes."""
         doomed = self.processes()
         for each in doomed:  # none may start another while the next is ended
             _signal(each, signal.SIGSTOP)
@@ -118,12 +118,12 @@ class Node:
             self.process = None
 
     def ranks(self) -> list[psutil.Process]:
-        """The training workers on this node."""
+        """Return the training workers on this node."""
         return [each for each in self.processes() if "RayTrainWorker" in _title(each)]
 
 
 class Cluster:
-    """A head and nodes that join it. `cpus` of each are as many ranks as it may hold."""
+    """A head and nodes that join it; the CPUs of a node limit its ranks."""
 
     def __init__(
         self,
@@ -190,12 +190,12 @@ class Cluster:
                     socket.create_connection((host, int(port)), timeout=1).close()
                     break
                 except OSError:
-                    assert time.monotonic() < end, self.told()
-                    self.head.start_again_if_it_gave_up()
+                    assert time.monotonic() < end, self.log_text()
+                    self.head.restart_if_ended()
                     time.sleep(0.1)
 
     def alive(self) -> dict[str, str]:
-        """Address -> id of every node that the head believes to be alive."""
+        """Return address -> id of every node that the head considers alive."""
         if self.environment["RAY_AUTH_MODE"] == "token":
             return self._alive_with_token()
         try:
@@ -205,7 +205,7 @@ class Cluster:
         return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
 
     def _alive_with_token(self) -> dict[str, str]:
-        """In a process of its own: Ray reads how to authenticate once, when it is imported."""
+        """Ask in another process, because Ray reads its authentication once, on import."""
         script = (
             "import json; from ray._raylet import GcsClient; "
             f"nodes = GcsClient(address={self.address!r}).get_all_node_info(timeout=20).values(); "
@@ -222,9 +222,9 @@ class Cluster:
     def wait_for_nodes(self, count: int) -> None:
         end = time.monotonic() + SECONDS
         while len(self.alive()) != count:
-            assert time.monotonic() < end, self.told()
+            assert time.monotonic() < end, self.log_text()
             for node in self.nodes:
-                node.start_again_if_it_gave_up()
+                node.restart_if_ended()
             time.sleep(0.2)
 
     def python(self, script: str) -> subprocess.CompletedProcess[str]:
@@ -234,7 +234,7 @@ class Cluster:
         )
 
     def announce_preemption(self, node: Node, seconds: int) -> None:
-        """Tell the cluster, as a cloud's autoscaler does, that a node will be taken away in so many seconds."""
+        """Tell the cluster, as a cloud's autoscaler does, that a node will be taken away in `seconds`."""
         from ray.core.generated import autoscaler_pb2
 
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
@@ -243,10 +243,10 @@ class Cluster:
         assert accepted, refusal
 
     def sessions(self) -> list[Path]:
-        """Where each node keeps its logs and the code of jobs; `session_latest` comes and goes."""
+        """Return the folders of the nodes' sessions (logs, code of jobs), without the link `session_latest`."""
         return sorted(self.folder.glob("*/session_2*"))
 
-    def told(self) -> str:
+    def log_text(self) -> str:
         return "\n".join(node.log.read_text(encoding="utf-8")[-2000:] for node in self.nodes if node.log.exists())
 
     def stop(self) -> None:
@@ -261,7 +261,7 @@ def raylets(
     dashboard: bool = False,
     hosts: list[Host] | None = None,
 ) -> Iterator[Cluster]:
-    """A running cluster, ended and removed at the end. Its folder's name is short: sockets lie in it."""
+    """Run a cluster in a temporary folder with a short name, because sockets are created in it."""
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
     cluster = Cluster(folder, cpus, environment, dashboard, hosts)
     try:
@@ -277,7 +277,7 @@ def _python_path() -> str:
 
 
 def _end_with_parent() -> None:
-    """However the test process ends, `ray start --block` gets SIGTERM (prctl's PR_SET_PDEATHSIG) and ends its own."""
+    """Send SIGTERM to `ray start --block` when the test process ends (prctl's PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 

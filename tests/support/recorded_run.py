@@ -1,6 +1,6 @@
-"""The folder of a run of two stages, as training leaves it: one restart, a spike, an alert, two evaluations, bad data.
+"""The folder of a run of two stages with a restart, a spike, an alert, two evaluations and bad data.
 
-Its journal, quarantine and account of time are written by what training writes them with; no step is made.
+Its journal, quarantine and time account are written by the code that training uses; no step is made.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def config_of(folder: Path, shards: str, name: str, *overrides: str) -> RunConfi
 
 
 class _Session:
-    """One process's records, a second apart."""
+    """The records of one process, a second apart."""
 
     def __init__(self, journal: Journal, at: int):
         self.writer: JournalWriter = journal.start_session()
@@ -64,7 +64,7 @@ class _Session:
         self.at += 1000
 
     def steps(self, stage: int, first: int, last: int, **more: float) -> None:
-        """Points of the global steps `first` to `last`."""
+        """Record metrics of the global steps `first` to `last`."""
         for step in range(first, last + 1):
             values = {
                 "train/loss": 8.0 / step,
@@ -79,7 +79,7 @@ class _Session:
 
 
 def record_run(folder: Path, planted: Planted, name: str = "recorded", *overrides: str) -> RunConfig:
-    """Writes `<folder>/<name>`, and returns the run's config."""
+    """Write `<folder>/<name>` and return the run's config."""
     config = config_of(folder, planted.folder, name, *overrides)
     place = folder / name
     place.mkdir(parents=True)
@@ -97,7 +97,7 @@ def record_run(folder: Path, planted: Planted, name: str = "recorded", *override
 
 
 def bad_records(planted: Planted) -> list[BadRecord]:
-    """Every planted bad sample, met once; the first of them twice."""
+    """Return every planted bad sample once, and the first one twice."""
     found = [
         BadRecord("pairs", bad.shard, bad.key, bad.offset, 0, number, 0, bad.stage, f"the {kind}", "s00001")
         for number, (kind, bad) in enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)

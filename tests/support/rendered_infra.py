@@ -1,4 +1,4 @@
-"""The files of infra/ as their users get them: filled in by `infra/render.py` with the example's settings."""
+"""The files of infra/ as users get them, rendered by `infra/render.py` with the example's settings."""
 
 from __future__ import annotations
 

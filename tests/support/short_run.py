@@ -1,4 +1,4 @@
-"""A run of a few steps on drawn scenes through `train`, as its ranks run it, for tests of what happens to runs."""
+"""Runs of a few steps on drawn scenes through `train`, called on the rank itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 8
 
 
 def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
-    """Two stages of `STEPS` steps, a checkpoint every third; `a__b=c` overrides the key a.b."""
+    """Return a config of two stages of `STEPS` steps, a checkpoint every third; `a__b=c` overrides the key a.b."""
     stages = [
         {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}},
         {"name": "pairs", "sources": {"scenes": 1.0}, "objectives": {"itc": {}, "mlm": {}}},
@@ -45,7 +45,7 @@ def short_config(folder: str, name: str = "run", **overrides: Any) -> RunConfig:
 
 
 class NoUploader:
-    """In the place of the tracker's: ships nothing, so that journals are all that is written."""
+    """A replacement for the tracker's uploader that uploads nothing, so that only journals are written."""
 
     def __init__(self, *_: Any) -> None: ...
     def wake(self) -> None: ...
@@ -54,7 +54,7 @@ class NoUploader:
 
 
 def without_mlflow() -> None:
-    """On this rank: journals are written, as always, and no process is started that would ship them."""
+    """Write journals on this rank, but start no process that uploads them."""
     from pipeline.tracking import tracker
 
     tracker.Uploader = NoUploader  # type: ignore[misc, assignment]
@@ -68,7 +68,7 @@ def train_short(folder: str, name: str = "run", callbacks: Sequence[Callback] = 
 
 
 def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
-    """Step -> the loss, exactly, as the journal holds it; a step that was recorded twice fails the test."""
+    """Return step -> loss, exactly as the journal has it; fail if a step was recorded twice."""
     found: dict[int, str] = {}
     for record in journal(folder, name):
         if record["kind"] == "metrics" and "train/loss" in record["values"]:
@@ -78,7 +78,7 @@ def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
 
 
 def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
-    """Every whole record, in order."""
+    """Return all whole records, in order."""
     files = sorted(Path(folder, name, "journal").glob("*.jsonl"))
     return [record for file in files for _, record in read_records(file)]
 

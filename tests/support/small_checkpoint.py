@@ -1,4 +1,4 @@
-"""A checkpoint of four numbers, for tests of what becomes of checkpoints in a store."""
+"""A checkpoint of four numbers, for tests of checkpoint stores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SingleProcess:
 
 
 def save(store: CheckpointStore, step: int) -> str:
-    """Its URL; the numbers are step, step + 1, …"""
+    """Save a checkpoint and return its URL; its numbers are step, step + 1, …"""
     metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
     url = store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
     store.wait()
@@ -34,6 +34,6 @@ def save(store: CheckpointStore, step: int) -> str:
 
 
 def newest_weight(store: CheckpointStore) -> list[float]:
-    """The numbers of the newest whole one."""
+    """Return the numbers of the newest whole checkpoint."""
     _, saved = store.latest() or pytest.fail("nothing found")
     return saved.read("a.weight", "weight", 0, 4).tolist()

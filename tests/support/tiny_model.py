@@ -1,4 +1,4 @@
-"""A tiny run and invented batches, for tests of training that need no data plane."""
+"""A tiny run and synthetic batches, for tests of training that need no loader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]
 
 
 def tiny_config(**engine: Any) -> RunConfig:
-    """Stages of a two-layer model, drop path on; the third has all of VLMo's objectives."""
+    """Return a run of a two-layer model with drop path; its third stage has all of VLMo's pretraining objectives."""
     optimizer = {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0}
     stages = [
         {
@@ -71,7 +71,7 @@ def tiny_config(**engine: Any) -> RunConfig:
 
 
 def tiny_batch(config: RunConfig, step: int, rank: int, world_size: int, size: int) -> Batch:
-    """This rank's rows of an invented global batch: a function of step and place alone."""
+    """Return this rank's examples of a synthetic global batch, which depends on `step` and `size` alone."""
     batch = invented_batch(config.model, "pairs", step, size)
     if size > 8:  # some rows show the same image
         batch = replace(batch, image_id=torch.arange(size) // 2 * 2)

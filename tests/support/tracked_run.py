@@ -1,4 +1,4 @@
-"""A run of two stages as tests of tracking record it, without training anything; and what MLflow has of a real one."""
+"""A run of two stages as tests of tracking record it, without training; and checks of a real run in MLflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights
-from tests.support.train_process import STAGES, Campaign
+from tests.support.train_process import STAGES, TrainProcess
 
 PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
 
@@ -29,7 +29,7 @@ def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
 
 
 def record(tracker: JournalTracker, config: RunConfig, stage: int, steps: range) -> None:
-    """What the loop records of these steps of a stage."""
+    """Record what the loop records in these steps of a stage."""
     tags = {"zero_stage": "1"} | ({"start_from": weights(config, stage - 1).url} if stage else {})
     tracker.begin_stage(stage, config.stages[stage], tags, [PHOTOS])
     for step in steps:
@@ -37,7 +37,7 @@ def record(tracker: JournalTracker, config: RunConfig, stage: int, steps: range)
 
 
 def weights(config: RunConfig, stage: int) -> SavedWeights:
-    """What a stage hands over."""
+    """Return the final weights of a stage."""
     return SavedWeights(f"{config.folder}/stages/{stage}-{config.stages[stage].name}", 100 * (stage + 1), stage)
 
 
@@ -45,8 +45,8 @@ def checkpoint(config: RunConfig, step: int) -> SavedWeights:
     return SavedWeights(f"{config.folder}/checkpoints/step-{step:08d}.abcd", step, (step - 1) // 100)
 
 
-def assert_tracked_once(run: Campaign, folder: Path, attempts: int) -> None:
-    """A parent and a child a stage, found by their data's digest, with each journaled step once; and what they keep."""
+def assert_tracked_once(run: TrainProcess, folder: Path, attempts: int) -> None:
+    """Assert that MLflow has a parent, a child per stage, each journaled step once, and the kept checkpoints."""
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "vlmo")
     digest = load_manifest(Storage(), f"{folder}/scenes").digest[:36]

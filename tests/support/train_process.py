@@ -1,4 +1,4 @@
-"""A tiny version of the demo's three stages run by `mome train` as a user runs it, and what its journal says of it."""
+"""A tiny version of the demo's three stages run by `mome train` in a process, and what its journal records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Losses = dict[tuple[int, int], float]
 
 
 def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
-    """Everything of the run lies under `folder`, a path or URL; runs of one folder share its data."""
+    """Return overrides that place everything below `folder`, a path or URL; runs of one folder share its data."""
     found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
     found += ["model.width=32", "model.layers=2", "model.heads=2"]
     found += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
@@ -38,7 +38,7 @@ def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
     return found
 
 
-class Campaign:
+class TrainProcess:
     """One run: its process, while there is one, and its journal."""
 
     def __init__(
@@ -51,7 +51,7 @@ class Campaign:
         output: str | None = None,
         storage: StorageConfig = StorageConfig(),
     ) -> None:
-        """`output`: the URL of a bucket in the place of `folder`, reached by the test through `storage`."""
+        """Store the command. `output`: URL of a bucket instead of `folder`, which the test reads through `storage`."""
         self.folder, self.name = folder, name
         self.url, self.storage = join(output or str(folder), name), Storage(storage)
         self.arguments = [str(ROOT / "configs" / "demo.yaml"), *overrides(output or folder, name, steps), *more]
@@ -61,15 +61,15 @@ class Campaign:
             self.journal = folder / hashlib.sha256(self.url.encode()).hexdigest()[:16] / "journal"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Campaign:
-        """`mome train`, in the background."""
+    def start(self) -> TrainProcess:
+        """Start `mome train`."""
         return self._start("-m", "jobs.cli", "train")
 
-    def start_alone(self) -> Campaign:
-        """The same in one process, without Ray."""
+    def start_alone(self) -> TrainProcess:
+        """Start the run in one process, without Ray."""
         return self._start("-m", "pipeline.training")
 
-    def _start(self, *command: str) -> Campaign:
+    def _start(self, *command: str) -> TrainProcess:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *self.arguments], cwd=ROOT, stdout=log, stderr=log, env=self.environment
@@ -80,7 +80,7 @@ class Campaign:
     def log(self) -> Path:
         return self.folder / f"{self.name}.log"
 
-    def told(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
     def running(self) -> bool:
@@ -89,24 +89,24 @@ class Campaign:
     def finish(self) -> None:
         assert self.process is not None
         try:
-            assert self.process.wait(timeout=SECONDS) == 0, self.told()[-3000:]
+            assert self.process.wait(timeout=SECONDS) == 0, self.log_text()[-3000:]
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to the driver alone."""
+        """Send SIGKILL to the driver alone."""
         if self.running():
             assert self.process is not None
             self.process.kill()
             self.process.wait()
 
     def ranks(self) -> list[psutil.Process]:
-        """The training workers of a Ray that the driver started itself."""
+        """Return the training workers of a Ray cluster that the driver started itself."""
         assert self.process is not None
         return [each for each in psutil.Process(self.process.pid).children(recursive=True) if is_rank(each)]
 
-    def points(self) -> list[dict[str, object]]:
-        """The journal's points of metrics, in the order of its files."""
+    def metric_records(self) -> list[dict[str, object]]:
+        """Return the journal's records with a training loss, in the order of its files."""
         found = []
         for file in sorted(self.journal.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
@@ -116,48 +116,48 @@ class Campaign:
         return found
 
     def sessions(self) -> int:
-        """How many processes began to record this run."""
+        """Return the number of processes that have recorded this run."""
         return len(list(self.journal.glob("*.jsonl")))
 
     def losses(self) -> Losses:
-        """(stage, step) -> the loss as the journal holds it, exactly."""
+        """Return (stage, step) -> loss, exactly as the journal has it."""
         found: Losses = {}
-        for record in self.points():
+        for record in self.metric_records():
             place = (record["stage"], record["step"])
             assert place not in found, f"step {place} was journaled twice"
             found[place] = record["values"]["train/loss"]  # type: ignore[index,assignment]
         return found
 
-    def reached(self) -> tuple[int, int]:
-        """(stage, step) of the last loss."""
+    def last_step(self) -> tuple[int, int]:
+        """Return (stage, step) of the last loss."""
         return max(self.losses(), default=(-1, -1))
 
     def step(self) -> int:
-        """Steps done over all stages."""
-        return self.reached()[1]
+        """Return the number of steps over all stages."""
+        return self.last_step()[1]
 
     def checkpoints(self) -> list[str]:
-        """URLs of the whole checkpoints there are, the newest last."""
+        """Return the URLs of committed checkpoints, the newest last."""
         folder = join(self.url, "checkpoints")
         found = [join(folder, name.rstrip("/")) for name in self.storage.list(folder)]
         return sorted(url for url in found if self.storage.exists(join(url, "COMMIT.json")))
 
-    def saved(self) -> list[int]:
-        """Global steps of the whole checkpoints there are, the newest last."""
+    def saved_steps(self) -> list[int]:
+        """Return the global steps of committed checkpoints, the newest last."""
         return [int(url.rpartition("/step-")[2].partition(".")[0]) for url in self.checkpoints()]
 
     def restarts(self) -> list[dict[str, Any]]:
-        """What the run recorded of its restarts, in order."""
+        """Return the run's records of its restarts, in order."""
         folder = join(self.url, "restarts")
         return [json.loads(self.storage.read(join(folder, name))) for name in sorted(self.storage.list(folder))]
 
-    def causes(self) -> list[str]:
+    def restart_causes(self) -> list[str]:
         return [restart["cause"] for restart in self.restarts()]
 
 
 @contextmanager
-def paced(run: Campaign, ranks: Callable[[], list[psutil.Process]], seconds_a_step: float = 1.0) -> Iterator[None]:
-    """The run's ranks rest (SIGSTOP) after each step, so that what is done to a tiny run finds it still under way."""
+def paced(run: TrainProcess, ranks: Callable[[], list[psutil.Process]], seconds_a_step: float = 1.0) -> Iterator[None]:
+    """Stop the ranks (SIGSTOP) for a while after each step, so that a fault meets a tiny run before its end."""
     over = threading.Event()
 
     def pace() -> None:
@@ -195,7 +195,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def assert_same_losses(found: Losses, expected: Losses, tolerance: float = 1e-5) -> None:
-    """Every step of the one is in the other, with the same loss to `tolerance`, relative."""
+    """Assert that both have the same steps, with losses that are equal to a relative `tolerance`."""
     assert found.keys() == expected.keys()
     worst = max(abs(found[place] - expected[place]) / abs(expected[place]) for place in expected)
     assert worst <= tolerance, f"a loss differs by {worst:.1e}"

@@ -1,4 +1,4 @@
-"""Weights of a stage that nobody trained, as a run hands them over, for tests of what is done with weights."""
+"""Final weights of an untrained stage, for tests of what reads weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.short_run import short_config
 
 
 def untrained_weights(folder: Path) -> tuple[RunConfig, str]:
-    """Of the second stage, never trained; its scenes are drawn."""
+    """Write the untrained weights of the second stage and its drawn scenes; return the config and the weights' URL."""
     config, storage = (
         short_config(str(folder), evaluation={"source": "scenes", "max_images": 22, "batch_size": 5}),
         Storage(),

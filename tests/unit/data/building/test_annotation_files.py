@@ -27,7 +27,7 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-def write_image(path: Path, number: int = 0) -> bytes:
+def write_picture(path: Path, number: int = 0) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture(number))
     return picture(number)
@@ -51,7 +51,7 @@ def vqa_files(folder: Path, subtype: str = "train2014") -> Path:
     ]
     write_json(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations, "info": {}})
     for image in (1, 2):
-        write_image(folder / f"COCO_{subtype}_{image:012d}.jpg", image)
+        write_picture(folder / f"COCO_{subtype}_{image:012d}.jpg", image)
     content = {"info": {}, "data_subtype": subtype, "questions": questions}
     return write_json(folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json", content)
 
@@ -124,7 +124,7 @@ def test_visual_genome_has_one_right_answer_each(tmp_path: Path) -> None:
         {"qa_id": 4, "question": "?", "answer": "."},
     ]
     file = write_json(tmp_path / "question_answers.json", [{"id": 4, "qas": qas}])
-    write_image(tmp_path / "VG_100K_2" / "4.jpg")
+    write_picture(tmp_path / "VG_100K_2" / "4.jpg")
     assert find_annotations(file) == "vg_qa"
     (sample,) = samples_of(read_annotations(file, "vg_qa", problems := Problems(), Options(min_count=1)))
     assert said(sample)["answers"] == {"sofa": 1.0}
@@ -146,9 +146,9 @@ def test_nlvr2_lines_get_both_pictures_wherever_the_release_puts_them(tmp_path: 
     ]
     file = tmp_path / "dev.json"
     file.write_text("\n".join(lines), encoding="utf-8")
-    left, right = write_image(tmp_path / "dev-8-0-img0.png", 1), write_image(tmp_path / "dev-8-0-img1.png", 2)
+    left, right = write_picture(tmp_path / "dev-8-0-img0.png", 1), write_picture(tmp_path / "dev-8-0-img1.png", 2)
     for side in (0, 1):
-        write_image(tmp_path / "train" / "37" / f"train-9-1-img{side}.png", 3 + side)
+        write_picture(tmp_path / "train" / "37" / f"train-9-1-img{side}.png", 3 + side)
     assert find_annotations(file) == "nlvr2"
     one, two, three = samples_of(read_annotations(file, "nlvr2", problems := Problems(), Options()))
     members = {name: data for name, data in one.items() if name != "__key__"}
@@ -166,7 +166,7 @@ def karpathy_file(folder: Path) -> Path:
         for n, split in enumerate(["train", "restval", "val", "test"])
     ]  # fmt: skip
     for n in range(4):
-        write_image(folder / "val2014" / f"COCO_{n}.jpg", n)
+        write_picture(folder / "val2014" / f"COCO_{n}.jpg", n)
     return write_json(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
@@ -199,7 +199,7 @@ def test_trap_09_the_splits_of_a_data_set_share_no_picture(tmp_path: Path) -> No
 
 def test_a_folder_of_folders_gives_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name, number in (("n02/a/x.jpg", 1), ("n01/y.png", 2), ("n02/z.jpg", 3)):
-        write_image(tmp_path / name, number)
+        write_picture(tmp_path / name, number)
     found = read_annotations(tmp_path, "classes", Problems(), Options())
     assert [class_of(sample, 2) for sample in samples_of(found)] == [0, 1, 1]
     assert found.choices[CLASSES].names == ("n01", "n02")
@@ -209,7 +209,7 @@ def test_a_folder_of_folders_gives_classes_in_the_order_of_their_names(tmp_path:
 
 def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
     for name in ("cat/1.jpg", "dog/2.jpg", "stray.jpg"):
-        write_image(tmp_path / name)
+        write_picture(tmp_path / name)
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     found = read_annotations(tmp_path, "classes", problems := Problems(), Options())
@@ -224,7 +224,7 @@ def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
 
 def test_the_name_of_a_class_is_clean_text(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
-    write_image(tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg")
+    write_picture(tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg")
     found = read_annotations(tmp_path, "classes", Problems(), Options())
     assert Choices.from_bytes(found.choices[CLASSES].to_bytes(), "list").names == (r"caf\xe9",)
     assert len(samples_of(found)) == 1
