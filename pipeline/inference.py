@@ -32,7 +32,7 @@ from torch import Tensor
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import Objective, RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
-from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
@@ -322,7 +322,7 @@ class TrainedModel:
     def _score(self, images: Sequence[np.ndarray], tokens: Sequence[Sequence[int]], is_ranking: bool) -> Tensor:
         """Score resized images with token rows, pair by pair: probabilities, or ranking scores."""
         canvases, sizes = on_one_canvas(images)
-        image_size = torch.from_numpy(sizes) if isinstance(shape_of(self.config.model), OwnShape) else None
+        image_size = torch.from_numpy(sizes) if isinstance(shape_of(self.config.model), KeepAspectRatio) else None
         pairs = torch.arange(len(images))[:, None].expand(-1, 2)
         scores = fusion_scores(
             self.model,

@@ -1,4 +1,4 @@
-"""Which samples are being decoded now, for the report of a rank that hangs: a thread stuck in a decoder says nothing.
+"""The samples being decoded right now, for the report of a hung rank: a thread stuck in a decoder cannot report.
 
 Each thread writes the name of its sample into memory that a loader process shares with its rank.
 """
@@ -14,20 +14,20 @@ from contextlib import contextmanager
 _ENTRY, _THREADS = 256, 64
 BYTES = _ENTRY * _THREADS
 
-_memory = mmap.mmap(-1, BYTES)  # that this process writes to
-_boards: list[mmap.mmap] = [_memory]  # that it reads
+_memory = mmap.mmap(-1, BYTES)  # written by this process
+_boards: list[mmap.mmap] = [_memory]  # read by `samples`
 _numbers = itertools.count()
 _thread = threading.local()
 
 
 def write_to(memory: mmap.mmap) -> None:
-    """From now on this process writes to `memory`, of `BYTES`."""
+    """Make this process write to `memory`, of `BYTES` bytes."""
     global _memory
     _memory = memory
 
 
 def watch(memory: mmap.mmap) -> None:
-    """Have `samples` read what another process writes to `memory`."""
+    """Include in `samples` what another process writes to `memory`."""
     _boards.append(memory)
 
 
@@ -37,7 +37,7 @@ def forget(memory: mmap.mmap) -> None:
 
 @contextmanager
 def decoding(sample: str) -> Iterator[None]:
-    """While in `with`, this thread decodes that sample."""
+    """Record that this thread decodes a sample, while in `with`."""
     if not hasattr(_thread, "start"):
         _thread.start = next(_numbers) % _THREADS * _ENTRY
     start, data = _thread.start, sample.encode("utf-8", "backslashreplace")[: _ENTRY - 1]
@@ -49,10 +49,10 @@ def decoding(sample: str) -> Iterator[None]:
 
 
 def samples() -> list[str]:
-    """The samples being decoded by this process and by those it watches."""
-    found = []
+    """Return the samples being decoded by this process and by those it watches."""
+    names: list[str] = []
     for board in list(_boards):
         data = board[:]
         entries = (data[start : start + _ENTRY].partition(b"\0")[0] for start in range(0, BYTES, _ENTRY))
-        found += [entry.decode("utf-8", "replace") for entry in entries if entry]
-    return found
+        names += [entry.decode("utf-8", "replace") for entry in entries if entry]
+    return names

@@ -1,4 +1,4 @@
-"""The same call for many names at once, by threads: for work that waits on storage or leaves the interpreter free."""
+"""Concurrent calls by threads, for work that waits on storage or releases the interpreter lock."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.config.urls import is_local
 REMOTE = 16  # requests in flight
 
 T = TypeVar("T")
-Progress = Callable[[int, int, str], None]  # (done, in all, name of the last)
+Progress = Callable[[int, int, str], None]  # (calls done, total, name of the last)
 
 
 def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Iterator[tuple[str, T]]:
-    """(name, result) of each call, in the order they end, by as many threads as suit the place `url`.
+    """Yield (name, result) of each call in order of completion, by as many threads as suit the storage of `url`.
 
-    The first error is raised, and nothing more is begun then.
+    The first error is raised, and no further call is started.
     """
-    # Threads beyond the cores would only contend where nothing is waited for.
+    # Local calls do not wait: more threads than cores would only contend.
     threads = os.cpu_count() or 1 if is_local(url) else REMOTE
     pool = ThreadPoolExecutor(threads, thread_name_prefix="shards")
     try:

@@ -1,7 +1,7 @@
 """Bad samples: recorded, counted per source, and fatal above a rate (contract C7).
 
-A bad sample is one that reading again cannot mend: a corrupt image, a missing member, an empty caption, a
-decompression bomb. Storage faults and changed shards are none: they never substitute a sample.
+A bad sample is one that reading again cannot repair: a corrupt image, a missing member, an empty caption, a
+decompression bomb. Storage faults and changed shards are not bad samples: they never cause a replacement.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pipeline.config.errors import DataError, MomeError
 
 _MAX_REASON = 300  # characters of a parser's own words
-MIN_SEEN = 100  # a rate over fewer samples says nothing
+MIN_SEEN = 100  # minimum number of samples for a meaningful rate
 
 
 class BadSample(Exception):
-    """One sample cannot be used; `stage` names what found it (members, caption, decode, …), `reason` says why."""
+    """One sample cannot be used; `stage` names the step that failed (members, caption, image, …), `reason` says why."""
 
     def __init__(self, stage: str, reason: str):
-        # Logs, reports and MLflow refuse lone surrogates; an address in memory is another for every reader.
+        # Logs, reports and MLflow reject lone surrogates; memory addresses would differ between readers.
         reason = re.sub(r" at 0x[0-9a-f]+", "", reason.encode("utf-8", "backslashreplace").decode())
         super().__init__(f"{stage}: {reason}")
         self.stage = stage
@@ -34,10 +34,10 @@ class BadSample(Exception):
 
 @contextmanager
 def judging(stage: str) -> Iterator[None]:
-    """Raise BadSample(stage, type: text) for any exception of judging one sample: parsers fail in every shape.
+    """Turn any exception of parsing one sample into BadSample(stage, type: text): parsers fail in many ways.
 
-    BadSample passes as it is, and so does what is no fault of the sample: the package's own errors (StorageError,
-    DataError, …) and MemoryError.
+    BadSample itself passes unchanged, and so do errors that are not the sample's fault: the package's own errors
+    (StorageError, DataError, …) and MemoryError.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def judging(stage: str) -> Iterator[None]:
 
 
 def judged(stage: str, error: Exception) -> BadSample:
-    """The BadSample that `judging` raises for an error. Raises the error where it is no fault of the sample."""
+    """Return the BadSample that `judging` raises for an error. Raises the error if it is not the sample's fault."""
     if isinstance(error, BadSample):
         return error
     if isinstance(error, (MomeError, MemoryError)):
@@ -56,7 +56,7 @@ def judged(stage: str, error: Exception) -> BadSample:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One bad sample as the log shows it, and the key of the sample that took its place."""
+    """The log record of a bad sample, with the key of its replacement."""
 
     source: str
     shard: str
@@ -77,10 +77,10 @@ class BadRecord:
 
 
 class Quarantine:
-    """Counts of what was delivered: `seen` and `bad` samples per source.
+    """Counts of the delivered samples per source: `seen` and `bad`.
 
-    A bad sample counts in the place that planned it, once an epoch; a candidate that proves bad while another is
-    being replaced is not counted again. So the counts of all ranks sum to the same at any world size.
+    A bad sample is counted at the place that planned it, once per epoch; a bad candidate for a replacement is not
+    counted again. The counts of all ranks therefore sum to the same at any world size.
     """
 
     def __init__(self, max_bad_rate: float):
@@ -90,7 +90,7 @@ class Quarantine:
         self._new: list[BadRecord] = []
 
     def deliver(self, sources: Iterable[str], records: Iterable[BadRecord]) -> None:
-        """Counts one batch's rows by source and its bad samples. Raises DataError when a source's rate is too high."""
+        """Count a batch's examples by source and its bad samples. Raises DataError when a source's rate is too high."""
         self.seen.update(sources)
         for record in records:
             self.bad[record.source] += 1
@@ -99,13 +99,13 @@ class Quarantine:
             self._check(source, MIN_SEEN)
 
     def finish(self) -> None:
-        """The same check at the end of a stage, however few samples it read; one bad sample is then no rate yet."""
+        """Check the rates at the end of a stage, however few samples it read; a single bad sample is tolerated."""
         for source in self.bad:
             if self.bad[source] > 1:
                 self._check(source, 1)
 
     def drain(self) -> list[BadRecord]:
-        """The records since the last call."""
+        """Return the records since the last call."""
         new, self._new = self._new, []
         return new
 
@@ -114,8 +114,8 @@ class Quarantine:
         if seen < min_seen or bad <= self.max_bad_rate * seen:
             return
         last = next((r for r in reversed(self._new) if r.source == source), None)
-        example = f" The last: {last.key} in {last.shard}, {last.stage}: {last.reason}." if last else ""
+        example = f" The last one: {last.key} in {last.shard}, {last.stage}: {last.reason}." if last else ""
         raise DataError(
             f"source '{source}': {bad} of {seen} samples are bad ({bad / seen:.1%}), more than data.max_bad_rate "
-            f"{self.max_bad_rate:.1%} allows.{example} Mend or rebuild its shards, or raise data.max_bad_rate."
+            f"{self.max_bad_rate:.1%} allows.{example} Repair or rebuild its shards, or raise data.max_bad_rate."
         )

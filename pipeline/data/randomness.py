@@ -1,7 +1,7 @@
-"""Counter-based randomness: every random number is a hash of what it is for, never of who asks or how often.
+"""Counter-based randomness: every random number is a hash of its purpose, independent of process and call order.
 
-The mixing is splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Its results are part of the data order (contract C1)
-and stay what they are for ever: changing a constant here changes every run's data.
+The mixing is splitmix64 (Steele, Lea and Flood, OOPSLA 2014). Its results are part of the data order (contract C1):
+changing a constant here changes the data of every run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SECOND = 0x94D049BB133111EB
 _UNIT = 2.0**-53
 _STEP_WORD, *_FACTORS = (np.uint64(word) for word in (_STEP, _FIRST, _SECOND))
 _SHIFTS = tuple(np.uint64(bits) for bits in (30, 27, 31))
-_ROUNDS = 8  # of a Feistel network: pairs of places are 30 % uneven after four for n = 100, below 0.5 % after eight
+_ROUNDS = 8  # of the Feistel network: for n = 100, pairs are 30 % uneven after four rounds, below 0.5 % after eight
 
 
 def _mix(word: int) -> int:
@@ -34,7 +34,7 @@ def _word(text: str) -> int:
 
 
 def hash64(*parts: int | str) -> int:
-    """An unsigned 64-bit hash of the parts in their order. Integers count modulo 2^64, so uids may be negative."""
+    """Return an unsigned 64-bit hash of the parts in order. Integers are taken modulo 2^64: uids may be negative."""
     state = _STEP
     for part in parts:
         word = _word(part) if isinstance(part, str) else int(part) & _MASK
@@ -43,7 +43,7 @@ def hash64(*parts: int | str) -> int:
 
 
 def signed(word: int) -> int:
-    """The same 64 bits read as int64, as tensors hold them."""
+    """Return the same 64 bits as a signed integer, for int64 tensors."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -55,14 +55,14 @@ def _mix_array(words: np.ndarray) -> np.ndarray:
 
 
 def hash64_array(key: int, values: np.ndarray) -> np.ndarray:
-    """`hash64(key, value)` of every value: uint64, the shape of `values`. Different values never hash alike."""
+    """Return `hash64(key, value)` of every value: uint64, the shape of `values`. Distinct values never collide."""
     words = np.asarray(values).astype(np.uint64, copy=False) ^ np.uint64(hash64(key))
-    with np.errstate(over="ignore"):  # arrays wrap silently, a single number would warn
+    with np.errstate(over="ignore"):  # numpy warns of overflow for scalars, not for arrays
         return _mix_array(words + _STEP_WORD)
 
 
 def uniform_array(key: int, values: np.ndarray) -> np.ndarray:
-    """One float64 in [0, 1) for every value."""
+    """Return one float64 in [0, 1) for every value."""
     return (hash64_array(key, values) >> np.uint64(11)).astype(np.float64) * _UNIT
 
 
@@ -78,31 +78,31 @@ class CounterRandom:
         return _mix(self._key + self._counter * _STEP)
 
     def uniform(self) -> float:
-        """A float in [0, 1)."""
+        """Return a float in [0, 1)."""
         return (self._next() >> 11) * _UNIT
 
     def integer(self, n: int) -> int:
-        """An integer in [0, n)."""
+        """Return an integer in [0, n)."""
         assert n > 0
         return (self._next() * n) >> 64  # the bias is below n / 2^64
 
     def permutation(self, n: int) -> np.ndarray:
-        """The numbers 0 … n-1 (int64) in random order."""
+        """Return the numbers 0 … n-1 (int64) in random order."""
         return permutation(self._next(), n)
 
 
 def permutation(key: int, n: int) -> np.ndarray:
-    """The numbers 0 … n-1 (int64) in the order of their hashes under `key`; no two hashes are equal."""
+    """Return the numbers 0 … n-1 (int64) in the order of their hashes under `key`; no two hashes are equal."""
     return np.argsort(hash64_array(key, np.arange(n, dtype=np.uint64)))
 
 
 def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """What stands at `place` in a random order of 0 … n-1, without making that order. Elementwise.
+    """Return the element at `place` of a random permutation of 0 … n-1 without building it. Elementwise.
 
     key (L,) uint64, n (L,) and place (L,) int64 with 0 <= place < n < 2^62; returns (L,) int64 in [0, n). For one key
-    and n it is a bijection: a Feistel network of eight rounds on a grid of a x b >= n cells, a and b about √n, walking
-    on from the fewer than a cells that lie outside (Black and Rogaway, "Ciphers with arbitrary finite domains",
-    CT-RSA 2002). Several keys and n may be asked for at once.
+    and n it is a bijection: a Feistel network of eight rounds on a grid of a x b >= n cells, a and b about √n, applied
+    again to the fewer than a cells outside (cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains",
+    CT-RSA 2002). Keys and n may differ between elements.
     """
     rows = np.ceil(np.sqrt(n)).astype(np.uint64)  # IEEE square roots are the same on every machine
     bound = n.astype(np.uint64)
@@ -116,9 +116,9 @@ def permuted(key: np.ndarray, n: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def _feistel(key: np.ndarray, rows: np.ndarray, columns: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """One bijection of the cells 0 … rows * columns - 1 per key. All (L,) uint64."""
+    """Return the image of each cell under its key's bijection of 0 … rows * columns - 1. All (L,) uint64."""
     row, column = np.divmod(cell, columns)
-    high = np.uint64(32)  # 32 bits of hash: their sum with a row cannot overflow, which would end the bijection
+    high = np.uint64(32)  # 32 bits of hash: their sum with a row cannot overflow, which would break the bijection
     for turn in range(0, _ROUNDS, 2):
         row = (row + (_mix_array(key + (column ^ np.uint64(turn << 32))) >> high)) % rows
         column = (column + (_mix_array(key + (row ^ np.uint64(turn + 1 << 32))) >> high)) % columns
@@ -126,5 +126,5 @@ def _feistel(key: np.ndarray, rows: np.ndarray, columns: np.ndarray, cell: np.nd
 
 
 def sample_random(seed: int, epoch: int, uid: int, purpose: str) -> CounterRandom:
-    """The randomness of one sample in one epoch for one purpose (crop, caption, masks), whoever reads it."""
+    """Return the randomness of one sample in one epoch for one purpose (crop, caption, masks)."""
     return CounterRandom(hash64(seed, epoch, uid, purpose))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
-from pipeline.data.contents.images import OwnShape, decode, on_one_canvas, resize_for, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import Question, Statement, both_images, question_of, statement_of
 from pipeline.data.contents.text import Tokenizer, Tokens
@@ -100,7 +100,7 @@ class StoredImages:
         self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
         self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
         self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
-        side = self._shape.canvas if isinstance(self._shape, OwnShape) else self._shape
+        side = self._shape.canvas if isinstance(self._shape, KeepAspectRatio) else self._shape
         self._bytes = 3 * side**2  # of a picture, at most
         self._places: np.ndarray = np.zeros(0, dtype=np.int64)  # of each picture's sample in the source
 
@@ -184,7 +184,7 @@ def load_pairs(
         keys=tuple(pair.key for pair in pairs),
         skipped=dict(skipped),
         digest=opened.digest,
-        image_size=sizes if isinstance(shape_of(config.model), OwnShape) else None,
+        image_size=sizes if isinstance(shape_of(config.model), KeepAspectRatio) else None,
     )
 
 
@@ -312,7 +312,7 @@ class LabelledEvalSet:
     def _nothing(self) -> Annotated:
         """What is read where there is no sample and other ranks read one."""
         shape = shape_of(self._config.model)
-        side = shape.shorter if isinstance(shape, OwnShape) else shape
+        side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
         picture = np.zeros((side, side, 3), dtype=np.uint8)
         tokens = [] if self.source_type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
         return Annotated((picture, picture) if self.source_type == "statements" else (picture,), tokens, 0)

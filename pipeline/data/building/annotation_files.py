@@ -2,11 +2,11 @@
 
     vqa        VQA v2: a questions file, and annotations of ten people each       -> questions, answers.json
     vg_qa      Visual Genome's question_answers.json, one answer each             -> questions, answers.json
-    nlvr2      NLVR2's lines of JSON, two pictures each                           -> statements
+    nlvr2      NLVR2's lines of JSON, two images each                           -> statements
     karpathy   Karpathy's dataset_coco.json and dataset_flickr30k.json, by split  -> pairs
-    classes    a folder with a folder of pictures for each class (ImageNet's)     -> labelled, classes.json
+    classes    a folder with a folder of images for each class (ImageNet's)     -> labelled, classes.json
 
-What is bad or has no picture is told to `Problems` and left out. A question's picture is stored with each question.
+What is bad or has no image is told to `Problems` and left out. A question's image is stored with each question.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ from pipeline.data.shards.tar import clean_name
 
 AnnotationKind = Literal["vqa", "vg_qa", "nlvr2", "karpathy", "classes"]
 KINDS: tuple[AnnotationKind, ...] = get_args(AnnotationKind)
-TRAINED_WITH = {"train": ("train", "restval")}  # Karpathy's split of COCO keeps more of its training pictures apart
+TRAINED_WITH = {"train": ("train", "restval")}  # Karpathy's split of COCO keeps more of its training images apart
 
 
 @dataclass(frozen=True)
 class Options:
     """What the kinds need besides their file; those that do not need it leave it."""
 
-    images: Path | None = None  # the folder that pictures are in; None: the file's own
+    images: Path | None = None  # the folder that images are in; None: the file's own
     annotations: tuple[Path, ...] = ()  # vqa: files of answers; none: found by the questions file's name
-    split: str | None = None  # karpathy: which pictures; None: all
+    split: str | None = None  # karpathy: which images; None: all
     listed_only: bool = False  # vqa, vg_qa: leave out questions that no listed answer is right for
     min_count: int | None = None  # vqa, vg_qa: how often a listed answer is at least given; None: as published, 9
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """Samples, read as they are asked for, and what goes beside their shards, by file name."""
+    """Samples, read as they are asked for, and what goes next to their shards, by file name."""
 
     samples: Iterator[Sample]
     choices: Mapping[str, Choices]
@@ -106,7 +106,7 @@ class _Asked:
     question: str
     answers: Mapping[str, float]
     question_id: int | str
-    pictures: Sequence[str]  # names that the picture may have below the images' folder
+    pictures: Sequence[str]  # names that the image may have below the images' folder
 
 
 def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations:
@@ -158,7 +158,7 @@ def visual_genome_samples(file: Path, problems: Problems, options: Options) -> A
     """Visual Genome's questions; each has one answer, which is right."""
     pictures = entries_of(
         file, "pictures", json_of(file), lambda picture: (number_in(picture, "id"), list(picture["qas"])), problems,
-        "a list of pictures with 'id' and 'qas' (qa_id, question, answer)",
+        "a list of images with 'id' and 'qas' (qa_id, question, answer)",
     )  # fmt: skip
     found = entries_of(
         file, "questions", [(image, qa) for image, qas in pictures for qa in qas],
@@ -205,7 +205,7 @@ def _questions(
 
 
 def _coco_names(subtype: str, image: int) -> list[str]:
-    """What COCO names a picture: in 2014 and 2015 with its split, from 2017 on by its number alone."""
+    """What COCO names an image: in 2014 and 2015 with its split, from 2017 on by its number alone."""
     names = [f"{image:012d}.jpg", f"{subtype}/{image:012d}.jpg"]
     return [f"COCO_{subtype}_{image:012d}.jpg", f"{subtype}/COCO_{subtype}_{image:012d}.jpg", *names]
 
@@ -216,7 +216,7 @@ def _annotations_beside(questions: Path) -> Path:
     found = questions.with_name(name)
     if found == questions or not found.exists():
         raise DataError(
-            f"{questions}: no answers beside it (looked for {name}). Give --annotations FILE, for each file"
+            f"{questions}: no answers next to it (looked for {name}). Give --annotations FILE, for each file"
         )
     return found
 
@@ -233,7 +233,7 @@ def _count(options: Options) -> tuple[int, ...]:
 
 
 def nlvr2_samples(file: Path, problems: Problems, options: Options) -> Annotations:
-    """NLVR2's lines; the pictures of dev-850-0-0 are dev-850-0-img0.png and dev-850-0-img1.png, the left one first."""
+    """NLVR2's lines; the images of dev-850-0-0 are dev-850-0-img0.png and dev-850-0-img1.png, the left one first."""
     root = options.images or file.parent
     key_of = Keys()
 
@@ -275,7 +275,7 @@ def _karpathy_picture(entry: Any) -> tuple[str, str, str, list[Any], int]:
 
 
 def karpathy_samples(file: Path, problems: Problems, options: Options) -> Annotations:
-    """Pictures of one split, or of all, with their sentences. COCO's `train` brings its `restval`, as in the papers."""
+    """Images of one split, or of all, with their sentences. COCO's `train` brings its `restval`, as in the papers."""
     content = json_of(file)
     pictures = entries_of(
         file, "images", _field(file, "Karpathy split file", content, "images"), _karpathy_picture, problems,
@@ -285,7 +285,7 @@ def karpathy_samples(file: Path, problems: Problems, options: Options) -> Annota
     there = Counter(split for _, _, split, _, _ in pictures)
     if options.split is not None and not any(split in there for split in splits):
         told = ", ".join(f"{split} ({count})" for split, count in there.items())
-        raise DataError(f"{file}: no picture is of split '{options.split}'; its splits: {told}")
+        raise DataError(f"{file}: no image is of split '{options.split}'; its splits: {told}")
     root = options.images or file.parent
     key_of = Keys()
 
@@ -293,7 +293,7 @@ def karpathy_samples(file: Path, problems: Problems, options: Options) -> Annota
         for name, folder, split, sentences, image_id in pictures:
             if options.split is not None and split not in splits:
                 continue
-            where = f"{file}, picture {name}"
+            where = f"{file}, image {name}"
             if not (said := clean_captions(sentences, where, problems)):
                 continue
             image = read_listed_image(root, [name, f"{folder}/{name}"] if folder else [name], where, problems)
@@ -304,12 +304,12 @@ def karpathy_samples(file: Path, problems: Problems, options: Options) -> Annota
 
 
 def class_samples(folder: Path, problems: Problems, options: Options) -> Annotations:
-    """A folder's folders are the classes, numbered in the order of their names; pictures may lie deeper."""
+    """A folder's folders are the classes, numbered in the order of their names; images may lie deeper."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder with a folder of pictures for each class")
+        raise DataError(f"{folder}: expected a folder with a folder of images for each class")
     _, classes, others = next(folders_below(folder, problems), (folder, [], []))
     if not classes:
-        raise DataError(f"{folder}: no folder in it; expected one of pictures for each class")
+        raise DataError(f"{folder}: no folder in it; expected one of images for each class")
     for name in others:
         if suffix_of(name) in EXTENSIONS:
             problems.add(str(folder / name), "it lies in no class's folder")
@@ -326,7 +326,7 @@ def class_samples(folder: Path, problems: Problems, options: Options) -> Annotat
                     key = key_of(str(path.relative_to(folder).with_suffix("")))
                     yield {"__key__": key, **image, "cls": str(number).encode()}
             if path is None:
-                told = f"it is class {number} without a picture; if it is no class, move it away and build again"
+                told = f"it is class {number} without an image; if it is no class, move it away and build again"
                 problems.leave_out(str(folder / name), told)
 
     names = tuple(clean_name(os.fsencode(name)) for name in classes)

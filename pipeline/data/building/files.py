@@ -1,4 +1,4 @@
-"""Files that people have on disk: folders with links, texts in several encodings, pictures named by lists.
+"""Files that people have on disk: folders with links, texts in several encodings, images named by lists.
 
 Nothing is left out in silence: what cannot be used is told to `Problems`, by its file and line.
 """
@@ -20,7 +20,7 @@ from pipeline.data.contents.members import is_visible
 Sample = dict[str, Any]
 Files = dict[str, bytes]  # by extension, the one that names the image first
 
-# Pictures that Pillow cannot read, or that are no photographs: counted one by one, unlike other files in a folder.
+# Images that Pillow cannot read, or that are no photographs: counted one by one, unlike other files in a folder.
 OTHER_PICTURES = frozenset({
     "arw", "cr2", "cr3", "dng", "emf", "eps", "exr", "hdr", "heic", "heif", "hif", "ico", "j2k", "jp2", "jpf", "jpx",
     "jxl", "jxr", "nef", "orf", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "raf", "raw", "rw2", "svg", "svgz", "tga",
@@ -42,10 +42,10 @@ class Problems:
 
     strict: bool = False
     keep: int = 10
-    allow_outside: bool = False  # lists may name pictures outside of the folder that their paths are relative to
+    allow_outside: bool = False  # lists may name images outside of the folder that their paths are relative to
     count: int = 0  # all that was left out
     faults: int = 0  # of these, the ones with something wrong
-    absent: int = 0  # of these, pictures that do not exist
+    absent: int = 0  # of these, images that do not exist
     first: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # files that are no samples, by suffix
 
@@ -207,7 +207,7 @@ def number_in(entry: Mapping[str, Any], name: str) -> int:
     return int(value)
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------------
 
 
 def find_file(root: Path, names: Sequence[str], where: str, problems: Problems) -> Path | None:
@@ -240,7 +240,7 @@ def _is_file(path: Path) -> bool:
 
 
 def read_listed_image(root: Path, names: Sequence[str], where: str, problems: Problems) -> Files | None:
-    """Read the picture that a list names, under the first of some names that it may have."""
+    """Read the image that a list names, under the first of some names that it may have."""
     path = find_file(root, names, where, problems)
     return None if path is None else read_image(path, where, problems)
 
@@ -252,7 +252,7 @@ def read_image(path: Path, where: str, problems: Problems) -> Files | None:
 
 
 def image_files(data: bytes, name: str, where: str, problems: Problems) -> Files | None:
-    """Return an encoded picture by the extension that fits its bytes; None, and counted, if it is none."""
+    """Return an encoded image by the extension that fits its bytes; None, and counted, if it is none."""
     kind = format_of(data)
     if kind is None:
         problems.add(where, f"{name} is no {', '.join(FORMATS)} (it begins with {data[:8]!r})")
@@ -324,10 +324,10 @@ def suffix_of(name: str) -> str:
 
 
 def pass_over(path: Path, problems: Problems) -> None:
-    """Count a file that is not read: one by one if it is a picture of another format, else by its suffix."""
+    """Count a file that is not read: one by one if it is an image of another format, else by its suffix."""
     suffix = suffix_of(path.name)
     if suffix in OTHER_PICTURES:
-        problems.leave_out(str(path), f"pictures of this format are not read; convert it to one of {known_suffixes()}")
+        problems.leave_out(str(path), f"images of this format are not read; convert it to one of {known_suffixes()}")
     else:
         problems.skipped[f".{suffix}" if suffix else "without suffix"] += 1
 

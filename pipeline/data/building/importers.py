@@ -101,7 +101,7 @@ def find_kind(source: Path) -> Kind:
 
 
 def _kind_of_json(source: Path) -> Kind:
-    """COCO's object, a list of pictures, or lines of JSON in a .json file."""
+    """COCO's object, a list of images, or lines of JSON in a .json file."""
     first, is_lines, _ = beginning_of(source).lstrip().partition("\n")
     if first.startswith("["):
         return "list"
@@ -145,7 +145,7 @@ def read_samples(
 
 
 def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
-    """Yield every image below `folder`, in the order of their paths, with the caption beside it.
+    """Yield every image below `folder`, in the order of their paths, with the caption next to it.
 
     The caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption, in this order; case does not matter in
     the suffix.
@@ -176,7 +176,7 @@ def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
             if name in used or suffix_of(name) in EXTENSIONS:
                 continue
             if suffix_of(name) in CAPTION_SUFFIXES:
-                problems.leave_out(str(path / name), "no picture of this name lies beside it")
+                problems.leave_out(str(path / name), "no image of this name lies next to it")
             else:
                 pass_over(path / name, problems)
 
@@ -203,7 +203,7 @@ def jsonl_samples(file: Path, problems: Problems, images: Path | None = None) ->
 
     Paths are relative to `images`, or to the file. Lines of one image that follow each other become one sample. With
     `"regions"`, the path of a detector's .npz (see `regions`), the image may be left out, and `"image_size"` may give
-    [height, width] of the picture that the boxes are told in, where the .npz does not.
+    [height, width] of the image that the boxes are told in, where the .npz does not.
     """
     records = (_parse_line(where, line, problems) for where, line in clean_lines(file, problems))
     return samples_of_records(records, images or file.parent, problems)
@@ -239,7 +239,7 @@ def samples_of_records(records: Iterable[Record | None], root: Path, problems: P
 
 
 def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
-    """COCO's caption JSON (`images`, `annotations`), with its pictures in the folder `images`."""
+    """COCO's caption JSON (`images`, `annotations`), with its images in the folder `images`."""
     content = json_of(file)
     expected = "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
@@ -255,17 +255,17 @@ def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> 
     names: dict[int, str] = {}
     for picture, name in pictures:
         if picture in names:
-            problems.add(f"{file}, image {picture}", f"its id stands twice; {name} is left out")
+            problems.add(f"{file}, image {image}", f"its id stands twice; {name} is left out")
         else:
             names[picture] = name
     captions: dict[int, list[str]] = {}
     for picture, caption in annotations:
         if picture not in names:
-            problems.leave_out(f"{file}, caption of image {picture}", "no image of this id is listed")
+            problems.leave_out(f"{file}, caption of image {image}", "no image of this id is listed")
         captions.setdefault(picture, []).append(caption)
     key_of = Keys()
     for picture, name in names.items():
-        where = f"{file}, image {picture}"
+        where = f"{file}, image {image}"
         if not (said := clean_captions(captions.get(picture, []), where, problems)):
             continue
         image = read_listed_image(images or file.parent, [name], where, problems)
@@ -469,7 +469,7 @@ def described_sample(
 
 
 def _read_files(root: Path, record: Record, problems: Problems) -> Files | None:
-    """The record's picture and regions, as far as it names them; None if one cannot be read."""
+    """The record's image and regions, as far as it names them; None if one cannot be read."""
     files: Files = {}
     if record.data is not None:
         image = image_files(record.data, record.name, record.where, problems)

@@ -38,10 +38,10 @@ COLOURS = {  # RGB, far from one another and from the light backgrounds
 THREE_OBJECTS = 0.3  # share of the scenes
 SAMPLES_PER_SHARD = 200  # small shards, so that streams have something to shuffle
 MAX_REDRAWS = 10_000
-RECORD = "scenes.json"  # beside the shards: what they were drawn from
-DRAWING = 1  # raise when other pictures or captions would be drawn from the same configuration
+RECORD = "scenes.json"  # next to the shards: what they were drawn from
+DRAWING = 1  # raise when other images or captions would be drawn from the same configuration
 
-RADIUS = {"large": 0.17, "small": 0.085}  # of the picture's side
+RADIUS = {"large": 0.17, "small": 0.085}  # of the image's side
 SUPERSAMPLED = 4  # drawn this much larger, then averaged: smooth edges at any size
 
 
@@ -110,7 +110,7 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
 def draw_scenes(
     config: SyntheticConfig, excluded: frozenset[Description] = frozenset(), pictures: bool = True
 ) -> Iterator[Scene]:
-    """The scenes of a configuration, one by one; none of a description in `excluded`. Without `pictures`: blank."""
+    """The scenes of a configuration, one by one; none of a description in `excluded`. Without `images`: blank."""
     blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
     for number, description in enumerate(draw_descriptions(config, excluded)):
         random = CounterRandom(hash64("scene picture", str(config.seed), number))

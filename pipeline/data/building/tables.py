@@ -1,11 +1,11 @@
-"""Tables of pictures with captions: CSV and its relatives, the captions files of Flickr8k and Flickr30k, and Parquet.
+"""Tables of images with captions: CSV and its relatives, the captions files of Flickr8k and Flickr30k, and Parquet.
 
     image,caption                       Kaggle's captions.txt of Flickr8k, and most CSV files, with a header
     image_name| comment_number| comment Flickr30k's results.csv
     1000.jpg#0<TAB>a caption            Flickr8k.token.txt and results_20130124.token, without a header
-    filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists, once the pictures lie on this machine
+    filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists, once the images lie on this machine
 
-Rows of one picture that follow each other become one sample. Parquet holds paths, or the pictures themselves.
+Rows of one image that follow each other become one sample. Parquet holds paths, or the images themselves.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ CAPTION_NAMES = (
 )  # fmt: skip
 _QUOTED = ",;"  # delimiters of files that quote what holds them; the others' files have bare quotation marks
 MAX_LINES = 64  # of one row of CSV
-BATCH_ROWS = 64  # of Parquet, with their pictures, held at a time
+BATCH_ROWS = 64  # of Parquet, with their images, held at a time
 _NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))#\w+", re.IGNORECASE)  # Flickr's name of a caption
 _PICTURE = re.compile(rf".+\.(?:{'|'.join(EXTENSIONS)})(?:#\w+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold pictures and captions: names or numbers from 1; None: told by the header."""
+    """Which columns of a table hold images and captions: names or numbers from 1; None: told by the header."""
 
     image: str | None = None
     caption: str | None = None
@@ -48,7 +48,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Record:
-    """One picture, by its path or its bytes, with some of its captions."""
+    """One image, by its path or its bytes, with some of its captions."""
 
     where: str
     image: str | None
@@ -76,7 +76,7 @@ class _Layout:
 
 
 def is_table(file: Path) -> bool:
-    """Return whether a .txt begins as a table of pictures and captions does, rather than as prose."""
+    """Return whether a .txt begins as a table of images and captions does, rather than as prose."""
     first = _first_line(file)
     delimiter = _delimiter_of(first)
     if delimiter is None:
@@ -106,7 +106,7 @@ def table_records(file: Path, columns: Columns, problems: Problems) -> Iterator[
         if reason := next((reason for cell in cells if (reason := fault_of(cell))), None):
             problems.add(where, reason)
         elif not image:
-            problems.add(where, "it names no picture")
+            problems.add(where, "it names no image")
         elif captions := clean_captions(cells[layout.caption], where, problems):
             yield Record(where, image, captions)
 
@@ -173,7 +173,7 @@ def _delimiter_in(file: Path) -> str:
 
 
 def _delimiter_of(line: str) -> str | None:
-    """Return what stands between the columns of a first line: of several, what sets a picture or known names apart."""
+    """Return what stands between the columns of a first line: of several, what sets an image or known names apart."""
     found = [delimiter for delimiter in "\t|;," if delimiter in line]
     told = (delimiter for delimiter in found if _tells_columns([_cell(cell) for cell in line.split(delimiter)]))
     return next(told, found[0] if found else None)
@@ -193,7 +193,7 @@ def _layout_of(file: Path, cells: Sequence[str], delimiter: str, columns: Column
     image = _chosen(file, names, columns.image, "image")
     caption = _chosen(file, names, columns.caption, "caption")
     pictures = [number for number, cell in enumerate(cells) if _PICTURE.fullmatch(cell) or "://" in cell]
-    if pictures:  # no header: a column holds pictures on the first line already
+    if pictures:  # no header: a column holds images on the first line already
         image = pictures[0] if image is None else image
         others = [number for number in range(len(cells)) if number != image]
         caption = max(others, key=lambda number: len(cells[number]), default=None) if caption is None else caption
@@ -202,7 +202,7 @@ def _layout_of(file: Path, cells: Sequence[str], delimiter: str, columns: Column
         caption = _named(names, CAPTION_NAMES) if caption is None else caption
     if image is None or caption is None or image == caption:
         raise DataError(
-            f"{file}: which columns hold pictures and captions cannot be told from its first line "
+            f"{file}: which columns hold images and captions cannot be told from its first line "
             f"({', '.join(cells):.200}). Give --image-column and --caption-column, names or numbers from 1"
         )
     return _Layout(delimiter, not pictures, image, caption, len(cells))
@@ -262,7 +262,7 @@ def _parquet_columns(file: Path, names: Sequence[str], columns: Columns) -> tupl
     caption = _named(names, CAPTION_NAMES) if caption is None else caption
     if image is None or caption is None or image == caption:
         raise DataError(
-            f"{file}: which columns hold pictures and captions cannot be told ({', '.join(names):.200}). "
+            f"{file}: which columns hold images and captions cannot be told ({', '.join(names):.200}). "
             "Give --image-column and --caption-column"
         )
     return image, caption
@@ -285,10 +285,10 @@ def _parquet_record(
     elif isinstance(picture, bytes):
         data, picture = picture, None
     if data is not None and not isinstance(data, bytes):
-        problems.add(where, f"its picture is no bytes but a {type(data).__name__}")
+        problems.add(where, f"its image is no bytes but a {type(data).__name__}")
         return None
     if data is None and (not isinstance(picture, str) or not picture.strip()):
-        problems.add(where, "it has no picture (expected bytes, a path, or a struct of both)")
+        problems.add(where, "it has no image (expected bytes, a path, or a struct of both)")
         return None
     if not (clean := clean_captions(caption, where, problems)):
         return None

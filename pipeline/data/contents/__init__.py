@@ -1,1 +1,1 @@
-"""What a sample holds: its members and what they mean, pictures and texts decoded, and what is asked about them."""
+"""The contents of a sample: parsing its members, decoding images, tokenising texts, questions and regions."""

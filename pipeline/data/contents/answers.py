@@ -1,7 +1,7 @@
-"""Answers to questions about pictures, as VQA judges them: their plain form, what each is worth, and which are listed.
+"""Answers to questions about images as the VQA evaluation scores them: normal form, soft scores, answer lists.
 
-Ten people answer each question of VQA v2 (arXiv 1612.00837). An answer that c of them gave is right to the degree
-that the official evaluation gives it on average over nine of the ten: min(c / 3, 1) while its giver is left out.
+Ten people answer each question of VQA v2 (arXiv 1612.00837). An answer that c of them gave has the score that the
+official evaluation gives it: min(c / 3, 1) over nine of the ten people, averaged over the person left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-MIN_COUNT = 9  # questions whose chosen answer a listed answer is at least: 3,129 answers of VQA v2's train and val
+MIN_COUNT = 9  # minimum number of questions with a listed answer: 3,129 answers of VQA v2's train and val
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)  # of an answer that 0, 1, 2, 3, and 4 or more people gave
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -19,7 +19,7 @@ _NUMBERS = {
     "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
 _ARTICLES = {"a", "an", "the"}
-# Contractions whose spelling without an apostrophe is no word of its own; those with two are also met with one of them.
+# Contractions that are not words of their own without an apostrophe; those with two also occur with one of them.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd've he's
     how'd how'll how's i'd've isn't it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -32,36 +32,36 @@ _CONTRACTIONS = """
 
 
 def _spellings(word: str) -> list[str]:
-    """A contraction without one of its apostrophes."""
+    """Return a contraction without one of its apostrophes, for each of them."""
     return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
 
 
-_SPELT = {wrong: right for right in _CONTRACTIONS.split() for wrong in _spellings(right)}
+_SPELT = {variant: word for word in _CONTRACTIONS.split() for variant in _spellings(word)}
 
 
 def plain_answer(answer: str) -> str:
-    """An answer as VQA's evaluation compares it: no punctuation, no article, digits for number words, lower case."""
+    """Return an answer as VQA compares it: lower case, no punctuation or articles, digits for number words."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     has_number_with_comma = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in _PUNCTUATION:
-        stands_at_an_edge = f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if stands_at_an_edge or has_number_with_comma else " ")
+        is_at_word_edge = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if is_at_word_edge or has_number_with_comma else " ")
     cleaned = re.sub(r"\.(?!\d)", "", cleaned)
     words = (_NUMBERS.get(word, word) for word in cleaned.lower().split())
     return " ".join(_SPELT.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def answer_scores(given: Iterable[str]) -> dict[str, float]:
-    """What each of some people's answers to one question is worth, in its plain form; empty ones are nothing."""
-    counts = Counter(plain for answer in given if (plain := plain_answer(answer)))
+def answer_scores(answers: Iterable[str]) -> dict[str, float]:
+    """Return the soft score of each plain answer among people's answers to one question; empty answers are dropped."""
+    counts = Counter(plain for answer in answers if (plain := plain_answer(answer)))
     return {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in counts.items()}
 
 
 def frequent_answers(chosen: Iterable[str], min_count: int = MIN_COUNT) -> tuple[str, ...]:
-    """The plain answers that at least `min_count` questions' chosen answers are, in the order they first appear in.
+    """Return the plain answers chosen for at least `min_count` questions, in order of first appearance.
 
-    Over VQA's train and val annotations, in this order, these are the classes of the published models, in their order.
+    Over the train and val annotations of VQA v2, in this order, these are the classes of the published models.
     """
     counts = Counter(plain for answer in chosen if (plain := plain_answer(answer)))
     return tuple(answer for answer, count in counts.items() if count >= min_count)

@@ -1,7 +1,7 @@
-"""What a head chooses among, by name: the answers to questions, the classes of pictures.
+"""The names that a head chooses among: answers to questions, classes of images.
 
-A list is a JSON list of texts beside the shards, and goes with the weights that were trained on it. Shards name answers
-by their text, so that one folder of shards serves every list.
+A list is stored as a JSON list of texts next to the shards and is saved with the weights trained on it. Shards hold
+answers as text, so that one folder of shards serves every list.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANSWERS, CLASSES = "answers.json", "classes.json"
 
 @dataclass(frozen=True)
 class Choices:
-    """Different texts; the number of each is its place."""
+    """A list of distinct texts; each is numbered by its index."""
 
     names: tuple[str, ...]
 
@@ -39,7 +39,7 @@ class Choices:
         return {name: number for number, name in enumerate(self.names)}
 
     def numbered(self, scores: Mapping[str, float]) -> dict[int, float]:
-        """The listed ones among scored texts, by number."""
+        """Return the scores of those texts that are listed, by number."""
         return {self._numbers[name]: score for name, score in scores.items() if name in self._numbers}
 
     def to_bytes(self) -> bytes:
@@ -47,18 +47,18 @@ class Choices:
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> Choices:
-        """Raises ConfigError, with `where` it was read from, for anything but a JSON list of different texts."""
+        """Parse a JSON list of distinct texts. Raises ConfigError, naming `where`, for anything else."""
         try:
             names = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is no JSON ({error}); expected a JSON list of texts") from error
-        if not isinstance(names, list) or not names or not all(isinstance(each, str) for each in names):
-            raise ConfigError(f"{where}: expected a JSON list of texts, as mome shards build writes beside shards")
+            raise ConfigError(f"{where} is not JSON ({error}); expected a JSON list of texts") from error
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{where}: expected a JSON list of texts, as `mome shards build` writes next to shards")
         try:
             "".join(names).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise ConfigError(f"{where}: it holds {half!r}, half a character. Correct it") from error
+            raise ConfigError(f"{where}: it contains {half!r}, a lone surrogate. Correct it") from error
         if len(set(names)) < len(names):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise ConfigError(f"{where}: {twice!r} is listed more than once")
@@ -67,66 +67,66 @@ class Choices:
 
 def answers_with(choices: Mapping[str, Choices], num_outputs: int | None, where: str) -> Choices:
     """Return the answers that came with weights, which name the `num_outputs` of their head. Raises ConfigError."""
-    listed = choices.get(ANSWERS)
-    if listed is not None and num_outputs in (None, len(listed)):
-        return listed
-    found = "came without a list of answers" if listed is None else f"came with a list of {len(listed)} answers"
+    answers = choices.get(ANSWERS)
+    if answers is not None and num_outputs in (None, len(answers)):
+        return answers
+    listed = "came without a list of answers" if answers is None else f"came with a list of {len(answers)} answers"
     raise ConfigError(
-        f"{where}: these weights {found} ({ANSWERS}), and their answering head has {num_outputs} outputs to be named. "
-        "Import them again with --answers FILE: a JSON list of as many, in the order of the head's outputs"
+        f"{where}: these weights {listed} ({ANSWERS}), but their vqa head has {num_outputs} outputs. Import them again "
+        "with --answers FILE: a JSON list with one answer for each output of the head, in their order"
     )
 
 
 def load_answers(config: RunConfig, stage: StageConfig, storage: Storage) -> Choices | None:
-    """The answers that a stage chooses among; None if it answers nothing.
+    """Return the answers that a stage chooses among; None for a stage without the objective vqa.
 
-    Raises ConfigError when the list is missing or is not as long as `answers` says.
+    Raises ConfigError when the list is missing or its length is not `num_answers`.
     """
     if "vqa" not in stage.objectives:
         return None
-    url = stage.answer_list or _beside(config, stage, ANSWERS)
+    url = stage.answer_list or _next_to_shards(config, stage, ANSWERS)
     try:
-        found = Choices.from_bytes(storage.read(url), url)
+        choices = Choices.from_bytes(storage.read(url), url)
     except NotFound as error:
         raise ConfigError(
-            f"stages.{stage.name}.answer_list: there is no {url}; name the list of answers (a JSON list), which "
-            "mome shards build writes beside the shards of VQA's questions"
+            f"stages.{stage.name}.answer_list: {url} does not exist; set it to a JSON list of answers, which "
+            "`mome shards build` writes next to the shards of VQA questions"
         ) from error
-    if len(found) != stage.num_answers:
+    if len(choices) != stage.num_answers:
         raise ConfigError(
-            f"stages.{stage.name}.num_answers: {stage.num_answers} given, and {url} lists {len(found)}; set that"
+            f"stages.{stage.name}.num_answers: {stage.num_answers}, but {url} lists {len(choices)}; set it to that"
         )
-    return found
+    return choices
 
 
 def load_classes(config: RunConfig, stage: StageConfig, storage: Storage) -> Choices | None:
-    """The names of the classes that a stage tells apart; None where its shards have no list of them.
+    """Return the names of a stage's classes; None where its shards have no list of them.
 
-    Raises ConfigError when the list is not as long as `classes` says.
+    Raises ConfigError when the length of the list is not `num_classes`.
     """
     if "classification" not in stage.objectives:
         return None
-    url = _beside(config, stage, CLASSES)
+    url = _next_to_shards(config, stage, CLASSES)
     try:
-        found = Choices.from_bytes(storage.read(url), url)
+        choices = Choices.from_bytes(storage.read(url), url)
     except NotFound:
         return None
-    if len(found) != stage.num_classes:
+    if len(choices) != stage.num_classes:
         raise ConfigError(
-            f"stages.{stage.name}.num_classes: {stage.num_classes} given, and {url} lists {len(found)}; set that"
+            f"stages.{stage.name}.num_classes: {stage.num_classes}, but {url} lists {len(choices)}; set it to that"
         )
-    return found
+    return choices
 
 
 def choices_of(config: RunConfig, stages: Sequence[StageConfig], storage: Storage) -> dict[str, Choices]:
-    """By file name, what the heads choose among that some stages trained, as the last that trained each knew it."""
-    found: dict[str, Choices] = {}
+    """Return by file name the choices of the heads that some stages trained, from the last stage that trained each."""
+    by_file: dict[str, Choices] = {}
     for stage in stages:
         for name, load in ((ANSWERS, load_answers), (CLASSES, load_classes)):
             if (choices := load(config, stage, storage)) is not None:
-                found[name] = choices
-    return found
+                by_file[name] = choices
+    return by_file
 
 
-def _beside(config: RunConfig, stage: StageConfig, name: str) -> str:
+def _next_to_shards(config: RunConfig, stage: StageConfig, name: str) -> str:
     return join(shard_folder(config.sources[next(iter(stage.sources))].shards), name)

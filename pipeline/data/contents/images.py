@@ -1,15 +1,15 @@
-"""Encoded pictures to uint8 pixels: decoding, random crops, resizing to a square or within the picture's own shape.
+"""Image decoding to uint8 pixels, random crops, and resizing to a square or with the aspect ratio kept.
 
 Images are (H, W, 3) RGB.
 
-JPEG goes through simplejpeg (libjpeg-turbo, strict: a byte-corrupted file raises instead of decoding to noise). Where
-it fails, the file is decoded again without its metadata, and by Pillow where simplejpeg does not know the chroma
-sampling: damaged metadata makes no picture bad, damaged pixels do. Everything else goes through Pillow; of several
-frames the first is taken. `measure` reads the size that `decode` gives from the header alone.
+JPEGs are decoded by simplejpeg (libjpeg-turbo, strict: a corrupt file raises instead of decoding to noise). Where it
+fails, the file is decoded again without its metadata, and by Pillow where simplejpeg does not know the chroma
+sampling: damaged metadata does not make an image bad, damaged pixels do. Other formats are decoded by Pillow; of
+several frames the first is used. `measure` reads the size of what `decode` returns from the header alone.
 
 Resizing is torch's antialiased bicubic or bilinear on uint8, five times as fast as Pillow's. Rows are resized before
 columns, as Pillow does up to version 12, whose pixels ours equal within 2 grey levels. Pillow 13 resizes columns first
-where that is cheaper, for many upright images: rounding and clipping between the two passes then differ, by up to 5
+where that is cheaper, for many portrait images: rounding and clipping between the two passes then differ, by up to 5
 levels in photos and more at sharp edges.
 """
 
@@ -34,7 +34,7 @@ from pipeline.data.contents import jpeg
 from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import CounterRandom
 
-FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's names, each with its file extensions, the usual one first
+FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's names with their file extensions, the usual one first
     "JPEG": ("jpg", "jpeg", "jfif", "jpe", "pjpeg", "pjp"),
     "PNG": ("png", "apng"),
     "WEBP": ("webp",),
@@ -44,19 +44,19 @@ FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's names, each with its file ex
     "AVIF": ("avif", "avifs"),
 }
 EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
-MAX_SIDE = 65_500  # pixels; the most that JPEG can hold is 65,535
+MAX_SIDE = 65_500  # pixels; a JPEG has at most 65,535
 MAX_ASPECT = 200  # longer side by shorter side
-STRIP = 1 << 20  # pixels that are converted at a time
+STRIP = 1 << 20  # pixels converted at a time
 RATIO = (3 / 4, 4 / 3)  # of a random crop's sides
 CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # the EXIF tag
-_LYING = (5, 6, 7, 8)  # orientations that exchange height and width
+_TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _WEBP_METADATA = 0x2C  # VP8X's flags for ICC profile, EXIF and XMP
 
 
 def format_of(data: bytes) -> str | None:
-    """Return the name in FORMATS of an encoded picture, by its first bytes; None for anything else."""
+    """Return the name in FORMATS of an encoded image, by its first bytes; None for anything else."""
     if data[:2] == jpeg.SOI:
         return "JPEG"
     if data[:8] == _PNG_SIGNATURE:
@@ -75,43 +75,43 @@ def format_of(data: bytes) -> str | None:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An encoded picture's size in pixels, held upright, and whether it has further frames, which are not read."""
+class ImageSize:
+    """The size of an encoded image in pixels after its EXIF rotation, and whether it has further frames (not read)."""
 
     height: int
     width: int
     is_animated: bool = False
 
 
-def measure(data: bytes) -> Measured:
-    """Return what a picture's header says. Raise BadSample for what is no picture; its pixels are not decoded."""
+def measure(data: bytes) -> ImageSize:
+    """Return an image's size from its header, without decoding. Raises BadSample for anything that is not an image."""
     with _judging(data):
         if _known_format(data) == "JPEG":
             header = jpeg.read_header(data)
-            return _measured(header.height, header.width, _orientation(data))
+            return _upright_size(header.height, header.width, _orientation(data))
         return _with_repair(data, _measure_with_pillow)
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
-    """Return the picture as it is meant to be seen: (H, W, 3) uint8 RGB, upright, over white where it is transparent.
+    """Return the image as (H, W, 3) uint8 RGB, rotated by its EXIF orientation, transparent parts over white.
 
-    Raise BadSample("image", reason) when the bytes are damaged, of another format, or would cost too much to decode:
-    more than `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans. The size is read from the
-    header, before anything is decoded.
+    Raises BadSample("image", reason) when the bytes are damaged, of another format, or too costly to decode: more than
+    `max_pixels`, a side or an aspect ratio out of bounds, hundreds of scans. The header's size is checked before
+    decoding.
     """
     with _judging(data):
         if _known_format(data) == "JPEG":
             return _decode_jpeg(data, max_pixels)
-        return _with_repair(data, lambda each: _decode_with_pillow(each, max_pixels))
+        return _with_repair(data, lambda encoded: _decode_with_pillow(encoded, max_pixels))
 
 
 @dataclass(frozen=True)
-class OwnShape:
-    """Pictures that keep their shape (ViLT, section 4.1): the shorter side as given, if the longer stays in bounds.
+class KeepAspectRatio:
+    """Resizing that keeps the aspect ratio (ViLT, section 4.1), up to `shorter` and `longest` pixels of the sides.
 
-    Both are then cut to multiples of `patch`. The paper's 384 and 640 give at most 384 x 640 pixels, 240 patches; the
-    release's longest side is int(1333 / 800 * 384) = 639, which is cut to 608, 228 patches. A side is never cut to
-    nothing, as the release's is for pictures 20 times as long as wide.
+    Both sides are then cut to multiples of `patch`. The paper's 384 and 640 give at most 384 x 640 pixels, 240 patches;
+    the release's longest side is int(1333 / 800 * 384) = 639, which is cut to 608, 228 patches. Every side has at least
+    one patch, unlike in the release for images 20 times as long as wide.
     """
 
     shorter: int
@@ -120,53 +120,53 @@ class OwnShape:
 
     @property
     def canvas(self) -> int:
-        """The side of a square that holds every picture."""
+        """The side of the square that holds every image."""
         return self.longest // self.patch * self.patch
 
     @property
     def num_patches(self) -> int:
-        """Of the largest picture."""
+        """The number of patches of the largest image."""
         return (self.shorter // self.patch) * (self.longest // self.patch)
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
-        """What a picture of that height and width is resized to."""
+        """Return the height and width that an image is resized to."""
         scale = min(self.shorter / min(height, width), self.longest / max(height, width))
         rows, columns = (round(side * scale) // self.patch for side in (height, width))
         return max(1, rows) * self.patch, max(1, columns) * self.patch
 
 
-Shape = int | OwnShape  # the side of a square that pictures are stretched to; or each its own
+Shape = int | KeepAspectRatio  # the side of a square that images are stretched to, or their own aspect ratio
 
 
 def shape_of(model: TransformerConfig) -> Shape:
-    """The shape in which a model reads pictures."""
+    """Return the shape in which a model reads images."""
     if isinstance(model, ViLTConfig):
-        return OwnShape(model.image_size, model.longest_side, model.patch_size)
+        return KeepAspectRatio(model.image_size, model.longest_side, model.patch_size)
     return model.image_size
 
 
 def resize(image: np.ndarray, shape: Shape, interpolation: Interpolation = "bicubic") -> np.ndarray:
-    """The whole picture in a shape, stretched where that is a square: what the published models evaluate on."""
-    sides = shape.sides(*image.shape[:2]) if isinstance(shape, OwnShape) else (shape, shape)
+    """Return the whole image in a shape, stretched if that is a square, as the published models evaluate."""
+    sides = shape.sides(*image.shape[:2]) if isinstance(shape, KeepAspectRatio) else (shape, shape)
     return _resized(image, *sides, interpolation)
 
 
 def resize_for(image: np.ndarray, model: TransformerConfig) -> np.ndarray:
-    """Return the whole image as a model reads it: in its shape, by its interpolation."""
+    """Return the whole image in the shape and with the interpolation that a model reads."""
     return resize(image, shape_of(model), model.interpolation)
 
 
 def _resized(image: np.ndarray, height: int, width: int, interpolation: Interpolation) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    # The batch dimension first: permuted before it is added, torch would not see channels-last, its fast kernel's way.
+    # The batch dimension must be added before permuting, or torch misses the channels-last layout of its fast kernel.
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     resized = F.interpolate(pixels, (height, width), mode=interpolation, align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def put_on_canvas(image: np.ndarray, canvas: np.ndarray) -> None:
-    """Writes a picture to the top left of a canvas (S, S, 3) at least as large; the rest becomes black."""
+    """Write an image to the top left of a canvas (S, S, 3) at least as large; the rest becomes black."""
     height, width = image.shape[:2]
     canvas[:height, :width] = image
     canvas[height:] = 0
@@ -174,10 +174,7 @@ def put_on_canvas(image: np.ndarray, canvas: np.ndarray) -> None:
 
 
 def on_one_canvas(pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of any shapes at the top left of canvases as large as the tallest and widest: (B, H, W, 3) uint8.
-
-    And their own rows and columns: (B, 2) int64.
-    """
+    """Return images padded to the tallest and widest, (B, H, W, 3) uint8, and their sizes, (B, 2) int64."""
     sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64)
     canvases = np.empty((len(pictures), *sizes.max(axis=0).tolist(), 3), dtype=np.uint8)
     for picture, canvas in zip(pictures, canvases, strict=True):
@@ -192,20 +189,20 @@ def random_resized_crop(
     random: CounterRandom,
     interpolation: Interpolation = "bicubic",
 ) -> np.ndarray:
-    """A random part of the picture in a shape: `scale` bounds its share of the area.
+    """Return a random crop of the image in a shape; `scale` bounds the crop's fraction of the area.
 
-    For a square its sides are in a ratio of 3/4 … 4/3; a picture that keeps its shape is cut in the same shape, and
-    with a scale of (1, 1) not at all.
+    For a square the crop's aspect ratio is in 3/4 … 4/3; with the aspect ratio kept it is that of the image, and a
+    scale of (1, 1) crops nothing.
     """
-    draw = _draw_alike if isinstance(shape, OwnShape) else draw_crop
+    draw = _draw_same_ratio if isinstance(shape, KeepAspectRatio) else draw_crop
     top, left, height, width = draw(image.shape[0], image.shape[1], scale, random)
     return resize(image[top : top + height, left : left + width], shape, interpolation)
 
 
-def _draw_alike(
+def _draw_same_ratio(
     height: int, width: int, scale: tuple[float, float], random: CounterRandom
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a crop with the picture's own ratio: area uniform in `scale`, place uniform."""
+    """Draw (top, left, height, width) with the image's own ratio: area uniform in `scale`, position uniform."""
     side = math.sqrt(scale[0] + (scale[1] - scale[0]) * random.uniform())
     crop_height, crop_width = max(1, round(side * height)), max(1, round(side * width))
     top, left = random.integer(height - crop_height + 1), random.integer(width - crop_width + 1)
@@ -213,9 +210,9 @@ def _draw_alike(
 
 
 def draw_crop(height: int, width: int, scale: tuple[float, float], random: CounterRandom) -> tuple[int, int, int, int]:
-    """(top, left, height, width): area uniform in `scale`, ratio log-uniform in 3/4 … 4/3, place uniform.
+    """Draw (top, left, height, width): area uniform in `scale`, ratio log-uniform in 3/4 … 4/3, position uniform.
 
-    A crop that does not fit is drawn again; after ten tries the largest centred one of a legal ratio is taken.
+    A crop that does not fit is drawn again; after ten tries the largest centred crop of an allowed ratio is returned.
     """
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(CROP_ATTEMPTS):
@@ -236,7 +233,7 @@ def _centred_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 @contextmanager
 def _judging(data: bytes) -> Iterator[None]:
-    """Turn every exception of a decoder into BadSample: damaged files reach the parsers in every shape."""
+    """Turn every exception of a decoder into BadSample: damaged files make parsers fail in many ways."""
     try:
         yield
     except (BadSample, MemoryError):
@@ -247,10 +244,10 @@ def _judging(data: bytes) -> Iterator[None]:
 
 
 def _known_format(data: bytes) -> str:
-    found = format_of(data)
-    if found is None:
+    name = format_of(data)
+    if name is None:
         raise BadSample("image", f"not a {', '.join(FORMATS)} (begins with {data[:8]!r})")
-    return found
+    return name
 
 
 def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
@@ -258,14 +255,15 @@ def _refuse_costly(height: int, width: int, max_pixels: int) -> None:
         raise BadSample("image", f"decompression bomb: {width} x {height} is more than {max_pixels} pixels")
     if max(height, width) > min(MAX_SIDE, MAX_ASPECT * min(height, width)):
         raise BadSample(
-            "image", f"{width} x {height} pixels; expected sides up to {MAX_SIDE}, in a ratio up to {MAX_ASPECT}"
+            "image",
+            f"{width} x {height} pixels; expected sides up to {MAX_SIDE} and an aspect ratio up to {MAX_ASPECT}",
         )
 
 
-def _measured(height: int, width: int, orientation: object, is_animated: bool = False) -> Measured:
-    if orientation in _LYING:
+def _upright_size(height: int, width: int, orientation: object, is_animated: bool = False) -> ImageSize:
+    if orientation in _TRANSPOSED:
         height, width = width, height
-    return Measured(height, width, is_animated)
+    return ImageSize(height, width, is_animated)
 
 
 # JPEG -----------------------------------------------------------------------------------------------------------------
@@ -280,13 +278,13 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
         _refuse_many_scans(data)
         image = _decode_odd_jpeg(data, "CMYK" if is_cmyk else "RGB")
     if image.shape != (header.height, header.width, 3):
-        raise BadSample("image", f"decoded to {image.shape}, where its header says {header.height} x {header.width}")
+        raise BadSample("image", f"decoded to {image.shape}, but its header says {header.height} x {header.width}")
     return _upright(image, _orientation(data))
 
 
 def _decode_plain_jpeg(data: bytes, header: jpeg.Header) -> np.ndarray | None:
-    """Return the pixels by the fast, strict decoder; None where it refuses."""
-    if not jpeg.has_one_scan(data, header):  # asked first: counting scans reads the whole file, 7 % of its decoding
+    """Return the pixels by the fast, strict decoder; None where it fails."""
+    if not jpeg.has_one_scan(data, header):  # counting scans reads the whole file, 7 % of the decoding time
         _refuse_many_scans(data)
     try:
         image: np.ndarray = simplejpeg.decode_jpeg(data, "RGB")
@@ -301,11 +299,11 @@ def _refuse_many_scans(data: bytes) -> None:
 
 
 def _decode_odd_jpeg(data: bytes, colours: str) -> np.ndarray:
-    """Decode what simplejpeg refuses or does not convert, if its entropy-coded data is intact."""
+    """Decode what simplejpeg refuses or cannot convert, if its entropy-coded data is intact."""
     plain = jpeg.without_metadata(data)
     try:
         simplejpeg.decode_jpeg_header(plain)
-    except KeyError:  # a chroma sampling without a name, which is decoded all the same
+    except KeyError:  # a chroma sampling that the header call has no name for, which is decoded all the same
         is_known = True
     except ValueError:
         is_known = False
@@ -322,7 +320,7 @@ def _decode_odd_jpeg(data: bytes, colours: str) -> np.ndarray:
 
 
 def _orientation(data: bytes) -> object:
-    """Return a JPEG's EXIF orientation, 1 where there is none. Damaged metadata does not make the picture bad."""
+    """Return a JPEG's EXIF orientation, 1 where there is none. Damaged metadata does not make the image bad."""
     payload = jpeg.exif_of(data)
     if payload is None:
         return 1
@@ -340,7 +338,7 @@ Result = TypeVar("Result")
 
 
 def _with_repair(data: bytes, read: Callable[[bytes], Result]) -> Result:
-    """Return what `read` makes of the picture or, if it fails, of the same picture without its metadata."""
+    """Return the result of `read` on the image or, if it fails, on the image without its metadata."""
     try:
         return read(data)
     except BadSample:
@@ -352,10 +350,10 @@ def _with_repair(data: bytes, read: Callable[[bytes], Result]) -> Result:
         return read(repaired)
 
 
-def _measure_with_pillow(data: bytes) -> Measured:
+def _measure_with_pillow(data: bytes) -> ImageSize:
     with _opened(data) as picture:
         width, height = picture.size
-        return _measured(height, width, _pillow_orientation(picture), _is_animated(picture))
+        return _upright_size(height, width, _pillow_orientation(picture), _is_animated(picture))
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
@@ -367,7 +365,7 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         orientation = _pillow_orientation(picture)
         image = _rgb(picture)
     if image.shape != (height, width, 3):
-        raise BadSample("image", f"decoded to {image.shape}, where its header says {height} x {width}")
+        raise BadSample("image", f"decoded to {image.shape}, but its header says {height} x {width}")
     return _upright(image, orientation)
 
 
@@ -376,11 +374,11 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _pillow_orientation(picture: Image.Image) -> object:
-    if picture.format == "TIFF":  # Pillow turns these itself
+    if picture.format == "TIFF":  # Pillow rotates these itself
         return 1
     try:
         return picture.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata does not make the picture bad
+    except Exception:  # damaged metadata does not make the image bad
         return 1
 
 
@@ -392,7 +390,7 @@ def _is_animated(picture: Image.Image) -> bool:
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:
-    """Return (H, W, 3) uint8 of a picture of any mode, converted in strips: a whole copy in each mode would add up."""
+    """Return (H, W, 3) uint8 of an image of any mode, converted in strips to bound the memory for copies."""
     picture.load()
     width, height = picture.size
     image = np.empty((height, width, 3), dtype=np.uint8)
@@ -436,7 +434,7 @@ def _without_metadata(data: bytes) -> bytes:
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield each chunk's name and bytes: length, name, content, checksum. A name in capitals is a critical chunk's.
 
-    What follows the end chunk is no part of the picture.
+    What follows the end chunk is no part of the image.
     """
     at = len(_PNG_SIGNATURE)
     while at + 8 <= len(data):
@@ -477,8 +475,8 @@ def _webp_chunks(data: bytes) -> Iterator[bytes]:
 
 
 def _upright(image: np.ndarray, orientation: object) -> np.ndarray:
-    """Undo the camera's rotation: EXIF values 2-8 are the seven ways to lay a picture wrongly."""
-    if orientation in _LYING:
+    """Apply the EXIF orientation: values 2 to 8 are the seven rotations and mirrorings."""
+    if orientation in _TRANSPOSED:
         image = image.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         image = image[::-1]

@@ -1,8 +1,8 @@
 """The structure of a JPEG file: its segments, its header, and whether its entropy-coded data is intact.
 
 A strict decoder stops at the first warning, whether the metadata or the pixels are damaged. `without_metadata` removes
-what cannot affect the pixels, so that what is left can be judged strictly; `check_entropy` judges the files whose
-chroma sampling the strict decoder does not know.
+what cannot affect the pixels, so that the rest can be decoded strictly; `check_entropy` validates the files whose
+chroma sampling the strict decoder does not support.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 SOS, DHT, DRI, APP0, APP1, APP14, COM = 0xDA, 0xC4, 0xDD, 0xE0, 0xE1, 0xEE, 0xFE
 APPLICATION = range(0xE0, 0xF0)
 FRAMES = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, 0xCC}  # SOF0 … SOF15
-SEQUENTIAL, PROGRESSIVE = frozenset({0xC0, 0xC1}), frozenset({0xC2})  # the ones with Huffman codes
+SEQUENTIAL, PROGRESSIVE = frozenset({0xC0, 0xC1}), frozenset({0xC2})  # those with Huffman codes
 MAX_SCANS = 100  # encoders write about 10
 MAX_CHECKED_BLOCKS = 10_000_000  # per file, in all scans: about 10 s
-LOOK_AHEAD = 64  # bits that libjpeg reads in advance; surplus data within them goes unnoticed at the very end
+LOOK_AHEAD = 64  # bits that libjpeg reads ahead: it does not notice surplus data within them at the end
 EXIF = b"Exif\x00\x00"
 
 _NEXT_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
@@ -33,7 +33,7 @@ _JFIF = b"JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 
 
 class Segment(NamedTuple):
-    """One marker segment: its payload is data[start:end]; a scan's entropy-coded data is data[end:stop]."""
+    """A marker segment with payload data[start:end]; a scan's entropy-coded data is data[end:stop]."""
 
     marker: int
     start: int
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
 
 
 class Component(NamedTuple):
-    """One colour component of a frame: its identifier and its sampling factors."""
+    """A colour component of a frame: its identifier and sampling factors."""
 
     identifier: int
     horizontal: int
@@ -59,13 +59,13 @@ class Header(NamedTuple):
 
 
 def segments(data: bytes, headers_only: bool = False) -> Iterator[Segment]:
-    """Yield the segments up to the end-of-image marker or the end of the data. Raise ValueError for a cut segment.
+    """Yield the segments up to the end-of-image marker or the end of the data; raise ValueError for a truncated one.
 
-    With `headers_only`, those up to the first scan's header.
+    With `headers_only`, stop after the first scan's header.
     """
     at = len(SOI)
-    while (found := _NEXT_MARKER.search(data, at)) is not None:
-        marker, at = found[1][0], found.end()
+    while (match := _NEXT_MARKER.search(data, at)) is not None:
+        marker, at = match[1][0], match.end()
         if marker == EOI[1]:
             yield Segment(marker, at, at, at)
             return
@@ -73,19 +73,19 @@ def segments(data: bytes, headers_only: bool = False) -> Iterator[Segment]:
             continue
         start, end = at + 2, at + int.from_bytes(data[at : at + 2], "big")
         if not start <= end <= len(data):
-            raise ValueError(f"segment {marker:#x} at byte {at} is cut off")
+            raise ValueError(f"segment {marker:#x} at byte {at} is truncated")
         at = end
         if marker == SOS:
             if headers_only:
                 yield Segment(marker, start, end, end)
                 return
-            found = _END_OF_SCAN.search(data, end)
-            at = found.start() if found else len(data)
+            match = _END_OF_SCAN.search(data, end)
+            at = match.start() if match else len(data)
         yield Segment(marker, start, end, at)
 
 
 def read_header(data: bytes) -> Header:
-    """Return the frame header. Raise ValueError when there is none, or none with 8 bits and at least one pixel."""
+    """Return the frame header. Raises ValueError without one, or without 8 bits per sample and at least one pixel."""
     for marker, start, end, _ in segments(data, headers_only=True):
         if marker in FRAMES:
             return _parse_header(marker, data[start:end])
@@ -102,14 +102,14 @@ def _parse_header(marker: int, payload: bytes) -> Header:
         Component(payload[at], payload[at + 1] >> 4, payload[at + 1] & 15) for at in range(6, len(payload), 3)
     )
     if not height or not width or not components:
-        raise ValueError(f"a picture of {width} x {height} pixels and {len(components)} components")
+        raise ValueError(f"an image of {width} x {height} pixels and {len(components)} components")
     if not all(1 <= factor <= 4 for component in components for factor in component[1:]):
         raise ValueError("a sampling factor is not in 1 … 4")
     return Header(marker, height, width, components)
 
 
 def has_one_scan(data: bytes, header: Header) -> bool:
-    """Return whether the first scan holds all components of a sequential frame: no decoder reads another one then."""
+    """Return whether the first scan holds all components of a sequential frame: decoders then read no other scan."""
     if header.frame not in SEQUENTIAL:
         return False
     try:
@@ -121,7 +121,9 @@ def has_one_scan(data: bytes, header: Header) -> bool:
 
 def has_too_many_scans(data: bytes) -> bool:
     """Return whether there are more than MAX_SCANS scans, each of which costs a decoder a pass over all pixels."""
-    if data.count(bytes([0xFF, SOS])) <= MAX_SCANS:  # fast, and never too few: thumbnails in the metadata count too
+    if (
+        data.count(bytes([0xFF, SOS])) <= MAX_SCANS
+    ):  # fast, and never an undercount: thumbnails in the metadata count too
         return False
     return sum(segment.marker == SOS for segment in segments(data)) > MAX_SCANS
 
@@ -138,7 +140,7 @@ def exif_of(data: bytes) -> bytes | None:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return the same picture without metadata, junk between segments, and fields that decoders ignore.
+    """Return the same image without metadata, junk between segments, and fields that decoders ignore.
 
     What decides the colour space (JFIF, Adobe) is kept, as libjpeg reads it. A missing end marker stays missing.
     """
@@ -164,7 +166,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _with_known_transform(data: bytes, num_components: int) -> bytes:
-    """Replace an Adobe colour transform that does not exist by the one that libjpeg assumes."""
+    """Replace an unknown Adobe colour transform by the one that libjpeg assumes."""
     at = data.find(b"\xff\xee\x00\x0eAdobe")
     known, assumed = ((0, 1), 1) if num_components == 3 else ((0, 2), 2)
     if at < 0 or data[at + 15] in known:
@@ -180,8 +182,8 @@ _Table = list[int]  # by the next 16 bits: length of the code << 8 | symbol; 0 w
 def check_entropy(data: bytes) -> None:
     """Raise ValueError unless every scan's Huffman codes give exactly the blocks that the header announces.
 
-    That is what libjpeg warns of (and a strict decoder refuses): invalid codes, missing and surplus data, restart
-    markers out of order. `data` comes from `without_metadata`.
+    libjpeg warns of every fault that is found here, and a strict decoder refuses it: invalid codes, missing and surplus
+    data, restart markers out of order. `data` comes from `without_metadata`.
     """
     tables: dict[int, _Table] = {}
     restart = checked = surplus = 0
@@ -204,7 +206,7 @@ def check_entropy(data: bytes) -> None:
             scan = _Scan(header, payload, tables, history)
             checked += scan.num_blocks
             if checked > MAX_CHECKED_BLOCKS:
-                raise ValueError(f"more than {MAX_CHECKED_BLOCKS} blocks in a chroma sampling that is checked slowly")
+                raise ValueError(f"more than {MAX_CHECKED_BLOCKS} blocks in a chroma sampling that is slow to check")
             surplus = scan.check(data[end:stop], restart)
     if marker != EOI[1]:
         raise ValueError("the file ends before its end-of-image marker")
@@ -216,7 +218,7 @@ def _huffman_tables(payload: bytes) -> dict[int, _Table]:
     while payload:
         counts, symbols = payload[1:17], payload[17 : 17 + sum(payload[1:17])]
         if len(counts) < 16 or len(symbols) < sum(counts):
-            raise ValueError("a Huffman table is cut off")
+            raise ValueError("a Huffman table is truncated")
         table: _Table = []
         at = 0
         for length, count in enumerate(counts, 1):
@@ -231,7 +233,7 @@ def _huffman_tables(payload: bytes) -> dict[int, _Table]:
 
 
 class _Bits:
-    """A restart interval's bits, with enough zeros behind them for one block."""
+    """The bits of a restart interval, followed by enough zeros for one block."""
 
     def __init__(self, interval: bytes):
         plain = _STUFFED.sub(b"\xff", interval.rstrip(b"\xff"))  # a data byte 0xff is stuffed; others are fill bytes
@@ -245,11 +247,11 @@ class _Bits:
 
     def code(self, table: _Table) -> int:
         """Return the next symbol."""
-        found = table[self.peek16()]
-        if not found:
+        entry = table[self.peek16()]
+        if not entry:
             raise ValueError("an invalid Huffman code")
-        self.skip(found >> 8)
-        return found & 0xFF
+        self.skip(entry >> 8)
+        return entry & 0xFF
 
     def number(self, size: int) -> int:
         value = self.peek16() >> 16 - size
@@ -261,7 +263,7 @@ class _Bits:
 
 
 class _Scan:
-    """One scan: which blocks it has, in which order, and how each is coded."""
+    """A scan: its blocks, their order, and how each is coded."""
 
     def __init__(self, header: Header, payload: bytes, tables: dict[int, _Table], history: dict[int, list[int]]):
         if not payload or len(payload) != 4 + 2 * payload[0]:
@@ -302,7 +304,7 @@ class _Scan:
             masks = history.setdefault(scanned[0][0], [0] * self._units)
             table = tables.get(0x10 | scanned[0][1] & 15)
             if table is None:
-                raise ValueError("a scan with a Huffman table that is not there")
+                raise ValueError("a scan with an undefined Huffman table")
             block = self._refined_block if self._is_refinement else self._ac_block
             self._unit = [block(table, masks)]
 
@@ -310,11 +312,11 @@ class _Scan:
     def _tables(tables: dict[int, _Table], chosen: int, needs_none: bool, is_dc: bool) -> tuple[_Table, _Table]:
         dc, ac = tables.get(chosen >> 4), tables.get(0x10 | chosen & 15)
         if not needs_none and (dc is None or (ac is None and not is_dc)):
-            raise ValueError("a scan with a Huffman table that is not there")
+            raise ValueError("a scan with an undefined Huffman table")
         return dc or [], ac or []
 
     def check(self, entropy: bytes, restart: int) -> int:
-        """Return how many bits follow the scan's blocks. Raise ValueError unless the data has these blocks."""
+        """Return the number of bits after the scan's blocks. Raises ValueError unless it has exactly these blocks."""
         parts = _RESTART.split(entropy)
         intervals, markers = parts[::2], parts[1::2]
         if any(marker[0] != 0xD0 + number % 8 for number, marker in enumerate(markers)):
@@ -343,12 +345,12 @@ class _Scan:
             bits.skip(bits.code(dc) & 15)
             windows, position, at = bits.windows, bits.position, 1
             while at < 64:
-                found = ac[windows[position >> 3] >> 8 - (position & 7) & 0xFFFF]
-                if not found:
+                entry = ac[windows[position >> 3] >> 8 - (position & 7) & 0xFFFF]
+                if not entry:
                     raise ValueError("an invalid Huffman code")
-                position += (found >> 8) + (found & 15)
-                if found & 15 or found & 0xFF == 0xF0:
-                    at += (found >> 4 & 15) + 1
+                position += (entry >> 8) + (entry & 15)
+                if entry & 15 or entry & 0xFF == 0xF0:
+                    at += (entry >> 4 & 15) + 1
                 else:
                     break
             bits.position = position
@@ -362,7 +364,7 @@ class _Scan:
         return read
 
     def _ac_block(self, table: _Table, masks: list[int]) -> Callable[[_Bits, int], None]:
-        """The first scan of some AC coefficients; `masks` keeps which are not zero (ITU T.81, G.1.2.2)."""
+        """Return the reader of a first AC scan; `masks` records the non-zero coefficients (ITU T.81, G.1.2.2)."""
 
         def read(bits: _Bits, unit: int) -> None:
             if self._eob_run:
@@ -382,7 +384,7 @@ class _Scan:
         return read
 
     def _refined_block(self, table: _Table, masks: list[int]) -> Callable[[_Bits, int], None]:
-        """A later scan of the same coefficients: one bit for each that is not zero yet known (G.1.2.3)."""
+        """Return the reader of a refining scan: one bit for each coefficient known to be non-zero (G.1.2.3)."""
 
         def read(bits: _Bits, unit: int) -> None:
             at, mask = self._first, masks[unit]

@@ -1,11 +1,11 @@
-"""What a sample's members mean: its picture, its captions, and the name of the image it shows.
+"""Parsing of a sample's members: its image, captions, class and image id.
 
-A pair is a picture (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and
-perhaps "image_id") or `txt`; img2dataset's output is read as it is. Other members are never looked at, least of all
+A pair is an image (`images.FORMATS`: jpg, png, webp, …) with `json` ({"captions": […]} or {"caption": "…"}, and
+an optional "image_id") or `txt`; the output of img2dataset is read unchanged. Other members are ignored and never
 unpickled.
 
-A `txt` is one caption, however many lines it has: most tools break long captions. Several captions of a picture are a
-json's "captions".
+A `txt` is one caption, however many lines it has: most tools wrap long captions. Several captions of an image are
+stored in the "captions" of a json.
 
 Text leaves this module as clean Unicode: UTF-8 with or without a byte order mark, no lone surrogates, and at least one
 visible character. Anything else is a BadSample.
@@ -27,33 +27,33 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.randomness import hash64, signed
 
 Members = Mapping[str, bytes]  # extension without its dot -> content
-REGIONS = "npz"  # the extension of a detector's regions (see `regions`)
-# Loading one of these runs code that the shard's author wrote. Nothing here would load them; whoever reads the same
-# shards with another reader does, so a sample that carries one is refused rather than read past.
+REGIONS = "npz"  # the extension of a detector's regions (see `contents.regions`)
+# Loading one of these runs code that the shard's author wrote. Nothing here loads them, but other readers of the same
+# shards would: a sample that contains one is refused rather than skipped over.
 EXECUTABLE = frozenset({"pickle", "pkl", "pth", "pt", "pyd", "pyc", "joblib", "dill"})
-MAX_DIGITS = 18  # of a class: fewer than an int64 has
+MAX_DIGITS = 18  # of a class number: any such number fits an int64
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _normalizer = BertNormalizer(lowercase=True)
 
 
 def check_members(members: Members, is_duplicate: bool) -> None:
-    """Raises BadSample for a key that the shard has twice, and for a member that executes code when it is loaded."""
+    """Raise BadSample for a key that occurs twice in its shard, and for a member that executes code when loaded."""
     if is_duplicate:
-        raise BadSample("members", "its key stands twice in the shard")
+        raise BadSample("members", "its key occurs twice in the shard")
     if unsafe := sorted(name for name in members if name.rpartition(".")[2] in EXECUTABLE):
         raise BadSample("members", f"member .{unsafe[0]} executes code when it is loaded; pack such shards without it")
 
 
 def image_bytes(members: Members) -> bytes:
-    """The encoded picture. Raises BadSample when there is none."""
+    """Return the encoded image. Raises BadSample when there is none."""
     for extension in EXTENSIONS:
         if extension in members:
             return members[extension]
-    raise BadSample("members", f"no picture ({', '.join(EXTENSIONS)}); it has {names_of(members)}")
+    raise BadSample("members", f"no image ({', '.join(EXTENSIONS)}); it has {names_of(members)}")
 
 
 def captions_of(members: Members) -> list[str]:
-    """All captions of a pair, or the one text of a text sample. Raises BadSample when one is missing or empty."""
+    """Return all captions of a pair, or the text of a text sample. Raises BadSample when one is missing or empty."""
     record = record_of(members)
     captions = record.get("captions")
     if captions is None and (caption := record.get("caption")) is not None:
@@ -61,27 +61,27 @@ def captions_of(members: Members) -> list[str]:
     if captions is None and "txt" in members:
         captions = [_text("txt", members["txt"])]
     if captions is None:
-        told = names_of(members)
-        raise BadSample("members", f"no caption (json with 'captions' or 'caption', or txt); it has {told}")
+        expected = "json with 'captions' or 'caption', or txt"
+        raise BadSample("members", f"no caption ({expected}); it has {names_of(members)}")
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample("caption", "the captions are no list of strings")
+        raise BadSample("caption", "the captions are not a list of strings")
     captions = [caption.strip() for caption in captions]
     if not captions:
         raise BadSample("caption", "the list of captions is empty")
     for number, caption in enumerate(captions, 1):
         if not is_visible(caption):
-            fault = "has no visible character" if caption else "is empty"
-            raise BadSample("caption", f"caption {number} of {len(captions)} {fault}")
+            reason = "has no visible character" if caption else "is empty"
+            raise BadSample("caption", f"caption {number} of {len(captions)} {reason}")
     return captions
 
 
 def is_visible(text: str) -> bool:
-    """Whether a text is left with a token, be it [UNK], by every vocabulary: BERT drops controls and lone accents."""
+    """Return whether every vocabulary gives at least one token for a text: BERT drops controls and lone accents."""
     return text[:1].isalnum() or bool(_normalizer.normalize_str(text).strip())
 
 
 def class_of(members: Members, classes: int | None = None) -> int:
-    """The number of a picture's class, from webdataset's `cls` member.
+    """Return the number of an image's class, from webdataset's `cls` member.
 
     Raises BadSample when there is none, or it is not below `classes`.
     """
@@ -89,31 +89,31 @@ def class_of(members: Members, classes: int | None = None) -> int:
         raise BadSample("label", f"no class (member cls, a number); it has {names_of(members)}")
     text = members["cls"].strip()
     if not text.isdigit() or len(text) > MAX_DIGITS:
-        raise BadSample("label", f"its cls {text[:20]!r} is no number of a class")
+        raise BadSample("label", f"its cls {text[:20]!r} is not a class number")
     if classes is not None and int(text) >= classes:
-        raise BadSample("label", f"its class is {int(text)}, and there are {classes}, from 0")
+        raise BadSample("label", f"its class is {int(text)}; expected 0 to {classes - 1}")
     return int(text)
 
 
 def texts_of(members: Members) -> list[str]:
-    """Whatever text a sample has, of any use: its captions, else its question or statement. Raises BadSample."""
+    """Return the text of a sample of any type: its captions, question or statement. Raises BadSample without any."""
     try:
         return captions_of(members)
     except BadSample:
         record = record_of(members)
-        if said := [record[key] for key in ("question", "sentence") if isinstance(record.get(key), str)]:
-            return said
+        if texts := [record[key] for key in ("question", "sentence") if isinstance(record.get(key), str)]:
+            return texts
         raise
 
 
 def image_id_of(members: Members) -> int:
-    """Equal (int64) for samples that show the same image: by their `image_id`, else by the picture's bytes.
+    """Return a hash (int64) that is equal for samples of one image: of `image_id`, else of the image's bytes.
 
-    Regions stand for a picture that is not there. Raises BadSample when there is none of the three.
+    Samples without an image are identified by their regions. Raises BadSample when there is none of the three.
     """
     named = record_of(members).get("image_id")
     if isinstance(named, float) and not math.isfinite(named):
-        raise BadSample("members", f"its image_id {named} is no number that names an image")
+        raise BadSample("members", f"its image_id {named} is not a finite number")
     if named is not None:
         return signed(hash64("image_id", unicodedata.normalize("NFC", str(named))))
     has_picture = not members.keys().isdisjoint(EXTENSIONS)
@@ -123,10 +123,10 @@ def image_id_of(members: Members) -> int:
 
 
 def record_of(members: Members) -> dict[str, Any]:
-    """The sample's json; empty without one.
+    """Return the sample's json; an empty object without one.
 
-    Raises BadSample when it is no object, nests too deeply, or holds half a character: a lone surrogate, as a text
-    has whose end was cut off inside an emoji, cannot be encoded, so neither tokenized nor logged.
+    Raises BadSample when it is not an object, is nested too deeply, or contains a lone surrogate: a text cut inside an
+    emoji cannot be encoded, and so neither tokenized nor logged.
     """
     if "json" not in members:
         return {}
@@ -136,8 +136,8 @@ def record_of(members: Members) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadSample("members", f"its json cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise BadSample("members", f"its json is no object but a {type(record).__name__}")
-    if b"\\ud" in data or b"\\uD" in data:  # only an escape can bring a surrogate: UTF-8 has none
+        raise BadSample("members", f"its json is not an object but a {type(record).__name__}")
+    if b"\\ud" in data or b"\\uD" in data:  # surrogates occur only as escapes: UTF-8 has none
         _check_encodable(record)
     return record
 
@@ -147,7 +147,7 @@ def _check_encodable(record: dict[str, Any]) -> None:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise BadSample("caption", f"its json holds {half!r}, half a character (a text that was cut off?)") from error
+        raise BadSample("caption", f"its json contains {half!r}, a lone surrogate (a truncated text?)") from error
     except RecursionError as error:
         raise BadSample("members", f"its json cannot be read: {error}") from error
 
@@ -160,5 +160,5 @@ def _text(name: str, data: bytes) -> str:
 
 
 def names_of(members: Members) -> str:
-    """What a sample has, for a message."""
+    """Return the names of a sample's members, for a message."""
     return ", ".join(sorted(members)) or "none"

@@ -1,4 +1,4 @@
-"""Reading an npz that anyone may have written: sizes are known before memory is given, nothing is ever unpickled."""
+"""Safe reading of untrusted npz files: sizes are checked before memory is allocated, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import zipfile
 
 import numpy as np
 
-_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others may ask for memory beyond what they hold
+_PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other methods may allocate memory beyond the content's size
 
 
 class Npz:
-    """The arrays that `numpy.savez` or `savez_compressed` wrote, read one by one.
+    """The arrays written by `numpy.savez` or `savez_compressed`, read one by one.
 
-    Making one and reading raise whatever zipfile and numpy raise for damaged bytes, of any type.
+    Opening and reading damaged bytes raise exceptions of any type, from zipfile and numpy.
     """
 
     def __init__(self, data: bytes):
@@ -25,26 +25,26 @@ class Npz:
         return name in self._entries
 
     def read(self, name: str, kinds: str, max_bytes: int) -> np.ndarray:
-        """One array whose dtype is of one of numpy's `kinds` and takes at most 8 bytes a number.
+        """Return one array whose dtype is one of numpy's `kinds` with at most 8 bytes per number.
 
-        Raises KeyError when there is none, ValueError when it is of another kind or would take more than `max_bytes`.
+        Raises KeyError when it is missing, ValueError for another dtype or more than `max_bytes` bytes.
         """
         entry = self._entries[name]
         if entry.file_size > max_bytes:
-            raise ValueError(f"{name} would take {entry.file_size} bytes, more than {max_bytes}")
+            raise ValueError(f"{name} has {entry.file_size} bytes; expected at most {max_bytes}")
         if entry.compress_type not in _PLAIN:
-            raise ValueError(f"{name} is packed by a method that numpy does not use")
+            raise ValueError(f"{name} is compressed by a method that numpy does not use")
         with self._archive.open(entry) as packed:
-            content = packed.read(entry.file_size)  # told how much, zipfile unpacks no more than that
+            content = packed.read(entry.file_size)  # with a size, zipfile unpacks no more than that
         stream = io.BytesIO(content)
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{name} is of version {version} of the npy format; expected 1.0 or 2.0")
+            raise ValueError(f"{name} has version {version} of the npy format; expected 1.0 or 2.0")
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = read_header(stream)
         if kind.kind not in kinds or kind.itemsize > 8:
-            raise ValueError(f"{name} are {kind}; expected numpy's kind {' or '.join(kinds)}")
+            raise ValueError(f"{name} has dtype {kind}; expected numpy's kind {' or '.join(kinds)}")
         if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != len(content) - stream.tell():
-            raise ValueError(f"{name} states shape {shape}, and holds {len(content) - stream.tell()} bytes of {kind}")
+            raise ValueError(f"{name} declares shape {shape}, but has {len(content) - stream.tell()} bytes of {kind}")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)

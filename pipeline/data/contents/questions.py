@@ -1,7 +1,7 @@
-"""What samples for fine-tuning hold: questions about a picture with scored answers, and statements about two pictures.
+"""Samples for fine-tuning: questions about an image with scored answers, and statements about two images.
 
-A sample of `questions` is a picture with json {"question": "…", "answers": {"text": score}, "question_id": …}; scores
-are 0 … 1 (see `answers`). A sample of `statements` is two pictures, members `0.jpg` and `1.jpg` or `left.jpg` and
+A sample of `questions` is an image with json {"question": "…", "answers": {"text": score}, "question_id": …}; scores
+are 0 … 1 (see `answers`). A sample of `statements` is two images, members `0.jpg` and `1.jpg` or `left.jpg` and
 `right.jpg` (or another format), with json {"sentence": "…", "label": true, "id": "…"}.
 """
 
@@ -15,40 +15,40 @@ from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.contents.members import Members, is_visible, names_of, record_of
 from pipeline.data.quarantine import BadSample
 
-MAX_ANSWERS = 10  # different ones to a question: VQA asks ten people
-SIDES = (("0", "left"), ("1", "right"))  # what the first and the second picture's members may be named
+MAX_ANSWERS = 10  # different answers to a question: VQA asks ten people
+SIDES = (("0", "left"), ("1", "right"))  # member names of the first and of the second image
 
 
 @dataclass(frozen=True)
 class Question:
     text: str
     answers: Mapping[str, float]  # plain answer -> 0 … 1; at least one
-    id: str  # '' where the sample names none
+    id: str  # '' if the sample has none
 
 
 @dataclass(frozen=True)
 class Statement:
     text: str
     is_true: bool
-    id: str  # '' where the sample names none
+    id: str  # '' if the sample has none
 
 
 def question_of(members: Members) -> Question:
-    """Raises BadSample when the question or its answers are missing, empty or no such thing."""
+    """Return a sample's question. Raises BadSample when it or its answers are missing, empty or malformed."""
     record = record_of(members)
     answers = record.get("answers")
     if not isinstance(answers, dict) or not answers:
         raise BadSample("answers", 'no answers (json with "answers": {"text": score})')
     if len(answers) > MAX_ANSWERS:
-        raise BadSample("answers", f"{len(answers)} answers; at most {MAX_ANSWERS} are read")
+        raise BadSample("answers", f"{len(answers)} answers; expected at most {MAX_ANSWERS}")
     for score in answers.values():
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-            raise BadSample("answers", f"the score {_short(score)} is no number in 0 … 1")
+            raise BadSample("answers", f"the score {_short(score)} is not a number in 0 … 1")
     return Question(_sentence(record, "question"), answers, _id(record, "question_id"))
 
 
 def statement_of(members: Members) -> Statement:
-    """Raises BadSample when the sentence or its label is missing."""
+    """Return a sample's statement. Raises BadSample when the sentence or its label is missing."""
     record = record_of(members)
     label = record.get("label")
     if label not in (True, False):  # 1 and 0 equal them
@@ -57,7 +57,7 @@ def statement_of(members: Members) -> Statement:
 
 
 def both_images(members: Members) -> tuple[bytes, bytes]:
-    """The encoded first and second picture. Raises BadSample when one is missing."""
+    """Return the encoded first and second image. Raises BadSample when one is missing."""
     first, second = (_image_named(members, names) for names in SIDES)
     return first, second
 
@@ -68,7 +68,7 @@ def _image_named(members: Members, names: tuple[str, ...]) -> bytes:
             if (data := members.get(f"{name}.{extension}")) is not None:
                 return data
     wanted = " or ".join(f"{name}.jpg" for name in names)
-    raise BadSample("members", f"no picture {wanted} (or png, webp, …); it has {names_of(members)}")
+    raise BadSample("members", f"no image {wanted} (or png, webp, …); it has {names_of(members)}")
 
 
 def _sentence(record: Mapping[str, Any], key: str) -> str:
@@ -79,7 +79,7 @@ def _sentence(record: Mapping[str, Any], key: str) -> str:
 
 
 def _short(value: object) -> str:
-    """A value for a message: numbers and lists may be of any length."""
+    """Format a value of any length for a message."""
     return repr(value)[:40]
 
 

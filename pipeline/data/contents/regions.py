@@ -1,14 +1,14 @@
-"""A detector's regions of a picture: the `.npz` member that holds them, and what a batch's row gets of it.
+"""A detector's regions of an image: parsing of the `.npz` member, selection and masking.
 
 The member is what `numpy.savez` writes: `features` (R, F) float32 or float16; `boxes` (R, 4), x1 y1 x2 y2 in pixels;
-`image_size` (height, width) of the picture that the boxes are told in; `classes` (R,) the detector's most likely class
-of each; `confidences` (R,) its probability. The last three may be absent: without a size the boxes' own extent is
-taken for it, without confidences the member's order ranks the regions, and without classes none can be learned.
+`image_size` (height, width) of the boxes' coordinates; `classes` (R,) the detector's most likely class of each;
+`confidences` (R,) its probability. The last three are optional: without a size the boxes' own extent is used, without
+confidences the regions are ranked by their order, and without classes the objective moc cannot be trained.
 
-Whoever wrote a shard may have written anything: arrays are measured before memory is given to them, nothing is ever
-unpickled, and every fault is a BadSample.
+The content is untrusted: sizes are checked before memory is allocated, nothing is unpickled, and every fault is a
+BadSample.
 
-Shapes: R regions, F numbers of a region, K masked regions.
+Shapes: R regions, F features of a region, K masked regions.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from pipeline.data.randomness import CounterRandom
 
 MAX_BYTES = 64 * 2**20  # of one array: 8,192 regions of 2,048 numbers; a larger one is a bomb
 MOST_CLASSES = 2**31
-OUTSIDE = 1.0  # pixels that a box may reach beyond the picture: detectors round; what is beyond is cut off
+OUTSIDE = 1.0  # pixels that a box may extend beyond the image (detectors round); boxes are clipped
 ZEROED = 0.9  # ImageBERT: 90 % of the masked regions lose their features, 10 % keep them
-LOCATION = 5  # numbers that say where a region lies
+LOCATION = 5  # numbers of a region's location
 
 _KINDS = {"features": "f", "boxes": "fiu", "image_size": "iu", "classes": "iu", "confidences": "f"}  # of numpy's dtypes
 
 
 @dataclass(frozen=True, eq=False)
 class RegionRecord:
-    """The regions of one picture. Boxes lie within it."""
+    """The regions of one image; all boxes are inside it."""
 
     features: np.ndarray  # (R, F) float32
     boxes: np.ndarray  # (R, 4) float32: x1, y1, x2, y2 in pixels
@@ -47,14 +47,14 @@ class RegionRecord:
         return len(self.features)
 
     def locations(self) -> np.ndarray:
-        """x1 / W, y1 / H, x2 / W, y2 / H and the share of the picture's area: (R, 5) float32 (ImageBERT, 3.1)."""
+        """Return x1 / W, y1 / H, x2 / W, y2 / H and the area fraction: (R, 5) float32 (ImageBERT, 3.1)."""
         height, width = self.image_size
         corners = self.boxes / np.array([width, height, width, height], dtype=np.float32)
         area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
         return np.concatenate([corners, area[:, None]], axis=1).astype(np.float32)
 
     def most_confident(self, count: int) -> RegionRecord:
-        """At most `count` regions, the most confident first if there are more; without confidences, the first ones."""
+        """Return at most `count` regions: the most confident, or the first ones without confidences."""
         if len(self) <= count:
             return self
         order = np.arange(len(self)) if self.confidences is None else np.argsort(-self.confidences, kind="stable")
@@ -68,51 +68,50 @@ class RegionRecord:
         )
 
     def to_bytes(self) -> bytes:
-        """The member's content; the same regions give the same bytes."""
+        """Return the member's content, a function of the regions alone."""
         arrays = {"features": self.features, "boxes": self.boxes, "image_size": np.array(self.image_size, np.int64)}
         more = {"classes": self.classes, "confidences": self.confidences}
         buffer = io.BytesIO()
-        given = arrays | {name: array for name, array in more.items() if array is not None}
-        np.savez(buffer, allow_pickle=False, **given)
+        arrays |= {name: array for name, array in more.items() if array is not None}
+        np.savez(buffer, allow_pickle=False, **arrays)
         return buffer.getvalue()
 
 
 def regions_of(members: Members) -> RegionRecord:
-    """The regions of a sample. Raises BadSample for whatever is wrong with them."""
+    """Return the regions of a sample. Raises BadSample for every fault."""
     if REGIONS not in members:
-        told = f"no regions ({REGIONS}; mome shards regions makes them); it has {names_of(members)}"
-        raise BadSample("members", told)
+        raise BadSample("members", f"no regions ({REGIONS}; see `mome shards regions`); it has {names_of(members)}")
     return parse_regions(members[REGIONS])
 
 
 def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> RegionRecord:
-    """The regions of a member's content. Raises BadSample for whatever is wrong with them.
+    """Return the regions of a member's content. Raises BadSample for every fault.
 
-    `image_size` (height, width) is that of a member that does not tell its own.
+    `image_size` (height, width) is used for a member without its own.
     """
     arrays = _read_arrays(data)
     if image_size is not None:
         arrays.setdefault("image_size", np.array(image_size, np.int64))
     for name in ("features", "boxes"):
         if name not in arrays:
-            raise _fault(f"no array '{name}'; it has {', '.join(sorted(arrays)) or 'none that is known'}")
+            raise _fault(f"no array '{name}'; it has {', '.join(sorted(arrays)) or 'no known array'}")
     features, boxes = arrays["features"], arrays["boxes"]
     if features.ndim != 2 or not features.shape[1]:
-        raise _fault(f"features have shape {features.shape}, not (regions, numbers)")
+        raise _fault(f"features have shape {features.shape}; expected (regions, features)")
     count = len(features)
     if not count:
         raise _fault("there is no region")
     shapes = {"boxes": (count, 4), "image_size": (2,), "classes": (count,), "confidences": (count,)}
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
-            raise _fault(f"{name} have shape {arrays[name].shape}, not {shape}, with features of {features.shape}")
+            raise _fault(f"{name} have shape {arrays[name].shape}; expected {shape} for features of {features.shape}")
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            raise _fault(f"{name} hold a number that is not finite")
+            raise _fault(f"{name} contain a number that is not finite")
     size = _image_size(boxes, arrays.get("image_size"))
     classes, confidences = arrays.get("classes"), arrays.get("confidences")
     if classes is not None and not 0 <= int(classes.min()) <= int(classes.max()) < MOST_CLASSES:
-        raise _fault(f"classes from {int(classes.min())} to {int(classes.max())}, which are no classes")
+        raise _fault(f"classes from {int(classes.min())} to {int(classes.max())}; expected 0 to 2^31 - 1")
     return RegionRecord(
         features=features.astype(np.float32, copy=False),
         boxes=_within(boxes.astype(np.float32, copy=False), size),
@@ -122,25 +121,25 @@ def parse_regions(data: bytes, image_size: tuple[int, int] | None = None) -> Reg
     )
 
 
-def check_fit(record: RegionRecord, numbers: int, num_classes: int | None) -> None:
-    """Raises BadSample when a model of `numbers` a region and (if it learns them) `num_classes` cannot read these."""
-    if record.features.shape[1] != numbers:
-        raise _fault(f"features of {record.features.shape[1]} numbers, and model.region_features is {numbers}")
+def check_fit(record: RegionRecord, num_features: int, num_classes: int | None) -> None:
+    """Raise BadSample unless the regions have `num_features` features and, if given, classes below `num_classes`."""
+    if record.features.shape[1] != num_features:
+        raise _fault(f"{record.features.shape[1]} features per region, but model.region_features is {num_features}")
     if num_classes is None:
         return
     if record.classes is None:
         raise _fault(
-            "no array 'classes', which objective region_class learns; make the regions by a detector that names them "
-            "(mome shards regions), or leave out the objective"
+            "no array 'classes', which the objective moc needs; extract the regions with a detector that predicts "
+            "classes (`mome shards regions`), or remove the objective"
         )
     if int(record.classes.max()) >= num_classes:
-        raise _fault(f"class {int(record.classes.max())}, and model.region_classes is {num_classes}")
+        raise _fault(f"class {int(record.classes.max())}, but model.region_classes is {num_classes}")
 
 
 def mask_regions(count: int, probability: float, random: CounterRandom) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` regions are masked, at least one, and which of these lose their features.
+    """Draw which of `count` regions are masked, at least one, and which of these lose their features.
 
-    Returns ascending positions (K,) int64 and their fate (K,) bool: True for the nine in ten that are zeroed.
+    Returns ascending positions (K,) int64, and (K,) bool: True for the 90 % whose features are zeroed.
     """
     chosen = max(1, masked_at_most(count, probability))
     positions = np.sort(random.permutation(count)[:chosen]).astype(np.int64)
@@ -148,7 +147,7 @@ def mask_regions(count: int, probability: float, random: CounterRandom) -> tuple
 
 
 def masked_at_most(count: int, probability: float) -> int:
-    """How many of at most `count` regions are masked: K's bound, at least 1."""
+    """Return the maximum number of masked regions among at most `count`: at least 1."""
     return max(1, round(probability * count))
 
 
@@ -159,15 +158,15 @@ def _read_arrays(data: bytes) -> dict[str, np.ndarray]:
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes reach zipfile's and numpy's parsers in every shape
-        raise _fault(f"it is no npz that can be read: {error}") from error
+        raise _fault(f"it cannot be read as an npz: {error}") from error
     if "features" in arrays and arrays["features"].itemsize > 4:
-        raise _fault(f"features are {arrays['features'].dtype}; expected float32 or float16")
+        raise _fault(f"features have dtype {arrays['features'].dtype}; expected float32 or float16")
     return arrays
 
 
-def _image_size(boxes: np.ndarray, given: np.ndarray | None) -> tuple[int, int]:
-    if given is not None:
-        height, width = int(given[0]), int(given[1])
+def _image_size(boxes: np.ndarray, declared: np.ndarray | None) -> tuple[int, int]:
+    if declared is not None:
+        height, width = int(declared[0]), int(declared[1])
     else:
         width, height = math.ceil(boxes[:, 2].max()), math.ceil(boxes[:, 3].max())
     if height <= 0 or width <= 0:
@@ -176,17 +175,17 @@ def _image_size(boxes: np.ndarray, given: np.ndarray | None) -> tuple[int, int]:
 
 
 def _within(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """The boxes cut to the picture. Raises BadSample for one that lies outside, or ends before it begins."""
+    """Return the boxes clipped to the image. Raises BadSample for one outside, or with its corners exchanged."""
     height, width = image_size
     ends = np.array([width, height, width, height], dtype=np.float32)
-    for fault, wrong in (
-        ("ends before it begins", (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])),
-        ("lies outside", ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1)),
+    for reason, is_bad in (
+        ("ends before it begins in", (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])),
+        ("is outside", ((boxes < -OUTSIDE) | (boxes > ends + OUTSIDE)).any(axis=1)),
     ):
-        if wrong.any():
-            which = int(wrong.argmax())
-            told = ", ".join(f"{side:.1f}" for side in boxes[which])
-            raise _fault(f"box {which} ({told}) {fault} an image of {width} x {height}")
+        if is_bad.any():
+            which = int(is_bad.argmax())
+            corners = ", ".join(f"{side:.1f}" for side in boxes[which])
+            raise _fault(f"box {which} ({corners}) {reason} an image of {width} x {height}")
     return np.clip(boxes, 0, ends)
 
 

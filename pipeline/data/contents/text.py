@@ -1,7 +1,7 @@
-"""Captions to token ids: BERT's WordPiece, by the `tokenizers` library, with the word each token is part of.
+"""BERT's WordPiece tokenizer, on the `tokenizers` library, with the word that each token belongs to.
 
-A vocabulary is a list of tokens; a token's id is its place. On disk it is BERT's `vocab.txt`, one token a line. Text is
-lower-cased and stripped of accents first, unless the vocabulary is a cased one (`is_cased`).
+A vocabulary is a list of tokens; a token's id is its index. On disk it is BERT's `vocab.txt`, one token per line. Text
+is lower-cased and stripped of accents first, unless the vocabulary is cased (`is_cased`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pipeline.data.storage import Storage, join, split
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIALS = (PAD, UNK, CLS, SEP, MASK)
-MIN_ALPHABET = 1000  # most frequent characters that a trained vocabulary spells with at least, if it has room
+MIN_ALPHABET = 1000  # minimum number of characters in a trained vocabulary, the most frequent ones, if it has room
 MAX_WORD = 100  # characters; a longer word is [UNK], as in BERT
 _LONG_RUN = re.compile(rf"\S{{{MAX_WORD + 1}}}")
-CONTINUES = "##"  # begins a token that continues a word
-RARE = 1e-7  # share of all characters below which a further one is not worth a token
-HUGGING_FACE = "tokenizer_config.json"  # beside a vocabulary; its `do_lower_case` says whether it is uncased
+CONTINUES = "##"  # prefix of a token that continues a word
+RARE = 1e-7  # fraction of all characters below which a further one is not worth a token
+HUGGING_FACE = "tokenizer_config.json"  # next to a vocabulary; its `do_lower_case` says whether it is uncased
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One text: [CLS], its tokens, [SEP]. `word_of` numbers the words from 0 and is -1 at the two specials."""
+    """One text: [CLS], its tokens, [SEP]. `word_of` numbers the words from 0 and is -1 at the special tokens."""
 
     ids: list[int]
     word_of: list[int]
@@ -44,9 +44,9 @@ class Tokens:
 
 
 class Tokenizer:
-    """A WordPiece tokenizer. Equal vocabularies give equal tokenizers; `digest` names the vocabulary.
+    """A WordPiece tokenizer. Equal vocabularies give equal tokenizers; `digest` identifies the vocabulary.
 
-    `lowercase`: whether text is lower-cased and its accents are stripped (default: unless the vocabulary is cased).
+    `lowercase`: lower-case text and strip its accents (default: unless the vocabulary is cased).
     """
 
     def __init__(self, tokens: Sequence[str], lowercase: bool | None = None):
@@ -60,28 +60,28 @@ class Tokenizer:
 
     @classmethod
     def from_vocabulary(cls, tokens: Sequence[str], lowercase: bool | None = None) -> Tokenizer:
-        """Return the tokenizer of weights; of those that read no text, and have no tokens, the special ones alone."""
+        """Return the tokenizer of saved weights; an empty list (of models without text) gives the special tokens."""
         return cls(tokens or SPECIALS, lowercase)
 
     @classmethod
     def load(cls, storage: Storage, url: str, lowercase: bool | None = None) -> Tokenizer:
-        """Read a `vocab.txt`; a byte order mark and blank lines at its end are no tokens.
+        """Read a `vocab.txt`; a byte order mark and blank lines at its end are ignored.
 
-        Unless `lowercase` is given, `do_lower_case` of Hugging Face's tokenizer_config.json beside it is, where there
-        is one. Raises DataError naming the file when it is no such vocabulary.
+        `lowercase` defaults to `do_lower_case` of Hugging Face's tokenizer_config.json next to the file, if there is
+        one. Raises DataError naming the file when it is not a vocabulary.
         """
         try:
             tokens = tokens_of(storage.read(url))
             return cls(tokens, stated_lowercase(storage, split(url)[0]) if lowercase is None else lowercase)
         except (UnicodeDecodeError, DataError) as error:
-            raise DataError(f"{url} is no WordPiece vocabulary: {error}. Expected one token a line") from error
+            raise DataError(f"{url} is not a WordPiece vocabulary: {error}. Expected one token per line") from error
 
     def save(self, storage: Storage, url: str) -> None:
         storage.write(url, self._text.encode("utf-8"))
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int, lowercase: bool = True) -> Tokenizer:
-        """A vocabulary of at most `size` tokens, the same whenever the captions are the same."""
+        """Train a vocabulary of at most `size` tokens, a function of the captions alone."""
         return cls(_train_vocabulary(captions, size, lowercase), lowercase)
 
     @property
@@ -95,37 +95,37 @@ class Tokenizer:
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """Ids (N,) int64 of the tokens that text can hold: neither special nor one of BERT's [unused…]."""
+        """Ids (N,) int64 of the tokens that occur in text: neither special nor one of BERT's [unused…]."""
         reserved = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")
         return np.array([i for i, token in enumerate(self.tokens) if not reserved.fullmatch(token)], dtype=np.int64)
 
     def encode(self, text: str, max_length: int) -> Tokens:
-        """At most `max_length` tokens, [CLS] and [SEP] included; what is longer is cut at the end.
+        """Return at most `max_length` tokens including [CLS] and [SEP]; longer texts are truncated at the end.
 
-        Raises DataError for a text that is not valid Unicode, such as an argument in another encoding than UTF-8.
+        Raises DataError for a text that is not valid Unicode, such as an argument not encoded as UTF-8.
         """
         _check_unicode([text])
         return self._framed(self._pieces.encode(text, add_special_tokens=False), max_length)
 
     def encode_batch(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
-        """Each text as by `encode`."""
+        """Encode several texts as `encode` does, in one call of the library."""
         _check_unicode(texts)
         pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
-        return [self._framed(each, max_length) for each in pieces]
+        return [self._framed(encoding, max_length) for encoding in pieces]
 
     def unknown_share(self, texts: Sequence[str]) -> float:
-        """The share of [UNK] among the tokens of some texts: what the vocabulary cannot spell. 0 for no token."""
+        """Return the fraction of [UNK] among the tokens of some texts; 0 without any token."""
         pieces = self._pieces.encode_batch(list(texts), add_special_tokens=False)
-        total = sum(len(each.ids) for each in pieces)
-        return sum(each.ids.count(self.unk_id) for each in pieces) / max(1, total)
+        total = sum(len(encoding.ids) for encoding in pieces)
+        return sum(encoding.ids.count(self.unk_id) for encoding in pieces) / max(1, total)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text, lower-case, without [PAD], [CLS] and [SEP]; [MASK] and [UNK] stay visible."""
+        """Return the text of token ids without [PAD], [CLS] and [SEP]; [MASK] and [UNK] are kept."""
         frame = {self.pad_id, self.cls_id, self.sep_id}
         return self._pieces.decode([int(i) for i in ids if int(i) not in frame], skip_special_tokens=False)
 
     def _framed(self, pieces: tokenizers.Encoding, max_length: int) -> Tokens:
-        # Cut here rather than by enable_truncation: that is state of the tokenizer, which threads share.
+        # Not by enable_truncation, which changes the state of a tokenizer that threads share.
         room = max_length - 2
         assert room >= 0, f"max_length {max_length} leaves no room for [CLS] and [SEP]"
         words = [-1 if word is None else word for word in pieces.word_ids[:room]]
@@ -143,20 +143,20 @@ class Tokenizer:
 
 
 def is_cased(tokens: Iterable[str]) -> bool:
-    """Whether a vocabulary has words with capital letters, which no lower-cased text could be spelled with."""
+    """Return whether a vocabulary has words with capital letters, which lower-cased text never matches."""
     return any(re.search(r"[A-Z]", token) and not re.fullmatch(r"\[.*\]", token) for token in tokens)
 
 
 def stated_lowercase(storage: Storage, folder: str) -> bool | None:
-    """What Hugging Face's file in a folder says of its vocabulary's case; None where there is none, or says nothing."""
-    beside = join(folder, HUGGING_FACE)
-    if not storage.exists(beside):
+    """Return `do_lower_case` of a folder's tokenizer_config.json; None without the file or the key."""
+    url = join(folder, HUGGING_FACE)
+    if not storage.exists(url):
         return None
     try:
-        stated = json.loads(storage.read(beside)).get("do_lower_case")
+        lowercase = json.loads(storage.read(url)).get("do_lower_case")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{beside} is no JSON object ({error}). Correct it, or set tokenizer.lowercase") from error
-    return stated if isinstance(stated, bool) else None
+        raise DataError(f"{url} is not a JSON object ({error}). Correct it, or set tokenizer.lowercase") from error
+    return lowercase if isinstance(lowercase, bool) else None
 
 
 def _check_unicode(texts: Sequence[str]) -> None:
@@ -169,7 +169,7 @@ def _check_unicode(texts: Sequence[str]) -> None:
 
 
 def tokens_of(data: bytes) -> list[str]:
-    """Return the tokens of a `vocab.txt`, one a line; a byte order mark and blank lines at the end are no tokens.
+    """Return the tokens of a `vocab.txt`, one per line; a byte order mark and blank lines at the end are ignored.
 
     Raises UnicodeDecodeError for bytes that are not UTF-8.
     """
@@ -182,12 +182,12 @@ def tokens_of(data: bytes) -> list[str]:
 def _checked_ids(tokens: tuple[str, ...]) -> dict[str, int]:
     ids = {token: i for i, token in enumerate(tokens)}
     if missing := [name for name in SPECIALS if name not in ids]:
-        raise DataError(f"the vocabulary of {len(tokens)} tokens lacks {', '.join(missing)}")
+        raise DataError(f"the vocabulary of {len(tokens)} tokens does not contain {', '.join(missing)}")
     if len(ids) < len(tokens):
-        twice = next(token for token, count in Counter(tokens).items() if count > 1)
-        raise DataError(f"the vocabulary names the token {twice!r} more than once")
-    if wrong := next((token for token in tokens if "\n" in token or not _is_encodable(token)), None):
-        raise DataError(f"the vocabulary holds {wrong!r:.60}, which no line of a vocab.txt can be")
+        repeated = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise DataError(f"the vocabulary contains the token {repeated!r} more than once")
+    if invalid := next((token for token in tokens if "\n" in token or not _is_encodable(token)), None):
+        raise DataError(f"the vocabulary contains {invalid!r:.60}, which cannot be a line of a vocab.txt")
     return ids
 
 
@@ -200,9 +200,9 @@ def _is_encodable(text: str) -> bool:
 
 
 def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
-    """BERT: clean, lower-case and strip accents (if `lowercase`), split at spaces and punctuation.
+    """Return BERT's pipeline: clean, lower-case and strip accents (if `lowercase`), split at spaces and punctuation.
 
-    No special token is registered, so a caption that spells "[MASK]" is text like any other.
+    No special token is registered, so that "[MASK]" in a caption is text like any other.
     """
     pieces = tokenizers.Tokenizer(model)
     pieces.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -211,23 +211,23 @@ def _bert_pieces(model: models.Model, lowercase: bool) -> tokenizers.Tokenizer:
 
 
 def _train_vocabulary(captions: Iterable[str], size: int, lowercase: bool) -> list[str]:
-    """WordPiece by merges of the most frequent pair, over an alphabet of the most frequent characters.
+    """Train WordPiece by merging the most frequent pair, over an alphabet of the most frequent characters.
 
-    The alphabet takes as much of the size as it needs: a character that is not in it makes its whole word [UNK]. Only
-    beyond the first 1,000 are the rarest left out (stray characters of a large collection).
+    The alphabet takes as much of the size as it needs: a character outside it makes its whole word [UNK]. Only beyond
+    the first 1,000 characters are the rarest left out (stray characters of a large collection).
 
-    The library numbers characters in the order of a hash table and breaks ties between merges by number, so
-    that the same captions give another vocabulary each time. Handing it the characters as tokens that already
-    have a number, in sorted order, makes it a function of the captions.
+    The library numbers characters in hash-table order and breaks ties between merges by number, so that the same
+    captions would give a different vocabulary each time. Passing the characters as special tokens in sorted order
+    makes the result a function of the captions.
     """
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     lines = [_without_long_words(normalizer.normalize_str(caption)) for caption in captions]
     counts = Counter(character for line in lines for character in line if not character.isspace())
     if not counts:
-        raise DataError("no vocabulary can be trained: there is no caption with a visible character")
+        raise DataError("cannot train a vocabulary: no caption has a visible character")
     alphabet = _alphabet(counts, size - len(SPECIALS), normalizer)
     if not alphabet:
-        raise DataError(f"a vocabulary of {size} tokens has no room for characters; expected at least 64")
+        raise DataError(f"a vocabulary of {size} tokens has no room for characters; set at least 64")
     known = {piece.removeprefix(CONTINUES) or piece for piece in alphabet}
     spelled = str.maketrans(dict.fromkeys(counts.keys() - known, " "))
     pieces = _bert_pieces(models.WordPiece({UNK: 0}, unk_token=UNK), lowercase)
@@ -243,7 +243,7 @@ def _train_vocabulary(captions: Iterable[str], size: int, lowercase: bool) -> li
 
 
 def _without_long_words(line: str) -> str:
-    """A line without words that no vocabulary spells: one of 200,000 characters takes a minute of merging."""
+    """Drop words longer than MAX_WORD, which become [UNK] anyway: one of 200,000 characters takes a minute to merge."""
     if _LONG_RUN.search(line) is None:
         return line
     words = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(line)
@@ -251,9 +251,9 @@ def _without_long_words(line: str) -> str:
 
 
 def _alphabet(counts: Counter[str], room: int, normalizer: normalizers.Normalizer) -> list[str]:
-    """The tokens of single characters, at most `room`: first those that begin a word, then those that continue one.
+    """Return at most `room` single-character tokens: first those that begin a word, then those that continue one.
 
-    Punctuation and Chinese characters are words of their own, so that none continues a word.
+    Punctuation and Chinese characters are words of their own and never continue a word.
     """
     splitter = pre_tokenizers.BertPreTokenizer()
     begins: list[str] = []

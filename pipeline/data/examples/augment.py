@@ -1,11 +1,11 @@
 """Training-time augmentation: random-resized crop, flip, RandAugment on uint8 pixels. Images are (H, W, 3) RGB.
 
 RandAugment (arXiv 1909.13719) over the ten operations that leave colours as captions name them: no colour
-inversion, solarizing, posterizing, contrast, saturation or cutout (VLMo, section 4). All randomness is counted.
+inversion, solarizing, posterizing, contrast, saturation or cutout (VLMo, section 4). All randomness is counter-based.
 
-Magnitudes are of 10, as in VLMo's recipe. ViLT's are of 30 over the same ranges, so that its 9 is 3 here; but its
-translations reach 100 pixels at any size, and it carries out every operation that it draws. VLMo's release overflows
-uint8 in AutoContrast and Sharpness, where ours clips.
+Magnitudes range to 10, as in VLMo's recipe. ViLT's range to 30 over the same strengths, so that its 9 is 3 here; but
+its translations reach 100 pixels at any size, and it applies every operation that it draws. VLMo's release overflows
+uint8 in AutoContrast and Sharpness; this implementation clips.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pipeline.data.contents.images import Shape, random_resized_crop
 from pipeline.data.randomness import CounterRandom
 
 MAX_MAGNITUDE = 10
-APPLIED = 0.5  # a drawn operation is carried out half of the time, as in VLMo's published recipe
-FILL = (128, 128, 128)  # what shears, shifts and turns bring into the picture
+APPLIED = 0.5  # probability of applying a drawn operation, as in VLMo's published recipe
+FILL = (128, 128, 128)  # colour of the pixels that shears, translations and rotations uncover
 
-# What magnitude 10 means; lower ones scale linearly. Geometric operations go either way with equal chance.
+# Strengths at magnitude 10; lower magnitudes scale linearly. Geometric operations take either sign with equal chance.
 SHEAR = 0.3  # of the other coordinate
-TRANSLATE = 10 / 224  # of the side: the published 10 pixels at 224, the same share at every resolution
+TRANSLATE = 10 / 224  # of the side: the published 10 pixels at 224, the same fraction at every resolution
 ROTATE = 30.0  # degrees
-ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 1 is the picture itself
+ENHANCE = (0.1, 1.9)  # brightness and sharpness factors at magnitude 0 and 10; 1 leaves the image unchanged
 
 _VALUES = np.arange(256)  # of a channel
 _SIDES = re.compile(r"\b(left|right)(most|ward|wards|hand|side)?\b", re.IGNORECASE)
@@ -42,7 +42,7 @@ def augment(
     allow_flip: bool,
     interpolation: Interpolation = "bicubic",
 ) -> np.ndarray:
-    """A fresh look at the picture, in a shape: (H, W, 3) uint8. Without `allow_flip` it is never mirrored."""
+    """Return a random crop of the image in a shape, flipped and augmented: (H, W, 3) uint8."""
     image = random_resized_crop(image, shape, config.crop_scale, random, interpolation)
     if random.uniform() < 0.5 and config.flip and allow_flip:
         image = cv2.flip(image, 1)
@@ -50,12 +50,12 @@ def augment(
 
 
 def mentions_side(caption: str) -> bool:
-    """Whether a mirrored picture would make the caption false: it says 'left' or 'right'."""
+    """Return whether mirroring the image may make the caption false: it says 'left' or 'right'."""
     return _SIDES.search(caption) is not None
 
 
 def rand_augment(image: np.ndarray, operations: int, magnitude: int, random: CounterRandom) -> np.ndarray:
-    """Draw `operations` operations; carry each out with chance 1/2, at `magnitude` of 10."""
+    """Draw `operations` operations and apply each with probability 1/2, at `magnitude` of 10."""
     for _ in range(operations):
         name = NAMES[random.integer(len(NAMES))]
         applied, sign = random.uniform() < APPLIED, 1.0 if random.uniform() < 0.5 else -1.0
@@ -65,12 +65,12 @@ def rand_augment(image: np.ndarray, operations: int, magnitude: int, random: Cou
 
 
 def enhance_factor(strength: float) -> float:
-    """The brightness or sharpness factor at `strength` 0 … 1."""
+    """Return the brightness or sharpness factor at `strength` 0 … 1."""
     return ENHANCE[0] + (ENHANCE[1] - ENHANCE[0]) * strength
 
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
-    """Stretch each channel to the whole range; a flat channel stays."""
+    """Stretch each channel to the whole range; constant channels are unchanged."""
     return cv2.merge([_stretch(channel) for channel in cv2.split(image)])
 
 
@@ -80,12 +80,12 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 
 def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is black, 1 the picture itself."""
+    """Scale the brightness: 0 gives black, 1 the image unchanged."""
     return cv2.convertScaleAbs(image, alpha=factor)
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """0 is a smoothed picture, 1 the picture itself, more is sharper; the outermost pixels stay."""
+    """Blend with a smoothed image: 0 gives the smoothed image, 1 the image, more sharpens; border pixels stay."""
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
     smooth = cv2.filter2D(image, -1, kernel)
     mixed = cv2.addWeighted(image, factor, smooth, 1.0 - factor, 0.0)
@@ -99,17 +99,17 @@ def shear(image: np.ndarray, amount: float, horizontal: bool) -> np.ndarray:
     return _warp(image, [[1, of_y, 0], [of_x, 1, 0]])
 
 
-def translate(image: np.ndarray, share: float, horizontal: bool) -> np.ndarray:
-    """Shift by a share of the side, so that it means the same at every resolution."""
+def translate(image: np.ndarray, fraction: float, horizontal: bool) -> np.ndarray:
+    """Translate by a fraction of the side, the same at every resolution."""
     height, width = image.shape[:2]
-    right, down = (share * width, 0.0) if horizontal else (0.0, share * height)
+    right, down = (fraction * width, 0.0) if horizontal else (0.0, fraction * height)
     if abs(right - round(right)) < 1e-9 and abs(down - round(down)) < 1e-9:
         return _shift(image, round(right), round(down))
     return _warp(image, [[1, 0, right], [0, 1, down]])
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Counter-clockwise about the centre."""
+    """Rotate counter-clockwise about the centre."""
     height, width = image.shape[:2]
     return _warp(image, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0))
 
@@ -131,7 +131,7 @@ NAMES = tuple(OPERATIONS)
 
 
 def _stretch(channel: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 with its values spread over 0 … 255; as it is where they are already, or are all the same."""
+    """Return a channel (H, W) uint8 with its values stretched to 0 … 255; a constant one is returned unchanged."""
     low, high, _, _ = cv2.minMaxLoc(channel)
     if high == low or high - low == 255:
         return channel
@@ -140,7 +140,7 @@ def _stretch(channel: np.ndarray) -> np.ndarray:
 
 
 def _shift(image: np.ndarray, right: int, down: int) -> np.ndarray:
-    """What `_warp` gives for whole pixels, without computing any."""
+    """Return what `_warp` gives for a shift by whole pixels, as a copy."""
     height, width = image.shape[:2]
     top, bottom, left, right = max(0, down), max(0, -down), max(0, right), max(0, -right)
     kept = image[bottom : height - top, right : width - left]

@@ -18,13 +18,13 @@ from pipeline.config.schema import ImageBERTConfig, RunConfig, SourceType, Stage
 from pipeline.data import in_progress
 from pipeline.data.batch import BatchBuffer, BatchSizes, BatchSpec
 from pipeline.data.contents.choices import Choices
-from pipeline.data.contents.images import OwnShape, Shape, decode, put_on_canvas, shape_of
+from pipeline.data.contents.images import KeepAspectRatio, Shape, decode, put_on_canvas, shape_of
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import check_fit, mask_regions, masked_at_most, regions_of
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.examples.augment import augment, mentions_side
-from pipeline.data.examples.masking import mask_patches, mask_whole_words, stand_ins
+from pipeline.data.examples.masking import mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.order import DataOrder, LengthBuckets, OrderSource, SampleRef, rank_slice
 from pipeline.data.quarantine import BadRecord, BadSample, judged, judging
 from pipeline.data.randomness import CounterRandom, hash64, sample_random
@@ -98,14 +98,14 @@ class LoaderSpec:
         """The maximum number of patches that a model reads of an image that keeps its aspect ratio."""
         model, shape = self.config.model, self.shape
         assert isinstance(model, ViLTConfig)
-        assert isinstance(shape, OwnShape)
+        assert isinstance(shape, KeepAspectRatio)
         return min(shape.num_patches, model.max_visible_patches or shape.num_patches)
 
     @property
     def batch_spec(self) -> BatchSpec:
         config, masking, shape = self.config, self.stage.masking, self.shape
         groups = set(self.groups)
-        if isinstance(shape, OwnShape):
+        if isinstance(shape, KeepAspectRatio):
             side, patches = shape.canvas, self.max_visible_patches
             groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
             if "image" in groups and "second_image" not in groups:  # models read all patches of two images
@@ -331,7 +331,7 @@ class ExampleBuilder:
         ):
             random = self._random(example, purpose)
             augmented = augment(image, settings, shape, random, allow_flip, model.interpolation)
-            if isinstance(shape, OwnShape):
+            if isinstance(shape, KeepAspectRatio):
                 buffer[f"{name}_size"][row] = augmented.shape[:2]
             put_on_canvas(augmented, buffer[name][row])
         if "visible_patches" in buffer:
@@ -374,7 +374,7 @@ class ExampleBuilder:
         buffer.write("patch_positions", row, positions)
         if "patch_replacements" in self._groups:
             random = self._random(example, "stand-ins")
-            shown = stand_ins(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
+            shown = patch_replacements(positions, count, masking.mask_token_prob, masking.random_patch_prob, random)
             buffer.write("patch_replacements", row, shown)
 
     def _num_patches(self, buffer: BatchBuffer, row: int) -> int:

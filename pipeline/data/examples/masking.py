@@ -1,7 +1,7 @@
-"""What is hidden from the model: whole words of a text, patches of a picture.
+"""Masking of whole words of a text and of patches of an image.
 
-Masking acts on one text before padding, so that neither padding nor [CLS] and [SEP] can take a masked place (the
-published collators pad first, which leaves short captions without a masked word).
+A text is masked before padding, so that neither padding nor [CLS] and [SEP] is ever chosen (the published collators
+pad first, which leaves short captions without a masked word).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from pipeline.data.contents.text import Tokenizer, Tokens
 from pipeline.data.randomness import CounterRandom
 
-BLOCK_AREA, BLOCK_ASPECT = 16, 10 / 3  # BEiT's: a block's fewest patches, and the most that a side exceeds the other
-COVERED = -1  # stands in for a patch that the mask embedding covers
+BLOCK_AREA, BLOCK_ASPECT = 16, 10 / 3  # BEiT: minimum patches of a block, and its maximum aspect ratio
+COVERED = -1  # the replacement of a patch that is shown as the mask embedding
 REPLACED, KEPT = 0.8, 0.9  # BERT: 80 % of the chosen words become [MASK], 10 % random tokens, 10 % stay
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A text with words hidden: ids (L,) int64; positions (K,) int64 ascending; labels (K,) what stood there."""
+    """A text with masked words: ids (L,) int64; positions (K,) int64 ascending; labels (K,) the original ids."""
 
     ids: np.ndarray
     positions: np.ndarray
@@ -34,9 +34,9 @@ def mask_whole_words(
     """Mask each word (each token, unless `whole_word`) with the same `probability`, and at least one word of a text.
 
     `probability` times the number of words are masked, rounded up or down at random, so that the expected fraction of
-    masked words, and of masked tokens, is `probability` for any length of text and of words. A budget of tokens, as
-    in BERT's and VLMo's collators, masks words of several pieces less often: they exceed what is left of it. Each
-    chosen word is replaced as one: all of its tokens become [MASK], or all become random ordinary tokens, or all stay.
+    masked words, and of masked tokens, is `probability` for texts and words of any length. A budget of tokens, as in
+    BERT's and VLMo's collators, masks words of several pieces less often, because they exceed the remaining budget.
+    All tokens of a chosen word become [MASK], or all become random ordinary tokens, or all stay.
     """
     ids = np.array(tokens.ids, dtype=np.int64)
     groups = _groups(tokens.word_of, whole_word)
@@ -51,9 +51,9 @@ def mask_whole_words(
 
 
 def mask_patches(num_patches: int, fraction: float, random: CounterRandom, blocks: bool = False) -> np.ndarray:
-    """Ascending positions (K,) int64 of the masked patches; K depends on the fraction alone, and is at least 1.
+    """Return ascending positions (K,) int64 of the masked patches; K depends on the fraction alone and is at least 1.
 
-    With `blocks` they are masked by rectangles of a square grid, else one by one.
+    With `blocks` rectangles of a square grid are masked, else single patches.
     """
     count = min(num_patches, max(1, round(fraction * num_patches)))
     if blocks:
@@ -62,47 +62,47 @@ def mask_patches(num_patches: int, fraction: float, random: CounterRandom, block
 
 
 def mask_blocks(grid: int, count: int, random: CounterRandom) -> np.ndarray:
-    """Exactly `count` patches of a grid x grid picture, covered by rectangles: ascending positions (count,) int64.
+    """Return ascending positions (count,) int64 of exactly `count` patches, covered by rectangles of a square grid.
 
     BEiT's block-wise masking (arXiv 2106.08254, algorithm 1): rectangles of at least 16 patches and of aspect 0.3 to
-    3.3 fall anywhere, over one another too, until enough is covered. BEiT's release stops short of the count where no
-    rectangle fits any more; here the last one is cut, row by row, so that all pictures have equally many.
+    3.3 are placed anywhere, possibly overlapping, until enough is covered. BEiT's release stops short of the count
+    where no rectangle fits; here the last one is cut, row by row, so that all images have the same number.
     """
     masked = np.zeros((grid, grid), dtype=bool)
-    left = count
-    while left:
-        area = BLOCK_AREA + random.uniform() * max(0, left - BLOCK_AREA)
+    remaining = count
+    while remaining:
+        area = BLOCK_AREA + random.uniform() * max(0, remaining - BLOCK_AREA)
         stretch = math.exp((2 * random.uniform() - 1) * math.log(BLOCK_ASPECT))
         rows = min(grid, max(1, round(math.sqrt(area * stretch))))
         columns = min(grid, max(1, round(math.sqrt(area / stretch))))
         top, first = random.integer(grid - rows + 1), random.integer(grid - columns + 1)
         block = masked[top : top + rows, first : first + columns]
-        fresh = np.argwhere(~block)[:left]
+        fresh = np.argwhere(~block)[:remaining]
         block[fresh[:, 0], fresh[:, 1]] = True
-        left -= len(fresh)
+        remaining -= len(fresh)
     return np.flatnonzero(masked).astype(np.int64)
 
 
-def stand_ins(
-    positions: np.ndarray, num_patches: int, covered: float, swapped: float, random: CounterRandom
+def patch_replacements(
+    positions: np.ndarray, num_patches: int, mask_prob: float, random_prob: float, random: CounterRandom
 ) -> np.ndarray:
-    """What the encoder is shown at the masked `positions` (K,): (K,) int64, -1 for the mask embedding, else a patch.
+    """Return the patch shown at each of the masked `positions` (K,): (K,) int64, -1 for the mask embedding.
 
-    Each is covered with probability `covered`, shows another patch of the picture, any but its own, with probability
-    `swapped`, and otherwise stays (ViT, section B.1.2: 0.8, 0.1 and 0.1).
+    Each position shows the mask embedding with probability `mask_prob`, another patch of the image with probability
+    `random_prob`, and otherwise its own patch (ViT, section B.1.2: 0.8, 0.1 and 0.1).
     """
     shown = positions.copy()
     for place, position in enumerate(positions):
-        fate = random.uniform()
-        if fate < covered:
+        draw = random.uniform()
+        if draw < mask_prob:
             shown[place] = COVERED
-        elif fate < covered + swapped and num_patches > 1:
+        elif draw < mask_prob + random_prob and num_patches > 1:
             shown[place] = (position + 1 + random.integer(num_patches - 1)) % num_patches
     return shown
 
 
 def _groups(word_of: list[int], whole_word: bool) -> list[list[int]]:
-    """Token positions word by word; specials (-1) belong to none."""
+    """Return the token positions of each word (of each token, unless `whole_word`), without special tokens."""
     groups: list[list[int]] = []
     before = -1
     for position, word in enumerate(word_of):
@@ -117,9 +117,9 @@ def _groups(word_of: list[int], whole_word: bool) -> list[list[int]]:
 
 
 def _replace(ids: np.ndarray, group: list[int], random: CounterRandom, tokenizer: Tokenizer) -> None:
-    fate = random.uniform()
-    if fate < REPLACED:
+    draw = random.uniform()
+    if draw < REPLACED:
         ids[group] = tokenizer.mask_id
-    elif fate >= KEPT:
+    elif draw >= KEPT:
         ordinary = tokenizer.ordinary_ids
         ids[group] = [ordinary[random.integer(len(ordinary))] for _ in group]

@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import numpy as np
 from isal import isal_zlib
 
-from pipeline.data.contents.images import EXTENSIONS, Measured, measure
+from pipeline.data.contents.images import EXTENSIONS, ImageSize, measure
 from pipeline.data.contents.members import Members, image_id_of, record_of, texts_of
 from pipeline.data.contents.npz import Npz
 from pipeline.data.quarantine import BadSample, judging
@@ -315,11 +315,11 @@ def properties_of(members: Members) -> Properties:
         except BadSample:  # counted, with the reason, where the sample is read
             return default
 
-    def measured(members: Members) -> Measured:
+    def measured(members: Members) -> ImageSize:
         data = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-        return measure(data) if data is not None else Measured(0, 0)
+        return measure(data) if data is not None else ImageSize(0, 0)
 
-    image = read(measured, members, Measured(0, 0))
+    image = read(measured, members, ImageSize(0, 0))
     metadata: Mapping[str, Any] = read(record_of, members, {})
     url = metadata.get("url")
     without_json = {name: data for name, data in members.items() if name != "json"}  # the json may be damaged

@@ -31,7 +31,7 @@ THING = f"a (?:large|small) (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 
 def source(folder, name: str, source_type: str = "pairs", **synthetic) -> SourceConfig:
     return SourceConfig(
-        shards=str(folder / name), source_type=source_type, synthetic=SyntheticConfig(**{"scenes": 30, **synthetic})
+        shards=str(folder / name), type=source_type, synthetic=SyntheticConfig(**{"scenes": 30, **synthetic})
     )
 
 

@@ -21,8 +21,8 @@ from pipeline.config.schema import ViTConfig
 from pipeline.data.contents.images import (
     FORMATS,
     RATIO,
-    Measured,
-    OwnShape,
+    ImageSize,
+    KeepAspectRatio,
     decode,
     draw_crop,
     measure,
@@ -281,7 +281,7 @@ def test_damaged_metadata_makes_no_png_bad(oddity, place):
     at = 33 if place == "before" else -12  # behind IHDR, before IEND
     odd = data[:at] + ODD_CHUNKS[oddity] + data[at:]
     assert (decode(odd, LIMIT) == picture()).all()
-    assert measure(odd) == Measured(60, 90)
+    assert measure(odd) == ImageSize(60, 90)
     at = odd.index(b"IDAT") + 4 + len(data) // 2
     with pytest.raises(BadSample):
         decode(odd[:at] + b"damaged" + odd[at + 7 :], LIMIT)
@@ -303,7 +303,7 @@ def test_a_png_with_damaged_text_keeps_its_transparency_and_orientation():
     odd = data[:33] + ODD_CHUNKS["wrong checksum of text"] + data[33:]
     assert (decode(odd, LIMIT) == decode(data, LIMIT)).all()
     assert decode(odd, LIMIT).shape == (10, 6, 3)
-    assert measure(odd) == measure(data) == Measured(10, 6)
+    assert measure(odd) == measure(data) == ImageSize(10, 6)
 
 
 @pytest.mark.parametrize("exif", DAMAGED_EXIF)
@@ -316,7 +316,7 @@ def test_damaged_metadata_makes_no_webp_bad(exif, lossless):
         odd = whole.replace(b"EXIF\x0a\0\0\0Exif\0\0II*\0", webp_chunk(b"EXIF", exif))
         odd = odd[:4] + struct.pack("<I", len(odd) - 8) + odd[8:]
         assert (decode(odd, LIMIT) == decode(plain, LIMIT)).all()
-        assert measure(odd) == Measured(60, 90)
+        assert measure(odd) == ImageSize(60, 90)
         cut = odd[:-3]  # inside of the last chunk, which is metadata
         assert (decode(cut, LIMIT) == decode(plain, LIMIT)).all()
 
@@ -330,7 +330,7 @@ def test_of_an_animation_the_first_frame_is_taken_and_the_index_tells(kind):
     frames = [Image.fromarray(np.full((20, 30, 3), value, np.uint8)) for value in (40, 120, 200)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(decode(data, LIMIT).astype(int) - 40).max() <= 3
-    assert measure(data) == Measured(20, 30, is_animated=True)
+    assert measure(data) == ImageSize(20, 30, is_animated=True)
     assert not measure(encoded(frames[0], kind)).is_animated
 
 
@@ -426,7 +426,7 @@ def test_resizing_a_photo_equals_pillows_bicubic():
         (1200, 300, 224),
         (500, 384, 300),
         (300, 2000, 224),
-        (480, 640, OwnShape(384, 639, 32)),
+        (480, 640, KeepAspectRatio(384, 639, 32)),
         (40, 30, 64),
     ],
 )

@@ -39,9 +39,9 @@ def test_a_question_has_its_text_its_scored_answers_and_its_id() -> None:
     [
         ({"question": "why?"}, "no answers"),
         ({"question": "why?", "answers": {}}, "no answers"),
-        ({"question": "why?", "answers": {"so": 1.5}}, "no number in 0 … 1"),
-        ({"question": "why?", "answers": {"so": "1"}}, "no number in 0 … 1"),
-        ({"question": "why?", "answers": {str(n): 0.3 for n in range(11)}}, "11 answers; at most 10"),
+        ({"question": "why?", "answers": {"so": 1.5}}, "not a number in 0 … 1"),
+        ({"question": "why?", "answers": {"so": "1"}}, "not a number in 0 … 1"),
+        ({"question": "why?", "answers": {str(n): 0.3 for n in range(11)}}, "11 answers; expected at most 10"),
         ({"question": " ", "answers": {"so": 1}}, "no question"),
         ({"answers": {"so": 1}}, "no question"),
     ],

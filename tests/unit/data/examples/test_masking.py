@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.contents.text import Tokenizer, Tokens
-from pipeline.data.examples.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, stand_ins
+from pipeline.data.examples.masking import COVERED, mask_blocks, mask_patches, mask_whole_words, patch_replacements
 from pipeline.data.randomness import CounterRandom, hash64
 
 CAPTIONS = ["a zebra", "dogs", "an antelope overtakes the hippopotamus quickly", "a man in a red shirt rides a horse"]
@@ -171,7 +171,7 @@ def test_blocks_lie_together_and_fall_everywhere():
 def test_trap_section_3_masked_patch_prediction_has_its_three_branches():
     """80 % covered, 10 % another patch of the picture, 10 % as they are; published code leaves the last out."""
     positions = mask_patches(196, 0.5, CounterRandom(7))
-    drawn = np.stack([stand_ins(positions, 196, 0.8, 0.1, CounterRandom(hash64(key))) for key in range(300)])
+    drawn = np.stack([patch_replacements(positions, 196, 0.8, 0.1, CounterRandom(hash64(key))) for key in range(300)])
     is_covered, is_kept = drawn == COVERED, drawn == positions
     assert is_covered.mean() == pytest.approx(0.8, abs=0.01)
     assert is_kept.mean() == pytest.approx(0.1, abs=0.01)
@@ -182,7 +182,7 @@ def test_trap_section_3_masked_patch_prediction_has_its_three_branches():
 
 def test_the_shares_of_stand_ins_are_as_configured():
     positions = np.arange(8)
-    assert (stand_ins(positions, 16, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
-    assert (stand_ins(positions, 16, 0.0, 0.0, CounterRandom(1)) == positions).all()
-    swapped = stand_ins(positions, 16, 0.0, 1.0, CounterRandom(1))
+    assert (patch_replacements(positions, 16, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
+    assert (patch_replacements(positions, 16, 0.0, 0.0, CounterRandom(1)) == positions).all()
+    swapped = patch_replacements(positions, 16, 0.0, 1.0, CounterRandom(1))
     assert ((swapped != positions) & (swapped >= 0) & (swapped < 16)).all()

@@ -17,7 +17,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.data.contents.images import OwnShape, on_one_canvas, random_resized_crop, resize
+from pipeline.data.contents.images import KeepAspectRatio, on_one_canvas, random_resized_crop, resize
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples.augment import augment
 from pipeline.data.loading.loader import Loader, fingerprint
@@ -25,7 +25,7 @@ from pipeline.data.randomness import CounterRandom
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 
-PAPER, RELEASE = OwnShape(384, 640, 32), OwnShape(384, 639, 32)
+PAPER, RELEASE = KeepAspectRatio(384, 640, 32), KeepAspectRatio(384, 639, 32)
 SHAPES = [(24, 24), (24, 40), (40, 24), (24, 30), (8, 60), (60, 8), (33, 24), (24, 37), (48, 24), (24, 48), (31, 50)]
 
 
@@ -73,13 +73,13 @@ def test_without_augmentation_a_picture_is_resized_and_no_more() -> None:
     plain = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0)
     image = picture(300, 420)
     for key in range(3):
-        found = augment(image, plain, OwnShape(64, 96, 16), CounterRandom(key), allow_flip=True)
-        assert (found == resize(image, OwnShape(64, 96, 16))).all()
+        found = augment(image, plain, KeepAspectRatio(64, 96, 16), CounterRandom(key), allow_flip=True)
+        assert (found == resize(image, KeepAspectRatio(64, 96, 16))).all()
 
 
 def test_a_crop_keeps_the_pictures_shape_and_its_share_of_the_area() -> None:
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 150, 3)).copy()
-    shape = OwnShape(48, 64, 16)
+    shape = KeepAspectRatio(48, 64, 16)
     for key in range(20):
         crop = random_resized_crop(ramp, shape, (0.25, 1.0), CounterRandom(key))
         assert crop.shape[:2] == shape.sides(200, 150)

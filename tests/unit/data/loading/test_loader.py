@@ -325,14 +325,14 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
 
 def test_a_fault_is_raised_in_its_own_step_and_every_thread_ends(folders, tokenizer, monkeypatch: pytest.MonkeyPatch):
     config = run_config(folders, data={"loader": {"threads_per_worker": 3, "prefetch_batches": 4}})
-    make_rows = module.ExampleBuilder.make
+    make_rows = module.ExampleBuilder.build
 
     def failing(maker: module.ExampleBuilder, step: int, *rest):
         if step == 3:
             raise DataError("the store is gone")
         return make_rows(maker, step, *rest)
 
-    monkeypatch.setattr(module.ExampleBuilder, "make", failing)
+    monkeypatch.setattr(module.ExampleBuilder, "build", failing)
     batches = make(config, tokenizer).batches(0)
     assert [batch.step for batch in islice(batches, 3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"the store is gone"):
