@@ -18,7 +18,7 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.building.importers import write_shards
 from pipeline.data.building.scenes import COLOURS as RGB
-from pipeline.data.building.scenes import Description, Thing, draw_picture
+from pipeline.data.building.scenes import Description, Thing, draw_image
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.data.storage import Storage
 
@@ -109,7 +109,7 @@ def _thing(random: CounterRandom, colour: str | None = None) -> Thing:
 
 
 def _picture(left: Thing, right: Thing, random: CounterRandom) -> bytes:
-    return simplejpeg.encode_jpeg(draw_picture(Description(left, right, True), SIDE, random), 95, "RGB", "444")
+    return simplejpeg.encode_jpeg(draw_image(Description(left, right, True), SIDE, random), 95, "RGB", "444")
 
 
 def _question(random: CounterRandom) -> dict[str, Any]:

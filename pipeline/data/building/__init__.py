@@ -1,1 +1,1 @@
-"""Making shards: from the annotation files and folders that people have, and from nothing (drawn scenes)."""
+"""Building of shards: importers of image-text files and annotations, and synthetic scenes."""

@@ -1,6 +1,6 @@
-"""Files that people have on disk: folders with links, texts in several encodings, images named by lists.
+"""Reading of untrusted input files: folders with links, texts in several encodings, images named by lists.
 
-Nothing is left out in silence: what cannot be used is told to `Problems`, by its file and line.
+Nothing is skipped silently: what cannot be used is recorded in `Problems` with its file and line.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from pipeline.data.contents.images import EXTENSIONS, FORMATS, format_of
 from pipeline.data.contents.members import is_visible
 
 Sample = dict[str, Any]
-Files = dict[str, bytes]  # by extension, the one that names the image first
+Files = dict[str, bytes]  # by extension, the image first
 
-# Images that Pillow cannot read, or that are no photographs: counted one by one, unlike other files in a folder.
-OTHER_PICTURES = frozenset({
+# Image formats that are not read: reported one by one, unlike other files in a folder.
+OTHER_IMAGES = frozenset({
     "arw", "cr2", "cr3", "dng", "emf", "eps", "exr", "hdr", "heic", "heif", "hif", "ico", "j2k", "jp2", "jpf", "jpx",
     "jxl", "jxr", "nef", "orf", "pbm", "pcx", "pgm", "pnm", "ppm", "psd", "raf", "raw", "rw2", "svg", "svgz", "tga",
     "wdp", "wmf", "xcf",
 })  # fmt: skip
-_BYTE_ORDER_MARKS = {  # longest first: UTF-32's begins with UTF-16's
+_BYTE_ORDER_MARKS = {  # longest first: UTF-32's mark begins with UTF-16's
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_LOOK = 65_536  # characters of a file that tell its kind
-_WRONG_ENTRY = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
+_HEAD = 65_536  # characters at the start of a file by which its kind is detected
+_ENTRY_ERRORS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
 
 
 @dataclass
 class Problems:
-    """What could not be imported: all counted, the first ones kept. With `strict` the first one is raised."""
+    """The record of skipped input: counts and the first messages. With `strict` the first fault is raised."""
 
     strict: bool = False
     keep: int = 10
-    allow_outside: bool = False  # lists may name images outside of the folder that their paths are relative to
-    count: int = 0  # all that was left out
-    faults: int = 0  # of these, the ones with something wrong
-    absent: int = 0  # of these, images that do not exist
+    allow_outside: bool = False  # lists may name images outside the folder that their paths are relative to
+    count: int = 0  # everything skipped
+    faults: int = 0  # of these, those with a fault
+    absent: int = 0  # of these, missing images
     first: list[str] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)  # files that are no samples, by suffix
+    skipped: Counter[str] = field(default_factory=Counter)  # other files, by suffix
 
     def add(self, where: str, reason: str) -> None:
-        """Count something that is wrong. Raise DataError if `strict`."""
+        """Record a fault. Raises DataError if `strict`."""
         self.faults += 1
         self.leave_out(where, reason)
         if self.strict:
-            raise DataError(f"{where}: {reason}. Mend it, or import without --strict to leave it out")
+            raise DataError(f"{where}: {reason}. Correct it, or import without --strict to skip it")
 
     def leave_out(self, where: str, reason: str) -> None:
-        """Count something that is left out though nothing is wrong with it."""
+        """Record skipped input that has no fault."""
         self.count += 1
         if len(self.first) < self.keep:
             self.first.append(f"{where}: {reason}")
@@ -67,23 +67,23 @@ class Problems:
 
 
 def fault_of(text: str) -> str | None:
-    """Return what is wrong with a text that was read by `open_text` or from JSON; None if it is clean Unicode."""
+    """Return the fault of a text read by `open_text` or from JSON; None for valid Unicode without NUL."""
     if "\0" in text:
-        return "it holds NUL characters (UTF-16 without a byte order mark?); save it as UTF-8"
+        return "it contains NUL characters (UTF-16 without a byte order mark?); save it as UTF-8"
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:
             return f"it is not UTF-8 (byte {code - 0xDC00:#x}; Latin-1 or Windows-1252?); save it as UTF-8"
-        return f"it holds half a character (U+{code:04X}: a text that was cut off?)"
+        return f"it contains a lone surrogate (U+{code:04X}: a truncated text?)"
     return None
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a text in UTF-8, or in UTF-16 or UTF-32 if its byte order mark says so.
+    """Open a text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
-    Bytes that are not UTF-8 become lone surrogates, which `fault_of` tells. Raise DataError if it cannot be read.
+    Bytes that are not UTF-8 become lone surrogates, which `fault_of` reports. Raises DataError if it cannot be opened.
     """
     try:
         with path.open("rb") as stream:
@@ -95,16 +95,16 @@ def open_text(path: Path) -> TextIO:
 
 
 def beginning_of(path: Path) -> str:
-    """Return the first characters of a text, which tell its kind. Raise DataError if they cannot be read."""
+    """Return the first characters of a text. Raises DataError if they cannot be read."""
     with open_text(path) as stream:
         try:
-            return stream.read(_LOOK)
+            return stream.read(_HEAD)
         except (OSError, UnicodeError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Save it as UTF-8") from error
 
 
 def lines_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield where each line is and the line. Raise DataError if the file cannot be read to its end."""
+    """Yield the location and the text of each line. Raises DataError if the file cannot be read to its end."""
     with open_text(path) as stream:
         number = 0
         try:
@@ -115,7 +115,7 @@ def lines_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def clean_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """Yield where each line is and the line, without empty ones and those that are no clean Unicode."""
+    """Yield the location and the text of each line; skip empty lines, and record those that are not valid Unicode."""
     for where, line in lines_of(path):
         if not line.strip():
             continue
@@ -131,27 +131,27 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 
 def json_of(path: Path) -> Any:
-    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32. Raise DataError if it is none."""
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32. Raises DataError if it cannot be parsed."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({type(error).__name__}: {error})") from error
+        raise DataError(f"{path} is not JSON ({type(error).__name__}: {error})") from error
 
 
 def clean_captions(captions: object, where: str, problems: Problems, expected: str = "a text") -> list[str]:
-    """Return the captions of a text or a list of texts, each on one line; what is empty is no caption.
+    """Return the non-empty captions of a text or a list of texts, each on one line.
 
-    Something else than a text is counted, and so is a text that is no clean Unicode, or that there is no caption.
+    Values that are not texts, invalid Unicode and the absence of any caption are recorded as faults.
     """
     faults = problems.faults
     clean = []
     for caption in captions if isinstance(captions, list) else [] if captions is None else [captions]:
         if not isinstance(caption, str):
-            problems.add(where, f"a caption is no text but a {type(caption).__name__}")
+            problems.add(where, f"a caption is not a text but a {type(caption).__name__}")
         elif reason := fault_of(caption):
-            problems.add(where, f"a caption is left out: {reason}")
+            problems.add(where, f"a caption is skipped: {reason}")
         elif is_visible(line := " ".join(caption.split())):
             clean.append(line)
     if not clean and problems.faults == faults:
@@ -168,40 +168,40 @@ T = TypeVar("T")
 def entries_of(
     file: Path, what: str, entries: object, read: Callable[[Any], T], problems: Problems, expected: str
 ) -> list[T]:
-    """Return what `read` makes of each entry of a JSON list; one that it cannot read is counted and left out.
+    """Return the results of `read` on the entries of a JSON list; entries that it cannot read are recorded as faults.
 
-    Raise DataError for what is no list, and for a list of which not one entry can be read.
+    Raises DataError if it is not a list, or none of its entries can be read.
     """
     if not isinstance(entries, list):
-        raise DataError(f"{file}: {what} is no list but a {type(entries).__name__}. Expected {expected}")
-    found, reason = [], ""
+        raise DataError(f"{file}: {what} is not a list but a {type(entries).__name__}. Expected {expected}")
+    results, reason = [], ""
     for number, entry in enumerate(entries):
         try:
-            found.append(read(entry))
-        except _WRONG_ENTRY as error:
+            results.append(read(entry))
+        except _ENTRY_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"
             problems.add(f"{file}, {what} {number}", f"cannot be used ({reason}); expected {expected}")
-    if entries and not found:
-        raise DataError(f"{file}: not one of its {what} can be used ({reason}). Expected {expected}")
-    return found
+    if entries and not results:
+        raise DataError(f"{file}: none of its {what} can be used ({reason}). Expected {expected}")
+    return results
 
 
 def text_in(entry: Mapping[str, Any], *names: str) -> str:
-    """Return the text of the first name that an entry has. Raise TypeError or ValueError if it is no clean text."""
+    """Return an entry's text under the first of `names` that it has. Raises TypeError or ValueError if invalid."""
     value = next((entry[name] for name in names if name in entry), None)
     if not isinstance(value, str):
-        raise TypeError(f"its {' or '.join(names)} is no text but {value!r:.50}")
+        raise TypeError(f"its {' or '.join(names)} is not a text but {value!r:.50}")
     if not value.strip() or (reason := fault_of(value)):
         raise ValueError(f"its {names[0]} is empty" if not value.strip() else f"its {names[0]}: {reason}")
     return value
 
 
 def number_in(entry: Mapping[str, Any], name: str) -> int:
-    """Return an identifier as an integer of 64 bits. Raise TypeError, ValueError or OverflowError if it is none."""
+    """Return an id as an integer of 64 bits. Raises TypeError, ValueError or OverflowError if it is not one."""
     value = entry[name]
     is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int | str)
     if isinstance(value, bool) or not is_whole:
-        raise TypeError(f"its {name} is no whole number but {value!r:.50}")
+        raise TypeError(f"its {name} is not a whole number but {value!r:.50}")
     if abs(int(value)) >= 1 << 63:
         raise OverflowError(f"its {name} is beyond 64 bits: {value!r:.50}")
     return int(value)
@@ -211,22 +211,22 @@ def number_in(entry: Mapping[str, Any], name: str) -> int:
 
 
 def find_file(root: Path, names: Sequence[str], where: str, problems: Problems) -> Path | None:
-    """Return the first of some names that is a file below `root`, or the first name; None for a path not to be read.
+    """Return the first of `names` that is a file below `root`, else the first name; None for a forbidden path.
 
-    A list that names paths outside of `root` could pack any file of this machine into shards that are then shared.
+    A list with paths outside `root` could pack any file of this machine into shards that are then shared.
     """
     base = os.path.abspath(root)
     paths = []
     for name in names:
         if not name.strip() or "\0" in name or fault_of(name):
-            problems.add(where, f"{name!r:.80} is no path of a file")
+            problems.add(where, f"{name!r:.80} is not a file path")
             return None
         if name.startswith(("http://", "https://", "s3://", "gs://")):
             problems.add(where, f"{name:.200} is a URL, which is not fetched; download it first (img2dataset does)")
             return None
         path = os.path.abspath(os.path.join(base, name))
         if not problems.allow_outside and os.path.commonpath([base, path]) != base:
-            problems.add(where, f"{name} lies outside of {root}; give --images a folder above it, or --allow-outside")
+            problems.add(where, f"{name} is outside {root}; set --images to a folder above it, or pass --allow-outside")
             return None
         paths.append(Path(path))
     return next((path for path in paths if _is_file(path)), paths[0])
@@ -240,22 +240,22 @@ def _is_file(path: Path) -> bool:
 
 
 def read_listed_image(root: Path, names: Sequence[str], where: str, problems: Problems) -> Files | None:
-    """Read the image that a list names, under the first of some names that it may have."""
+    """Read the image that a list names, from the first of its possible names that exists."""
     path = find_file(root, names, where, problems)
     return None if path is None else read_image(path, where, problems)
 
 
 def read_image(path: Path, where: str, problems: Problems) -> Files | None:
-    """Return the bytes by the extension that fits them. Not decoded: training counts what is damaged inside."""
+    """Return an image file by the extension of its content. It is not decoded: training counts damaged images."""
     data = read_file(path, where, problems, "image")
     return None if data is None else image_files(data, str(path), where, problems)
 
 
 def image_files(data: bytes, name: str, where: str, problems: Problems) -> Files | None:
-    """Return an encoded image by the extension that fits its bytes; None, and counted, if it is none."""
+    """Return an encoded image by the extension of its content; record a fault and return None if it is not an image."""
     kind = format_of(data)
     if kind is None:
-        problems.add(where, f"{name} is no {', '.join(FORMATS)} (it begins with {data[:8]!r})")
+        problems.add(where, f"{name} is not a {', '.join(FORMATS)} (it begins with {data[:8]!r})")
         return None
     return {FORMATS[kind][0]: data}
 
@@ -274,11 +274,11 @@ def read_file(path: Path, where: str, problems: Problems, what: str) -> bytes | 
 
 
 def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield a folder and those below it, each with the names of its folders and files, sorted; links are followed.
+    """Yield a folder and those below it, each with the sorted names of its folders and files; links are followed.
 
-    Hidden ones are passed over. A folder that links lead to again is entered once, so that a circle has an end.
+    Hidden names are skipped. A folder that several links lead to is entered once, so that cycles end.
     """
-    seen: set[tuple[int, int]] = set()
+    entered: set[tuple[int, int]] = set()
 
     def enter(path: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         folders, files = [], []
@@ -288,10 +288,10 @@ def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list
         except OSError as error:
             problems.add(str(path), f"the folder cannot be read ({error.strerror or error})")
             return
-        if (state.st_dev, state.st_ino) in seen:
-            problems.leave_out(str(path), "it links to a folder that is read already")
+        if (state.st_dev, state.st_ino) in entered:
+            problems.leave_out(str(path), "it links to a folder that was already read")
             return
-        seen.add((state.st_dev, state.st_ino))
+        entered.add((state.st_dev, state.st_ino))
         for name in names:
             if name.startswith("."):
                 continue
@@ -300,7 +300,7 @@ def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list
             elif (path / name).is_file():
                 files.append(name)
             else:
-                problems.add(str(path / name), "it is neither a file nor a folder (a link to nothing?)")
+                problems.add(str(path / name), "it is neither a file nor a folder (a broken link?)")
         yield path, folders, files
         for name in folders:
             yield from enter(path / name)
@@ -309,7 +309,7 @@ def folders_below(folder: Path, problems: Problems) -> Iterator[tuple[Path, list
 
 
 def files_below(folder: Path, extensions: Sequence[str], problems: Problems | None = None) -> Iterator[Path]:
-    """Yield the files below `folder` with one of some extensions, folder by folder; the others are counted."""
+    """Yield the files below `folder` with one of `extensions`, folder by folder; count the others."""
     problems = problems or Problems()
     for path, _, names in folders_below(folder, problems):
         for name in names:
@@ -324,10 +324,10 @@ def suffix_of(name: str) -> str:
 
 
 def pass_over(path: Path, problems: Problems) -> None:
-    """Count a file that is not read: one by one if it is an image of another format, else by its suffix."""
+    """Record a file that is not read: individually if it is an image of another format, else by its suffix."""
     suffix = suffix_of(path.name)
-    if suffix in OTHER_PICTURES:
-        problems.leave_out(str(path), f"images of this format are not read; convert it to one of {known_suffixes()}")
+    if suffix in OTHER_IMAGES:
+        problems.leave_out(str(path), f"this image format is not supported; convert it to one of {known_suffixes()}")
     else:
         problems.skipped[f".{suffix}" if suffix else "without suffix"] += 1
 

@@ -1,7 +1,7 @@
-"""What people have on disk (folders, lists, tables, COCO captions, plain text) to samples, and samples to tar shards.
+"""Importers of folders, lists, tables, COCO captions and plain text, and the writer of tar shards.
 
 A reader yields samples one by one, {"__key__": …, "jpg": bytes, "json": bytes} or {"__key__": …, "txt": bytes},
-and tells `Problems` what it had to leave out. Encoded images are copied as they are, never re-encoded.
+and records in `Problems` what it skips. Encoded images are copied unchanged, never re-encoded.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ from pipeline.data.shards.manifest import MANIFEST, Manifest, index_shards
 from pipeline.data.storage import Storage, join
 
 Kind = Literal["folder", "jsonl", "coco", "list", "table", "parquet", "text"]
-Progress = Callable[[int, int, str], None]  # shards done, shards in all (0: not known), name
+Progress = Callable[[int, int, str], None]  # shards done, total (0: unknown), name of the last
 
-MAX_KEY = 80  # a tar's plain header holds names of 100 bytes
+MAX_KEY = 80  # a plain tar header has names of up to 100 bytes
 WORDS_PER_TEXT = 64
 CAPTION_SUFFIXES = ("txt", "caption")
-# What `find_kind` makes of a file by its suffix, and of a folder by the first of these that it holds.
+# The kind of a file by its suffix, and of a folder by the first of these extensions that it contains.
 _SUFFIXES: dict[str, Kind] = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
@@ -79,13 +79,13 @@ _FOLDERS: tuple[tuple[tuple[str, ...], Kind], ...] = (
 
 
 def find_kind(source: Path) -> Kind:
-    """Return what a source looks like. Raise DataError when it is nothing that can be imported."""
+    """Return the kind of a source. Raises DataError when it cannot be imported."""
     if source.is_dir():
         for extensions, kind in _FOLDERS:
             if next(files_below(source, extensions), None) is not None:
                 return kind
         if next(files_below(source, ("tar",)), None) is not None:
-            raise DataError(f"{source}: a folder of tars, which are read as they lie: mome shards index {source}")
+            raise DataError(f"{source}: a folder of tars, which need no import: run `mome shards index {source}`")
         raise DataError(f"{source}: no images ({known_suffixes()}), no .txt and no .parquet files in this folder")
     if not source.exists():
         raise DataError(f"{source}: no such file or folder on this machine. Check the path")
@@ -95,13 +95,13 @@ def find_kind(source: Path) -> Kind:
     if suffix == "txt" and is_table(source):  # Flickr8k.token.txt, and Kaggle's captions.txt
         return "table"
     if suffix not in _SUFFIXES:
-        expected = ", ".join(f".{each}" for each in (*_SUFFIXES, "json"))
-        raise DataError(f"{source}: unknown kind of file. Expected {expected}, or give --kind")
+        expected = ", ".join(f".{suffix}" for suffix in (*_SUFFIXES, "json"))
+        raise DataError(f"{source}: unknown file type. Expected {expected}, or pass --kind")
     return _SUFFIXES[suffix]
 
 
 def _kind_of_json(source: Path) -> Kind:
-    """COCO's object, a list of images, or lines of JSON in a .json file."""
+    """Distinguish COCO's object, a list of images, and lines of JSON in a .json file."""
     first, is_lines, _ = beginning_of(source).lstrip().partition("\n")
     if first.startswith("["):
         return "list"
@@ -126,8 +126,8 @@ def read_samples(
     root = images or (source if source.is_dir() else source.parent)
     if kind in ("folder", "text") and images is not None:
         raise DataError(
-            f"{source} is read as {kind}, which names no images, and --images was given. For a list of images with "
-            "captions give --kind table (lines of image and caption) or --kind jsonl; else leave --images out"
+            f"{source} is read as {kind}, which lists no images, but --images was given. For a list of images with "
+            "captions pass --kind table (lines of image and caption) or --kind jsonl; else remove --images"
         )
     if kind == "folder":
         return folder_samples(source, problems)
@@ -147,25 +147,26 @@ def read_samples(
 def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
     """Yield every image below `folder`, in the order of their paths, with the caption next to it.
 
-    The caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption, in this order; case does not matter in
-    the suffix.
+    The caption of x.jpg is in x.txt, x.caption, x.jpg.txt or x.jpg.caption, in this order; the suffix is
+    case-insensitive.
     """
     key_of = Keys()
     for path, _, names in folders_below(folder, problems):
-        beside = {_with_lower_suffix(name): name for name in names if suffix_of(name) in CAPTION_SUFFIXES}
+        caption_files = {_with_lower_suffix(name): name for name in names if suffix_of(name) in CAPTION_SUFFIXES}
         used = set()
         for name in names:
             if suffix_of(name) not in EXTENSIONS:
                 continue
             captions = None
             stems = (os.path.splitext(name)[0], name)
-            places = [f"{stem}.{suffix}" for stem in stems for suffix in CAPTION_SUFFIXES]
-            if found := next((beside[place] for place in places if place in beside), None):
-                used.add(found)
-                text = _text_of(path / found, problems)
+            candidates = [f"{stem}.{suffix}" for stem in stems for suffix in CAPTION_SUFFIXES]
+            caption_file = next((caption_files[c] for c in candidates if c in caption_files), None)
+            if caption_file:
+                used.add(caption_file)
+                text = _text_of(path / caption_file, problems)
                 if text is None:
                     continue
-                captions = clean_captions(text, str(path / found), problems)
+                captions = clean_captions(text, str(path / caption_file), problems)
                 if not captions:
                     continue
             image = read_image(path / name, str(path / name), problems)
@@ -176,7 +177,7 @@ def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
             if name in used or suffix_of(name) in EXTENSIONS:
                 continue
             if suffix_of(name) in CAPTION_SUFFIXES:
-                problems.leave_out(str(path / name), "no image of this name lies next to it")
+                problems.leave_out(str(path / name), "there is no image of this name next to it")
             else:
                 pass_over(path / name, problems)
 
@@ -199,21 +200,21 @@ def _text_of(path: Path, problems: Problems) -> str | None:
 
 
 def jsonl_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
-    """Lines {"image": path, "captions": [text, …]} or {"image": path, "caption": text}.
+    """Yield the samples of lines {"image": path, "captions": [text, …]} or {"image": path, "caption": text}.
 
-    Paths are relative to `images`, or to the file. Lines of one image that follow each other become one sample. With
-    `"regions"`, the path of a detector's .npz (see `regions`), the image may be left out, and `"image_size"` may give
-    [height, width] of the image that the boxes are told in, where the .npz does not.
+    Paths are relative to `images`, or to the file. Consecutive lines of one image become one sample. With `"regions"`,
+    the path of a detector's .npz (see `contents.regions`), the image is optional, and `"image_size"` may give the
+    [height, width] that the boxes refer to, where the .npz does not.
     """
     records = (_parse_line(where, line, problems) for where, line in clean_lines(file, problems))
     return samples_of_records(records, images or file.parent, problems)
 
 
 def list_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
-    """A JSON list of what jsonl has on its lines: BLIP's and ALBEF's annotation files. All of one image go together."""
+    """Yield the samples of a JSON list of such records (annotation files of BLIP and ALBEF), grouped by image."""
     entries = json_of(file)
     if not isinstance(entries, list):
-        raise DataError(f'{file} is no list. Expected [{{"image": path, "caption": text or list of texts}}, …]')
+        raise DataError(f'{file} is not a list. Expected [{{"image": path, "caption": text or list of texts}}, …]')
     records: dict[str, list[Record]] = {}
     for number, entry in enumerate(entries):
         record = _parse_record(f"{file}, entry {number}", entry, problems)
@@ -223,28 +224,28 @@ def list_samples(file: Path, problems: Problems, images: Path | None = None) -> 
 
 
 def samples_of_records(records: Iterable[Record | None], root: Path, problems: Problems) -> Iterator[Sample]:
-    """Yield a sample for each image; records of one image that follow each other become one sample."""
+    """Yield a sample for each image; consecutive records of one image become one sample."""
     key_of = Keys()
-    whole = (record for record in records if record is not None)
-    for name, group in itertools.groupby(whole, key=lambda record: record.name):
+    valid = (record for record in records if record is not None)
+    for name, group in itertools.groupby(valid, key=lambda record: record.name):
         first, *others = group
-        found = _read_files(root, first, problems)
-        if found is None:
+        files = _read_files(root, first, problems)
+        if files is None:
             for record in others:
-                problems.add(record.where, f"its image {name} is left out, see {first.where}")
+                problems.add(record.where, f"its image {name} is skipped, see {first.where}")
             continue
         captions = [*first.captions, *(caption for record in others for caption in record.captions)]
         key = key_of(os.path.splitext(name)[0])
-        yield from pair_sample(key, found, captions, first.image_id, first.where, problems)
+        yield from pair_sample(key, files, captions, first.image_id, first.where, problems)
 
 
 def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> Iterator[Sample]:
-    """COCO's caption JSON (`images`, `annotations`), with its images in the folder `images`."""
+    """Yield the samples of a COCO caption file (`images`, `annotations`), with image files in the folder `images`."""
     content = json_of(file)
     expected = "an object with 'images' (id, file_name) and 'annotations' (image_id, caption)"
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise DataError(f"{file} is no COCO caption file. Expected {expected}")
-    pictures = entries_of(
+        raise DataError(f"{file} is not a COCO caption file. Expected {expected}")
+    listed = entries_of(
         file, "images", content["images"], lambda entry: (number_in(entry, "id"), text_in(entry, "file_name")),
         problems, expected,
     )  # fmt: skip
@@ -253,31 +254,31 @@ def coco_samples(file: Path, problems: Problems, images: Path | None = None) -> 
         lambda entry: (number_in(entry, "image_id"), text_in(entry, "caption")), problems, expected,
     )  # fmt: skip
     names: dict[int, str] = {}
-    for picture, name in pictures:
-        if picture in names:
-            problems.add(f"{file}, image {image}", f"its id stands twice; {name} is left out")
+    for image_id, name in listed:
+        if image_id in names:
+            problems.add(f"{file}, image {image_id}", f"its id occurs twice; {name} is skipped")
         else:
-            names[picture] = name
+            names[image_id] = name
     captions: dict[int, list[str]] = {}
-    for picture, caption in annotations:
-        if picture not in names:
-            problems.leave_out(f"{file}, caption of image {image}", "no image of this id is listed")
-        captions.setdefault(picture, []).append(caption)
+    for image_id, caption in annotations:
+        if image_id not in names:
+            problems.leave_out(f"{file}, caption of image {image_id}", "no image of this id is listed")
+        captions.setdefault(image_id, []).append(caption)
     key_of = Keys()
-    for picture, name in names.items():
-        where = f"{file}, image {image}"
-        if not (said := clean_captions(captions.get(picture, []), where, problems)):
+    for image_id, name in names.items():
+        where = f"{file}, image {image_id}"
+        if not (texts := clean_captions(captions.get(image_id, []), where, problems)):
             continue
         image = read_listed_image(images or file.parent, [name], where, problems)
         if image is not None:
-            yield from pair_sample(key_of(os.path.splitext(name)[0]), image, said, picture, where, problems)
+            yield from pair_sample(key_of(os.path.splitext(name)[0]), image, texts, image_id, where, problems)
 
 
 def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) -> Iterator[Sample]:
-    """Plain text (a file, or every .txt below a folder) in pieces of at most `words` words.
+    """Yield plain text (a file, or every .txt below a folder) in pieces of at most `words` words.
 
-    Pieces end where sentences end if they can, and never cross an empty line. WikiText's headings are left out,
-    its `<unk>` is dropped and its ` @-@ ` joined again.
+    Pieces end at sentence ends where possible and never cross an empty line. WikiText's headings and `<unk>` are
+    dropped and its ` @-@ ` is joined.
     """
     key_of = Keys()
     for path in [source] if source.is_file() else files_below(source, ("txt",), problems):
@@ -289,35 +290,35 @@ def text_samples(source: Path, problems: Problems, words: int = WORDS_PER_TEXT) 
         except DataError as error:
             if source.is_file() or problems.strict:
                 raise
-            problems.add(str(path), str(error))  # of many texts, one that cannot be read is left out
+            problems.add(str(path), str(error))  # one unreadable text among many is skipped
             continue
         if number < 0:
-            problems.add(str(path), "it holds no text")
+            problems.add(str(path), "it contains no text")
 
 
 def text_pieces(paragraphs: Iterable[str], words: int) -> Iterator[str]:
-    """Whole sentences packed into pieces of at most `words` words; a longer sentence is cut."""
+    """Yield pieces of whole sentences, at most `words` words each; a longer sentence is split."""
     for paragraph in paragraphs:
         piece: list[str] = []
         for sentence in re.split(r"(?<=[.!?])\s+", paragraph):
-            said = sentence.split()
-            if piece and len(piece) + len(said) > words:
+            tokens = sentence.split()
+            if piece and len(piece) + len(tokens) > words:
                 yield " ".join(piece)
                 piece = []
-            while len(said) > words:
-                yield " ".join(said[:words])
-                said = said[words:]
-            piece += said
+            while len(tokens) > words:
+                yield " ".join(tokens[:words])
+                tokens = tokens[words:]
+            piece += tokens
         if piece:
             yield " ".join(piece)
 
 
 def check_writable(storage: Storage, url: str, overwrite: bool) -> None:
-    """Raises DataError when shards already lie at `url`, unless they are to be overwritten."""
-    found = _shards_at(storage, url)
-    if found and not overwrite:
-        state = "shards" if MANIFEST in found else "tars without a manifest (another import, not finished?)"
-        raise DataError(f"{url} already holds {state}. Choose another folder, or give --overwrite to replace them")
+    """Raise DataError when `url` already has shards, unless they are to be overwritten."""
+    existing = _shards_at(storage, url)
+    if existing and not overwrite:
+        state = "shards" if MANIFEST in existing else "tars without a manifest (another import, not finished?)"
+        raise DataError(f"{url} already has {state}. Choose another folder, or pass --overwrite to replace them")
 
 
 def _shards_at(storage: Storage, url: str) -> list[str]:
@@ -331,16 +332,16 @@ def write_shards(
     samples_per_shard: int = 1000,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write samples to tars at any URL, in place of the shards there, then index them; `manifest.json` comes last.
+    """Write samples to tars at any URL, replacing the shards there, then index them; `manifest.json` is written last.
 
-    Each tar is written by webdataset to a temporary file first, so that a shard is whole or absent. Shards that lie
-    there already are replaced once all tars are written, which takes their size in temporary files. The same samples
-    give the same bytes. Raises DataError, and leaves everything as it was, when there is no sample or a reader fails.
+    Each tar is written to a temporary file first, so that a shard is complete or absent. Existing shards are replaced
+    once all tars are written, which takes their size in temporary files. The same samples give the same bytes. Raises
+    DataError and changes nothing when there is no sample or a reader fails.
     """
     stream = iter(samples)
     first = next(stream, None)
     if first is None:
-        raise DataError(f"nothing to write to {url}: not one usable sample was found")
+        raise DataError(f"nothing to write to {url}: no usable sample was found")
     with tempfile.TemporaryDirectory(prefix="mome-shards-") as folder:
         tars = _write_tars(Path(folder), itertools.chain([first], stream), samples_per_shard)
         if _shards_at(storage, url):
@@ -353,7 +354,7 @@ def write_shards(
                 if progress:
                     progress(number, 0, tar.name)
         except Exception:
-            _clear(storage, url)  # a reader that fails half-way leaves no tars behind
+            _clear(storage, url)  # a reader that fails half-way must leave no tars
             raise
     return index_shards(storage, url, progress)
 
@@ -364,8 +365,8 @@ def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int)
         try:
             write_tar(tar, batch)
         except OSError as error:
-            told = f"the shards' temporary files cannot be written ({error.strerror or error})"
-            raise DataError(f"{folder}: {told}. Make room there, or set TMPDIR to another folder") from error
+            reason = f"cannot write temporary files ({error.strerror or error})"
+            raise DataError(f"{folder}: {reason}. Free space there, or set TMPDIR to another folder") from error
         yield tar
 
 
@@ -374,7 +375,7 @@ def shard_name(number: int) -> str:
 
 
 def _clear(storage: Storage, url: str) -> None:
-    """Remove the shards at `url`: manifest first, so that no moment shows a manifest of missing tars."""
+    """Remove the shards at `url`, the manifest first: a manifest must never list missing tars."""
     names = storage.list(url)
     for name in sorted(names, key=lambda name: name != MANIFEST):
         if name == MANIFEST or name.endswith((".tar", ".tar" + SIDECAR)):
@@ -382,7 +383,7 @@ def _clear(storage: Storage, url: str) -> None:
 
 
 def write_tar(path: Path, samples: Iterable[Sample]) -> None:
-    """One tar of the samples; the same samples give the same bytes."""
+    """Write the samples to one tar; the same samples give the same bytes."""
     with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:
             tar.write(sample)
@@ -403,22 +404,22 @@ def _parse_line(where: str, line: str, problems: Problems) -> Record | None:
 
 
 def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
-    """Return one line of jsonl, or one entry of a list; None, and counted, if it cannot be used."""
-    named = (
+    """Return one line of jsonl or entry of a list; record a problem and return None if it cannot be used."""
+    paths = (
         [record[name] for name in ("image", "regions") if record.get(name) is not None]
         if isinstance(record, dict)
         else []
     )
-    if not named or not all(isinstance(name, str) and name.strip() for name in named):
+    if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
         problems.add(where, 'expected {"image": path, "captions": [text, …]}')
         return None
     size = record.get("image_size")
     if size is not None and not (isinstance(size, list) and len(size) == 2 and all(map(_is_side, size))):
-        problems.add(where, f"its image_size is {size!r:.50}, not [height, width]")
+        problems.add(where, f"its image_size is {size!r:.50}; expected [height, width]")
         return None
     expected = "'captions': a list of texts, or 'caption': a text"
-    given = record["caption"] if record.get("captions") is None and "caption" in record else record.get("captions")
-    captions = clean_captions(given, where, problems, expected)
+    texts = record["caption"] if record.get("captions") is None and "caption" in record else record.get("captions")
+    captions = clean_captions(texts, where, problems, expected)
     if not captions:
         return None
     try:
@@ -447,29 +448,29 @@ def _as_image_id(value: Any) -> int | None:
 def pair_sample(
     key: str, files: Files, captions: list[str] | None, image_id: int | None, where: str, problems: Problems
 ) -> Iterator[Sample]:
-    """Yield an image with its captions, or alone. Without an id of its own, equal bytes are the same image."""
+    """Yield an image with its captions, or alone. Without an `image_id`, equal bytes are the same image."""
     if image_id is None:
         image_id = int.from_bytes(hashlib.sha256(next(iter(files.values()))).digest()[:8], "big") >> 1
-    described: dict[str, Any] = {"image_id": image_id}
+    record: dict[str, Any] = {"image_id": image_id}
     if captions is not None:
-        described["captions"] = captions
-    return described_sample(key, files, described, where, problems)
+        record["captions"] = captions
+    return sample_with_json(key, files, record, where, problems)
 
 
-def described_sample(
-    key: str, files: Files, described: Mapping[str, Any], where: str, problems: Problems
+def sample_with_json(
+    key: str, files: Files, record: Mapping[str, Any], where: str, problems: Problems
 ) -> Iterator[Sample]:
-    """Yield a sample with its json; nothing, and counted, where a text is no clean Unicode."""
+    """Yield a sample with its json, or record a problem if a text is not valid Unicode."""
     try:
-        record = json.dumps(described, ensure_ascii=False).encode()
+        encoded = json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         problems.add(where, fault_of(error.object) or str(error))
         return
-    yield {"__key__": key, **files, "json": record}
+    yield {"__key__": key, **files, "json": encoded}
 
 
 def _read_files(root: Path, record: Record, problems: Problems) -> Files | None:
-    """The record's image and regions, as far as it names them; None if one cannot be read."""
+    """Return the image and the regions that a record names; None if one cannot be read."""
     files: Files = {}
     if record.data is not None:
         image = image_files(record.data, record.name, record.where, problems)
@@ -486,16 +487,16 @@ def _read_files(root: Path, record: Record, problems: Problems) -> Files | None:
         if data is None:
             return None
         try:
-            found = parse_regions(data, record.image_size)
+            regions = parse_regions(data, record.image_size)
         except BadSample as error:
             problems.add(record.where, f"{path}: {error.reason}")
             return None
-        files[REGIONS] = data if record.image_size is None else found.to_bytes()
+        files[REGIONS] = data if record.image_size is None else regions.to_bytes()
     return files
 
 
 def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
-    """The text between empty lines and headings, cleaned."""
+    """Yield the text between empty lines and headings, cleaned."""
     lines: list[str] = []
     for where, line in itertools.chain(lines_of(path), [("", "")]):
         if reason := fault_of(line):
@@ -510,16 +511,16 @@ def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
 
 
 def _untokenise(line: str) -> str:
-    """Undo WikiText's marks: `film @-@ maker` is film-maker, `<unk>` stands for a word that was removed."""
+    """Undo WikiText's marks: `film @-@ maker` is film-maker, `<unk>` is a removed word."""
     return re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", "")
 
 
 class Keys:
-    """Distinct sample keys from paths: letters, digits, '_' and '-', as tars and webdataset want them."""
+    """Unique sample keys from paths, of letters, digits, '_' and '-', valid for tars and webdataset."""
 
     def __init__(self) -> None:
         self._used: set[str] = set()
-        self._numbers: dict[str, int] = {}  # the last one behind each path: counted on, not anew for every sample
+        self._numbers: dict[str, int] = {}  # the last number used for each path
 
     def __call__(self, path: str) -> str:
         plain = re.sub(r"[^A-Za-z0-9_-]+", "_", path).strip("_")[-MAX_KEY:].lstrip("_") or "sample"

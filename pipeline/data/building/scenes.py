@@ -1,8 +1,8 @@
 """Synthetic pairs: two or three coloured shapes in a relation, and captions from a small grammar.
 
-A scene is decided by its *description*: what stands first (left or top), what second, along which axis, and
-what third. Every caption of a scene is true of it and names all of the description, so scenes that differ in
-their descriptions share no caption. All randomness is hashed from the source's seed and the scene's number.
+A scene is defined by its *description*: the first shape (left or top), the second, their axis, and optionally a third.
+Every caption of a scene is true of it and states the whole description, so that scenes with different descriptions
+share no caption. All randomness is hashed from the source's seed and the scene's number.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ COLOURS = {  # RGB, far from one another and from the light backgrounds
     "black": (28, 28, 30),
     "cyan": (44, 196, 214),
 }
-THREE_OBJECTS = 0.3  # share of the scenes
+THREE_OBJECTS = 0.3  # fraction of the scenes
 SAMPLES_PER_SHARD = 200  # small shards, so that streams have something to shuffle
 MAX_REDRAWS = 10_000
-RECORD = "scenes.json"  # next to the shards: what they were drawn from
-DRAWING = 1  # raise when other images or captions would be drawn from the same configuration
+RECORD = "scenes.json"  # next to the shards: the configuration that they were drawn from
+DRAWING = 1  # increment when the same configuration would give other images or captions
 
 RADIUS = {"large": 0.17, "small": 0.085}  # of the image's side
-SUPERSAMPLED = 4  # drawn this much larger, then averaged: smooth edges at any size
+SUPERSAMPLED = 4  # factor of the drawing size before averaging, for smooth edges
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """`first` stands left of (horizontal) or above (vertical) `second`; `third`, if any, stands at `side`."""
+    """`first` is left of (horizontal) or above (vertical) `second`; the optional `third` is at `side`."""
 
     first: Thing
     second: Thing
@@ -85,14 +85,14 @@ class Scene:
 
     @property
     def image_id(self) -> int:
-        """Scenes of one description are equals: captions of one are true of the other."""
+        """Scenes of one description share an id: the captions of one are true of the other."""
         return hash64("scene", str(self.description)) >> 1
 
 
 def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> None:
     """Draw every synthetic source that has no manifest yet. The manifest is written last.
 
-    Raises DataError when a folder holds scenes of another configuration, or tars that are not scenes.
+    Raises DataError when a folder has scenes of another configuration, or tars that are not scenes.
     """
     for name, source in sources.items():
         if source.synthetic is None:
@@ -102,47 +102,47 @@ def build_synthetic(storage: Storage, sources: Mapping[str, SourceConfig]) -> No
             continue
         _refuse_foreign(storage, source.shards)
         storage.write(join(source.shards, RECORD), json.dumps(_record(source, sources)).encode())
-        scenes = draw_scenes(source.synthetic, _excluded(source.synthetic, sources), pictures=source.type != "text")
+        scenes = draw_scenes(source.synthetic, _excluded(source.synthetic, sources), with_images=source.type != "text")
         samples = (sample for scene in scenes for sample in _samples(scene, source.type))
         write_shards(storage, samples, source.shards, SAMPLES_PER_SHARD)
 
 
 def draw_scenes(
-    config: SyntheticConfig, excluded: frozenset[Description] = frozenset(), pictures: bool = True
+    config: SyntheticConfig, excluded: frozenset[Description] = frozenset(), with_images: bool = True
 ) -> Iterator[Scene]:
-    """The scenes of a configuration, one by one; none of a description in `excluded`. Without `images`: blank."""
+    """Yield the scenes of a configuration, except the `excluded` descriptions; blank images without `with_images`."""
     blank = np.zeros((config.image_size, config.image_size, 3), np.uint8)
     for number, description in enumerate(draw_descriptions(config, excluded)):
         random = CounterRandom(hash64("scene picture", str(config.seed), number))
-        image = draw_picture(description, config.image_size, random) if pictures else blank
+        image = draw_image(description, config.image_size, random) if with_images else blank
         captions = write_captions(description, config.captions, random)
         yield Scene(f"scene{number:07d}", description, image, captions)
 
 
 def draw_descriptions(config: SyntheticConfig, excluded: frozenset[Description] = frozenset()) -> Iterator[Description]:
-    """What each scene shows. Raises ConfigError when no further scene can be found that is allowed."""
-    seen: set[Description] = set()
+    """Yield the description of each scene. Raises ConfigError when no further allowed scene is found."""
+    drawn: set[Description] = set()
     for number in range(config.scenes):
         random = CounterRandom(hash64("scene", str(config.seed), number))
         for _ in range(MAX_REDRAWS):
             description = _draw_description(random)
-            if description not in excluded and description not in seen:
+            if description not in excluded and description not in drawn:
                 break
         else:
-            raise ConfigError(f"scenes: {config.scenes} distinct scenes cannot be found; expected fewer")
+            raise ConfigError(f"scenes: could not find {config.scenes} distinct scenes; set fewer")
         if config.distinct:
-            seen.add(description)
+            drawn.add(description)
         yield description
 
 
 def write_captions(description: Description, count: int, random: CounterRandom) -> list[str]:
-    """`count` different wordings of the description, or all there are when it has fewer."""
+    """Return `count` different wordings of the description, or all if there are fewer."""
     wordings = _wordings(description)
     return [wordings[i] for i in random.permutation(len(wordings))[:count]]
 
 
-def draw_picture(description: Description, size: int, random: CounterRandom) -> np.ndarray:
-    """The scene as (size, size, 3) uint8: places jittered, on a light background that shades from side to side."""
+def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
+    """Return the scene as (size, size, 3) uint8: jittered positions on a light background with a colour gradient."""
     large = size * SUPERSAMPLED
     canvas = _background(large, random)
     for thing, (x, y) in zip(description.things, _places(description, random), strict=True):
@@ -157,7 +157,7 @@ def _draw_description(random: CounterRandom) -> Description:
     count = 3 if random.uniform() < THREE_OBJECTS else 2
     while len(things) < count:
         thing = Thing(_pick(SIZES, random), _pick(tuple(COLOURS), random), _pick(SHAPES, random))
-        if thing not in things:  # two alike could not be told apart by words
+        if thing not in things:  # words could not distinguish two equal shapes
             things.append(thing)
     horizontal = random.uniform() < 0.5
     side = _pick(("top", "bottom") if horizontal else ("left", "right"), random)
@@ -167,7 +167,7 @@ def _draw_description(random: CounterRandom) -> Description:
 
 
 def _wordings(description: Description) -> list[str]:
-    """Every way the grammar says it."""
+    """Return all captions that the grammar gives for a description."""
     pairs = _pair_wordings(description)
     if description.third is not None and description.side is not None:
         third, at = description.third.words, _at(description.side)
@@ -204,7 +204,7 @@ def _at(side: str | None) -> str:
 
 
 def _places(description: Description, random: CounterRandom) -> list[tuple[float, float]]:
-    """Centres in 0 … 1, worked out for a horizontal pair and turned for a vertical one."""
+    """Return centres in 0 … 1, computed for a horizontal pair and transposed for a vertical one."""
     along = [(0.25, 0.5), (0.75, 0.5)]
     if description.third is not None:
         near = description.side in ("top", "left")
@@ -222,7 +222,7 @@ def _background(size: int, random: CounterRandom) -> np.ndarray:
 def _draw_thing(
     canvas: np.ndarray, shape: str, centre: tuple[float, float], radius: float, colour: tuple[int, ...]
 ) -> None:
-    """Shapes of about equal area, so that only 'large' and 'small' tell sizes apart."""
+    """Draw a shape; all have about equal area, so that only 'large' and 'small' differ in size."""
     middle = (round(centre[0]), round(centre[1]))
     if shape == "circle":
         cv2.circle(canvas, middle, round(radius), colour, -1, cv2.LINE_AA)
@@ -256,7 +256,7 @@ def _samples(scene: Scene, source_type: str) -> Iterator[dict[str, Any]]:
 
 
 def _excluded(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) -> frozenset[Description]:
-    """The descriptions in the source that `config` excludes, which may exclude another in turn."""
+    """Return the descriptions in the source that `config` excludes, which may itself exclude another."""
     chain = _exclusions(config, sources)
     excluded: frozenset[Description] = frozenset()
     for other in reversed(chain):
@@ -270,16 +270,16 @@ def _exclusions(config: SyntheticConfig, sources: Mapping[str, SourceConfig]) ->
         other = sources.get(config.exclude)
         if other is None or other.synthetic is None:
             known = ", ".join(name for name, source in sources.items() if source.synthetic) or "none"
-            raise ConfigError(f"exclude: {config.exclude!r} is no synthetic source; expected one of: {known}")
+            raise ConfigError(f"exclude: {config.exclude!r} is not a synthetic source; expected one of: {known}")
         if len(chain) > len(sources):
-            raise ConfigError(f"exclude: {config.exclude!r} excludes itself by way of other sources")
+            raise ConfigError(f"exclude: {config.exclude!r} excludes itself through other sources")
         config = other.synthetic
         chain.append(config)
     return chain
 
 
 def _record(source: SourceConfig, sources: Mapping[str, SourceConfig]) -> dict[str, Any]:
-    """All that decides the bytes of a source."""
+    """Return everything that determines the bytes of a source."""
     assert source.synthetic is not None
     configs = [source.synthetic, *_exclusions(source.synthetic, sources)]
     drawn = [config.model_dump(exclude={"exclude"}) for config in configs]
@@ -287,28 +287,28 @@ def _record(source: SourceConfig, sources: Mapping[str, SourceConfig]) -> dict[s
 
 
 def _check_record(storage: Storage, name: str, source: SourceConfig, sources: Mapping[str, SourceConfig]) -> None:
-    """Scenes that were drawn from another configuration would be trained on unnoticed."""
+    """Raise DataError for scenes drawn from another configuration, which would be trained on unnoticed."""
     url = join(source.shards, RECORD)
     if not storage.exists(url):
-        return  # somebody else's shards
+        return  # shards that were not drawn here
     drawn, wanted = json.loads(storage.read(url)), _record(source, sources)
-    if drawn["type"] == "pairs":  # pairs serve every use
+    if drawn["type"] == "pairs":  # pairs serve as every source type
         wanted["type"] = "pairs"
     if drawn != wanted:
         raise DataError(
-            f"source {name!r}: {source.shards} holds scenes drawn from another configuration ({drawn}), "
-            f"expected {wanted}. Remove the folder, or name another one"
+            f"source {name!r}: {source.shards} has scenes drawn from another configuration ({drawn}); "
+            f"expected {wanted}. Remove the folder, or set another one"
         )
 
 
 def _refuse_foreign(storage: Storage, url: str) -> None:
-    """An interrupted drawing is begun again; tars that are no scenes are never replaced."""
+    """Raise DataError for tars that are not scenes; the scenes of an interrupted run are drawn again."""
     names = storage.list(url)
     tars = [name for name in names if name.endswith(".tar")]
     if tars and RECORD not in names:
         raise DataError(
-            f"{url} holds {tars[0]} but no manifest, and scenes were to be drawn there. "
-            "Index its tars with 'mome shards index', or name an empty folder"
+            f"{url} has {tars[0]} but no manifest, so no scenes are drawn there. "
+            "Index its tars with `mome shards index`, or set an empty folder"
         )
 
 
@@ -317,5 +317,5 @@ def _pick(choices: tuple[str, ...], random: CounterRandom) -> str:
 
 
 def _spread(random: CounterRandom, width: float) -> float:
-    """Uniform in -width … width."""
+    """Draw uniformly from -width … width."""
     return width * (2.0 * random.uniform() - 1.0)

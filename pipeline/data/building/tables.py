@@ -3,9 +3,9 @@
     image,caption                       Kaggle's captions.txt of Flickr8k, and most CSV files, with a header
     image_name| comment_number| comment Flickr30k's results.csv
     1000.jpg#0<TAB>a caption            Flickr8k.token.txt and results_20130124.token, without a header
-    filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists, once the images lie on this machine
+    filepath<TAB>title                  open_clip's; CC3M's and CC12M's lists with downloaded images
 
-Rows of one image that follow each other become one sample. Parquet holds paths, or the images themselves.
+Consecutive rows of one image become one sample. Parquet files contain paths, or the images themselves.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ IMAGE_NAMES = (
 CAPTION_NAMES = (
     "caption", "captions", "comment", "title", "text", "txt", "sentence", "sentences", "description", "alt_text", "raw",
 )  # fmt: skip
-_QUOTED = ",;"  # delimiters of files that quote what holds them; the others' files have bare quotation marks
-MAX_LINES = 64  # of one row of CSV
-BATCH_ROWS = 64  # of Parquet, with their images, held at a time
+_QUOTED = ",;"  # delimiters of files with quoted cells; with other delimiters quotation marks are plain text
+MAX_LINES = 64  # of one CSV row
+BATCH_ROWS = 64  # rows of Parquet, with their images, in memory at a time
 _NUMBERED = re.compile(rf"(.+\.(?:{'|'.join(EXTENSIONS)}))#\w+", re.IGNORECASE)  # Flickr's name of a caption
-_PICTURE = re.compile(rf".+\.(?:{'|'.join(EXTENSIONS)})(?:#\w+)?", re.IGNORECASE)
+_IMAGE = re.compile(rf".+\.(?:{'|'.join(EXTENSIONS)})(?:#\w+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table hold images and captions: names or numbers from 1; None: told by the header."""
+    """The columns of images and captions: names, or numbers from 1; None: detected from the header."""
 
     image: str | None = None
     caption: str | None = None
@@ -48,7 +48,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Record:
-    """One image, by its path or its bytes, with some of its captions."""
+    """One image, as a path or as bytes, with some of its captions."""
 
     where: str
     image: str | None
@@ -60,7 +60,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """The path that names its sample."""
+        """The path from which the sample's key is made."""
         name = self.image or self.regions
         assert name is not None
         return name
@@ -76,24 +76,24 @@ class _Layout:
 
 
 def is_table(file: Path) -> bool:
-    """Return whether a .txt begins as a table of images and captions does, rather than as prose."""
+    """Return whether a .txt starts like a table of images and captions, rather than like prose."""
     first = _first_line(file)
     delimiter = _delimiter_of(first)
     if delimiter is None:
         return False
     cells = [_cell(cell) for cell in first.split(delimiter)]
-    return (len(cells) <= 8 and _is_header(cells)) or _PICTURE.fullmatch(cells[0]) is not None
+    return (len(cells) <= 8 and _is_header(cells)) or _IMAGE.fullmatch(cells[0]) is not None
 
 
 def table_records(file: Path, columns: Columns, problems: Problems) -> Iterator[Record]:
-    """Yield the rows of a table. Raise DataError if its columns cannot be told."""
+    """Yield the rows of a table. Raises DataError if its columns cannot be detected."""
     layout: _Layout | None = None
     for where, cells in _rows(file, problems):
         if layout is None:
             layout = _layout_of(file, [_cell(cell) for cell in cells], _delimiter_in(file), columns)
             if layout.has_header:
                 continue
-        if len(cells) > layout.width and layout.caption == layout.width - 1:  # a caption with delimiters, not quoted
+        if len(cells) > layout.width and layout.caption == layout.width - 1:  # unquoted caption with delimiters
             rest = layout.delimiter.join(cells[layout.caption :])
             cells = [*cells[: layout.caption], rest]
         if len(cells) <= max(layout.image, layout.caption):
@@ -106,13 +106,13 @@ def table_records(file: Path, columns: Columns, problems: Problems) -> Iterator[
         if reason := next((reason for cell in cells if (reason := fault_of(cell))), None):
             problems.add(where, reason)
         elif not image:
-            problems.add(where, "it names no image")
+            problems.add(where, "it has no image")
         elif captions := clean_captions(cells[layout.caption], where, problems):
             yield Record(where, image, captions)
 
 
 def _rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    """Yield where each row that is not empty begins, and its cells with the spaces around them."""
+    """Yield the location of each non-empty row, and its cells with surrounding spaces."""
     delimiter = _delimiter_in(file)
     if delimiter in _QUOTED:
         yield from _quoted_rows(file, delimiter, problems)
@@ -123,7 +123,7 @@ def _rows(file: Path, problems: Problems) -> Iterator[tuple[str, list[str]]]:
 
 
 def _quoted_rows(file: Path, delimiter: str, problems: Problems) -> Iterator[tuple[str, list[str]]]:
-    """Yield the rows of CSV. A quotation mark that is never closed costs its own line, not all lines behind it."""
+    """Yield the rows of CSV. A quotation mark that is never closed affects its own line only, not those after it."""
     lines = lines_of(file)
     pending: deque[tuple[str, str]] = deque()
     while pending or (pending := deque(islice(lines, 1))):
@@ -135,13 +135,13 @@ def _quoted_rows(file: Path, delimiter: str, problems: Problems) -> Iterator[tup
                 break
             text, count = text + pending[count][1], count + 1
             cells = _csv_row(text, delimiter, strict=True) if text.count('"') % 2 == 0 else None
-        if cells is None:  # the first line alone, with marks where CSV has none
+        if cells is None:  # try the first line alone, with stray quotation marks
             text, count = pending[0][1], 1
             cells = _csv_row(text, delimiter, strict=False) if text.count('"') % 2 == 0 else None
         for _ in range(count):
             pending.popleft()
         if cells is None:
-            problems.add(where, "no row of CSV; is a quotation mark not closed?")
+            problems.add(where, "not a CSV row; is a quotation mark not closed?")
         elif any(cell.strip() for cell in cells):
             yield where, cells
 
@@ -173,14 +173,14 @@ def _delimiter_in(file: Path) -> str:
 
 
 def _delimiter_of(line: str) -> str | None:
-    """Return what stands between the columns of a first line: of several, what sets an image or known names apart."""
-    found = [delimiter for delimiter in "\t|;," if delimiter in line]
-    told = (delimiter for delimiter in found if _tells_columns([_cell(cell) for cell in line.split(delimiter)]))
-    return next(told, found[0] if found else None)
+    """Return the delimiter of a first line, preferring one that separates an image or known column names."""
+    candidates = [delimiter for delimiter in "\t|;," if delimiter in line]
+    matching = (d for d in candidates if _has_known_columns([_cell(cell) for cell in line.split(d)]))
+    return next(matching, candidates[0] if candidates else None)
 
 
-def _tells_columns(cells: Sequence[str]) -> bool:
-    return any(map(_PICTURE.fullmatch, cells)) or _is_header(cells)
+def _has_known_columns(cells: Sequence[str]) -> bool:
+    return any(map(_IMAGE.fullmatch, cells)) or _is_header(cells)
 
 
 def _is_header(cells: Sequence[str]) -> bool:
@@ -192,9 +192,9 @@ def _layout_of(file: Path, cells: Sequence[str], delimiter: str, columns: Column
     names = [cell.lower() for cell in cells]
     image = _chosen(file, names, columns.image, "image")
     caption = _chosen(file, names, columns.caption, "caption")
-    pictures = [number for number, cell in enumerate(cells) if _PICTURE.fullmatch(cell) or "://" in cell]
-    if pictures:  # no header: a column holds images on the first line already
-        image = pictures[0] if image is None else image
+    image_columns = [number for number, cell in enumerate(cells) if _IMAGE.fullmatch(cell) or "://" in cell]
+    if image_columns:  # no header: the first line already contains an image
+        image = image_columns[0] if image is None else image
         others = [number for number in range(len(cells)) if number != image]
         caption = max(others, key=lambda number: len(cells[number]), default=None) if caption is None else caption
     else:
@@ -202,10 +202,10 @@ def _layout_of(file: Path, cells: Sequence[str], delimiter: str, columns: Column
         caption = _named(names, CAPTION_NAMES) if caption is None else caption
     if image is None or caption is None or image == caption:
         raise DataError(
-            f"{file}: which columns hold images and captions cannot be told from its first line "
-            f"({', '.join(cells):.200}). Give --image-column and --caption-column, names or numbers from 1"
+            f"{file}: cannot detect the columns of images and captions from its first line "
+            f"({', '.join(cells):.200}). Pass --image-column and --caption-column, names or numbers from 1"
         )
-    return _Layout(delimiter, not pictures, image, caption, len(cells))
+    return _Layout(delimiter, not image_columns, image, caption, len(cells))
 
 
 def _named(names: Sequence[str], known: Sequence[str]) -> int | None:
@@ -245,15 +245,15 @@ def _rows_of_parquet(file: Path, columns: Columns, problems: Problems) -> Iterat
             image, caption = _parquet_columns(file, names, columns)
             wanted = [parquet.schema_arrow.names[number] for number in (image, caption)]
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-                pictures, captions = batch.column(wanted[0]), batch.column(wanted[1])
+                images, captions = batch.column(wanted[0]), batch.column(wanted[1])
                 for number in range(batch.num_rows):
                     where = f"{file}, row {row}"
-                    record = _parquet_record(where, f"{file.stem}-{row:07d}", pictures, captions, number, problems)
+                    record = _parquet_record(where, f"{file.stem}-{row:07d}", images, captions, number, problems)
                     row += 1
                     if record is not None:
                         yield record
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise DataError(f"{file}: no Parquet file, or damaged after row {row} ({error})") from error
+        raise DataError(f"{file}: not a Parquet file, or damaged after row {row} ({error})") from error
 
 
 def _parquet_columns(file: Path, names: Sequence[str], columns: Columns) -> tuple[int, int]:
@@ -262,17 +262,17 @@ def _parquet_columns(file: Path, names: Sequence[str], columns: Columns) -> tupl
     caption = _named(names, CAPTION_NAMES) if caption is None else caption
     if image is None or caption is None or image == caption:
         raise DataError(
-            f"{file}: which columns hold images and captions cannot be told ({', '.join(names):.200}). "
-            "Give --image-column and --caption-column"
+            f"{file}: cannot detect the columns of images and captions ({', '.join(names):.200}). "
+            "Pass --image-column and --caption-column"
         )
     return image, caption
 
 
 def _parquet_record(
-    where: str, name: str, pictures: Any, captions: Any, number: int, problems: Problems
+    where: str, name: str, images: Any, captions: Any, number: int, problems: Problems
 ) -> Record | None:
     try:
-        picture, caption = pictures[number].as_py(), captions[number].as_py()
+        image, caption = images[number].as_py(), captions[number].as_py()
     except UnicodeDecodeError as error:
         problems.add(where, f"a text is not UTF-8 ({error.reason} at byte {error.start})")
         return None
@@ -280,16 +280,16 @@ def _parquet_record(
         problems.add(where, f"a value cannot be read ({error})")
         return None
     data = None
-    if isinstance(picture, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
-        data, picture = picture.get("bytes"), picture.get("path")
-    elif isinstance(picture, bytes):
-        data, picture = picture, None
+    if isinstance(image, dict):  # Hugging Face datasets: {"bytes": …, "path": …}
+        data, image = image.get("bytes"), image.get("path")
+    elif isinstance(image, bytes):
+        data, image = image, None
     if data is not None and not isinstance(data, bytes):
-        problems.add(where, f"its image is no bytes but a {type(data).__name__}")
+        problems.add(where, f"its image is not bytes but a {type(data).__name__}")
         return None
-    if data is None and (not isinstance(picture, str) or not picture.strip()):
+    if data is None and (not isinstance(image, str) or not image.strip()):
         problems.add(where, "it has no image (expected bytes, a path, or a struct of both)")
         return None
     if not (clean := clean_captions(caption, where, problems)):
         return None
-    return Record(where, picture if data is None else name, clean, data=data)
+    return Record(where, image if data is None else name, clean, data=data)

@@ -452,7 +452,7 @@ def _is_intact(chunk: bytes) -> bool:
 
 
 def _check_png(data: bytes) -> None:
-    """Raise BadSample for damaged pixels: Pillow does not look at their checksums, and returns noise."""
+    """Raise BadSample for damaged pixels: Pillow ignores their checksums and returns noise."""
     for name, chunk in _png_chunks(data):
         if name[:1].isupper() and not _is_intact(chunk):
             raise BadSample(

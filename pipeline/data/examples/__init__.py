@@ -1,1 +1,1 @@
-"""From samples to a batch's rows: drawn, augmented, tokenised and masked by their place alone, into plain arrays."""
+"""Building of training examples: augmentation, masking, and writing into batch buffers."""

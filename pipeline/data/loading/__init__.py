@@ -1,1 +1,1 @@
-"""Who prepares a rank's batches, by threads or processes, and the hash that proves what they hold."""
+"""The loader: batches of a rank in order, prepared by threads, processes or actors."""

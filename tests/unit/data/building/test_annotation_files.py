@@ -109,7 +109,7 @@ def test_what_is_missing_is_told_with_its_question(tmp_path: Path) -> None:
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
     with pytest.raises(DataError, match="Give --annotations FILE"):
         read_annotations(file, "vqa", Problems(), Options())
-    with pytest.raises(DataError, match=r"is no VQA annotations file.*'annotations'"):
+    with pytest.raises(DataError, match=r"is not a VQA annotations file.*'annotations'"):
         read_annotations(file, "vqa", Problems(), Options(annotations=(file,)))
 
 
@@ -193,7 +193,7 @@ def test_trap_09_the_splits_of_a_data_set_share_no_picture(tmp_path: Path) -> No
         for split in ("train", "val", "test")
     ]
     assert sum(map(len, keys)) == len(set.union(*keys)) == 4
-    with pytest.raises(DataError, match=r"no picture is of split 'dev'; its splits: train \(1\)"):
+    with pytest.raises(DataError, match=r"no image is in split 'dev'; expected one of train \(1\)"):
         read_annotations(file, "karpathy", Problems(), Options(split="dev"))
 
 

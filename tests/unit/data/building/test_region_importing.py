@@ -71,7 +71,7 @@ def test_a_size_is_added_where_the_file_tells_none(write: Callable[..., Path]) -
     ("changes", "reason"),
     [
         ({"regions": "b.npz"}, "cannot be read"),
-        ({"image_size": [30, 80]}, r"box 0 .* lies outside an image of 80 x 30"),
+        ({"image_size": [30, 80]}, r"box 0 .* is outside an image of 80 x 30"),
         ({"image_size": [10**30, 80]}, "its image_size is"),
         ({"image_size": [-60, 80]}, "its image_size is"),
         ({"image_size": [True, 80]}, "its image_size is"),

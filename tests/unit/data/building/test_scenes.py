@@ -17,7 +17,7 @@ from pipeline.data.building.scenes import (
     Thing,
     build_synthetic,
     draw_descriptions,
-    draw_picture,
+    draw_image,
     draw_scenes,
     write_captions,
 )
@@ -117,7 +117,7 @@ def test_the_picture_shows_what_the_description_says():
     for seed in range(40):
         first, second = Thing("large", "red", SHAPES[seed % 6]), Thing("small", "blue", SHAPES[seed // 6 % 6])
         description = Description(first, second, horizontal=seed % 2 == 0)
-        image = draw_picture(description, 64, CounterRandom(seed)).astype(int)
+        image = draw_image(description, 64, CounterRandom(seed)).astype(int)
         red = np.argwhere((image[..., 0] > 150) & (image[..., 1] < 90) & (image[..., 2] < 90))
         blue = np.argwhere((image[..., 2] > 150) & (image[..., 0] < 110) & (image[..., 1] < 110))
         assert len(red) > 1.8 * len(blue) > 0

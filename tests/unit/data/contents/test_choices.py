@@ -24,7 +24,7 @@ def test_a_list_reads_back_and_numbers_only_what_it_lists() -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [(b"{}", "expected a JSON list"), (b"[]", "expected a JSON list"), (b"[1]", "expected a JSON list"),
-     (b'["a", "a"]', "'a' is listed more than once"), (b"no", "is no JSON")],
+     (b'["a", "a"]', "'a' is listed more than once"), (b"no", "is not JSON")],
 )  # fmt: skip
 def test_what_is_no_list_of_texts_is_refused_with_its_place(content: bytes, told: str) -> None:
     with pytest.raises(ConfigError, match=f"there.*{told}"):
@@ -42,10 +42,10 @@ def test_answers_are_found_beside_the_shards_or_where_the_stage_says(tmp_path: P
 
 def test_a_list_of_another_length_or_none_at_all_is_told_with_what_to_set(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=7), Storage()
-    with pytest.raises(ConfigError, match=r"answers: 7 given, and .* lists 6"):
+    with pytest.raises(ConfigError, match=r"num_answers: 7, but .* lists 6"):
         load_answers(config, config.stages[0], storage)
     gone = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "nowhere.json")})
-    with pytest.raises(ConfigError, match=r"there is no .*nowhere.json; name the list"):
+    with pytest.raises(ConfigError, match=r"nowhere.json does not exist; set it"):
         load_answers(config, gone, storage)
 
 
@@ -53,7 +53,7 @@ def test_classes_need_no_names_but_those_there_are_must_fit(tmp_path: Path) -> N
     config, storage = run_config(tmp_path, "labelled", "classification", 1, num_classes=4), Storage()
     stage = config.stages[0]
     assert choices_of(config, [stage], storage) == {CLASSES: Choices(COLOURS)}
-    with pytest.raises(ConfigError, match="num_classes: 5 given"):
+    with pytest.raises(ConfigError, match="num_classes: 5, but"):
         load_classes(config, stage.model_copy(update={"num_classes": 5}), storage)
     Path(write_set(tmp_path, "labelled", 8), CLASSES).unlink()
     assert load_classes(config, stage, storage) is None

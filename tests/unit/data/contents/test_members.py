@@ -28,10 +28,10 @@ def test_captions_are_found_in_every_layout(members: dict[str, bytes], captions:
         ({"txt": b"  \n"}, "caption 1 of 1 is empty"),
         ({"json": b'{"captions": ["one", ""]}'}, "caption 2 of 2 is empty"),
         ({"json": b'{"captions": []}'}, "list of captions is empty"),
-        ({"json": b'{"captions": [1]}'}, "no list of strings"),
-        ({"json": b'{"captions": "one"}'}, "no list of strings"),
+        ({"json": b'{"captions": [1]}'}, "not a list of strings"),
+        ({"json": b'{"captions": "one"}'}, "not a list of strings"),
         ({"json": b'{"captions": '}, "json cannot be read"),
-        ({"json": b"[1]"}, "no object but a list"),
+        ({"json": b"[1]"}, "not an object but a list"),
         ({"txt": b"caf\xe9"}, "not UTF-8"),
         ({"json": b'{"caption": "caf\xe9"}'}, "not UTF-8"),
         ({"pkl": b"", "pth": b""}, "it has pkl, pth"),
@@ -44,7 +44,7 @@ def test_missing_empty_and_unreadable_captions_are_bad_samples(members: dict[str
 
 def test_picture_is_found_by_its_exact_extension():
     assert image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
-    with pytest.raises(BadSample, match=r"no picture.*it has seg\.png"):
+    with pytest.raises(BadSample, match=r"no image.*it has seg\.png"):
         image_bytes({"seg.png": b"mask"})
 
 
@@ -63,5 +63,5 @@ def test_a_member_that_executes_code_when_loaded_refuses_its_sample(extension: s
 
 
 def test_a_key_that_stands_twice_is_refused():
-    with pytest.raises(BadSample, match=r"stands twice"):
+    with pytest.raises(BadSample, match=r"occurs twice"):
         check_members({"jpg": b""}, is_duplicate=True)

@@ -70,13 +70,13 @@ def test_a_bad_statement_is_told_with_its_reason(record: dict[str, Any], reason:
 def test_two_pictures_are_found_by_number_or_side_and_a_missing_one_is_told() -> None:
     assert both_images({"0.jpg": b"a", "1.png": b"b"}) == (b"a", b"b")
     assert both_images({"right.jpg": b"b", "left.webp": b"a"}) == (b"a", b"b")
-    with pytest.raises(BadSample, match=r"no picture 1.jpg or right.jpg .*; it has 0.jpg"):
+    with pytest.raises(BadSample, match=r"no image 1.jpg or right.jpg .*; it has 0.jpg"):
         both_images({"0.jpg": b"a"})
 
 
 def test_a_class_is_the_number_in_cls_below_the_number_of_classes() -> None:
     assert class_of({"cls": b" 3\n"}, 4) == 3
-    for content, reason in ((b"cat", "no number"), (b"4", "class is 4, and there are 4")):
+    for content, reason in ((b"cat", "not a class number"), (b"4", "class is 4; expected 0 to 3")):
         with pytest.raises(BadSample, match=reason):
             class_of({"cls": content}, 4)
     with pytest.raises(BadSample, match="no class"):
@@ -147,7 +147,7 @@ def test_ranks_rows_together_are_the_whole_batch(tmp_path: Path) -> None:
 
 
 def test_another_list_of_answers_is_other_data(tmp_path: Path) -> None:
-    config, storage = run_config(tmp_path, "questions", "vqa", 1, answers=6), Storage()
+    config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
     (tmp_path / "other.json").write_text(json.dumps(["no", *COLOURS, "yes"]))
     other = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json")})
     digests = set()
@@ -164,7 +164,7 @@ def test_a_picture_is_not_mirrored_where_the_answer_says_a_side(tmp_path: Path, 
 
     record = {"question": "where is it?", "answers": {answer: 1.0}}
     samples = [{"__key__": f"s{n}", "jpg": picture_of_sides(), "json": json.dumps(record).encode()} for n in range(32)]
-    config, storage = run_config(tmp_path, "questions", "vqa", 1, answers=6), Storage()
+    config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
     url = str(tmp_path / "sides")
     write_shards(storage, samples, url)
     config = config.model_copy(

@@ -108,9 +108,9 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("a\nb\n", "lacks [PAD]"),
+        ("a\nb\n", "does not contain [PAD]"),
         ("\n".join(SPECIALS) + "\nred\nred\n", "'red' more than once"),
-        ("", "lacks [PAD]"),
+        ("", "does not contain [PAD]"),
     ],
 )
 def test_what_is_no_vocabulary_is_refused_by_name(tmp_path, content, told):

@@ -87,7 +87,7 @@ def test_a_picture_comes_with_its_class_and_bad_classes_are_replaced(folder: str
     assert reasons.keys() == {"03", "07", "11"}
     assert "no class" in reasons["03"]
     assert "'cat'" in reasons["07"]
-    assert "its class is 4, and there are 4, from 0" in reasons["11"]
+    assert "its class is 4; expected 0 to 3" in reasons["11"]
 
 
 def test_the_check_ahead_of_training_finds_what_training_would(folder: str) -> None:

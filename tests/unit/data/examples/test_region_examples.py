@@ -184,8 +184,8 @@ def test_bad_regions_are_replaced_and_told(tmp_path: Path, make_tar, tokenizer: 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ({"region_features": 2048}, r"features of 6 numbers, and model\.region_features is 2048"),
-        ({"region_classes": 2}, r"class \d, and model\.region_classes is 2"),
+        ({"region_features": 2048}, r"6 features per region, but model\.region_features is 2048"),
+        ({"region_classes": 2}, r"class \d, but model\.region_classes is 2"),
     ],
 )
 def test_a_model_for_other_regions_stops_with_the_key_to_change(
