@@ -100,7 +100,7 @@ def read_annotations(source: Path, kind: AnnotationKind, problems: Problems, opt
 
 
 @dataclass(frozen=True)
-class _Question:
+class _QuestionEntry:
     where: str
     key: str
     text: str
@@ -136,14 +136,14 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
             if question_id in wanted:
                 scores[question_id] = answer_scores(people)
 
-    def read_questions() -> Iterator[_Question]:
+    def read_questions() -> Iterator[_QuestionEntry]:
         for question_id, image, text in questions:
             where = f"{file}, question {question_id}"
             if not scores.get(question_id):
                 problems.add(where, f"it has no answers in {', '.join(map(str, files))}")
                 continue
             names = _coco_names(subtype, image)
-            yield _Question(where, f"{subtype}-{question_id}", text, scores[question_id], question_id, names)
+            yield _QuestionEntry(where, f"{subtype}-{question_id}", text, scores[question_id], question_id, names)
 
     return _questions(file, read_questions(), frequent_answers(chosen, *_count(options)), problems, options)
 
@@ -166,12 +166,12 @@ def visual_genome_samples(file: Path, problems: Problems, options: Options) -> A
         problems, "qa_id, question, answer",
     )  # fmt: skip
 
-    def read_questions() -> Iterator[_Question]:
+    def read_questions() -> Iterator[_QuestionEntry]:
         for image, question_id, text, answer in questions:
             where = f"{file}, question {question_id}"
             if plain := plain_answer(answer):
                 names = [f"{folder}{image}.jpg" for folder in ("", "VG_100K/", "VG_100K_2/")]
-                yield _Question(where, f"vg-{question_id}", text, {plain: 1.0}, question_id, names)
+                yield _QuestionEntry(where, f"vg-{question_id}", text, {plain: 1.0}, question_id, names)
             else:
                 problems.add(where, "its answer is empty")
 
@@ -180,7 +180,7 @@ def visual_genome_samples(file: Path, problems: Problems, options: Options) -> A
 
 
 def _questions(
-    file: Path, questions: Iterable[_Question], listed: tuple[str, ...], problems: Problems, options: Options
+    file: Path, questions: Iterable[_QuestionEntry], listed: tuple[str, ...], problems: Problems, options: Options
 ) -> Annotations:
     if not listed:
         raise DataError(

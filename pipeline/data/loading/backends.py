@@ -34,7 +34,7 @@ from pipeline.data.storage import Storage
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 3  # of one process within RESTART_STEPS: a cause that persists would restart it for ever
+MAX_RESTARTS = 3  # of one process within RESTART_STEPS: a cause that persists would restart it endlessly
 RESTART_STEPS = 100
 HELD = 2  # buffers that the consumer may hold while the processes fill the others
 END_SECONDS = 5.0  # for a process to exit by itself

@@ -79,9 +79,9 @@ class Loader:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield the batches of start_step, start_step + 1, … without end. A batch's error is raised in its turn."""
-        seen = self._quarantine.seen
+        counted = self._quarantine.seen
         epochs = self.order.epochs(start_step)
-        self._epochs_before = {n: epochs[n] / self._world_size - seen[n] / self._sizes[n] for n in epochs}
+        self._epochs_before = {n: epochs[n] / self._world_size - counted[n] / self._sizes[n] for n in epochs}
         backend = self._backend(self._spec, self._storage)
         self._open.append(backend)
         submitted: deque[int] = deque()
@@ -100,10 +100,10 @@ class Loader:
         """Return bad samples, samples and epochs of each source; summed over ranks they are the whole run's."""
         counts: dict[str, int | float] = {}
         for name, size in self._sizes.items():
-            seen = self._quarantine.seen[name]
+            samples = self._quarantine.seen[name]
             counts[f"bad/{name}"] = self._quarantine.bad[name]
-            counts[f"samples/{name}"] = seen
-            counts[f"epochs/{name}"] = self._epochs_before[name] + seen / size
+            counts[f"samples/{name}"] = samples
+            counts[f"epochs/{name}"] = self._epochs_before[name] + samples / size
         return counts
 
     def quarantined(self) -> list[dict[str, str | int]]:
