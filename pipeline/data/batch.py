@@ -209,8 +209,9 @@ class BatchSpec:
     @property
     def fields(self) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
         """Return name, shape and type of every array."""
+        sizes: dict[Any, Any] = dataclasses.asdict(self.sizes)
         return [
-            (name, (self.num_examples, *map(self._length, spec.shape)), np.dtype(spec.dtype))
+            (name, (self.num_examples, *(sizes.get(axis, axis) for axis in spec.shape)), np.dtype(spec.dtype))
             for name, spec in field_specs(self.batch_type).items()
             if spec.group is None or spec.group in self.groups
         ]
@@ -218,9 +219,6 @@ class BatchSpec:
     @property
     def bytes(self) -> int:
         return sum(_aligned(shape, dtype) for _, shape, dtype in self.fields)
-
-    def _length(self, axis: str | int) -> int:
-        return axis if isinstance(axis, int) else int(getattr(self.sizes, axis))
 
 
 class BatchBuffer:

@@ -39,7 +39,7 @@ from pipeline.data.building.files import (
     text_in,
 )
 from pipeline.data.building.importers import Keys, pair_sample, sample_with_json
-from pipeline.data.contents.answers import answer_scores, frequent_answers, plain_answer
+from pipeline.data.contents.answers import MIN_COUNT, answer_scores, frequent_answers, plain_answer
 from pipeline.data.contents.choices import ANSWERS, CLASSES, Choices
 from pipeline.data.contents.images import EXTENSIONS
 from pipeline.data.shards.tar import clean_name
@@ -145,12 +145,15 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
             names = _coco_names(subtype, image)
             yield _QuestionEntry(where, f"{subtype}-{question_id}", text, scores[question_id], question_id, names)
 
-    return _questions(file, read_questions(), frequent_answers(chosen, *_count(options)), problems, options)
+    return _questions(
+        file, read_questions(), frequent_answers(chosen, options.min_count or MIN_COUNT), problems, options
+    )
 
 
 def _vqa_answers(annotation: Any) -> tuple[int, str, list[str]]:
     people = [text_in(answer, "answer") for answer in annotation["answers"]]
-    chosen = annotation.get("multiple_choice_answer") or _most_given(people)
+    most_frequent = Counter(people).most_common(1)[0][0] if people else ""
+    chosen = annotation.get("multiple_choice_answer") or most_frequent
     return number_in(annotation, "question_id"), text_in({"answer": chosen}, "answer") if chosen else "", people
 
 
@@ -175,7 +178,7 @@ def visual_genome_samples(file: Path, problems: Problems, options: Options) -> A
             else:
                 problems.add(where, "its answer is empty")
 
-    listed = frequent_answers((answer for _, _, _, answer in questions), *_count(options))
+    listed = frequent_answers((answer for _, _, _, answer in questions), options.min_count or MIN_COUNT)
     return _questions(file, read_questions(), listed, problems, options)
 
 
@@ -221,14 +224,6 @@ def _default_annotations(questions: Path) -> Path:
     if path == questions or not path.exists():
         raise DataError(f"{questions}: there is no {name} next to it. Pass --annotations FILE, once for each file")
     return path
-
-
-def _most_given(people: Sequence[str]) -> str:
-    return Counter(people).most_common(1)[0][0] if people else ""
-
-
-def _count(options: Options) -> tuple[int, ...]:
-    return () if options.min_count is None else (options.min_count,)
 
 
 # NLVR2 ----------------------------------------------------------------------------------------------------------------

@@ -152,7 +152,11 @@ def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
     """
     key_of = Keys()
     for path, _, names in folders_below(folder, problems):
-        caption_files = {_with_lower_suffix(name): name for name in names if suffix_of(name) in CAPTION_SUFFIXES}
+        caption_files = {
+            f"{os.path.splitext(name)[0]}.{suffix_of(name)}": name
+            for name in names
+            if suffix_of(name) in CAPTION_SUFFIXES
+        }
         used = set()
         for name in names:
             if suffix_of(name) not in EXTENSIONS:
@@ -180,11 +184,6 @@ def folder_samples(folder: Path, problems: Problems) -> Iterator[Sample]:
                 problems.leave_out(str(path / name), "there is no image of this name next to it")
             else:
                 pass_over(path / name, problems)
-
-
-def _with_lower_suffix(name: str) -> str:
-    stem, suffix = os.path.splitext(name)
-    return stem + suffix.lower()
 
 
 def _text_of(path: Path, problems: Problems) -> str | None:
@@ -360,7 +359,9 @@ def write_shards(
 
 
 def _write_tars(folder: Path, samples: Iterator[Sample], samples_per_shard: int) -> Iterator[Path]:
-    for number, batch in enumerate(_batched(samples, samples_per_shard)):
+    for number in itertools.count():
+        if not (batch := list(itertools.islice(samples, samples_per_shard))):
+            return
         tar = folder / shard_name(number)
         try:
             write_tar(tar, batch)
@@ -389,11 +390,6 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> None:
             tar.write(sample)
 
 
-def _batched(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    while batch := list(itertools.islice(samples, size)):
-        yield batch
-
-
 def _parse_line(where: str, line: str, problems: Problems) -> Record | None:
     try:
         record = json.loads(line)
@@ -414,7 +410,9 @@ def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
         problems.add(where, 'expected {"image": path, "captions": [text, …]}')
         return None
     size = record.get("image_size")
-    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(map(_is_side, size))):
+    sides = size if isinstance(size, list) else []
+    is_size = len(sides) == 2 and all(type(side) is int and 0 < side < 1 << 31 for side in sides)
+    if size is not None and not is_size:
         problems.add(where, f"its image_size is {size!r:.50}; expected [height, width]")
         return None
     expected = "'captions': a list of texts, or 'caption': a text"
@@ -429,10 +427,6 @@ def _parse_record(where: str, record: Any, problems: Problems) -> Record | None:
         return None
     size = None if size is None else (size[0], size[1])
     return Record(where, record.get("image"), captions, image_id, record.get("regions"), size)
-
-
-def _is_side(value: object) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
 
 
 def _as_image_id(value: Any) -> int | None:
@@ -504,15 +498,11 @@ def _paragraphs(path: Path, problems: Problems) -> Iterator[str]:
             continue
         heading = re.fullmatch(r"\s*=+ .* =+\s*", line)
         if line.strip() and not heading:
-            lines.append(_untokenise(line))
+            # WikiText's marks: `film @-@ maker` is film-maker, `<unk>` is a removed word.
+            lines.append(re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", ""))
         elif lines:
             yield " ".join(lines)
             lines = []
-
-
-def _untokenise(line: str) -> str:
-    """Undo WikiText's marks: `film @-@ maker` is film-maker, `<unk>` is a removed word."""
-    return re.sub(r" @([-.,])@ ", r"\1", line).replace("<unk>", " ").replace("\ufeff", "")
 
 
 class Keys:

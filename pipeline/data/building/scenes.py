@@ -144,7 +144,8 @@ def write_captions(description: Description, count: int, random: CounterRandom) 
 def draw_image(description: Description, size: int, random: CounterRandom) -> np.ndarray:
     """Return the scene as (size, size, 3) uint8: jittered positions on a light background with a colour gradient."""
     large = size * SUPERSAMPLED
-    canvas = _background(large, random)
+    corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
+    canvas = cv2.resize(corners.reshape(2, 2, 3), (large, large), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
     for thing, (x, y) in zip(description.things, _places(description, random), strict=True):
         radius = RADIUS[thing.size] * (0.92 + 0.16 * random.uniform())
         colour = tuple(int(np.clip(c + _spread(random, 12), 0, 255)) for c in COLOURS[thing.colour])
@@ -212,11 +213,6 @@ def _places(description: Description, random: CounterRandom) -> list[tuple[float
     across = 0.04 if description.third is not None else 0.16
     places = [(x + _spread(random, 0.03), y + _spread(random, across)) for x, y in along]
     return places if description.horizontal else [(y, x) for x, y in places]
-
-
-def _background(size: int, random: CounterRandom) -> np.ndarray:
-    corners = np.array([[200 + 55 * random.uniform() for _ in range(3)] for _ in range(4)], np.float32)
-    return cv2.resize(corners.reshape(2, 2, 3), (size, size), interpolation=cv2.INTER_LINEAR).astype(np.uint8)
 
 
 def _draw_thing(

@@ -175,12 +175,11 @@ def _delimiter_in(file: Path) -> str:
 def _delimiter_of(line: str) -> str | None:
     """Return the delimiter of a first line, preferring one that separates an image or known column names."""
     candidates = [delimiter for delimiter in "\t|;," if delimiter in line]
-    matching = (d for d in candidates if _has_known_columns([_cell(cell) for cell in line.split(d)]))
-    return next(matching, candidates[0] if candidates else None)
-
-
-def _has_known_columns(cells: Sequence[str]) -> bool:
-    return any(map(_IMAGE.fullmatch, cells)) or _is_header(cells)
+    for delimiter in candidates:
+        cells = [_cell(cell) for cell in line.split(delimiter)]
+        if any(map(_IMAGE.fullmatch, cells)) or _is_header(cells):
+            return delimiter
+    return candidates[0] if candidates else None
 
 
 def _is_header(cells: Sequence[str]) -> bool:

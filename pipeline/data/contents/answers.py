@@ -31,12 +31,12 @@ _CONTRACTIONS = """
 """
 
 
-def _spellings(word: str) -> list[str]:
-    """Return a contraction without one of its apostrophes, for each of them."""
-    return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
-
-
-_SPELT = {variant: word for word in _CONTRACTIONS.split() for variant in _spellings(word)}
+_SPELT = {  # a contraction without one of its apostrophes -> the contraction
+    word[:at] + word[at + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for at, letter in enumerate(word)
+    if letter == "'"
+}
 
 
 def plain_answer(answer: str) -> str:

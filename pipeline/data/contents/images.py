@@ -222,10 +222,6 @@ def draw_crop(height: int, width: int, scale: tuple[float, float], random: Count
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = random.integer(height - crop_height + 1), random.integer(width - crop_width + 1)
             return top, left, crop_height, crop_width
-    return _centred_crop(height, width)
-
-
-def _centred_crop(height: int, width: int) -> tuple[int, int, int, int]:
     crop_width = min(width, max(1, round(height * RATIO[1])))
     crop_height = min(height, max(1, round(width / RATIO[0])))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
@@ -353,7 +349,11 @@ def _with_repair(data: bytes, read: Callable[[bytes], Result]) -> Result:
 def _measure_with_pillow(data: bytes) -> ImageSize:
     with _opened(data) as picture:
         width, height = picture.size
-        return _upright_size(height, width, _pillow_orientation(picture), _is_animated(picture))
+        try:
+            is_animated = bool(getattr(picture, "is_animated", False))
+        except Exception:  # a damaged second frame
+            is_animated = True
+        return _upright_size(height, width, _pillow_orientation(picture), is_animated)
 
 
 def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
@@ -380,13 +380,6 @@ def _pillow_orientation(picture: Image.Image) -> object:
         return picture.getexif().get(ORIENTATION, 1)
     except Exception:  # damaged metadata does not make the image bad
         return 1
-
-
-def _is_animated(picture: Image.Image) -> bool:
-    try:
-        return bool(getattr(picture, "is_animated", False))
-    except Exception:  # a damaged second frame
-        return True
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:

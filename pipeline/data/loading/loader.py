@@ -48,7 +48,11 @@ class Loader:
     ):
         config = config.for_stage(stage)
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
-        sources = {name: _open_stage_source(config, storage, name) for name in stage.sources}
+        if unknown := stage.sources.keys() - config.sources.keys():
+            raise ConfigError(f"stage source '{min(unknown)}' is not among the run's: {', '.join(config.sources)}")
+        sources: dict[str, Source] = {
+            name: open_source(storage, config.sources[name], selection_url(config, name)) for name in stage.sources
+        }
         self._names, self._sizes = sorted(sources), {name: int(sources[name].counts.sum()) for name in sources}
         _check_cache_size(config, sources, world_size)
         self._spec = LoaderSpec(
@@ -157,12 +161,6 @@ def fingerprint(
         for loader in loaders:
             loader.close()
     return digest.hexdigest()
-
-
-def _open_stage_source(config: RunConfig, storage: Storage, name: str) -> Source:
-    if name not in config.sources:
-        raise ConfigError(f"stage source '{name}' is not among the run's sources: {', '.join(config.sources)}")
-    return open_source(storage, config.sources[name], selection_url(config, name))
 
 
 def _check_cache_size(config: RunConfig, sources: dict[str, Source], world_size: int) -> None:

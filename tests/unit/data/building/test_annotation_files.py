@@ -107,14 +107,14 @@ def test_what_is_missing_is_told_with_its_question(tmp_path: Path) -> None:
     assert len(samples_of(read_annotations(file, "vqa", problems := Problems(), Options(min_count=1)))) == 2
     assert "question 20" in problems.first[0]
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
-    with pytest.raises(DataError, match="Give --annotations FILE"):
+    with pytest.raises(DataError, match="Pass --annotations FILE"):
         read_annotations(file, "vqa", Problems(), Options())
     with pytest.raises(DataError, match=r"is not a VQA annotations file.*'annotations'"):
         read_annotations(file, "vqa", Problems(), Options(annotations=(file,)))
 
 
 def test_a_list_that_would_be_empty_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="give --min-count below the published 9"):
+    with pytest.raises(DataError, match="pass --min-count below the published 9"):
         read_annotations(vqa_files(tmp_path), "vqa", Problems(), Options())
 
 
@@ -203,7 +203,7 @@ def test_a_folder_of_folders_gives_classes_in_the_order_of_their_names(tmp_path:
     found = read_annotations(tmp_path, "classes", Problems(), Options())
     assert [class_of(sample, 2) for sample in samples_of(found)] == [0, 1, 1]
     assert found.choices[CLASSES].names == ("n01", "n02")
-    with pytest.raises(DataError, match="no folder in it"):
+    with pytest.raises(DataError, match="it has no folder"):
         read_annotations(tmp_path / "n01", "classes", Problems(), Options())
 
 
@@ -217,8 +217,8 @@ def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
     assert problems.skipped == {".txt": 1}
     assert problems.faults == 1
     assert problems.first == [
-        f"{tmp_path / 'stray.jpg'}: it lies in no class's folder",
-        f"{tmp_path / '__MACOSX'}: it is class 0 without a picture; if it is no class, move it away and build again",
+        f"{tmp_path / 'stray.jpg'}: it is not in a class folder",
+        f"{tmp_path / '__MACOSX'}: it is class 0 without a picture; if it is not a class, remove it and build again",
     ]
 
 

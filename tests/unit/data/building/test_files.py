@@ -107,14 +107,14 @@ def test_half_a_character_makes_no_traceback_anywhere(tmp_path: Path) -> None:
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     assert captions(jsonl_samples(tmp_path / "lines.jsonl", problems := Problems())) == [["good"]]
     assert problems.count == 4
-    assert sum("half a character" in problem for problem in problems.first) >= 3
+    assert sum("lone surrogate" in problem for problem in problems.first) >= 3
 
 
 WRONG_LINES = {
     '{"image": ""}': "expected",
     '{"image": "", "caption": "a"}': "expected",
     '{"image": " ", "caption": "a"}': "expected",
-    '{"image": "a.jpg\\u0000", "caption": "a"}': "no path",
+    '{"image": "a.jpg\\u0000", "caption": "a"}': "not a file path",
     '{"image": "' + "a" * 5000 + '.jpg", "caption": "a"}': "cannot be read",
     '{"image": "a.jpg", "caption": "a", "image_id": 1e400}': "finite",
     '{"image": "a.jpg", "caption": "a", "image_id": NaN}': "finite",
@@ -123,8 +123,8 @@ WRONG_LINES = {
     '{"image": "a.jpg", "image_id": ' + "9" * 5000 + "}": "not JSON",
     '{"image": null, "caption": "a"}': "expected",
     '{"image": ["a.jpg"], "caption": "a"}': "expected",
-    '{"image": "a.jpg", "caption": 7}': "no text",
-    '{"image": "a.jpg", "captions": {"a": 1}}': "no text",
+    '{"image": "a.jpg", "caption": 7}': "not a text",
+    '{"image": "a.jpg", "captions": {"a": 1}}': "not a text",
     '{"image": "a.jpg", "captions": null}': "no caption",
     '{"image": "a.jpg", "regions": 5, "caption": "a"}': "expected",
     '{"image": "http://host/a.jpg", "caption": "a"}': "URL",
@@ -244,7 +244,7 @@ def test_every_lost_entry_of_a_coco_file_is_counted(tmp_path: Path) -> None:
     assert found == [["good"]]
     assert problems.count == 13
     told = "\n".join(problems.first)
-    for reason in ("its id stands twice", "no image of this id", "half a character", "no text but None"):
+    for reason in ("its id occurs twice", "no image of this id", "lone surrogate", "not a text but None"):
         assert reason in told
 
 

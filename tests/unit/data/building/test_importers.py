@@ -131,7 +131,7 @@ def test_bad_lines_are_told_with_file_and_line_and_left_out(tmp_path):
     for number, problem in enumerate(told, 1):
         assert problem.startswith(f"{file}, line {number}: ")
     assert "absent.jpg" in told[4]
-    assert "no JPEG" in told[6]
+    assert "not a JPEG" in told[6]
 
 
 def test_strict_stops_at_the_first_bad_line(tmp_path):
@@ -167,7 +167,7 @@ def test_coco_captions_are_gathered_by_image(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
 def test_what_is_no_coco_file_is_refused_by_name(tmp_path, content):
     file = write_lines(tmp_path / "captions.json", content)
-    with pytest.raises(DataError, match=r"captions\.json(:| is no).*(COCO|JSON|not one of its images)"):
+    with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
         list(coco_samples(file, Problems()))
 
 
@@ -192,7 +192,7 @@ def test_a_folder_of_texts_is_read_and_an_empty_one_told(tmp_path):
     (tmp_path / "b.txt").write_text("\n = Heading = \n")
     samples = list(text_samples(tmp_path, problems := Problems()))
     assert [(s["__key__"], s["txt"]) for s in samples] == [("a-0000000", b"One."), ("a-0000001", b"Two.")]
-    assert problems.first == [f"{tmp_path / 'b.txt'}: it holds no text"]
+    assert problems.first == [f"{tmp_path / 'b.txt'}: it contains no text"]
 
 
 def test_a_text_that_cannot_be_read_costs_none_of_the_others(tmp_path):
@@ -257,7 +257,7 @@ def test_fewer_shards_written_over_many_leave_none_of_the_old(tmp_path):
 def test_nothing_to_write_is_told_and_leaves_what_was_there(tmp_path):
     url = str(tmp_path / "out")
     write_shards(Storage(), text_stream(5), url)
-    with pytest.raises(DataError, match="not one usable sample"):
+    with pytest.raises(DataError, match="no usable sample"):
         write_shards(Storage(), iter([]), url)
     assert load_manifest(Storage(), url).num_samples == 5
 

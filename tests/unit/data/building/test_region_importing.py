@@ -75,7 +75,7 @@ def test_a_size_is_added_where_the_file_tells_none(write: Callable[..., Path]) -
         ({"image_size": [10**30, 80]}, "its image_size is"),
         ({"image_size": [-60, 80]}, "its image_size is"),
         ({"image_size": [True, 80]}, "its image_size is"),
-        ({"image_size": 30}, r"its image_size is 30, not \[height, width\]"),
+        ({"image_size": 30}, r"its image_size is 30; expected \[height, width\]"),
     ],
 )
 def test_what_cannot_be_used_is_left_out_and_told(

@@ -92,7 +92,7 @@ def test_rows_that_cannot_be_used_are_told_with_their_lines(folder: Path) -> Non
     assert problems.count == 6
     told = sorted(problems.first, key=lambda each: int(each.split("line ")[1].split(":")[0]))
     for number, (problem, reason) in enumerate(
-        zip(told, ["1 columns", "names no picture", "empty", "cannot be read", "URL", "not UTF-8"], strict=True), 3
+        zip(told, ["1 columns", "it has no image", "empty", "cannot be read", "URL", "not UTF-8"], strict=True), 3
     ):
         assert f"line {number if number < 8 else 9}: " in problem
         assert reason in problem

@@ -216,7 +216,7 @@ def test_a_model_that_cannot_read_the_regions_says_which_key() -> None:
     check_fit(record, 8, 5)
     with pytest.raises(BadSample, match=r"8 features per region, but model\.region_features is 2048"):
         check_fit(record, 2048, None)
-    with pytest.raises(BadSample, match=r"class 4, and model\.region_classes is 4"):
+    with pytest.raises(BadSample, match=r"class 4, but model\.region_classes is 4"):
         check_fit(record, 8, 4)
     unnamed = parse_regions(packed(classes=None))
     check_fit(unnamed, 8, None)
