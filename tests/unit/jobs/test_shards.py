@@ -52,7 +52,7 @@ def test_index_check_and_show_tell_everything_in_clean_text(folder: Path, tmp_pa
     assert (status, found["bad_samples"], found["skipped"]) == (3, 1, {"symbolic link": 2})
     (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines())
     assert bad["key"] == "cut"
-    assert "half a character" in bad["reason"]
+    assert "lone surrogate" in bad["reason"]
     assert "skipped, not part of a sample: symbolic link" in run("check", folder, "--workers", 1)[1]
     status, out = run("show", folder, "--json", "--sheet", tmp_path / "sheet.png")
     shown = json.loads(out.splitlines()[-1])["samples"]

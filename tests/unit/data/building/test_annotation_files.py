@@ -218,7 +218,7 @@ def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
     assert problems.faults == 1
     assert problems.first == [
         f"{tmp_path / 'stray.jpg'}: it is not in a class folder",
-        f"{tmp_path / '__MACOSX'}: it is class 0 without a picture; if it is not a class, remove it and build again",
+        f"{tmp_path / '__MACOSX'}: it is class 0 without an image; if it is not a class, remove it and build again",
     ]
 
 

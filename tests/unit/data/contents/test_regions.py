@@ -220,7 +220,7 @@ def test_a_model_that_cannot_read_the_regions_says_which_key() -> None:
         check_fit(record, 8, 4)
     unnamed = parse_regions(packed(classes=None))
     check_fit(unnamed, 8, None)
-    with pytest.raises(BadSample, match="no array 'classes', which objective region_class learns"):
+    with pytest.raises(BadSample, match="no array 'classes', which the objective moc needs"):
         check_fit(unnamed, 8, 5)
 
 
