@@ -30,8 +30,7 @@ from pipeline.models.checkpoints.conversion import ConfigFile
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
-from pipeline.training.stages import check_fit
-from pipeline.training.stages import heads as heads_of
+from pipeline.training.stages import check_fit, stage_heads
 
 NO_SOURCE = "none"
 # What the files that we write say beside their tensors, as JSON: the model's section, what its masked-image head
@@ -156,7 +155,7 @@ def _header(weights: Weights) -> dict[str, str]:
     """What a file says of the weights in it, so that importing it needs no sizes and gives the same predictions."""
     stages = weights.config.stages
     index = stages.index(weights.config.stage_named(weights.stage))
-    target = heads_of(weights.config, index).image_target
+    target = stage_heads(weights.config, index).image_target
     return {
         MODEL_KEY: weights.config.model.model_dump_json(),
         **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),

@@ -106,4 +106,4 @@ def check_rank(loop_config: dict[str, str]) -> Result:
         checks = preflight(config, lambda _: None, loader_backend(config))
     except MomeError as error:
         return {"failure": error_json(error)}
-    return {"checked": {check.what: {"told": check.told, "seconds": check.seconds} for check in checks}}
+    return {"checked": {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}}

@@ -34,8 +34,8 @@ from pipeline.planning.estimate import (
     usable_bytes,
 )
 from pipeline.planning.hardware import INTRA_EFFICIENCY, TERA, Accelerator, Network, accelerator_named, network_named
+from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.prepare import VOCABULARY
-from pipeline.training.sharding import sharding_of
 from pipeline.training.stages import check_stages
 from pipeline.training.workload import work_of
 

@@ -30,10 +30,10 @@ from pipeline.planning.hardware import TERA, accelerator_like
 from pipeline.planning.memory import Memory, Work, memory_of
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
+from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.full_batch import full_batch
 from pipeline.training.measure import MeasuredEngine, Storages, gradients_of, living, peak_of, states_of
 from pipeline.training.micro_batch import with_micro_batch
-from pipeline.training.sharding import sharding_of
 from pipeline.training.stages import build_stage_model
 from pipeline.training.steps import TrainingStep, accumulation
 from pipeline.training.workload import work_of

@@ -32,7 +32,7 @@ def collective() -> str:
 
 
 def operators() -> str:
-    from pipeline.training.deepspeed_engine import load_extensions
+    from pipeline.training.deepspeed_setup import load_extensions
 
     load_extensions()
     return "loaded"

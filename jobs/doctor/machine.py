@@ -23,7 +23,7 @@ from typing import Literal
 
 from jobs.cluster import address_of
 from pipeline.config.schema import RunConfig
-from pipeline.training.extensions import use_own_folder
+from pipeline.training.deepspeed_setup import use_own_folder
 
 CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
 SHARED_MEMORY = Path("/dev/shm")

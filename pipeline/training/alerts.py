@@ -21,8 +21,8 @@ from pipeline.training.metrics import MetricsSnapshot, StepMetrics
 
 if TYPE_CHECKING:
     from pipeline.training.context import Stage, StageState
-    from pipeline.training.coverage import Coverage
     from pipeline.training.health import StepHealth
+    from pipeline.training.prepare import Coverage
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""Writing to the run's storage without waiting for it: the training thread makes no storage call between two steps.
+"""Background writes to the run's storage: the training thread makes no storage call between two steps.
 
-A store may be away for minutes and the run goes on; a step that waited for it would be ended by the watchdog.
+A store may be unavailable for minutes while training continues; the watchdog would end a step that waited for it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pipeline.data.storage import Storage
 
 log = logging.getLogger(__name__)
 
-DEADLINE_SECONDS = 10.0  # of one write of what the next write replaces anyway
+DEADLINE_SECONDS = 10.0  # of one write of a status that the next write replaces
 
 
 class BackgroundWriter:
-    """Writes objects from a thread of its own, which starts with the first. Of each URL only the newest data is kept.
+    """Writes objects in a thread; of each URL only the newest data is written.
 
-    `write` never waits and never raises: a fault is logged, and the data is dropped.
+    `write` never blocks and never raises: a failure is logged, and the data is dropped.
     """
 
     def __init__(self, storage: Storage, retry_timeout_seconds: float | None = None, level: int = logging.WARNING):
@@ -34,7 +34,7 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, url: str, data: bytes) -> None:
-        """Queue `data` for `url`, in place of what is still queued for it."""
+        """Queue `data` for `url`, replacing data still queued for it."""
         with self._changed:
             if self._is_closed:
                 return
@@ -45,7 +45,7 @@ class BackgroundWriter:
             self._changed.notify_all()
 
     def close(self, seconds: float) -> bool:
-        """End the thread once the queue is written. After `seconds` it is left to end with the process; False then."""
+        """Wait up to `seconds` for the queue to be written; return False, dropping the rest, if that is not enough."""
         deadline = time.monotonic() + seconds
         with self._changed:
             self._is_closed = True
@@ -73,7 +73,7 @@ class BackgroundWriter:
                 self._is_writing = True
             try:
                 self._storage.write(url, data)
-            except Exception as error:  # whatever it is, the run goes on without this object
+            except Exception as error:  # no failure here is a reason to stop the run
                 log.log(self._level, "%s was not written: %s: %s", url, type(error).__name__, error)
             with self._changed:
                 self._is_writing = False

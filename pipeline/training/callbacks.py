@@ -6,10 +6,10 @@ hook that calls a collective must do so on every rank in the same order, so such
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -80,60 +80,24 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Forwards each hook to several callbacks, in order; `close` in reverse order and whatever the others raise."""
+    """Forwards every hook to several callbacks in order; `close` in reverse order, whatever the others raise."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self._callbacks = tuple(callbacks)
-
-    def on_model_built(self, model: nn.Module) -> None:
-        for callback in self._callbacks:
-            callback.on_model_built(model)
-
-    def on_stage_start(self, state: StageState, start: int) -> None:
-        for callback in self._callbacks:
-            callback.on_stage_start(state, start)
-
-    def before_batch(self, step: int) -> None:
-        for callback in self._callbacks:
-            callback.before_batch(step)
-
-    def before_step(self, step: int, batch: Batch) -> None:
-        for callback in self._callbacks:
-            callback.before_step(step, batch)
-
-    def after_backward(self, step: int) -> None:
-        for callback in self._callbacks:
-            callback.after_backward(step)
-
-    def on_health(self, step: int, health: StepHealth) -> None:
-        for callback in self._callbacks:
-            callback.on_health(step, health)
-
-    def on_fault(self, step: int, name: str, message: str) -> None:
-        for callback in self._callbacks:
-            callback.on_fault(step, name, message)
-
-    def after_step(self, event: StepEvent) -> None:
-        for callback in self._callbacks:
-            callback.after_step(event)
-
-    def on_metrics(self, step: int, snapshot: MetricsSnapshot) -> None:
-        for callback in self._callbacks:
-            callback.on_metrics(step, snapshot)
-
-    def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        for callback in self._callbacks:
-            callback.on_evaluation(step, metrics)
-
-    def on_checkpoint(self, num_steps: int, url: str) -> None:
-        for callback in self._callbacks:
-            callback.on_checkpoint(num_steps, url)
-
-    def on_stage_end(self, result: StageResult) -> None:
-        for callback in self._callbacks:
-            callback.on_stage_end(result)
 
     def close(self) -> None:
         with ExitStack() as stack:
             for callback in self._callbacks:
                 stack.callback(callback.close)
+
+
+def _forwarding(hook: str) -> Callable[..., None]:
+    def forward(self: Callbacks, *arguments: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook)(*arguments)
+
+    return forward
+
+
+for _hook in [name for name in vars(Callback) if not name.startswith("_") and name != "close"]:
+    setattr(Callbacks, _hook, _forwarding(_hook))

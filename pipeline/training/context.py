@@ -15,10 +15,10 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.callbacks import Callbacks
 from pipeline.training.checkpoint import CheckpointStore, stage_url
 from pipeline.training.collectives import Collectives
-from pipeline.training.coverage import Coverage
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.health import Spike, SpikeGuard
 from pipeline.training.ownership import Ownership
+from pipeline.training.prepare import Coverage
 from pipeline.training.progress import Report
 from pipeline.training.steps import TrainingStep
 from pipeline.training.supervisor import RankSupervisor

@@ -1,13 +1,7 @@
-"""The DeepSpeed engine: ZeRO 0-3 behind the `Engine` protocol, and its state as named fragments (contract C5).
-
-Adam's state is primed here, before the first step: DeepSpeed creates it lazily, and a restored moment
-would otherwise have nowhere to go.
-"""
+"""The DeepSpeed engine: ZeRO 0-3 behind the `Engine` protocol, and its state as named fragments (contract C5)."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from collections.abc import Iterator
 
@@ -17,30 +11,22 @@ from torch import Tensor, nn
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
-from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_config import deepspeed_config
+from pipeline.training.deepspeed_setup import deepspeed_config, load_extensions, prepare_blocks
 from pipeline.training.engine import Fragment, FragmentSource
-from pipeline.training.extensions import alone, use_own_folder, use_own_ninja
-from pipeline.training.gradient_buffers import GradientBuffers
 from pipeline.training.optimizer import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
-AVERAGE = "ema"  # the moving average of a weight, where the stage keeps one
-
-
-def load_extensions() -> None:
-    """Loads, and the first time builds, what DeepSpeed would load by itself, which then finds it loaded."""
-    from deepspeed.comm.torch import build_shm_op
-
-    use_own_ninja()
-    with alone(use_own_folder()), contextlib.redirect_stdout(io.StringIO()):  # it tells each time that it was built
-        build_shm_op()
+AVERAGE = "ema"  # moving average of a weight, if the stage keeps one
 
 
 class DeepSpeedEngine:
-    """One stage's model under ZeRO. Parameters that the stage does not train are frozen before it is built (C3)."""
+    """One stage's model under ZeRO.
+
+    Parameters that the stage does not train must be frozen before the engine is built (contract C3). Adam's state is
+    created before the first step; DeepSpeed creates it lazily, and restored moments would have no place.
+    """
 
     def __init__(self, model: Model, config: RunConfig, stage: StageConfig, collectives: Collectives):
         import deepspeed
@@ -52,7 +38,7 @@ class DeepSpeedEngine:
         self._collectives = collectives
         self._zero_stage = config.engine.zero_stage
         self._names = dict(model.named_parameters())
-        self._exact: dict[str, Tensor] = {}  # float32 values of frozen weights that the engine keeps rounded
+        self._exact: dict[str, Tensor] = {}  # float32 values of frozen weights that the engine holds in bfloat16
         prepare_blocks(model, config.engine)
         rounds = config.engine.precision != "float32"
         start = {n: p.detach().clone() for n, p in self._names.items()} if rounds else {}
@@ -69,9 +55,7 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, stage, collectives.world_size),
         )
         self._adam = optimizer
-        self._buffers = GradientBuffers(
-            self._engine.optimizer, self._zero_stage, offloaded=config.engine.offload_optimizer
-        )
+        self._offloads = config.engine.offload_optimizer
         self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._plain_norm: Tensor | None = None
         self._prime()
@@ -80,14 +64,12 @@ class DeepSpeedEngine:
         self._decay = stage.optimizer.ema_decay
         self._averages = self._own_weights() if self._decay is not None else {}
 
-    # ---- the step
-
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self._engine(passes)
 
     @property
     def reader(self) -> nn.Module:
-        """Reads passes as a step does: at ZeRO 3 it gathers the weights, so all ranks call it together."""
+        """The module for inference. At ZeRO 3 it gathers the weights, so its forward is a collective call."""
         return self._engine
 
     @property
@@ -97,22 +79,47 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
-        if last:
-            self._buffers.complete(self._accumulates)
+        if last and self._offloads and self._zero_stage >= 2 and self._accumulates:
+            # Otherwise a parameter that the last micro-batch does not use loses the gradient of the earlier ones.
+            self._engine.optimizer.finalize_gradient_accumulation_boundary()
 
     def step(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        if self._engine.optimizer is self._adam:  # plain AdamW at stage 0 keeps no norm of what it stepped
+        if self._engine.optimizer is self._adam:  # at stage 0 plain AdamW does not keep the norm
             gradients = [p.grad for p in self._names.values() if p.grad is not None]
             self._plain_norm = nn.utils.get_total_norm(gradients)
         self._engine.step()
-        self._buffers.clear()
+        self._clear_gradient_buffers()
         self._steps += 1
-        self._average()
+        if self._decay is not None:
+            keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
+            with torch.no_grad():
+                for name, average in self._averages.items():
+                    weight = self._local(name, "weight", *self._range(self._names[name]))
+                    average.lerp_(weight.float(), 1 - keep)
+
+    def _clear_gradient_buffers(self) -> None:
+        """Zero the gradient buffers that outlive a step.
+
+        DeepSpeed writes a gradient only where a parameter was used, so an expert that a step leaves idle would
+        otherwise get its last gradient again (DeepSpeed 0.19.8; found by the project's probes). This uses attributes
+        that DeepSpeed does not document; a release without them fails here by name.
+        """
+        optimizer = self._engine.optimizer
+        buffers: list[Tensor] = []
+        if self._zero_stage == 3:
+            buffers = [optimizer.grad_partitions_flat_buffer]
+            if self._offloads:
+                buffers += [group.grad for group in optimizer.fp32_partitioned_groups_flat]
+        elif self._offloads:
+            buffers = [group.grad for group in optimizer.single_partition_of_fp32_groups]
+            buffers += optimizer.accumulated_grads_in_cpu.values()
+        for buffer in buffers:
+            buffer.zero_()
 
     def _own_weights(self) -> dict[str, Tensor]:
-        """A copy of this rank's range of every trained master weight: where the moving average starts."""
+        """Copy this rank's range of every trained master weight, as the start of the moving average."""
         ranges = {n: (p, *self._range(p)) for n, p in self._names.items() if p.requires_grad}
         return {
             name: self._local(name, "weight", start, stop).float().clone()
@@ -120,20 +127,10 @@ class DeepSpeedEngine:
             if start < stop
         }
 
-    def _average(self) -> None:
-        """Moves the average, of which each rank keeps its own range, towards the weights just stepped."""
-        if self._decay is None:
-            return
-        keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
-        with torch.no_grad():
-            for name, average in self._averages.items():
-                parameter = self._names[name]
-                average.lerp_(self._local(name, "weight", *self._range(parameter)).float(), 1 - keep)
-
     def gradient_norm(self) -> float:
-        """The 2-norm of the last step's gradient over all parameters, before clipping."""
+        """Return the 2-norm of the last step's gradient over all parameters, before clipping."""
         norm = self._engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
-        assert norm is not None, "asked before the first step"
+        assert norm is not None, "called before the first step"
         return float(norm)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -146,18 +143,18 @@ class DeepSpeedEngine:
         }
 
     def local_gradients(self) -> list[Tensor]:
-        """What the next step reads: at stages 1 to 3 the gradients of this rank's partition, already reduced."""
+        """Return the gradients that the next step applies: at stages 1 to 3 this rank's reduced partition."""
         partitioned = getattr(self._engine.optimizer, "averaged_gradients", None) or {}
-        found = [tensor for group in partitioned.values() if group is not None for tensor in group]
-        if not found:  # stage 0, or gradients that were offloaded with the optimizer
+        gradients = [tensor for group in partitioned.values() if group is not None for tensor in group]
+        if not gradients:  # stage 0, or offloaded with the optimizer
             tensors = [*self._names.values(), *self._optimized_tensors()]
-            found = [tensor.grad for tensor in tensors if tensor.grad is not None]
-        return found
+            gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        return gradients
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this rank's parameters as forward reads them, gradients, and master weights with moments."""
+        """Return the bytes of this rank's parameters, gradients, and optimizer state with master weights."""
         held = [getattr(parameter, "ds_tensor", parameter) for parameter in self._names.values()]
-        masters = [tensor for tensor in self._optimized_tensors() if all(tensor is not each for each in held)]
+        masters = [tensor for tensor in self._optimized_tensors() if all(tensor is not parameter for parameter in held)]
         moments = [value for state in self._adam.state.values() for value in state.values() if torch.is_tensor(value)]
         categories = {
             "parameters": held,
@@ -166,13 +163,12 @@ class DeepSpeedEngine:
         }
         return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in categories.items()}
 
-    # ---- state as fragments
-
     def _prime(self) -> None:
-        """Create Adam's state, zero, for every tensor it steps."""
+        """Create zeroed Adam state for every optimized tensor."""
         for tensor in self._optimized_tensors():
             state = self._adam.state[tensor]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if self._fused else "cpu")
+            is_fused = self._collectives.device.type == "cuda"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if is_fused else "cpu")
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(tensor, dtype=torch.float32)
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
@@ -180,9 +176,9 @@ class DeepSpeedEngine:
             link()
 
     def _start_from(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Begin with the float32 weights themselves, which DeepSpeed rounds before it makes masters of them.
+        """Copy the float32 starting weights into the master weights, which DeepSpeed creates from rounded values.
 
-        Returns this rank's ranges of the frozen ones: they have no masters, and the next stage shall get them whole.
+        Return this rank's ranges of the frozen weights: they have no masters, and are handed over unrounded.
         """
         exact = {}
         with torch.no_grad():
@@ -196,18 +192,14 @@ class DeepSpeedEngine:
                     self._local(name, "weight", begin, end).copy_(own)
         return exact
 
-    @property
-    def _fused(self) -> bool:
-        return self._collectives.device.type == "cuda"
-
     def _optimized_tensors(self) -> list[Tensor]:
-        """The tensors Adam holds moments for: whole parameters, or this rank's flat float32 partitions."""
+        """Return the tensors Adam steps: whole parameters, or this rank's flat float32 partitions."""
         if self._zero_stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [tensor for group in self._adam.param_groups for tensor in group["params"]]
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's part of every parameter. Ranks' fragments tile each parameter exactly."""
+        """Yield this rank's part of every parameter; the ranks' fragments tile each parameter exactly."""
         for name, parameter in self._names.items():
             start, stop = self._range(parameter)
             if start < stop:
@@ -221,7 +213,7 @@ class DeepSpeedEngine:
         return parameter.ds_numel if self._zero_stage == 3 else parameter.numel()  # type: ignore[attr-defined]
 
     def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """The elements of a flattened parameter that this rank answers for."""
+        """Return the range of a flattened parameter that this rank saves and restores."""
         numel, rank = self._numel(parameter), self._collectives.rank
         if self._zero_stage == 3:
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
@@ -236,7 +228,7 @@ class DeepSpeedEngine:
         return rank * numel // world_size, (rank + 1) * numel // world_size
 
     def _local(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """The float32 master weight or moment of this rank's range, as a view that may be written."""
+        """Return a writable view of the float32 master weight or moment in this rank's range."""
         parameter = self._names[name]
         moment = None if kind == "weight" else kind
         if name in self._exact:
@@ -252,14 +244,14 @@ class DeepSpeedEngine:
         return whole.view(-1)[start:stop]
 
     def restore(self, source: FragmentSource) -> None:
-        """Write weights, masters and moments saved by any world size and ZeRO stage into this engine, bit for bit."""
+        """Restore weights, master weights and moments saved at any world size and ZeRO stage, bit for bit."""
         with torch.no_grad():
             for name, parameter in self._names.items():
                 start, stop = self._range(parameter)
                 if start < stop:
                     for kind in KINDS if parameter.requires_grad else KINDS[:1]:
                         self._local(name, kind, start, stop).copy_(source.read(name, kind, start, stop))
-                if name in self._averages:  # a checkpoint of before the average was asked for begins it
+                if name in self._averages:  # checkpoints without an average start it from the weight
                     kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
                     self._averages[name].copy_(source.read(name, kind, start, stop))
                 self._write_weight(name, parameter, source)
@@ -268,7 +260,7 @@ class DeepSpeedEngine:
         self._steps = source.optimizer_step
 
     def _write_weight(self, name: str, parameter: nn.Parameter, source: FragmentSource) -> None:
-        """The weights that forward reads: each rank's own part at stage 3, else the whole parameter."""
+        """Restore the weight used by the forward: this rank's partition at stage 3, else the whole parameter."""
         if self._zero_stage == 3:
             start, stop = self._range(parameter)
             if start < stop:
@@ -297,7 +289,7 @@ class DeepSpeedEngine:
         return gathered if self._collectives.rank == 0 else None
 
     def _whole(self, parameter: nn.Parameter, own: Tensor | None) -> Tensor:
-        """The ranks' own ranges of a parameter put together, by a sum in which all others are 0."""
+        """Assemble a parameter from the ranks' ranges, by a sum in which each rank is zero outside its own."""
         whole = torch.zeros(self._numel(parameter), device=self._collectives.device)
         if own is not None:
             start, stop = self._range(parameter)
@@ -308,5 +300,5 @@ class DeepSpeedEngine:
         return parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Free the engine, so that the next stage may build its own."""
+        """Free the engine, so that the next stage can build its own."""
         self._engine.destroy()

@@ -33,7 +33,6 @@ from pipeline.training.checkpoint import (
 from pipeline.training.checkpoint.checkpointer import Checkpointer, checkpoint_metadata
 from pipeline.training.collectives import Collectives
 from pipeline.training.context import RunContext, Stage, StageResult, StageState
-from pipeline.training.coverage import load_coverage
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.evaluation import Evaluation
 from pipeline.training.health import (
@@ -49,7 +48,7 @@ from pipeline.training.metrics import MetricsCollector, ProgressReporter, StageT
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.ownership import Ownership, Start
-from pipeline.training.prepare import prepare
+from pipeline.training.prepare import load_coverage, prepare
 from pipeline.training.profile import Profiler, ProfileWindow
 from pipeline.training.progress import Report
 from pipeline.training.stages import build_stage_model

@@ -14,7 +14,7 @@ from pipeline.config.errors import RunFailed
 from pipeline.config.schema import RunConfig
 from pipeline.planning.estimate import largest_micro_batch, largest_share, memory_at
 from pipeline.training.collectives import Collectives
-from pipeline.training.sharding import sharding_of
+from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.workload import work_of
 
 log = logging.getLogger(__name__)

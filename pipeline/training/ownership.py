@@ -1,20 +1,20 @@
-"""Who may write a run: its latest start, and no other.
+"""Ownership of a run: only its latest start may write it.
 
-A head that was cut off, or a launcher thought dead, may come back and train on beside the one that took its run up.
-Each start of a run's ranks therefore leaves a file in the run's folder:
+A launcher that was disconnected or believed dead may come back and continue training concurrently with its successor.
+Each start of a run's ranks therefore writes a file to the run's folder:
 
     <run>/owners/0003-9f86d081.4c1de8a0b2f35a67.json    the start (its number and token), and its launcher's claim
 
-The last by name is the owner. Names are unique and in one order for everybody, so two starts that claim the run at the
-same time need no conditional write to agree on one. The owner is asked for before anything is committed and before
-anything is deleted; and because the question and the deed are two requests, checkpoints carry the start in their names:
-nobody deletes what a later start wrote, however long it slept in between.
+The last by name is the owner. Names are unique and ordered, so two starts that claim the run at the same time need no
+conditional write to agree on the owner. Ownership is checked before every commit and every deletion. Because the check
+and the operation are two requests, checkpoints carry the start in their names, and no start deletes what a later one
+wrote, however long it was suspended in between.
 
-The restarts of one launcher share its claim. Once another launcher has the run, they do not take it back, and
+The restarts of one launcher share its claim. Once another launcher owns the run, they do not take it back, and
 
     python -m pipeline.training.ownership CONFIG [key=value …]
 
-ends with status 76 under that launcher, as `infra/slurm.sbatch` asks before it tries again; else with 0.
+exits with status 76 under that launcher, which `infra/slurm.sbatch` checks before it retries; otherwise with 0.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipeline.config.load import load_config
 from pipeline.data.storage import NotFound, Storage, join
 
 OWNER_FILE = "owners"
-CLAIM_VARIABLE = "MOME_CLAIM"  # a launcher's own name for itself, the same for all its restarts and for no other launch
+CLAIM_VARIABLE = "MOME_CLAIM"  # identifies a launcher across its restarts
 _NAME = re.compile(r"(\d{4,})-([0-9a-f]{8})\.([^.]+)\.json")
 
 
@@ -59,7 +59,7 @@ class Start:
 class Ownership:
     """The right to write a run: of a launcher, or of one start of its ranks.
 
-    `claim` is what the restarts of one launcher share. Without `start` any start of that launcher is meant.
+    `claim` is shared by the restarts of one launcher. Without `start`, the ownership covers all of them.
     """
 
     def __init__(self, storage: Storage, folder: str, claim: str, start: Start | None = None):
@@ -70,8 +70,8 @@ class Ownership:
     def take(cls, storage: Storage, folder: str, claim: str | None = None) -> Ownership:
         """Make this start the run's owner.
 
-        `claim`: the launcher's (default: what tells this process's launcher from others, else a new one). Raises
-        Superseded when that launcher had the run and another has taken it up since.
+        `claim` identifies the launcher (default: that of this process's launcher, else a new one). Raises Superseded
+        if that launcher owned the run and another has taken it since.
         """
         ownership = cls(storage, folder, claim or _claim_of_launcher() or secrets.token_hex(8))
         while True:
@@ -79,18 +79,18 @@ class Ownership:
             start = Start(starts[-1][0].number + 1 if starts else 1, secrets.token_hex(4))
             record = {"host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
             storage.write(ownership._file(start, ownership.claim), json.dumps(record).encode())
-            if ownership._starts()[-1][0] == start:  # not, when another start claimed the run at the same time
+            if ownership._starts()[-1][0] == start:  # False if another start claimed the run at the same time
                 ownership.start = start
                 return ownership
 
     def check(self) -> None:
-        """Raise Superseded when a later start has the run."""
+        """Raise Superseded if a later start owns the run."""
         starts = self._starts()
         if starts and (starts[-1][1] != self.claim or self.start not in (None, starts[-1][0])):
             raise self._superseded(*starts[-1])
 
     def check_launcher(self) -> list[tuple[Start, str]]:
-        """Raise Superseded when the launcher had the run and another has taken it up since; return all starts."""
+        """Return all starts; raise Superseded if this launcher owned the run and another has taken it since."""
         starts = self._starts()
         if self.claim in {claim for _, claim in starts} and starts[-1][1] != self.claim:
             raise self._superseded(*starts[-1])
@@ -104,9 +104,9 @@ class Ownership:
         return True
 
     def _starts(self) -> list[tuple[Start, str]]:
-        """Every start and its launcher's claim, in order."""
-        found = (_NAME.fullmatch(name) for name in self._storage.list(self._url))
-        return sorted((Start(int(match[1]), match[2]), match[3]) for match in found if match)
+        """Return every start and its launcher's claim, in order."""
+        matches = (_NAME.fullmatch(name) for name in self._storage.list(self._url))
+        return sorted((Start(int(match[1]), match[2]), match[3]) for match in matches if match)
 
     def _file(self, start: Start, claim: str) -> str:
         return join(self._url, f"{start}.{claim}.json")
@@ -120,18 +120,18 @@ class Ownership:
             where = ""
         other = f" with another {CLAIM_VARIABLE}" if CLAIM_VARIABLE in os.environ else ""
         return Superseded(
-            f"this run was taken up by a later start{where} ({url}); this one ends and leaves it what is committed. To "
-            f"take the run back, start it anew{other}"
+            f"this run is owned by a later start{where} ({url}); this one ends, and what it has committed is kept. To "
+            f"take the run back, start it again{other}"
         )
 
 
 def _claim_of_launcher() -> str | None:
-    """What this process's launcher has in common with its own restarts only; None without a launcher that restarts."""
+    """Return the claim of this process's launcher; None without a launcher that restarts its ranks."""
     if given := os.environ.get(CLAIM_VARIABLE):
         return _digest(given)
     if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
         return None
-    agent = psutil.Process(os.getppid())  # torchrun, which outlives the ranks that it starts again
+    agent = psutil.Process(os.getppid())  # torchrun, which outlives the ranks that it restarts
     return _digest(f"{run} {socket.gethostname()} {agent.pid} {agent.create_time()}")
 
 

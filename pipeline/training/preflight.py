@@ -44,28 +44,28 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Checked:
-    """One thing that works, with the slowest rank's seconds."""
+class CheckResult:
+    """A check that passed on all ranks, with the slowest rank's seconds."""
 
-    what: str
-    told: str
+    name: str
+    message: str
     seconds: float
 
     def __str__(self) -> str:
-        return f"ok  {self.what:<24} {self.seconds:7.1f} s  {self.told}"
+        return f"ok  {self.name:<24} {self.seconds:7.1f} s  {self.message}"
 
 
-def preflight(config: RunConfig, say: Say, loader_backend: BackendFactory = local_backend) -> list[Checked]:
-    """Called once on each rank; `say` hears of each check on the first. Raises MomeError for the first that fails."""
+def preflight(config: RunConfig, say: Say, loader_backend: BackendFactory = local_backend) -> list[CheckResult]:
+    """Run all checks; call it once on each rank. `say` receives each result on rank 0. Raises MomeError on failure."""
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
-    scratch = _beside(config, collectives.broadcast_json(secrets.token_hex(4)), storage)
-    checked: list[Checked] = []
+    scratch = _scratch_run(config, collectives.broadcast_json(secrets.token_hex(4)), storage)
+    results: list[CheckResult] = []
 
-    def check(what: str, run: Callable[[], str]) -> None:
-        checked.append(_checked(collectives, what, run))
+    def check(name: str, run: Callable[[], str]) -> None:
+        results.append(_run_check(collectives, name, run))
         if collectives.rank == 0:
-            say(str(checked[-1]))
+            say(str(results[-1]))
 
     try:
         key = f"preflight-rank-{collectives.rank}"
@@ -74,23 +74,19 @@ def preflight(config: RunConfig, say: Say, loader_backend: BackendFactory = loca
         check("data and vocabulary", lambda: _prepare(scratch, storage, collectives))
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
         for index, stage in enumerate(scratch.stages):
-            one = partial(_try_stage, scratch, index, storage, tokenizer, collectives, loader_backend)
-            check(f"stage {stage.name}", one)
+            run = partial(_try_stage, scratch, index, storage, tokenizer, collectives, loader_backend)
+            check(f"stage {stage.name}", run)
     finally:
         if collectives.rank == 0:
-            _clear_away(storage, scratch.folder)
-    return checked
+            try:
+                storage.delete(scratch.folder)
+            except StorageError as error:  # must not hide the failure of a check
+                log.warning("the temporary folder %s could not be removed: %s", scratch.folder, error)
+    return results
 
 
-def _clear_away(storage: Storage, folder: str) -> None:
-    try:
-        storage.delete(folder)
-    except StorageError as error:  # what a check found wrong is what must be told
-        log.warning("preflight's folder could not be removed: %s", error)
-
-
-def _beside(config: RunConfig, token: str, storage: Storage) -> RunConfig:
-    """Return the same run in a folder of its own, with random weights where an earlier stage would hand over."""
+def _scratch_run(config: RunConfig, token: str, storage: Storage) -> RunConfig:
+    """Return the run with a temporary folder, starting every stage that follows another from random weights."""
     values = apart(config, storage, config.output, f"{config.name}.preflight-{token}").model_dump(mode="json")
     for stage in values["stages"]:
         if stage["start_from"] == "previous":
@@ -98,17 +94,17 @@ def _beside(config: RunConfig, token: str, storage: Storage) -> RunConfig:
     return validate(values, config.name)
 
 
-def _checked(collectives: Collectives, what: str, run: Callable[[], str]) -> Checked:
-    """Runs a check on this rank; all ranks learn of any that failed, so that none is left waiting for it."""
+def _run_check(collectives: Collectives, name: str, run: Callable[[], str]) -> CheckResult:
+    """Run a check on every rank; if any fails, all of them raise, so that none waits for it."""
     started = time.perf_counter()
     try:
-        told, failure = run(), ""
+        message, failure = run(), ""
     except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
-        told, failure = "", f"rank {collectives.rank}: {type(error).__name__}: {error}"
-    answers = collectives.gather_json((told, failure, time.perf_counter() - started))
-    if failures := [failed for _, failed, _ in answers if failed]:
-        raise RunFailed(f"preflight, {what}: " + "\n".join(failures))
-    return Checked(what, answers[0][0], max(seconds for _, _, seconds in answers))
+        message, failure = "", f"rank {collectives.rank}: {type(error).__name__}: {error}"
+    by_rank = collectives.gather_json((message, failure, time.perf_counter() - started))
+    if failures := [failure for _, failure, _ in by_rank if failure]:
+        raise RunFailed(f"preflight, {name}: " + "\n".join(failures))
+    return CheckResult(name, by_rank[0][0], max(seconds for _, _, seconds in by_rank))
 
 
 def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> str:
@@ -130,7 +126,7 @@ def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> st
 
 
 def _try_tracking(config: RunConfig, rank: int) -> str:
-    """Where tracking is not required, a run starts without it, and so does this."""
+    """Write to the tracking server; if tracking is not required, a failure is only reported."""
     if rank != 0:
         return ""
     try:
@@ -139,7 +135,7 @@ def _try_tracking(config: RunConfig, rank: int) -> str:
     except MomeError as error:
         if config.tracking.required:
             raise
-        return f"not required, and does not work: {error}"
+        return f"not required, and unavailable: {error}"
 
 
 def _prepare(config: RunConfig, storage: Storage, collectives: Collectives) -> str:

@@ -1,17 +1,19 @@
-"""What must be true before the first step, found out before a cluster is held: one process does it, once.
+"""Preparation of a run before a cluster is reserved: sources, stages, vocabulary, and the config's admission.
 
-Everything here is idempotent, so that a restarted run goes through it again and changes nothing.
+One process does it, once. Everything is idempotent, so that repeating it for a restarted run changes nothing.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.load import changes, validate
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import parse_config
@@ -23,32 +25,34 @@ from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import select, selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import VOCABULARY, load_weights
-from pipeline.training.coverage import measure_coverage
 from pipeline.training.stages import check_fit, check_stages, prepare_experts, stage_skeleton
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-TEXTLESS = ("images", "labelled")  # uses of sources whose texts no stage reads
-TELL_SECONDS = 5.0
-MAX_CAPTIONS = 200_000  # enough to train a vocabulary from
+TEXTLESS = ("images", "labelled")  # source types whose texts no stage reads
+REPORT_SECONDS = 5.0  # between progress messages
+MAX_CAPTIONS = 200_000  # per folder of shards, for training a vocabulary
+COVERAGE_FILE = "vocabulary.json"
+COVERAGE_CAPTIONS = 1000  # per folder of shards, for measuring the coverage
+MAX_UNKNOWN = 0.01  # fraction of [UNK] among the tokens, above which an alert is raised
 
 
 def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
-    """Draw synthetic sources, index and check every source and stage, fix the vocabulary, and admit the config.
+    """Build synthetic sources, index and check every source and stage, choose the vocabulary, and admit the config.
 
-    Raises ConfigError, DataError, StorageError or CheckpointError with one message; nothing is half-written.
+    Raises ConfigError, DataError, StorageError or CheckpointError; no file is left partly written.
     """
     check_stages(config)
     for path, (old, new) in admit(config, storage).items():
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
     urls = sorted({source.shards for source in config.sources.values()})
-    manifests = {url: ensure_indexed(storage, url, _Told(f"{url}: indexed")) for url in urls}
+    manifests = {url: ensure_indexed(storage, url, _Progress(f"{url}: indexed")) for url in urls}
     for name, source in config.sources.items():
-        told = _Told(f"sources.{name}: filtered")
-        select(storage, source, manifests[source.shards], selection_url(config, name), told)
-    choices = _lists(config, storage)  # a wrong list is told before a cluster is held
+        progress = _Progress(f"sources.{name}: filtered")
+        select(storage, source, manifests[source.shards], selection_url(config, name), progress)
+    choices = _lists(config, storage)  # an invalid list fails before a cluster is reserved
     tokenizer = choose_tokenizer(config, storage)
     for index, stage in enumerate(config.stages):
         if stage.start_from not in ("previous", "random"):
@@ -56,53 +60,55 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     tokenizer.save(storage, join(config.folder, VOCABULARY))
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
-    for name, listed in choices.items():  # with the run, for who reads its checkpoints anywhere
-        storage.write(join(config.folder, name), listed.to_bytes())
+    for name, labels in choices.items():  # copied, so that the run's checkpoints can be used elsewhere
+        storage.write(join(config.folder, name), labels.to_bytes())
     storage.write(join(config.folder, RUN_FILE), config.model_dump_json(indent=1).encode())
     return tokenizer
 
 
 def _lists(config: RunConfig, storage: Storage) -> dict[str, Choices]:
-    """Return by file name what the heads choose among, where it is the same in all stages that train such a head."""
-    lists = [choices_of(config, [stage], storage) for stage in config.stages]
-    last = {name: listed for each in lists for name, listed in each.items()}
-    return {name: listed for name, listed in last.items() if all(each.get(name, listed) == listed for each in lists)}
+    """Return the heads' label lists by file name, if all stages that train such a head use the same list."""
+    by_stage = [choices_of(config, [stage], storage) for stage in config.stages]
+    last = {name: labels for lists in by_stage for name, labels in lists.items()}
+    return {
+        name: labels for name, labels in last.items() if all(lists.get(name, labels) == labels for lists in by_stage)
+    }
 
 
-class _Told:
-    """Progress of long work over shards: a line now and then, and none when it is done at once."""
+class _Progress:
+    """Logs the progress of long work over shards every few seconds."""
 
-    def __init__(self, what: str):
-        self._what, self._last = what, time.monotonic()
+    def __init__(self, task: str):
+        self._task, self._last = task, time.monotonic()
 
     def __call__(self, done: int, total: int, name: str) -> None:
-        if time.monotonic() - self._last >= TELL_SECONDS:
+        if time.monotonic() - self._last >= REPORT_SECONDS:
             self._last = time.monotonic()
-            log.warning("%s %d of %d shards", self._what, done, total)
+            log.warning("%s %d of %d shards", self._task, done, total)
 
 
 def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
-    """Compare with the config this run folder was begun with: path -> (old, new) of what may change.
+    """Compare with the config that the run folder was created with; return the changed keys as key -> (old, new).
 
-    Raises ConfigError naming every changed key that may not change on resume (contract C4).
+    Raises ConfigError naming every changed key that must not change on resume (contract C4).
     """
     url = join(config.folder, RUN_FILE)
     if not storage.exists(url):
         return {}
     allowed, refused = changes(parse_config(storage.read(url), url), config)
     if refused:
-        told = "\n".join(f"{path}: was {old!r}, now {new!r}" for path, (old, new) in refused.items())
+        differences = "\n".join(f"{path}: was {old!r}, now {new!r}" for path, (old, new) in refused.items())
         raise ConfigError(
-            f"{config.folder} holds a run begun with other values of keys that may not change on resume:\n{told}\n"
-            "Give them their old values, or give the run another `name`."
+            f"{config.folder} contains a run with other values of keys that must not change on resume:\n{differences}\n"
+            "Restore the old values, or choose another `name` for the run."
         )
     return allowed
 
 
 def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunConfig:
-    """Return the same run in another folder, with the vocabulary of its own: preparing it changes nothing of the run.
+    """Return the run with another folder but its own vocabulary, so that preparing it does not affect the run.
 
-    Raises ConfigError where the run itself could not be resumed with this config (`admit`).
+    Raises ConfigError if the run itself could not be resumed with this config (`admit`).
     """
     admit(config, storage)
     values = config.model_dump(mode="json") | {"output": output, "name": name}
@@ -113,63 +119,113 @@ def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunCon
 
 
 def _check_start(config: RunConfig, index: int, storage: Storage, tokenizer: Tokenizer) -> None:
-    """A stage may only start from weights that fit it, or are made to, and that is known before a rank is placed."""
+    """Check that a stage's starting weights fit its model and vocabulary. Raises ConfigError or CheckpointError."""
     stage = config.stages[index]
     where = f"stages.{stage.name}.start_from"
-    found = load_weights(storage, stage.start_from)
+    weights = load_weights(storage, stage.start_from)
     model = stage_skeleton(config, index, tokenizer.size)
     try:
-        state = model.resize_state(found.tensors, found.config.model)
+        state = model.resize_state(weights.tensors, weights.config.model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {stage.start_from}: {error}") from None
-    learnt = Tokenizer(found.vocabulary or SPECIALS, found.config.tokenizer.lowercase)
-    if found.vocabulary and learnt.lowercase != tokenizer.lowercase:
+    trained = Tokenizer(weights.vocabulary or SPECIALS, weights.config.tokenizer.lowercase)
+    if weights.vocabulary and trained.lowercase != tokenizer.lowercase:
         raise ConfigError(
-            f"{where}: {stage.start_from} was trained with tokenizer.lowercase {str(learnt.lowercase).lower()}, "
+            f"{where}: {stage.start_from} was trained with tokenizer.lowercase {str(trained.lowercase).lower()}, "
             f"and this run has {str(tokenizer.lowercase).lower()}; set the key"
         )
-    if found.vocabulary and found.vocabulary != list(tokenizer.tokens):
+    if weights.vocabulary and weights.vocabulary != list(tokenizer.tokens):
         raise ConfigError(
-            f"{where}: {stage.start_from} learnt another vocabulary than this run reads; "
-            f"set tokenizer.vocabulary to {join(found.url, VOCABULARY)}"
+            f"{where}: {stage.start_from} was trained with another vocabulary than this run's; "
+            f"set tokenizer.vocabulary to {join(weights.url, VOCABULARY)}"
         )
-    check_fit(model, prepare_experts(model, state, stage), f"{where}: {stage.start_from}: the stage", found.absent)
+    check_fit(model, prepare_experts(model, state, stage), f"{where}: {stage.start_from}: the stage", weights.absent)
 
 
 def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
-    """The run's vocabulary: as fixed at its begin, else the configured file, else trained from the captions."""
-    url, given = join(config.folder, VOCABULARY), config.tokenizer
+    """Return the run's tokenizer: with its saved vocabulary, else the configured one, else one trained on captions."""
+    url, section = join(config.folder, VOCABULARY), config.tokenizer
     if storage.exists(url):
-        return Tokenizer.load(storage, url, given.lowercase)
-    if given.vocabulary is not None:
-        found = Tokenizer.load(storage, given.vocabulary, given.lowercase)
-        if given.lowercase is None and found.lowercase == is_cased(found.tokens):
-            has = "words with capital letters" if found.lowercase else "no word with a capital letter"
+        return Tokenizer.load(storage, url, section.lowercase)
+    if section.vocabulary is not None:
+        tokenizer = Tokenizer.load(storage, section.vocabulary, section.lowercase)
+        if section.lowercase is None and tokenizer.lowercase == is_cased(tokenizer.tokens):
+            has = "words with capital letters" if tokenizer.lowercase else "no word with a capital letter"
             raise ConfigError(
-                f"tokenizer.lowercase: {given.vocabulary} has {has}, and the tokenizer_config.json beside it says "
-                f"do_lower_case {str(found.lowercase).lower()}; set the key to what the weights were trained with"
+                f"tokenizer.lowercase: {section.vocabulary} has {has}, but the tokenizer_config.json next to it has "
+                f"do_lower_case {str(tokenizer.lowercase).lower()}; set the key to the value used in training"
             )
-        return found
+        return tokenizer
     texts = _captions(config, storage) if config.model.READS_TEXT else iter(())
     first = next(texts, None)
     textless = all(config.source_type_of(stage) in TEXTLESS for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
-        return Tokenizer(SPECIALS)  # of a run that reads pictures without captions: it is never used
-    return Tokenizer.train(itertools.chain([first or ""], texts), given.size, given.lowercase is not False)
+        return Tokenizer(SPECIALS)  # of a run on images without captions: never used
+    return Tokenizer.train(itertools.chain([first or ""], texts), section.size, section.lowercase is not False)
 
 
 def _folders_with_text(config: RunConfig) -> list[str]:
-    """The folders of shards whose texts a stage reads, each once."""
+    """Return the folders of shards whose texts some stage reads, without duplicates."""
     read = {name for stage in config.stages for name in stage.sources}
     return sorted({config.sources[name].shards for name in read if config.sources[name].type not in TEXTLESS})
 
 
 def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:
-    """Captions and texts of every source that a stage reads, each folder of shards once."""
+    """Yield the texts of all sources that some stage reads, each folder of shards once."""
     read = {name for stage in config.stages for name in stage.sources}
-    # A run of masked images alone still fixes a vocabulary for the stages that follow it.
+    # A run of masked image modeling alone still fixes the vocabulary of later runs that start from its weights.
     for url in _folders_with_text(config) or sorted({config.sources[name].shards for name in read}):
         for number, caption in enumerate(iter_captions(storage, url)):
             if number >= MAX_CAPTIONS:
                 break
             yield caption
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The fraction of [UNK] among the tokens of each folder's first captions."""
+
+    vocabulary: str  # its digest
+    unknown: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.unknown.values(), default=0.0)
+
+    @property
+    def alert(self) -> str | None:
+        """The message for a vocabulary that does not fit the captions; None if it does."""
+        if self.worst <= MAX_UNKNOWN:
+            return None
+        folder = max(self.unknown, key=lambda url: self.unknown[url])
+        return (
+            f"{self.worst:.1%} of the tokens of {folder}'s captions are [UNK]. Set tokenizer.vocabulary to one of "
+            "their language, or train one: remove the key, and raise tokenizer.size"
+        )
+
+
+def measure_coverage(storage: Storage, folder: str, tokenizer: Tokenizer, urls: Iterable[str]) -> Coverage:
+    """Measure how well the vocabulary covers the captions at `urls`, and save the result in the run's folder.
+
+    A saved result for the same vocabulary is returned instead.
+    """
+    if (saved := load_coverage(storage, folder)) is not None and saved.vocabulary == tokenizer.digest:
+        return saved
+    unknown = {}
+    for url in urls:
+        captions = list(itertools.islice(iter_captions(storage, url), COVERAGE_CAPTIONS))
+        unknown[url] = round(tokenizer.unknown_share(captions), 6)
+        log.info("%s: %.2f %% of the tokens of %d captions are [UNK]", url, 100 * unknown[url], len(captions))
+    coverage = Coverage(tokenizer.digest, unknown)
+    if coverage.alert is not None:
+        log.warning("%s", coverage.alert)
+    storage.write(join(folder, COVERAGE_FILE), json.dumps(asdict(coverage), indent=1).encode())
+    return coverage
+
+
+def load_coverage(storage: Storage, folder: str) -> Coverage | None:
+    """Return the result that `measure_coverage` saved; None if it cannot be read."""
+    try:
+        return Coverage(**json.loads(storage.read(join(folder, COVERAGE_FILE))))
+    except (StorageError, ValueError, TypeError):
+        return None

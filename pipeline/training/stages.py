@@ -1,7 +1,7 @@
-"""What a stage is made of: the model, the parts it trains, and the weights it starts from.
+"""A stage's model, the parts it trains, and the weights it starts from.
 
-A stage hands over weights, never optimiser state. Parts that its objectives do not use are frozen before the engine
-is built: an idle but trainable expert would drift under Adam's momentum, and at ZeRO 3 be moved by stale gradients.
+A stage hands over weights, never optimizer state. Parts that its objectives do not use are frozen before the engine is
+built: an idle but trainable expert would drift under Adam's momentum, and at ZeRO 3 be updated by stale gradients.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def check_stages(config: RunConfig) -> None:
-    """What the schema cannot know: that the model serves every objective, and `freeze` names its parts.
+    """Check what the schema cannot: the model supports every objective, and `freeze` names its parts.
 
     Raises ConfigError.
     """
@@ -33,15 +33,15 @@ def check_stages(config: RunConfig) -> None:
 
 
 def stage_skeleton(config: RunConfig, index: int, vocabulary: int = 1) -> Model:
-    """The model of stage `index` without its weights."""
-    return skeleton(config.for_stage(config.stages[index]).model, vocabulary, heads(config, index))
+    """Build the model of stage `index` on the meta device."""
+    return skeleton(config.for_stage(config.stages[index]).model, vocabulary, stage_heads(config, index))
 
 
 def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabulary: int) -> Model:
-    """The model of stage `index`, with its starting weights, its unused and frozen parts frozen."""
+    """Build the model of stage `index` with its starting weights; parts it does not train are frozen."""
     stage = config.stages[index]
     section = config.for_stage(stage).model
-    model = build_model(section, vocabulary, heads(config, index), seed=hash64(config.seed, "weights"))
+    model = build_model(section, vocabulary, stage_heads(config, index), seed=hash64(config.seed, "weights"))
     start = starting_weights(config, index, storage)
     if start is not None:
         state = model.resize_state(start.tensors, start.config.model)
@@ -52,31 +52,31 @@ def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabular
     return model
 
 
-def heads(config: RunConfig, index: int) -> HeadConfig:
-    """The heads that a stage's model carries: its own, and those of the stages before it as the last one made them."""
-    found = HeadConfig(bounds_scales=not config.reproduce_vlmo_release)
+def stage_heads(config: RunConfig, index: int) -> HeadConfig:
+    """Return the heads of a stage's model: its own, and those of earlier stages as last configured."""
+    heads = HeadConfig(bounds_scales=not config.reproduce_vlmo_release)
     for stage in config.stages[: index + 1]:
         if "mim" in stage.objectives:
             tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0
-            found = replace(
-                found, image_target=stage.image_target, visual_tokens=tokens, image_decoder=stage.image_decoder
+            heads = replace(
+                heads, image_target=stage.image_target, visual_tokens=tokens, image_decoder=stage.image_decoder
             )
         if "classification" in stage.objectives:
-            found = replace(found, classes=stage.num_classes)
+            heads = replace(heads, classes=stage.num_classes)
         if "vqa" in stage.objectives:
-            found = replace(found, answers=stage.num_answers)
-        found = replace(found, reasoning=found.reasoning or "nlvr2" in stage.objectives)
-        found = replace(found, ranking=found.ranking or "ranking" in stage.objectives)
-    return found
+            heads = replace(heads, answers=stage.num_answers)
+        heads = replace(heads, reasoning=heads.reasoning or "nlvr2" in stage.objectives)
+        heads = replace(heads, ranking=heads.ranking or "ranking" in stage.objectives)
+    return heads
 
 
 def trained_parts(model: Model, config: RunConfig, stage: StageConfig) -> frozenset[str]:
-    """The parts that the stage's objectives use and its `freeze` leaves free."""
+    """Return the parts of the model that the stage's objectives use, except those in `freeze`."""
     return model.parts_used(stage.objectives, config.source_type_of(stage)) - model.parts_named(stage.freeze)
 
 
 def starting_weights(config: RunConfig, index: int, storage: Storage) -> Weights | None:
-    """What `start_from` names; None for random weights."""
+    """Load the weights that `start_from` refers to; None for random weights."""
     stage = config.stages[index]
     if stage.start_from == "random" or (stage.start_from == "previous" and index == 0):
         return None
@@ -85,7 +85,7 @@ def starting_weights(config: RunConfig, index: int, storage: Storage) -> Weights
 
 
 def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) -> dict[str, Tensor]:
-    """Give the experts that the config names their start: random, a copy of another expert, or kept as handed over."""
+    """Initialise the experts as the stage configures: random, a copy of another expert, or inherited."""
     prepared = dict(start)
     for target, source in (("language", stage.experts.language), ("vision_language", stage.experts.vision_language)):
         if source == "inherit":
@@ -98,41 +98,41 @@ def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) 
 
 
 def load_matching(model: Model, state: dict[str, Tensor], stage: str, absent: frozenset[str] = frozenset()) -> None:
-    """Load weights into the model; heads may be absent or of another shape, and so may the parts named in `absent`.
+    """Load weights into the model; heads, and the parts in `absent`, may be missing or have another shape.
 
-    Raises CheckpointError listing missing, unexpected and wrong-shaped names of another architecture.
+    Raises CheckpointError, listing the names that do not match, for weights of another architecture.
     """
-    anew = check_fit(model, state, f"stage {stage}", absent)
-    if anew:
-        log.warning("stage %s: these have no weights of that shape, and start anew: %s", stage, _few(anew))
-    own = model.state_dict().keys() - set(anew)
+    fresh = check_fit(model, state, f"stage {stage}", absent)
+    if fresh:
+        log.warning("stage %s: no weights of this shape to start from, initialised at random: %s", stage, _few(fresh))
+    own = model.state_dict().keys() - set(fresh)
     model.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
 
 
 def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozenset[str] = frozenset()) -> list[str]:
-    """The names that will start anew, besides the heads that the state lacks; `model` may be a skeleton.
+    """Return the names that will keep their initial values, besides missing heads; `model` may be on the meta device.
 
-    Raises CheckpointError as `load_matching`; `who` begins its message.
+    Raises CheckpointError as `load_matching` does; `who` begins its message.
     """
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
-    wrong = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
+    reshaped = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
     faults = {
         "missing": [n for n in missing if model.part_of(n) not in {*model.HEAD_PARTS, *absent}],
         "unexpected": [n for n in sorted(state.keys() - own.keys()) if not _is_head(model, n)],
-        "of another shape": [n for n in wrong if model.part_of(n) not in model.HEAD_PARTS],
+        "of another shape": [n for n in reshaped if model.part_of(n) not in model.HEAD_PARTS],
     }
     if any(faults.values()):
-        told = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
+        mismatches = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
         raise CheckpointError(
-            f"{who} starts from weights of another architecture ({told}); "
-            "give the same `model` section as the run that made them"
+            f"{who} starts from weights of another architecture ({mismatches}); "
+            "use the same `model` section as the run that trained them"
         )
-    return wrong + [name for name in missing if model.part_of(name) in absent]
+    return reshaped + [name for name in missing if model.part_of(name) in absent]
 
 
 def _is_head(model: Model, name: str) -> bool:
-    """Whether a name that this model lacks is of a head that it could have."""
+    """Return whether a name absent from this model belongs to a head that it could have."""
     try:
         return model.part_of(name) in model.HEAD_PARTS
     except (AssertionError, IndexError):

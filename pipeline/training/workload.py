@@ -25,9 +25,9 @@ from pipeline.planning.estimate import largest_share
 from pipeline.planning.hardware import accelerator_like
 from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
-from pipeline.training.blocks import prepare_blocks
 from pipeline.training.collectives import Collectives
 from pipeline.training.contrast import CONTRASTS
+from pipeline.training.deepspeed_setup import prepare_blocks
 from pipeline.training.full_batch import full_batch
 from pipeline.training.stages import stage_skeleton, trained_parts
 from pipeline.training.steps import TrainingStep, accumulation

@@ -50,8 +50,8 @@ def _saved_bytes() -> Iterator[list[int]]:
 
 def _plain(kind: str, **engine: Any) -> tuple[Gradients, int]:
     """Return the gradient of one step in one process, and the bytes that autograd saved for it."""
-    from pipeline.training.blocks import prepare_blocks
     from pipeline.training.collectives import Collectives
+    from pipeline.training.deepspeed_setup import prepare_blocks
     from tests.support.trial import begin
 
     config = _config(kind, **engine)

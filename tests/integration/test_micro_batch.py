@@ -26,7 +26,7 @@ def _resolved(configs: list[RunConfig]) -> int | str | None:
 def _needed(rows: int) -> float:
     """Return the estimated GB that each of two ranks needs for micro-batches of `rows` examples."""
     from pipeline.planning.estimate import memory_at
-    from pipeline.training.sharding import sharding_of
+    from pipeline.training.deepspeed_setup import sharding_of
     from pipeline.training.workload import work_of
 
     config = tiny_config(zero_stage=2)

@@ -26,7 +26,7 @@ def test_only_the_latest_claim_holds(tmp_path: Path) -> None:
     second = Ownership.take(storage, folder)
     assert second.holds()
     assert Ownership(storage, folder, second.claim).holds(), "restarted ranks share their launcher's claim"
-    with pytest.raises(Superseded, match=f"taken up by a later start.*{OWNER_FILE}"):
+    with pytest.raises(Superseded, match=f"owned by a later start.*{OWNER_FILE}"):
         first.check()
 
 
@@ -39,7 +39,7 @@ def _superseded(folder: str) -> dict[str, Any]:
     config, committed = short_config(folder, "run", cluster__workers=1), []
     for step in (TAKEN, STEPS - 1):
         taken = BeforeStep(step, lambda _: Ownership.take(Storage(), config.folder))
-        with pytest.raises(Superseded, match="taken up by a later start"):
+        with pytest.raises(Superseded, match="owned by a later start"):
             train(config, lambda progress: None, callbacks=[taken])
         committed.append(sorted(file.parent.name for file in Path(config.folder).glob("*/*/COMMIT.json")))
     ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "run_end")]
@@ -65,5 +65,5 @@ def test_ray_does_not_place_the_ranks_of_a_superseded_run_again(tmp_path: Path) 
     Ownership.take(Storage(), run.url)
     assert run.process is not None
     assert run.process.wait(timeout=SECONDS) == Superseded.exit_status
-    assert "taken up by a later start" in run.log_text()
+    assert "owned by a later start" in run.log_text()
     assert not (tmp_path / "run" / "failure.json").exists(), "what its successor's ranks would give up for"

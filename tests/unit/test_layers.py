@@ -28,7 +28,7 @@ LEVELS = {
 
 HOMES = {
     "ray": ("jobs/",),
-    "deepspeed": ("pipeline/training/deepspeed_engine.py",),
+    "deepspeed": ("pipeline/training/deepspeed_",),
     "mlflow": ("pipeline/tracking/mlflow_",),
     "torch.distributed": ("pipeline/training/collectives.py", "pipeline/training/deepspeed_engine.py"),
     "fsspec": ("pipeline/data/storage/backends.py", "jobs/bench/"),

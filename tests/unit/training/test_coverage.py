@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.contents.text import SPECIALS, Tokenizer
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.training.coverage import Coverage, load_coverage, measure_coverage
+from pipeline.training.prepare import Coverage, load_coverage, measure_coverage
 
 
 @pytest.fixture

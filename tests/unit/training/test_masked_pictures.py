@@ -16,7 +16,7 @@ from pipeline.data.storage import Storage
 from pipeline.objectives.masked_image import mean_colour_targets
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model, check_stages, heads
+from pipeline.training.stages import build_stage_model, check_stages, stage_heads
 from pipeline.training.steps import TrainingStep
 
 ROWS, SIDE, PATCH = 8, 24, 8
@@ -143,9 +143,9 @@ def test_the_encoder_never_reads_what_a_decoder_predicts() -> None:
 
 
 def test_a_stage_s_heads_follow_its_target() -> None:
-    found = heads(run_config("vit", **VARIANTS["named by tokens"]), 0)
+    found = stage_heads(run_config("vit", **VARIANTS["named by tokens"]), 0)
     assert found.image_targets(PATCH) == VISUAL_TOKENS
-    assert heads(run_config("vit", **VARIANTS["decoded"]), 0).image_decoder is not None
+    assert stage_heads(run_config("vit", **VARIANTS["decoded"]), 0).image_decoder is not None
     for kind in ("vlmo", "vit"):
         check_stages(run_config(kind, **VARIANTS["decoded"]))
 

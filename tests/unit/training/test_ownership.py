@@ -34,7 +34,7 @@ def test_the_latest_start_of_ranks_has_the_run(folder: str) -> None:
 def test_a_superseded_launcher_does_not_take_the_run_back(folder: str) -> None:
     take(folder, "old")
     new = take(folder, "new")
-    with pytest.raises(Superseded, match=f"taken up by a later start, on .*/{OWNER_FILE}/"):
+    with pytest.raises(Superseded, match=f"owned by a later start, on .*/{OWNER_FILE}/"):
         take(folder, "old")
     new.check()
     assert not Ownership(Storage(), folder, "old").holds()
@@ -54,7 +54,7 @@ def test_the_launchers_own_name_is_its_claim(folder: str, monkeypatch: pytest.Mo
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-18-0")
     take(folder)
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
-    with pytest.raises(Superseded, match=f"start it anew with another {CLAIM_VARIABLE}"):
+    with pytest.raises(Superseded, match=f"start it again with another {CLAIM_VARIABLE}"):
         take(folder)
 
 

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.training.extensions import FOLDER, alone, use_own_folder, use_own_ninja
+from pipeline.training.deepspeed_setup import FOLDER, exclusive_build, use_own_folder, use_own_ninja
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.training.extensions import alone
-with alone(Path(sys.argv[1])):
+from pipeline.training.deepspeed_setup import exclusive_build
+with exclusive_build(Path(sys.argv[1])):
     (Path(sys.argv[1]) / "op").mkdir()
     (Path(sys.argv[1]) / "op" / "lock").touch()
     print("inside", flush=True)
@@ -38,7 +38,7 @@ def test_a_process_killed_while_it_builds_leaves_no_lock_that_another_waits_for(
     holder.kill()
     holder.wait()
     assert waiter.wait(timeout=60) == 0
-    with alone(tmp_path):
+    with exclusive_build(tmp_path):
         assert not (tmp_path / "op" / "lock").exists()
 
 
@@ -71,7 +71,7 @@ def test_two_installations_of_deepspeed_build_in_two_folders(monkeypatch: pytest
 def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
 
-    with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR"), alone(tmp_path / "file" / "extensions"):
+    with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR"), exclusive_build(tmp_path / "file" / "extensions"):
         pass
 
 
@@ -84,6 +84,6 @@ def test_a_folder_without_file_locks_is_used_all_the_same(
     monkeypatch.setattr("fcntl.flock", no_locks)
     (tmp_path / "op").mkdir()
     (tmp_path / "op" / "lock").touch()
-    with alone(tmp_path):
+    with exclusive_build(tmp_path):
         assert (tmp_path / "op" / "lock").exists(), "whose it is cannot be known"
     assert "cannot be locked" in caplog.text
