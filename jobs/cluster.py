@@ -1,4 +1,4 @@
-"""The Ray cluster a run trains on: joining it, what a rank takes of it, and how many ranks it has room for."""
+"""The Ray cluster of a run: joining or starting it, running a function on its ranks, and the room it has for ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jobs.dashboard import token_file
-from jobs.resources import resources_of_rank, room_on
+from jobs.resources import rank_resources, ranks_on_node
 from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.redaction import redact
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KNOCK_SECONDS = 5.0
-HEAD_SECONDS = 15.0  # that a head may take to say that it is alive
+CONNECT_SECONDS = 5.0
+HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
-LOOK_SECONDS = 1.0
+CHECK_SECONDS = 1.0
 ADVICE = ("Refer to the documentation", "Consider provisioning")
-HEALTH_SECONDS = 100.0  # a rank that answers nothing for as long is lost; Ray would wait ten minutes
+HEALTH_SECONDS = 100.0  # a rank that is silent for this long is lost; Ray's default is ten minutes
 COUNT_SECONDS = 5.0
-NEVER_SECONDS = 1e9
+DISABLED_SECONDS = 1e9
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Join the given cluster, or start a local one. Raises ConfigError without Ray, RunFailed when nobody answers."""
+    """Join the configured cluster, or start a local one.
+
+    Raises ConfigError if Ray is not installed, RunFailed if no cluster answers.
+    """
     try:
         import ray
     except ImportError as error:
@@ -50,7 +53,7 @@ def connect(cluster: ClusterConfig) -> None:
         ) from error
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray Train reads these in the driver and hands them to its controller and ranks.
+    # Ray Train reads these in the driver and passes them to its controller and ranks.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_seconds)
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(HEALTH_SECONDS))
     if ray.is_initialized():
@@ -64,57 +67,58 @@ def connect(cluster: ClusterConfig) -> None:
 
 
 def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:
-    """Return the address of the cluster to join and what names it; None for a Ray of this machine's own."""
+    """Return the address of the cluster to join and the key or variable that sets it; None for a local Ray."""
     named, variable = cluster.address, os.environ.get("RAY_ADDRESS")
-    if variable and named in (None, "auto"):  # as Ray has it
+    if variable and named in (None, "auto"):  # as Ray does
         return None if variable == "local" else (variable, "RAY_ADDRESS")
     return None if named in (None, "local") else (named, "cluster.address")
 
 
 @contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Within `with` and after it, the handlers of SIGTERM and SIGINT stay. Ray sets its own for good: one that ends
-    this process with status 15, and one that prints a C++ stack."""
-    import ray._private.utils as of_ray
+    """Keep this process's handlers of SIGTERM and SIGINT, which Ray would replace for good.
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sets_handler, of_ray.set_sigterm_handler = of_ray.set_sigterm_handler, lambda _: None
+    Ray's handlers end the process with status 15, or print a C++ stack.
+    """
+    import ray._private.utils as ray_utils
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    set_handler, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda _: None
     try:
         yield
     finally:
-        of_ray.set_sigterm_handler = sets_handler
+        ray_utils.set_sigterm_handler = set_handler
         if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _join(address: str, name: str, options: dict[str, Any]) -> None:
-    """Raises RunFailed, within seconds where nobody or somebody else answers at the address."""
+    """Join the cluster at `address`. Raises RunFailed, within seconds if no Ray head answers there."""
     import ray
 
     try:
         if address != "auto":
             _find_head(address)
         ray.init(address=address, **options)
-    except Exception as error:  # Ray raises what it likes
+    except Exception as error:  # Ray raises exceptions of many types
         raise RunFailed(
-            f"{name} {address}: no Ray cluster answers ({first_words(error)}). Start one (ray start --head), correct "
+            f"{name} {address}: no Ray cluster answers ({root_cause(error)}). Start one (ray start --head), correct "
             "the address (host:6379), or leave it out to run on this machine."
         ) from error
 
 
 def _find_head(address: str) -> None:
-    """Find out in seconds whether a Ray head answers at host:port; Ray itself would wait for minutes.
+    """Check within seconds that a Ray head answers at host:port; Ray itself would wait for minutes.
 
-    Raises OSError or ValueError, saying what is there.
+    Raises OSError or ValueError with what was found instead.
     """
     import grpc
 
     if "://" in address:
-        told = "ray:// clients cannot place ranks" if address.startswith("ray://") else "it is no host:port"
-        raise ValueError(told)
+        raise ValueError("ray:// clients cannot place ranks" if address.startswith("ray://") else "expected host:port")
     host, port = host_and_port(address)
-    socket.create_connection((host, port), timeout=KNOCK_SECONDS).close()
+    socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
     with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", options=NO_PROXY) as channel:
@@ -122,52 +126,52 @@ def _find_head(address: str) -> None:
             channel.unary_unary(ALIVE)(b"", timeout=HEAD_SECONDS)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise OSError(f"what listens at port {port} is no Ray head{_whose(port)}") from error
+                raise OSError(f"the process at port {port} is no Ray head{_port_hint(port)}") from error
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                raise OSError(f"port {port} is another service's{_whose(port)}") from error
+                raise OSError(f"port {port} belongs to another service{_port_hint(port)}") from error
 
 
-def _whose(port: int) -> str:
-    found = {8265: "the dashboard's, for mome submit", 10001: "that of ray:// clients"}.get(port)
-    return f"; this port is {found}" if found else ""
+def _port_hint(port: int) -> str:
+    use = {8265: "the dashboard, for mome submit", 10001: "ray:// clients"}.get(port)
+    return f"; this port is used by {use}" if use else ""
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Return both of `host:port`, an IPv6 host without its brackets. Raises ValueError."""
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})", address)
-    if found is None or int(found[3]) > 65535:
-        raise ValueError("it is no host:port, with an IPv6 host as in [::1]:6379")
-    return found[1] or found[2], int(found[3])
+    """Split `host:port`; an IPv6 host loses its brackets. Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/]+)):(\d{1,5})", address)
+    if match is None or int(match[3]) > 65535:
+        raise ValueError("expected host:port, with an IPv6 host as in [::1]:6379")
+    return match[1] or match[2], int(match[3])
 
 
 def _start(cluster: ClusterConfig, options: dict[str, Any]) -> None:
-    """Start a Ray on this machine. Raises RunFailed if it does not."""
+    """Start a local Ray with enough CPUs for the ranks. Raises RunFailed."""
     import ray
 
-    each = cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus
-    needed = int(cluster.workers * each) + 1
+    cpus_per_rank = cluster.cpus_per_worker + cluster.loader_actors * cluster.loader_cpus
+    num_cpus = int(cluster.workers * cpus_per_rank) + 1
     keep_token_private()
     try:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, needed), include_dashboard=False, **options)
-    except Exception as error:  # Ray raises what it likes, a bare Exception among others
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_cpus), include_dashboard=False, **options)
+    except Exception as error:  # Ray raises exceptions of many types, a bare Exception among them
         ray.shutdown()
         if "AF_UNIX" in str(error):
             remedy = (
-                f"The folder of temporary files, {tempfile.gettempdir()}, has too long a name for sockets: set TMPDIR "
+                f"The folder of temporary files, {tempfile.gettempdir()}, has a path too long for sockets: set TMPDIR "
                 "or RAY_TMPDIR to a short one, such as /tmp"
             )
         else:
             remedy = (
-                "Where the machine is busy, try again; `mome doctor` looks at its disk, memory and limits; "
+                "If the machine is busy, try again; `mome doctor` checks its disk, memory and limits; "
                 "`torchrun --nproc-per-node N -m pipeline.training CONFIG` needs no Ray"
             )
-        raise RunFailed(f"Ray did not start on this machine ({first_words(error)}). {remedy}.") from error
+        raise RunFailed(f"Ray did not start on this machine ({root_cause(error)}). {remedy}.") from error
 
 
 def keep_token_private() -> None:
-    """Let nobody else read the token that opens this user's Ray: Ray itself writes it for everybody to read.
+    """Create Ray's authentication token with permissions for this user only; Ray itself writes it world-readable.
 
-    Where the home cannot be written, the token lives in the environment of this process and its children.
+    If the home folder is not writable, the token is set in the environment of this process and its children.
     """
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return
@@ -187,146 +191,134 @@ def keep_token_private() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def scaling_of(cluster: ClusterConfig) -> Any:
-    """Ray Train's ScalingConfig: as many ranks as were asked for, or what there is room for now, down to the fewest.
+def scaling_config(cluster: ClusterConfig) -> Any:
+    """Return Ray Train's ScalingConfig: the configured number of ranks, or a range where fewer are allowed.
 
-    Ray counts what nodes have: those too that are about to be taken away, where it can place nothing. They are left
-    out here. Its own growth, a restart from the last checkpoint at any moment, is off: ranks save first, see
-    `jobs.notice`.
+    Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here. Ray's own
+    growth, which restarts from the last checkpoint at any moment, is disabled: ranks save first (`jobs.rank`).
     """
     import ray.train
 
-    count_anew()
-    fewest, most = cluster.min_workers or cluster.workers, cluster.workers
-    if fewest < most and leaving_nodes():
-        most = min(most, max(fewest, room(cluster, occupied=False)))
-    train: Any = ray.train  # its types are those of the version before
+    refresh_node_counts()
+    minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
+    if minimum < maximum and draining_nodes():
+        maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
+    train: Any = ray.train  # Ray's annotations are those of Train v1
     return train.ScalingConfig(
-        num_workers=most if fewest == cluster.workers else (fewest, most),
+        num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
         use_gpu=bool(cluster.gpus_per_worker),
-        resources_per_worker=resources_of_rank(cluster),
+        resources_per_worker=rank_resources(cluster),
         placement_strategy=cluster.placement.upper(),
-        elastic_resize_monitor_interval_s=NEVER_SECONDS,
+        elastic_resize_monitor_interval_s=DISABLED_SECONDS,
     )
 
 
-def on_ranks(
+def run_on_ranks(
     function: Callable[[dict[str, str]], Any],
     config: RunConfig,
     name: str,
-    given: Mapping[str, str] | None = None,
+    arguments: Mapping[str, str] | None = None,
     placement: Placement | None = None,
-    look: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None,
     callbacks: Sequence[Any] = (),
     **run: Any,
 ) -> Any:
-    """`function({"config": json, **given})` on every rank that Ray Train places; what rank 0 returned.
+    """Run `function({"config": json, **arguments})` on every rank that Ray Train places; return rank 0's result.
 
-    `look` is called every second meanwhile, and may raise to end it all. `run`: more of Ray Train's RunConfig. Raises
-    what Ray Train raises when it gives up, and RunFailed where ranks can never be placed.
+    `check` is called every second meanwhile, and may raise to end the run. `run` holds further fields of Ray Train's
+    RunConfig. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
     """
+    import ray
     import ray.train
     import ray.train.torch
 
     from jobs.placement import Placement
 
-    train: Any = ray.train  # its types are those of the version before
+    train: Any = ray.train  # Ray's annotations are those of Train v1
 
     placement = placement or Placement(config.cluster, secrets.token_hex(8))
-    placement.begin()
+    placement.start()
     trainer = train.torch.TorchTrainer(
         function,
-        train_loop_config={"config": config.model_dump_json(), **(given or {})},
+        train_loop_config={"config": config.model_dump_json(), **(arguments or {})},
         torch_config=train.torch.TorchConfig(backend="nccl" if config.cluster.gpus_per_worker else "gloo"),
-        scaling_config=scaling_of(config.cluster),
+        scaling_config=scaling_config(config.cluster),
         run_config=train.RunConfig(
-            # Ray Train would resume a name it knows; where a run stands is for our checkpoints to say.
+            # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
             name=f"{name}-{secrets.token_hex(4)}",
-            storage_path=own_folder("mome-ray-train"),
+            storage_path=private_folder("mome-ray-train"),
             callbacks=[*callbacks, placement.callback],
             **run,
         ),
     )
 
-    def look_at_both() -> None:
-        placement.look()
-        look()
-
-    return _while_looking(trainer.fit, look_at_both).return_value
-
-
-def _while_looking(work: Callable[[], Any], look: Callable[[], None]) -> Any:
-    """`work()` in a thread of its own, while this one calls `look` and hears signals. If that raises, Ray is left."""
-    import ray
-
-    outcome = in_background(work, "Ray Train")
+    result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
     try:
-        while not wait([outcome], LOOK_SECONDS).done:
-            look()
+        while not wait([result], CHECK_SECONDS).done:
+            placement.check()
+            check()
     except BaseException:
         ray.shutdown()
-        wait([outcome], LOOK_SECONDS)
+        wait([result], CHECK_SECONDS)
         raise
-    return outcome.result()
+    return result.result().return_value
 
 
-def own_folder(name: str) -> str:
-    """Return a folder for temporary files that is this user's alone: `name` with the user's number, or a new one where
-    somebody else has that."""
+def private_folder(name: str) -> str:
+    """Return a temporary folder for this user only: `name` with the user id, or a new one if that is taken."""
     folder = os.path.join(tempfile.gettempdir(), f"{name}-{os.getuid()}")
     try:
         os.mkdir(folder, 0o700)
     except FileExistsError:
-        found = os.lstat(folder)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        status = os.lstat(folder)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             return tempfile.mkdtemp(prefix=f"{name}-")
-        if stat.S_IMODE(found.st_mode) & 0o077:
+        if stat.S_IMODE(status.st_mode) & 0o077:
             os.chmod(folder, 0o700)
     return folder
 
 
-def staying_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node that is there and not about to be taken away."""
+def usable_nodes() -> list[dict[str, float]]:
+    """Return the resources of each node that is alive and not being drained."""
     import ray
 
-    leaving = leaving_nodes()
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    draining = draining_nodes()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
 
 
-def room(cluster: ClusterConfig, occupied: bool = True) -> int:
-    """How many ranks fit on the nodes that stay: beside all that runs there, or (not `occupied`) if nothing did."""
+def available_ranks(cluster: ClusterConfig, occupied: bool = True) -> int:
+    """Return how many ranks fit on the usable nodes: in their free resources, or in all of them if not `occupied`."""
     import ray
     from ray._private.state import available_resources_per_node
 
-    needed = resources_of_rank(cluster)
+    needed = rank_resources(cluster)
     if cluster.loader_resource is None:
         needed["CPU"] += cluster.loader_actors * cluster.loader_cpus
-    leaving = leaving_nodes()
-    staying = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving}
-    free = available_resources_per_node() if occupied else staying
-    fits = [room_on(free[node], needed) for node in staying if node in free]
-    return sum(fits)
+    draining = draining_nodes()
+    usable = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining}
+    free = available_resources_per_node() if occupied else usable
+    return sum(ranks_on_node(free[node], needed) for node in usable if node in free)
 
 
-def count_anew() -> None:
-    """Have Ray Train count now what the nodes have; by itself it does so every 20 s, and trusts the last count."""
+def refresh_node_counts() -> None:
+    """Make Ray Train recount the nodes' resources, which it otherwise does every 20 s."""
     import ray
 
     try:
         counter = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
         ray.get(counter.get_reserved_resources.remote("", recompute=True), timeout=COUNT_SECONDS)
-    except Exception as error:  # there is none before the first run; and an old count costs only time
-        log.debug("nodes not counted anew: %s", error)
+    except Exception as error:  # it does not exist before the first run, and an old count costs only time
+        log.debug("node counts not refreshed: %s", error)
 
 
-def leaving_nodes() -> set[str]:
-    """Nodes that will be taken away: their ids. (Ray tells this nowhere else than in its private state.)"""
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that are being drained, which only Ray's private state holds."""
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
 
 
-def first_words(error: BaseException) -> str:
-    """The line that says something of a chain of Ray's wrappers: the last that is not its advice."""
+def root_cause(error: BaseException) -> str:
+    """Return the last line of an error of Ray that is not its generic advice: the innermost message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
     return redact(lines[-1]) if lines else type(error).__name__

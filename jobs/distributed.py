@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from jobs.cluster import connect, first_words, on_ranks
+from jobs.cluster import connect, root_cause, run_on_ranks
 from jobs.pretrain import for_ranks
 from jobs.rank import error_from_json, error_json, loader_backend
 from pipeline.config.errors import MomeError, RunFailed
@@ -71,15 +71,15 @@ def run_on_cluster(
     arguments: Mapping[str, str] | None = None,
     **run: Any,
 ) -> Result:
-    """Run `work` on the run's ranks, as `on_ranks`. Raises MomeError with the first failure of any rank."""
+    """Run `work` on the run's ranks, as `run_on_ranks`. Raises MomeError with the first failure of any rank."""
     config = for_ranks(config)
     connect(config.cluster)
     try:
-        result: Result = on_ranks(work, config, f"{config.name}-{name}", arguments, **run)
+        result: Result = run_on_ranks(work, config, f"{config.name}-{name}", arguments, **run)
     except MomeError:
         raise
     except Exception as error:
-        raise RunFailed(f"{name}: a rank was lost: {first_words(error)}") from error
+        raise RunFailed(f"{name}: a rank was lost: {root_cause(error)}") from error
     if "failure" in result:
         raise error_from_json(result["failure"])
     return result

@@ -1,6 +1,6 @@
-"""Short messages between a run's driver and its ranks, through the key-value store of the Ray cluster they share.
+"""Messages between a run's driver and its ranks, through the key-value store of their Ray cluster.
 
-Nothing here waits long for the cluster, and no fault of it stops anybody: what could not be said may be lost.
+Calls return within seconds, and a cluster that does not answer is no error: a message may then be lost.
 """
 
 from __future__ import annotations
@@ -18,55 +18,55 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = b"mome"
 ANSWER_SECONDS = 2.0
-POST_SECONDS = 1.0
-FORWARDED = ("jobs", "mome", "pipeline")  # begin the names of our own loggers
-MOST_WAITING = 1000  # lines that are kept while the cluster does not take them
+RETRY_SECONDS = 1.0
+FORWARDED = ("jobs", "mome", "pipeline")  # first components of our loggers' names
+MAX_QUEUED = 1000  # log records kept while the cluster does not answer
 
 Message = dict[str, Any]
 
 
 class Mailbox:
-    """What the driver and the ranks of one start of a run say to one another; `start` names it."""
+    """Messages of the driver and the ranks of one start of a run, which `start` identifies."""
 
     def __init__(self, start: str):
         self._prefix = f"{start}/"
 
-    def ask_to_stop(self) -> bool:
-        """Ask the ranks to save and end; return whether the cluster took it."""
+    def request_stop(self) -> bool:
+        """Ask the ranks to save and stop; return whether the cluster accepted the request."""
         return self._put("stop", b"1")
 
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._get("stop") is not None
 
-    def say_placed(self, ranks: int) -> None:
+    def set_num_placed(self, ranks: int) -> None:
         self._put("placed", str(ranks).encode())
 
-    def placed(self) -> int | None:
-        """Return how many ranks run now; None if the cluster does not say."""
-        found = self._get("placed")
-        return None if found is None else int(found)
+    def num_placed(self) -> int | None:
+        """Return the number of running ranks; None if it is unknown."""
+        value = self._get("placed")
+        return None if value is None else int(value)
 
-    def post(self, message: Message) -> bool:
-        """Send the driver a message; return whether the cluster took it."""
-        return self._put(f"told/{time.time_ns():020d}", json.dumps(message).encode())
+    def send(self, message: Message) -> bool:
+        """Send a message to the driver; return whether the cluster accepted it."""
+        return self._put(f"messages/{time.time_ns():020d}", json.dumps(message).encode())
 
-    def take(self) -> list[Message]:
-        """Return the messages that came since the last call, the oldest first."""
-        found = []
+    def receive(self) -> list[Message]:
+        """Return the messages since the last call, oldest first."""
+        messages = []
         try:
             client = _client()
-            names = client.internal_kv_keys(f"{self._prefix}told/".encode(), NAMESPACE, ANSWER_SECONDS)
+            names = client.internal_kv_keys(f"{self._prefix}messages/".encode(), NAMESPACE, ANSWER_SECONDS)
             for name in sorted(names):
                 value = client.internal_kv_get(name, NAMESPACE, ANSWER_SECONDS)
                 client.internal_kv_del(name, False, NAMESPACE, ANSWER_SECONDS)
                 if value is not None:
-                    found.append(json.loads(value))
-        except Exception as error:  # the head is away; it is asked again
+                    messages.append(json.loads(value))
+        except Exception as error:  # the head is unreachable; the next call tries again
             log.debug("messages of the ranks not read: %s", error)
-        return found
+        return messages
 
     def clear(self) -> None:
-        """Forget all that was said."""
+        """Delete all messages."""
         try:
             _client().internal_kv_del(self._prefix.encode(), True, NAMESPACE, ANSWER_SECONDS)
         except Exception as error:
@@ -76,69 +76,69 @@ class Mailbox:
         try:
             _client().internal_kv_put((self._prefix + name).encode(), value, True, NAMESPACE, ANSWER_SECONDS)
         except Exception as error:
-            log.debug("'%s' not said: %s", name, error)
+            log.debug("'%s' not written: %s", name, error)
             return False
         return True
 
     def _get(self, name: str) -> bytes | None:
         try:
-            found: bytes | None = _client().internal_kv_get((self._prefix + name).encode(), NAMESPACE, ANSWER_SECONDS)
+            value: bytes | None = _client().internal_kv_get((self._prefix + name).encode(), NAMESPACE, ANSWER_SECONDS)
         except Exception as error:
-            log.debug("'%s' not asked: %s", name, error)
+            log.debug("'%s' not read: %s", name, error)
             return None
-        return found
+        return value
 
 
 @contextmanager
 def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
-    """Within `with`, our own warnings of this process reach the driver too, which shows them."""
-    waiting: queue.Queue[Message] = queue.Queue(MOST_WAITING)
-    handler = _Forwarder(waiting)
-    over = threading.Event()
+    """Send our own log warnings of this process to the driver, which prints them, during the block."""
+    queued: queue.Queue[Message] = queue.Queue(MAX_QUEUED)
+    handler = _QueueHandler(queued)
+    done = threading.Event()
 
-    def post() -> None:
+    def send_all() -> None:
         message = None
-        while not over.is_set() or message is not None or not waiting.empty():
+        while not done.is_set() or message is not None or not queued.empty():
             if message is None:
                 try:
-                    message = waiting.get(timeout=POST_SECONDS)
+                    message = queued.get(timeout=RETRY_SECONDS)
                 except queue.Empty:
                     continue
-            if mail.post(message) or over.is_set():
+            if mail.send(message) or done.is_set():
                 message = None
             else:
-                over.wait(POST_SECONDS)
+                done.wait(RETRY_SECONDS)
 
-    thread = threading.Thread(target=post, name="warnings for the driver", daemon=True)
+    thread = threading.Thread(target=send_all, name="warnings for the driver", daemon=True)
     thread.start()
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        over.set()
+        done.set()
         thread.join(timeout=2 * ANSWER_SECONDS)
 
 
-class _Forwarder(logging.Handler):
-    """Puts records into a queue, never waiting."""
+class _QueueHandler(logging.Handler):
+    """Log handler that puts warnings of our loggers into a queue and drops them when it is full."""
 
-    def __init__(self, waiting: queue.Queue[Message]):
+    def __init__(self, queued: queue.Queue[Message]):
         super().__init__(logging.WARNING)
-        self._waiting = waiting
+        self._queued = queued
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.partition(".")[0] not in FORWARDED:
             return
         try:
             alert = {name: getattr(record, name) for name in ("alert", "over") if hasattr(record, name)}
-            self._waiting.put_nowait({"level": record.levelname, "text": record.getMessage(), **alert})
+            self._queued.put_nowait({"level": record.levelname, "text": record.getMessage(), **alert})
         except (queue.Full, TypeError, ValueError):
             pass
 
 
 def _client() -> Any:
-    """Return this process's client of the cluster's state. (Ray's public functions of it wait for ever.)"""
+    """Return this process's client of the cluster's state; Ray's public functions for it have no timeout."""
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
     return internal_kv_get_gcs_client()

@@ -1,24 +1,25 @@
-"""What Ray Train runs on each worker: this rank's part of the run, and what it leaves for the driver.
+"""Function that Ray Train runs on each worker: this rank's part of the run, and its reports to the driver.
 
-A rank that meets an error which a restart would only repeat (a config, data or checkpoint fault, NaN, out of memory)
-leaves it in the run's folder; after the restart every rank sees it and returns, and the driver raises it. Ray Train
-itself retries every exception, whatever its kind.
+An error that a restart would only repeat (config, data or checkpoint fault, NaN, out of memory) is written to the run's
+folder; after the restart every rank sees it and returns, and the driver raises it. Ray Train itself retries every
+exception, whatever its kind.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
+from jobs.cluster import available_ranks
 from jobs.mailbox import Mailbox, forwarded_warnings
-from jobs.notice import PREEMPTED, Notice
 from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.redaction import configure_logging, redact
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.storage import Storage, join
 from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
@@ -31,11 +32,13 @@ log = logging.getLogger(__name__)
 
 FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
 PROGRESS_SECONDS = 1.0
-PROGRESS_CLOSE_SECONDS = 5.0  # for the last report to be written
+PROGRESS_CLOSE_SECONDS = 5.0  # for the last progress file to be written
+PREEMPTED, GROWN, STOPPED = "preempted", "grown", "stopped"
+CHECK_SECONDS = 1.0
 
 
 def run_rank(loop_config: dict[str, str]) -> str | None:
-    """Train; returns why the ranks saved and stopped before the end, if they did (`jobs.notice`)."""
+    """Train; return why the ranks saved and stopped before the end (preempted, grown or stopped), or None."""
     import ray.train
 
     configure_logging()
@@ -45,30 +48,27 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
         return None
     context, mail = ray.train.get_context(), Mailbox(loop_config["start"])
-    notice = Notice(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
-    with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
-        return _train(config, storage, ownership, notice)
-
-
-def _train(config: RunConfig, storage: Storage, ownership: Ownership, notice: Notice) -> str | None:
+    signal = PreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
     progress = ProgressFile(config, storage)
-    try:
-        train(config, progress, loader_backend(config), preempted=notice, claim=ownership.claim)
-    except Preempted as error:
-        log.warning("%s", error)
-        return notice.reason or PREEMPTED
-    except Exception as error:
-        told = _told(error)
-        if told is not None and ownership.holds():
-            storage.write(join(config.folder, FAILURE_FILE), json.dumps(told).encode())
-        raise
-    finally:
-        progress.close()
-        notice.close()
+    with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
+        try:
+            train(config, progress, loader_backend(config), preempted=signal, claim=ownership.claim)
+        except Preempted as error:
+            log.warning("%s", error)
+            return signal.reason or PREEMPTED
+        except Exception as error:
+            failure = _permanent_failure(error)
+            if failure is not None and ownership.holds():
+                storage.write(join(config.folder, FAILURE_FILE), json.dumps(failure).encode())
+            raise
+        finally:
+            progress.close()
+            signal.close()
     return None
 
 
 def loader_backend(config: RunConfig) -> BackendFactory:
+    """Return the backend that builds this rank's batches: its own processes, or Ray actors."""
     if not config.cluster.loader_actors:
         return local_backend
     from jobs.loader_actors import RayBackend
@@ -76,32 +76,30 @@ def loader_backend(config: RunConfig) -> BackendFactory:
     return RayBackend
 
 
-def _told(error: Exception) -> dict[str, Any] | None:
-    """The message of an error that a restart would only repeat; None for one that may be tried again."""
+def _permanent_failure(error: Exception) -> dict[str, Any] | None:
+    """Return the JSON of an error that a restart would only repeat; None for one that a restart may resolve."""
     if is_out_of_memory(error):
-        message = (
-            f"out of memory: {redact(str(error))}. Set engine.micro_batch_size lower, or engine.zero_stage higher."
-        )
-        return {"message": message, "exit_status": 1}
+        message = f"out of memory: {redact(str(error))}. Set engine.micro_batch_size lower, or engine.zero_stage higher"
+        return {"message": f"{message}.", "exit_status": 1}
     if isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
         return error_json(error)
     return None
 
 
 def error_json(error: MomeError) -> dict[str, Any]:
-    """What a rank tells the driver of an error, as JSON."""
+    """Return an error as JSON, to be raised by the driver."""
     return {"message": str(error), "exit_status": error.exit_status}
 
 
-def error_from_json(told: dict[str, Any]) -> RunFailed:
-    """The error that the driver raises for it."""
-    error = RunFailed(told["message"])
-    error.exit_status = told["exit_status"]
+def error_from_json(values: dict[str, Any]) -> RunFailed:
+    """Return the error that `error_json` described."""
+    error = RunFailed(values["message"])
+    error.exit_status = values["exit_status"]
     return error
 
 
 class ProgressFile:
-    """Rank 0's report: a small file in the run's folder, at most once a second, written in the background."""
+    """Progress report of rank 0: a small file in the run's folder, written in the background at most once a second."""
 
     def __init__(self, config: RunConfig, storage: Storage):
         self._url = join(config.folder, PROGRESS_FILE)
@@ -116,3 +114,58 @@ class ProgressFile:
 
     def close(self) -> None:
         self._writer.close(PROGRESS_CLOSE_SECONDS)
+
+
+class PreemptionSignal:
+    """Signal that healthy ranks should save and stop: a node is drained, more ranks would fit, or the driver asks.
+
+    Each rank calls its own signal at every step, and the training loop makes the ranks agree. Ray's public function,
+    `ray.train.get_preemption_info()`, is a barrier among the ranks and too slow for every step; Ray's watcher stores
+    the same information in each rank's own context.
+    """
+
+    def __init__(self, cluster: ClusterConfig, rank: int, world_size: int, mail: Mailbox):
+        self.reason: str | None = STOPPED if rank == 0 and mail.stop_requested() else None
+        self._cluster, self._mail = cluster, mail
+        self._num_missing = cluster.workers - world_size
+        self._closed = threading.Event()
+        if rank == 0 and self.reason is None:
+            threading.Thread(target=self._watch, name="preemption", daemon=True).start()
+
+    def __call__(self) -> bool:
+        if self.reason is None and _node_is_draining():
+            self.reason = PREEMPTED
+        return self.reason is not None
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        since: float | None = None
+        while not self._closed.wait(CHECK_SECONDS):
+            if self._mail.stop_requested():
+                self.reason = STOPPED
+                return
+            available = self._available_ranks() if self._num_missing > 0 else 0
+            since = (since or time.monotonic()) if available > 0 else None
+            if since and time.monotonic() - since >= self._cluster.grow_seconds:
+                log.warning(
+                    "there is room for %d more rank(s): saving, to restart with them",
+                    min(available, self._num_missing),
+                )
+                self.reason = GROWN
+                return
+
+    def _available_ranks(self) -> int:
+        try:
+            return available_ranks(self._cluster)
+        except Exception as error:  # the head may be unreachable for a while; the next check tries again
+            log.warning("cannot determine whether more ranks would fit: %s", error)
+            return 0
+
+
+def _node_is_draining() -> bool:
+    """Return whether Ray's watcher has announced that a node of the worker group will be taken away."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None

@@ -20,7 +20,7 @@ from pathlib import Path
 from jobs.cluster import address_of
 from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
 from jobs.doctor.machine import CheckResult, failed, finish_probe, passed, skipped, start_probe
-from jobs.resources import requested
+from jobs.resources import requested_resources
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
@@ -187,7 +187,7 @@ def _address(config: RunConfig | None) -> str | None:
 
 def missing_resources(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
     """Return the request of all ranks and loader actors for each resource of which the cluster has less."""
-    needed = requested(wanted, wanted.workers)
+    needed = requested_resources(wanted, wanted.workers)
     return [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import cluster
-from jobs.cluster import address_of, connect, host_and_port, keep_token_private, own_folder
+from jobs.cluster import address_of, connect, host_and_port, keep_token_private, private_folder
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig
 
@@ -166,11 +166,11 @@ def test_a_home_that_cannot_be_written_needs_no_token_file(home: str, monkeypatc
 
 def test_temporary_files_lie_in_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder = own_folder("mome-ray-train")
-    assert folder == own_folder("mome-ray-train")
+    folder = private_folder("mome-ray-train")
+    assert folder == private_folder("mome-ray-train")
     os.chmod(folder, 0o755)
-    assert stat.S_IMODE(os.stat(own_folder("mome-ray-train")).st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(private_folder("mome-ray-train")).st_mode) == 0o700
     os.rmdir(folder)
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", folder)
-    assert own_folder("mome-ray-train") != folder, "somebody's link was followed"
+    assert private_folder("mome-ray-train") != folder, "somebody's link was followed"

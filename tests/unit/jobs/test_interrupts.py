@@ -26,7 +26,7 @@ class Mail:
     def __init__(self, takes: bool = True) -> None:
         self.takes, self.asked = takes, 0
 
-    def ask_to_stop(self) -> bool:
+    def request_stop(self) -> bool:
         self.asked += 1
         return self.takes
 
@@ -50,10 +50,10 @@ def test_ranks_are_asked_once_to_save_and_waited_for(config: RunConfig, said: li
 
     def drive() -> None:
         with hears.deferred():
-            hears.look(mail, ranks=2)
-            hears._hear(signal.SIGTERM, None)
+            hears.check(mail, ranks=2)
+            hears._on_signal(signal.SIGTERM, None)
             for _ in range(5):
-                hears.look(mail, ranks=2)
+                hears.check(mail, ranks=2)
 
     with pytest.raises(Stopped):
         drive()
@@ -67,11 +67,11 @@ def test_a_head_that_does_not_listen_is_asked_again(config: RunConfig, said: lis
 
     def drive() -> None:
         with hears.deferred():
-            hears._hear(signal.SIGTERM, None)
-            hears.look(mail, ranks=2)
+            hears._on_signal(signal.SIGTERM, None)
+            hears.check(mail, ranks=2)
             mail.takes = True
-            hears.look(mail, ranks=2)
-            hears.look(mail, ranks=2)
+            hears.check(mail, ranks=2)
+            hears.check(mail, ranks=2)
 
     with pytest.raises(Stopped):
         drive()
@@ -84,8 +84,8 @@ def test_ranks_that_are_not_placed_cannot_save(config: RunConfig, said: list[str
 
     def drive() -> None:
         with hears.deferred():
-            hears._hear(signal.SIGINT, None)
-            hears.look(mail, ranks=0)
+            hears._on_signal(signal.SIGINT, None)
+            hears.check(mail, ranks=0)
             pytest.fail("it went on")
 
     with pytest.raises(Stopped):
@@ -96,7 +96,7 @@ def test_ranks_that_are_not_placed_cannot_save(config: RunConfig, said: list[str
 def test_a_store_that_is_away_is_waited_for_no_longer_than_that(
     config: RunConfig, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interrupts, "AWAY_SECONDS", 0.2)
+    monkeypatch.setattr(interrupts, "UNREACHABLE_SECONDS", 0.2)
     away = config.model_copy(update={"output": "s3://bucket/runs"})
     away = away.model_copy(update={"storage": away.storage.model_copy(update={"endpoint_url": "http://127.0.0.1:9"})})
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
@@ -105,10 +105,10 @@ def test_a_store_that_is_away_is_waited_for_no_longer_than_that(
 
     def drive() -> None:
         with hears.deferred():
-            hears._hear(signal.SIGINT, None)
+            hears._on_signal(signal.SIGINT, None)
             end = time.monotonic() + 20
             while time.monotonic() < end:
-                hears.look(mail, ranks=2)  # type: ignore[arg-type]
+                hears.check(mail, ranks=2)  # type: ignore[arg-type]
                 time.sleep(0.05)
 
     with pytest.raises(Stopped):

@@ -45,7 +45,7 @@ class Store:
 def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     found = Store()
     monkeypatch.setattr(mailbox, "_client", lambda: found)
-    monkeypatch.setattr(mailbox, "POST_SECONDS", 0.01)
+    monkeypatch.setattr(mailbox, "RETRY_SECONDS", 0.01)
     return found
 
 
@@ -59,31 +59,31 @@ def test_warnings_of_ours_reach_the_driver_once_and_in_order(store: Store) -> No
         logging.getLogger("pipeline.training").info("no warning")
         logging.getLogger("urllib3.connection").warning("none of ours")
     logging.getLogger("pipeline.training").warning("too late")
-    found: list[Any] = mail.take()
+    found: list[Any] = mail.receive()
     assert [message["text"] for message in found] == [f"alert {number}" for number in range(20)]
     assert {message["alert"] for message in found} == {"vision/itm_collapse"}
-    assert mail.take() == []
-    assert Mailbox("another").take() == []
+    assert mail.receive() == []
+    assert Mailbox("another").receive() == []
 
 
 def test_a_head_that_is_away_stops_nobody(store: Store) -> None:
     mail, other = Mailbox("claim"), logging.getLogger("pipeline.training")
     store.away = True
-    assert (mail.placed(), mail.asked_to_stop(), mail.ask_to_stop(), mail.take()) == (None, False, False, [])
+    assert (mail.num_placed(), mail.stop_requested(), mail.request_stop(), mail.receive()) == (None, False, False, [])
     with forwarded_warnings(mail):
-        for number in range(3 * mailbox.MOST_WAITING):
+        for number in range(3 * mailbox.MAX_QUEUED):
             other.warning("line %d", number)
         store.away = False
-    assert mail.take()[0]["text"] == "line 0"
+    assert mail.receive()[0]["text"] == "line 0"
 
 
 def test_the_driver_and_the_ranks_of_one_start_understand_each_other(store: Store) -> None:
     driver, rank, another = Mailbox("claim"), Mailbox("claim"), Mailbox("later")
-    assert not rank.asked_to_stop()
-    assert driver.ask_to_stop()
-    assert rank.asked_to_stop()
-    assert not another.asked_to_stop()
-    rank.say_placed(3)
-    assert driver.placed() == 3
+    assert not rank.stop_requested()
+    assert driver.request_stop()
+    assert rank.stop_requested()
+    assert not another.stop_requested()
+    rank.set_num_placed(3)
+    assert driver.num_placed() == 3
     driver.clear()
     assert store.values == {}

@@ -23,12 +23,12 @@ class World:
     def placement(self, **values: object) -> Placement:
         config = ClusterConfig.model_validate({"workers": 2, "start_seconds": 60, **values})
         made = Placement(config, "claim", clock=lambda: self.now)
-        made.begin()
+        made.start()
         return made
 
     def let_pass(self, watched: Placement, seconds: int) -> None:
         for _ in range(seconds):
-            watched.look()
+            watched.check()
             self.now += 1.0
 
 
@@ -36,12 +36,12 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     found = World()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(placement, "staying_nodes", lambda: found.nodes)
+    monkeypatch.setattr(placement, "usable_nodes", lambda: found.nodes)
     monkeypatch.setattr(placement, "notify", found.said.append)
-    monkeypatch.setattr(placement, "_free", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(placement, "_most", lambda: found.most)
-    monkeypatch.setattr("jobs.mailbox.Mailbox.placed", lambda _: found.ranks)
-    monkeypatch.setattr("jobs.mailbox.Mailbox.say_placed", lambda *_: None)
+    monkeypatch.setattr(placement, "_free_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(placement, "_autoscaler_limits", lambda: found.most)
+    monkeypatch.setattr("jobs.mailbox.Mailbox.num_placed", lambda _: found.ranks)
+    monkeypatch.setattr("jobs.mailbox.Mailbox.set_num_placed", lambda *_: None)
     return found
 
 
@@ -52,7 +52,7 @@ def test_a_local_ray_that_can_never_place_them_ends_before_it_begins(world: Worl
 
 def test_a_cluster_is_waited_for_aloud_until_start_seconds(world: World) -> None:
     waiting = world.placement(gpus_per_worker=1, address="head:6379")
-    waiting.look()
+    waiting.check()
     assert world.said == ["waiting: 0 of 2 workers placed; 2 GPUs requested, 0 in the cluster"]
     world.let_pass(waiting, 60)
     assert len(world.said) == 6, "it is said again every ten seconds"
@@ -69,7 +69,7 @@ def test_nodes_that_come_in_time_are_used(world: World) -> None:
         "requested, 2 in the cluster, 0 free"
     )
     world.ranks = 2
-    waiting.look()
+    waiting.check()
     assert world.said[-1] == "2 of 2 workers placed"
     assert waiting.ranks == 2
 

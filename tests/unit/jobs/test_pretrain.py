@@ -82,12 +82,12 @@ def test_alerts_of_the_ranks_are_on_the_drivers_console_and_those_that_stand_at_
         [alert("itc_clamp", "over", over=True)],
     ]
     monkeypatch.setattr(pretraining, "notify", lambda text, *_: said.append(text))
-    monkeypatch.setattr(Mailbox, "take", lambda _: messages.pop(0) if messages else [])
+    monkeypatch.setattr(Mailbox, "receive", lambda _: messages.pop(0) if messages else [])
     config = load_config(DEMO)
     attempt = pretraining._Attempt(config, Ownership(Storage(), config.folder, "claim"), "claim", None)
-    attempt._look()
-    attempt._look()
-    attempt.tell_alerts()
+    attempt._check()
+    attempt._check()
+    attempt.report_alerts()
     assert said == [
         "WARNING collapsed",
         "WARNING clamped",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.resources import lacking, requested
+from jobs.resources import missing_resources, requested_resources
 from pipeline.config.schema import ClusterConfig
 
 Node = dict[str, float]
@@ -28,7 +28,7 @@ ENOUGH: list[tuple[ClusterConfig, list[Node]]] = [
 
 @pytest.mark.parametrize(("asked", "nodes"), ENOUGH)
 def test_what_fits_lacks_nothing(asked: ClusterConfig, nodes: list[Node]) -> None:
-    assert lacking(asked, nodes) == []
+    assert missing_resources(asked, nodes) == []
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_what_fits_lacks_nothing(asked: ClusterConfig, nodes: list[Node]) -> Non
     ],
 )
 def test_what_does_not_fit_is_told_with_its_keys(asked: ClusterConfig, nodes: list[Node], told: str) -> None:
-    (found, *_) = lacking(asked, nodes)
+    (found, *_) = missing_resources(asked, nodes)
     assert told in found
     assert "cluster." in found
 
 
 def test_loader_actors_are_counted() -> None:
     asked = cluster(loader_actors=3, loader_cpus=0.5, loader_resource="loader", gpus_per_worker=1)
-    assert requested(asked, 2) == {"CPU": 5.0, "GPU": 2.0, "loader": 0.006}
+    assert requested_resources(asked, 2) == {"CPU": 5.0, "GPU": 2.0, "loader": 0.006}

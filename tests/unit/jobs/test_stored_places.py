@@ -185,8 +185,8 @@ def test_only_stored_config_reads_configs_that_folders_hold() -> None:
         "pipeline/config/load.py",
         "pipeline/config/stored.py",
         "jobs/distributed.py",
+        "jobs/placement.py",
         "jobs/rank.py",
-        "jobs/restarts.py",
     }
 
 
