@@ -42,7 +42,7 @@ def url(s3) -> str:
     return s3.url("object")
 
 
-def test_random_ranges_are_byte_equal_under_heavy_faults(through: Through, url: str):
+def test_random_ranges_are_exact_under_heavy_faults(through: Through, url: str):
     rates = {"unavailable": 0.1, "lost": 0.05, "cut": 0.1, "short": 0.1, "longer": 0.05, "misplaced": 0.05}
     proxy, storage = through(seed=2, retry_after=0, **rates)
     chance = random.Random(1)

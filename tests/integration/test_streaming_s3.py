@@ -124,7 +124,7 @@ def test_missing_objects_need_no_second_attempt(s3, monkeypatch: pytest.MonkeyPa
         assert storage.read(s3.url("folder", "key")) == b"1"
 
 
-def test_listings_and_deletions_go_beyond_one_page(s3, storage, monkeypatch: pytest.MonkeyPatch):
+def test_listings_and_deletions_span_pages(s3, storage, monkeypatch: pytest.MonkeyPatch):
     for number in range(7):
         storage.write(s3.url("many", f"{number}.tar"), b"x")
     monkeypatch.setattr(module, "PAGE", 3)
@@ -147,7 +147,7 @@ def test_large_files_are_uploaded_in_parts(s3, storage, tmp_path: Path):
         storage.read_range(s3.url("large"), 0, 9, etag=f"{tag}0")
 
 
-def test_shard_replaced_during_the_run_is_refused_by_name(s3, storage, make_pairs):
+def test_shard_replaced_during_the_run_is_rejected_by_name(s3, storage, make_pairs):
     url = s3.url("pairs")
     copy(storage, make_pairs("pairs", [5, 4]), url)
     reader = SampleReader(storage, {"pairs": Source(url, index_shards(storage, url))})
@@ -161,7 +161,7 @@ def test_shard_replaced_during_the_run_is_refused_by_name(s3, storage, make_pair
         SampleReader(storage, {"pairs": Source(url, load_manifest(storage, url))}).read(SampleRef("pairs", 0, 1, 0))
 
 
-def test_truncated_shard_is_refused_by_name(s3, storage, make_pairs):
+def test_truncated_shard_is_rejected_by_name(s3, storage, make_pairs):
     url = s3.url("pairs")
     copy(storage, make_pairs("pairs", [5, 4]), url)
     manifest = index_shards(storage, url)
@@ -175,7 +175,7 @@ def test_truncated_shard_is_refused_by_name(s3, storage, make_pairs):
         index_shards(storage, url)
 
 
-def test_known_tag_guards_every_read(s3, storage):
+def test_reads_with_an_etag_detect_changes(s3, storage):
     storage.write(s3.url("key"), b"12345")
     tag = storage.info(s3.url("key")).etag
     assert storage.read_range(s3.url("key"), 1, 3, etag=tag) == b"23"

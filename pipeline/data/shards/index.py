@@ -142,7 +142,7 @@ class ShardIndex:
     def from_bytes(data: builtins.bytes) -> ShardIndex:
         """Parse a sidecar. Raise ValueError unless it is one of this version."""
         with _open_sidecar(data) as (npz, facts):
-            limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes  # of an array, whoever wrote the file
+            limit = _FACTS_BYTES + _MAX_RATIO * facts.bytes  # for an array of an untrusted file
             names = _json_array(npz, "names", limit)
             numbers, texts = npz.read("numbers", "f", limit), npz.read("texts", "u", limit)
             columns = dict(zip(names["numbers"], numbers, strict=True))

@@ -1,6 +1,10 @@
 """S3-compatible stores through botocore, which signs requests, finds credentials and regions, and pools connections.
 
 Each request is retried on its own, so that neither a long listing nor a large upload restarts.
+
+s3fs was measured as the client, with the same conditional ranged reads (8 MiB, 8 threads, loopback server, median of
+3): 0.45 of this client's MB/s and 1.3 times its CPU time per byte, because all bytes of a process pass through one
+event loop.
 """
 
 from __future__ import annotations

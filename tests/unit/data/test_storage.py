@@ -28,7 +28,7 @@ def folder(request, tmp_path: Path):
     Storage().delete(urls[request.param])
 
 
-def test_what_was_written_is_read(folder: str):
+def test_written_bytes_are_read_back(folder: str):
     storage, url = Storage(), join(folder, "deep", "file.bin")
     storage.write(url, b"0123456789")
     assert storage.read(url) == b"0123456789"
@@ -41,7 +41,7 @@ def test_what_was_written_is_read(folder: str):
     assert storage.read(url) == b"new"
 
 
-def test_an_object_is_created_once(folder: str):
+def test_create_succeeds_once(folder: str):
     storage, url = Storage(), join(folder, "deep", "claim")
     assert storage.create(url, b"first")
     assert not storage.create(url, b"second")
@@ -50,7 +50,7 @@ def test_an_object_is_created_once(folder: str):
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_of_many_creations_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool):
+def test_one_of_many_concurrent_creates_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool):
     if not has_links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links here")))
     storage, url = Storage(), str(tmp_path / "claim")
@@ -61,7 +61,7 @@ def test_of_many_creations_one_succeeds(tmp_path: Path, monkeypatch: pytest.Monk
     assert storage.list(str(tmp_path)) == ["claim"]
 
 
-def test_folders_list_what_lies_directly_in_them(folder: str):
+def test_list_returns_direct_entries_only(folder: str):
     storage = Storage()
     for name in ("b.tar", "a.tar", "inner/c.tar"):
         storage.write(join(folder, name), b"x")
@@ -74,14 +74,14 @@ def test_folders_list_what_lies_directly_in_them(folder: str):
     assert not storage.exists(join(folder, "a.tar", "below"))
 
 
-def test_links_to_nothing_and_files_that_vanish_hide_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_list_skips_broken_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / "b").symlink_to(tmp_path / "absent")
     (tmp_path / "c").mkdir()
     assert Storage().list(str(tmp_path)) == ["a", "c"]
 
 
-def test_a_pipe_is_told_and_not_waited_for(tmp_path: Path):
+def test_named_pipe_is_an_error_without_blocking(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.tar")
     url = str(tmp_path / "pipe.tar")
     for source_type in (Storage().read, Storage().open, lambda url: Storage().read_range(url, 0, 3)):
@@ -89,7 +89,7 @@ def test_a_pipe_is_told_and_not_waited_for(tmp_path: Path):
             source_type(url)
 
 
-def test_a_pipe_of_the_shell_is_read():
+def test_shell_pipe_is_read():
     reader, writer = os.pipe()
     os.write(writer, b"answers")
     os.close(writer)
@@ -97,13 +97,13 @@ def test_a_pipe_of_the_shell_is_read():
     os.close(reader)
 
 
-def test_a_folder_is_no_file(tmp_path: Path):
+def test_reading_a_folder_as_a_file_is_an_error(tmp_path: Path):
     for call in (Storage().read, lambda url: Storage().write(url, b""), lambda url: Storage().read_range(url, 0, 1)):
         with pytest.raises(StorageError, match=r"it is a folder, not a file"):
             call(str(tmp_path))
 
 
-def test_a_file_is_no_folder(tmp_path: Path):
+def test_writing_below_a_file_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(NotFound):
         Storage().create(str(tmp_path / "file" / "inner"), b"y")
@@ -111,7 +111,7 @@ def test_a_file_is_no_folder(tmp_path: Path):
         Storage().write(str(tmp_path / "file" / "deep" / "inner"), b"y")
 
 
-def test_delete_takes_a_whole_folder_and_spares_its_namesakes(folder: str):
+def test_delete_removes_one_folder_with_its_contents(folder: str):
     storage = Storage()
     for name in ("run/a", "run/b/c", "run2/a"):
         storage.write(join(folder, name), b"x")
@@ -128,14 +128,14 @@ def test_upload_and_download_copy_files(folder: str, tmp_path: Path):
     assert (tmp_path / "down" / "copy").read_bytes() == data
 
 
-def test_missing_object_is_named(folder: str):
+def test_missing_object_error_names_the_url(folder: str):
     url = join(folder, "none")
     for call in (Storage().read, Storage().info, lambda u: Storage().read_range(u, 0, 1), lambda u: Storage().open(u)):
         with pytest.raises(NotFound, match=r"none: .*does not exist.*Check the URL"):
             call(url)
 
 
-def test_range_past_the_end_is_refused_at_once(folder: str):
+def test_range_past_the_end_is_an_error_without_retry(folder: str):
     storage, url = Storage(), join(folder, "short")
     storage.write(url, b"12345")
     for start in (2, 7):
@@ -143,7 +143,7 @@ def test_range_past_the_end_is_refused_at_once(folder: str):
             storage.read_range(url, start, 9)
 
 
-def test_changed_file_is_noticed_by_its_tag(tmp_path: Path):
+def test_changed_file_is_detected_by_its_tag(tmp_path: Path):
     storage, url = Storage(), str(tmp_path / "file")
     storage.write(url, b"12345")
     tag = storage.info(url).etag
@@ -153,7 +153,7 @@ def test_changed_file_is_noticed_by_its_tag(tmp_path: Path):
         storage.read_range(url, 0, 2, etag=tag)
 
 
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+def test_failed_write_keeps_the_old_file(tmp_path: Path):
     storage, url = Storage(), str(tmp_path / "file")
     storage.write(url, b"old")
     with pytest.raises(StorageError, match=r"uploading to"):
@@ -164,13 +164,13 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_new_files_have_the_users_usual_permissions(tmp_path: Path):
+def test_new_files_have_default_permissions(tmp_path: Path):
     (tmp_path / "plain").write_bytes(b"")
     Storage().write(str(tmp_path / "ours"), b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_writers_at_once_never_mix_their_bytes(tmp_path: Path):
+def test_concurrent_writes_are_atomic(tmp_path: Path):
     storage, url = Storage(), str(tmp_path / "file")
     texts = [bytes([65 + n]) * 10_000 for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -182,7 +182,7 @@ def test_writers_at_once_never_mix_their_bytes(tmp_path: Path):
 @pytest.mark.parametrize(
     "url", ["pipe:cat x.tar", "pipe:cat /data/{000..002}.tar", "pipe://cat x", "/data/pipe:cat x", "reference://x"]
 )
-def test_urls_that_run_a_program_are_refused(url: str):
+def test_urls_that_run_a_program_are_rejected(url: str):
     for call in (Storage().read, Storage().list, Storage().open, lambda u: Storage().read_range(u, 0, 1)):
         with pytest.raises(
             ConfigError, match=r"this URL runs a program when it is read.*give the location of the files"
@@ -190,18 +190,18 @@ def test_urls_that_run_a_program_are_refused(url: str):
             call(url)
 
 
-def test_names_that_only_look_like_programs_are_read(tmp_path: Path):
+def test_file_names_with_colons_are_read(tmp_path: Path):
     for name in ("bagpipe:1.tar", "pipe.tar", "a:b"):
         Storage().write(str(tmp_path / name), b"x")
         assert Storage().read(str(tmp_path / name)) == b"x"
 
 
-def test_unknown_protocol_is_refused():
+def test_unknown_protocol_is_rejected():
     with pytest.raises(StorageError, match=r"qq:// cannot be reached"):
         Storage().read("qq://bucket/key")
 
 
-def test_an_endpoint_that_is_no_url_is_refused():
+def test_invalid_endpoint_is_rejected():
     with pytest.raises(ConfigError, match=r"storage: .*not-a-url.*storage\.endpoint_url"):
         Storage(StorageConfig(endpoint_url="not-a-url")).read("s3://bucket/key")
 
@@ -265,7 +265,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_transient_faults_are_tried_again_after_growing_random_waits(clock: Clock):
+def test_transient_errors_are_retried_with_jittered_backoff(clock: Clock):
     eio = OSError(errno.EIO, "x")
     errors = [TransientError("slow down"), TimeoutError("late"), ConnectionResetError("reset"), eio] * 3
     request = Failing(*errors)
@@ -286,7 +286,7 @@ def test_transient_faults_are_tried_again_after_growing_random_waits(clock: Cloc
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_lasting_failures_are_not_tried_again(clock: Clock, error: Exception):
+def test_permanent_errors_are_not_retried(clock: Clock, error: Exception):
     request = Failing(error)
     with pytest.raises(type(error)) as raised:
         RetryPolicy(300.0)("s3://bucket/key", request)
@@ -294,20 +294,20 @@ def test_lasting_failures_are_not_tried_again(clock: Clock, error: Exception):
     assert (request.calls, clock.slept) == (1, [])
 
 
-def test_the_deadline_alone_bounds_the_tries_and_the_last_is_at_it(clock: Clock):
+def test_last_attempt_is_made_at_the_timeout(clock: Clock):
     request = Failing(*[TransientError("slow down")] * 1000)
     with pytest.raises(RetryTimeout) as raised:
         RetryPolicy(300.0)("s3://bucket/key", request)
     assert clock.now == pytest.approx(300.0)
     assert raised.value.attempts == request.calls == len(clock.slept) + 1 > 30
-    told = explain("s3://bucket/key", "reading", raised.value, "http://store")
-    assert str(told) == (
+    message = explain("s3://bucket/key", "reading", raised.value, "http://store")
+    assert str(message) == (
         "s3://bucket/key: reading failed: slow down at http://store. Check the URL, and that the store is healthy. "
         f"Gave up after {request.calls} attempts in 300 s."
     )
 
 
-def test_the_default_policy_outlives_an_absence_of_a_minute(clock: Clock):
+def test_default_timeout_outlasts_an_outage_of_a_minute(clock: Clock):
     def request() -> str:
         if clock.now < 60.0:
             raise TransientError("away")
@@ -317,21 +317,21 @@ def test_the_default_policy_outlives_an_absence_of_a_minute(clock: Clock):
     assert 60.0 <= clock.now <= 70.0
 
 
-def test_a_store_is_spared_as_long_as_it_asked_but_not_beyond_the_deadline(clock: Clock):
+def test_retry_after_is_respected_within_the_timeout(clock: Clock):
     request = Failing(TransientError("slow down", retry_after=7.0), TransientError("slow down", retry_after=3600.0))
     assert RetryPolicy(300.0)("s3://bucket/key", request) == b"answer"
     assert 7.0 <= clock.slept[0] <= 7.1
     assert clock.now == 300.0
 
 
-def test_retry_after_is_read_in_both_forms():
+def test_retry_after_is_parsed_as_seconds_and_date():
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
     assert _retry_after({"retry-after": "7"}) == 7.0
     assert 90 < _retry_after({"retry-after": soon}) <= 100
     assert _retry_after({"retry-after": "soon"}) == _retry_after({}) == 0.0
 
 
-def test_an_outage_is_told_while_it_lasts(clock: Clock, caplog: pytest.LogCaptureFixture):
+def test_outage_is_logged_periodically(clock: Clock, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING), pytest.raises(RetryTimeout):
         RetryPolicy(300.0)("s3://bucket/key", Failing(*[TransientError("the store is away")] * 1000))
     lines = [record.getMessage() for record in caplog.records]
@@ -349,15 +349,15 @@ def _pieces(*pieces: bytes | Exception):
         yield piece
 
 
-def test_what_came_before_a_fault_is_kept(clock: Clock):
-    asked, bodies = [], [[b"ab", TransientError("cut")], [TransientError("cut")], [b"c"], [b"defg"], [b"de", b"f"]]
+def test_interrupted_body_resumes_at_the_next_byte(clock: Clock):
+    requests, bodies = [], [[b"ab", TransientError("cut")], [TransientError("cut")], [b"c"], [b"defg"], [b"de", b"f"]]
 
     def ask(start: int, stop: int | None, etag: str | None) -> RangeResponse:
-        asked.append((start, stop, etag))
+        requests.append((start, stop, etag))
         return RangeResponse(6, "tag", _pieces(*bodies.pop(0)))
 
     assert ranged_get(ask, "s3://b/k", 0, None, None, RetryPolicy(300.0)) == b"abcdef"
-    assert asked == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (3, 6, "tag")]
+    assert requests == [(0, None, None), (2, 6, "tag"), (2, 6, "tag"), (3, 6, "tag"), (3, 6, "tag")]
 
 
 def _trickle(clock: Clock, piece: bytes, times: int):
@@ -366,7 +366,7 @@ def _trickle(clock: Clock, piece: bytes, times: int):
         yield piece
 
 
-def test_a_body_that_trickles_ends_at_the_deadline(clock: Clock):
+def test_slow_body_fails_at_the_timeout(clock: Clock):
     with pytest.raises(RetryTimeout, match="1 attempts in 300 s") as raised:
         ranged_get(
             lambda *_: RangeResponse(2**40, None, _trickle(clock, b"x", 1000)),
@@ -379,7 +379,7 @@ def test_a_body_that_trickles_ends_at_the_deadline(clock: Clock):
     assert "too slowly" in str(raised.value.__cause__)
 
 
-def test_every_16_mib_of_a_body_have_a_deadline_of_their_own(clock: Clock):
+def test_timeout_restarts_every_16_mib(clock: Clock):
     size, piece = 4 * retry.PROGRESS_BYTES, bytes(retry.PROGRESS_BYTES // 256)
     data = ranged_get(
         lambda *_: RangeResponse(size, None, _trickle(clock, piece, 4 * 256)),

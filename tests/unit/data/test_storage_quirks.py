@@ -154,7 +154,7 @@ def check_message(error: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("quirk", QUIRKS)
-def test_every_operation_works_or_is_refused_by_name(quirky, tmp_path: Path, clock: Clock, quirk: str, operation: str):
+def test_operation_works_or_raises_a_storage_error(quirky, tmp_path: Path, clock: Clock, quirk: str, operation: str):
     store, storage = quirky(quirk)
     do, expected = OPERATIONS[operation]
     fails = QUIRKS[quirk] != "works" and operation in CONCERNS.get(quirk, OPERATIONS)
@@ -191,13 +191,13 @@ def test_every_operation_works_or_is_refused_by_name(quirky, tmp_path: Path, clo
     ],
 )
 @pytest.mark.parametrize("operation", ["read", "list", "write", "delete"])
-def test_the_message_says_what_to_do(quirky, tmp_path: Path, quirk: str, told: str, operation: str):
+def test_message_names_the_remedy(quirky, tmp_path: Path, quirk: str, told: str, operation: str):
     _, storage = quirky(quirk)
     with pytest.raises(StorageError, match=told):
         OPERATIONS[operation][0](storage, FOLDER, tmp_path)
 
 
-def test_an_exhausted_quota_is_no_matter_of_credentials(quirky, tmp_path: Path):
+def test_exhausted_quota_is_reported_as_no_space(quirky, tmp_path: Path):
     for quirk in ("quota_403", "quota_413", "quota_507", "full"):
         _, storage = quirky(quirk)
         for operation in WRITES:
@@ -206,7 +206,7 @@ def test_an_exhausted_quota_is_no_matter_of_credentials(quirky, tmp_path: Path):
             assert "credentials" not in str(raised.value)
 
 
-def test_a_store_that_refuses_batches_is_asked_once(quirky):
+def test_batch_deletion_is_attempted_once(quirky):
     store, storage = quirky("no_batch_delete_501")
     storage.delete(FOLDER)
     store.objects["bucket", "folder/a"] = store.objects["bucket", "folder/b"] = b""
@@ -215,21 +215,21 @@ def test_a_store_that_refuses_batches_is_asked_once(quirky):
     assert set(store.objects) == {("bucket", "folder2/d.tar")}
 
 
-def test_an_answer_without_a_code_tells_of_the_clock_by_its_date(quirky):
+def test_clock_skew_is_detected_from_the_date_header(quirky):
     store, storage = quirky("denied")
     store.clock = 3600.0
     with pytest.raises(StorageError, match=r"Set this machine's clock"):
         storage.info(join(FOLDER, "a.tar"))
 
 
-def test_a_range_of_absurd_numbers_is_no_range(quirky):
+def test_content_range_with_huge_numbers_is_ignored(quirky):
     store, storage = quirky("none")
     store.edit = lambda answer: re.sub(rb"bytes 0-9/\d+", b"bytes 0-" + b"9" * 5000 + b"/" + b"9" * 5000, answer)
     with pytest.raises(StorageError, match="no stated range"):
         storage.read_range(join(FOLDER, "a.tar"), 0, 10)
 
 
-def test_redirects_of_a_region_end_too(quirky):
+def test_region_redirects_end(quirky):
     store, storage = quirky("none")
     store.edit = lambda _: b"HTTP/1.1 301 x\r\nContent-Length: 0\r\nx-amz-bucket-region: eu-west-1\r\n\r\n"
     for do, _ in (OPERATIONS["info"], OPERATIONS["list"], OPERATIONS["read"]):
@@ -239,7 +239,7 @@ def test_redirects_of_a_region_end_too(quirky):
 
 @pytest.mark.parametrize("says", [b"SSH-2.0-OpenSSH_9.6\r\n", b"\x15\x03\x03\x00\x02\x02\x46", b"-ERR unknown\r\n"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_port_of_another_protocol_is_named_at_once(clock: Clock, says: bytes, scheme: str):
+def test_port_of_another_protocol_fails_without_retry(clock: Clock, says: bytes, scheme: str):
     with Babbler(says) as port:
         with pytest.raises(StorageError, match=rf"{scheme}://{port.address}.*scheme.*port"):
             storage_at(f"{scheme}://{port.address}").read(join(FOLDER, "a.tar"))
@@ -247,7 +247,7 @@ def test_a_port_of_another_protocol_is_named_at_once(clock: Clock, says: bytes, 
     assert clock.now == 0.0
 
 
-def test_tls_to_a_plain_http_port_is_named_at_once(shared_store: QuirkyStore, clock: Clock):
+def test_tls_to_a_plain_http_port_fails_without_retry(shared_store: QuirkyStore, clock: Clock):
     with pytest.raises(StorageError, match=r"SSLError.*http:// if the store does not speak TLS"):
         storage_at(shared_store.endpoint.replace("http:", "https:")).read(join(FOLDER, "a.tar"))
     assert clock.now == 0.0
@@ -255,7 +255,7 @@ def test_tls_to_a_plain_http_port_is_named_at_once(shared_store: QuirkyStore, cl
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"])
 @pytest.mark.parametrize("value", ["us-east-1\r", "two\nlines", "a\x1b[2Jb"])
-def test_variables_with_line_breaks_are_named_and_not_shown(monkeypatch, clock: Clock, name: str, value: str):
+def test_variable_with_a_line_break_is_named_without_its_value(monkeypatch, clock: Clock, name: str, value: str):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=rf"{name} has a line break") as raised:
         storage_at("http://127.0.0.1:1").read(join(FOLDER, "a.tar"))
@@ -264,7 +264,7 @@ def test_variables_with_line_breaks_are_named_and_not_shown(monkeypatch, clock: 
 
 
 @pytest.mark.parametrize("value", ["schlüssel-€", "with space", "ключ"])
-def test_odd_keys_are_refused_or_taken_without_being_shown(monkeypatch, shared_store, clock: Clock, value: str):
+def test_unusual_keys_are_never_shown(monkeypatch, shared_store, clock: Clock, value: str):
     monkeypatch.setenv("ODD", value)
     shared_store.reset("echo")
     storage = storage_at(shared_store.endpoint, key="env:ODD", secret="env:ODD")
@@ -278,19 +278,19 @@ def test_odd_keys_are_refused_or_taken_without_being_shown(monkeypatch, shared_s
 @pytest.mark.parametrize(
     "endpoint", ["not-a-url", "ftp://host", "http://", "http://host:99999", "http://[::1", "http://host:x", ""]
 )
-def test_an_endpoint_that_is_no_url_is_refused(endpoint: str):
+def test_invalid_endpoint_is_rejected(endpoint: str):
     with pytest.raises(ConfigError, match=r"storage: .*storage\.endpoint_url"):
         storage_at(endpoint).read("s3://bucket/key")
 
 
-def test_a_password_in_the_endpoint_is_refused_and_not_shown(monkeypatch):
+def test_password_in_the_endpoint_is_rejected_and_hidden(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://name:word-of-pass@host")
     with pytest.raises(ConfigError, match=r"storage: .*user name") as raised:
         Storage().read("s3://bucket/key")
     assert "word-of-pass" not in str(raised.value)
 
 
-def test_unsigned_requests_are_sent_on_demand(monkeypatch, shared_store: QuirkyStore):
+def test_anonymous_access_sends_unsigned_requests(monkeypatch, shared_store: QuirkyStore):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nonexistent")
@@ -304,14 +304,14 @@ def test_unsigned_requests_are_sent_on_demand(monkeypatch, shared_store: QuirkyS
     assert not any("authorization" in request.headers for request in shared_store.requests)
 
 
-def test_anonymous_and_a_key_exclude_each_other():
+def test_anonymous_with_a_key_is_rejected():
     with pytest.raises(ValueError, match=r"anonymous.*remove storage\.key"):
         StorageConfig(anonymous=True, key="env:X", secret="env:Y")
 
 
 @pytest.mark.parametrize("quirk", ["none", "plain_etag"])
 @pytest.mark.parametrize("ours", [True, False])
-def test_a_completed_upload_is_told_from_another_of_its_size(quirky, quirk: str, ours: bool):
+def test_lost_completion_is_verified_by_content(quirky, quirk: str, ours: bool):
     """R17: the answer to a completion is lost, and the upload is gone when it is asked again."""
     store, storage = quirky(quirk)
 
@@ -333,7 +333,7 @@ def test_a_completed_upload_is_told_from_another_of_its_size(quirky, quirk: str,
     assert store.edit is None
 
 
-def test_damaged_answers_end_in_our_errors_only(quirky, tmp_path: Path):
+def test_damaged_responses_raise_storage_errors_only(quirky, tmp_path: Path):
     rng = random.Random(0)
     for number in range(fuzz_rounds(400)):
         store, storage = quirky(rng.choice(list(MANNERS)))
@@ -355,7 +355,7 @@ def web(shared_store: QuirkyStore, clock: Clock) -> str:
     return f"{shared_store.endpoint}/bucket/folder"
 
 
-def test_web_servers_are_read(web: str):
+def test_http_urls_are_read(web: str):
     assert Storage().read(join(web, "a.tar")) == DATA
     assert Storage().read_range(join(web, "a.tar"), 5, 50) == DATA[5:50]
     with pytest.raises(NotFound):
@@ -375,7 +375,7 @@ def test_web_servers_are_read(web: str):
         ("none", lambda url: Storage().read("gs://host/x"), "gs:// cannot be reached"),
     ],
 )
-def test_what_lasts_is_told_at_once_by_other_stores_too(
+def test_permanent_errors_of_fsspec_stores_are_not_retried(
     web: str, shared_store: QuirkyStore, clock: Clock, quirk: str, do: Callable[[str], object], told: str
 ):
     shared_store.quirk = quirk

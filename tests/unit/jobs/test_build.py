@@ -37,18 +37,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_what_was_imported_is_counted(folder: Path, tmp_path: Path) -> None:
-    told = build(folder, tmp_path / "out")
-    assert "4 samples in 1 shard at" in told.stdout
-    assert "4 images, 3 captions" in told.stdout
-    assert " MB; 1 image without a caption; 1 animated image (first frame)" in told.stdout
-    assert "x.heic" in told.stderr
-    assert "not read: 1 .md" in told.stderr
-    found = json.loads(build(folder, tmp_path / "out", "--overwrite", "--json").stdout.splitlines()[-1])
-    assert {name: found[name] for name in ("images", "captions", "without_caption", "animated", "left_out")} == {
+def test_imported_contents_are_counted(folder: Path, tmp_path: Path) -> None:
+    result = build(folder, tmp_path / "out")
+    assert "4 samples in 1 shard at" in result.stdout
+    assert "4 images, 3 captions" in result.stdout
+    assert " MB; 1 image without a caption; 1 animated image (first frame)" in result.stdout
+    assert "x.heic" in result.stderr
+    assert "not read: 1 .md" in result.stderr
+    facts = json.loads(build(folder, tmp_path / "out", "--overwrite", "--json").stdout.splitlines()[-1])
+    assert {name: facts[name] for name in ("images", "captions", "without_caption", "animated", "left_out")} == {
         "images": 4, "captions": 3, "without_caption": 1, "animated": 1, "left_out": 1,
     }  # fmt: skip
-    assert found["skipped"] == {".md": 1}
+    assert facts["skipped"] == {".md": 1}
 
 
 def lines(path: Path, names: list[str]) -> Path:
@@ -56,7 +56,7 @@ def lines(path: Path, names: list[str]) -> Path:
     return path
 
 
-def test_hints_say_what_to_try(folder: Path, tmp_path: Path) -> None:
+def test_hints_name_the_option_to_try(folder: Path, tmp_path: Path) -> None:
     absent = build(lines(tmp_path / "l.jsonl", ["x.jpg", "y.jpg"]), tmp_path / "out", fails=DataError)
     assert "hint: none of the listed images exists; give the folder" in absent.stderr
     half = build(lines(tmp_path / "l.jsonl", ["x.jpg", "y.jpg", "a.jpg"]), tmp_path / "out", "--images", folder)
@@ -71,27 +71,23 @@ def test_hints_say_what_to_try(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("share", "passes"), [("50%", True), ("0.5", True), ("49%", False), ("0", False), ("1%", False)]
 )
-def test_too_many_missing_entries_fail_and_leave_nothing(
-    folder: Path, tmp_path: Path, share: str, passes: bool
-) -> None:
+def test_too_many_missing_entries_leave_nothing(folder: Path, tmp_path: Path, share: str, passes: bool) -> None:
     file = lines(tmp_path / "l.jsonl", ["x.jpg", "a.jpg"])
     out = tmp_path / "out"
-    told = build(file, out, "--images", folder, "--max-missing", share, fails=None if passes else DataError)
+    result = build(file, out, "--images", folder, "--max-missing", share, fails=None if passes else DataError)
     if passes:
-        assert "1 left out" in told.stdout
+        assert "1 left out" in result.stdout
     else:
-        assert "1 of 2 entries could not be used (50.0%)" in str(told.exception)
+        assert "1 of 2 entries could not be used (50.0%)" in str(result.exception)
         assert not list(out.glob("*"))
 
 
 @pytest.mark.parametrize("share", ["word", "101%", "-1", "nan", "2", ""])
-def test_a_share_that_is_none_is_refused(folder: Path, tmp_path: Path, share: str) -> None:
+def test_invalid_fraction_is_rejected(folder: Path, tmp_path: Path, share: str) -> None:
     assert "--max-missing" in str(build(folder, tmp_path / "out", "--max-missing", share, fails=ConfigError).exception)
 
 
-def test_every_format_is_offered_and_columns_and_outside_pictures_reach_the_readers(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_columns_and_outside_images_reach_the_readers(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("one,two\ndata/a.jpg,said\n")
     build(tmp_path / "t.csv", tmp_path / "out", "--image-column", "one", "--caption-column", "2")
     (tmp_path / "lists").mkdir()
@@ -107,13 +103,13 @@ def test_every_format_is_offered_and_columns_and_outside_pictures_reach_the_read
     "option",
     [("--split", "test"), ("--min-count", 2), ("--listed-only",), ("--image-column", "a"), ("--annotations", "x")],
 )
-def test_an_option_that_would_be_ignored_is_refused(folder: Path, tmp_path: Path, option: tuple[object, ...]) -> None:
+def test_option_of_another_format_is_rejected(folder: Path, tmp_path: Path, option: tuple[object, ...]) -> None:
     refused = build(folder, tmp_path / "out", *option, fails=ConfigError)
     assert f"{option[0]} is for --kind" in str(refused.exception)
     assert "read as folder" in str(refused.exception)
 
 
-def test_tars_are_for_index(tmp_path: Path) -> None:
+def test_building_from_tars_suggests_index(tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").write_bytes(b"")
     assert "mome shards index" in str(build(tmp_path / "tars", tmp_path / "out", fails=DataError).exception)

@@ -94,67 +94,67 @@ def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def test_a_region_is_a_query_with_its_vector_box_and_most_likely_class(folder: Path, picture: np.ndarray) -> None:
+def test_region_has_its_query_vector_box_and_class(folder: Path, picture: np.ndarray) -> None:
     """Compared with transformers' own post-processing, which keeps no vectors."""
     detector = Detector(folder, torch.device("cpu"))
-    found = detector(picture, 100)
+    record = detector(picture, 100)
     with torch.inference_mode():
         output = detector._model(**detector._prepare(images=picture, return_tensors="pt"))
-    told = detector._prepare.post_process_object_detection(output, threshold=0.0, target_sizes=[(40, 60)])[0]
-    order = torch.argsort(told["scores"], descending=True, stable=True)
+    expected = detector._prepare.post_process_object_detection(output, threshold=0.0, target_sizes=[(40, 60)])[0]
+    order = torch.argsort(expected["scores"], descending=True, stable=True)
     # With a class for "nothing" it tells each query once; else pairs of query and class, of which the first is ours.
     order = order if folder.name in ("detr", "yolos") else order[:1]
-    for name, ours in (("scores", found.confidences), ("labels", found.classes)):
-        np.testing.assert_allclose(ours[: len(order)], told[name][order], atol=1e-6)
-    boxes = told["boxes"][order].numpy().clip(0, [60, 40, 60, 40])
-    np.testing.assert_allclose(found.boxes[: len(order)], boxes, atol=1e-3)
-    assert len(found) == QUERIES
-    assert found.image_size == (40, 60)
-    assert (np.diff(found.confidences) <= 0).all()
+    for name, ours in (("scores", record.confidences), ("labels", record.classes)):
+        np.testing.assert_allclose(ours[: len(order)], expected[name][order], atol=1e-6)
+    boxes = expected["boxes"][order].numpy().clip(0, [60, 40, 60, 40])
+    np.testing.assert_allclose(record.boxes[: len(order)], boxes, atol=1e-3)
+    assert len(record) == QUERIES
+    assert record.image_size == (40, 60)
+    assert (np.diff(record.confidences) <= 0).all()
     hidden = output.last_hidden_state[0, -QUERIES:].numpy()
-    query = [int(np.abs(hidden - vector).sum(axis=1).argmin()) for vector in found.features]
+    query = [int(np.abs(hidden - vector).sum(axis=1).argmin()) for vector in record.features]
     assert sorted(query) == list(range(QUERIES))
     likely = (
         output.logits[0].argmax(dim=1)
         if folder.name not in ("detr", "yolos")
         else output.logits[0, :, :-1].argmax(dim=1)
     )
-    assert found.classes.tolist() == likely[query].tolist()
+    assert record.classes.tolist() == likely[query].tolist()
 
 
-def test_the_most_confident_regions_are_kept(folder: Path, picture: np.ndarray) -> None:
+def test_most_confident_regions_are_kept(folder: Path, picture: np.ndarray) -> None:
     detector = Detector(folder, torch.device("cpu"))
     few, all_of_them = detector(picture, 4), detector(picture, 9)
     for name in ("features", "boxes", "classes", "confidences"):
         assert np.array_equal(getattr(few, name), getattr(all_of_them, name)[:4])
 
 
-def test_what_it_makes_is_read_as_regions(folder: Path, picture: np.ndarray) -> None:
-    found = Detector(folder, torch.device("cpu"))(picture, 100)
-    again = parse_regions(found.to_bytes())
-    assert np.array_equal(again.features, found.features)
+def test_record_is_parsed_as_regions(folder: Path, picture: np.ndarray) -> None:
+    record = Detector(folder, torch.device("cpu"))(picture, 100)
+    again = parse_regions(record.to_bytes())
+    assert np.array_equal(again.features, record.features)
     assert int(again.classes.max()) < 5  # type: ignore[union-attr]
 
 
-def test_a_detector_is_known_by_its_files(tmp_path: Path) -> None:
+def test_digest_depends_on_the_detector_files(tmp_path: Path) -> None:
     one, other = save("yolos", tmp_path / "one"), save("yolos", tmp_path / "other")
     assert detector_digest(one) == detector_digest(other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     assert detector_digest(one) != detector_digest(other)
 
 
-def test_a_missing_detector_is_told_and_nothing_is_downloaded(tmp_path: Path) -> None:
+def test_missing_detector_is_named_and_not_downloaded(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         Detector(tmp_path / "facebook/detr-resnet-50", torch.device("cpu"))
 
 
-def test_a_folder_that_holds_no_detector_is_told(tmp_path: Path) -> None:
+def test_folder_without_a_detector_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no detector that transformers can load"):
         Detector(tmp_path, torch.device("cpu"))
 
 
-def test_a_picture_that_the_detector_refuses_is_a_bad_sample(tmp_path: Path, picture: np.ndarray) -> None:
+def test_image_refused_by_the_detector_is_a_bad_sample(tmp_path: Path, picture: np.ndarray) -> None:
     detector = Detector(save("yolos", tmp_path), torch.device("cpu"))
 
     def refuse(**_: object) -> None:

@@ -63,10 +63,10 @@ def samples(folder: object) -> dict[str, Sample]:
     return {sample.key: sample for sample in iter_samples(Storage(), str(folder))}
 
 
-def test_every_sample_stays_and_gets_its_regions(pairs: str, detector: Path, tmp_path: Path) -> None:
+def test_every_sample_keeps_its_members_and_gets_regions(pairs: str, detector: Path, tmp_path: Path) -> None:
     report = tmp_path / "bad.jsonl"
-    told, said = run(pairs, tmp_path / "out", "--detector", detector, "--regions", 7, "--report", report)
-    assert (told["num_samples"], told["shards"], told["bad_samples"]) == (12, 3, 1)
+    facts, said = run(pairs, tmp_path / "out", "--detector", detector, "--regions", 7, "--report", report)
+    assert (facts["num_samples"], facts["shards"], facts["bad_samples"]) == (12, 3, 1)
     CliRunner().invoke(app, ["index", pairs])
     before, after = samples(pairs), samples(tmp_path / "out")
     assert list(before) == list(after)
@@ -81,56 +81,54 @@ def test_every_sample_stays_and_gets_its_regions(pairs: str, detector: Path, tmp
         assert record.features.shape == (7, NUMBERS)
         assert record.image_size == (24, 24)
     assert "pairs00006" in said
-    found = json.loads(report.read_text())
-    assert (found["key"], found["shard"], found["stage"]) == ("pairs00006", "00001.tar", "image")
+    finding = json.loads(report.read_text())
+    assert (finding["key"], finding["shard"], finding["stage"]) == ("pairs00006", "00001.tar", "image")
 
 
-def test_an_interrupted_command_goes_on_with_the_shards_that_are_missing(
-    pairs: str, detector: Path, tmp_path: Path
-) -> None:
+def test_interrupted_command_continues_with_missing_shards(pairs: str, detector: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     whole, _ = run(pairs, out, "--detector", detector)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (out / "00000.tar").unlink()  # its record was written before
     (out / "manifest.json").unlink()
     again, _ = run(pairs, out, "--detector", detector)
-    assert again == whole  # the bad sample of an earlier call is told again
+    assert again == whole  # the bad sample of an earlier call is facts again
     changed = {path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != kept[path.name]}
     assert changed == {"00000.tar"}
 
 
-def test_a_shard_that_was_replaced_is_made_again(
+def test_replaced_source_shard_is_processed_again(
     pairs: str, detector: Path, tmp_path: Path, make_tar, make_pair
 ) -> None:
     out = tmp_path / "out"
     run(pairs, out, "--detector", detector)
     (Path(pairs) / "00002.tar").write_bytes(make_tar({"new": make_pair(99)}))
-    told, _ = run(pairs, out, "--detector", detector)
-    assert told["num_samples"] == 8
+    facts, _ = run(pairs, out, "--detector", detector)
+    assert facts["num_samples"] == 8
     assert "npz" in samples(out)["new"].members
 
 
-def test_another_setting_is_refused(pairs: str, detector: Path, tmp_path: Path) -> None:
+def test_other_settings_are_rejected(pairs: str, detector: Path, tmp_path: Path) -> None:
     run(pairs, tmp_path / "out", "--detector", detector)
     with pytest.raises(ConfigError, match="other --regions") as error:
         run(pairs, tmp_path / "out", "--detector", detector, "--regions", 3)
     assert error.value.exit_status == 2
 
 
-def test_a_folder_with_other_shards_is_refused(pairs: str, detector: Path, tmp_path: Path, make_pairs) -> None:
+def test_folder_with_other_shards_is_rejected(pairs: str, detector: Path, tmp_path: Path, make_pairs) -> None:
     with pytest.raises(ConfigError, match="none of these shards with regions"):
         run(pairs, make_pairs("other", [2]), "--detector", detector)
     with pytest.raises(ConfigError, match="choose another folder than"):
         run(pairs, os.path.relpath(pairs), "--detector", detector)
 
 
-def test_a_missing_detector_is_told_before_anything_starts(pairs: str, tmp_path: Path) -> None:
+def test_missing_detector_fails_before_any_work(pairs: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing is downloaded"):
         run(pairs, tmp_path / "out", "--detector", tmp_path / "none")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cut_shard_stops_the_command_by_name(pairs: str, detector: Path, tmp_path: Path) -> None:
+def test_truncated_shard_stops_the_command_by_name(pairs: str, detector: Path, tmp_path: Path) -> None:
     cut = Path(pairs) / "00001.tar"
     cut.write_bytes(cut.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
@@ -138,13 +136,13 @@ def test_a_cut_shard_stops_the_command_by_name(pairs: str, detector: Path, tmp_p
     assert not (tmp_path / "out" / "00001.tar").exists()
 
 
-def test_shards_without_a_picture_are_told(make_pairs, detector: Path, tmp_path: Path) -> None:
+def test_shards_without_images_are_rejected(make_pairs, detector: Path, tmp_path: Path) -> None:
     texts = make_pairs("texts", [2], planted={(0, 0): {"txt": b"one"}, (0, 1): {"txt": b"two"}})
     with pytest.raises(DataError, match="no sample has an image"):
         run(texts, tmp_path / "out", "--detector", detector)
 
 
-def test_regions_that_were_there_are_replaced(make_pairs, make_pair, detector: Path, tmp_path: Path) -> None:
+def test_existing_regions_are_replaced(make_pairs, make_pair, detector: Path, tmp_path: Path) -> None:
     old = make_pairs("old", [1], planted={(0, 0): make_pair(1) | {"npz": b"old"}})
     run(old, tmp_path / "out", "--detector", detector)
     assert len(parse_regions(next(iter(samples(tmp_path / "out").values())).members["npz"])) == 12

@@ -42,14 +42,14 @@ def folder(tmp_path: Path, make_pair: Any) -> Path:
     return tmp_path / "shards"
 
 
-def test_index_check_and_show_tell_everything_in_clean_text(folder: Path, tmp_path: Path, caplog: Any) -> None:
+def test_index_check_and_show_print_clean_text(folder: Path, tmp_path: Path, caplog: Any) -> None:
     status, out = run("index", folder, "--json")
     assert status == 0
     assert json.loads(out.splitlines()[-1])["num_samples"] == 2
     assert "2 x symbolic link (the first: link.jpg)" in caplog.text
     status, out = run("check", folder, "--json", "--workers", 1, "--report", tmp_path / "bad.jsonl")
-    found = json.loads(out.splitlines()[-1])
-    assert (status, found["bad_samples"], found["skipped"]) == (3, 1, {"symbolic link": 2})
+    facts = json.loads(out.splitlines()[-1])
+    assert (status, facts["bad_samples"], facts["skipped"]) == (3, 1, {"symbolic link": 2})
     (bad,) = map(json.loads, (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines())
     assert bad["key"] == "cut"
     assert "lone surrogate" in bad["reason"]
@@ -62,9 +62,7 @@ def test_index_check_and_show_tell_everything_in_clean_text(folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("command", "option"), [("check", "--report"), ("show", "--sheet")])
-def test_a_report_or_a_sheet_takes_the_place_of_an_older_one_only(
-    folder: Path, tmp_path: Path, command: str, option: str
-) -> None:
+def test_output_replaces_only_an_older_output(folder: Path, tmp_path: Path, command: str, option: str) -> None:
     run("index", folder)
     place, workers = tmp_path / "out", ["--workers", 1] if command == "check" else []
     for _ in range(2):

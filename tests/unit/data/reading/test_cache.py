@@ -20,24 +20,24 @@ from tests.support.cache_reader import SIZE, content, fill, open_checked
 USER = Path(__file__).resolve().parents[3] / "support" / "cache_reader.py"
 
 
-def serving(data: bytes, asked: list[tuple[int, int]] | None = None) -> Fetch:
-    """The pieces of an object; notes which were asked for."""
+def serving(data: bytes, requested: list[tuple[int, int]] | None = None) -> Fetch:
+    """Return a fetch of an object's pieces that records the requested ones."""
 
     def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         for start, stop in pieces:
-            if asked is not None:
-                asked.append((start, stop))
+            if requested is not None:
+                requested.append((start, stop))
             yield data[start:stop]
 
     return fetch
 
 
-def refused(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+def no_fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     raise AssertionError("it is cached already")
 
 
 def put(cache: NodeCache, name: str, size: int = 100) -> Path:
-    """Caches an object of that many bytes; returns its file."""
+    """Cache an object of `size` bytes and return its file."""
     with cache.open(f"s3://bucket/{name}", size, "tag", serving(bytes(size))) as shard:
         return shard.path
 
@@ -46,19 +46,19 @@ def names(cache: NodeCache) -> set[str]:
     return set(os.listdir(cache.folder)) - {"lock"}
 
 
-def test_an_object_is_downloaded_once_in_large_pieces_and_then_read_from_its_file(tmp_path: Path):
-    data, asked = os.urandom(20 * 2**20), []
+def test_object_is_downloaded_once_in_large_pieces(tmp_path: Path):
+    data, requested = os.urandom(20 * 2**20), []
     cache = NodeCache(tmp_path, 2**30)
-    with cache.open("s3://bucket/cc3m/00000.tar", len(data), "tag", serving(data, asked)) as shard:
+    with cache.open("s3://bucket/cc3m/00000.tar", len(data), "tag", serving(data, requested)) as shard:
         assert shard.read(5, 9_000_000) == data[5:9_000_000]
         assert shard.path.read_bytes() == data
         assert shard.path.name == hashlib.sha256(b"s3://bucket/cc3m/00000.tar\ntag").hexdigest() + ".tar"
-    assert asked == [(0, 8 * 2**20), (8 * 2**20, 20 * 2**20)]
-    with NodeCache(tmp_path, 2**30).open("s3://bucket/cc3m/00000.tar", len(data), "tag", refused) as shard:
+    assert requested == [(0, 8 * 2**20), (8 * 2**20, 20 * 2**20)]
+    with NodeCache(tmp_path, 2**30).open("s3://bucket/cc3m/00000.tar", len(data), "tag", no_fetch) as shard:
         assert shard.read(0, len(data)) == data
 
 
-def test_shards_of_one_name_in_two_datasets_do_not_collide(tmp_path: Path):
+def test_equal_names_in_two_datasets_do_not_collide(tmp_path: Path):
     cache = NodeCache(tmp_path, 2**30)
     for url, data in [("s3://b/cc3m/00000.tar", b"three"), ("s3://b/cc12m/00000.tar", b"twelve")] * 2:
         with cache.open(url, len(data), "tag", serving(data)) as shard:
@@ -66,7 +66,7 @@ def test_shards_of_one_name_in_two_datasets_do_not_collide(tmp_path: Path):
     assert len(names(cache)) == 2
 
 
-def test_a_changed_etag_is_another_file(tmp_path: Path):
+def test_changed_etag_is_another_file(tmp_path: Path):
     cache = NodeCache(tmp_path, 2**30)
     for etag, data in [("old", b"12345"), ("new", b"54321")]:
         with cache.open("s3://b/0.tar", 5, etag, serving(data)) as shard:
@@ -74,7 +74,7 @@ def test_a_changed_etag_is_another_file(tmp_path: Path):
     assert len(names(cache)) == 2
 
 
-def test_the_longest_unused_leaves_first(tmp_path: Path):
+def test_least_recently_used_file_is_evicted_first(tmp_path: Path):
     cache = NodeCache(tmp_path, 350)
     first, second, third = (put(cache, name) for name in "abc")
     put(cache, "a")
@@ -84,7 +84,7 @@ def test_the_longest_unused_leaves_first(tmp_path: Path):
     assert not second.exists()
 
 
-def test_when_a_file_was_last_read_counts_not_when_it_was_opened(tmp_path: Path):
+def test_eviction_order_uses_the_last_read(tmp_path: Path):
     cache = NodeCache(tmp_path, 250)
     with cache.open("s3://bucket/a", 100, "tag", serving(bytes(100))) as shard:
         second = put(cache, "b")
@@ -93,7 +93,7 @@ def test_when_a_file_was_last_read_counts_not_when_it_was_opened(tmp_path: Path)
     assert not second.exists()
 
 
-def test_a_pinned_file_is_never_evicted(tmp_path: Path):
+def test_pinned_file_is_never_evicted(tmp_path: Path):
     cache = NodeCache(tmp_path, 250)
     with cache.open("s3://bucket/a", 100, "tag", serving(b"a" * 100)) as pinned:
         for name in "bcd":
@@ -104,7 +104,7 @@ def test_a_pinned_file_is_never_evicted(tmp_path: Path):
     assert not pinned.path.exists()
 
 
-def test_no_room_beside_the_pins_is_told_and_evicts_nothing(tmp_path: Path):
+def test_no_room_raises_and_evicts_nothing(tmp_path: Path):
     cache = NodeCache(tmp_path, 250)
     other = put(cache, "other")
     with cache.open("s3://bucket/a", 100, "tag", serving(bytes(100))) as pinned:
@@ -115,7 +115,7 @@ def test_no_room_beside_the_pins_is_told_and_evicts_nothing(tmp_path: Path):
     assert cache.held_bytes() == 200
 
 
-def test_a_foreign_file_is_neither_counted_nor_deleted(tmp_path: Path):
+def test_foreign_files_are_neither_counted_nor_deleted(tmp_path: Path):
     cache = NodeCache(tmp_path, 250)
     put(cache, "a")
     foreign = [tmp_path / "00000.tar", tmp_path / "dataset" / "00000.tar", cache.folder / "00000.tar"]
@@ -132,7 +132,7 @@ def test_a_foreign_file_is_neither_counted_nor_deleted(tmp_path: Path):
     assert (cache.folder / f"{'1' * 64}.tar").is_symlink()
 
 
-def test_what_a_failed_download_leaves_is_nothing(tmp_path: Path):
+def test_failed_download_leaves_nothing(tmp_path: Path):
     cache = NodeCache(tmp_path, 250)
 
     def failing(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -146,38 +146,38 @@ def test_what_a_failed_download_leaves_is_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [0, 99, 101])
-def test_a_file_of_another_size_is_downloaded_again(tmp_path: Path, size: int):
+def test_file_of_wrong_size_is_downloaded_again(tmp_path: Path, size: int):
     cache = NodeCache(tmp_path, 2**20)
     os.truncate(put(cache, "a"), size)
     with cache.open("s3://bucket/a", 100, "tag", serving(b"n" * 100)) as shard:
         assert shard.path.read_bytes() == b"n" * 100
 
 
-def test_a_discarded_file_is_downloaded_again_and_never_another_in_its_place(tmp_path: Path):
+def test_discard_removes_only_that_version(tmp_path: Path):
     cache = NodeCache(tmp_path, 2**20)
     bad = cache.open("s3://bucket/a", 3, "tag", serving(b"bad"))
-    seen_too = cache.open("s3://bucket/a", 3, "tag", refused)
+    seen_too = cache.open("s3://bucket/a", 3, "tag", no_fetch)
     cache.discard(bad)
     with cache.open("s3://bucket/a", 3, "tag", serving(b"new")) as good:
         cache.discard(seen_too)
         assert good.path.read_bytes() == b"new"
 
 
-def test_threads_that_open_one_object_download_it_once(tmp_path: Path):
-    data, asked, started = os.urandom(1000), [], threading.Barrier(8)
+def test_concurrent_opens_download_once(tmp_path: Path):
+    data, requested, started = os.urandom(1000), [], threading.Barrier(8)
 
     def open_and_read(number: int) -> bytes:
         cache = NodeCache(tmp_path, 2**20)
         started.wait()
-        with cache.open("s3://bucket/a", 1000, "tag", serving(data, asked)) as shard:
+        with cache.open("s3://bucket/a", 1000, "tag", serving(data, requested)) as shard:
             return shard.read(0, 1000)
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(open_and_read, range(8))) == {data}
-    assert asked == [(0, 1000)]
+    assert requested == [(0, 1000)]
 
 
-def test_a_budget_below_the_open_windows_is_refused_with_both_numbers(tmp_path: Path):
+def test_budget_below_the_open_windows_is_rejected(tmp_path: Path):
     needed = open_window_bytes([50, 10, 30, 40], streams=1, window=3)
     assert needed == 120
     NodeCache(tmp_path, 120).check_budget(needed, "the open windows")
@@ -186,13 +186,13 @@ def test_a_budget_below_the_open_windows_is_refused_with_both_numbers(tmp_path: 
     assert open_window_bytes([50, 10], streams=9, window=3) == 60
 
 
-def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path):
+def test_unusable_folder_is_named(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"data\.cache\.folder .*/file cannot be used: Not a directory"):
         put(NodeCache(tmp_path / "file", 1000), "a")
 
 
-def test_a_folder_deleted_under_the_cache_is_made_again(tmp_path: Path):
+def test_deleted_folder_is_created_again(tmp_path: Path):
     cache = NodeCache(tmp_path, 1000)
     put(cache, "a")
     shutil.rmtree(cache.folder)
@@ -200,7 +200,7 @@ def test_a_folder_deleted_under_the_cache_is_made_again(tmp_path: Path):
     assert names(cache) == {path.name}
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path):
+def test_full_disk_raises_and_leaves_nothing(tmp_path: Path):
     mount = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*mount, f"mount -t tmpfs -o size=1m none {tmp_path}"], capture_output=True).returncode:
         pytest.skip("no small file system can be mounted here")
@@ -213,22 +213,22 @@ except Exception as error:
     print(type(error).__name__, error, sorted(os.listdir({str(tmp_path)!r} + "/mome-cache-1")))
 """
     script = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$0" -c "$1"'
-    told = subprocess.run([*mount, script, sys.executable, code], capture_output=True, text=True, timeout=60)
-    assert told.stdout == (
+    result = subprocess.run([*mount, script, sys.executable, code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == (
         f"CacheFull data.cache.folder {tmp_path} cannot be used: No space left on device. Free space there or lower "
         "data.cache.max_bytes, choose another local disk, or unset data.cache.folder ['lock']\n"
     )
 
 
 def accounted(cache: NodeCache) -> int:
-    """What lies in the cache, looked at from outside while nobody changes it."""
+    """Return the bytes in the cache's folder while it is locked."""
     with open(cache.folder / "lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         return sum(path.stat().st_size for path in cache.folder.iterdir())
 
 
 def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
-    """Four processes with two pins each fit exactly; every byte they read is checked, and so are their pins."""
+    """Four processes with two pins each fit exactly; all bytes and pins are checked."""
     store, cache = tmp_path / "store", NodeCache(tmp_path / "cache", 8 * SIZE)
     fill(store, 20)
     open_checked(cache, store, "0").close()
@@ -245,7 +245,7 @@ def test_processes_share_the_cache_within_its_budget(tmp_path: Path):
         assert path.read_bytes() in [content(f"{number}") for number in range(20)]
 
 
-def test_making_a_cache_touches_nothing(tmp_path: Path):
+def test_constructor_creates_nothing(tmp_path: Path):
     cache = NodeCache(tmp_path / "none", 10)
     assert not (tmp_path / "none").exists()
     assert cache.folder == tmp_path / "none" / FOLDER
@@ -267,7 +267,7 @@ def _plant(path: Path, kind: str, victim: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["symlink", "dangling symlink", "hard link", "pipe", "another user's"])
 @pytest.mark.parametrize("suffix", [".part", ".tar", "lock"])
-def test_what_others_planted_is_neither_read_nor_written(tmp_path: Path, kind: str, suffix: str):
+def test_planted_files_are_neither_read_nor_written(tmp_path: Path, kind: str, suffix: str):
     """S7: a symbolic link in the cache's folder had the file it names overwritten."""
     if kind == "another user's" and os.geteuid() != 0:
         pytest.skip("only root gives files away")
@@ -285,7 +285,7 @@ def test_what_others_planted_is_neither_read_nor_written(tmp_path: Path, kind: s
     assert sorted(os.listdir(tmp_path)) == ["cache", "victim"]
 
 
-def test_the_folder_is_its_users_alone(tmp_path: Path):
+def test_folder_is_private_to_its_user(tmp_path: Path):
     cache = NodeCache(tmp_path, 2**20)
     put(cache, "a")
     assert cache.folder.stat().st_mode & 0o777 == 0o700
@@ -296,7 +296,7 @@ def test_the_folder_is_its_users_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["symlink", "another user's", "file"])
-def test_a_folder_of_others_is_refused(tmp_path: Path, kind: str):
+def test_folder_of_another_user_is_rejected(tmp_path: Path, kind: str):
     folder = tmp_path / "cache" / FOLDER
     folder.parent.mkdir()
     if kind == "symlink":

@@ -34,7 +34,7 @@ SIZES = [40, 25, 33, 8, 40, 36, 21, 37]  # 240 samples
 
 
 class CountingStorage(Storage):
-    """Tells which ranges of tars were asked of the store, each time."""
+    """Storage that records the requested ranges of tars."""
 
     def __init__(self, config: StorageConfig = StorageConfig()):
         super().__init__(config)
@@ -60,7 +60,7 @@ def folder(make_pairs) -> str:
     return folder
 
 
-def test_slot_gives_the_bytes_that_were_packed(folder: str, make_pair):
+def test_sample_has_the_packed_bytes(folder: str, make_pair):
     sample = reader(folder).read(SampleRef("pairs", 0, 1, 2))
     assert sample.members == make_pair(8)
     assert (sample.shard, sample.key) == ("00001.tar", "pairs00008")
@@ -68,7 +68,7 @@ def test_slot_gives_the_bytes_that_were_packed(folder: str, make_pair):
     assert data[sample.offset : sample.offset + len(sample.members["jpg"])] == sample.members["jpg"]
 
 
-def test_uid_is_the_same_wherever_the_shard_is_read(folder: str, make_pairs):
+def test_uid_does_not_depend_on_the_reader(folder: str, make_pairs):
     manifest = load_manifest(Storage(), folder)
     sample = reader(folder).read(SampleRef("pairs", 5, 1, 2))
     assert sample.uid == sample_uid(manifest.shards[1], 2)
@@ -78,13 +78,13 @@ def test_uid_is_the_same_wherever_the_shard_is_read(folder: str, make_pairs):
     assert sample.uid in uids
 
 
-def test_captions_of_a_source_come_in_order(folder: str):
+def test_captions_are_in_order(folder: str):
     captions = list(iter_captions(Storage(), folder))
     assert len(captions) == 30
     assert captions[3] == "picture 1 shows a thing in way a"
 
 
-def test_equal_images_are_told_and_so_is_a_key_that_stands_twice(tmp_path: Path, make_tar, make_pair):
+def test_equal_images_and_duplicate_keys_are_identified(tmp_path: Path, make_tar, make_pair):
     parts = [make_tar({key: make_pair(number)}) for key, number in [("a", 0), ("b", 1), ("a", 2), ("c", 1)]]
     data = b"".join(part.rstrip(b"\0") + bytes(-len(part.rstrip(b"\0")) % 512) for part in parts) + bytes(1024)
     (tmp_path / "0.tar").write_bytes(data)
@@ -95,7 +95,7 @@ def test_equal_images_are_told_and_so_is_a_key_that_stands_twice(tmp_path: Path,
     assert samples[1].image_id == samples[3].image_id != 0
 
 
-def test_slots_count_the_chosen_samples(folder: str):
+def test_sample_refs_count_selected_samples(folder: str):
     index = load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
     listed = Path(folder, "opt_out.txt")
     listed.write_text("\n".join([index.keys[0], index.keys[3]]))
@@ -108,7 +108,7 @@ def test_slots_count_the_chosen_samples(folder: str):
     assert chosen.read(SampleRef("pairs", 0, 0, 2)) == everything.read(SampleRef("pairs", 0, 0, 4))
 
 
-def test_missing_shard_is_told_before_anything_is_read(folder: str):
+def test_missing_shard_raises_before_reading(folder: str):
     os.unlink(f"{folder}/00001.tar")
     with pytest.raises(DataError, match=r"00001\.tar: the shard is missing"):
         reader(folder)
@@ -128,7 +128,7 @@ def cut_places(folder: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("cut", range(5))
-def test_a_shard_cut_anywhere_is_refused_by_name(folder: str, cut: int):
+def test_truncated_shard_is_rejected_by_name(folder: str, cut: int):
     os.truncate(f"{folder}/00000.tar", list(cut_places(folder).values())[cut])
     with pytest.raises(DataError, match=r"00000\.tar: the shard was truncated"):
         reader(folder)
@@ -136,7 +136,7 @@ def test_a_shard_cut_anywhere_is_refused_by_name(folder: str, cut: int):
 
 @pytest.mark.parametrize("is_open", [False, True])
 @pytest.mark.parametrize("cut", range(3))
-def test_a_shard_cut_during_the_run_is_refused_by_name(folder: str, cut: int, is_open: bool):
+def test_shard_truncated_during_the_run_is_rejected_by_name(folder: str, cut: int, is_open: bool):
     opened = reader(folder)
     if is_open:
         opened.read(SampleRef("pairs", 0, 0, 0))
@@ -145,14 +145,14 @@ def test_a_shard_cut_during_the_run_is_refused_by_name(folder: str, cut: int, is
         opened.read(SampleRef("pairs", 0, 0, 4))
 
 
-def test_a_shard_deleted_during_the_run_is_refused_by_name(folder: str):
+def test_shard_deleted_during_the_run_is_rejected_by_name(folder: str):
     opened = reader(folder)
     os.unlink(f"{folder}/00000.tar")
     with pytest.raises(DataError, match=r"00000\.tar: the shard is missing, and was there at first"):
         opened.read(SampleRef("pairs", 0, 0, 4))
 
 
-def test_a_changed_shard_of_the_same_size_is_refused_by_name(folder: str):
+def test_changed_shard_of_equal_size_is_rejected_by_name(folder: str):
     path = Path(folder, "00000.tar")
     index = load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
     data, times = bytearray(path.read_bytes()), path.stat()
@@ -165,7 +165,7 @@ def test_a_changed_shard_of_the_same_size_is_refused_by_name(folder: str):
         opened.read(SampleRef("pairs", 0, 0, 3))
 
 
-def test_local_shards_keep_a_bounded_number_of_files_open(make_pairs, monkeypatch: pytest.MonkeyPatch):
+def test_number_of_open_files_is_bounded(make_pairs, monkeypatch: pytest.MonkeyPatch):
     folder = make_pairs("many", [1] * 40)
     index_shards(Storage(), folder)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
@@ -183,24 +183,24 @@ def open_tars(folder: str) -> int:
     return sum(str(os.path.realpath(link)).startswith(folder + "/") for link in links)
 
 
-def test_spans_tile_the_shard_and_are_never_small(make_pairs, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_cover_the_shard_and_are_never_small(make_pairs, monkeypatch: pytest.MonkeyPatch):
     folder = make_pairs("pairs", [40])
     index_shards(Storage(), folder)
     index = load_index(Storage(), folder, load_manifest(Storage(), folder).shards[0])
     for least in (1, 3000, 10_000, 10**9):
         monkeypatch.setattr(module, "CHUNK_BYTES", least)
         opened = make_shard_view(index)
-        spans = sorted({opened.chunk(sample) for sample in range(40)})
+        chunks = sorted({opened.chunk(sample) for sample in range(40)})
         for sample in range(40):
             start, stop = opened.chunk(sample)
             assert start <= index.byte_range(sample)[0]
             assert index.byte_range(sample)[1] <= stop
-        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
-        assert len(spans) == 1 or all(stop - start > least - 1024 for start, stop in spans)
-        assert sum(opened.num_selected(which) for which in range(len(spans))) == 40
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(chunks))
+        assert len(chunks) == 1 or all(stop - start > least - 1024 for start, stop in chunks)
+        assert sum(opened.num_selected(which) for which in range(len(chunks))) == 40
         some = make_shard_view(index, np.array([0, 7, 39]))
-        assert sum(some.num_selected(which) for which in range(len(spans))) == 3
-    assert len(spans) == 1
+        assert sum(some.num_selected(which) for which in range(len(chunks))) == 3
+    assert len(chunks) == 1
 
 
 def memory_copy(folder: str, name: str) -> str:
@@ -210,7 +210,7 @@ def memory_copy(folder: str, name: str) -> str:
     return url
 
 
-def test_remote_equals_local_and_each_span_is_fetched_once(folder: str, monkeypatch: pytest.MonkeyPatch):
+def test_remote_equals_local_and_each_chunk_is_fetched_once(folder: str, monkeypatch: pytest.MonkeyPatch):
     url = memory_copy(folder, "once")
     local, remote = reader(folder), reader(url)
     fetches = []
@@ -230,7 +230,7 @@ def test_remote_equals_local_and_each_span_is_fetched_once(folder: str, monkeypa
     Storage().delete(url)
 
 
-def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.MonkeyPatch):
+def test_bytes_damaged_in_transit_are_read_again(folder: str, monkeypatch: pytest.MonkeyPatch):
     url = memory_copy(folder, "damage")
     remote, fetch, times = reader(url), module.ShardReader.fetch, []
 
@@ -247,11 +247,11 @@ def test_damage_on_the_way_is_read_once_more(folder: str, monkeypatch: pytest.Mo
     Storage().delete(url)
 
 
-# ---- reading ahead from a store
+# ---- prefetching from a store
 
 
 class Epoch:
-    """One epoch of 240 samples in batches of 8, over 2 streams with windows of 1 shard; shards have several spans."""
+    """One epoch of 240 samples in batches of 8, over 2 streams with windows of 1 shard; shards have several chunks."""
 
     def __init__(self, folder: str, url: str):
         self.url, self.source = url, source_of(folder)
@@ -266,14 +266,14 @@ class Epoch:
         local = reader(folder)
         self.expected = [[local.read(slot) for slot in self.order.batch(step)] for step in self.steps]
         indexes = [load_index(Storage(), folder, record) for record in self.source.manifest.shards]
-        self.spans = {
+        self.chunks = {
             (record.name, *make_shard_view(index).chunk(number))
             for record, index in zip(self.source.manifest.shards, indexes, strict=True)
             for number in range(len(index))
         }
 
     def read(self, storage: Storage, loader: LoaderConfig, cache: NodeCache | None = None, places: range = range(8)):
-        """What a loader with four threads and two batches ahead reads of the places."""
+        """Return the samples of each step, read by four threads two batches ahead."""
         source = Source(self.url, self.source.manifest)
         with SampleReader(storage, {"pairs": source}, loader, cache) as remote, ThreadPoolExecutor(4) as pool:
             remote.start_prefetch(lambda step: self.order.samples(step, places) if step in self.steps else [], 0)
@@ -299,7 +299,7 @@ def epoch(s3, make_pairs, monkeypatch: pytest.MonkeyPatch) -> Epoch:
     return Epoch(folder, s3.url("pairs"))
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -307,40 +307,36 @@ ROOM = LoaderConfig(memory_bytes=2**20, read_ahead_bytes=30_000, max_concurrent_
 
 
 @ON_MOTO
-def test_an_epoch_from_a_store_fetches_each_span_once(s3, epoch: Epoch, caplog: pytest.LogCaptureFixture):
+def test_epoch_from_a_store_fetches_each_chunk_once(s3, epoch: Epoch, caplog: pytest.LogCaptureFixture):
     storage = CountingStorage(s3.config)
     assert epoch.read(storage, ROOM) == epoch.expected
-    assert len(epoch.spans) > 30
-    assert Counter(storage.ranges) == Counter(epoch.spans)
-    assert told(caplog) == []
+    assert len(epoch.chunks) > 30
+    assert Counter(storage.ranges) == Counter(epoch.chunks)
+    assert warnings_in(caplog) == []
 
 
 @ON_MOTO
-def test_memory_need_not_hold_more_than_the_open_windows_and_what_is_read_ahead(
-    s3, epoch: Epoch, caplog: pytest.LogCaptureFixture
-):
-    storage, total = CountingStorage(s3.config), sum(stop - start for _, start, stop in epoch.spans)
+def test_memory_of_open_windows_and_prefetch_suffices(s3, epoch: Epoch, caplog: pytest.LogCaptureFixture):
+    storage, total = CountingStorage(s3.config), sum(stop - start for _, start, stop in epoch.chunks)
     loader = ROOM.model_copy(update={"memory_bytes": total * 6 // 10})
     assert epoch.read(storage, loader) == epoch.expected
-    assert Counter(storage.ranges) == Counter(epoch.spans)
-    assert told(caplog) == []
+    assert Counter(storage.ranges) == Counter(epoch.chunks)
+    assert warnings_in(caplog) == []
 
 
 @ON_MOTO
-def test_memory_below_the_open_windows_is_told_once_and_changes_no_sample(
-    s3, epoch: Epoch, caplog: pytest.LogCaptureFixture
-):
+def test_too_little_memory_warns_once_and_changes_no_sample(s3, epoch: Epoch, caplog: pytest.LogCaptureFixture):
     storage = CountingStorage(s3.config)
     assert epoch.read(storage, ROOM.model_copy(update={"memory_bytes": 60_000})) == epoch.expected
-    assert len(storage.ranges) > len(epoch.spans) == len(set(storage.ranges))
-    assert told(caplog) == [
+    assert len(storage.ranges) > len(epoch.chunks) == len(set(storage.ranges))
+    assert warnings_in(caplog) == [
         "data.loader.memory_bytes 60000 is below what the open windows of this process need: chunks of shards are "
         "fetched more than once. Raise it, lower data.shuffle_window, or set data.cache.folder"
     ]
 
 
 @ON_MOTO
-def test_readers_of_one_node_fetch_each_piece_once_through_the_cache(s3, epoch: Epoch, tmp_path: Path):
+def test_readers_of_one_node_share_the_cache(s3, epoch: Epoch, tmp_path: Path):
     cache = NodeCache(tmp_path / "cache", 2**30)
     first, second, warm = (CountingStorage(s3.config) for _ in range(3))
     with ThreadPoolExecutor(2) as pool:
@@ -359,20 +355,20 @@ def test_readers_of_one_node_fetch_each_piece_once_through_the_cache(s3, epoch: 
 
 
 @ON_MOTO
-def test_a_cache_without_room_is_told_once_and_changes_no_sample(
+def test_full_cache_warns_once_and_changes_no_sample(
     s3, epoch: Epoch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     largest = max(shard.bytes for shard in epoch.source.manifest.shards)
     cache = NodeCache(tmp_path, largest * 3 // 2)
     assert epoch.read(Storage(s3.config), ROOM, cache) == epoch.expected
-    (message,) = told(caplog)
+    (message,) = warnings_in(caplog)
     assert "no room for its" in message
     assert f"data.cache.max_bytes is {cache.max_bytes}. Raise it; such shards are read over the network" in message
     assert cache.held_bytes() <= cache.max_bytes
 
 
 @ON_MOTO
-def test_a_damaged_cached_shard_is_downloaded_again(s3, epoch: Epoch, tmp_path: Path):
+def test_damaged_cached_shard_is_downloaded_again(s3, epoch: Epoch, tmp_path: Path):
     cache = NodeCache(tmp_path, 2**30)
     epoch.read(Storage(s3.config), ROOM, cache)
     for path in cache.folder.glob("*.tar"):
@@ -386,7 +382,7 @@ def test_a_damaged_cached_shard_is_downloaded_again(s3, epoch: Epoch, tmp_path: 
 
 
 @ON_MOTO
-def test_a_cached_shard_cut_while_it_is_read_costs_no_sample(s3, epoch: Epoch, tmp_path: Path):
+def test_cached_shard_truncated_during_reads_loses_no_sample(s3, epoch: Epoch, tmp_path: Path):
     cache = NodeCache(tmp_path, 2**30)
     with SampleReader(Storage(s3.config), {"pairs": Source(epoch.url, epoch.source.manifest)}, ROOM, cache) as remote:
         remote.read(SampleRef("pairs", 0, 0, 0))
@@ -399,7 +395,7 @@ def test_a_cached_shard_cut_while_it_is_read_costs_no_sample(s3, epoch: Epoch, t
 
 @ON_MOTO
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_a_shard_replaced_in_the_store_is_refused_by_name(s3, epoch: Epoch, tmp_path: Path, is_cached: bool):
+def test_shard_replaced_in_the_store_is_rejected_by_name(s3, epoch: Epoch, tmp_path: Path, is_cached: bool):
     storage = Storage(s3.config)
     cache = NodeCache(tmp_path, 2**30) if is_cached else None
     source = Source(epoch.url, epoch.source.manifest)
@@ -416,7 +412,7 @@ def test_a_shard_replaced_in_the_store_is_refused_by_name(s3, epoch: Epoch, tmp_
 
 
 @ON_MOTO
-def test_following_can_begin_again_elsewhere(s3, epoch: Epoch):
+def test_prefetch_can_restart_at_another_step(s3, epoch: Epoch):
     storage = CountingStorage(s3.config)
     source = Source(epoch.url, epoch.source.manifest)
     with SampleReader(storage, {"pairs": source}, ROOM) as remote:
@@ -434,7 +430,7 @@ def threads_of_readers() -> list[str]:
 
 
 @ON_MOTO
-def test_no_thread_starts_before_use_and_none_outlives_the_reader(s3, epoch: Epoch, tmp_path: Path):
+def test_reader_owns_its_threads(s3, epoch: Epoch, tmp_path: Path):
     source = Source(epoch.url, epoch.source.manifest)
     remote = SampleReader(Storage(s3.config), {"pairs": source}, ROOM, NodeCache(tmp_path, 2**30))
     assert threads_of_readers() == []
@@ -456,7 +452,7 @@ def test_local_sources_start_no_thread(folder: str):
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
-def test_hard_links_are_read_where_the_data_they_name_lies(where: str, tmp_path: Path, monkeypatch) -> None:
+def test_hard_links_are_read_from_their_target(where: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("pipeline.data.reading.shard_reader.CHUNK_BYTES", 4096)
     rng = random.Random(5)
     buffer, files, expected = io.BytesIO(), [], []

@@ -1,4 +1,4 @@
-"""`shards check`, the index and training judge each sample alike, however it is damaged (contract C7)."""
+"""Agreement of `shards check`, the index and training on every damaged sample (contract C7)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CLASSES, ANSWERS, NUMBERS, BATCH = 4, ("yes", "no"), 3, 8
 USES: tuple[SourceType, ...] = ("pairs", "text", "labelled", "regions", "questions", "statements")
 DEEP = b'{"caption": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 
-# Members that must make a pair bad, whoever judges it.
+# Members that make a pair bad for check and for training.
 POISON: dict[str, Members] = {
     "lone surrogate in a caption": {"json": b'{"caption": "nice \\ud83d"}'},
     "lone surrogate in a list": {"json": b'{"captions": ["fine", "nice \\udE00 day"]}'},
@@ -165,7 +165,7 @@ def trained(folder: str, source_type: SourceType, count: int) -> set[tuple[str, 
 def judge(
     tmp_path: Path, make_tar: Any, source_type: SourceType, damaged: dict[str, Members]
 ) -> set[tuple[str, str, str]]:
-    """What checking and training alike find bad among damaged samples, between twice as many good ones."""
+    """Return the bad samples that both check and training find among damaged and twice as many good ones."""
     samples = damaged | {f"good{number}": sample(source_type, number) for number in range(2 * len(damaged) + BATCH)}
     samples |= {f"more{number}": sample(source_type, number) for number in range(-len(samples) % BATCH)}
     keys = sorted(samples, key=lambda key: random.Random(key).random())
@@ -177,12 +177,12 @@ def judge(
     index_shards(Storage(), str(folder))
     report = checked(str(folder), source_type)
     assert report.broken is None
-    found = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
-    assert found == trained(str(folder), source_type, len(samples))
-    assert {key for key, *_ in found} <= damaged.keys()
+    findings = {(bad.key, bad.stage, bad.reason) for bad in report.bad}
+    assert findings == trained(str(folder), source_type, len(samples))
+    assert {key for key, *_ in findings} <= damaged.keys()
     for text in iter_captions(Storage(), str(folder)):
         text.encode()
-    return found
+    return findings
 
 
 def variants(source_type: SourceType) -> dict[str, Members]:
@@ -199,9 +199,7 @@ def variants(source_type: SourceType) -> dict[str, Members]:
 
 
 @pytest.mark.parametrize("source_type", USES)
-def test_poison_is_counted_with_the_same_reason_by_checking_and_training(
-    source_type: SourceType, tmp_path: Path, make_tar: Any
-) -> None:
+def test_check_and_training_report_equal_reasons(source_type: SourceType, tmp_path: Path, make_tar: Any) -> None:
     damaged = variants(source_type)
     bad = judge(tmp_path, make_tar, source_type, damaged)
     assert {key for key, *_ in bad} == {key for key in damaged if key.startswith("poison")}
@@ -210,9 +208,7 @@ def test_poison_is_counted_with_the_same_reason_by_checking_and_training(
 
 
 @pytest.mark.parametrize("source_type", USES)
-def test_checking_and_training_agree_on_every_damaged_sample(
-    source_type: SourceType, tmp_path: Path, make_tar: Any
-) -> None:
+def test_check_and_training_agree_on_damaged_samples(source_type: SourceType, tmp_path: Path, make_tar: Any) -> None:
     rng = random.Random(source_type)
     damaged = {}
     for number in range(fuzz_rounds(60)):
@@ -222,7 +218,7 @@ def test_checking_and_training_agree_on_every_damaged_sample(
     assert judge(tmp_path, make_tar, source_type, damaged)
 
 
-def test_indexing_never_fails_and_names_images_by_their_pictures(make_tar: Any) -> None:
+def test_indexing_damaged_samples_never_fails(make_tar: Any) -> None:
     damaged = variants("pairs")
     index = index_tar(make_tar(damaged), "x.tar")
     assert index.keys == tuple(damaged)
@@ -235,9 +231,9 @@ def test_indexing_never_fails_and_names_images_by_their_pictures(make_tar: Any) 
         assert index.caption_length[number] == expected
 
 
-def test_an_image_id_that_is_no_number_unnames_no_picture(make_tar: Any, tmp_path: Path) -> None:
+def test_invalid_image_id_falls_back_to_the_image(make_tar: Any, tmp_path: Path) -> None:
     named = [sample("pairs", n) | {"json": b'{"caption": "fine", "image_id": NaN}'} for n in range(2)]
     (tmp_path / "0.tar").write_bytes(make_tar({str(n): members for n, members in enumerate(named)}))
     index_shards(Storage(), str(tmp_path))
-    read = [found.image_id for found in iter_samples(Storage(), str(tmp_path))]
+    read = [findings.image_id for findings in iter_samples(Storage(), str(tmp_path))]
     assert read == [image_id_of({"jpg": members["jpg"]}) for members in named]

@@ -33,7 +33,7 @@ from tests.support.fuzz import fuzz_rounds, mutate
 
 
 class Watched(Storage):
-    """A storage that tells which files were read."""
+    """Storage that records the files that are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def empty_tar() -> bytes:
     return buffer.getvalue()
 
 
-def test_folder_is_indexed_and_its_tars_stay_untouched(make_pairs, tmp_path: Path):
+def test_indexing_leaves_the_tars_unchanged(make_pairs, tmp_path: Path):
     storage, folder = Storage(), make_pairs("pairs", [5, 3])
     before = {name: (Path(folder) / name).read_bytes() for name in os.listdir(folder)}
     manifest = index_shards(storage, folder)
@@ -65,7 +65,7 @@ def test_folder_is_indexed_and_its_tars_stay_untouched(make_pairs, tmp_path: Pat
     assert [len(load_index(storage, folder, record)) for record in manifest.shards] == [5, 3]
 
 
-def test_indexing_continues_where_it_stopped(make_pairs):
+def test_interrupted_indexing_continues(make_pairs):
     storage, folder = Storage(), make_pairs("pairs", [5, 3, 4])
     manifest = index_shards(storage, folder)
     for name in ("manifest.json", "00002.tar.index.npz"):
@@ -76,7 +76,7 @@ def test_indexing_continues_where_it_stopped(make_pairs):
     assert sorted(name for name in watched.seen if name.endswith(".tar")) == ["00001.tar", "00002.tar"]
 
 
-def test_digest_names_contents_and_not_places(make_pairs, make_tar, make_pair):
+def test_digest_depends_on_contents_only(make_pairs, make_tar, make_pair):
     storage = Storage()
     first = index_shards(storage, make_pairs("pairs", [5, 3]))
     shutil.copytree(Path(make_pairs("copied", [])).parent / "pairs", Path(make_pairs("copies", [])) / "in")
@@ -86,7 +86,7 @@ def test_digest_names_contents_and_not_places(make_pairs, make_tar, make_pair):
     assert index_shards(storage, folder).digest != first.digest
 
 
-def test_brace_patterns_choose_shards(make_pairs):
+def test_brace_patterns_select_shards(make_pairs):
     storage, folder = Storage(), make_pairs("pairs", [2, 3, 4])
     index_shards(storage, folder)
     manifest = load_manifest(storage, f"{folder}/0000{{1..2}}.tar")
@@ -101,7 +101,7 @@ def test_braces_expand():
     assert expand_braces("plain.tar") == ["plain.tar"]
 
 
-def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
+def test_missing_parts_name_the_command_to_run(tmp_path: Path):
     storage = Storage()
     with pytest.raises(DataError, match=r"no such folder of shards.*mome shards build"):
         load_manifest(storage, str(tmp_path / "absent"))
@@ -131,7 +131,7 @@ def test_what_is_missing_is_told_with_the_command_that_mends_it(tmp_path: Path):
         load_manifest(storage, str(tmp_path / "empty"))
 
 
-def test_edited_manifest_and_foreign_index_are_refused(make_pairs):
+def test_edited_manifest_and_foreign_index_are_rejected(make_pairs):
     storage, folder = Storage(), make_pairs("pairs", [5, 3])
     manifest = index_shards(storage, folder)
     shutil.copy(f"{folder}/00000.tar.index.npz", f"{folder}/00001.tar.index.npz")
@@ -144,7 +144,7 @@ def test_edited_manifest_and_foreign_index_are_refused(make_pairs):
         load_manifest(storage, folder)
 
 
-def test_missing_and_cut_shards_are_found_by_one_listing(make_pairs):
+def test_one_listing_finds_missing_and_truncated_shards(make_pairs):
     storage, folder = Storage(), make_pairs("pairs", [5, 3])
     manifest = index_shards(storage, folder)
     check_present(storage, folder, manifest)
@@ -156,20 +156,20 @@ def test_missing_and_cut_shards_are_found_by_one_listing(make_pairs):
         check_present(storage, folder, manifest)
 
 
-def test_a_shard_that_the_manifest_knows_is_not_looked_at_again(make_pairs):
+def test_known_shards_are_not_read_again(make_pairs):
     folder = make_pairs("many", [1] * 300)
-    told = []
-    manifest = index_shards(Storage(), folder, lambda *progress: told.append(progress))
-    assert [done for done, total, _ in told] == list(range(1, 301))
-    assert {total for _, total, _ in told} == {300}
-    assert {name for _, _, name in told} == {shard.name for shard in manifest.shards}
+    calls = []
+    manifest = index_shards(Storage(), folder, lambda *progress: calls.append(progress))
+    assert [done for done, total, _ in calls] == list(range(1, 301))
+    assert {total for _, total, _ in calls} == {300}
+    assert {name for _, _, name in calls} == {shard.name for shard in manifest.shards}
     for call in (index_shards, ensure_indexed, load_manifest):
         watched = Watched()
         assert call(watched, folder) == manifest
         assert watched.seen == ["manifest.json"]
 
 
-def test_a_replaced_shard_is_indexed_anew(make_pairs, make_tar, make_pair):
+def test_replaced_shard_is_indexed_again(make_pairs, make_tar, make_pair):
     folder = make_pairs("pairs", [5, 3])
     before = index_shards(Storage(), folder)
     Path(folder, "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(2)}))
@@ -179,7 +179,7 @@ def test_a_replaced_shard_is_indexed_anew(make_pairs, make_tar, make_pair):
     assert len(load_index(Storage(), folder, after.shards[1])) == 2
 
 
-def test_a_cut_shard_stops_the_indexing_by_name_and_what_is_done_stays_done(make_pairs):
+def test_truncated_shard_stops_indexing_by_name(make_pairs):
     folder = make_pairs("pairs", [5, 3, 4])
     os.truncate(f"{folder}/00001.tar", 4096)
     with pytest.raises(DataError, match=r"00001\.tar: the shard is truncated"):
@@ -188,19 +188,19 @@ def test_a_cut_shard_stops_the_indexing_by_name_and_what_is_done_stays_done(make
     assert Path(folder, "00000.tar.index.npz").exists()
 
 
-def test_a_pattern_is_indexed_beside_the_folders_other_shards(make_pairs):
+def test_indexing_a_pattern_keeps_other_shards(make_pairs):
     folder = make_pairs("pairs", [2, 3, 4])
     assert [shard.samples for shard in index_shards(Storage(), f"{folder}/0000{{0..1}}.tar").shards] == [2, 3]
     assert [shard.samples for shard in index_shards(Storage(), f"{folder}/00002.tar").shards] == [4]
     assert [shard.samples for shard in load_manifest(Storage(), folder).shards] == [2, 3, 4]
 
 
-def test_ensuring_makes_the_manifest_once_and_adds_new_shards(make_pairs, make_tar, make_pair):
+def test_ensure_indexed_adds_new_shards(make_pairs, make_tar, make_pair):
     folder = make_pairs("pairs", [5, 3])
-    told = []
-    manifest = ensure_indexed(Storage(), folder, lambda *progress: told.append(progress))
+    calls = []
+    manifest = ensure_indexed(Storage(), folder, lambda *progress: calls.append(progress))
     assert manifest == load_manifest(Storage(), folder)
-    assert [done for done, _, _ in told] == [1, 2]
+    assert [done for done, _, _ in calls] == [1, 2]
     Path(folder, "00002.tar").write_bytes(make_tar({"new": make_pair(9)}))
     watched = Watched()
     assert [shard.samples for shard in ensure_indexed(watched, folder).shards] == [5, 3, 1]
@@ -208,7 +208,7 @@ def test_ensuring_makes_the_manifest_once_and_adds_new_shards(make_pairs, make_t
     assert [shard.samples for shard in ensure_indexed(Storage(), f"{folder}/00001.tar").shards] == [3]
 
 
-def test_ensuring_makes_a_lost_index_again(make_pairs):
+def test_ensure_indexed_restores_a_lost_index(make_pairs):
     folder = make_pairs("pairs", [5, 3])
     manifest = index_shards(Storage(), folder)
     os.unlink(f"{folder}/00001.tar.index.npz")
@@ -218,7 +218,7 @@ def test_ensuring_makes_a_lost_index_again(make_pairs):
     assert len(load_index(Storage(), folder, manifest.shards[1])) == 3
 
 
-def test_ensuring_never_takes_a_lost_or_cut_shard_for_granted(make_pairs):
+def test_ensure_indexed_rejects_lost_and_truncated_shards(make_pairs):
     folder = make_pairs("pairs", [5, 3])
     index_shards(Storage(), folder)
     before = Path(folder, "manifest.json").read_bytes()
@@ -231,7 +231,7 @@ def test_ensuring_never_takes_a_lost_or_cut_shard_for_granted(make_pairs):
     assert Path(folder, "manifest.json").read_bytes() == before
 
 
-def test_what_an_earlier_version_indexed_is_indexed_again(make_pairs):
+def test_manifest_of_version_1_is_indexed_again(make_pairs):
     folder = make_pairs("pairs", [5, 3])
     manifest = index_shards(Storage(), folder)
     path = Path(folder, "manifest.json")
@@ -244,7 +244,7 @@ def test_what_an_earlier_version_indexed_is_indexed_again(make_pairs):
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Root may write everywhere: for a while this process is nobody."""
+    """Run the block as user nobody, because root can write everywhere."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -255,7 +255,7 @@ def as_nobody() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_folder_that_cannot_be_written_is_told_so(make_tar, make_pair):
+def test_read_only_folder_is_named(make_tar, make_pair):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "0.tar").write_bytes(make_tar({"a": make_pair(0)}))
         os.chmod(folder, 0o555)
@@ -271,7 +271,7 @@ def test_a_folder_that_cannot_be_written_is_told_so(make_tar, make_pair):
             os.chmod(folder, 0o755)
 
 
-def test_pipes_are_refused(tmp_path: Path):
+def test_pipe_urls_are_rejected(tmp_path: Path):
     for call in (index_shards, ensure_indexed, load_manifest):
         with pytest.raises(ConfigError, match=r"runs a command"):
             call(Storage(), f"pipe:touch {tmp_path}/done; cat x.tar")
@@ -279,14 +279,14 @@ def test_pipes_are_refused(tmp_path: Path):
 
 
 def energon_index(path: Path) -> bytes:
-    """As Megatron-Energon's `prepare` writes it: where each sample begins, then where the last ends."""
+    """Return an index as Megatron-Energon's `prepare` writes it: the samples' offsets, then the end."""
     with tarfile.open(path) as tar:
         offsets = [member.offset for member in tar if member.name.endswith(".jpg")]
         return struct.pack(f"<{len(offsets) + 1}Q", *offsets, tar.offset)
 
 
 def dali_index(path: Path) -> bytes:
-    """As DALI's wds2idx v1.2 writes it."""
+    """Return an index as DALI's wds2idx v1.2 writes it."""
     with tarfile.open(path) as tar:
         members = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in tar]
     return "\n".join(
@@ -296,7 +296,7 @@ def dali_index(path: Path) -> bytes:
 
 @pytest.fixture
 def counted(make_pairs) -> str:
-    """Four shards: three were counted by other tools, each in its own way, one by nobody."""
+    """Return four shards: three counted by different tools, one not counted."""
     folder = Path(make_pairs("counted", [5, 3, 4, 2]))
     (folder / "00000.tar.idx").write_bytes(energon_index(folder / "00000.tar"))
     (folder / "00001.idx").write_bytes(dali_index(folder / "00001.tar"))
@@ -304,7 +304,7 @@ def counted(make_pairs) -> str:
     return str(folder)
 
 
-def test_counts_of_other_tools_spare_the_reading(counted: str):
+def test_trusted_counts_avoid_reading(counted: str):
     watched = Watched()
     manifest = index_shards(watched, counted, trust_counts=True)
     assert [name for name in watched.seen if name.endswith(".tar")] == ["00003.tar"]
@@ -316,7 +316,7 @@ def test_counts_of_other_tools_spare_the_reading(counted: str):
     assert again.seen == ["manifest.json"]
 
 
-def test_a_trusted_shard_is_indexed_when_it_is_first_asked_for_and_then_kept(counted: str):
+def test_trusted_shard_is_indexed_on_first_use(counted: str):
     manifest = index_shards(Storage(), counted, trust_counts=True)
     watched = Watched()
     index = load_index(watched, counted, manifest.shards[1])
@@ -330,7 +330,7 @@ def test_a_trusted_shard_is_indexed_when_it_is_first_asked_for_and_then_kept(cou
     assert whole.digest != manifest.digest
 
 
-def test_a_trusted_count_that_proves_wrong_is_fatal_by_name(counted: str):
+def test_wrong_trusted_count_is_fatal_by_name(counted: str):
     Path(counted, "00002_stats.json").write_text(json.dumps({"successes": 3}))
     manifest = index_shards(Storage(), counted, trust_counts=True)
     assert [shard.samples for shard in manifest.shards] == [5, 3, 3, 2]
@@ -338,7 +338,7 @@ def test_a_trusted_count_that_proves_wrong_is_fatal_by_name(counted: str):
         load_index(Storage(), counted, manifest.shards[2])
 
 
-def test_a_trusted_shard_that_was_replaced_is_fatal_by_name(counted: str, make_tar, make_pair):
+def test_replaced_trusted_shard_is_fatal_by_name(counted: str, make_tar, make_pair):
     manifest = index_shards(Storage(), counted, trust_counts=True)
     Path(counted, "00001.tar").write_bytes(make_tar({str(n): make_pair(n) for n in range(3)}))
     with pytest.raises(DataError, match=r"00001\.tar: the shard was changed"):
@@ -359,7 +359,7 @@ def test_a_trusted_shard_that_was_replaced_is_fatal_by_name(counted: str, make_t
         ("00002_stats.json", b'{"count": 4}', "successes"),
     ],
 )
-def test_counts_that_cannot_be_the_tars_are_refused_by_name(counted: str, name: str, content: bytes, reason: str):
+def test_impossible_counts_are_rejected_by_name(counted: str, name: str, content: bytes, reason: str):
     Path(counted, name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}: it does not fit .*{reason}"):
         index_shards(Storage(), counted, trust_counts=True)
@@ -373,7 +373,7 @@ def contents(index: ShardIndex, data: bytes) -> dict[str, dict[str, bytes]]:
     }
 
 
-def test_tars_made_by_others_are_indexed_as_they_are(shared: Path, tmp_path: Path):
+def test_tars_of_other_tools_are_indexed(shared: Path, tmp_path: Path):
     folder = tmp_path / "foreign"
     folder.mkdir()
     for path in (shared / "data" / "webdataset_tars").glob("*.tar"):
@@ -400,7 +400,7 @@ def test_tars_made_by_others_are_indexed_as_they_are(shared: Path, tmp_path: Pat
         assert {f"{key}.{name}": data for key, ms in found.items() for name, data in ms.items()} == files
 
 
-def test_damaged_manifests_and_counts_give_data_errors_and_nothing_else(make_pairs):
+def test_fuzzed_manifests_raise_data_errors_only(make_pairs):
     folder = make_pairs("some", [3, 2])
     index_shards(Storage(), folder)
     path = Path(folder, "manifest.json")

@@ -80,28 +80,30 @@ def index(data: bytes) -> ShardIndex:
 @pytest.mark.parametrize(
     "make", [lambda name: entry(name=name + b".txt"), lambda name: pax(record(b"path", name + b".txt")) + entry()]
 )
-def test_every_name_becomes_clean_text_and_names_stay_apart(make: Callable[[bytes], bytes]) -> None:
-    found = index(b"".join(make(name) for name in NAMES) + END)
-    assert found.keys == tuple(clean_name(name) for name in NAMES)
-    for key in found.keys:
+def test_member_names_become_distinct_text(make: Callable[[bytes], bytes]) -> None:
+    shard_index = index(b"".join(make(name) for name in NAMES) + END)
+    assert shard_index.keys == tuple(clean_name(name) for name in NAMES)
+    for key in shard_index.keys:
         key.encode()
-    assert ShardIndex.from_bytes(found.to_bytes()).keys == found.keys
-    literal = b"caf\\xe9"  # spells out what the first name holds: told apart as a key that stands twice
-    assert [key for key, twice in zip(found.keys, found.duplicate, strict=True) if twice] == [
+    assert ShardIndex.from_bytes(shard_index.to_bytes()).keys == shard_index.keys
+    literal = b"caf\\xe9"  # the escaped form of the first name: a duplicate key
+    assert [key for key, twice in zip(shard_index.keys, shard_index.duplicate, strict=True) if twice] == [
         clean_name(literal),
         clean_name(b"\\xff"),
-    ][: int(found.duplicate.sum())]
+    ][: int(shard_index.duplicate.sum())]
 
 
-def test_names_in_utf_8_are_themselves_and_others_differ_among_themselves() -> None:
+def test_clean_name_keeps_utf8_and_escapes_injectively() -> None:
     assert clean_name("Tür\\x".encode()) == "Tür\\x"
     others = [b"caf\xe9", b"caf\xe8", b"\\xe9\xff", b"\xe9\xff", b"\\\\\xff", b"\\\xff", b"\xff"]
     assert len({clean_name(name) for name in others}) == len(others)
 
 
-def test_a_sidecar_of_an_earlier_version_gives_clean_keys() -> None:
-    found = replace(index(entry(name=b"caf\xe9.txt") + END), keys=(b"caf\xe9".decode("utf-8", "surrogateescape"),))
-    assert ShardIndex.from_bytes(found.to_bytes()).keys == (clean_name(b"caf\xe9"),)
+def test_surrogate_keys_of_old_sidecars_are_cleaned() -> None:
+    shard_index = replace(
+        index(entry(name=b"caf\xe9.txt") + END), keys=(b"caf\xe9".decode("utf-8", "surrogateescape"),)
+    )
+    assert ShardIndex.from_bytes(shard_index.to_bytes()).keys == (clean_name(b"caf\xe9"),)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +121,14 @@ def test_a_sidecar_of_an_earlier_version_gives_clean_keys() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"Z"])
-def test_a_size_that_cannot_be_is_a_fault_named_by_shard_and_place(size: bytes, kind: bytes) -> None:
+def test_invalid_size_names_shard_and_offset(size: bytes, kind: bytes) -> None:
     data = entry() + header(size=size, kind=kind) + bytes(512) + END
     with pytest.raises(DataError, match=r"x\.tar: .*header at byte 1024 states"):
         index(data)
 
 
 @pytest.mark.parametrize("value", [b"abc", b"1" + b"0" * 30, b"-3", b"", b"9223372036854775807", "\u0663".encode()])
-def test_a_pax_size_that_cannot_be_is_a_fault(value: bytes) -> None:
+def test_invalid_pax_size_is_an_error(value: bytes) -> None:
     with pytest.raises(DataError, match=r"x\.tar: .*header at byte 1024 states"):
         index(pax(record(b"size", value)) + entry() + END)
 
@@ -134,16 +136,16 @@ def test_a_pax_size_that_cannot_be_is_a_fault(value: bytes) -> None:
 @pytest.mark.parametrize(
     "records", [b"abc", b"99 path=x\n", b"5 path=x\n", b"9 path=x ", b"9" * 5000 + b" a=b\n", b"0 a=b\n", b"6 a-b\n"]
 )
-def test_a_damaged_extended_header_is_a_fault(records: bytes) -> None:
+def test_damaged_extended_header_is_an_error(records: bytes) -> None:
     with pytest.raises(DataError, match=r"x\.tar: the extended header at byte 512 is damaged"):
         index(pax(records) + entry() + END)
 
 
-def test_zeros_may_follow_the_records_of_an_extended_header() -> None:
+def test_extended_header_may_be_padded_with_zeros() -> None:
     assert index(pax(record(b"path", b"b.txt") + bytes(7)) + entry() + END).keys == ("b",)
 
 
-def test_checksums_of_signed_numbers_are_right_too() -> None:
+def test_signed_checksums_are_accepted() -> None:
     name = "Tür.txt".encode()
     assert header(name, signed=True) != header(name)
     assert index(entry(name=name, signed=True) + entry(name=name.replace(b"T", b"t")) + END).keys == ("Tür", "tür")
@@ -166,7 +168,7 @@ def written(*entries: tuple[str, bytes, str], format: int = tarfile.GNU_FORMAT) 
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_hard_link_is_read_as_the_file_it_names(format: int) -> None:
+def test_hard_link_is_read_as_its_target(format: int) -> None:
     long = "d/" * 60 + "b" if format != tarfile.USTAR_FORMAT else "d/b"
     data = written(
         ("a.txt", tarfile.REGTYPE, "one"),
@@ -177,16 +179,18 @@ def test_a_hard_link_is_read_as_the_file_it_names(format: int) -> None:
         ("c.json", tarfile.REGTYPE, "[]"),
         format=format,
     )
-    found = index(data)
-    members = [{name: data[at : at + size] for name, at, size in found.members(n)} for n in range(len(found))]
-    assert found.keys == ("a", long, "c")
+    shard_index = index(data)
+    members = [
+        {name: data[at : at + size] for name, at, size in shard_index.members(n)} for n in range(len(shard_index))
+    ]
+    assert shard_index.keys == ("a", long, "c")
     assert members == [{"txt": b"one", "json": b"{}"}] * 2 + [{"txt": b"one", "json": b"[]"}]
-    for number in range(len(found)):
-        start, stop = found.byte_range(number)
-        assert all(start <= at and at + size <= stop for _, at, size in found.members(number))
+    for number in range(len(shard_index)):
+        start, stop = shard_index.byte_range(number)
+        assert all(start <= at and at + size <= stop for _, at, size in shard_index.members(number))
 
 
-def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
+def test_skipped_entries_are_counted_by_kind() -> None:
     tar = opened(
         written(
             ("d", tarfile.DIRTYPE, ""),
@@ -217,21 +221,21 @@ def test_what_is_no_samples_is_counted_by_what_it_is() -> None:
     assert "the first: b.txt" in tar.skipped_summary()
 
 
-def test_a_tar_of_links_alone_is_refused_by_name() -> None:
+def test_tar_of_links_only_is_rejected_by_name() -> None:
     with pytest.raises(DataError, match=r"x\.tar: no sample, only 2 x symbolic link.*tar --dereference"):
         index(written(("a.jpg", tarfile.SYMTYPE, "../x"), ("a.txt", tarfile.SYMTYPE, "../y")))
 
 
-def test_keys_that_begin_with_underscores_are_samples_as_webdataset_reads_them() -> None:
+def test_keys_with_underscores_follow_webdataset() -> None:
     names = ["__a.jpg", "__a.txt", "_b.jpg", "__.jpg", "__c__.jpg", "d/__e__/f.jpg", "__g__/h.jpg", "__i__", "__/j.jpg"]
     from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
     data = written(*((name, tarfile.REGTYPE, name) for name in names))
-    theirs = [base_plus_ext(found["fname"])[0] for found in tar_file_iterator(io.BytesIO(data))]
+    theirs = [base_plus_ext(item["fname"])[0] for item in tar_file_iterator(io.BytesIO(data))]
     assert list(dict.fromkeys(key for key in theirs if key)) == list(index(data).keys)
 
 
-def test_damaged_tars_give_data_errors_and_nothing_else() -> None:
+def test_fuzzed_tars_raise_data_errors_only() -> None:
     rng = random.Random(14)
     long = "d/" * 80 + "b.txt"
     whole = [
@@ -262,7 +266,7 @@ def test_damaged_tars_give_data_errors_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "/", ".", "a", "a/", "a/.b", "./a.b", "a.b.c", "a/b.C"])
-def test_keys_of_odd_paths(name: str) -> None:
+def test_split_key_of_unusual_paths(name: str) -> None:
     extension = split_key(name)[1]
     assert (extension == "") == (name not in ("./a.b", "a.b.c", "a/b.C"))
     assert extension == extension.lower()

@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, SourceConfig
+from pipeline.data.order import SampleRef
+from pipeline.data.reading.samples import SampleReader
 from pipeline.data.shards.index import ShardIndex, normal_url
 from pipeline.data.shards.manifest import index_shards, load_index
 from pipeline.data.shards.source import Source, open_source
@@ -32,7 +34,7 @@ ROWS = [  # of two shards: five samples, then four
 
 @pytest.fixture
 def folder(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
-    """Nine pairs with metadata; the picture of sample n is 24 pixels wide."""
+    """Return nine pairs with metadata and images 24 pixels wide."""
     for shard, rows in enumerate((range(5), range(5, 9))):
         samples = {f"k{n}": make_pair(n) | {"json": json.dumps(ROWS[n]).encode()} for n in rows}
         (tmp_path / f"{shard}.tar").write_bytes(make_tar(samples))
@@ -57,7 +59,7 @@ def opened(folder: str, opt_out: str | None = None, saved: str | None = None, **
     return open_source(Storage(), SourceConfig(shards=folder, filters=conditions, opt_out=opt_out), saved)
 
 
-def test_a_source_without_conditions_is_its_manifest(folder: str):
+def test_source_without_filters_has_every_sample(folder: str):
     source = opened(folder)
     assert source.selection is None
     assert source.selected(indexes(source)[0]) is None
@@ -66,29 +68,29 @@ def test_a_source_without_conditions_is_its_manifest(folder: str):
     assert source.digest == source.manifest.digest
 
 
-def test_bounds_admit_what_lies_between_them(folder: str):
+def test_min_and_max_filter_numbers(folder: str):
     assert read(folder, score={"min": 0.5}) == [1, 2, 5, 7, 8]
     assert read(folder, score={"max": 0.3}) == [0, 4, 6]
     assert read(folder, score={"min": 0.3, "max": 0.7}) == [1, 4, 5, 8]
     assert read(folder, score={"min": 0.8, "keep_missing": True}) == [2, 3, 7]
 
 
-def test_texts_are_admitted_by_name(folder: str):
+def test_any_of_and_none_of_filter_texts(folder: str):
     assert read(folder, tongue={"any_of": ("en", "fr")}) == [0, 2, 3]
     assert read(folder, tongue={"none_of": ("en",)}) == [1, 3]
     assert read(folder, tongue={"none_of": ("en",), "keep_missing": True}) == [1, 3, 4, 5, 6, 7, 8]
 
 
-def test_what_is_measured_can_be_filtered(folder: str):
+def test_measured_properties_can_be_filtered(folder: str):
     assert read(folder, caption_length={"min": 4}) == [1, 3, 4]
     assert read(folder, width={"min": 24}, height={"max": 24}) == list(range(9))
 
 
-def test_every_condition_must_hold(folder: str):
+def test_all_filters_must_pass(folder: str):
     assert read(folder, score={"min": 0.5}, tongue={"any_of": ("en",)}) == [2]
 
 
-def test_a_shard_may_be_left_empty_and_a_source_not(folder: str):
+def test_empty_shard_is_allowed_and_empty_source_is_not(folder: str):
     source = opened(folder, tongue={"any_of": ("de",)})
     assert source.counts.tolist() == [1, 0]
     assert [source.selected(index).tolist() for index in indexes(source)] == [[1], []]
@@ -96,21 +98,21 @@ def test_a_shard_may_be_left_empty_and_a_source_not(folder: str):
         opened(folder, tongue={"any_of": ("nl",)})
 
 
-def test_listed_ids_are_never_read(folder: str, tmp_path: Path):
+def test_opted_out_ids_are_not_selected(folder: str, tmp_path: Path):
     listed = tmp_path / "opt_out.txt"
     listed.write_text("\ufeffk0\n\nhttp://x/2\r\n  77 \nseven\nk00\nhttp://x\nnobody\n", encoding="utf-8")
     assert read(folder, str(listed)) == [1, 3, 6, 7, 8]
     assert read(folder, str(listed), score={"min": 0.7}) == [7]
 
 
-def test_an_opt_out_list_is_read_from_a_store(folder: str, s3):
+def test_opt_out_list_is_read_from_a_store(folder: str, s3):
     storage = Storage(s3.config)
     storage.write(s3.url("out.txt"), "\n".join(f"k{n}" for n in range(1, 8)).encode())
     source = open_source(storage, SourceConfig(shards=folder, opt_out=s3.url("out.txt")))
     assert source.counts.tolist() == [1, 1]
 
 
-def test_a_missing_and_a_foreign_opt_out_list_are_named(folder: str, tmp_path: Path):
+def test_missing_and_invalid_opt_out_lists_are_named(folder: str, tmp_path: Path):
     with pytest.raises(DataError, match=r"absent\.txt: the opt-out list is missing"):
         opened(folder, str(tmp_path / "absent.txt"))
     (tmp_path / "latin.txt").write_bytes("k0\nkäse\n".encode("latin-1"))
@@ -122,7 +124,7 @@ def test_a_missing_and_a_foreign_opt_out_list_are_named(folder: str, tmp_path: P
             opened(folder, str(tmp_path / "windows.txt"))
 
 
-def test_properties_that_cannot_be_compared_so_are_told(folder: str):
+def test_invalid_comparisons_name_the_property(folder: str):
     with pytest.raises(
         ConfigError, match=r"no sample has 'scor'; its shards have caption_length, height, score, tongue, width"
     ):
@@ -135,7 +137,7 @@ def test_properties_that_cannot_be_compared_so_are_told(folder: str):
         opened(folder, note={"min": 1})
 
 
-def test_every_change_of_the_choice_changes_the_digest(folder: str, tmp_path: Path):
+def test_digest_depends_on_the_selection(folder: str, tmp_path: Path):
     (tmp_path / "a.txt").write_text("nobody\n")
     (tmp_path / "b.txt").write_text("no one\n")
     sources = [
@@ -160,7 +162,7 @@ class Counting(Storage):
         return super().read(url)
 
 
-def test_saved_counts_spare_the_indexes_and_answer_only_their_own_question(folder: str, tmp_path: Path):
+def test_saved_counts_are_used_for_equal_filters_only(folder: str, tmp_path: Path):
     saved = str(tmp_path / "counts" / "pairs.json")
     config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.5)})
     storage = Counting()
@@ -176,14 +178,14 @@ def test_saved_counts_spare_the_indexes_and_answer_only_their_own_question(folde
     assert open_source(storage, config, saved).counts.tolist() == first.counts.tolist()
 
 
-def test_counting_tells_its_progress(folder: str):
+def test_counting_reports_progress(folder: str):
     told = []
     config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=0.5)})
     open_source(Storage(), config, progress=lambda *progress: told.append(progress))
     assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
 
 
-def test_a_source_travels_to_other_processes(folder: str, tmp_path: Path):
+def test_source_is_picklable(folder: str, tmp_path: Path):
     (tmp_path / "out.txt").write_text("k1\n")
     source = opened(folder, str(tmp_path / "out.txt"), score={"min": 0.5})
     again = pickle.loads(pickle.dumps(source))  # noqa: S301
@@ -204,7 +206,7 @@ def test_a_source_travels_to_other_processes(folder: str, tmp_path: Path):
         ("http://[::1]:8080/a", "HTTP://[::1]:8080/a"),
     ],
 )
-def test_urls_that_are_equal_have_one_form(listed: str, url: str):
+def test_equal_urls_have_one_normal_form(listed: str, url: str):
     assert normal_url(listed) == normal_url(url)
     assert normal_url(normal_url(url)) == normal_url(url)
 
@@ -212,12 +214,12 @@ def test_urls_that_are_equal_have_one_form(listed: str, url: str):
 @pytest.mark.parametrize(
     "other", ["http://x/A", "https://x/a", "http://x:81/a", "http://x/a?b", "http://x/a%2Fb", "x/a"]
 )
-def test_urls_that_may_differ_have_several(other: str):
+def test_different_urls_keep_different_forms(other: str):
     assert normal_url(other) != normal_url("http://x/a")
 
 
 @pytest.mark.parametrize("text", ["http://[::1", "http://x:99999999/", "://", "http://..de", "http://x:p/", "a\ud800"])
-def test_every_text_has_a_form(text: str):
+def test_normal_form_is_idempotent(text: str):
     assert normal_url(normal_url(text)) == normal_url(text)
 
 
@@ -236,7 +238,7 @@ def decomposed(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
     return str(tmp_path)
 
 
-def test_an_entry_matches_in_whatever_form_it_is_spelled(decomposed: str, tmp_path: Path, caplog: Any):
+def test_opt_out_entries_match_in_every_normal_form(decomposed: str, tmp_path: Path, caplog: Any):
     (tmp_path / "out.txt").write_text("\nclé\nübung\nhttp://host/é\nd0\nclé\nclé\nno\n", encoding="utf-8")
     source = opened(decomposed, str(tmp_path / "out.txt"))
     assert source.counts.tolist() == [1]
@@ -245,7 +247,7 @@ def test_an_entry_matches_in_whatever_form_it_is_spelled(decomposed: str, tmp_pa
     assert "line 5, 'd0'" in caplog.text
 
 
-def test_a_list_whose_every_entry_must_match_is_refused_where_one_does_not(decomposed: str, tmp_path: Path):
+def test_opt_out_must_match_rejects_unmatched_entries(decomposed: str, tmp_path: Path):
     listed, saved = tmp_path / "out.txt", str(tmp_path / "saved.json")
     listed.write_text("clé\nhttp://host/D\n", encoding="utf-8")
     config = SourceConfig(shards=decomposed, opt_out=str(listed))
@@ -257,12 +259,12 @@ def test_a_list_whose_every_entry_must_match_is_refused_where_one_does_not(decom
     assert open_source(Storage(), strict, saved).counts.tolist() == [2]
 
 
-def test_an_empty_list_lists_nothing(folder: str, tmp_path: Path):
+def test_empty_opt_out_list_matches_nothing(folder: str, tmp_path: Path):
     (tmp_path / "out.txt").write_text("\n \n")
     assert read(folder, str(tmp_path / "out.txt")) == list(range(9))
 
 
-def test_counts_of_an_earlier_version_are_counted_again(decomposed: str, tmp_path: Path):
+def test_saved_counts_of_version_1_are_ignored(decomposed: str, tmp_path: Path):
     (tmp_path / "out.txt").write_text("clé\n", encoding="utf-8")
     saved = tmp_path / "saved.json"
     opened(decomposed, str(tmp_path / "out.txt"), str(saved))
@@ -270,3 +272,47 @@ def test_counts_of_an_earlier_version_are_counted_again(decomposed: str, tmp_pat
     del stale["version"]
     saved.write_text(json.dumps(stale))
     assert opened(decomposed, str(tmp_path / "out.txt"), str(saved)).counts.tolist() == [3]
+
+
+def keys_read(source: Source) -> list[list[str]]:
+    """The keys of every slot of each shard, through the loader's own reader."""
+    reader = SampleReader(Storage(), {"pairs": source})
+    try:
+        return [
+            [reader.read(SampleRef("pairs", 0, shard, number)).key for number in range(count)]
+            for shard, count in enumerate(source.counts.tolist())
+        ]
+    finally:
+        reader.close()
+
+
+def test_sample_refs_count_selected_samples_only(make_pairs, make_pair, tmp_path: Path):
+    scored = {
+        (shard, n): make_pair(n) | {"json": json.dumps({"caption": "a thing", "score": n}).encode()}
+        for shard in range(2)
+        for n in range(4)
+    }
+    folder = make_pairs("pairs", [4, 4], scored)
+    index_shards(Storage(), folder)
+    (tmp_path / "out.txt").write_text("pairs00003\n")
+    config = SourceConfig(shards=folder, filters={"score": FilterConfig(min=2)}, opt_out=str(tmp_path / "out.txt"))
+    assert keys_read(open_source(Storage(), config)) == [["pairs00002"], ["pairs00006", "pairs00007"]]
+
+
+def counted(folder: str, counts: list[int]) -> Source:
+    for shard, count in enumerate(counts):
+        Path(folder, f"{shard:05d}_stats.json").write_text(json.dumps({"successes": count}))
+    index_shards(Storage(), folder, trust_counts=True)
+    return open_source(Storage(), SourceConfig(shards=folder))
+
+
+def test_trusted_shards_are_read_like_others(make_pairs):
+    source = counted(make_pairs("pairs", [3, 2]), [3, 2])
+    assert all(shard.is_trusted for shard in source.manifest.shards)
+    assert keys_read(source) == [["pairs00000", "pairs00001", "pairs00002"], ["pairs00003", "pairs00004"]]
+
+
+def test_wrong_trusted_count_stops_the_reader(make_pairs):
+    source = counted(make_pairs("pairs", [3, 2]), [3, 1])
+    with pytest.raises(DataError, match=r"00001\.tar: it has 2 samples, and the index of another tool said 1"):
+        keys_read(source)
