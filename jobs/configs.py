@@ -49,20 +49,21 @@ def _skeleton(kind: str) -> Any:
     return skeleton(MODEL_SECTIONS[kind].model_validate({}))
 
 
-def source_types(objective: Any, kind: str) -> list[str]:
+def source_types(objective: str, kind: str) -> list[str]:
     """Return the source types from which a kind of model learns the objective; empty if it does not learn it."""
     from pipeline.config.schema import SourceType
+    from pipeline.objectives import modules_for
 
-    return [name for name in get_args(SourceType) if _skeleton(kind).modules_for(objective, name) is not None]
+    return [name for name in get_args(SourceType) if modules_for(_skeleton(kind), objective, name) is not None]
 
 
 def objectives() -> dict[str, Any]:
     """Return the source types by objective and kind of model, as `mome objectives --json` prints them."""
-    from pipeline.config.schema import MODEL_SECTIONS, Objective
+    from pipeline.config.schema import MODEL_SECTIONS, objective_names
 
     table = {
         objective: {kind: types for kind in MODEL_SECTIONS if (types := source_types(objective, kind))}
-        for objective in get_args(Objective)
+        for objective in objective_names()
     }
     return {"objectives": table}
 

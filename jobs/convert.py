@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -21,7 +21,7 @@ from torch import Tensor
 from jobs.published import choices_of_published, read_published, vocabulary_of
 from pipeline.config.errors import CheckpointError, ConfigError, MomeError
 from pipeline.config.load import apply_override, load_config, validate
-from pipeline.config.schema import DataConfig, Objective, RunConfig, SourceType, StageConfig, TransformerConfig
+from pipeline.config.schema import DataConfig, RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
 from pipeline.data.contents.text import Tokenizer, is_cased
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
@@ -29,6 +29,7 @@ from pipeline.models.checkpoints import Format, format_named
 from pipeline.models.checkpoints.conversion import ConfigFile
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
+from pipeline.objectives import modules_for
 from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
 from pipeline.training.stages import check_fit, stage_heads
 
@@ -251,11 +252,11 @@ def _stages(
     max_text_length = min(section.max_text_length, MAX_TEXT)
 
     def serves(objective: Objective, source_type: SourceType) -> bool:
-        needed = (model.modules_for(objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
+        needed = (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
         return bool(needed) and needed <= present
 
     objectives = {
-        source_type: [each for each in get_args(Objective) if serves(each, source_type)] for source_type in USES
+        source_type: [each for each in objective_names() if serves(each, source_type)] for source_type in USES
     }
     found = [_stage(source_type, each, heads, max_text_length) for source_type, each in objectives.items() if each]
     return found or [_stage("images", ["mim"], heads, max_text_length)]

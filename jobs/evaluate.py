@@ -22,13 +22,13 @@ from jobs.distributed import device_of, on_workers, ranks_here, run_request
 from jobs.output import check_output, write_output
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.redaction import redact
-from pipeline.config.schema import EVALUATED, RunConfig, SourceConfig, SourceType, StageConfig
+from pipeline.config.schema import RunConfig, SourceConfig, SourceType, StageConfig
 from pipeline.config.stored import check_stored_url
 from pipeline.config.urls import absolute, file_name_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
-from pipeline.evaluation.evaluate import TASKS, evaluate
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.explain import alignment_examples
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.report import ReportLink, build_report_data, render_report
@@ -36,6 +36,7 @@ from pipeline.evaluation.report_data import EvalKey, ReportData, headline, load_
 from pipeline.evaluation.results import Evaluation
 from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.models.model import Model
+from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.locations import configured_uri
 from pipeline.tracking.tracker import JournalTracker
@@ -139,8 +140,8 @@ def evaluate_checkpoint(
     Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
     ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
     """
-    if source_type is not None and source_type not in EVALUATED:
-        raise ConfigError(f"--type {source_type}: expected one of {', '.join(EVALUATED)}")
+    if source_type is not None and source_type not in (expected := evaluated_source_types()):
+        raise ConfigError(f"--type {source_type}: expected one of {', '.join(expected)}")
     asked = EvalRequest(
         checkpoint.rstrip("/"),
         source,
@@ -343,10 +344,11 @@ def _with_source(
     if source is None or source in config.sources:
         return config, source
     if "/" not in source:
-        known = ", ".join(name for name, each in config.sources.items() if each.type in EVALUATED)
+        known = ", ".join(name for name, each in config.sources.items() if each.type in evaluated_source_types())
         raise ConfigError(f"{option} {source}: no source of this run; give one of {known}, or the URL of shards")
     if source_type is None:
-        source_type = config.source_type_of(stage) if config.source_type_of(stage) in TASKS else "pairs"
+        own = config.source_type_of(stage)
+        source_type = own if own in evaluated_source_types() else "pairs"
     given = SourceConfig(shards=source, type=source_type)
     return config.model_copy(update={"sources": {**config.sources, source: given}}), source
 

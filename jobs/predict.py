@@ -28,6 +28,7 @@ from pipeline.evaluation.explain import (
     untrained_notes,
 )
 from pipeline.inference import build_trained_model, load_model, load_usable_weights
+from pipeline.objectives import modules_for
 from pipeline.pages.page import signature
 
 FORMATS = (".html", ".png")
@@ -65,7 +66,7 @@ def explain_checkpoint(checkpoint: str, image: str, text: str, out: str, caller:
     weights = load_usable_weights(storage, checkpoint.rstrip("/"))
     config = weights.config
     model = build_trained_model(weights)
-    if model.modules_for("wpa", "pairs") is None:
+    if modules_for(model, "wpa", "pairs") is None:
         able = ", ".join(kind for kind in MODEL_SECTIONS if source_types("wpa", kind))
         raise ConfigError(
             f"{checkpoint}: a model of kind '{config.model.kind}' does not read words and patches together; "

@@ -30,7 +30,7 @@ from PIL import Image as pil
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError, DataError
-from pipeline.config.schema import Objective, RunConfig, StageConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import CLASSES, Choices, answers_with
 from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas, resize_for, shape_of
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
@@ -41,6 +41,7 @@ from pipeline.evaluation.retrieval import contrastive_features, embed_images, em
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import Model
+from pipeline.objectives import modules_for
 from pipeline.training.checkpoint import Weights, load_weights
 from pipeline.training.stages import load_matching, stage_heads
 
@@ -98,7 +99,7 @@ def drop_untrained_objectives(weights: Weights) -> Weights:
         if name not in weights.tensors or weights.tensors[name].shape != tensor.shape
     } & set(model.HEAD_PARTS)
     dropped = [
-        o for o in stage.objectives if (model.modules_for(o, config.source_type_of(stage)) or frozenset()) & lacking
+        o for o in stage.objectives if (modules_for(model, o, config.source_type_of(stage)) or frozenset()) & lacking
     ]
     if not dropped:
         return weights

@@ -35,7 +35,7 @@ from pipeline.training.full_batch import full_batch
 from pipeline.training.measure import MeasuredEngine, Storages, gradients_of, living, peak_of, states_of
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep, accumulation
+from pipeline.training.step import TrainingStep, num_micro_batches
 from pipeline.training.workload import work_of
 
 WARM_STEPS = 2
@@ -131,7 +131,7 @@ def predicted_memory(config: RunConfig, index: int, work: Work, world_size: int,
     """Return the estimate for a rank that reads `own` examples of the batch in its micro-batches."""
     stage = config.stages[index]
     sharding = sharding_of(config, stage, world_size, on_cuda)
-    pieces = accumulation(stage.global_batch_size, world_size, config.engine.micro_batch_size)
+    pieces = num_micro_batches(stage.global_batch_size, world_size, config.engine.micro_batch_size)
     rows = -(-own // pieces)
     return memory_of(
         work.parameters,

@@ -7,8 +7,11 @@ is resumed; any other change is refused by name (contract C4). Checks that need 
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -21,39 +24,6 @@ from pipeline.config.urls import file_name_of, is_local, parse
 # regions: captions and an object detector's regions. questions: questions about an image with their answers (VQA).
 # statements: true or false statements about two images (NLVR2).
 SourceType = Literal["pairs", "images", "text", "labelled", "regions", "questions", "statements"]
-Objective = Literal[
-    "itc",
-    "itm",
-    "mlm",
-    "mim",
-    "wpa",
-    "moc",
-    "mrfr",
-    "classification",
-    "vqa",
-    "nlvr2",
-    "ranking",
-]
-USES_OF: dict[Objective, frozenset[SourceType]] = {
-    "itc": frozenset({"pairs"}),
-    "itm": frozenset({"pairs", "regions"}),
-    "mlm": frozenset({"pairs", "text", "regions"}),
-    "mim": frozenset({"pairs", "images"}),
-    "wpa": frozenset({"pairs"}),
-    "moc": frozenset({"regions"}),
-    "mrfr": frozenset({"regions"}),
-    "classification": frozenset({"labelled"}),
-    "vqa": frozenset({"questions"}),
-    "nlvr2": frozenset({"statements"}),
-    "ranking": frozenset({"pairs"}),
-}
-
-EVALUATED: tuple[SourceType, ...] = (
-    "pairs",
-    "labelled",
-    "questions",
-    "statements",
-)  # types that results are measured on
 ImageTarget = Literal["mean_colour", "pixels", "visual_tokens"]
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -77,6 +47,12 @@ def fixed(default: Any, description: str, **bounds: Any) -> Any:
 def changeable(default: Any, description: str, **bounds: Any) -> Any:
     """Declare a key that may change when a run is resumed; the change is recorded."""
     return Field(default, description=description, json_schema_extra={"changeable": True}, **bounds)
+
+
+def objective_names() -> tuple[str, ...]:
+    """Return the objectives' names in alphabetical order: one module of `pipeline/objectives` each, not imported."""
+    folder = Path(__file__).resolve().parents[1] / "objectives"
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
 
 
 # ---- value types
@@ -141,9 +117,19 @@ def _check_local_folder(value: str) -> str:
     return value
 
 
+def _check_objective(value: str) -> str:
+    if value not in (names := objective_names()):
+        close = get_close_matches(value, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+        raise ValueError(f"unknown objective '{value}'; {hint}")
+    return value
+
+
 Url = Annotated[str, AfterValidator(_check_url)]
 SecretReference = Annotated[str, AfterValidator(_check_secret_reference)]
-ObjectiveName = Objective
+ObjectiveName = Annotated[
+    str, AfterValidator(_check_objective), Field(json_schema_extra={"enum": list(objective_names())})
+]
 
 
 # ---- models: the defaults are the papers' base sizes; what a head predicts is a property of the stage
@@ -793,9 +779,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_consistent(self) -> RunConfig:
-        from pipeline.config.rules import faults_of  # removed with the objectives' own declarations
-
-        if faults := [*_faults(self), *faults_of(self)]:
+        if faults := list(_faults(self)):
             raise ValueError("\n".join(faults))
         return self
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import Objective, RunConfig, SourceType, StageConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
@@ -50,6 +50,7 @@ from pipeline.evaluation.retrieval import (
     rerank,
 )
 from pipeline.evaluation.vqa_nlvr2 import evaluate_nlvr2, evaluate_vqa
+from pipeline.objectives import evaluation_tasks
 
 RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
 RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
@@ -86,7 +87,7 @@ def evaluate(
     source = source or config.evaluation.source
     if source is None:
         raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
-    if source in config.sources and config.sources[source].type in TASKS:
+    if source in config.sources and config.sources[source].type != "pairs":
         setting = EvalContext(config, tokenizer, ranks, progress, None)
         return _measure_task(model, setting, storage, source, limit, chosen, choices, probe)
     if probe is not None:
@@ -122,10 +123,6 @@ class EvalContext:
         return self.config.evaluation.batch_size
 
 
-MEASURED: frozenset[Objective] = frozenset({"itc", "itm", "ranking", "mlm", "mim"})
-TASKS: dict[SourceType, Objective] = {"questions": "vqa", "statements": "nlvr2", "labelled": "classification"}
-
-
 def _measure_task(
     model: nn.Module,
     setting: EvalContext,
@@ -139,30 +136,28 @@ def _measure_task(
     """The figures of a source of questions, statements or labelled pictures."""
     config, progress = setting.config, setting.progress
     source_type = config.sources[source].type
-    trains, contrasts = TASKS[source_type] in stage.objectives, "itc" in stage.objectives
-    if not (trains or (source_type == "labelled" and (contrasts or probe))):
-        able = (
-            f"{TASKS[source_type]}, nor the contrast that zero-shot needs"
-            if source_type == "labelled"
-            else TASKS[source_type]
+    tasks = evaluation_tasks(stage, source_type)
+    if not tasks and not (source_type == "labelled" and probe):
+        raise ConfigError(
+            f"source '{source}' is of type {source_type}, and stage {stage.name} trains no objective that is evaluated "
+            f"on it (it trains {', '.join(stage.objectives)}); give another source or stage"
         )
-        raise ConfigError(f"source '{source}' is read as {source_type}, and stage {stage.name} did not train {able}")
     limit = limit or config.evaluation.max_images
     annotated = LabelledEvalSet(config, storage, source, stage, setting.tokenizer, limit, setting.ranks)
     figures: dict[str, Any] = {}
-    if source_type == "questions":
+    if "vqa" in tasks:
         progress("answering questions")
         if choices is None:
             choices = choices_of(config, [stage], storage)
         listed = answers_with(choices, stage.num_answers, f"stage {stage.name}")
         figures["vqa"] = evaluate_vqa(model, annotated, listed)
-    elif source_type == "statements":
+    if "nlvr2" in tasks:
         progress("judging statements")
         figures["nlvr2"] = evaluate_nlvr2(model, annotated)
-    elif trains:
+    if "classification" in tasks:
         progress("telling classes")
         figures["classification"] = evaluate_classification(model, annotated)
-    if source_type == "labelled" and contrasts:
+    if "zero_shot" in tasks:
         progress("telling classes by their names")
         figures["zero_shot"] = _zero_shot(model, annotated, setting, storage, source, stage)
     if probe is not None:
@@ -189,11 +184,8 @@ def _zero_shot(
 
 
 def can_evaluate(config: RunConfig, source: str, stage: StageConfig) -> bool:
-    """Whether a stage trains anything that the source can tell the worth of."""
-    source_type = config.sources[source].type
-    if source_type in TASKS:
-        return TASKS[source_type] in stage.objectives or (source_type == "labelled" and "itc" in stage.objectives)
-    return not MEASURED.isdisjoint(stage.objectives)
+    """Return True if some objective of the stage is evaluated on the source."""
+    return bool(evaluation_tasks(stage, config.sources[source].type))
 
 
 def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
@@ -207,24 +199,24 @@ def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
 
 
 def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
-    held_out, progress = found.held_out, setting.progress
-    if "itc" in stage.objectives:
+    held_out, progress, tasks = found.held_out, setting.progress, evaluation_tasks(stage, "pairs")
+    if "retrieval" in tasks:
         progress("retrieving images by captions and captions by images")
         found = _retrieve(found, model, setting)
-    if "itm" in stage.objectives:
+    if "matching" in tasks:
         progress("matching captions and images")
         found = replace(found, matching=_match(model, held_out, setting))
         found = _rerank(found, model, setting)
-    head: FusedHead | None = "ranking" if "ranking" in stage.objectives else "itm" if found.matching else None
+    head: FusedHead | None = "ranking" if "ranking" in tasks else "itm" if found.matching else None
     if head and found.retrieval is None and setting.rerank_best != 0:
         progress("reading images with all captions")
         found = _retrieve_fused(found, model, setting, head)
-    if "mlm" in stage.objectives:
+    if "mlm" in tasks:
         progress("guessing masked words")
         fused = setting.config.source_type_of(stage) == "pairs"
         mlm = masked_language(model, held_out, stage.masking, setting.tokenizer, fused, setting.batch, setting.ranks)
         found = replace(found, mlm=mlm)
-    if "mim" in stage.objectives:
+    if "mim" in tasks:
         progress("filling in masked patches")
         found = _reconstructed(found, model, stage, setting.config)
     return found

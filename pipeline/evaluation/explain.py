@@ -29,7 +29,8 @@ from pipeline.evaluation.report_data import AlignedCaption, Alignments
 from pipeline.evaluation.retrieval import eval_mode
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
-from pipeline.objectives.word_patch import word_patch_cost, word_patch_distance, word_patch_plan
+from pipeline.objectives import modules_for
+from pipeline.objectives.wpa import wpa_cost, wpa_distance, wpa_plan
 from pipeline.pages.page import data_uri, render_page, thumbnail
 
 
@@ -137,9 +138,9 @@ def _plan(model: Model, picture: Tensor, tokens: Tokens) -> tuple[Tensor, float]
             heads=("alignment",), image=picture[None].to(device), text=torch.tensor([tokens.ids], device=device)
         )
         found = model({"only": one})["only"]
-        cost = word_patch_cost(found["words"], found["patches"])
-        plan = word_patch_plan(cost, found["words_keep"], found["patches_keep"])
-        return plan[0].cpu(), float(word_patch_distance(cost, plan))
+        cost = wpa_cost(found["words"], found["patches"])
+        plan = wpa_plan(cost, found["words_keep"], found["patches_keep"])
+        return plan[0].cpu(), float(wpa_distance(cost, plan))
 
 
 def _condition(
@@ -256,7 +257,7 @@ def alignment_examples(
 
     What the weights were never trained for is noted, and shown none the less.
     """
-    if model.modules_for("wpa", "pairs") is None or not len(held_out):
+    if modules_for(model, "wpa", "pairs") is None or not len(held_out):
         return Alignments()
     chosen = range(0, len(held_out), -(-len(held_out) // ALIGNMENT_EXAMPLES))
     return Alignments(

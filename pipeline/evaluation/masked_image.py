@@ -21,8 +21,8 @@ from pipeline.data.examples.masking import mask_patches
 from pipeline.data.randomness import CounterRandom, hash64
 from pipeline.evaluation.retrieval import eval_mode
 from pipeline.models.forward import ForwardInput, drop_masked_patches
-from pipeline.objectives.masked_image import patchify, unpatchify
-from pipeline.objectives.masked_image import reconstruct as paint
+from pipeline.objectives.mim import patchify, unpatchify
+from pipeline.objectives.mim import reconstruct as paint
 
 Painted = Literal["mean_colour", "pixels"]  # targets that can be looked at; visual tokens cannot
 _SEED = 2106_08254

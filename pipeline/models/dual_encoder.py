@@ -48,7 +48,11 @@ class Tower(nn.Module):
 class DualEncoder(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = ("itc_head",)
-    TRAINS: ClassVar = {("itc", "pairs"): frozenset(PARTS)}
+    ENCODER_PARTS: ClassVar = {
+        frozenset({"image"}): frozenset({"image_embedding", "image_tower"}),
+        frozenset({"text"}): frozenset({"text_embedding", "text_tower"}),
+    }
+    HEADS: ClassVar = {"itc": frozenset({"itc_head"})}
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
 
     config: DualEncoderConfig

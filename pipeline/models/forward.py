@@ -36,6 +36,7 @@ Head = Literal[
     "ranking",
     "tokens",
 ]
+InputKind = Literal["image", "text", "regions"]
 ForwardOutput = dict[str, dict[str, Tensor]]
 
 

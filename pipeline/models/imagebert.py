@@ -74,13 +74,11 @@ class ImageBERT(Model):
     PARTS: ClassVar = PARTS
     # BERT's checkpoints have only the masked-language head of these; a stage that starts from BERT draws the others.
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("region_embedding") :]
-    TRAINS: ClassVar = {
-        ("itm", "regions"): _FUSED | {"itm_head"},
-        ("mlm", "regions"): _FUSED | {"mlm_head"},
-        ("mlm", "text"): _FUSED - {"region_embedding"} | {"mlm_head"},
-        ("moc", "regions"): _FUSED | {"moc_head"},
-        ("mrfr", "regions"): _FUSED | {"mrfr_head"},
+    ENCODER_PARTS: ClassVar = {
+        frozenset({"regions", "text"}): _FUSED,
+        frozenset({"text"}): _FUSED - {"region_embedding"},
     }
+    HEADS: ClassVar = {name: frozenset({f"{name}_head"}) for name in ("itm", "mlm", "moc", "mrfr")}
     BLOCK: ClassVar = BertLayer
 
     config: ImageBERTConfig

@@ -11,17 +11,17 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import ImageDecoderConfig, ImageTarget, Objective, SourceType, TransformerConfig
-from pipeline.models.forward import ForwardInput, ForwardOutput, Head
+from pipeline.config.schema import ImageDecoderConfig, ImageTarget, TransformerConfig
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind
 from pipeline.models.heads import INITIAL_SCALE
 from pipeline.models.multiway import MultiwayBlock
 from pipeline.models.packing import PackedInputs, group_inputs
@@ -76,7 +76,8 @@ class Model(nn.Module, ABC):
         "image_embedding.mask": "mim_head",
         "image_embedding.second": "nlvr2_head",
     }
-    TRAINS: ClassVar[Mapping[tuple[Objective, SourceType], frozenset[str]]]  # see `modules_for`
+    ENCODER_PARTS: ClassVar[dict[frozenset[InputKind], frozenset[str]]]  # by the inputs of a forward
+    HEADS: ClassVar[dict[Head, frozenset[str]]]  # parts of each supported head
     RESIZABLE: ClassVar[frozenset[str]] = frozenset()  # keys of the section that `resize_state` can change
     BLOCK: ClassVar[type[nn.Module]] = MultiwayBlock
 
@@ -129,33 +130,14 @@ class Model(nn.Module, ABC):
         assert part in self.PARTS, f"{parameter} belongs to no part"
         return part
 
-    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
-        """Return the parts whose parameters all get a gradient from an objective over sources of that type.
-
-        None where the model has no such head, or cannot learn the objective from such sources.
-        """
-        return self.TRAINS.get((objective, source_type))
+    def modules_for(self, inputs: frozenset[InputKind], head: Head) -> frozenset[str] | None:
+        """Return the parts that get a gradient from a head of a forward over these inputs; None if unsupported."""
+        encoder, parts = self.ENCODER_PARTS.get(inputs), self.HEADS.get(head)
+        return None if encoder is None or parts is None else encoder | parts
 
     def transformer_blocks(self) -> list[nn.Module]:
         """Return the blocks of all transformers, which hold nearly all computation and activations."""
         return [module for module in self.modules() if isinstance(module, self.BLOCK)]
-
-    def parts_used(self, objectives: Iterable[Objective], source_type: SourceType) -> frozenset[str]:
-        """Return the parts that a stage trains. Raises ConfigError if the model cannot learn an objective."""
-        used: set[str] = set()
-        for objective in objectives:
-            parts = self.modules_for(objective, source_type)
-            if parts is None:
-                served = [other for other in get_args(SourceType) if self.modules_for(objective, other) is not None]
-                raise ConfigError(
-                    f"objective '{objective}' needs sources of type {' or '.join(served)}, and the stage's sources are "
-                    f"{source_type}; add such a source or drop the objective"
-                    if served
-                    else f"a model of kind '{self.config.kind}' does not learn objective '{objective}'; "
-                    "`mome objectives` lists the supported combinations"
-                )
-            used |= parts
-        return frozenset(used)
 
     def parts_named(self, names: Iterable[str]) -> frozenset[str]:
         """Return the parts that the names of a config's `freeze` stand for. Raises ConfigError for an unknown name."""

@@ -114,16 +114,19 @@ def _hat_weights(index: Tensor, count: Tensor, side: int) -> Tensor:
 class ViLT(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = PARTS[4:]
-    TRAINS: ClassVar = {  # fused where a source has both modalities; masked words and patches also from one alone
-        ("itm", "pairs"): _FUSED | {"pooler", "itm_head"},
-        ("mlm", "pairs"): _FUSED | {"mlm_head"},
-        ("mlm", "text"): _FUSED - {"image_embedding"} | {"mlm_head"},
-        ("mim", "pairs"): _FUSED | {"mim_head"},
-        ("mim", "images"): _FUSED - {"text_embedding"} | {"mim_head"},
-        ("wpa", "pairs"): _FUSED,
-        ("vqa", "questions"): _FUSED | {"pooler", "vqa_head"},
-        ("nlvr2", "statements"): _FUSED | {"pooler", "nlvr2_head"},
-        ("ranking", "pairs"): _FUSED | {"pooler", "ranking_head"},
+    ENCODER_PARTS: ClassVar = {
+        frozenset({"image", "text"}): _FUSED,
+        frozenset({"text"}): _FUSED - {"image_embedding"},
+        frozenset({"image"}): _FUSED - {"text_embedding"},
+    }
+    HEADS: ClassVar = {
+        "itm": frozenset({"pooler", "itm_head"}),
+        "mlm": frozenset({"mlm_head"}),
+        "mim": frozenset({"mim_head"}),
+        "alignment": frozenset(),
+        "answers": frozenset({"pooler", "vqa_head"}),
+        "nlvr2": frozenset({"pooler", "nlvr2_head"}),
+        "ranking": frozenset({"pooler", "ranking_head"}),
     }
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
 

@@ -33,11 +33,8 @@ class ViT(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = PARTS[4:]
     PART_OF: ClassVar = Model.PART_OF | {"image_embedding.positions": "positions.image"}
-    TRAINS: ClassVar = {
-        ("classification", "labelled"): _ENCODER | {"classification_head"},
-        ("mim", "images"): _ENCODER | {"mim_head"},
-        ("mim", "pairs"): _ENCODER | {"mim_head"},
-    }
+    ENCODER_PARTS: ClassVar = {frozenset({"image"}): _ENCODER}
+    HEADS: ClassVar = {"mim": frozenset({"mim_head"}), "classes": frozenset({"classification_head"})}
     RESIZABLE: ClassVar = frozenset({"image_size"})
 
     config: ViTConfig

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config.schema import Objective, SourceType, TransformerConfig, VLMoConfig
+from pipeline.config.schema import TransformerConfig, VLMoConfig
 from pipeline.models.embeddings import ImageEmbedding, RelativePositions, TextEmbedding, key_padding, visible_padding
-from pipeline.models.forward import ForwardInput, Head
+from pipeline.models.forward import ForwardInput, Head, InputKind
 from pipeline.models.heads import (
     MAX_SCALE,
     ClassificationHead,
@@ -71,17 +71,20 @@ _FUSED = (_IMAGE | _TEXT | {"positions.cross", "vision_language_expert"}) - {
 class VLMo(Model):
     PARTS: ClassVar = PARTS
     HEAD_PARTS: ClassVar = PARTS[PARTS.index("pooler") :]
-    TRAINS: ClassVar = {  # itc reads the images and texts of pairs apart; itm, and mlm on pairs, read them fused
-        ("itc", "pairs"): _IMAGE | _TEXT | {"vision_language_expert", "itc_head"},
-        ("itm", "pairs"): _FUSED | {"pooler", "itm_head"},
-        ("mlm", "pairs"): _FUSED | {"mlm_head"},
-        ("mlm", "text"): _TEXT | {"mlm_head"},
-        ("mim", "pairs"): _IMAGE | {"mim_head"},
-        ("mim", "images"): _IMAGE | {"mim_head"},
-        ("wpa", "pairs"): _FUSED,
-        ("classification", "labelled"): _IMAGE | {"classification_head"},
-        ("vqa", "questions"): _FUSED | {"pooler", "vqa_head"},
-        ("nlvr2", "statements"): _FUSED | {"pooler", "nlvr2_head"},
+    ENCODER_PARTS: ClassVar = {
+        frozenset({"image"}): _IMAGE,
+        frozenset({"text"}): _TEXT,
+        frozenset({"image", "text"}): _FUSED,
+    }
+    HEADS: ClassVar = {
+        "itc": frozenset({"vision_language_expert", "itc_head"}),
+        "itm": frozenset({"pooler", "itm_head"}),
+        "mlm": frozenset({"mlm_head"}),
+        "mim": frozenset({"mim_head"}),
+        "alignment": frozenset(),
+        "classes": frozenset({"classification_head"}),
+        "answers": frozenset({"pooler", "vqa_head"}),
+        "nlvr2": frozenset({"pooler", "nlvr2_head"}),
     }
     RESIZABLE: ClassVar = frozenset({"image_size", "max_text_length"})
 
@@ -189,9 +192,9 @@ class VLMo(Model):
             return f"positions.{names[0].removesuffix('_embedding')}"
         return super().part_of(parameter)
 
-    def modules_for(self, objective: Objective, source_type: SourceType) -> frozenset[str] | None:
-        parts = super().modules_for(objective, source_type)
-        if parts is not None and objective == "itc" and self.config.contrasts == 1:
+    def modules_for(self, inputs: frozenset[InputKind], head: Head) -> frozenset[str] | None:
+        parts = super().modules_for(inputs, head)
+        if parts is not None and head == "itc" and self.config.contrasts == 1:
             parts -= {"vision_language_expert"}
         return parts if parts is None or self.config.positions == "relative" else parts - {"positions.cross"}
 

@@ -1,1 +1,317 @@
-"""Objectives: arithmetic on tensors, with no module, rank, logger or config inside."""
+"""Training objectives: one module each, with its loss, its forwards and everything the system needs to know about it.
+
+An objective is a loss function (arithmetic on tensors) and a subclass of `Objective`, registered under its module's
+name. To add one, add a module here: the config schema lists this folder, and the loader, the models, the training step
+and the evaluation read the class's declarations.
+
+An objective sums its loss over the examples that it reads and divides by nothing: the step divides by the counts of the
+whole global batch (contract C2). Objectives of one stage may use the same forward, which then runs once with all their
+heads.
+
+Shapes: n examples of this rank, B global batch, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import ClassVar, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
+from pipeline.data.batch import Batch, swapped_fields
+from pipeline.data.randomness import hash64, uniform_array
+from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, Regions
+from pipeline.models.model import HeadConfig, Model
+
+ImageTokenizer = Callable[[Tensor, int], Tensor]  # images (n, H, W, 3) uint8 and the grid's side -> (n, P) token ids
+DropPathMask = Callable[[Batch, str], Tensor | None]  # examples and a forward's name -> the branches to keep
+
+VISUAL, TEXT = swapped_fields("vision"), swapped_fields("language")
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What the objectives of a stage share."""
+
+    stage: StageConfig
+    source_type: SourceType
+    seed: int  # of the stage
+    patch_size: int
+    image_tokenizer: ImageTokenizer | None  # only for `image_target: visual_tokens`
+    drop_path_mask: DropPathMask
+
+
+@dataclass(frozen=True)
+class NegativePool:
+    """The global batch, from which negatives are drawn."""
+
+    image_id: Tensor  # (B,)
+    source: Tensor  # (B,)
+    image: Tensor | None = None  # (B, D) detached unit vectors of ITC, if the stage trains it
+    text: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowSwap:
+    """For each example the place in the global batch of the example whose `fields` replace its own; -1 keeps them."""
+
+    fields: dict[str, float]  # names of batch fields and their padding values
+    places: Tensor  # (n,) int64
+
+
+class Objective:
+    """One objective of a stage. `examples` are those that it reads in a step."""
+
+    source_types: ClassVar[frozenset[SourceType]]
+    head: ClassVar[Head]
+    evaluations: ClassVar[dict[SourceType, str]] = {}  # source type -> evaluation task that measures the objective
+
+    def __init__(self, context: ObjectiveContext):
+        self.context, self.stage = context, context.stage
+
+    # ---- declarations
+
+    @classmethod
+    def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
+        """Return the inputs of each kind of forward; by default one forward fuses all that the source has."""
+        return (source_inputs(source_type),)
+
+    @classmethod
+    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
+        """Return the groups of batch fields that the objective reads; by default the forwards' inputs."""
+        return frozenset().union(*cls.inputs(source_type, model))
+
+    @classmethod
+    def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
+        """Return `heads` with the optional heads that the objective needs."""
+        return heads
+
+    @classmethod
+    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+        """Yield what the objective lacks in a stage, as 'KEY: message' relative to the stage."""
+        return iter(())
+
+    @classmethod
+    def modules_for(cls, model: Model, source_type: SourceType) -> frozenset[str] | None:
+        """Return the parts of the model that the objective trains, or None if the model does not support it."""
+        if source_type not in cls.source_types:
+            return None
+        parts = [model.modules_for(kind, cls.head) for kind in cls.inputs(source_type, model.config)]
+        return None if None in parts else frozenset().union(*(part for part in parts if part))
+
+    # ---- one step
+
+    @property
+    def needs_similarity(self) -> bool:
+        """True if negatives are drawn by ITC similarity, so that the towers must run first."""
+        return False
+
+    def count(self, examples: Batch) -> Tensor | int:
+        """Return the number of summands of the loss."""
+        return len(examples)
+
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        """Return the forwards over the examples by name. A forward's name seeds its drop-path mask."""
+        return {}
+
+    def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
+        """Return the swaps that make negatives, by the name of the forward that reads them."""
+        return {}
+
+    def swapped_forward(self, examples: Batch, name: str) -> ForwardInput:
+        """Return the forward over swapped examples."""
+        return self.fusion_forward(examples, name, self.head)
+
+    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
+        """Return the loss summed over the examples (0-d)."""
+        raise NotImplementedError
+
+    def diagnostics(self, outputs: ForwardOutput, examples: Batch) -> dict[str, Tensor]:
+        """Return detached 0-d sums over the examples that show whether the objective is learned."""
+        return {}
+
+    def fusion_forward(self, examples: Batch, name: str, *heads: Head) -> ForwardInput:
+        """Return a forward that fuses text with the image or the regions."""
+        return ForwardInput(
+            heads=heads,
+            image=examples.image,
+            image_size=examples.image_size,
+            visible_patches=examples.visible_patches,
+            regions=regions_of(examples),
+            text=examples.text,
+            text_keep=examples.text_keep,
+            drop_path_mask=self.context.drop_path_mask(examples, name),
+        )
+
+    def uniform(self, examples: Batch, purpose: str, device: torch.device) -> Tensor:
+        """Return one number in [0, 1) per example, (n,) float32: a function of seed, step, place and purpose."""
+        numbers = uniform_array(hash64(self.context.seed, examples.step, purpose), examples.place.numpy())
+        return torch.from_numpy(numbers).to(device, torch.float32)
+
+
+# ---- registry
+
+_REGISTRY: dict[str, type[Objective]] = {}
+ObjectiveType = TypeVar("ObjectiveType", bound=type[Objective])
+
+
+def register(objective: ObjectiveType) -> ObjectiveType:
+    """Register an objective under the name of its module."""
+    _REGISTRY[objective.__module__.rpartition(".")[2]] = objective
+    return objective
+
+
+def objective_type(name: str) -> type[Objective]:
+    """Return the objective of that name, importing its module."""
+    import_module(f"{__name__}.{name}")
+    return _REGISTRY[name]
+
+
+def objective_types(stage: StageConfig) -> dict[str, type[Objective]]:
+    """Return the stage's objectives in alphabetical order, which all ranks share."""
+    return {name: objective_type(name) for name in objective_names() if name in stage.objectives}
+
+
+# ---- derived from the declarations
+
+
+def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
+    """Return the groups of batch fields that the stage's objectives read."""
+    source_type = config.source_type_of(stage)
+    kinds = objective_types(stage).values()
+    return frozenset().union(*(kind.batch_groups(source_type, stage, config.model) for kind in kinds))
+
+
+def head_config(config: RunConfig, index: int) -> HeadConfig:
+    """Return the optional heads of a stage's model: those of its own objectives and of all earlier stages."""
+    heads = HeadConfig(bounds_scales=not config.reproduce_vlmo_release)
+    for stage in config.stages[: index + 1]:
+        for kind in objective_types(stage).values():
+            heads = kind.head_config(heads, stage)
+    return heads
+
+
+def modules_for(model: Model, objective: str, source_type: SourceType) -> frozenset[str] | None:
+    """Return the parts of the model that an objective trains, or None if the model does not support it."""
+    return objective_type(objective).modules_for(model, source_type)
+
+
+def trained_modules(model: Model, objectives: Iterable[str], source_type: SourceType) -> frozenset[str]:
+    """Return the parts that get a gradient from the objectives. Raises ConfigError if one is not supported."""
+    trained: set[str] = set()
+    for name in objectives:
+        parts = modules_for(model, name, source_type)
+        if parts is None:
+            readable = [other for other in get_args(SourceType) if modules_for(model, name, other) is not None]
+            if not readable:
+                raise ConfigError(
+                    f"objective '{name}' is not supported by models of kind '{model.config.kind}'; `mome objectives` "
+                    "lists the supported combinations"
+                )
+            raise ConfigError(
+                f"objective '{name}' reads sources of type {' or '.join(readable)} with this model, and the stage's "
+                f"sources are of type {source_type}; add a source or drop the objective"
+            )
+        trained |= parts
+    return frozenset(trained)
+
+
+def evaluated_source_types() -> tuple[SourceType, ...]:
+    """Return the source types that some objective is evaluated on."""
+    evaluated = {kind for name in objective_names() for kind in objective_type(name).evaluations}
+    return tuple(kind for kind in get_args(SourceType) if kind in evaluated)
+
+
+def evaluation_tasks(stage: StageConfig, source_type: SourceType) -> frozenset[str]:
+    """Return the evaluation tasks that measure the stage's objectives on a source of that type."""
+    kinds = objective_types(stage).values()
+    return frozenset(kind.evaluations[source_type] for kind in kinds if source_type in kind.evaluations)
+
+
+def check_objectives(config: RunConfig) -> None:
+    """Raise ConfigError listing every objective that its stage's sources or other keys do not support."""
+    faults = []
+    for stage in config.stages:
+        source_type = config.source_type_of(stage)
+        for name, kind in objective_types(stage).items():
+            if source_type not in kind.source_types:
+                faults.append(
+                    f"stages.{stage.name}.objectives: {name} needs sources of type "
+                    f"{' or '.join(sorted(kind.source_types))}, and the stage's are of type {source_type}"
+                )
+            faults += [f"stages.{stage.name}.{fault}" for fault in kind.faults(config, stage)]
+    held_out, evaluated = config.evaluation.source, evaluated_source_types()
+    if held_out is not None and config.sources[held_out].type not in evaluated:
+        faults.append(
+            f"evaluation.source: '{held_out}' is of type {config.sources[held_out].type}; expected a source of type "
+            f"{', '.join(evaluated)}"
+        )
+    if faults:
+        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ConfigError(f"{config.name}: {count}\n" + "\n".join(faults))
+
+
+# ---- shared by objectives
+
+
+def source_inputs(source_type: SourceType) -> frozenset[InputKind]:
+    """Return the inputs of a source's samples."""
+    if source_type == "text":
+        return frozenset({"text"})
+    if source_type in ("images", "labelled"):
+        return frozenset({"image"})
+    return frozenset({"regions", "text"}) if source_type == "regions" else frozenset({"image", "text"})
+
+
+def regions_of(examples: Batch, masked: bool = False) -> Regions | None:
+    """Return the regions of the examples, masked ones zeroed if `masked`; None if the source has none."""
+    if examples.region_features is None:
+        return None
+    features = examples.region_features
+    if masked and examples.region_hidden is not None:
+        features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
+    return Regions(features, require(examples.region_location), require(examples.region_keep))
+
+
+class MaskedRegionObjective(Objective):
+    """An objective on masked regions (ImageBERT, section 3.3). It shares the forward of MLM over masked words.
+
+    Both read true pairs only: mismatched text or regions say nothing about what was masked (the paper's conditional
+    mask).
+    """
+
+    source_types = frozenset({"regions"})
+
+    @classmethod
+    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
+        return frozenset({"regions", "text", "masked_regions"})
+
+    @classmethod
+    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+        sharing = [name for name in ("mlm", "moc", "mrfr") if name in stage.objectives]
+        if len({stage.objectives[name].every for name in sharing}) > 1:
+            yield f"objectives: {', '.join(sharing)} share one forward over masked examples; set the same `every`"
+
+    def count(self, examples: Batch) -> Tensor:
+        return torch.count_nonzero(require(examples.region_positions) >= 0)
+
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        masked = replace(
+            self.fusion_forward(examples, "masked", self.head),
+            text=examples.text if examples.masked_text is None else examples.masked_text,
+            regions=regions_of(examples, masked=True),
+            region_positions=require(examples.region_positions),
+        )
+        return {"masked": masked}
+
+
+def require(tensor: Tensor | None) -> Tensor:
+    """Return a batch field that the loader must have filled."""
+    assert tensor is not None, "the loader fills the batch fields that the stage's objectives declare"
+    return tensor

@@ -1,29 +1,68 @@
-"""Ranking texts by how well they fit a picture (ViLT, section 4.2: fine-tuning for retrieval).
+"""Ranking of texts by how well they match an image (ViLT, section 4.2: fine-tuning for retrieval).
 
-Shapes: B rows, N texts a picture is read with, C candidates.
+Shapes: n examples, N texts per image (the first is its own), B candidates of the global batch.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config.schema import StageConfig
+from pipeline.data.batch import Batch
+from pipeline.data.randomness import hash64, uniform_array
+from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.models.model import HeadConfig
+from pipeline.objectives import TEXT, NegativePool, Objective, RowSwap, register
 
-def draw_wrong(keys: Tensor, row_id: Tensor, column_id: Tensor, count: int) -> Tensor:
-    """`count` different candidates for each row, none of which shows the row's image: (B, count) int64.
 
-    keys (B, C) are random numbers: the least of them are drawn. Ids (B,) and (C,) are the images'. Where a row has
-    fewer others than `count`, they come round again; where it has none, any candidate serves.
+def ranking_loss(scores: Tensor) -> Tensor:
+    """Return the cross-entropy of the first of N texts being the image's own, summed over examples; scores (n, N)."""
+    target = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    return F.cross_entropy(scores.float(), target, reduction="sum")
+
+
+def draw_distinct_negatives(keys: Tensor, row_id: Tensor, column_id: Tensor, count: int) -> Tensor:
+    """Draw `count` different candidates per row that do not show the row's image: (n, count) int64.
+
+    keys (n, B) are random numbers; the smallest are drawn. Ids (n,) and (B,) are image ids. A row with fewer others
+    than `count` repeats them; a row without others draws from all candidates.
     """
     allowed = row_id[:, None] != column_id[None, :]
     allowed = allowed | ~allowed.any(dim=1, keepdim=True)
     order = keys.masked_fill(~allowed, float("inf")).argsort(dim=1, stable=True)
-    turn = torch.arange(count, device=keys.device) % allowed.sum(dim=1, keepdim=True)
-    return order.gather(1, turn)
+    index = torch.arange(count, device=keys.device) % allowed.sum(dim=1, keepdim=True)
+    return order.gather(1, index)
 
 
-def ranking_loss(scores: Tensor) -> Tensor:
-    """Cross-entropy that the first of N texts is the picture's, summed over rows; scores (B, N)."""
-    target = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-    return F.cross_entropy(scores.float(), target, reduction="sum")
+@register
+class Ranking(Objective):
+    """Score of each image with its own text above those with `num_negative_texts` texts of the global batch."""
+
+    source_types = frozenset({"pairs"})
+    head = "ranking"
+    evaluations: ClassVar = {"pairs": "ranking"}
+
+    @classmethod
+    def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
+        return replace(heads, ranking=True)
+
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        return {"ranked": self.fusion_forward(examples, "ranked", "ranking")}
+
+    def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
+        size, count = len(pool.image_id), self.stage.num_negative_texts
+        pairs = examples.place.numpy()[:, None] * size + np.arange(size)
+        keys = torch.from_numpy(uniform_array(hash64(self.context.seed, examples.step, "wrong texts"), pairs))
+        image_id = pool.image_id.cpu()
+        negatives = draw_distinct_negatives(keys, image_id[examples.place], image_id, count)
+        return {f"wrong_text_{k}": [RowSwap(TEXT, negatives[:, k])] for k in range(count)}
+
+    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
+        names = ["ranked", *(f"wrong_text_{k}" for k in range(self.stage.num_negative_texts))]
+        return ranking_loss(torch.stack([outputs[name]["ranking"] for name in names], dim=1))

@@ -98,7 +98,7 @@ class Alerts(Callback):
 
 def _itm_collapse(metrics: StepMetrics) -> str | None:
     values = metrics.metrics()
-    matched, mismatched = values.get("train/itm_recall_matched"), values.get("train/itm_recall_wrong")
+    matched, mismatched = values.get("train/itm_recall_matched"), values.get("train/itm_recall_mismatched")
     if not metrics.is_warm or matched is None or mismatched is None or min(matched, mismatched) >= COLLAPSED:
         return None
     return (

@@ -20,7 +20,7 @@ from pipeline.training.health import Spike, SpikeGuard
 from pipeline.training.ownership import Ownership
 from pipeline.training.prepare import Coverage
 from pipeline.training.progress import Report
-from pipeline.training.steps import TrainingStep
+from pipeline.training.step import TrainingStep
 from pipeline.training.supervisor import RankSupervisor
 
 

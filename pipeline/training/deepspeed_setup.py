@@ -26,7 +26,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.schema import EngineConfig, RunConfig, StageConfig
 from pipeline.models.model import Model
 from pipeline.planning.memory import Sharding
-from pipeline.training.steps import accumulation
+from pipeline.training.step import num_micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> 
     """
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offload = {"offload_optimizer": config.engine.offload_optimizer, "offload_param": config.engine.offload_parameters}
-    steps = accumulation(stage.global_batch_size, world_size, config.engine.micro_batch_size)
+    steps = num_micro_batches(stage.global_batch_size, world_size, config.engine.micro_batch_size)
     return {
         "train_batch_size": world_size * steps,
         "train_micro_batch_size_per_gpu": 1,

@@ -101,10 +101,10 @@ def _regions(section: ImageBERTConfig, stage: StageConfig, rows: int, draw: torc
     masked = max(1, round(stage.masking.region_mask_ratio * count))
     positions = torch.stack([torch.randperm(count, generator=draw)[:masked] for _ in range(rows)])
     return {
-        "mrfr": torch.rand(rows, count, section.region_features, generator=draw),
+        "region_features": torch.rand(rows, count, section.region_features, generator=draw),
         "region_location": torch.rand(rows, count, 5, generator=draw),
         "region_keep": torch.ones(rows, count, dtype=torch.bool),
-        "moc": torch.randint(0, section.region_classes, (rows, count), generator=draw),
+        "region_class": torch.randint(0, section.region_classes, (rows, count), generator=draw),
         "region_positions": positions,
         "region_hidden": torch.zeros(rows, count, dtype=torch.bool).scatter(1, positions, True),
     }

@@ -26,7 +26,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage.errors import NoSpace
 from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
-from pipeline.training.steps import accumulation
+from pipeline.training.step import num_micro_batches
 
 if TYPE_CHECKING:
     from pipeline.training.context import StageState
@@ -393,7 +393,7 @@ def out_of_memory(
     """Return the error to raise; `held`: bytes of this rank's state by category, None before the engine was built."""
     engine, world_size = config.engine, collectives.world_size
     share = -(-stage.global_batch_size // world_size)
-    rows = -(-share // accumulation(stage.global_batch_size, world_size, engine.micro_batch_size))
+    rows = -(-share // num_micro_batches(stage.global_batch_size, world_size, engine.micro_batch_size))
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}"]
     if held is None:

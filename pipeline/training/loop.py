@@ -19,6 +19,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
+from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.tracker import JournalTracker, SavedWeights, Status, Tracker
 from pipeline.training.alerts import Alerts
 from pipeline.training.callbacks import Callback, Callbacks, StepEvent
@@ -43,7 +44,6 @@ from pipeline.training.health import (
     locate_non_finite,
     permanent_failures_explained,
 )
-from pipeline.training.image_tokenizer import load_image_tokenizer
 from pipeline.training.metrics import MetricsCollector, ProgressReporter, StageTracking
 from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.optimizer import learning_rate
@@ -52,7 +52,7 @@ from pipeline.training.prepare import load_coverage, prepare
 from pipeline.training.profile import Profiler, ProfileWindow
 from pipeline.training.progress import Report
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
+from pipeline.training.step import TrainingStep
 from pipeline.training.supervisor import RankSupervisor, SupervisorCallback
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def train_stage(
             callbacks.before_batch(step)
             batch = next(batches)
             callbacks.before_step(step, batch)
-            losses = state.step(batch, tell=stage.is_metrics_step(step))
+            losses = state.step(batch, with_metrics=stage.is_metrics_step(step))
             callbacks.after_backward(step)
             health = None
             if stage.is_health_check_step(step):

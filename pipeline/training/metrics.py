@@ -48,9 +48,9 @@ class StepMetrics:
         metrics = {"perf/data_wait_share_worst": max(self.data_wait)}
         if scale := self.diagnostics.get("itc_scale"):
             metrics["train/itc_temperature"] = 1 / scale
-        for kind in ("matched", "wrong"):
+        for kind in ("matched", "mismatched"):
             if rows := self.diagnostics.get(f"itm_{kind}"):
-                metrics[f"train/itm_recall_{kind}"] = self.diagnostics[f"itm_{kind}_right"] / rows
+                metrics[f"train/itm_recall_{kind}"] = self.diagnostics[f"itm_{kind}_correct"] / rows
         if (slowest := self.slowest_rank()) is not None:
             metrics["perf/slowest_rank_ratio"] = slowest[1]
         return metrics
@@ -135,10 +135,10 @@ class MetricsCollector(Callback):
     def _step_metrics(self, step: int, data_wait: float) -> StepMetrics:
         """Sum the diagnostics over ranks and gather each rank's timings, in one reduction."""
         training_step, world_size = self._state.step, self._collectives.world_size
-        names = sorted(training_step.signs)
+        names = sorted(training_step.diagnostics)
         by_rank = torch.zeros(2, world_size, device=self._collectives.device)
         by_rank[:, self._collectives.rank] = torch.tensor([data_wait, training_step.forward_timer.read()])
-        parts = [training_step.signs[name].float().reshape(1) for name in names]
+        parts = [training_step.diagnostics[name].float().reshape(1) for name in names]
         summed = self._collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
         diagnostics, timings = dict(zip(names, summed, strict=False)), summed[len(names) :]
         is_warm = step >= self._stage.config.optimizer.warmup_steps

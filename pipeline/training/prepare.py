@@ -24,13 +24,13 @@ from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import select, selection_url
 from pipeline.data.storage import Storage, join
+from pipeline.objectives import source_inputs
 from pipeline.training.checkpoint import VOCABULARY, load_weights
 from pipeline.training.stages import check_fit, check_stages, prepare_experts, stage_skeleton
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-TEXTLESS = ("images", "labelled")  # source types whose texts no stage reads
 REPORT_SECONDS = 5.0  # between progress messages
 MAX_CAPTIONS = 200_000  # per folder of shards, for training a vocabulary
 COVERAGE_FILE = "vocabulary.json"
@@ -158,7 +158,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
         return tokenizer
     texts = _captions(config, storage) if config.model.READS_TEXT else iter(())
     first = next(texts, None)
-    textless = all(config.source_type_of(stage) in TEXTLESS for stage in config.stages)
+    textless = all("text" not in source_inputs(config.source_type_of(stage)) for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
         return Tokenizer(SPECIALS)  # of a run on images without captions: never used
     return Tokenizer.train(itertools.chain([first or ""], texts), section.size, section.lowercase is not False)
@@ -167,7 +167,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
 def _folders_with_text(config: RunConfig) -> list[str]:
     """Return the folders of shards whose texts some stage reads, without duplicates."""
     read = {name for stage in config.stages for name in stage.sources}
-    return sorted({config.sources[name].shards for name in read if config.sources[name].type not in TEXTLESS})
+    return sorted({config.sources[name].shards for name in read if "text" in source_inputs(config.sources[name].type)})
 
 
 def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:

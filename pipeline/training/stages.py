@@ -18,16 +18,18 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model, skeleton
 from pipeline.models.model import HeadConfig, Model
 from pipeline.models.vlmo import copy_expert
+from pipeline.objectives import check_objectives, trained_modules
 from pipeline.training.checkpoint import Weights, load_weights, stage_url
 
 log = logging.getLogger(__name__)
 
 
 def check_stages(config: RunConfig) -> None:
-    """Check what the schema cannot: the model supports every objective, and `freeze` names its parts.
+    """Check that each stage's sources and model support its objectives, and that `freeze` names parts of the model.
 
     Raises ConfigError.
     """
+    check_objectives(config)
     for index, stage in enumerate(config.stages):
         trained_parts(stage_skeleton(config, index), config, stage)
 
@@ -72,7 +74,7 @@ def stage_heads(config: RunConfig, index: int) -> HeadConfig:
 
 def trained_parts(model: Model, config: RunConfig, stage: StageConfig) -> frozenset[str]:
     """Return the parts of the model that the stage's objectives use, except those in `freeze`."""
-    return model.parts_used(stage.objectives, config.source_type_of(stage)) - model.parts_named(stage.freeze)
+    return trained_modules(model, stage.objectives, config.source_type_of(stage)) - model.parts_named(stage.freeze)
 
 
 def starting_weights(config: RunConfig, index: int, storage: Storage) -> Weights | None:

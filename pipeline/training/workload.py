@@ -20,17 +20,16 @@ from torch import Tensor
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
-from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.objectives.itc import CONTRASTS, itc_loss
 from pipeline.planning.estimate import largest_share
 from pipeline.planning.hardware import accelerator_like
 from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.training.collectives import Collectives
-from pipeline.training.contrast import CONTRASTS
 from pipeline.training.deepspeed_setup import prepare_blocks
 from pipeline.training.full_batch import full_batch
 from pipeline.training.stages import stage_skeleton, trained_parts
-from pipeline.training.steps import TrainingStep, accumulation
+from pipeline.training.step import TrainingStep, num_micro_batches
 
 SAMPLE_ROWS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -79,9 +78,9 @@ def peak_step_seconds(gpu: str, config: RunConfig, index: int, vocabulary: int, 
     if accelerator is None:
         return None
     batch = config.stages[index].global_batch_size
-    num_micro_batches = accumulation(batch, world_size, config.engine.micro_batch_size)
+    parts = num_micro_batches(batch, world_size, config.engine.micro_batch_size)
     work = work_of(config, index, vocabulary, "cuda")
-    return work.step_flops(largest_share(batch, world_size), num_micro_batches) / accelerator.flops
+    return work.step_flops(largest_share(batch, world_size), parts) / accelerator.flops
 
 
 def model_without_memory(config: RunConfig, index: int, vocabulary: int) -> Model:
@@ -210,7 +209,7 @@ def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[in
     ids, scale = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
     with Probe([*features, ids, scale], kernels) as probe:
         pairs = zip(features[::2], features[1::2], strict=True)
-        losses = [contrastive_loss(image, text, scale, ids) for image, text in pairs]
+        losses = [itc_loss(image, text, scale, ids) for image, text in pairs]
         torch.autograd.grad(torch.stack(losses).sum(), features)
         return probe.flops, probe.peak_bytes + sum(4 * feature.numel() for feature in features)
 

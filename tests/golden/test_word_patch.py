@@ -12,14 +12,14 @@ from torch import Tensor
 
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import alignment_outputs
-from pipeline.objectives.word_patch import (
+from pipeline.objectives.wpa import (
     BETA,
     INNER,
     OUTER,
-    word_patch_cost,
-    word_patch_distance,
-    word_patch_loss,
-    word_patch_plan,
+    wpa_cost,
+    wpa_distance,
+    wpa_loss,
+    wpa_plan,
 )
 
 GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden" / "word_patch_alignment.safetensors"
@@ -45,17 +45,17 @@ def aligned_features(golden: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_plan_and_distance_equal_the_release(golden: dict[str, Tensor]) -> None:
     found = aligned_features(golden)
-    cost = word_patch_cost(found["words"], found["patches"])
-    plan = word_patch_plan(cost, found["words_keep"], found["patches_keep"])
+    cost = wpa_cost(found["words"], found["patches"])
+    plan = wpa_plan(cost, found["words_keep"], found["patches_keep"])
     torch.testing.assert_close(plan, golden["output.transport_plan"][:, :, 1:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(word_patch_distance(cost, plan), golden["output.distance"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(wpa_distance(cost, plan), golden["output.distance"], rtol=1e-5, atol=1e-5)
 
 
 def test_loss_and_gradients_equal_the_release(golden: dict[str, Tensor]) -> None:
     for name in ("text", "image"):
         golden[f"input.{name}_features"].requires_grad_().grad = None
     found, labels = aligned_features(golden), golden["input.itm_labels"]
-    loss = word_patch_loss(*found.values(), matched=labels == 1) / len(labels)
+    loss = wpa_loss(*found.values(), matched=labels == 1) / len(labels)
     loss.backward()
     torch.testing.assert_close(loss, golden["output.wpa_loss"], rtol=1e-5, atol=1e-5)
     for name in ("text", "image"):

@@ -78,7 +78,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
     from pipeline.training.stages import build_stage_model
-    from pipeline.training.steps import TrainingStep
+    from pipeline.training.step import TrainingStep
     from tests.support.trial import VOCABULARY, invented_batch
 
     collectives = Collectives()

@@ -21,7 +21,7 @@ class Killed(Exception):
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (SPIKED,)) -> list[int]:
     """The batches that stage 0 read, in order, until its end or until `killed_at` is read again after a rollback."""
     from pipeline.training.loop import train
-    from pipeline.training.steps import TrainingStep
+    from pipeline.training.step import TrainingStep
 
     read: list[int] = []
     original = TrainingStep.__call__

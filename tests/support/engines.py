@@ -22,7 +22,7 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import stage_heads, trained_parts
-from pipeline.training.steps import TrainingStep
+from pipeline.training.step import TrainingStep
 from tests.support.tiny_model import tiny_batch
 from tests.support.trial import VOCABULARY
 

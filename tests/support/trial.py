@@ -24,21 +24,21 @@ from pipeline.config.schema import (
     MODEL_SECTIONS,
     ImageBERTConfig,
     ImageTarget,
-    Objective,
     RunConfig,
     SourceType,
     StageConfig,
     TransformerConfig,
     ViLTConfig,
+    objective_names,
 )
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
+from pipeline.objectives import ImageTokenizer
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
-from pipeline.training.terms.term import ImageTokenizer
+from pipeline.training.step import TrainingStep
 
 STEPS = 30
 ROWS = 12
@@ -72,7 +72,7 @@ COLLAPSED_1_TO_1 = math.log(2)  # 0.6931: random negatives
 class Cell:
     """An objective, a kind of model that learns it, and a source type; `keys` are further keys of the stage."""
 
-    objective: Objective
+    objective: str
     kind: str
     source_type: SourceType
     keys: dict[str, Any] = field(default_factory=dict)
@@ -110,14 +110,14 @@ class Trial:
 
 def cells() -> Iterator[Cell]:
     """Yield every combination that can be trained, in the order of the objectives."""
-    for objective in get_args(Objective):
+    for objective in objective_names():
         for kind in MODEL_SECTIONS:
             for source_type in source_types(objective, kind):
                 for keys in _choices(objective, kind, source_type):
                     yield Cell(objective, kind, source_type, keys)
 
 
-def _choices(objective: Objective, kind: str, source_type: SourceType) -> Iterator[dict[str, Any]]:
+def _choices(objective: str, kind: str, source_type: SourceType) -> Iterator[dict[str, Any]]:
     """Yield the stage keys that select each variant of an objective."""
     if objective == "itm":
         yield {"negatives": "random"}

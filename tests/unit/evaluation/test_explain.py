@@ -24,7 +24,7 @@ from pipeline.evaluation.explain import (
 from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import Model
-from pipeline.objectives.word_patch import word_patch_cost, word_patch_plan
+from pipeline.objectives.wpa import wpa_cost, wpa_plan
 from tests.support.trial import tiny_section
 
 TEXT = "a red circle above a square"
@@ -56,10 +56,10 @@ def test_the_heat_is_the_transport_plan_of_the_pair(model: Model, found: Explana
     text = torch.tensor([TOKENIZER.encode(TEXT, 12).ids])
     with torch.no_grad():
         out = model({"x": ForwardInput(heads=("alignment",), image=found.picture[None], text=text)})["x"]
-        plan = word_patch_plan(word_patch_cost(out["words"], out["patches"]), out["words_keep"], out["patches_keep"])[0]
+        plan = wpa_plan(wpa_cost(out["words"], out["patches"]), out["words_keep"], out["patches_keep"])[0]
     assert plan.sum().item() == pytest.approx(1, abs=1e-3)
     torch.testing.assert_close(found.words[1].heat.flatten() * plan[2].sum(), plan[2], rtol=1e-4, atol=1e-6)
-    assert found.distance == pytest.approx((plan * word_patch_cost(out["words"], out["patches"])[0]).sum().item())
+    assert found.distance == pytest.approx((plan * wpa_cost(out["words"], out["patches"])[0]).sum().item())
 
 
 def test_a_word_of_several_tokens_is_masked_whole_and_spread_as_one() -> None:

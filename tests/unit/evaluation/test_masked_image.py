@@ -12,7 +12,7 @@ from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.masked_image import Painted, reconstruct
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.vlmo import VLMo
-from pipeline.objectives.masked_image import mean_colour_targets, patchify, pixel_targets
+from pipeline.objectives.mim import mean_colour_targets, patchify, pixel_targets
 
 
 class Knowing(nn.Module):

@@ -33,6 +33,7 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints import FORMATS
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
+from pipeline.objectives import modules_for
 from pipeline.training.checkpoint import Weights, load_weights, save_weights
 from pipeline.training.stages import load_matching
 from tests.support.fuzz import fuzz_rounds, mutate
@@ -419,7 +420,7 @@ def test_one_contrast_trains_and_starts_from_two(tmp_path: Path) -> None:
     for name, outputs in one.eval()(passes).items():
         assert outputs.keys() == {"itc", "scale"}
         torch.testing.assert_close(outputs["itc"], both.eval()(passes)[name]["itc"])
-    used = one.modules_for("itc", "pairs")
+    used = modules_for(one, "itc", "pairs")
     assert used is not None
     (one(passes)["image"]["itc"].sum() + one(passes)["text"]["itc"].sum() + one(passes)["image"]["scale"]).backward()
     assert {one.part_of(n) for n, p in one.named_parameters() if p.grad is not None} == used

@@ -13,6 +13,7 @@ from pipeline.config.schema import DualEncoderConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.dual_encoder import PARTS, DualEncoder
 from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.objectives import modules_for, trained_modules
 
 VOCABULARY, ROWS, LENGTH = 23, 5, 7
 CONFIG = DualEncoderConfig(
@@ -154,12 +155,14 @@ def test_heads_of_other_models_are_refused_by_name(model: DualEncoder) -> None:
 def test_contrast_over_pairs_is_all_it_learns() -> None:
     model = skeleton(CONFIG)
     assert (
-        model.modules_for("itc", "pairs") == frozenset(PARTS) == {model.part_of(n) for n, _ in model.named_parameters()}
+        modules_for(model, "itc", "pairs")
+        == frozenset(PARTS)
+        == {model.part_of(n) for n, _ in model.named_parameters()}
     )
     with pytest.raises(ConfigError, match="mome objectives"):
-        model.parts_used(["itm"], "pairs")
+        trained_modules(model, ["itm"], "pairs")
     with pytest.raises(ConfigError, match=r"itc.*pairs.*text"):
-        model.parts_used(["itc"], "text")
+        trained_modules(model, ["itc"], "text")
 
 
 def test_positions_of_another_picture_size_and_text_length_are_resized_and_nothing_else_moves() -> None:

@@ -15,6 +15,7 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.checkpoints.bert import from_hugging_face
 from pipeline.models.forward import ForwardInput, Regions
 from pipeline.models.imagebert import ImageBERT
+from pipeline.objectives import modules_for
 
 CONFIG = ImageBERTConfig(
     width=32, layers=2, heads=4, max_text_length=12, max_regions=6, region_features=8, region_classes=7, dropout=0.0
@@ -179,7 +180,7 @@ def test_every_objective_gives_every_part_that_it_reads_a_gradient(
         )  # fmt: skip
         model({"one": asked})["one"][head].square().sum().backward()
         moved = {model.part_of(name) for name, p in model.named_parameters() if p.grad is not None}
-        assert moved == model.modules_for(objective, source_type)
+        assert moved == modules_for(model, objective, source_type)
         still = [n for n, p in model.named_parameters() if model.part_of(n) in moved and p.grad is None]
         assert not still
 

@@ -16,6 +16,7 @@ from pipeline.models.forward import ForwardInput, ForwardOutput, Head
 from pipeline.models.model import HeadConfig
 from pipeline.models.resize import resize_grid
 from pipeline.models.vilt import ViLT, canvas_patches, resized_positions
+from pipeline.objectives import trained_modules
 
 VOCABULARY, LENGTH, PATCH = 23, 7, 8
 SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48]])
@@ -316,9 +317,9 @@ def test_trap_11_each_parameter_is_of_a_part_and_no_idle_one_is_built() -> None:
 
 def test_objectives_it_does_not_learn_are_refused() -> None:
     with pytest.raises(ConfigError, match="kind 'vilt' does not learn"):
-        skeleton(CONFIG).parts_used(["itc"], "pairs")
+        trained_modules(skeleton(CONFIG), ["itc"], "pairs")
     with pytest.raises(ConfigError, match=r"itm.*pairs.*images"):
-        skeleton(CONFIG).parts_used(["itm"], "images")
+        trained_modules(skeleton(CONFIG), ["itm"], "images")
 
 
 def test_base_has_as_many_parameters_as_the_paper_says() -> None:

@@ -18,7 +18,7 @@ from pipeline.config.load import validate
 from pipeline.config.schema import StageConfig
 from pipeline.data.storage import Storage
 from pipeline.models.visual_tokens import read_tokenizer
-from pipeline.training.image_tokenizer import load_image_tokenizer
+from pipeline.objectives.mim import load_image_tokenizer
 from tests.support.fuzz import fuzz_rounds, mutate
 
 TOKENS = 29

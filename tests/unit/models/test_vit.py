@@ -16,6 +16,7 @@ from pipeline.models import build_model
 from pipeline.models.forward import ForwardInput, drop_masked_patches
 from pipeline.models.model import HeadConfig
 from pipeline.models.vit import PARTS, ViT
+from pipeline.objectives import modules_for, trained_modules
 
 CONFIG = ViTConfig(width=24, layers=3, heads=2, image_size=24, patch_size=8, drop_path=0.2, init_std=0.2)
 ROWS, PATCHES = 3, 9
@@ -93,7 +94,7 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
 ) -> None:
     found = model({name: passes(heads)[name]})[name].values()
     torch.stack([value.square().sum() for value in found]).sum().backward()
-    used = model.parts_used([objective], source_type)  # type: ignore[list-item, arg-type]
+    used = trained_modules(model, [objective], source_type)  # type: ignore[list-item, arg-type]
     for parameter, tensor in model.named_parameters():
         assert (model.part_of(parameter) in used) == (tensor.grad is not None), parameter
 
@@ -119,9 +120,9 @@ def test_what_it_cannot_read_is_refused(model: ViT) -> None:
         model({"one": ForwardInput(("tokens",), image=pictures(), image_size=torch.tensor([[24, 8]] * ROWS))})
     with pytest.raises(ValueError, match="without the head 'classes'"):
         built(HeadConfig())({"one": ForwardInput(("classes",), image=pictures())})
-    assert model.modules_for("mlm", "text") is None
+    assert modules_for(model, "mlm", "text") is None
     with pytest.raises(ConfigError, match="kind 'vit'"):
-        model.parts_used(["itc"], "pairs")
+        trained_modules(model, ["itc"], "pairs")
 
 
 # ---- masked patches

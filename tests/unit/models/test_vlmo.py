@@ -16,6 +16,7 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import HeadConfig
 from pipeline.models.vlmo import PARTS, VLMo, copy_expert
+from pipeline.objectives import trained_modules
 
 VOCABULARY = 23
 RELATIVE = VLMoConfig(
@@ -354,7 +355,7 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
     every = passes() | fine_tuning_passes()
     kept = {name: replace(one, drop_path_mask=None) for name, one in every.items() if name in wanted}
     found = gradients(model, model(kept))
-    used = model.parts_used(objectives, source_type)
+    used = trained_modules(model, objectives, source_type)
     assert {model.part_of(name) for name in found} == used
     for name, _ in model.named_parameters():
         assert (model.part_of(name) in used) == (name in found), name
@@ -363,14 +364,14 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
 
 def test_an_objective_with_nothing_to_read_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"itc.*pairs.*text"):
-        skeleton(RELATIVE).parts_used(frozenset({"itc"}), "text")
+        trained_modules(skeleton(RELATIVE), frozenset({"itc"}), "text")
 
 
 def test_the_published_language_stage_is_written_as_names() -> None:
     model = skeleton(RELATIVE)
     frozen = model.parts_named(["image_embedding", "attention", "vision_expert"])
     assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
-    left = model.parts_used(frozenset({"mlm"}), "text") - frozen
+    left = trained_modules(model, frozenset({"mlm"}), "text") - frozen
     assert left == {
         "text_embedding",
         "positions.text",

@@ -16,11 +16,11 @@ from pipeline.training.alerts import CONSECUTIVE, JUMP, LOSSES, Alerts
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
 from pipeline.training.metrics import StepMetrics
-from pipeline.training.steps import TrainingStep
+from pipeline.training.step import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 PAIRS: Any = SimpleNamespace(name="pairs")  # stands in for the stage
-LEARNT = {"itm_matched": 10, "itm_matched_right": 8, "itm_wrong": 20, "itm_wrong_right": 15}
+LEARNT = {"itm_matched": 10, "itm_matched_correct": 8, "itm_mismatched": 20, "itm_mismatched_correct": 15}
 
 
 class TagRecorder(Tracker):
@@ -37,7 +37,7 @@ def metrics_at(step: int, **changed: Any) -> StepMetrics:
 
 
 CAUSES: dict[str, dict[str, Any]] = {
-    "itm_collapse": {"diagnostics": LEARNT | {"itm_wrong_right": 0}},
+    "itm_collapse": {"diagnostics": LEARNT | {"itm_mismatched_correct": 0}},
     "itc_clamp": {"diagnostics": {"itc_scale": MAX_SCALE}},
     "data_starvation": {"data_wait": [0.0, 0.4]},
     "straggler": {"forward_seconds": [1.0, 1.0, 2.0]},
@@ -103,12 +103,12 @@ def test_diagnostics_count_every_pair_for_any_micro_batch_size(stage: int, micro
     with torch.no_grad():
         model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
     step = TrainingStep(PlainEngine(model, one.optimizer), config, one, Collectives())
-    step(tiny_batch(config, 0, 0, 1, one.global_batch_size), tell=True)
+    step(tiny_batch(config, 0, 0, 1, one.global_batch_size), with_metrics=True)
     read = one.global_batch_size // one.objectives["itm"].every
     matched, wrong = (read, 2 * read) if one.negatives == "hard" else (read // 2, read - read // 2)
-    signs = {name: float(value) for name, value in step.signs.items()}
-    assert signs["itm_matched"] == signs["itm_matched_right"] == matched
-    assert (signs["itm_wrong"], signs["itm_wrong_right"]) == (wrong, 0)
+    signs = {name: float(value) for name, value in step.diagnostics.items()}
+    assert signs["itm_matched"] == signs["itm_matched_correct"] == matched
+    assert (signs["itm_mismatched"], signs["itm_mismatched_correct"]) == (wrong, 0)
     if "itc" in one.objectives:
         assert StepMetrics(0, True, signs, [0.0], [0.0]).metrics()["train/itc_temperature"] == pytest.approx(
             0.07, rel=1e-6

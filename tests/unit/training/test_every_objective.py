@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
 import pytest
 
-from pipeline.config.schema import MODEL_SECTIONS, Objective
+from pipeline.config.schema import MODEL_SECTIONS, objective_names
+from pipeline.objectives import trained_modules
 from pipeline.training.collectives import Collectives
 from tests.support.trial import Cell, Trial, begin, cells, train, trial_config
 
@@ -33,7 +33,7 @@ def test_the_parts_said_to_be_read_are_exactly_those_that_get_a_gradient(cell: C
     model = begun.engine.model.requires_grad_(True)  # also those that the stage froze
     begun.step(begun.batch)
     moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
-    expected = model.parts_used(begun.step.stage.objectives, cell.source_type)
+    expected = trained_modules(model, begun.step.stage.objectives, cell.source_type)
     read = {name for name, _ in model.named_parameters() if model.part_of(name) in expected}
     assert read - SHIFTS == moved - SHIFTS
 
@@ -41,7 +41,7 @@ def test_the_parts_said_to_be_read_are_exactly_those_that_get_a_gradient(cell: C
 def test_every_kind_and_objective_is_in_a_cell() -> None:
     tried = list(cells())
     assert {cell.kind for cell in tried} == set(MODEL_SECTIONS)
-    assert {cell.objective for cell in tried} == set(get_args(Objective))
+    assert {cell.objective for cell in tried} == set(objective_names())
 
 
 def test_a_collapsed_matching_head_is_no_success() -> None:

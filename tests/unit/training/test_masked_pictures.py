@@ -13,11 +13,11 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.objectives.masked_image import mean_colour_targets
+from pipeline.objectives.mim import mean_colour_targets
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model, check_stages, stage_heads
-from pipeline.training.steps import TrainingStep
+from pipeline.training.step import TrainingStep
 
 ROWS, SIDE, PATCH = 8, 24, 8
 VISUAL_TOKENS = 5
@@ -135,7 +135,7 @@ def test_the_encoder_never_reads_what_a_decoder_predicts() -> None:
         config.stages[0],
         Collectives(),
     )
-    (one,) = step._passes(batch_of(config)).values()
+    (one,) = step._forwards(batch_of(config)).values()
     assert one.visible_patches is not None
     assert one.patch_positions is not None
     both = torch.cat([one.visible_patches, one.patch_positions], dim=1)
@@ -150,29 +150,35 @@ def test_a_stage_s_heads_follow_its_target() -> None:
         check_stages(run_config(kind, **VARIANTS["decoded"]))
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reads no masked patch"):
-        run_config("vit", image_decoder={}, masking=MASKING)
-    with pytest.raises(ConfigError, match="exceed 1"):
+@pytest.mark.parametrize(
+    ("kind", "objective", "keys", "fault"),
+    [
+        ("vit", "mim", {"image_decoder": {}, "masking": MASKING}, "reads no masked patch"),
+        ("vilt", "mim", {"image_decoder": {}}, "supported by models of kind vlmo and vit"),
+        ("vilt", "mim", {"masking": {"patch_shape": "blocks"}}, "blocks are defined on square images"),
+        ("vit", "classification", {"num_classes": None}, "num_classes: required"),
+    ],
+)
+def test_unsupported_stage_is_refused(kind: str, objective: str, keys: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        check_stages(run_config(kind, objective, **keys))
+
+
+def test_invalid_section_is_refused() -> None:
+    with pytest.raises(ConfigError, match="exceeds 1"):
         run_config("vit", masking={"mask_token_prob": 0.8, "random_patch_prob": 0.3})
     with pytest.raises(ConfigError, match="multiple of heads 7"):
         run_config("vit", image_decoder={"heads": 7})
-    with pytest.raises(ConfigError, match="kind vilt has none"):
-        run_config("vilt", image_decoder={})
-    with pytest.raises(ConfigError, match="blocks fall on square pictures"):
-        run_config("vilt", masking={"patch_shape": "blocks"})
-    with pytest.raises(ConfigError, match="how many there are"):
-        run_config("vit", "classification", num_classes=None)
 
 
 def test_rows_of_a_shorter_mask_count_only_their_own_patches() -> None:
     """Pictures that keep their shape have masks of different lengths, padded with -1."""
-    from pipeline.objectives.masked_image import masked_image_loss
+    from pipeline.objectives.mim import mim_loss
 
     prediction, target = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [4, 0, 0]])
     is_masked = torch.tensor([[True, True, True], [True, False, False]])
-    parts = masked_image_loss(prediction[:1], target[:1]) + masked_image_loss(prediction[1:, :1], target[1:, :1])
-    torch.testing.assert_close(masked_image_loss(prediction, target, is_masked), parts)
+    parts = mim_loss(prediction[:1], target[:1]) + mim_loss(prediction[1:, :1], target[1:, :1])
+    torch.testing.assert_close(mim_loss(prediction, target, is_masked), parts)
     pixels = torch.randn(2, 3, 7)
-    parts = masked_image_loss(prediction[:1], pixels[:1]) + masked_image_loss(prediction[1:, :1], pixels[1:, :1])
-    torch.testing.assert_close(masked_image_loss(prediction, pixels, is_masked), parts)
+    parts = mim_loss(prediction[:1], pixels[:1]) + mim_loss(prediction[1:, :1], pixels[1:, :1])
+    torch.testing.assert_close(mim_loss(prediction, pixels, is_masked), parts)

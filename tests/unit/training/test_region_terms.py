@@ -13,12 +13,14 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.objectives import Objective
+from pipeline.objectives.mlm import MLM
+from pipeline.objectives.moc import MOC
+from pipeline.objectives.mrfr import MRFR
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
-from pipeline.training.terms.masked import MaskedLanguage, RegionClass, RegionFeatures
-from pipeline.training.terms.term import Term
+from pipeline.training.step import TrainingStep
 from tests.support.trial import COLLAPSED_1_TO_1, VOCABULARY, invented_batch, twice
 
 OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
@@ -118,8 +120,8 @@ def test_a_negative_has_another_row_s_caption_or_another_row_s_regions(collectiv
 
 def test_trap_06_losses_of_negatives_are_off_but_for_matching() -> None:
     """The paper's conditional mask: masked words and regions are asked of true pairs; no such term exchanges rows."""
-    for term in (MaskedLanguage, RegionClass, RegionFeatures):
-        assert term.exchanges is Term.exchanges
+    for objective in (MLM, MOC, MRFR):
+        assert objective.swaps is Objective.swaps
 
 
 def test_each_loss_is_the_mean_over_what_is_masked(collectives: Collectives) -> None:

@@ -15,12 +15,12 @@ from pipeline.config.schema import OptimizerConfig, RunConfig, VLMoConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
+from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
-from pipeline.training.contrast import Contrast, contrast_of
 from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import parameter_groups
 from pipeline.training.stages import stage_heads, trained_parts
-from pipeline.training.steps import TrainingStep
+from pipeline.training.step import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 RANKS, ROWS, WIDTH = 4, 12, 8
@@ -85,7 +85,7 @@ def released_gradients(image: Tensor, text: Tensor, log_scale: Tensor) -> list[T
 def contrast(image: Tensor, text: Tensor, scale: Tensor) -> Contrast:
     batch = replace(tiny_batch(tiny_config(), 0, 0, 1, ROWS), image_id=torch.arange(ROWS))
     outputs = {"image": {"itc": image, "scale": scale}, "text": {"itc": text}}
-    return contrast_of(outputs, batch, ROWS, 1.0, OneRank())  # type: ignore[arg-type]
+    return global_contrast(outputs, batch, 1.0, lambda rows: rows.detach().clone(), slice(None))
 
 
 def test_trap_01_faithful_contrast_gets_the_gradient_that_the_releases_gather_leaves() -> None:
@@ -93,7 +93,7 @@ def test_trap_01_faithful_contrast_gets_the_gradient_that_the_releases_gather_le
     image, text = (F.normalize(torch.randn(ROWS, WIDTH, generator=draw), dim=1) for _ in range(2))
     log_scale = torch.tensor(2.0)
     whole = contrast(image, text, log_scale.exp())
-    cut = release.cut(whole, RANKS)
+    cut = release.scale_gradients(whole, RANKS)
     expected_image, expected_text, expected_scale = released_gradients(image, text, log_scale)
     torch.testing.assert_close(cut.gradients["image", "itc"], expected_image)
     torch.testing.assert_close(cut.gradients["text", "itc"], expected_text)
@@ -106,8 +106,8 @@ def test_trap_01_the_step_cuts_the_gradient_of_a_faithful_run_only(monkeypatch: 
     same, _ = gradients(switched(True, {"itc": {}}))  # of one rank
     assert all(torch.equal(ours[name], same[name]) for name in ours)
     told: list[int] = []
-    real = release.cut
-    monkeypatch.setattr(release, "cut", lambda found, world_size: (told.append(world_size), real(found, RANKS))[1])
+    real = release.scale_gradients
+    monkeypatch.setattr(release, "scale_gradients", lambda c, size: (told.append(size), real(c, RANKS))[1])
     cut, _ = gradients(switched(True, {"itc": {}}))
     assert told == [1]
     for name in ours:

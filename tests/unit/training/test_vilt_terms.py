@@ -13,14 +13,15 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.objectives.word_patch import word_patch_loss
+from pipeline.objectives import NegativePool
+from pipeline.objectives.itm import matched_examples
+from pipeline.objectives.mim import MIM
+from pipeline.objectives.ranking import Ranking
+from pipeline.objectives.wpa import WPA, wpa_loss
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep
-from pipeline.training.terms.masked import MaskedImage
-from pipeline.training.terms.matched import Ranking, WordPatch, matched_rows
-from pipeline.training.terms.term import Candidates
+from pipeline.training.step import TrainingStep
 from tests.support.trial import VOCABULARY, invented_batch, tiny_section
 
 ROWS = 8
@@ -76,9 +77,9 @@ def test_word_patch_reads_the_very_pass_that_matching_judges(collectives: Collec
     losses = step(batch)
     assert [set(each["passes"]) for each in read] == [{"pair"}]
     found = read[0]["outputs"]["pair"]
-    matched = matched_rows(batch, config.stages[0])
+    matched = matched_examples(batch, config.stages[0])
     aligned = {name: found[name] for name in ("words", "patches", "words_keep", "patches_keep")}
-    torch.testing.assert_close(losses["wpa"], word_patch_loss(**aligned, matched=matched).detach() / ROWS)
+    torch.testing.assert_close(losses["wpa"], wpa_loss(**aligned, matched=matched).detach() / ROWS)
     swapped = read[0]["passes"]["pair"].image != batch.image
     assert torch.equal(swapped.flatten(1).any(dim=1), ~matched)
     torch.testing.assert_close(losses["loss"], losses["itm"] + 0.1 * losses["wpa"])
@@ -105,21 +106,21 @@ def test_ranking_reads_each_picture_with_its_text_and_with_wrong_ones(collective
 
 def test_wrong_texts_do_not_depend_on_which_rows_ask(collectives: Collectives) -> None:
     config = run_config({"ranking": {}})
-    term, batch = step_of(config, collectives).terms["ranking"], batch_of(config)
+    term, batch = step_of(config, collectives).objectives["ranking"], batch_of(config)
     assert isinstance(term, Ranking)
-    candidates = Candidates(batch.image_id, batch.source)
-    whole, part = (term.exchanges(rows, candidates) for rows in (batch, batch.rows(slice(3, 6))))
+    candidates = NegativePool(batch.image_id, batch.source)
+    whole, part = (term.swaps(rows, candidates) for rows in (batch, batch.rows(slice(3, 6))))
     for name, exchanges in whole.items():
         assert torch.equal(exchanges[0].places[3:6], part[name][0].places)
-    later = term.exchanges(replace(batch, step=2), candidates)
+    later = term.swaps(replace(batch, step=2), candidates)
     assert any(not torch.equal(later[name][0].places, whole[name][0].places) for name in whole)
 
 
 def test_masked_patches_are_read_beside_the_text_and_their_target_is_the_pictures_own(collectives: Collectives) -> None:
     config = run_config({"mim": {}}, image_target="mean_colour")
-    term, batch = step_of(config, collectives).terms["mim"], batch_of(config)
-    assert isinstance(term, MaskedImage)
-    one = term.passes(batch)["hidden"]
+    term, batch = step_of(config, collectives).objectives["mim"], batch_of(config)
+    assert isinstance(term, MIM)
+    one = term.forwards(batch)["hidden"]
     assert one.text is batch.text
     assert int(term.count(batch)) == int((batch.patch_positions >= 0).sum())
     targets, size = term._targets(batch), config.model.patch_size
@@ -146,10 +147,10 @@ def test_padding_among_masked_patches_changes_no_loss(collectives: Collectives) 
 def test_without_rows_each_term_still_has_a_gradient(collectives: Collectives) -> None:
     config = run_config({"itm": {}, "wpa": {}})
     step = step_of(config, collectives)
-    term = step.terms["wpa"]
-    assert isinstance(term, WordPatch)
+    term = step.objectives["wpa"]
+    assert isinstance(term, WPA)
     batch = batch_of(config).rows(slice(0, 0))
-    outputs = step.engine({"pair": term.fused(batch, "pair", "itm", "alignment")})
+    outputs = step.engine({"pair": term.fusion_forward(batch, "pair", "itm", "alignment")})
     loss = term.loss(outputs, batch)
     loss.backward()
     assert loss == 0

@@ -11,7 +11,7 @@ from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
 from pipeline.training.full_batch import full_batch
 from pipeline.training.stages import build_stage_model
-from pipeline.training.steps import TrainingStep, accumulation
+from pipeline.training.step import TrainingStep, num_micro_batches
 from pipeline.training.workload import model_without_memory, parameters_of, peak_step_seconds, run_step, work_of
 from tests.support.tiny_model import VOCABULARY, tiny_config
 from tests.support.trial import cells, trial_config
@@ -77,7 +77,7 @@ def test_at_the_peak_of_twice_as_fast_a_gpu_a_step_takes_half_the_time_and_of_an
     share = largest_share(config.stages[2].global_batch_size, 3)
     h100 = peak_step_seconds("NVIDIA H100 80GB HBM3", config, 2, VOCABULARY, 3)
     assert h100 == pytest.approx(
-        work.step_flops(share, accumulation(config.stages[2].global_batch_size, 3, None)) / 989e12
+        work.step_flops(share, num_micro_batches(config.stages[2].global_batch_size, 3, None)) / 989e12
     )
     assert peak_step_seconds("NVIDIA L40S", config, 2, VOCABULARY, 3) == pytest.approx(h100 * 989 / 362)
     assert peak_step_seconds("A GPU of next year", config, 2, VOCABULARY, 3) is None

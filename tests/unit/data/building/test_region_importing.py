@@ -20,7 +20,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
-from pipeline.training.terms.term import regions_of
+from pipeline.objectives import regions_of
 
 LOWEST, LONGEST = 800, 1333  # sides that torchvision's Faster R-CNN resizes pictures to
 

@@ -25,6 +25,7 @@ from pipeline.models.checkpoints.beit import (
 )
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig, Model
+from pipeline.objectives import modules_for
 from pipeline.training.stages import load_matching
 
 CONFIG = VLMoConfig(
@@ -255,4 +256,4 @@ def test_only_what_pictures_read_is_brought(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     model = skeleton(CONFIG, VOCABULARY, HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS))
     brought = {model.part_of(name) for name in from_published(published, CONFIG)}
-    assert brought == model.modules_for("mim", "images")
+    assert brought == modules_for(model, "mim", "images")

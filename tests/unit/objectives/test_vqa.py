@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.objectives.answering import answering_loss, soft_targets
+from pipeline.objectives.vqa import soft_targets, vqa_loss
 
 
 def rows(count: int = 6, listed: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,24 +29,24 @@ def test_the_sum_over_rows_is_the_published_mean_times_the_number_of_answers() -
     logits, answers, scores = rows()
     targets = soft_targets(answers, scores, logits.shape[1])
     published = F.binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
-    torch.testing.assert_close(answering_loss(logits, answers, scores) / len(logits), published)
+    torch.testing.assert_close(vqa_loss(logits, answers, scores) / len(logits), published)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
 def test_a_batch_cut_into_parts_has_the_same_sum(parts: int) -> None:
     logits, answers, scores = rows()
-    cut = [answering_loss(*each) for each in zip(*(t.chunk(parts) for t in (logits, answers, scores)), strict=True)]
-    torch.testing.assert_close(torch.stack(cut).sum(), answering_loss(logits, answers, scores))
+    cut = [vqa_loss(*each) for each in zip(*(t.chunk(parts) for t in (logits, answers, scores)), strict=True)]
+    torch.testing.assert_close(torch.stack(cut).sum(), vqa_loss(logits, answers, scores))
 
 
 def test_padding_is_worth_nothing() -> None:
     logits, answers, scores = rows()
     wider = F.pad(answers, (0, 5), value=-1), F.pad(scores, (0, 5), value=0.7)
-    torch.testing.assert_close(answering_loss(logits, *wider), answering_loss(logits, answers, scores))
+    torch.testing.assert_close(vqa_loss(logits, *wider), vqa_loss(logits, answers, scores))
 
 
 def test_no_rows_are_no_loss_and_still_a_graph() -> None:
     logits, answers, scores = (t[:0] for t in rows())
-    loss = answering_loss(logits.requires_grad_(), answers, scores)
+    loss = vqa_loss(logits.requires_grad_(), answers, scores)
     loss.backward()
     assert loss.item() == 0.0

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.objectives.contrastive import contrastive_loss
+from pipeline.objectives.itc import itc_loss
 
 PAIRS, WIDTH = 12, 6
 
@@ -27,9 +27,9 @@ REPEATED = torch.tensor([0, 1, 2, 0, 4, 5, 1, 1, 8, 9, 10, 0])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_batch_cut_into_ranks_gives_the_same_sum_and_gradient(image_id: Tensor, ranks: int) -> None:
     whole, cut = features(True), features(True)
-    expected = contrastive_loss(*whole, image_id)
+    expected = itc_loss(*whole, image_id)
     share = PAIRS // ranks
-    actual = sum(contrastive_loss(*cut, image_id, slice(r * share, (r + 1) * share)) for r in range(ranks))
+    actual = sum(itc_loss(*cut, image_id, slice(r * share, (r + 1) * share)) for r in range(ranks))
     torch.testing.assert_close(actual, expected)
     for a, b in zip(torch.autograd.grad(actual, cut), torch.autograd.grad(expected, whole), strict=True):
         torch.testing.assert_close(a, b)
@@ -39,12 +39,12 @@ def test_distinct_images_give_the_plain_symmetric_cross_entropy() -> None:
     image, text, scale = features()
     logits, target = scale * image @ text.T, torch.arange(PAIRS)
     plain = (F.cross_entropy(logits, target, reduction="sum") + F.cross_entropy(logits.T, target, reduction="sum")) / 2
-    torch.testing.assert_close(contrastive_loss(image, text, scale, DISTINCT), plain)
+    torch.testing.assert_close(itc_loss(image, text, scale, DISTINCT), plain)
 
 
 def test_trap_03_equals_are_never_each_others_negatives() -> None:
     image, text, scale = features()
-    expected = contrastive_loss(image, text, scale, REPEATED)
+    expected = itc_loss(image, text, scale, REPEATED)
     total = 0.0
     for i in range(PAIRS):
         others = [j for j in range(PAIRS) if j == i or REPEATED[j] != REPEATED[i]]
@@ -55,7 +55,7 @@ def test_trap_03_equals_are_never_each_others_negatives() -> None:
 
 def test_a_batch_of_one_image_has_no_loss_and_no_nan() -> None:
     image, text, scale = features(True)
-    loss = contrastive_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
+    loss = itc_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
     loss.backward()
     assert loss == 0
     assert image.grad is not None
@@ -65,19 +65,19 @@ def test_a_batch_of_one_image_has_no_loss_and_no_nan() -> None:
 def test_order_of_the_pairs_does_not_matter() -> None:
     image, text, scale = features()
     order = torch.randperm(PAIRS)
-    shuffled = contrastive_loss(image[order], text[order], scale, REPEATED[order])
-    torch.testing.assert_close(shuffled, contrastive_loss(image, text, scale, REPEATED))
+    shuffled = itc_loss(image[order], text[order], scale, REPEATED[order])
+    torch.testing.assert_close(shuffled, itc_loss(image, text, scale, REPEATED))
 
 
 def test_features_without_information_cost_the_logarithm_of_the_candidates() -> None:
     same = torch.ones(PAIRS, WIDTH) / WIDTH**0.5
-    loss = contrastive_loss(same, same, torch.tensor(50.0), DISTINCT)
+    loss = itc_loss(same, same, torch.tensor(50.0), DISTINCT)
     assert loss.item() == pytest.approx(PAIRS * math.log(PAIRS), rel=1e-5)
 
 
 def test_half_precision_features_are_compared_in_float32() -> None:
     image, text, scale = features()
-    loss = contrastive_loss(image.bfloat16(), text.bfloat16(), scale.bfloat16(), DISTINCT)
-    expected = contrastive_loss(image.bfloat16().float(), text.bfloat16().float(), scale.bfloat16().float(), DISTINCT)
+    loss = itc_loss(image.bfloat16(), text.bfloat16(), scale.bfloat16(), DISTINCT)
+    expected = itc_loss(image.bfloat16().float(), text.bfloat16().float(), scale.bfloat16().float(), DISTINCT)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)

@@ -7,22 +7,22 @@ import math
 import pytest
 import torch
 
-from pipeline.objectives.reasoning import reasoning_loss
+from pipeline.objectives.nlvr2 import nlvr2_loss
 
 
 def test_an_undecided_model_pays_ln_2_for_each_statement() -> None:
-    assert reasoning_loss(torch.zeros(5, 2), torch.tensor([0, 1, 1, 0, 1])).item() == pytest.approx(5 * math.log(2))
+    assert nlvr2_loss(torch.zeros(5, 2), torch.tensor([0, 1, 1, 0, 1])).item() == pytest.approx(5 * math.log(2))
 
 
 def test_the_second_logit_is_the_true_one() -> None:
     sure = torch.tensor([[-20.0, 20.0]])
-    assert reasoning_loss(sure, torch.tensor([1])).item() == pytest.approx(0.0, abs=1e-6)
-    assert reasoning_loss(sure, torch.tensor([0])).item() == pytest.approx(40.0)
+    assert nlvr2_loss(sure, torch.tensor([1])).item() == pytest.approx(0.0, abs=1e-6)
+    assert nlvr2_loss(sure, torch.tensor([0])).item() == pytest.approx(40.0)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_a_batch_cut_into_parts_has_the_same_sum(parts: int) -> None:
     logits = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     label = torch.tensor([0, 1, 0, 0, 1, 1])
-    cut = [reasoning_loss(*each) for each in zip(logits.chunk(parts), label.chunk(parts), strict=True)]
-    torch.testing.assert_close(torch.stack(cut).sum(), reasoning_loss(logits, label))
+    cut = [nlvr2_loss(*each) for each in zip(logits.chunk(parts), label.chunk(parts), strict=True)]
+    torch.testing.assert_close(torch.stack(cut).sum(), nlvr2_loss(logits, label))

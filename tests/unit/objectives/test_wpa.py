@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.objectives.word_patch import word_patch_cost, word_patch_distance, word_patch_loss, word_patch_plan
+from pipeline.objectives.wpa import wpa_cost, wpa_distance, wpa_loss, wpa_plan
 
 ROWS, WORDS, PATCHES, WIDTH = 3, 6, 8, 5
 
@@ -23,13 +23,13 @@ def features() -> dict[str, Tensor]:
 
 
 def plan_of(features: dict[str, Tensor]) -> Tensor:
-    cost = word_patch_cost(features["words"], features["patches"])
-    return word_patch_plan(cost, features["words_keep"], features["patches_keep"])
+    cost = wpa_cost(features["words"], features["patches"])
+    return wpa_plan(cost, features["words_keep"], features["patches_keep"])
 
 
 def gradients(features: dict[str, Tensor], matched: Tensor) -> tuple[Tensor, Tensor]:
     given = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in features.items()}
-    return torch.autograd.grad(word_patch_loss(**given, matched=matched), [given["words"], given["patches"]])
+    return torch.autograd.grad(wpa_loss(**given, matched=matched), [given["words"], given["patches"]])
 
 
 def test_every_word_and_every_patch_gets_its_equal_share(features: dict[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ def test_the_plan_comes_near_the_cheapest_assignment() -> None:
     cost = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(3))
     keep = torch.ones(1, 5, dtype=torch.bool)
     best = cost[0].numpy()[linear_sum_assignment(cost[0].numpy())].mean()
-    found = word_patch_distance(cost, word_patch_plan(cost, keep, keep, outer=500)).item()
+    found = wpa_distance(cost, wpa_plan(cost, keep, keep, outer=500)).item()
     assert best - 1e-4 <= found <= 1.01 * best
 
 
@@ -72,7 +72,7 @@ def test_trap_10_a_row_of_nothing_but_padding_costs_nothing_and_has_no_gradient(
     features[side][1] = False
     matched = torch.tensor([True, False, True])
     assert not plan_of(features)[1].any()
-    assert word_patch_loss(**features, matched=matched).isfinite()
+    assert wpa_loss(**features, matched=matched).isfinite()
     for gradient in gradients(features, matched):
         assert gradient.isfinite().all()
         assert not gradient[1].any()
@@ -83,7 +83,7 @@ def test_trap_10_half_precision_features_are_computed_in_float32(features: dict[
     rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in features.items()}
     exact = {name: t.float() if t.is_floating_point() else t for name, t in rounded.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plan, loss = plan_of(rounded), word_patch_loss(**rounded, matched=torch.ones(ROWS, dtype=torch.bool))
+        plan, loss = plan_of(rounded), wpa_loss(**rounded, matched=torch.ones(ROWS, dtype=torch.bool))
     assert plan.dtype == loss.dtype == torch.float32
     torch.testing.assert_close(plan, plan_of(exact))
 
@@ -92,21 +92,21 @@ def test_the_plan_is_a_constant_to_the_gradient(features: dict[str, Tensor]) -> 
     matched = torch.ones(ROWS, dtype=torch.bool)
     plan = plan_of(features)
     words = features["words"].clone().requires_grad_()
-    (word_patch_cost(words, features["patches"]) * plan).sum().backward()
+    (wpa_cost(words, features["patches"]) * plan).sum().backward()
     torch.testing.assert_close(gradients(features, matched)[0], words.grad)
 
 
 def test_matched_pairs_are_drawn_together_and_others_pushed_apart(features: dict[str, Tensor]) -> None:
-    cost = word_patch_cost(features["words"], features["patches"])
-    distance = word_patch_distance(cost, plan_of(features))
+    cost = wpa_cost(features["words"], features["patches"])
+    distance = wpa_distance(cost, plan_of(features))
     matched = torch.tensor([True, False, True])
     expected = distance[0] - distance[1] + distance[2]
-    torch.testing.assert_close(word_patch_loss(**features, matched=matched), expected)
+    torch.testing.assert_close(wpa_loss(**features, matched=matched), expected)
 
 
 def test_no_rows_have_a_loss_of_zero_with_a_gradient(features: dict[str, Tensor]) -> None:
     none = {name: t[:0].requires_grad_(t.is_floating_point()) for name, t in features.items()}
-    loss = word_patch_loss(**none, matched=torch.ones(0, dtype=torch.bool))
+    loss = wpa_loss(**none, matched=torch.ones(0, dtype=torch.bool))
     loss.backward()
     assert loss == 0
     assert none["words"].grad is not None

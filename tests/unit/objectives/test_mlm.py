@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.objectives.masked_language import correct_count, masked_count, masked_language_loss
+from pipeline.objectives.mlm import correct_count, masked_count, mlm_loss
 
 ROWS, MASKED, VOCABULARY = 8, 4, 11
 
@@ -22,7 +22,7 @@ def prediction() -> tuple[Tensor, Tensor]:
 def test_the_batch_cut_into_ranks_gives_the_same_sums(ranks: int) -> None:
     logits, labels = prediction()
     parts = list(zip(logits.chunk(ranks), labels.chunk(ranks), strict=True))
-    torch.testing.assert_close(sum(masked_language_loss(*part) for part in parts), masked_language_loss(logits, labels))
+    torch.testing.assert_close(sum(mlm_loss(*part) for part in parts), mlm_loss(logits, labels))
     assert sum(masked_count(part[1]) for part in parts) == masked_count(labels) == 20
     assert sum(correct_count(*part) for part in parts) == correct_count(logits, labels)
 
@@ -30,7 +30,7 @@ def test_the_batch_cut_into_ranks_gives_the_same_sums(ranks: int) -> None:
 def test_padded_positions_cost_nothing() -> None:
     logits, labels = prediction()
     wider = F.pad(logits, (0, 0, 0, 3), value=7.0), F.pad(labels, (0, 3), value=-100)
-    torch.testing.assert_close(masked_language_loss(*wider), masked_language_loss(logits, labels))
+    torch.testing.assert_close(mlm_loss(*wider), mlm_loss(logits, labels))
     assert correct_count(*wider) == correct_count(logits, labels)
 
 
@@ -38,12 +38,12 @@ def test_the_sum_over_its_count_is_the_mean_cross_entropy() -> None:
     logits, labels = prediction()
     real = labels >= 0
     expected = F.cross_entropy(logits[real], labels[real])
-    torch.testing.assert_close(masked_language_loss(logits, labels) / masked_count(labels), expected)
+    torch.testing.assert_close(mlm_loss(logits, labels) / masked_count(labels), expected)
 
 
 def test_nothing_masked_costs_zero_and_has_a_gradient_of_zero() -> None:
     logits = torch.randn(2, 3, VOCABULARY, requires_grad=True)
-    loss = masked_language_loss(logits, torch.full((2, 3), -100))
+    loss = mlm_loss(logits, torch.full((2, 3), -100))
     loss.backward()
     assert loss == 0
     assert (logits.grad == 0).all()

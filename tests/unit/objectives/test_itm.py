@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.objectives.matching import draw_negatives, matching_loss
+from pipeline.data.batch import Batch
+from pipeline.objectives import NegativePool, ObjectiveContext
+from pipeline.objectives.itm import ITM, draw_negatives, itm_loss, matched_examples
+from tests.support.tiny_model import tiny_batch, tiny_config
 
 
 def logits(rows: int, columns: int, scale: float = 3.0) -> Tensor:
@@ -70,13 +73,55 @@ def test_the_batch_cut_into_ranks_draws_the_same_negatives(ranks: int) -> None:
 def test_the_batch_cut_into_ranks_gives_the_same_sum(ranks: int) -> None:
     scores, matched = logits(12, 2), torch.arange(12) % 3 == 0
     parts = zip(scores.chunk(ranks), matched.chunk(ranks), strict=True)
-    total = sum(matching_loss(rows, labels) for rows, labels in parts)
-    torch.testing.assert_close(total, matching_loss(scores, matched))
+    total = sum(itm_loss(rows, labels) for rows, labels in parts)
+    torch.testing.assert_close(total, itm_loss(scores, matched))
 
 
 def test_the_second_logit_stands_for_matched() -> None:
     scores, matched = logits(8, 2), torch.tensor([True, False] * 4)
     chance = scores.softmax(dim=1)
     expected = -torch.where(matched, chance[:, 1], chance[:, 0]).log().sum()
-    torch.testing.assert_close(matching_loss(scores, matched), expected)
-    torch.testing.assert_close(matching_loss(scores, matched), F.cross_entropy(scores, matched.long()) * 8)
+    torch.testing.assert_close(itm_loss(scores, matched), expected)
+    torch.testing.assert_close(itm_loss(scores, matched), F.cross_entropy(scores, matched.long()) * 8)
+
+
+# ---- random negatives
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return tiny_batch(tiny_config(), 3, 0, 1, 12)
+
+
+def random_negatives(seed: int, examples: Batch, pool: NegativePool) -> Tensor:
+    context = ObjectiveContext(tiny_config().stages[3], "pairs", seed, 8, None, lambda *_: None)
+    return ITM(context).random_negatives(examples, pool, "test")
+
+
+def test_half_of_the_examples_stay_matched(batch: Batch) -> None:
+    stage = tiny_config().stages[3]
+    for step in range(6):
+        indices = torch.nonzero((batch.place + step) % 2 == 0).flatten()
+        examples = Batch(**{**vars(batch.rows(indices)), "step": step})
+        assert matched_examples(examples, stage).sum() == len(examples) / 2
+
+
+def test_random_negative_has_the_same_source_and_another_image(batch: Batch) -> None:
+    pool = NegativePool(batch.image_id, batch.source)
+    drawn = torch.stack([random_negatives(seed, batch, pool) for seed in range(200)])
+    assert (batch.source[drawn] == batch.source).all()
+    assert (batch.image_id[drawn] != batch.image_id).all()
+    others = [(batch.source == s) & (batch.image_id != i) for s, i in zip(batch.source, batch.image_id, strict=True)]
+    for row, allowed in enumerate(others):
+        assert set(drawn[:, row].tolist()) == set(torch.nonzero(allowed).flatten().tolist())
+
+
+def test_example_alone_in_its_source_draws_from_the_others(batch: Batch) -> None:
+    pool = NegativePool(batch.image_id, torch.tensor([7, *[1] * 11]))
+    assert random_negatives(1, batch, pool)[0] != 0
+
+
+def test_negatives_do_not_depend_on_the_other_examples_of_a_rank(batch: Batch) -> None:
+    pool = NegativePool(batch.image_id, batch.source)
+    part = random_negatives(1, batch.rows(slice(5, 9)), pool)
+    assert torch.equal(random_negatives(1, batch, pool)[5:9], part)

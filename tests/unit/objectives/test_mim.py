@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.objectives.masked_image import (
-    masked_image_loss,
+from pipeline.objectives.mim import (
     mean_colour_targets,
+    mim_loss,
     patchify,
     pixel_targets,
     reconstruct,
@@ -61,13 +61,13 @@ def test_the_batch_cut_into_ranks_gives_the_same_sum(targets, ranks: int) -> Non
     target = targets(*pictures(), PATCH)
     prediction = torch.randn(ROWS, MASKED, 48 if target.is_floating_point() else 512)
     parts = zip(prediction.chunk(ranks), target.chunk(ranks), strict=True)
-    total = sum(masked_image_loss(p, t) for p, t in parts)
-    torch.testing.assert_close(total, masked_image_loss(prediction, target))
+    total = sum(mim_loss(p, t) for p, t in parts)
+    torch.testing.assert_close(total, mim_loss(prediction, target))
 
 
 def test_pixel_loss_is_one_for_a_patch_predicted_as_its_mean() -> None:
     target = pixel_targets(*pictures(), PATCH)
-    loss = masked_image_loss(torch.zeros_like(target), target)
+    loss = mim_loss(torch.zeros_like(target), target)
     assert loss.item() == pytest.approx(ROWS * MASKED * 47 / 48, rel=1e-4)
 
 

@@ -1,0 +1,145 @@
+"""Image-text contrastive loss (ITC) over the global batch (CLIP, VLMo).
+
+Every rank gathers the features of all ranks, differentiates the loss of the whole batch with respect to them, and feeds
+the gradients of its own examples' features into its own backward through a surrogate loss. With gradient accumulation
+the features come from a first forward without gradient; each micro-batch then repeats it with the same drop-path masks.
+
+Shapes: B global batch, n examples of this rank, D feature width, S sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config.schema import SourceType, TransformerConfig
+from pipeline.data.batch import Batch
+from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind
+from pipeline.objectives import Objective, register
+
+# Feature and logit scale of each contrast. VLMo has both (its loss is their mean), other models only the first.
+CONTRASTS = {"itc": "scale", "itc_vl": "scale_vl"}
+
+
+def itc_loss(
+    image: Tensor, text: Tensor, scale: Tensor, image_id: Tensor, rows: slice | Tensor = slice(None)
+) -> Tensor:
+    """Return the symmetric cross-entropy summed over the pairs in `rows` against all B candidates.
+
+    image and text (B, D) are unit vectors; row i of both is one pair. Pairs of equal `image_id` (B,) are never each
+    other's negatives: their logits are removed before the softmax. The sums of disjoint `rows` add up to the whole.
+    """
+    image, text, scale = image.float(), text.float(), scale.float()
+    own = torch.arange(len(image), device=image.device)[rows]
+    equal = image_id[own, None] == image_id[None, :]
+    equal = equal.scatter(1, own[:, None], False)
+    image_to_text = (scale * image[own] @ text.T).masked_fill(equal, float("-inf"))
+    text_to_image = (scale * text[own] @ image.T).masked_fill(equal, float("-inf"))
+    total = F.cross_entropy(image_to_text, own, reduction="sum") + F.cross_entropy(text_to_image, own, reduction="sum")
+    return total / 2
+
+
+@register
+class ITC(Objective):
+    """Image and text towers. The loss is `global_contrast`, because it needs the features of all ranks."""
+
+    source_types = frozenset({"pairs"})
+    head = "itc"
+    evaluations: ClassVar = {"pairs": "retrieval", "labelled": "zero_shot"}
+
+    @classmethod
+    def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
+        return frozenset({"image"}), frozenset({"text"})
+
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        mask = self.context.drop_path_mask
+        image = ForwardInput(
+            heads=("itc",),
+            image=examples.image,
+            image_size=examples.image_size,
+            drop_path_mask=mask(examples, "image"),
+        )
+        text = ForwardInput(
+            heads=("itc",), text=examples.text, text_keep=examples.text_keep, drop_path_mask=mask(examples, "text")
+        )
+        return {"image": image, "text": text}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The loss of the global batch and its gradient in this rank's features. All tensors are detached."""
+
+    loss: Tensor  # unweighted mean over the global batch
+    weight: float
+    gradients: dict[tuple[str, str], Tensor]  # (forward, feature) -> (n, D) gradient of the weighted loss
+    scale_gradients: dict[str, Tensor]
+    image: Tensor  # (B, D) features of the first contrast, from which negatives are drawn
+    text: Tensor
+    scale: Tensor
+    by_source: Tensor | None = None  # (S, 2) sum of the loss over each source's pairs, and their number
+
+    def surrogate_loss(self, outputs: ForwardOutput, examples: slice, parts: int) -> Tensor:
+        """Return a scalar whose gradient in these examples' features is that of the global loss.
+
+        The surrogates of all ranks and micro-batches, `parts` in number, are summed: each carries 1 / `parts` of the
+        scales' gradient.
+        """
+        features = [(outputs[name][head].float() * g[examples]).sum() for (name, head), g in self.gradients.items()]
+        scales = [outputs["image"][name].float() * g / parts for name, g in self.scale_gradients.items()]
+        return torch.stack([*features, *scales]).sum()
+
+
+def global_contrast(
+    outputs: ForwardOutput,
+    batch: Batch,
+    weight: float,
+    gather: Callable[[Tensor], Tensor],
+    own: slice,
+    num_sources: int = 0,
+) -> Contrast:
+    """Compute the loss over all B x B pairs from this rank's features. All ranks must call it together.
+
+    `gather` returns all ranks' rows of a tensor, (n, ...) -> (B, ...); `own` are this rank's rows among them. With
+    `num_sources` the loss of each source is computed too.
+    """
+    heads = [head for head in CONTRASTS if head in outputs["image"]]
+    with torch.enable_grad():
+        features = {
+            (name, head): gather(outputs[name][head].float()).requires_grad_()
+            for head in heads
+            for name in ("image", "text")
+        }
+        scales = {CONTRASTS[h]: outputs["image"][CONTRASTS[h]].detach().float().requires_grad_() for h in heads}
+        image_id = gather(batch.image_id)
+
+        def losses(rows: slice | Tensor = slice(None)) -> Tensor:
+            parts = [
+                itc_loss(features["image", head], features["text", head], scales[CONTRASTS[head]], image_id, rows)
+                for head in heads
+            ]
+            return torch.stack(parts)
+
+        loss = losses().sum() / (len(heads) * len(image_id))
+        gradients = torch.autograd.grad(loss * weight, [*features.values(), *scales.values()])
+    by_source = None
+    if num_sources:
+        source = gather(batch.source)
+        chosen = [torch.nonzero(source == number).flatten() for number in range(num_sources)]
+        with torch.no_grad():
+            sums = [(losses(pairs).mean(), loss.new_tensor(float(len(pairs)))) for pairs in chosen]
+        by_source = torch.stack([torch.stack(pair) for pair in sums])
+    return Contrast(
+        loss=loss.detach(),
+        weight=weight,
+        gradients={name: g[own] for name, g in zip(features, gradients[: len(features)], strict=True)},
+        scale_gradients=dict(zip(scales, gradients[len(features) :], strict=True)),
+        image=features["image", "itc"].detach(),
+        text=features["text", "itc"].detach(),
+        scale=scales["scale"].detach(),
+        by_source=by_source,
+    )

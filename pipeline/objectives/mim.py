@@ -1,0 +1,209 @@
+"""Masked image modelling (MIM): predict a patch's mean colour (ViT), pixels (MAE) or visual token (BEiT).
+
+Shapes: n examples, H x W pixels, P patches, K masked patches per example, p side of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
+from pipeline.data.batch import Batch
+from pipeline.data.storage import NotFound, Storage, join
+from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind, drop_masked_patches
+from pipeline.models.model import HeadConfig
+from pipeline.models.vilt import canvas_patches
+from pipeline.objectives import Objective, register, require
+
+if TYPE_CHECKING:
+    from pipeline.models.visual_tokens import VisualTokenizer
+
+COLOUR_BITS = 3  # per channel
+PIXEL_EPSILON = 1e-6
+IGNORED = -100  # class at padding
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """(n, H, W, 3) -> (n, P, p * p * 3), patches row by row."""
+    return rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Invert `patchify` for a square image: (n, P, p * p * 3) -> (n, H, W, 3)."""
+    side = round(patches.shape[1] ** 0.5)
+    return rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=side, p=patch_size, q=patch_size)
+
+
+def mean_colour_targets(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
+    """Return the class of each selected patch's mean colour (ViT, section B.1.2), three bits per channel: (n, K) int64.
+
+    image (n, H, W, 3) uint8, positions (n, K).
+    """
+    colour = _select(image, positions, patch_size).unflatten(-1, (-1, 3)).mean(dim=-2)
+    red, green, blue = (colour.long() >> (8 - COLOUR_BITS)).unbind(-1)
+    return (red << 2 * COLOUR_BITS) | (green << COLOUR_BITS) | blue
+
+
+def pixel_targets(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
+    """Return the selected patches' pixels, normalized per patch: (n, K, p * p * 3) float32 (MAE, section 4).
+
+    image (n, H, W, 3) uint8, positions (n, K). A patch of a single colour becomes all zeros.
+    """
+    pixels = _select(image, positions, patch_size) / 127.5 - 1.0
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+    return (pixels - mean) / (variance + PIXEL_EPSILON).sqrt()
+
+
+def mim_loss(prediction: Tensor, target: Tensor, is_masked: Tensor | None = None) -> Tensor:
+    """Return the sum over masked patches of the cross-entropy (classes) or of the mean squared error (pixels).
+
+    target (n, K) int64 classes or (n, K, p * p * 3) pixels. `is_masked` (n, K) is False at padding; None: no padding.
+    """
+    if target.is_floating_point():
+        errors = (prediction.float() - target).square().mean(dim=-1)
+        return (errors if is_masked is None else errors * is_masked).sum()
+    if is_masked is not None:
+        target = target.masked_fill(~is_masked, IGNORED)
+    logits = prediction.float().flatten(0, 1)
+    return F.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def reconstruct(image: Tensor, positions: Tensor, prediction: Tensor, patch_size: int) -> Tensor:
+    """Return the image with the selected patches replaced by their predictions: (n, H, W, 3) uint8, for display.
+
+    Classes are shown as the centre of their colour bin. Pixels are denormalized with the true patch's mean and
+    deviation.
+    """
+    patches = patchify(image, patch_size)
+    if prediction.shape[-1] == patches.shape[-1]:
+        pixels = _select(image, positions, patch_size)
+        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+        predicted = prediction.float() * variance.sqrt() + mean
+    else:
+        classes, width = prediction.argmax(dim=-1), 1 << (8 - COLOUR_BITS)
+        channels = [classes >> 2 * COLOUR_BITS, classes >> COLOUR_BITS, classes]
+        colours = [(channel & (1 << COLOUR_BITS) - 1) * width + width // 2 for channel in channels]
+        predicted = torch.stack(colours, dim=-1).float().repeat(1, 1, patch_size**2)
+    predicted = predicted.round().clamp(0, 255).to(torch.uint8)
+    return unpatchify(patches.scatter(1, positions.unsqueeze(-1).expand_as(predicted), predicted), patch_size)
+
+
+def _select(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
+    """Return the pixels of the selected patches: (n, K, p * p * 3) float32."""
+    patches = patchify(image, patch_size)
+    return patches.gather(1, positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).float()
+
+
+@register
+class MIM(Objective):
+    """Masked patches, replaced at the encoder's input or, with an image decoder, left out of it.
+
+    Images are read alone, except by ViLT, which reads them with their text if the source has one.
+    """
+
+    source_types = frozenset({"pairs", "images"})
+    head = "mim"
+    evaluations: ClassVar = {"pairs": "mim"}
+
+    @classmethod
+    def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
+        with_text = source_type == "pairs" and model.kind == "vilt"
+        return (frozenset({"image", "text"}) if with_text else frozenset({"image"}),)
+
+    @classmethod
+    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
+        fields = super().batch_groups(source_type, stage, model) | {"masked_patches"}
+        return fields | {"patch_replacements"} if stage.masking.mask_token_prob < 1 else fields
+
+    @classmethod
+    def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
+        tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0
+        return replace(heads, image_target=stage.image_target, visual_tokens=tokens, image_decoder=stage.image_decoder)
+
+    @classmethod
+    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+        kind = config.model.kind
+        if stage.image_target == "visual_tokens" and stage.image_tokenizer is None:
+            yield "image_tokenizer: required by image_target: visual_tokens; set the location of its weights"
+        if kind == "vilt" and stage.image_target == "visual_tokens":
+            yield "image_target: visual_tokens are defined on square images, and vilt keeps the aspect ratio"
+        if kind == "vilt" and stage.masking.patch_shape == "blocks":
+            yield "masking.patch_shape: blocks are defined on square images, and vilt keeps the aspect ratio"
+        if stage.image_decoder is not None:
+            if kind not in ("vlmo", "vit"):
+                yield f"image_decoder: supported by models of kind vlmo and vit; model.kind is {kind}"
+            if stage.masking.mask_token_prob < 1:
+                yield "masking.mask_token_prob: must be 1 with image_decoder, whose encoder reads no masked patch"
+
+    def count(self, examples: Batch) -> Tensor | int:
+        positions = require(examples.patch_positions)
+        return positions.numel() if examples.image_size is None else (positions >= 0).sum()
+
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        masked = ForwardInput(
+            heads=("mim",),
+            image=require(examples.image),
+            image_size=examples.image_size,
+            visible_patches=examples.visible_patches,
+            patch_positions=require(examples.patch_positions),
+            patch_replacements=examples.patch_replacements,
+            drop_path_mask=self.context.drop_path_mask(examples, "hidden"),
+        )
+        if examples.image_size is not None:
+            masked = replace(masked, text=examples.text, text_keep=examples.text_keep)
+        if self.stage.image_decoder is not None:
+            masked = drop_masked_patches(masked, self._grid(examples) ** 2)
+        return {"hidden": masked}
+
+    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
+        is_masked = None if examples.image_size is None else require(examples.patch_positions) >= 0
+        return mim_loss(outputs["hidden"]["mim"], self._targets(examples), is_masked)
+
+    def _targets(self, examples: Batch) -> Tensor:
+        """Return the targets of the masked patches: (n, K) classes or tokens, or (n, K, p * p * 3) pixels."""
+        image, positions, size = require(examples.image), require(examples.patch_positions), self.context.patch_size
+        if examples.image_size is not None:
+            grid = torch.div(examples.image_size, size, rounding_mode="floor")
+            positions = canvas_patches(positions.clamp(min=0), grid, image.shape[2] // size)
+        if self.stage.image_target == "visual_tokens":
+            tokenizer = self.context.image_tokenizer
+            assert tokenizer is not None, "the stage's image tokenizer must be loaded before its first step"
+            return tokenizer(image, self._grid(examples)).gather(1, positions)
+        targets = mean_colour_targets if self.stage.image_target == "mean_colour" else pixel_targets
+        return targets(image, positions, size)
+
+    def _grid(self, examples: Batch) -> int:
+        return require(examples.image).shape[1] // self.context.patch_size
+
+
+def load_image_tokenizer(stage: StageConfig, storage: Storage, device: torch.device) -> VisualTokenizer | None:
+    """Return the stage's image tokenizer on a device, or None if it needs none.
+
+    Raises CheckpointError if the tokenizer does not exist, ConfigError if it has another number of tokens than the
+    config states.
+    """
+    settings = stage.image_tokenizer
+    if "mim" not in stage.objectives or stage.image_target != "visual_tokens" or settings is None:
+        return None
+    from pipeline.models.visual_tokens import read_tokenizer  # imports transformers, which is slow
+
+    names = ("config.json", "model.safetensors")
+    try:
+        config, weights = (storage.read(join(settings.weights, name)) for name in names)
+    except NotFound as error:
+        raise CheckpointError(f"{settings.weights}: no image tokenizer ({', '.join(names)}): {error}") from error
+    tokenizer = read_tokenizer(config, weights, settings.weights)
+    if tokenizer.tokens != settings.tokens:
+        raise ConfigError(
+            f"stage {stage.name}: image_tokenizer.tokens is {settings.tokens}, but {settings.weights} has "
+            f"{tokenizer.tokens} tokens; set that number"
+        )
+    return tokenizer.to(device)

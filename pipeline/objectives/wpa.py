@@ -1,0 +1,103 @@
+"""Word-patch alignment (WPA): optimal transport of words to image patches (UNITER, ViLT).
+
+The transport plan comes from IPOT (arXiv 1802.04307), an inexact proximal point method: `OUTER` steps of a
+Sinkhorn-like scaling with `INNER` iterations each. The plan is a constant in backward; the gradient flows through the
+costs alone. Everything is float32, also under autocast. Padding is excluded by masks instead of large costs, so that a
+caption without words, or an image without patches, has an empty plan and costs nothing (the published code divides by
+zero).
+
+Shapes: n examples, L words, P patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.data.batch import Batch
+from pipeline.models.forward import ForwardOutput
+from pipeline.objectives import Objective, register
+from pipeline.objectives.itm import matched_examples
+
+BETA = 0.5  # proximal step: costs are divided by it
+OUTER = 50
+INNER = 1
+NORM_EPSILON = 1e-5  # smallest norm a feature is divided by
+
+
+def wpa_cost(words: Tensor, patches: Tensor) -> Tensor:
+    """Return 1 - cosine of every word (n, L, D) with every patch (n, P, D): (n, L, P) float32."""
+    with torch.autocast(words.device.type, enabled=False):
+        unit_words = F.normalize(words.float(), dim=-1, eps=NORM_EPSILON)
+        unit_patches = F.normalize(patches.float(), dim=-1, eps=NORM_EPSILON)
+        return 1 - unit_words @ unit_patches.transpose(1, 2)
+
+
+@torch.no_grad()
+def wpa_plan(
+    cost: Tensor, words_keep: Tensor, patches_keep: Tensor, beta: float = BETA, outer: int = OUTER, inner: int = INNER
+) -> Tensor:
+    """Return the transport plan for costs (n, L, P), without gradient: (n, L, P) float32 that sums to 1 per example.
+
+    words_keep (n, L) and patches_keep (n, P) are False at [CLS], [SEP] and padding, where the plan is 0. It is 0
+    everywhere if an example keeps no word or no patch.
+    """
+    with torch.autocast(cost.device.type, enabled=False):
+        is_kept = words_keep[:, :, None] & patches_keep[:, None, :]
+        kernel = torch.exp(-cost.float() / beta) * is_kept
+        num_words = words_keep.sum(dim=1, keepdim=True).clamp(min=1).float()
+        num_patches = patches_keep.sum(dim=1, keepdim=True).clamp(min=1).float()
+        plan = is_kept.float()
+        word_scale = words_keep / num_words
+        for _ in range(outer):
+            step = kernel * plan
+            for _ in range(inner):
+                patch_scale = _inverse(num_patches * torch.einsum("blp, bl -> bp", step, word_scale), patches_keep)
+                word_scale = _inverse(num_words * torch.einsum("blp, bp -> bl", step, patch_scale), words_keep)
+            plan = word_scale[:, :, None] * step * patch_scale[:, None, :]
+        return plan
+
+
+def wpa_distance(cost: Tensor, plan: Tensor) -> Tensor:
+    """Return the cost of each plan: (n,) float32; its gradient in the costs is the plan."""
+    return (cost.float() * plan).sum(dim=(1, 2))
+
+
+def wpa_loss(words: Tensor, patches: Tensor, words_keep: Tensor, patches_keep: Tensor, matched: Tensor) -> Tensor:
+    """Return the distances of matched pairs minus those of mismatched ones, summed over pairs (ViLT, section 3.2).
+
+    words (n, L, D) and patches (n, P, D) are final features, `matched` (n,) bool. The gradient pushes mismatched pairs
+    apart. The published loss divides by the batch size and has weight 0.1.
+    """
+    cost = wpa_cost(words, patches)
+    distance = wpa_distance(cost, wpa_plan(cost.detach(), words_keep, patches_keep))
+    return torch.where(matched, distance, -distance).sum()
+
+
+def _inverse(marginal: Tensor, keep: Tensor) -> Tensor:
+    """Return 1 / marginal at kept positions, 0 elsewhere."""
+    return torch.where(keep & (marginal > 0), 1 / marginal.where(marginal > 0, 1), 0)
+
+
+@register
+class WPA(Objective):
+    """Alignment over the pairs that ITM reads with random negatives: matched pairs are pulled together (ViLT)."""
+
+    source_types = frozenset({"pairs"})
+    head = "alignment"
+
+    @classmethod
+    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+        objectives = stage.objectives
+        if "itm" not in objectives or stage.negatives != "random":
+            yield "objectives: wpa reads the random negatives of itm; add itm and set negatives: random"
+        elif objectives["wpa"].every != objectives["itm"].every:
+            yield "objectives: wpa reads the examples that itm reads; set the same `every` for both"
+
+    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
+        aligned = {name: outputs["pair"][name] for name in ("words", "patches", "words_keep", "patches_keep")}
+        return wpa_loss(**aligned, matched=matched_examples(examples, self.stage).to(aligned["words"].device))

@@ -1,0 +1,365 @@
+"""One training step over a global batch. Its gradient is the same for all ranks x micro-batch x accumulation (C2).
+
+Every loss is a sum over examples or tokens divided by a count over the whole global batch. ITC needs the features of
+all ranks at once (`objectives.itc`); negatives of the other objectives are fetched from the ranks that hold them.
+
+Without accumulation a step makes two engine calls and one backward: first the towers and the forwards over unchanged
+examples; then the forwards over negatives, if these are drawn by ITC similarity. With accumulation: the towers of all
+micro-batches without gradient, then everything per micro-batch. Which examples and objectives a step reads depends on
+the step and the examples' places alone, so that all ranks run the same graph (C3).
+
+Shapes: B global batch, n examples of this rank, S sources, N layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.data.batch import Batch
+from pipeline.data.randomness import hash64, uniform_array
+from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.objectives import (
+    ImageTokenizer,
+    NegativePool,
+    Objective,
+    ObjectiveContext,
+    RowSwap,
+    objective_types,
+)
+from pipeline.objectives.itc import Contrast, global_contrast
+from pipeline.training import release
+from pipeline.training.collectives import Collectives, share
+from pipeline.training.engine import ForwardTimer, StepEngine
+
+Swapped = dict[str, tuple[str, Batch]]  # forward -> the objective it belongs to, and its swapped examples
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one micro-batch."""
+
+    total: Tensor  # the scalar to differentiate
+    by_objective: dict[str, Tensor]  # parts of the global means, without ITC, whose gradient is a surrogate's
+
+
+class TrainingStep:
+    """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
+
+    def __init__(
+        self,
+        engine: StepEngine,
+        config: RunConfig,
+        stage: StageConfig,
+        collectives: Collectives,
+        image_tokenizer: ImageTokenizer | None = None,
+    ):
+        self.engine, self.stage, self.collectives = engine, stage, collectives
+        self.drop_path_rates = config.model.drop_path_rates
+        self.seed = hash64(config.seed, stage.name)
+        source_type = config.source_type_of(stage)
+        self.reproduces_release = config.reproduce_vlmo_release
+        self.weights = {
+            name: settings.weight * (release.factor(name, source_type) if self.reproduces_release else 1.0)
+            for name, settings in stage.objectives.items()
+        }
+        context = ObjectiveContext(
+            stage, source_type, self.seed, config.model.patch_size, image_tokenizer, self._drop_path_mask
+        )
+        self.objectives = {name: kind(context) for name, kind in objective_types(stage).items()}
+        self.itc = self.objectives.pop("itc", None)
+        self.needs_similarity = any(objective.needs_similarity for objective in self.objectives.values())
+        self.accumulation = num_micro_batches(
+            stage.global_batch_size, collectives.world_size, config.engine.micro_batch_size
+        )
+        self.forward_timer = ForwardTimer(collectives.device)
+        # This rank's part of the last step with metrics: diagnostics by name, and by objective (S, 2) the loss summed
+        # over each source's examples and the number of summands.
+        self.diagnostics: dict[str, Tensor] = {}
+        self.by_source: dict[str, Tensor] = {}
+        self._with_metrics = False
+
+    def __call__(self, batch: Batch, with_metrics: bool = False) -> dict[str, Tensor]:
+        """Run forward and backward over this rank's examples of one global batch.
+
+        Returns this rank's part of each objective's loss (0-d, detached): the sums over ranks are the losses of the
+        global batch, unweighted except for `loss`. With `with_metrics`, `diagnostics` and (in a stage of several
+        sources) `by_source` are filled too.
+        """
+        self._with_metrics = with_metrics
+        self.diagnostics, self.by_source = {}, {}
+        # Dropout (ImageBERT) is seeded by the step, so that a resumed run draws the same masks (C4).
+        torch.manual_seed(hash64(self.seed, batch.step, "dropout", self.collectives.rank))
+        batch = batch.to(self.collectives.device)
+        counts = self._counts(batch)
+        return self._whole(batch, counts) if self.accumulation == 1 else self._accumulated(batch, counts)
+
+    def _whole(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run a step without accumulation."""
+        swapped = {} if self.needs_similarity else self._swap(batch, None)
+        with self.forward_timer.forward():
+            outputs = self.engine(self._forwards(batch) | self._swapped_forwards(swapped))
+        contrast = self._contrast(outputs, batch)
+        if self.needs_similarity:
+            outputs |= self.engine(self._swapped_forwards(self._swap(batch, contrast)))
+        losses = self._losses(outputs, batch, counts, contrast, slice(0, len(batch)))
+        self.engine.backward(losses.total * self.collectives.world_size, last=True)
+        return self._report(losses, contrast)
+
+    def _accumulated(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run a step over several micro-batches."""
+        slices = [slice(*share(len(batch), k, self.accumulation)) for k in range(self.accumulation)]
+        contrast = None
+        if self.itc is not None:
+            with torch.no_grad():
+                towers = [self.engine(self.itc.forwards(batch.rows(rows))) for rows in slices]
+            contrast = self._contrast(_concatenate(towers), batch)
+        swapped = self._swap(batch, contrast)
+        report: dict[str, Tensor] = {}
+        for k, rows in enumerate(slices):
+            examples = batch.rows(rows)
+            forwards = self._forwards(examples) | self._swapped_forwards(_select(swapped, examples.place))
+            with self.forward_timer.forward():
+                outputs = self.engine(forwards)
+            losses = self._losses(outputs, examples, counts, contrast, rows)
+            scale = self.collectives.world_size * self.accumulation  # DeepSpeed divides by both
+            self.engine.backward(losses.total * scale, last=k == len(slices) - 1)
+            for name, loss in self._report(losses, contrast).items():
+                report[name] = report[name] + loss if name in report else loss
+        return report
+
+    # ---- what a step reads
+
+    def _indices(self, batch: Batch, name: str) -> Tensor:
+        """Return which examples an objective reads in this step, one in `every` in rotation; int64 on the CPU."""
+        return torch.nonzero((batch.place + batch.step) % self.stage.objectives[name].every == 0).flatten()
+
+    def _examples(self, batch: Batch, name: str) -> Batch:
+        """Return the examples that an objective reads in this step."""
+        return batch if self.stage.objectives[name].every == 1 else batch.rows(self._indices(batch, name))
+
+    def _counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the divisor of each objective's sum: its count over the whole global batch."""
+        if not self.objectives:
+            return {}
+        device = self.collectives.device
+        counts = [torch.as_tensor(o.count(self._examples(batch, n)), device=device) for n, o in self.objectives.items()]
+        total = self.collectives.sum(torch.stack([count.to(torch.float32) for count in counts])).clamp(min=1)
+        return dict(zip(self.objectives, total.unbind(), strict=True))
+
+    def _drop_path_mask(self, examples: Batch, name: str) -> Tensor | None:
+        mask = drop_path_mask(self.seed, examples.step, examples.place, name, self.drop_path_rates)
+        return None if mask is None else mask.to(self.collectives.device, non_blocking=True)
+
+    def _forwards(self, batch: Batch) -> dict[str, ForwardInput]:
+        """Return every forward over unchanged examples; forwards of the same name are merged into one."""
+        forwards = self.itc.forwards(batch) if self.itc is not None else {}
+        for objective_name, objective in self.objectives.items():
+            for name, forward in objective.forwards(self._examples(batch, objective_name)).items():
+                forwards[name] = merge_forwards(forwards[name], forward) if name in forwards else forward
+        return forwards
+
+    # ---- the global batch's contrast and negatives
+
+    def _contrast(self, outputs: ForwardOutput, batch: Batch) -> Contrast | None:
+        if self.itc is None:
+            return None
+        size, world_size = self.stage.global_batch_size, self.collectives.world_size
+        own = slice(*share(size, self.collectives.rank, world_size))
+        contrast = global_contrast(
+            outputs,
+            batch,
+            self.weights["itc"],
+            lambda rows: self.collectives.gather_rows(rows, size),
+            own,
+            self._num_sources,
+        )
+        if self._with_metrics:  # both are the global batch's, and the caller sums over ranks
+            self.diagnostics["itc_scale"] = contrast.scale / world_size
+        if contrast.by_source is not None:
+            self.by_source["itc"] = contrast.by_source / world_size
+        return release.scale_gradients(contrast, world_size) if self.reproduces_release else contrast
+
+    def _swap(self, batch: Batch, contrast: Contrast | None) -> Swapped:
+        """Return the examples with other examples' images or texts that the objectives need as negatives."""
+        drawing = [n for n, o in self.objectives.items() if type(o).swaps is not Objective.swaps]
+        if not drawing:
+            return {}
+        size = self.stage.global_batch_size
+        pool = NegativePool(
+            self.collectives.gather_rows(batch.image_id, size), self.collectives.gather_rows(batch.source, size)
+        )
+        if contrast is not None:
+            pool = replace(pool, image=contrast.image, text=contrast.text, scale=contrast.scale)
+        swapped: Swapped = {}
+        for objective in drawing:
+            indices = self._indices(batch, objective)
+            for name, swaps in self.objectives[objective].swaps(batch.rows(indices), pool).items():
+                swapped[name] = (objective, swap_rows(self.collectives, batch, size, indices, swaps))
+        return swapped
+
+    def _swapped_forwards(self, swapped: Swapped) -> dict[str, ForwardInput]:
+        return {name: self.objectives[o].swapped_forward(examples, name) for name, (o, examples) in swapped.items()}
+
+    # ---- losses
+
+    @property
+    def _num_sources(self) -> int:
+        """Number of sources to report losses of, or 0."""
+        return len(self.stage.sources) if self._with_metrics and len(self.stage.sources) > 1 else 0
+
+    def _losses(
+        self, outputs: ForwardOutput, batch: Batch, counts: dict[str, Tensor], contrast: Contrast | None, rows: slice
+    ) -> Losses:
+        losses = {n: o.loss(outputs, self._examples(batch, n)) / counts[n] for n, o in self.objectives.items()}
+        if self._with_metrics:
+            self._add_metrics(outputs, batch)
+        weighted = [self.weights[name] * loss for name, loss in losses.items()]
+        if contrast is not None:
+            parts = self.collectives.world_size * self.accumulation
+            weighted.append(contrast.surrogate_loss(outputs, rows, parts))
+        return Losses(torch.stack(weighted).sum(), losses)
+
+    def _add_metrics(self, outputs: ForwardOutput, batch: Batch) -> None:
+        for name, objective in self.objectives.items():
+            examples = self._examples(batch, name)
+            for metric, value in objective.diagnostics(outputs, examples).items():
+                self.diagnostics[metric] = self.diagnostics[metric] + value if metric in self.diagnostics else value
+            if self._num_sources:
+                source = batch.source.cpu()[self._indices(batch, name)]
+                sums = loss_by_source(objective, outputs, examples, source, self._num_sources)
+                self.by_source[name] = self.by_source.get(name, torch.zeros_like(sums)) + sums
+
+    def _report(self, losses: Losses, contrast: Contrast | None) -> dict[str, Tensor]:
+        """Return losses whose sum over ranks and micro-batches is the global batch's."""
+        report = {name: loss.detach().float() for name, loss in losses.by_objective.items()}
+        if contrast is not None:
+            report["itc"] = contrast.loss / (self.collectives.world_size * self.accumulation)
+        total = torch.stack([self.weights[name] * loss for name, loss in report.items()]).sum()
+        return {"loss": total} | report
+
+
+def num_micro_batches(batch: int, world_size: int, micro_batch_size: int | Literal["auto"] | None) -> int:
+    """Return the number of micro-batches, the same on every rank: the fewest of at most `micro_batch_size` examples."""
+    assert micro_batch_size != "auto", "resolved before the stage begins (training.micro_batch)"
+    largest_share = -(-batch // world_size)
+    return 1 if micro_batch_size is None else -(-largest_share // micro_batch_size)
+
+
+def drop_path_mask(seed: int, step: int, place: Tensor, name: str, rates: tuple[float, ...]) -> Tensor | None:
+    """Return which branches (attention, feed-forward) forward `name` keeps: (n, N, 2) bool, or None without drop path.
+
+    The mask is a hash of the example's `place` (n,) in the global batch, the step, the layer and the forward, never
+    generator state (C2): any repeated forward, on any rank and in any micro-batch, drops the same branches.
+    """
+    if not any(rates):
+        return None
+    layers = len(rates)
+    branch = np.arange(2 * layers, dtype=np.uint64)
+    counters = place.cpu().numpy().astype(np.uint64)[:, None] * np.uint64(2 * layers) + branch
+    uniform = uniform_array(hash64(seed, step, name, "drop path"), counters).reshape(-1, layers, 2)
+    return torch.from_numpy(uniform >= np.asarray(rates)[:, None])
+
+
+def merge_forwards(one: ForwardInput, other: ForwardInput) -> ForwardInput:
+    """Return one forward with the inputs and heads of two forwards over the same examples."""
+    missing: dict[str, Any] = {f.name: getattr(other, f.name) for f in fields(one) if getattr(one, f.name) is None}
+    return replace(one, **missing, heads=(*one.heads, *other.heads))
+
+
+def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor, swaps: list[RowSwap]) -> Batch:
+    """Return the examples at `indices` (n,) of this rank's `batch` with their fields swapped. A collective call.
+
+    `size` is the global batch's. Only the swapped fields travel between ranks, images as bytes; fields of different
+    lengths are padded alike first.
+    """
+    result = batch.rows(indices)
+    for swap in swaps:
+        places = torch.full((len(batch),), -1, dtype=torch.int64)
+        places[indices] = swap.places.cpu()
+        fetch = collectives.fetcher(places, size)
+        is_swapped = torch.nonzero(places[indices] >= 0).flatten()
+        for name, padding in swap.fields.items():
+            values = getattr(batch, name)
+            if values is None:
+                continue
+            values = _pad_alike(collectives, values, padding)
+            swapped = values[indices.to(values.device)]
+            swapped[is_swapped.to(values.device)] = fetch(values)
+            changes: dict[str, Any] = {name: swapped}
+            result = replace(result, **changes)
+    return result
+
+
+def _pad_alike(collectives: Collectives, values: Tensor, padding: float) -> Tensor:
+    """Pad the trailing dimensions to the largest of all ranks. A collective call."""
+    sizes = collectives.largest(list(values.shape[1:]))
+    amounts = [amount for size, own in zip(sizes, values.shape[1:], strict=True) for amount in (size - own, 0)][::-1]
+    return F.pad(values, amounts, value=padding) if any(amounts) else values
+
+
+def loss_by_source(
+    objective: Objective, outputs: ForwardOutput, examples: Batch, source: Tensor, num_sources: int
+) -> Tensor:
+    """Return the objective's loss summed over each source's examples, and the number of summands: (S, 2).
+
+    `source` (n,) is the examples' source, on the CPU. No second forward: the outputs are indexed, which copies those of
+    one source at a time.
+    """
+    sums = []
+    with torch.no_grad():
+        for number in range(num_sources):
+            indices = torch.nonzero(source == number).flatten()
+            if not len(indices):
+                sums.append(torch.zeros(2, device=examples.uid.device))
+                continue
+            own: Any = {name: _IndexedOutputs(heads, indices, len(source)) for name, heads in outputs.items()}
+            chosen = examples.rows(indices)
+            count = torch.as_tensor(objective.count(chosen), device=examples.uid.device)
+            sums.append(torch.stack([objective.loss(own, chosen).float(), count.float()]))
+    return torch.stack(sums)
+
+
+class _IndexedOutputs(Mapping[str, Tensor]):
+    """A forward's outputs for some of its examples, indexed on access; outputs that are not per example stay whole."""
+
+    def __init__(self, heads: Mapping[str, Tensor], indices: Tensor, num_examples: int):
+        self._heads, self._indices, self._num_examples = heads, indices, num_examples
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._heads[name]
+        if value.dim() == 0 or len(value) != self._num_examples:
+            return value
+        return value[self._indices.to(value.device, non_blocking=True)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+
+def _select(swapped: Swapped, place: Tensor) -> Swapped:
+    """Return the swapped examples at the places of one micro-batch."""
+    return {
+        name: (objective, examples.rows(torch.nonzero(torch.isin(examples.place, place)).flatten()))
+        for name, (objective, examples) in swapped.items()
+    }
+
+
+def _concatenate(outputs: list[ForwardOutput]) -> ForwardOutput:
+    """Concatenate the features of several micro-batches; scales (0-d) are the same in each."""
+    return {
+        name: {
+            key: torch.cat([part[name][key] for part in outputs]) if value.dim() else value
+            for key, value in heads.items()
+        }
+        for name, heads in outputs[0].items()
+    }
