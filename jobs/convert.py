@@ -223,7 +223,7 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
 
 
 def _stage(
-    source_type: SourceType, objectives: list[Objective], heads: HeadConfig = HeadConfig(), max_text_length: int = 1
+    source_type: SourceType, objectives: list[str], heads: HeadConfig = HeadConfig(), max_text_length: int = 1
 ) -> dict[str, Any]:
     negatives = "hard" if "itc" in objectives else "random"
     target: dict[str, Any] = {} if heads.image_target is None else {"image_target": heads.image_target}
@@ -251,7 +251,7 @@ def _stages(
     present = {model.part_of(name) for name in state} - absent  # a head that would be drawn in part serves nothing
     max_text_length = min(section.max_text_length, MAX_TEXT)
 
-    def serves(objective: Objective, source_type: SourceType) -> bool:
+    def serves(objective: str, source_type: SourceType) -> bool:
         needed = (modules_for(model, objective, source_type) or frozenset()) & set(model.HEAD_PARTS)
         return bool(needed) and needed <= present
 

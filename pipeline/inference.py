@@ -337,7 +337,7 @@ class TrainedModel:
         )
         return scores if is_ranking else scores.sigmoid()
 
-    def _require(self, objective: Objective, purpose: str) -> None:
+    def _require(self, objective: str, purpose: str) -> None:
         if objective not in self.stage.objectives:
             raise ConfigError(
                 f"{self.url or 'this model'}: {purpose} need objective {objective}, and stage {self.stage.name} was "
@@ -371,7 +371,7 @@ class TrainedModel:
         return ids
 
 
-_PREDICTORS: dict[Objective, _Predictor] = {
+_PREDICTORS: dict[str, _Predictor] = {
     "vqa": _Predictor("an image and a question", _Inputs.is_pair, TrainedModel._predict_answers),
     "nlvr2": _Predictor(
         "two images and a statement", lambda inputs: inputs.is_pair(images=2), TrainedModel._predict_truth

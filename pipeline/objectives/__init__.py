@@ -209,14 +209,12 @@ def trained_modules(model: Model, objectives: Iterable[str], source_type: Source
         parts = modules_for(model, name, source_type)
         if parts is None:
             readable = [other for other in get_args(SourceType) if modules_for(model, name, other) is not None]
-            if not readable:
-                raise ConfigError(
-                    f"objective '{name}' is not supported by models of kind '{model.config.kind}'; `mome objectives` "
-                    "lists the supported combinations"
-                )
             raise ConfigError(
-                f"objective '{name}' reads sources of type {' or '.join(readable)} with this model, and the stage's "
-                f"sources are of type {source_type}; add a source or drop the objective"
+                f"objective '{name}' needs sources of type {' or '.join(readable)}, and the stage's sources are "
+                f"{source_type}; add such a source or drop the objective"
+                if readable
+                else f"a model of kind '{model.config.kind}' does not learn objective '{name}'; "
+                "`mome objectives` lists the supported combinations"
             )
         trained |= parts
     return frozenset(trained)
