@@ -127,7 +127,7 @@ def test_missing_objects_need_no_second_attempt(s3, monkeypatch: pytest.MonkeyPa
 def test_listings_and_deletions_span_pages(s3, storage, monkeypatch: pytest.MonkeyPatch):
     for number in range(7):
         storage.write(s3.url("many", f"{number}.tar"), b"x")
-    monkeypatch.setattr(module, "PAGE", 3)
+    monkeypatch.setattr(module, "PAGE_SIZE", 3)
     assert storage.list(s3.url("many")) == [f"{number}.tar" for number in range(7)]
     storage.delete(s3.url("many"))
     assert storage.list(s3.url()) == []

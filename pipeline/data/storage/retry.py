@@ -1,8 +1,7 @@
 """Retries with exponential backoff, full jitter, the store's Retry-After and one timeout; ranged reads that resume.
 
-The timeout (`storage.retry_timeout_seconds`) is how long a store may be unavailable or slow before the run fails; the
-number
-of attempts is not limited. It applies to one request, and anew to every 16 MiB of a longer response body.
+`storage.retry_timeout_seconds` bounds the time for which a store may be unavailable or slow before the run fails; the
+number of attempts is not limited. The timeout applies to one request, and anew to every 16 MiB of a response body.
 """
 
 from __future__ import annotations
