@@ -1,4 +1,4 @@
-"""A rank that hangs names the sample that its loaders are decoding, whatever process does it."""
+"""The report of a hung rank names the samples that its loader processes are decoding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.data.storage import Storage
 from pipeline.training.watchdog import Watchdog
 
 
-def test_every_thread_tells_its_sample_and_takes_it_back() -> None:
+def test_every_thread_reports_the_sample_it_decodes() -> None:
     ready, over = threading.Barrier(4), threading.Event()
 
     def decode(number: int) -> None:
@@ -36,7 +36,7 @@ def test_every_thread_tells_its_sample_and_takes_it_back() -> None:
 
 
 @pytest.mark.parametrize("key", ["k" * 1000, "\ud83d", "é" * 300, ""])
-def test_no_name_is_too_long_or_too_strange(key: str) -> None:
+def test_names_of_any_length_and_script_are_reported(key: str) -> None:
     with in_progress.decoding(f"pairs: {key}"), in_progress.decoding(f"pairs: {key}"):
         (found,) = in_progress.samples()
         assert found.startswith("pairs: ")
@@ -45,7 +45,7 @@ def test_no_name_is_too_long_or_too_strange(key: str) -> None:
     assert in_progress.samples() == []
 
 
-def test_a_sample_that_another_process_is_stuck_in_is_in_the_watchdogs_report(tmp_path, capfd) -> None:
+def test_watchdog_reports_samples_of_other_processes(tmp_path, capfd) -> None:
     descriptor = os.memfd_create("samples") if hasattr(os, "memfd_create") else pytest.skip("no anonymous memory")
     os.ftruncate(descriptor, in_progress.BYTES)
     memory = mmap.mmap(descriptor, in_progress.BYTES)

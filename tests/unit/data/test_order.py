@@ -27,7 +27,7 @@ def shards(*counts: int, weight: float = 1.0, digest: str = "") -> OrderSource:
 
 
 def random_shards(num: int, most: int, seed: int = 0, weight: float = 1.0) -> OrderSource:
-    """Shards of very unequal size, 0 to `most` samples: as many of 1 to 10 as of 100 to 1000."""
+    """Return shards of very unequal size, 0 to `most` samples, uniform in the logarithm."""
     sizes = 10 ** np.random.default_rng(seed).uniform(-1, math.log10(most), num)
     return OrderSource(sizes.astype(np.int64), weight, "")
 
@@ -60,7 +60,7 @@ def test_every_sample_comes_exactly_once_per_epoch(streams: int, window: int):
 
 
 def epochs_reached(order: DataOrder, source: str, steps: int) -> list[int]:
-    """The epoch each stream has reached in a source."""
+    """Return the epoch that each stream has reached in a source."""
     return [max(s.epoch for s in samples if s.source == source) for samples in by_stream(order, steps).values()]
 
 
@@ -90,7 +90,7 @@ def test_mixing_stays_within_two_samples_of_the_weights():
 TWENTY = {f"s{number:02}": shards(1000 + number, weight=number + 0.3) for number in range(20)}
 
 
-def test_every_span_of_20_sources_is_within_two_samples_of_the_weights():
+def test_spans_of_20_sources_follow_the_weights():
     order = DataOrder(TWENTY, num_streams=6, shuffle_window=2, seed=3, batch_size=6 * 256)
     shares = np.array(order.parts) / sum(order.parts)
     assert sum(order.parts) == WEIGHT_PARTS
@@ -104,8 +104,8 @@ def test_every_span_of_20_sources_is_within_two_samples_of_the_weights():
 
 
 def test_source_counts_of_batches_vary_less_than_independent_draws():
-    """A stream gives B/C turns in a row from a hashed offset, so a batch's count of a source is a sum of C such counts:
-    mean Bw, variance C times that of B/C turns from a random offset of the cycle."""
+    """A batch takes B/C consecutive positions of C streams with hashed offsets: its count of a source has mean Bw and C
+    times the variance of B/C positions from a random offset of the cycle."""
     streams, share, steps = 64, 16, WEIGHT_PARTS // 16
     order = DataOrder(TWENTY, streams, shuffle_window=2, seed=5, batch_size=streams * share)
     counts = [Counter(sample.source for sample in order.batch(step)) for step in range(steps)]
@@ -296,7 +296,7 @@ def test_source_without_samples_is_refused():
 
 
 def caption_length(sample: SampleRef) -> int:
-    """Of made-up captions: 3 to 60 tokens or so, most of them short, as web captions are."""
+    """Return the length of a made-up caption: 3 to 60 tokens, most of them short, as in web captions."""
     random = np.random.default_rng([sample.shard, sample.sample, len(sample.source)])
     return 3 + int(min(57, random.lognormal(2.2, 0.6)))
 
@@ -306,7 +306,7 @@ def bucketed(batches: int = 8, **changed) -> DataOrder:
 
 
 def padding(order: DataOrder, steps: int) -> float:
-    """Share of the token places of global batches that hold padding."""
+    """Return the fraction of padding among the tokens of global batches."""
     lengths = np.array([[caption_length(sample) for sample in order.batch(step)] for step in range(steps)])
     return 1 - lengths.mean() / lengths.max(axis=1).mean()
 

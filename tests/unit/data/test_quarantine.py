@@ -22,7 +22,7 @@ def test_counts_and_records_are_per_source():
     assert quarantine.drain() == []
 
 
-def test_rate_above_the_bound_is_fatal_and_names_source_rate_and_example():
+def test_rate_above_the_bound_is_fatal_with_source_and_example():
     quarantine = Quarantine(max_bad_rate=0.01)
     quarantine.deliver(["pairs"] * MIN_SEEN, [record(1)])
     with pytest.raises(
@@ -31,7 +31,7 @@ def test_rate_above_the_bound_is_fatal_and_names_source_rate_and_example():
         quarantine.deliver(["pairs"] * 100, [record(1), record(2)])
 
 
-def test_a_few_samples_are_no_rate_before_the_end():
+def test_rate_needs_a_minimum_of_samples_before_the_end():
     quarantine = Quarantine(max_bad_rate=0.01)
     quarantine.deliver(["pairs"] * 10, [record(1)])
     quarantine.finish()
@@ -40,7 +40,7 @@ def test_a_few_samples_are_no_rate_before_the_end():
         quarantine.finish()
 
 
-def test_one_sources_faults_are_not_diluted_by_another():
+def test_rates_are_per_source():
     quarantine = Quarantine(max_bad_rate=0.1)
     with pytest.raises(DataError, match=r"source 'more': 20 of 100"):
         quarantine.deliver(["pairs"] * 1000 + ["more"] * 100, [record(n, "more") for n in range(20)])
@@ -66,7 +66,7 @@ def test_bad_sample_crosses_processes():
     assert (error.stage, error.reason) == ("image", "corrupt")
 
 
-def test_any_exception_of_judging_a_sample_is_a_bad_sample_but_for_what_is_not_its_fault() -> None:
+def test_only_faults_of_the_sample_become_bad_samples() -> None:
     faults = [
         ValueError("no"),
         RecursionError(),
@@ -91,7 +91,7 @@ def test_any_exception_of_judging_a_sample_is_a_bad_sample_but_for_what_is_not_i
         assert passed.value is other
 
 
-def test_a_reason_is_the_same_for_every_reader_and_can_be_written_anywhere() -> None:
+def test_reasons_are_reproducible_and_encodable() -> None:
     assert BadSample("image", f"cannot identify {io.BytesIO()}").reason == "cannot identify <_io.BytesIO object>"
     assert BadSample("caption", "half a \ud83d").reason == "half a \\ud83d"
     with pytest.raises(BadSample) as raised, judging("members"):

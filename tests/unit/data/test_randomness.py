@@ -68,7 +68,7 @@ def test_numbers_are_uniform():
     assert many.max() < 1
 
 
-def test_permutation_holds_each_number_once():
+def test_permutation_contains_each_number_once():
     for n in (0, 1, 2, 1000):
         assert sorted(permutation(4, n).tolist()) == list(range(n))
     random = CounterRandom(1)
@@ -83,20 +83,20 @@ def keys(num: int) -> np.ndarray:
     return hash64_array(11, np.arange(num))
 
 
-def test_permuted_places_never_change():
+def test_permuted_values_never_change():
     # The order of every run's data rests on these: they may never differ.
     assert order_of(0, 10).tolist() == [1, 2, 0, 7, 9, 5, 3, 4, 8, 6]
     assert order_of(2**64 - 1, 1000)[:5].tolist() == [540, 586, 764, 115, 149]
     assert order_of(5, 40_000)[[0, 1, 39_999]].tolist() == [25846, 13676, 7238]
 
 
-def test_every_place_holds_another_number():
+def test_permuted_is_a_bijection():
     for n in [*range(1, 200), 1024, 1025, 40_000]:
         for key in (0, hash64(n)):
             assert np.array_equal(np.sort(order_of(key, n)), np.arange(n))
 
 
-def test_many_orders_at_once_are_each_the_one_alone():
+def test_permuted_elements_do_not_depend_on_each_other():
     sizes = np.array([1, 2, 3, 17, 400, 65_537, 2**40])
     places = np.array([0, 1, 0, 16, 77, 65_536, 2**39 + 5])
     together = permuted(keys(7), sizes, places)
@@ -106,7 +106,7 @@ def test_many_orders_at_once_are_each_the_one_alone():
     assert permuted(keys(0), places[:0], places[:0]).tolist() == []
 
 
-def test_orders_of_few_are_all_about_equally_frequent():
+def test_short_permutations_are_uniform():
     for n, bound in ((2, 0.05), (3, 0.05), (4, 0.08)):
         num = 4000 * math.factorial(n)
         orders = permuted(np.repeat(keys(num), n), np.full(n * num, n), np.tile(np.arange(n), num)).reshape(num, n)
@@ -116,7 +116,7 @@ def test_orders_of_few_are_all_about_equally_frequent():
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (0, 29), (7, 22), (15, 16)])
-def test_two_places_hold_every_pair_of_numbers_equally_often(first: int, second: int):
+def test_pairs_of_positions_are_uniform(first: int, second: int):
     n, num = 30, 870 * 200
     one, other = (permuted(keys(num), np.full(num, n), np.full(num, place)) for place in (first, second))
     for place in (one, other):
@@ -131,7 +131,7 @@ def chi_square(times: np.ndarray) -> float:
     return float(((times - expected) ** 2 / expected).sum())
 
 
-def test_long_orders_look_as_those_of_sorted_hashes_do():
+def test_long_permutations_resemble_sorted_hashes():
     n, num = 1000, 400
     orders = np.array([order_of(key, n) for key in keys(num).tolist()])
     places = np.arange(n)

@@ -1,4 +1,4 @@
-"""Published annotation files to samples: written here by hand in their own forms, and as they are in ../shared."""
+"""Importers of published annotation files: hand-written ones in each format, and the real ones of ../shared/data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def people(*answers: str) -> list[dict[str, str]]:
 
 
 def vqa_files(folder: Path, subtype: str = "train2014") -> Path:
-    """Three questions of two pictures in VQA's own names; the last has no answer that anybody else gave."""
+    """Write three questions about two images under VQA's file names; the last has no frequent answer."""
     questions = [
         {"question_id": 10, "image_id": 1, "question": "What is it?"},
         {"question_id": 11, "image_id": 1, "question": "Is it a net?"},
@@ -64,7 +64,7 @@ def said(sample: Sample) -> dict[str, Any]:
     return json.loads(sample["json"])
 
 
-def test_vqa_questions_get_their_scored_answers_and_the_list_goes_beside(tmp_path: Path) -> None:
+def test_vqa_questions_get_scored_answers_and_a_list(tmp_path: Path) -> None:
     file = vqa_files(tmp_path)
     assert find_annotations(file) == "vqa"
     found = read_annotations(file, "vqa", problems := Problems(), Options(min_count=1))
@@ -78,7 +78,7 @@ def test_vqa_questions_get_their_scored_answers_and_the_list_goes_beside(tmp_pat
     assert question_of({name: data for name, data in first.items() if name != "__key__"}).answers["net"] == 1.0
 
 
-def test_every_split_built_with_the_same_annotations_has_the_same_list(tmp_path: Path) -> None:
+def test_splits_with_equal_annotations_share_the_list(tmp_path: Path) -> None:
     train, val = vqa_files(tmp_path / "train"), vqa_files(tmp_path / "val", "val2014")
     both = tuple(
         file.with_name(file.name.replace("OpenEnded_", "").replace("questions", "annotations")) for file in (train, val)
@@ -89,7 +89,7 @@ def test_every_split_built_with_the_same_annotations_has_the_same_list(tmp_path:
     assert lists[0].names == ("net", "yes", "because")
 
 
-def test_questions_without_a_listed_answer_are_left_out_when_asked_and_counted(tmp_path: Path) -> None:
+def test_listed_only_skips_and_counts_other_questions(tmp_path: Path) -> None:
     file = vqa_files(tmp_path)
     content = json.loads((annotations := tmp_path / "v2_mscoco_train2014_annotations.json").read_text())
     content["annotations"] = [*content["annotations"][:2], *content["annotations"]]  # the first two are chosen twice
@@ -101,7 +101,7 @@ def test_questions_without_a_listed_answer_are_left_out_when_asked_and_counted(t
     assert "none of its answers is listed" in problems.first[0]
 
 
-def test_what_is_missing_is_told_with_its_question(tmp_path: Path) -> None:
+def test_missing_inputs_are_reported_per_question(tmp_path: Path) -> None:
     file = vqa_files(tmp_path)
     (tmp_path / "COCO_train2014_000000000002.jpg").unlink()
     assert len(samples_of(read_annotations(file, "vqa", problems := Problems(), Options(min_count=1)))) == 2
@@ -113,12 +113,12 @@ def test_what_is_missing_is_told_with_its_question(tmp_path: Path) -> None:
         read_annotations(file, "vqa", Problems(), Options(annotations=(file,)))
 
 
-def test_a_list_that_would_be_empty_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_empty_list_of_answers_is_refused_with_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pass --min-count below the published 9"):
         read_annotations(vqa_files(tmp_path), "vqa", Problems(), Options())
 
 
-def test_visual_genome_has_one_right_answer_each(tmp_path: Path) -> None:
+def test_visual_genome_questions_have_one_answer(tmp_path: Path) -> None:
     qas = [
         {"qa_id": 3, "question": "What is it?", "answer": "A sofa.", "image_id": 4},
         {"qa_id": 4, "question": "?", "answer": "."},
@@ -135,7 +135,7 @@ def nlvr2_line(identifier: str, label: str, **more: Any) -> str:
     return json.dumps({"identifier": identifier, "sentence": "Both are red.", "label": label, "left_url": "", **more})
 
 
-def test_nlvr2_lines_get_both_pictures_wherever_the_release_puts_them(tmp_path: Path) -> None:
+def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
     lines = [
         nlvr2_line("dev-8-0-0", "True"),
         nlvr2_line("dev-8-0-1", "False"),
@@ -171,9 +171,7 @@ def karpathy_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("split", "numbers"), [("train", [0, 1]), ("test", [3]), (None, [0, 1, 2, 3])])
-def test_a_karpathy_split_gives_its_pictures_and_train_those_of_restval(
-    tmp_path: Path, split: str | None, numbers: list[int]
-) -> None:
+def test_karpathy_train_includes_restval(tmp_path: Path, split: str | None, numbers: list[int]) -> None:
     file = karpathy_file(tmp_path)
     assert find_annotations(file) == "karpathy"
     found = samples_of(read_annotations(file, "karpathy", Problems(), Options(split=split)))
@@ -182,8 +180,8 @@ def test_a_karpathy_split_gives_its_pictures_and_train_those_of_restval(
     assert len({image_id_of(each) for each in members}) == len(numbers)
 
 
-def test_trap_09_the_splits_of_a_data_set_share_no_picture(tmp_path: Path) -> None:
-    """ViLT's release selects its models on test, and trains Flickr30k on val: here splits are built apart, by name."""
+def test_trap_09_splits_share_no_image(tmp_path: Path) -> None:
+    """Splits are built separately, by name; ViLT's release selects models on test and trains Flickr30k on val."""
     file = karpathy_file(tmp_path)
     keys = [
         {
@@ -197,7 +195,7 @@ def test_trap_09_the_splits_of_a_data_set_share_no_picture(tmp_path: Path) -> No
         read_annotations(file, "karpathy", Problems(), Options(split="dev"))
 
 
-def test_a_folder_of_folders_gives_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
     for name, number in (("n02/a/x.jpg", 1), ("n01/y.png", 2), ("n02/z.jpg", 3)):
         write_picture(tmp_path / name, number)
     found = read_annotations(tmp_path, "classes", Problems(), Options())
@@ -207,7 +205,7 @@ def test_a_folder_of_folders_gives_classes_in_the_order_of_their_names(tmp_path:
         read_annotations(tmp_path / "n01", "classes", Problems(), Options())
 
 
-def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
+def test_stray_files_and_empty_classes_are_reported(tmp_path: Path) -> None:
     for name in ("cat/1.jpg", "dog/2.jpg", "stray.jpg"):
         write_picture(tmp_path / name)
     (tmp_path / "__MACOSX").mkdir()
@@ -222,7 +220,7 @@ def test_folders_and_files_that_are_no_class_are_told(tmp_path: Path) -> None:
     ]
 
 
-def test_the_name_of_a_class_is_clean_text(tmp_path: Path) -> None:
+def test_class_names_are_clean_text(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
     write_picture(tmp_path / os.fsdecode(b"caf\xe9") / "1.jpg")
     found = read_annotations(tmp_path, "classes", Problems(), Options())
@@ -231,7 +229,7 @@ def test_the_name_of_a_class_is_clean_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[{"image": "a", "captions": ["b"]}], {"images": [], "annotations": []}, {}])
-def test_other_json_is_no_annotation_file(tmp_path: Path, content: Any) -> None:
+def test_other_json_is_not_an_annotation_file(tmp_path: Path, content: Any) -> None:
     assert find_annotations(write_json(tmp_path / "a.json", content)) is None
     assert find_annotations(tmp_path) is None
 
@@ -244,7 +242,7 @@ def test_other_json_is_no_annotation_file(tmp_path: Path, content: Any) -> None:
         ("nlvr2/tiny-dev.json", "nlvr2", "nlvr2", 8),
     ],
 )
-def test_the_data_sets_own_files_become_shards_that_read_back(
+def test_published_annotations_round_trip_through_shards(
     shared: Path, tmp_path: Path, file: str, images: str, kind: str, count: int
 ) -> None:
     folder = shared / "data" / "region_features"

@@ -1,4 +1,4 @@
-"""What lies on people's disks: other encodings, links in circles, odd suffixes, lists that point anywhere."""
+"""Untrusted input files: other encodings, cyclic links, odd suffixes, lists with paths outside their folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def captions(samples: Iterator[Sample]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("encoding", READ)
-def test_captions_texts_and_lists_are_read_in_every_encoding_that_says_so(tmp_path: Path, encoding: str) -> None:
+def test_files_are_read_in_every_marked_encoding(tmp_path: Path, encoding: str) -> None:
     save_image(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text(TEXT, encoding)
     lines = tmp_path / "lines.jsonl"
@@ -55,7 +55,7 @@ def test_captions_texts_and_lists_are_read_in_every_encoding_that_says_so(tmp_pa
 @pytest.mark.parametrize(
     ("encoding", "reason"), [("latin-1", "not UTF-8"), ("cp1252", "not UTF-8"), ("utf-16-le", "NUL")]
 )
-def test_text_of_an_unnamed_encoding_is_left_out_and_counted(tmp_path: Path, encoding: str, reason: str) -> None:
+def test_text_of_unknown_encoding_is_skipped_and_counted(tmp_path: Path, encoding: str, reason: str) -> None:
     for name in ("a", "b"):
         save_image(tmp_path / f"{name}.jpg", ord(name))
     (tmp_path / "a.txt").write_bytes("un café".encode(encoding))
@@ -78,7 +78,7 @@ def test_text_of_an_unnamed_encoding_is_left_out_and_counted(tmp_path: Path, enc
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "txt", "token"])
 @pytest.mark.parametrize("damage", [b"\x00\xd8a\0", b"\0"], ids=["half a character", "half a unit"])
-def test_a_damaged_file_in_utf16_is_named(tmp_path: Path, suffix: str, damage: bytes) -> None:
+def test_damaged_file_in_utf16_is_named(tmp_path: Path, suffix: str, damage: bytes) -> None:
     source = tmp_path / f"a.{suffix}"
     source.write_bytes('\ufeff{"image": "a.jpg"}, '.encode("utf-16-le") + damage)
 
@@ -90,13 +90,13 @@ def test_a_damaged_file_in_utf16_is_named(tmp_path: Path, suffix: str, damage: b
             refused()
 
 
-def test_captions_that_are_null_leave_the_caption(tmp_path: Path) -> None:
+def test_null_captions_fall_back_to_caption(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
     (tmp_path / "lines.jsonl").write_text('{"image": "a.jpg", "captions": null, "caption": "one"}')
     assert captions(jsonl_samples(tmp_path / "lines.jsonl", Problems(strict=True))) == [["one"]]
 
 
-def test_half_a_character_makes_no_traceback_anywhere(tmp_path: Path) -> None:
+def test_lone_surrogates_are_reported(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
     lines = [
         '{"image": "a.jpg", "caption": "nice \\ud83d"}',
@@ -135,7 +135,7 @@ WRONG_LINES = {
 
 
 @pytest.mark.parametrize("line", WRONG_LINES, ids=lambda line: line[:40])
-def test_a_wrong_line_is_left_out_with_its_number_and_reason(tmp_path: Path, line: str) -> None:
+def test_bad_lines_are_skipped_with_number_and_reason(tmp_path: Path, line: str) -> None:
     save_image(tmp_path / "a.jpg")
     good = '{"image": "a.jpg", "caption": "good"}'
     (tmp_path / "lines.jsonl").write_text("\n".join([good, line, "", good]))
@@ -148,7 +148,7 @@ def test_a_wrong_line_is_left_out_with_its_number_and_reason(tmp_path: Path, lin
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "{folder}/secret.jpg", "a/../../secret.jpg", "./../secret.jpg"])
-def test_a_list_names_no_picture_outside_of_its_folder_unless_allowed(tmp_path: Path, name: str) -> None:
+def test_paths_outside_the_folder_need_permission(tmp_path: Path, name: str) -> None:
     save_image(tmp_path / "secret.jpg")
     save_image(tmp_path / "data" / "a" / "b.jpg")
     name = name.format(folder=tmp_path)
@@ -168,7 +168,7 @@ def test_a_list_names_no_picture_outside_of_its_folder_unless_allowed(tmp_path: 
     assert captions(jsonl_samples(tmp_path / "data" / "lines.jsonl", Problems(strict=True))) == [["a"]]
 
 
-def test_linked_folders_are_entered_and_circles_end(tmp_path: Path) -> None:
+def test_links_are_followed_and_cycles_end(tmp_path: Path) -> None:
     save_image(tmp_path / "elsewhere" / "deep" / "x.jpg", 1)
     save_image(tmp_path / "data" / "a.jpg", 2)
     data = tmp_path / "data"
@@ -187,7 +187,7 @@ def test_linked_folders_are_entered_and_circles_end(tmp_path: Path) -> None:
     assert problems.count == 4
 
 
-def test_every_suffix_of_a_picture_is_read_and_others_are_counted(tmp_path: Path) -> None:
+def test_every_image_suffix_is_read_and_others_counted(tmp_path: Path) -> None:
     names = [f"{number}.{suffix}" for number, suffix in enumerate(s for suffixes in FORMATS.values() for s in suffixes)]
     for number, name in enumerate(names):
         save_image(tmp_path / name, number)
@@ -204,13 +204,13 @@ def test_every_suffix_of_a_picture_is_read_and_others_are_counted(tmp_path: Path
 
 
 @pytest.mark.parametrize("beside", ["x.txt", "x.TXT", "x.Txt", "x.jpg.txt", "x.jpg.TXT", "x.caption", "x.jpg.caption"])
-def test_a_caption_is_found_under_the_names_that_tools_give_it(tmp_path: Path, beside: str) -> None:
+def test_captions_are_found_under_common_file_names(tmp_path: Path, beside: str) -> None:
     save_image(tmp_path / "x.jpg")
     (tmp_path / beside).write_text("said")
     assert captions(folder_samples(tmp_path, Problems(strict=True))) == [["said"]]
 
 
-def test_a_folder_that_cannot_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folders_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_image(tmp_path / "a" / "x.jpg")
     save_image(tmp_path / "b" / "x.jpg")
     listdir = os.listdir
@@ -237,7 +237,7 @@ COCO = {
 }  # fmt: skip
 
 
-def test_every_lost_entry_of_a_coco_file_is_counted(tmp_path: Path) -> None:
+def test_skipped_coco_entries_are_counted(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
     (tmp_path / "coco.json").write_text(json.dumps(COCO))
     found = captions(read_samples(tmp_path / "coco.json", "coco", problems := Problems(keep=99)))
@@ -276,8 +276,8 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_of_mutated_sources_only_our_errors_come_out_and_all_that_is_read_is_clean(tmp_path: Path, name: str) -> None:
-    """Each is read as what it still looks like, and as what it was."""
+def test_mutated_sources_raise_only_expected_errors(tmp_path: Path, name: str) -> None:
+    """Mutated files are read as the kind that is detected, and as their original kind."""
     rng = random.Random(name)
     for image in ("a.jpg", "1.jpg", "a-0-img0.png", "a-0-img1.png"):
         save_image(tmp_path / image)
@@ -305,7 +305,7 @@ def test_of_mutated_sources_only_our_errors_come_out_and_all_that_is_read_is_cle
     assert read > 0
 
 
-def test_of_mutated_captions_beside_pictures_only_clean_ones_come_out(tmp_path: Path) -> None:
+def test_mutated_captions_are_clean_or_skipped(tmp_path: Path) -> None:
     rng = random.Random(7)
     save_image(tmp_path / "a.jpg")
     for encoding in READ:
@@ -317,7 +317,7 @@ def test_of_mutated_captions_beside_pictures_only_clean_ones_come_out(tmp_path: 
                 assert problems.count == 0
 
 
-def test_pictures_of_other_formats_are_named_by_what_they_are(tmp_path: Path) -> None:
+def test_unsupported_formats_are_named(tmp_path: Path) -> None:
     for kind, suffixes in FORMATS.items():
         save_image(tmp_path / f"{kind}.jpg", 3, kind)
         (sample,) = (each for each in folder_samples(tmp_path, Problems()) if each["__key__"] == kind)

@@ -1,4 +1,4 @@
-"""Importers: folders, jsonl, COCO captions and plain text to shards; what is bad is told with its file and line."""
+"""Importers of folders, jsonl, COCO captions and plain text; faults are reported with file and line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def said(sample: dict) -> dict:
     return json.loads(sample["json"])
 
 
-def test_a_folder_gives_its_images_with_the_captions_beside_them(tmp_path):
+def test_folders_give_images_with_their_captions(tmp_path):
     data = save_image(tmp_path / "b" / "two words.v2.jpg", 2)
     (tmp_path / "b" / "two words.v2.txt").write_text(" a grey\nthing \n")
     save_image(tmp_path / "a.png", 1)
@@ -66,27 +66,27 @@ def test_a_folder_gives_its_images_with_the_captions_beside_them(tmp_path):
     assert problems.count == 0
 
 
-def test_keys_stay_distinct_where_paths_differ_in_punctuation_only(tmp_path):
+def test_keys_stay_unique_if_only_punctuation_differs(tmp_path):
     for name in ("a/b.jpg", "a_b.jpg", "a b.jpg", "a_b.png"):
         save_image(tmp_path / name)
     keys = [sample["__key__"] for sample in folder_samples(tmp_path, Problems())]
     assert len(keys) == len(set(keys)) == 4
 
 
-def test_many_paths_that_differ_in_no_plain_letter_keep_distinct_keys_in_no_time(tmp_path):
+def test_many_similar_paths_get_unique_keys_quickly(tmp_path):
     key_of = Keys()
     keys = [key_of(f"照片/{number % 7 * 'é'}") for number in range(100_000)]  # once counted anew for each: minutes
     assert len(set(keys)) == len(keys)
     assert (keys[0], keys[1], keys[-1]) == ("sample", "sample-2", "sample-100000")
 
 
-def test_an_image_is_named_by_what_it_is_and_not_by_its_suffix(tmp_path):
+def test_image_extension_follows_the_content(tmp_path):
     save_image(tmp_path / "a.jpg", kind="PNG")
     (sample,) = folder_samples(tmp_path, Problems())
     assert "png" in sample
 
 
-def test_a_jsonl_gives_one_sample_a_line_and_merges_lines_of_one_image(tmp_path):
+def test_jsonl_lines_of_one_image_are_merged(tmp_path):
     for name in ("x.jpg", "y.jpg", "z.jpg"):
         save_image(tmp_path / "images" / name, ord(name[0]))
     file = write_lines(
@@ -110,7 +110,7 @@ def test_equal_bytes_have_equal_image_ids_under_any_name(tmp_path):
     assert a == b != c
 
 
-def test_bad_lines_are_told_with_file_and_line_and_left_out(tmp_path):
+def test_bad_lines_are_reported_and_skipped(tmp_path):
     save_image(tmp_path / "x.jpg")
     (tmp_path / "text.jpg").write_text("no picture")
     file = write_lines(
@@ -140,14 +140,14 @@ def test_strict_stops_at_the_first_bad_line(tmp_path):
         list(jsonl_samples(file, Problems(strict=True)))
 
 
-def test_only_the_first_problems_are_kept_but_all_are_counted(tmp_path):
+def test_first_problems_are_kept_and_all_are_counted(tmp_path):
     file = write_lines(tmp_path / "bad.jsonl", *["{"] * 30)
     assert list(jsonl_samples(file, problems := Problems())) == []
     assert problems.count == 30
     assert len(problems.first) == problems.keep
 
 
-def test_coco_captions_are_gathered_by_image(tmp_path):
+def test_coco_captions_are_grouped_by_image(tmp_path):
     for number in (1, 2, 3):
         save_image(tmp_path / "val" / f"{number:012d}.jpg", number)
     content = {
@@ -165,7 +165,7 @@ def test_coco_captions_are_gathered_by_image(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
-def test_what_is_no_coco_file_is_refused_by_name(tmp_path, content):
+def test_malformed_coco_files_are_refused_by_name(tmp_path, content):
     file = write_lines(tmp_path / "captions.json", content)
     with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
         list(coco_samples(file, Problems()))
@@ -187,7 +187,7 @@ def test_wikitext_loses_its_headings_and_marks(tmp_path):
     assert samples == ["A film-maker of made 1,000 films .", "He died ."]
 
 
-def test_a_folder_of_texts_is_read_and_an_empty_one_told(tmp_path):
+def test_text_folders_are_read_and_empty_files_reported(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffOne.\n\nTwo.\n")
     (tmp_path / "b.txt").write_text("\n = Heading = \n")
     samples = list(text_samples(tmp_path, problems := Problems()))
@@ -195,7 +195,7 @@ def test_a_folder_of_texts_is_read_and_an_empty_one_told(tmp_path):
     assert problems.first == [f"{tmp_path / 'b.txt'}: it contains no text"]
 
 
-def test_a_text_that_cannot_be_read_costs_none_of_the_others(tmp_path):
+def test_unreadable_text_does_not_affect_others(tmp_path):
     (tmp_path / "a.txt").write_text("One.")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfeT\0\x00\xd8T\0")
     (tmp_path / "c.txt").write_text("Three.")
@@ -209,7 +209,7 @@ def test_a_text_that_cannot_be_read_costs_none_of_the_others(tmp_path):
         list(text_samples(tmp_path / "b.txt", Problems()))
 
 
-def test_the_kind_of_a_source_is_seen(tmp_path):
+def test_kind_of_a_source_is_detected(tmp_path):
     save_image(tmp_path / "images" / "deep" / "a.JPG")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
@@ -227,7 +227,7 @@ def text_stream(count: int):
     return ({"__key__": f"s{i:03d}", "txt": f"text {i}".encode()} for i in range(count))
 
 
-def test_shards_hold_every_sample_once_and_webdataset_reads_them(tmp_path):
+def test_webdataset_reads_every_written_sample_once(tmp_path):
     manifest = write_shards(Storage(), text_stream(25), str(tmp_path / "out"), 10)
     assert [(shard.name, shard.samples) for shard in manifest.shards] == [
         ("000000.tar", 10), ("000001.tar", 10), ("000002.tar", 5),
@@ -243,7 +243,7 @@ def test_equal_samples_give_equal_shards(tmp_path):
     assert one.digest == other.digest
 
 
-def test_fewer_shards_written_over_many_leave_none_of_the_old(tmp_path):
+def test_overwriting_removes_old_shards(tmp_path):
     url = str(tmp_path / "out")
     write_shards(Storage(), text_stream(50), url, 10)
     with pytest.raises(DataError, match="--overwrite"):
@@ -254,7 +254,7 @@ def test_fewer_shards_written_over_many_leave_none_of_the_old(tmp_path):
     assert not (tmp_path / "out" / "000003.tar").exists()
 
 
-def test_nothing_to_write_is_told_and_leaves_what_was_there(tmp_path):
+def test_writing_no_sample_keeps_existing_shards(tmp_path):
     url = str(tmp_path / "out")
     write_shards(Storage(), text_stream(5), url)
     with pytest.raises(DataError, match="no usable sample"):
@@ -262,7 +262,7 @@ def test_nothing_to_write_is_told_and_leaves_what_was_there(tmp_path):
     assert load_manifest(Storage(), url).num_samples == 5
 
 
-def test_a_reader_that_fails_half_way_leaves_nothing_half_written(tmp_path):
+def test_failing_reader_leaves_no_partial_shards(tmp_path):
     def failing():
         yield from text_stream(15)
         raise DataError("line 16 is bad")
@@ -278,7 +278,7 @@ def test_a_reader_that_fails_half_way_leaves_nothing_half_written(tmp_path):
     assert load_manifest(Storage(), str(tmp_path / "out")) == manifest
 
 
-def test_a_full_disk_for_temporary_shards_is_named(tmp_path, monkeypatch):
+def test_full_temporary_disk_is_reported(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -287,7 +287,7 @@ def test_a_full_disk_for_temporary_shards_is_named(tmp_path, monkeypatch):
         write_shards(Storage(), text_stream(5), str(tmp_path / "out"))
 
 
-def test_imported_samples_mean_to_training_what_was_imported(tmp_path):
+def test_imported_samples_are_read_by_training(tmp_path):
     file = SHARED / "data" / "flickr8k_3k" / "val.jsonl"
     if not file.exists():
         pytest.skip("../shared/data/flickr8k_3k is absent")
@@ -299,7 +299,7 @@ def test_imported_samples_mean_to_training_what_was_imported(tmp_path):
     assert isinstance(image_id_of(members), int)
 
 
-def test_the_official_coco_file_is_read(tmp_path):
+def test_official_coco_file_is_read(tmp_path):
     file = SHARED / "data" / "coco_annotations" / "captions_val2017.json"
     images = SHARED / "data" / "coco_ccby_111" / "images"
     if not file.exists() or not images.exists():

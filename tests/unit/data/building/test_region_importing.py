@@ -1,4 +1,4 @@
-"""Feature files of other people's detectors become samples: `mome shards build` of jsonl lines that name regions."""
+"""Import of region features from other detectors: `mome shards build` of jsonl lines that name regions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(tmp_path: Path, npz: bytes) -> Callable[..., Path]:
     return lines
 
 
-def test_regions_are_a_member_beside_the_picture_or_without_it(
+def test_regions_are_stored_with_or_without_image(
     write: Callable[..., Path], npz: bytes, tmp_path: Path, make_pair
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(make_pair(1)["jpg"])
@@ -61,7 +61,7 @@ def test_regions_are_a_member_beside_the_picture_or_without_it(
     assert json.loads(alone["json"])["captions"] == ["two", "three"]
 
 
-def test_a_size_is_added_where_the_file_tells_none(write: Callable[..., Path]) -> None:
+def test_image_size_is_added_if_the_file_has_none(write: Callable[..., Path]) -> None:
     file = write({"regions": "a.npz", "caption": "one", "image_size": [60, 80]})
     (sample,) = jsonl_samples(file, Problems(strict=True))
     assert parse_regions(sample["npz"]).image_size == (60, 80)
@@ -78,7 +78,7 @@ def test_a_size_is_added_where_the_file_tells_none(write: Callable[..., Path]) -
         ({"image_size": 30}, r"its image_size is 30; expected \[height, width\]"),
     ],
 )
-def test_what_cannot_be_used_is_left_out_and_told(
+def test_unusable_regions_are_skipped_and_reported(
     write: Callable[..., Path], changes: dict[str, object], reason: str
 ) -> None:
     import re
@@ -89,8 +89,8 @@ def test_what_cannot_be_used_is_left_out_and_told(
     assert re.search(reason, problems.first[0])
 
 
-def test_real_feature_files_are_built_read_and_understood(shared: Path, tmp_path: Path) -> None:
-    """Faster R-CNN's features of photographs, through shards and loader, into a model (`../shared/data`)."""
+def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
+    """Features of photographs by Faster R-CNN (`../shared/data`) pass through shards and loader into a model."""
     from PIL import Image
 
     folder = shared / "data" / "region_features"

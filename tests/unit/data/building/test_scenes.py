@@ -1,4 +1,4 @@
-"""Drawn scenes: captions are true and complete, distinct scenes share none, evaluation scenes are never trained on."""
+"""Synthetic scenes: captions are true, complete and unique; evaluation scenes are never trained on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def members(url: str) -> list[dict[str, bytes]]:
 
 
 def read_back(caption: str) -> tuple[frozenset, frozenset]:
-    """(things, relations) that a caption states, read by words alone and independently of the grammar's code."""
+    """Return the (things, relations) that a caption states, parsed independently of the grammar's code."""
     things = re.findall(THING, caption)
     relations = set()
     places = {"on the left": "left", "on the right": "right", "at the top": "top", "at the bottom": "bottom"}
@@ -69,12 +69,12 @@ def test_scenes_depend_on_the_configuration_alone():
     assert all((a.image == b.image).all() for a, b in zip(one, again, strict=True))
 
 
-def test_more_scenes_begin_with_the_same_ones():
+def test_more_scenes_extend_the_same_sequence():
     few, many = (list(draw_descriptions(SyntheticConfig(scenes=n, seed=1, distinct=True))) for n in (50, 80))
     assert many[:50] == few
 
 
-def test_every_caption_names_every_object_and_what_it_says_of_places_is_true():
+def test_captions_are_complete_and_true():
     for scene in draw_scenes(SyntheticConfig(scenes=300, captions=99, image_size=8)):
         description = scene.description
         assert len(scene.captions) == len(set(scene.captions)) >= 12
@@ -94,7 +94,7 @@ def test_every_caption_names_every_object_and_what_it_says_of_places_is_true():
             assert relations <= true, caption
 
 
-def test_scenes_that_differ_share_no_caption():
+def test_different_scenes_share_no_caption():
     seen: dict[str, Description] = {}
     config = SyntheticConfig(scenes=3000, distinct=True, captions=99)
     for number, description in enumerate(draw_descriptions(config)):
@@ -113,7 +113,7 @@ def test_all_shapes_colours_sizes_axes_and_counts_occur():
     assert all(len(set(d.things)) == len(d.things) for d in drawn)
 
 
-def test_the_picture_shows_what_the_description_says():
+def test_image_shows_the_description():
     for seed in range(40):
         first, second = Thing("large", "red", SHAPES[seed % 6]), Thing("small", "blue", SHAPES[seed // 6 % 6])
         description = Description(first, second, horizontal=seed % 2 == 0)
@@ -136,7 +136,7 @@ def test_excluded_scenes_are_never_drawn():
     assert not excluded & set(draw_descriptions(config, excluded))
 
 
-def test_sources_are_built_as_pairs_texts_and_pictures(tmp_path):
+def test_sources_are_built_for_every_type(tmp_path):
     sources = {
         "pairs": source(tmp_path, "pairs", scenes=450, image_size=24),
         "text": source(tmp_path, "text", "text", seed=2),
@@ -172,7 +172,7 @@ def test_equal_scenes_have_equal_image_ids():
     assert all(len(descriptions) == 1 for descriptions in by_id.values())
 
 
-def test_building_again_changes_nothing_and_building_elsewhere_gives_equal_shards(tmp_path):
+def test_building_is_idempotent_and_reproducible(tmp_path):
     one, other = source(tmp_path, "one", image_size=16), source(tmp_path, "other", image_size=16)
     build_synthetic(Storage(), {"one": one})
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
@@ -181,7 +181,7 @@ def test_building_again_changes_nothing_and_building_elsewhere_gives_equal_shard
     assert load_manifest(Storage(), one.shards).digest == load_manifest(Storage(), other.shards).digest
 
 
-def test_an_interrupted_drawing_is_begun_again(tmp_path):
+def test_interrupted_drawing_restarts(tmp_path):
     whole, cut = source(tmp_path, "whole", image_size=16), source(tmp_path, "cut", image_size=16)
     build_synthetic(Storage(), {"whole": whole, "cut": cut})
     (tmp_path / "cut" / "manifest.json").unlink()
@@ -191,13 +191,13 @@ def test_an_interrupted_drawing_is_begun_again(tmp_path):
     assert load_manifest(Storage(), cut.shards).digest == load_manifest(Storage(), whole.shards).digest
 
 
-def test_scenes_of_another_configuration_are_refused_by_name(tmp_path):
+def test_scenes_of_another_config_are_refused_by_name(tmp_path):
     build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=16)})
     with pytest.raises(DataError, match=r"'scenes'.*another configuration"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=24)})
 
 
-def test_tars_that_are_no_scenes_are_never_replaced(tmp_path):
+def test_foreign_tars_are_never_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "000000.tar").write_bytes(b"precious")
     with pytest.raises(DataError, match="mome shards index"):
@@ -205,7 +205,7 @@ def test_tars_that_are_no_scenes_are_never_replaced(tmp_path):
     assert (tmp_path / "mine" / "000000.tar").read_bytes() == b"precious"
 
 
-def test_excluding_what_is_no_synthetic_source_is_told(tmp_path):
+def test_excluding_an_unknown_source_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="'nothing' is not a synthetic source"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", exclude="nothing")})
     circle = {name: source(tmp_path, name, exclude=other) for name, other in (("a", "b"), ("b", "a"))}

@@ -1,4 +1,4 @@
-"""CSV and its relatives, Flickr's caption files and Parquet, as they are published and as people write them."""
+"""Importers of CSV, the caption files of Flickr8k and Flickr30k, and Parquet."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def test_tables_are_read_as_pairs(folder: Path, name: str, encoding: str) -> Non
 
 
 @pytest.mark.parametrize("caption", ["a cat | a dog", "a cat; a dog", "a cat\ta dog", "cat|dog;cat\tdog"])
-def test_a_delimiter_in_the_first_caption_is_not_the_tables(folder: Path, caption: str) -> None:
+def test_delimiter_detection_ignores_captions(folder: Path, caption: str) -> None:
     (folder / "t.csv").write_text(f"a.jpg,{caption}\nb.jpg,x\n")
     assert read(folder / "t.csv", Problems(strict=True)) == [("a", [" ".join(caption.split())]), ("b", ["x"])]
 
 
-def test_columns_are_chosen_by_name_or_number_and_told_where_they_cannot_be(folder: Path) -> None:
+def test_columns_are_chosen_by_name_or_number(folder: Path) -> None:
     file = folder / "odd.csv"
     file.write_text("a,b,c\nx,a.jpg,A dog .\n")
     with pytest.raises(DataError, match=r"odd\.csv.*a, b, c.*--image-column"):
@@ -75,7 +75,7 @@ def test_columns_are_chosen_by_name_or_number_and_told_where_they_cannot_be(fold
         read(file, Problems(), columns=Columns("d", "c"))
 
 
-def test_rows_that_cannot_be_used_are_told_with_their_lines(folder: Path) -> None:
+def test_unusable_rows_are_reported_with_lines(folder: Path) -> None:
     rows = [
         "image,caption",
         "a.jpg,good",
@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_used_are_told_with_their_lines(folder: Path) -> Non
         (["a.jpg,one\u2028two\x85three", "b.jpg,good"], [("a", ["one two three"]), ("b", ["good"])], []),
     ],
 )
-def test_a_quotation_mark_that_is_not_closed_costs_its_own_line(
+def test_unclosed_quotation_mark_affects_one_line_only(
     folder: Path, lines: list[str], expected: list[Any], lost: list[int]
 ) -> None:
     (folder / "t.csv").write_text("\n".join(["image,caption", *lines]), "utf-8")
@@ -120,7 +120,7 @@ def test_a_quotation_mark_that_is_not_closed_costs_its_own_line(
     assert [int(each.split("line ")[1].split(":")[0]) for each in problems.first] == lost
 
 
-def test_prose_is_no_table_and_refuses_a_folder_of_images(folder: Path) -> None:
+def test_prose_is_not_detected_as_a_table(folder: Path) -> None:
     file = folder / "book.txt"
     file.write_text("It was a dark night, and nothing moved.\nThen, a sound; and a light.\n")
     assert find_kind(file) == "text"
@@ -133,7 +133,7 @@ def write_parquet(file: Path, **columns: Any) -> Path:
     return file
 
 
-def test_parquet_holds_paths_bytes_or_both(folder: Path) -> None:
+def test_parquet_may_contain_paths_bytes_or_both(folder: Path) -> None:
     data = [(folder / name).read_bytes() for name in ("a.jpg", "b.jpg")]
     texts = [["A dog .", "A cat ."], ["Third ."]]
     both = [{"bytes": each, "path": "x.jpg"} for each in data]
@@ -158,7 +158,7 @@ def test_parquet_holds_paths_bytes_or_both(folder: Path) -> None:
     assert len({sample["__key__"] for sample in samples}) == 6
 
 
-def test_rows_of_parquet_that_cannot_be_used_are_counted(folder: Path) -> None:
+def test_unusable_parquet_rows_are_counted(folder: Path) -> None:
     data = (folder / "a.jpg").read_bytes()
     pictures = [data, None, b"text", data, data, data]
     texts = pyarrow.array([b"good", b"b", b"c", None, b"caf\xe9", b"\0"], pyarrow.binary()).view(pyarrow.string())
@@ -171,14 +171,14 @@ def test_rows_of_parquet_that_cannot_be_used_are_counted(folder: Path) -> None:
     }
 
 
-def test_a_value_of_parquet_that_python_cannot_hold_is_counted(folder: Path) -> None:
+def test_unrepresentable_parquet_values_are_counted(folder: Path) -> None:
     times = pyarrow.array([2**62, 0], pyarrow.timestamp("ms"))
     problems = Problems()
     assert read(write_parquet(folder / "t.parquet", image=["a.jpg", "a.jpg"], caption=times), problems) == []
     assert ["row 0: a value cannot be read" in problems.first[0], "datetime" in problems.first[1]] == [True, True]
 
 
-def test_of_mutated_tables_only_our_errors_come_out(folder: Path) -> None:
+def test_mutated_tables_raise_only_expected_errors(folder: Path) -> None:
     rng = random.Random(3)
     names = list(TABLES)
     for _ in range(fuzz_rounds(200)):
@@ -193,7 +193,7 @@ def test_of_mutated_tables_only_our_errors_come_out(folder: Path) -> None:
             assert all("\ufffd" not in caption and caption.encode() for _, captions in found for caption in captions)
 
 
-def test_of_mutated_parquet_only_our_errors_come_out(folder: Path) -> None:
+def test_mutated_parquet_raises_only_expected_errors(folder: Path) -> None:
     rng = random.Random(4)
     data = (folder / "a.jpg").read_bytes()
     buffer = io.BytesIO()

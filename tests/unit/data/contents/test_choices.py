@@ -1,4 +1,4 @@
-"""Lists of answers and classes: read from beside the shards, checked against the config, told by name when wrong."""
+"""Lists of answers and classes: loading from the shards' folder and checks against the config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.data.storage import Storage
 from tests.support.fine_tuning_data import COLOURS, run_config, write_set
 
 
-def test_a_list_reads_back_and_numbers_only_what_it_lists() -> None:
+def test_choices_round_trip_and_number_listed_names_only() -> None:
     choices = Choices(("ja", "neïn", "2"))
     again = Choices.from_bytes(choices.to_bytes(), "there")
     assert again == choices
@@ -26,12 +26,12 @@ def test_a_list_reads_back_and_numbers_only_what_it_lists() -> None:
     [(b"{}", "expected a JSON list"), (b"[]", "expected a JSON list"), (b"[1]", "expected a JSON list"),
      (b'["a", "a"]', "'a' is listed more than once"), (b"no", "is not JSON")],
 )  # fmt: skip
-def test_what_is_no_list_of_texts_is_refused_with_its_place(content: bytes, told: str) -> None:
+def test_malformed_choices_are_refused_with_their_location(content: bytes, told: str) -> None:
     with pytest.raises(ConfigError, match=f"there.*{told}"):
         Choices.from_bytes(content, "there")
 
 
-def test_answers_are_found_beside_the_shards_or_where_the_stage_says(tmp_path: Path) -> None:
+def test_answers_are_loaded_from_shards_or_from_the_stages_url(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
     assert load_answers(config, config.stages[0], storage) == Choices((*COLOURS, "yes", "no"))
     (tmp_path / "other.json").write_text(json.dumps(["a", "b"]))
@@ -40,7 +40,7 @@ def test_answers_are_found_beside_the_shards_or_where_the_stage_says(tmp_path: P
     assert choices_of(config, [named], storage).keys() == {ANSWERS}
 
 
-def test_a_list_of_another_length_or_none_at_all_is_told_with_what_to_set(tmp_path: Path) -> None:
+def test_missing_or_mismatched_answers_name_the_key_to_set(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=7), Storage()
     with pytest.raises(ConfigError, match=r"num_answers: 7, but .* lists 6"):
         load_answers(config, config.stages[0], storage)
@@ -49,7 +49,7 @@ def test_a_list_of_another_length_or_none_at_all_is_told_with_what_to_set(tmp_pa
         load_answers(config, gone, storage)
 
 
-def test_classes_need_no_names_but_those_there_are_must_fit(tmp_path: Path) -> None:
+def test_class_names_are_optional_but_must_match(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "labelled", "classification", 1, num_classes=4), Storage()
     stage = config.stages[0]
     assert choices_of(config, [stage], storage) == {CLASSES: Choices(COLOURS)}

@@ -1,4 +1,4 @@
-"""Decoding: every kind of picture people have, upright and over white; bad ones refused; crops and resizing."""
+"""Image decoding in every format and mode, refusal of bad images, crops and resizing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIMIT = 1_000_000
 
 
 def picture(height: int = 60, width: int = 90) -> np.ndarray:
-    """Smooth and different in every direction, so that a turned copy is another picture."""
+    """Return a smooth image without symmetry, so that every rotation gives a different image."""
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([255 * x / width, 255 * y / height, 127 + 120 * np.sin(x / 9) * np.cos(y / 7)], axis=2)
     return image.astype(np.uint8)
@@ -68,7 +68,7 @@ LOSSLESS = [
 
 
 @pytest.mark.parametrize(("kind", "options"), LOSSLESS)
-def test_lossless_pictures_come_back_exactly(kind, options):
+def test_lossless_images_come_back_exactly(kind, options):
     image = picture()
     found = decode(encoded(image, kind, **options), LIMIT)
     assert psnr(found, image) > (40 if kind == "AVIF" else 90)
@@ -118,7 +118,7 @@ def test_pixels_of_unknown_range_are_bad(mode):
         decode(encoded(Image.fromarray(picture()).convert(mode), "TIFF"), LIMIT)
 
 
-def test_the_transparent_colour_of_a_16_bit_png_is_white():
+def test_transparent_colour_of_a_16_bit_png_is_white():
     grey = np.array([[0, 300, 65535], [300, 301, 40000]], dtype=np.uint16)
     found = decode(encoded(Image.fromarray(grey), "PNG", transparency=300), LIMIT)
     assert (found[:, :, 0] == [[0, 255, 255], [255, 1, 156]]).all()
@@ -128,7 +128,7 @@ def test_the_transparent_colour_of_a_16_bit_png_is_white():
     ("kind", "options"),
     [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {}), ("AVIF", {"quality": 100})],
 )
-def test_what_is_transparent_is_white(kind, options):
+def test_transparent_pixels_become_white(kind, options):
     pixels = np.dstack([np.zeros((10, 10, 3), np.uint8), np.full((10, 10), 255, np.uint8)])
     pixels[:, :5, 3] = 0
     found = decode(encoded(Image.fromarray(pixels), kind, **options), LIMIT)
@@ -136,7 +136,7 @@ def test_what_is_transparent_is_white(kind, options):
     assert (found[:, 5:] <= (2 if kind == "AVIF" else 0)).all()
 
 
-def test_a_transparent_palette_colour_is_white():
+def test_transparent_palette_colour_is_white():
     image = Image.fromarray(np.zeros((4, 4), np.uint8), "P")
     image.putpalette([0, 0, 0, 9, 9, 9])
     assert (decode(encoded(image, "PNG", transparency=0), LIMIT) == 255).all()
@@ -144,7 +144,7 @@ def test_a_transparent_palette_colour_is_white():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 95}), *LOSSLESS])
-def test_a_picture_stands_upright(kind, options, orientation):
+def test_exif_orientation_is_applied(kind, options, orientation):
     if kind == "BMP":
         pytest.skip("BMP has no EXIF")
     exif = Image.Exif()
@@ -159,7 +159,7 @@ def test_a_picture_stands_upright(kind, options, orientation):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_cut_file_is_bad(kind):
+def test_truncated_files_are_bad(kind):
     data = encoded(picture(300, 300), kind)
     for share in (0.02, 0.3, 0.9):
         with pytest.raises(BadSample) as error:
@@ -168,7 +168,7 @@ def test_a_cut_file_is_bad(kind):
         assert error.value.reason
 
 
-def test_a_jpeg_with_damaged_bytes_is_bad_where_lenient_decoders_return_noise():
+def test_damaged_jpegs_are_bad_where_lenient_decoders_succeed():
     data = bytearray(encoded(picture(300, 300), "JPEG", quality=90))
     data[len(data) // 2 : len(data) // 2 + 3] = b"\xff\xd3\x77"
     assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is not None
@@ -184,14 +184,14 @@ def test_a_jpeg_with_damaged_bytes_is_bad_where_lenient_decoders_return_noise():
         encoded(picture(), "PPM"), encoded(picture(), "ICO"), encoded(picture(), "JPEG2000"),
     ],
 )  # fmt: skip
-def test_what_is_no_picture_is_bad_to_decoder_and_index(data):
+def test_non_images_are_bad_to_decoder_and_index(data):
     for judge in (lambda: decode(data, LIMIT), lambda: measure(data)):
         with pytest.raises(BadSample):
             judge()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_picture_above_the_pixel_limit_is_a_bomb(kind):
+def test_images_above_the_pixel_limit_are_bad(kind):
     data = encoded(picture(100, 100), kind)
     assert decode(data, 10_000).shape == (100, 100, 3)
     with pytest.raises(BadSample, match="bomb"):
@@ -203,7 +203,7 @@ def chunk(name: bytes, data: bytes, is_intact: bool = True) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
 
-def test_a_bomb_is_refused_by_its_header_alone():
+def test_bombs_are_refused_from_the_header():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9_000, 9_000, 8, 2, 0, 0, 0))
     png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"never read")
     with pytest.raises(BadSample, match="bomb"):
@@ -212,15 +212,15 @@ def test_a_bomb_is_refused_by_its_header_alone():
 
 @pytest.mark.parametrize(("height", "width"), [(1, 70_000), (70_000, 400), (1, 201), (402, 2)])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
-def test_a_picture_of_an_impossible_shape_is_bad(kind, height, width):
+def test_images_of_extreme_shape_are_bad(kind, height, width):
     data = encoded(Image.new("L", (width, height)), kind)
     with pytest.raises(BadSample, match="ratio"):
         decode(data, 10**9)
     assert decode(encoded(Image.new("L", (200, 1)), kind), 10**9).shape == (1, 200, 3)
 
 
-def test_converting_a_large_picture_takes_few_copies():
-    """Of the default limit of 25 million pixels; a picture of every pixel in RGBA alone takes 100 MB in Pillow."""
+def test_large_images_are_converted_in_bounded_memory():
+    """At the default limit of 25 million pixels, one RGBA copy of the image takes 100 MB in Pillow."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("peaks of memory are told by Linux alone")
     code = """
@@ -276,7 +276,7 @@ ODD_CHUNKS = {
 
 @pytest.mark.parametrize("oddity", ODD_CHUNKS)
 @pytest.mark.parametrize("place", ["before", "behind"])
-def test_damaged_metadata_makes_no_png_bad(oddity, place):
+def test_pngs_with_damaged_metadata_are_decoded(oddity, place):
     data = encoded(picture(), "PNG")
     at = 33 if place == "before" else -12  # behind IHDR, before IEND
     odd = data[:at] + ODD_CHUNKS[oddity] + data[at:]
@@ -289,13 +289,13 @@ def test_damaged_metadata_makes_no_png_bad(oddity, place):
 
 @pytest.mark.parametrize("behind", [b"A" * 100, b"\0\0\0\1ABCDEFGH", b"\0\0\0\0IDAT\0\0\0\0", bytes(2000)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-def test_what_follows_a_pictures_end_does_not_matter(behind, kind):
+def test_trailing_bytes_are_ignored(behind, kind):
     data = encoded(picture(), kind)
     assert (decode(data + behind, LIMIT) == decode(data, LIMIT)).all()
     assert measure(data + behind) == measure(data)
 
 
-def test_a_png_with_damaged_text_keeps_its_transparency_and_orientation():
+def test_repaired_png_keeps_transparency_and_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6
     grey = np.arange(60, dtype=np.uint8).reshape(6, 10)
@@ -308,7 +308,7 @@ def test_a_png_with_damaged_text_keeps_its_transparency_and_orientation():
 
 @pytest.mark.parametrize("exif", DAMAGED_EXIF)
 @pytest.mark.parametrize("lossless", [False, True])
-def test_damaged_metadata_makes_no_webp_bad(exif, lossless):
+def test_webps_with_damaged_metadata_are_decoded(exif, lossless):
     alpha = np.dstack([picture(), np.full((60, 90), 200, np.uint8)])
     for image in (picture(), alpha):
         plain = encoded(image, "WEBP", lossless=lossless, exact=True)
@@ -326,7 +326,7 @@ def webp_chunk(name: bytes, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_of_an_animation_the_first_frame_is_taken_and_the_index_tells(kind):
+def test_animations_give_their_first_frame_and_are_marked(kind):
     frames = [Image.fromarray(np.full((20, 30, 3), value, np.uint8)) for value in (40, 120, 200)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     assert np.abs(decode(data, LIMIT).astype(int) - 40).max() <= 3
@@ -358,7 +358,7 @@ def test_every_exception_of_a_decoder_is_a_bad_sample(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_of_mutated_pictures_only_bad_samples_come_out_and_the_index_agrees(kind):
+def test_mutated_images_raise_only_bad_samples(kind):
     rng = random.Random(kind)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -430,8 +430,8 @@ def test_resizing_a_photo_equals_pillows_bicubic():
         (40, 30, 64),
     ],
 )
-def test_resizing_equals_pillows_passes_over_rows_and_then_columns(height, width, shape, interpolation):
-    """Within 2 grey levels, at any shape and for the sharpest edges: Pillow's order up to version 12."""
+def test_resizing_equals_pillows_rows_before_columns(height, width, shape, interpolation):
+    """Results agree within 2 grey levels for any shape and sharp edges, in the order of Pillow up to version 12."""
     kernel = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
     noise = np.random.default_rng(0).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
     for image in (noise, picture(height, width)):
@@ -441,7 +441,7 @@ def test_resizing_equals_pillows_passes_over_rows_and_then_columns(height, width
         assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-def test_a_model_reads_images_by_its_own_interpolation():
+def test_model_reads_images_by_its_own_interpolation():
     image = picture(90, 70)
     for interpolation in ("bicubic", "bilinear"):
         model = ViTConfig(image_size=32, interpolation=interpolation)
@@ -449,13 +449,13 @@ def test_a_model_reads_images_by_its_own_interpolation():
     assert (resize(image, 32, "bicubic") != resize(image, 32, "bilinear")).any()
 
 
-def test_a_crop_of_a_view_resizes_like_its_copy():
+def test_crops_of_views_resize_like_copies():
     view = picture(200, 300)[20:150, 31:222]
     assert (resize(view, 64) == resize(view.copy(), 64)).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (224, 224)])
-def test_crops_keep_to_their_scale_and_ratio(height, width):
+def test_crops_respect_scale_and_ratio(height, width):
     for key in range(500):
         top, left, crop_height, crop_width = draw_crop(height, width, (0.5, 1.0), CounterRandom(hash64(key)))
         assert 0 <= top <= height - crop_height
@@ -465,13 +465,13 @@ def test_crops_keep_to_their_scale_and_ratio(height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (7, 3), (20, 2000)])
-def test_pictures_of_any_shape_are_cropped(height, width):
+def test_images_of_any_shape_are_cropped(height, width):
     for key in range(20):
         crop = random_resized_crop(picture(height, width), 32, (0.5, 1.0), CounterRandom(key))
         assert crop.shape == (32, 32, 3)
 
 
-def test_a_crop_is_decided_by_its_key():
+def test_crops_depend_on_the_key_alone():
     one, again, other = (random_resized_crop(picture(), 32, (0.2, 1.0), CounterRandom(key)) for key in (5, 5, 6))
     assert (one == again).all()
     assert (one != other).any()

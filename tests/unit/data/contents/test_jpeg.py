@@ -1,6 +1,6 @@
-"""JPEGs as cameras and editors write them: decoded where only a header is odd, refused where pixels are damaged.
+"""JPEGs of cameras and editors: decoded if only metadata is odd, refused if pixels are damaged.
 
-Most are written by `sampled_jpeg`, which knows any chroma sampling; the oddities are then put between its segments.
+Most are written by `sampled_jpeg`, which supports any chroma sampling; oddities are inserted between its segments.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def factors_of(sampling: str) -> Factors:
 
 @functools.cache
 def sampled_jpeg(factors: Factors, progressive: bool = False, height: int = HEIGHT, width: int = WIDTH) -> bytes:
-    """A JPEG of DC coefficients in any sampling: `factors` of 1 (grey), 3 (YCbCr) or 4 (CMYK) components."""
+    """Return a JPEG of DC coefficients in any sampling: `factors` of 1 (grey), 3 (YCbCr) or 4 (CMYK) components."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")  # for its tables
     standard = buffer.getvalue()
@@ -108,14 +108,14 @@ def saved(image: np.ndarray | Image.Image, **options) -> bytes:
 
 
 def with_segments(data: bytes, *added: bytes, before: int | None = None) -> bytes:
-    """The JPEG with bytes put behind its SOI, or before its first segment of a marker."""
+    """Return the JPEG with bytes inserted after its SOI, or before its first segment of a marker."""
     at = 2 if before is None else data.index(bytes([0xFF, before]))
     return data[:at] + b"".join(added) + data[at:]
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_every_chroma_sampling_is_decoded_as_pillow_does(sampling, progressive):
+def test_every_chroma_sampling_decodes_as_in_pillow(sampling, progressive):
     data = sampled_jpeg(factors_of(sampling), progressive)
     found = decode(data, LIMIT)
     assert (found == pillows(data)).all()
@@ -126,7 +126,7 @@ def test_every_chroma_sampling_is_decoded_as_pillow_does(sampling, progressive):
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_cut_or_corrupt_pixels_are_bad_in_every_sampling(sampling, progressive):
+def test_corrupt_pixels_are_bad_in_every_chroma_sampling(sampling, progressive):
     data = sampled_jpeg(factors_of(sampling), progressive)
     begin = data.index(b"\xff\xda") + 20
     for share in (0.0, 0.3, 0.7, 0.99):
@@ -175,7 +175,7 @@ ODD = {
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("oddity", ODD)
-def test_what_libjpeg_only_warns_of_is_decoded(oddity, mode):
+def test_jpegs_with_harmless_oddities_are_decoded(oddity, mode):
     data = saved(Image.fromarray(picture()).convert(mode), quality=90)
     odd = ODD[oddity](data)
     assert odd != data
@@ -190,7 +190,7 @@ def test_what_libjpeg_only_warns_of_is_decoded(oddity, mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_odd_jpeg_stands_upright_too(orientation):
+def test_odd_jpegs_are_rotated_too(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     for data in (saved(picture(), exif=exif), sampled_jpeg(factors_of("4x2 1x1 1x1"))):
@@ -202,7 +202,7 @@ def test_an_odd_jpeg_stands_upright_too(orientation):
         assert (measure(odd).height, measure(odd).width) == (height, width)
 
 
-def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
+def test_jpegs_of_hundreds_of_scans_are_refused():
     data = saved(Image.fromarray(picture()).convert("L"), progressive=True)
     scans = [each for each in jpeg.segments(data) if each.marker == 0xDA]
     again = data[scans[0].start - 4 : scans[0].stop]
@@ -213,8 +213,8 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded():
         decode(many, LIMIT)
 
 
-def test_a_sequential_jpeg_of_hundreds_of_scans_is_refused_at_the_cost_of_one():
-    """The first scan holds all components, so that no decoder reads the others; it refuses the file."""
+def test_extra_scans_of_sequential_jpegs_are_refused():
+    """The first scan contains all components, so that decoders read no other one and fail on the surplus."""
     data = saved(picture())
     (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]
     many = data[: scan.stop] + jpeg.MAX_SCANS * data[scan.start - 4 : scan.stop] + data[scan.stop :]
@@ -223,7 +223,7 @@ def test_a_sequential_jpeg_of_hundreds_of_scans_is_refused_at_the_cost_of_one():
         decode(many, LIMIT)
 
 
-def test_scans_of_single_components_and_progressive_scans_are_counted():
+def test_scans_are_counted_in_every_mode():
     data = saved(picture())
     (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]
     of_one = data[: scan.start - 2] + b"\0\x08\x01\x01\0\0\x3f\0" + data[scan.end :]
@@ -233,13 +233,13 @@ def test_scans_of_single_components_and_progressive_scans_are_counted():
     assert not jpeg.has_one_scan(progressive, jpeg.read_header(progressive))
 
 
-def test_thumbnails_and_other_metadata_are_no_scans():
+def test_metadata_is_not_counted_as_scans():
     data = with_segments(saved(picture()), *10 * [segment(0xE1, b"Exif\0\0" + 50 * b"\xff\xda\0\x08")])
     assert decode(data, LIMIT).shape == (HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize("options", [{"precision": 12}, {"height": 0}, {"width": 0}])
-def test_what_libjpeg_cannot_decode_is_bad(options):
+def test_undecodable_jpegs_are_bad(options):
     data = bytearray(saved(picture()))
     at = data.index(b"\xff\xc0") + 4
     places = {"precision": slice(at, at + 1), "height": slice(at + 1, at + 3), "width": slice(at + 3, at + 5)}
@@ -259,7 +259,7 @@ def test_what_libjpeg_cannot_decode_is_bad(options):
         {"optimize": True, "restart_marker_rows": 1},
     ],
 )
-def test_the_entropy_check_agrees_with_the_strict_decoder(options):
+def test_entropy_check_agrees_with_the_strict_decoder(options):
     noise = np.random.default_rng(0).integers(0, 60, (40, 60, 3))
     rng = random.Random(1)
     for mode in ("RGB", "L"):

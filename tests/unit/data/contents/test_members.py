@@ -42,7 +42,7 @@ def test_missing_empty_and_unreadable_captions_are_bad_samples(members: dict[str
         captions_of(members)
 
 
-def test_picture_is_found_by_its_exact_extension():
+def test_image_is_found_by_its_exact_extension():
     assert image_bytes({"seg.png": b"mask", "webp": b"picture"}) == b"picture"
     with pytest.raises(BadSample, match=r"no image.*it has seg\.png"):
         image_bytes({"seg.png": b"mask"})
@@ -56,12 +56,12 @@ def test_equal_images_have_equal_ids():
 
 
 @pytest.mark.parametrize("extension", ["pkl", "pth", "pickle", "features.pt"])
-def test_a_member_that_executes_code_when_loaded_refuses_its_sample(extension: str):
+def test_samples_with_executable_members_are_bad(extension: str):
     with pytest.raises(BadSample, match=r"executes code when it is loaded"):
         check_members({"jpg": b"", extension: b""}, is_duplicate=False)
     check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
 
 
-def test_a_key_that_stands_twice_is_refused():
+def test_duplicate_keys_are_refused():
     with pytest.raises(BadSample, match=r"occurs twice"):
         check_members({"jpg": b""}, is_duplicate=True)

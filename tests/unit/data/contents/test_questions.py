@@ -1,4 +1,4 @@
-"""Samples of questions, statements and classes: what they say, what is bad about them, and the rows they become."""
+"""Samples of questions, statements and classes: parsing, faults, and the examples built from them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def members(**record: Any) -> dict[str, bytes]:
     return {"jpg": b"", "json": json.dumps(record).encode()}
 
 
-def test_a_question_has_its_text_its_scored_answers_and_its_id() -> None:
+def test_questions_have_text_scored_answers_and_id() -> None:
     found = question_of(members(question=" why? ", answers={"so": 1, "no": 0.3}, question_id=7))
     assert (found.text, found.answers, found.id) == ("why?", {"so": 1, "no": 0.3}, "7")
 
@@ -46,13 +46,13 @@ def test_a_question_has_its_text_its_scored_answers_and_its_id() -> None:
         ({"answers": {"so": 1}}, "no question"),
     ],
 )
-def test_a_bad_question_is_told_with_its_reason(record: dict[str, Any], reason: str) -> None:
+def test_bad_questions_are_reported_with_a_reason(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         question_of(members(**record))
 
 
 @pytest.mark.parametrize("label", [True, 1, False, 0])
-def test_a_statement_is_true_or_false(label: object) -> None:
+def test_statement_is_true_or_false(label: object) -> None:
     found = statement_of(members(sentence="it is red", label=label, id="dev-1-0-0"))
     assert (found.text, found.is_true, found.id) == ("it is red", bool(label), "dev-1-0-0")
 
@@ -62,19 +62,19 @@ def test_a_statement_is_true_or_false(label: object) -> None:
     [({"sentence": "red"}, "neither true nor false"), ({"sentence": "red", "label": "True"}, "neither true nor false"),
      ({"label": True}, "no sentence")],
 )  # fmt: skip
-def test_a_bad_statement_is_told_with_its_reason(record: dict[str, Any], reason: str) -> None:
+def test_bad_statements_are_reported_with_a_reason(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         statement_of(members(**record))
 
 
-def test_two_pictures_are_found_by_number_or_side_and_a_missing_one_is_told() -> None:
+def test_both_images_are_found_by_number_or_side() -> None:
     assert both_images({"0.jpg": b"a", "1.png": b"b"}) == (b"a", b"b")
     assert both_images({"right.jpg": b"b", "left.webp": b"a"}) == (b"a", b"b")
     with pytest.raises(BadSample, match=r"no image 1.jpg or right.jpg .*; it has 0.jpg"):
         both_images({"0.jpg": b"a"})
 
 
-def test_a_class_is_the_number_in_cls_below_the_number_of_classes() -> None:
+def test_class_is_the_number_in_cls_below_num_classes() -> None:
     assert class_of({"cls": b" 3\n"}, 4) == 3
     for content, reason in ((b"cat", "not a class number"), (b"4", "class is 4; expected 0 to 3")):
         with pytest.raises(BadSample, match=reason):
@@ -83,13 +83,13 @@ def test_a_class_is_the_number_in_cls_below_the_number_of_classes() -> None:
         class_of({"jpg": b""})
 
 
-def test_texts_of_any_use_are_found() -> None:
+def test_texts_of_every_source_type_are_found() -> None:
     assert texts_of(members(question="why?", answers={})) == ["why?"]
     assert texts_of(members(sentence="it is")) == ["it is"]
     assert texts_of(members(captions=["one"], question="why?")) == ["one"]
 
 
-def test_check_judges_each_use_as_training_does(tmp_path: Path) -> None:
+def test_shard_check_agrees_with_training_for_every_type(tmp_path: Path) -> None:
     for source_type, other in (("questions", "statements"), ("statements", "questions"), ("labelled", "questions")):
         config = run_config(tmp_path, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type])
         for sample in list(iter_samples(Storage(), config.sources["test"].shards))[:3]:
@@ -109,7 +109,7 @@ def first_batch(folder: Path, source_type: str, rank: int = 0, world_size: int =
         return next(loader.batches(0))
 
 
-def test_rows_of_questions_hold_listed_answers_with_their_scores(tmp_path: Path) -> None:
+def test_examples_of_questions_have_listed_answers_with_scores(tmp_path: Path) -> None:
     batch = first_batch(tmp_path, "questions")
     assert batch.text is not None
     assert batch.answers is not None
@@ -122,7 +122,7 @@ def test_rows_of_questions_hold_listed_answers_with_their_scores(tmp_path: Path)
     assert batch.answer_scores[~given].tolist() == [0.0] * (32 * 9)
 
 
-def test_rows_of_statements_hold_both_pictures_and_the_label(tmp_path: Path) -> None:
+def test_examples_of_statements_have_both_images_and_the_label(tmp_path: Path) -> None:
     batch = first_batch(tmp_path, "statements")
     assert batch.image is not None
     assert batch.second_image is not None
@@ -137,7 +137,7 @@ def test_rows_of_statements_hold_both_pictures_and_the_label(tmp_path: Path) -> 
     assert (np.sign(redness[0] - redness[1]) != 0).all()
 
 
-def test_ranks_rows_together_are_the_whole_batch(tmp_path: Path) -> None:
+def test_ranks_together_read_the_whole_batch(tmp_path: Path) -> None:
     for source_type in _OBJECTIVES:
         whole = first_batch(tmp_path, source_type)
         parts = [first_batch(tmp_path, source_type, rank, 3) for rank in range(3)]
@@ -146,7 +146,7 @@ def test_ranks_rows_together_are_the_whole_batch(tmp_path: Path) -> None:
                 assert torch.equal(torch.cat([getattr(part, name) for part in parts]), expected), (source_type, name)
 
 
-def test_another_list_of_answers_is_other_data(tmp_path: Path) -> None:
+def test_another_list_of_answers_changes_the_digest(tmp_path: Path) -> None:
     config, storage = run_config(tmp_path, "questions", "vqa", 1, num_answers=6), Storage()
     (tmp_path / "other.json").write_text(json.dumps(["no", *COLOURS, "yes"]))
     other = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json")})
@@ -158,8 +158,8 @@ def test_another_list_of_answers_is_other_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("answer", "flipped"), [("up", True), ("left", False)])
-def test_a_picture_is_not_mirrored_where_the_answer_says_a_side(tmp_path: Path, answer: str, flipped: bool) -> None:
-    """The question does not say it: 'which side is it on?' alone would let the picture be mirrored."""
+def test_images_are_not_mirrored_if_an_answer_names_a_side(tmp_path: Path, answer: str, flipped: bool) -> None:
+    """The question does not name a side: 'which side is it on?' alone would allow mirroring."""
     from tests.support.fine_tuning_data import picture_of_sides
 
     record = {"question": "where is it?", "answers": {answer: 1.0}}

@@ -1,4 +1,4 @@
-"""The regions member: read as written, measured before it is trusted, and masked by counters."""
+"""The regions member: round trip, checks of untrusted content, and masking."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def arrays(count: int = 5, numbers: int = 8) -> dict[str, np.ndarray]:
 
 
 def packed(compressed: bool = False, **changed: Any) -> bytes:
-    """The member with some arrays changed, or left out where None is given."""
+    """Return the member with some arrays changed, or removed where the value is None."""
     given = {name: array for name, array in (arrays() | changed).items() if array is not None}
     buffer = io.BytesIO()
     (np.savez_compressed if compressed else np.savez)(buffer, **given)
@@ -46,7 +46,7 @@ def packed(compressed: bool = False, **changed: Any) -> bytes:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_what_is_written_is_read(compressed: bool) -> None:
+def test_regions_round_trip(compressed: bool) -> None:
     found, given = parse_regions(packed(compressed)), arrays()
     assert np.array_equal(found.features, given["features"])
     assert np.array_equal(found.boxes, given["boxes"])
@@ -55,7 +55,7 @@ def test_what_is_written_is_read(compressed: bool) -> None:
     assert np.array_equal(found.confidences, given["confidences"])
 
 
-def test_our_own_member_is_read_as_it_was_and_always_the_same_bytes() -> None:
+def test_written_regions_read_back_with_the_same_bytes() -> None:
     found = parse_regions(packed())
     assert found.to_bytes() == found.to_bytes()
     again = parse_regions(found.to_bytes())
@@ -76,13 +76,13 @@ def test_half_precision_features_are_read_as_float32() -> None:
     assert found.features.dtype == np.float32
 
 
-def test_location_is_corners_by_sides_and_the_share_of_the_area() -> None:
+def test_location_is_relative_corners_and_area() -> None:
     record = RegionRecord(np.zeros((1, 2), np.float32), np.array([[8, 6, 40, 30]], np.float32), (60, 80))
     expected = [[8 / 80, 6 / 60, 40 / 80, 30 / 60, 32 * 24 / (80 * 60)]]
     np.testing.assert_allclose(record.locations(), expected, rtol=1e-6)
 
 
-def test_the_most_confident_regions_come_first_if_there_are_too_many() -> None:
+def test_most_confident_regions_are_kept() -> None:
     record = parse_regions(packed(confidences=np.array([0.3, 0.9, 0.1, 0.9, 0.5], np.float32)))
     best = record.most_confident(3)
     assert best.classes.tolist() == [1, 3, 4]  # equals keep their order
@@ -92,7 +92,7 @@ def test_the_most_confident_regions_come_first_if_there_are_too_many() -> None:
     assert parse_regions(packed(confidences=None)).most_confident(2).classes.tolist() == [0, 1]
 
 
-def test_a_box_that_rounding_took_outside_is_cut() -> None:
+def test_boxes_slightly_outside_are_clipped() -> None:
     boxes = arrays()["boxes"]
     boxes[0] = [-0.4, 0, WIDTH + 0.7, HEIGHT]
     assert parse_regions(packed(boxes=boxes)).boxes[0].tolist() == [0, 0, WIDTH, HEIGHT]
@@ -135,24 +135,24 @@ def changed(name: str, where: tuple[int, ...], value: float) -> dict[str, np.nda
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_every_fault_is_told(change: dict[str, Any], reason: str) -> None:
+def test_every_fault_of_regions_is_reported(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadSample, match=reason) as error:
         parse_regions(packed(**change))
     assert error.value.stage == "regions"
 
 
-def test_a_sample_without_regions_says_what_makes_them() -> None:
+def test_sample_without_regions_names_the_command_for_them() -> None:
     with pytest.raises(BadSample, match=r"no regions \(npz; see `mome shards regions`\); it has jpg, json"):
         regions_of({"jpg": b"", "json": b""})
 
 
 @pytest.mark.parametrize("data", [b"", b"no zip", b"PK\x03\x04 cut"])
-def test_bytes_that_are_no_npz_are_a_bad_sample(data: bytes) -> None:
+def test_non_npz_bytes_are_a_bad_sample(data: bytes) -> None:
     with pytest.raises(BadSample, match="cannot be read as an npz"):
         parse_regions(data)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_bombs_are_refused_before_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regions, "MAX_BYTES", 100_000)
     bomb = packed(compressed=True, features=np.zeros((5, 8000), np.float32))
     assert len(bomb) < 5000
@@ -161,13 +161,13 @@ def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch
 
 
 def npy(header: bytes, data: bytes) -> bytes:
-    """An npy file whose header may lie."""
+    """Return an npy file whose header may be wrong."""
     header = header.ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
 
 
 @pytest.mark.parametrize("shape", [b"(99999999999, 1024)", b"(-5, 8)", b"(-5, -8)", b"(2, 2)", b"()"])
-def test_a_header_that_promises_more_than_there_is_is_refused_before_memory_is_given(shape: bytes) -> None:
+def test_npz_headers_are_checked_before_allocation(shape: bytes) -> None:
     buffer = io.BytesIO(packed())
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w") as new:
         for entry in old.infolist():
@@ -177,8 +177,8 @@ def test_a_header_that_promises_more_than_there_is_is_refused_before_memory_is_g
         parse_regions(out.getvalue())
 
 
-def test_a_size_that_lies_in_the_zip_is_found_out() -> None:
-    """The zip's directory says 40 bytes where megabytes are packed: no more than 40 are unpacked."""
+def test_wrong_sizes_in_the_zip_are_detected() -> None:
+    """The zip's directory declares 40 bytes for megabytes of content: at most 40 are unpacked."""
     data = bytearray(packed(compressed=True, features=np.zeros((5, 200_000), np.float32)))
     size = (128 + 5 * 200_000 * 4).to_bytes(4, "little")
     while (at := data.find(size)) >= 0:
@@ -187,7 +187,7 @@ def test_a_size_that_lies_in_the_zip_is_found_out() -> None:
         parse_regions(bytes(data))
 
 
-def test_packing_that_numpy_does_not_use_is_refused() -> None:
+def test_unusual_zip_compression_is_refused() -> None:
     buffer = io.BytesIO(packed())
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_LZMA) as new:
         for entry in old.infolist():
@@ -198,7 +198,7 @@ def test_packing_that_numpy_does_not_use_is_refused() -> None:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_whatever_the_bytes_only_a_bad_sample_is_raised(compressed: bool) -> None:
+def test_mutated_regions_raise_only_bad_samples(compressed: bool) -> None:
     whole, random = packed(compressed), np.random.default_rng(1)
     for _ in range(400):
         data = bytearray(whole)
@@ -211,7 +211,7 @@ def test_whatever_the_bytes_only_a_bad_sample_is_raised(compressed: bool) -> Non
             continue
 
 
-def test_a_model_that_cannot_read_the_regions_says_which_key() -> None:
+def test_regions_that_do_not_fit_the_model_name_the_key() -> None:
     record = parse_regions(packed())
     check_fit(record, 8, 5)
     with pytest.raises(BadSample, match=r"8 features per region, but model\.region_features is 2048"):
@@ -224,7 +224,7 @@ def test_a_model_that_cannot_read_the_regions_says_which_key() -> None:
         check_fit(unnamed, 8, 5)
 
 
-def test_fifteen_in_a_hundred_regions_are_masked_at_least_one_and_nine_in_ten_zeroed() -> None:
+def test_region_masking_has_the_configured_fractions() -> None:
     zeroed = total = 0
     for seed in range(300):
         positions, is_zeroed = mask_regions(40, 0.15, CounterRandom(seed))
@@ -237,12 +237,12 @@ def test_fifteen_in_a_hundred_regions_are_masked_at_least_one_and_nine_in_ten_ze
     assert masked_at_most(3, 0.15) == 1
 
 
-def test_masking_is_the_counter_s_alone() -> None:
+def test_region_masks_depend_on_the_counter_alone() -> None:
     one, other = (mask_regions(20, 0.15, CounterRandom(7)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_sample_without_a_picture_is_named_by_its_regions() -> None:
+def test_samples_without_image_are_identified_by_regions() -> None:
     one, other = packed(), packed(confidences=None)
     assert image_id_of({"npz": one}) == image_id_of({"npz": one, "txt": b"a caption"}) != image_id_of({"npz": other})
     named = {"json": b'{"image_id": 3}'}

@@ -1,4 +1,4 @@
-"""The tokenizer: BERT's, framed, cut, with its words; vocabularies that are functions of the captions."""
+"""The WordPiece tokenizer and the training of vocabularies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(CAPTIONS * 20, size=160)
 
 
-def test_a_text_is_framed_and_its_words_are_numbered(tokenizer):
+def test_texts_are_framed_and_words_numbered(tokenizer):
     tokens = tokenizer.encode("A red playground", max_length=40)
     assert tokens.ids[0] == tokenizer.cls_id
     assert tokens.ids[-1] == tokenizer.sep_id
@@ -39,7 +39,7 @@ def test_a_text_is_framed_and_its_words_are_numbered(tokenizer):
     assert len(tokens.ids) == len(tokens.word_of) > 5  # 'playground' was never seen, so it takes several tokens
 
 
-def test_a_long_text_is_cut_to_the_length_with_its_frame(tokenizer):
+def test_long_texts_are_truncated_with_their_frame(tokenizer):
     whole, cut = (tokenizer.encode(CAPTIONS[0], length) for length in (100, 7))
     assert len(cut) == 7
     assert cut.ids[-1] == tokenizer.sep_id
@@ -47,7 +47,7 @@ def test_a_long_text_is_cut_to_the_length_with_its_frame(tokenizer):
     assert cut.word_of[:-1] == whole.word_of[:6]
 
 
-def test_an_empty_text_is_its_frame(tokenizer):
+def test_empty_texts_are_their_frame(tokenizer):
     assert tokenizer.encode("  ", 40).ids == [tokenizer.cls_id, tokenizer.sep_id]
 
 
@@ -55,7 +55,7 @@ def test_batched_and_single_encoding_agree(tokenizer):
     assert tokenizer.encode_batch(CAPTIONS, 12) == [tokenizer.encode(text, 12) for text in CAPTIONS]
 
 
-def test_a_caption_that_spells_a_special_token_holds_none(tokenizer):
+def test_captions_cannot_spell_special_tokens(tokenizer):
     specials = {tokenizer.mask_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id}
     assert not specials & set(tokenizer.encode("a [MASK] on the [CLS] [PAD] [SEP]", 40).ids[1:-1])
 
@@ -71,7 +71,7 @@ def test_decoding_returns_the_words_and_shows_masks(tokenizer):
     assert tokenizer.decode([*ids, tokenizer.pad_id]) == "a large [MASK] circle"
 
 
-def test_a_trained_vocabulary_begins_with_the_specials_and_keeps_its_size(tokenizer):
+def test_trained_vocabularies_start_with_specials_and_keep_size(tokenizer):
     assert tokenizer.tokens[:5] == SPECIALS
     assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id) == (0, 1, 2)
     assert (tokenizer.sep_id, tokenizer.mask_id) == (3, 4)
@@ -79,7 +79,7 @@ def test_a_trained_vocabulary_begins_with_the_specials_and_keeps_its_size(tokeni
     assert Tokenizer.train(["äöüß" + "".join(map(chr, range(0x3B1, 0x3C9)))], size=20).size <= 20
 
 
-def test_training_is_the_same_in_every_process():
+def test_vocabulary_training_is_deterministic():
     code = (
         "import json, sys; from pipeline.data.contents.text import Tokenizer;"
         "print(Tokenizer.train(json.load(sys.stdin) * 20, 160).digest)"
@@ -91,7 +91,7 @@ def test_training_is_the_same_in_every_process():
     assert run() == run() == Tokenizer.train(CAPTIONS * 20, 160).digest
 
 
-def test_a_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
+def test_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
     url = str(tmp_path / "vocab.txt")
     tokenizer.save(Storage(), url)
     loaded = Tokenizer.load(Storage(), url)
@@ -99,7 +99,7 @@ def test_a_saved_vocabulary_loads_as_the_same_tokenizer(tokenizer, tmp_path):
     assert loaded.tokens == tokenizer.tokens
 
 
-def test_a_pickled_tokenizer_is_the_same(tokenizer):
+def test_pickled_tokenizer_is_the_same(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))  # noqa: S301
     assert copy.digest == tokenizer.digest
     assert copy.encode(CAPTIONS[1], 40) == tokenizer.encode(CAPTIONS[1], 40)
@@ -113,7 +113,7 @@ def test_a_pickled_tokenizer_is_the_same(tokenizer):
         ("", "does not contain [PAD]"),
     ],
 )
-def test_what_is_no_vocabulary_is_refused_by_name(tmp_path, content, told):
+def test_malformed_vocabularies_are_refused_by_name(tmp_path, content, told):
     file = tmp_path / "vocab.txt"
     file.write_text(content)
     with pytest.raises(DataError, match=r"vocab\.txt") as error:
@@ -121,7 +121,7 @@ def test_what_is_no_vocabulary_is_refused_by_name(tmp_path, content, told):
     assert told in str(error.value)
 
 
-def test_training_on_nothing_says_so():
+def test_training_without_captions_is_refused():
     with pytest.raises(DataError, match="no caption"):
         Tokenizer.train(["", "  "], 100)
 
@@ -130,7 +130,7 @@ def test_random_ids_can_be_any_ordinary_token(tokenizer):
     assert set(tokenizer.ordinary_ids) == set(range(5, tokenizer.size))
 
 
-def test_the_published_vocabulary_encodes_as_transformers_does():
+def test_published_vocabulary_encodes_as_transformers_does():
     vocabulary = SHARED / "data" / "bert_vocab" / "vocab.txt"
     captions_file = SHARED / "data" / "flickr8k_3k" / "val.jsonl"
     if not vocabulary.exists() or not captions_file.exists():
@@ -147,7 +147,7 @@ def test_the_published_vocabulary_encodes_as_transformers_does():
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "nice \ud83d", "\ude00\ud83d"])
-def test_a_text_that_is_no_unicode_is_a_data_error(text: str) -> None:
+def test_invalid_unicode_is_a_data_error(text: str) -> None:
     tokenizer = Tokenizer.train(["a cat"], 64)
     with pytest.raises(DataError, match="is not valid Unicode"):
         tokenizer.encode(text, 8)
@@ -163,7 +163,7 @@ def written(tmp_path: Path, content: bytes, config: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("content", ["\ufeff{}", "{}\n", "{}\n\n", "{}\r\n\r\n", "\ufeff{}\n\n\n"])
-def test_a_byte_order_mark_and_blank_last_lines_are_no_tokens(tmp_path: Path, content: str) -> None:
+def test_byte_order_mark_and_blank_last_lines_are_ignored(tmp_path: Path, content: str) -> None:
     tokens = [*SPECIALS, "red", "##s"]
     url = written(tmp_path, content.format("\n".join(tokens)).encode())
     assert Tokenizer.load(Storage(), url).tokens == tuple(tokens)
@@ -173,7 +173,7 @@ def test_a_byte_order_mark_and_blank_last_lines_are_no_tokens(tmp_path: Path, co
 CASED = [*SPECIALS, "the", "Rome", "rome", "é", "e", "RED"]
 
 
-def test_a_cased_vocabulary_keeps_capitals_and_accents(tmp_path: Path) -> None:
+def test_cased_vocabulary_keeps_capitals_and_accents(tmp_path: Path) -> None:
     cased, lower = Tokenizer(CASED), Tokenizer(CASED, lowercase=True)
     words = [[t.tokens[i] for i in t.encode("the Rome RED é", 9).ids[1:-1]] for t in (cased, lower)]
     assert words == [["the", "Rome", "RED", "é"], ["the", "rome", "[UNK]", "e"]]
@@ -184,30 +184,30 @@ def test_a_cased_vocabulary_keeps_capitals_and_accents(tmp_path: Path) -> None:
     assert Tokenizer.load(Storage(), url, lowercase=True).digest == lower.digest
 
 
-def test_capitals_of_reserved_tokens_make_no_vocabulary_cased() -> None:
+def test_reserved_tokens_do_not_make_a_vocabulary_cased() -> None:
     assert Tokenizer([*SPECIALS, "[unused0]", "[START A]", "red"]).lowercase
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_the_case_is_what_hugging_faces_file_beside_the_vocabulary_says(tmp_path: Path, stated: bool) -> None:
+def test_case_follows_hugging_faces_tokenizer_config(tmp_path: Path, stated: bool) -> None:
     url = written(tmp_path, "\n".join(CASED).encode(), json.dumps({"do_lower_case": stated}))
     assert Tokenizer.load(Storage(), url).lowercase is stated
     assert Tokenizer.load(Storage(), url, lowercase=not stated).lowercase is not stated
 
 
 @pytest.mark.parametrize("config", ["[]", "{", "[" * 20_000, '"x"'])
-def test_a_damaged_file_beside_the_vocabulary_is_a_data_error(tmp_path: Path, config: str) -> None:
+def test_damaged_tokenizer_config_is_a_data_error(tmp_path: Path, config: str) -> None:
     with pytest.raises(DataError, match=r"tokenizer_config\.json"):
         Tokenizer.load(Storage(), written(tmp_path, "\n".join(CASED).encode(), config))
 
 
 def chinese(count: int) -> list[str]:
-    """Captions that hold `count` different Chinese characters, the first ones most often."""
+    """Return captions with `count` different Chinese characters, the first ones most frequent."""
     characters = [chr(0x4E00 + n) for n in range(count)]
     return ["".join(characters[first : first + 20]) for first in range(0, count, 20)] + ["".join(characters[:100])] * 9
 
 
-def test_the_alphabet_grows_with_the_size_and_spends_no_token_on_what_never_occurs() -> None:
+def test_alphabet_grows_with_the_size_of_the_vocabulary() -> None:
     captions = chinese(3500)
     whole, small = Tokenizer.train(captions, 30522), Tokenizer.train(captions, 2000)
     assert whole.unknown_share(captions) == 0
@@ -217,7 +217,7 @@ def test_the_alphabet_grows_with_the_size_and_spends_no_token_on_what_never_occu
     assert {chr(0x4E00 + n) for n in range(100)} <= set(small.tokens)
 
 
-def test_stray_characters_of_a_large_collection_are_left_out_beyond_the_first_thousand() -> None:
+def test_rare_characters_beyond_a_thousand_are_dropped() -> None:
     from collections import Counter
 
     from tokenizers.normalizers import BertNormalizer
@@ -231,7 +231,7 @@ def test_stray_characters_of_a_large_collection_are_left_out_beyond_the_first_th
 
 
 @pytest.mark.parametrize("character", ["w", "😀"])
-def test_a_word_that_no_vocabulary_spells_takes_no_part_in_training(character: str) -> None:
+def test_overlong_words_are_dropped_from_training(character: str) -> None:
     captions = ["a red cat, a blue dog", "x" * 100]
     whole = Tokenizer.train(captions, 200)
     long = character * 1_000_000  # once learned by merges: hours
@@ -241,12 +241,12 @@ def test_a_word_that_no_vocabulary_spells_takes_no_part_in_training(character: s
     assert "word" in Tokenizer.train(["/".join(["word"] * 60)], 200).tokens
 
 
-def test_a_cased_vocabulary_can_be_trained() -> None:
+def test_cased_vocabulary_can_be_trained() -> None:
     assert not Tokenizer.train(["Rome is Rome"] * 9, 64, lowercase=False).lowercase
     assert "R" in Tokenizer.train(["Rome is Rome"] * 9, 64, lowercase=False).tokens
 
 
-def test_the_share_of_unknown_tokens_is_of_all_tokens() -> None:
+def test_unknown_share_is_a_fraction_of_all_tokens() -> None:
     tokenizer = Tokenizer([*SPECIALS, "a", "cat"])
     assert tokenizer.unknown_share(["a cat", "a dog", ""]) == 0.25
     assert tokenizer.unknown_share([]) == tokenizer.unknown_share([" "]) == 0

@@ -1,4 +1,4 @@
-"""Augmentation: exactly VLMo's ten operations, at written magnitudes, by counted randomness."""
+"""Augmentation: VLMo's ten operations at the published magnitudes, with counter-based randomness."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def close(one: np.ndarray, other: np.ndarray, by: float = 2.0) -> bool:
     return np.abs(one.astype(int) - other.astype(int)).max() <= by
 
 
-def test_the_operations_are_vlmos_ten_and_no_others():
+def test_operations_are_vlmos_ten():
     assert set(NAMES) == {
         "Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness",
         "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
     }  # fmt: skip
 
 
-def test_magnitudes_are_the_written_ones():
+def test_magnitudes_are_the_published_ones():
     assert (SHEAR, TRANSLATE, ROTATE) == (0.3, 10 / 224, 30.0)
     assert [round(enhance_factor(level / 10), 6) for level in (0, 5, 7, 10)] == [0.1, 1.0, 1.36, 1.9]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/vilt_*.yaml")), ids=lambda path: path.stem)
-def test_vilts_recipes_have_the_strengths_of_vilts_own_list(path):
-    """Its list of operations, ranges and magnitude: value = 9 / 30 * (largest - smallest) + smallest."""
+def test_vilts_recipes_have_vilts_strengths(path):
+    """ViLT's list of operations and ranges gives value = 9 / 30 * (largest - smallest) + smallest."""
     ranges = {"rotate": (0.0, 30.0), "brightness": (0.1, 1.9), "sharpness": (0.1, 1.9), "shear": (0.0, 0.3)}
     published = {name: 9 / 30 * (high - low) + low for name, (low, high) in ranges.items()}
     assert published == pytest.approx({"rotate": 9.0, "brightness": 0.64, "sharpness": 0.64, "shear": 0.09})
@@ -111,12 +111,12 @@ def test_colour_operations_agree_with_pillow(ours, pillows, by):
 
 
 @pytest.mark.parametrize("operation", [auto_contrast, equalize])
-def test_a_flat_picture_stays(operation):
+def test_constant_images_are_unchanged(operation):
     flat = np.full((16, 16, 3), 77, np.uint8)
     assert (operation(flat) == flat).all()
 
 
-def test_geometric_operations_move_the_picture_and_fill_with_grey():
+def test_geometric_operations_fill_with_grey():
     image = picture()
     moved = translate(image, 8 / 64, True)
     assert (moved[:, 8:] == image[:, :-8]).all()
@@ -126,17 +126,17 @@ def test_geometric_operations_move_the_picture_and_fill_with_grey():
     assert (rotate(image, 21.0)[0, 0] == FILL).all()
 
 
-def test_randaugment_applies_each_drawn_operation_half_of_the_time():
+def test_randaugment_applies_operations_half_of_the_time():
     image = picture()
     unchanged = sum((rand_augment(image, 1, 7, CounterRandom(hash64(k))) == image).all() for k in range(2000))
     assert abs(unchanged / 2000 - (0.5 + 0.5 / len(NAMES))) < 0.05  # not applied, or Identity
 
 
-def test_no_operations_leave_the_picture():
+def test_zero_operations_change_nothing():
     assert (rand_augment(picture(), 0, 7, CounterRandom(1)) == picture()).all()
 
 
-def test_an_augmentation_is_decided_by_its_key():
+def test_augmentation_depends_on_the_key_alone():
     config = AugmentConfig()
     one, again, other = (augment(picture(), config, 32, CounterRandom(key), True) for key in (3, 3, 4))
     assert (one == again).all()
@@ -144,7 +144,7 @@ def test_an_augmentation_is_decided_by_its_key():
     assert one.shape == (32, 32, 3)
 
 
-def test_a_flip_mirrors_half_of_the_pictures_and_none_where_it_is_not_allowed():
+def test_flips_mirror_half_of_the_images_if_allowed():
     config = PLAIN.model_copy(update={"flip": True})
     base = augment(picture(), PLAIN, 64, CounterRandom(0), True)
     ratio = 0
@@ -183,7 +183,7 @@ def test_captions_that_mention_a_side_are_found(caption, said):
 
 
 @pytest.mark.parametrize(("right", "down"), [(7, 0), (-7, 0), (0, 5), (0, -5)])
-def test_shifting_whole_pixels_is_warping_by_them(right: int, down: int):
+def test_whole_pixel_shifts_equal_warps(right: int, down: int):
     image = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
     horizontal = right != 0
     moved = translate(image, right / 32 if horizontal else down / 40, horizontal)

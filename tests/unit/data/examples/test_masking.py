@@ -1,4 +1,4 @@
-"""Masking: whole words, each with the same probability, at least one of a text; a fixed number of patches."""
+"""Masking: whole words with equal probability, at least one of a text; a fixed number of patches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_trap_05_every_caption_with_a_word_gets_a_masked_word(tokenizer, caption
     assert all(len(masked.positions) > 0 for masked in masked_many(tokenizer, tokens))
 
 
-def test_a_text_without_words_gets_no_mask(tokenizer):
+def test_text_without_words_gets_no_mask(tokenizer):
     masked = next(masked_many(tokenizer, tokenizer.encode("", 40)))
     assert len(masked.positions) == len(masked.labels) == 0
     assert masked.ids.tolist() == [tokenizer.cls_id, tokenizer.sep_id]
@@ -45,7 +45,7 @@ def test_trap_05_a_word_is_masked_whole_or_not_at_all(tokenizer, caption):
         assert masked.positions.tolist() == np.flatnonzero(np.isin(words, list(hidden))).tolist()
 
 
-def test_labels_are_what_stood_there_and_the_rest_is_untouched(tokenizer):
+def test_labels_are_the_original_tokens(tokenizer):
     tokens = tokenizer.encode(CAPTIONS[3], 40)
     before = np.array(tokens.ids)
     for masked in masked_many(tokenizer, tokens):
@@ -55,7 +55,7 @@ def test_labels_are_what_stood_there_and_the_rest_is_untouched(tokenizer):
         assert masked.ids.dtype == masked.positions.dtype == masked.labels.dtype == np.int64
 
 
-def test_trap_05_all_tokens_of_a_word_share_its_fate(tokenizer):
+def test_trap_05_all_tokens_of_a_word_are_replaced_alike(tokenizer):
     tokens = tokenizer.encode(CAPTIONS[2], 40)
     words, before = np.array(tokens.word_of), np.array(tokens.ids)
     for masked in masked_many(tokenizer, tokens, probability=0.5):
@@ -78,7 +78,7 @@ def test_eight_words_in_ten_become_masks_and_one_in_ten_stays(tokenizer):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_long_texts_lose_about_the_asked_share(tokenizer, whole):
+def test_long_texts_are_masked_at_the_configured_fraction(tokenizer, whole):
     tokens = tokenizer.encode("the man in a red shirt overtakes a dog " * 20, 180)
     real = sum(word >= 0 for word in tokens.word_of)
     fractions = [len(masked.positions) / real for masked in masked_many(tokenizer, tokens, 400, whole=whole)]
@@ -86,8 +86,8 @@ def test_long_texts_lose_about_the_asked_share(tokenizer, whole):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_words_are_masked_equally_often_whatever_their_pieces_and_the_length_of_the_caption(tokenizer, whole):
-    """20,000 captions of 1 to 30 words of one, two or three pieces: the statistics of whole-word masking."""
+def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
+    """The statistics are those of 20,000 captions of 1 to 30 words with one to three pieces."""
     lengths = np.random.default_rng(7)
     masked_of, words_of = np.zeros(4), np.zeros(4)  # by the pieces of a word
     masked_in, tokens_in = np.zeros(31), np.zeros(31)  # by the words of a caption
@@ -108,7 +108,7 @@ def test_words_are_masked_equally_often_whatever_their_pieces_and_the_length_of_
     assert abs(np.mean(fractions) - 0.15) < 0.003
 
 
-def test_every_word_is_masked_equally_often_in_a_text_of_single_tokens(tokenizer):
+def test_single_token_words_are_masked_uniformly(tokenizer):
     tokens = tokenizer.encode("a b c d e f g h i j", 40)
     counts = np.zeros(len(tokens))
     for masked in masked_many(tokenizer, tokens, 4000, probability=0.2):
@@ -133,19 +133,19 @@ def test_masks_depend_on_the_key_alone(tokenizer):
 @pytest.mark.parametrize(
     ("patches", "fraction", "expected"), [(196, 0.4, 78), (36, 0.4, 14), (4, 0.01, 1), (4, 0.99, 4)]
 )
-def test_the_number_of_hidden_patches_is_fixed(patches, fraction, expected):
+def test_number_of_masked_patches_is_fixed(patches, fraction, expected):
     drawn = [mask_patches(patches, fraction, CounterRandom(key)) for key in range(50)]
     assert {len(np.unique(positions)) for positions in drawn} == {expected}
     assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < patches and p.dtype == np.int64 for p in drawn)
 
 
-def test_every_patch_is_hidden_sometimes():
+def test_every_patch_is_masked_sometimes():
     counts = np.bincount(np.concatenate([mask_patches(16, 0.5, CounterRandom(hash64(k))) for k in range(1000)]))
     assert np.abs(counts / 1000 - 0.5).max() < 0.06
 
 
 @pytest.mark.parametrize(("grid", "count"), [(14, 78), (14, 75), (14, 1), (4, 6), (4, 15), (3, 9)])
-def test_blocks_mask_exactly_as_many_in_every_picture(grid, count):
+def test_blocks_mask_exactly_the_count(grid, count):
     drawn = [mask_blocks(grid, count, CounterRandom(hash64(key))) for key in range(50)]
     assert {len(np.unique(positions)) for positions in drawn} == {count}
     assert all((np.diff(p) > 0).all() and p[0] >= 0 and p[-1] < grid**2 and p.dtype == np.int64 for p in drawn)
@@ -153,13 +153,13 @@ def test_blocks_mask_exactly_as_many_in_every_picture(grid, count):
 
 
 def neighbours(positions, grid):
-    """The share of masked patches' inner borders that lie between two masked patches."""
+    """Return the fraction of masked patches' inner borders between two masked patches."""
     masked = np.zeros((grid, grid), dtype=bool)
     masked[positions // grid, positions % grid] = True
     return ((masked[1:] & masked[:-1]).sum() + (masked[:, 1:] & masked[:, :-1]).sum()) / (2 * len(positions))
 
 
-def test_blocks_lie_together_and_fall_everywhere():
+def test_blocks_are_compact_and_cover_all_positions():
     blocks = [mask_patches(196, 0.4, CounterRandom(hash64(key)), blocks=True) for key in range(400)]
     scattered = [mask_patches(196, 0.4, CounterRandom(hash64(key))) for key in range(400)]
     assert np.mean([neighbours(p, 14) for p in blocks]) > 0.75
@@ -168,8 +168,8 @@ def test_blocks_lie_together_and_fall_everywhere():
     assert counts.min() > 8  # corners are rare, because blocks lie wholly inside
 
 
-def test_trap_section_3_masked_patch_prediction_has_its_three_branches():
-    """80 % covered, 10 % another patch of the picture, 10 % as they are; published code leaves the last out."""
+def test_trap_section_3_patch_replacement_has_three_branches():
+    """80 % mask embedding, 10 % another patch, 10 % unchanged; published code omits the last."""
     positions = mask_patches(196, 0.5, CounterRandom(7))
     drawn = np.stack([patch_replacements(positions, 196, 0.8, 0.1, CounterRandom(hash64(key))) for key in range(300)])
     is_covered, is_kept = drawn == COVERED, drawn == positions
@@ -180,7 +180,7 @@ def test_trap_section_3_masked_patch_prediction_has_its_three_branches():
     assert set(swapped.tolist()) == set(range(196))
 
 
-def test_the_shares_of_stand_ins_are_as_configured():
+def test_patch_replacements_have_the_configured_fractions():
     positions = np.arange(8)
     assert (patch_replacements(positions, 16, 1.0, 0.0, CounterRandom(1)) == COVERED).all()
     assert (patch_replacements(positions, 16, 0.0, 0.0, CounterRandom(1)) == positions).all()

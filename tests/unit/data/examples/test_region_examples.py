@@ -1,4 +1,4 @@
-"""Captions with regions through the loader: what a batch holds, the same for every reader; faults are told."""
+"""Captions with regions through the loader: batch content, independence of the reader, faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
 
 
 def record(number: int, **changed: Any) -> RegionRecord:
-    """Between 1 and 12 regions that no other number gives."""
+    """Return between 1 and 12 regions, different for every number."""
     random = np.random.default_rng(number)
     count = 1 + number % 12
     corners = random.uniform(0, 30, (count, 2))
@@ -90,7 +90,7 @@ def take(config: RunConfig, tokenizer: Tokenizer, count: int, rank: int = 0, wor
         return list(islice(loader.batches(0), count))
 
 
-def test_a_row_holds_its_sample_s_regions(shards: str, tokenizer: Tokenizer) -> None:
+def test_examples_contain_their_samples_regions(shards: str, tokenizer: Tokenizer) -> None:
     given = {}
     for number in range(23):
         best = record(number).most_confident(MOST)
@@ -113,15 +113,13 @@ def test_a_row_holds_its_sample_s_regions(shards: str, tokenizer: Tokenizer) -> 
 
 
 @pytest.mark.parametrize("objectives", [OBJECTIVES, ("mlm",), ("mrfr",)])
-def test_batches_are_the_same_for_every_world_size(
-    shards: str, tokenizer: Tokenizer, objectives: tuple[str, ...]
-) -> None:
+def test_batches_do_not_depend_on_world_size(shards: str, tokenizer: Tokenizer, objectives: tuple[str, ...]) -> None:
     config = run_config(shards, objectives)
     prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(2, 5), world) for world in (1, 2, 3)}
     assert len(prints) == 1
 
 
-def test_loader_processes_make_the_same_rows(shards: str, tokenizer: Tokenizer) -> None:
+def test_loader_processes_build_the_same_examples(shards: str, tokenizer: Tokenizer) -> None:
     config = run_config(shards)
     loader = config.data.loader.model_copy(update={"num_workers": 1})
     other = config.model_copy(update={"data": config.data.model_copy(update={"loader": loader})})
@@ -140,7 +138,7 @@ def test_masks_change_from_epoch_to_epoch(shards: str, tokenizer: Tokenizer) -> 
     assert max(len(masks) for masks in seen.values()) > 1
 
 
-def test_a_stage_holds_only_what_its_objectives_read(shards: str, tokenizer: Tokenizer) -> None:
+def test_batches_contain_only_what_objectives_read(shards: str, tokenizer: Tokenizer) -> None:
     (batch,) = take(run_config(shards, ("mrfr",)), tokenizer, 1)
     assert batch.text is not None
     assert batch.region_positions is not None
@@ -150,7 +148,7 @@ def test_a_stage_holds_only_what_its_objectives_read(shards: str, tokenizer: Tok
     assert batch.region_positions is batch.region_hidden is None
 
 
-def test_equal_images_are_named_alike(shards: str, tokenizer: Tokenizer) -> None:
+def test_equal_images_have_equal_ids(shards: str, tokenizer: Tokenizer) -> None:
     ids = {}
     for batch in take(run_config(shards), tokenizer, 4):
         for row in range(len(batch)):
@@ -159,8 +157,8 @@ def test_equal_images_are_named_alike(shards: str, tokenizer: Tokenizer) -> None
     assert len(set(ids.values())) == len(ids) > 10
 
 
-def test_bad_regions_are_replaced_and_told(tmp_path: Path, make_tar, tokenizer: Tokenizer) -> None:
-    """What training quarantines, the check finds ahead of it, with the same reason."""
+def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar, tokenizer: Tokenizer) -> None:
+    """The shard check finds the samples that training replaces, with the same reasons."""
     bad = {
         "no_npz": {"json": members(0)["json"]},
         "no_zip": {"json": members(0)["json"], "npz": b"no zip"},
@@ -188,7 +186,7 @@ def test_bad_regions_are_replaced_and_told(tmp_path: Path, make_tar, tokenizer: 
         ({"region_classes": 2}, r"class \d, but model\.region_classes is 2"),
     ],
 )
-def test_a_model_for_other_regions_stops_with_the_key_to_change(
+def test_mismatched_regions_name_the_key_to_change(
     shards: str, tokenizer: Tokenizer, model: dict[str, int], reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason):
@@ -215,7 +213,7 @@ def test_only_imagebert_reads_regions() -> None:
         )
 
 
-def test_objectives_that_share_a_masked_pass_read_the_same_rows(shards: str) -> None:
+def test_objectives_that_share_a_forward_need_equal_every(shards: str) -> None:
     config = run_config(shards)
     values = config.model_dump(mode="json")
     values["stages"][0]["objectives"]["moc"]["every"] = 2

@@ -1,4 +1,4 @@
-"""Loader processes: the same rows as threads make, in memory that outlives neither the batch nor the rank."""
+"""Loader processes: the same examples as threads, restarts, and the lifetime of shared memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def with_workers(config: RunConfig, count: int) -> RunConfig:
 
 
 def children() -> list[int]:
-    """Loader processes of this process that are alive."""
+    """Return the ids of the live loader processes of this process."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -91,7 +91,7 @@ def batches(config, tokenizer) -> Iterator:
         yield loader.batches(0)
 
 
-def test_processes_make_the_rows_that_threads_make(config, tokenizer):
+def test_processes_build_the_same_examples_as_threads(config, tokenizer):
     prints = {
         fingerprint(with_workers(config, count), config.stages[0], Storage(), tokenizer, range(1, 6), world)
         for count, world in ((0, 1), (1, 1), (3, 1), (2, 3))
@@ -99,7 +99,7 @@ def test_processes_make_the_rows_that_threads_make(config, tokenizer):
     assert len(prints) == 1
 
 
-def test_a_batch_is_a_view_of_shared_memory_until_nothing_refers_to_it(config, tokenizer):
+def test_batch_memory_is_reused_after_its_last_reference(config, tokenizer):
     with open_loader(config, tokenizer) as loader:
         stream = loader.batches(0)
         first = next(stream)
@@ -118,7 +118,7 @@ def test_a_batch_is_a_view_of_shared_memory_until_nothing_refers_to_it(config, t
         assert len(memory._free) == slots + 1
 
 
-def test_a_consumer_may_keep_every_batch(config, tokenizer):
+def test_consumer_may_keep_every_batch(config, tokenizer):
     with open_loader(config, tokenizer) as loader:
         kept = list(islice(loader.batches(0), STEPS))
     with open_loader(with_workers(config, 0), tokenizer) as loader:
@@ -134,7 +134,7 @@ def test_batches_outlive_their_loader(config, tokenizer):
     assert torch.equal(batch.image, expected.image)
 
 
-def test_a_killed_process_is_started_again_and_nothing_changes(config, tokenizer, batches):
+def test_killed_process_is_restarted_without_effect_on_data(config, tokenizer, batches):
     uninterrupted = [batch.image for batch in islice(open_loader(with_workers(config, 0), tokenizer).batches(0), STEPS)]
     for step, expected in enumerate(uninterrupted):
         if step in (3, 7):
@@ -143,9 +143,7 @@ def test_a_killed_process_is_started_again_and_nothing_changes(config, tokenizer
     assert len(children()) == 2
 
 
-def test_a_process_that_is_killed_for_ever_ends_the_run_with_a_reason(
-    config, tokenizer, monkeypatch: pytest.MonkeyPatch
-):
+def test_repeated_process_deaths_end_the_run(config, tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backends, "MAX_RESTARTS", 1)
 
     def kill_and_go_on(loader: Loader) -> None:
@@ -161,7 +159,7 @@ def test_a_process_that_is_killed_for_ever_ends_the_run_with_a_reason(
     assert children() == []
 
 
-def test_close_leaves_no_process_and_no_descriptor(config, tokenizer):
+def test_close_leaves_no_process_or_descriptor(config, tokenizer):
     before = len(os.listdir("/proc/self/fd"))
     with open_loader(config, tokenizer) as loader:
         stream = loader.batches(0)
@@ -173,7 +171,7 @@ def test_close_leaves_no_process_and_no_descriptor(config, tokenizer):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_an_error_in_a_process_is_raised_here_as_itself(config, tokenizer):
+def test_process_errors_are_raised_with_their_type(config, tokenizer):
     for shard in Path(config.sources["pairs"].shards).glob("*.tar"):
         spoiled = bytearray(shard.read_bytes())
         for offset in range(512, len(spoiled) - 1024, 64):

@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def folders(make_pairs) -> dict[str, str]:
-    """Two sources of 23 and 14 pairs."""
+    """Return two sources of 23 and 14 pairs."""
     found = {"one": make_pairs("one", [9, 4, 10]), "two": make_pairs("two", [6, 8])}
     for folder in found.values():
         index_shards(Storage(), folder)
@@ -96,7 +96,7 @@ def row_hashes(batches: list[Batch]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", list(OBJECTIVES))
-def test_global_batches_are_the_same_for_every_world_size_and_number_of_threads(folders, tokenizer, kind: str):
+def test_batches_do_not_depend_on_world_size_or_threads(folders, tokenizer, kind: str):
     config = run_config(folders, kind)
     stage = config.stages[0]
     prints = {
@@ -107,7 +107,7 @@ def test_global_batches_are_the_same_for_every_world_size_and_number_of_threads(
     assert len(prints) == 1
 
 
-def test_ranks_rows_are_the_global_batchs_rows_in_order(folders, tokenizer):
+def test_ranks_read_slices_of_the_global_batch(folders, tokenizer):
     config = run_config(folders)
     whole = row_hashes(take(config, tokenizer, 4, 1))
     for world in (2, 3, 5):
@@ -124,7 +124,7 @@ def test_restart_at_a_step_equals_the_uninterrupted_run(folders, tokenizer):
             assert_equal(batch, expected)
 
 
-def test_the_same_rank_sees_each_sample_once_an_epoch(folders, tokenizer):
+def test_every_sample_is_read_once_per_epoch(folders, tokenizer):
     config = run_config({"one": folders["one"]})
     with make(config, tokenizer) as loader:
         order = [(slot.epoch, uid) for batch in islice(loader.batches(0), 23) for slot, uid in rows_of(loader, batch)]
@@ -138,7 +138,7 @@ def rows_of(loader: Loader, batch: Batch):
     return zip(loader.order.batch(batch.step), batch.uid.tolist(), strict=True)
 
 
-def test_batch_holds_what_the_objectives_read(folders, tokenizer):
+def test_batch_contains_what_the_objectives_read(folders, tokenizer):
     members = {
         "vision": {"image", "patch_positions"},
         "language": {"text", "text_keep", "masked_text", "mask_positions", "mask_labels"},
@@ -175,7 +175,7 @@ def test_shapes_types_and_padding(folders, tokenizer):
     assert torch.equal(batch.text[untouched], batch.masked_text[untouched])
 
 
-def test_another_epoch_draws_another_look(folders, tokenizer):
+def test_augmentation_differs_between_epochs(folders, tokenizer):
     config = run_config({"one": folders["one"]}, stage={"global_batch_size": 5})
     seen: dict[int, list[tuple[bytes, bytes, bytes]]] = {}
     for batch in take(config, tokenizer, 0, 23):
@@ -188,7 +188,7 @@ def test_another_epoch_draws_another_look(folders, tokenizer):
         assert sum(len({look[part] for look in looks}) > 1 for looks in seen.values()) > 20
 
 
-def test_image_id_marks_equal_pictures_and_texts_stand_for_themselves(make_pairs, make_pair, tokenizer):
+def test_image_id_identifies_equal_images(make_pairs, make_pair, tokenizer):
     planted = {(0, 1): make_pair(0), (0, 2): make_pair(5) | {"json": b'{"captions": ["a thing"], "image_id": 9}'}}
     planted[(0, 3)] = make_pair(6) | {"json": b'{"captions": ["a thing"], "image_id": 9}'}
     folder = make_pairs("equal", [10], planted)
@@ -225,7 +225,7 @@ PLANTED = {
 
 @pytest.fixture
 def spoiled(make_pairs, make_pair) -> str:
-    """23 pairs, five of them bad in five ways."""
+    """Return a source of 23 pairs, five of them bad in different ways."""
     from io import BytesIO
 
     from PIL import Image
@@ -246,7 +246,7 @@ def spoiled(make_pairs, make_pair) -> str:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_bad_samples_are_counted_exactly_and_named_at_every_world_size(spoiled, tokenizer, world: int):
+def test_bad_samples_are_counted_at_every_world_size(spoiled, tokenizer, world: int):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
     records, counts = [], Counter()
     for rank in range(world):
@@ -283,7 +283,7 @@ def test_replacements_are_the_same_for_every_world_size(spoiled, tokenizer):
     assert len(prints) == 1
 
 
-def test_too_many_bad_samples_stop_the_run_in_the_batch_that_shows_it(spoiled, tokenizer):
+def test_too_many_bad_samples_stop_the_run(spoiled, tokenizer):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000, "max_bad_rate": 0.1})
     with make(config, tokenizer) as loader:
         batches = loader.batches(0)
@@ -292,14 +292,14 @@ def test_too_many_bad_samples_stop_the_run_in_the_batch_that_shows_it(spoiled, t
             next(batches)  # the hundredth sample is in the tenth batch
 
 
-def test_a_source_of_bad_samples_only_is_refused(make_pairs, tokenizer):
+def test_source_of_bad_samples_only_is_refused(make_pairs, tokenizer):
     folder = make_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no picture", "txt": b"thing"} for n in range(12)})
     index_shards(Storage(), folder)
     with pytest.raises(DataError, match=r"source 'one': .* is bad .*and so were 16 candidates"):
         take(run_config({"one": folder}), tokenizer, 0, 1)
 
 
-def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, make_tar, make_pair):
+def test_data_changes_the_digest_and_loader_settings_do_not(folders, tokenizer, make_tar, make_pair):
     def digest(config: RunConfig, vocabulary: Tokenizer = tokenizer) -> str:
         with make(config, vocabulary) as loader:
             return loader.digest
@@ -323,7 +323,7 @@ def test_changed_data_changes_the_digest_and_speed_does_not(folders, tokenizer, 
     assert digest(run_config(folders)) != base
 
 
-def test_a_fault_is_raised_in_its_own_step_and_every_thread_ends(folders, tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_errors_are_raised_in_their_own_step(folders, tokenizer, monkeypatch: pytest.MonkeyPatch):
     config = run_config(folders, data={"loader": {"threads_per_worker": 3, "prefetch_batches": 4}})
     make_rows = module.ExampleBuilder.build
 
@@ -350,7 +350,7 @@ def test_close_ends_every_thread_and_iterator(folders, tokenizer):
     assert list(batches) == []
 
 
-def test_waiting_is_measured(folders, tokenizer):
+def test_waiting_time_is_measured(folders, tokenizer):
     with make(run_config(folders), tokenizer) as loader:
         list(islice(loader.batches(0), 3))
         assert 0 < loader.wait_seconds < 30
@@ -363,7 +363,7 @@ def test_epochs_continue_after_a_restart(folders, tokenizer):
         assert loader.counts()["epochs/one"] == pytest.approx(10 + 10 / 23)
 
 
-def test_missing_folder_and_missing_shard_are_named_before_anything_is_read(folders, tokenizer, tmp_path):
+def test_missing_folders_and_shards_are_named_at_the_start(folders, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"absent: no such folder of shards"):
         make(run_config(folders | {"one": str(tmp_path / "absent")}), tokenizer)
     Path(folders["two"], "00001.tar").unlink()
@@ -372,7 +372,7 @@ def test_missing_folder_and_missing_shard_are_named_before_anything_is_read(fold
 
 
 @pytest.mark.parametrize(("caption", "may_flip"), [("a thing at left", False), ("a thing", True)])
-def test_pictures_whose_caption_names_a_side_are_never_flipped(
+def test_images_are_not_flipped_if_a_caption_names_a_side(
     make_pairs, make_pair, tokenizer, monkeypatch: pytest.MonkeyPatch, caption: str, may_flip: bool
 ):
     captions = json.dumps({"captions": [caption]}).encode()
@@ -386,7 +386,7 @@ def test_pictures_whose_caption_names_a_side_are_never_flipped(
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_a_cache_smaller_than_the_open_windows_is_refused(s3, folders, tokenizer, tmp_path: Path):
+def test_cache_smaller_than_open_windows_is_refused(s3, folders, tokenizer, tmp_path: Path):
     storage, url = Storage(s3.config), s3.url("one")
     for file in sorted(Path(folders["one"]).iterdir()):
         storage.upload(file, f"{url}/{file.name}")
@@ -405,7 +405,7 @@ def test_a_cache_smaller_than_the_open_windows_is_refused(s3, folders, tokenizer
 
 @pytest.fixture
 def wordy(make_pairs, make_pair) -> str:
-    """Forty pairs whose captions have 1 to 20 words; the odd ones score 0.1, the others 0.9."""
+    """Return a source of forty pairs with captions of 1 to 20 words; odd ones score 0.1, the others 0.9."""
 
     def members(number: int) -> dict[str, bytes]:
         caption = " ".join(["thing"] * (1 + number * 7 % 20))
@@ -427,7 +427,7 @@ def wordy_config(folder: str, stage: dict, source: dict | None = None) -> RunCon
     return validate(values, "test")
 
 
-def test_buckets_put_captions_of_like_length_together_for_every_world_size(wordy, tokenizer):
+def test_buckets_group_captions_of_similar_length(wordy, tokenizer):
     plain = wordy_config(wordy, {})
     bucketed = wordy_config(wordy, {"buckets": {"by": "caption", "batches": 8}})
     prints = {
@@ -442,7 +442,7 @@ def test_buckets_put_captions_of_like_length_together_for_every_world_size(wordy
     assert uids["bucketed"] == uids["plain"], "a block of one epoch holds the same samples in another order"
 
 
-def test_only_what_filters_admit_and_nobody_opted_out_of_is_read(wordy, tokenizer, tmp_path: Path):
+def test_filters_and_opt_outs_are_respected(wordy, tokenizer, tmp_path: Path):
     (tmp_path / "opt_out.txt").write_text("wordy00004\nwordy00020\n")
     source = {"filters": {"score": {"min": 0.5}}, "opt_out": str(tmp_path / "opt_out.txt")}
     config = wordy_config(wordy, {}, source)
@@ -456,7 +456,7 @@ def test_only_what_filters_admit_and_nobody_opted_out_of_is_read(wordy, tokenize
     assert set(chosen) < everything
 
 
-def test_a_stages_own_picture_size_is_what_its_rows_hold(folders, tokenizer):
+def test_stage_image_size_overrides_the_model(folders, tokenizer):
     usual, larger = run_config(folders), run_config(folders, stage={"image_size": 24})
     (before,), (after,) = take(usual, tokenizer, 0, 1), take(larger, tokenizer, 0, 1)
     assert before.image.shape[1:] == (16, 16, 3)

@@ -1,4 +1,4 @@
-"""Pictures with a class (`cls` members) and partly masked pictures, from tars to batches."""
+"""Images with classes (`cls` members) and partly masked images, from tars to batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def labelled(make_pair: Callable[[int], dict[str, bytes]], number: int, cls: byt
 
 @pytest.fixture
 def folder(make_pairs: Callable[..., str], make_pair: Callable[[int], dict[str, bytes]]) -> str:
-    """Two tars of 18 pictures, number n of class n % 4 but for three: without one, with a word, and out of range."""
+    """Return a folder of two tars with 18 images of class n % 4, three of which have a missing or bad class."""
     planted: dict[int, bytes | None] = {3: None, 7: b"cat", 11: b"4"}
     numbered = [(shard, sample, 10 * shard + sample) for shard, size in enumerate([10, 8]) for sample in range(size)]
     classes = {n: planted[n] if n in planted else f"{n % CLASSES}\n".encode() for *_, n in numbered}
@@ -73,7 +73,7 @@ def take(config: RunConfig, tokenizer: Tokenizer, count: int) -> tuple[list[Batc
         return list(islice(loader.batches(0), count)), loader.quarantined()
 
 
-def test_a_picture_comes_with_its_class_and_bad_classes_are_replaced(folder: str, tokenizer: Tokenizer) -> None:
+def test_images_have_their_class_and_bad_ones_are_replaced(folder: str, tokenizer: Tokenizer) -> None:
     batches, bad = take(run_config(folder), tokenizer, 4)
     labels = torch.cat([batch.label for batch in batches])
     assert labels.dtype == torch.int64
@@ -90,14 +90,14 @@ def test_a_picture_comes_with_its_class_and_bad_classes_are_replaced(folder: str
     assert "its class is 4; expected 0 to 3" in reasons["11"]
 
 
-def test_the_check_ahead_of_training_finds_what_training_would(folder: str) -> None:
+def test_shard_check_finds_what_training_would(folder: str) -> None:
     findings = [bad for report in check_shards(Storage(), folder, "labelled", 10**7, 1) for bad in report.bad]
     assert {finding.key[-2:] for finding in findings} == {"03", "07"}  # how many classes there are, a stage says
     assert {finding.stage for finding in findings} == {"label"}
 
 
 @pytest.mark.parametrize("text", [b"-1", b"1.5", b"", b"\xc2\xb2", b"1 2"])
-def test_what_is_no_class_number_is_refused(text: bytes) -> None:
+def test_malformed_class_numbers_are_refused(text: bytes) -> None:
     with pytest.raises(BadSample, match="label"):
         class_of({"cls": text})
     assert class_of({"cls": b" 12\n"}) == 12
@@ -106,7 +106,7 @@ def test_what_is_no_class_number_is_refused(text: bytes) -> None:
 MASKING = {"image_mask_ratio": 0.5, "patch_shape": "blocks", "mask_token_prob": 0.8, "random_patch_prob": 0.1}
 
 
-def test_masks_with_stand_ins_are_the_same_for_every_world_size(folder: str, tokenizer: Tokenizer) -> None:
+def test_patch_replacements_do_not_depend_on_world_size(folder: str, tokenizer: Tokenizer) -> None:
     config = run_config(folder, "images", "mim", masking=MASKING)
     prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(1, 4), world) for world in (1, 2, 4)}
     assert len(prints) == 1
@@ -114,7 +114,7 @@ def test_masks_with_stand_ins_are_the_same_for_every_world_size(folder: str, tok
     assert fingerprint(plain, plain.stages[0], Storage(), tokenizer, range(1, 4), 1) not in prints
 
 
-def test_every_row_has_equally_many_masked_patches_and_what_is_shown_there(folder: str, tokenizer: Tokenizer) -> None:
+def test_every_example_has_the_same_number_of_masked_patches(folder: str, tokenizer: Tokenizer) -> None:
     batches, _ = take(run_config(folder, "images", "mim", masking=MASKING), tokenizer, 20)
     positions = torch.cat([batch.patch_positions for batch in batches])
     shown = torch.cat([batch.patch_replacements for batch in batches])

@@ -1,4 +1,4 @@
-"""Pictures that keep their shape (ViLT): how large they become, and what batches of them hold."""
+"""Images that keep their aspect ratio (ViLT): their sizes, and batches of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = [(24, 24), (24, 40), (40, 24), (24, 30), (8, 60), (60, 8), (33, 24), (2
 
 
 def test_sizes_are_those_of_hugging_faces_processor() -> None:
-    """Its default is the release's rule, whose longest side is int(1333 / 800 * 384)."""
+    """The default is the rule of ViLT's release, whose longest side is int(1333 / 800 * 384)."""
     random = np.random.default_rng(0)
     for height, width in random.integers(150, 1200, (300, 2)).tolist():
         blank = np.zeros((height, width, 3), dtype=np.uint8)
@@ -42,7 +42,7 @@ def test_sizes_are_those_of_hugging_faces_processor() -> None:
             assert shape.sides(height, width) == expected, (height, width)
 
 
-def test_the_papers_largest_picture_has_240_patches_and_the_releases_228() -> None:
+def test_largest_image_has_240_patches_and_228_in_the_release() -> None:
     for shape, most in ((PAPER, (384, 640)), (RELEASE, (384, 608))):
         assert max(shape.sides(300, width) for width in range(300, 900)) == most
         assert shape.canvas == most[1]
@@ -50,8 +50,8 @@ def test_the_papers_largest_picture_has_240_patches_and_the_releases_228() -> No
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 5000), (1, 1), (333, 500), (5, 99)])
-def test_trap_thin_pictures_no_side_is_cut_to_nothing_and_none_leaves_the_canvas(height: int, width: int) -> None:
-    """The release's rule floors the short side of pictures 20 times as long as wide to 0."""
+def test_trap_thin_images_keep_at_least_one_patch_per_side(height: int, width: int) -> None:
+    """The release floors the short side of images 20 times as long as wide to 0."""
     rows, columns = PAPER.sides(height, width)
     assert 32 <= rows <= 640
     assert 32 <= columns <= 640
@@ -67,7 +67,7 @@ def picture(height: int, width: int, number: int = 0) -> np.ndarray:
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_without_augmentation_a_picture_is_resized_and_no_more() -> None:
+def test_without_augmentation_images_are_only_resized() -> None:
     from pipeline.config.schema import AugmentConfig
 
     plain = AugmentConfig(crop_scale=(1.0, 1.0), flip=False, num_ops=0)
@@ -77,7 +77,7 @@ def test_without_augmentation_a_picture_is_resized_and_no_more() -> None:
         assert (found == resize(image, KeepAspectRatio(64, 96, 16))).all()
 
 
-def test_a_crop_keeps_the_pictures_shape_and_its_share_of_the_area() -> None:
+def test_crops_keep_aspect_ratio_and_area_fraction() -> None:
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 150, 3)).copy()
     shape = KeepAspectRatio(48, 64, 16)
     for key in range(20):
@@ -87,7 +87,7 @@ def test_a_crop_keeps_the_pictures_shape_and_its_share_of_the_area() -> None:
         assert 0.45 <= share <= 1.03
 
 
-def test_pictures_lie_at_the_top_left_of_one_canvas() -> None:
+def test_images_are_padded_at_the_bottom_and_right() -> None:
     pictures = [picture(8, 24), picture(16, 8), picture(8, 8)]
     canvases, sizes = on_one_canvas(pictures)
     assert canvases.shape == (3, 16, 24, 3)
@@ -148,7 +148,7 @@ def take(
         return list(islice(loader.batches(start), count))
 
 
-def test_batches_are_cut_to_their_largest_picture_and_most_patches(folder: str, tokenizer: Tokenizer) -> None:
+def test_batches_are_cut_to_the_largest_image(folder: str, tokenizer: Tokenizer) -> None:
     for batch in take(run_config(folder), tokenizer, 6):
         assert batch.image.shape[1:3] == tuple(batch.image_size.max(dim=0).values.tolist())
         assert (batch.image_size % 8 == 0).all()
@@ -167,7 +167,7 @@ def test_batches_are_cut_to_their_largest_picture_and_most_patches(folder: str, 
             assert not batch.image[row, :, width:].any()
 
 
-def test_masked_patches_are_the_same_share_of_those_that_are_read(folder: str, tokenizer: Tokenizer) -> None:
+def test_masked_fraction_of_visible_patches_is_constant(folder: str, tokenizer: Tokenizer) -> None:
     for batch in take(run_config(folder, masking={"image_mask_ratio": 0.3}), tokenizer, 3):
         for row in range(len(batch)):
             masked = set(batch.patch_positions[row].tolist()) - {-1}
@@ -176,7 +176,7 @@ def test_masked_patches_are_the_same_share_of_those_that_are_read(folder: str, t
             assert len(masked) == max(1, round(0.3 * len(read)))
 
 
-def test_which_patches_are_read_differs_from_epoch_to_epoch(folder: str, tokenizer: Tokenizer) -> None:
+def test_visible_patches_differ_between_epochs(folder: str, tokenizer: Tokenizer) -> None:
     seen: dict[int, set[tuple[int, ...]]] = {}
     for batch in take(run_config(folder), tokenizer, 12):
         for row in range(len(batch)):
@@ -186,18 +186,18 @@ def test_which_patches_are_read_differs_from_epoch_to_epoch(folder: str, tokeniz
     assert all(len(ways) > 1 for ways in seen.values())
 
 
-def test_without_a_limit_every_patch_is_read(folder: str, tokenizer: Tokenizer) -> None:
+def test_without_limit_every_patch_is_visible(folder: str, tokenizer: Tokenizer) -> None:
     batch = take(run_config(folder, {"max_visible_patches": None}), tokenizer, 1)[0]
     assert torch.equal((batch.visible_patches >= 0).sum(dim=1), (batch.image_size // 8).prod(dim=1))
 
 
-def test_pictures_of_a_masked_image_stage_come_with_their_text_where_there_is_one(folder, tokenizer) -> None:
+def test_mim_examples_include_text_where_there_is_one(folder, tokenizer) -> None:
     alone = {"objectives": {"mim": {}}}
     assert take(run_config(folder, **alone), tokenizer, 1)[0].text is not None
     assert take(run_config(folder, source_type="images", **alone), tokenizer, 1)[0].text is None
 
 
-def test_global_batches_are_the_same_for_every_world_size(folder: str, tokenizer: Tokenizer) -> None:
+def test_batches_do_not_depend_on_world_size(folder: str, tokenizer: Tokenizer) -> None:
     config = run_config(folder, masking={"mask_token_prob": 0.8, "random_patch_prob": 0.1})
     stage = config.stages[0]
     prints = {fingerprint(config, stage, Storage(), tokenizer, range(2, 6), world_size) for world_size in (1, 2, 5)}
@@ -205,7 +205,7 @@ def test_global_batches_are_the_same_for_every_world_size(folder: str, tokenizer
 
 
 @pytest.mark.parametrize("member", ["image", "image_size", "visible_patches", "patch_positions"])
-def test_the_fingerprint_tells_every_member(folder: str, tokenizer: Tokenizer, member: str) -> None:
+def test_fingerprint_depends_on_every_field(folder: str, tokenizer: Tokenizer, member: str) -> None:
     from dataclasses import replace
 
     batch = take(run_config(folder), tokenizer, 1)[0]
@@ -219,7 +219,7 @@ def test_the_fingerprint_tells_every_member(folder: str, tokenizer: Tokenizer, m
     assert prints[0] != prints[1]
 
 
-def test_other_shapes_are_another_plan(folder: str, tokenizer: Tokenizer) -> None:
+def test_image_shape_enters_the_digest(folder: str, tokenizer: Tokenizer) -> None:
     changes = [{}, {"longest_side": 48}, {"max_visible_patches": 9}, {"image_size": 32}]
     digests = set()
     for model in changes:
@@ -229,7 +229,7 @@ def test_other_shapes_are_another_plan(folder: str, tokenizer: Tokenizer) -> Non
     assert len(digests) == len(changes)
 
 
-def test_buckets_by_image_put_like_shapes_together(folder: str, tokenizer: Tokenizer) -> None:
+def test_buckets_by_image_group_similar_shapes(folder: str, tokenizer: Tokenizer) -> None:
     areas = {}
     for name, stage in {"mixed": {}, "alike": {"buckets": {"by": "image", "batches": 6}}}.items():
         batches = take(run_config(folder, **stage), tokenizer, 12)
@@ -237,7 +237,7 @@ def test_buckets_by_image_put_like_shapes_together(folder: str, tokenizer: Token
     assert areas["alike"] < 0.95 * areas["mixed"]
 
 
-def test_two_pictures_of_a_statement_each_have_their_own_shape(tmp_path: Path, make_tar, tokenizer: Tokenizer) -> None:
+def test_both_images_of_a_statement_keep_their_shape(tmp_path: Path, make_tar, tokenizer: Tokenizer) -> None:
     samples = {}
     for number in range(10):
         first, second = (picture(*SHAPES[(number + turn) % len(SHAPES)], number) for turn in (0, 3))
@@ -265,6 +265,6 @@ def test_two_pictures_of_a_statement_each_have_their_own_shape(tmp_path: Path, m
         ({"objectives": {"wpa": {}, "itm": {"every": 2}}}, "give both the same `every`"),
     ],
 )
-def test_what_only_square_pictures_serve_is_refused(folder: str, stage: dict, told: str) -> None:
+def test_square_only_objectives_are_refused(folder: str, stage: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         run_config(folder, **stage)
