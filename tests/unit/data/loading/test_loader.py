@@ -100,7 +100,9 @@ def test_batches_do_not_depend_on_world_size_or_threads(folders, tokenizer, kind
     config = run_config(folders, kind)
     stage = config.stages[0]
     prints = {
-        fingerprint(with_loader(config, threads=threads), stage, Storage(), tokenizer, range(2, 8), world_size)
+        fingerprint(
+            with_loader(config, threads_per_worker=threads), stage, Storage(), tokenizer, range(2, 8), world_size
+        )
         for world_size in (1, 2, 3, 5)
         for threads in (1, 4)
     }
@@ -276,7 +278,7 @@ def planned_bad(config: RunConfig, tokenizer: Tokenizer) -> set[tuple[int, int]]
 def test_replacements_are_the_same_for_every_world_size(spoiled, tokenizer):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
     prints = {
-        fingerprint(with_loader(config, threads=t), config.stages[0], Storage(), tokenizer, range(5), w)
+        fingerprint(with_loader(config, threads_per_worker=t), config.stages[0], Storage(), tokenizer, range(5), w)
         for w in (1, 2, 3)
         for t in (1, 3)
     }
@@ -431,7 +433,9 @@ def test_buckets_group_captions_of_similar_length(wordy, tokenizer):
     plain = wordy_config(wordy, {})
     bucketed = wordy_config(wordy, {"buckets": {"by": "caption", "batches": 8}})
     prints = {
-        fingerprint(with_loader(bucketed, workers=workers), bucketed.stages[0], Storage(), tokenizer, range(9), world)
+        fingerprint(
+            with_loader(bucketed, num_workers=workers), bucketed.stages[0], Storage(), tokenizer, range(9), world
+        )
         for world, workers in ((1, 0), (2, 0), (3, 0), (1, 2))
     }
     assert len(prints) == 1
