@@ -247,6 +247,6 @@ def _sample_rows(stage: StageConfig) -> int:
 
 def _cut(config: RunConfig, index: int, batch: int, micro_batch_size: int | None) -> RunConfig:
     """The run with a global batch of so many rows, for one rank."""
-    stages = [stage.model_copy(update={"batch": batch}) for stage in config.stages]
+    stages = [stage.model_copy(update={"global_batch_size": batch}) for stage in config.stages]
     engine = config.engine.model_copy(update={"micro_batch_size": micro_batch_size})
     return config.model_copy(update={"stages": tuple(stages), "engine": engine})

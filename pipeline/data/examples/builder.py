@@ -65,6 +65,27 @@ def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
     return frozenset(name for name, is_read in groups.items() if is_read)
 
 
+def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], num_examples: int) -> BatchSpec:
+    """Return the arrays of some groups of fields, with the maximum sizes of a stage's examples."""
+    model, masking, shape = config.model, stage.masking, shape_of(config.model)
+    sizes = BatchSizes(text=stage.max_text_length)
+    if isinstance(shape, KeepAspectRatio):
+        assert isinstance(model, ViLTConfig)
+        side, patches = shape.canvas, min(shape.num_patches, model.max_visible_patches or shape.num_patches)
+        groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
+        if "image" in groups and "second_image" not in groups:  # models read all patches of two images
+            groups |= {"visible_patches"}
+    else:
+        side, patches = shape, model.num_patches
+    masked = len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0)))
+    sizes = replace(sizes, image_side=side, visible_patches=patches, masked_patches=masked)
+    if "regions" in groups:
+        assert isinstance(model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
+        masked = masked_at_most(model.max_regions, masking.region_mask_ratio)
+        sizes = replace(sizes, regions=model.max_regions, region_features=model.region_features, masked_regions=masked)
+    return BatchSpec(num_examples, groups, sizes)
+
+
 @dataclass(frozen=True)
 class LoaderSpec:
     """Everything that determines the examples at some places of a stage's batches.
@@ -94,36 +115,8 @@ class LoaderSpec:
         return shape_of(self.config.model)
 
     @property
-    def max_visible_patches(self) -> int:
-        """The maximum number of patches that a model reads of an image that keeps its aspect ratio."""
-        model, shape = self.config.model, self.shape
-        assert isinstance(model, ViLTConfig)
-        assert isinstance(shape, KeepAspectRatio)
-        return min(shape.num_patches, model.max_visible_patches or shape.num_patches)
-
-    @property
     def batch_spec(self) -> BatchSpec:
-        config, masking, shape = self.config, self.stage.masking, self.shape
-        groups = set(self.groups)
-        if isinstance(shape, KeepAspectRatio):
-            side, patches = shape.canvas, self.max_visible_patches
-            groups |= {f"{name}_size" for name in ("image", "second_image") if name in groups}
-            if "image" in groups and "second_image" not in groups:  # models read all patches of two images
-                groups.add("visible_patches")
-        else:
-            side, patches = shape, config.model.num_patches
-        sizes = BatchSizes(
-            image_side=side,
-            text=self.stage.max_text_length,
-            visible_patches=patches,
-            masked_patches=len(mask_patches(patches, masking.image_mask_ratio, CounterRandom(0))),
-        )
-        if "regions" in groups:
-            assert isinstance(config.model, ImageBERTConfig), "the schema accepts regions for no other kind of model"
-            count, width = config.model.max_regions, config.model.region_features
-            masked = masked_at_most(count, masking.region_mask_ratio)
-            sizes = replace(sizes, regions=count, region_features=width, masked_regions=masked)
-        return BatchSpec(len(self.places), frozenset(groups), sizes)
+        return batch_spec(self.config, self.stage, self.groups, len(self.places))
 
     def split(self, parts: int) -> list[LoaderSpec]:
         """Return the spec in contiguous parts of equal size to within one place, none of them empty."""
@@ -335,7 +328,7 @@ class ExampleBuilder:
                 buffer[f"{name}_size"][row] = augmented.shape[:2]
             put_on_canvas(augmented, buffer[name][row])
         if "visible_patches" in buffer:
-            limit, count = self._spec.max_visible_patches, self._num_patches(buffer, row)
+            limit, count = buffer["visible_patches"].shape[1], self._num_patches(buffer, row)
             visible = np.arange(count)
             if count > limit:
                 visible = np.sort(self._random(example, "patches read").permutation(count)[:limit])
