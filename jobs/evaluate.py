@@ -300,10 +300,10 @@ def _warnings(found: Evaluation) -> list[str]:
     if found.trained_on:
         stages = ", ".join(found.trained_on)
         told.append(f"source '{found.source}' was trained on (stages: {stages}): these are no held-out results")
-    if found.matching is not None and found.matching.is_collapsed:
+    if found.itm is not None and found.itm.is_collapsed:
         told.append(
-            f"matching has collapsed: right for {100 * found.matching.accuracy_matched:.0f} % of the true pairs and "
-            f"{100 * found.matching.accuracy_mismatched:.0f} % of the wrong ones; "
+            f"matching has collapsed: right for {100 * found.itm.accuracy_matched:.0f} % of the true pairs and "
+            f"{100 * found.itm.accuracy_mismatched:.0f} % of the wrong ones; "
             "train longer, or check that the stage started from the weights it should have"
         )
     return told

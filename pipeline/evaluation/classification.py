@@ -1,8 +1,22 @@
-"""How well pictures are told by class: top-1 and top-5 accuracy on whole pictures (ViT's is on their centre)."""
+"""Image classification: with a trained head, zero-shot by class names, and with a linear probe on frozen features.
+
+Accuracy is top-1 and top-5 on whole images (ViT's published figures use the centre crop).
+
+Zero-shot: a class is the normalised mean of its prompts' vectors (CLIP, arXiv 2103.00020, section 3.1.4), and an image
+belongs to the nearest class.
+
+Linear probe: features are the last layer's [CLS] concatenated with the mean of the patches, because masked-image
+training leaves [CLS] untrained and contrastive training the patches. They are standardised over the training images,
+and multinomial logistic regression is fitted by full-batch L-BFGS from zero, so that nothing is random and the number
+of ranks does not matter. The penalty is chosen on every fifth training image, and the final classifier uses all of
+them.
+
+Shapes: N images, C classes, T prompts, D features.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,61 +32,73 @@ from pipeline.data.storage import NotFound, Storage, join
 from pipeline.evaluation.datasets import LabelledEvalSet
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.retrieval import contrastive_features, embed_texts, eval_mode
-from pipeline.models.forward import ForwardInput
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, added to the mean loss per image
+VALIDATION_STRIDE = 5  # every so many training images are held back while the penalty is chosen
+ITERATIONS = 200
 
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    pictures: int
+    images: int
     top1: float
     top5: float
     chance: float  # of the first guess
 
 
+@dataclass(frozen=True)
+class LinearProbeResult:
+    images: int
+    trained_on: int  # images
+    penalty: float
+    top1: float
+    top5: float
+    chance: float
+
+
 def evaluate_classification(model: nn.Module, source: LabelledEvalSet) -> ClassificationResult:
-    """Reads the whole source. Raises DataError as its `shared`."""
+    """Evaluate the trained head on the whole source. Raises DataError as its `map_ranks`."""
 
     def read() -> tuple[list[int], int]:
         with eval_mode(model) as device:
-            logits = (
-                (model({"only": one})["only"]["classes"], said) for one, said in source.batches(device, "classes")
-            )
-            return class_ranks(logits)
+            batches = source.batches(device, "classes")
+            return class_ranks((model({"only": batch})["only"]["classes"], labels) for batch, labels in batches)
 
-    return classification_result(source.shared(read))
+    return classification_result(source.map_ranks(read))
 
 
 def class_ranks(batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[list[int], int]:
-    """Of each labelled picture the place, from 1, of its class, and the number of classes.
+    """Return the rank, from 1, of each image's label among the classes, and the number of classes.
 
-    A batch is the logits (B, classes) and the labels of its first pictures. Of equal logits the right one stands last.
+    A batch is the logits (B, C) and the labels of its first images. Among equal logits the label ranks last, and NaN
+    ranks before every label.
     """
-    places: list[int] = []
+    ranks: list[int] = []
     classes = 0
     for logits, labels in batches:
         classes = logits.shape[1]
         own = logits[: len(labels)].float().cpu()
-        right = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
-        places += (~(own < right)).sum(dim=1).tolist()  # what is no number stands before every right one
-    return places, classes
+        label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
+        ranks += (~(own < label_logit)).sum(dim=1).tolist()
+    return ranks, classes
 
 
 def classification_result(parts: Sequence[tuple[list[int], int]]) -> ClassificationResult:
-    """From every rank's places."""
-    places = [place for own, _ in parts for place in own]
-    top1, top5 = (sum(place <= k for place in places) / len(places) for k in (1, 5))
-    return ClassificationResult(len(places), top1, top5, 1 / parts[0][1])
+    """Combine the ranks' results of `class_ranks`."""
+    ranks = [rank for own, _ in parts for rank in own]
+    top1, top5 = (sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5))
+    return ClassificationResult(len(ranks), top1, top5, 1 / parts[0][1])
 
 
 def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, ...]:
-    """The names of a labelled source's classes, by their numbers; ConfigError where nothing beside it lists them."""
+    """Return the class names of a labelled source in label order. Raises ConfigError where its shards list none."""
     url = join(shard_folder(config.sources[source].shards), CLASSES)
     try:
         return Choices.from_bytes(storage.read(url), url).names
     except NotFound as error:
         raise ConfigError(
-            f"source '{source}' is labelled, and there is no {url} to name its classes; write it: a JSON list of names "
-            "in the order of the labels, as mome shards build does for folders of classes"
+            f"source '{source}' is labelled, and {url} with its class names is missing; write it: a JSON list of names "
+            "in label order, as `mome shards build` does for folders of classes"
         ) from error
 
 
@@ -85,111 +111,94 @@ def class_vectors(
     batch: int = 64,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Tensor:
-    """(C, D) unit vectors; each prompt holds {} in the place of the name."""
+    """Return unit vectors (C, D) of the classes; each prompt has {} in the place of the name."""
     texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
-    rows = [each.ids for each in tokenizer.encode_batch(texts, max_text_length)]
-    vectors = embed_texts(model, rows, tokenizer.pad_id, batch, ranks)
+    token_ids = [tokens.ids for tokens in tokenizer.encode_batch(texts, max_text_length)]
+    vectors = embed_texts(model, token_ids, tokenizer.pad_id, batch, ranks)
     return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)
 
 
 def evaluate_zero_shot(model: nn.Module, source: LabelledEvalSet, classes: Tensor) -> ClassificationResult:
-    """Reads the whole source against the vectors (C, D) of its classes.
+    """Classify the whole source by its class vectors (C, D).
 
-    Raises DataError as its `shared`, and for a label that no class has.
+    Raises DataError as its `map_ranks`, and for a label without a class.
     """
 
     def read() -> tuple[list[int], int]:
         with eval_mode(model) as device:
             return class_ranks(
-                (contrastive_features(model, one) @ classes.T, known(said)) for one, said in batches(device)
+                (contrastive_features(model, batch) @ classes.T, check(labels))
+                for batch, labels in source.batches(device, "itc")
             )
 
-    def batches(device: torch.device) -> Iterator[tuple[ForwardInput, list[int]]]:
-        return source.batches(device, "itc")
-
-    def known(labels: list[int]) -> list[int]:
+    def check(labels: list[int]) -> list[int]:
         if max(labels, default=0) >= len(classes):
-            raise DataError(f"a picture is of class {max(labels)}, and {len(classes)} are named, from 0")
+            raise DataError(f"an image has label {max(labels)}, and there are {len(classes)} class names, from 0")
         return labels
 
-    return classification_result(source.shared(read))
-
-
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, beside the mean loss of a picture
-HELD_BACK = 5  # every so many pictures, while the penalty is chosen
-ITERATIONS = 200
-
-
-@dataclass(frozen=True)
-class LinearProbeResult:
-    pictures: int
-    trained_on: int  # pictures
-    penalty: float
-    top1: float
-    top5: float
-    chance: float
+    return classification_result(source.map_ranks(read))
 
 
 def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> LinearProbeResult:
-    """Fits on one labelled source and measures on another. Raises DataError as their `shared`."""
+    """Fit on one labelled source and evaluate on another. Raises DataError as their `map_ranks`."""
     with eval_mode(model) as device:
-        x, y = (tensor.to(device) for tensor in features_of(model, training))
-        test_x, test_y = (tensor.to(device) for tensor in features_of(model, held_out))
+        x, y = (tensor.to(device) for tensor in probe_features(model, training))
+        test_x, test_y = (tensor.to(device) for tensor in probe_features(model, held_out))
     with torch.no_grad():
         mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
         x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
     classes = 1 + int(torch.cat([y, test_y]).max())
-    penalty = _penalty(x, y, classes)
+    penalty = _choose_penalty(x, y, classes)
     weight, bias = fit_linear_probe(x, y, classes, penalty)
-    found = classification_result([class_ranks([(test_x @ weight + bias, test_y.tolist())])])
-    return LinearProbeResult(found.pictures, len(x), penalty, found.top1, found.top5, found.chance)
+    result = classification_result([class_ranks([(test_x @ weight + bias, test_y.tolist())])])
+    return LinearProbeResult(result.images, len(x), penalty, result.top1, result.top5, result.chance)
 
 
-def features_of(model: nn.Module, source: LabelledEvalSet) -> tuple[Tensor, Tensor]:
-    """(N, D) float64 and the labels (N,) int64 of a whole source, in its order."""
+def probe_features(model: nn.Module, source: LabelledEvalSet) -> tuple[Tensor, Tensor]:
+    """Return the features (N, D) float64 and labels (N,) int64 of a whole source, in its order."""
 
     def read() -> tuple[Tensor, Tensor]:
         features: list[Tensor] = []
-        labels: list[int] = []
+        all_labels: list[int] = []
         with eval_mode(model) as device:
-            for one, said in source.batches(device, "tokens"):
-                if one.image_size is not None:
-                    raise ConfigError("the linear probe reads pictures of one shape, and this model keeps each its own")
-                tokens = model({"only": one})["only"]["tokens"][: len(said)].float()
+            for batch, labels in source.batches(device, "tokens"):
+                if batch.image_size is not None:
+                    raise ConfigError("the linear probe needs images of one shape, and this model keeps each one's own")
+                tokens = model({"only": batch})["only"]["tokens"][: len(labels)].float()
                 features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu())
-                labels += said
-        return torch.cat(features), torch.tensor(labels, dtype=torch.int64)
+                all_labels += labels
+        return torch.cat(features), torch.tensor(all_labels, dtype=torch.int64)
 
-    parts = source.shared(read)
+    parts = source.map_ranks(read)
     return torch.cat([x for x, _ in parts]).double(), torch.cat([y for _, y in parts])
 
 
-def _penalty(x: Tensor, y: Tensor, classes: int) -> float:
-    """The one whose classifier loses least on the pictures held back; of few pictures the middle one."""
-    back = torch.arange(len(x), device=x.device) % HELD_BACK == HELD_BACK - 1
-    if int(back.sum()) < classes:
+def _choose_penalty(x: Tensor, y: Tensor, classes: int) -> float:
+    """Return the penalty with the lowest loss on the validation images; the middle one for few images."""
+    validation = torch.arange(len(x), device=x.device) % VALIDATION_STRIDE == VALIDATION_STRIDE - 1
+    if int(validation.sum()) < classes:
         return PENALTIES[len(PENALTIES) // 2]
     losses = {}
     for penalty in PENALTIES:
-        weight, bias = fit_linear_probe(x[~back], y[~back], classes, penalty)
-        losses[penalty] = F.cross_entropy(x[back] @ weight + bias, y[back]).item()
+        weight, bias = fit_linear_probe(x[~validation], y[~validation], classes, penalty)
+        losses[penalty] = F.cross_entropy(x[validation] @ weight + bias, y[validation]).item()
     return min(losses, key=losses.__getitem__)
 
 
 @torch.enable_grad()
 def fit_linear_probe(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weights (D, C) and biases (C,) of the least mean cross-entropy + penalty / 2 · ‖weights‖²."""
+    """Return the weights (D, C) and biases (C,) that minimise mean cross-entropy + penalty / 2 · ‖weights‖²."""
     weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=x.dtype, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
-    def loss() -> Tensor:
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        found = F.cross_entropy(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
-        torch.autograd.backward(found)
-        return found
+        loss = F.cross_entropy(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
+        torch.autograd.backward(loss)
+        return loss
 
-    optimizer.step(loss)
+    optimizer.step(closure)
     return weight.detach(), bias.detach()

@@ -1,12 +1,12 @@
-"""Evaluates a stage's weights on a held-out source: what every objective it trained is worth there.
+"""Evaluate a stage's weights on a held-out source, for every objective that the stage trained.
 
-Contrastive training is measured by retrieval, matching by its accuracy and by re-ranking, masked language by the words
-guessed with the right picture, a wrong one and none. Earlier stages' models add what they alone can tell: the language
-stage its accuracy from text, the vision stage its reconstructions. Fine-tuned stages are measured on sources of their
-own type: questions, statements, labelled pictures.
+The contrast is evaluated by retrieval, matching by its accuracy and by reranking, masked language by the words
+predicted with the right image, a wrong one and none. Earlier stages add what only they trained: the language stage its
+accuracy from text, the vision stage its reconstructions. Fine-tuned stages are evaluated on sources of their own type:
+questions, statements, labelled images.
 
-A stage hands over its last weights, and none is ever chosen by a result: there is no model selection on test data. A
-source that a stage trained on can be evaluated, and the result says so (`trained_on`).
+Evaluation always uses a stage's last weights and selects no model on test data. A source that a stage trained on can be
+evaluated, and the result says so (`trained_on`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pipeline.data.contents.choices import Choices, answers_with, choices_of
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.classification import (
-    ClassificationResult,
     class_names,
     class_vectors,
     evaluate_classification,
@@ -52,9 +51,25 @@ from pipeline.evaluation.retrieval import (
 from pipeline.evaluation.vqa_nlvr2 import evaluate_nlvr2, evaluate_vqa
 from pipeline.objectives import evaluation_tasks
 
-RERANK_BEST = 10  # candidates of each query that the fusion encoder reads again …
-RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each is a forward pass of its own
-RECONSTRUCTED = 64  # pictures whose masked patches are filled in; the report shows the first few
+RERANK_BEST = 10  # candidates of each query that the fusion encoder reranks …
+RERANK_PAIRS = 12_000  # … fewer where that would be more pairs than this: each costs a forward of its own
+RECONSTRUCTED = 64  # images whose masked patches are filled in; the report shows the first few
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """What all measures of one evaluation share."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    storage: Storage
+    ranks: Ranks
+    progress: Callable[[str], None]
+    rerank_best: int | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.config.evaluation.batch_size
 
 
 def evaluate(
@@ -73,114 +88,34 @@ def evaluate(
     held_out: EvalPairs | None = None,
     probe: str | None = None,
 ) -> Evaluation:
-    """Evaluates `model`, the weights of the stage named `stage` (the last, if not given), on a source.
+    """Evaluate `model`, the weights of stage `stage` (default: the last), on a source. Called on all ranks together.
 
-    `source` and `limit` default to the config's. `others` are the models of other stages, by the stage's name.
-    `rerank_best` is how many candidates of each query the fusion encoder reads again; 0 leaves re-ranking out.
-    `progress` is told what is being measured. `choices` is what the heads choose among, as kept with the weights;
-    None: as the config names it.
-    All of `ranks` call it together and get the same. `held_out`: the source's pairs, where they were read before.
-    `probe`: a labelled source on whose frozen features a linear classifier is trained, to be measured on `source`.
-    Raises ConfigError and DataError as `load_pairs`, ConfigError for a source of a use that the stage did not train.
+    `source` and `limit` default to the config's. `others` are the models of other stages by name. `rerank_best` is the
+    number of candidates per query that the fusion encoder reranks; 0 skips reranking. `progress` is called with a
+    message before each measure. `choices` are the answer and class lists saved with the weights (default: those that
+    the config names). `held_out` are the source's pairs, if they are loaded already. `probe` is a labelled source on
+    whose frozen features a linear classifier is trained, to be evaluated on `source`.
+
+    Raises ConfigError and DataError as `load_pairs`, and ConfigError for a source type that the stage did not train.
     """
-    chosen = config.stage_named(stage)
+    section = config.stage_named(stage)
     source = source or config.evaluation.source
     if source is None:
-        raise ConfigError("evaluation.source: no held-out source is named; set it to one that no stage trains on")
+        raise ConfigError("evaluation.source: no held-out source is set; set it to one that no stage trains on")
+    context = EvalContext(config, tokenizer, storage, ranks, progress, rerank_best)
+    limit = limit or config.evaluation.max_images
     if source in config.sources and config.sources[source].type != "pairs":
-        setting = EvalContext(config, tokenizer, ranks, progress, None)
-        return _measure_task(model, setting, storage, source, limit, chosen, choices, probe)
+        return _evaluate_task(model, context, source, limit, section, choices, probe)
     if probe is not None:
-        raise ConfigError(f"a linear probe is measured on labelled pictures, and '{source}' is no source of them")
+        raise ConfigError(f"a linear probe needs a labelled source, and '{source}' is not one")
     if held_out is None:
         progress("reading the held-out pairs")
-        limit = limit or config.evaluation.max_images
-        held_out = load_pairs(config, storage, source, limit, tokenizer, chosen.max_text_length, ranks)
-    setting = EvalContext(config, tokenizer, ranks, progress, rerank_best)
-    found = Evaluation(source, chosen.name, held_out, trained_on=stages_trained_on(config, source))
-    found = _measure(found, model, chosen, setting)
+        held_out = load_pairs(config, storage, source, limit, tokenizer, section.max_text_length, ranks)
+    result = Evaluation(source, section.name, held_out, trained_on=stages_trained_on(config, source))
+    result = _evaluate_pairs(result, model, section, context)
     for name, other in (others or {}).items():
-        found = _add_stage(found, other, config.stage_named(name), setting)
-    return found
-
-
-@dataclass(frozen=True)
-class EvalContext:
-    """What all measures of one evaluation share."""
-
-    config: RunConfig
-    tokenizer: Tokenizer
-    ranks: Ranks
-    progress: Callable[[str], None]
-    rerank_best: int | None
-
-    @property
-    def pad(self) -> int:
-        return self.tokenizer.pad_id
-
-    @property
-    def batch(self) -> int:
-        return self.config.evaluation.batch_size
-
-
-def _measure_task(
-    model: nn.Module,
-    setting: EvalContext,
-    storage: Storage,
-    source: str,
-    limit: int | None,
-    stage: StageConfig,
-    choices: Mapping[str, Choices] | None,
-    probe: str | None,
-) -> Evaluation:
-    """The figures of a source of questions, statements or labelled pictures."""
-    config, progress = setting.config, setting.progress
-    source_type = config.sources[source].type
-    tasks = evaluation_tasks(stage, source_type)
-    if not tasks and not (source_type == "labelled" and probe):
-        raise ConfigError(
-            f"source '{source}' is of type {source_type}, and stage {stage.name} trains no objective that is evaluated "
-            f"on it (it trains {', '.join(stage.objectives)}); give another source or stage"
-        )
-    limit = limit or config.evaluation.max_images
-    annotated = LabelledEvalSet(config, storage, source, stage, setting.tokenizer, limit, setting.ranks)
-    figures: dict[str, Any] = {}
-    if "vqa" in tasks:
-        progress("answering questions")
-        if choices is None:
-            choices = choices_of(config, [stage], storage)
-        listed = answers_with(choices, stage.num_answers, f"stage {stage.name}")
-        figures["vqa"] = evaluate_vqa(model, annotated, listed)
-    if "nlvr2" in tasks:
-        progress("judging statements")
-        figures["nlvr2"] = evaluate_nlvr2(model, annotated)
-    if "classification" in tasks:
-        progress("telling classes")
-        figures["classification"] = evaluate_classification(model, annotated)
-    if "zero_shot" in tasks:
-        progress("telling classes by their names")
-        figures["zero_shot"] = _zero_shot(model, annotated, setting, storage, source, stage)
-    if probe is not None:
-        progress("training a linear classifier on frozen features")
-        training = LabelledEvalSet(config, storage, probe, stage, setting.tokenizer, None, setting.ranks)
-        figures["linear_probe"] = evaluate_linear_probe(model, training, annotated)
-    held_out = EvalPairs.of_no_pairs(dict(annotated.skipped), annotated.digest)
-    return Evaluation(source, stage.name, held_out, trained_on=stages_trained_on(config, source), **figures)
-
-
-def _zero_shot(
-    model: nn.Module,
-    annotated: LabelledEvalSet,
-    setting: EvalContext,
-    storage: Storage,
-    source: str,
-    stage: StageConfig,
-) -> ClassificationResult:
-    names, prompts = class_names(setting.config, source, storage), setting.config.evaluation.prompts
-    vectors = class_vectors(
-        model, setting.tokenizer, names, prompts, stage.max_text_length, setting.batch, setting.ranks
-    )
-    return evaluate_zero_shot(model, annotated, vectors)
+        result = _add_stage(result, other, config.stage_named(name), context)
+    return result
 
 
 def can_evaluate(config: RunConfig, source: str, stage: StageConfig) -> bool:
@@ -189,7 +124,7 @@ def can_evaluate(config: RunConfig, source: str, stage: StageConfig) -> bool:
 
 
 def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
-    """The stages that train on a source's shards, under whatever name."""
+    """Return the stages that train on a source's shards, under whatever name."""
     shards = config.sources[source].shards.rstrip("/") if source in config.sources else None
     return tuple(
         stage.name
@@ -198,123 +133,162 @@ def stages_trained_on(config: RunConfig, source: str) -> tuple[str, ...]:
     )
 
 
-def _measure(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
-    held_out, progress, tasks = found.held_out, setting.progress, evaluation_tasks(stage, "pairs")
+def _evaluate_task(
+    model: nn.Module,
+    context: EvalContext,
+    source: str,
+    limit: int | None,
+    stage: StageConfig,
+    choices: Mapping[str, Choices] | None,
+    probe: str | None,
+) -> Evaluation:
+    """Evaluate a source of questions, statements or labelled images."""
+    config, tokenizer, ranks = context.config, context.tokenizer, context.ranks
+    source_type = config.sources[source].type
+    tasks = evaluation_tasks(stage, source_type)
+    if not tasks and not (source_type == "labelled" and probe):
+        raise ConfigError(
+            f"source '{source}' is of type {source_type}, and stage {stage.name} trains no objective that is evaluated "
+            f"on it (it trains {', '.join(stage.objectives)}); give another source or stage"
+        )
+    dataset = LabelledEvalSet(config, context.storage, source, stage, tokenizer, limit, ranks)
+    results: dict[str, Any] = {}
+    if "vqa" in tasks:
+        context.progress("answering questions")
+        choices = choices_of(config, [stage], context.storage) if choices is None else choices
+        answers = answers_with(choices, stage.num_answers, f"stage {stage.name}")
+        results["vqa"] = evaluate_vqa(model, dataset, answers)
+    if "nlvr2" in tasks:
+        context.progress("judging statements")
+        results["nlvr2"] = evaluate_nlvr2(model, dataset)
+    if "classification" in tasks:
+        context.progress("classifying images")
+        results["classification"] = evaluate_classification(model, dataset)
+    if "zero_shot" in tasks:
+        context.progress("classifying images by class names")
+        names, prompts = class_names(config, source, context.storage), config.evaluation.prompts
+        vectors = class_vectors(model, tokenizer, names, prompts, stage.max_text_length, context.batch, ranks)
+        results["zero_shot"] = evaluate_zero_shot(model, dataset, vectors)
+    if probe is not None:
+        context.progress("training a linear classifier on frozen features")
+        training = LabelledEvalSet(config, context.storage, probe, stage, tokenizer, None, ranks)
+        results["linear_probe"] = evaluate_linear_probe(model, training, dataset)
+    held_out = EvalPairs.empty(dict(dataset.skipped), dataset.digest)
+    return Evaluation(source, stage.name, held_out, trained_on=stages_trained_on(config, source), **results)
+
+
+def _evaluate_pairs(result: Evaluation, model: nn.Module, stage: StageConfig, context: EvalContext) -> Evaluation:
+    held_out, progress, tasks = result.held_out, context.progress, evaluation_tasks(stage, "pairs")
     if "retrieval" in tasks:
         progress("retrieving images by captions and captions by images")
-        found = _retrieve(found, model, setting)
+        result = _retrieve(result, model, context)
     if "matching" in tasks:
         progress("matching captions and images")
-        found = replace(found, matching=_match(model, held_out, setting))
-        found = _rerank(found, model, setting)
-    head: FusedHead | None = "ranking" if "ranking" in tasks else "itm" if found.matching else None
-    if head and found.retrieval is None and setting.rerank_best != 0:
-        progress("reading images with all captions")
-        found = _retrieve_fused(found, model, setting, head)
+        result = _rerank(replace(result, itm=_match(model, held_out, context)), model, context)
+    head: FusedHead | None = "ranking" if "ranking" in tasks else "itm" if result.itm else None
+    if head and result.retrieval is None and context.rerank_best != 0:
+        progress("scoring all pairs of images and captions")
+        result = _retrieve_fused(result, model, context, head)
     if "mlm" in tasks:
-        progress("guessing masked words")
-        fused = setting.config.source_type_of(stage) == "pairs"
-        mlm = masked_language(model, held_out, stage.masking, setting.tokenizer, fused, setting.batch, setting.ranks)
-        found = replace(found, mlm=mlm)
+        progress("predicting masked words")
+        fused = context.config.source_type_of(stage) == "pairs"
+        batch, ranks = context.batch, context.ranks
+        mlm = masked_language(model, held_out, stage.masking, context.tokenizer, fused, batch, ranks)
+        result = replace(result, mlm=mlm)
     if "mim" in tasks:
         progress("filling in masked patches")
-        found = _reconstructed(found, model, stage, setting.config)
-    return found
+        result = _reconstruct(result, model, stage, context.config)
+    return result
 
 
-def _add_stage(found: Evaluation, model: nn.Module, stage: StageConfig, setting: EvalContext) -> Evaluation:
-    """What an earlier stage's model tells: words from text alone, on the same masks, and reconstructions."""
-    if "mlm" in stage.objectives and found.mlm is not None:
-        setting.progress(f"guessing masked words from text with the stage '{stage.name}'")
-        guesses = predict_masked_tokens(model, found.mlm.masked, setting.pad, batch=setting.batch, ranks=setting.ranks)
-        found = replace(found, language_stages=found.language_stages | {stage.name: guesses})
-    if "mim" in stage.objectives and found.reconstruction is None:
-        setting.progress(f"filling in masked patches with the stage '{stage.name}'")
-        found = _reconstructed(found, model, stage, setting.config)
-    return found
+def _add_stage(result: Evaluation, model: nn.Module, stage: StageConfig, context: EvalContext) -> Evaluation:
+    """Add an earlier stage's results: words from text alone, with the same masks, and reconstructions."""
+    if "mlm" in stage.objectives and result.mlm is not None:
+        context.progress(f"predicting masked words from text with the stage '{stage.name}'")
+        masked, pad = result.mlm.masked, context.tokenizer.pad_id
+        predictions = predict_masked_tokens(model, masked, pad, batch=context.batch, ranks=context.ranks)
+        result = replace(result, language_stages=result.language_stages | {stage.name: predictions})
+    if "mim" in stage.objectives and result.reconstruction is None:
+        context.progress(f"filling in masked patches with the stage '{stage.name}'")
+        result = _reconstruct(result, model, stage, context.config)
+    return result
 
 
-def _retrieve(found: Evaluation, model: nn.Module, setting: EvalContext) -> Evaluation:
-    held_out, ranks = found.held_out, setting.ranks
-    images = embed_images(model, held_out.images, setting.batch, ranks)
-    texts = embed_texts(model, held_out.rows(), setting.pad, setting.batch, ranks)
+def _retrieve(result: Evaluation, model: nn.Module, context: EvalContext) -> Evaluation:
+    held_out, ranks, pad = result.held_out, context.ranks, context.tokenizer.pad_id
+    captions, ids = held_out.caption_of, held_out.image_id
+    images = embed_images(model, held_out.images, context.batch, ranks)
+    texts = embed_texts(model, held_out.token_ids(), pad, context.batch, ranks)
     with eval_mode(model) as device:
         images, texts = images.to(device), texts.to(device)
-    ranked = rankings(
-        dot_products(images, texts),
-        dot_products(texts, images),
-        held_out.caption_of,
-        held_out.image_id,
-        max(KEPT, setting.rerank_best or 0),
-        ranks,
-    )
-    retrieval = recall_at_k(
-        ranked.image_to_text.place, ranked.text_to_image.place, held_out.caption_of, held_out.image_id
-    )
-    return replace(found, rankings=ranked, retrieval=retrieval, retrieval_images=len(held_out))
+    keep = max(KEPT, context.rerank_best or 0)
+    ranked = rankings(dot_products(images, texts), dot_products(texts, images), captions, ids, keep, ranks)
+    retrieval = recall_at_k(ranked.image_to_text.rank, ranked.text_to_image.rank, captions, ids)
+    return replace(result, rankings=ranked, retrieval=retrieval, retrieval_images=len(held_out))
 
 
-def _rerank(found: Evaluation, model: nn.Module, setting: EvalContext) -> Evaluation:
-    held_out, ranked = found.held_out, found.rankings
-    if ranked is None:  # random negatives need no contrast, and without one nothing is ranked yet
-        return found
+def _rerank(result: Evaluation, model: nn.Module, context: EvalContext) -> Evaluation:
+    held_out, ranked = result.held_out, result.rankings
+    if ranked is None:  # random negatives need no contrast, and without one there is no ranking yet
+        return result
     affordable = RERANK_PAIRS // (len(held_out) + len(held_out.tokens))
-    best = min(RERANK_BEST, affordable) if setting.rerank_best is None else setting.rerank_best
+    best = min(RERANK_BEST, affordable) if context.rerank_best is None else context.rerank_best
     if best < 2:  # the order of one candidate cannot change
-        return found
+        return result
     captions, images = held_out.caption_of, held_out.image_id
-    places = rerank(ranked, best, lambda pairs: _odds(model, held_out, setting, pairs), captions, images)
-    return replace(found, reranked=recall_at_k(*places, captions, images), reranked_best=best)
+    new_ranks = rerank(ranked, best, lambda pairs: _fusion_scores(model, held_out, context, pairs), captions, images)
+    return replace(result, reranked=recall_at_k(*new_ranks, captions, images), reranked_best=best)
 
 
-def _retrieve_fused(found: Evaluation, model: nn.Module, setting: EvalContext, head: FusedHead) -> Evaluation:
-    """Every pair read by the fusion encoder, of as many images, from the first, as make up `RERANK_PAIRS` pairs."""
-    held_out = found.held_out
+def _retrieve_fused(result: Evaluation, model: nn.Module, context: EvalContext, head: FusedHead) -> Evaluation:
+    """Score every pair of the first images with the fusion encoder, of as many as make up `RERANK_PAIRS` pairs."""
+    held_out = result.held_out
     per_image = held_out.caption_of.bincount(minlength=len(held_out))
     num_pairs = per_image.cumsum(0) * torch.arange(1, len(held_out) + 1)
     num_images = int((num_pairs <= RERANK_PAIRS).sum())
     num_captions = int(per_image[:num_images].sum())
     if num_images < 2:
-        return found
+        return result
     pairs = torch.cartesian_prod(torch.arange(num_images), torch.arange(num_captions))
-    scores = _odds(model, held_out, setting, pairs, head).unflatten(0, (num_images, num_captions))
+    scores = _fusion_scores(model, held_out, context, pairs, head).unflatten(0, (num_images, num_captions))
     caption_of, image_id = held_out.caption_of[:num_captions], held_out.image_id[:num_images]
-    ranked = rankings(scores.__getitem__, scores.T.__getitem__, caption_of, image_id, ranks=setting.ranks)
+    ranked = rankings(scores.__getitem__, scores.T.__getitem__, caption_of, image_id, ranks=context.ranks)
     return replace(
-        found,
+        result,
         rankings=ranked if num_images == len(held_out) else None,
-        retrieval=recall_at_k(ranked.image_to_text.place, ranked.text_to_image.place, caption_of, image_id),
+        retrieval=recall_at_k(ranked.image_to_text.rank, ranked.text_to_image.rank, caption_of, image_id),
         retrieval_by=head,
         retrieval_images=num_images,
     )
 
 
-def _match(model: nn.Module, held_out: EvalPairs, setting: EvalContext) -> MatchingResult | None:
+def _match(model: nn.Module, held_out: EvalPairs, context: EvalContext) -> MatchingResult | None:
     if len(held_out.image_id.unique()) < 2:
         return None
     captions = torch.arange(len(held_out.tokens))
     other = mismatched_images(held_out.image_id)[held_out.caption_of]
     matched, mismatched = (
-        _odds(model, held_out, setting, torch.stack([images, captions], dim=1))
+        _fusion_scores(model, held_out, context, torch.stack([images, captions], dim=1))
         for images in (held_out.caption_of, other)
     )
     return MatchingResult((matched > 0).double().mean().item(), (mismatched <= 0).double().mean().item())
 
 
-def _odds(
-    model: nn.Module, held_out: EvalPairs, setting: EvalContext, pairs: Tensor, head: FusedHead = "itm"
+def _fusion_scores(
+    model: nn.Module, held_out: EvalPairs, context: EvalContext, pairs: Tensor, head: FusedHead = "itm"
 ) -> Tensor:
-    images, sizes, rows = held_out.images, held_out.image_size, held_out.rows()
-    return fusion_scores(model, images, rows, setting.pad, pairs, setting.batch, sizes, head, setting.ranks)
+    images, sizes, token_ids = held_out.images, held_out.image_size, held_out.token_ids()
+    pad = context.tokenizer.pad_id
+    return fusion_scores(model, images, token_ids, pad, pairs, context.batch, sizes, head, context.ranks)
 
 
-def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> Evaluation:
-    held_out = found.held_out
+def _reconstruct(result: Evaluation, model: nn.Module, stage: StageConfig, config: RunConfig) -> Evaluation:
+    held_out = result.held_out
     if stage.image_target == "visual_tokens" or held_out.image_size is not None:
-        return found  # a token is a name and no picture; pictures of many shapes would need many drawings
-    result = reconstruct(
+        return result  # visual tokens cannot be drawn, and images of different shapes cannot be stacked
+    reconstruction = reconstruct(
         model,
-        _resized(held_out.images[:RECONSTRUCTED], config.for_stage(stage).model.image_size),
+        _resize_images(held_out.images[:RECONSTRUCTED], config.for_stage(stage).model.image_size),
         held_out.keys[:RECONSTRUCTED],
         config.model.patch_size,
         stage.masking.image_mask_ratio,
@@ -322,11 +296,11 @@ def _reconstructed(found: Evaluation, model: nn.Module, stage: StageConfig, conf
         config.evaluation.batch_size,
         decoded=stage.image_decoder is not None,
     )
-    return replace(found, reconstruction=result, reconstruction_stage=stage.name)
+    return replace(result, reconstruction=reconstruction, reconstruction_stage=stage.name)
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    """Square pictures (N, H, H, 3) uint8 as a stage of another picture size reads them: (N, size, size, 3)."""
+def _resize_images(images: Tensor, size: int) -> Tensor:
+    """Resize square images (N, H, H, 3) uint8 to a stage's own image size: (N, size, size, 3)."""
     if images.shape[1] == size:
         return images
     channels = images.permute(0, 3, 1, 2).float()

@@ -269,7 +269,7 @@ def alignment_examples(
 def _aligned(
     model: Model, tokenizer: Tokenizer, held_out: EvalPairs, number: int, max_text_length: int
 ) -> AlignedCaption:
-    caption, picture = held_out.captions[number][0], held_out.picture(number).numpy()
+    caption, picture = held_out.captions[number][0], held_out.image(number).numpy()
     found = explain(model, tokenizer, picture, caption, max_text_length)
     words = [
         (word.word, thumbnail(np.asarray(draw_heat_map(found, word)), HEAT_MAP_PIXELS), word.heat.max().item())

@@ -175,7 +175,7 @@ def _masked_rows(found: Evaluation) -> list[MeasureRow]:
         if name == OTHER:
             note = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+z.1f} points"
         rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, note))
-    if (matching := found.matching) is not None:
+    if (matching := found.itm) is not None:
         right, wrong = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)
         note = f"{right} of the true pairs, {wrong} of the false; chance {percent(0.5)}"
         rows.append(MeasureRow("Caption matched with its picture", matching.accuracy, note, 0.5))
@@ -202,25 +202,25 @@ def _conditions(found: Evaluation) -> list[tuple[str, MaskedTokenPredictions]]:
 def _fine_tuned_rows(found: Evaluation) -> list[MeasureRow]:
     """What fine-tuning trained."""
     rows = []
-    if (answering := found.answering) is not None:
+    if (answering := found.vqa) is not None:
         note = f"{answering.questions} questions; {percent(answering.accuracy_without_model)} by one answer to all"
         rows.append(MeasureRow("Questions answered (VQA accuracy)", answering.accuracy, note))
-    if (reasoning := found.reasoning) is not None:
+    if (reasoning := found.nlvr2) is not None:
         note = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
         rows.append(MeasureRow("Statements judged rightly", reasoning.accuracy, note))
         if reasoning.consistency is not None:
             note = "all pictures of a sentence"
             rows.append(MeasureRow("Sentences judged rightly throughout", reasoning.consistency, note))
     if (classified := found.classification) is not None:
-        note = f"{classified.pictures} pictures; chance {percent(classified.chance)}"
+        note = f"{classified.images} pictures; chance {percent(classified.chance)}"
         rows.append(MeasureRow("Class named first", classified.top1, note))
         rows.append(MeasureRow("Class among the first five", classified.top5, ""))
     if (named := found.zero_shot) is not None:
-        note = f"{named.pictures} pictures; chance {percent(named.chance)}"
+        note = f"{named.images} pictures; chance {percent(named.chance)}"
         rows.append(MeasureRow("Class named first, told by its name alone", named.top1, note))
         rows.append(MeasureRow("Class among the first five, by its name alone", named.top5, ""))
     if (probed := found.linear_probe) is not None:
-        note = f"{probed.pictures} pictures, trained on {probed.trained_on}; chance {percent(probed.chance)}"
+        note = f"{probed.images} pictures, trained on {probed.trained_on}; chance {percent(probed.chance)}"
         rows.append(MeasureRow("Class named first by a linear classifier", probed.top1, note))
     return rows
 
@@ -239,7 +239,7 @@ def _image_galleries(found: Evaluation) -> dict[str, list[CaptionsOfImage]]:
         right = (caption_ids[best] == held_out.image_id[image]).tolist()
         listed = zip([texts[i] for i in best.tolist()], right, ranked.score[image].tolist(), strict=False)
         truth = [] if any(right) else list(held_out.captions[image])
-        return CaptionsOfImage(thumbnail(held_out.picture(image)), int(ranked.place[image]), list(listed), truth)
+        return CaptionsOfImage(thumbnail(held_out.image(image)), int(ranked.rank[image]), list(listed), truth)
 
     order = _by_margin(ranked)
     return {end: [card(image) for image in chosen] for end, chosen in _ends(order, order).items()}
@@ -255,10 +255,10 @@ def _caption_galleries(found: Evaluation) -> dict[str, list[ImagesOfCaption]]:
         best = ranked.best[caption, :CANDIDATES]
         image = int(held_out.caption_of[caption])
         right = (held_out.image_id[best] == held_out.image_id[image]).tolist()
-        pictures = [thumbnail(held_out.picture(i)) for i in best.tolist()]
-        truth = None if any(right) else thumbnail(held_out.picture(image))
+        pictures = [thumbnail(held_out.image(i)) for i in best.tolist()]
+        truth = None if any(right) else thumbnail(held_out.image(image))
         listed = list(zip(pictures, right, ranked.score[caption].tolist(), strict=False))
-        return ImagesOfCaption(texts[caption], int(ranked.place[caption]), listed, truth)
+        return ImagesOfCaption(texts[caption], int(ranked.rank[caption]), listed, truth)
 
     order = _by_margin(ranked)
     ends = _ends(order, [int(held_out.caption_of[caption]) for caption in order])
@@ -328,9 +328,9 @@ def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> Ma
         )
         for i, word in enumerate(words)
     ]
-    other = None if mlm.image_of_other is None else held_out.picture(int(mlm.image_of_other[caption]))
+    other = None if mlm.image_of_other is None else held_out.image(int(mlm.image_of_other[caption]))
     return MaskedCaption(
-        picture=thumbnail(held_out.picture(int(held_out.caption_of[caption]))),
+        picture=thumbnail(held_out.image(int(held_out.caption_of[caption]))),
         other_picture=None if other is None else thumbnail(other),
         pieces=_pieces(tokens.ids, tokens.word_of, number_of, tokenizer),
         words=guesses,

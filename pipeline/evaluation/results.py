@@ -1,7 +1,8 @@
-"""What an evaluation found, and the shapes in which it is told: `mome evaluate --json`, MLflow's metrics."""
+"""The results of an evaluation, as `mome evaluate --json` prints them and as MLflow metrics."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -12,13 +13,12 @@ from pipeline.evaluation.masked_language import MaskedLanguage, MaskedTokenPredi
 from pipeline.evaluation.retrieval import FusedHead, Rankings, Recall, Retrieval
 from pipeline.evaluation.vqa_nlvr2 import NLVR2Result, VQAResult
 
-Figures = VQAResult | NLVR2Result | ClassificationResult | LinearProbeResult
-COLLAPSED = 0.05  # a matching head that is right in no more of one class has learnt only how often pairs match
+COLLAPSED = 0.05  # a matching head with at most this accuracy on one class has learned only the class frequencies
 
 
 @dataclass(frozen=True)
 class MatchingResult:
-    """The matching head on every caption with its own image and with another one (never the same `image_id`)."""
+    """Accuracy of the matching head on every caption with its own image and with one of another `image_id`."""
 
     accuracy_matched: float
     accuracy_mismatched: float
@@ -29,45 +29,44 @@ class MatchingResult:
 
     @property
     def is_collapsed(self) -> bool:
-        """Whether the head gives nearly everything the same answer, as it does where it learnt nothing of pairs."""
+        """Return whether the head gives nearly all pairs the same answer."""
         return min(self.accuracy_matched, self.accuracy_mismatched) < COLLAPSED
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on one source, and what a report shows of them. A member is None where the stage did not train it."""
+    """Results on one source, and the tensors behind its report. A member is None where the stage did not train it."""
 
     source: str
     stage: str
     held_out: EvalPairs
     rankings: Rankings | None = None  # of all images and captions
     retrieval: Retrieval | None = None
-    retrieval_by: Literal["itc"] | FusedHead = "itc"  # the head whose scores order the candidates
-    retrieval_images: int = 0  # that take part in it
+    retrieval_by: Literal["itc"] | FusedHead = "itc"  # head whose scores order the candidates
+    retrieval_images: int = 0  # number of images that take part
     reranked: Retrieval | None = None
-    reranked_best: int = 0  # candidates a query
-    matching: MatchingResult | None = None
+    reranked_best: int = 0  # candidates per query
+    itm: MatchingResult | None = None
     mlm: MaskedLanguage | None = None
-    language_stages: dict[str, MaskedTokenPredictions] = field(
-        default_factory=dict
-    )  # text-only guesses of earlier stages, by name
+    # Text-only predictions of earlier stages, by name.
+    language_stages: dict[str, MaskedTokenPredictions] = field(default_factory=dict)
     reconstruction: Reconstruction | None = None
     reconstruction_stage: str = ""
-    answering: VQAResult | None = None
-    reasoning: NLVR2Result | None = None
+    vqa: VQAResult | None = None
+    nlvr2: NLVR2Result | None = None
     classification: ClassificationResult | None = None
     zero_shot: ClassificationResult | None = None
     linear_probe: LinearProbeResult | None = None
-    trained_on: tuple[str, ...] = ()  # stages that read the same shards: then this is no held-out result
+    trained_on: tuple[str, ...] = ()  # stages that trained on the same shards: the results are then not held out
     checkpoint: str = ""
     report: str = ""
 
     def located(self, checkpoint: str = "", report: str = "") -> Evaluation:
-        """The same, told where the checkpoint came from and where the report went."""
+        """Return the same results with the locations of the checkpoint and the report."""
         return replace(self, checkpoint=checkpoint or self.checkpoint, report=report or self.report)
 
     def to_json(self) -> dict[str, Any]:
-        """The shape that `mome evaluate --json` promises: fractions, null where something was not trained."""
+        """Return the object of `mome evaluate --json`: fractions, null where something was not trained."""
         return {
             "pairs": len(self.held_out),
             "captions": len(self.held_out.tokens),
@@ -77,81 +76,66 @@ class Evaluation:
             "stage": self.stage,
             "retrieval": _retrieval_json(self.retrieval, by=self.retrieval_by, images=self.retrieval_images),
             "reranked": _retrieval_json(self.reranked, best=self.reranked_best),
-            "mlm": self._mlm_json(),
-            "itm": self._itm_json(),
-            "reconstruction": self._reconstruction_json(),
-            **{name: _figures(figures) for name, figures in self.annotated.items()},
+            **self._sections(),
             "trained_on": list(self.trained_on),
             "checkpoint": self.checkpoint,
             "report": self.report,
         }
 
-    @property
-    def annotated(self) -> dict[str, Figures | None]:
-        """What sources of questions, statements and labelled pictures are measured by."""
-        return {
-            "vqa": self.answering,
-            "nlvr2": self.reasoning,
-            "classification": self.classification,
-            "zero_shot": self.zero_shot,
-            "linear_probe": self.linear_probe,
-        }
-
     def metrics(self) -> dict[str, float]:
-        """The same figures flat, as MLflow logs them: `eval/<source>/i2t_r1`, …"""
-        found: dict[str, float | None] = {"pairs": float(len(self.held_out))}
+        """Return the same results flat, as MLflow metrics: `eval/<source>/i2t_r1`, …"""
+        metrics = {"pairs": float(len(self.held_out))}
         for prefix, retrieval in (("", self.retrieval), ("reranked_", self.reranked)):
             if retrieval is not None:
-                found |= _retrieval_metrics(prefix, retrieval)
-        for prefix, section in (("mlm_", self._mlm_json()), ("itm_", self._itm_json())):
-            found |= {prefix + name: value for name, value in (section or {}).items() if isinstance(value, float)}
-        for name, guesses in self.language_stages.items():
-            found[f"mlm_{name}_stage_text_only"] = guesses.accuracy
-        for name, figures in self.annotated.items():
-            section = _figures(figures) or {}
-            found |= {f"{name}_{key}": value for key, value in section.items() if isinstance(value, float)}
+                for name, recall in (("i2t", retrieval.image_to_text), ("t2i", retrieval.text_to_image)):
+                    metrics |= {f"{prefix}{name}_r{k}": fraction for k, fraction in recall.at.items()}
+                    metrics[f"{prefix}{name}_median_rank"] = recall.median_rank
+                    metrics[f"{prefix}{name}_mean_rank"] = recall.mean_rank
+        for section, values in self._sections().items():
+            if section != "reconstruction":
+                metrics |= {f"{section}_{k}": v for k, v in (values or {}).items() if isinstance(v, float)}
+        for name, predictions in self.language_stages.items():
+            metrics[f"mlm_{name}_stage_text_only"] = predictions.accuracy
         if self.reconstruction is not None:
-            found["reconstruction_error"] = self.reconstruction.error
-        return {f"eval/{self.source}/{name}": value for name, value in found.items() if value is not None}
+            metrics["reconstruction_error"] = self.reconstruction.error
+        return {f"eval/{self.source}/{name}": value for name, value in metrics.items()}
 
-    def _mlm_json(self) -> dict[str, Any] | None:
-        if self.mlm is None:
-            return None
+    def _sections(self) -> dict[str, dict[str, Any] | None]:
+        """Return the results other than retrieval, by name, rounded."""
+        mlm = itm = reconstruction = None
+        if self.mlm is not None:
+            mlm = {
+                "accuracy": _accuracy(self.mlm.own_image),
+                "accuracy_other_image": _accuracy(self.mlm.other_image),
+                "accuracy_text_only": _accuracy(self.mlm.text_only),
+                "language_stage_text_only": _accuracy(next(reversed(self.language_stages.values()), None)),
+                "masked_tokens": len(self.mlm.masked.truth()),
+            }
+        if self.itm is not None:
+            itm = {"accuracy": self.itm.accuracy, **asdict(self.itm)}
+        if self.reconstruction is not None:
+            reconstruction = {
+                "error": self.reconstruction.error,
+                "error_without_model": self.reconstruction.error_without_model,
+                "stage": self.reconstruction_stage,
+            }
+        labelled = {
+            name: getattr(self, name) for name in ("vqa", "nlvr2", "classification", "zero_shot", "linear_probe")
+        }
+        sections: dict[str, Mapping[str, Any] | None] = {
+            "mlm": mlm,
+            "itm": itm,
+            "reconstruction": reconstruction,
+            **{name: None if result is None else asdict(result) for name, result in labelled.items()},
+        }
         return {
-            "accuracy": _accuracy(self.mlm.own_image),
-            "accuracy_other_image": _accuracy(self.mlm.other_image),
-            "accuracy_text_only": _accuracy(self.mlm.text_only),
-            "language_stage_text_only": _accuracy(next(reversed(self.language_stages.values()), None)),
-            "masked_tokens": len(self.mlm.masked.truth()),
+            name: None if values is None else {k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}
+            for name, values in sections.items()
         }
 
-    def _itm_json(self) -> dict[str, Any] | None:
-        if self.matching is None:
-            return None
-        return {
-            "accuracy": _rounded(self.matching.accuracy),
-            "accuracy_matched": _rounded(self.matching.accuracy_matched),
-            "accuracy_mismatched": _rounded(self.matching.accuracy_mismatched),
-        }
 
-    def _reconstruction_json(self) -> dict[str, Any] | None:
-        if self.reconstruction is None:
-            return None
-        return {
-            "error": _rounded(self.reconstruction.error),
-            "error_without_model": _rounded(self.reconstruction.error_without_model),
-            "stage": self.reconstruction_stage,
-        }
-
-
-def _accuracy(guesses: MaskedTokenPredictions | None) -> float | None:
-    return None if guesses is None else _rounded(guesses.accuracy)
-
-
-def _figures(figures: Figures | None) -> dict[str, Any] | None:
-    if figures is None:
-        return None
-    return {name: _rounded(value) if isinstance(value, float) else value for name, value in asdict(figures).items()}
+def _accuracy(predictions: MaskedTokenPredictions | None) -> float | None:
+    return None if predictions is None else predictions.accuracy
 
 
 def _rounded(fraction: float) -> float:
@@ -161,24 +145,14 @@ def _rounded(fraction: float) -> float:
 def _retrieval_json(retrieval: Retrieval | None, **more: Any) -> dict[str, Any] | None:
     if retrieval is None:
         return None
+
+    def recall_json(recall: Recall) -> dict[str, float]:
+        fractions = {f"r{k}": _rounded(fraction) for k, fraction in recall.at.items()}
+        return fractions | {"median_rank": recall.median_rank, "mean_rank": round(recall.mean_rank, 2)}
+
     return {
-        "image_to_text": _recall_json(retrieval.image_to_text),
-        "text_to_image": _recall_json(retrieval.text_to_image),
-        "chance": {f"r{k}": _rounded(share) for k, share in retrieval.chance().items()},
+        "image_to_text": recall_json(retrieval.image_to_text),
+        "text_to_image": recall_json(retrieval.text_to_image),
+        "chance": {f"r{k}": _rounded(fraction) for k, fraction in retrieval.chance().items()},
         **more,
     }
-
-
-def _recall_json(recall: Recall) -> dict[str, float]:
-    return {f"r{k}": _rounded(share) for k, share in recall.at.items()} | {
-        "median_rank": recall.median_rank,
-        "mean_rank": round(recall.mean_rank, 2),
-    }
-
-
-def _retrieval_metrics(prefix: str, retrieval: Retrieval) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, recall in (("i2t", retrieval.image_to_text), ("t2i", retrieval.text_to_image)):
-        found |= {f"{prefix}{name}_r{k}": share for k, share in recall.at.items()}
-        found |= {f"{prefix}{name}_median_rank": recall.median_rank, f"{prefix}{name}_mean_rank": recall.mean_rank}
-    return found

@@ -1,18 +1,17 @@
-"""Zero-shot retrieval: images find their captions and captions their images among all held-out pairs.
+"""Zero-shot retrieval among all held-out pairs: images retrieve their captions and captions their images.
 
-The dual encoder scores every pair; its similarity is the mean of the contrastive heads' cosines: `itc`, and `itc_vl`
-through the vision-language expert of a VLMo with two contrasts, since it trains both. VLMo's release scores by the
-first alone, as does a model with one (`model.contrasts: 1`), such as its checkpoints fine-tuned for retrieval. Where
-the stage trained matching, the fusion encoder reorders each query's best few (`reranked`); a model that only fuses
-scores every pair by that.
+The dual encoder scores every pair by the mean cosine of its contrastive heads: `itc`, and `itc_vl` of a VLMo with two
+contrasts. VLMo's release scores by the first alone, as does a model with one (`model.contrasts: 1`), such as its
+checkpoints fine-tuned for retrieval. A stage that trained matching lets the fusion encoder rerank each query's best
+candidates (`reranked`); a model without a contrast scores every pair by fusion.
 
-The rule for ties is pessimistic: a wrong candidate with the score of the best right one stands before it, so a
-collapsed model that scores everything alike recalls nothing. Candidates with the query's `image_id` are right.
+Ties are resolved pessimistically: a wrong candidate with the score of the best right one ranks before it, so that a
+collapsed model, which scores all pairs alike, recalls nothing. Candidates with the query's `image_id` are right.
 
-Every query is ranked against every candidate, a block of queries at a time: the N x M scores are never held whole, and
-of each query only its place, its margin and its best few candidates are kept. Ranks share the blocks.
+Queries are ranked in blocks: the N x M scores are never held whole, and each query keeps its rank, margin and best few
+candidates. Ranks share the blocks.
 
-Shapes: N images, M captions, Q queries, C candidates, K best candidates kept, D features of a head, H heads.
+Shapes: N images, M captions, P pairs, Q queries, C candidates, K best candidates, D features of a head, H heads.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
 from pipeline.models.forward import ForwardInput
 
 KS = (1, 5, 10)
-KEPT = 10  # best candidates of each query that are kept, where nobody asks for more
+KEPT = 10  # best candidates kept per query by default
 FusedHead = Literal["itm", "ranking"]
 Scores = Callable[[slice], Tensor]  # some queries' scores of all candidates: (rows, C)
 _ROWS = 256  # queries ranked at once
 
 
 class Images(Protocol):
-    """Pictures by number: a tensor (N, H, W, 3) uint8, or what reads those that are asked for."""
+    """Images by index: a tensor (N, H, W, 3) uint8, or an object that decodes them on access."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, numbers: Any) -> Tensor: ...
+    def __getitem__(self, index: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Recall:
-    """One direction: the share of queries with a right candidate among the first k, and the ranks' middle."""
+    """One direction: the fraction of queries with a right candidate among the first k, and statistics of the ranks."""
 
     at: dict[int, float]
-    chance: dict[int, float]  # the same for a random order, exactly
+    chance: dict[int, float]  # expected for a random order
     median_rank: float
     mean_rank: float
 
@@ -59,18 +58,18 @@ class Retrieval:
     text_to_image: Recall
 
     def chance(self) -> dict[int, float]:
-        """The higher of the two directions' chances, for a single figure to hold results against."""
+        """Return the higher of the two directions' chances."""
         return {k: max(c, self.text_to_image.chance[k]) for k, c in self.image_to_text.chance.items()}
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """How the candidates of each query of one direction stand."""
+    """The ranking of the candidates of each query in one direction."""
 
-    place: Tensor  # (Q,) int64, from 1: of the best right candidate; C + 1 where no candidate is right
-    margin: Tensor  # (Q,) float32: the score of the best right candidate above that of the best wrong one
-    best: Tensor  # (Q, K) int64: the first candidates; of equal scores the first stands first
-    score: Tensor  # (Q, K) float32: theirs
+    rank: Tensor  # (Q,) int64 from 1: of the best right candidate; C + 1 where no candidate is right
+    margin: Tensor  # (Q,) float32: score of the best right candidate minus that of the best wrong one
+    best: Tensor  # (Q, K) int64: the best candidates; among equal scores by index
+    score: Tensor  # (Q, K) float32: their scores
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Rankings:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[torch.device]:
-    """The model in evaluation mode and without gradients; gives its device and restores its mode afterwards."""
+    """Put the model in evaluation mode without gradients, yield its device, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -92,17 +91,17 @@ def eval_mode(model: nn.Module) -> Iterator[torch.device]:
 
 
 def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token rows as (B, L) int64 with [PAD] behind, and (B, L) bool, False at padding; L is the longest row's."""
+    """Return token ids (B, L) int64, padded to the longest row, and (B, L) bool, False at padding."""
     length = max(len(row) for row in rows)
     text = torch.full((len(rows), length), pad, dtype=torch.int64)
-    for place, row in enumerate(rows):
-        text[place, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        text[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
     keep = torch.arange(length)[None] < torch.tensor([len(row) for row in rows])[:, None]
     return text, keep
 
 
 def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
-    """Unit vectors (N, HD) of `images` (N, H, W, 3) uint8; their dot products are the mean of the H heads' cosines."""
+    """Return unit vectors (N, HD) of images (N, H, W, 3) uint8; dot products are the mean of the H heads' cosines."""
     with eval_mode(model) as device:
 
         def embed(rows: slice) -> tuple[Tensor]:
@@ -112,34 +111,31 @@ def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks
 
 
 def embed_texts(
-    model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = SINGLE_PROCESS
+    model: nn.Module, token_ids: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
-    """Unit vectors (M, HD) of token rows ([CLS] … [SEP], without padding)."""
+    """Return unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
     with eval_mode(model) as device:
 
-        def embed(chosen: slice) -> tuple[Tensor]:
-            text, keep = pad_token_ids(rows[chosen], pad)
-            return (
-                contrastive_features(
-                    model, ForwardInput(heads=("itc",), text=text.to(device), text_keep=keep.to(device))
-                ),
-            )
+        def embed(rows: slice) -> tuple[Tensor]:
+            text, keep = pad_token_ids(token_ids[rows], pad)
+            forward_input = ForwardInput(heads=("itc",), text=text.to(device), text_keep=keep.to(device))
+            return (contrastive_features(model, forward_input),)
 
-        return compute_batches(len(rows), batch, ranks, embed)[0]
+        return compute_batches(len(token_ids), batch, ranks, embed)[0]
 
 
-def contrastive_features(model: nn.Module, wanted: ForwardInput) -> Tensor:
-    """Unit vectors (B, HD) of a pass's rows, of all contrastive heads together."""
-    outputs = model({"only": wanted})["only"]
+def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tensor:
+    """Return unit vectors (B, HD): the concatenated features of all contrastive heads, on the CPU."""
+    outputs = model({"only": forward_input})["only"]
     heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
     return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()
 
 
 def dot_products(queries: Tensor, candidates: Tensor) -> Scores:
-    """Scores of unit vectors (Q, D) and (C, D), float32.
+    """Return a function of the scores, float32, of unit vectors (Q, D) and (C, D).
 
-    They are rounded from sums in float64: a pair's score is then the same in both directions and in every block, and
-    equal vectors score equally, which float32's own sums would leave to the order in which a kernel adds.
+    Scores are rounded from float64 sums: a pair then has the same score in both directions and in every block, and
+    equal vectors have equal scores, whatever the order in which a kernel adds.
     """
     wide = candidates.double().T
     return lambda rows: (queries[rows].double() @ wide).float()
@@ -153,7 +149,7 @@ def rankings(
     keep: int = KEPT,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Rankings:
-    """Both directions, from the images' scores of the captions and the captions' of the images.
+    """Rank both directions, from the images' scores of captions and the captions' scores of images.
 
     `caption_of` (M,) is the image of each caption, `image_id` (N,) the images' ids.
     """
@@ -167,29 +163,29 @@ def rankings(
 def rank_candidates(
     scores: Scores, query_id: Tensor, candidate_id: Tensor, keep: int = KEPT, ranks: Ranks = SINGLE_PROCESS
 ) -> Ranked:
-    """Every query against every candidate. Those of one id are right for each other.
+    """Rank every candidate for every query; candidates with the query's id are right.
 
-    Raises ValueError where a score is not a number: such a model would otherwise seem perfect or hopeless.
+    Raises ValueError for a NaN score, which would otherwise make a model look perfect or hopeless.
     """
 
     def rank(rows: slice) -> tuple[Tensor, ...]:
         block = scores(rows)
         if torch.isnan(block).any():
-            raise ValueError("similarities hold NaN: the model's features are not numbers; evaluate another checkpoint")
+            raise ValueError("similarities are NaN: the model's features are not finite; evaluate another checkpoint")
         right = (query_id[rows, None] == candidate_id[None]).to(block.device)
         best_right = block.masked_fill(~right, -torch.inf).amax(dim=1)
         best_wrong = block.masked_fill(right, -torch.inf).amax(dim=1)
-        place = 1 + ((block >= best_right[:, None]) & ~right).sum(dim=1)
+        position = 1 + ((block >= best_right[:, None]) & ~right).sum(dim=1)
         best = first_few(block, min(keep, block.shape[1]))
-        return tuple(t.cpu() for t in (place, best_right - best_wrong, best, block.gather(1, best)))
+        return tuple(t.cpu() for t in (position, best_right - best_wrong, best, block.gather(1, best)))
 
     return Ranked(*compute_batches(len(query_id), _ROWS, ranks, rank))
 
 
 def first_few(scores: Tensor, k: int) -> Tensor:
-    """The k highest of each row (Q, C), by falling score: (Q, k) int64. Of equal scores the first stands first.
+    """Return the k best candidates of each row (Q, C) by descending score: (Q, k) int64, among equals by index.
 
-    `topk` alone leaves open which of several equals it takes.
+    `topk` alone leaves the choice among equals open.
     """
     last = scores.topk(k, dim=1).values[:, -1:]
     above, level = scores > last, scores == last
@@ -200,48 +196,42 @@ def first_few(scores: Tensor, k: int) -> Tensor:
 
 
 def recall_at_k(
-    image_places: Tensor, caption_places: Tensor, caption_of: Tensor, image_id: Tensor, ks: Sequence[int] = KS
+    image_ranks: Tensor, caption_ranks: Tensor, caption_of: Tensor, image_id: Tensor, ks: Sequence[int] = KS
 ) -> Retrieval:
-    """Recall both ways from the places of each image's (N,) and each caption's (M,) best right candidate.
-
-    Image to text counts a hit if any right caption is among the first k; text to image, if a right image is.
-    """
+    """Return recall in both directions from the ranks of each image's (N,) and caption's (M,) best right candidate."""
     caption_id = image_id[caption_of]
-    return Retrieval(
-        image_to_text=_recall(image_places, image_id, caption_id, ks),
-        text_to_image=_recall(caption_places, caption_id, image_id, ks),
-    )
 
+    def recall(ranks: Tensor, query_id: Tensor, candidate_id: Tensor) -> Recall:
+        return Recall(
+            at={k: (ranks <= k).double().mean().item() for k in ks},
+            chance={k: chance_level(query_id, candidate_id, k) for k in ks},
+            median_rank=ranks.double().quantile(0.5).item(),
+            mean_rank=ranks.double().mean().item(),
+        )
 
-def _recall(places: Tensor, query_id: Tensor, candidate_id: Tensor, ks: Sequence[int]) -> Recall:
-    return Recall(
-        at={k: (places <= k).double().mean().item() for k in ks},
-        chance={k: chance_level(query_id, candidate_id, k) for k in ks},
-        median_rank=places.double().quantile(0.5).item(),
-        mean_rank=places.double().mean().item(),
-    )
+    return Retrieval(recall(image_ranks, image_id, caption_id), recall(caption_ranks, caption_id, image_id))
 
 
 def chance_level(query_id: Tensor, candidate_id: Tensor, k: int) -> float:
-    """Expected recall at k of a random order, exactly: 1 − Π_{j<k} (C − n − j)/(C − j) for n right among C."""
+    """Return the expected recall at k of a random order: 1 − Π_{j<k} (C − n − j)/(C − j) for n right among C."""
     ids, counts = candidate_id.unique(return_counts=True)
-    held = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    total, asked = len(candidate_id), query_id.tolist()
-    by_count = {n: _chance_of(n, total, k) for n in set(held.values()) | {0}}
-    return sum(by_count[held.get(query, 0)] for query in asked) / len(asked)
+    count_of = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    total, queries = len(candidate_id), query_id.tolist()
 
+    def chance(right: int) -> float:
+        missed = 1.0
+        for j in range(min(k, total)):
+            missed *= max(total - right - j, 0) / (total - j)
+        return 1.0 - missed
 
-def _chance_of(right: int, total: int, k: int) -> float:
-    missed = 1.0
-    for j in range(min(k, total)):
-        missed *= max(total - right - j, 0) / (total - j)
-    return 1.0 - missed
+    by_count = {n: chance(n) for n in set(count_of.values()) | {0}}
+    return sum(by_count[count_of.get(query, 0)] for query in queries) / len(queries)
 
 
 def fusion_scores(
     model: nn.Module,
     images: Images,
-    rows: Sequence[Sequence[int]],
+    token_ids: Sequence[Sequence[int]],
     pad: int,
     pairs: Tensor,
     batch: int = 64,
@@ -249,17 +239,18 @@ def fusion_scores(
     head: FusedHead = "itm",
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Tensor:
-    """The fusion encoder's log-odds of 'matched', or its ranking scores: (P,) for `pairs` (P, 2) of image and caption.
+    """Return the fusion encoder's log-odds of 'matched', or its ranking scores: (P,).
 
-    `image_size` (N, 2) is how much of each of `images` is picture; None: all. Pairs are read picture after picture.
+    `pairs` (P, 2) are indices of image and caption, and are read image by image. `image_size` (N, 2) is the extent of
+    each image on its canvas; None: all of it.
     """
     order = pairs[:, 0].argsort(stable=True)
     ordered = pairs[order]
     with eval_mode(model) as device:
 
-        def score(span: slice) -> tuple[Tensor]:
-            chosen = ordered[span]
-            text, keep = pad_token_ids([rows[caption] for caption in chosen[:, 1].tolist()], pad)
+        def score(rows: slice) -> tuple[Tensor]:
+            chosen = ordered[rows]
+            text, keep = pad_token_ids([token_ids[caption] for caption in chosen[:, 1].tolist()], pad)
             fused = ForwardInput(
                 heads=(head,),
                 image=images[chosen[:, 0]].to(device),
@@ -270,38 +261,34 @@ def fusion_scores(
             scores = model({"fused": fused})["fused"][head].float()
             return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
 
-        (odds,) = compute_batches(len(pairs), batch, ranks, score)
-    return torch.empty_like(odds).index_copy_(0, order, odds)
+        (scores,) = compute_batches(len(pairs), batch, ranks, score)
+    return torch.empty_like(scores).index_copy_(0, order, scores)
 
 
 def rerank(
-    found: Rankings, k: int, score: Callable[[Tensor], Tensor], caption_of: Tensor, image_id: Tensor
+    ranked: Rankings, k: int, score: Callable[[Tensor], Tensor], caption_of: Tensor, image_id: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Places (N,) and (M,) where each query's first k stand in the order of `score`, before all others in theirs.
+    """Return the ranks (N,) and (M,) after ordering each query's first k candidates by `score`, the others behind.
 
-    `score` takes (P, 2) image and caption numbers and gives (P,) numbers. A pair that is a candidate in both
-    directions is scored once. `found` holds at least k candidates of each query, or all.
+    `score` maps indices (P, 2) of image and caption to scores (P,). A pair that is a candidate in both directions is
+    scored once. `ranked` holds at least k candidates of each query, or all.
     """
-    captions, images = found.image_to_text.best[:, :k], found.text_to_image.best[:, :k]
+    captions, images = ranked.image_to_text.best[:, :k], ranked.text_to_image.best[:, :k]
     num_captions = len(caption_of)
     of_images = torch.arange(len(image_id))[:, None] * num_captions + captions  # a pair as one number
     of_captions = images * num_captions + torch.arange(num_captions)[:, None]
     pairs = torch.cat([of_images.flatten(), of_captions.flatten()]).unique()
-    odds = score(torch.stack([pairs // num_captions, pairs % num_captions], dim=1))
+    scores = score(torch.stack([pairs // num_captions, pairs % num_captions], dim=1))
     caption_id = image_id[caption_of]
+
+    def new_ranks(old: Ranked, candidates: Tensor, candidate_id: Tensor, query_id: Tensor) -> Tensor:
+        """Return new ranks; a query without a right candidate among its first k keeps its rank."""
+        own = scores[torch.searchsorted(pairs, candidates)]
+        right = candidate_id == query_id[:, None]
+        best = own.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        return torch.where(right.any(dim=1), 1 + ((own >= best) & ~right).sum(dim=1), old.rank)
+
     return (
-        _place_again(
-            found.image_to_text.place, odds[torch.searchsorted(pairs, of_images)], caption_id[captions], image_id
-        ),
-        _place_again(
-            found.text_to_image.place, odds[torch.searchsorted(pairs, of_captions)], image_id[images], caption_id
-        ),
+        new_ranks(ranked.image_to_text, of_images, caption_id[captions], image_id),
+        new_ranks(ranked.text_to_image, of_captions, image_id[images], caption_id),
     )
-
-
-def _place_again(place: Tensor, odds: Tensor, candidate_id: Tensor, query_id: Tensor) -> Tensor:
-    """A query without a right candidate among its first k keeps its place: those were all before it already."""
-    right = candidate_id == query_id[:, None]
-    best = odds.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    again = 1 + ((odds >= best) & ~right).sum(dim=1)
-    return torch.where(right.any(dim=1), again, place)

@@ -69,9 +69,9 @@ class HeadConfig:
 
 
 class Model(nn.Module, ABC):
-    # A name of `freeze` also stands for the parts that begin with it and a dot: "vision_expert" freezes both halves.
+    # A name in `freeze` also selects the parts that begin with it and a dot: "vision_expert" freezes both halves.
     PARTS: ClassVar[tuple[str, ...]]
-    HEAD_PARTS: ClassVar[tuple[str, ...]]  # may be initialized anew when weights are loaded into a stage
+    HEAD_PARTS: ClassVar[tuple[str, ...]]  # may be initialized at random when weights are loaded into a stage
     PART_OF: ClassVar[dict[str, str]] = {
         "image_embedding.mask": "mim_head",
         "image_embedding.second": "nlvr2_head",
@@ -140,7 +140,7 @@ class Model(nn.Module, ABC):
         return [module for module in self.modules() if isinstance(module, self.BLOCK)]
 
     def parts_named(self, names: Iterable[str]) -> frozenset[str]:
-        """Return the parts that the names of a config's `freeze` stand for. Raises ConfigError for an unknown name."""
+        """Return the parts selected by the names in a config's `freeze`. Raises ConfigError for an unknown name."""
         selected: set[str] = set()
         for name in names:
             parts = {part for part in self.PARTS if part == name or part.startswith(f"{name}.")}

@@ -93,7 +93,7 @@ def canvas_patches(patches: Tensor, grid: Tensor, width: int) -> Tensor:
 def resized_positions(positions: Tensor, patches: Tensor, grid: Tensor) -> Tensor:
     """Interpolate a square grid of positions (g², D) at `patches` (B, K) of images with `grid` (B, 2): (B, K, D).
 
-    Bilinear with aligned corners (`resize.resize_grid`), for images of all shapes at once: a patch lies between four
+    Bilinear with aligned corners (`resize.resize_grid`), for images of all shapes at once: a patch is between four
     points of the square and weighs each by a hat function of its distance.
     """
     side = round(len(positions) ** 0.5)

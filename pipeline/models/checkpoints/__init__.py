@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are named in files that others read or wrote. Conversions there and back are exact."""
+    """A published naming of weights, with exact conversions in both directions."""
 
     # A published state and keys given by the user -> the `model` section, as plain values; ConfigError where unknown.
     infer: Callable[[State, Mapping[str, Any]], dict[str, Any]]
@@ -26,15 +26,15 @@ class Format:
     read: Callable[[State, Any, Collection[str]], State]
     # Ours and the section -> a published state, without what the format has no names for.
     write: Callable[[State, Any], State]
-    kinds: tuple[str, ...] | None = None  # of model that it can hold; None: every
-    exact: bool = True  # False: what is written and read back computes the same, and may be other tensors
-    config: ConfigFile | None = None  # of a Hugging Face folder: what its config.json tells
-    image_target: ImageTarget | None = None  # of its masked-image head; None: told by the number of its outputs
+    kinds: tuple[str, ...] | None = None  # of model that the format can hold; None: every
+    exact: bool = True  # False: a round trip computes the same, with other tensors
+    config: ConfigFile | None = None  # of a Hugging Face folder: how its config.json is read
+    image_target: ImageTarget | None = None  # of its masked-image head; None: inferred from the number of outputs
 
 
 def _section_as_given(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
     if not given:
-        raise ConfigError("plain tensors do not say what model they are of; name a config with --model")
+        raise ConfigError("plain tensors do not identify their model; give a config with --model")
     return dict(given)
 
 
@@ -66,7 +66,7 @@ FORMATS: dict[str, Format] = {
 
 
 def format_named(name: str) -> Format:
-    """Raises ConfigError naming the formats there are."""
+    """Return the format of a name. Raises ConfigError listing the known ones."""
     if name not in FORMATS:
         raise ConfigError(f"--format {name}: unknown; known: {', '.join(FORMATS)}")
     return FORMATS[name]

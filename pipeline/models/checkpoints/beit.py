@@ -1,15 +1,14 @@
 """BEiT checkpoints as VLMo's vision stage, and back: Hugging Face's names, and those of BEiT's own release.
 
-A BEiT brings the image embedding, attention, the vision expert and its part of the relative table; with a head for
-visual tokens, that too. What else a VLMo has is absent: language, the other experts, other heads. Pretraining
-checkpoints have one relative table for all layers, fine-tuned ones a table for each; VLMo has a table for each.
-VLMo's vector that says "this is an image" starts as zeros, and is written by adding it to what it is added to.
+A BEiT provides the image embedding, attention, the vision expert and its part of the relative table, and with a head
+for visual tokens that head too. Everything else of a VLMo is absent: language, the other experts, other heads.
+Pretraining checkpoints have one relative table for all layers, fine-tuned ones a table for each, as VLMo does. VLMo's
+image modality vector starts as zeros, and is exported by adding it to the tensors it is added to.
 
-Dropped is what takes no part in that: position indices, and the classifier, which reads the mean of all patches.
-Three names exist for the final norm. The pooler's, of models with a classifier, is made for that mean as well, and is
-the best that they have.
+Position indices are dropped, as is the classifier, which reads the mean of all patches. Three names exist for the final
+norm. The pooler's, in models with a classifier, was trained for that mean as well, and is the closest that they have.
 
-Shapes: R rows of a table, H heads, g grid side, D width.
+Shapes: R rows of a table, H heads.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _OUTSIDE = {
     "image_embedding.positions": f"{_PREFIX}embeddings.position_embeddings",
     "mim_head.predict": "lm_head",
 }
-# Of BeitForMaskedImageModeling, of a BeitModel that pools no mean, and of one that does.
+# In BeitForMaskedImageModeling, in a BeitModel without a pooler, and in one with it.
 NORMS = ("layernorm", f"{_PREFIX}layernorm", f"{_PREFIX}pooler.layernorm")
 _PARTS = ("image_embedding", "attention", "vision_expert.lower", "vision_expert.upper", "norm")
 
@@ -56,13 +55,14 @@ _TABLE = "positions.image"
 _MASK = "image_embedding.mask"
 _MODALITY = "image_embedding.modality"
 _TOKENS = "mim_head.predict.bias"
-_CARRIES_MODALITY = ("image_embedding.cls", "image_embedding.patch.bias", _MASK)  # that a picture's tokens begin as
+# The tensors to which the modality vector is added, each of which begins an image token.
+_CARRIES_MODALITY = ("image_embedding.cls", "image_embedding.patch.bias", _MASK)
 _UNUSED = re.compile(r"relative_position_index$|^classifier\.")
 
 SHARED_TABLE = f"{_PREFIX}encoder.relative_position_bias.relative_position_bias_table"
 LAYER_TABLE = _LAYERS + "{}.attention.attention.relative_position_bias.relative_position_bias_table"
 
-# BEiT's release (microsoft/unilm, beit) on the left; `attn.qkv.weight` is cut in three besides.
+# BEiT's release (microsoft/unilm, beit) on the left; `attn.qkv.weight` is also split in three.
 _RELEASE = (
     (r"^(cls_token|mask_token)$", rf"{_PREFIX}embeddings.\1"),
     (r"^pos_embed$", f"{_PREFIX}embeddings.position_embeddings"),
@@ -92,9 +92,9 @@ _JOINT = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
 
 
 def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of the VLMo that a BEiT starts, by its tensors' shapes; `given` keys stand as they are.
+    """Infer the `model` section of the VLMo that a BEiT starts from shapes; keys in `given` take precedence.
 
-    Raises ConfigError for a state that is no BEiT's.
+    Raises ConfigError for a state of another model.
     """
     state = _full_names(state)
     patch = state.get(f"{_OUTSIDE['image_embedding.patch']}.weight")
@@ -102,7 +102,7 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
     table = state.get(SHARED_TABLE, state.get(LAYER_TABLE.format(0)))
     positions = state.get(_OUTSIDE["image_embedding.positions"])
     if patch is None or expand is None or (table is None and positions is None):
-        raise ConfigError("no BEiT checkpoint: it lacks the patch projection, layer 0 or positions")
+        raise ConfigError("no BEiT checkpoint: the patch projection, layer 0 or positions are missing")
     layers = layer_count(state, rf"{re.escape(_LAYERS)}(\d+)\.")
     upper = 3 if layers > 12 else min(2, layers - 1)  # VLMo's, of base and of large
     if table is not None:
@@ -125,9 +125,10 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
 
 
 def from_published(state: Mapping[str, Tensor], config: VLMoConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
-    """The vision stage's state; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
+    """Convert to the vision stage's state.
 
-    Faults are told by Hugging Face's names. What `allowed` names (see `require`) may differ, and is left out.
+    Names that match `allowed` (see `require`) may differ, and are left out. Raises CheckpointError listing every
+    missing, unexpected or wrong-shaped tensor by Hugging Face's name.
     """
     state = {name: tensor for name, tensor in _full_names(state).items() if not _UNUSED.search(name)}
     tokens = len(state["lm_head.bias"]) if "lm_head.bias" in state else 0
@@ -136,17 +137,17 @@ def from_published(state: Mapping[str, Tensor], config: VLMoConfig, allowed: Col
     tables = _tables(config, shared=SHARED_TABLE in state)
     converted = from_named(state, names, shapes, config.patch_size, allowed, tables)
     if tables and all(name in state for name in tables):
-        found = [state[name] for name in tables]
-        converted[_TABLE] = torch.cat(found, dim=1) if len(found) > 1 else found[0].repeat(1, config.layers)
+        layers = [state[name] for name in tables]
+        converted[_TABLE] = torch.cat(layers, dim=1) if len(layers) > 1 else layers[0].repeat(1, config.layers)
     return converted | {_MODALITY: torch.zeros(config.width)}
 
 
 def to_hugging_face(
     state: Mapping[str, Tensor], config: VLMoConfig, norm: str = NORMS[1], shared: bool = False
 ) -> dict[str, Tensor]:
-    """The vision part of a VLMo as Hugging Face's BEiT: what it computes from pictures, by the same arithmetic.
+    """Convert the vision part of a VLMo to Hugging Face's BEiT, which computes the same from images.
 
-    `norm` is one of NORMS. With `shared` all layers have one table; CheckpointError where theirs differ.
+    `norm` is one of NORMS. With `shared`, all layers have one table; CheckpointError where theirs differ.
     """
     state = _with_modality_added(state)
     tokens = len(state[_TOKENS]) if _TOKENS in state else 0
@@ -164,11 +165,11 @@ def to_hugging_face(
 
 
 def to_published(state: Mapping[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
-    """The form of a pretraining checkpoint where the state predicts visual tokens, else of a BeitModel.
+    """Convert to a pretraining checkpoint where the state predicts visual tokens, else to a BeitModel.
 
-    Layers whose relative tables are equal came from one, and are written as one, which is what Hugging Face's class
-    for pretraining reads (`use_shared_relative_position_bias`). Tables of zeros tell nothing; a BeitModel of its own
-    has one for each layer then.
+    Equal relative tables are written as one, which Hugging Face's class for pretraining reads
+    (`use_shared_relative_position_bias`). Tables of zeros say nothing about sharing; a BeitModel then has one per
+    layer.
     """
     pretrained = _TOKENS in state
     tables = state[_TABLE].chunk(config.layers, dim=1) if _TABLE in state else ()
@@ -182,7 +183,7 @@ def to_published(state: Mapping[str, Tensor], config: VLMoConfig) -> dict[str, T
 
 
 def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
-    """Published names and our shapes of a VLMo's vision part, without its table."""
+    """Return the published names and our shapes of a VLMo's vision part, without its table."""
     heads = HeadConfig(image_target="visual_tokens" if masked or tokens else None, visual_tokens=tokens or 1)
     model = skeleton(config, heads=heads)
     parts = {*_PARTS, *(["positions.image"] if config.positions == "absolute" else [])}
@@ -198,7 +199,7 @@ def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Na
 
 
 def _tables(config: VLMoConfig, shared: bool) -> dict[str, Shape]:
-    """The published relative tables and their shapes (R, H), in the order of the layers."""
+    """Return the published relative tables with their shapes (R, H), in layer order."""
     if config.positions == "absolute":
         return {}
     names = [SHARED_TABLE] if shared else [LAYER_TABLE.format(layer) for layer in range(config.layers)]
@@ -206,7 +207,7 @@ def _tables(config: VLMoConfig, shared: bool) -> dict[str, Shape]:
 
 
 def _with_modality_added(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same pictures' tokens without a vector of their own: it is added where each token begins."""
+    """Fold the image modality vector into the tensors it is added to."""
     modality = state.get(_MODALITY)
     if modality is None:
         return dict(state)
@@ -214,7 +215,7 @@ def _with_modality_added(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names with their leading `beit.`, whatever the state's own are."""
+    """Return Hugging Face's names with the prefix `beit.`."""
     if "patch_embed.proj.weight" in state:
         return _from_release(state)
     if any(name.startswith(_PREFIX) for name in state):

@@ -1,12 +1,11 @@
 """BERT's weights (Hugging Face's BertModel, BertForPreTraining, BertForMaskedLM) as the start of ImageBERT, and back.
 
-BERT knows no regions: the parts that read or predict them, and the matching head, are in no result, and a stage that
-starts from BERT draws them. BERT's pooler and next-sentence head take no part in what ImageBERT computes and are
-dropped. BERT predicts masked words by their embeddings, a table that ImageBERT has twice: its copy starts as that
-embedding, and is trained apart from it, so that Hugging Face's classes read the result of `to_hugging_face` only with
-`tie_word_embeddings=False`.
+BERT has no regions: the parts that read or predict them, and the matching head, are absent from the result, and a stage
+that starts from BERT draws them at random. BERT's pooler and next-sentence head are unused in ImageBERT and dropped.
+BERT ties the masked-word decoder to the word embedding. In ImageBERT the decoder starts as a copy and is trained
+separately, so that Hugging Face's classes read exported weights only with `tie_word_embeddings=False`.
 
-Positions beyond `model.max_text_length` are cut off (BERT has 512 of them), which is all that a round trip loses.
+Positions beyond `model.max_text_length` are cut off (BERT has 512), which is all that a round trip loses.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _HEAD = {
 _WORDS = f"{_PREFIX}embeddings.word_embeddings.weight"
 _POSITIONS = f"{_PREFIX}embeddings.position_embeddings.weight"
 _DECODER, _BIAS = f"{_PREDICTIONS}decoder.weight", f"{_PREDICTIONS}bias"
-_BIAS_AGAIN = f"{_PREDICTIONS}decoder.bias"  # the same tensor, which some versions of transformers save twice
+_BIAS_AGAIN = f"{_PREDICTIONS}decoder.bias"  # the same tensor, saved twice by some versions of transformers
 _UNUSED = (f"{_PREFIX}pooler.", "cls.seq_relationship.", f"{_PREFIX}embeddings.position_ids", _BIAS_AGAIN)
 _TRUNK, _LANGUAGE = ("text_embedding.", "encoder."), "mlm_head."
 
@@ -61,15 +60,15 @@ CONFIG = ConfigFile(
 
 
 def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a published state, by its tensors' shapes; `given` keys stand as they are.
+    """Infer the `model` section of a published state from tensor shapes; keys in `given` take precedence.
 
-    What BERT does not know, such as the sizes of regions, is ImageBERT's default. Raises ConfigError for a state that
-    is no BERT's.
+    Sizes that BERT lacks, such as those of regions, are ImageBERT's defaults. Raises ConfigError for a state of another
+    model.
     """
     state = _full_names(state)
     expand = state.get(f"{_PREFIX}encoder.layer.0.intermediate.dense.weight")
     if _WORDS not in state or _POSITIONS not in state or expand is None:
-        raise ConfigError("no BERT checkpoint of Hugging Face: it lacks the words' embedding, positions or layer 0")
+        raise ConfigError("no BERT checkpoint of Hugging Face: the word embedding, positions or layer 0 are missing")
     width = state[_WORDS].shape[1]
     return {
         "kind": "imagebert",
@@ -84,13 +83,14 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
 def from_hugging_face(
     state: Mapping[str, Tensor], config: ImageBERTConfig, allowed: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
+    """Convert a published state to ours.
 
-    What `allowed` names (see `require`) may differ, and is left out. Raises ConfigError for a `max_text_length`
-    above the number of BERT's positions.
+    Names that match `allowed` (see `require`) may differ, and are left out. Raises CheckpointError listing every
+    missing, unexpected or wrong-shaped tensor, ConfigError for a `max_text_length` above the number of BERT's
+    positions.
     """
     state = {name: tensor for name, tensor in _full_names(state).items() if not name.startswith(_UNUSED)}
-    if _BIAS in state and _WORDS in state:  # files need not hold the decoder, which is the words' embedding
+    if _BIAS in state and _WORDS in state:  # files may omit the decoder, which is tied to the word embedding
         # A copy, because files of tensors do not hold one memory twice.
         state[_DECODER] = state.get(_DECODER, state[_WORDS]).clone()
     if _POSITIONS in state:
@@ -104,7 +104,7 @@ def from_hugging_face(
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: ImageBERTConfig) -> dict[str, Tensor]:
-    """The published form of what BERT has of our state, by BertForMaskedLM's names."""
+    """Convert the parts that BERT has to BertForMaskedLM's names."""
     vocabulary = len(state["text_embedding.word_embeddings.weight"])
     wanted = _shapes(config, vocabulary, with_head=any(name.startswith(_LANGUAGE) for name in state))
     require({name: state[name] for name in wanted if name in state}, wanted)
@@ -115,7 +115,7 @@ def to_hugging_face(state: Mapping[str, Tensor], config: ImageBERTConfig) -> dic
 
 
 def _shapes(config: ImageBERTConfig, vocabulary: int, with_head: bool) -> dict[str, Shape]:
-    """Our parameters that BERT has."""
+    """Return the shapes of our parameters that BERT has."""
     parts = (*_TRUNK, _LANGUAGE) if with_head else _TRUNK
     return {n: tuple(p.shape) for n, p in skeleton(config, vocabulary).named_parameters() if n.startswith(parts)}
 
@@ -127,7 +127,7 @@ def _published_name(ours: str) -> str:
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """BertModel's names lead with no `bert.`; older files call a LayerNorm's weight gamma and its bias beta."""
+    """Add the prefix `bert.` that BertModel lacks, and rename older files' LayerNorm gamma and beta."""
     modern = {re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name)): tensor for name, tensor in state.items()}
     if any(name.startswith(_PREFIX) for name in modern):
         return modern

@@ -1,7 +1,7 @@
-"""What Hugging Face's ViT, BEiT and their kin have in common: the names of an encoder layer's tensors, and their form.
+"""Shared parts of the converters: fitting names and shapes, inferred sizes, and Hugging Face's layer names and configs.
 
-Names are those of checkpoint files, which transformers keeps from version to version, and not those of its modules.
-Of our tensors one may be several published ones, row upon row: query, key and value have a matrix each.
+Names are those of checkpoint files, which transformers keeps stable, and not those of its modules. One of our tensors
+may be several published ones, concatenated by rows: query, key and value have a matrix each.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ _BIASES = ("query.bias", "key.bias", "value.bias")
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """What a kind's config.json says that its tensors do not: keys that become ours, and values that we compute."""
+    """A kind's config.json: keys that complete the tensors, and values for which our model computes the same."""
 
     model_type: str
     keys: Mapping[str, str]  # ours -> theirs
     computed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # their key -> the values that a model serves
-    sizes: Mapping[str, str] = field(default_factory=dict)  # ours -> theirs, of keys that tensors tell as well
+    sizes: Mapping[str, str] = field(default_factory=dict)  # ours -> theirs, of keys that tensors show as well
     resample: int = BICUBIC  # Pillow's number of the kernel that the kind's processor uses unless it says so
 
     def section(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keys of the `model` section that a config.json tells.
+        """Return the keys of the `model` section that a config.json gives.
 
         Raises ConfigError for a config of another kind, or of a variant that our model would compute differently.
         """
@@ -68,14 +68,14 @@ class ConfigFile:
             raise ConfigError(f"config.json: model_type is {model_type!r}, this format reads {self.model_type!r}")
         for key, served in self.computed.items():
             if key in config and config[key] not in served:
-                told = " or ".join(str(value) for value in served)
-                raise ConfigError(f"config.json: {key} is {config[key]!r}; mome's model computes {key}={told} only")
+                expected = " or ".join(str(value) for value in served)
+                raise ConfigError(f"config.json: {key} is {config[key]!r}; mome's model supports {key}={expected} only")
         return {ours: config[theirs] for ours, theirs in self.keys.items() if config.get(theirs) is not None}
 
     def reading(self, processor: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the keys of the `model` section that an image processor's config tells, and log what differs.
+        """Return the keys of the `model` section that an image processor's config gives, and log differences.
 
-        What it does not say is as the processor of that kind does it.
+        Missing keys have the defaults of that kind's processor.
         """
         number = processor.get("resample", self.resample)
         if number not in tuple(INTERPOLATIONS):  # whatever JSON holds
@@ -84,30 +84,30 @@ class ConfigFile:
                 "interpolation=bicubic and remove the file, or resize otherwise"
             )
         for key in ("image_mean", "image_std"):
-            told = processor.get(key, [0.5])
-            if any(value != 0.5 for value in (told if isinstance(told, list) else [told])):
+            values = processor.get(key, [0.5])
+            if any(value != 0.5 for value in (values if isinstance(values, list) else [values])):
                 log.warning(
-                    "preprocessor_config.json: %s is %s; mome scales pixels with 0.5, so results differ", key, told
+                    "preprocessor_config.json: %s is %s; mome scales pixels with 0.5, so results differ", key, values
                 )
         if processor.get("do_center_crop"):
             log.warning("preprocessor_config.json: do_center_crop; mome reads whole images, so results differ")
         return {"interpolation": INTERPOLATIONS[number]}
 
     def check(self, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
-        """Raise ConfigError where a config.json contradicts the sizes of a section that tensors told."""
+        """Raise ConfigError where a config.json contradicts sizes that were inferred from tensors."""
         for ours, theirs in self.sizes.items():
-            told = config.get(theirs)
-            if isinstance(told, int) and ours in section and told != section[ours]:
+            size = config.get(theirs)
+            if isinstance(size, int) and ours in section and size != section[ours]:
                 raise ConfigError(
-                    f"config.json: {theirs} is {told}, the tensors have {section[ours]}: it is another model's. "
-                    "Give the folder that both were published in, or the file alone"
+                    f"config.json: {theirs} is {size}, the tensors have {section[ours]}: it is another model's. "
+                    "Give the folder in which both were published, or the weights file alone"
                 )
 
 
 def published_names(ours: str, outside: Mapping[str, str], layer_prefix: str) -> tuple[str, ...]:
-    """The published names of one of our parameters; `outside` names those outside the layers, or their modules.
+    """Return the published names of a parameter; `outside` names those outside the layers, or their modules.
 
-    KeyError where it has none.
+    Raises KeyError where it has none.
     """
     if not ours.startswith("blocks."):
         return (translated(ours, outside),)
@@ -117,7 +117,7 @@ def published_names(ours: str, outside: Mapping[str, str], layer_prefix: str) ->
 
 
 def translated(name: str, names: Mapping[str, str]) -> str:
-    """A parameter by its own entry, or by its module's."""
+    """Translate a parameter by its own entry in `names`, or by its module's."""
     module, _, last = name.rpartition(".")
     return names[name] if name in names else f"{names[module]}.{last}"
 
@@ -130,24 +130,24 @@ def from_named(
     allowed: Collection[str] = (),
     more: Mapping[str, Shape] | None = None,
 ) -> dict[str, Tensor]:
-    """Our tensors of `names`, in the shapes `ours`; `more` are published tensors that the caller converts itself.
+    """Convert published tensors to those of `names`, with the shapes `ours`; the caller converts those of `more`.
 
-    Models without biases of query, key and value (`qkv_bias: false`) compute what zeros do. Raises CheckpointError as
-    `require`.
+    Models without biases of query, key and value (`qkv_bias: false`) get zeros, which compute the same. Raises
+    CheckpointError as `require`.
     """
     state = _with_biases(state, names, ours)
     wanted = {published: shape for name in names for published, shape in _published(name, names, ours, patch_size)}
-    found = require(state, wanted | dict(more or {}), allowed)
+    fitting = require(state, wanted | dict(more or {}), allowed)
     converted = {}
     for name, parts in names.items():
-        if found.issuperset(parts):
+        if fitting.issuperset(parts):
             pieces = [state[part] for part in parts]
             converted[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(ours[name])
     return converted
 
 
 def _with_biases(state: Mapping[str, Tensor], names: Names, ours: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """The state with zeros for the biases of attention, where no layer has any."""
+    """Return the state with zeros for the attention biases, if no layer has any."""
     biases = {part: ours[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
     if any(name in state for name in biases):
         return dict(state)
@@ -157,7 +157,7 @@ def _with_biases(state: Mapping[str, Tensor], names: Names, ours: Mapping[str, S
 def to_named(
     state: Mapping[str, Tensor], names: Names, ours: Mapping[str, Shape], patch_size: int
 ) -> dict[str, Tensor]:
-    """The published form of our tensors of `names`. Raises CheckpointError where one is absent or of another shape."""
+    """Convert our tensors to their published form. Raises CheckpointError where one is missing or misshapen."""
     require({name: state[name] for name in names if name in state}, {name: ours[name] for name in names})
     published = {}
     for name in names:
@@ -170,13 +170,13 @@ def to_named(
 
 
 def _published(name: str, names: Names, ours: Mapping[str, Shape], patch_size: int) -> list[tuple[str, Shape]]:
-    """Names and shapes of a parameter's published parts."""
+    """Return the names and shapes of a parameter's published parts."""
     shape, parts = published_shape(name, ours[name], patch_size), names[name]
     return [(part, (shape[0] // len(parts), *shape[1:])) for part in parts]
 
 
 def published_shape(ours: str, shape: Shape, patch_size: int) -> Shape:
-    """Convolutions keep their kernel's shape, and what is one for all rows has a dimension for them."""
+    """Return the published shape: kernels of convolutions, and a leading dimension for what all examples share."""
     if ours == "image_embedding.patch.weight":
         return (shape[0], 3, patch_size, patch_size)
     if ours in ("image_embedding.cls", "image_embedding.mask"):
@@ -190,10 +190,10 @@ Shape = tuple[int, ...]
 
 
 def require(state: Mapping[str, Tensor], wanted: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
-    """The wanted names that the state has in their shapes: all of them, but for what `allowed` excuses.
+    """Return the names of `wanted` that the state has with the right shape.
 
-    `allowed` are names or patterns (`vqa_classifier.*`); a name that matches may be missing, unexpected or of another
-    shape, and is then left out. Raises CheckpointError listing every other fault.
+    Names that match a pattern in `allowed` (`vqa_classifier.*`) may be missing, unexpected or of another shape, and are
+    left out. Raises CheckpointError listing every other fault.
     """
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
@@ -213,7 +213,7 @@ def require(state: Mapping[str, Tensor], wanted: Mapping[str, Shape], allowed: C
 
 
 def excused(names: Iterable[str], allowed: Collection[str]) -> list[str]:
-    """The names that no pattern excuses."""
+    """Return the names that match no pattern."""
     return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
 
 
@@ -223,23 +223,23 @@ HEAD_WIDTH = 64  # of nearly every published model
 
 
 def layer_count(names: Iterable[str], pattern: str) -> int:
-    """Return how many layers there are; `pattern` finds a layer's number at the beginning of a name.
+    """Return the number of layers; `pattern` matches a name's beginning and captures its layer.
 
-    Raises CheckpointError unless they are numbered from 0 without a gap.
+    Raises CheckpointError unless layers are numbered from 0 without a gap.
     """
     layers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if gaps := [number for number in range(len(layers)) if number not in layers]:
-        raise CheckpointError(f"the checkpoint has {len(layers)} layers, but none numbered {gaps[0]}; it is not whole")
+        raise CheckpointError(f"the checkpoint has {len(layers)} layers, but none numbered {gaps[0]}; it is incomplete")
     return len(layers)
 
 
 def assumed(key: str, value: int, reason: str, given: Mapping[str, Any]) -> int:
-    """Return `value` for a key that no tensor tells, and say so unless the key was given."""
+    """Return `value` for a key that cannot be inferred, with a warning unless it is in `given`."""
     if key not in given:
         log.warning("%s=%s assumed (%s); give %s=N if that is wrong", key, value, reason, key)
     return value
 
 
 def assumed_heads(width: int, given: Mapping[str, Any]) -> int:
-    """Return the number of attention heads of a model whose tensors do not tell it."""
+    """Return the assumed number of attention heads, which no tensor shows."""
     return assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", given)

@@ -1,6 +1,6 @@
-"""Tensor files as others publish them: safetensors, or what torch saves. Nothing but tensors is ever loaded.
+"""Tensor files in published formats: safetensors, or torch's. Nothing but tensors is ever loaded.
 
-Every damaged or hostile file ends in CheckpointError, and none takes much more memory than it has bytes.
+Every damaged or hostile file ends in CheckpointError, and none takes much more memory than its size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError
 
-CONTAINERS = ("state_dict", "module", "model")  # of Lightning, of DeepSpeed, of BEiT and MAE
-METADATA = "mome"  # beside `state_dict` in files of torch that we write: what a safetensors header would say
+CONTAINERS = ("state_dict", "module", "model")  # Lightning; DeepSpeed; BEiT and MAE
+METADATA = "mome"  # next to `state_dict` in our torch files: the metadata of a safetensors header
 TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip file; before torch 1.6, a pickle
 MAX_SHARING = 4  # times the bytes of a file that its tensors may take: two names may share one memory (tied weights)
 _HEADER_LENGTH = 8  # bytes in front of a safetensors header, which say how long it is
@@ -30,7 +30,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 
 @dataclass(frozen=True)
 class Published:
-    """The tensors of a file or folder, what its header says beside them, and the JSON files that lie with it."""
+    """The tensors of a file or folder, its metadata, and the JSON files next to it."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -39,10 +39,10 @@ class Published:
 
 
 def read_tensors(data: bytes, origin: str) -> Published:
-    """Return the tensors of a file's bytes, whatever container they lie in; floating ones as float32.
+    """Read the tensors of a file's bytes from any known container; floating-point ones as float32.
 
-    Prefixes that wrappers put before names (DataParallel, torch.compile) are removed. Raises CheckpointError naming
-    `origin` for a damaged file, and for one that holds no tensors by name or needs code to be read.
+    Prefixes of wrappers (DataParallel, torch.compile) are removed. Raises CheckpointError naming `origin` for a damaged
+    file, one without named tensors, and one that needs code to be read.
     """
     try:
         return _read(data, origin)
@@ -56,7 +56,7 @@ def read_tensors(data: bytes, origin: str) -> Published:
 
 
 def read_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError naming `origin` for anything else."""
+    """Read the object in a JSON file. Raises CheckpointError naming `origin` for anything else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -67,7 +67,7 @@ def read_json(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> bytes:
-    """Return the bytes of a file named `path`: safetensors by its ending, else torch's, under `state_dict`.
+    """Return the bytes of a file named `path`: safetensors by its suffix, else torch's, under `state_dict`.
 
     Equal tensors and metadata give equal bytes.
     """
@@ -80,7 +80,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str
 
 
 def _with_sorted_metadata(data: bytes) -> bytes:
-    """The safetensors library writes metadata in any order."""
+    """Sort the metadata, which the safetensors library writes in arbitrary order."""
     end = _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")
     header = json.loads(data[_HEADER_LENGTH:end])
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
@@ -91,23 +91,23 @@ def _with_sorted_metadata(data: bytes) -> bytes:
 
 def _read(data: bytes, origin: str) -> Published:
     if data[_HEADER_LENGTH : _HEADER_LENGTH + 1] == b"{":
-        found = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's place
+        loaded = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's range
         header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
         metadata = header.get("__metadata__")
     else:
         whole = _load(data, origin)
-        found, metadata = _unwrapped(whole), whole.get(METADATA) if isinstance(whole, dict) else None
-    others = sorted(str(name) for name, value in found.items() if not _is_plain(value))
-    if not found or others:
-        told = f"also holds {', '.join(others[:4])}" if found else "holds none"
+        loaded, metadata = _unwrapped(whole), whole.get(METADATA) if isinstance(whole, dict) else None
+    others = sorted(str(name) for name, value in loaded.items() if not _is_plain(value))
+    if not loaded or others:
+        contents = f"also holds {', '.join(others[:4])}" if loaded else "holds none"
         raise CheckpointError(
-            f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {told}"
+            f"{origin}: expected tensors by name, bare or under one of {', '.join(CONTAINERS)}; it {contents}"
         )
-    if sum(tensor.numel() * tensor.element_size() for tensor in found.values()) > MAX_SHARING * len(data):
+    if sum(tensor.numel() * tensor.element_size() for tensor in loaded.values()) > MAX_SHARING * len(data):
         raise CheckpointError(
-            f"{origin}: its tensors are many times as large as the file, which no published one's are"
+            f"{origin}: its tensors are many times larger than the file, unlike any published checkpoint's"
         )
-    tensors = {str(name): t.float() if t.is_floating_point() else t for name, t in found.items()}
+    tensors = {str(name): t.float() if t.is_floating_point() else t for name, t in loaded.items()}
     texts = metadata.items() if isinstance(metadata, dict) else ()
     return Published(
         _without_wrappers(tensors, origin), {k: v for k, v in texts if isinstance(k, str) and isinstance(v, str)}
@@ -134,7 +134,7 @@ def _load(data: bytes, origin: str) -> Any:
 
 
 def _refuse_compressed(data: bytes, origin: str) -> None:
-    """torch stores tensors as they are; a compressed entry could unpack to any size."""
+    """Raise CheckpointError for compressed entries, which torch never writes and which could unpack to any size."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
     compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
@@ -146,7 +146,7 @@ def _refuse_compressed(data: bytes, origin: str) -> None:
 
 
 def _unwrapped(loaded: Any) -> dict[Any, Any]:
-    """What lies in the containers, if there are any."""
+    """Return the innermost content of nested containers."""
     while isinstance(loaded, dict):
         inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
         if inner is None:
@@ -156,7 +156,7 @@ def _unwrapped(loaded: Any) -> dict[Any, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that lies in memory number by number, none of them read twice."""
+    """Return whether a value is a dense CPU tensor whose memory holds every element."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -167,7 +167,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _without_wrappers(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Names as the model itself has them: `module.` stands in front, the other wrappers wherever a module was wrapped.
+    """Remove wrappers' prefixes: `module.` in front, the others anywhere in a name.
 
     Raises CheckpointError where two names become one.
     """

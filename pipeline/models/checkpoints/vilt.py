@@ -1,15 +1,12 @@
-"""ViLT's published checkpoints: the release's names (dandelin/ViLT), Hugging Face's, and ours, there and back.
+"""ViLT's published checkpoints: conversions between the release's names (dandelin/ViLT), Hugging Face's, and ours.
 
-Each task has a checkpoint of its own: a head that is wholly absent is left out of the result, and so is the second
-picture's modality, which only NLVR2's has. Of BERT's two sentence types the second is never read, but is kept, so that
-the way back is exact. Tensors may share the given state's memory.
+Each task has its own checkpoint: a head that is wholly absent is left out of the result, and so is the second image's
+modality vector, which only NLVR2's has. BERT's second sentence type is never used, but kept for an exact round trip.
 
-Hugging Face has one name, `classifier`, for the head of questions and of statements, and none for the matching head.
-Its ViltForMaskedLM ties the decoder to the words; a file without a decoder means that. Its norms' epsilon stands in
-its config: give the model the same as `norm_eps` and `text_norm_eps`. Both formats' pictures are at most
-int(1333 / 800 * shorter side) pixels long, which is 639 for 384; the paper's 640 is our config's default.
-
-Shapes: g grid side, D width.
+Hugging Face has one name, `classifier`, for the VQA and NLVR2 heads, and none for the matching head. Its
+ViltForMaskedLM ties the decoder to the word embedding, which a file without a decoder implies. The epsilon of its norms
+is in its config (`norm_eps` and `text_norm_eps` here). Both formats limit the longer side of images to int(1333 / 800 *
+shorter side), which is 639 for 384; the paper's 640 is our default.
 """
 
 from __future__ import annotations
@@ -100,12 +97,12 @@ _SECOND = "image_embedding.second"
 _MODALITIES = ("text_embedding.modality", "image_embedding.modality", _SECOND)
 _MODALITY = "token_type_embeddings.weight"
 _BIASES = ("attention.query_bias", "attention.key_bias", "attention.value_bias")
-# Parts that a checkpoint may lack, and those that one format or both have no name for: the release's masked patches
-# were broken, and are in no checkpoint.
+# Parts that a checkpoint may lack, and those without a name in one or both formats: masked patches did not work in the
+# release, and are in no checkpoint.
 OPTIONAL = ("pooler", "itm_head", "mlm_head", "vqa_head", "nlvr2_head", "ranking_head")
 UNPUBLISHED = ("mim_head",)
 UNPUBLISHED_BY_HUGGING_FACE = (*UNPUBLISHED, "itm_head")
-LONGER_TO_SHORTER = 1333 / 800  # sides of pictures, in the release and in Hugging Face's processor
+LONGER_TO_SHORTER = 1333 / 800  # sides of images, in the release and in Hugging Face's processor
 
 CONFIG = ConfigFile(
     "vilt",
@@ -120,37 +117,37 @@ Naming = Callable[[str], tuple[str, ...]]  # one of our parameters -> the publis
 
 
 def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a state under the release's names, by its shapes; `given` keys stand as they are.
+    """Infer the `model` section of a state with the release's names from shapes; keys in `given` take precedence.
 
-    Raises ConfigError for a state that is no ViLT's.
+    Raises ConfigError for a state of another model.
     """
     return _section(state, given, _RELEASE, r"transformer\.blocks\.(\d+)\.mlp\.fc1\.weight")
 
 
 def infer_hugging_face_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for Hugging Face's names."""
+    """Infer the `model` section of a state with Hugging Face's names, as `infer_section` does."""
     return _section(_full_names(state), given, _HUGGING_FACE, r"vilt\.encoder\.layer\.(\d+)\.intermediate.dense.weight")
 
 
 def from_published(state: Mapping[str, Tensor], config: ViLTConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
-    """Our state from the release's, a Lightning file's `state_dict`.
+    """Convert the `state_dict` of the release's Lightning file to our state.
 
-    Words and answers are as many as the state brings. CheckpointError lists every name that is missing, unexpected or
-    wrong-shaped; what `allowed` names (see `require`) may differ, and is left out.
+    The numbers of words and answers are the state's own. Names that match `allowed` (see `require`) may differ, and are
+    left out. Raises CheckpointError listing every missing, unexpected or wrong-shaped tensor.
     """
     shapes = _shapes(config, state, _RELEASE, "vqa_classifier.3.bias", _has_second(state, _MODALITY))
     return _read(_used(state), shapes, _release_names, config, allowed)
 
 
 def to_published(state: Mapping[str, Tensor], config: ViLTConfig) -> dict[str, Tensor]:
-    """The release's form of our state, for a Lightning file's `state_dict`. `UNPUBLISHED` parts are left out."""
+    """Convert to the `state_dict` of the release's Lightning file, without `UNPUBLISHED` parts."""
     return _write(_without(state, UNPUBLISHED), _release_names, config)
 
 
 def from_hugging_face(
     state: Mapping[str, Tensor], config: ViLTConfig, allowed: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Our state from Hugging Face's, of a bare ViltModel or of one with any head; faults as of `from_published`."""
+    """Convert the state of a ViltModel with or without a head to ours; errors as in `from_published`."""
     state = _full_names(_used(state))
     words = _HUGGING_FACE["text_embedding.word.weight"]
     if f"{_DECODER}.bias" in state and f"{_DECODER}.weight" not in state and words in state:
@@ -165,14 +162,14 @@ def from_hugging_face(
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: ViLTConfig) -> dict[str, Tensor]:
-    """Hugging Face's form of our state. `UNPUBLISHED_BY_HUGGING_FACE` parts are left out.
+    """Convert to Hugging Face's names, without `UNPUBLISHED_BY_HUGGING_FACE` parts.
 
-    Raises CheckpointError for a state with heads for questions and for statements, which there share one name.
+    Raises CheckpointError for a state with both the VQA and the NLVR2 head, which share one name there.
     """
     heads = {name.split(".")[0] for name in state} & {"vqa_head", "nlvr2_head"}
     if len(heads) > 1:
         raise CheckpointError(
-            "Hugging Face's ViLT has one classifier, and these weights both answer questions and judge statements; "
+            "Hugging Face's ViLT has one classifier, and these weights have both a VQA and an NLVR2 head; "
             "export them in the release's format"
         )
     return _write(_without(state, UNPUBLISHED_BY_HUGGING_FACE), _hugging_face_names, config)
@@ -185,7 +182,7 @@ def _read(
     config: ViLTConfig,
     allowed: Collection[str],
 ) -> dict[str, Tensor]:
-    """Our tensors of `shapes`, but for heads of which the published state has nothing."""
+    """Convert the tensors of `shapes`, without the heads that are wholly absent from the published state."""
     absent = set(OPTIONAL) - {n.split(".")[0] for n in shapes if not state.keys().isdisjoint(naming(n))}
     shapes = _without(shapes, tuple(absent))
     names, joined = _layout(shapes, naming)
@@ -212,7 +209,7 @@ def _write(state: Mapping[str, Tensor], naming: Naming, config: ViLTConfig) -> d
 
 
 def _layout(shapes: Mapping[str, Shape], naming: Naming) -> tuple[Names, dict[str, list[str]]]:
-    """The published names of our parameters; and published tensors that join several of them, as their rows."""
+    """Return published names of our parameters, and the published tensors that hold several of them as rows."""
     named = {name: naming(name) for name in shapes}
     holding: dict[str, list[str]] = {}
     for name, published in named.items():
@@ -222,12 +219,12 @@ def _layout(shapes: Mapping[str, Shape], naming: Naming) -> tuple[Names, dict[st
 
 
 def _row(ours: str) -> int:
-    """Which row of a joined tensor a parameter is."""
+    """Return the row of a parameter in its joined tensor."""
     return _MODALITIES.index(ours) if ours in _MODALITIES else [ours.endswith(bias) for bias in _BIASES].index(True)
 
 
 def _joined_shape(parts: list[str], shapes: Mapping[str, Shape]) -> Shape:
-    """Modalities are rows of a table; biases stand one after another."""
+    """Return the shape of a joined tensor: modalities are rows of a table, biases are concatenated."""
     (width,) = shapes[parts[0]]
     return (len(parts), width) if parts[0] in _MODALITIES else (len(parts) * width,)
 
@@ -245,16 +242,16 @@ def _release_names(ours: str) -> tuple[str, ...]:
 def _hugging_face_names(ours: str) -> tuple[str, ...]:
     if ours in _MODALITIES:
         return (f"{_EMBEDDINGS}.{_MODALITY}",)
-    # What ViT's and ViLT's layers have in common is named as ViT's.
+    # The layers of ViT and ViLT have the same names.
     return published_names(ours.replace(f"experts.{EXPERT}", "experts.vision"), _HUGGING_FACE, "vilt.encoder.layer.")
 
 
 def _shapes(
     config: ViLTConfig, state: Mapping[str, Tensor], names: Mapping[str, str], answers: str, second: bool
 ) -> dict[str, Shape]:
-    """Our shapes with every head that a checkpoint may have, as many words and answers as this one brings.
+    """Return our shapes with every optional head, with the numbers of words and answers in `state` (default 1).
 
-    Any number, where it brings none: that is reported by name. `second` says whether it knows a second picture.
+    `second` says whether the checkpoint has the second image's modality vector.
     """
     words = names.get("text_embedding.word.weight", "text_embedding.word.weight")
     num_words, num_answers = (len(state[name]) if name in state else 1 for name in (words, answers))
@@ -268,7 +265,7 @@ def _has_second(state: Mapping[str, Tensor], modality: str) -> bool:
 
 
 def _without(named: Mapping[str, T], parts: Collection[str]) -> dict[str, T]:
-    """What belongs to none of some parts. The mask embedding is counted to the head that predicts what it hides."""
+    """Return the entries of all other parts. The mask embedding belongs to the masked-image head."""
     hidden = {"image_embedding.mask"} if "mim_head" in parts else set()
     return {name: value for name, value in named.items() if name.split(".")[0] not in parts and name not in hidden}
 
@@ -278,7 +275,7 @@ def _used(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A bare ViltModel's names lack the leading `vilt.`; an older MaskedLM's bias stood beside its decoder, too."""
+    """Add the prefix `vilt.` that ViltModel lacks, and drop the duplicate decoder bias of older MaskedLM files."""
     if any(name.startswith("vilt.") for name in state):
         state = dict(state)
         if (bias := state.pop("mlm_score.bias", None)) is not None:
@@ -290,12 +287,12 @@ def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _section(
     state: Mapping[str, Tensor], given: Mapping[str, Any], names: Mapping[str, str], expand: str
 ) -> dict[str, Any]:
-    """`expand` is the pattern of the names of layers' first feed-forward matrix."""
+    """Infer the `model` section; `expand` matches the names of the first feed-forward matrices."""
     patch = state.get(f"{names['image_embedding.patch']}.weight")
     positions, texts = (state.get(names[f"{each}_embedding.positions"]) for each in ("image", "text"))
     first = next((state[name] for name in state if re.fullmatch(expand, name)), None)
     if patch is None or positions is None or texts is None or first is None:
-        raise ConfigError("no ViLT checkpoint: it lacks the patch projection, positions or layers")
+        raise ConfigError("no ViLT checkpoint: the patch projection, positions or layers are missing")
     width, side = len(patch), patch.shape[-1]
     section = {
         "kind": "vilt",

@@ -1,9 +1,8 @@
 """ViT checkpoints of Hugging Face (ViTModel, ViTForImageClassification): their names for our parameters, and back.
 
-A checkpoint may lack the classifier, and then has the names without their leading `vit.`; both are read, and the
-full names are written. ViTModel's pooler takes no part in what a ViT computes here and is dropped. Hugging Face's
-LayerNorms have an epsilon of 1e-12 (`model.norm_eps`), the JAX release's and by default ours one of 1e-6: no
-hidden vector that a trained ViT normalises is small enough to tell them apart to 1e-5.
+A checkpoint without a classifier has names without the prefix `vit.`; both forms are read, and full names are written.
+ViTModel's pooler is unused here and dropped. Hugging Face's LayerNorms have an epsilon of 1e-12 (`model.norm_eps`), the
+JAX release's, and ours by default, 1e-6: no hidden vector of a trained ViT is small enough for a difference above 1e-5.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _OUTSIDE = {
 _CLASSES = "classifier.bias"
 _MASK, _POSITIONS = "image_embedding.mask", "image_embedding.positions"
 _UNUSED = (f"{_PREFIX}pooler.dense.weight", f"{_PREFIX}pooler.dense.bias")
-_UNPUBLISHED = "mim_head."  # what predicts masked patches has no name there
+_UNPUBLISHED = "mim_head."  # has no name in Hugging Face's checkpoints
 
 CONFIG = ConfigFile(
     "vit",
@@ -57,15 +56,15 @@ CONFIG = ConfigFile(
 
 
 def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a published state, by its tensors' shapes; `given` keys stand as they are.
+    """Infer the `model` section of a published state from shapes; keys in `given` take precedence.
 
-    Raises ConfigError for a state that is no ViT's.
+    Raises ConfigError for a state of another model.
     """
     state = _full_names(state)
     patch, positions = state.get(f"{_OUTSIDE['image_embedding.patch']}.weight"), state.get(_OUTSIDE[_POSITIONS])
     expand = state.get(f"{_LAYERS}0.intermediate.dense.weight")
     if patch is None or positions is None or expand is None:
-        raise ConfigError("no ViT checkpoint of Hugging Face: it lacks the patch projection, positions or layer 0")
+        raise ConfigError("no ViT checkpoint of Hugging Face: the patch projection, positions or layer 0 are missing")
     width, side = len(patch), patch.shape[-1]
     return {
         "kind": "vit",
@@ -81,9 +80,10 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
 def from_hugging_face(
     state: Mapping[str, Tensor], config: ViTConfig, allowed: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
+    """Convert a published state to ours.
 
-    What `allowed` names (see `require`) may differ, and is left out.
+    Names that match `allowed` (see `require`) may differ, and are left out. Raises CheckpointError listing every
+    missing, unexpected or wrong-shaped tensor.
     """
     state = {name: tensor for name, tensor in _full_names(state).items() if name not in _UNUSED}
     classes = len(state[_CLASSES]) if _CLASSES in state else 0
@@ -92,17 +92,14 @@ def from_hugging_face(
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """The published form of our state, as ViTForImageClassification reads it.
-
-    The head that predicts masked patches is left out.
-    """
+    """Convert to the names of ViTForImageClassification; the masked-image head is left out."""
     head = state.get("classification_head.classify.bias")
     names, shapes = _names(config, 0 if head is None else len(head), masked=_MASK in state)
     return to_named(state, names, shapes, config.patch_size)
 
 
 def _names(config: ViTConfig, classes: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
-    """Published names and our shapes of a ViT with so many classes, with or without a mask embedding."""
+    """Return the published names and our shapes of a ViT with `classes` classes, with or without a mask embedding."""
     heads = HeadConfig(image_target="mean_colour" if masked else None, classes=classes or None)
     parameters = skeleton(config, heads=heads).named_parameters()
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters if not name.startswith(_UNPUBLISHED)}

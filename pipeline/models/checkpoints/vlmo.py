@@ -1,12 +1,11 @@
 """VLMo's published checkpoints (microsoft/unilm, vlmo): their names for our parameters, and back.
 
-Published checkpoints differ by stage: a head, or the vision-language expert, may be wholly absent, and is then left
-out of the result; a model of two pictures (NLVR2) has a third row of modalities. What takes no part in the computation
-is dropped: position index tensors, which the release's own checkpoints lack and the downloadable ones have, and in the
-relative kind the text's absolute positions. Everything else must be there, with the right shape. Tensors may share the
-given state's memory.
+Published checkpoints differ by stage: a head, or the vision-language expert, may be wholly absent, and is then left out
+of the result; a model of two images (NLVR2) has a third row of modalities. Unused tensors are dropped: position
+indices, which only the downloadable checkpoints have, and in the relative kind the absolute text positions. All other
+tensors are required, with the right shape. Results may share memory with the given state.
 
-Shapes: g grid side, T longest text, D width.
+Shapes: g grid side, T longest text.
 """
 
 from __future__ import annotations
@@ -89,23 +88,23 @@ _OPTIONAL = (
     "vqa_head",
     "nlvr2_head",
 )
-UNPUBLISHED = ("mim_head", "classification_head")  # parts that no published checkpoint has a name for
+UNPUBLISHED = ("mim_head", "classification_head")  # parts without a name in published checkpoints
 
-PUBLISHED_MAX_TEXT = 196  # that every published relative table was made for
+PUBLISHED_MAX_TEXT = 196  # of every published relative table
 PUBLISHED_VISION_LANGUAGE_LAYERS = {12: 2, 24: 3}  # by layers
 PUBLISHED_HEADS = {544: 16}  # by width, where heads are not 64 wide (base_plus)
 
 
 def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a published state, by its tensors' shapes; `given` keys stand as they are.
+    """Infer the `model` section of a published state from tensor shapes; keys in `given` take precedence.
 
-    Raises ConfigError where a size can neither be told from the shapes nor was given.
+    Raises ConfigError where a size can be inferred neither from the shapes nor from `given`.
     """
     state = _without_leading_module(state)
     blocks = [match for name in state if (match := re.match(r"transformer\.blocks\.(\d+)\.(\w+)", name))]
     patch = state.get("transformer.patch_embed.proj.weight")
     if not blocks or patch is None:
-        raise ConfigError("no VLMo checkpoint: it has no transformer.blocks or no transformer.patch_embed")
+        raise ConfigError("no VLMo checkpoint: transformer.blocks or transformer.patch_embed are missing")
     layers, width = layer_count(state, r"transformer\.blocks\.(\d+)\."), len(patch)
     upper = [int(match[1]) for match in blocks if match[2] == "mlp_vl"]
     relative = _TABLE in state
@@ -143,7 +142,7 @@ def _published_upper(layers: int, given: Mapping[str, Any]) -> int:
 
 
 def _reach_of_table(state: dict[str, Tensor], given: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Grid side and longest text that make up the rows of the table, (2g - 1)² + 3 and 2 T + 2."""
+    """Return the grid side and longest text that make up the rows of the table, (2g - 1)² + 3 and 2 T + 2."""
     texts = [PUBLISHED_MAX_TEXT]
     texts += [len(state[name]) for name in ("text_relative_position_index", _TEXT_POSITIONS) if name in state]
     for text in [given["max_text_length"]] if "max_text_length" in given else texts:
@@ -154,7 +153,7 @@ def _reach_of_table(state: dict[str, Tensor], given: Mapping[str, Any]) -> tuple
     if {"image_size", "max_text_length"} <= given.keys():
         return None
     raise ConfigError(
-        f"{_TABLE} has {len(state[_TABLE])} rows, which do not tell the longest text and the picture's size apart; "
+        f"{_TABLE} has {len(state[_TABLE])} rows, which fit several text lengths and image sizes; "
         "give image_size=… and max_text_length=…"
     )
 
@@ -165,10 +164,10 @@ def _reach_of_positions(state: dict[str, Tensor]) -> tuple[int, int] | None:
 
 
 def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
-    """Our state from a published one; CheckpointError lists every name that is missing, unexpected or wrong-shaped.
+    """Convert a published state to ours, with its own vocabulary.
 
-    A DeepSpeed checkpoint's leading `module.` is ignored. The vocabulary is the one the state brings. What `allowed`
-    names (see `require`) may differ, and is left out.
+    A DeepSpeed checkpoint's prefix `module.` is ignored. Names that match `allowed` (see `require`) may differ, and are
+    left out. Raises CheckpointError listing every missing, unexpected or wrong-shaped tensor.
     """
     state = {name: tensor for name, tensor in _without_leading_module(state).items() if name not in _UNUSED}
     if config.positions == "relative":
@@ -190,7 +189,7 @@ def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collec
 
 
 def to_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
-    """The published form of our state. `UNPUBLISHED` parts have none and are left out."""
+    """Convert our state to the published form, without `UNPUBLISHED` parts."""
     model = _model_of(config, state, {name: name for name in (_WORDS, _ANSWERS)})
     unpublished = {n for n in state if n.split(".")[0] in UNPUBLISHED or n == "image_embedding.mask"}
     state = {name: tensor for name, tensor in state.items() if name not in unpublished}
@@ -208,7 +207,7 @@ def to_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tens
 
 
 def published_name(ours: str) -> str | None:
-    """The release's name of one of our parameters, or of the tensor that it is rows of; None where it has none."""
+    """Return the release's name of a parameter, or of the tensor it is rows of; None where it has none."""
     try:
         return _published_name(ours)
     except KeyError:
@@ -220,17 +219,14 @@ def _without_leading_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _model_of(config: VLMoConfig, state: Mapping[str, Tensor], names: dict[str, str]) -> Model:
-    """A skeleton with every head that a checkpoint may have, as many words and answers as this one brings.
-
-    Any number, where it brings none: that is reported by name.
-    """
+    """Build a skeleton with every optional head, with the numbers of words and answers in `state` (default 1)."""
     words, answers = (len(state[names[name]]) if names[name] in state else 1 for name in (_WORDS, _ANSWERS))
     return skeleton(config, words, HeadConfig(answers=answers, reasoning=True))
 
 
 def _of_present_parts(model: Model, ours: dict[str, Shape], present: Collection[str]) -> list[str]:
-    """Our names, without those of optional parts of which nothing is present."""
-    # The second picture's modality is counted to a head, but comes with the others' table and not with the head.
+    """Return our names without the optional parts that are wholly absent."""
+    # The second image's modality vector belongs to a head, but is published in the table of modalities.
     absent = set(_OPTIONAL) - {model.part_of(name) for name in present if name != _SECOND}
     return [n for n in ours if (n in present if n == _SECOND else model.part_of(n) not in absent)]
 
@@ -240,10 +236,10 @@ def _shapes(model: Model) -> dict[str, Shape]:
 
 
 def _joined(names: list[str]) -> dict[str, list[str]]:
-    """The published tensors that hold several of these, and which, one under the other."""
+    """Return the published tensors that hold several of these parameters as rows, with the parameters."""
     joined = {_MODALITY: _MODALITY_PARTS, _TABLE: _TABLE_PARTS}
-    found = {published: [part for part in parts if part in names] for published, parts in joined.items()}
-    return {published: parts for published, parts in found.items() if parts}
+    present = {published: [part for part in parts if part in names] for published, parts in joined.items()}
+    return {published: parts for published, parts in present.items() if parts}
 
 
 def _published_shapes(names: list[str], ours: dict[str, Shape], config: VLMoConfig) -> dict[str, Shape]:
@@ -272,7 +268,7 @@ def _translated(name: str, names: dict[str, str]) -> str:
 
 
 def _published_shape(ours: str, shape: Shape, config: VLMoConfig) -> Shape:
-    """Convolutions keep their kernel's shape, what is one for all rows a dimension for them, scalars none."""
+    """Return the published shape: kernels of convolutions, a leading batch dimension, 0-d scalars."""
     if ours == "image_embedding.patch.weight":
         return (shape[0], 3, config.patch_size, config.patch_size)
     if ours.startswith("itc_head.log_scale"):

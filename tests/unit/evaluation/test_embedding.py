@@ -55,7 +55,7 @@ def test_every_picture_and_caption_has_its_vector(
     assert [row["caption"] for row in rows] == [None, 0, 1] * 24
     assert [row["image_id"] for row in rows[::3]] == held_out.image_id.tolist()
     vectors = torch.tensor(np.array([row["vector"] for row in rows], dtype=np.float32))
-    images, texts = embed_images(model, held_out.images), embed_texts(model, held_out.rows(), tokenizer.pad_id)
+    images, texts = embed_images(model, held_out.images), embed_texts(model, held_out.token_ids(), tokenizer.pad_id)
     torch.testing.assert_close(vectors.view(24, 3, -1)[:, 0], images, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(vectors.view(24, 3, -1)[:, 1:].flatten(0, 1), texts, atol=1e-6, rtol=1e-5)
 

@@ -74,9 +74,9 @@ def test_vqa_accuracy_is_the_mean_score_of_the_answers_given(tmp_path: Path, lim
 
 
 def test_top_1_and_top_5_of_classes(tmp_path: Path) -> None:
-    source = source_of(tmp_path, "labelled", "classification", classes=4)
+    source = source_of(tmp_path, "labelled", "classification", num_classes=4)
     right = evaluate_classification(Colourist({"classes": 4}), source)
-    assert (right.top1, right.top5, right.chance, right.pictures) == (1.0, 1.0, 0.25, 60)
+    assert (right.top1, right.top5, right.chance, right.images) == (1.0, 1.0, 0.25, 60)
     assert evaluate_classification(Colourist({"classes": 4}, wrong=True), source).top1 == 0.0
 
 
@@ -118,7 +118,7 @@ def test_a_source_of_a_use_that_the_stage_did_not_train_is_refused(tmp_path: Pat
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     other = run_config(tmp_path, "labelled", "classification", 1, num_classes=4)
     config = config.model_copy(update={"sources": {**config.sources, "other": other.sources["test"]}})
-    with pytest.raises(ConfigError, match="read as labelled, and stage finetune did not train classification"):
+    with pytest.raises(ConfigError, match="of type labelled, and stage finetune trains no objective"):
         evaluate(Colourist({}), tokenizer_of(config), config, Storage(), "other")
 
 
@@ -136,7 +136,7 @@ def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) ->
 def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
     source = source_of(tmp_path, "labelled", "classification", num_classes=2)  # half of the colours are no class here
     with pytest.raises(DataError, match="its class is"):
-        source.shared(lambda: len(list(source.batches(torch.device("cpu"), "classes"))))
+        source.map_ranks(lambda: len(list(source.batches(torch.device("cpu"), "classes"))))
     assert source.skipped.total() + source.samples == 60
 
 
@@ -146,5 +146,5 @@ def test_the_list_kept_with_the_weights_is_the_one_that_counts(tmp_path: Path) -
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     turned = Choices((*COLOURS[1:], COLOURS[0], "yes", "no"))
     found = evaluate(Colourist({"answers": 6}), tokenizer_of(config), config, Storage(), choices={ANSWERS: turned})
-    assert found.answering is not None
-    assert found.answering.accuracy == 0.0
+    assert found.vqa is not None
+    assert found.vqa.accuracy == 0.0

@@ -26,9 +26,9 @@ def test_every_pair_is_read_in_the_order_of_the_manifest(
     assert held_out.images[:].shape == (24, 32, 32, 3)
     assert held_out.images[3].dtype == torch.uint8
     assert held_out.caption_of.tolist() == [image for image in range(24) for _ in range(2)]
-    assert [held_out.captions[i][n] for i, n in zip(held_out.caption_of, held_out.numbers(), strict=True)] == list(
-        held_out.texts()
-    )
+    assert [
+        held_out.captions[i][n] for i, n in zip(held_out.caption_of, held_out.caption_numbers(), strict=True)
+    ] == list(held_out.texts())
     assert len(held_out.tokens) == 48
     assert held_out.skipped == {}
 
@@ -45,9 +45,9 @@ def test_a_limit_keeps_the_first_pairs(
 def test_unknown_sources_and_sources_without_pairs_are_refused(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
-    with pytest.raises(ConfigError, match="'nowhere' is no source of this run; sources with pairs: unseen"):
+    with pytest.raises(ConfigError, match="'nowhere' is not a source of this run; sources with pairs: unseen"):
         load_pairs(config, storage, "nowhere", None, tokenizer, max_text_length=40)
-    with pytest.raises(ConfigError, match="'pictures' holds no pairs"):
+    with pytest.raises(ConfigError, match="'pictures' has no pairs"):
         load_pairs(config, storage, "pictures", None, tokenizer, max_text_length=40)
 
 

@@ -58,7 +58,7 @@ def test_loaded_run_encodes_images_and_texts_as_evaluation_does(
     run: Path, model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     loaded = load_model(run)
-    images, captions = [held_out.picture(n).numpy() for n in range(5)], [held_out.captions[n][0] for n in range(5)]
+    images, captions = [held_out.image(n).numpy() for n in range(5)], [held_out.captions[n][0] for n in range(5)]
     (tmp_path / "2.png").write_bytes(encoded(images[2]))
     inputs = [encoded(images[0]), images[1], str(tmp_path / "2.png"), tmp_path / "2.png", Image.fromarray(images[4])]
     expected = embed_images(model, torch.from_numpy(np.stack([images[n] for n in (0, 1, 2, 2, 4)])))

@@ -73,13 +73,13 @@ def test_pictures_are_told_by_the_names_of_their_classes(tmp_path: Path, tokeniz
     config = contrastive(run_config(tmp_path, "labelled", "classification", 1, num_classes=4))
     found = evaluate(ColourSpace(tokenizer), tokenizer, config, Storage(), probe="train")
     result = found.to_json()
-    assert result["zero_shot"] == {"pictures": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
+    assert result["zero_shot"] == {"images": 60, "top1": 1.0, "top5": 1.0, "chance": 0.25}
     assert result["linear_probe"]["top1"] == 1.0
     assert result["linear_probe"]["trained_on"] == 200
     assert result["classification"] is None
     assert {"eval/test/zero_shot_top1", "eval/test/linear_probe_top1"} <= found.metrics().keys()
     (tmp_path / "labelled-1" / "classes.json").unlink()
-    with pytest.raises(ConfigError, match=r"no .*classes\.json to name its classes"):
+    with pytest.raises(ConfigError, match=r"classes\.json with its class names is missing"):
         evaluate(ColourSpace(tokenizer), tokenizer, config, Storage())
 
 
@@ -101,5 +101,5 @@ def test_a_prompt_has_a_place_for_the_name(tmp_path: Path) -> None:
 
     values = run_config(tmp_path, "labelled", "classification", 1, num_classes=4).model_dump(mode="json")
     values["evaluation"]["prompts"] = ["a photo"]
-    with pytest.raises(ConfigError, match=r"evaluation.prompts.*must hold \{\} once"):
+    with pytest.raises(ConfigError, match=r"evaluation.prompts.*must contain \{\} exactly once"):
         validate(values, "tiny")

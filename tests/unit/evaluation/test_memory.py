@@ -37,8 +37,8 @@ def test_only_so_many_pictures_stay_decoded_and_all_are_the_same(
     few = load_pairs(config, storage, "unseen", None, tokenizer, max_text_length=40)
     for numbers in (slice(None), slice(3, 9), torch.tensor([20, 2, 2, 7])):
         assert torch.equal(few.images[numbers], held_out.images[numbers])
-    assert torch.equal(few.picture(11), held_out.picture(11))
-    assert few.images._decoded.held <= 5 * one  # type: ignore[attr-defined]
+    assert torch.equal(few.image(11), held_out.image(11))
+    assert few.images._decoded.size <= 5 * one  # type: ignore[attr-defined]
 
 
 class Drawn(nn.Module):

@@ -73,7 +73,7 @@ def held_out(run: RunConfig, tokenizer: Tokenizer) -> EvalPairs:
 def test_pictures_are_read_in_their_own_shapes_on_one_canvas(held_out: EvalPairs) -> None:
     assert held_out.image_size.tolist() == [[24, 40], [40, 24], [24, 24], [16, 40], [32, 24], [24, 24]]
     assert held_out.images[:].shape == (6, 40, 40, 3)
-    assert held_out.picture(3).shape == (16, 40, 3)
+    assert held_out.image(3).shape == (16, 40, 3)
 
 
 def test_the_canvas_changes_neither_guesses_nor_odds(
@@ -87,7 +87,7 @@ def test_the_canvas_changes_neither_guesses_nor_odds(
         guesses = predict_masked_tokens(
             model, masked, tokenizer.pad_id, each.images, each.caption_of, 4, each.image_size
         )
-        rows = each.rows()
+        rows = each.token_ids()
         itm = fusion_scores(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size)
         ranked = fusion_scores(model, each.images, rows, tokenizer.pad_id, pairs, 7, each.image_size, "ranking")
         results.append((guesses.truth_probability, itm, ranked))

@@ -156,7 +156,7 @@ def test_words_and_patches_are_shown_with_what_was_never_trained(
     assert [word for word, _, _ in alignments.captions[0].words] == captions[0].split()
     assert all(0 < share <= 1 for each in alignments.captions for _, _, share in each.words)
     page = render_report(build_report_data(found, config, tokenizer, alignments), config, {})
-    assert "No stage trained word_patch" in page
+    assert "No stage trained wpa" in page
     assert page.count('alt="heat map of') == sum(len(each.words) for each in alignments.captions)
 
 

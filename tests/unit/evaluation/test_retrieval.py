@@ -38,7 +38,7 @@ def ranked(similarity: np.ndarray, caption_of: np.ndarray, image_id: np.ndarray,
 
 def recall_of(similarity: np.ndarray, caption_of: np.ndarray, image_id: np.ndarray):
     found = ranked(similarity, caption_of, image_id)
-    places = found.image_to_text.place, found.text_to_image.place
+    places = found.image_to_text.rank, found.text_to_image.rank
     return recall_at_k(*places, torch.tensor(caption_of), torch.tensor(image_id))
 
 
@@ -115,7 +115,7 @@ def test_blocks_of_queries_rank_as_the_whole_does(monkeypatch: pytest.MonkeyPatc
             (found.image_to_text, expected.image_to_text),
             (found.text_to_image, expected.text_to_image),
         ):
-            assert torch.equal(mine.place, other.place)
+            assert torch.equal(mine.rank, other.rank)
             assert torch.equal(mine.best, other.best)
             assert torch.equal(mine.score, other.score)
             assert torch.equal(mine.margin, other.margin)
