@@ -168,7 +168,7 @@ def loader_killed(site: Site) -> Callable[[], bool]:
 
 
 def store_away(site: Site) -> Callable[[], bool]:
-    return until_missed(site, "trying on, for", STORE_AWAY + 1.0, lambda: site.proxy.away(STORE_AWAY))
+    return until_missed(site, "retrying for", STORE_AWAY + 1.0, lambda: site.proxy.away(STORE_AWAY))
 
 
 def checkpoint_damaged(site: Site) -> Callable[[], bool]:

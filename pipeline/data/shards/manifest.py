@@ -227,8 +227,8 @@ def index_shards(
         )
     }
     new = [name for name in names if name not in records]
-    made = in_parallel(lambda name: _make_record(storage, folder, name, objects, trust_counts), new, folder)
-    for done, (name, record) in enumerate(made, len(names) - len(new) + 1):
+    indexed = in_parallel(lambda name: _make_record(storage, folder, name, objects, trust_counts), new, folder)
+    for done, (name, record) in enumerate(indexed, len(names) - len(new) + 1):
         records[name] = record
         if progress:
             progress(done, len(names), name)

@@ -1,7 +1,7 @@
 """Retries with exponential backoff, full jitter, the store's Retry-After and one timeout; ranged reads that resume.
 
 `storage.retry_timeout_seconds` bounds the time for which a store may be unavailable or slow before the run fails; the
-number of attempts is not limited. The timeout applies to one request, and anew to every 16 MiB of a response body.
+number of attempts is not limited. The timeout applies to one request, and restarts every 16 MiB of a response body.
 """
 
 from __future__ import annotations

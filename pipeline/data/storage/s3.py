@@ -211,7 +211,7 @@ class S3Backend:
         return response
 
     def _pages(self, page_size: int = PAGE_SIZE, **query: Any) -> Iterator[dict[str, Any]]:
-        seen: set[str] = set()  # tokens, and the first object of each page, to detect a listing that never ends
+        visited: set[str] = set()  # tokens, and the first object of each page, to detect a listing that never ends
         empty_pages = 0
         while True:
             page = self._request("list_objects_v2", MaxKeys=page_size, **query)
@@ -221,9 +221,9 @@ class S3Backend:
             token = query["ContinuationToken"] = _require(page, "NextContinuationToken")
             first = [f"object {item.get('Key')}" for item in page.get("Contents", [])[:1]]
             empty_pages = 0 if first else empty_pages + 1
-            if not seen.isdisjoint([f"token {token}", *first]) or empty_pages > _MAX_EMPTY_PAGES:
+            if not visited.isdisjoint([f"token {token}", *first]) or empty_pages > _MAX_EMPTY_PAGES:
                 raise _missing("a next page")
-            seen.update([f"token {token}", *first])
+            visited.update([f"token {token}", *first])
 
     def _head(self, query: dict[str, Any]) -> ObjectInfo:
         """Return size and ETag from a HEAD request; from a listing if the response has no Content-Length."""
