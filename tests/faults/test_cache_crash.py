@@ -40,13 +40,13 @@ def test_next_process_cleans_up_a_killed_download(tmp_path: Path):
     for seed in range(3):
         process = start(cache, store, seed)
         wait_for_part(cache)
-        os.kill(process.pid, signal.SIGSTOP)  # in the middle of it, as far as can be told from outside
-        left = list(cache.folder.glob("*.part"))
+        os.kill(process.pid, signal.SIGSTOP)  # probably in the middle of a download
+        partial = list(cache.folder.glob("*.part"))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         next_one = NodeCache(tmp_path / "cache", 4 * SIZE)
         open_checked(next_one, store, "0").close()
-        assert not list(cache.folder.glob("*.part")), f"{left} stayed"
+        assert not list(cache.folder.glob("*.part")), f"{partial} stayed"
         for number in range(FILES):
             open_checked(next_one, store, f"{number}").close()
         assert next_one.held_bytes() <= next_one.max_bytes

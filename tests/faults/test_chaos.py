@@ -64,13 +64,13 @@ class Site:
 
     def count_logged(self, words: str) -> int:
         """Count how often the ranks logged `words`."""
-        found = 0
+        count = 0
         for session in self.cluster.sessions():
             for file in (session / "logs").glob("**/*"):
                 with suppress(FileNotFoundError):
                     if file.is_file() and not file.is_symlink():
-                        found += file.read_bytes().count(words.encode())
-        return found
+                        count += file.read_bytes().count(words.encode())
+        return count
 
     def strike(self, number: signal.Signals) -> psutil.Process | None:
         """Send a signal to a random rank and return it; None if the run ended before there was one."""
@@ -86,7 +86,7 @@ class Site:
         wait_until(lambda: condition() or not self.run.running(), what, SECONDS)
 
 
-# ---- the faults: each breaks something, and returns what tells that it was noticed
+# ---- faults: each breaks something and returns a condition that is true once it was noticed
 
 
 def rank_killed(site: Site) -> Callable[[], bool]:
@@ -160,8 +160,8 @@ def until_missed(site: Site, words: str, pause: float, blow: Callable[[], object
 def loader_killed(site: Site) -> Callable[[], bool]:
     def kill() -> None:
         with suppress(psutil.NoSuchProcess):
-            children = [each for rank in site.ranks() for each in rank.children(recursive=True)]
-            if there := [each for each in children if "data.loading.worker" in _title(each)]:
+            children = [child for rank in site.ranks() for child in rank.children(recursive=True)]
+            if there := [child for child in children if "data.loading.worker" in _title(child)]:
                 site.draw.choice(there).kill()
 
     return until_missed(site, "a loader process died", AWAY, kill)
@@ -307,7 +307,7 @@ def test_run_with_every_fault_equals_uninterrupted_run(s3, tmp_path: Path) -> No
                     times[name].append(time.monotonic() - at)
                     print(f"{name} at step {reached}: a step again after {times[name][-1]:.0f} s", flush=True)
                     site.wait_for(noticed, f"{name} to be noticed")
-                    assert noticed(), f"{name} at step {reached}: the run ended, and nothing tells that it was noticed"
+                    assert noticed(), f"{name} at step {reached}: the run ended without evidence that it was noticed"
             run.finish()
             report(times, time.monotonic() - began)
             assert_same_losses(run.losses(), whole.losses())

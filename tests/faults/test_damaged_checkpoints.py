@@ -38,8 +38,8 @@ def in_object_store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
     from pipeline.config.schema import StorageConfig
 
-    found = request.getfixturevalue("moto_store")
-    for name, value in {**found.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+    store = request.getfixturevalue("moto_store")
+    for name, value in {**store.environment, "AWS_EC2_METADATA_DISABLED": "true"}.items():
         monkeypatch.setenv(name, value)
     bucket = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:60]
     botocore.session.get_session().create_client("s3").create_bucket(Bucket=bucket)
@@ -79,14 +79,14 @@ DAMAGES: dict[str, tuple[str, Callable[[Storage, str], None]]] = {
 def test_damaged_checkpoint_is_reported_and_skipped(
     store: CheckpointStore, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told, inflict = DAMAGES[damage]
+    message, inflict = DAMAGES[damage]
     save(store, 10)
     url = save(store, 20)
     assert newest_weight(store) == [20, 21, 22, 23]
     inflict(store.storage, url)
     with caplog.at_level(logging.WARNING):
         assert newest_weight(store) == [10, 11, 12, 13]
-    assert re.search(rf"skipped: {re.escape(url)}: {told}", caplog.text)
+    assert re.search(rf"skipped: {re.escape(url)}: {message}", caplog.text)
 
 
 def test_any_flipped_byte_of_commit_or_manifest_is_detected(tmp_path, collectives: Collectives) -> None:
@@ -150,9 +150,9 @@ def test_parts_of_dead_uploads_are_removed_at_start(store: CheckpointStore) -> N
     client = botocore.session.get_session().create_client("s3")
     bucket, key = store.url.removeprefix("s3://").split("/", 1)
     ours, other = f"{key}/step-00000030.0d0d/{PART}", "another-run/checkpoints/step-00000030.0d0d/x"
-    for each in (ours, other):
-        upload = client.create_multipart_upload(Bucket=bucket, Key=each)["UploadId"]
-        client.upload_part(Bucket=bucket, Key=each, UploadId=upload, PartNumber=1, Body=b"half")
+    for name in (ours, other):
+        upload = client.create_multipart_upload(Bucket=bucket, Key=name)["UploadId"]
+        client.upload_part(Bucket=bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"half")
     assert store.latest() is None
     store.remove_unfinished()
-    assert [found["Key"] for found in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]
+    assert [upload_info["Key"] for upload_info in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == [other]

@@ -52,9 +52,9 @@ class Embedding:
         return self.records()
 
     def result(self) -> dict[str, Any]:
-        out, told = self.process.communicate(timeout=SECONDS)
-        assert self.process.returncode == 0, told
-        assert "shards done by now" in told
+        out, log = self.process.communicate(timeout=SECONDS)
+        assert self.process.returncode == 0, log
+        assert "shards done by now" in log
         return json.loads(out)
 
 
@@ -70,12 +70,12 @@ def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
     for records in AFTER:
         done = Embedding(shards, checkpoint, tmp_path / "killed").kill_at(records)
         assert records <= done < SHARDS, "killed in the middle"
-    found = Embedding(shards, checkpoint, tmp_path / "killed").result()
-    assert (whole["shards"], whole["found_done"], found["found_done"]) == (SHARDS, 0, done)
+    resumed = Embedding(shards, checkpoint, tmp_path / "killed").result()
+    assert (whole["shards"], whole["found_done"], resumed["found_done"]) == (SHARDS, 0, done)
     files = sorted(file.name for file in (tmp_path / "whole").glob("*.parquet"))
     assert len(files) == SHARDS
     whole_names, killed_names = (
-        sorted(file.name for file in (tmp_path / each).iterdir()) for each in ("whole", "killed")
+        sorted(file.name for file in (tmp_path / folder).iterdir()) for folder in ("whole", "killed")
     )
     assert killed_names == whole_names, "nothing is left over"
     for name in files:

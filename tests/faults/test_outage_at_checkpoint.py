@@ -50,8 +50,8 @@ def test_run_survives_an_outage_at_a_checkpoint(s3: Any, tmp_path: Path, monkeyp
 
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
     with FaultProxy(s3.endpoint, seed=1) as proxy:
-        seen = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(30.0, 3 * OUTAGE)}
-        storage = s3.config.model_copy(update=seen).model_dump()
+        settings = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(30.0, 3 * OUTAGE)}
+        storage = s3.config.model_copy(update=settings).model_dump()
         (rank,) = start_ranks(_train, 1, str(tmp_path), s3.url("runs"), storage)
         deadline = time.monotonic() + SECONDS
         while not (tmp_path / "asked").exists() and rank.is_alive() and time.monotonic() < deadline:

@@ -26,9 +26,9 @@ BATCH = 10
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
     """Return 120 indexed pairs in five shards, 36 of them bad in 19 ways."""
-    found = plant(tmp_path_factory.mktemp("planted") / "pairs")
-    index_shards(Storage(), found.folder)
-    return found
+    planted_pairs = plant(tmp_path_factory.mktemp("planted") / "pairs")
+    index_shards(Storage(), planted_pairs.folder)
+    return planted_pairs
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_check_finds_exactly_the_planted_samples(planted: Planted, tmp_path: Pat
 def test_loader_quarantines_exactly_the_planted_samples(planted: Planted):
     records = read_epoch(planted.folder, planted.samples)
     assert Counter(map(as_expected, records)) == Counter(planted.expected)
-    bad = {one.key for kind in BAD for one in planted.bad[kind]}
+    bad = {sample.key for kind in BAD for sample in planted.bad[kind]}
     assert not bad & {record["replaced_by"] for record in records}
 
 
@@ -188,8 +188,8 @@ def test_broken_shards_decide_the_exit_status(planted: Planted, tmp_path: Path):
     assert "image: corrupt JPEG" in result.stdout
     lines = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
     assert [(line["shard"], line["key"]) for line in lines if line["stage"] == "shard"] == [("00000.tar", "")]
-    left = [expected for expected in planted.expected if expected.shard != "00000.tar"]
-    assert len(lines) == 1 + len(left)
+    remaining = [expected for expected in planted.expected if expected.shard != "00000.tar"]
+    assert len(lines) == 1 + len(remaining)
 
 
 def test_webdataset_reader_skips_much_of_it_silently(tmp_path: Path):

@@ -55,8 +55,8 @@ def test_stream_over_a_faulty_network_equals_undisturbed(
     local = run_config(folder, StorageConfig())
     expected = fingerprint(local, local.stages[0], Storage(), tokenizer, range(shards // 10))
     with FaultProxy(s3.endpoint, seed=1, **faults) as proxy:
-        seen = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(20.0, 2 * outage)}
-        remote = run_config(url, s3.config.model_copy(update=seen))
+        settings = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(20.0, 2 * outage)}
+        remote = run_config(url, s3.config.model_copy(update=settings))
         if outage:
             proxy.away(outage, after=30)
         assert (

@@ -30,8 +30,8 @@ def through(s3) -> Iterator[Through]:
 
         def make(deadline: float = 20.0, **faults) -> tuple[FaultProxy, Storage]:
             proxy = open_proxies.enter_context(FaultProxy(s3.endpoint, **faults))
-            seen = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": deadline}
-            return proxy, Storage(s3.config.model_copy(update=seen))
+            settings = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": deadline}
+            return proxy, Storage(s3.config.model_copy(update=settings))
 
         yield make
 
@@ -135,8 +135,8 @@ def test_retries_end_at_the_deadline(through: Through, url: str):
         storage.read(url)
     proxy, storage = through(deadline=1.0)
     proxy.away(3600)
-    told = rf"did not answer at {proxy.endpoint}.*endpoint_url.*Gave up after \d+ attempts in \d+ s"
-    with pytest.raises(StorageError, match=told):
+    message = rf"did not answer at {proxy.endpoint}.*endpoint_url.*Gave up after \d+ attempts in \d+ s"
+    with pytest.raises(StorageError, match=message):
         storage.read(url)
 
 

@@ -82,7 +82,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     from tests.support.trial import VOCABULARY, invented_batch
 
     collectives = Collectives()
-    found = []
+    results = []
     for layout in layouts:
         config = _config("vlmo", **layout)
         stage = config.stages[0]
@@ -99,9 +99,9 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
             check.after_backward(number)
             gradients.append(engine.gradients())
             engine.step(1e-3)
-        found.append((gradients[0], gradients[1]))
+        results.append((gradients[0], gradients[1]))
         engine.close()
-    return found
+    return results
 
 
 def test_recomputed_blocks_give_an_equal_gradient_on_ranks() -> None:

@@ -70,7 +70,7 @@ def _a_slow_rank(folder: str) -> tuple[float, str]:
     if store.collectives.rank == 1:
         storage.trouble = lambda: time.sleep(0.5)
     url = _save(store, 1)
-    store.collectives.barrier()  # the trainer's own collectives go on meanwhile
+    store.collectives.barrier()  # the trainer's own collectives continue during the write
     store.wait()
     return store.written()[0][1], url
 

@@ -33,10 +33,10 @@ Setting = tuple[int, int, int, str]
 
 def cover(settings: list[tuple[object, ...]]) -> Iterator[Setting]:
     """Yield combinations in which every two values of different settings occur together, chosen greedily."""
-    left = {pair for combination in product(*settings) for pair in pairs(combination)}
-    while left:
-        best = max(product(*settings), key=lambda combination: len(left & pairs(combination)))
-        left -= pairs(best)
+    remaining = {pair for combination in product(*settings) for pair in pairs(combination)}
+    while remaining:
+        best = max(product(*settings), key=lambda combination: len(remaining & pairs(combination)))
+        remaining -= pairs(best)
         yield best  # type: ignore[misc]
 
 

@@ -52,23 +52,26 @@ def test_evaluation_changes_no_loss(tmp_path: Path, zero_stage: int) -> None:
     run_ranks(_both_runs, 2, str(tmp_path), zero_stage)
     assert losses(tmp_path, "evaluating") == losses(tmp_path, "plain")
     assert len(losses(tmp_path, "plain")) == STEPS
-    points = [each for each in journal(tmp_path, "evaluating") if each["kind"] == "metrics"]
-    found = {each["step"]: each["values"] for each in points if "eval/unseen/i2t_r1" in each["values"]}
-    assert list(found) == [2, 4]  # the end of the last stage is evaluated whole, afterwards
-    assert {"eval/unseen/t2i_mean_rank", "eval/unseen/mlm_accuracy"} <= found[4].keys()
-    seconds = [each["values"]["time/evaluation_s"] for each in points if "time/evaluation_s" in each["values"]]
+    points = [record for record in journal(tmp_path, "evaluating") if record["kind"] == "metrics"]
+    metrics = {record["step"]: record["values"] for record in points if "eval/unseen/i2t_r1" in record["values"]}
+    assert list(metrics) == [2, 4]  # the end of the last stage is evaluated whole, afterwards
+    assert {"eval/unseen/t2i_mean_rank", "eval/unseen/mlm_accuracy"} <= metrics[4].keys()
+    seconds = [record["values"]["time/evaluation_s"] for record in points if "time/evaluation_s" in record["values"]]
     assert seconds[0] == 0 < seconds[-1]
-    _assert_equal_to_checkpoint(tmp_path, found)
+    _assert_equal_to_checkpoint(tmp_path, metrics)
 
 
-def _assert_equal_to_checkpoint(folder: Path, found: dict[int, dict[str, float]]) -> None:
+def _assert_equal_to_checkpoint(folder: Path, metrics: dict[int, dict[str, float]]) -> None:
     """Evaluate the checkpoint of a step with `mome evaluate` and compare."""
     from jobs.evaluate import evaluate_checkpoint
 
-    kept = {int(each.name[5:13]): each for each in (folder / "evaluating" / "checkpoints").iterdir()}
-    ranks = {step: values["eval/unseen/i2t_mean_rank"] for step, values in found.items()}
+    kept = {
+        int(folder_of_step.name[5:13]): folder_of_step
+        for folder_of_step in (folder / "evaluating" / "checkpoints").iterdir()
+    }
+    ranks = {step: values["eval/unseen/i2t_mean_rank"] for step, values in metrics.items()}
     assert set(kept) == {4, min(ranks, key=lambda step: (ranks[step], -step))}, "the last, and the best by evaluation"
     result = evaluate_checkpoint(str(kept[4]), limit=12, track=False, report=folder / "r.html", rerank_best=0)
     assert result is not None
     assert result["retrieval"]["image_to_text"]["mean_rank"] == round(ranks[4], 2)
-    assert result["mlm"]["accuracy"] == round(found[4]["eval/unseen/mlm_accuracy"], 6)
+    assert result["mlm"]["accuracy"] == round(metrics[4]["eval/unseen/mlm_accuracy"], 6)

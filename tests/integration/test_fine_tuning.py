@@ -62,14 +62,14 @@ def test_answer_vocabulary_is_stored_with_the_weights(answering: dict[str, Any])
 
 
 def test_nlvr2_accuracy_is_above_chance(tmp_path: Path) -> None:
-    found = fine_tuned(tmp_path, "statements")["nlvr2"]
-    assert found["accuracy"] > found["accuracy_without_model"] + 0.2
-    assert found["consistency"] is not None
+    metrics = fine_tuned(tmp_path, "statements")["nlvr2"]
+    assert metrics["accuracy"] > metrics["accuracy_without_model"] + 0.2
+    assert metrics["consistency"] is not None
 
 
 def test_classification_accuracy_is_above_chance(tmp_path: Path) -> None:
-    found = fine_tuned(tmp_path, "labelled")["classification"]
-    assert found["top1"] > found["chance"] + 0.4
+    metrics = fine_tuned(tmp_path, "labelled")["classification"]
+    assert metrics["top1"] > metrics["chance"] + 0.4
 
 
 def test_predict_answers_questions_about_an_image(answering: dict[str, Any], tmp_path: Path) -> None:
@@ -78,9 +78,9 @@ def test_predict_answers_questions_about_an_image(answering: dict[str, Any], tmp
     right = 0
     for colour in COLOURS:
         image = write_picture(tmp_path / f"{colour}.jpg", colour)
-        found = predict(answering["checkpoint"], str(image), None, "what colour are the shapes?", top=2)
-        right += next(iter(found["answers"])) == colour
-        assert len(found["answers"]) == 2
+        prediction = predict(answering["checkpoint"], str(image), None, "what colour are the shapes?", top=2)
+        right += next(iter(prediction["answers"])) == colour
+        assert len(prediction["answers"]) == 2
     assert right >= 3
 
 
@@ -90,8 +90,8 @@ def test_predict_without_a_question_ends_with_status_2(answering: dict[str, Any]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
     assert "answering needs a picture and a text, the question" in " ".join(done.stderr.split())
-    told = subprocess.run([*command, "--text", "what colour?", "--json"], cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(told.stdout.splitlines()[-1])["answers"]
+    process = subprocess.run([*command, "--text", "what colour?", "--json"], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(process.stdout.splitlines()[-1])["answers"]
 
 
 def test_wrong_options_of_predict_are_rejected_by_name(answering: dict[str, Any], tmp_path: Path) -> None:

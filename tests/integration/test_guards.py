@@ -1,4 +1,4 @@
-"""Contract C3: ranks that run different modules in one step are stopped before the update, naming the modules."""
+"""Contract C3: ranks that run different modules in one step are stopped before the update and named."""
 
 from __future__ import annotations
 

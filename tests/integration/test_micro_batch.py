@@ -47,12 +47,12 @@ def test_cpu_without_memory_limit_is_not_divided():
 
 def test_rank_too_small_for_one_example_is_an_error():
     config = tiny_config(micro_batch_size="auto", memory_gb=1e-6)
-    for told in run_ranks(_resolved, 2, [config, config]):
-        assert isinstance(told, str)
-        assert "not one row fits" in told
+    for message in run_ranks(_resolved, 2, [config, config]):
+        assert isinstance(message, str)
+        assert "not one row fits" in message
 
 
 @pytest.mark.parametrize("given", [None, 4])
-def test_configured_size_is_kept(given):
-    config = tiny_config(micro_batch_size=given)
-    assert run_ranks(_resolved, 1, [config]) == [given]
+def test_configured_size_is_kept(size):
+    config = tiny_config(micro_batch_size=size)
+    assert run_ranks(_resolved, 1, [config]) == [size]

@@ -38,9 +38,9 @@ def ship(config: RunConfig, uri: str, said: Callable[[str], None] = print) -> Ml
 def run_ids(config: RunConfig, client: MlflowClient) -> list[str]:
     """Return the run ids of the parent, then of the stages."""
     (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
-    experiments = [each.experiment_id for each in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`mome.run` = '{run}'", order_by=["start_time ASC"])
-    return [each.info.run_id for each in sorted(found, key=lambda each: each.data.tags["mome.role"])]
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`mome.run` = '{run}'", order_by=["start_time ASC"])
+    return [item.info.run_id for item in sorted(runs, key=lambda item: item.data.tags["mome.role"])]
 
 
 def losses(client: MlflowClient, run: str) -> list[tuple[int, float]]:

@@ -49,14 +49,14 @@ def rows(database: Path, query: str, *values: Any) -> list[tuple[Any, ...]]:
 def runs_of(database: Path, config: RunConfig) -> dict[str, tuple[str, str]]:
     """Return name -> (MLflow run id, status) of the parent and its children."""
     (run,) = {record["run"] for record in Journal(journal_folder(config.folder)).run_records()}
-    found = rows(
+    runs = rows(
         database,
         "select name, runs.run_uuid, status from runs join tags on tags.run_uuid = runs.run_uuid "
         "where tags.key = 'mome.run' and tags.value = ?",
         run,
     )
-    assert len({name for name, _, _ in found}) == len(found), "a run was created twice"
-    return {name: (run_id, status) for name, run_id, status in found}
+    assert len({name for name, _, _ in runs}) == len(runs), "a run was created twice"
+    return {name: (run_id, status) for name, run_id, status in runs}
 
 
 def tags_of(database: Path, run_id: str) -> dict[str, str]:
@@ -274,11 +274,11 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
     first = JournalTracker.open(config, Storage())
     record(first, config, 0, range(1, 91))
     first.log_checkpoints([checkpoint(config, 30), checkpoint(config, 60)])
-    first.metrics(60, {"eval/unseen/r1": 0.2})  # of a checkpoint that is there
+    first.metrics(60, {"eval/unseen/r1": 0.2})  # of an existing checkpoint
     first.abandon()
     second = JournalTracker.open(config, Storage())
     record(second, config, 0, range(61, 101))
-    second.metrics(90, {"eval/unseen/r1": 0.5})  # of one that is written meanwhile
+    second.metrics(90, {"eval/unseen/r1": 0.5})  # of a checkpoint that is being written
     second.log_checkpoints([checkpoint(config, 60), checkpoint(config, 90)])
     second.log_final_weights(weights(config, 0))
     second.end_stage()
@@ -296,15 +296,15 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
     assert content(database) == before
     client = MlflowClient(f"sqlite:///{database}")
     runs = {name: client.get_run(run_id) for name, (run_id, _) in runs_of(database, config).items()}
-    (run,) = {each.data.tags["mome.run"] for each in runs.values()}
-    found = client.search_logged_models(
+    (run,) = {item.data.tags["mome.run"] for item in runs.values()}
+    models = client.search_logged_models(
         [runs[config.name].info.experiment_id],
         filter_string=f"tags.`mome.run` = '{run}'",
         order_by=[{"field_name": "metrics.eval/unseen/r1", "ascending": False}],
     )
     results = [
         (model.params["step"], model.source_run_id, {metric.key: metric.value for metric in model.metrics})
-        for model in found
+        for model in models
     ]
     vision, second_stage = (runs[name].info.run_id for name in ("vision", "second"))
     assert results == [
@@ -313,10 +313,10 @@ def test_kept_checkpoints_are_logged_models_with_metrics(tmp_path: Path, databas
         ("60", vision, {"train/loss": 1 / 61, "train/lr": 60 / 3, "eval/unseen/r1": 0.2}),
         ("100", vision, {"train/loss": 1 / 101, "train/lr": 100 / 3}),
     ]
-    assert [model.tags["mome.url"] for model in found][-1] == weights(config, 0).url
-    handed_over = found[-1].model_id
-    assert [each.model_id for each in runs["vision"].outputs.model_outputs] == [handed_over]
-    assert [each.model_id for each in runs["second"].inputs.model_inputs] == [handed_over]
+    assert [model.tags["mome.url"] for model in models][-1] == weights(config, 0).url
+    handed_over = models[-1].model_id
+    assert [item.model_id for item in runs["vision"].outputs.model_outputs] == [handed_over]
+    assert [item.model_id for item in runs["second"].inputs.model_inputs] == [handed_over]
     assert runs["second"].data.tags["start_from.run_id"] == vision
     assert points_of(database, vision, "train/loss") == [(step, 1 / (step + 1)) for step in range(1, 101)]
     assert runs[config.name].data.tags["mlflow.note.content"].startswith("**kept.models**: vlmo, 200 steps")

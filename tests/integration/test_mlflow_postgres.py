@@ -54,21 +54,21 @@ def rows(postgres: Postgres, query: str, *values: Any) -> list[tuple[Any, ...]]:
 def journaled(folder: str, stage: int) -> dict[str, list[Point]]:
     """Return a stage's metrics by key, as the journal has them."""
     records = Journal(journal_folder(folder)).all_records()
-    mine = (each for each in records if each["kind"] == "metrics" and each["stage"] == stage)
+    mine = (record for record in records if record["kind"] == "metrics" and record["stage"] == stage)
     return _by_key((key, r["step"], float(value), r["at"]) for r in mine for key, value in r["values"].items())
 
 
 def stored(postgres: Postgres, run_id: str) -> dict[str, list[Point]]:
     """Return a run's metrics in MLflow's order; PostgreSQL guarantees no order of rows."""
-    asked = "select key, step, value, timestamp from metrics where run_uuid = %s order by timestamp, step"
-    return _by_key(rows(postgres, asked, run_id))
+    query = "select key, step, value, timestamp from metrics where run_uuid = %s order by timestamp, step"
+    return _by_key(rows(postgres, query, run_id))
 
 
 def _by_key(points: Iterable[tuple[Any, ...]]) -> dict[str, list[Point]]:
-    found: dict[str, list[Point]] = {}
+    metrics: dict[str, list[Point]] = {}
     for key, *point in points:
-        found.setdefault(key, []).append(tuple(point))
-    return found
+        metrics.setdefault(key, []).append(tuple(point))
+    return metrics
 
 
 @pytest.mark.timeout(900 + OUTAGE_SECONDS)
@@ -108,17 +108,17 @@ def test_outage_of_the_server_loses_and_repeats_no_metric(postgres: Postgres, s3
     tracker.close(timeout=120 + OUTAGE_SECONDS)
     try:
         client = MlflowClient(server.uri)
-        (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "vlmo")
-        asked = f"dataset.digest = '{PHOTOS.digest[:36]}' and tags.`mome.role` = 'stage'"
-        (found,) = client.search_runs([experiment], filter_string=asked)
-        shipped = stored(postgres, found.info.run_id)
-        assert found.info.status == "FINISHED"
+        (experiment,) = (record.experiment_id for record in client.search_experiments() if record.name == "vlmo")
+        query = f"dataset.digest = '{PHOTOS.digest[:36]}' and tags.`mome.role` = 'stage'"
+        (run,) = client.search_runs([experiment], filter_string=query)
+        shipped = stored(postgres, run.info.run_id)
+        assert run.info.status == "FINISHED"
         assert shipped == journaled(config.folder, 0)
         assert {key: len(points) for key, points in shipped.items()} == dict.fromkeys(KEYS, steps)
         assert slowest < 0.5 * OUTAGE_SECONDS, "no step waited for the server"
         models = client.search_logged_models([experiment])
         assert sorted(model.tags["mome.step"] for model in models) == ["100", "50"]
-        storage, folder = Storage(s3.config), s3.url("artifacts", experiment, found.info.run_id, "artifacts")
+        storage, folder = Storage(s3.config), s3.url("artifacts", experiment, run.info.run_id, "artifacts")
         assert storage.read(f"{folder}/report.html") == b"<p>recorded while the server was away</p>"
         print(
             f"{steps} steps, {len(KEYS) * steps} points, away for {OUTAGE_SECONDS:.0f} s, slowest call {slowest:.4f} s"

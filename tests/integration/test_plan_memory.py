@@ -39,8 +39,8 @@ def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int],
     from jobs.bench.step import bench_step
     from pipeline.training.collectives import Collectives
 
-    found = [bench_step(config, index, Collectives(), steps=0) for config in configs]
-    return [(each.predicted, each.measured) for each in found]
+    results = [bench_step(config, index, Collectives(), steps=0) for config in configs]
+    return [(result.predicted, result.measured) for result in results]
 
 
 @pytest.mark.parametrize("zero_stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
@@ -48,7 +48,7 @@ def test_memory_of_a_tiny_model_is_as_planned(zero_stage):
     configs = [_tiny(zero_stage, *case) for case in CASES]
     for case, (predicted, measured) in zip(CASES, run_ranks(_measure, 2, configs, 2)[0], strict=True):
         for name in ("states", "activations", "total"):
-            # Accumulated over rows this few, what a step keeps beside its micro-batch weighs more than planned.
+            # With so few examples, memory outside the micro-batch is a larger fraction than planned.
             tolerance = 0.15 if name == "activations" and case[1] else 0.1
             assert predicted[name] == pytest.approx(measured[name], rel=tolerance), f"{case}: {name}"
         assert predicted["gradients"] == pytest.approx(measured["gradients"], rel=0.1, abs=4096), case

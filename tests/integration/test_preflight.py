@@ -43,7 +43,7 @@ def _preflight(config: RunConfig) -> tuple[list[tuple[str, str]], str]:
     from pipeline.training.preflight import preflight
 
     try:
-        return [(each.what, each.told) for each in preflight(config, lambda _: None)], ""
+        return [(item.what, item.told) for item in preflight(config, lambda _: None)], ""
     except MomeError as error:
         return [], str(error)
 
@@ -55,13 +55,13 @@ def test_every_stage_makes_a_step_and_leaves_nothing(tmp_path):
     client.search_experiments()  # makes the database
     answers = run_ranks(_preflight, 2, config_in(tmp_path))
     assert [failure for _, failure in answers] == ["", ""]
-    told = dict(answers[0][0])
-    assert list(told) == ["storage", "tracking", "data and vocabulary", "stage vision", "stage pairs"]
-    assert "deleted" in told["storage"]
-    assert "deleted" in told["tracking"]
-    assert "8 rows = 2 ranks x 1 micro-batches" in told["stage vision"]
+    checks = dict(answers[0][0])
+    assert list(checks) == ["storage", "tracking", "data and vocabulary", "stage vision", "stage pairs"]
+    assert "deleted" in checks["storage"]
+    assert "deleted" in checks["tracking"]
+    assert "8 rows = 2 ranks x 1 micro-batches" in checks["stage vision"]
     assert not list((tmp_path / "runs").glob("*"))
-    assert not client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert not client.search_runs([item.experiment_id for item in client.search_experiments()])
 
 
 def test_failure_of_one_rank_is_reported_on_all(tmp_path):

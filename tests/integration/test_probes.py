@@ -30,7 +30,7 @@ SCENARIOS = {
     "idle experts": [["A"], ["B"], ["A"], ["ABC"], ["C"]],
     "several backwards": [["A", "B"], ["AB", "C"], ["C", "A"], ["B", "B"], ["A", "C"]],
 }
-# What each rank's first call runs: different experts, of equal shape; and one expert more.
+# The experts of each rank's first call: different ones of equal shape; and one more on rank 1.
 DIVERGING = [("A", "B"), ("A", "AC")]
 GUARDED = [layout for layout in LAYOUTS if not layout.get("offload_parameters")]
 
@@ -81,7 +81,7 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
     adam = torch.optim.AdamW(
         groups, lr=RATE, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
-    found = []
+    results = []
     for number, micro_batches in enumerate(steps):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -92,8 +92,8 @@ def _expected(steps: list[list[str]], world_size: int) -> list[Step]:
         norm = float(nn.utils.get_total_norm(gradients.values()))
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         adam.step()
-        found.append(Step(gradients, norm, copy.deepcopy(model.state_dict())))
-    return found
+        results.append(Step(gradients, norm, copy.deepcopy(model.state_dict())))
+    return results
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def probed() -> list[Probed]:
 def _through_engine(collectives: Any, steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
 
-    found = []
+    results = []
     for layout in layouts:
         config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
         engine = DeepSpeedEngine(Experts(), config, config.stages[0], collectives)
-        found.append([_step(engine, collectives, number, experts) for number, experts in enumerate(steps)])
+        results.append([_step(engine, collectives, number, experts) for number, experts in enumerate(steps)])
         engine.close()
-    return found
+    return results
 
 
 def _step(engine: Any, collectives: Any, number: int, micro_batches: list[str]) -> Step:
@@ -139,12 +139,12 @@ def _step(engine: Any, collectives: Any, number: int, micro_batches: list[str]) 
     return Step(gradients, engine.gradient_norm(), engine.weights() or {})
 
 
-def _differences(right: Step, found: Step) -> list[str]:
+def _differences(right: Step, got: Step) -> list[str]:
     """Return what differs from autograd, each with its relative error."""
     pairs = {
-        **{f"gradient of {name}": (g, found.gradients[name]) for name, g in right.gradients.items()},
-        **{f"weight {name}": (w, found.weights[name]) for name, w in right.weights.items()},
-        "norm": (torch.tensor(right.norm), torch.tensor(found.norm)),
+        **{f"gradient of {name}": (g, got.gradients[name]) for name, g in right.gradients.items()},
+        **{f"weight {name}": (w, got.weights[name]) for name, w in right.weights.items()},
+        "norm": (torch.tensor(right.norm), torch.tensor(got.norm)),
     }
     errors = {what: float((got - good).norm() / good.norm().clamp(min=1e-3)) for what, (good, got) in pairs.items()}
     return [f"{what} {error:.1e}" for what, error in errors.items() if error > 1e-5]
@@ -154,12 +154,12 @@ def _differences(right: Step, found: Step) -> list[str]:
 def test_probe_experts_used_in_turn_equal_autograd(probed, scenario: str) -> None:
     expected = _expected(SCENARIOS[scenario], 2)
     wrong = {
-        f"{layout}, step {number}": told
+        f"{layout}, step {number}": differences
         for layout, got in zip(LAYOUTS, probed[0].in_turn[scenario], strict=True)
-        for number, (right, found) in enumerate(zip(expected, got, strict=True))
-        if (told := _differences(right, found))
+        for number, (right, step) in enumerate(zip(expected, got, strict=True))
+        if (differences := _differences(right, step))
     }
-    assert not wrong, "\n".join(f"{where}: {told}" for where, told in wrong.items())
+    assert not wrong, "\n".join(f"{where}: {differences}" for where, differences in wrong.items())
 
 
 def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
@@ -168,7 +168,7 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
 
-    told = []
+    errors = []
     for layout in layouts:
         for experts in DIVERGING:
             config = tiny_config(**layout)
@@ -180,19 +180,19 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
             try:
                 outputs = engine(_passes(0, 0, collectives.rank, experts[collectives.rank]))
                 engine.backward(torch.stack(list(outputs.values())).sum(), last=True)
-                told.append("reduced the gradients of different experts")
+                errors.append("reduced the gradients of different experts")
             except RunFailed as error:
-                told.append(str(error))
-    return told
+                errors.append(str(error))
+    return errors
 
 
 def test_probe_diverging_ranks_stop_before_reduction(probed) -> None:
     for answer in probed:
-        for told, (_, other) in zip(answer.stopped, DIVERGING * len(GUARDED), strict=True):
+        for error, (_, other) in zip(answer.stopped, DIVERGING * len(GUARDED), strict=True):
             second = "'experts.B'" if other == "B" else "'shared'"
-            assert told.startswith("step 70: ranks ran different modules; call "), told
-            assert ("rank 0 ran 'experts.A'" in told) == (other == "B"), told
-            assert f"rank 1 ran {second}" in told
+            assert error.startswith("step 70: ranks ran different modules; call "), error
+            assert ("rank 0 ran 'experts.A'" in error) == (other == "B"), error
+            assert f"rank 1 ran {second}" in error
 
 
 def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
@@ -220,7 +220,7 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
             engine.backward(loss(engine, config, step, collectives.rank) * collectives.world_size, last=True)
             expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
             worst[f"{layout}, step {step}"] = max(relative_errors(expected, engine.gradients()).values())
-            engine.step(0.0)  # so that both go on from the same weights
+            engine.step(0.0)  # so that both continue from equal weights
         engine.close()
     return worst
 

@@ -49,13 +49,13 @@ def test_later_stage_may_read_larger_images(tmp_path: Path) -> None:
     vision, larger = (load_weights(Storage(), f"{tmp_path}/demo/stages/{name}") for name in ("0-vision", "1-larger"))
     assert [w.config.model.image_size for w in (vision, larger)] == [24, 40]
     assert [len(w.tensors["positions.image"]) for w in (vision, larger)] == [5**2 + 3, 9**2 + 3]
-    found = evaluate_checkpoint(f"{tmp_path}/demo", track=False, report=tmp_path / "report.html")
-    assert found["retrieval"] is not None
-    assert found["reconstruction"]["stage"] == "vision"
+    metrics = evaluate_checkpoint(f"{tmp_path}/demo", track=False, report=tmp_path / "report.html")
+    assert metrics["retrieval"] is not None
+    assert metrics["reconstruction"]["stage"] == "vision"
     # Exported, imported and evaluated on the same pairs, it is the same model.
     run, out, imported = f"{tmp_path}/demo", f"{tmp_path}/vlmo.pt", f"{tmp_path}/imported"
     assert export_weights(run, "vlmo", out)["left_out"][0] == "image_embedding.mask"
     import_weights(out, "vlmo", imported, vocabulary=f"{run}/vocab.txt")
     again = evaluate_checkpoint(imported, source=f"{tmp_path}/unseen", track=False, report=tmp_path / "imported.html")
-    assert again["retrieval"] == found["retrieval"]
-    assert again["mlm"]["accuracy"] == found["mlm"]["accuracy"]
+    assert again["retrieval"] == metrics["retrieval"]
+    assert again["mlm"]["accuracy"] == metrics["mlm"]["accuracy"]

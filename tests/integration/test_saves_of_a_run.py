@@ -68,9 +68,9 @@ def test_checkpoint_loads_like_the_weights_of_a_stage(run: Path) -> None:
     """Names, shapes, vocabulary and config are equal, so a stage may start from a checkpoint."""
     handed_over = load_weights(Storage(), str(run))
     (folder,) = (run / "checkpoints").glob("step-00000010.*")
-    found = load_weights(Storage(), str(folder))
-    assert {n: t.shape for n, t in found.tensors.items()} == {n: t.shape for n, t in handed_over.tensors.items()}
-    assert (found.step, found.stage, found.vocabulary) == (10, "language", handed_over.vocabulary)
-    assert found.config == handed_over.config
-    far = [n for n, t in found.tensors.items() if (t - handed_over.tensors[n]).abs().max() > 0.01]
+    weights = load_weights(Storage(), str(folder))
+    assert {n: t.shape for n, t in weights.tensors.items()} == {n: t.shape for n, t in handed_over.tensors.items()}
+    assert (weights.step, weights.stage, weights.vocabulary) == (10, "language", handed_over.vocabulary)
+    assert weights.config == handed_over.config
+    far = [n for n, t in weights.tensors.items() if (t - handed_over.tensors[n]).abs().max() > 0.01]
     assert not far, "two steps from the end, weights are near those of the end"

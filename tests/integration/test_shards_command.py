@@ -170,10 +170,10 @@ def test_counts_of_another_tool_need_trust_counts(pairs, tmp_path):
 
 def test_shards_in_a_bucket_are_checked(pairs, bucket):
     run("build", pairs, f"{bucket}/pairs", "--samples-per-shard", 5)
-    found = facts(run("check", f"{bucket}/pairs", "--json", "--workers", 1))
-    assert (found["num_samples"], found["shards"], found["bad_samples"]) == (12, 3, 0)
-    one = facts(run("check", f"{bucket}/pairs/000002.tar", "--json", "--workers", 1))
-    assert (one["num_samples"], one["shards"]) == (2, 1)
+    result = facts(run("check", f"{bucket}/pairs", "--json", "--workers", 1))
+    assert (result["num_samples"], result["shards"], result["bad_samples"]) == (12, 3, 0)
+    single = facts(run("check", f"{bucket}/pairs/000002.tar", "--json", "--workers", 1))
+    assert (single["num_samples"], single["shards"]) == (2, 1)
 
 
 def test_pipe_urls_are_never_run(tmp_path):
@@ -209,8 +209,8 @@ def test_annotation_format_is_detected_from_content(tmp_path):
     file = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
     file.write_text(json.dumps({"data_subtype": "val2014", "questions": [question]}))
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": [answers]}))
-    told = facts(run("build", file, tmp_path / "out", "--min-count", 1, "--json"))
-    assert (told["kind"], told["num_samples"], told["answers.json"]) == ("vqa", 1, 1)
+    result = facts(run("build", file, tmp_path / "out", "--min-count", 1, "--json"))
+    assert (result["kind"], result["num_samples"], result["answers.json"]) == ("vqa", 1, 1)
     assert json.loads((tmp_path / "out" / "answers.json").read_text()) == ["grey"]
     assert "What colour is it?" in run("show", tmp_path / "out").stdout
     assert run("check", tmp_path / "out", "--type", "questions", "--workers", 1).exit_code == 0
@@ -220,6 +220,6 @@ def test_folder_per_class_is_built_with_kind_classes(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "train" / name / "a.png")
-    told = facts(run("build", tmp_path / "train", tmp_path / "out", "--kind", "classes", "--json"))
-    assert (told["num_samples"], told["classes.json"]) == (2, 2)
+    result = facts(run("build", tmp_path / "train", tmp_path / "out", "--kind", "classes", "--json"))
+    assert (result["num_samples"], result["classes.json"]) == (2, 2)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]

@@ -20,13 +20,13 @@ def swift(*arguments: object, **environment: str) -> subprocess.CompletedProcess
 
 def processes_of(folder: Path) -> list[str]:
     """Return the command lines that contain the folder."""
-    found = []
+    commands = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            commands.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:  # it ended just now
             continue
-    return [line for line in found if str(folder) in line]
+    return [line for line in commands if str(folder) in line]
 
 
 def test_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
@@ -35,9 +35,9 @@ def test_stopped_store_leaves_no_process_and_no_port(tmp_path: Path) -> None:
     if started.returncode == 3:
         pytest.skip(started.stderr.strip())
     try:
-        told = dict(word.split("=", 1) for word in started.stdout.split()[1:])
-        assert set(told) == {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-        address = (urlsplit(told["AWS_ENDPOINT_URL"]).hostname, urlsplit(told["AWS_ENDPOINT_URL"]).port)
+        settings = dict(word.split("=", 1) for word in started.stdout.split()[1:])
+        assert set(settings) == {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        address = (urlsplit(settings["AWS_ENDPOINT_URL"]).hostname, urlsplit(settings["AWS_ENDPOINT_URL"]).port)
         socket.create_connection(address).close()
         assert len(processes_of(folder)) == 5
         again = swift("start", folder)

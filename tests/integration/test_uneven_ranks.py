@@ -15,12 +15,12 @@ BATCHES = (8, 2)  # on three ranks: shares of 2, 3 and 3 rows; of 0, 1 and 1
 def _gathered() -> list[tuple[int, list[int], list[int]]]:
     """Return, for each batch: number of own examples, all gathered examples, fetched successors of the own ones."""
     collectives = Collectives()
-    found = []
+    results = []
     for batch in BATCHES:
         rows = torch.arange(*share(batch, collectives.rank, collectives.world_size))
         followers = collectives.fetcher((rows + 1) % batch, batch)(rows)
-        found.append((len(rows), collectives.gather_rows(rows, batch).tolist(), followers.tolist()))
-    return found
+        results.append((len(rows), collectives.gather_rows(rows, batch).tolist(), followers.tolist()))
+    return results
 
 
 def _told() -> tuple[list[Any], Any]:

@@ -105,7 +105,7 @@ class Planted:
 
     @property
     def expected(self) -> set[Expected]:
-        return {one for found in self.bad.values() for one in found}
+        return {sample for samples in self.bad.values() for sample in samples}
 
 
 def write_tar(path: Path, samples: list[tuple[str, Members]]) -> list[int]:
@@ -187,16 +187,16 @@ def webdataset_outcome(path: Path, expected: list[tuple[str, Members]], handler:
         warnings.simplefilter("ignore")
         dataset = wds.WebDataset([str(path)], shardshuffle=False, handler=handler).decode("pil", handler=handler)
         try:
-            found = list(dataset)
+            samples = list(dataset)
         except Exception as error:
             return f"raises {type(error).__name__}"
-    told = [f"{len(found)} of {len(expected)} samples come"]
-    for sample in found:
+    parts = [f"{len(samples)} of {len(expected)} samples come"]
+    for sample in samples:
         members = {name for name in sample if not name.startswith("__")}
         truths = [set(truth) for key, truth in expected if key == sample["__key__"]]
         if truths and members not in truths:
-            told.append(f"{sample['__key__']} without its {', '.join(sorted(truths[0] - members))}")
-    return "silent: " + "; ".join(told)
+            parts.append(f"{sample['__key__']} without its {', '.join(sorted(truths[0] - members))}")
+    return "silent: " + "; ".join(parts)
 
 
 def webdataset_table(folder: Path) -> dict[str, tuple[str, str]]:

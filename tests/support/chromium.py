@@ -44,9 +44,9 @@ class Browser:
 
         # It reads commands from 3 and writes answers to 4; numbers of ours may be the same, so by way of others.
         def give() -> None:
-            given = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
-            os.dup2(given[0], 3)
-            os.dup2(given[1], 4)
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
 
         command = [executable, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += ["--no-first-run", f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank"]
@@ -116,16 +116,16 @@ class Browser:
         self.listen(settle)
         if first:
             self.evaluate(tab, first)
-        found = Opened(width=self.evaluate(tab, "document.documentElement.scrollWidth"))
+        page = Opened(width=self.evaluate(tab, "document.documentElement.scrollWidth"))
         if picture:
             height = min(self.evaluate(tab, "document.documentElement.scrollHeight"), 12_000)
-            clip = {"x": 0, "y": 0, "width": max(width, found.width), "height": height, "scale": 1}
+            clip = {"x": 0, "y": 0, "width": max(width, page.width), "height": height, "scale": 1}
             data = self.call("Page.captureScreenshot", tab, captureBeyondViewport=True, clip=clip)["data"]
-            found.screenshot = base64.b64decode(data)
+            page.screenshot = base64.b64decode(data)
         self.call("Target.closeTarget", targetId=target)
         for event in self.events:
-            _sort(event, address, found)
-        return found
+            _sort(event, address, page)
+        return page
 
     def evaluate(self, tab: str, script: str) -> Any:
         return self.call("Runtime.evaluate", tab, expression=script, returnByValue=True)["result"].get("value")
@@ -140,18 +140,18 @@ class Browser:
         os.close(self._from)
 
 
-def _sort(event: dict[str, Any], address: str, found: Opened) -> None:
-    told = event.get("params", {})
+def _sort(event: dict[str, Any], address: str, page: Opened) -> None:
+    params = event.get("params", {})
     if event.get("method") == "Runtime.exceptionThrown":
-        found.faults.append(str(told["exceptionDetails"].get("exception", told["exceptionDetails"])))
-    elif event.get("method") == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
-        found.faults.append(str(told["args"]))
-    elif event.get("method") == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-        found.faults.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
+        page.faults.append(str(params["exceptionDetails"].get("exception", params["exceptionDetails"])))
+    elif event.get("method") == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+        page.faults.append(str(params["args"]))
+    elif event.get("method") == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+        page.faults.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
     elif event.get("method") == "Network.requestWillBeSent":
-        url = told["request"]["url"]
+        url = params["request"]["url"]
         if url != address and not url.startswith("data:"):
-            found.requests.append(url)
+            page.requests.append(url)
 
 
 @contextmanager

@@ -90,15 +90,15 @@ def every_fault(calls: Iterable[Call], *, lasting: bool | None = None) -> Iterat
     Lasting faults are yielded twice: of all kinds (an outage) and of the call's own kind (such as a quota: reads
     succeed and writes fail). `lasting` restricts to lasting faults (True) or single ones (False).
     """
-    seen: Counter[Kind] = Counter()
+    counts: Counter[Kind] = Counter()
     for number, call in enumerate(calls):
         for when in WHEN[call.kind]:
             if lasting is not True:
                 yield Fault(number, when=when)
             if lasting is not False:
                 yield Fault(number, when=when, lasting=True)
-                yield Fault(seen[call.kind], call.kind, when, lasting=True)
-        seen[call.kind] += 1
+                yield Fault(counts[call.kind], call.kind, when, lasting=True)
+        counts[call.kind] += 1
 
 
 class Injector:

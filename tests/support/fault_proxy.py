@@ -1,12 +1,12 @@
-"""A faulty network between a client and an HTTP store, for tests.
+"""A faulty network between a client and an HTTP store.
 
     with FaultProxy(endpoint, unavailable=0.02, cut=0.01, latency=0.02, seed=1) as proxy:
         Storage(StorageConfig(endpoint_url=proxy.endpoint, ...)).read(url)
         assert proxy.injected["cut"]
 
-What befalls a request is drawn from the seed, what is asked for (method, key and query, range; the bucket plays no
-part) and how often it was asked before, so that neither threads nor timing change it. Heads pass as they are, `Host`
-included: a signature that was made for the proxy's address holds at the store.
+The fault of a request is a function of the seed, the request (method, key and query, range; not the bucket) and how
+often it was made before, so neither threads nor timing change it. Headers are forwarded unchanged, `Host` included: a
+signature made for the proxy's address is valid at the store.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNAVAILABLE = (
 
 @dataclass
 class Served:
-    """One request, and how many bytes of a body were sent in answer (headers not counted)."""
+    """One request, and the number of body bytes sent in response."""
 
     method: str
     target: str
@@ -51,24 +51,24 @@ class Served:
 
     @property
     def identity(self) -> str:
-        """What is asked for, whatever the bucket's name."""
+        """Return the request without the bucket's name."""
         path, _, query = self.target.partition("?")
         return f"{self.method} {'/'.join(path.split('/')[2:])}?{query} {self.range}"
 
 
 class FaultProxy:
-    """Listens on a port of 127.0.0.1 (`endpoint`) while its `with` block runs, in a thread of its own.
+    """An HTTP proxy on a port of 127.0.0.1 (`endpoint`), in a thread of its own while its `with` block runs.
 
-    Rates are probabilities of a request to meet, at most one of them:
-    `unavailable`  503 SlowDown, with Retry-After where `retry_after` gives its seconds; the store is not asked
-    `lost`         the store does what was asked, and the connection is reset instead of an answer
+    Each rate is the probability of one fault; a request meets at most one:
+    `unavailable`  503 SlowDown, with Retry-After if `retry_after` gives its seconds; the store is not asked
+    `lost`         the store handles the request, and the connection is reset instead of a response
     `cut`          the connection is reset in the middle of a body
-    `short`        it is closed in an orderly way in the middle of a body whose Content-Length promised more
-    `stall`        it stays open in the middle of a body, and nothing more comes
-    `longer`       the body, and its Content-Length, are longer than what was asked for
-    `misplaced`    Content-Range names other bytes than were asked for
-    `latency` (seconds) comes before every answer. Faults of a body befall answers to GET that have one;
-    the last two those with a Content-Range.
+    `short`        the connection is closed properly before the body reaches its Content-Length
+    `stall`        the connection stays open in the middle of a body, and no more data is sent
+    `longer`       the body and its Content-Length are longer than requested
+    `misplaced`    Content-Range names another range than requested
+    `latency` (seconds) precedes every response. Body faults apply to GET responses with a body, the last two to those
+    with a Content-Range.
     """
 
     def __init__(
@@ -109,18 +109,18 @@ class FaultProxy:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of bodies that were sent to clients."""
+        """Return the number of body bytes sent to clients."""
         return sum(served.sent for served in self.served)
 
     def inject(self, *kinds: str, of: str = "") -> None:
-        """The next requests meet these faults, one each, and chance waits; those of a body wait for a body.
+        """Give the next requests these faults, one each, before any random fault; body faults wait for a body.
 
-        `of`: a pattern of the requests meant, sought in "METHOD target".
+        `of`: regular expression of the affected requests, matched against "METHOD target".
         """
         self._next.extend((kind, of) for kind in kinds)
 
     def away(self, seconds: float, after: int = 0) -> None:
-        """For so long connections are refused, and those open are reset: from now, or from the `after`th request."""
+        """Refuse connections for `seconds` and reset open ones: at once, or from the `after`th request on."""
         if after:
             self._leaving = (after, seconds)
         else:
@@ -158,7 +158,7 @@ class FaultProxy:
         self.injected["away"] += len(self._connections)
         for writer in list(self._connections):
             _reset(writer)
-        self._bind()  # bound and not listening: the port stays ours, and connections are refused
+        self._bind()  # bound but not listening: keeps the port and refuses connections
         self._return = self._loop.create_task(self._come_back(seconds))
 
     async def _come_back(self, seconds: float) -> None:
@@ -184,7 +184,7 @@ class FaultProxy:
                 if not await self._relay(request, (reader, writer), store):
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # either side went away, or we do; the other is told by the closing
+            pass  # either side has closed; closing the other one tells it
         finally:
             self._connections.discard(writer)
             for end in (writer, store and store[1]):
@@ -192,7 +192,7 @@ class FaultProxy:
                     end.close()
 
     async def _relay(self, request: Head, client: Streams, store: Streams) -> bool:
-        """One request and its answer. False when the connection has ended with it."""
+        """Forward one request and its response; return False when the connection has ended."""
         reader, writer = client
         served = _served(request)
         chance = random.Random(f"{self._seed} {served.identity} {self._asked[served.identity]}")
@@ -216,7 +216,7 @@ class FaultProxy:
         if answer is None:
             return False
         served.status = int(answer.start.split()[1])
-        fault = self._befalling(fault, served, answer)
+        fault = self._body_fault(fault, served, answer)
         if fault:
             served.fault = fault
             self.injected[fault] += 1
@@ -227,11 +227,11 @@ class FaultProxy:
         return not ended and await self._end(client, fault)
 
     async def _leaves_now(self) -> bool:
-        """Whether this request is the one that `away` waited for."""
+        """Return True if this request triggers the absence that `away` scheduled."""
         if self._leaving is None:
             return False
-        left, seconds = self._leaving
-        self._leaving = (left - 1, seconds) if left > 1 else None
+        remaining, seconds = self._leaving
+        self._leaving = (remaining - 1, seconds) if remaining > 1 else None
         if self._leaving is None:
             await self._leave(seconds)
         return self._leaving is None
@@ -253,15 +253,15 @@ class FaultProxy:
         self._next.popleft()
         return kind
 
-    def _befalling(self, fault: str | None, served: Served, answer: Head) -> str | None:
-        """The fault that this answer meets: one that waited for its like, or the one drawn, where it can."""
+    def _body_fault(self, fault: str | None, served: Served, answer: Head) -> str | None:
+        """Return the fault of this response: an injected one that applies, or the drawn one."""
         if fault == "lost":
             return fault
         if served.method != "GET" or served.status not in (200, 206) or not answer.length:
             return None
         if self._next:
             fault = self._injected(served)
-        needs_range = fault in ("longer", "misplaced")  # nobody could tell it of a body whose length is unknown
+        needs_range = fault in ("longer", "misplaced")  # undetectable in a body of unknown length
         return None if needs_range and answer.get("content-range") is None else fault
 
     async def _refuse(self, served: Served, writer: asyncio.StreamWriter) -> None:
@@ -278,7 +278,7 @@ class FaultProxy:
     async def _answer(
         self, answer: Head, store: asyncio.StreamReader, client: asyncio.StreamWriter, served: Served, where: float
     ) -> bool:
-        """Sends the answer with its fault, at `where` of the body. True when the store's connection ends with it."""
+        """Send the response with its fault at fraction `where` of the body; return True if the store closes with it."""
         has_body = served.method != "HEAD" and served.status not in (204, 304)
         until_closed = has_body and answer.get("content-length") is None and not answer.is_chunked
         body = read_body(store, answer, until_closed) if has_body else no_body()
@@ -290,7 +290,7 @@ class FaultProxy:
         client.write(answer.encode())
         async for piece in body:
             piece = piece if ends_at is None else piece[: ends_at - served.sent]
-            served.sent += len(piece)  # before it is sent: who has it may look at once
+            served.sent += len(piece)  # counted first, because the client may check the count at once
             client.write(piece)
             await client.drain()
             if served.sent == ends_at:
@@ -301,25 +301,25 @@ class FaultProxy:
         return until_closed
 
     async def _end(self, client: Streams, fault: str | None) -> bool:
-        """What follows the last byte. False when the connection ends there."""
+        """Finish a response according to its fault; return False when the connection ends."""
         reader, writer = client
         if fault == "cut":
-            while _unacknowledged(writer):  # what was sent shall be the client's, or tests could not count it
+            while _unacknowledged(writer):  # the client must receive what was sent, so that tests can count it
                 await asyncio.sleep(0.001)
             _reset(writer)
         while fault == "stall" and not (reader.at_eof() or reader.exception()):
-            await asyncio.sleep(0.02)  # until the client has had enough
+            await asyncio.sleep(0.02)  # until the client gives up
         return fault not in ("cut", "short", "stall")
 
 
 def _served(request: Head) -> Served:
     method, target, _ = request.start.split(" ", 2)
-    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.get("range") or "")
-    return Served(method, target, (int(asked[1]), int(asked[2]) + 1) if asked else None)
+    requested = re.fullmatch(r"bytes=(\d+)-(\d+)", request.get("range") or "")
+    return Served(method, target, (int(requested[1]), int(requested[2]) + 1) if requested else None)
 
 
 def _moved(content_range: str) -> str:
-    """The same number of bytes, said to lie one further on."""
+    """Return a Content-Range of the same length, one byte further."""
     first, last, size = map(int, re.findall(r"\d+", content_range))
     return f"bytes {first + 1}-{last + 1}/{size + 1}"
 
@@ -332,7 +332,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 
 def _unacknowledged(writer: asyncio.StreamWriter) -> int:
-    """Bytes that the client's kernel has not confirmed."""
+    """Return the number of sent bytes that the client's kernel has not acknowledged."""
     try:
         answer = fcntl.ioctl(writer.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:

@@ -19,7 +19,7 @@ from pipeline.evaluation.report_data import (
 )
 from pipeline.pages.page import THUMBNAIL, thumbnail
 
-WORD = "counterrevolutionaries"  # longer than a telephone's column is wide, told often enough
+WORD = "counterrevolutionaries"  # wider than a column on a telephone
 CAPTION = " ".join([WORD, "a", "picture", "<script>alert(1)</script>"] * 9)
 CONDITIONS = ["own picture", "another picture", "text only", "text only, language stage"]
 
@@ -40,8 +40,8 @@ def fullest(name: str = "recorded") -> ReportData:
         )
         for _ in range(3 * MASKED_SHOWN)
     ]
-    found = [[(noise(), False, 0.1) for _ in range(CANDIDATES)] for _ in range(2 * SHOWN)]
-    sentences = [ImagesOfCaption(CAPTION, 7, each, noise()) for each in found]
+    candidates = [[(noise(), False, 0.1) for _ in range(CANDIDATES)] for _ in range(2 * SHOWN)]
+    sentences = [ImagesOfCaption(CAPTION, 7, images_of_caption, noise()) for images_of_caption in candidates]
     images = [CaptionsOfImage(noise(), 7, listed, [CAPTION]) for _ in range(2 * SHOWN)]
     words = CAPTION.split()
     return ReportData(

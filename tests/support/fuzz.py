@@ -1,4 +1,4 @@
-"""Length of the fuzz tests: `MOME_FUZZ=20 pytest …` tries twenty times as many inputs as `make test`."""
+"""Length of the fuzz tests: `MOME_FUZZ=20 pytest …` tries twenty times the inputs of `make test`."""
 
 from __future__ import annotations
 

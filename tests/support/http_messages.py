@@ -71,12 +71,12 @@ async def read_body(reader: asyncio.StreamReader, head: Head, until_closed: bool
             size = int(line.split(b";")[0], 16)
             yield line + await reader.readexactly(size + 2)
         return
-    left = head.length
-    while left:
-        piece = await reader.read(min(left, CHUNK))
+    remaining = head.length
+    while remaining:
+        piece = await reader.read(min(remaining, CHUNK))
         if not piece:
-            raise asyncio.IncompleteReadError(b"", left)
-        left -= len(piece)
+            raise asyncio.IncompleteReadError(b"", remaining)
+        remaining -= len(piece)
         yield piece
 
 

@@ -47,10 +47,10 @@ class Disk:
     faults: list[str] = field(default_factory=list)  # objects of "new" that "old" changed or deleted
 
     def digest(self) -> bytes:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in sorted(self.objects):
-            found.update(f"{name}\0{self.writers[name]}\0{len(self.objects[name])}\0".encode() + self.objects[name])
-        return found.digest()
+            digest.update(f"{name}\0{self.writers[name]}\0{len(self.objects[name])}\0".encode() + self.objects[name])
+        return digest.digest()
 
     def read(self, path: str) -> bytes:
         try:
@@ -118,13 +118,13 @@ class TurnStorage(DiskStorage):
         self._turns, self._name = turns, name
 
     def _do(self, url: str, action: str, call: Callable[[Any, str], T]) -> T:
-        with self._turns.turn(self._name) as told:
+        with self._turns.turn(self._name) as record:
             try:
                 result = super()._do(url, action, call)
             except Exception as error:
-                told(f"{action} {url}: {type(error).__name__}: {error}")
+                record(f"{action} {url}: {type(error).__name__}: {error}")
                 raise
-            told(f"{action} {url}: {result!r}")
+            record(f"{action} {url}: {result!r}")
             return result
 
     def delete(self, url: str) -> None:
@@ -179,10 +179,10 @@ class _Turns:
             raise Killed
         self.disk.who = name
 
-        def told(text: str) -> None:
+        def record(text: str) -> None:
             self.history[name] = hashlib.sha256(self.history[name] + text.encode()).digest()
 
-        yield told
+        yield record
 
     def step(self, name: str) -> None:
         """Let an attempt make its next call and stop before the one after."""
@@ -225,7 +225,7 @@ def explore(
 
     An AssertionError of a check, or an error of an attempt, names the schedule that led there.
     """
-    successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that goes on -> next state
+    successors: dict[bytes, dict[str, bytes]] = {}  # state -> attempt that continues -> next state
     frontier: list[tuple[str, ...]] = [()]
     runs = 0
     while frontier:

@@ -64,16 +64,16 @@ class Network:
 @contextmanager
 def network(count: int) -> Iterator[Network | None]:
     """Build the network and yield it; yield None where namespaces are not permitted."""
-    made = Network(count)
+    machines = Network(count)
     try:
         try:
-            made.build()
+            machines.build()
         except (OSError, subprocess.CalledProcessError):
             yield None
             return
-        yield made
+        yield machines
     finally:
-        made.remove()
+        machines.remove()
 
 
 def _ip(arguments: str, check: bool = True) -> None:

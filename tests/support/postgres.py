@@ -56,8 +56,8 @@ class Postgres:
         assert done.returncode == 0, done.stderr
 
     def _answers(self) -> bool:
-        asked = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
-        return subprocess.run(asked, check=False, cwd=self.folder).returncode == 0
+        command = [str(self._programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        return subprocess.run(command, check=False, cwd=self.folder).returncode == 0
 
     def stop(self) -> None:
         if self._process is not None:
@@ -68,7 +68,7 @@ class Postgres:
 
 def _programs() -> Path:
     """The folder of the newest PostgreSQL's programs; Debian keeps them off the path."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
-    if not found:
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    if not programs:
         pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
-    return found[-1].parent
+    return programs[-1].parent

@@ -89,8 +89,8 @@ def _errors_of_each(request: Request) -> Answer | None:
     if not request.is_batch_deletion:
         return None
     keys = re.findall(r"<Key>(.*?)</Key>", request.body.decode())
-    told = "".join(f"<Error><Key>{key}</Key><Code>NotImplemented</Code></Error>" for key in keys)
-    return Answer(200, f"<DeleteResult>{told}</DeleteResult>".encode())
+    xml = "".join(f"<Error><Key>{key}</Key><Code>NotImplemented</Code></Error>" for key in keys)
+    return Answer(200, f"<DeleteResult>{xml}</DeleteResult>".encode())
 
 
 def _condition(answer: Callable[[], Answer]) -> Refusal:
@@ -105,12 +105,12 @@ def _listing(answer: Callable[[Request], Answer]) -> Refusal:
     return lambda request: answer(request) if request.method == "GET" and "list-type" in request.query else None
 
 
-def _more_and_more(told: str) -> Refusal:
-    """Listings that never end: each page names `told`, and another page."""
+def _endless_listing(xml: str) -> Refusal:
+    """Return listings that never end: each page contains `xml` and names another page."""
     token = "<IsTruncated>true</IsTruncated><NextContinuationToken>{}</NextContinuationToken>"
     numbers = itertools.count()
     return _listing(
-        lambda _: Answer(200, f"<ListBucketResult>{told}{token.format(next(numbers))}</ListBucketResult>".encode())
+        lambda _: Answer(200, f"<ListBucketResult>{xml}{token.format(next(numbers))}</ListBucketResult>".encode())
     )
 
 
@@ -143,9 +143,9 @@ REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
     "quota_413": ("lasts", _writes(lambda: _error(413, "EntityTooLarge", "Upload exceeds quota."))),
     "quota_507": ("lasts", _writes(lambda: _error(507, "InsufficientStorage"))),
     "full": ("lasts", _writes(lambda: _error(507, "XMinioStorageFull"))),
-    "endless_listing": ("lasts", _more_and_more("<Contents><Key>folder/a.tar</Key><Size>100000</Size></Contents>")),
-    "endless_empty_listing": ("lasts", _more_and_more("")),
-    "endless_folders": ("lasts", _more_and_more("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>")),
+    "endless_listing": ("lasts", _endless_listing("<Contents><Key>folder/a.tar</Key><Size>100000</Size></Contents>")),
+    "endless_empty_listing": ("lasts", _endless_listing("")),
+    "endless_folders": ("lasts", _endless_listing("<CommonPrefixes><Prefix>folder/in/</Prefix></CommonPrefixes>")),
     "listing_in_html": ("passes", _listing(lambda _: Answer(200, b"<html>Log in</html>"))),
     "listing_of_nothing": ("passes", _listing(lambda _: Answer(200))),
     "broken": ("passes", _always(lambda: _error(500, "InternalError"))),
@@ -157,7 +157,7 @@ REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
 MANNERS: dict[str, Expectation] = {
     "none": "works",
     "no_etag": "works",
-    "no_length": "works",  # every body is chunked; HEAD tells no size either
+    "no_length": "works",  # every body is chunked, and HEAD has no size
     "no_length_closing": "works",  # a body ends where the connection does
     "no_key_count": "works",
     "no_ranges": "works",  # every answer to GET is the whole object
@@ -220,11 +220,11 @@ class QuirkyStore:
                 self.objects.pop((bucket, item.text or ""), None)
             return Answer(200, b"<DeleteResult/>")
         if "uploads" in query:
-            found = [(name, key) for name, ((where, key), _) in self.uploads.items() if where == bucket]
-            told = "".join(
-                f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in found
+            parts = [(name, key) for name, ((where, key), _) in self.uploads.items() if where == bucket]
+            xml = "".join(
+                f"<Upload><Key>{escape(key)}</Key><UploadId>{name}</UploadId></Upload>" for name, key in parts
             )
-            return Answer(200, f"<ListMultipartUploadsResult>{told}</ListMultipartUploadsResult>".encode())
+            return Answer(200, f"<ListMultipartUploadsResult>{xml}</ListMultipartUploadsResult>".encode())
         return self._listing(bucket, query)
 
     def _listing(self, bucket: str, query: dict[str, str]) -> Answer:
@@ -238,18 +238,18 @@ class QuirkyStore:
                 rest, mark, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key[len(prefix) :], "", "")
                 names[prefix + rest + mark] = None if mark else self.objects[where, key]
         shown = [name for name in names if name > after][:most]
-        told = "" if self.quirk == "no_key_count" else f"<KeyCount>{len(shown)}</KeyCount>"
+        xml = "" if self.quirk == "no_key_count" else f"<KeyCount>{len(shown)}</KeyCount>"
         for name in shown:
             data = names[name]
             if data is None:
-                told += f"<CommonPrefixes><Prefix>{quote(name)}</Prefix></CommonPrefixes>"
+                xml += f"<CommonPrefixes><Prefix>{quote(name)}</Prefix></CommonPrefixes>"
             else:
                 tag = "" if self.quirk == "no_etag" else f"<ETag>&quot;{self._tag(data)}&quot;</ETag>"
-                told += f"<Contents><Key>{quote(name)}</Key>{tag}<Size>{len(data)}</Size></Contents>"
+                xml += f"<Contents><Key>{quote(name)}</Key>{tag}<Size>{len(data)}</Size></Contents>"
         more = bool(shown) and any(name > shown[-1] for name in names)
-        told += f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType>"
-        told += f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if more else ""
-        return Answer(200, f"<ListBucketResult>{told}</ListBucketResult>".encode())
+        xml += f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType>"
+        xml += f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if more else ""
+        return Answer(200, f"<ListBucketResult>{xml}</ListBucketResult>".encode())
 
     def _of_object(self, request: Request) -> Answer:
         where, query = request.path, request.query
@@ -270,10 +270,10 @@ class QuirkyStore:
         data = self.objects[where]
         if request.headers.get("if-match", f'"{self._tag(data)}"') != f'"{self._tag(data)}"':
             return _error(412, "PreconditionFailed")
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
-        if asked is None or self.quirk == "no_ranges":
+        requested = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
+        if requested is None or self.quirk == "no_ranges":
             return self._tagged(Answer(200, data), data)
-        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+        start, stop = int(requested[1]), min(int(requested[2]) + 1, len(data))
         if start >= len(data):
             return _error(416, "InvalidRange")
         place = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
@@ -350,7 +350,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Babbler:
-    """A port of 127.0.0.1 whose every connection is told `says` and closed: no HTTP server."""
+    """A port of 127.0.0.1 that sends `says` on every connection and closes it: not an HTTP server."""
 
     def __init__(self, says: bytes):
         self._says = says

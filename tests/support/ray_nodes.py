@@ -25,10 +25,10 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 600  # that anything is waited for: a loaded machine takes its time
+SECONDS = 600  # timeout of every wait on a loaded machine
 ATTEMPTS = 5
 MEMORY = 80 * 2**20  # bytes of each node's object store: the least that Ray takes
-# A lost node is known in seconds, not in Ray's half minute.
+# Ray notices a lost node in seconds instead of half a minute.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "1000",
@@ -40,11 +40,11 @@ HEALTH = {
 def free_ports(count: int) -> list[int]:
     """Return different ports on which no process listens."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for item in sockets:
+        item.bind(("127.0.0.1", 0))
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
     return ports
 
 
@@ -101,17 +101,17 @@ class Node:
     def processes(self) -> list[psutil.Process]:
         """Return the node's processes, including workers that outlive their raylet for a while."""
         if self.process is not None:
-            self.known |= {each.pid: each for each in tree(self.process.pid)}
-        self.known = {pid: each for pid, each in self.known.items() if each.is_running()}
+            self.known |= {process.pid: process for process in tree(self.process.pid)}
+        self.known = {pid: process for pid, process in self.known.items() if process.is_running()}
         return list(self.known.values())
 
     def lose(self) -> None:
         """Send SIGKILL to all the node's processes."""
         doomed = self.processes()
-        for each in doomed:  # none may start another while the next is ended
-            _signal(each, signal.SIGSTOP)
-        for each in [*doomed, *self.processes()]:
-            _signal(each, signal.SIGKILL)
+        for process in doomed:  # stopped first, so that none starts another process
+            _signal(process, signal.SIGSTOP)
+        for process in [*doomed, *self.processes()]:
+            _signal(process, signal.SIGKILL)
         psutil.wait_procs(doomed, timeout=20)
         if self.process is not None:
             self.process.wait(timeout=20)
@@ -119,7 +119,7 @@ class Node:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the training workers on this node."""
-        return [each for each in self.processes() if "RayTrainWorker" in _title(each)]
+        return [process for process in self.processes() if "RayTrainWorker" in _title(process)]
 
 
 class Cluster:
@@ -147,7 +147,7 @@ class Cluster:
         head += [f"--dashboard-port={self.dashboard_port}", f"--include-dashboard={str(dashboard).lower()}"]
         self._listening = [self.address, *([self.dashboard.removeprefix("http://")] if dashboard else [])]
         self.head = self._node(0, cpus[0], head)
-        self.others = [self._node(i, each, [f"--address={self.address}"]) for i, each in enumerate(cpus[1:], start=1)]
+        self.others = [self._node(i, count, [f"--address={self.address}"]) for i, count in enumerate(cpus[1:], start=1)]
 
     @property
     def address(self) -> str:
@@ -234,7 +234,7 @@ class Cluster:
         )
 
     def announce_preemption(self, node: Node, seconds: int) -> None:
-        """Tell the cluster, as a cloud's autoscaler does, that a node will be taken away in `seconds`."""
+        """Announce, as a cloud's autoscaler does, that a node will be preempted in `seconds`."""
         from ray.core.generated import autoscaler_pb2
 
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")

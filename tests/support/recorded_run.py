@@ -85,8 +85,8 @@ def record_run(folder: Path, planted: Planted, name: str = "recorded", *override
     place.mkdir(parents=True)
     (place / "run.json").write_text(config.model_dump_json(), encoding="utf-8")
     _record_journal(place, planted)
-    told = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
-    (place / "time.json").write_text(json.dumps(told), encoding="utf-8")
+    account = {"at": START / 1000 + 800, "seconds": SECONDS | {"evaluation": 0.0}, "restarts": 1, "ended": True}
+    (place / "time.json").write_text(json.dumps(account), encoding="utf-8")
     (place / "restarts").mkdir()
     cause = {"time": START / 1000 + 99.0, "cause": "failed", "message": "rank 1: killed"}
     (place / "restarts" / "0.json").write_text(json.dumps(cause), encoding="utf-8")
@@ -98,11 +98,11 @@ def record_run(folder: Path, planted: Planted, name: str = "recorded", *override
 
 def bad_records(planted: Planted) -> list[BadRecord]:
     """Return every planted bad sample once, and the first one twice."""
-    found = [
+    records = [
         BadRecord("pairs", bad.shard, bad.key, bad.offset, 0, number, 0, bad.stage, f"the {kind}", "s00001")
         for number, (kind, bad) in enumerate((kind, bad) for kind, all_bad in planted.bad.items() for bad in all_bad)
     ]
-    return [*found, found[0]]
+    return [*records, records[0]]
 
 
 def _record_journal(place: Path, planted: Planted) -> None:

@@ -69,12 +69,12 @@ def train_short(folder: str, name: str = "run", callbacks: Sequence[Callback] = 
 
 def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
     """Return step -> loss, exactly as the journal has it; fail if a step was recorded twice."""
-    found: dict[int, str] = {}
+    by_step: dict[int, str] = {}
     for record in journal(folder, name):
         if record["kind"] == "metrics" and "train/loss" in record["values"]:
-            assert record["step"] not in found, "a step was journaled twice"
-            found[record["step"]] = repr(record["values"]["train/loss"])
-    return found
+            assert record["step"] not in by_step, "a step was journaled twice"
+            by_step[record["step"]] = repr(record["values"]["train/loss"])
+    return by_step
 
 
 def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:

@@ -48,13 +48,13 @@ def checkpoint(config: RunConfig, step: int) -> SavedWeights:
 def assert_tracked_once(run: TrainProcess, folder: Path, attempts: int) -> None:
     """Assert that MLflow has a parent, a child per stage, each journaled step once, and the kept checkpoints."""
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (experiment,) = (each.experiment_id for each in client.search_experiments() if each.name == "vlmo")
+    (experiment,) = (item.experiment_id for item in client.search_experiments() if item.name == "vlmo")
     digest = load_manifest(Storage(), f"{folder}/scenes").digest[:36]
-    found = client.search_runs([experiment], filter_string=f"dataset.digest = '{digest}'")
-    (parent,) = (each for each in found if each.data.tags["mome.role"] == "run" and each.info.run_name == run.name)
-    children = [each for each in found if each.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert sorted(each.info.run_name for each in children) == sorted(STAGES)
-    assert {each.info.status for each in (parent, *children)} == {"FINISHED"}
+    runs = client.search_runs([experiment], filter_string=f"dataset.digest = '{digest}'")
+    (parent,) = (item for item in runs if item.data.tags["mome.role"] == "run" and item.info.run_name == run.name)
+    children = [item for item in runs if item.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(item.info.run_name for item in children) == sorted(STAGES)
+    assert {item.info.status for item in (parent, *children)} == {"FINISHED"}
     assert parent.data.tags["attempt"] == str(attempts)
     for child in children:
         points = client.get_metric_history(child.info.run_id, "train/loss")

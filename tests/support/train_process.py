@@ -29,13 +29,13 @@ Losses = dict[tuple[int, int], float]
 
 def overrides(folder: Path | str, name: str, steps: int) -> list[str]:
     """Return overrides that place everything below `folder`, a path or URL; runs of one folder share its data."""
-    found = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
-    found += ["model.width=32", "model.layers=2", "model.heads=2"]
-    found += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
-    found += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
-    found += [f"sources.{source}.shards={folder}/scenes" for source in ("scenes", "pictures", "sentences")]
-    found += [f"sources.unseen.shards={folder}/unseen", "cluster.max_failures=5", "evaluation.source=null"]
-    return found
+    keys = [f"stages.{stage}.{key}" for stage in STAGES for key in (f"steps={steps}", "global_batch_size=16")]
+    keys += ["model.width=32", "model.layers=2", "model.heads=2"]
+    keys += ["checkpoint.every=4", "tracking.metrics_every=1", f"output={folder}", f"name={name}"]
+    keys += ["sources.scenes.synthetic.scenes=300", "sources.unseen.synthetic.scenes=20"]
+    keys += [f"sources.{source}.shards={folder}/scenes" for source in ("scenes", "pictures", "sentences")]
+    keys += [f"sources.unseen.shards={folder}/unseen", "cluster.max_failures=5", "evaluation.source=null"]
+    return keys
 
 
 class TrainProcess:
@@ -103,17 +103,17 @@ class TrainProcess:
     def ranks(self) -> list[psutil.Process]:
         """Return the training workers of a Ray cluster that the driver started itself."""
         assert self.process is not None
-        return [each for each in psutil.Process(self.process.pid).children(recursive=True) if is_rank(each)]
+        return [child for child in psutil.Process(self.process.pid).children(recursive=True) if is_rank(child)]
 
     def metric_records(self) -> list[dict[str, object]]:
         """Return the journal's records with a training loss, in the order of its files."""
-        found = []
+        records = []
         for file in sorted(self.journal.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
                 if record["kind"] == "metrics" and "train/loss" in record["values"]:
-                    found.append(record)
-        return found
+                    records.append(record)
+        return records
 
     def sessions(self) -> int:
         """Return the number of processes that have recorded this run."""
@@ -121,12 +121,12 @@ class TrainProcess:
 
     def losses(self) -> Losses:
         """Return (stage, step) -> loss, exactly as the journal has it."""
-        found: Losses = {}
+        losses: Losses = {}
         for record in self.metric_records():
             place = (record["stage"], record["step"])
-            assert place not in found, f"step {place} was journaled twice"
-            found[place] = record["values"]["train/loss"]  # type: ignore[index,assignment]
-        return found
+            assert place not in losses, f"step {place} was journaled twice"
+            losses[place] = record["values"]["train/loss"]  # type: ignore[index,assignment]
+        return losses
 
     def last_step(self) -> tuple[int, int]:
         """Return (stage, step) of the last loss."""
@@ -139,8 +139,8 @@ class TrainProcess:
     def checkpoints(self) -> list[str]:
         """Return the URLs of committed checkpoints, the newest last."""
         folder = join(self.url, "checkpoints")
-        found = [join(folder, name.rstrip("/")) for name in self.storage.list(folder)]
-        return sorted(url for url in found if self.storage.exists(join(url, "COMMIT.json")))
+        urls = [join(folder, name.rstrip("/")) for name in self.storage.list(folder)]
+        return sorted(url for url in urls if self.storage.exists(join(url, "COMMIT.json")))
 
     def saved_steps(self) -> list[int]:
         """Return the global steps of committed checkpoints, the newest last."""
@@ -182,9 +182,9 @@ def paced(run: TrainProcess, ranks: Callable[[], list[psutil.Process]], seconds_
 
 
 def _signal(processes: list[psutil.Process], number: int) -> None:
-    for each in processes:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            each.send_signal(number)
+            process.send_signal(number)
 
 
 def is_rank(process: psutil.Process) -> bool:
@@ -194,8 +194,8 @@ def is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def assert_same_losses(found: Losses, expected: Losses, tolerance: float = 1e-5) -> None:
+def assert_same_losses(losses: Losses, expected: Losses, tolerance: float = 1e-5) -> None:
     """Assert that both have the same steps, with losses that are equal to a relative `tolerance`."""
-    assert found.keys() == expected.keys()
-    worst = max(abs(found[place] - expected[place]) / abs(expected[place]) for place in expected)
+    assert losses.keys() == expected.keys()
+    worst = max(abs(losses[place] - expected[place]) / abs(expected[place]) for place in expected)
     assert worst <= tolerance, f"a loss differs by {worst:.1e}"
