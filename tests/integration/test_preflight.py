@@ -43,7 +43,7 @@ def _preflight(config: RunConfig) -> tuple[list[tuple[str, str]], str]:
     from pipeline.training.preflight import preflight
 
     try:
-        return [(item.what, item.told) for item in preflight(config, lambda _: None)], ""
+        return [(item.name, item.message) for item in preflight(config, lambda _: None)], ""
     except MomeError as error:
         return [], str(error)
 
