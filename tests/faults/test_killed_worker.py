@@ -38,6 +38,7 @@ def test_rank_killed_in_every_stage_changes_no_loss(tmp_path: Path) -> None:
     assert_tracked_once(killed, tmp_path, attempts=kills + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_process_killed_twice_is_one_mlflow_run(tmp_path: Path) -> None:
     """Without Ray, a user restarts the same command."""

@@ -46,6 +46,8 @@ def pairs(combination: tuple[object, ...]) -> set[object]:
 
 WHOLE = os.environ.get("MOME_ORDER") == "whole"
 CASES = list(product(*SETTINGS.values())) if WHOLE else list(cover(list(SETTINGS.values())))
+# Starting processes for every rank is what takes long.
+MARKED = [pytest.param(*case, marks=[pytest.mark.slow] if case[0] * case[1] > 4 else []) for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def place(s3, make_pairs, caches: Path, tmp_path: Path) -> Callable[[str], tuple
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-@pytest.mark.parametrize(("world", "workers", "threads", "where"), CASES)
+@pytest.mark.parametrize(("world", "workers", "threads", "where"), MARKED)
 def test_data_order_is_the_same_everywhere(
     place, tokenizer, expected, world: int, workers: int, threads: int, where: str
 ):

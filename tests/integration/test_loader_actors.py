@@ -72,8 +72,8 @@ def test_killed_actor_restarts_and_changes_no_batch(cluster, config, tokenizer):
 def actor_processes() -> list[int]:
     return [
         process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if "ray::ExampleActor" in " ".join(process.info["cmdline"] or [])
+        for process in psutil.Process().children(recursive=True)  # not those of another test process
+        if "ray::ExampleActor" in " ".join(process.cmdline())
     ]
 
 

@@ -71,6 +71,7 @@ def _by_key(points: Iterable[tuple[Any, ...]]) -> dict[str, list[Point]]:
     return metrics
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900 + OUTAGE_SECONDS)
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_outage_of_the_server_loses_and_repeats_no_metric(postgres: Postgres, s3: S3, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+import pytest
 
 from jobs.embed import embed
 from jobs.evaluate import evaluate_checkpoint
 from tests.support.untrained_run import untrained_weights
 
 
+@pytest.mark.slow
 def test_ranks_on_ray_find_what_one_process_finds(tmp_path: Path) -> None:
     config, url = untrained_weights(tmp_path)
     report = tmp_path / "report.html"

@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.ray_nodes import raylets, wait_until
 from tests.support.train_process import TrainProcess
 
@@ -17,6 +19,7 @@ def ended(run: TrainProcess) -> int:
     return run.process.wait(timeout=300)
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_told_to_end_saves_and_resumes_without_losing_a_step(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "run", STEPS, "checkpoint.every=1000").start()
     try:
@@ -47,6 +50,7 @@ def test_gpus_that_a_machine_does_not_have_are_told_at_once(tmp_path: Path) -> N
     assert "2 ranks need 2 GPUs; this cluster has 0" in run.log_text()
 
 
+@pytest.mark.slow
 def test_what_a_cluster_does_not_have_is_waited_for_aloud_and_another_port_is_told_in_seconds(tmp_path: Path) -> None:
     with raylets([1, 1], dashboard=True) as cluster:
         keys = [f"cluster.address={cluster.address}", "cluster.gpus_per_worker=1", "cluster.start_seconds=5"]

@@ -52,6 +52,7 @@ def mome(*arguments: str, home: Path, **environment: str) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
     cluster: Cluster, token_file: Path, tmp_path: Path

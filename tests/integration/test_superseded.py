@@ -56,6 +56,7 @@ def test_a_superseded_run_commits_nothing_and_its_successor_goes_on(tmp_path: Pa
     assert losses(tmp_path) == losses(tmp_path, "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_ray_does_not_place_the_ranks_of_a_superseded_run_again(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "run", 12).start()

@@ -60,6 +60,7 @@ def test_python_api_imports_from_the_wheel_without_the_command_line(installed: P
     assert Path(module) == installed / "pipeline" / "inference.py"
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     program = (
         "import jobs.train; from jobs.configs import configs_folder, fingerprint_of\n"
