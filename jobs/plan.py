@@ -27,8 +27,8 @@ from pipeline.planning.estimate import (
     CONTEXT_BYTES,
     Assumptions,
     Point,
-    Stage,
     StageEstimate,
+    StageSettings,
     curve,
     estimate,
     usable_bytes,
@@ -119,7 +119,7 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
     }
     assumptions = _with_known_bytes(config, stage, target.assumptions)
     micro = config.engine.micro_batch_size
-    described = Stage(
+    described = StageSettings(
         name=stage.name,
         steps=stage.steps,
         global_batch_size=stage.global_batch_size,

@@ -33,7 +33,7 @@ class Assumptions:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSettings:
     """The stage's settings that enter the estimate."""
 
     name: str
@@ -105,7 +105,7 @@ def usable_bytes(accelerator: Accelerator, assumptions: Assumptions) -> float:
 
 
 def estimate(
-    stage: Stage,
+    stage: StageSettings,
     sharding: Sharding,
     accelerator: Accelerator,
     network: Network,

@@ -20,11 +20,14 @@ from pipeline.training.progress import Progress
 def main(arguments: list[str]) -> int:
     configure_logging()
     try:
-        wants_preflight, rest = "--preflight" in arguments, [each for each in arguments if each != "--preflight"]
+        wants_preflight, rest = (
+            "--preflight" in arguments,
+            [argument for argument in arguments if argument != "--preflight"],
+        )
         if "--profile" in rest and rest[-1] != "--profile":
             rest.append(ProfileWindow.parse(rest.pop(rest.index("--profile") + 1)).override)
             rest.remove("--profile")
-        if not rest or any(each.startswith("-") for each in rest):
+        if not rest or any(argument.startswith("-") for argument in rest):
             raise ConfigError("usage: torchrun -m pipeline.training CONFIG [--preflight] [--profile A:B] [key=value …]")
         config = load_config(rest[0], rest[1:])
         if wants_preflight:

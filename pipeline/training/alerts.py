@@ -1,8 +1,8 @@
-"""Alerts: conditions of a running stage that need attention, each a tag on its MLflow run and a log line with a remedy.
+"""Alerts: conditions of a running stage that need attention.
 
-They are evaluated on rank 0 at the metrics steps, from metrics that are collected anyway; loss spikes at every health
-check. An alert is raised once, after several consecutive steps have met its condition, and cleared after as many have
-not.
+Each is a tag on its MLflow run and a log line with a remedy. Alerts are evaluated on rank 0 at the metrics steps, from
+metrics that are collected anyway, and loss spikes at every health check. An alert is raised once, after several
+consecutive steps have met its condition, and cleared after as many have not.
 """
 
 from __future__ import annotations

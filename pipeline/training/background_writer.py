@@ -51,14 +51,14 @@ class BackgroundWriter:
             self._is_closed = True
             self._changed.notify_all()
             while self._pending or self._is_writing:
-                left = deadline - time.monotonic()
-                if left <= 0:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
                     log.log(
                         self._level, "not written within %.0f s: %s", seconds, ", ".join(self._pending) or "the last"
                     )
                     self._pending.clear()
                     return False
-                self._changed.wait(left)
+                self._changed.wait(remaining)
         return True
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""What the training loop works on: the run's shared objects, one stage of it, and that stage's state on this rank."""
+"""Data of the training loop: the run's shared objects, one of its stages, and the stage's state on this rank."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class StageState:
 
 @dataclass(frozen=True)
 class StageResult:
-    """How `train_stage` ended: all steps done, preempted after saving, or stopped at a loss spike before its update."""
+    """Outcome of `train_stage`: all steps completed, preempted after saving, or stopped at a loss spike."""
 
     num_steps: int  # completed
     preempted: bool = False

@@ -1,4 +1,4 @@
-"""What DeepSpeed needs before an engine is built: its config, the blocks' forward, and its C++ extensions."""
+"""DeepSpeed's config, the transformer blocks' compilation and checkpointing, and DeepSpeed's C++ extensions."""
 
 from __future__ import annotations
 

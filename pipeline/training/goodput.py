@@ -97,7 +97,7 @@ class GoodputTracker:
             self._heartbeat.start()
 
     def close(self, ended: bool, write: bool = True) -> None:
-        """Stop the heartbeat and write the account once more.
+        """Stop the heartbeat and write the final account.
 
         `ended`: the run has completed all steps. `write=False`: another process owns the account now.
         """

@@ -184,7 +184,7 @@ END = "(the end of the forward)"
 
 
 class ExecutionOrderCheck(Callback):
-    """Compares across ranks the order in which the model's modules run: in the first steps, then every so many.
+    """Compares the order in which the ranks run the model's modules, in the first steps and then periodically.
 
     DeepSpeed computes silently wrong gradients when ranks run different modules in one step (`diverging_ranks` among
     the project's probes: 96 % error at ZeRO 2; at ZeRO 3 it mixes up weights, or hangs). The ranks therefore compare

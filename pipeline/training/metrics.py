@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What alerts are judged by, at one step."""
+    """Input of the alerts: diagnostics and per-rank timings at one step."""
 
     step: int  # global number of steps completed
     is_warm: bool  # past the stage's learning-rate warm-up

@@ -127,8 +127,8 @@ class Ownership:
 
 def _claim_of_launcher() -> str | None:
     """Return the claim of this process's launcher; None without a launcher that restarts its ranks."""
-    if given := os.environ.get(CLAIM_VARIABLE):
-        return _digest(given)
+    if name := os.environ.get(CLAIM_VARIABLE):
+        return _digest(name)
     if (run := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
         return None
     agent = psutil.Process(os.getppid())  # torchrun, which outlives the ranks that it restarts

@@ -1,10 +1,10 @@
-"""What one step of a stage asks for, found by running the training step itself on a model without memory.
+"""Compute and memory of one step of a stage, measured by running the training step on a model without memory.
 
-The very code that trains is run: `TrainingStep`, its terms and the model's forward and backward, over two small batches
-of full-size rows. Everything grows linearly in the rows but the contrast, which is asked of the whole global batch and
-run for its size. So the estimate follows any change of a model, an objective or the step.
+The code that trains is run itself: `TrainingStep`, its objectives and the model's forward and backward, on two small
+batches of full-size rows. All costs are linear in the rows except the contrastive loss, which spans the global batch
+and is run at its size. The estimate therefore follows every change of a model, an objective or the step.
 
-The model is on the meta device; what the step itself computes (losses, the draw of negatives) is computed for real.
+The model is on the meta device; computations of the step itself (losses, drawing negatives) are real.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
-    """What stage `index` asks of each rank, by rows of a micro-batch. Takes seconds, and no memory to speak of.
+    """Return the work of stage `index` per rank as a function of the micro-batch size. Takes seconds.
 
-    `text_tokens` is the length of every text, if it is not to be the longest that the stage allows.
+    `text_tokens` is the length of every text (default: the longest that the stage allows).
     """
     config = config.for_stage(config.stages[index])
     stage = config.stages[index]
@@ -56,11 +56,11 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
     contrast = _contrast(stage.global_batch_size, few.contrast_widths, kernels) if few.contrast_widths else (0, 0)
     return Work(
         parameters=parameters_of(model),
-        flops=line(lambda one: one.flops),
+        flops=line(lambda ran: ran.flops),
         flops_per_example_accumulated=pieces.flops / (2 * rows),
-        activations=line(lambda one: one.activations),
-        workspace=line(lambda one: one.workspace),
-        tokens=line(lambda one: one.tokens),
+        activations=line(lambda ran: ran.activations),
+        workspace=line(lambda ran: ran.workspace),
+        tokens=line(lambda ran: ran.tokens),
         batch_bytes_per_example=few.batch_bytes / rows,
         contrast_flops=contrast[0],
         contrast_bytes=contrast[1],
@@ -84,12 +84,12 @@ def peak_step_seconds(gpu: str, config: RunConfig, index: int, vocabulary: int, 
 
 
 def model_without_memory(config: RunConfig, index: int, vocabulary: int) -> Model:
-    """The stage's model as a rank holds it, on the meta device: its precision, and its frozen parts frozen."""
+    """Build the stage's model on the meta device, in its precision and with its frozen parts frozen."""
     model = stage_skeleton(config, index, vocabulary).to(DTYPES[config.engine.precision])
     trained = trained_parts(model, config, config.stages[index])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)
-    prepare_blocks(model, config.engine.model_copy(update={"compile": False}))  # which changes no number here
+    prepare_blocks(model, config.engine.model_copy(update={"compile": False}))  # compilation changes no number here
     return model
 
 
@@ -106,11 +106,11 @@ def parameters_of(model: Model) -> Parameters:
 
 @dataclass(frozen=True)
 class Ran:
-    """One step of one rank: all of it, and the most that one of its micro-batches held."""
+    """Costs of one step of one rank, and the peak of one of its micro-batches."""
 
     flops: int
-    activations: int  # bytes alive when backward begins
-    workspace: int  # bytes beside these in backward
+    activations: int  # bytes alive when the backward starts
+    workspace: int  # additional bytes in the backward
     tokens: int
     batch_bytes: int
     contrast_widths: tuple[int, ...]
@@ -119,7 +119,7 @@ class Ran:
 def run_step(
     model: Model, config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
 ) -> Ran:
-    """One step of stage `index` over its whole batch, by one rank whose model has no memory."""
+    """Run one step of stage `index` over its whole batch, on one rank with a model on the meta device."""
     stage = config.stages[index]
     batch = full_batch(config, stage, stage.global_batch_size, vocabulary, text_tokens)
     members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
@@ -134,11 +134,11 @@ def run_step(
 
 
 class _WatchedEngine:
-    """Runs the model on the meta device. What the step reads of it are zeros of the right shapes, in real memory."""
+    """Runs the model on the meta device; the step receives zeros of the outputs' shapes in real memory."""
 
     def __init__(self, model: Model, probe: Probe) -> None:
         self.model, self._probe = model, probe
-        self._made: list[tuple[Tensor, Tensor]] = []  # the model's outputs, and what the step reads in their place
+        self._outputs: list[tuple[Tensor, Tensor]] = []  # the model's outputs and the zeros that replace them
         self.activations = self.workspace = self.tokens = 0
         self.contrast_widths: tuple[int, ...] = ()
         for parameter in model.parameters():
@@ -147,20 +147,20 @@ class _WatchedEngine:
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         with unwatched():
-            passes = {name: _on_meta(one) for name, one in passes.items()}
-        self.tokens += sum(_num_tokens(one, self.model.config.num_patches) for one in passes.values())
+            passes = {name: _on_meta(inputs) for name, inputs in passes.items()}
+        self.tokens += sum(_num_tokens(inputs, self.model.config.num_patches) for inputs in passes.values())
         outputs = self.model(passes)
         if contrasted := [outputs["image"][head] for head in CONTRASTS if head in outputs.get("image", {})]:
             self.contrast_widths = tuple(features.shape[-1] for features in contrasted)
-        return {name: {key: self._read(value) for key, value in one.items()} for name, one in outputs.items()}
+        return {name: {key: self._read(value) for key, value in heads.items()} for name, heads in outputs.items()}
 
-    def _read(self, made: Tensor) -> Tensor:
+    def _read(self, output: Tensor) -> Tensor:
         with unwatched():
-            read = torch.zeros(made.shape, dtype=made.dtype)
+            read = torch.zeros(output.shape, dtype=output.dtype)
         self._probe.leave_out(read)
-        if made.requires_grad:
+        if output.requires_grad:
             read.requires_grad_()
-            self._made.append((made, read))
+            self._outputs.append((output, read))
         return read
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -168,21 +168,21 @@ class _WatchedEngine:
         self.activations = max(self.activations, alive)
         self._probe.forget_peak()
         loss.backward()
-        found = [(made, read.grad) for made, read in self._made if read.grad is not None]
-        self._made.clear()
+        reached = [(output, read.grad) for output, read in self._outputs if read.grad is not None]
+        self._outputs.clear()
         with unwatched():
-            gradients = [gradient.to("meta") for _, gradient in found]
-        torch.autograd.backward([made for made, _ in found], gradients)
+            gradients = [gradient.to("meta") for _, gradient in reached]
+        torch.autograd.backward([output for output, _ in reached], gradients)
         self.workspace = max(self.workspace, self._probe.peak_bytes - alive)
 
 
 def _release(parameter: Tensor) -> None:
-    """Gradients are the engine's, which keeps them elsewhere; here each is alive for a moment."""
+    """Drop a gradient at once: the engine keeps gradients elsewhere, and they are counted there."""
     parameter.grad = None
 
 
 class _ImaginedRank(Collectives):
-    """The only rank, without a process group: what others would send is what this one has."""
+    """A single rank without a process group: every collective returns its input."""
 
     def __init__(self) -> None:
         self.rank, self.world_size, self.local_rank, self.device = 0, 1, 0, torch.device("cpu")
@@ -199,12 +199,12 @@ class _ImaginedRank(Collectives):
 
 
 def _no_tokens(images: Tensor, grid: int) -> Tensor:
-    """In place of a tokenizer of pictures, whose own arithmetic is not counted: (n, P) zeros."""
+    """Return zeros (n, P) instead of running the image tokenizer, whose arithmetic is not counted."""
     return torch.zeros(len(images), grid * grid, dtype=torch.int64)
 
 
 def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[int, int]:
-    """Arithmetic, and the most bytes alive, of the contrast of `batch` rows on each rank."""
+    """Return the FLOPs and the peak bytes of the contrastive loss over `batch` rows on each rank."""
     features = [torch.empty(batch, width, device="meta", requires_grad=True) for width in widths for _ in range(2)]
     ids, scale = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
     with Probe([*features, ids, scale], kernels) as probe:
@@ -214,39 +214,41 @@ def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[in
         return probe.flops, probe.peak_bytes + sum(4 * feature.numel() for feature in features)
 
 
-def _on_meta(one: ForwardInput) -> ForwardInput:
-    """The pass without its content."""
+def _on_meta(inputs: ForwardInput) -> ForwardInput:
+    """Move the forward's tensors to the meta device."""
     moved: dict[str, Any] = {}
-    for f in fields(one):
-        value = getattr(one, f.name)
+    for f in fields(inputs):
+        value = getattr(inputs, f.name)
         if isinstance(value, Tensor):
             moved[f.name] = value.to("meta")
         elif isinstance(value, Regions):
             moved[f.name] = Regions(*(getattr(value, g.name).to("meta") for g in fields(value)))
-    return replace(one, **moved)
+    return replace(inputs, **moved)
 
 
-def _num_tokens(one: ForwardInput, num_patches: int) -> int:
-    """Positions of all rows of a pass: words, regions, and patches with the picture's [CLS]."""
+def _num_tokens(inputs: ForwardInput, num_patches: int) -> int:
+    """Count the positions of all rows of a forward: words, regions, and patches with the image's [CLS]."""
     count = 0
-    if one.text is not None:
-        count += one.text.numel()
-    if one.regions is not None:
-        count += one.regions.keep.numel()
-    for image in (one.image, one.second_image):
+    if inputs.text is not None:
+        count += inputs.text.numel()
+    if inputs.regions is not None:
+        count += inputs.regions.keep.numel()
+    for image in (inputs.image, inputs.second_image):
         if image is not None:
-            count += len(image) * (1 + (num_patches if one.visible_patches is None else one.visible_patches.shape[1]))
+            count += len(image) * (
+                1 + (num_patches if inputs.visible_patches is None else inputs.visible_patches.shape[1])
+            )
     return count
 
 
 def _sample_rows(stage: StageConfig) -> int:
-    """Few rows, of which every objective reads its whole share; enough that what grows with them outweighs the rest."""
+    """Return a small batch size of which every objective reads its exact fraction."""
     rows = math.lcm(*(objective.every for objective in stage.objectives.values()))
     return rows * -(-SAMPLE_ROWS // rows)
 
 
 def _cut(config: RunConfig, index: int, batch: int, micro_batch_size: int | None) -> RunConfig:
-    """The run with a global batch of so many rows, for one rank."""
+    """Return the run with a global batch of `batch` rows, for one rank."""
     stages = [stage.model_copy(update={"global_batch_size": batch}) for stage in config.stages]
     engine = config.engine.model_copy(update={"micro_batch_size": micro_batch_size})
     return config.model_copy(update={"stages": tuple(stages), "engine": engine})

@@ -3,7 +3,7 @@
 Training pauses only for the copy to host memory. A thread of each rank then writes the rank's file; that of rank 0
 waits for the files of all ranks, commits, and applies the retention policy. The threads call no collective, because
 nothing would order those relative to the trainer's: ranks report their files to rank 0 by small records in the store.
-If a rank dies meanwhile, the folder is never committed.
+If a rank dies during this, the folder is never committed.
 """
 
 from __future__ import annotations

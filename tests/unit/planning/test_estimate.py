@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.planning.estimate import Assumptions, Stage, curve, estimate, largest_micro_batch, memory_at
+from pipeline.planning.estimate import Assumptions, StageSettings, curve, estimate, largest_micro_batch, memory_at
 from pipeline.planning.hardware import ACCELERATORS, NETWORKS, accelerator_like, accelerator_named
 from pipeline.planning.memory import Line, Parameters, Sharding, Work
 
@@ -23,7 +23,7 @@ WORK = Work(
     contrast_bytes=10**7,
     contrast_width=1536,
 )
-STAGE = Stage(
+STAGE = StageSettings(
     "pairs", steps=1000, global_batch_size=1024, images=1, micro_batch_size=None, checkpoint_every=100, work=WORK
 )
 H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
@@ -76,7 +76,7 @@ def test_accumulation_costs_the_second_reading():
 
 
 def test_the_curve_goes_from_one_to_1024_and_stops_where_a_rank_had_no_row():
-    def at(stage: Stage):
+    def at(stage: StageSettings):
         return lambda gpus: estimate(stage, sharding(gpus), H100, IB, Assumptions(), micro_batch_size=1)
 
     points = curve(at(STAGE), STAGE.global_batch_size)
