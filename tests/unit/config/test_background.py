@@ -9,12 +9,12 @@ import pytest
 from pipeline.config.background import in_background, within
 
 
-def test_the_result_and_the_error_of_a_call_are_its_futures() -> None:
+def test_a_background_call_returns_its_result_or_error() -> None:
     assert in_background(lambda: 3, "three").result(10) == 3
     assert isinstance(in_background(lambda: {}["absent"], "fails").exception(10), KeyError)
 
 
-def test_a_call_within_its_time_gives_its_own_result_or_error() -> None:
+def test_a_call_within_its_limit_returns_its_result_or_error() -> None:
     def late() -> None:
         raise TimeoutError("its own")
 
@@ -23,7 +23,7 @@ def test_a_call_within_its_time_gives_its_own_result_or_error() -> None:
         within(10, late, "late")
 
 
-def test_a_call_that_takes_too_long_is_left_and_keeps_no_process_alive() -> None:
+def test_a_late_call_does_not_keep_the_process_alive() -> None:
     over = threading.Event()
     with pytest.raises(TimeoutError, match="no complete response within 0 s"):
         within(0.01, over.wait, "waits")

@@ -1,4 +1,4 @@
-"""The compose file: every value given, no secret in it, no port open to others, and every name leads somewhere."""
+"""The compose file needs every value, contains no secret, exposes no port and refers to existing files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTERPOLATED = re.compile(r"\$\{(\w+):\?[^}]*\}")
 
 
 def filled_in() -> dict[str, Any]:
-    """What compose reads, once the env file's secrets are filled in."""
+    """Return the parsed compose file with the env file's values."""
     values = {name: value or f"the-{name}" for name, value in render.read_settings(ENV.read_text(), str(ENV)).items()}
     return yaml.safe_load(INTERPOLATED.sub(lambda found: values[found[1]], COMPOSE.read_text()))
 
@@ -53,7 +53,7 @@ def test_the_example_holds_no_secret() -> None:
     assert {name for name, value in values.items() if not value} == SECRETS
 
 
-def test_the_env_file_that_is_made_of_the_example_stays_out_of_git() -> None:
+def test_the_env_file_is_ignored_by_git() -> None:
     def ignored(name: str) -> bool:
         return subprocess.run(["git", "check-ignore", "--quiet", name], cwd=ROOT, check=False).returncode == 0
 
@@ -63,20 +63,20 @@ def test_the_env_file_that_is_made_of_the_example_stays_out_of_git() -> None:
     assert not ignored("infra/compose.example.env")
 
 
-def test_secrets_are_no_arguments() -> None:
-    """Arguments are seen by everybody on the machine."""
+def test_secrets_are_not_passed_as_arguments() -> None:
+    """Arguments are visible to all users of the machine."""
     for name, service in services().items():
         for argument in texts([service.get("command", []), service.get("healthcheck", {})]):
             assert not any(secret in argument for secret in SECRETS), f"{name}: {argument}"
 
 
-def test_no_service_keeps_or_gains_privileges_that_it_does_not_need() -> None:
+def test_services_have_no_unneeded_privileges() -> None:
     for name, service in services().items():
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["cap_drop"] == ["ALL"], name
 
 
-def test_ports_are_open_to_this_machine_alone() -> None:
+def test_ports_are_bound_to_this_machine_only() -> None:
     ports = {name: service["ports"] for name, service in services().items() if "ports" in service}
     assert ports == {
         "store": ["127.0.0.1:7070:7070"],
@@ -85,7 +85,7 @@ def test_ports_are_open_to_this_machine_alone() -> None:
     }
 
 
-def test_services_are_spoken_to_at_ports_that_they_listen_at() -> None:
+def test_services_are_addressed_at_ports_they_listen_on() -> None:
     found = services()
     told = " ".join(texts(found)) + COMPOSE.read_text()
     spoken_to = dict(re.findall(r"\b(database|store|mlflow):(\d{4})\b", told))
@@ -95,7 +95,7 @@ def test_services_are_spoken_to_at_ports_that_they_listen_at() -> None:
     assert "--dashboard-port=8265" in found["head"]["command"]
 
 
-def test_what_a_service_waits_for_exists_and_says_when_it_is_ready() -> None:
+def test_dependencies_exist_and_have_a_health_check() -> None:
     found = services()
     for name, service in found.items():
         for other, how in service.get("depends_on", {}).items():
@@ -106,7 +106,7 @@ def test_what_a_service_waits_for_exists_and_says_when_it_is_ready() -> None:
                 assert found[other]["restart"] == "on-failure", f"{other} would be started for ever"
 
 
-def test_volumes_are_declared_and_files_are_there() -> None:
+def test_volumes_are_declared_and_mounted_files_exist() -> None:
     config = filled_in()
     for service in config["services"].values():
         for volume in service.get("volumes", []):
@@ -117,7 +117,7 @@ def test_volumes_are_declared_and_files_are_there() -> None:
                 assert source in config["volumes"]
 
 
-def test_our_services_run_the_image_that_is_built_here_without_privileges() -> None:
+def test_own_services_run_the_built_image_without_privileges() -> None:
     for name in ("bucket", "mlflow", "head"):
         service = services()[name]
         assert (INFRA / service["build"]["context"] / service["build"]["dockerfile"]).resolve() == INFRA / "Dockerfile"
@@ -125,18 +125,18 @@ def test_our_services_run_the_image_that_is_built_here_without_privileges() -> N
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_images_of_others_are_named_with_their_full_version() -> None:
+def test_third_party_images_have_full_versions() -> None:
     for name in ("database", "store"):
         assert re.search(r":v?\d+\.\d+[\w.-]*$", services()[name]["image"]), services()[name]["image"]
 
 
-def test_ray_asks_for_a_token() -> None:
+def test_ray_requires_a_token() -> None:
     assert services()["head"]["environment"]["RAY_AUTH_MODE"] == "token"
     assert services()["head"]["environment"]["RAY_AUTH_TOKEN"] == "the-RAY_AUTH_TOKEN"
 
 
-def test_mlflow_takes_the_database_the_store_and_the_hosts_it_is_called_by() -> None:
-    """Its own command line reads them; `--host` and the rest are options that it has."""
+def test_mlflow_accepts_its_command_line() -> None:
+    """MLflow's own command line parses the arguments."""
     from mlflow.cli import server
     from mlflow.utils.uri import extract_db_type_from_uri
 
@@ -152,13 +152,13 @@ def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def test_the_gpu_file_adds_to_a_service_that_there_is() -> None:
+def test_the_gpu_file_extends_an_existing_service() -> None:
     added = yaml.safe_load((INFRA / "compose.gpu.yaml").read_text())["services"]
     assert set(added) == {"head"}
     assert "deploy" not in services()["head"]
 
 
-def test_docker_compose_itself_takes_the_file(tmp_path: Path) -> None:
+def test_docker_compose_accepts_the_file(tmp_path: Path) -> None:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("docker compose is not installed")
@@ -168,7 +168,7 @@ def test_docker_compose_itself_takes_the_file(tmp_path: Path) -> None:
     subprocess.run([docker, "compose", "--env-file", str(env), *files, "config", "--quiet"], check=True)
 
 
-def test_the_bucket_is_made_once_and_asked_for_twice(moto_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_creating_the_bucket_twice_succeeds(moto_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -1,4 +1,4 @@
-"""The container image's recipe: what it copies exists, it runs as nobody special, and its versions are ours."""
+"""The Dockerfile copies existing files, runs unprivileged and installs the tested versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOCKERFILE = INFRA / "Dockerfile"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(INSTRUCTION, arguments), continued lines joined, comments left out."""
+    """Return (INSTRUCTION, arguments) with continued lines joined and comments removed."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.strip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
@@ -36,17 +36,17 @@ def stages() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def test_what_builds_is_not_what_runs() -> None:
+def test_the_final_image_contains_no_build_stage() -> None:
     assert list(stages()) == ["build", "run"]
     assert ("COPY", "--from=build /opt/mome /opt/mome") in stages()["run"]
 
 
-def test_every_instruction_is_dockers() -> None:
+def test_every_instruction_is_valid() -> None:
     known = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
     assert {word for word, _ in instructions()} <= known
 
 
-def test_the_base_is_pinned_by_digest_and_has_our_python() -> None:
+def test_the_base_image_is_pinned_and_has_the_required_python() -> None:
     ((_, base),) = [each for each in instructions() if each[0] == "ARG"]
     version = re.fullmatch(r"PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+@sha256:[0-9a-f]{64}", base)
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -55,7 +55,7 @@ def test_the_base_is_pinned_by_digest_and_has_our_python() -> None:
     assert [rest.split()[0] for word, rest in instructions() if word == "FROM"] == ["${PYTHON_IMAGE}"] * 2
 
 
-def test_it_runs_as_the_user_that_the_manifests_name() -> None:
+def test_the_user_matches_the_manifests() -> None:
     run = stages()["run"]
     users = [rest for word, rest in run if word == "USER"]
     assert users == ["1000:1000"]
@@ -74,18 +74,18 @@ def copied() -> list[str]:
 
 
 @pytest.mark.parametrize("source", copied())
-def test_what_is_copied_exists_and_passes_dockerignore(source: str) -> None:
+def test_copied_files_exist_and_pass_dockerignore(source: str) -> None:
     assert (ROOT / source).exists()
     assert not ignored(Path(source))
 
 
 @pytest.mark.parametrize("path", [".git", ".venv", "runs/demo", "infra/compose.env", "settings.env", "tests"])
-def test_nothing_else_is_sent_to_the_builder(path: str) -> None:
+def test_only_copied_files_are_sent_to_the_builder(path: str) -> None:
     assert ignored(Path(path))
 
 
 def ignored(path: Path) -> bool:
-    """Docker's rule: the last pattern that matches the path, or a folder it lies in, decides."""
+    """Apply Docker's rule: the last pattern that matches the path or a parent folder decides."""
     result = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -95,11 +95,11 @@ def ignored(path: Path) -> bool:
     return result
 
 
-def test_every_package_of_ours_is_in_it() -> None:
+def test_every_dependency_is_in_the_lock_file() -> None:
     assert {"pipeline", "jobs", "configs", "setup.py"} <= set(copied())
 
 
-def test_every_package_of_it_is_locked_by_hash_at_our_versions() -> None:
+def test_locked_packages_have_hashes_and_tested_versions() -> None:
     locked: dict[str, int] = {}
     name = ""
     for line in (INFRA / "requirements.lock").read_text().splitlines():
@@ -117,21 +117,21 @@ def test_every_package_of_it_is_locked_by_hash_at_our_versions() -> None:
     assert {line for line in lines if line and line[0] != "#"} <= set(locked)
 
 
-def test_its_other_packages_are_pinned_and_fit_ours() -> None:
+def test_other_packages_are_pinned_and_compatible() -> None:
     lines = [line for line in (INFRA / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
     extra = dict(line.split("==") for line in lines)
     assert extra["boto3"] == pins()["botocore"]  # released together; each asks for the other's number
 
 
-def test_login_shells_find_the_commands_too() -> None:
-    """Ray's launcher runs everything in one, and Debian's sets PATH anew."""
+def test_login_shells_find_the_commands() -> None:
+    """Ray's launcher uses login shells, in which Debian resets PATH."""
     (command,) = [rest for _, rest in stages()["run"] if "/etc/profile.d/mome.sh" in rest]
     (path,) = re.findall(r"export PATH=([^']+)'", command)
     assert any(word == "ENV" and f"PATH={path}" in rest for word, rest in stages()["run"])
 
 
-def test_the_code_that_it_runs_while_it_is_built_is_there() -> None:
+def test_code_run_during_the_build_exists() -> None:
     (command,) = [rest for _, rest in stages()["run"] if rest.startswith("python -c")]
     (module, name) = re.search(r"from (\S+) import (\w+)", command).groups()
     assert f"def {name}()" in (ROOT / f"{module.replace('.', '/')}.py").read_text()

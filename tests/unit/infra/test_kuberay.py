@@ -1,4 +1,4 @@
-"""KubeRay's manifests: valid for its definitions, read by Ray's autoscaler as meant, and closed to strangers."""
+"""KubeRay's manifests are valid, parsed correctly by Ray's autoscaler, and secured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pod_specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 @cache
 def definition(kind: str, folder: Path) -> dict[str, Any]:
-    """The schema of a custom resource, closed: Kubernetes drops keys that it does not know, and says little of it."""
+    """Return the schema of a custom resource with unknown keys forbidden, because Kubernetes drops them silently."""
     text = (folder / f"ray.io_{kind}.yaml").read_text()
     versions = yaml.load(text, Loader=yaml.CSafeLoader)["spec"]["versions"]
     schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
@@ -57,7 +57,7 @@ def faults(manifest: dict[str, Any], kind: str, shared: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_manifest_is_valid_for_kuberays_definition(name: str, shared: Path) -> None:
+def test_manifests_are_valid_for_kuberay(name: str, shared: Path) -> None:
     (manifest,) = rendered(KUBERAY / f"{name}.yaml")
     assert faults(manifest, KINDS[name], shared) == []
 
@@ -72,7 +72,7 @@ def test_the_manifest_is_valid_for_kuberays_definition(name: str, shared: Path) 
         ("spec.rayClusterSpec.headGroupSpec.template.spec.restartpolicy", "Never"),
     ],
 )
-def test_a_wrong_key_or_value_would_be_found(path: str, value: object, shared: Path) -> None:
+def test_the_validation_finds_wrong_keys_and_values(path: str, value: object, shared: Path) -> None:
     (manifest,) = copy.deepcopy(rendered(KUBERAY / "rayjob.yaml"))
     *parents, key = path.split(".")
     place = manifest
@@ -82,8 +82,8 @@ def test_a_wrong_key_or_value_would_be_found(path: str, value: object, shared: P
     assert len(faults(manifest, "rayjobs", shared)) == 1
 
 
-def test_retries_of_a_job_share_a_claim_and_another_launch_has_its_own() -> None:
-    """KubeRay retries with the manifest's entry point; each rendering is another launch of the run."""
+def test_retries_share_a_claim_and_launches_do_not() -> None:
+    """KubeRay retries with the manifest's entry point; every rendering is a new launch."""
     ((first,), (second,)) = (rendered(KUBERAY / "rayjob.yaml") for _ in range(2))
     claims = [
         re.match(r"env MOME_CLAIM=([0-9a-f]{16}) mome train ", each["spec"]["entrypoint"]) for each in (first, second)
@@ -93,7 +93,7 @@ def test_retries_of_a_job_share_a_claim_and_another_launch_has_its_own() -> None
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_rays_own_autoscaler_reads_the_groups_as_meant(name: str) -> None:
+def test_rays_autoscaler_parses_the_groups(name: str) -> None:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as derive
 
     metadata = {"name": "mome", "namespace": "mome"}
@@ -110,7 +110,7 @@ def test_rays_own_autoscaler_reads_the_groups_as_meant(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_strangers_are_kept_out(name: str) -> None:
+def test_access_needs_a_token_and_a_network_policy(name: str) -> None:
     spec = cluster_spec(name)
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["networkPolicy"]["mode"] in ("DenyAll", "DenyAllIngress")
@@ -121,7 +121,7 @@ def test_strangers_are_kept_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_container_runs_as_root_or_may_become_it(name: str) -> None:
+def test_no_container_can_run_as_root(name: str) -> None:
     spec = cluster_spec(name)
     containers = [container for pod in pod_specs(spec) for container in pod["containers"]]
     for context in [container["securityContext"] for container in containers] + [
@@ -134,7 +134,7 @@ def test_no_container_runs_as_root_or_may_become_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_container_says_what_it_needs_and_may_have(name: str) -> None:
+def test_every_container_has_requests_and_limits(name: str) -> None:
     autoscaler = {mount["name"] for mount in cluster_spec(name)["autoscalerOptions"]["volumeMounts"]}
     for pod in pod_specs(cluster_spec(name)):
         mounted = {mount["name"] for container in pod["containers"] for mount in container["volumeMounts"]}
@@ -145,7 +145,7 @@ def test_every_container_says_what_it_needs_and_may_have(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_container_that_runs_a_jobs_code_holds_a_token_of_kubernetes(name: str) -> None:
+def test_job_containers_have_no_kubernetes_token(name: str) -> None:
     spec = cluster_spec(name)
     for pod in pod_specs(spec):
         assert pod["automountServiceAccountToken"] is False
@@ -175,7 +175,7 @@ def variables_of(node: object) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", sorted(set(KUBERAY.glob("*.yaml"))), ids=lambda path: path.name)
-def test_secrets_are_named_and_never_written(path: Path) -> None:
+def test_secrets_are_references_only(path: Path) -> None:
     documents = rendered(path)
     assert not any(document.get("kind") == "Secret" for document in documents)
     for variable in variables_of(documents):
@@ -183,14 +183,14 @@ def test_secrets_are_named_and_never_written(path: Path) -> None:
             assert set(variable["valueFrom"]) == {"secretKeyRef"}, variable["name"]
 
 
-def test_a_job_is_tried_again_and_cleans_up() -> None:
+def test_a_job_is_retried_and_cleans_up() -> None:
     (job,) = rendered(KUBERAY / "rayjob.yaml", JOB_RETRIES="7")
     assert job["spec"]["backoffLimit"] == 7
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     assert "gcsFaultToleranceOptions" not in job["spec"]["rayClusterSpec"]  # a new cluster would not read it
 
 
-def test_a_cluster_that_stays_survives_the_loss_of_its_head() -> None:
+def test_a_permanent_cluster_survives_the_loss_of_its_head() -> None:
     (cluster,) = rendered(KUBERAY / "raycluster.yaml")
     service, redis, policy = rendered(KUBERAY / "redis.yaml")
     (port,) = service["spec"]["ports"]
@@ -204,12 +204,12 @@ def test_a_cluster_that_stays_survives_the_loss_of_its_head() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_ray_is_of_the_version_that_the_image_has(name: str) -> None:
+def test_the_ray_version_matches_the_image(name: str) -> None:
     assert cluster_spec(name)["rayVersion"] == pins()["ray"]
 
 
-def test_the_job_runs_a_command_that_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its arguments are read by `mome train` itself, with the demo's config in the place of the mounted one."""
+def test_the_job_runs_an_existing_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`mome train` parses the arguments, with the demo's config instead of the mounted one."""
     from typer.testing import CliRunner
 
     from jobs import cli, pretrain

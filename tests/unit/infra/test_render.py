@@ -1,4 +1,4 @@
-"""Filling in variables: each has a value and an explanation, and none is left out in silence."""
+"""Rendering replaces every variable, each of which has a value and an explanation, or fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = sorted([*INFRA.glob("kuberay/*.yaml"), *INFRA.glob("ray/*.yaml")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_the_example_fills_in_every_variable_of_every_file(path: Path) -> None:
+def test_the_example_sets_every_variable(path: Path) -> None:
     assert "${" not in render.render(path, example_settings())
 
 
@@ -23,32 +23,30 @@ def test_every_setting_of_the_example_is_used() -> None:
 
 
 def test_every_setting_of_the_example_is_explained() -> None:
-    """A comment, or another setting that one explains together with it, stands right above."""
+    """A comment, or another setting explained by the same comment, is directly above."""
     lines = EXAMPLE.read_text().splitlines()
     for above, line in itertools.pairwise(lines):
         assert "=" not in line or line.startswith("#") or above.startswith("#") or "=" in above, line
 
 
-def test_each_value_arrives_where_its_variable_stands(tmp_path: Path) -> None:
+def test_values_replace_their_variables(tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text("a: ${ONE}\nb: ${TWO}-${ONE}\nc: $RAY_HEAD_IP $(date)\n")
     assert render.render(file, {"ONE": "1", "TWO": "2", "THREE": "3"}) == "a: 1\nb: 2-1\nc: $RAY_HEAD_IP $(date)\n"
 
 
 @pytest.mark.parametrize("settings", ["ONE=1", "ONE=1\nTWO="])
-def test_a_variable_without_a_value_is_refused_by_name(
-    settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_value_is_rejected_by_name(settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, env = tmp_path / "file.yaml", tmp_path / "my.env"
     file.write_text("a: ${ONE}\nb: ${TWO}\n")
     env.write_text(settings)
     assert render.main([str(file), str(env)]) == 2
-    told = capsys.readouterr()
-    assert "no value for TWO" in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert "no value for TWO" in output.err
+    assert output.out == ""
 
 
-def test_an_argument_goes_before_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_override_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, env = tmp_path / "file.yaml", tmp_path / "my.env"
     file.write_text("a: ${ONE}\n")
     env.write_text("# mine\n\nONE=1\n")
@@ -57,6 +55,6 @@ def test_an_argument_goes_before_the_settings(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("line", ["export ONE=1", "ONE", "one=1"])
-def test_a_setting_that_is_none_is_refused_with_its_line(line: str) -> None:
+def test_an_invalid_setting_is_rejected_with_its_line(line: str) -> None:
     with pytest.raises(render.SettingsError, match=r"my\.env, line 2"):
         render.read_settings(f"TWO=2\n{line}\n", "my.env")

@@ -24,14 +24,14 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_bash_reads_it(path: Path) -> None:
+def test_scripts_are_valid_bash(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert os.access(path, os.X_OK)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """start(srun="exit 1", **environment): the job, as Slurm starts its script on the first node."""
+    """Return start(srun="exit 1", **environment), which runs the job script as Slurm does on the first node."""
     activate = tmp_path / "venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text("")
@@ -62,7 +62,7 @@ def asked(folder: Path) -> list[str]:
     return (folder / "asked").read_text().splitlines()
 
 
-def test_torchrun_is_started_on_every_node_with_the_runs_own_arguments(start: Start, tmp_path: Path) -> None:
+def test_torchrun_starts_on_every_node_with_the_arguments(start: Start, tmp_path: Path) -> None:
     job = start('printf "%s\\n" "${@: -3}" > ' + str(tmp_path / "last"), SLURM_GPUS_ON_NODE="8")
     assert job.wait(30) == 0
     (step,) = asked(tmp_path)
@@ -75,7 +75,7 @@ def test_torchrun_is_started_on_every_node_with_the_runs_own_arguments(start: St
     ]
 
 
-def test_torchrun_has_the_options_that_it_is_given(start: Start, tmp_path: Path) -> None:
+def test_torchrun_has_the_used_options(start: Start, tmp_path: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     assert start("true").wait(30) == 0
@@ -86,7 +86,7 @@ def test_torchrun_has_the_options_that_it_is_given(start: Start, tmp_path: Path)
     assert given.max_restarts == 0  # ranks that saved and ended are not to be started again
 
 
-def test_a_failure_is_tried_again_from_the_last_checkpoint(start: Start, tmp_path: Path) -> None:
+def test_a_failed_job_is_recount_rejected(start: Start, tmp_path: Path) -> None:
     job = start(f"[ $(wc -l < {tmp_path}/asked) = 3 ]")  # the third try succeeds
     assert job.wait(30) == 0
     steps = asked(tmp_path)
@@ -94,16 +94,16 @@ def test_a_failure_is_tried_again_from_the_last_checkpoint(start: Start, tmp_pat
     assert len({step.split("--rdzv-id ")[1].split()[0] for step in steps}) == 3  # no try meets the one before
 
 
-def test_failures_are_bounded_and_the_last_status_is_the_jobs(start: Start, tmp_path: Path) -> None:
+def test_retries_are_bounded_and_keep_the_last_status(start: Start, tmp_path: Path) -> None:
     job = start("exit 7", MOME_MAX_FAILURES="1")
-    told, _ = job.communicate(timeout=30)
+    output, _ = job.communicate(timeout=30)
     assert job.returncode == 7
     assert len(asked(tmp_path)) == 2
-    assert "failed 2 times, the last with status 7" in told
+    assert "failed 2 times, the last with status 7" in output
 
 
 @pytest.mark.parametrize("sent", ["USR1", "TERM"])
-def test_a_job_that_is_told_to_go_tells_its_ranks_and_is_queued_again(sent: str, start: Start, tmp_path: Path) -> None:
+def test_preemption_is_passed_to_the_ranks_and_requeues_the_job(sent: str, start: Start, tmp_path: Path) -> None:
     saves = f"trap 'echo saved >> {tmp_path}/asked; exit 1' USR1"
     job = start(f"{saves}; echo $$ > {tmp_path}/ranks; while :; do sleep 0.1; done")
     deadline = time.monotonic() + 30
@@ -111,12 +111,12 @@ def test_a_job_that_is_told_to_go_tells_its_ranks_and_is_queued_again(sent: str,
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(job.pid, getattr(signal, f"SIG{sent}"))  # to the script alone, as --signal=B: does
-    told, _ = job.communicate(timeout=30)
-    assert asked(tmp_path)[1:] == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], told
+    output, _ = job.communicate(timeout=30)
+    assert asked(tmp_path)[1:] == [f"scancel --signal={sent} 17", "saved", "scontrol requeue 17"], output
     assert job.returncode == 0
 
 
-def test_a_local_store_at_a_taken_port_is_refused_and_the_other_server_left_alone(moto_store: Store) -> None:
+def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
     port = moto_store.endpoint.rpartition(":")[2]
     command = ["bash", str(INFRA / "local_s3.sh"), port, "not-made"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -136,7 +136,7 @@ def test_a_local_store_at_a_taken_port_is_refused_and_the_other_server_left_alon
     assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
 
 
-def test_a_local_store_needs_the_checkouts_environment_and_says_so(tmp_path: Path) -> None:
+def test_a_local_store_without_the_environment_says_so(tmp_path: Path) -> None:
     (tmp_path / "infra").mkdir()
     script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
@@ -145,13 +145,13 @@ def test_a_local_store_needs_the_checkouts_environment_and_says_so(tmp_path: Pat
 
 
 @pytest.mark.parametrize("restart", ["0", "3"])
-def test_a_job_whose_run_was_taken_up_is_not_tried_again(start: Start, tmp_path: Path, restart: str) -> None:
-    """Its tries share one claim, which another start of the same job does not."""
+def test_a_superseded_job_is_not_recount_rejected(start: Start, tmp_path: Path, restart: str) -> None:
+    """Retries share a claim; another start of the same job has its own."""
     (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s " "$MOME_CLAIM" "$@" >> {tmp_path}/owner\nexit 76\n')
     (tmp_path / "python").chmod(0o755)
     job = start("exit 1", SLURM_RESTART_COUNT=restart)
-    told, _ = job.communicate(timeout=30)
-    assert job.returncode == 76, told
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode == 76, output
     assert len([line for line in asked(tmp_path) if line.startswith("srun")]) == 1
     claim = f"slurm--17-{restart}"
     assert (
@@ -159,7 +159,7 @@ def test_a_job_whose_run_was_taken_up_is_not_tried_again(start: Start, tmp_path:
     )
 
 
-def test_a_job_without_a_config_says_how_it_is_called() -> None:
+def test_a_job_without_a_config_prints_its_usage() -> None:
     done = subprocess.run(["bash", str(INFRA / "slurm.sbatch")], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "usage: sbatch" in done.stderr

@@ -45,23 +45,23 @@ def demo(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", *overrides])
 
 
-def failing(result: CheckResult, *told: str) -> bool:
-    """Whether it fails, says so with all of `told`, and names a remedy."""
-    return result.status == "failed" and all(each in result.detail for each in told) and bool(result.remedy)
+def failing(result: CheckResult, *expected: str) -> bool:
+    """Return True if the check failed with all of `expected` in its detail and has a remedy."""
+    return result.status == "failed" and all(text in result.detail for text in expected) and bool(result.remedy)
 
 
 # ---- the machine
 
 
 @pytest.mark.parametrize(
-    ("requirement", "told"),
+    ("requirement", "expected"),
     [("numpy>=99.1", "is older than 99.1"), ("no-such-package>=1", "no-such-package is missing")],
 )
-def test_a_package_that_is_missing_or_too_old_fails(requirement: str, told: str) -> None:
-    assert failing(machine.packages(["pydantic>=2.10", requirement]), told)
+def test_missing_and_old_packages_fail(requirement: str, expected: str) -> None:
+    assert failing(machine.packages(["pydantic>=2.10", requirement]), expected)
 
 
-def test_a_package_of_another_version_than_tested_is_told(tmp_path: Path) -> None:
+def test_untested_package_versions_are_listed(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("# tested\nnumpy==2.0.1\n")
     result = machine.packages(["numpy>=2.0"], constraints)
@@ -69,23 +69,23 @@ def test_a_package_of_another_version_than_tested_is_told(tmp_path: Path) -> Non
     assert "(tested: 2.0.1)" in result.detail
 
 
-def test_builds_of_one_version_are_equal(tmp_path: Path) -> None:
+def test_builds_of_a_version_are_equal(tmp_path: Path) -> None:
     constraints = tmp_path / "constraints.txt"
     constraints.write_text(f"torch=={torch.__version__.split('+')[0]}.0\n")
     assert "torch" not in machine.packages(["torch>=2.8"], constraints).detail
 
 
-def test_what_mome_needs_is_read_from_its_own_metadata() -> None:
+def test_requirements_come_from_the_package_metadata() -> None:
     assert machine.packages(machine.requirements()).status == "passed"
     assert len(machine.requirements()) > 15
 
 
-def test_a_disk_with_too_little_room_fails(tmp_path: Path) -> None:
+def test_a_nearly_full_disk_fails(tmp_path: Path) -> None:
     assert machine.disk("output disk", tmp_path / "runs" / "demo", needed=1).status == "passed"
     assert failing(machine.disk("output disk", tmp_path / "runs" / "demo", needed=2**60), "free")
 
 
-def test_a_folder_that_cannot_be_made_fails(tmp_path: Path) -> None:
+def test_an_impossible_folder_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert failing(machine.disk("output disk", tmp_path / "file" / "runs"), "is not a writable folder")
 
@@ -96,7 +96,7 @@ def test_too_little_shared_memory_fails(tmp_path: Path) -> None:
     assert failing(machine.shared_memory(0, tmp_path / "shm"), "is missing")
 
 
-def test_shared_memory_is_needed_by_loader_processes_and_by_nccl(tmp_path: Path) -> None:
+def test_shared_memory_covers_loader_processes_and_nccl(tmp_path: Path) -> None:
     threads = demo(tmp_path)
     processes = demo(tmp_path, "data.loader.num_workers=2", "data.loader.prefetch_batches=3")
     batch = 64 * 3 * 48 * 48  # the largest stage's rows as uint8 pictures
@@ -110,7 +110,7 @@ def test_shared_memory_is_needed_by_loader_processes_and_by_nccl(tmp_path: Path)
     ("address", "warned"),
     [("10.1.2.3", False), ("127.0.0.1", False), ("8.8.8.8", True), ("2001:4860:4860::8888", True), ("fe80::1", False)],
 )
-def test_a_public_meeting_point_of_the_ranks_is_warned_of(monkeypatch, address: str, warned: bool) -> None:
+def test_a_public_rendezvous_address_is_warned_about(monkeypatch, address: str, warned: bool) -> None:
     monkeypatch.setenv("MASTER_ADDR", address)
     result = machine.rendezvous()
     assert (result.status, "WARNING, a public address" in result.detail) == ("passed", warned)
@@ -128,7 +128,7 @@ def test_too_few_open_files_fail() -> None:
     assert failing(result, "1024 may be open")
 
 
-def test_memory_that_may_not_be_locked_fails_where_there_is_infiniband(tmp_path: Path) -> None:
+def test_the_locked_memory_limit_fails_only_with_infiniband(tmp_path: Path) -> None:
     assert machine.locked_memory(tmp_path / "none").status == "skipped"
     (tmp_path / "mlx5_0").mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -140,24 +140,24 @@ def test_memory_that_may_not_be_locked_fails_where_there_is_infiniband(tmp_path:
     assert failing(result, "mlx5_0")
 
 
-# ---- what ranks compute with
+# ---- accelerators and collectives
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an accelerator")
 
 
 @needs_no_cuda
-def test_an_accelerator_that_torch_cannot_use_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_unusable_by_torch_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    seen = machine.driver()
-    assert seen == ["NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15"]
-    assert failing(machine.accelerator(None, seen), "H100", "torch")
+    gpus = machine.driver()
+    assert gpus == ["NVIDIA H100 80GB HBM3, 81559 MiB, 550.54.15"]
+    assert failing(machine.accelerator(None, gpus), "H100", "torch")
 
 
 @needs_no_cuda
-def test_no_accelerator_fails_only_where_the_run_asks_for_one_here(tmp_path: Path) -> None:
+def test_no_accelerator_fails_only_if_a_local_run_needs_one(tmp_path: Path) -> None:
     asks = "cluster.gpus_per_worker=1"
     assert machine.accelerator(None, []).status == "skipped"
     assert machine.accelerator(demo(tmp_path), []).status == "skipped"
@@ -165,7 +165,7 @@ def test_no_accelerator_fails_only_where_the_run_asks_for_one_here(tmp_path: Pat
     assert failing(machine.accelerator(demo(tmp_path, asks), []), "cluster.gpus_per_worker")
 
 
-def test_a_driver_that_answers_with_a_fault_sees_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_driver_sees_no_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate with the driver'\nexit 9\n")
     smi.chmod(0o755)
@@ -173,46 +173,44 @@ def test_a_driver_that_answers_with_a_fault_sees_nothing(tmp_path: Path, monkeyp
     assert machine.driver() == []
 
 
-def test_ranks_that_cannot_reach_each_other_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_cannot_communicate_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     assert failing(machine.gloo(), "could not sum a tensor", "nosuch0")
 
 
-def test_nccl_is_not_asked_for_without_an_accelerator() -> None:
+def test_nccl_is_skipped_without_an_accelerator() -> None:
     assert machine.nccl(0).status == "skipped"
 
 
-def test_what_hangs_is_ended_and_fails() -> None:
+def test_a_hanging_check_is_killed_and_fails() -> None:
     process = subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert machine.finish_probe(process, 0.1) == ("it did not finish in time and was killed", 1)
     assert process.poll() is not None
 
 
-def test_a_folder_of_operators_that_cannot_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_operator_folder_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
     assert failing(machine.operators(), "cannot be written")
 
 
-def test_operators_that_cannot_be_built_fail_and_the_compiler_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert failing(machine.operators(), "no C++ compiler (no-such-compiler)")
 
 
-# ---- what a run speaks to
+# ---- services
 
 
-def test_an_output_that_can_be_written_works_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_writable_output_passes_and_stays_empty(tmp_path: Path) -> None:
     config = demo(tmp_path)
     assert services.output(config, services.impatient_storage(config)).status == "passed"
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_a_bucket_is_written_to_and_one_that_is_not_there_fails(s3: Any, tmp_path: Path) -> None:
+def test_a_missing_bucket_fails(s3: Any, tmp_path: Path) -> None:
     def output(url: str) -> CheckResult:
         config = demo(tmp_path).model_copy(update={"output": url, "storage": s3.config})
         return services.output(config, services.impatient_storage(config))
@@ -222,20 +220,20 @@ def test_a_bucket_is_written_to_and_one_that_is_not_there_fails(s3: Any, tmp_pat
     assert failing(output("s3://no-such-bucket/runs"), "no-such-bucket")
 
 
-def test_an_output_that_cannot_be_written_fails(tmp_path: Path) -> None:
+def test_an_unwritable_output_fails(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     config = demo(tmp_path)
     assert failing(services.output(config, services.impatient_storage(config)), str(tmp_path))
 
 
 class Forgetful(Storage):
-    """A store that takes everything and lists nothing."""
+    """Storage that accepts writes and lists nothing."""
 
     def list(self, url: str) -> list[str]:
         return []
 
 
-def test_a_store_that_is_not_consistent_fails(tmp_path: Path) -> None:
+def test_an_inconsistent_store_fails(tmp_path: Path) -> None:
     assert failing(services.output(demo(tmp_path), Forgetful()), "does not list")
 
 
@@ -247,7 +245,7 @@ def source(tmp_path: Path, url: str) -> CheckResult:
     return {f.name: f for f in services.sources(of_shards(tmp_path, url), Storage())}["source pictures"]
 
 
-def test_sources_fail_when_they_are_not_there_or_empty(tmp_path: Path, make_pairs: Callable[..., str]) -> None:
+def test_missing_and_empty_sources_fail(tmp_path: Path, make_pairs: Callable[..., str]) -> None:
     good = make_pairs("good", [3, 2])
     assert "2 tars, not indexed yet" in source(tmp_path, good).detail
     (tmp_path / "bare").mkdir()
@@ -255,9 +253,7 @@ def test_sources_fail_when_they_are_not_there_or_empty(tmp_path: Path, make_pair
     assert failing(source(tmp_path, str(tmp_path / "absent")), str(tmp_path / "absent"))
 
 
-def test_an_indexed_source_says_what_it_holds_and_fails_when_a_shard_is_gone(
-    tmp_path: Path, make_pairs: Callable[..., str]
-) -> None:
+def test_an_indexed_source_fails_without_one_of_its_shards(tmp_path: Path, make_pairs: Callable[..., str]) -> None:
     from pipeline.data.shards.manifest import ensure_indexed
 
     folder = make_pairs("pairs", [3, 2])
@@ -267,7 +263,7 @@ def test_an_indexed_source_says_what_it_holds_and_fails_when_a_shard_is_gone(
     assert failing(source(tmp_path, folder), "00000.tar")
 
 
-def test_a_source_that_the_run_draws_is_not_missed(tmp_path: Path) -> None:
+def test_a_generated_source_may_be_missing(tmp_path: Path) -> None:
     config = load_config(DEMO, [f"sources.scenes.shards={tmp_path}/scenes", f"sources.unseen.shards={tmp_path}/unseen"])
     results = {result.name: result for result in services.sources(config, Storage())}
     assert results["source unseen"] == passed("source unseen", f"{tmp_path}/unseen: generated when the run starts")
@@ -306,7 +302,7 @@ def closed_port() -> int:
         return server.getsockname()[1]
 
 
-def test_mlflow_fails_when_it_does_not_answer_even_where_a_run_may_start(tmp_path: Path) -> None:
+def test_an_unavailable_mlflow_fails_even_if_not_required(tmp_path: Path) -> None:
     config = demo(tmp_path, f"tracking.uri=http://127.0.0.1:{closed_port()}", "tracking.required=false")
     assert failing(services.mlflow(config), "does not answer")
 
@@ -318,41 +314,41 @@ def test_mlflow_of_another_major_version_fails(tmp_path: Path, serve: Serve) -> 
     assert services.mlflow(demo(tmp_path, f"tracking.uri={same}")).status == "passed"
 
 
-def test_mlflow_in_a_file_works_and_without_a_config_is_not_asked_for(tmp_path: Path) -> None:
+def test_mlflow_passes_with_sqlite_and_is_skipped_without_config(tmp_path: Path) -> None:
     assert services.mlflow(demo(tmp_path)).status == "passed"
     assert services.mlflow(None).status == "skipped"
 
 
 @pytest.mark.parametrize("skew", [-3600.0, 3600.0])
-def test_a_clock_that_is_wrong_fails(skew: float, serve: Serve) -> None:
+def test_a_wrong_clock_fails(skew: float, serve: Serve) -> None:
     silent = f"http://127.0.0.1:{closed_port()}"
     assert failing(services.clock([silent, serve({}, date=time.time() + skew)]), "behind" if skew > 0 else "ahead of")
 
 
-def test_a_clock_is_right_or_not_asked_for(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_correct_clock_passes(tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     assert services.clock([serve({"/": ""})]).status == "passed"
     assert services.clock([]).status == "skipped"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:7070")
     assert services.servers(demo(tmp_path)) == ["http://store:7070"]
 
 
-def test_a_cluster_that_does_not_answer_fails(tmp_path: Path) -> None:
+def test_an_unreachable_cluster_fails(tmp_path: Path) -> None:
     config = demo(tmp_path, f"cluster.address=127.0.0.1:{closed_port()}")
     assert failing(services.ray_cluster(config), "no Ray cluster answers")
 
 
-def test_a_cluster_that_is_not_named_is_not_asked_for(tmp_path: Path) -> None:
+def test_an_unconfigured_cluster_is_skipped(tmp_path: Path) -> None:
     assert services.ray_cluster(demo(tmp_path)).status == "skipped"
 
 
-def test_what_a_cluster_lacks_is_counted_over_all_ranks(tmp_path: Path) -> None:
+def test_missing_resources_are_summed_over_all_ranks(tmp_path: Path) -> None:
     asks = ["workers=4", "gpus_per_worker=2", "cpus_per_worker=3", "loader_actors=2", "loader_resource=loader"]
     wanted = demo(tmp_path, *(f"cluster.{each}" for each in asks)).cluster
     assert services.missing_resources(wanted, {"CPU": 20.0, "GPU": 8.0, "loader": 1.0}) == []
     assert services.missing_resources(wanted, {"CPU": 19.0}) == ["20 CPU", "8 GPU", "0.008 loader"]
 
 
-def test_a_cluster_says_what_it_has_beside_what_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_resources_are_compared_with_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(services, "CLUSTER_SECONDS", PATIENCE)
     folder, port = Path(tempfile.mkdtemp(prefix="doctor")), closed_port()  # a socket's path is a short one
@@ -392,7 +388,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("mode", "status"), [(0o644, "failed"), (0o640, "failed"), (0o600, "passed")])
-def test_a_token_that_others_may_read_fails(mode: int, status: str, home: Path) -> None:
+def test_a_token_readable_by_others_fails(mode: int, status: str, home: Path) -> None:
     token = home / ".ray" / "auth_token"
     token.write_text("a token")
     token.chmod(mode)
@@ -401,7 +397,7 @@ def test_a_token_that_others_may_read_fails(mode: int, status: str, home: Path) 
     assert result.remedy == ("" if status == "passed" else f"chmod 600 {token}")
 
 
-def test_a_token_in_a_home_that_is_closed_is_safe(home: Path) -> None:
+def test_a_token_in_a_closed_home_passes(home: Path) -> None:
     (home / ".ray" / "auth_token").write_text("a token")
     (home / ".ray" / "auth_token").chmod(0o644)
     home.chmod(0o700)
@@ -411,13 +407,11 @@ def test_a_token_in_a_home_that_is_closed_is_safe(home: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "status"), [("head:6379", "failed"), ("127.0.0.1:6379", "skipped"), ("auto", "skipped")]
 )
-def test_a_cluster_elsewhere_is_not_entered_without_a_token(
-    address: str, status: str, home: Path, tmp_path: Path
-) -> None:
+def test_a_remote_cluster_needs_a_token(address: str, status: str, home: Path, tmp_path: Path) -> None:
     assert services.ray_token(demo(tmp_path, f"cluster.address={address}")).status == status
 
 
-def test_a_token_that_is_named_and_missing_or_empty_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_empty_token_file_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
     assert failing(services.ray_token(None), "is not a file")
     (home / "token").write_text("\n")
@@ -436,20 +430,20 @@ def test_a_token_that_is_named_and_missing_or_empty_fails(home: Path, monkeypatc
         ([passed("gloo", "2 ranks"), failed("disk", "full", "free some")], 1),
     ],
 )
-def test_the_exit_status_says_whether_everything_needed_works(
+def test_the_exit_status_reflects_failed_checks(
     results: list[CheckResult], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_run_checks", lambda config: iter(results))
-    told = CliRunner().invoke(app, ["doctor"])
-    assert told.exit_code == status
-    assert all(result.detail in told.output and result.remedy in told.output for result in results)
+    outcome = CliRunner().invoke(app, ["doctor"])
+    assert outcome.exit_code == status
+    assert all(result.detail in outcome.output and result.remedy in outcome.output for result in results)
 
 
-def test_overrides_without_a_config_are_refused() -> None:
+def test_overrides_need_a_config() -> None:
     assert "--config" in str(CliRunner().invoke(app, ["doctor", "name=other"]).exception)
 
 
-def test_the_whole_command_on_this_machine(tmp_path: Path, serve: Serve) -> None:
+def test_the_command_runs_on_this_machine(tmp_path: Path, serve: Serve) -> None:
     server = serve({"/health": "OK", "/version": services.importlib.metadata.version("mlflow")})
     command = [sys.executable, "-m", "jobs.cli", "doctor", "--json", "--config", str(DEMO)]
     overrides = [f"output={tmp_path}/runs", f"tracking.uri={server}"]

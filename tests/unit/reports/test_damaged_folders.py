@@ -1,4 +1,4 @@
-"""Whatever a run's or a checkpoint's files hold, reading them ends in one of our errors or leaves the file out."""
+"""Reading any damaged file of a run or checkpoint raises a MomeError or skips the file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_odd_value(data: bytes, rng: random.Random) -> bytes:
-    """The same JSON with one value replaced, removed or added somewhere."""
+    """Return the JSON with one value replaced, removed or added."""
     values = json.loads(data)
     place: Any = values
     while True:
@@ -56,36 +56,36 @@ def with_odd_value(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(values).encode()
 
 
-def tried(data: bytes, source_type: Callable[[bytes], object], rounds: int, seed: int) -> int:
-    """How many damaged copies were refused by one of our errors; anything else that is raised fails the test."""
+def count_rejected(data: bytes, read: Callable[[bytes], object], rounds: int, seed: int) -> int:
+    """Return how many damaged copies raised a MomeError; any other exception fails the test."""
     rng = random.Random(seed)
     refused = 0
     for _ in range(rounds):
         damaged = with_odd_value(data, rng) if rng.random() < 0.7 else mutate(data, rng)
         try:
-            source_type(damaged)
+            read(damaged)
         except MomeError:
             refused += 1
     return refused
 
 
-def test_a_damaged_config_is_refused_in_our_words(run: Path) -> None:
+def test_damaged_configs_are_rejected(run: Path) -> None:
     file = run / "run.json"
     whole = file.read_bytes()
 
-    def source_type(data: bytes) -> None:
+    def read(data: bytes) -> None:
         file.write_bytes(data)
         opened = open_run(str(run))
         render_run_report(collect_report(opened))
 
     try:
-        assert tried(whole, source_type, fuzz_rounds(120), 1) > 20
+        assert count_rejected(whole, read, fuzz_rounds(120), 1) > 20
     finally:
         file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", ["time.json", "restarts/0.json", "quarantine/0-pairs.jsonl", "tracking.json"])
-def test_other_damaged_files_of_a_run_are_left_out_or_refused(run: Path, name: str) -> None:
+def test_other_damaged_files_are_skipped_or_rejected(run: Path, name: str) -> None:
     whole = {
         "time.json": {"at": 1.0, "seconds": {"training": 2.0, "startup": 1.0}, "restarts": 0, "ended": True},
         "restarts/0.json": {"time": 1.0, "cause": "failed", "message": "killed"},
@@ -98,7 +98,7 @@ def test_other_damaged_files_of_a_run_are_left_out_or_refused(run: Path, name: s
     before = file.read_bytes() if file.exists() else None
     file.parent.mkdir(exist_ok=True)
 
-    def source_type(data: bytes) -> None:
+    def read(data: bytes) -> None:
         file.write_bytes(data)
         opened = open_run(str(run))
         render_run_report(collect_report(opened))
@@ -106,12 +106,12 @@ def test_other_damaged_files_of_a_run_are_left_out_or_refused(run: Path, name: s
         read_run_id(opened.config, Storage())
 
     try:
-        tried(json.dumps(whole).encode(), source_type, fuzz_rounds(40), 2)
+        count_rejected(json.dumps(whole).encode(), read, fuzz_rounds(40), 2)
     finally:
         file.unlink() if before is None else file.write_bytes(before)
 
 
-def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_evaluations_are_skipped_and_reported(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     small = fullest()
     small = replace(
         small,
@@ -125,7 +125,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
     config = open_run(str(run)).config
     left_out = 0
 
-    def source_type(data: bytes) -> None:
+    def read(data: bytes) -> None:
         nonlocal left_out
         file.write_bytes(data)
         found = load_report_data(Storage(), str(run))
@@ -136,7 +136,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
             render_run_report(collect_report(open_run(str(run))))
 
     try:
-        assert tried(file.read_bytes(), source_type, fuzz_rounds(100), 3) == 0
+        assert count_rejected(file.read_bytes(), read, fuzz_rounds(100), 3) == 0
     finally:
         file.unlink()
     assert left_out > 20
@@ -156,7 +156,7 @@ def test_a_damaged_evaluation_is_left_out_and_told(run: Path, caplog: pytest.Log
         "file:///etc/passwd",
     ],
 )
-def test_a_picture_of_a_kept_evaluation_is_data_and_no_address(run: Path, address: str) -> None:
+def test_images_of_a_stored_evaluation_are_data_uris_only(run: Path, address: str) -> None:
     shown = fullest()
     card = replace(shown.images["best"][0], picture=address)
     heat = replace(shown.alignments.captions[0], words=[("a", address, 0.5)])
@@ -172,17 +172,17 @@ def test_a_picture_of_a_kept_evaluation_is_data_and_no_address(run: Path, addres
 
 
 def recommitted(folder: Path, manifest: bytes) -> None:
-    """A manifest that its COMMIT.json vouches for, as somebody else may write both."""
+    """Write a manifest together with a matching COMMIT.json, as an attacker could."""
     record = {"bytes": len(manifest), "sha256": hashlib.sha256(manifest).hexdigest()}
     (folder / "MANIFEST.json").write_bytes(manifest)
     (folder / "COMMIT.json").write_bytes(json.dumps({"manifest": record}).encode())
 
 
-def test_a_damaged_manifest_is_refused_in_our_words(run: Path) -> None:
+def test_damaged_manifests_are_rejected(run: Path) -> None:
     folder = run / "stages" / "0-pairs"
     whole = {name: (folder / name).read_bytes() for name in ("MANIFEST.json", "COMMIT.json")}
 
-    def source_type(data: bytes) -> None:
+    def read(data: bytes) -> None:
         recommitted(folder, data)
         weights_info(Storage(), str(run))
         load_weights(Storage(), str(run))
@@ -192,16 +192,16 @@ def test_a_damaged_manifest_is_refused_in_our_words(run: Path) -> None:
         weights_info(Storage(), str(run))
 
     try:
-        assert tried(whole["MANIFEST.json"], source_type, fuzz_rounds(120), 4) > 20
+        assert count_rejected(whole["MANIFEST.json"], read, fuzz_rounds(120), 4) > 20
         recommitted(folder, whole["MANIFEST.json"])
-        assert tried(whole["COMMIT.json"], damage_commit, fuzz_rounds(60), 5) > 20
+        assert count_rejected(whole["COMMIT.json"], damage_commit, fuzz_rounds(60), 5) > 20
     finally:
         for name, data in whole.items():
             (folder / name).write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["../../../secret", "/etc/passwd", "a/b", "..", ""])
-def test_a_manifest_lists_files_of_its_own_folder_alone(run: Path, name: str) -> None:
+def test_manifests_may_list_only_files_of_their_folder(run: Path, name: str) -> None:
     folder = run / "stages" / "0-pairs"
     whole = {each: (folder / each).read_bytes() for each in ("MANIFEST.json", "COMMIT.json")}
     values = json.loads(whole["MANIFEST.json"])

@@ -1,4 +1,4 @@
-"""The pages need nothing from outside, stay small however much they show, and are whole in a browser of any width."""
+"""Pages are self-contained and small, and render completely at any browser width."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = ["evaluation", "run", "comparison", "explanation"]
 
 @pytest.fixture(scope="module")
 def pages(report: RunReport, run: RunFolder, runs: Path) -> dict[str, str]:
-    """Each kind of page, as full as it can be."""
+    """Return each kind of page with as much content as possible."""
     shown, beside = fullest(), compare([run, open_run(str(runs / "other"))])
     curves = {"vision": [(step, 1.0 / step) for step in range(1, 500)]}
     return {
@@ -52,7 +52,7 @@ def _explanation() -> Explanation:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_page_is_one_small_file_without_script(pages: dict[str, str], kind: str) -> None:
+def test_pages_are_single_small_files_without_scripts(pages: dict[str, str], kind: str) -> None:
     page = pages[kind]
     assert len(page.encode()) < MOST_BYTES
     assert not re.search(r"<script|@import|url\(|https?://|<link rel=.stylesheet", page)
@@ -70,7 +70,7 @@ def opened() -> Iterator[Browser]:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [TELEPHONE, DESK])
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(
+def test_pages_render_in_a_browser_without_errors_or_overflow(
     pages: dict[str, str], opened: Browser, tmp_path: Path, kind: str, width: int, dark: bool
 ) -> None:
     path = tmp_path / f"{kind}.html"
@@ -82,7 +82,7 @@ def test_in_a_browser_nothing_is_wrong_asked_for_or_cut(
     assert found.width == width  # nothing sticks out of the page
 
 
-def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
+def test_pages_show_no_password(planted: Planted, tmp_path: Path) -> None:
     for name, password in (("one", "secret-one"), ("two", "secret-two")):
         record_run(tmp_path, planted, name, f"sources.pairs.opt_out=http://user:{password}@server:5000")
     one, two = (open_run(str(tmp_path / name)) for name in ("one", "two"))
@@ -95,7 +95,7 @@ def test_no_password_is_shown(planted: Planted, tmp_path: Path) -> None:
     assert "server:5000" in render_run_report(collect_report(one))
 
 
-def test_what_was_shown_is_read_back_as_it_was(tmp_path: Path) -> None:
+def test_stored_report_data_is_read_back_unchanged(tmp_path: Path) -> None:
     older, newer = fullest(), replace(fullest(), stage="vision", at=fullest().at + 1)
     for shown in (newer, older):
         save_report_data(Storage(), str(tmp_path), shown)

@@ -1,4 +1,4 @@
-"""The committed journal: what any sequence of commits, faults, writers and damage restores (contract C6)."""
+"""Any sequence of commits, faults, writers and damage restores a valid journal (contract C6)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAME = "0123456789abcdef/report.html"
 
 
 class Objects(dict[str, bytes]):
-    """An object store in memory."""
+    """Object store in memory."""
 
     def read(self, url: str) -> bytes:
         return self[url]
@@ -86,7 +86,7 @@ def test_any_cuts_overlaps_and_repeats_restore_the_longest_prefix(tmp_path: Path
             end = rng.randint(start, min(len(session), start + rng.choice((10, 500, 4000))))
             store[f"run/journal/000001-ab.{start:012d}-{end:012d}.jsonl"] = session[start:end]
             covered[start:end] = [True] * (end - start)
-        if rng.random() < 0.2:  # as a local run's folder that was copied lies there
+        if rng.random() < 0.2:  # a copied local run
             whole = rng.randrange(len(session))
             store["run/journal/000001-ab.jsonl"] = session[:whole]
             covered[:whole] = [True] * whole
@@ -99,7 +99,7 @@ def test_any_cuts_overlaps_and_repeats_restore_the_longest_prefix(tmp_path: Path
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one cache", "another machine"])
-def test_an_evaluation_next_to_training_cuts_nothing_off(tmp_path: Path, shared: bool) -> None:
+def test_concurrent_evaluation_removes_no_training_records(tmp_path: Path, shared: bool) -> None:
     store = Objects()
     trained, trains = Journal(tmp_path / "node"), CommittedJournal(store, "run/journal")
     trains.restore(trained)
@@ -125,7 +125,7 @@ def test_an_evaluation_next_to_training_cuts_nothing_off(tmp_path: Path, shared:
     assert sorted(steps(restored(store, tmp_path / "elsewhere"))) == sorted([*range(1, 151), 50])
 
 
-def test_a_session_that_another_process_writes_is_left_to_it(tmp_path: Path) -> None:
+def test_sessions_of_other_living_processes_are_not_committed(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     dead = training(journal, 1, 5)
     dead.close()
@@ -153,7 +153,7 @@ def test_a_session_that_another_process_writes_is_left_to_it(tmp_path: Path) -> 
     assert any(alive in name for name in store), "once it is dead, what it left is committed"
 
 
-def test_an_evaluation_that_was_not_committed_survives_a_restore(tmp_path: Path) -> None:
+def test_an_uncommitted_evaluation_survives_a_restore(tmp_path: Path) -> None:
     store, here = Objects(), Journal(tmp_path / "here")
     evaluation = here.start_session()
     evaluation.append(point(50, stage=None))
@@ -168,7 +168,7 @@ def test_an_evaluation_that_was_not_committed_survives_a_restore(tmp_path: Path)
 
 
 def test_random_histories_of_nodes_restore_every_committed_point_once(tmp_path: Path) -> None:
-    """Training moves between nodes and evaluations run beside it; checkpoints decide where it goes on."""
+    """Training moves between nodes while evaluations run; checkpoints determine where it resumes."""
     for seed in range(fuzz_rounds(25)):
         rng, store = random.Random(seed), Objects()
         checkpoint, evaluations = 0, 0
@@ -197,10 +197,10 @@ def test_random_histories_of_nodes_restore_every_committed_point_once(tmp_path: 
             writer.close()  # killed: without a last commit
         wanted = [*range(1, checkpoint + 1), *(10_000 + number for number in range(1, evaluations + 1))]
 
-        found = steps(restored(store, tmp_path / str(seed) / "elsewhere"))
+        restored_steps = steps(restored(store, tmp_path / str(seed) / "elsewhere"))
 
-        assert len(found) == len(set(found)), f"seed {seed}: a point is there twice"
-        assert set(wanted) <= set(found), f"seed {seed}: a committed point is lost"
+        assert len(restored_steps) == len(set(restored_steps)), f"seed {seed}: a point is there twice"
+        assert set(wanted) <= set(restored_steps), f"seed {seed}: a committed point is lost"
 
 
 # ---- each storage call of a commit and a restore failing in turn
@@ -225,7 +225,7 @@ def _commits(storage: Storage, folder: Path, url: str) -> None:
     writer.close()
 
 
-def test_each_storage_call_of_a_commit_fails_once_or_for_a_time_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_transient_storage_faults_of_a_commit_lose_nothing(tmp_path: Path) -> None:
     clean = FailingStorage()
     _commits(clean, tmp_path / "clean", f"{tmp_path}/clean-store/journal")
     tried = 0
@@ -242,8 +242,8 @@ def test_each_storage_call_of_a_commit_fails_once_or_for_a_time_and_nothing_is_l
     assert tried >= 12
 
 
-def test_each_storage_call_of_a_commit_fails_for_good_and_a_prefix_is_restored(tmp_path: Path) -> None:
-    """The node is lost while its store is away: what was committed before is whole, and restoring goes on."""
+def test_permanent_storage_faults_of_a_commit_keep_a_prefix(tmp_path: Path) -> None:
+    """A node is lost while its store is unavailable: the earlier commits are complete and can be restored."""
     clean = FailingStorage()
     _commits(clean, tmp_path / "clean", f"{tmp_path}/clean-store/journal")
     for number, fault in enumerate(every_fault(clean.calls, lasting=True)):
@@ -252,12 +252,12 @@ def test_each_storage_call_of_a_commit_fails_for_good_and_a_prefix_is_restored(t
         with suppress(StorageError):
             _commits(storage, tmp_path / f"here-{number}", url)
 
-        found = steps(restored(Storage(), tmp_path / f"elsewhere-{number}", url))
+        restored_steps = steps(restored(Storage(), tmp_path / f"elsewhere-{number}", url))
 
-        assert found == list(range(1, len(found) + 1)), fault
+        assert restored_steps == list(range(1, len(restored_steps) + 1)), fault
 
 
-def test_each_storage_call_of_a_restore_fails_and_the_next_restore_is_whole(tmp_path: Path) -> None:
+def test_a_failed_restore_can_be_repeated(tmp_path: Path) -> None:
     url = f"{tmp_path}/store/journal"
     _commits(Storage(), tmp_path / "here", url)
     stale = b"".join(encode(record) for record in (begun(), point(1), point(2), point(3)))
@@ -288,7 +288,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_name_is_left_out_and_reported(
+def test_hostile_file_names_are_skipped_and_reported(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = tmp_path / "home"
@@ -317,9 +317,7 @@ def test_a_hostile_file_name_is_left_out_and_reported(
 
 
 @pytest.mark.parametrize("link", ["file", "its folder", "files", "loop", "pipe"])
-def test_a_link_out_of_the_journal_is_neither_read_nor_written(
-    tmp_path: Path, link: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_links_out_of_the_journal_are_not_followed(tmp_path: Path, link: str, caplog: pytest.LogCaptureFixture) -> None:
     outside = tmp_path / "outside"
     (outside / "0123456789abcdef").mkdir(parents=True)
     for place in (outside, outside / "0123456789abcdef"):
@@ -355,14 +353,14 @@ def test_a_link_out_of_the_journal_is_neither_read_nor_written(
 @pytest.mark.parametrize(
     "name", ["/abs/x", "../x", "a/../../x", "a//b", "", ".", "a/..", "a\0b", "x" * 2000, "a\\..\\b"]
 )
-def test_an_artifacts_name_never_leads_out_of_mlflows_folder(tmp_path: Path, name: str) -> None:
+def test_artifact_names_stay_inside_mlflows_folder(tmp_path: Path, name: str) -> None:
     path = tmp_path / "000001-ab.jsonl"
     path.write_bytes(encode(artifact(NAME, name)))
 
     assert [record["kind"] for _, record in read_records(path)] == ["damaged"]
 
 
-def test_a_missing_artifact_stops_neither_commit_nor_restore(tmp_path: Path) -> None:
+def test_missing_artifacts_stop_neither_commit_nor_restore(tmp_path: Path) -> None:
     journal, store = Journal(tmp_path / "here"), Objects()
     writer = training(journal, 1, 2)
     writer.append(artifact(NAME))
@@ -400,7 +398,7 @@ def test_mutated_segments_restore_a_prefix_and_raise_nothing(tmp_path: Path) -> 
         assert not [path for path in tmp_path.iterdir() if not path.name.isdigit()]
 
 
-def test_mutated_sessions_give_records_of_the_schema_or_damaged_ones() -> None:
+def test_mutated_sessions_yield_valid_or_damaged_records() -> None:
     rng = random.Random(4)
     tag = {"kind": "tag", "at": 1, "stage": None, "key": "a", "value": "b"}
     session = b"".join(encode(record) for record in (begun(), point(1), artifact(NAME), tag, point(2)))
@@ -417,7 +415,7 @@ def test_mutated_sessions_give_records_of_the_schema_or_damaged_ones() -> None:
 # ---- R10: a file system without locks
 
 
-def test_without_file_locks_a_run_goes_on_and_a_heartbeat_tells_who_lives(
+def test_heartbeats_replace_missing_file_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""What is told of a run: its recipe's hash, its summary, and who started it with which code."""
+"""Description of a run: recipe hash, summary, environment tags."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None
     ],
     ids=["names and seeds", "machines", "places"],
 )
-def test_one_recipe_has_one_hash_wherever_it_runs(same: dict[str, Any]) -> None:
+def test_equal_recipes_have_equal_hashes_on_any_machine(same: dict[str, Any]) -> None:
     assert recipe_hash(config_of(**same)) == recipe_hash(config_of())
 
 
@@ -53,25 +53,25 @@ def test_one_recipe_has_one_hash_wherever_it_runs(same: dict[str, Any]) -> None:
     ],
     ids=["steps", "weights of objectives", "what is read", "the model", "precision"],
 )
-def test_another_recipe_has_another_hash(other: dict[str, Any]) -> None:
+def test_different_recipes_have_different_hashes(other: dict[str, Any]) -> None:
     assert recipe_hash(config_of(**other)) != recipe_hash(config_of())
 
 
-def test_a_run_is_summed_up_by_its_stages() -> None:
+def test_the_summary_describes_every_stage() -> None:
     config = config_of()
     assert "| vision | masked_image | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note_of_run(config)
     assert "2,000 steps in runs/run" in note_of_run(config)
     assert "Started from random weights." in note_of_stage(config.stages[0], "random")
 
 
-def test_ranks_of_a_submitted_job_know_its_id_and_the_commit_that_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = job_environment("run-1a2b-2")
+def test_job_environment_passes_submission_id_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = job_environment("run-1a2b-2")
     here = environment_tags()
-    for name, value in told.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MOME_IMAGE_DIGEST", "sha256:ab12")
     tags = environment_tags()
     assert (tags["ray.submission_id"], tags["image_digest"]) == ("run-1a2b-2", "sha256:ab12")
     if (Path(__file__).parents[3] / ".git").exists():
-        assert told["MOME_GIT_COMMIT"] == here["mlflow.source.git.commit"]
-        assert told["MOME_GIT_DIRTY"] == here["mome.git.dirty"]
+        assert environment["MOME_GIT_COMMIT"] == here["mlflow.source.git.commit"]
+        assert environment["MOME_GIT_DIRTY"] == here["mome.git.dirty"]

@@ -1,4 +1,4 @@
-"""The journal: torn lines, replays, and the copy a run continues from on another node."""
+"""The journal survives torn lines and replays, and its copy lets a run resume on another node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT = "0123456789abcdef/report.html"
 
 
 class FolderStore:
-    """An object store made of files, as the journal sees one."""
+    """Object store in a folder."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -74,7 +74,7 @@ def test_records_are_read_back_with_their_offsets(tmp_path: Path) -> None:
     assert read[-1][0] == journal.path(session).stat().st_size
 
 
-def test_numbers_keep_every_bit_and_those_json_does_not_know_survive(tmp_path: Path) -> None:
+def test_numbers_keep_every_bit_including_non_finite_ones(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     values = {"third": 1 / 3, "tiny": 5e-324, "nan": math.nan, "up": math.inf, "down": -math.inf}
     writer = journal.start_session()
@@ -89,7 +89,7 @@ def test_numbers_keep_every_bit_and_those_json_does_not_know_survive(tmp_path: P
     )
 
 
-def test_a_torn_last_line_is_left_out_and_never_committed(tmp_path: Path, store: FolderStore) -> None:
+def test_a_torn_last_line_is_skipped_and_never_committed(tmp_path: Path, store: FolderStore) -> None:
     journal = Journal(tmp_path / "here")
     session_of(journal, 1, 2).close()
     with journal.path(journal.sessions()[0]).open("ab") as file:
@@ -112,7 +112,7 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCapt
     assert "damaged" in caplog.text
 
 
-def test_a_killed_writer_loses_no_record_it_appended(tmp_path: Path) -> None:
+def test_a_killed_writer_loses_no_appended_record(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
         "writer = Journal(Path(sys.argv[1])).start_session()\n"
@@ -147,28 +147,30 @@ def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, monkeypatch: 
     assert steps(journal) == [1, 2, 3, 4]
 
 
-def test_replayed_steps_are_not_fresh_whatever_the_rhythm_of_the_replay() -> None:
-    seen = ReplayFilter()
+def test_replayed_steps_are_filtered_at_any_logging_interval() -> None:
+    replay_filter = ReplayFilter()
     for step in (10, 20, 30):
-        seen.keep_new(0, step, {"loss": 1.0})
+        replay_filter.keep_new(0, step, {"loss": 1.0})
 
-    replay = {step: seen.keep_new(0, step, {"loss": 1.0}) for step in (7, 14, 21, 28, 35)}
+    replay = {step: replay_filter.keep_new(0, step, {"loss": 1.0}) for step in (7, 14, 21, 28, 35)}
 
     assert [step for step, values in replay.items() if values] == [35]
-    assert seen.keep_new(1, 7, {"loss": 1.0}) == {"loss": 1.0}, "another stage has its own marks"
-    assert seen.keep_new(0, 30, {"lr": 0.1, "loss": 1.0}) == {"lr": 0.1}, "a key recorded after the crash is not lost"
+    assert replay_filter.keep_new(1, 7, {"loss": 1.0}) == {"loss": 1.0}, "stages are independent"
+    assert replay_filter.keep_new(0, 30, {"lr": 0.1, "loss": 1.0}) == {"lr": 0.1}, (
+        "keys recorded after the crash are kept"
+    )
 
 
-def test_evaluations_of_older_checkpoints_are_fresh_and_repeated_ones_are_not() -> None:
-    seen = ReplayFilter()
-    seen.keep_new(None, 500, {"eval/r1": 0.5})
+def test_only_repeated_evaluations_are_filtered() -> None:
+    replay_filter = ReplayFilter()
+    replay_filter.keep_new(None, 500, {"eval/r1": 0.5})
 
-    assert seen.keep_new(None, 100, {"eval/r1": 0.1}) == {"eval/r1": 0.1}
-    assert seen.keep_new(None, 500, {"eval/r1": 0.5}) == {}
-    assert seen.keep_new(None, 500, {"eval/r1": 0.6}) == {"eval/r1": 0.6}
+    assert replay_filter.keep_new(None, 100, {"eval/r1": 0.1}) == {"eval/r1": 0.1}
+    assert replay_filter.keep_new(None, 500, {"eval/r1": 0.5}) == {}
+    assert replay_filter.keep_new(None, 500, {"eval/r1": 0.6}) == {"eval/r1": 0.6}
 
 
-def test_segments_of_several_commits_make_the_whole_journal(tmp_path: Path, store: FolderStore) -> None:
+def test_segments_of_several_commits_restore_the_journal(tmp_path: Path, store: FolderStore) -> None:
     journal, committed = Journal(tmp_path / "here"), CommittedJournal(store, "run/journal")
     writer = session_of(journal, 1, 5)
     committed.commit(journal)
@@ -186,7 +188,7 @@ def test_segments_of_several_commits_make_the_whole_journal(tmp_path: Path, stor
     assert not CommittedJournal(store, "run/journal").restore(elsewhere), "nothing is missing any more"
 
 
-def test_what_a_lost_node_never_committed_is_void_when_it_comes_back(tmp_path: Path, store: FolderStore) -> None:
+def test_uncommitted_records_of_a_returning_node_are_void(tmp_path: Path, store: FolderStore) -> None:
     first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second")
     writer = session_of(first, 1, 5)
     CommittedJournal(store, "run/journal").commit(first)
@@ -203,7 +205,7 @@ def test_what_a_lost_node_never_committed_is_void_when_it_comes_back(tmp_path: P
     assert steps(first) == steps(second) == list(range(1, 13))
 
 
-def test_what_a_report_restored_is_news_to_the_run_that_goes_on(tmp_path: Path, store: FolderStore) -> None:
+def test_a_journal_restored_for_a_report_stays_marked(tmp_path: Path, store: FolderStore) -> None:
     first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second")
     session_of(first, 1, 5).close()
     CommittedJournal(store, "run/journal").commit(first)
@@ -215,7 +217,7 @@ def test_what_a_report_restored_is_news_to_the_run_that_goes_on(tmp_path: Path, 
     assert not second.was_restored
 
 
-def test_a_session_that_is_being_written_is_never_cut(tmp_path: Path, store: FolderStore) -> None:
+def test_a_session_being_written_is_never_truncated(tmp_path: Path, store: FolderStore) -> None:
     first, second = Journal(tmp_path / "first"), Journal(tmp_path / "second")
     session_of(second, 1, 2).close()
     CommittedJournal(store, "run/journal").commit(second)
@@ -227,7 +229,7 @@ def test_a_session_that_is_being_written_is_never_cut(tmp_path: Path, store: Fol
     alive.close()
 
 
-def test_a_local_runs_folder_can_be_copied_to_a_store_and_go_on_there(tmp_path: Path, store: FolderStore) -> None:
+def test_a_run_copied_to_a_store_can_be_resumed_there(tmp_path: Path, store: FolderStore) -> None:
     local, elsewhere, third = (Journal(tmp_path / name) for name in ("local", "elsewhere", "third"))
     session_of(local, 1, 5).close()
     shutil.copytree(local.folder, store.root / "run/journal")

@@ -1,4 +1,4 @@
-"""The tracker: what it writes into the journal, what it costs, and that it never stops training."""
+"""The tracker writes the journal and never stops training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def train(config: RunConfig, steps: range) -> None:
     tracker.close(timeout=0)
 
 
-def test_a_resumed_run_records_no_step_twice_and_says_where_it_resumed(tmp_path: Path) -> None:
+def test_a_resumed_run_records_no_step_twice(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     train(config, range(0, 50))
     train(config, range(30, 80))
@@ -69,11 +69,11 @@ def test_a_resumed_run_records_no_step_twice_and_says_where_it_resumed(tmp_path:
 
 
 def loss_of(config: RunConfig) -> dict[int, float]:
-    """The loss that is in force at each step: the last recorded one."""
+    """Return the valid loss of each step, which is the last recorded one."""
     return {point["step"]: point["values"]["train/loss"] for point in recorded(config, "metrics")}
 
 
-def test_after_a_rollback_the_true_points_are_recorded_and_told_of_the_checkpoint(tmp_path: Path) -> None:
+def test_points_after_a_rollback_replace_the_void_ones(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(0, config.stages[0], {}, [])
@@ -106,7 +106,7 @@ def test_after_a_rollback_the_true_points_are_recorded_and_told_of_the_checkpoin
     [({"optimizer": {"lr": 1e-3}}, True), ({"steps": 200}, True), ({}, False)],
     ids=["rate", "steps", "nothing"],
 )
-def test_a_resume_that_changes_the_training_records_its_steps_anew(
+def test_a_resume_with_changed_training_records_its_steps_again(
     tmp_path: Path, change: dict[str, Any], anew: bool
 ) -> None:
     config = config_of(tmp_path)
@@ -125,9 +125,7 @@ def test_a_resume_that_changes_the_training_records_its_steps_anew(
     assert loss_of(config)[40] == (9.0 if anew else 1 / 41)
 
 
-def test_a_run_begun_anew_under_an_old_name_does_not_continue_the_old_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_run_of_an_old_name_gets_a_new_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOME_CACHE", str(tmp_path / "cache"))
     config = config_of("memory://bucket/runs", uri=f"sqlite:///{tmp_path}/mlflow.db")
     train(config, range(0, 5))
@@ -140,7 +138,7 @@ def test_a_run_begun_anew_under_an_old_name_does_not_continue_the_old_journal(
     Storage().delete(config.folder)
 
 
-def test_a_campaign_that_fails_in_a_stage_ends_both(tmp_path: Path) -> None:
+def test_a_failing_stage_ends_stage_and_run(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(1, config.stages[1], {}, [])
@@ -151,7 +149,7 @@ def test_a_campaign_that_fails_in_a_stage_ends_both(tmp_path: Path) -> None:
     assert [(end["stage"], end["status"]) for end in ends] == [(1, "FAILED"), (None, "FAILED")]
 
 
-def test_metrics_that_are_not_finite_are_recorded(tmp_path: Path) -> None:
+def test_non_finite_metrics_are_recorded(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     tracker = JournalTracker.open(config, Storage())
     tracker.begin_stage(0, config.stages[0], {}, [])
@@ -161,9 +159,7 @@ def test_metrics_that_are_not_finite_are_recorded(tmp_path: Path) -> None:
     assert recorded(config, "metrics")[0]["values"] == {"nan": "nan", "up": "inf", "down": "-inf"}
 
 
-def test_whatever_goes_wrong_in_tracking_is_told_and_not_raised(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tracking_errors_are_logged_and_not_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_of(tmp_path)
     tracker = JournalTracker.open(config, Storage())
 
@@ -175,9 +171,7 @@ def test_whatever_goes_wrong_in_tracking_is_told_and_not_raised(
     assert "artifact failed" in caplog.text
 
 
-def test_closing_before_the_server_took_everything_keeps_the_journal_and_names_the_remedy(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_closing_early_keeps_the_journal_and_names_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     config = config_of(tmp_path, uri="http://127.0.0.1:1", required=False)
     start = time.perf_counter()
@@ -189,7 +183,7 @@ def test_closing_before_the_server_took_everything_keeps_the_journal_and_names_t
     assert len(recorded(config, "metrics")) == 3
 
 
-def test_what_may_change_is_a_tag_and_what_may_not_is_a_param(tmp_path: Path) -> None:
+def test_changeable_keys_are_tags_and_others_params(tmp_path: Path) -> None:
     params, tags = split_changeable(config_of(tmp_path).model_dump(mode="json"))
 
     assert params["model.width"] == "768"
@@ -220,7 +214,9 @@ def test_passwords_in_addresses_are_never_recorded(
 
 
 @pytest.mark.parametrize("reference", ["env:ABSENT", "file:/absent", "env:EMPTY"])
-def test_a_reference_to_no_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
+def test_an_unresolvable_reference_is_rejected_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str
+) -> None:
     monkeypatch.setenv("EMPTY", " ")
 
     with pytest.raises(ConfigError, match=reference):
@@ -228,12 +224,12 @@ def test_a_reference_to_no_server_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("query", ["token", "sig", "password", "access_token", "X-Amz-Signature"])
-def test_secret_looking_queries_of_servers_are_refused(tmp_path: Path, query: str) -> None:
+def test_secrets_in_queries_of_addresses_are_rejected(tmp_path: Path, query: str) -> None:
     with pytest.raises(ConfigError, match="holds a user, password or token"):
         config_of(tmp_path, uri=f"https://server/?{query}=abc")
 
 
-def test_the_silent_tracker_has_every_method_of_the_tracker() -> None:
+def test_the_base_tracker_has_every_method_of_the_journal_tracker() -> None:
     methods = [name for name in vars(Tracker) if not name.startswith("_")]
 
     for name in methods:
@@ -241,7 +237,7 @@ def test_the_silent_tracker_has_every_method_of_the_tracker() -> None:
         assert list(ours) == list(silent), name
 
 
-def test_the_database_lies_beside_the_runs_that_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_database_is_next_to_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     assert tracking_uri(config_of("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
@@ -249,7 +245,7 @@ def test_the_database_lies_beside_the_runs_that_are_compared(tmp_path: Path, mon
     assert tracking_uri(config_of("runs", uri="http://server:5000")) == "http://server:5000"
 
 
-def test_an_unreachable_server_refuses_the_start_in_one_message(tmp_path: Path) -> None:
+def test_an_unreachable_server_prevents_the_start(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -259,18 +255,16 @@ def test_an_unreachable_server_refuses_the_start_in_one_message(tmp_path: Path) 
     check_server(config_of(tmp_path, uri=address, required=False))
 
 
-def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_server_is_given_up_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.mlflow_server.ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.perf_counter()
         with pytest.raises(TrackingError, match="does not answer"):
             check_server(config_of(tmp_path, uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
-    assert time.perf_counter() - start < 20  # not for ever
+    assert time.perf_counter() - start < 20  # no connection waits forever
 
 
-def test_a_database_that_cannot_be_made_refuses_the_start(tmp_path: Path) -> None:
+def test_an_impossible_database_prevents_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
 
     with pytest.raises(TrackingError, match="not a writable folder"):
@@ -280,7 +274,7 @@ def test_a_database_that_cannot_be_made_refuses_the_start(tmp_path: Path) -> Non
     check_server(config_of(tmp_path))
 
 
-def test_the_resolved_config_is_an_artifact_of_the_campaign(tmp_path: Path) -> None:
+def test_the_resolved_config_is_an_artifact_of_the_run(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     train(config, range(1))
 
@@ -292,7 +286,7 @@ def test_the_resolved_config_is_an_artifact_of_the_campaign(tmp_path: Path) -> N
 
 
 def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two attempts of training on one node, the second after a kill, with an evaluation between; MLflow is away."""
+    """Record two training attempts, the second after a kill, with an evaluation in between and MLflow unavailable."""
     monkeypatch.setenv("MOME_CACHE", str(cache))
     config = config_of(output, uri="http://127.0.0.1:1")
 
@@ -319,9 +313,7 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
     tracker.close()
 
 
-def test_each_storage_call_of_a_tracker_fails_and_no_point_is_lost_or_doubled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_storage_faults_neither_lose_nor_double_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
     monkeypatch.setattr("pipeline.tracking.tracker.environment_tags", dict)  # git's answers take long
     output = "memory://attempts"

@@ -1,4 +1,4 @@
-"""The process beside a trainer: that one which cannot start is reported once and slowly started again."""
+"""An upload process that cannot start is reported once and restarted slowly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.tracking.uploader import Uploader
 @pytest.mark.parametrize(
     "script", ["echo 'ImportError: mlflow from http://me:hunter2@index is broken' >&2; exit 1", "exit 7", "absent"]
 )
-def test_a_process_that_ends_at_once_is_reported_once_and_started_ever_more_slowly(
+def test_a_failing_process_is_reported_once_and_restarted_slowly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str
 ) -> None:
     program = tmp_path / "python"

@@ -1,4 +1,4 @@
-"""Where a run is recorded: places that cannot be used, and damaged files there, end in one message."""
+"""Unusable locations of a run's records and damaged files there are reported in one message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config_of(output: Path | str) -> RunConfig:
     return validate(values, "test")
 
 
-def test_a_user_without_a_home_is_told_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_the_error_names_the_cache_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("MOME_CACHE", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
@@ -41,7 +41,7 @@ def test_a_user_without_a_home_is_told_of_the_cache(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("cache", ["file", "file/below", "/proc/none"])
-def test_a_cache_that_cannot_be_written_is_told_with_its_remedy(
+def test_an_unwritable_cache_is_reported_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
@@ -56,7 +56,7 @@ def test_a_cache_that_cannot_be_written_is_told_with_its_remedy(
     storage.delete("memory://places")
 
 
-def test_a_damaged_id_of_a_run_is_named(tmp_path: Path) -> None:
+def test_a_damaged_run_id_is_rejected_by_name(tmp_path: Path) -> None:
     config, storage, rng = config_of(tmp_path), Storage(), random.Random(6)
     whole = json.dumps({"run": "f" * 32, "name": "run"}).encode()
     extreme = [b"", b"[]", b"1", b'{"run": 5}', b'{"run": "a\' or 1"}', b"[" * 100_000, b'"run"']
@@ -71,7 +71,7 @@ def test_a_damaged_id_of_a_run_is_named(tmp_path: Path) -> None:
         read_run_id(config, storage)
 
 
-def test_a_damaged_cursor_only_ships_again(tmp_path: Path) -> None:
+def test_a_damaged_cursor_only_repeats_the_upload(tmp_path: Path) -> None:
     rng = random.Random(7)
     cursor = Cursor(tmp_path, "http://server")
     cursor.offsets, cursor.marks = {"000001-ab": 500}, {"0": {"train/loss": 7}}
@@ -96,7 +96,7 @@ def test_a_damaged_cursor_only_ships_again(tmp_path: Path) -> None:
         pending_bytes(tmp_path, "http://server")
 
 
-def test_a_cursor_that_cannot_be_true_ships_the_whole_session(tmp_path: Path) -> None:
+def test_an_impossible_cursor_repeats_the_whole_session(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     writer = journal.start_session()
     for step in range(3):
@@ -113,7 +113,7 @@ def test_a_cursor_that_cannot_be_true_ships_the_whole_session(tmp_path: Path) ->
         assert pending_bytes(tmp_path, "http://server") == len(whole) - (offset if offset in ends else 0)
 
 
-def test_no_link_in_a_journal_that_came_from_somebody_is_followed(tmp_path: Path) -> None:
+def test_symbolic_links_in_a_journal_are_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("mine")
     folder = tmp_path / "journal"
@@ -128,7 +128,7 @@ def test_no_link_in_a_journal_that_came_from_somebody_is_followed(tmp_path: Path
     assert victim.read_text() == "mine"
 
 
-def test_without_file_locks_one_process_still_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_uploads_without_file_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(38, os.strerror(38))
 

@@ -1,4 +1,4 @@
-"""Which tracking servers a run may start with, and that every other is refused in one message."""
+"""A run may start with a working tracking server; every other address is rejected in one message."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOUND = json.dumps({"experiment": {"experiment_id": "0"}})
 
 @contextlib.contextmanager
 def serving(answers: dict[str, tuple[int, str]], tls: Path | None = None) -> Iterator[str]:
-    """An HTTP server that knows these paths, and answers 404 for all others."""
+    """Serve these paths over HTTP, and 404 for all others."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -67,7 +67,7 @@ def serving(answers: dict[str, tuple[int, str]], tls: Path | None = None) -> Ite
     ],
     ids=["health", "api", "api without the experiment", "page and api", "login", "forbidden", "login of the api"],
 )
-def test_servers_that_work_are_accepted(answers: dict[str, tuple[int, str]]) -> None:
+def test_working_servers_are_accepted(answers: dict[str, tuple[int, str]]) -> None:
     with serving(answers) as address:
         assert find_fault(address) is None
         assert find_fault(address + "/") is None
@@ -85,7 +85,7 @@ def test_servers_that_work_are_accepted(answers: dict[str, tuple[int, str]]) -> 
     ],
     ids=["none", "page for everything", "another API", "deep", "broken"],
 )
-def test_servers_that_are_none_of_mlflow_are_refused(answers: dict[str, tuple[int, str]]) -> None:
+def test_other_http_servers_are_rejected(answers: dict[str, tuple[int, str]]) -> None:
     with serving(answers) as address:
         assert "is it an MLflow server?" in (find_fault(address) or "")
 
@@ -94,7 +94,7 @@ def test_servers_that_are_none_of_mlflow_are_refused(answers: dict[str, tuple[in
     "said", [b"220 ready\r\n", b"\x15\x03\x01\x00\x02\x02F", b"SSH-2.0-x\r\n", b"", b"HTTP/9\r\n\r\n"]
 )
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_port_that_speaks_no_http_is_named(said: bytes, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_without_http_is_rejected(said: bytes, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -123,18 +123,18 @@ def test_a_port_that_speaks_no_http_is_named(said: bytes, scheme: str, monkeypat
         "http://\0", "postgresql://u:p@s@127.0.0.1:1/x", "http://u:a/b@127.0.0.1:1", "http://u:a#b@127.0.0.1:1",
     ],
 )  # fmt: skip
-def test_malformed_addresses_end_in_one_message(uri: str) -> None:
+def test_malformed_addresses_are_rejected(uri: str) -> None:
     assert find_fault(uri)
 
 
 @pytest.mark.parametrize("password", ["a:b", "a#b", "a/b+c", "a?b", "a%40b"])
-def test_passwords_that_the_database_driver_reads_are_read_here(password: str) -> None:
+def test_database_passwords_are_parsed_like_the_driver_does(password: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as database:
         port = database.getsockname()[1]
         assert find_fault(f"postgresql://mlflow:{password}@127.0.0.1:{port}/mlflow") is None
-        told = find_fault(f"postgresql://mlflow:{password}@127.0.0.1:1/mlflow")
-    assert "does not answer at 127.0.0.1:1" in (told or "")
-    assert password not in (told or "")
+        fault = find_fault(f"postgresql://mlflow:{password}@127.0.0.1:1/mlflow")
+    assert "does not answer at 127.0.0.1:1" in (fault or "")
+    assert password not in (fault or "")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_passwords_that_the_database_driver_reads_are_read_here(password: str) -
         "mssql+pyodbc:///?odbc_connect=x", "postgresql://a,b/x?target_session_attrs=any",
     ],
 )  # fmt: skip
-def test_services_and_databases_that_the_client_finds_itself_are_accepted(uri: str) -> None:
+def test_addresses_that_only_the_client_resolves_are_accepted(uri: str) -> None:
     assert find_fault(uri) is None
 
 
@@ -160,20 +160,20 @@ def test_services_and_databases_that_the_client_finds_itself_are_accepted(uri: s
         ("postgresql://[::1]:7/x", 7),
     ],
 )
-def test_each_database_is_asked_at_its_own_port(uri: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_each_database_is_contacted_at_its_port(uri: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports: list[int] = []
 
     def connect(address: tuple[str, int], timeout: float) -> socket.socket:
-        asked.append(address[1])
+        ports.append(address[1])
         return socket.socket()
 
     monkeypatch.setattr("socket.create_connection", connect)
 
     assert find_fault(uri) is None
-    assert asked == [port]
+    assert ports == [port]
 
 
-def test_a_databases_unix_socket_is_asked(tmp_path: Path) -> None:
+def test_a_database_is_contacted_at_its_unix_socket(tmp_path: Path) -> None:
     uri = f"postgresql:///mlflow?host={tmp_path}"
     assert ".s.PGSQL.5432" in (find_fault(uri) or "")
     with socket.socket(socket.AF_UNIX) as database:
@@ -182,7 +182,7 @@ def test_a_databases_unix_socket_is_asked(tmp_path: Path) -> None:
         assert find_fault(uri) is None
 
 
-def test_the_clients_tls_variables_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clients_tls_variables_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate = tmp_path / "server.pem"
     subprocess.run(
         [
@@ -216,7 +216,7 @@ def test_mutated_addresses_raise_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         find_fault(mutate(rng.choice(uris).encode(), rng).decode(errors="surrogateescape"))
 
 
-def test_the_client_that_cannot_use_an_address_says_so() -> None:
+def test_unusable_addresses_of_the_client_are_reported() -> None:
     from pipeline.tracking.mlflow_server import connect
 
     with pytest.raises(TrackingError, match=r"tracking.uri http\+nothing://server: MLflow's client cannot use it"):
@@ -224,7 +224,7 @@ def test_the_client_that_cannot_use_an_address_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "fault"),
     [
         ("", "in memory"),
         (":memory:", "in memory"),
@@ -240,14 +240,14 @@ def test_the_client_that_cannot_use_an_address_says_so() -> None:
         ("/dev/null", "is not a file"),
     ],
 )
-def test_a_path_that_no_sqlite_database_can_have_is_refused(tmp_path: Path, path: str, told: str) -> None:
+def test_impossible_sqlite_paths_are_rejected(tmp_path: Path, path: str, fault: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text.db").write_text("no database, but some text", encoding="utf-8")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert told in (find_fault("sqlite:///" + path.replace("{}", str(tmp_path))) or "")
+    assert fault in (find_fault("sqlite:///" + path.replace("{}", str(tmp_path))) or "")
 
 
-def test_a_database_that_is_there_or_is_yet_to_be_made_is_accepted(tmp_path: Path) -> None:
+def test_existing_and_new_sqlite_files_are_accepted(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "made.db")) as database:
         database.execute("create table t (x)")
         database.commit()
@@ -259,9 +259,7 @@ def test_a_database_that_is_there_or_is_yet_to_be_made_is_accepted(tmp_path: Pat
 @pytest.mark.parametrize(
     "begins", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b""]
 )
-def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, begins: bytes
-) -> None:
+def test_a_slowly_dripping_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, begins: bytes) -> None:
     monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 0.2)
     over = threading.Event()
 
