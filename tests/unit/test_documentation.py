@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GUIDES = sorted(
     [*ROOT.glob("*.md"), *(path for f in ("pipeline", "jobs", "infra", "tests") for path in ROOT.glob(f"{f}/**/*.md"))]
 )
+MOME: Any = typer.main.get_command(app)
 WALKED = re.compile(r"\| `([\w/]+\.py)`: `([\w.]+)` \|")
 
 
@@ -55,7 +56,7 @@ def commands_of(guide: Path) -> list[list[str]]:
 )
 def test_commands_and_options_exist(guide: Path) -> None:
     for words in commands_of(guide):
-        command: Any = typer.main.get_command(app)
+        command = MOME
         rest = words[1:]
         while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
             subcommand = command.commands.get(rest.pop(0))

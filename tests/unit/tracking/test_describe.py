@@ -59,7 +59,7 @@ def test_different_recipes_have_different_hashes(other: dict[str, Any]) -> None:
 
 def test_the_summary_describes_every_stage() -> None:
     config = config_of()
-    assert "| vision | masked_image | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note_of_run(config)
+    assert "| vision | mim | 75% photos, 25% drawings | 1,000 | 16 | previous |" in note_of_run(config)
     assert "2,000 steps in runs/run" in note_of_run(config)
     assert "Started from random weights." in note_of_stage(config.stages[0], "random")
 
