@@ -1,6 +1,6 @@
-"""The caller of a command that reads a run's or a checkpoint's folder: which stores, Ray and MLflow are theirs.
+"""Stores, Ray cluster and MLflow server of the user who runs a command on the folder of a run or checkpoint.
 
-They come from the environment, from `--config FILE` and from `--uri`, and never from the folder, which somebody else
+They come from the environment, from `--config FILE` and from `--uri`, and never from the folder, which another person
 may have written (`pipeline.config.stored`).
 """
 
@@ -22,7 +22,7 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class Caller(Section):
-    """What the person who runs a command says of servers and stores; what is None is left to the environment."""
+    """Servers and stores that the user named; None leaves the choice to the environment."""
 
     storage: StorageConfig | None = None
     tracking_uri: str | None = None

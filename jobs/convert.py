@@ -1,8 +1,8 @@
-"""`mome import` and `mome export`: weights to and from published formats.
+"""`mome import` and `mome export`: convert weights from and to published formats.
 
-What is imported becomes a folder like a finished stage's, which `start_from`, `mome evaluate` and `mome export` read.
-Its config names the objectives whose heads the file brought, over a source that does not exist: `mome evaluate` is
-given one with `--source`.
+Imported weights become a folder like a finished stage's, which `start_from`, `mome evaluate` and `mome export` read.
+Its config names the objectives whose heads the file contains, with a source that does not exist: `mome evaluate` needs
+`--source`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def import_weights(
     may_differ: tuple[str, ...] = (),
     answers: str | None = None,
 ) -> dict[str, Any]:
-    """Write the weights of a published file or folder where `start_from` reads them; return what they are.
+    """Write the weights of a published file or folder where `start_from` reads them; return their description.
 
-    Sizes come from `overrides` (`heads=16`), else the section of the config `model`, else the file's own header where
-    we wrote it, else the config.json beside the weights, else the tensors' shapes. `may_differ` are names or patterns
-    of the file's tensors that may be missing, unexpected or of another shape. `answers` lists what an answering head
-    chooses among. Raises ConfigError for a wrong request, CheckpointError for a file that does not fit.
+    Sizes come from `overrides` (`heads=16`), else the model section of the config `model`, else the file's own header
+    if we wrote it, else the config.json next to the weights, else the tensors' shapes. `may_differ` holds names or
+    patterns of tensors that may be missing, unexpected or of another shape. `answers` lists the answers of a VQA head.
+    Raises ConfigError for an invalid request, CheckpointError for a file that does not fit.
     """
     storage, chosen = Storage(), format_named(format_name)
     if is_committed(storage, out):
@@ -116,7 +116,7 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
     changed = [n for n in back if chosen.exact and not torch.equal(back[n], weights.tensors[n])]
     assert not changed, f"format {format_name} changes {', '.join(changed)}"
     if storage.exists(out) and storage.read(out) != data:
-        raise ConfigError(f"--out {out}: another file lies there and would be lost; give another name, or delete it")
+        raise ConfigError(f"--out {out}: would overwrite another file; give another name, or delete it")
     storage.write(out, data)
     return {
         "path": out,
@@ -153,7 +153,7 @@ def _check_types(state: dict[str, Tensor], path: str) -> None:
 
 
 def _header(weights: Weights) -> dict[str, str]:
-    """What a file says of the weights in it, so that importing it needs no sizes and gives the same predictions."""
+    """Return the header of an exported file, from which it can be imported without sizes and with equal predictions."""
     stages = weights.config.stages
     index = stages.index(weights.config.stage_named(weights.stage))
     target = stage_heads(weights.config, index).image_target
@@ -196,19 +196,19 @@ def _own_section(published: Published) -> dict[str, Any] | None:
 
 
 def _told_beside(published: Published, config: ConfigFile) -> dict[str, Any]:
-    """What the JSON files of a Hugging Face folder tell of the model's section."""
+    """Return the keys of the model's section that the JSON files of a Hugging Face folder define."""
     told = {} if published.config is None else config.section(published.config)
     return told | config.reading(published.processor or {})
 
 
 def _image_target(published: Published, chosen: Format) -> ImageTarget | None:
-    """What the masked-image head predicts, where the file or its format says so."""
+    """Return the target of the masked-image head, if the file or its format states it."""
     told = json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))
     return chosen.image_target if told is None else TypeAdapter(ImageTarget).validate_python(told)
 
 
 def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> RunConfig:
-    """The config that imported weights are told to come from. Its folder is `out`, if that can be a run's name."""
+    """Return the config stored with imported weights. Its folder is `out`, if that is a valid run name."""
     output, _, name = out.rstrip("/").rpartition("/")
     values = {
         "name": name if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) else "imported",
@@ -263,9 +263,9 @@ def _stages(
 
 
 def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> HeadConfig:
-    """The heads that weights of ours carry, as a stage would have asked for them.
+    """Return the heads contained in weights of ours, as a stage would configure them.
 
-    `target` is what a masked-image head predicts; None: told by the number of its outputs.
+    `target` is the masked-image head's target; if None, it is inferred from the number of the head's outputs.
     """
     outputs = _rows(state, "mim_head.predict.bias")
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}

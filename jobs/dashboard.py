@@ -132,8 +132,8 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-class Refused(RunFailed, RuntimeError):
-    """The dashboard did not do what it was asked for. Ray's client raises RuntimeError for it."""
+class DashboardError(RunFailed, RuntimeError):
+    """Error of the dashboard; also a RuntimeError, as Ray's client raises it."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -146,8 +146,10 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _is_guarded(address: str, secret: str | None) -> bool:
-    """Whether the list of jobs is refused to who holds the token, or to anyone. Raises RunFailed for what is no Ray
-    dashboard."""
+    """Return whether the dashboard refuses to list jobs with this token, or without one.
+
+    Raises RunFailed if the address is not that of a Ray dashboard.
+    """
     request = urllib.request.Request(f"{address}/api/jobs/", headers=_headers(secret))
     handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
     if is_loopback(address):  # a proxy would connect to its own loopback
@@ -216,14 +218,14 @@ def _client_class() -> Any:
         def _raise_error(self, r: Any) -> NoReturn:
             lines = [line.strip() for line in r.text.splitlines() if line.strip()]  # of a traceback, often
             told = f": {lines[-1]}" if lines else ""
-            raise Refused(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{told}")
+            raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{told}")
 
     return Client
 
 
 @contextmanager
 def _without(names: tuple[str, ...]) -> Iterator[None]:
-    """Within `with`, these environment variables are not set."""
+    """Remove these environment variables during the block."""
     before: Mapping[str, str] = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

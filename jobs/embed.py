@@ -1,4 +1,4 @@
-"""`mome embed`: the vectors of every picture and caption of a bucket of shards, as Parquet."""
+"""`mome embed`: write the embeddings of all images and captions of a folder of shards as Parquet files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from pipeline.training.checkpoint import COMMIT, weights_info
 
 @dataclass(frozen=True)
 class EmbedRequest:
+    """Shards to embed, the checkpoint, and the output folder."""
+
     shards: str
     checkpoint: str
     out: str
@@ -32,53 +34,53 @@ class EmbedRequest:
 def embed(
     shards: str, checkpoint: str, out: str, workers: int | None = None, caller: Caller = Caller()
 ) -> dict[str, Any] | None:
-    """What was embedded, as `mome embed --json` prints it; the same call again goes on where it was stopped.
+    """Embed the shards and return what `mome embed --json` prints; a repeated call continues where it stopped.
 
-    With `workers` so many ranks on Ray share the shards; under torchrun its ranks do, and all but the first get None.
-    Raises ConfigError for a checkpoint that trained no contrast, CheckpointError, DataError.
+    With `workers`, that many ranks on Ray share the shards; under torchrun its ranks do, and all but rank 0 get None.
+    Raises ConfigError for a checkpoint that was not trained with ITC, CheckpointError, DataError.
     """
     shards, checkpoint, out = (absolute(url.rstrip("/")) for url in (shards, checkpoint, out))
-    asked = EmbedRequest(shards, checkpoint, out, caller.model_dump_json())
+    request = EmbedRequest(shards, checkpoint, out, caller.model_dump_json())
     ranks = ranks_here() if workers is None else SINGLE_PROCESS
     if ranks.rank != 0:
-        _embed(asked, ranks)
+        _embed(request, ranks)
         return None
     storage = caller.store()
-    config = caller.applied(weights_info(storage, asked.checkpoint).config)
-    with poll(_Shown(asked, storage).look, PLAIN_SECONDS):
+    config = caller.applied(weights_info(storage, request.checkpoint).config)
+    with poll(_EmbedProgress(request, storage).update, PLAIN_SECONDS):
         if workers is not None:
-            return on_workers(_embed_rank, config, workers, "embedding", asdict(asked))
-        return _embed(asked, ranks)
+            return on_workers(_embed_rank, config, workers, "embedding", asdict(request))
+        return _embed(request, ranks)
 
 
-class _Shown:
-    """How far the ranks are, wherever they run: by the records of finished shards."""
+class _EmbedProgress:
+    """Progress of the ranks, wherever they run, from the records of finished shards."""
 
-    def __init__(self, asked: EmbedRequest, storage: Storage):
-        self._shards = len(load_manifest(storage, asked.shards).shards)
-        self._folder, self._storage = join(asked.out, DONE), storage
-        self._before = self._shown = storage.list_info(self._folder)
+    def __init__(self, request: EmbedRequest, storage: Storage):
+        self._shards = len(load_manifest(storage, request.shards).shards)
+        self._folder, self._storage = join(request.out, DONE), storage
+        self._before = self._last = storage.list_info(self._folder)
 
-    def look(self) -> None:
-        """A line, where there is something new."""
+    def update(self) -> None:
+        """Print a line if shards were finished since the last call."""
         now = self._storage.list_info(self._folder)
-        if now != self._shown:
-            self._shown = now
+        if now != self._last:
+            self._last = now
             new = sum(self._before.get(name) != info for name, info in now.items())
-            notify(f"embedding: {new} shards done by now, of {self._shards} in the folder", style="dim")
+            notify(f"embedding: {new} shards finished, of {self._shards} in the folder", style="dim")
 
 
 def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
-    """What Ray Train runs on each worker."""
-    return run_request(loop_config, lambda asked, ranks: _embed(EmbedRequest(**asked), ranks))
+    """Embed shards on a Ray Train worker."""
+    return run_request(loop_config, lambda request, ranks: _embed(EmbedRequest(**request), ranks))
 
 
-def _embed(asked: EmbedRequest, ranks: Ranks) -> dict[str, Any]:
-    storage = asked.store()
-    weights = load_usable_weights(storage, asked.checkpoint)
+def _embed(request: EmbedRequest, ranks: Ranks) -> dict[str, Any]:
+    storage = request.store()
+    weights = load_usable_weights(storage, request.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     digest = checkpoint_digest(storage.read(join(weights.url, COMMIT)))
     embedder = Embedder(build_trained_model(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
-    found = embed_shards(embedder, storage, asked.shards, asked.out, ranks, config.data.max_bad_rate)
-    return {"out": asked.out, "checkpoint": weights.url, **asdict(found)}
+    result = embed_shards(embedder, storage, request.shards, request.out, ranks, config.data.max_bad_rate)
+    return {"out": request.out, "checkpoint": weights.url, **asdict(result)}

@@ -1,7 +1,7 @@
-"""`mome evaluate`: a checkpoint's weights on held-out pairs, with a report beside the weights that were given.
+"""`mome evaluate`: evaluate a checkpoint on held-out data, with a report next to its weights.
 
-One process does it, or ranks share it: those that `--workers` has Ray place, or those of torchrun. What is measured is
-named before anything is: an evaluation replaces the one of its own name, which is of the same data, and no other.
+A single process, torchrun's ranks, or `--workers` ranks on Ray share the work. An evaluation is named before it starts:
+it replaces the evaluation of the same name, which is of the same data, and no other.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ from pipeline.training.prepare import RUN_FILE
 
 log = logging.getLogger(__name__)
 
-REPORT = "report.html"  # of a run's headline, with links to the others
+REPORT = "report.html"  # of a run's main evaluation, with links to the others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is to be measured, on what."""
+    """What is to be result, on what."""
 
     checkpoint: str
     source: str | None = None
     limit: int | None = None
     rerank_best: int | None = None
-    source_type: SourceType | None = None  # what a URL of shards is read as; None: as the stage's own, or as pairs
-    probe: str | None = None  # labelled pictures that a linear classifier is trained on
-    name: str | None = None  # of the evaluation; None: the source's
+    source_type: SourceType | None = None  # of a URL of shards (default: the stage's type, or pairs)
+    probe: str | None = None  # labelled source to train a linear classifier on
+    name: str | None = None  # of the evaluation (default: the source's name)
     caller: str = "{}"  # a Caller, as JSON
 
     @property
@@ -79,7 +79,7 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Target:
-    """What an evaluation is of and where its results go, known before anything is measured."""
+    """Weights, data and output names of an evaluation, resolved before any weights are loaded."""
 
     info: WeightsInfo
     config: RunConfig  # with the caller's stores and servers
@@ -97,24 +97,24 @@ class Target:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What the first rank tells of an evaluation: everything that is then written, printed and tracked."""
+    """Result of an evaluation on rank 0: what is written, printed and tracked."""
 
-    result: dict[str, Any]  # as `mome evaluate --json` prints it
+    values: dict[str, Any]  # as `mome evaluate --json` prints it
     metrics: dict[str, float]
     shown: ReportData | None  # on the first rank
     warnings: list[str]
 
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
-    """The last stage of a run that has just been trained; on its ranks where they have what the driver may lack."""
+    """Evaluate the last stage of a run that was just trained, on Ray if its ranks have GPUs."""
     caller = Caller.of(config)
-    asked = EvalRequest(config.folder, caller=caller.model_dump_json())
+    request = EvalRequest(config.folder, caller=caller.model_dump_json())
     with add_time(caller.store(), config.folder, "evaluation"):
-        target = _target(asked, caller)
+        target = _target(request, caller)
         gpus = config.cluster.gpus_per_worker
         ranks = config.cluster.workers
-        measured = _measured_on_ray(asked, target, ranks) if gpus else _measured(asked, target.key, SINGLE_PROCESS)
-        return _deliver(measured, target, caller, track=True)
+        result = _evaluate_on_ray(request, target, ranks) if gpus else _evaluate(request, target.key, SINGLE_PROCESS)
+        return _deliver(result, target, caller, track=True)
 
 
 def evaluate_checkpoint(
@@ -131,18 +131,19 @@ def evaluate_checkpoint(
     name: str | None = None,
     caller: Caller = Caller(),
 ) -> dict[str, Any] | None:
-    """Evaluate a run's, a stage's or a step's weights; the numbers as `mome evaluate --json` prints them.
+    """Evaluate the weights of a run, a stage or a step; return what `mome evaluate --json` prints.
 
-    `source` is one of the run's, or the URL of shards. The results go into the folder of these weights, and the report
-    there or to `report`; the figures that the run in folder `against` has of the same data stand beside. With `track`
-    they are recorded in MLflow; if it is None, where `untracked_because` finds nothing against it. With `workers` so
-    many ranks on Ray share the work; under torchrun its ranks do, and all but the first get None.
-    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for a wrong source,
-    ConfigError for a `name` that other data have, and for a run to stand beside that was not evaluated on these data.
+    `source` is a source of the run, or a URL of shards. Results are stored next to the weights, and the report there or
+    at `report`; `against` is the folder of a run whose figures on the same data are shown for comparison. `track`
+    records the metrics in MLflow; None does so unless `untracked_because` objects. With `workers`, that many ranks on
+    Ray share the work; under torchrun its ranks do, and all but rank 0 get None.
+
+    Raises CheckpointError for a folder without finished weights, ConfigError and DataError for an invalid source,
+    ConfigError for a `name` of other data, and for an `against` that was not evaluated on these data.
     """
     if source_type is not None and source_type not in (expected := evaluated_source_types()):
         raise ConfigError(f"--type {source_type}: expected one of {', '.join(expected)}")
-    asked = EvalRequest(
+    request = EvalRequest(
         checkpoint.rstrip("/"),
         source,
         limit,
@@ -154,21 +155,21 @@ def evaluate_checkpoint(
     )
     if report is not None:
         check_output(caller.store(), str(report), "--report")
-    target = _target(asked, caller)
+    target = _target(request, caller)
     other = None if against is None else _evaluation_of(against, target, caller)
     if workers is not None:
-        return _deliver(_measured_on_ray(asked, target, workers), target, caller, track, other, report)
+        return _deliver(_evaluate_on_ray(request, target, workers), target, caller, track, other, report)
     ranks = ranks_here()
-    measured = _measured(asked, target.key, ranks)
-    return _deliver(measured, target, caller, track, other, report) if ranks.rank == 0 else None
+    result = _evaluate(request, target.key, ranks)
+    return _deliver(result, target, caller, track, other, report) if ranks.rank == 0 else None
 
 
-def _target(asked: EvalRequest, caller: Caller) -> Target:
-    """Raises ConfigError, CheckpointError and DataError for what can be known to be wrong before weights are read."""
+def _target(request: EvalRequest, caller: Caller) -> Target:
+    """Resolve the request. Raises ConfigError, CheckpointError or DataError before any weights are loaded."""
     storage = caller.store()
-    info = weights_info(storage, asked.checkpoint)
+    info = weights_info(storage, request.checkpoint)
     stage = info.config.stage_named(info.stage)
-    config, source = _with_source(info.config, stage, asked.source, "--source", asked.read_as)
+    config, source = _with_source(info.config, stage, request.source, "--source", request.read_as)
     source = source or config.evaluation.source
     if source is None:
         raise ConfigError(
@@ -176,53 +177,52 @@ def _target(asked: EvalRequest, caller: Caller) -> Target:
         )
     if source not in config.sources:
         raise ConfigError(f"evaluation.source {source}: no source of this run; give one with --source")
-    for own in info.config.sources.keys() & {source, asked.probe}:
+    for own in info.config.sources.keys() & {source, request.probe}:
         check_stored_url(config.sources[own].shards, f"sources.{own}.shards")
     manifest = load_manifest(storage, config.sources[source].shards)
     total = sum(shard.samples for shard in manifest.shards)
     limit, usual = (
         None if most is None or most >= total else most
-        for most in (asked.limit or config.evaluation.max_images, config.evaluation.max_images)
+        for most in (request.limit or config.evaluation.max_images, config.evaluation.max_images)
     )
     step = info.step if info.is_checkpoint else None
     is_headline = (source, limit, step) == (config.evaluation.source, usual, None)
     key = EvalKey(info.stage, step, "", manifest.digest, limit, config.sources[source].type, is_headline)
-    known = [each.key for each in load_report_data(storage, config.folder)]
-    key = replace(key, name=_name(asked.name, source, key, limit != usual, info.config, known))
+    known = [data.key for data in load_report_data(storage, config.folder)]
+    key = replace(key, name=_name(request.name, source, key, limit != usual, info.config, known))
     return Target(info, caller.applied(config), source, key)
 
 
 def _name(
-    asked: str | None, source: str, key: EvalKey, is_limited: bool, config: RunConfig, known: list[EvalKey]
+    name: str | None, source: str, key: EvalKey, is_limited: bool, config: RunConfig, known: list[EvalKey]
 ) -> str:
     """Return the name of an evaluation: no other of these weights has it, unless it is of the same data.
 
-    `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for an `asked` one that is
-    taken.
+    `config` is the stored one, `source` one of its sources or a URL. Raises ConfigError for a `name` that is taken.
     """
-    of_same_weights = [each for each in known if (each.stage, each.step) == (key.stage, key.step)]
+    of_same_weights = [k for k in known if (k.stage, k.step) == (key.stage, key.step)]
 
-    def is_free(name: str) -> bool:
-        own = config.sources.get(name)
-        others = (each for each in of_same_weights if each.name == name and not each.is_of_same_data(key))
-        return next(others, None) is None and (own is None or name == source or own.shards == source)
+    def is_free(candidate: str) -> bool:
+        own = config.sources.get(candidate)
+        others = (k for k in of_same_weights if k.name == candidate and not k.is_of_same_data(key))
+        return next(others, None) is None and (own is None or candidate == source or own.shards == source)
 
-    if asked is not None:
-        if not NAME.fullmatch(asked):
-            raise ConfigError(f"--as {asked}: expected up to 100 letters, digits, '_', '.' and '-'")
-        if not is_free(asked):
+    if name is not None:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"--as {name}: expected up to 100 letters, digits, '_', '.' and '-'")
+        if not is_free(name):
             raise ConfigError(
-                f"--as {asked}: other data, or another number of samples, have this name; its results would be lost. "
+                f"--as {name}: other data, or another number of samples, have this name; its results would be lost. "
                 "Give another name"
             )
-        return asked
+        return name
     base = source if source in config.sources else _slug(source)
     if is_limited:
         base += "-all" if key.limit is None else f"-first-{key.limit}"
-    differs_in_type = any((each.name, each.digest) == (base, key.digest) for each in of_same_weights)
+    differs_in_type = any((k.name, k.digest) == (base, key.digest) for k in of_same_weights)
     apart = f"{base}-{key.source_type}" if differs_in_type else f"{base}-{key.digest[:8]}"
     candidates = (base, apart, f"{base}-{key.source_type}-{key.digest[:8]}")
-    return next((name for name in candidates if is_free(name)), f"{base}-{key.source_type}-{key.digest}")
+    return next((candidate for candidate in candidates if is_free(candidate)), f"{base}-{key.source_type}-{key.digest}")
 
 
 def _label(key: EvalKey, config: RunConfig) -> str:
@@ -237,88 +237,92 @@ def _slug(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
 
 
-def _measured_on_ray(asked: EvalRequest, target: Target, workers: int) -> EvalResult:
+def _evaluate_on_ray(request: EvalRequest, target: Target, workers: int) -> EvalResult:
     """Raises MomeError with the first failure, on whichever rank."""
     source, probe = (
-        each if each is None or "/" not in each else absolute(each) for each in (asked.source, asked.probe)
+        name if name is None or "/" not in name else absolute(name) for name in (request.source, request.probe)
     )
-    asked = replace(asked, checkpoint=absolute(asked.checkpoint), source=source, probe=probe, name=target.key.name)
-    given = {"asked": asdict(asked), "key": asdict(target.key)}
-    return EvalResult(**on_workers(_evaluate_rank, target.config, workers, "evaluation", given))
+    request = replace(
+        request, checkpoint=absolute(request.checkpoint), source=source, probe=probe, name=target.key.name
+    )
+    payload = {"request": asdict(request), "key": asdict(target.key)}
+    return EvalResult(**on_workers(_evaluate_rank, target.config, workers, "evaluation", payload))
 
 
 def _evaluate_rank(loop_config: dict[str, str]) -> dict[str, Any]:
-    """What Ray Train runs on each worker."""
+    """Evaluate on a Ray Train worker."""
 
-    def measure(given: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-        asked = EvalRequest(**given["asked"])
-        return vars(_measured(asked, EvalKey(**given["key"]), ranks))
+    def measure(payload: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+        request = EvalRequest(**payload["request"])
+        return vars(_evaluate(request, EvalKey(**payload["key"]), ranks))
 
     return run_request(loop_config, measure)
 
 
-def _measured(asked: EvalRequest, key: EvalKey, ranks: Ranks) -> EvalResult:
-    """Called on each of the ranks, which get the same; only the first makes the page."""
-    storage = asked.store()
-    weights = load_usable_weights(storage, asked.checkpoint)
+def _evaluate(request: EvalRequest, key: EvalKey, ranks: Ranks) -> EvalResult:
+    """Evaluate on this rank; all ranks call it and get the same metrics, only rank 0 builds the report data."""
+    storage = request.store()
+    weights = load_usable_weights(storage, request.checkpoint)
     stage = weights.config.stage_named(weights.stage)
-    config, source = _with_source(weights.config, stage, asked.source, "--source", asked.read_as)
-    config, probe = _with_source(config, stage, asked.probe, "--probe", "labelled")
+    config, source = _with_source(weights.config, stage, request.source, "--source", request.read_as)
+    config, probe = _with_source(config, stage, request.probe, "--probe", "labelled")
     device = device_of(ranks)
     tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
     model = build_trained_model(weights).to(device)
-    found = evaluate(
+    evaluation = evaluate(
         model,
         tokenizer,
         config,
         storage,
         source,
-        asked.limit,
+        request.limit,
         weights.stage,
         {name: model.to(device) for name, model in _earlier_stages(config, weights, storage)},
-        asked.rerank_best,
+        request.rerank_best,
         progress=lambda message: notify(f"evaluating: {message}", style="dim") if ranks.rank == 0 else None,
         choices=weights.choices,
         ranks=ranks,
         probe=probe,
     )
-    found = replace(found, source=key.name).located(checkpoint=weights.url)
-    shown = _shown(found, model, tokenizer, config, key) if ranks.rank == 0 else None
-    found.held_out.close()
-    return EvalResult(found.to_json(), found.metrics(), shown, _warnings(found))
+    evaluation = replace(evaluation, source=key.name).located(checkpoint=weights.url)
+    shown = _shown(evaluation, model, tokenizer, config, key) if ranks.rank == 0 else None
+    evaluation.held_out.close()
+    return EvalResult(evaluation.to_json(), evaluation.metrics(), shown, _warnings(evaluation))
 
 
-def _shown(found: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig, key: EvalKey) -> ReportData:
-    stage = config.stage_named(found.stage)
+def _shown(evaluation: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig, key: EvalKey) -> ReportData:
+    stage = config.stage_named(evaluation.stage)
     return build_report_data(
-        found, config, tokenizer, alignment_examples(model, tokenizer, found.held_out, config, stage), key
+        evaluation, config, tokenizer, alignment_examples(model, tokenizer, evaluation.held_out, config, stage), key
     )
 
 
-def _warnings(found: Evaluation) -> list[str]:
-    told = []
-    if found.trained_on:
-        stages = ", ".join(found.trained_on)
-        told.append(f"source '{found.source}' was trained on (stages: {stages}): these are no held-out results")
-    if found.itm is not None and found.itm.is_collapsed:
-        told.append(
-            f"matching has collapsed: right for {100 * found.itm.accuracy_matched:.0f} % of the true pairs and "
-            f"{100 * found.itm.accuracy_mismatched:.0f} % of the wrong ones; "
+def _warnings(evaluation: Evaluation) -> list[str]:
+    warnings = []
+    if evaluation.trained_on:
+        stages = ", ".join(evaluation.trained_on)
+        warnings.append(
+            f"source '{evaluation.source}' was trained on (stages: {stages}): these results are not held-out"
+        )
+    if evaluation.itm is not None and evaluation.itm.is_collapsed:
+        warnings.append(
+            f"matching has collapsed: {100 * evaluation.itm.accuracy_matched:.0f} % of the true pairs and "
+            f"{100 * evaluation.itm.accuracy_mismatched:.0f} % of the mismatched ones are classified correctly; "
             "train longer, or check that the stage started from the weights it should have"
         )
-    return told
+    return warnings
 
 
 def _evaluation_of(run: str, target: Target, caller: Caller) -> ReportData:
     """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
     opened = open_run(run, caller.store())
-    found = load_report_data(opened.storage, opened.folder)
-    if not found:
+    evaluations = load_report_data(opened.storage, opened.folder)
+    if not evaluations:
         raise ConfigError(f"--against {run}: that run was never evaluated; run `mome evaluate {run}` first")
-    same = [each for each in found if each.key.is_of_same_data(target.key)]
+    same = [data for data in evaluations if data.key.is_of_same_data(target.key)]
     if same:
         return headline(same)
-    there = "; ".join(f"{each.source}: {each.key.data}" for each in found)
+    there = "; ".join(f"{data.source}: {data.key.data}" for data in evaluations)
     raise ConfigError(
         f"--against {run}: that run was not evaluated on the same data, so that no figure can be compared.\n"
         f"Here: {target.key.name}: {target.key.data}. There: {there}.\n"
@@ -328,7 +332,7 @@ def _evaluation_of(run: str, target: Target, caller: Caller) -> ReportData:
 
 
 def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> Iterator[tuple[str, nn.Module]]:
-    """The finished stages before this one, which alone can tell what their objectives learnt."""
+    """Yield the finished earlier stages, which evaluate the objectives that only they trained."""
     for index, stage in enumerate(config.stages):
         url = stage_url(config, index)
         if stage.name == weights.stage:
@@ -340,11 +344,11 @@ def _earlier_stages(config: RunConfig, weights: Weights, storage: Storage) -> It
 def _with_source(
     config: RunConfig, stage: StageConfig, source: str | None, option: str, source_type: SourceType | None
 ) -> tuple[RunConfig, str | None]:
-    """A source given as a URL of shards joins the run's own, read as `use`, else as the stage's is, or as pairs."""
+    """Add a source given as a URL of shards to the config, of the given type, the stage's type, or pairs."""
     if source is None or source in config.sources:
         return config, source
     if "/" not in source:
-        known = ", ".join(name for name, each in config.sources.items() if each.type in evaluated_source_types())
+        known = ", ".join(name for name, own in config.sources.items() if own.type in evaluated_source_types())
         raise ConfigError(f"{option} {source}: no source of this run; give one of {known}, or the URL of shards")
     if source_type is None:
         own = config.source_type_of(stage)
@@ -354,32 +358,35 @@ def _with_source(
 
 
 def _deliver(
-    measured: EvalResult,
+    result: EvalResult,
     target: Target,
     caller: Caller,
     track: bool | None,
     other: ReportData | None = None,
     report: Path | None = None,
 ) -> dict[str, Any]:
-    """Warnings to the log, results beside the weights, figures to the run's tracker at the step of the weights."""
-    config, shown, storage = target.config, measured.shown, caller.store()
+    """Log warnings, store the results next to the weights, and track the metrics at the step of the weights."""
+    config, shown, storage = target.config, result.shown, caller.store()
     assert shown is not None
-    for warning in measured.warnings:
+    for warning in result.warnings:
         log.warning("%s", warning)
     page = render_report(shown, config, _curves(config, storage), other).encode()
     place = target.report if report is None else str(report)
     _keep(storage, target, shown, is_needed=report is None)
     if report is None:
         storage.write(place, page)
-        log.info("results of %s go beside these weights, into %s", target.info.url, config.folder)
+        log.info("writing the results of %s to %s", target.info.url, config.folder)
     else:
         write_output(storage, place, page, "--report")
-    _track(measured, target, storage, page, track)
-    return measured.result | {"report": place}
+    _track(result, target, storage, page, track)
+    return result.values | {"report": place}
 
 
 def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) -> None:
-    """Beside the weights, with a page of the headline that leads to the others. Raises StorageError if it must."""
+    """Store the results next to the weights and update the main report, which links to all evaluations.
+
+    Raises StorageError if `is_needed`, otherwise logs it.
+    """
     config = target.config
     try:
         save_report_data(storage, config.folder, shown)
@@ -390,10 +397,10 @@ def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) 
     except StorageError as error:
         if is_needed:
             raise
-        log.warning("the results are not kept beside the weights: %s", error)
+        log.warning("the results could not be stored next to the weights: %s", error)
 
 
-def _track(measured: EvalResult, target: Target, storage: Storage, page: bytes, track: bool | None) -> None:
+def _track(result: EvalResult, target: Target, storage: Storage, page: bytes, track: bool | None) -> None:
     config = target.config
     if track is None:
         reason = untracked_because(config, target.info.recorded, storage)
@@ -403,7 +410,7 @@ def _track(measured: EvalResult, target: Target, storage: Storage, page: bytes, 
     if not track:
         return
     tracker = JournalTracker.open(config, storage)
-    tracker.metrics(target.info.step, measured.metrics)
+    tracker.metrics(target.info.step, result.metrics)
     tracker.artifact(f"evaluation/{target.key.name}/{REPORT}", page)
     if not storage.exists(join(config.folder, RUN_FILE)):  # weights without a run: nothing else would ever end it
         tracker.finish()
@@ -411,6 +418,6 @@ def _track(measured: EvalResult, target: Target, storage: Storage, page: bytes, 
 
 
 def _curves(config: RunConfig, storage: Storage) -> dict[str, list[tuple[int, float]]]:
-    """Each stage's loss by step."""
+    """Return the loss curve of each stage."""
     stages = stages_of(config, storage)
     return {stage.name: [(step, loss) for _, step, loss in stage.series("train/loss")] for stage in stages}

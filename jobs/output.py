@@ -1,4 +1,4 @@
-"""Files that a command was told to write: they never take the place of something else."""
+"""Output files named on the command line; they never overwrite an unrelated file."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from pipeline.config.durable import atomic_write
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
 
-HEAD = 8192  # bytes in which a page or picture bears its signature (`pipeline.pages.page.signature`)
+HEAD = 8192  # bytes of a page or image that contain its signature (`pipeline.pages.page.signature`)
 _SIGNATURE = re.compile(rb"mome [0-9a-f]{32}")
 _FINDING = {"shard", "key", "stage", "reason"}  # keys of each line of a list of bad samples
 
 
 def write_output(storage: Storage, url: str, data: bytes, option: str) -> None:
-    """Write a page or picture of ours to `url`, which `option` gave, or in the place of an older one of the same.
+    """Write a page or image of ours to `url`, which `option` named; it may replace an older version of itself.
 
-    Raises ConfigError where another file lies: one that `mome` did not write, or that shows something else.
+    Raises ConfigError if another file is there: one that `mome` did not write, or that shows something else.
     """
     check_output(storage, url, option, data)
     storage.write(url, data)
 
 
 def check_output(storage: Storage, url: str, option: str, data: bytes | None = None) -> None:
-    """Raise ConfigError where `write_output` would; without `data`, as far as that is known before they are made."""
+    """Raise ConfigError if `write_output` would; without `data`, check what is known before they are computed."""
     if not storage.exists(url):
         return
     there = _SIGNATURE.search(storage.read(url)[:HEAD])
     own = there if data is None else _SIGNATURE.search(data[:HEAD])
     if own is None or there is None or own[0] != there[0]:
-        kind = "a file that mome did not write" if there is None else "a page or picture of something else"
-        raise _lost(option, url, kind)
+        kind = "a file that mome did not write" if there is None else "a page or image of something else"
+        raise _overwrite_error(option, url, kind)
 
 
 @contextmanager
 def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
-    """Yield the file that a list of bad samples, one JSON object a line, is written to; whole when the block ends well.
+    """Yield the file for a list of bad samples, one JSON object per line; it is complete only if the block succeeds.
 
-    It takes the place of an earlier list. Raises ConfigError before the block where another file lies.
+    It replaces an earlier list. Raises ConfigError before the block if another file is there.
     """
     if path.is_dir():
         raise ConfigError(f"{option} {path}: is a folder; give the name of a file")
@@ -51,7 +51,7 @@ def list_of_findings(path: Path, option: str) -> Iterator[BinaryIO]:
             yield device
         return
     if path.exists() and not _begins_with_finding(path):
-        raise _lost(option, str(path), "a file that mome did not write")
+        raise _overwrite_error(option, str(path), "a file that mome did not write")
     with ExitStack() as stack:
         try:
             file = stack.enter_context(atomic_write(path))
@@ -69,5 +69,5 @@ def _begins_with_finding(path: Path) -> bool:
         return False
 
 
-def _lost(option: str, url: str, kind: str) -> ConfigError:
-    return ConfigError(f"{option} {url}: {kind} lies there and would be lost; give another name, or delete it")
+def _overwrite_error(option: str, url: str, kind: str) -> ConfigError:
+    return ConfigError(f"{option} {url}: would overwrite {kind}; give another name, or delete it")

@@ -47,7 +47,7 @@ CATEGORIES = ("states", "gradients", "buffers", "loader", "activations", "backwa
 
 @dataclass(frozen=True)
 class Target:
-    """Where the run is thought to be."""
+    """Hardware that the run is planned for, and the assumptions."""
 
     accelerator: Accelerator
     network: Network
@@ -164,7 +164,7 @@ def _with(config: RunConfig, **engine: Any) -> RunConfig:
 
 
 def _vocabulary(config: RunConfig) -> int:
-    """The tokens of the run's own vocabulary where this machine has one; else as many as the config allows."""
+    """Return the size of the run's own vocabulary if this machine has it, else the maximum of the config."""
     for url in (join(config.folder, VOCABULARY), config.tokenizer.vocabulary):
         if url is not None and is_local(url):
             try:

@@ -1,6 +1,6 @@
-"""The scaling curve as a picture: one SVG, drawn here, that needs nothing to be looked at.
+"""Chart of the scaling curve, as one self-contained SVG.
 
-Both axes are logarithmic: GPUs across, samples a second up; the dashed line is ideal scaling from one GPU.
+Both axes are logarithmic: GPUs on x, samples per second on y; the dashed line is ideal scaling from one GPU.
 """
 
 from __future__ import annotations

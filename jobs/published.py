@@ -1,10 +1,10 @@
-"""A published checkpoint as it lies in storage: one file of tensors, or a Hugging Face folder with what is beside them.
+"""Published checkpoints: a single file of tensors, or a Hugging Face folder with the files next to them.
 
 model.safetensors | pytorch_model.bin            all tensors
-model.safetensors.index.json | pytorch_model.bin.index.json    which of several files holds which tensor
-config.json                                      the model's sizes and the names of what its head tells apart
-preprocessor_config.json | processor_config.json how it reads images
-vocab.txt | tokenizer.json                       its vocabulary
+model.safetensors.index.json | pytorch_model.bin.index.json    the file of each tensor
+config.json                                      the model's sizes and the labels of its head
+preprocessor_config.json | processor_config.json image preprocessing
+vocab.txt | tokenizer.json                       vocabulary
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ UNNAMED = {
 
 
 def read_published(storage: Storage, path: str, hugging_face: bool) -> tuple[Published, str]:
-    """Return the tensors at a path, and the folder that they lie in.
+    """Return the tensors at a path and their folder.
 
-    For `hugging_face` formats the config.json and the image processor's config beside them are read too. Raises
-    CheckpointError for files that are missing or damaged.
+    For `hugging_face` formats, config.json and the image processor's config in the folder are read too. Raises
+    CheckpointError for missing or damaged files.
     """
     file, folder = _weights_of(storage, path)
     published = _sharded(storage, folder, file) if file.endswith(INDEX) else read_tensors(storage.read(file), file)
@@ -115,7 +115,7 @@ def _json(storage: Storage, folder: str, name: str) -> dict[str, Any] | None:
 
 
 def _processor(storage: Storage, folder: str) -> Mapping[str, Any] | None:
-    """What the images of a folder's model go through; newer transformers keep all processors in one file."""
+    """Return the image processor's config; newer transformers store all processors in one file."""
     alone = _json(storage, folder, PROCESSOR)
     if alone is not None:
         return alone

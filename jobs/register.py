@@ -31,11 +31,11 @@ SERVING = (
 def register_checkpoint(
     checkpoint: str, name: str, alias: str | None = None, uri: str | None = None, caller: Caller = Caller()
 ) -> dict[str, Any]:
-    """Register the weights of a run, a stage or a checkpoint's folder; returns the version and how to load it.
+    """Register the weights of a run, a stage or a checkpoint's folder; return the version and how to load it.
 
-    The MLflow server is `uri`, else the caller's, and without one the SQLite file beside the run's folder. Raises
-    CheckpointError for a folder without whole weights, ConfigError for weights that give neither embeddings nor
-    matching scores, TrackingError for what MLflow refuses.
+    The MLflow server is `uri`, else the caller's, else the SQLite file next to the run's folder. Raises CheckpointError
+    for a folder without complete weights, ConfigError for weights that give neither embeddings nor matching scores,
+    TrackingError for what MLflow refuses.
     """
     caller = caller.with_server(uri)
     storage = caller.store()

@@ -33,13 +33,13 @@ from pipeline.tracking.locations import configured_uri
 ROOT = Path(__file__).parent.parent
 POLL_SECONDS = 2.0
 START_SECONDS = 60.0
-OVER = ("FAILED", "STOPPED")  # a job that ended so is submitted anew, as the next attempt
+OVER = ("FAILED", "STOPPED")  # a job with this status is submitted again, as the next attempt
 
 
 def submit(
     config: RunConfig, address: str, follow: bool, submission_id: str | None, token: str | None = None
 ) -> dict[str, Any]:
-    """Submit, and with `follow` stream the job's output until it ends. `token` names the cluster's token.
+    """Submit the run, and with `follow` stream the job's output until it ends; `token` names the cluster's token.
 
     Raises ConfigError for a config the cluster could not run or an address that must not be used, RunFailed when the
     cluster does not answer or the job fails.
@@ -66,14 +66,14 @@ def submit(
 
 
 def job_id(config: RunConfig) -> str:
-    """The same for the same run under the same config."""
+    """Return an id that is equal for the same run with the same config."""
     return f"mome-{config.name}-{hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:10]}"
 
 
 def next_attempt(states: Mapping[str, str], base: str) -> str:
-    """The run's job that is not over, or succeeded; else an id of the next attempt: base, base-2, base-3, …
+    """Return the job of the run that is active or succeeded, else the id of the next attempt: base, base-2, base-3, …
 
-    `states`: the status of every job that the cluster knows, by id.
+    `states` holds the status of every job of the cluster by id.
     """
     name, attempt = base, 1
     while states.get(name) in OVER:
@@ -83,15 +83,15 @@ def next_attempt(states: Mapping[str, str], base: str) -> str:
 
 
 def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
-    """The config as the cluster must read it: paths relative to this folder mean nothing there.
+    """Return the config as the cluster reads it, where paths relative to this folder are not valid.
 
-    On this machine's own head they become absolute; for another cluster they are refused by name.
+    For a head on this machine they become absolute; for another cluster they are an error that names them.
     """
     relative = {path: value for path, value in local_paths(config).items() if not Path(value).is_absolute()}
     if relative and not same_machine:
-        told = "\n".join(f"{path}: {value}" for path, value in relative.items())
+        listing = "\n".join(f"{path}: {value}" for path, value in relative.items())
         raise ConfigError(
-            f"the cluster cannot see folders of this machine:\n{told}\n"
+            f"the cluster cannot see folders of this machine:\n{listing}\n"
             "Give URLs such as s3://bucket/folder, or the absolute paths of a shared file system."
         )
     uri = configured_uri(config)
@@ -103,9 +103,9 @@ def for_cluster(config: RunConfig, same_machine: bool) -> RunConfig:
 
 
 def interpreter() -> str:
-    """The job's Python, in the shell's words: this one where the head has it, which is then this machine.
+    """Return shell code for the job's Python: this interpreter if the head has it, otherwise `python`.
 
-    An address of the loopback does not tell: it may be the end of a tunnel.
+    A loopback address does not imply this machine: it may be the end of a tunnel.
     """
     return f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
 

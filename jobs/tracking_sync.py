@@ -17,7 +17,7 @@ logger = logging.getLogger("mome.tracking")
 
 @dataclass(frozen=True)
 class Synced:
-    """What was shipped: `points` metric points from `pending_bytes` of journal, to the server at `uri`."""
+    """Uploaded data: `points` metric points from `pending_bytes` bytes of journal, to the server at `uri`."""
 
     uri: str
     pending_bytes: int
@@ -25,11 +25,11 @@ class Synced:
 
 
 def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> Synced:
-    """Ship the journal of the run in folder `run` (path or URL) to `uri`, else to the caller's server.
+    """Upload the journal of the run in folder `run` (path or URL) to `uri`, else to the caller's server.
 
-    Without one that is the SQLite file beside the run's folder. The server that the journal names is not asked: it may
-    come from somebody else. Shipping again what the server has changes nothing. Raises TrackingError when there is no
-    journal, when another process is shipping it, or when the server does not take it.
+    Without a server, that is the SQLite file next to the run's folder. The server named in the journal is not used: the
+    journal may come from another person. Uploading again changes nothing. Raises TrackingError if there is no journal,
+    if another process is uploading it, or if the server does not accept it.
     """
     caller = caller.with_server(uri)
     journal = read_journal(run, caller.store())
@@ -46,7 +46,7 @@ def sync(run: str, uri: str | None = None, caller: Caller = Caller()) -> Synced:
         )
     with journal_write_errors(journal), exclusive_upload(journal.folder) as is_alone:
         if not is_alone:
-            raise TrackingError(f"{run}: another process is shipping this journal; the run seems to be going on")
+            raise TrackingError(f"{run}: another process is uploading this journal; the run seems to be active")
         pending = pending_bytes(journal.folder, target)
         uploader = MlflowUploader(journal.folder, target, logger.warning)
         try:

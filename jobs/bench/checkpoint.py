@@ -1,8 +1,8 @@
-"""`mome bench checkpoint`: how long a save stops training, beside how long a synchronous one would.
+"""`mome bench checkpoint`: how long asynchronous and synchronous saves stall training.
 
 Fragments have the sizes of a real model's parameters, each with a weight and two Adam moments, and are saved as runs
-save them, into a folder that takes no more than so many bytes a second. "Training" is matrix products of about a
-hundredth of a second, whose pace is told while nothing is saved and while a save is under way.
+save them, to a store with limited write bandwidth. "Training" is matrix products of about a hundredth of a second,
+timed with and without a concurrent save.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Progress = Callable[[str], None]
 
 
 class ThrottledStorage(Storage):
-    """A store that takes at most so many bytes a second, of all its writers together."""
+    """Store whose writers together are limited to a number of bytes per second."""
 
     def __init__(self, config: StorageConfig, bytes_per_second: float):
         super().__init__(config)
@@ -59,7 +59,7 @@ def bench_checkpoint(
     *,
     mb_per_second: float = 50.0,
     rounds: int = 1,
-    progress: Progress = lambda told: None,
+    progress: Progress = lambda message: None,
 ) -> dict[str, Any]:
     """Save the state of the model of `config` (VLMo base without one) into the folder `url` (a temporary one without).
 
@@ -68,8 +68,8 @@ def bench_checkpoint(
     `mb_per_second` (10^6 bytes) is imitated; 0 takes the real one's pace. What was saved is restored and compared.
     """
     section = VLMoConfig() if config is None else load_config(config).model
-    progress("inventing the state")
-    fragments = invented_state(section)
+    progress("creating the state")
+    fragments = random_state(section)
     with _folder(url) as folder:
         settings = StorageConfig()
         storage = ThrottledStorage(settings, mb_per_second * 1e6) if mb_per_second else Storage(settings)
@@ -81,9 +81,9 @@ def bench_checkpoint(
             alone = _train(lambda step: step < _STEPS_ALONE)
             synchronous, stalls, beside = [], [], []
             for number in range(rounds):
-                progress(f"round {number + 1} of {rounds}: a save that is waited for")
+                progress(f"round {number + 1} of {rounds}: a synchronous save")
                 synchronous.append(_save(store, fragments, 2 * number, wait=True))
-                progress(f"round {number + 1} of {rounds}: a save beside training")
+                progress(f"round {number + 1} of {rounds}: an asynchronous save")
                 stalls.append(_save(store, fragments, 2 * number + 1, wait=False))
                 beside.append(_train(lambda _: not store.is_written()))
                 store.wait()
@@ -107,14 +107,14 @@ def bench_checkpoint(
     }
 
 
-def invented_state(section: TransformerConfig) -> list[Fragment]:
-    """What one rank that holds everything has of a model: random weights and moments of its parameters' sizes."""
+def random_state(section: TransformerConfig) -> list[Fragment]:
+    """Return the state of one rank that holds everything: random weights and moments of the parameters' sizes."""
     sizes = {name: parameter.numel() for name, parameter in skeleton(section, VOCABULARY).named_parameters()}
     return [Fragment(name, 0, {kind: torch.rand(size) for kind in KINDS}) for name, size in sizes.items()]
 
 
 def _save(store: CheckpointStore, fragments: list[Fragment], step: int, wait: bool) -> float:
-    """Seconds until training may go on."""
+    """Save and return the seconds until training may continue."""
     metadata = {"step": step, "stage": "bench", "stage_step": step, "plan_digest": "", "zero_stage": 0}
     started = time.perf_counter()
     store.save(fragments, {**metadata, "data_counts": {}})
@@ -124,7 +124,7 @@ def _save(store: CheckpointStore, fragments: list[Fragment], step: int, wait: bo
 
 
 def _train(go_on: Callable[[int], bool]) -> float:
-    """The median seconds of a step."""
+    """Return the median seconds of a step."""
     matrix = torch.rand(512, 512)
     seconds, step = [], 0
     while go_on(step):
@@ -137,18 +137,18 @@ def _train(go_on: Callable[[int], bool]) -> float:
 
 
 def _restore(store: CheckpointStore, fragments: list[Fragment]) -> float:
-    """Seconds to find, verify and read the last checkpoint, which must be what was saved."""
+    """Restore the last checkpoint, compare it with what was saved, and return the seconds."""
     started = time.perf_counter()
-    found = store.latest()
-    if found is None:
-        raise CheckpointError(f"{store.url}: nothing was found of what was saved")
+    latest = store.latest()
+    if latest is None:
+        raise CheckpointError(f"{store.url}: no checkpoint found, although one was saved")
     same = [
-        torch.equal(found[1].read(fragment.name, kind, 0, len(value)), value)
+        torch.equal(latest[1].read(fragment.name, kind, 0, len(value)), value)
         for fragment in fragments
         for kind, value in fragment.values.items()
     ]
     if not all(same):
-        raise CheckpointError(f"{store.url}: {same.count(False)} tensors were not restored as they were saved")
+        raise CheckpointError(f"{store.url}: {same.count(False)} restored tensors differ from the saved ones")
     return time.perf_counter() - started
 
 

@@ -1,8 +1,8 @@
-"""`mome bench storage`: how fast a store is read and listed from here, by us and by what people use instead.
+"""`mome bench storage`: read and list speed of a store with our client, fsspec and botocore.
 
-Every contender reads the same object, in turn, over several rounds; figures are medians. CPU seconds are those of this
-process, so a store on the same machine is not counted, though it shares the cores. Against moto's server only CPU
-seconds mean much: it cuts every range out of a copy of the whole object.
+All clients read the same object, in turn, over several rounds; figures are medians. CPU seconds are those of this
+process: a store on the same machine is not counted, although it shares the cores. With moto's server only CPU seconds
+are meaningful, because it slices every range out of a copy of the whole object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
 
 MIB = 2**20
-READ_BYTES = MIB  # that a stream is asked for at a time
+READ_BYTES = MIB  # per read of a stream
 SERVER_START_SECONDS = 30.0
 
 Progress = Callable[[str], None]
@@ -61,7 +61,7 @@ def bench_storage(
     in_flight: int = 4,
     objects: int = 500,
     rounds: int = 3,
-    progress: Progress = lambda told: None,
+    progress: Progress = lambda message: None,
 ) -> dict[str, Any]:
     """Measure the store behind the folder `url`; without one, moto's server, or a local folder where moto is absent.
 
@@ -119,7 +119,7 @@ def readers(target: Target) -> dict[str, Reader]:
         client = _botocore_client(target.storage.config)
         bucket, key = _bucket_and_key(target.url)
         get = partial(client.get_object, Bucket=bucket, Key=key)
-        found["botocore.ranges"] = partial(_in_flight, target, lambda each: get(Range=_header(*each))["Body"].read())
+        found["botocore.ranges"] = partial(_in_flight, target, lambda span: get(Range=_header(*span))["Body"].read())
         found["botocore.open"] = partial(_read_stream, lambda: get()["Body"])
     return found
 
@@ -146,7 +146,7 @@ def listers(storage: Storage, url: str) -> dict[str, Lister]:
 
 def _read_ranges(target: Target) -> Iterator[bytes]:
     tag = target.storage.info(target.url).etag
-    return _in_flight(target, lambda each: target.storage.read_range(target.url, *each, etag=tag))
+    return _in_flight(target, lambda span: target.storage.read_range(target.url, *span, etag=tag))
 
 
 def _in_flight(target: Target, read: Callable[[tuple[int, int]], bytes]) -> Iterator[bytes]:
@@ -210,7 +210,7 @@ def _bucket_and_key(url: str) -> tuple[str, str]:
 
 
 def _rounds(measure: Callable[[Any], Figures], contenders: dict[str, Any], rounds: int, progress: Progress) -> Any:
-    """Medians of each contender's figures. The order turns with the round, so that nobody is always first."""
+    """Return the medians of each client's figures; the order rotates, so that no client is always first."""
     names = list(contenders)
     measured: dict[str, list[Figures]] = {name: [] for name in names}
     for name in names:
@@ -233,7 +233,7 @@ def _measure_read(reader: Reader, target: Target) -> Figures:
             size += len(data)
         seconds, spent = time.perf_counter() - started, time.process_time() - cpu
     if first is None or size != target.size:
-        raise StorageError(f"{target.url}: {size} of {target.size} bytes came")
+        raise StorageError(f"{target.url}: {size} of {target.size} bytes were read")
     return {
         "mb_per_second": size / 1e6 / seconds,
         "cpu_seconds_per_gib": spent / size * 2**30,
@@ -245,10 +245,10 @@ def _measure_read(reader: Reader, target: Target) -> Figures:
 def _measure_list(lister: Lister, objects: int) -> Figures:
     with _counting_requests() as requests:
         cpu, started = time.process_time(), time.perf_counter()
-        found = lister()
+        names = lister()
         seconds, spent = time.perf_counter() - started, time.process_time() - cpu
-    if len(found) != objects:
-        raise StorageError(f"a listing told {len(found)} of {objects} objects")
+    if len(names) != objects:
+        raise StorageError(f"the listing has {len(names)} of {objects} objects")
     return {
         "seconds": seconds,
         "cpu_seconds": spent,

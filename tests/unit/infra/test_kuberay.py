@@ -212,7 +212,7 @@ def test_the_job_runs_an_existing_command(monkeypatch: pytest.MonkeyPatch, tmp_p
     """`mome train` parses the arguments, with the demo's config instead of the mounted one."""
     from typer.testing import CliRunner
 
-    from jobs import cli, pretrain
+    from jobs import cli, train
 
     (job,) = rendered(KUBERAY / "rayjob.yaml")
     env, _, program, command, config, *rest = job["spec"]["entrypoint"].split()
@@ -220,7 +220,7 @@ def test_the_job_runs_an_existing_command(monkeypatch: pytest.MonkeyPatch, tmp_p
     mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "run")
     assert (env, program, config) == ("env", "mome", f"{mount['mountPath']}/run.yaml")
     asked = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda settings, *_: asked.append(settings))
+    monkeypatch.setattr(train, "pretrain", lambda settings, *_: asked.append(settings))
     demo = str(INFRA.parent / "configs" / "demo.yaml")
     CliRunner().invoke(cli.app, [command, demo, f"output={tmp_path}", *rest])
     assert [settings.cluster.address for settings in asked] == ["auto"]

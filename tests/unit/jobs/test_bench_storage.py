@@ -72,7 +72,7 @@ def test_without_a_url_a_store_is_started_and_ended(monkeypatch: pytest.MonkeyPa
 
 def test_a_contender_that_reads_too_little_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "readers", lambda target: {"short": lambda: iter([b"1"])})
-    with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes came"):
+    with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes were read"):
         bench_storage(str(tmp_path), object_bytes=SIZE)
     assert list(tmp_path.iterdir()) == []
 

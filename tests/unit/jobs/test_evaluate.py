@@ -118,7 +118,7 @@ def test_a_file_that_mome_did_not_write_stays(
     run: Path, data: dict[str, str], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run.yaml").write_text((run / "run.json").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("jobs.evaluate._measured", None)  # it is refused before anything is measured
+    monkeypatch.setattr("jobs.evaluate._evaluate", None)  # it is refused before anything is measured
     page = tmp_path / "page.html"
     page.write_bytes(content)
     for arguments in (
