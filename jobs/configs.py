@@ -90,6 +90,7 @@ def fingerprint_of(
     from pipeline.config.schema import parse_steps
     from pipeline.data.loading.loader import fingerprint
     from pipeline.data.storage import Storage
+    from pipeline.objectives import batch_groups
     from pipeline.training.prepare import apart, prepare
 
     try:
@@ -104,5 +105,7 @@ def fingerprint_of(
     with tempfile.TemporaryDirectory(prefix="mome-fingerprint-") as folder:
         scratch = apart(config, storage, folder, config.name)
         tokenizer = prepare(scratch, storage)
-        digest = fingerprint(scratch, chosen, storage, tokenizer, range(first, last), world_size)
+        digest = fingerprint(
+            scratch, chosen, batch_groups(scratch, chosen), storage, tokenizer, range(first, last), world_size
+        )
     return {"fingerprint": digest, "steps": [first, last], "stage": chosen.name}

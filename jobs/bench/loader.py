@@ -51,6 +51,7 @@ from pipeline.data.loading.loader import Loader
 from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage, join
+from pipeline.objectives import batch_groups
 
 PACKAGES = ("webdataset", "pillow", "torch", "simplejpeg", "opencv-python-headless", "tokenizers")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1") | {
@@ -235,7 +236,7 @@ def measure(job: Job) -> Measurement:
         return _count(PEERS[job.contender](job.peer_recipe()), job.samples)
     config, storage = job.config(), Storage()
     tokenizer = Tokenizer.load(storage, job.vocabulary)
-    with Loader(config, config.stages[0], storage, tokenizer, 0, 1) as loader:
+    with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, 0, 1) as loader:
         return _count(((batch.image, batch.text) for batch in loader.batches(0)), job.samples)
 
 

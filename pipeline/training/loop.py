@@ -19,6 +19,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
+from pipeline.objectives import batch_groups
 from pipeline.objectives.mim import load_image_tokenizer
 from pipeline.tracking.tracker import JournalTracker, SavedWeights, Status, Tracker
 from pipeline.training.alerts import Alerts
@@ -213,7 +214,16 @@ def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -
         stack.callback(gc.collect)
         stack.callback(callbacks.close)
         loader = stack.enter_context(
-            Loader(config, stage.config, storage, context.tokenizer, rank, world_size, context.loader_backend)
+            Loader(
+                config,
+                stage.config,
+                batch_groups(config, stage.config),
+                storage,
+                context.tokenizer,
+                rank,
+                world_size,
+                context.loader_backend,
+            )
         )
         choices = choices_of(config, config.stages[: stage.index + 1], storage)
         checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint, context.ownership)

@@ -26,6 +26,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
+from pipeline.objectives import batch_groups
 from pipeline.tracking.locations import experiment_name, tracking_uri
 from pipeline.tracking.mlflow_server import check_server, try_writing
 from pipeline.training.collectives import Collectives
@@ -160,7 +161,16 @@ def _try_stage(
     with ExitStack() as stack:
         peak = stack.enter_context(peak_memory(collectives.device))
         stack.callback(gc.collect)
-        loader = Loader(stage.run, stage.config, storage, tokenizer, rank, world_size, loader_backend)
+        loader = Loader(
+            stage.run,
+            stage.config,
+            batch_groups(stage.run, stage.config),
+            storage,
+            tokenizer,
+            rank,
+            world_size,
+            loader_backend,
+        )
         stack.enter_context(loader)
         engine, step, _ = build_engine(stage, storage, tokenizer.size, collectives, order)
         stack.callback(engine.close)

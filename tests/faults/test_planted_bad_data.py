@@ -18,6 +18,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 from tests.support.bad_shards import BAD, BREAKS, KINDS, Expected, Planted, good, plant, webdataset_table, write_tar
 
 BATCH = 10
@@ -72,7 +73,9 @@ def read_epoch(folder: object, samples: int) -> list[dict]:
     """Read one epoch through the loader and return the quarantined samples."""
     config = run_config(folder, samples)
     tokenizer = Tokenizer.train([f"picture {n} shows a thing in way {way}" for n in range(60) for way in "abc"], 200)
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank=0, world_size=1) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank=0, world_size=1
+    ) as loader:
         batches = list(islice(loader.batches(0), samples // BATCH))
         assert sum(len(batch) for batch in batches) == samples
         assert loader.counts()["samples/pairs"] == samples

@@ -14,6 +14,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
+from pipeline.objectives import batch_groups
 from tests.support.fault_proxy import FaultProxy
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # the bar is 60; continuous integration waits less
@@ -53,14 +54,24 @@ def test_stream_over_a_faulty_network_equals_undisturbed(
         [f"picture {n} shows a thing in way {way}" for n in range(2 * shards) for way in "abc"], 200
     )
     local = run_config(folder, StorageConfig())
-    expected = fingerprint(local, local.stages[0], Storage(), tokenizer, range(shards // 10))
+    expected = fingerprint(
+        local, local.stages[0], batch_groups(local, local.stages[0]), Storage(), tokenizer, range(shards // 10)
+    )
     with FaultProxy(s3.endpoint, seed=1, **faults) as proxy:
         settings = {"endpoint_url": proxy.endpoint, "retry_timeout_seconds": max(20.0, 2 * outage)}
         remote = run_config(url, s3.config.model_copy(update=settings))
         if outage:
             proxy.away(outage, after=30)
         assert (
-            fingerprint(remote, remote.stages[0], Storage(remote.storage), tokenizer, range(shards // 10)) == expected
+            fingerprint(
+                remote,
+                remote.stages[0],
+                batch_groups(remote, remote.stages[0]),
+                Storage(remote.storage),
+                tokenizer,
+                range(shards // 10),
+            )
+            == expected
         )
     assert bool(outage) == bool(proxy.injected["away"])
     assert outage or sum(proxy.injected.values()) > 0, "choose another seed: nothing went wrong"

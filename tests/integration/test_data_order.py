@@ -19,6 +19,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage, join
+from pipeline.objectives import batch_groups
 from tests.support.data_stream import stream_config
 
 SETTINGS = {
@@ -101,7 +102,9 @@ def test_data_order_is_the_same_everywhere(
 
     def read(world: int, workers: int, threads: int, steps: int = STEPS) -> str:
         run = with_loading(config, workers, threads, cache)
-        return fingerprint(run, run.stages[0], Storage(run.storage), tokenizer, range(steps), world)
+        return fingerprint(
+            run, run.stages[0], batch_groups(run, run.stages[0]), Storage(run.storage), tokenizer, range(steps), world
+        )
 
     if where == "s3, warm cache":
         read(1, 0, 4, steps=6)  # more than an epoch: every shard

@@ -21,6 +21,7 @@ from pipeline.data.loading.backends import BackendFactory, local_backend
 from pipeline.data.loading.loader import Loader
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 from tests.support.data_stream import stream_config
 
 STEPS = 6
@@ -48,7 +49,9 @@ def config(make_pairs) -> RunConfig:
 
 
 def read(config: RunConfig, tokenizer: Tokenizer, backend: BackendFactory, rank: int, world: int) -> list[Batch]:
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world, backend) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank, world, backend
+    ) as loader:
         return list(islice(loader.batches(2), STEPS))
 
 
@@ -62,7 +65,9 @@ def test_batches_of_actors_equal_those_of_the_rank(cluster, config, tokenizer, r
 
 def test_killed_actor_restarts_and_changes_no_batch(cluster, config, tokenizer):
     expected = read(config, tokenizer, local_backend, 0, 1)
-    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, RayBackend) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1, RayBackend
+    ) as loader:
         for number, (batch, whole) in enumerate(zip(loader.batches(2), expected, strict=False)):
             assert batch.image.equal(whole.image)
             if number == 1:
@@ -78,7 +83,9 @@ def actor_processes() -> list[int]:
 
 
 def test_error_of_an_actor_is_raised_unchanged(cluster, config, tokenizer):
-    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1, RayBackend) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1, RayBackend
+    ) as loader:
         for shard in Path(config.sources["pairs"].shards).glob("*.tar"):
             shard.unlink()
         with pytest.raises(DataError, match=r"the shard is missing"):

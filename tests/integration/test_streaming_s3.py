@@ -26,6 +26,7 @@ from pipeline.data.shards.source import Source
 from pipeline.data.storage import NotFound, ObjectChanged, ObjectInfo, Storage, join
 from pipeline.data.storage import s3 as module
 from pipeline.data.storage.retry import RetryBudget
+from pipeline.objectives import batch_groups
 
 
 @pytest.fixture
@@ -67,8 +68,14 @@ def test_s3_equals_local_for_every_world_size(s3, storage, make_pairs):
         (url + "/{00000..00002}.tar", s3.config, 2, 0, 2),
     ):
         run = run_config(shards, config, workers, threads)
-        prints.add(fingerprint(run, run.stages[0], Storage(config), tokenizer, range(1, 5), world))
-        with Loader(run, run.stages[0], Storage(config), tokenizer, rank=0, world_size=1) as loader:
+        prints.add(
+            fingerprint(
+                run, run.stages[0], batch_groups(run, run.stages[0]), Storage(config), tokenizer, range(1, 5), world
+            )
+        )
+        with Loader(
+            run, run.stages[0], batch_groups(run, run.stages[0]), Storage(config), tokenizer, rank=0, world_size=1
+        ) as loader:
             digests.add(loader.digest)
     assert len(prints) == len(digests) == 1
 
@@ -243,7 +250,9 @@ def test_loader_streams_many_batches(s3, storage, make_pairs):
     index_shards(storage, url)
     run = run_config(url, s3.config)
     tokenizer = Tokenizer.train(iter_captions(storage, url), 200)
-    with Loader(run, run.stages[0], storage, tokenizer, rank=1, world_size=3) as loader:
+    with Loader(
+        run, run.stages[0], batch_groups(run, run.stages[0]), storage, tokenizer, rank=1, world_size=3
+    ) as loader:
         batches = list(islice(loader.batches(0), 23))
     assert {uid for batch in batches for uid in batch.uid.tolist()}
     assert all(len(batch) == 3 for batch in batches)

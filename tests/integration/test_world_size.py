@@ -204,6 +204,7 @@ def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int |
     from pipeline.data.loading.loader import Loader
     from pipeline.data.reading.samples import iter_captions
     from pipeline.data.storage import Storage
+    from pipeline.objectives import batch_groups
     from pipeline.training.collectives import Collectives
     from pipeline.training.stages import build_stage_model
     from tests.support.engines import build_engine
@@ -218,7 +219,15 @@ def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int |
         built = build_engine(
             config, collectives=collectives, model=build_stage_model(config, 0, storage, tokenizer.size)
         )
-        with Loader(config, built.stage, storage, tokenizer, collectives.rank, collectives.world_size) as loader:
+        with Loader(
+            config,
+            built.stage,
+            batch_groups(config, built.stage),
+            storage,
+            tokenizer,
+            collectives.rank,
+            collectives.world_size,
+        ) as loader:
             losses = built.losses(next(loader.batches(0)))
         results[source_type] = built.engine.gradients(), losses
         built.engine.close()

@@ -17,6 +17,7 @@ from pipeline.config.schema import RunConfig, StorageConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 
 
 def stream_config(shards: str, storage: StorageConfig | None = None, **loading: dict[str, object]) -> RunConfig:
@@ -43,7 +44,10 @@ def stream_config(shards: str, storage: StorageConfig | None = None, **loading: 
 def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: range, path: Path) -> None:
     """Append a line for each step; a whole line was delivered."""
     storage, stage = Storage(config.storage), config.stages[0]
-    loaders = [Loader(config, stage, storage, tokenizer, rank, world_size) for rank in range(world_size)]
+    loaders = [
+        Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size)
+        for rank in range(world_size)
+    ]
     streams = [loader.batches(steps.start) for loader in loaders]
     try:
         with path.open("a", encoding="utf-8") as file:

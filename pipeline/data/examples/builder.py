@@ -38,33 +38,6 @@ _CACHED_STEPS = 4  # steps whose order is kept: threads build the examples of on
 _DECODED_BYTES = 8 * 2**20  # decoded images of one thread that wait to be augmented
 
 
-def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
-    """Return the groups of batch fields that a stage's objectives read, given the type of its sources."""
-    source_type, objectives = config.source_type_of(stage), stage.objectives.keys()
-    reads_pairs = not objectives.isdisjoint({"itc", "itm", "wpa", "ranking", "vqa", "nlvr2"})
-    mlm, mim, is_pair = "mlm" in objectives, "mim" in objectives, source_type == "pairs"
-    groups = {
-        "image": (reads_pairs and source_type != "regions")
-        or (mlm and is_pair)  # masked words of a pair are predicted from its image too
-        or mim
-        or "classification" in objectives,
-        "text": reads_pairs
-        or mlm
-        or (mim and is_pair and config.model.kind == "vilt")  # masked patches are predicted from the text too
-        or source_type == "regions",
-        "masked_text": mlm,
-        "masked_patches": mim,
-        "patch_replacements": mim and stage.masking.mask_token_prob < 1,
-        "second_image": "nlvr2" in objectives,
-        "label": not objectives.isdisjoint({"classification", "nlvr2"}),
-        "answers": "vqa" in objectives,
-        "regions": source_type == "regions",
-        "region_class": "moc" in objectives,
-        "masked_regions": not objectives.isdisjoint({"moc", "mrfr"}),
-    }
-    return frozenset(name for name, is_read in groups.items() if is_read)
-
-
 def batch_spec(config: RunConfig, stage: StageConfig, groups: frozenset[str], num_examples: int) -> BatchSpec:
     """Return the arrays of some groups of fields, with the maximum sizes of a stage's examples."""
     model, masking, shape = config.model, stage.masking, shape_of(config.model)

@@ -19,7 +19,7 @@ from pipeline.config.urls import is_local
 from pipeline.data.batch import Batch
 from pipeline.data.contents.choices import load_answers
 from pipeline.data.contents.text import Tokenizer
-from pipeline.data.examples.builder import LoaderSpec, batch_groups
+from pipeline.data.examples.builder import LoaderSpec
 from pipeline.data.loading.backends import BackendFactory, LoaderBackend, local_backend
 from pipeline.data.order import rank_slice
 from pipeline.data.quarantine import Quarantine
@@ -31,7 +31,7 @@ from pipeline.data.storage import Storage
 class Loader:
     """One rank's batches of one stage. Steps count from the stage's start.
 
-    `groups` are the groups of batch fields that the stage reads (default: those of its objectives). Raises ConfigError,
+    `groups` are the groups of batch fields that the stage reads (see `objectives.batch_groups`). Raises ConfigError,
     DataError or StorageError when a source cannot be used. Close it, or use it in `with`.
     """
 
@@ -39,12 +39,12 @@ class Loader:
         self,
         config: RunConfig,
         stage: StageConfig,
+        groups: frozenset[str],
         storage: Storage,
         tokenizer: Tokenizer,
         rank: int,
         world_size: int,
         backend: BackendFactory = local_backend,
-        groups: frozenset[str] | None = None,
     ):
         config = config.for_stage(stage)
         self._config, self._stage, self._storage, self._world_size = config, stage, storage, world_size
@@ -61,7 +61,7 @@ class Loader:
             tokenizer,
             sources,
             rank_slice(stage.global_batch_size, rank, world_size),
-            batch_groups(config, stage) if groups is None else groups,
+            groups,
             load_answers(config, stage, storage),
         )
         self.order = self._spec.order()
@@ -143,14 +143,20 @@ class Loader:
 
 
 def fingerprint(
-    config: RunConfig, stage: StageConfig, storage: Storage, tokenizer: Tokenizer, steps: range, world_size: int = 1
+    config: RunConfig,
+    stage: StageConfig,
+    groups: frozenset[str],
+    storage: Storage,
+    tokenizer: Tokenizer,
+    steps: range,
+    world_size: int = 1,
 ) -> str:
     """Return the SHA-256 (hex) of a stage's global batches at some steps: uids, pixels, text, masks and labels.
 
     Examples are hashed without padding. The result is the same for every `world_size`, backend and store, or contract
     C1 is broken.
     """
-    loaders = [Loader(config, stage, storage, tokenizer, rank, world_size) for rank in range(world_size)]
+    loaders = [Loader(config, stage, groups, storage, tokenizer, rank, world_size) for rank in range(world_size)]
     digest = hashlib.sha256()
     try:
         streams = [loader.batches(steps.start) for loader in loaders]

@@ -20,7 +20,7 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
-from pipeline.objectives import regions_of
+from pipeline.objectives import batch_groups, regions_of
 
 LOWEST, LONGEST = 800, 1333  # sides that torchvision's Faster R-CNN resizes pictures to
 
@@ -130,7 +130,7 @@ def test_real_feature_files_round_trip(shared: Path, tmp_path: Path) -> None:
         "real",
     )  # fmt: skip
     tokenizer = Tokenizer.train([line["captions"][0] for line in lines], 100)
-    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1) as loader:
+    with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1) as loader:
         (batch,) = islice(loader.batches(0), 1)
     assert batch.region_features is not None
     assert batch.region_features.shape == (12, 40, 1024)

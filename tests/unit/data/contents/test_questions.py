@@ -22,6 +22,7 @@ from pipeline.data.reading.samples import iter_captions, iter_samples
 from pipeline.data.shards.check import sample_defect
 from pipeline.data.shards.tar import TarSample
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 from tests.support.fine_tuning_data import COLOURS, run_config
 
 
@@ -105,7 +106,9 @@ _KEYS: dict[str, dict[str, int]] = {"questions": {"num_answers": 6}, "statements
 def first_batch(folder: Path, source_type: str, rank: int = 0, world_size: int = 1) -> Batch:
     config, storage = run_config(folder, source_type, _OBJECTIVES[source_type], 1, **_KEYS[source_type]), Storage()
     tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
-    with Loader(config, config.stages[0], storage, tokenizer, rank, world_size) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), storage, tokenizer, rank, world_size
+    ) as loader:
         return next(loader.batches(0))
 
 
@@ -152,7 +155,7 @@ def test_another_list_of_answers_changes_the_digest(tmp_path: Path) -> None:
     other = config.stages[0].model_copy(update={"answer_list": str(tmp_path / "other.json")})
     digests = set()
     for stage in (config.stages[0], other):
-        with Loader(config, stage, storage, Tokenizer.train(["x y"], 64), 0, 1) as loader:
+        with Loader(config, stage, batch_groups(config, stage), storage, Tokenizer.train(["x y"], 64), 0, 1) as loader:
             digests.add(loader.digest)
     assert len(digests) == 2
 
@@ -172,7 +175,9 @@ def test_images_are_not_mirrored_if_an_answer_names_a_side(tmp_path: Path, answe
     )
     stage = config.stages[0].model_copy(update={"answer_list": f"{tmp_path}/questions-0/answers.json"})
     assert load_answers(config, stage, storage) is not None
-    with Loader(config, stage, storage, Tokenizer.train(["where is it"], 64), 0, 1) as loader:
+    with Loader(
+        config, stage, batch_groups(config, stage), storage, Tokenizer.train(["where is it"], 64), 0, 1
+    ) as loader:
         image = next(loader.batches(0)).image
     assert image is not None
     left_is_darker = image[:, :, :8].float().mean(dim=(1, 2, 3)) < image[:, :, -8:].float().mean(dim=(1, 2, 3))

@@ -24,6 +24,7 @@ from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.randomness import CounterRandom
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 
 PAPER, RELEASE = KeepAspectRatio(384, 640, 32), KeepAspectRatio(384, 639, 32)
 SHAPES = [(24, 24), (24, 40), (40, 24), (24, 30), (8, 60), (60, 8), (33, 24), (24, 37), (48, 24), (24, 48), (31, 50)]
@@ -144,7 +145,9 @@ def run_config(folder: str, model: dict | None = None, source_type: str = "pairs
 def take(
     config: RunConfig, tokenizer: Tokenizer, count: int, start: int = 0, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank, world
+    ) as loader:
         return list(islice(loader.batches(start), count))
 
 
@@ -200,7 +203,10 @@ def test_mim_examples_include_text_where_there_is_one(folder, tokenizer) -> None
 def test_batches_do_not_depend_on_world_size(folder: str, tokenizer: Tokenizer) -> None:
     config = run_config(folder, masking={"mask_token_prob": 0.8, "random_patch_prob": 0.1})
     stage = config.stages[0]
-    prints = {fingerprint(config, stage, Storage(), tokenizer, range(2, 6), world_size) for world_size in (1, 2, 5)}
+    prints = {
+        fingerprint(config, stage, batch_groups(config, stage), Storage(), tokenizer, range(2, 6), world_size)
+        for world_size in (1, 2, 5)
+    }
     assert len(prints) == 1
 
 
@@ -224,7 +230,9 @@ def test_image_shape_enters_the_digest(folder: str, tokenizer: Tokenizer) -> Non
     digests = set()
     for model in changes:
         config = run_config(folder, model)
-        with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1) as loader:
+        with Loader(
+            config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1
+        ) as loader:
             digests.add(loader.digest)
     assert len(digests) == len(changes)
 

@@ -19,6 +19,7 @@ from pipeline.data.quarantine import BadSample
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 
 CLASSES = 4
 
@@ -69,7 +70,9 @@ def run_config(
 
 
 def take(config: RunConfig, tokenizer: Tokenizer, count: int) -> tuple[list[Batch], list[dict[str, Any]]]:
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank=0, world_size=1) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank=0, world_size=1
+    ) as loader:
         return list(islice(loader.batches(0), count)), loader.quarantined()
 
 
@@ -108,10 +111,18 @@ MASKING = {"image_mask_ratio": 0.5, "patch_shape": "blocks", "mask_token_prob": 
 
 def test_patch_replacements_do_not_depend_on_world_size(folder: str, tokenizer: Tokenizer) -> None:
     config = run_config(folder, "images", "mim", masking=MASKING)
-    prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(1, 4), world) for world in (1, 2, 4)}
+    prints = {
+        fingerprint(
+            config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, range(1, 4), world
+        )
+        for world in (1, 2, 4)
+    }
     assert len(prints) == 1
     plain = run_config(folder, "images", "mim", masking={"image_mask_ratio": 0.5})
-    assert fingerprint(plain, plain.stages[0], Storage(), tokenizer, range(1, 4), 1) not in prints
+    assert (
+        fingerprint(plain, plain.stages[0], batch_groups(plain, plain.stages[0]), Storage(), tokenizer, range(1, 4), 1)
+        not in prints
+    )
 
 
 def test_every_example_has_the_same_number_of_masked_patches(folder: str, tokenizer: Tokenizer) -> None:

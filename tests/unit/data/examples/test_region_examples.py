@@ -21,6 +21,7 @@ from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 
 NUMBERS, CLASSES, MOST = 6, 5, 8
 OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
@@ -86,7 +87,9 @@ def run_config(shards: str, objectives: tuple[str, ...] = OBJECTIVES, **changes:
 
 
 def take(config: RunConfig, tokenizer: Tokenizer, count: int, rank: int = 0, world: int = 1) -> list[Batch]:
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank, world) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank, world
+    ) as loader:
         return list(islice(loader.batches(0), count))
 
 
@@ -115,7 +118,12 @@ def test_examples_contain_their_samples_regions(shards: str, tokenizer: Tokenize
 @pytest.mark.parametrize("objectives", [OBJECTIVES, ("mlm",), ("mrfr",)])
 def test_batches_do_not_depend_on_world_size(shards: str, tokenizer: Tokenizer, objectives: tuple[str, ...]) -> None:
     config = run_config(shards, objectives)
-    prints = {fingerprint(config, config.stages[0], Storage(), tokenizer, range(2, 5), world) for world in (1, 2, 3)}
+    prints = {
+        fingerprint(
+            config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, range(2, 5), world
+        )
+        for world in (1, 2, 3)
+    }
     assert len(prints) == 1
 
 
@@ -173,7 +181,7 @@ def test_bad_regions_are_replaced_and_reported(tmp_path: Path, make_tar, tokeniz
     (report,) = check_shards(Storage(), str(tmp_path), "regions", 10**6, workers=1)
     assert {found.key for found in report.bad} == set(bad)
     config = run_config(str(tmp_path))
-    with Loader(config, config.stages[0], Storage(), tokenizer, 0, 1) as loader:
+    with Loader(config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, 0, 1) as loader:
         list(islice(loader.batches(0), 4))
         found = {(entry["key"], entry["reason"]) for entry in loader.quarantined()}
     assert found == {(finding.key, finding.reason) for finding in report.bad}

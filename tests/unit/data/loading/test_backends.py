@@ -21,6 +21,7 @@ from pipeline.data.loading import backends
 from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 
 STEPS = 12
 
@@ -54,7 +55,15 @@ def config(make_pairs) -> RunConfig:
 
 
 def open_loader(config: RunConfig, tokenizer: Tokenizer) -> Loader:
-    return Loader(config, config.stages[0], Storage(config.storage), tokenizer, rank=0, world_size=1)
+    return Loader(
+        config,
+        config.stages[0],
+        batch_groups(config, config.stages[0]),
+        Storage(config.storage),
+        tokenizer,
+        rank=0,
+        world_size=1,
+    )
 
 
 def with_workers(config: RunConfig, count: int) -> RunConfig:
@@ -93,7 +102,15 @@ def batches(config, tokenizer) -> Iterator:
 
 def test_processes_build_the_same_examples_as_threads(config, tokenizer):
     prints = {
-        fingerprint(with_workers(config, count), config.stages[0], Storage(), tokenizer, range(1, 6), world)
+        fingerprint(
+            with_workers(config, count),
+            config.stages[0],
+            batch_groups(with_workers(config, count), config.stages[0]),
+            Storage(),
+            tokenizer,
+            range(1, 6),
+            world,
+        )
         for count, world in ((0, 1), (1, 1), (3, 1), (2, 3))
     }
     assert len(prints) == 1

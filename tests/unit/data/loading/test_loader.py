@@ -20,6 +20,7 @@ from pipeline.data.examples import builder as module
 from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 
 OBJECTIVES = {
     "vision": ("images", {"mim": {}}),
@@ -71,7 +72,15 @@ def with_loader(config: RunConfig, **changes: int) -> RunConfig:
 
 
 def make(config: RunConfig, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1) -> Loader:
-    return Loader(config, config.stages[0], Storage(config.storage), tokenizer, rank=rank, world_size=world_size)
+    return Loader(
+        config,
+        config.stages[0],
+        batch_groups(config, config.stages[0]),
+        Storage(config.storage),
+        tokenizer,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def take(config: RunConfig, tokenizer: Tokenizer, start: int, count: int, rank: int = 0, world: int = 1) -> list[Batch]:
@@ -101,7 +110,13 @@ def test_batches_do_not_depend_on_world_size_or_threads(folders, tokenizer, kind
     stage = config.stages[0]
     prints = {
         fingerprint(
-            with_loader(config, threads_per_worker=threads), stage, Storage(), tokenizer, range(2, 8), world_size
+            with_loader(config, threads_per_worker=threads),
+            stage,
+            batch_groups(with_loader(config, threads_per_worker=threads), stage),
+            Storage(),
+            tokenizer,
+            range(2, 8),
+            world_size,
         )
         for world_size in (1, 2, 3, 5)
         for threads in (1, 4)
@@ -278,7 +293,15 @@ def planned_bad(config: RunConfig, tokenizer: Tokenizer) -> set[tuple[int, int]]
 def test_replacements_are_the_same_for_every_world_size(spoiled, tokenizer):
     config = run_config({"one": spoiled}, data={"max_pixels": 10_000})
     prints = {
-        fingerprint(with_loader(config, threads_per_worker=t), config.stages[0], Storage(), tokenizer, range(5), w)
+        fingerprint(
+            with_loader(config, threads_per_worker=t),
+            config.stages[0],
+            batch_groups(with_loader(config, threads_per_worker=t), config.stages[0]),
+            Storage(),
+            tokenizer,
+            range(5),
+            w,
+        )
         for w in (1, 2, 3)
         for t in (1, 3)
     }
@@ -434,7 +457,13 @@ def test_buckets_group_captions_of_similar_length(wordy, tokenizer):
     bucketed = wordy_config(wordy, {"buckets": {"by": "caption", "batches": 8}})
     prints = {
         fingerprint(
-            with_loader(bucketed, num_workers=workers), bucketed.stages[0], Storage(), tokenizer, range(9), world
+            with_loader(bucketed, num_workers=workers),
+            bucketed.stages[0],
+            batch_groups(with_loader(bucketed, num_workers=workers), bucketed.stages[0]),
+            Storage(),
+            tokenizer,
+            range(9),
+            world,
         )
         for world, workers in ((1, 0), (2, 0), (3, 0), (1, 2))
     }

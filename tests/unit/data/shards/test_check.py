@@ -26,6 +26,7 @@ from pipeline.data.shards.check import ShardReport, check_shards
 from pipeline.data.shards.index import index_tar
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
+from pipeline.objectives import batch_groups
 from tests.support.fuzz import fuzz_rounds, mutate
 
 Members = dict[str, bytes]
@@ -157,7 +158,9 @@ def trained(folder: str, source_type: SourceType, count: int) -> set[tuple[str, 
     """(key, stage, reason) of what one epoch of training quarantines."""
     config = run_config(folder, source_type, count)
     tokenizer = Tokenizer.train(["a thing in another way is what it is"], 100)
-    with Loader(config, config.stages[0], Storage(), tokenizer, rank=0, world_size=1) as loader:
+    with Loader(
+        config, config.stages[0], batch_groups(config, config.stages[0]), Storage(), tokenizer, rank=0, world_size=1
+    ) as loader:
         assert len(list(islice(loader.batches(0), -(-count // BATCH)))) == -(-count // BATCH)
         return {(bad["key"], bad["stage"], bad["reason"]) for bad in loader.quarantined()}
 
