@@ -21,7 +21,7 @@ from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.shards.check import check_shards
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.objectives import batch_groups
+from pipeline.objectives import batch_groups, check_objectives
 
 NUMBERS, CLASSES, MOST = 6, 5, 8
 OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
@@ -225,5 +225,5 @@ def test_objectives_that_share_a_forward_need_equal_every(shards: str) -> None:
     config = run_config(shards)
     values = config.model_dump(mode="json")
     values["stages"][0]["objectives"]["moc"]["every"] = 2
-    with pytest.raises(ConfigError, match="mlm, moc, mrfr share one pass"):
-        validate(values, "test")
+    with pytest.raises(ConfigError, match="mlm, moc, mrfr share one forward"):
+        check_objectives(validate(values, "test"))
