@@ -2,7 +2,7 @@
 
 Each is a tag on its MLflow run and a log line with a remedy. Alerts are evaluated on rank 0 at the metrics steps, from
 metrics that are collected anyway, and loss spikes at every health check. An alert is raised once, after several
-consecutive steps have met its condition, and cleared after as many have not.
+consecutive steps have met its condition, and cleared after the same number have not.
 """
 
 from __future__ import annotations

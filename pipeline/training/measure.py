@@ -1,4 +1,4 @@
-"""What a running engine really holds, by category: beside which the estimate of `pipeline.planning` is held.
+"""Measured memory of a running engine by category, to validate the estimate of `pipeline.planning`.
 
 Tensors are told apart by their storages. Activations are the storages that autograd saves for backward; the peak is the
 allocator's own (CUDA's counter, or the CPU allocator's events as the profiler records them).
@@ -42,7 +42,7 @@ def living(device: torch.device) -> Storages:
 
 def _all_tensors() -> Iterator[Tensor]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of deprecated objects that merely are asked what they are
+        warnings.simplefilter("ignore")  # isinstance on deprecated objects warns
         for thing in gc.get_objects():
             try:
                 if not isinstance(thing, Tensor):
@@ -67,7 +67,7 @@ def states_of(engine: DeepSpeedEngine) -> Storages:
 
 
 def gradients_of(engine: DeepSpeedEngine) -> Storages:
-    """What parameters and the optimiser hold beside state and buckets: gradients, between backward and the update."""
+    """Return the storages of gradients: tensors of parameters and optimizer other than state and buckets."""
     held = list(_held_by(vars(engine._engine.optimizer)))
     for parameter in engine.module.parameters():
         held += [g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None]
@@ -151,9 +151,9 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """The most bytes in use while entered, asked for by calling what it gives.
+    """Yield a function that returns the peak memory since the block was entered, in bytes.
 
-    Of a GPU as its allocator counts them; on a CPU the process's resident memory, looked at every few milliseconds.
+    On a GPU the allocator's peak; on a CPU the process's resident memory, sampled every few milliseconds.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

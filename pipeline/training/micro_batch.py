@@ -1,4 +1,4 @@
-"""`engine.micro_batch_size: auto`: as many rows in one forward as the memory of the smallest rank holds.
+"""`engine.micro_batch_size: auto`: the largest micro-batch that fits the memory of the smallest rank.
 
 The estimate of `mome plan` decides, before anything is allocated. The gradient does not depend on it (contract C2), so
 that a run may resume on other devices; all ranks take the same number and so run the same graph (C3).
@@ -40,7 +40,7 @@ def with_micro_batch(config: RunConfig, index: int, collectives: Collectives, vo
     if rows == 0:
         raise RunFailed(
             f"stage {stage.name}: not one row fits the {room / GB:.1f} GB of the smallest rank. Set a higher "
-            "engine.zero_stage, or more ranks; `mome plan` tells what each needs"
+            "engine.zero_stage, or more ranks; `mome plan` shows what each needs"
         )
     if collectives.rank == 0:
         told = f"{rows} rows fit" if rows else "no limit is known on a CPU: a rank's whole share"
