@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.data.reading import cache as module
 from pipeline.data.reading.cache import NodeCache
-from tests.support.cache_reader import SIZE, content, fill, open_checked, source_type
+from tests.support.cache_reader import SIZE, content, fill, open_checked, read_files
 
 FILES = 12
 USER = Path(__file__).resolve().parents[1] / "support" / "cache_reader.py"
@@ -69,7 +69,7 @@ def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
         assert cache.held_bytes() <= cache.max_bytes
         running.append(start(cache, store, 100 + kill))
         if processes == 1:
-            source_type(NodeCache(tmp_path / "cache", 8 * SIZE), store, kill, 5)
+            read_files(NodeCache(tmp_path / "cache", 8 * SIZE), store, kill, 5)
     time.sleep(0.5)
     for process in running:
         assert process.poll() is None

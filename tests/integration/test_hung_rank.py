@@ -1,4 +1,4 @@
-"""A rank that does not come: in time every rank's stacks lie in the run's folder, and the processes are gone."""
+"""A hung rank: every rank's stacks are written to the run's folder and the processes end in time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALLOWED = 3.0  # seconds; of a step in these tests
 
 @contextlib.contextmanager
 def _started(function: Any, world_size: int, *arguments: Any) -> Iterator[list[Any]]:
-    """As a launcher does: whoever is left at the end is killed, stopped or not."""
+    """Start ranks and kill those that remain at the end, as a launcher does."""
     processes = start_ranks(function, world_size, *arguments)
     try:
         yield processes
@@ -37,7 +37,7 @@ def _stacks(folder: Path) -> dict[int, str]:
 
 
 def _stuck(folder: str, how: str, victim: int) -> None:
-    """A barrier to which one rank does not come, and how."""
+    """Enter a barrier that one rank does not reach, for the reason `how`."""
     import logging
 
     from pipeline.data.storage import Storage
@@ -71,7 +71,7 @@ def _misbehave(how: str) -> None:
 
 
 @pytest.mark.parametrize("victim", [1, 0], ids=["", "and-it-holds-the-board"])
-def test_a_stopped_rank_is_named_by_the_others_which_show_their_stacks_and_end(tmp_path: Path, victim: int) -> None:
+def test_stopped_rank_is_named_in_the_stacks_of_the_others(tmp_path: Path, victim: int) -> None:
     with _started(_stuck, 2, str(tmp_path), "stopped", victim) as ranks:
         ranks[1 - victim].join(SECONDS)
         assert ranks[1 - victim].exitcode == 75
@@ -84,7 +84,7 @@ def test_a_stopped_rank_is_named_by_the_others_which_show_their_stacks_and_end(t
         assert "no heartbeat from rank(s) 1" in told
 
 
-def test_a_rank_that_holds_the_interpreter_writes_its_stacks_all_the_same(tmp_path: Path) -> None:
+def test_rank_that_holds_the_gil_writes_its_stacks(tmp_path: Path) -> None:
     with _started(_stuck, 2, str(tmp_path), "holds the interpreter", 1) as ranks:
         for rank in ranks:
             rank.join(SECONDS)
@@ -93,7 +93,7 @@ def test_a_rank_that_holds_the_interpreter_writes_its_stacks_all_the_same(tmp_pa
     assert "_misbehave" in (tmp_path / "log-1").read_text(encoding="utf-8")
 
 
-def test_ranks_wait_for_one_that_is_within_its_own_allowance(tmp_path: Path) -> None:
+def test_ranks_wait_for_one_within_its_own_limit(tmp_path: Path) -> None:
     with _started(_stuck, 2, str(tmp_path), "waits for data", 1) as ranks:
         for rank in ranks:
             rank.join(SECONDS)
@@ -108,7 +108,7 @@ def _sleeping(folder: str) -> None:
     train_short(folder, guards__hang_seconds=5 * ALLOWED, callbacks=[hang])
 
 
-def test_a_run_whose_rank_hangs_ends_with_every_ranks_stacks(tmp_path: Path) -> None:
+def test_run_with_a_hung_rank_ends_with_all_stacks(tmp_path: Path) -> None:
     with _started(_sleeping, 2, str(tmp_path)) as ranks:
         for rank in ranks:
             rank.join(SECONDS)

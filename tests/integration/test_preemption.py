@@ -1,4 +1,4 @@
-"""A notice of preemption on any rank: all ranks save at the same step and end, and lose none."""
+"""A preemption signal on any rank: all ranks save at the same step, end, and lose no step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, losses, short_config, train_short, without_mlflow
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-CASES = {  # name -> how one rank is told, which, and before which step's passes
+CASES = {  # name -> kind of signal, receiving rank, and step in which it arrives
     "in-the-middle": ("SIGTERM", 1, 4),
     "in-the-first-step": ("SIGUSR1", 0, 0),
     "in-the-last-step-of-a-stage": ("callable", 1, STEPS - 1),
@@ -21,7 +21,7 @@ CASES = {  # name -> how one rank is told, which, and before which step's passes
 
 
 def _preempt(folder: str, name: str, how: str, rank: int, step: int) -> dict[str, Any]:
-    """Train until the machine of one rank is about to go, which it hears of in the middle of a step."""
+    """Train until one rank receives a preemption signal in the middle of a step."""
     from pipeline.config.errors import Preempted
     from pipeline.training.loop import train
 
@@ -65,20 +65,20 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_told_to_go_is_saved_at_once_on_all_ranks(scenarios: Any, name: str) -> None:
+def test_preempted_run_is_saved_at_once_on_all_ranks(scenarios: Any, name: str) -> None:
     step = CASES[name][2]
     for rank in scenarios[1]:
         found = rank[name]
         assert "Re-run the same command" in found["told"]
         assert found["status"] == 75
         assert found["handlers"], "the handlers of before are back"
-        assert found["steps"] == step + 1, "the step was finished, and none begun"
+        assert found["steps"] == step + 1, "the step was finished and no other was started"
         last = "0-vision" if step + 1 == STEPS else f"step-{step + 1:08d}"
         assert any(name.startswith(last) for name in found["committed"])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_step_is_lost_and_the_losses_are_the_uninterrupted_runs(scenarios: Any, name: str) -> None:
+def test_resumed_losses_equal_the_uninterrupted_run(scenarios: Any, name: str) -> None:
     folder = scenarios[0]
     assert len(losses(folder, "whole")) == 2 * STEPS
     assert losses(folder, name) == losses(folder, "whole")

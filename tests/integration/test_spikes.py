@@ -1,4 +1,4 @@
-"""A loss spike: back to the last checkpoint and past its data; killed and resumed, the run leaves out the same."""
+"""A loss spike rolls back to the last checkpoint and skips its data, also after the run is killed and resumed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SPIKE = {"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2}
 
 
 class Killed(Exception):
-    """Stands for the process's end: nothing of the package may catch it."""
+    """Represents the end of the process: the package must not catch it."""
 
 
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (SPIKED,)) -> list[int]:
-    """The batches that stage 0 read, in order, until its end or until `killed_at` is read again after a rollback."""
+    """Return the batches that stage 0 read, in order, until its end or until it reaches `killed_at`."""
     from pipeline.training.loop import train
     from pipeline.training.step import TrainingStep
 
@@ -70,29 +70,29 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[
 PAST = [6, 7, 8, 9, 10]  # from the checkpoint of 3 steps on: without batches 3 to 5 (the spike's 4, and one more)
 
 
-def test_the_stage_goes_on_past_the_spike_and_makes_all_its_steps(scenarios: Any) -> None:
+def test_stage_continues_past_the_spike_for_all_its_steps(scenarios: Any) -> None:
     for found in scenarios[1]:
         assert found["whole"] == [0, 1, 2, 3, 4, *PAST]
         assert len(PAST) == STEPS - 3
 
 
-def test_killed_and_resumed_it_leaves_out_the_same_batches(scenarios: Any) -> None:
+def test_resumed_run_skips_the_same_batches(scenarios: Any) -> None:
     for found in scenarios[1]:
         assert found["before"] == [[0, 1, 2, 3, 4, 6, 7], [3, 4, *PAST]]
         assert found["after"] == [[0, 1, 2, 3, 4, 6, 7, 8, 9], [9, 10]]
 
 
 @pytest.mark.parametrize("name", ["before", "after"])
-def test_killed_and_resumed_it_ends_with_the_same_weights(scenarios: Any, name: str) -> None:
+def test_resumed_run_ends_with_equal_weights(scenarios: Any, name: str) -> None:
     stage = Path("stages", "0-vision", "weights.safetensors")
     assert Path(scenarios[0], name, stage).read_bytes() == Path(scenarios[0], "whole", stage).read_bytes()
 
 
-def test_the_rollback_is_tagged(scenarios: Any) -> None:
+def test_rollback_is_tagged(scenarios: Any) -> None:
     tags = {r["key"]: r["value"] for r in journal(scenarios[0], "whole") if r["kind"] == "tag"}
     assert "back to step 3 without batches 3 to 5" in tags["mome.spike.1"]
 
 
-def test_a_stage_that_spikes_again_and_again_fails_by_name(scenarios: Any) -> None:
+def test_stage_fails_after_the_maximum_of_rollbacks(scenarios: Any) -> None:
     for found in scenarios[1]:
         assert "after 2 rollbacks; guards.spike.max_rollbacks allows no more" in found["told"]

@@ -1,4 +1,4 @@
-"""A run that a later start has taken up: the earlier one ends at its next checkpoint and changes nothing any more."""
+"""A run that was started a second time: the earlier process ends at its next checkpoint and changes nothing more."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_only_the_latest_claim_holds(tmp_path: Path) -> None:
 
 
 def _superseded(folder: str) -> dict[str, Any]:
-    """A run that is taken away in the middle of a stage, then in its last steps; and one that takes it up."""
+    """Take the run away in the middle of a stage and in its last steps, then resume it."""
     from pipeline.training.loop import train
 
     without_mlflow()
@@ -47,7 +47,7 @@ def _superseded(folder: str) -> dict[str, Any]:
     return {"committed": committed, "ended": ended}
 
 
-def test_a_superseded_run_commits_nothing_and_its_successor_goes_on(tmp_path: Path) -> None:
+def test_superseded_run_commits_nothing(tmp_path: Path) -> None:
     (found,) = run_ranks(_superseded, 1, str(tmp_path))
     first, second = found["committed"]
     assert [name.partition(".")[0] for name in first] == ["step-00000003"], "step 6 was reached, and not saved"
@@ -58,7 +58,7 @@ def test_a_superseded_run_commits_nothing_and_its_successor_goes_on(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ray_does_not_place_the_ranks_of_a_superseded_run_again(tmp_path: Path) -> None:
+def test_ranks_of_a_superseded_run_are_not_restarted(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "run", 12).start()
     deadline = time.monotonic() + SECONDS
     while run.step() < 6 and run.running() and time.monotonic() < deadline:

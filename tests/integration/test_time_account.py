@@ -1,4 +1,4 @@
-"""A run killed after a checkpoint and started again: where its time went, and that nothing of it is missing."""
+"""The time account of a run that was killed after a checkpoint and restarted is complete."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 from tests.support.ranks import SECONDS, start_ranks
 from tests.support.short_run import STEPS, BeforeStep, journal, train_short, without_mlflow
 
-STEP_SECONDS = 0.3  # beside what a step takes anyway
+STEP_SECONDS = 0.3  # in addition to the step itself
 DOWN_SECONDS = 3.0
 BEAT_SECONDS = 0.1  # what a killed process did since its last beat counts as down time
 
 
 def _slow(folder: str, killed_at: int | None) -> None:
-    """Train one rank with steps of some length; SIGKILL itself before the given step's passes."""
+    """Train one rank with steps of some length; kill it before the given step."""
     from pipeline.training import goodput, loop  # noqa: F401 - imports are of no run
 
     without_mlflow()
@@ -31,7 +31,7 @@ def _slow(folder: str, killed_at: int | None) -> None:
     Path(folder, "ended").write_text(f"{time.time()}", encoding="utf-8")
 
 
-def test_every_second_of_a_killed_and_resumed_run_is_accounted_for(tmp_path: Path) -> None:
+def test_every_second_of_a_resumed_run_is_accounted_for(tmp_path: Path) -> None:
     (rank,) = start_ranks(_slow, 1, str(tmp_path), STEPS - 1)
     rank.join(SECONDS)
     assert rank.exitcode == -signal.SIGKILL
@@ -46,7 +46,7 @@ def test_every_second_of_a_killed_and_resumed_run_is_accounted_for(tmp_path: Pat
     assert sum(seconds.values()) == pytest.approx(wall, abs=1.0)
     assert told["restarts"] == 1
     assert told["ended"]
-    # Killed before step 7 with a checkpoint of 6 steps: one step was done in vain. Sixteen others stand.
+    # Killed before step 7 with a checkpoint of 6 steps: one step is lost work, the other sixteen count as training.
     assert seconds["lost_work"] >= STEP_SECONDS - 2 * BEAT_SECONDS
     assert seconds["training"] >= 2 * STEPS * STEP_SECONDS
     assert seconds["restart"] >= DOWN_SECONDS

@@ -87,7 +87,7 @@ KINDS = [*BAD, BESIDE, APART]
 
 @dataclass(frozen=True)
 class Expected:
-    """A bad sample as every record of it must name it."""
+    """A bad sample as every report must name it."""
 
     shard: str
     key: str
@@ -97,7 +97,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Planted:
-    """The folder: `samples` in all, bad ones by kind, not indexed."""
+    """A folder of `samples` samples that is not indexed, and its bad ones by kind."""
 
     folder: str
     samples: int
@@ -109,7 +109,7 @@ class Planted:
 
 
 def write_tar(path: Path, samples: list[tuple[str, Members]]) -> list[int]:
-    """Writes keys and members in their order, repeated keys too; the offset of each sample's first data."""
+    """Write keys and members in the given order, repeated keys included; return the offset of each sample's data."""
     offsets = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
@@ -123,7 +123,7 @@ def write_tar(path: Path, samples: list[tuple[str, Members]]) -> list[int]:
 
 
 def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted:
-    """Bad samples among good ones: the n-th kind 1 + n % 3 times, spread over the shards."""
+    """Write bad samples among good ones: kind n occurs 1 + n % 3 times, spread over the shards."""
     folder.mkdir(parents=True)
     todo = [kind for number, kind in enumerate(KINDS) for _ in range(1 + number % 3)]
     bad: dict[str, list[Expected]] = {kind: [] for kind in KINDS}
@@ -153,14 +153,14 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
 
 
 def _places(path: Path) -> tuple[int, int, int]:
-    """(offset of the last sample's second header, of its data, of the zero blocks)."""
+    """Return the offsets of the last sample's second header, of its data, and of the zero blocks."""
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
         return last.offset, last.offset_data, tar.offset
 
 
 def _replace(path: Path) -> None:
-    """Another tar of the same size: one letter of one caption."""
+    """Replace the tar by one of equal size that differs in one letter of a caption."""
     data = path.read_bytes()
     path.write_bytes(data.replace(b"shows a thing in way a", b"shows a thing in way z", 1))
 
@@ -180,7 +180,7 @@ BREAKS: dict[str, Callable[[Path], None]] = {
 
 
 def webdataset_outcome(path: Path, expected: list[tuple[str, Members]], handler: Callable) -> str:
-    """What a usual webdataset pipeline makes of one tar whose samples should be `expected`."""
+    """Return how a usual webdataset pipeline reads one tar whose samples should be `expected`."""
     import webdataset as wds
 
     with warnings.catch_warnings():
@@ -200,9 +200,9 @@ def webdataset_outcome(path: Path, expected: list[tuple[str, Members]], handler:
 
 
 def webdataset_table(folder: Path) -> dict[str, tuple[str, str]]:
-    """kind -> what webdataset does where errors are raised, and where a handler passes over them.
+    """Return kind -> webdataset's behaviour with errors raised, and with a handler that skips them.
 
-    Each kind stands alone: a bad sample between two good ones, a break in a tar of three good pairs.
+    Each kind is tested alone: a bad sample between two good ones, or a break in a tar of three good pairs.
     """
     import webdataset as wds
 

@@ -22,19 +22,19 @@ SIZE, PIECE = 40_000, 2_000
 
 
 def content(name: str) -> bytes:
-    """The bytes of a stored file."""
+    """Return the bytes of a stored file."""
     return np.random.default_rng(int(name)).bytes(SIZE)
 
 
 def fill(store: Path, files: int) -> None:
-    """Makes the store."""
+    """Write the store's files."""
     store.mkdir()
     for number in range(files):
         (store / f"{number}").write_bytes(content(f"{number}"))
 
 
 def open_checked(cache: NodeCache, store: Path, name: str) -> module.CachedShard:
-    """A pinned file of the cache, whose content is right. Each piece takes a moment to come."""
+    """Return a pinned file of the cache after checking its content; each piece takes a moment to read."""
     url = str(store / name)
 
     def fetch(pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -47,8 +47,8 @@ def open_checked(cache: NodeCache, store: Path, name: str) -> module.CachedShard
     return shard
 
 
-def source_type(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
-    """Opens a random file each round, and keeps the one before pinned meanwhile."""
+def read_files(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
+    """Open a random file each round and keep the one before pinned."""
     names, chance = sorted(os.listdir(store)), random.Random(seed)
     before = None
     for _ in range(rounds):
@@ -65,7 +65,7 @@ def source_type(cache: NodeCache, store: Path, seed: int, rounds: int) -> None:
 def main() -> None:
     module.PIECE = PIECE
     folder, max_bytes, store, seed, rounds = sys.argv[1:]
-    source_type(NodeCache(folder, int(max_bytes)), Path(store), int(seed), int(rounds))
+    read_files(NodeCache(folder, int(max_bytes)), Path(store), int(seed), int(rounds))
 
 
 if __name__ == "__main__":

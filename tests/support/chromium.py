@@ -21,13 +21,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def installed() -> str | None:
-    """The browser's path, where there is one."""
+    """Return the browser's path; None if it is not installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 @dataclass
 class Opened:
-    """What opening a page came to."""
+    """An opened page: its width, faults, requests and screenshot."""
 
     faults: list[str] = field(default_factory=list)  # of the console: errors, warnings, exceptions
     requests: list[str] = field(default_factory=list)  # addresses asked for, but for the page's own and data: ones
@@ -36,7 +36,7 @@ class Opened:
 
 
 class Browser:
-    """One browser process. Made by `browser()`."""
+    """One browser process, created by `browser()`."""
 
     def __init__(self, executable: str, folder: str):
         theirs_in, self._to = os.pipe()
@@ -60,7 +60,7 @@ class Browser:
         self.events: list[dict[str, Any]] = []
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
-        """The answer to one command; events that come before it are kept."""
+        """Return the response to one command; events before it are kept."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if session is not None:
@@ -80,7 +80,7 @@ class Browser:
             self.events.append(self._next())
 
     def listen(self, seconds: float) -> None:
-        """Takes in what the browser says: one that nobody listens to stops working."""
+        """Read the browser's messages continuously: a browser whose output is not read stops working."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             if b"\0" in self._buffer or select.select([self._from], [], [], left)[0]:
@@ -100,7 +100,7 @@ class Browser:
     def open(
         self, address: str, width: int, dark: bool = False, first: str = "", picture: bool = False, settle: float = 0.0
     ) -> Opened:
-        """Opens an address in a window `width` pixels wide. `first`: script to run once it is there."""
+        """Open an address in a window `width` pixels wide. `first`: script to run once it is loaded."""
         self.events.clear()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -131,7 +131,7 @@ class Browser:
         return self.call("Runtime.evaluate", tab, expression=script, returnByValue=True)["result"].get("value")
 
     def close(self) -> None:
-        os.close(self._to)  # it ends when nobody speaks to it
+        os.close(self._to)  # the browser ends when its pipe closes
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -156,7 +156,7 @@ def _sort(event: dict[str, Any], address: str, page: Opened) -> None:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """A browser of its own, with an empty profile."""
+    """Start a browser with an empty profile."""
     executable = installed()
     assert executable is not None, "ask `installed` first"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

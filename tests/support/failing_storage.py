@@ -76,7 +76,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """The `number`th call (from 0) of a kind fails; of all kinds with None."""
+    """A fault of the `number`th call (from 0) of a kind; None for all kinds."""
 
     number: int
     kind: Kind | None = None
@@ -102,7 +102,7 @@ def every_fault(calls: Iterable[Call], *, lasting: bool | None = None) -> Iterat
 
 
 class Injector:
-    """Counts calls, and decides which of them fails."""
+    """Counts calls and decides which of them fails."""
 
     def __init__(self, fault: Fault | None = None):
         self.fault = fault
@@ -112,7 +112,7 @@ class Injector:
         self._lock = threading.Lock()
 
     def __call__(self, call: Call) -> When | None:
-        """Count a call. Return how far it gets when it fails, None when it succeeds."""
+        """Count a call; return how far it gets if it fails, None if it succeeds."""
         with self._lock:
             self.calls.append(call)
             number = {None: self._counts[None], call.kind: self._counts[call.kind]}
@@ -131,7 +131,7 @@ class Injector:
     def do(
         self, original: Callable[..., Any], storage: Storage, url: str, action: str, call: Callable[[Backend, str], T]
     ) -> T:
-        """Stand in for `Storage._do`, `original`."""
+        """Replace `Storage._do`, which is `original`."""
         when = self(Call(KINDS[action], url, threading.get_ident()))
         if when is None:
             return original(storage, url, action, call)
@@ -143,7 +143,7 @@ class Injector:
 
 
 class FailingStorage(Storage):
-    """A Storage that meets one fault."""
+    """A Storage with one fault."""
 
     def __init__(self, fault: Fault | None = None, config: StorageConfig = StorageConfig()):
         super().__init__(config)
@@ -173,7 +173,7 @@ class FailingStorage(Storage):
 
 @contextmanager
 def everywhere(fault: Fault | None = None) -> Iterator[Injector]:
-    """Let every Storage of this process meet the fault, counted over all of them, while the block runs."""
+    """Apply the fault to every Storage of this process, counted over all of them, while the block runs."""
     injector, original = Injector(fault), Storage._do
 
     def do(storage: Storage, url: str, action: str, call: Callable[[Backend, str], T]) -> T:
@@ -184,7 +184,7 @@ def everywhere(fault: Fault | None = None) -> Iterator[Injector]:
 
 
 class _Halfway:
-    """A backend whose changing calls stop in the middle."""
+    """A backend whose writing calls stop in the middle."""
 
     def __init__(self, backend: Backend):
         self._backend = backend

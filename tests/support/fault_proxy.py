@@ -184,7 +184,7 @@ class FaultProxy:
                 if not await self._relay(request, (reader, writer), store):
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # either side has closed; closing the other one tells it
+            pass  # one side has closed; the other is closed below
         finally:
             self._connections.discard(writer)
             for end in (writer, store and store[1]):

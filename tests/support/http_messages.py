@@ -1,4 +1,4 @@
-"""HTTP/1.x messages as they travel: heads kept as they are, bodies by their framing."""
+"""Reading and writing of HTTP/1.x messages: headers unchanged, bodies by their framing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass
 class Head:
-    """The start line and headers of a request or an answer."""
+    """The start line and headers of a request or a response."""
 
     start: str
     headers: list[tuple[str, str]] = field(default_factory=list)
@@ -21,7 +21,7 @@ class Head:
         return next((value for key, value in self.headers if key.lower() == name), None)
 
     def set(self, name: str, value: str | None) -> None:
-        """Gives a header, in its place, another value; None leaves it out."""
+        """Replace the value of a header in its position; None removes it."""
         kept = [(key, value if key.lower() == name else old) for key, old in self.headers]
         self.headers = [(key, new) for key, new in kept if new is not None]
 
