@@ -34,10 +34,10 @@ from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weigh
 from pipeline.training.stages import check_fit, stage_heads
 
 NO_SOURCE = "none"
-# What the files that we write say beside their tensors, as JSON: the model's section, what its masked-image head
-# predicts, and what other heads choose among.
+# Metadata keys of the files we write (JSON values): the model section and the target of the masked-image head. Further
+# keys hold the answers and classes of other heads.
 MODEL_KEY, IMAGE_TARGET_KEY = "model", "image_target"
-# A stage for each use that the heads serve, the last of these being the one the weights are told to be of.
+# One stage per source type that the heads support; the weights belong to the last one.
 USES: tuple[SourceType, ...] = ("images", "text", "labelled", "regions", "pairs", "questions", "statements")
 MAX_TEXT = StageConfig.model_fields["max_text_length"].default
 
@@ -218,7 +218,7 @@ def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tok
         "stages": stages,
     }
     if tokenizer is not None and tokenizer.lowercase == is_cased(tokenizer.tokens):
-        values["tokenizer"] = {"lowercase": tokenizer.lowercase}  # as the file beside the vocabulary says
+        values["tokenizer"] = {"lowercase": tokenizer.lowercase}  # as stated next to the vocabulary
     return validate(values, "imported weights")
 
 

@@ -58,7 +58,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is to be result, on what."""
+    """Weights to evaluate and the data to evaluate them on."""
 
     checkpoint: str
     source: str | None = None

@@ -36,7 +36,7 @@ Resources = Mapping[str, float]
 
 
 class PlacementCallback(WorkerGroupCallback):
-    """Ray Train callback that tells the driver how many ranks run."""
+    """Ray Train callback that reports the number of running ranks to the driver."""
 
     def __init__(self, start: str):
         self._start = start
@@ -71,7 +71,7 @@ class Placement:
             raise RunFailed(f"{missing[0]}. {REMEDY}")
 
     def check(self) -> None:
-        """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed when they waited in vain."""
+        """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed if they waited too long."""
         ranks = self._mail.num_placed()
         if ranks is None:
             return

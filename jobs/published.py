@@ -158,7 +158,9 @@ def choices_of_published(
             log.warning("%s", UNNAMED[name] % size)
             continue
         if len(listed) != size:
-            raise ConfigError(f"{where}: names {len(listed)}, the weights tell {size} apart; give the list they know")
+            raise ConfigError(
+                f"{where}: names {len(listed)}, the head has {size} outputs; give the list that it was trained with"
+            )
         found[name] = listed
     return found
 

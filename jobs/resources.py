@@ -98,7 +98,7 @@ def _shortage(cluster: ClusterConfig, ranks: int, kind: str, number: float, exis
     else:
         loaders = ", cluster.loader_actors" if cluster.loader_actors else ""
         remedy = f"Set {KEYS[kind]}{loaders} or {fewer} lower"
-    return f"{needs} {plural(kind, number)}; this cluster has {existing:g}. {remedy}, or use a cluster that has as many"
+    return f"{needs} {plural(kind, number)}; this cluster has {existing:g}. {remedy}, or use a larger cluster"
 
 
 def plural(kind: str, number: float) -> str:

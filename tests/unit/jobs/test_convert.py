@@ -88,7 +88,7 @@ def test_our_own_safetensors_need_no_sizes(tmp_path: Path, vocabulary: str) -> N
     assert equal(first.tensors, second.tensors)
     assert first.config.model == second.config.model
     assert second.stage == "imported_questions"
-    assert second.config.stages[-1].answers == 5
+    assert second.config.stages[-1].num_answers == 5
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> None:

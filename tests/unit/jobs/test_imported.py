@@ -584,7 +584,7 @@ def test_answers_are_read_in_every_usual_form(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (json.dumps(ANSWERS[:4]), "names 4, the weights tell 5 apart"),
+        (json.dumps(ANSWERS[:4]), "names 4, the head has 5 outputs"),
         (json.dumps([*ANSWERS[:4], "yes"]), "'yes' is listed more than once"),
         (json.dumps({"yes": 0, "no": 7}), "expected a JSON list"),
         ("[1, 2", "is no JSON"),
