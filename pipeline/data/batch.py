@@ -46,7 +46,7 @@ class BatchSizes:
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """How a batch field is stored, padded and compared.
+    """The storage, padding and grouping of a batch field.
 
     `group` is what a stage requests (None: part of every batch). Axes are cut to the longest example of a batch, and
     only the real part enters fingerprints: `counted_by` names the field whose values give its length, as the number of

@@ -16,7 +16,7 @@ Progress = Callable[[int, int, str], None]  # (calls done, total, name of the la
 
 
 def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Iterator[tuple[str, T]]:
-    """Yield (name, result) of each call in order of completion, by as many threads as suit the storage of `url`.
+    """Yield (name, result) of each call in order of completion, from a thread pool sized for the storage of `url`.
 
     The first error is raised, and no further call is started.
     """
