@@ -123,7 +123,7 @@ def test_partial_checkpoints_are_skipped_and_later_removed(
         store.remove_unfinished()
     assert not store.storage.exists(before)
     assert store.storage.exists(beyond), "the work of another attempt, perhaps still alive, was removed"
-    assert f"{before}: removed: it was never finished" in caplog.text
+    assert f"{before}: removed an unfinished checkpoint" in caplog.text
     save(store, 20)
     assert not store.storage.exists(beyond)
     assert newest_weight(store) == [20, 21, 22, 23]
@@ -140,7 +140,7 @@ def test_foreign_files_are_never_removed(store: CheckpointStore, caplog: pytest.
         save(store, 20)
     assert all(store.storage.read(url) == b"mine" for url in kept)
     assert not store.storage.exists(join(unfinished, PART))
-    assert "holds files that are not a checkpoint's: my-notes.txt" in caplog.text
+    assert "not removed, because it contains other files: my-notes.txt" in caplog.text
 
 
 @pytest.mark.parametrize("store", ["moto"], indirect=True)

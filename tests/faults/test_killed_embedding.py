@@ -54,7 +54,7 @@ class Embedding:
     def result(self) -> dict[str, Any]:
         out, log = self.process.communicate(timeout=SECONDS)
         assert self.process.returncode == 0, log
-        assert "shards done by now" in log
+        assert "shards finished, of" in log
         return json.loads(out)
 
 

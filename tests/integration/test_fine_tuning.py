@@ -89,7 +89,7 @@ def test_predict_without_a_question_ends_with_status_2(answering: dict[str, Any]
     command = [sys.executable, "-m", "jobs.cli", "predict", answering["checkpoint"], "--image", str(tmp_path / "a.jpg")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2
-    assert "answering needs a picture and a text, the question" in " ".join(done.stderr.split())
+    assert "vqa needs an image and a question" in " ".join(done.stderr.split())
     process = subprocess.run([*command, "--text", "what colour?", "--json"], cwd=ROOT, capture_output=True, text=True)
     assert json.loads(process.stdout.splitlines()[-1])["answers"]
 

@@ -52,7 +52,7 @@ def test_rank_too_small_for_one_example_is_an_error():
         assert "not one row fits" in message
 
 
-@pytest.mark.parametrize("given", [None, 4])
+@pytest.mark.parametrize("size", [None, 4])
 def test_configured_size_is_kept(size):
     config = tiny_config(micro_batch_size=size)
     assert run_ranks(_resolved, 1, [config]) == [size]
