@@ -1,8 +1,19 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
+from pipeline.data.batch import Batch
+from pipeline.data.storage import Storage
+from pipeline.objectives import NegativePool
 from pipeline.objectives.ranking import draw_distinct_negatives, ranking_loss
+from pipeline.training.collectives import Collectives
+from pipeline.training.engine import PlainEngine
+from pipeline.training.stages import build_stage_model
+from pipeline.training.step import TrainingStep
+from tests.support.trial import VOCABULARY, Cell, invented_batch, trial_config
 
 
 def keys(rows: int, candidates: int) -> torch.Tensor:
@@ -48,3 +59,40 @@ def test_the_loss_is_the_cross_entropy_of_the_first_text() -> None:
     none = torch.zeros(0, 3, requires_grad=True)
     ranking_loss(none).backward()
     assert none.grad is not None
+
+
+def training_step() -> tuple[TrainingStep, Batch]:
+    config = trial_config(Cell("ranking", "vilt", "pairs"))
+    stage = config.stages[0]
+    engine = PlainEngine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(engine, config, stage, Collectives())
+    return step, invented_batch(config.model, "pairs", 1, stage.global_batch_size)
+
+
+def test_each_image_is_read_with_its_own_and_negative_texts() -> None:
+    step, batch = training_step()
+    calls: list[dict[str, Any]] = []
+    step.engine.model.register_forward_hook(
+        lambda module, given, outputs: calls.append({"passes": given[0], "outputs": outputs})
+    )
+    losses = step(batch)
+    passes, outputs = calls[0]["passes"], calls[0]["outputs"]
+    assert set(passes) == {"ranked", "wrong_text_0", "wrong_text_1", "wrong_text_2"}
+    for name, one in passes.items():
+        assert torch.equal(one.image, batch.image)
+        assert torch.equal(one.visible_patches, batch.visible_patches)
+        differs = (one.text != batch.text).any(dim=1)
+        assert differs.all() if name != "ranked" else not differs.any()
+    scores = torch.stack([outputs[name]["ranking"] for name in passes], dim=1)
+    torch.testing.assert_close(losses["ranking"], -scores.log_softmax(dim=1)[:, 0].mean().detach())
+
+
+def test_negative_texts_do_not_depend_on_the_other_examples() -> None:
+    step, batch = training_step()
+    ranking = step.objectives["ranking"]
+    pool = NegativePool(batch.image_id, batch.source)
+    whole, part = (ranking.swaps(rows, pool) for rows in (batch, batch.rows(slice(3, 6))))
+    for name, swaps in whole.items():
+        assert torch.equal(swaps[0].places[3:6], part[name][0].places)
+    later = ranking.swaps(replace(batch, step=2), pool)
+    assert any(not torch.equal(later[name][0].places, whole[name][0].places) for name in whole)

@@ -1,4 +1,4 @@
-"""What ViLT's terms read: the pairs that random matching makes, wrong texts, masked patches beside their text."""
+"""ViLT's objectives in a step: word-patch alignment over ITM's pairs, and masked patches with their text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
-from pipeline.objectives import NegativePool
 from pipeline.objectives.itm import matched_examples
 from pipeline.objectives.mim import MIM
-from pipeline.objectives.ranking import Ranking
 from pipeline.objectives.wpa import WPA, wpa_loss
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
@@ -49,7 +47,6 @@ def run_config(objectives: dict[str, Any], **stage: Any) -> RunConfig:
                 "steps": 2,
                 "global_batch_size": ROWS,
                 "max_text_length": 12,
-                "num_negative_texts": 3,
                 **stage,
             }
         ],
@@ -68,7 +65,7 @@ def batch_of(config: RunConfig) -> Batch:
     return invented_batch(config.model, "pairs", 1, ROWS)
 
 
-def test_word_patch_reads_the_very_pass_that_matching_judges(collectives: Collectives) -> None:
+def test_wpa_reads_the_forward_of_itm(collectives: Collectives) -> None:
     config = run_config({"itm": {}, "wpa": {"weight": 0.1}})
     step, batch = step_of(config, collectives), batch_of(config)
     read: list[dict[str, Any]] = []
@@ -85,38 +82,7 @@ def test_word_patch_reads_the_very_pass_that_matching_judges(collectives: Collec
     torch.testing.assert_close(losses["loss"], losses["itm"] + 0.1 * losses["wpa"])
 
 
-def test_ranking_reads_each_picture_with_its_text_and_with_wrong_ones(collectives: Collectives) -> None:
-    config = run_config({"ranking": {}})
-    step, batch = step_of(config, collectives), batch_of(config)
-    read: list[dict[str, Any]] = []
-    step.engine.model.register_forward_hook(
-        lambda module, given, outputs: read.append({"passes": given[0], "outputs": outputs})
-    )
-    losses = step(batch)
-    passes, outputs = read[0]["passes"], read[0]["outputs"]
-    assert set(passes) == {"ranked", "wrong_text_0", "wrong_text_1", "wrong_text_2"}
-    for name, one in passes.items():
-        assert torch.equal(one.image, batch.image)
-        assert torch.equal(one.visible_patches, batch.visible_patches)
-        differs = (one.text != batch.text).any(dim=1)
-        assert differs.all() if name != "ranked" else not differs.any()
-    scores = torch.stack([outputs[name]["ranking"] for name in passes], dim=1)
-    torch.testing.assert_close(losses["ranking"], -scores.log_softmax(dim=1)[:, 0].mean().detach())
-
-
-def test_wrong_texts_do_not_depend_on_which_rows_ask(collectives: Collectives) -> None:
-    config = run_config({"ranking": {}})
-    term, batch = step_of(config, collectives).objectives["ranking"], batch_of(config)
-    assert isinstance(term, Ranking)
-    candidates = NegativePool(batch.image_id, batch.source)
-    whole, part = (term.swaps(rows, candidates) for rows in (batch, batch.rows(slice(3, 6))))
-    for name, exchanges in whole.items():
-        assert torch.equal(exchanges[0].places[3:6], part[name][0].places)
-    later = term.swaps(replace(batch, step=2), candidates)
-    assert any(not torch.equal(later[name][0].places, whole[name][0].places) for name in whole)
-
-
-def test_masked_patches_are_read_beside_the_text_and_their_target_is_the_pictures_own(collectives: Collectives) -> None:
+def test_masked_patches_are_read_with_their_text(collectives: Collectives) -> None:
     config = run_config({"mim": {}}, image_target="mean_colour")
     term, batch = step_of(config, collectives).objectives["mim"], batch_of(config)
     assert isinstance(term, MIM)
@@ -135,7 +101,7 @@ def test_masked_patches_are_read_beside_the_text_and_their_target_is_the_picture
             assert targets[row, place] == 64 * red + 8 * green + blue
 
 
-def test_padding_among_masked_patches_changes_no_loss(collectives: Collectives) -> None:
+def test_padding_of_masked_patches_changes_no_loss(collectives: Collectives) -> None:
     for target in ("mean_colour", "pixels"):
         config = run_config({"mim": {}}, image_target=target)
         batch = batch_of(config)
@@ -144,7 +110,7 @@ def test_padding_among_masked_patches_changes_no_loss(collectives: Collectives) 
         torch.testing.assert_close(losses[0], losses[1])
 
 
-def test_without_rows_each_term_still_has_a_gradient(collectives: Collectives) -> None:
+def test_wpa_without_examples_has_a_gradient(collectives: Collectives) -> None:
     config = run_config({"itm": {}, "wpa": {}})
     step = step_of(config, collectives)
     term = step.objectives["wpa"]
