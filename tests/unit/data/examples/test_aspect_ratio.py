@@ -24,7 +24,7 @@ from pipeline.data.loading.loader import Loader, fingerprint
 from pipeline.data.randomness import CounterRandom
 from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
-from pipeline.objectives import batch_groups
+from pipeline.objectives import batch_groups, check_objectives
 
 PAPER, RELEASE = KeepAspectRatio(384, 640, 32), KeepAspectRatio(384, 639, 32)
 SHAPES = [(24, 24), (24, 40), (40, 24), (24, 30), (8, 60), (60, 8), (33, 24), (24, 37), (48, 24), (24, 48), (31, 50)]
@@ -270,9 +270,9 @@ def test_both_images_of_a_statement_keep_their_shape(tmp_path: Path, make_tar, t
     [
         ({"masking": {"patch_shape": "blocks"}}, "patch_shape: blocks"),
         ({"image_target": "visual_tokens"}, "image_target: visual_tokens"),
-        ({"objectives": {"wpa": {}, "itm": {"every": 2}}}, "give both the same `every`"),
+        ({"objectives": {"wpa": {}, "itm": {"every": 2}}}, "set the same `every` for both"),
     ],
 )
 def test_square_only_objectives_are_refused(folder: str, stage: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        run_config(folder, **stage)
+        check_objectives(run_config(folder, **stage))
