@@ -34,7 +34,7 @@ from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.evaluation.retrieval import contrastive_features, embed_texts, eval_mode
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, added to the mean loss per image
-VALIDATION_STRIDE = 5  # every so many training images are held back while the penalty is chosen
+VALIDATION_STRIDE = 5  # every fifth training image validates the choice of the penalty
 ITERATIONS = 200
 
 

@@ -1,14 +1,14 @@
-"""Embeddings of a whole folder of shards: one Parquet file for each shard, readable by whatever reads Parquet.
+"""Embeddings of a folder of shards: one Parquet file per shard.
 
-    <out>/train-000000.parquet      key, image_id, caption (the caption's number; null for the picture), vector
-    <out>/_done/train-000000.json   written last: the checkpoint and the shard it was made from, its size, its rows
-    <out>/_source.json              the folder of shards that all of these are of
+    <out>/train-000000.parquet      key, image_id, caption (its number; null for the image), vector
+    <out>/_done/train-000000.json   written last: digests of the checkpoint and shard, size and row counts
+    <out>/_source.json              the folder of shards
 
-A shard whose record names the same checkpoint and content is not read again, so that whoever is killed goes on where it
-stood, and a bucket that has grown costs only its new shards. Batches are cut inside a shard: vectors do not depend on
-who embeds which, nor on where it was taken up again. Ranks share the shards.
+A shard whose record names the same checkpoint and content is skipped, so that an interrupted run resumes, and a bucket
+that has grown costs only its new shards. Batches are cut inside a shard: vectors depend neither on the rank nor on
+where a run was resumed. Ranks share the shards.
 
-Shapes: n pictures and m captions of a batch of samples, D width of the vectors.
+Shapes: n images and m captions of a batch of samples, D embedding dimensions.
 """
 
 from __future__ import annotations
@@ -46,59 +46,59 @@ if TYPE_CHECKING:
     import pyarrow
 
 SOURCE = "_source.json"
-DONE = "_done"  # readers of Parquet folders pass over names that begin so
-_READERS = 16  # records of finished shards read at once
+DONE = "_done"  # readers of Parquet folders ignore names with a leading underscore
+_READERS = 16  # records read in parallel
 
 
 @dataclass(frozen=True)
 class EmbeddedShard:
-    """What a finished shard's file was made from, and what it holds."""
+    """The record of a finished shard: its inputs and contents."""
 
     checkpoint: str  # digest
     shard: str  # digest of its content
     bytes: int  # of the Parquet file
-    pictures: int
+    images: int
     captions: int
-    skipped: dict[str, int]  # samples without a readable picture, by reason
+    skipped: dict[str, int]  # unusable samples by reason
 
 
 @dataclass(frozen=True)
 class EmbeddingSummary:
-    """Of a whole folder."""
+    """Totals of a whole folder."""
 
     shards: int
-    found_done: int  # of these, by an earlier call
-    pictures: int
+    already_done: int  # of these, embedded by an earlier call
+    images: int
     captions: int
     skipped: int  # samples
 
 
 class Embedder:
-    """A stage's model, which was trained by contrast, and how it reads. `digest` names the weights."""
+    """A stage that was trained by contrast, with its tokenizer and config. `digest` identifies the weights."""
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, config: RunConfig, stage: StageConfig, digest: str):
         if "itc" not in stage.objectives:
             raise ConfigError(
-                f"stage {stage.name} trained no contrast ({', '.join(stage.objectives)}): its pictures and texts share "
-                "no space; give the checkpoint of a stage with objective 'itc'"
+                f"stage {stage.name} trained no contrast ({', '.join(stage.objectives)}), so that its images and texts "
+                "have no common space; give the checkpoint of a stage with objective 'itc'"
             )
         self.model, self.tokenizer, self.digest = model, tokenizer, digest
         self.config, self.max_text_length = config.for_stage(stage), stage.max_text_length
 
     def batches(self, storage: Storage, source: Source, skipped: Counter[str]) -> Iterator[pyarrow.Table]:
-        """The rows of a source's samples, batch by batch; counts in `skipped` those whose picture is bad, by reason."""
+        """Yield the rows of a source's samples by batch, and count unusable samples in `skipped` by reason."""
         samples = iter_samples(storage, source)
         size = self.config.evaluation.batch_size
-        with ThreadPoolExecutor(self.config.data.loader.threads_per_worker, "pictures") as threads:
+        with ThreadPoolExecutor(self.config.data.loader.threads_per_worker, "images") as threads:
             while batch := list(itertools.islice(samples, size)):
-                pictures = list(threads.map(self._picture, batch))
-                skipped.update(picture for picture in pictures if isinstance(picture, str))
-                good = [(s, p) for s, p in zip(batch, pictures, strict=True) if not isinstance(p, str)]
-                if good:
-                    yield self._rows([sample for sample, _ in good], [picture for _, picture in good])
+                images = list(threads.map(self._image, batch))
+                skipped.update(reason for reason in images if isinstance(reason, str))
+                usable = [(s, i) for s, i in zip(batch, images, strict=True) if not isinstance(i, str)]
+                if usable:
+                    yield self._rows([sample for sample, _ in usable], [image for _, image in usable])
 
-    def _picture(self, sample: Sample) -> np.ndarray | str:
-        """As the model reads it; or why it cannot."""
+    def _image(self, sample: Sample) -> np.ndarray | str:
+        """Return the resized image, or the reason why it cannot be decoded."""
         try:
             with judging("members"):
                 check_members(sample.members, sample.is_duplicate)
@@ -107,35 +107,30 @@ class Embedder:
         except BadSample as bad:
             return str(bad)
 
-    def _rows(self, samples: Sequence[Sample], pictures: Sequence[np.ndarray]) -> pyarrow.Table:
-        """A picture's row, then its captions'."""
+    def _rows(self, samples: Sequence[Sample], images: Sequence[np.ndarray]) -> pyarrow.Table:
+        """Return the row of each image, followed by those of its captions."""
         size, pad = self.config.evaluation.batch_size, self.tokenizer.pad_id
-        images = embed_images(self.model, torch.from_numpy(np.stack(pictures)), size)
         captions = [_captions(sample) for sample in samples]
-        rows = [
-            each.ids for each in self.tokenizer.encode_batch([t for c in captions for t in c], self.max_text_length)
-        ]
-        texts = embed_texts(self.model, rows, pad, size) if rows else images[:0]
-        ends = itertools.accumulate((len(each) for each in captions), initial=0)
-        parts = [
-            torch.cat([image[None], texts[first : first + len(own)]])
-            for image, own, first in zip(images, captions, ends, strict=False)
-        ]
-        counts = [1 + len(each) for each in captions]
+        counts = [1 + len(texts) for texts in captions]
+        encoded = self.tokenizer.encode_batch([text for texts in captions for text in texts], self.max_text_length)
+        image_vectors = embed_images(self.model, torch.from_numpy(np.stack(images)), size)
+        text_vectors = embed_texts(self.model, [t.ids for t in encoded], pad, size) if encoded else image_vectors[:0]
+        per_image = text_vectors.split([count - 1 for count in counts])
+        vectors = [torch.cat([image[None], texts]) for image, texts in zip(image_vectors, per_image, strict=True)]
         return _table(
             keys=[s.key for s, n in zip(samples, counts, strict=True) for _ in range(n)],
             ids=[s.image_id for s, n in zip(samples, counts, strict=True) for _ in range(n)],
             numbers=[number for n in counts for number in (None, *range(n - 1))],
-            vectors=torch.cat(parts),
+            vectors=torch.cat(vectors),
         )
 
 
 def embed_shards(
     embedder: Embedder, storage: Storage, url: str, out: str, ranks: Ranks = SINGLE_PROCESS, max_bad_rate: float = 0.01
 ) -> EmbeddingSummary:
-    """Embeds what is not yet embedded of a folder of shards. All ranks call it together and get the same.
+    """Embed the shards that are not embedded yet. All ranks call this together and get the same result.
 
-    Raises DataError for a folder that is not indexed, a changed shard, or one with too many bad samples.
+    Raises DataError for a folder without an index, a changed shard, or one with too many bad samples.
     """
     manifest = load_manifest(storage, url)
     shards = manifest.shards
@@ -154,18 +149,18 @@ def embed_shards(
     records = [*done.values(), *(record for part in run_on_all_ranks(ranks, embed) for record in part.values())]
     return EmbeddingSummary(
         shards=len(shards),
-        found_done=len(done),
-        pictures=sum(record.pictures for record in records),
+        already_done=len(done),
+        images=sum(record.images for record in records),
         captions=sum(record.captions for record in records),
         skipped=sum(sum(record.skipped.values()) for record in records),
     )
 
 
 def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
-    """Note in `out` which folder of shards its files are of.
+    """Record in `out` the folder of shards that its files belong to.
 
-    Raises ConfigError where they are of another one, whose files of the same names would be lost. That is known by the
-    content of its shards: a folder that has moved, grown or been mended in part is still the same.
+    Raises ConfigError where they belong to another one, whose files of the same names would be lost. Folders are
+    compared by the content of their shards: one that has moved, grown or been repaired in part is still the same.
     """
     own = {shard.name: shard.digest for shard in manifest.shards}
     place = join(out, SOURCE)
@@ -187,8 +182,8 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
 
 def _known_source(data: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(data)
-        return {"url": str(found["url"]), "shards": {str(k): str(v) for k, v in found["shards"].items()}}
+        records = json.loads(data)
+        return {"url": str(records["url"]), "shards": {str(k): str(v) for k, v in records["shards"].items()}}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where} is damaged ({error}); name another folder with --out") from error
 
@@ -196,22 +191,20 @@ def _known_source(data: bytes, where: str) -> dict[str, Any]:
 def _embed_shard(
     embedder: Embedder, storage: Storage, url: str, shard: ShardRecord, out: str, max_bad_rate: float
 ) -> EmbeddedShard:
-    """The file first, then its record."""
+    """Embed a shard and write its file, then its record."""
     parquet = _parquet()
     skipped: Counter[str] = Counter()
-    pictures = rows = 0
+    images = rows = 0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.parquet"
         with parquet.ParquetWriter(file, _schema(embedder)) as writer:
             for table in embedder.batches(storage, Source(url, Manifest((shard,))), skipped):
                 writer.write_table(table)
-                pictures += table["caption"].null_count
+                images += table["caption"].null_count
                 rows += len(table)
-        check_skipped(shard.name, pictures, skipped, max_bad_rate)
+        check_skipped(shard.name, images, skipped, max_bad_rate)
         storage.upload(file, join(out, parquet_name(shard.name)))
-        record = EmbeddedShard(
-            embedder.digest, shard.digest, file.stat().st_size, pictures, rows - pictures, dict(skipped)
-        )
+        record = EmbeddedShard(embedder.digest, shard.digest, file.stat().st_size, images, rows - images, dict(skipped))
     storage.write(join(out, DONE, _record_name(shard.name)), json.dumps(asdict(record), indent=1).encode())
     return record
 
@@ -219,9 +212,9 @@ def _embed_shard(
 def _finished(
     storage: Storage, out: str, shards: Sequence[ShardRecord], digest: str | None
 ) -> dict[str, EmbeddedShard]:
-    """Records, by the shard's name, of files that lie there whole and were made from this checkpoint and content.
+    """Return the records, by shard name, of complete files made from this content and checkpoint.
 
-    `digest` names the checkpoint; None: any.
+    `digest` identifies the checkpoint; None: any.
     """
     files, known = storage.list_info(out), set(storage.list(join(out, DONE)))
 
@@ -230,19 +223,19 @@ def _finished(
             return None
         try:
             record = EmbeddedShard(**json.loads(storage.read(join(out, DONE, _record_name(shard.name)))))
-        except (ValueError, TypeError, RecursionError):  # a damaged record is of no file
+        except (ValueError, TypeError, RecursionError):  # a damaged record counts as missing
             return None
         file = files.get(parquet_name(shard.name))
         same = digest in (None, record.checkpoint) and record.shard == shard.digest
         return record if same and file is not None and file.size == record.bytes else None
 
     with ThreadPoolExecutor(_READERS, "records") as threads:
-        found = dict(zip((shard.name for shard in shards), threads.map(read, shards), strict=True))
-    return {name: record for name, record in found.items() if record is not None}
+        records = dict(zip((shard.name for shard in shards), threads.map(read, shards), strict=True))
+    return {name: record for name, record in records.items() if record is not None}
 
 
 def checkpoint_digest(*facts: bytes) -> str:
-    """SHA-256 (hex) of what names a checkpoint's content."""
+    """Return the SHA-256 (hex) of a checkpoint's identifying bytes."""
     return hashlib.sha256(b"".join(facts)).hexdigest()
 
 
@@ -255,7 +248,7 @@ def _record_name(shard: str) -> str:
 
 
 def _captions(sample: Sample) -> list[str]:
-    """Empty where a picture has none: then its own vector is all there is to it."""
+    """Return the captions of a sample; none if it has none, and only its image is embedded."""
     try:
         with judging("members"):
             return list(captions_of(sample.members))
@@ -272,7 +265,7 @@ def _parquet() -> Any:
 
 
 def _schema(embedder: Embedder) -> pyarrow.Schema:
-    """The width of the vectors is found by embedding a text."""
+    """Return the schema; embedding a text gives the width of the vectors."""
     width = embed_texts(embedder.model, [embedder.tokenizer.encode("a", 8).ids], embedder.tokenizer.pad_id).shape[1]
     names = {b"mome.checkpoint": embedder.digest.encode()}
     return _table([], [], [], torch.zeros(0, width)).schema.with_metadata(names)

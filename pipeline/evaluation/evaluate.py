@@ -58,7 +58,7 @@ RECONSTRUCTED = 64  # images whose masked patches are filled in; the report show
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What all measures of one evaluation share."""
+    """The settings and services shared by all measures of an evaluation."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -241,7 +241,7 @@ def _rerank(result: Evaluation, model: nn.Module, context: EvalContext) -> Evalu
 
 
 def _retrieve_fused(result: Evaluation, model: nn.Module, context: EvalContext, head: FusedHead) -> Evaluation:
-    """Score every pair of the first images with the fusion encoder, of as many as make up `RERANK_PAIRS` pairs."""
+    """Score every pair of the first images, at most `RERANK_PAIRS` pairs, with the fusion encoder."""
     held_out = result.held_out
     per_image = held_out.caption_of.bincount(minlength=len(held_out))
     num_pairs = per_image.cumsum(0) * torch.arange(1, len(held_out) + 1)

@@ -1,7 +1,8 @@
-"""What a model sees in one picture with one text: the patches each word aligns to, and its guesses of each word.
+"""Explanation of a model on one image and one text: the patches each word aligns to, and predictions of each word.
 
-The patches are those that optimal transport moves the word's final features to (`objectives.wpa`), as in ViLT's
-figure 4. For the guesses each word is masked in turn, and read with the picture and without it.
+Patches are those that optimal transport assigns to the word's final features (`objectives.wpa`), as in ViLT's figure 4.
+For the predictions each word is masked in turn, with and without the image. An explanation is drawn as one HTML file or
+one PNG, and in the report of an evaluation.
 
 Shapes: H x W pixels as the model reads them, G x C rows and columns of patches, L tokens, P = GC patches.
 """
@@ -43,7 +44,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Condition:
-    """A masked word's best guesses, and the probability of the word that stands there."""
+    """The best predictions for a masked word, and the probability of the true word."""
 
     guesses: tuple[Guess, ...]
     truth_probability: float
@@ -52,20 +53,20 @@ class Condition:
 @dataclass(frozen=True)
 class ExplainedWord:
     word: str
-    heat: Tensor  # (G, C) float32: the share of the word that goes to each patch; sums to 1
+    heat: Tensor  # (G, C) float32: fraction of the word assigned to each patch
     with_image: Condition
     without_image: Condition
 
 
 @dataclass(frozen=True)
 class Explanation:
-    picture: Tensor  # (H, W, 3) uint8, as the model read it
+    picture: Tensor  # (H, W, 3) uint8, as the model reads it
     words: tuple[ExplainedWord, ...]
-    distance: float  # what the whole plan costs: 0 where every word equals its patches, 1 where nothing is alike
+    distance: float  # cost of the plan: 0 where words equal their patches, 1 where they are orthogonal
 
 
 def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, max_text_length: int) -> Explanation:
-    """Reads a decoded picture (H, W, 3) uint8 with a text; words beyond `max_text_length` tokens are not read.
+    """Explain the model on an image (H, W, 3) uint8 with a text of at most `max_text_length` tokens; the rest is cut.
 
     The model has the heads `alignment` and `mlm`. Raises DataError where no token is left of the text.
     """
@@ -94,7 +95,7 @@ def explain(model: Model, tokenizer: Tokenizer, picture: np.ndarray, text: str, 
 
 
 def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
-    """What of an explanation the weights were never trained for, by this stage or one before it."""
+    """Return a note for each part of an explanation that neither this stage nor an earlier one trained."""
     index = config.stages.index(config.stage_named(stage_name))
     before = config.stages[: index + 1]
     notes = []
@@ -103,12 +104,12 @@ def untrained_notes(config: RunConfig, stage_name: str) -> list[str]:
     if not any("mlm" in stage.objectives for stage in before):
         notes.append("No stage trained mlm: the guesses are those of an untrained head.")
     elif not any("mlm" in s.objectives and config.source_type_of(s) == "pairs" for s in before):
-        notes.append("No stage trained mlm beside pictures: only the guesses without one were learnt.")
+        notes.append("No stage trained mlm with images: only the predictions without an image were trained.")
     return notes
 
 
 def positions_of_words(tokens: Tokens) -> list[list[int]]:
-    """The positions of each word's tokens, in the text's order."""
+    """Return the positions of each word's tokens, in text order."""
     words: dict[int, list[int]] = {}
     for position, word in enumerate(tokens.word_of):
         if word >= 0:
@@ -117,7 +118,7 @@ def positions_of_words(tokens: Tokens) -> list[list[int]]:
 
 
 def mask_each(tokens: Tokens, words: Sequence[Sequence[int]], mask_id: int) -> MaskedCaptions:
-    """The text once for each word, with that word masked whole."""
+    """Return one masked copy of the text per word."""
     rows = tuple(
         tuple(mask_id if position in places else token for position, token in enumerate(tokens.ids)) for places in words
     )
@@ -126,29 +127,29 @@ def mask_each(tokens: Tokens, words: Sequence[Sequence[int]], mask_id: int) -> M
 
 
 def share_of(plan: Tensor, positions: Sequence[int]) -> Tensor:
-    """How the tokens at `positions` spread over the patches, by a plan (L, P): (P,), sums to 1."""
+    """Return the distribution (P,) of the tokens at `positions` over patches, from a transport plan (L, P)."""
     moved = plan[list(positions)].sum(dim=0)
     return moved / moved.sum()
 
 
 def _plan(model: Model, picture: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
-    """The plan (L, P) of one text and one picture, and what it costs."""
+    """Return the transport plan (L, P) of a text and an image, and its cost."""
     with eval_mode(model) as device:
         one = ForwardInput(
             heads=("alignment",), image=picture[None].to(device), text=torch.tensor([tokens.ids], device=device)
         )
-        found = model({"only": one})["only"]
-        cost = wpa_cost(found["words"], found["patches"])
-        plan = wpa_plan(cost, found["words_keep"], found["patches_keep"])
+        explanation = model({"only": one})["only"]
+        cost = wpa_cost(explanation["words"], explanation["patches"])
+        plan = wpa_plan(cost, explanation["words_keep"], explanation["patches_keep"])
         return plan[0].cpu(), float(wpa_distance(cost, plan))
 
 
 def _condition(
     guesses: MaskedTokenPredictions, masked: MaskedCaptions, span: Sequence[int], tokenizer: Tokenizer
 ) -> Condition:
-    """Guesses of the word whose tokens are numbers start … stop of all masked ones.
+    """Return the predictions of the word whose tokens are `span` (start, stop) among all masked tokens.
 
-    Of a word of several tokens only one guess is given, the best of each: the second best of its parts make no word.
+    A word of several tokens gets one prediction, the best of each token: second-best pieces do not form a word.
     """
     rows = slice(*span)
     truth = masked.truth()[rows]
@@ -168,34 +169,34 @@ PANEL = 224  # pixels of a panel's longer side
 LINE = 15  # pixels of a line of text below it
 COLUMNS = 4
 HOT = np.array([215, 48, 31])
-STRONGEST = 0.8  # how much of the picture the hottest patch covers
+MAX_OPACITY = 0.8  # opacity of the hottest patch
 
 
-def explanation_html(found: Explanation, text: str, heading: str, notes: Sequence[str]) -> str:
-    """`notes` say what the checkpoint was not trained for."""
+def explanation_html(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> str:
+    """Render an HTML page; `notes` state what the checkpoint was not trained for."""
     return render_page(
         "explain.html.j2",
         [Path(__file__).parent],
-        subject=explanation_subject(found, text, heading),
-        found=found,
+        subject=explanation_subject(explanation, text, heading),
+        found=explanation,
         text=text,
         heading=heading,
         notes=notes,
-        picture=_uri(_enlarged(found)),
-        panels=[(word, _uri(draw_heat_map(found, word))) for word in found.words],
+        picture=_uri(_enlarged(explanation)),
+        panels=[(word, _uri(draw_heat_map(explanation, word))) for word in explanation.words],
     )
 
 
-def explanation_subject(found: Explanation, text: str, heading: str) -> str:
-    """Return what an explanation is of: weights, picture and text."""
-    return f"explanation {heading} {text} {hashlib.sha256(found.picture.numpy().tobytes()).hexdigest()}"
+def explanation_subject(explanation: Explanation, text: str, heading: str) -> str:
+    """Return an identifier of an explanation: weights, image and text."""
+    return f"explanation {heading} {text} {hashlib.sha256(explanation.picture.numpy().tobytes()).hexdigest()}"
 
 
-def explanation_png(found: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:
-    """The same as one picture: the panels in rows, under each the word and its guesses."""
+def explanation_png(explanation: Explanation, text: str, heading: str, notes: Sequence[str]) -> Image.Image:
+    """Draw an explanation as one image: heat maps in rows, with each word and its predictions below."""
     font = ImageFont.load_default(12)
-    panels = [_enlarged(found), *(draw_heat_map(found, word) for word in found.words)]
-    captions = [["the picture"], *(_lines(word) for word in found.words)]
+    panels = [_enlarged(explanation), *(draw_heat_map(explanation, word) for word in explanation.words)]
+    captions = [["the image"], *(_lines(word) for word in explanation.words)]
     height = panels[0].height
     width = max([PANEL, *(round(font.getlength(line)) for lines in captions for line in lines)])
     cell = (width + 16, height + LINE * max(map(len, captions)) + 24)
@@ -214,18 +215,18 @@ def explanation_png(found: Explanation, text: str, heading: str, notes: Sequence
     return page
 
 
-def draw_heat_map(found: Explanation, word: ExplainedWord) -> Image.Image:
-    """The picture in grey, redder where more of the word goes; the hottest patch is equally red for every word."""
-    picture = _enlarged(found)
+def draw_heat_map(explanation: Explanation, word: ExplainedWord) -> Image.Image:
+    """Draw the image in grey, redder where more of the word goes; each word's hottest patch is equally red."""
+    picture = _enlarged(explanation)
     grey = np.asarray(picture.convert("L").convert("RGB")).astype(np.float32)
     heat = Image.fromarray((word.heat / word.heat.max()).numpy().astype(np.float32))
     # Patches stay squares: smoothing would show a finer map than there is.
-    weight = STRONGEST * np.asarray(heat.resize(picture.size, Image.Resampling.NEAREST))[:, :, None]
+    weight = MAX_OPACITY * np.asarray(heat.resize(picture.size, Image.Resampling.NEAREST))[:, :, None]
     return Image.fromarray((grey * (1 - weight) + HOT * weight).round().astype(np.uint8))
 
 
-def _enlarged(found: Explanation) -> Image.Image:
-    picture = Image.fromarray(found.picture.numpy())
+def _enlarged(explanation: Explanation) -> Image.Image:
+    picture = Image.fromarray(explanation.picture.numpy())
     scale = PANEL / max(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
     return picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
@@ -233,11 +234,11 @@ def _enlarged(found: Explanation) -> Image.Image:
 
 def _lines(word: ExplainedWord) -> list[str]:
     hottest = f"{word.word}  (hottest patch {word.heat.max():.0%})"
-    return [hottest, f"with: {_told(word.with_image)}", f"without: {_told(word.without_image)}"]
+    return [hottest, f"with: {_guesses_text(word.with_image)}", f"without: {_guesses_text(word.without_image)}"]
 
 
-def _told(condition: Condition) -> str:
-    return ", ".join(f"{each.word} {each.probability:.0%}" for each in condition.guesses)
+def _guesses_text(condition: Condition) -> str:
+    return ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in condition.guesses)
 
 
 def _uri(picture: Image.Image) -> str:
@@ -246,16 +247,16 @@ def _uri(picture: Image.Image) -> str:
     return data_uri(buffer.getvalue(), "PNG")
 
 
-ALIGNMENT_EXAMPLES = 4  # pictures
+ALIGNMENT_EXAMPLES = 4  # images
 HEAT_MAP_PIXELS = 112  # pixels of a heat map
 
 
 def alignment_examples(
     model: Model, tokenizer: Tokenizer, held_out: EvalPairs, config: RunConfig, stage: StageConfig
 ) -> Alignments:
-    """The first captions of pictures at even distances; none where the model does not read words and patches together.
+    """Explain the first captions of evenly spaced images; empty for a model that does not align words and patches.
 
-    What the weights were never trained for is noted, and shown none the less.
+    Notes state what the weights were not trained for.
     """
     if modules_for(model, "wpa", "pairs") is None or not len(held_out):
         return Alignments()
@@ -270,9 +271,9 @@ def _aligned(
     model: Model, tokenizer: Tokenizer, held_out: EvalPairs, number: int, max_text_length: int
 ) -> AlignedCaption:
     caption, picture = held_out.captions[number][0], held_out.image(number).numpy()
-    found = explain(model, tokenizer, picture, caption, max_text_length)
+    explanation = explain(model, tokenizer, picture, caption, max_text_length)
     words = [
-        (word.word, thumbnail(np.asarray(draw_heat_map(found, word)), HEAT_MAP_PIXELS), word.heat.max().item())
-        for word in found.words
+        (word.word, thumbnail(np.asarray(draw_heat_map(explanation, word)), HEAT_MAP_PIXELS), word.heat.max().item())
+        for word in explanation.words
     ]
-    return AlignedCaption(thumbnail(found.picture.numpy(), HEAT_MAP_PIXELS), caption, words)
+    return AlignedCaption(thumbnail(explanation.picture.numpy(), HEAT_MAP_PIXELS), caption, words)

@@ -1,8 +1,8 @@
 """Share an evaluation among ranks, with bit-identical results for any number of them.
 
-Batches depend on row numbers alone, and each is computed whole by one rank, so that every forward is the same whoever
-runs it. All ranks run equally many forwards, those with fewer batches by repeating one, because at ZeRO-3 every forward
-gathers weights from all of them.
+Batches depend on row numbers alone, and a single rank computes each one, so that a forward is the same on any rank. All
+ranks run equally many forwards, those with fewer batches by repeating one, because at ZeRO-3 every forward gathers
+weights from all of them.
 """
 
 from __future__ import annotations

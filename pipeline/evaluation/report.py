@@ -1,7 +1,7 @@
-"""The report of an evaluation: one HTML file that needs nothing else, with its pictures inside.
+"""The report of an evaluation: one self-contained HTML file.
 
-What is shown is chosen by rule, not by eye: retrievals by the margin between the best right and the best wrong
-candidate, masked words by how much the right picture changed the truth's probability, both ends of each.
+Examples are chosen by rule: retrievals by the margin between the best right and the best wrong candidate, masked words
+by how much the right image changed the probability of the truth, both ends of each.
 """
 
 from __future__ import annotations
@@ -42,46 +42,46 @@ CANDIDATES = 5  # of each retrieval
 MASKED_SHOWN = 4  # captions of each kind
 RECONSTRUCTIONS_SHOWN = 6
 REASONS_SHOWN = 8
-OTHER = "another picture"
+OTHER = "another image"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def build_report_data(
-    found: Evaluation,
+    result: Evaluation,
     config: RunConfig,
     tokenizer: Tokenizer,
     alignments: Alignments = Alignments(),
     key: EvalKey | None = None,
 ) -> ReportData:
-    """What is worth showing of an evaluation, chosen and drawn small. `key`, if not given: of all pairs of a source."""
-    key = key or EvalKey(found.stage, None, found.source, found.held_out.digest, None, "pairs", False)
-    held_out, prefix = found.held_out, f"eval/{found.source}/"
+    """Select and draw what the report shows. `key` defaults to that of an evaluation of all pairs of a source."""
+    key = key or EvalKey(result.stage, None, result.source, result.held_out.digest, None, "pairs", False)
+    held_out, prefix = result.held_out, f"eval/{result.source}/"
     return ReportData(
         name=config.name,
-        stage=found.stage,
-        source=found.source,
+        stage=result.stage,
+        source=result.source,
         digest=held_out.digest,
-        checkpoint=found.checkpoint,
+        checkpoint=result.checkpoint,
         at=time.time_ns() // 1_000_000,
         pairs=len(held_out),
         captions=len(held_out.tokens),
-        trained_on=list(found.trained_on),
-        metrics={name.removeprefix(prefix): value for name, value in found.metrics().items()},
-        small_pictures=config.model.image_size <= pages.LOSSLESS,
-        retrieval_by=found.retrieval_by,
-        retrieval_images=found.retrieval_images,
-        reranked_best=found.reranked_best if found.reranked else 0,
-        ks=list(found.retrieval.image_to_text.at) if found.retrieval else [],
-        recall=_recall_rows(found),
-        fine_tuned=_fine_tuned_rows(found),
-        masked_rows=_masked_rows(found),
-        images=_image_galleries(found),
-        sentences=_caption_galleries(found),
-        conditions=[name for name, _ in _conditions(found)],
-        masked=_masked_captions(found, tokenizer),
-        reconstruction_stage=found.reconstruction_stage,
-        reconstructions=_reconstructions(found),
+        trained_on=list(result.trained_on),
+        metrics={name.removeprefix(prefix): value for name, value in result.metrics().items()},
+        small_images=config.model.image_size <= pages.LOSSLESS,
+        retrieval_by=result.retrieval_by,
+        retrieval_images=result.retrieval_images,
+        reranked_best=result.reranked_best if result.reranked else 0,
+        ks=list(result.retrieval.image_to_text.at) if result.retrieval else [],
+        recall=_recall_rows(result),
+        fine_tuned=_fine_tuned_rows(result),
+        masked_rows=_masked_rows(result),
+        images=_image_galleries(result),
+        sentences=_caption_galleries(result),
+        conditions=[name for name, _ in _conditions(result)],
+        masked=_masked_captions(result, tokenizer),
+        reconstruction_stage=result.reconstruction_stage,
+        reconstructions=_reconstructions(result),
         alignments=alignments,
         skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
         step=key.step,
@@ -93,7 +93,7 @@ def build_report_data(
 
 @dataclass(frozen=True)
 class ReportLink:
-    """An evaluation in the list of all of a run."""
+    """A row in the list of all evaluations of a run."""
 
     name: str
     page: str  # relative to the list's
@@ -105,7 +105,7 @@ class ReportLink:
 
     @staticmethod
     def of(shown: ReportData, page: str) -> ReportLink:
-        """Return its line; the first figures stand for all."""
+        """Return the row of an evaluation; its first metrics summarize it."""
         recalls = [f"{row.direction} R@{shown.ks[0]} {percent(row.cells[0][0])}" for row in shown.recall[:2]]
         others = [f"{row.name} {percent(row.share)}" for row in (shown.fine_tuned + shown.masked_rows)[:1]]
         figures = ", ".join(recalls or others)
@@ -119,7 +119,7 @@ def render_report(
     against: ReportData | None = None,
     links: Sequence[ReportLink] = (),
 ) -> str:
-    """The page as text. `against`: another run's evaluation, whose figures stand beside. `links`: to all pages."""
+    """Render the page. `against` is another run's evaluation to compare with, `links` lead to the other pages."""
     return render_page(
         "report.html.j2",
         [HERE],
@@ -140,24 +140,24 @@ def render_report(
 
 
 def metric_differences(shown: ReportData, other: ReportData) -> list[tuple[str, float, float, float]]:
-    """(measure, here, there, difference) of every figure that both evaluations have."""
+    """Return (name, here, there, difference) of every metric that both evaluations have."""
     common = [name for name in shown.metrics if name in other.metrics and name != "pairs"]
     return [
         (name, shown.metrics[name], other.metrics[name], shown.metrics[name] - other.metrics[name]) for name in common
     ]
 
 
-def _recall_rows(found: Evaluation) -> list[RecallRow]:
+def _recall_rows(result: Evaluation) -> list[RecallRow]:
     rows = []
-    captions = int((found.held_out.caption_of < found.retrieval_images).sum())
+    captions = int((result.held_out.caption_of < result.retrieval_images).sum())
     for scores, retrieval in (
-        ({"itc": "itc", "itm": "itm", "ranking": "ranking"}[found.retrieval_by], found.retrieval),
-        (f"best {found.reranked_best} re-ranked", found.reranked),
+        ({"itc": "itc", "itm": "itm", "ranking": "ranking"}[result.retrieval_by], result.retrieval),
+        (f"best {result.reranked_best} reranked", result.reranked),
     ):
         if retrieval is None:
             continue
         rows.append(_recall_row("Image → text", scores, retrieval.image_to_text, captions))
-        rows.append(_recall_row("Text → image", scores, retrieval.text_to_image, found.retrieval_images))
+        rows.append(_recall_row("Text → image", scores, retrieval.text_to_image, result.retrieval_images))
     return rows
 
 
@@ -166,72 +166,72 @@ def _recall_row(direction: str, scores: str, recall: Recall, candidates: int) ->
     return RecallRow(direction, scores, cells, recall.median_rank, candidates)
 
 
-def _masked_rows(found: Evaluation) -> list[MeasureRow]:
-    """Masked words, matching and masked patches."""
+def _masked_rows(result: Evaluation) -> list[MeasureRow]:
+    """Return the rows of masked words, matching and masked patches."""
     rows = []
-    conditions = _conditions(found)
+    conditions = _conditions(result)
     for number, (name, guesses) in enumerate(conditions):
         note = f"{len(guesses.tokens)} masked tokens, the same for every row" if number == 0 else ""
         if name == OTHER:
-            note = f"own picture {100 * (conditions[0][1].accuracy - guesses.accuracy):+z.1f} points"
+            note = f"own image {100 * (conditions[0][1].accuracy - guesses.accuracy):+z.1f} points"
         rows.append(MeasureRow(f"Masked words guessed, {name}", guesses.accuracy, note))
-    if (matching := found.itm) is not None:
+    if (matching := result.itm) is not None:
         right, wrong = percent(matching.accuracy_matched), percent(matching.accuracy_mismatched)
         note = f"{right} of the true pairs, {wrong} of the false; chance {percent(0.5)}"
-        rows.append(MeasureRow("Caption matched with its picture", matching.accuracy, note, 0.5))
-    if (patches := found.reconstruction) is not None:
+        rows.append(MeasureRow("Captions matched with their images", matching.accuracy, note, 0.5))
+    if (patches := result.reconstruction) is not None:
         note = f"{percent(patches.error_without_model)} without a model: mean colour alone; in units of full scale"
-        name = f"Error of filled patches ({found.reconstruction_stage})"
+        name = f"Error of filled patches ({result.reconstruction_stage})"
         rows.append(MeasureRow(name, patches.error, note, patches.error_without_model))
     return rows
 
 
-def _conditions(found: Evaluation) -> list[tuple[str, MaskedTokenPredictions]]:
-    """The ways masked words were guessed, as the report names them."""
-    if found.mlm is None:
+def _conditions(result: Evaluation) -> list[tuple[str, MaskedTokenPredictions]]:
+    """Return the conditions of the masked-word predictions, by their names in the report."""
+    if result.mlm is None:
         return []
     named = [
-        ("own picture", found.mlm.own_image),
-        (OTHER, found.mlm.other_image),
-        ("text only", found.mlm.text_only),
-        *((f"text only, {name} stage", guesses) for name, guesses in found.language_stages.items()),
+        ("own image", result.mlm.own_image),
+        (OTHER, result.mlm.other_image),
+        ("text only", result.mlm.text_only),
+        *((f"text only, {name} stage", guesses) for name, guesses in result.language_stages.items()),
     ]
     return [(name, guesses) for name, guesses in named if guesses is not None]
 
 
-def _fine_tuned_rows(found: Evaluation) -> list[MeasureRow]:
-    """What fine-tuning trained."""
+def _fine_tuned_rows(result: Evaluation) -> list[MeasureRow]:
+    """Return the rows of fine-tuned objectives."""
     rows = []
-    if (answering := found.vqa) is not None:
+    if (answering := result.vqa) is not None:
         note = f"{answering.questions} questions; {percent(answering.accuracy_without_model)} by one answer to all"
         rows.append(MeasureRow("Questions answered (VQA accuracy)", answering.accuracy, note))
-    if (reasoning := found.nlvr2) is not None:
+    if (reasoning := result.nlvr2) is not None:
         note = f"{reasoning.statements} statements; {percent(reasoning.accuracy_without_model)} by the frequent label"
         rows.append(MeasureRow("Statements judged rightly", reasoning.accuracy, note))
         if reasoning.consistency is not None:
-            note = "all pictures of a sentence"
+            note = "correct for all images of a sentence"
             rows.append(MeasureRow("Sentences judged rightly throughout", reasoning.consistency, note))
-    if (classified := found.classification) is not None:
-        note = f"{classified.images} pictures; chance {percent(classified.chance)}"
-        rows.append(MeasureRow("Class named first", classified.top1, note))
-        rows.append(MeasureRow("Class among the first five", classified.top5, ""))
-    if (named := found.zero_shot) is not None:
-        note = f"{named.images} pictures; chance {percent(named.chance)}"
-        rows.append(MeasureRow("Class named first, told by its name alone", named.top1, note))
-        rows.append(MeasureRow("Class among the first five, by its name alone", named.top5, ""))
-    if (probed := found.linear_probe) is not None:
-        note = f"{probed.images} pictures, trained on {probed.trained_on}; chance {percent(probed.chance)}"
-        rows.append(MeasureRow("Class named first by a linear classifier", probed.top1, note))
+    if (classified := result.classification) is not None:
+        note = f"{classified.images} images; chance {percent(classified.chance)}"
+        rows.append(MeasureRow("Top-1 accuracy", classified.top1, note))
+        rows.append(MeasureRow("Top-5 accuracy", classified.top5, ""))
+    if (named := result.zero_shot) is not None:
+        note = f"{named.images} images; chance {percent(named.chance)}"
+        rows.append(MeasureRow("Zero-shot top-1 accuracy", named.top1, note))
+        rows.append(MeasureRow("Zero-shot top-5 accuracy", named.top5, ""))
+    if (probed := result.linear_probe) is not None:
+        note = f"{probed.images} images, trained on {probed.trained_on}; chance {percent(probed.chance)}"
+        rows.append(MeasureRow("Linear probe top-1 accuracy", probed.top1, note))
     return rows
 
 
 # Retrieval ------------------------------------------------------------------------------------------------------------
 
 
-def _image_galleries(found: Evaluation) -> dict[str, list[CaptionsOfImage]]:
-    if found.rankings is None:
+def _image_galleries(result: Evaluation) -> dict[str, list[CaptionsOfImage]]:
+    if result.rankings is None:
         return {}
-    held_out, ranked = found.held_out, found.rankings.image_to_text
+    held_out, ranked = result.held_out, result.rankings.image_to_text
     caption_ids, texts = held_out.image_id[held_out.caption_of], held_out.texts()
 
     def card(image: int) -> CaptionsOfImage:
@@ -245,19 +245,19 @@ def _image_galleries(found: Evaluation) -> dict[str, list[CaptionsOfImage]]:
     return {end: [card(image) for image in chosen] for end, chosen in _ends(order, order).items()}
 
 
-def _caption_galleries(found: Evaluation) -> dict[str, list[ImagesOfCaption]]:
-    if found.rankings is None:
+def _caption_galleries(result: Evaluation) -> dict[str, list[ImagesOfCaption]]:
+    if result.rankings is None:
         return {}
-    held_out, ranked = found.held_out, found.rankings.text_to_image
+    held_out, ranked = result.held_out, result.rankings.text_to_image
     texts = held_out.texts()
 
     def card(caption: int) -> ImagesOfCaption:
         best = ranked.best[caption, :CANDIDATES]
         image = int(held_out.caption_of[caption])
         right = (held_out.image_id[best] == held_out.image_id[image]).tolist()
-        pictures = [thumbnail(held_out.image(i)) for i in best.tolist()]
+        images = [thumbnail(held_out.image(i)) for i in best.tolist()]
         truth = None if any(right) else thumbnail(held_out.image(image))
-        listed = list(zip(pictures, right, ranked.score[caption].tolist(), strict=False))
+        listed = list(zip(images, right, ranked.score[caption].tolist(), strict=False))
         return ImagesOfCaption(texts[caption], int(ranked.rank[caption]), listed, truth)
 
     order = _by_margin(ranked)
@@ -266,12 +266,12 @@ def _caption_galleries(found: Evaluation) -> dict[str, list[ImagesOfCaption]]:
 
 
 def _by_margin(ranked: Ranked) -> list[int]:
-    """Queries from the surest success to the surest failure."""
+    """Return queries from the clearest success to the clearest failure."""
     return ranked.margin.argsort(descending=True, stable=True).tolist()
 
 
 def _ends(order: list[int], group_of: list[int]) -> dict[str, list[int]]:
-    """The first and last few of `order`, at most one of each group, none in both."""
+    """Return the first and last few of `order`, at most one of each group, none in both."""
     firsts: dict[int, int] = {}
     lasts: dict[int, int] = {}
     for query, group in zip(order, group_of, strict=True):
@@ -287,18 +287,18 @@ def _ends(order: list[int], group_of: list[int]) -> dict[str, list[int]]:
 # Masked words ---------------------------------------------------------------------------------------------------------
 
 
-def _masked_captions(found: Evaluation, tokenizer: Tokenizer) -> dict[str, list[MaskedCaption]]:
-    if found.mlm is None:
+def _masked_captions(result: Evaluation, tokenizer: Tokenizer) -> dict[str, list[MaskedCaption]]:
+    if result.mlm is None:
         return {}
-    chosen = _chosen_captions(found)
-    return {kind: [_masked_caption(found, tokenizer, caption) for caption in chosen[kind]] for kind in chosen}
+    chosen = _chosen_captions(result)
+    return {kind: [_masked_caption(result, tokenizer, caption) for caption in chosen[kind]] for kind in chosen}
 
 
-def _chosen_captions(found: Evaluation) -> dict[str, list[int]]:
-    """Captions where the right picture helped most, where it misled most, and some at even distances between."""
-    mlm = found.mlm
+def _chosen_captions(result: Evaluation) -> dict[str, list[int]]:
+    """Return captions where the right image helped most, where it misled most, and evenly spaced others."""
+    mlm = result.mlm
     assert mlm is not None
-    held_out, first = found.held_out, mlm.masked.first()
+    held_out, first = result.held_out, mlm.masked.first()
     order = list(range(len(held_out.tokens)))
     if mlm.own_image is None or mlm.other_image is None:
         return {"even": order[:: max(1, len(order) // (3 * MASKED_SHOWN))][: 3 * MASKED_SHOWN]}
@@ -312,8 +312,8 @@ def _chosen_captions(found: Evaluation) -> dict[str, list[int]]:
     return {"helped": ends["best"], "misled": ends["worst"], "even": even}
 
 
-def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> MaskedCaption:
-    mlm, held_out = found.mlm, found.held_out
+def _masked_caption(result: Evaluation, tokenizer: Tokenizer, caption: int) -> MaskedCaption:
+    mlm, held_out = result.mlm, result.held_out
     assert mlm is not None
     tokens, first = held_out.tokens[caption], mlm.masked.first()[caption]
     words = words_of(mlm.masked, caption, tokens.word_of)
@@ -323,7 +323,8 @@ def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> Ma
             truth=tokenizer.decode([mlm.masked.labels[caption][place] for place in word]),
             number=i + 1,
             guesses=[
-                _word_guess(each, [first + place for place in word], found, tokenizer) for _, each in _conditions(found)
+                _word_guess(each, [first + place for place in word], result, tokenizer)
+                for _, each in _conditions(result)
             ],
         )
         for i, word in enumerate(words)
@@ -338,12 +339,12 @@ def _masked_caption(found: Evaluation, tokenizer: Tokenizer, caption: int) -> Ma
 
 
 def _word_guess(
-    guesses: MaskedTokenPredictions, places: list[int], found: Evaluation, tokenizer: Tokenizer
+    guesses: MaskedTokenPredictions, places: list[int], result: Evaluation, tokenizer: Tokenizer
 ) -> tuple[str, float, bool]:
-    """The best token of each masked piece, their joint probability, and whether all are right."""
-    assert found.mlm is not None
+    """Return the best token of each masked piece, their joint probability, and whether all are right."""
+    assert result.mlm is not None
     best = guesses.tokens[places, 0]
-    right = bool((best == found.mlm.masked.truth()[places]).all())
+    right = bool((best == result.mlm.masked.truth()[places]).all())
     return tokenizer.decode(best.tolist()), guesses.probabilities[places, 0].prod().item(), right
 
 
@@ -362,8 +363,8 @@ def _pieces(
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def _reconstructions(found: Evaluation) -> list[tuple[str, str, str]]:
-    shown = found.reconstruction
+def _reconstructions(result: Evaluation) -> list[tuple[str, str, str]]:
+    shown = result.reconstruction
     if shown is None:
         return []
     rows = zip(shown.original, shown.masked, shown.filled, strict=True)
@@ -374,5 +375,5 @@ def _reconstructions(found: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def thumbnail(image: Tensor) -> str:
-    """A picture (H, W, 3) uint8 as a data URI."""
+    """Return an image (H, W, 3) uint8 as a data URI."""
     return pages.thumbnail(image.numpy())

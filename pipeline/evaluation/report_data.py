@@ -1,8 +1,8 @@
-"""What a page shows of an evaluation: plain values and small pictures, kept in the run's folder as one JSON file.
+"""The values and thumbnails that pages show of an evaluation, stored in the run's folder as one JSON file.
 
-The evaluation's own report is drawn from it at once; the campaign's report and another run's comparison are drawn from
-the file, when the weights and the held-out pairs may be far away. Such a file may have been written by somebody else:
-its pictures are data and no addresses, and what does not fit together is left out.
+The evaluation's own report is rendered from it at once; the run's report and comparisons with other runs are rendered
+from the file, without the weights and the held-out pairs. The file may come from an untrusted writer: images are data
+URIs, never addresses, and inconsistent files are skipped.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class EvalKey:
-    """What an evaluation is of: these weights, and under a name of its own these data."""
+    """The identity of an evaluation: its weights, and its data under a name."""
 
     stage: str
-    step: int | None  # of a checkpoint; None: what the stage handed over
+    step: int | None  # of a checkpoint; None: the final weights of the stage
     name: str
     digest: str  # of the data
-    limit: int | None  # the first so many samples; None: all
-    source_type: str  # what the source was read as
+    limit: int | None  # number of samples; None: all
+    source_type: str  # type of the source
     is_headline: bool  # of the run's own held-out source, as its config asks for it, with the stage's last weights
 
     def is_of_same_data(self, other: EvalKey) -> bool:
@@ -43,14 +43,14 @@ class EvalKey:
 
     @property
     def data(self) -> str:
-        """The data in words."""
+        """Describe the data."""
         extent = "all samples" if self.limit is None else f"the first {self.limit} samples"
-        return f"digest {self.digest[:12]}…, {extent}, read as {self.source_type}"
+        return f"digest {self.digest[:12]}…, {extent}, of type {self.source_type}"
 
 
 @dataclass(frozen=True)
 class RecallRow:
-    """A line of the headline table: recall beside chance."""
+    """A row of the retrieval table: recall compared with chance."""
 
     direction: str
     scores: str
@@ -61,7 +61,7 @@ class RecallRow:
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """A line of another table: a share, what it is held against, and where on its bar that lies."""
+    """A row of another table: a fraction, a note on its baseline, and the position of the baseline on its bar."""
 
     name: str
     share: Number
@@ -74,15 +74,15 @@ class CaptionsOfImage:
     picture: Picture
     rank: int
     found: list[tuple[str, bool, Number]]  # caption, is right, similarity
-    truth: list[str]  # its own captions, where none is among the found
+    truth: list[str]  # its own captions, if none was retrieved
 
 
 @dataclass(frozen=True)
 class ImagesOfCaption:
     caption: str
     rank: int
-    found: list[tuple[Picture, bool, Number]]  # picture, is right, similarity
-    truth: Picture | None  # its own picture, where it is not among the found
+    found: list[tuple[Picture, bool, Number]]  # image, is right, similarity
+    truth: Picture | None  # its own image, if it was not retrieved
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class MaskedCaption:
 
 @dataclass(frozen=True)
 class AlignedCaption:
-    """A picture and, for each word of its caption, the patches it aligns to."""
+    """An image and the patches that each word of its caption aligns to."""
 
     picture: Picture
     caption: str
@@ -114,12 +114,12 @@ class AlignedCaption:
 @dataclass(frozen=True)
 class Alignments:
     captions: list[AlignedCaption] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what the weights were not trained for
+    notes: list[str] = field(default_factory=list)  # objectives that the weights were not trained for
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """One evaluation. Pictures are data URIs; a list is empty where the stage did not train what it shows."""
+    """The contents of one report. Images are data URIs; a list is empty where the stage did not train its objective."""
 
     name: str  # of the run
     stage: str
@@ -131,7 +131,7 @@ class ReportData:
     captions: int
     trained_on: list[str]
     metrics: dict[str, Number]  # as MLflow has them, without `eval/<source>/`
-    small_pictures: bool  # to be shown with their pixels
+    small_images: bool  # drawn enlarged, with visible pixels
     retrieval_by: str
     retrieval_images: int
     reranked_best: int  # candidates a query; 0: none were read again
@@ -161,7 +161,7 @@ _JSON = TypeAdapter(ReportData)
 
 
 def save_report_data(storage: Storage, folder: str, shown: ReportData) -> None:
-    """Beside the weights, in the place of an earlier evaluation of the same weights and name."""
+    """Write the data next to the weights, replacing an earlier evaluation of the same weights and name."""
     step = "" if shown.step is None else f"@step-{shown.step}"
     storage.write(
         join(folder, FOLDER, file_name_of(f"{shown.stage}-{shown.source}{step}.json")), _JSON.dump_json(shown)
@@ -169,19 +169,19 @@ def save_report_data(storage: Storage, folder: str, shown: ReportData) -> None:
 
 
 def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
-    """The run's evaluations, the newest first; what another version wrote, or is damaged, is passed over and told."""
+    """Load the run's evaluations, newest first; skip damaged files and other versions with a warning."""
     place = join(folder, FOLDER)
-    found = (_parsed(storage, join(place, name)) for name in storage.list(place) if name.endswith(".json"))
-    return sorted((each for each in found if each is not None), key=lambda each: -each.at)
+    parsed = (_parsed(storage, join(place, name)) for name in storage.list(place) if name.endswith(".json"))
+    return sorted((data for data in parsed if data is not None), key=lambda data: -data.at)
 
 
-def headline(found: Sequence[ReportData]) -> ReportData:
-    """Return the one of several evaluations, the newest of which is first, that stands for the run.
+def headline(evaluations: Sequence[ReportData]) -> ReportData:
+    """Return the evaluation that represents the run, out of several with the newest first.
 
-    That is what its config asks for. A look at fewer samples, at other data or at other weights never takes its place.
+    This is the one that the run's config defines; one of fewer samples, other data or other weights never replaces it.
     """
-    whole = [each for each in found if each.limit is None and each.step is None]
-    return next((each for each in found if each.is_headline), (whole or found)[0])
+    whole = [one for one in evaluations if one.limit is None and one.step is None]
+    return next((one for one in evaluations if one.is_headline), (whole or evaluations)[0])
 
 
 def _parsed(storage: Storage, url: str) -> ReportData | None:
@@ -193,20 +193,20 @@ def _parsed(storage: Storage, url: str) -> ReportData | None:
         if (problem := _misfit(shown)) is None:
             return shown
         fault = problem
-    log.warning("%s: is damaged, or of another version, and is left out (%s)", url, fault)
+    log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
     return None
 
 
 def _misfit(shown: ReportData) -> str | None:
-    """Return what does not fit together, as pages need it to; None where all does."""
+    """Return a description of an inconsistency that pages could not render; None if there is none."""
     if shown.recall and (not shown.ks or any(len(row.cells) != len(shown.ks) for row in shown.recall)):
-        return "recall is not given at every k"
+        return "recall is missing for some k"
     for name, gallery in (("images", shown.images), ("sentences", shown.sentences)):
         if gallery and not {"best", "worst"} <= gallery.keys():
-            return f"{name} lacks its ends"
+            return f"{name} lacks its best or worst examples"
     if bool(shown.images) != bool(shown.sentences):
         return "one of two galleries is missing"
     masked = [word for cards in shown.masked.values() for card in cards for word in card.words]
     if any(len(word.guesses) != len(shown.conditions) for word in masked):
-        return "masked words are not guessed under every condition"
+        return "masked words lack predictions for some condition"
     return None

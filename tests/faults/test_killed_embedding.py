@@ -71,7 +71,7 @@ def test_killed_embedding_resumes_to_equal_files(tmp_path: Path) -> None:
         done = Embedding(shards, checkpoint, tmp_path / "killed").kill_at(records)
         assert records <= done < SHARDS, "killed in the middle"
     resumed = Embedding(shards, checkpoint, tmp_path / "killed").result()
-    assert (whole["shards"], whole["found_done"], resumed["found_done"]) == (SHARDS, 0, done)
+    assert (whole["shards"], whole["already_done"], resumed["already_done"]) == (SHARDS, 0, done)
     files = sorted(file.name for file in (tmp_path / "whole").glob("*.parquet"))
     assert len(files) == SHARDS
     whole_names, killed_names = (

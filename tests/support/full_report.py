@@ -21,7 +21,7 @@ from pipeline.pages.page import THUMBNAIL, thumbnail
 
 WORD = "counterrevolutionaries"  # wider than a column on a telephone
 CAPTION = " ".join([WORD, "a", "picture", "<script>alert(1)</script>"] * 9)
-CONDITIONS = ["own picture", "another picture", "text only", "text only, language stage"]
+CONDITIONS = ["own image", "another image", "text only", "text only, language stage"]
 
 
 def fullest(name: str = "recorded") -> ReportData:
@@ -55,14 +55,14 @@ def fullest(name: str = "recorded") -> ReportData:
         captions=25_000,
         trained_on=["pairs"],
         metrics={"pairs": 5000.0, "i2t_r1": 0.5},
-        small_pictures=False,
+        small_images=False,
         retrieval_by="itc",
         retrieval_images=5000,
         reranked_best=10,
         ks=[1, 5, 10],
         recall=[RecallRow("Image → text", "itc", [(0.5, 0.001)] * 3, 1.0, 25_000)] * 4,
         fine_tuned=[MeasureRow("Questions answered (VQA accuracy)", 0.7, CAPTION)],
-        masked_rows=[MeasureRow("Masked words guessed, own picture", 0.7, CAPTION)],
+        masked_rows=[MeasureRow("Masked words guessed, own image", 0.7, CAPTION)],
         images={"best": images[:SHOWN], "worst": images[SHOWN:]},
         sentences={"best": sentences[:SHOWN], "worst": sentences[SHOWN:]},
         conditions=CONDITIONS,

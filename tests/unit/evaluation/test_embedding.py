@@ -49,7 +49,7 @@ def test_every_picture_and_caption_has_its_vector(
     embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer
 ) -> None:
     found = embed_shards(embedder, Storage(), shards, str(tmp_path / "out"))
-    assert (found.shards, found.found_done, found.pictures, found.captions, found.skipped) == (4, 0, 24, 48, 0)
+    assert (found.shards, found.already_done, found.images, found.captions, found.skipped) == (4, 0, 24, 48, 0)
     rows = [row for table in tables(tmp_path / "out").values() for row in table.to_pylist()]
     assert [row["key"] for row in rows] == [key for key in held_out.keys for _ in range(3)]
     assert [row["caption"] for row in rows] == [None, 0, 1] * 24
@@ -80,7 +80,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     assert len(tables(tmp_path / "killed")) == 3
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
     found = embed_shards(embedder, Storage(), shards, str(tmp_path / "killed"))
-    assert (found.shards, found.found_done, found.pictures) == (4, 2, 24)
+    assert (found.shards, found.already_done, found.images) == (4, 2, 24)
     assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "killed").glob("*.parquet")}
     assert sum(after[name] == before[name] for name in before) == 2, "what was finished is not written again"
@@ -91,15 +91,15 @@ def test_other_weights_changed_shards_and_lost_files_are_embedded_again(
 ) -> None:
     out = tmp_path / "out"
     embed_shards(embedder, Storage(), shards, str(out))
-    assert embed_shards(embedder, Storage(), shards, str(out)).found_done == 4
+    assert embed_shards(embedder, Storage(), shards, str(out)).already_done == 4
     first = sorted(out.glob("*.parquet"))[0]
     first.unlink()
-    assert embed_shards(embedder, Storage(), shards, str(out)).found_done == 3
+    assert embed_shards(embedder, Storage(), shards, str(out)).already_done == 3
     record = next(iter((out / embedding.DONE).iterdir()))
     record.write_text(json.dumps({**json.loads(record.read_text()), "shard": "another"}))
-    assert embed_shards(embedder, Storage(), shards, str(out)).found_done == 3
+    assert embed_shards(embedder, Storage(), shards, str(out)).already_done == 3
     others = Embedder(model, tokenizer, config, config.stages[-1], "weights-b")
-    assert embed_shards(others, Storage(), shards, str(out)).found_done == 0
+    assert embed_shards(others, Storage(), shards, str(out)).already_done == 0
     assert parquet.read_schema(first).metadata[b"mome.checkpoint"] == b"weights-b"
 
 
@@ -110,10 +110,10 @@ def test_ranks_share_the_shards(embedder: Embedder, shards: str, tmp_path: Path)
 
     alone = embed_shards(embedder, Storage(), shards, str(tmp_path / "alone"))
     found = [embed_shards(embedder, Storage(), shards, str(tmp_path / "three"), One(rank)) for rank in (2, 1)]
-    assert [each.pictures for each in found] == [7, 7]
-    assert embed_shards(embedder, Storage(), shards, str(tmp_path / "three")).found_done == 2
+    assert [each.images for each in found] == [7, 7]
+    assert embed_shards(embedder, Storage(), shards, str(tmp_path / "three")).already_done == 2
     assert tables(tmp_path / "three") == tables(tmp_path / "alone")
-    assert alone.pictures == 24
+    assert alone.images == 24
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
@@ -123,8 +123,8 @@ def test_buckets_are_read_and_written_as_folders_are(embedder: Embedder, shards:
         storage.upload(file, s3.url("shards", file.name))
     embed_shards(embedder, Storage(), shards, str(tmp_path / "here"))
     found = embed_shards(embedder, storage, s3.url("shards"), s3.url("out"))
-    assert (found.found_done, found.pictures) == (0, 24)
-    assert embed_shards(embedder, storage, s3.url("shards"), s3.url("out")).found_done == 4
+    assert (found.already_done, found.images) == (0, 24)
+    assert embed_shards(embedder, storage, s3.url("shards"), s3.url("out")).already_done == 4
     for name, table in tables(tmp_path / "here").items():
         storage.download(s3.url("out", name), str(tmp_path / name))
         assert parquet.read_table(tmp_path / name) == table

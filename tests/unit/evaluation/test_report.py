@@ -128,7 +128,7 @@ def test_a_single_pair_has_a_page(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     _write(evaluate(model, tokenizer, config, storage, limit=1), config, tokenizer, tmp_path / "r.html")
-    assert "1 held-out pictures" in Page((tmp_path / "r.html").read_text()).text
+    assert "1 held-out images" in Page((tmp_path / "r.html").read_text()).text
 
 
 def test_large_pictures_become_small() -> None:

@@ -88,7 +88,8 @@ def test_figures_of_other_data_are_not_set_beside(run: Path, made: Path, data: d
     evaluate(other, "--limit", "6")
     with pytest.raises(ConfigError, match="not evaluated on the same data"):
         evaluate(run, "--against", str(other))
-    assert "Beside other" in Path(evaluate(run, "--limit", "6", "--against", str(other))["report"]).read_text("utf-8")
+    compared = evaluate(run, "--limit", "6", "--against", str(other))["report"]
+    assert "Compared with other" in Path(compared).read_text("utf-8")
     evaluate(run)
     told = CliRunner().invoke(app, ["compare", str(run), str(other), "--json"])
     rows = json.loads(told.stdout.splitlines()[-1])["results"]
@@ -186,7 +187,7 @@ def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
     assert isinstance(CliRunner().invoke(app, ["embed", data["other"], *embed]).exception, ConfigError)
     assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
     again = CliRunner().invoke(app, ["embed", data["own"], *embed])
-    assert json.loads(again.stdout.splitlines()[-1])["found_done"] == len(before)
+    assert json.loads(again.stdout.splitlines()[-1])["already_done"] == len(before)
 
 
 def test_an_export_takes_the_place_of_nothing_else(run: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_what_the_stage_never_trained_is_said() -> None:
     assert "mlm" in aligned[0]
     assert len(words) == 1
     assert "wpa" in words[0]
-    assert "beside pictures" in notes(Cell("mlm", "vlmo", "text"))[1]
+    assert "with images" in notes(Cell("mlm", "vlmo", "text"))[1]
 
 
 def test_a_model_that_aligns_no_words_is_refused_with_those_that_do(tmp_path: Path, picture: str) -> None:
