@@ -22,7 +22,7 @@ from pathlib import Path
 
 VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 SPEC = re.compile(r"^( *)\$\{RAY_CLUSTER_SPEC\}$", flags=re.MULTILINE)
-CLAIM = "RUN_CLAIM"  # made anew by each rendering: KubeRay's retries of one job share it (pipeline.training.ownership)
+CLAIM = "RUN_CLAIM"  # a new claim per rendering, shared by the retries of one job (pipeline.training.ownership)
 CLUSTER_SPEC = Path(__file__).parent / "kuberay" / "cluster_spec.yaml"
 
 

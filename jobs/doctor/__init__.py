@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.doctor import machine, services
-from jobs.doctor.machine import CheckResult, skipped
+from jobs.doctor.machine import Diagnosis, skipped
 from pipeline.config.schema import RunConfig
 from pipeline.config.urls import is_local, local_path
 from pipeline.tracking.locations import journal_folder
 
 
-def run_checks(config: RunConfig | None, report: Callable[[str], None] = lambda _: None) -> list[CheckResult]:
+def run_checks(config: RunConfig | None, report: Callable[[str], None] = lambda _: None) -> list[Diagnosis]:
     """Run all checks in the order of their dependencies; `report` receives the name of each finished check."""
     results = []
     for result in _run_checks(config):
@@ -28,11 +28,11 @@ def run_checks(config: RunConfig | None, report: Callable[[str], None] = lambda 
     return results
 
 
-def as_json(results: list[CheckResult]) -> dict[str, Any]:
+def as_json(results: list[Diagnosis]) -> dict[str, Any]:
     return {"passed": healthy(results), "checks": [vars(result) for result in results]}
 
 
-def as_text(results: list[CheckResult]) -> str:
+def as_text(results: list[Diagnosis]) -> str:
     """Format one line per check, followed by the remedy of a failed one."""
     width = max(len(result.name) for result in results)
     lines = []
@@ -43,11 +43,11 @@ def as_text(results: list[CheckResult]) -> str:
     return "\n".join(lines)
 
 
-def healthy(results: list[CheckResult]) -> bool:
+def healthy(results: list[Diagnosis]) -> bool:
     return not any(result.status == "failed" for result in results)
 
 
-def _run_checks(config: RunConfig | None) -> Iterator[CheckResult]:
+def _run_checks(config: RunConfig | None) -> Iterator[Diagnosis]:
     import torch
 
     yield machine.packages(machine.requirements())
@@ -75,7 +75,7 @@ def _run_checks(config: RunConfig | None) -> Iterator[CheckResult]:
     yield services.clock(services.servers(config) if config else [store] if store else [])
 
 
-def _disks(config: RunConfig | None) -> Iterator[CheckResult]:
+def _disks(config: RunConfig | None) -> Iterator[Diagnosis]:
     """Check the local disks that a run writes to: temporary files (mostly Ray's), output or journal, cache."""
     yield machine.disk("temporary disk", Path(tempfile.gettempdir()))
     if config is None:

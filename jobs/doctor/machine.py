@@ -39,7 +39,7 @@ Status = Literal["passed", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
-class CheckResult:
+class Diagnosis:
     """Result of one check; `remedy` is set if it failed."""
 
     name: str
@@ -48,25 +48,25 @@ class CheckResult:
     remedy: str = ""
 
 
-def passed(name: str, detail: str) -> CheckResult:
-    return CheckResult(name, "passed", detail)
+def passed(name: str, detail: str) -> Diagnosis:
+    return Diagnosis(name, "passed", detail)
 
 
-def failed(name: str, detail: str, remedy: str) -> CheckResult:
+def failed(name: str, detail: str, remedy: str) -> Diagnosis:
     """Return the result of a check that a run on this machine, or the given config's run, needs."""
-    return CheckResult(name, "failed", detail, remedy)
+    return Diagnosis(name, "failed", detail, remedy)
 
 
-def skipped(name: str, detail: str) -> CheckResult:
+def skipped(name: str, detail: str) -> Diagnosis:
     """Return the result of a check that is not needed, or whose target is unknown."""
-    return CheckResult(name, "skipped", detail)
+    return Diagnosis(name, "skipped", detail)
 
 
 def _gigabytes(number: float) -> str:
     return f"{number / 2**30:.1f} GiB"
 
 
-def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> CheckResult:
+def packages(requirements: Iterable[str], tested: Path = CONSTRAINTS) -> Diagnosis:
     """Check that the required packages are installed and recent enough; list those that differ from the tested ones."""
     installed, problems = {}, []
     for name, minimum in [match.groups() for match in map(REQUIREMENT.match, requirements) if match]:
@@ -111,7 +111,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(release)
 
 
-def disk(name: str, folder: Path, needed: int = FREE_BYTES) -> CheckResult:
+def disk(name: str, folder: Path, needed: int = FREE_BYTES) -> Diagnosis:
     """Check that the disk of `folder`, which may not exist yet, has `needed` bytes free and is not nearly full."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
@@ -125,7 +125,7 @@ def disk(name: str, folder: Path, needed: int = FREE_BYTES) -> CheckResult:
     return passed(name, detail)
 
 
-def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> CheckResult:
+def shared_memory(needed: int, place: Path = SHARED_MEMORY) -> Diagnosis:
     """Check that `needed` bytes of shared memory are free: otherwise loader processes and NCCL die of a bus error."""
     name = "shared memory"
     if not place.is_dir():
@@ -157,7 +157,7 @@ def shared_memory_of(config: RunConfig | None, accelerators: int) -> int:
     return needed + batches * pixels * ranks // config.cluster.workers
 
 
-def open_files(minimum: int = OPEN_FILES) -> CheckResult:
+def open_files(minimum: int = OPEN_FILES) -> Diagnosis:
     """Check the limit of open files: shards, connections, and Ray's sockets to every other process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     detail = f"{soft} may be open, the hard limit is {'none' if hard == resource.RLIM_INFINITY else hard}"
@@ -166,7 +166,7 @@ def open_files(minimum: int = OPEN_FILES) -> CheckResult:
     return passed("open files", detail)
 
 
-def rendezvous() -> CheckResult:
+def rendezvous() -> Diagnosis:
     """Report the address where ranks of several machines meet, with a warning if it is public."""
     name = "rendezvous"
     host = os.environ.get("MASTER_ADDR") or socket.gethostname()
@@ -184,7 +184,7 @@ def rendezvous() -> CheckResult:
     return passed(name, f"{host} is {', '.join(addresses)}, not a public address")
 
 
-def locked_memory(adapters: Path = INFINIBAND) -> CheckResult:
+def locked_memory(adapters: Path = INFINIBAND) -> Diagnosis:
     """Check the limit of locked memory, which InfiniBand adapters need; skipped without adapters."""
     names = sorted(path.name for path in adapters.iterdir()) if adapters.is_dir() else []
     if not names:
@@ -206,7 +206,7 @@ def driver() -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
-def accelerator(config: RunConfig | None, gpus: list[str]) -> CheckResult:
+def accelerator(config: RunConfig | None, gpus: list[str]) -> Diagnosis:
     """Check that torch can use `gpus`, which the driver sees, and that they suffice for a run on this machine."""
     import torch
 
@@ -227,7 +227,7 @@ def accelerator(config: RunConfig | None, gpus: list[str]) -> CheckResult:
     return skipped(name, "none here" + ("; the run uses those of its cluster" if needs_gpus else "; ranks run on CPU"))
 
 
-def _usable(name: str, config: RunConfig | None, gpus: list[str]) -> CheckResult:
+def _usable(name: str, config: RunConfig | None, gpus: list[str]) -> Diagnosis:
     import torch
 
     count, (major, minor) = torch.cuda.device_count(), torch.cuda.get_device_capability()
@@ -247,19 +247,19 @@ def _is_here(config: RunConfig | None) -> bool:
     return config is not None and address_of(config.cluster) is None
 
 
-def gloo() -> CheckResult:
+def gloo() -> Diagnosis:
     """Sum a tensor over two CPU ranks."""
     return _collective("gloo", 2, {"CUDA_VISIBLE_DEVICES": ""})
 
 
-def nccl(count: int) -> CheckResult:
+def nccl(count: int) -> Diagnosis:
     """Sum a tensor over up to two ranks, each on its own GPU."""
     if not count:
         return skipped("NCCL", "no usable accelerator")
     return _collective("NCCL", min(count, 2), {})
 
 
-def _collective(name: str, ranks: int, extra: dict[str, str]) -> CheckResult:
+def _collective(name: str, ranks: int, extra: dict[str, str]) -> Diagnosis:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     processes, began = [], time.monotonic()
@@ -281,7 +281,7 @@ def _collective(name: str, ranks: int, extra: dict[str, str]) -> CheckResult:
     return passed(name, f"{ranks} rank(s) on this machine, {detail}")
 
 
-def operators() -> CheckResult:
+def operators() -> Diagnosis:
     """Load DeepSpeed's operators for CPU ranks, building them if necessary."""
     name = "DeepSpeed operators"
     try:

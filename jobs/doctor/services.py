@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jobs.cluster import address_of
 from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
-from jobs.doctor.machine import CheckResult, failed, finish_probe, passed, skipped, start_probe
+from jobs.doctor.machine import Diagnosis, failed, finish_probe, passed, skipped, start_probe
 from jobs.resources import requested_resources
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.redaction import redact
@@ -42,7 +42,7 @@ def impatient_storage(config: RunConfig) -> Storage:
     return Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
 
 
-def output(config: RunConfig, storage: Storage) -> CheckResult:
+def output(config: RunConfig, storage: Storage) -> Diagnosis:
     """Write, read, list and delete a small object in the run's output folder."""
     started = time.monotonic()
     try:
@@ -55,7 +55,7 @@ def output(config: RunConfig, storage: Storage) -> CheckResult:
     return passed("output", f"{config.output}: written, listed, read and deleted in {seconds:.2f} s")
 
 
-def sources(config: RunConfig, storage: Storage) -> list[CheckResult]:
+def sources(config: RunConfig, storage: Storage) -> list[Diagnosis]:
     """Check, for each folder of shards, its manifest and the first bytes of its first shard."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, source in config.sources.items():
@@ -64,7 +64,7 @@ def sources(config: RunConfig, storage: Storage) -> list[CheckResult]:
     return [_source(f"source {', '.join(users)}", url, storage, url in generated) for url, users in names.items()]
 
 
-def _source(name: str, url: str, storage: Storage, is_generated: bool) -> CheckResult:
+def _source(name: str, url: str, storage: Storage, is_generated: bool) -> Diagnosis:
     try:
         description, shards = _shards(url, storage)
         if not shards and is_generated:
@@ -90,7 +90,7 @@ def _shards(url: str, storage: Storage) -> tuple[str, list[str]]:
     return f"{manifest.num_samples} samples in {len(manifest.shards)} shards", [s.name for s in manifest.shards]
 
 
-def mlflow(config: RunConfig | None) -> CheckResult:
+def mlflow(config: RunConfig | None) -> Diagnosis:
     """Check that the tracking server responds and that its version matches the installed client."""
     if config is None:
         return skipped(
@@ -120,7 +120,7 @@ def _version_of(uri: str) -> str:
     return version if status == 200 and re.fullmatch(r"[0-9]+[0-9a-z.+]*", version) else ""
 
 
-def clock(urls: Iterable[str]) -> CheckResult:
+def clock(urls: Iterable[str]) -> Diagnosis:
     """Compare this machine's clock with the first of `urls` whose response has a date."""
     for url in urls:
         there = _time_at(url)
@@ -154,7 +154,7 @@ def servers(config: RunConfig) -> list[str]:
     return [redact(uri) for uri in uris if uri.startswith(("http://", "https://"))]
 
 
-def ray_cluster(config: RunConfig | None) -> CheckResult:
+def ray_cluster(config: RunConfig | None) -> Diagnosis:
     """Check that the configured cluster responds, and compare its resources with the run's request."""
     name = "Ray"
     address = _address(config)
@@ -191,7 +191,7 @@ def missing_resources(wanted: ClusterConfig, offered: dict[str, float]) -> list[
     return [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
 
 
-def ray_token(config: RunConfig | None) -> CheckResult:
+def ray_token(config: RunConfig | None) -> Diagnosis:
     """Check that a Ray token exists if the cluster is on another machine, and that only its owner can read it."""
     name = "Ray token"
     if os.environ.get("RAY_AUTH_TOKEN"):

@@ -1,4 +1,4 @@
-"""Line charts as coordinates and labels, which the pages' templates render as SVG.
+"""Polyline charts as coordinates and labels, which the pages' templates render as SVG.
 
 A chart has one panel per measure, stacked above a shared axis (steps or seconds). Stages are bands of that axis, and
 events are marks across all panels. Coordinates are in units of the drawing; y grows downwards.
@@ -43,7 +43,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Line:
+class Polyline:
     stage: int
     points: str  # 'x,y x,y …'
 
@@ -53,7 +53,7 @@ class Panel:
     name: str
     top: float
     bottom: float
-    lines: list[Line]
+    lines: list[Polyline]
     dots: list[tuple[int, float, float]]  # (stage, x, y) of series with a single point
     ticks: list[tuple[float, str]]  # (y, label)
     is_logarithmic: bool
@@ -128,7 +128,7 @@ def _panel(measure: Measure, x_of: Callable[[float], float], top: float) -> Pane
         if len(placed) == 1:
             dots.append((stage, *placed[0]))
         elif placed:
-            lines.append(Line(stage, " ".join(f"{x:g},{y:g}" for x, y in placed)))
+            lines.append(Polyline(stage, " ".join(f"{x:g},{y:g}" for x, y in placed)))
     labels = [(round(y_of(tick), 1), f"{tick:g}") for tick in ticks]
     return Panel(measure.name, top, top + measure.height, lines, dots, labels, is_logarithmic)
 

@@ -48,13 +48,13 @@ class InspectedSample:
 
 
 @dataclass(frozen=True)
-class Quarantine:
+class QuarantineReport:
     total: int  # replaced samples, repetitions included
     by_reason: list[tuple[str, str, str, int, int]]  # source, stage, reason, distinct samples, times
     samples: list[InspectedSample]  # a few of each reason
 
 
-def inspect_quarantine(config: RunConfig, storage: Storage, records: list[dict[str, Any]]) -> Quarantine:
+def inspect_quarantine(config: RunConfig, storage: Storage, records: list[dict[str, Any]]) -> QuarantineReport:
     """Summarize a run's quarantine and read a few samples of each reason again."""
     names = [entry.name for entry in fields(QuarantinedSample)]
     times = Counter(QuarantinedSample(**{name: record[name] for name in names}) for record in records)
@@ -65,7 +65,7 @@ def inspect_quarantine(config: RunConfig, storage: Storage, records: list[dict[s
     # One of each kind before a second one of any, so that rare reasons are included.
     rounds = [samples[turn] for turn in range(MAX_PER_REASON) for samples in kinds.values() if turn < len(samples)]
     inspected = [_inspect(config, storage, sample, times[sample]) for sample in rounds[:MAX_SAMPLES]]
-    return Quarantine(len(records), sorted(counts, key=lambda row: -row[-1]), inspected)
+    return QuarantineReport(len(records), sorted(counts, key=lambda row: -row[-1]), inspected)
 
 
 def _inspect(config: RunConfig, storage: Storage, sample: QuarantinedSample, times: int) -> InspectedSample:

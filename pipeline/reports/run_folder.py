@@ -30,7 +30,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Point:
+class MetricPoint:
     """Metrics that were recorded together."""
 
     at: int  # milliseconds since 1970
@@ -43,7 +43,7 @@ class StageRecord:
     """A stage's records from all sessions."""
 
     name: str
-    points: list[Point] = field(default_factory=list)
+    points: list[MetricPoint] = field(default_factory=list)
     starts: list[Record] = field(default_factory=list)  # its `stage` records, one per start
     tags: dict[str, str] = field(default_factory=dict)  # the last value of each
     status: str = ""  # empty while the stage is running or after it was interrupted
@@ -100,7 +100,7 @@ class RunFolder:
     stages: list[StageRecord]
     sessions: list[Session]
     tags: list[Tag]
-    evaluations: list[Point]  # of any checkpoint, in the order in which they were made
+    evaluations: list[MetricPoint]  # of any checkpoint, in the order in which they were made
     status: str  # FINISHED, FAILED or KILLED; empty while the last process has not ended
     is_live: bool  # a process on this machine is writing the journal
     seconds: dict[str, float]  # by phase (`pipeline.training.goodput`); empty if unknown
@@ -221,7 +221,7 @@ class _JournalReader:
         self.stages = [StageRecord(stage.name) for stage in config.stages]
         self.sessions: list[Session] = []
         self.tags: list[Tag] = []
-        self.evaluations: list[Point] = []
+        self.evaluations: list[MetricPoint] = []
         self.run = ""
         self.status = ""
         self._step: int | None = None  # the last one recorded in this session
@@ -261,7 +261,7 @@ class _JournalReader:
 
     def _add_point(self, record: Record, stage: StageRecord | None) -> None:
         # float() also decodes "nan" and "inf", which the journal stores as strings.
-        point = Point(record["at"], record["step"], {name: float(v) for name, v in record["values"].items()})
+        point = MetricPoint(record["at"], record["step"], {name: float(v) for name, v in record["values"].items()})
         if stage is not None:
             stage.points.append(point)
             self._step = point.step

@@ -20,9 +20,9 @@ from pipeline.evaluation.report_data import ReportData, headline, load_report_da
 from pipeline.pages.charts import Chart, Mark, Measure, Series, line_chart
 from pipeline.pages.formatting import significant
 from pipeline.pages.page import render_page
-from pipeline.reports.bad_samples import Quarantine, inspect_quarantine
+from pipeline.reports.bad_samples import QuarantineReport, inspect_quarantine
 from pipeline.reports.comparison import Comparison
-from pipeline.reports.run_folder import Point, RunFolder, StageRecord
+from pipeline.reports.run_folder import MetricPoint, RunFolder, StageRecord
 from pipeline.tracking.describe import chosen_keys
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
@@ -135,7 +135,7 @@ class RunReport:
     time: list[PhaseTime]
     cost: Cost | None
     evaluations: list[ReportData]  # newest first
-    quarantine: Quarantine
+    quarantine: QuarantineReport
     lineage: dict[str, str]
     mlflow_page: str  # URL of the run in MLflow's web interface; empty if unknown
 
@@ -251,7 +251,7 @@ def _starts(run: RunFolder) -> Iterator[Event]:
         previous = session.start
 
 
-def _summarize_evaluation(point: Point) -> str:
+def _summarize_evaluation(point: MetricPoint) -> str:
     """Return an evaluation's recalls, or else its first metrics, in one line."""
     values = {name.removeprefix(EVALUATION): v for name, v in point.values.items() if name.startswith(EVALUATION)}
     recalls = {name: value for name, value in values.items() if name.endswith(("/i2t_r1", "/t2i_r1"))}

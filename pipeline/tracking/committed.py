@@ -49,7 +49,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Segment:
+class JournalSegment:
     """The bytes [start, end) of a session, committed as one object called `name`."""
 
     name: str
@@ -57,20 +57,20 @@ class Segment:
     end: int
 
 
-def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
+def committed_segments(store: Store, url: str) -> dict[str, list[JournalSegment]]:
     """Return, for each session, the segments that cover its longest available prefix; neighbours may overlap.
 
     A session can also be one whole file, if a local run's folder was copied to the store.
     """
-    segments: dict[str, list[Segment]] = {}
+    segments: dict[str, list[JournalSegment]] = {}
     for name, info in store.list_info(url).items():
         if match := _SEGMENT.fullmatch(name):
-            segment = Segment(name, int(match["start"]), int(match["end"]))
+            segment = JournalSegment(name, int(match["start"]), int(match["end"]))
             if segment.end - segment.start != info.size:
                 logger.warning("%s/%s: skipped, its size of %d bytes contradicts its name", url, name, info.size)
                 continue
         elif match := _WHOLE.fullmatch(name):
-            segment = Segment(name, 0, info.size)
+            segment = JournalSegment(name, 0, info.size)
         else:
             continue
         segments.setdefault(match["session"], []).append(segment)
@@ -78,8 +78,8 @@ def committed_segments(store: Store, url: str) -> dict[str, list[Segment]]:
     return {session: chain for session, chain in chains.items() if chain}
 
 
-def _chain(url: str, segments: list[Segment]) -> list[Segment]:
-    chain: list[Segment] = []
+def _chain(url: str, segments: list[JournalSegment]) -> list[JournalSegment]:
+    chain: list[JournalSegment] = []
     end = 0
     for segment in sorted(segments, key=lambda segment: (segment.start, segment.end)):
         if segment.start > end:
@@ -165,7 +165,7 @@ class CommittedJournal:
         else:
             path.unlink()
 
-    def _read(self, chain: list[Segment]) -> bytes:
+    def _read(self, chain: list[JournalSegment]) -> bytes:
         """Return a session's bytes, up to the first segment whose size differs from the listing."""
         parts: list[bytes] = []
         end = 0

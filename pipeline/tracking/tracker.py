@@ -195,7 +195,7 @@ class JournalTracker(Tracker):
         self._committed = committed
         self._uploader = Uploader(journal, writer, config)
         self._stage: int | None = None
-        self._trained = False  # a stage has begun in this session
+        self._trained = False  # True once this session has started a stage
         self._last_time = 0  # of the last record, in milliseconds
         self._replaying = False
 

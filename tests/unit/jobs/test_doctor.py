@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from jobs import doctor
 from jobs.cli import app
 from jobs.doctor import machine, services
-from jobs.doctor.machine import CheckResult, failed, passed, skipped
+from jobs.doctor.machine import Diagnosis, failed, passed, skipped
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
@@ -45,7 +45,7 @@ def demo(tmp_path: Path, *overrides: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", *overrides])
 
 
-def failing(result: CheckResult, *expected: str) -> bool:
+def failing(result: Diagnosis, *expected: str) -> bool:
     """Return True if the check failed with all of `expected` in its detail and has a remedy."""
     return result.status == "failed" and all(text in result.detail for text in expected) and bool(result.remedy)
 
@@ -211,7 +211,7 @@ def test_a_writable_output_passes_and_stays_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 def test_a_missing_bucket_fails(s3: Any, tmp_path: Path) -> None:
-    def output(url: str) -> CheckResult:
+    def output(url: str) -> Diagnosis:
         config = demo(tmp_path).model_copy(update={"output": url, "storage": s3.config})
         return services.output(config, services.impatient_storage(config))
 
@@ -241,7 +241,7 @@ def of_shards(tmp_path: Path, url: str) -> RunConfig:
     return load_config(DEMO, [f"output={tmp_path}/runs", f"sources.pictures.shards={url}"])
 
 
-def source(tmp_path: Path, url: str) -> CheckResult:
+def source(tmp_path: Path, url: str) -> Diagnosis:
     return {f.name: f for f in services.sources(of_shards(tmp_path, url), Storage())}["source pictures"]
 
 
@@ -431,7 +431,7 @@ def test_a_missing_or_empty_token_file_fails(home: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_the_exit_status_reflects_failed_checks(
-    results: list[CheckResult], status: int, monkeypatch: pytest.MonkeyPatch
+    results: list[Diagnosis], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_run_checks", lambda config: iter(results))
     outcome = CliRunner().invoke(app, ["doctor"])
