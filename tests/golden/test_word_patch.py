@@ -36,7 +36,7 @@ def golden() -> dict[str, Tensor]:
 
 
 def aligned_features(golden: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a model's alignment head would give: words and patches, and which of them take part."""
+    """Return a model's alignment outputs: words and patches with their masks."""
     text, keep = golden["input.text_features"], golden["input.text_mask"]
     one = ForwardInput(("alignment",), text=torch.zeros_like(keep, dtype=torch.int64), text_keep=keep)
     features = torch.cat([text, golden["input.image_features"]], dim=1)

@@ -1,4 +1,4 @@
-"""Embeddings of a folder of shards: the vectors of one picture or caption at a time, whoever wrote them and when."""
+"""Embeddings of a folder of shards equal those of one image or caption at a time, for any rank and resume point."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_ranks_share_the_shards(embedder: Embedder, shards: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_buckets_are_read_and_written_as_folders_are(embedder: Embedder, shards: str, tmp_path: Path, s3: Any) -> None:
+def test_buckets_and_folders_give_equal_embeddings(embedder: Embedder, shards: str, tmp_path: Path, s3: Any) -> None:
     storage = Storage(s3.config)
     for file in Path(shards).iterdir():
         storage.upload(file, s3.url("shards", file.name))

@@ -140,7 +140,7 @@ def test_matching_without_a_contrast_ranks_by_reading_every_pair(
     assert evaluate(model, tokenizer, left_out, storage, rerank_best=0).retrieval is None
 
 
-def test_of_many_pictures_the_first_few_are_read_with_all_their_captions(
+def test_fused_retrieval_scores_only_the_first_images_of_many(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}

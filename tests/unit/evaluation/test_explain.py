@@ -62,7 +62,7 @@ def test_the_heat_is_the_transport_plan_of_the_pair(model: Model, found: Explana
     assert found.distance == pytest.approx((plan * wpa_cost(out["words"], out["patches"])[0]).sum().item())
 
 
-def test_a_word_of_several_tokens_is_masked_whole_and_spread_as_one() -> None:
+def test_words_of_several_tokens_are_masked_and_spread_as_one() -> None:
     tokens = TOKENIZER.encode("a blsquare", 12)
     words = positions_of_words(tokens)
     assert len(words) == 2

@@ -24,7 +24,7 @@ from tests.support.fine_tuning_data import COLOURS, colour_of, run_config
 
 
 class Colourist(nn.Module):
-    """Answers with the colour that a picture's darkest pixels have, or, `wrong`, with the next one."""
+    """Answers with the colour of an image's darkest pixels, or with the next one if `wrong`."""
 
     def __init__(self, heads: dict[str, int], wrong: bool = False) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_top_1_and_top_5_of_classes(tmp_path: Path) -> None:
 
 
 def test_nlvr2_accuracy_counts_true_and_false_alike(tmp_path: Path) -> None:
-    """The colourist says "true" where the first picture is red, whatever the sentence: right half of the time."""
+    """The colourist predicts "true" where the first image is red, whatever the sentence: correct half of the time."""
     found = evaluate_nlvr2(Colourist({}), source_of(tmp_path, "statements", "nlvr2"))
     assert found.statements == 60
     assert 0.25 < found.accuracy < 0.75
@@ -90,7 +90,7 @@ def test_nlvr2_accuracy_counts_true_and_false_alike(tmp_path: Path) -> None:
     assert found.accuracy_without_model >= 0.5
 
 
-def test_a_sentence_is_consistent_if_it_is_judged_rightly_with_every_pair() -> None:
+def test_consistency_counts_sentences_correct_for_every_pair() -> None:
     ids = ["dev-1-0-0", "dev-1-1-0", "dev-1-0-1", "test-1-0-0"]
     assert consistency(ids, [True, True, True, True]) == 1.0
     assert consistency(ids, [True, False, True, True]) == pytest.approx(2 / 3)
@@ -114,7 +114,7 @@ def test_evaluation_reports_what_the_stage_trained_in_the_promised_shape(
     assert f"eval/test/{objective}_{'accuracy' if objective == 'vqa' else 'top1'}" in found.metrics()
 
 
-def test_a_source_of_a_use_that_the_stage_did_not_train_is_refused(tmp_path: Path) -> None:
+def test_source_type_without_a_trained_objective_is_refused(tmp_path: Path) -> None:
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     other = run_config(tmp_path, "labelled", "classification", 1, num_classes=4)
     config = config.model_copy(update={"sources": {**config.sources, "other": other.sources["test"]}})
@@ -133,14 +133,14 @@ def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) ->
     assert stages_trained_on(renamed, "held_out") == ("finetune",)
 
 
-def test_bad_samples_are_left_out_and_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
+def test_bad_samples_are_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
     source = source_of(tmp_path, "labelled", "classification", num_classes=2)  # half of the colours are no class here
     with pytest.raises(DataError, match="its class is"):
         source.map_ranks(lambda: len(list(source.batches(torch.device("cpu"), "classes"))))
     assert source.skipped.total() + source.samples == 60
 
 
-def test_the_list_kept_with_the_weights_is_the_one_that_counts(tmp_path: Path) -> None:
+def test_answer_list_saved_with_the_weights_is_used(tmp_path: Path) -> None:
     from pipeline.data.contents.choices import Choices
 
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)

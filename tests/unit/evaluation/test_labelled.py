@@ -1,4 +1,4 @@
-"""Labelled pictures without training for them: classes by the prompts of their names, and the linear probe."""
+"""Zero-shot classification by the prompts of class names, and the linear probe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = ("a photo of a {}.", "the {} thing")
 
 
 class ColourSpace(nn.Module):
-    """Pictures and texts lie at the colour they show or name; a text of several prompts' words lies a little off."""
+    """Embeds images and texts at the colour they show or name; texts naming several colours are slightly off."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def test_a_class_is_the_mean_of_its_prompts(tokenizer: Tokenizer) -> None:
         torch.testing.assert_close(row, mean / mean.norm(), atol=1e-6, rtol=1e-5)
 
 
-def test_pictures_are_told_by_the_names_of_their_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_zero_shot_classifies_by_class_names(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = contrastive(run_config(tmp_path, "labelled", "classification", 1, num_classes=4))
     found = evaluate(ColourSpace(tokenizer), tokenizer, config, Storage(), probe="train")
     result = found.to_json()

@@ -1,4 +1,4 @@
-"""Masked patches: true predictions restore the picture; nothing but hidden patches is touched."""
+"""Masked patches: true predictions restore the image, and only masked patches change."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_hidden_patches_follow_the_key_alone(held_out: EvalPairs, model: VLMo) -
     assert torch.equal(whole.masked[3:5], part.masked)
 
 
-def test_a_decoder_s_model_is_shown_only_what_is_visible(held_out: EvalPairs) -> None:
+def test_model_with_a_decoder_reads_only_visible_patches(held_out: EvalPairs) -> None:
     class Decoding(Knowing):
         def forward(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
             for one in passes.values():

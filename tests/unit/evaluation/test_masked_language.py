@@ -1,4 +1,4 @@
-"""Masked words: the same for every limit and batch, always [MASK], and never beside an equal image."""
+"""Masked words are the same for every limit and batch, always [MASK], and never shown with an equal image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation holds is bounded: COCO's 5,000 pictures and 25,000 captions within 4 GiB."""
+"""The memory of an evaluation is bounded: COCO's 5,000 images and 25,000 captions within 4 GiB."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PICTURES, CAPTIONS, SIDE, WIDTH = 5_000, 5, 384, 512
 GIB = 2**30
 
 
-def test_only_so_many_pictures_stay_decoded_and_all_are_the_same(
+def test_bounded_image_cache_returns_the_same_images(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer, held_out: EvalPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = 3 * 32 * 32
@@ -42,7 +42,7 @@ def test_only_so_many_pictures_stay_decoded_and_all_are_the_same(
 
 
 class Drawn(nn.Module):
-    """Vectors as wide as a model's, at no cost: a picture's by its colours, a text's by its tokens."""
+    """Vectors of a model's width at no cost: an image's from its colours, a text's from its tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def evaluated(config: RunConfig) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_5000_pictures_and_25000_captions_take_less_than_4_gib(config: RunConfig, tmp_path: Path) -> None:
-    """In a process of its own. The pictures alone would be 2.1 GiB, and each copy of the scores 0.5."""
+    """Run in a process of its own. The images alone would take 2.1 GiB, and each copy of the scores 0.5 GiB."""
     write_shards(Storage(), samples(), str(tmp_path), 1000)
     stage = config.stages[-1].model_copy(update={"objectives": {"itc": config.stages[-1].objectives["itc"]}})
     config = config.model_copy(

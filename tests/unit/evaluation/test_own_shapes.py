@@ -1,4 +1,4 @@
-"""A ViLT on held-out pictures that keep their shape: what surrounds a picture on its canvas changes no result."""
+"""A ViLT on held-out images of different shapes: the canvas around an image changes no result."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def held_out(run: RunConfig, tokenizer: Tokenizer) -> EvalPairs:
     return load_pairs(run, Storage(), "pairs", None, tokenizer, 20)
 
 
-def test_pictures_are_read_in_their_own_shapes_on_one_canvas(held_out: EvalPairs) -> None:
+def test_images_of_own_shape_share_one_canvas(held_out: EvalPairs) -> None:
     assert held_out.image_size.tolist() == [[24, 40], [40, 24], [24, 24], [16, 40], [32, 24], [24, 24]]
     assert held_out.images[:].shape == (6, 40, 40, 3)
     assert held_out.image(3).shape == (16, 40, 3)

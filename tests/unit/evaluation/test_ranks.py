@@ -19,7 +19,7 @@ from tests.support.ranks import run_ranks
 
 
 class One(SingleProcess):
-    """One of several, who are asked nothing."""
+    """One of several ranks, without collective calls."""
 
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
@@ -30,7 +30,7 @@ class One(SingleProcess):
 
 @pytest.mark.parametrize("count", [1, 6, 7, 50, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
-def test_every_row_is_computed_once_and_all_make_equally_many_forwards(count: int, world_size: int) -> None:
+def test_rows_are_computed_once_with_equally_many_forwards(count: int, world_size: int) -> None:
     turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
     own = [row for each in turns for rows, is_own in each if is_own for row in range(count)[rows]]
     assert own == list(range(count))
@@ -48,7 +48,7 @@ def test_an_error_of_one_rank_is_raised_on_all() -> None:
 
 
 def measured(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """Everything that one rank is told: figures, places, best candidates, guesses."""
+    """Return all results of one rank: metrics, ranks, best candidates, predictions."""
     torch.set_num_threads(1)
     tokenizer = Tokenizer.train(["a red square", "two blue circles and a green star"], 200)
     model = build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)

@@ -1,4 +1,4 @@
-"""The page stands alone, escapes what it shows, marks what is right, and stays small."""
+"""The page is self-contained, escapes its contents, marks correct answers, and stays small."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert len(page) < 5_000_000
 
 
-def test_the_page_says_the_figures_with_chance_beside(page: str, found: Evaluation) -> None:
+def test_page_shows_metrics_with_chance(page: str, found: Evaluation) -> None:
     text = Page(page).text
     assert found.retrieval is not None
     assert found.mlm is not None

@@ -22,7 +22,7 @@ from pipeline.evaluation.retrieval import (
 
 
 def places_by_sorting(scores: np.ndarray, query_id: np.ndarray, candidate_id: np.ndarray) -> np.ndarray:
-    """Sorts every row with wrong candidates first among equals, and looks where the first right one stands."""
+    """Sort every row with wrong candidates first among equals, and return the rank of the first right one."""
     places = []
     for row, query in zip(scores, query_id, strict=True):
         order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_id[c] == query))
@@ -75,7 +75,7 @@ def test_recall_and_ranks_equal_a_brute_force(per_image: int, levels: int | None
 
 
 @every_kind
-def test_reranked_places_equal_a_brute_force(per_image: int, levels: int | None, duplicates: int) -> None:
+def test_reranked_ranks_equal_a_brute_force(per_image: int, levels: int | None, duplicates: int) -> None:
     similarity, caption_of, image_id = drawn(23, per_image, levels, duplicates, seed=7)
     second = np.round(np.random.default_rng(1).normal(size=similarity.shape) * 2)
     asked: list[torch.Tensor] = []
@@ -100,7 +100,7 @@ def test_reranked_places_equal_a_brute_force(per_image: int, levels: int | None,
 
 
 def test_blocks_of_queries_rank_as_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also equal vectors, whose scores float32's own sums would tell apart here and there."""
+    """Include equal vectors, whose float32 sums would differ in places."""
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(n, 96), dim=1) for n in (130, 650))
     images[40:60], texts[300:400] = images[7], texts[11]
@@ -130,13 +130,13 @@ def test_the_first_of_equal_scores_stands_first() -> None:
             assert torch.equal(first_few(scores, k), expected[:, :k])
 
 
-def test_the_margin_is_what_the_best_right_candidate_is_ahead() -> None:
+def test_margin_is_best_right_minus_best_wrong_score() -> None:
     found = ranked(np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.7]]), np.array([0, 0, 1]), np.array([4, 9]))
     torch.testing.assert_close(found.image_to_text.margin.float(), torch.tensor([0.8, 0.4]))
     torch.testing.assert_close(found.text_to_image.margin.float(), torch.tensor([0.7, 0.2, 0.6]))
 
 
-def test_a_model_that_scores_everything_alike_recalls_nothing() -> None:
+def test_equal_scores_recall_nothing() -> None:
     same = recall_of(np.zeros((30, 30)), np.arange(30), np.arange(30))
     assert same.image_to_text.at == same.text_to_image.at == {1: 0.0, 5: 0.0, 10: 0.0}
     assert same.image_to_text.median_rank == 30

@@ -1,4 +1,4 @@
-"""Pictures read in part, and the decoder that predicts the rest (MAE)."""
+"""Images of which only some patches are visible, and the decoder that predicts the others (MAE)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(model: Model, one: ForwardInput, head: str) -> Tensor:
 
 
 def reordered(tokens: Tensor, order: Tensor, before: int) -> Tensor:
-    """Tokens whose patches stand in another order behind `before` others."""
+    """Return tokens with their patches in another order, behind `before` others."""
     places = torch.cat([torch.arange(before).expand(len(order), -1), order + before], dim=1)
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 

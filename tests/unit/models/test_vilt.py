@@ -1,4 +1,4 @@
-"""ViLT by its properties. Shapes: 4 rows, 7 tokens, pictures of 4 x 6, 6 x 4, 4 x 4 and 1 x 6 patches of 8 pixels."""
+"""Properties of ViLT. Shapes: 4 examples, 7 tokens, images of 4 x 6, 6 x 4, 4 x 4 and 1 x 6 patches of 8 pixels."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def gradients(model: ViLT, outputs: ForwardOutput | dict[str, Tensor]) -> dict[s
 
 
 def all_patches() -> Tensor:
-    """Every patch of each picture, in order, padded with -1."""
+    """Return every patch of each image, in order, padded with -1."""
     place = torch.arange(int(COUNTS.max())).expand(ROWS, -1)
     return place.where(place < COUNTS[:, None], -1)
 
 
-# ---- pictures of their own shape
+# ---- images of their own shape
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (6, 4), (4, 4), (1, 6), (5, 1), (9, 13), (1, 1)])
@@ -171,7 +171,7 @@ def test_patches_that_are_not_read_have_no_influence_and_their_order_none_either
     kept = kept.scatter(1, canvas_patches(read.clamp(min=0), SIZES // PATCH, 6), True)
     pixels = kept.view(ROWS, 6, 6).repeat_interleave(PATCH, dim=1).repeat_interleave(PATCH, dim=2)
     blotted = one.image.where(pixels.unsqueeze(-1), 13)
-    blotted[3, :8, :8] = one.image[3, :8, :8]  # what stands for -1 is patch 0, and is masked instead
+    blotted[3, :8, :8] = one.image[3, :8, :8]  # -1 reads patch 0, which the attention mask excludes
     expected = run(model, one)["itm"]
     assert torch.equal(run(model, replace(one, image=blotted))["itm"], expected)
     turned = run(model, replace(one, visible_patches=read.flip(1)))["itm"]
@@ -229,7 +229,7 @@ def test_masking_without_a_head_for_it_is_refused() -> None:
 
 
 def test_passes_in_one_call_equal_passes_alone(model: ViLT) -> None:
-    """Of unlike canvases, texts and numbers of patches: joined, they are padded to the largest."""
+    """Inputs with different canvases, text lengths and numbers of patches are padded to the largest."""
     first = fused("itm", "ranking", visible_patches=all_patches())
     small = torch.tensor([[16, 24], [24, 16]])
     second = ForwardInput(

@@ -1,4 +1,4 @@
-"""Visual tokens: what a frozen DALL-E encoder names each patch of a picture."""
+"""Visual tokens: the target that a frozen DALL-E encoder gives each patch of an image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS = 29
 def theirs() -> FlavaImageCodebook:
     model = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=4, num_blocks_per_group=1, vocab_size=TOKENS))
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():  # no bias may drown the picture: many tokens are to appear
+    for parameter in model.parameters():  # small biases, so that many different tokens occur
         torch.nn.init.zeros_(parameter)
         if parameter.dim() > 1:
             torch.nn.init.kaiming_normal_(parameter, generator=generator)

@@ -1,4 +1,4 @@
-"""ViT: pictures by one transformer, whole, partly covered, or only in part."""
+"""ViT on images that are whole, partly masked, or partly visible."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_decoder_predicts_from_visible_patches_alone_and_each_masked_one_by_it
     assert not any("mask" in name for name, _ in model.image_embedding.named_parameters())
 
 
-# ---- another picture size
+# ---- another image size
 
 
 def test_positions_are_resized_as_the_jax_release_does() -> None:

@@ -267,7 +267,7 @@ def test_trap_10_a_row_of_nothing_but_padding_gives_numbers_and_gradients(model:
 
 
 def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) -> None:
-    """With equal modalities two pictures are two single ones; with their own, the order of the pictures tells."""
+    """With equal modality vectors two images equal two single ones; with different ones their order matters."""
     one = fine_tuning_passes()["nlvr2"]
     swapped = replace(one, image=one.second_image, second_image=one.image)
 

@@ -174,7 +174,7 @@ def test_different_tables_are_not_written_as_one() -> None:
 
 
 def as_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors under the names of BEiT's own release, written down here anew."""
+    """Rename Hugging Face's tensors to BEiT's own release, by a table written independently."""
     outside = {
         "beit.embeddings.cls_token": "cls_token",
         "beit.embeddings.mask_token": "mask_token",

@@ -41,7 +41,7 @@ def test_back_and_there_is_exact() -> None:
 
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
 def test_what_takes_no_part_is_dropped(kind: type) -> None:
-    """The pooler, and the head that tells next sentences."""
+    """The pooler and the next-sentence head are dropped."""
     found = from_hugging_face(published(kind), CONFIG)
     model = build_model(CONFIG, VOCABULARY)
     result = model.load_state_dict(found, strict=False)

@@ -41,7 +41,7 @@ CONFIG = ViLTConfig(
     max_visible_patches=None,
     norm_eps=EPSILON,
 )
-# Pictures of mixed shapes on one canvas: rows and columns of pixels.
+# Images of mixed shapes on one canvas: rows and columns of pixels.
 SIZES = torch.tensor([[32, 48], [48, 32], [32, 32], [8, 48], [40, 16]])
 ROWS = len(SIZES)
 
@@ -108,7 +108,7 @@ def agree(actual: Tensor, expected: Tensor) -> None:
 def test_a_fused_pass_equals_hugging_faces_vilt_model() -> None:
     other = theirs(ViltModel)
     model = ours(from_hugging_face(other.state_dict(), CONFIG))
-    # What they shuffle to pad short pictures is cut off by asking for one picture at a time.
+    # Hugging Face pads short images with shuffled patches; one image at a time has no padding.
     found = model({"one": the_pass("tokens")})["one"]["tokens"]
     given = inputs()
     for row, (height, width) in enumerate(SIZES.tolist()):
