@@ -48,7 +48,7 @@ def full_batch(
         "patch_positions": positions(sizes.masked_patches, sizes.visible_patches),
         "patch_replacements": -1,
         "region_keep": True,
-        "label": np.arange(rows) % (stage.num_classes or 2),
+        "label": np.arange(rows) % (2 if "second_image" in buffer else stage.num_classes or 2),
     }
     if isinstance(model, ViLTConfig):  # the largest image fills the square of every image only partly
         largest = [side // model.patch_size * model.patch_size for side in (model.image_size, model.longest_side)]

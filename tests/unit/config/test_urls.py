@@ -138,5 +138,5 @@ def test_every_key_of_a_config_refuses_it_by_name(key: str, url: str):
 
 
 def test_a_cache_in_a_store_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.cache\.folder: must be a folder of each node's own"):
+    with pytest.raises(ConfigError, match=r"data\.cache\.folder: must be a folder on each node's own disk"):
         load_config(DEMO, ["data.cache.folder=s3://bucket/cache"])
