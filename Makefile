@@ -1,10 +1,10 @@
-# Every target does all its own set-up: a machine needs Python 3.11, a C++ compiler and make.
+# Every target performs its own setup. Requirements: Python 3.11, a C++ compiler and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 STAMP := $(VENV)/installed
 
-# Two test processes, each on one thread. A module's tests share fixtures and stay on one process, in the order of
-# tests/conftest.py. See tests/README.md.
+# Two test processes with one thread each. The tests of a module share fixtures, so they run in one process, in the
+# order of tests/conftest.py. See tests/README.md.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 .PHONY: demo test test-all lint clean

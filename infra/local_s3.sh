@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A local S3 store for trying things out: moto_server in the foreground, with one bucket. Nothing outlives it.
-#   infra/local_s3.sh [PORT] [BUCKET]        then, in another shell, the exports that it prints
+# infra/local_s3.sh [PORT] [BUCKET]        then run the printed exports in another shell
+# Local S3 store for experiments: moto_server in the foreground, with one bucket. All data is lost when it exits.
 set -euo pipefail
 port=${1:-5000}
 bucket=${2:-mome}
@@ -16,7 +16,7 @@ server=$!
 trap 'kill "$server" 2>/dev/null || true' EXIT
 
 export AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local
-# The bucket is made in this server only: another process may listen at the port, whose store is not ours to write to.
+# Create the bucket only once this server owns the port: another process, with another store, may be listening there.
 "$bin/python" - "$bucket" "$server" "$port" <<'PYTHON'
 import sys
 import time
@@ -28,7 +28,7 @@ bucket, server, port = sys.argv[1], psutil.Process(int(sys.argv[2])), int(sys.ar
 for _ in range(120):
     if not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
         sys.exit(f"port {port} is taken, or moto_server failed to start: give another one: infra/local_s3.sh PORT BUCKET")
-    if any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in server.net_connections("tcp")):
+    if any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in server.net_connections("tcp")):
         break
     time.sleep(0.5)
 else:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Debian packages of servers that tests start themselves, by apt-get as root; no service is started or enabled.
-#   infra/packages.sh PACKAGE...
-# Exit status 3: this machine has no apt-get, or this is not root.
+# infra/packages.sh PACKAGE...
+# Install Debian packages of servers that the tests start themselves (apt-get, as root). No service is started or
+# enabled. Exit status 3: there is no apt-get, or the user is not root.
 set -euo pipefail
 
 fail() {
@@ -9,7 +9,7 @@ fail() {
     exit "$1"
 }
 
-# Debian starts what it installs unless this file says no (invoke-rc.d(8)). The machine's own comes back on exit.
+# Debian starts installed services unless this file forbids it (invoke-rc.d(8)). An existing file is restored on exit.
 forbid_services() {
     scripts_before=$(mktemp)
     ls -d /etc/init.d/* >"$scripts_before" || true
@@ -25,9 +25,9 @@ command -v apt-get >/dev/null || fail 3 "$1 comes from Debian's packages, and th
 [ "$(id -u)" = 0 ] || fail 3 "installing packages needs root"
 forbid_services
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq || true # yesterday's lists may do
+apt-get update -qq || true # cached package lists may suffice
 apt-get install -qq --yes --no-install-recommends "$@"
-# Nor may they start when the machine does: they are for the tests alone.
+# The services must not start at boot either, because only the tests use them.
 for script in /etc/init.d/*; do
     if ! grep -qxF "$script" "$scripts_before"; then update-rc.d "$(basename "$script")" disable; fi
 done

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# OpenStack Swift behind its S3 API: a second object store for the tests, beside moto's server. All of a running store
-# (configuration, rings, objects, logs, process ids) lies in one folder, on free ports of 127.0.0.1; any user may run it.
-#   infra/swift.sh install               Debian's packages, by apt-get as root; no service is started or enabled
-#   infra/swift.sh start FOLDER [PORT]   in the background; prints the exports that reach it
-#   infra/swift.sh run FOLDER [PORT]     the same, until standard input ends or this is interrupted; then stops it
-#   infra/swift.sh stop FOLDER           ends its processes; the folder stays
+# infra/swift.sh install               install Debian's packages (apt-get, as root); no service is started or enabled
+# infra/swift.sh start FOLDER [PORT]   start in the background and print the exports for its clients
+# infra/swift.sh run FOLDER [PORT]     start, and stop when standard input ends or on an interrupt
+# infra/swift.sh stop FOLDER           end the processes and keep the folder
+# OpenStack Swift with its S3 API: the tests' second object store besides moto_server. All files of a store
+# (configuration, rings, objects, logs, process ids) are in one folder; it listens on free ports of 127.0.0.1 and needs
+# no root.
 # Exit status 3: Swift cannot run on this machine (not installed, or a file system without extended attributes).
 set -euo pipefail
 packages=(swift-proxy swift-account swift-container swift-object memcached)
 servers=(account container object proxy)
 export PATH=$PATH:/usr/sbin:/sbin
-unset PYTHONPATH PYTHONHOME # Swift is a program of the system's Python
+unset PYTHONPATH PYTHONHOME # Swift runs on the system's Python
 
 fail() {
     echo "infra/swift.sh: $2" >&2
@@ -41,7 +42,7 @@ start() {
     read -r proxy account container object cache < <(free_ports "${2:-0}") || fail 1 "port ${2:-} is taken; name another"
     configure
     launched=yes
-    # memcached needs no file; being given one puts the folder's name on its command line, by which `running` knows it.
+    # memcached needs no pid file; the option puts the folder on its command line, where `running` looks for it.
     launch memcached memcached -l 127.0.0.1 -p "$cache" -u "$(id -un)" -m 16 -P "$folder/memcached.own"
     for server in "${servers[@]}"; do
         launch "$server" /usr/bin/python3 -c "$serve" "$folder" "$(command -v "swift-$server-server")" \
@@ -134,7 +135,7 @@ for name, port in zip(rest[::2], rest[1::2], strict=True):
 PYTHON
 }
 
-# workers = 0: one process a server. log_address: an absent socket keeps Swift out of the machine's own log.
+# workers = 0: one process per server. log_address: a missing socket keeps Swift out of the system log.
 common() {
     cat <<CONF
 workers = 0
@@ -146,7 +147,7 @@ log_level = WARNING
 CONF
 }
 
-# Swift reads /etc/swift/swift.conf whatever swift_dir says, so the name is set before anything else is imported.
+# Swift reads /etc/swift/swift.conf regardless of swift_dir, so the path is set before any other import.
 serve='
 import runpy, sys
 from swift.common import utils
@@ -181,7 +182,7 @@ answers() {
     done
 }
 
-# Whether any of these process id files names a process of this store; ids are used again after a restart of the machine.
+# Return 0 if any of the given pid files names a process of this store. A reboot may assign the ids to other processes.
 running() {
     local file
     for file in "$@"; do
