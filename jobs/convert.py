@@ -72,14 +72,14 @@ def import_weights(
         # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
         state = {name: t.clone() for name, t in chosen.read(published.tensors, section, may_differ).items()}
         words, heads = _num_words(section, state), _heads(state, section.patch_size, _image_target(published, chosen))
-        whole = skeleton(section, max(words, 1), heads)
-        absent = {whole.part_of(name) for name in whole.state_dict() if name not in state} - set(whole.HEAD_PARTS)
-        check_fit(whole, state, f"{path}: the model", frozenset(absent))
+        full = skeleton(section, max(words, 1), heads)
+        absent = {full.part_of(name) for name in full.state_dict() if name not in state} - set(full.HEAD_PARTS)
+        check_fit(full, state, f"{path}: the model", frozenset(absent))
         _check_types(state, path)
     tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, words)
     tokens = list(tokenizer.tokens) if tokenizer is not None else []
     choices = choices_of_published(storage, published, heads.answers, heads.classes, heads.reasoning, answers)
-    config = _config(out, section.model_dump(mode="json"), _stages(section, heads, whole, state), tokenizer)
+    config = _config(out, section.model_dump(mode="json"), _stages(section, heads, full, state), tokenizer)
     stage = config.stages[-1].name
     metadata = {
         "config": config.model_dump(mode="json"),
@@ -94,8 +94,8 @@ def import_weights(
         "model": section.model_dump(mode="json"),
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "absent": sorted(absent),
-        "objectives": [objective for each in config.stages for objective in each.objectives],
-        "choices": {name: len(each) for name, each in choices.items()},
+        "objectives": [objective for stage in config.stages for objective in stage.objectives],
+        "choices": {name: len(names) for name, names in choices.items()},
     }
 
 
@@ -160,21 +160,21 @@ def _header(weights: Weights) -> dict[str, str]:
     return {
         MODEL_KEY: weights.config.model.model_dump_json(),
         **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),
-        **{name: each.to_bytes().decode() for name, each in weights.choices.items()},
+        **{name: choices.to_bytes().decode() for name, choices in weights.choices.items()},
     }
 
 
 def _section(published: Published, chosen: Format, model: Path | None, overrides: Iterable[str]) -> TransformerConfig:
-    given: dict[str, Any] = {}
+    defined: dict[str, Any] = {}
     if model is not None:
-        given = load_config(model).model.model_dump(mode="json")
+        defined = load_config(model).model.model_dump(mode="json")
     elif (own := _own_section(published)) is not None:
-        given = own
+        defined = own
     elif chosen.config is not None:
-        given = _told_beside(published, chosen.config)
+        defined = _told_beside(published, chosen.config)
     for override in overrides:
-        apply_override(given, override)
-    inferred = chosen.infer(published.tensors, given)
+        apply_override(defined, override)
+    inferred = chosen.infer(published.tensors, defined)
     if chosen.config is not None and published.config is not None:
         chosen.config.check(published.config, inferred)
     section = _config("imported", inferred, [_stage("images", ["mim"])], None).model
@@ -203,8 +203,8 @@ def _told_beside(published: Published, config: ConfigFile) -> dict[str, Any]:
 
 def _image_target(published: Published, chosen: Format) -> ImageTarget | None:
     """Return the target of the masked-image head, if the file or its format states it."""
-    told = json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))
-    return chosen.image_target if told is None else TypeAdapter(ImageTarget).validate_python(told)
+    stated = json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))
+    return chosen.image_target if stated is None else TypeAdapter(ImageTarget).validate_python(stated)
 
 
 def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> RunConfig:
@@ -256,10 +256,10 @@ def _stages(
         return bool(needed) and needed <= present
 
     objectives = {
-        source_type: [each for each in objective_names() if serves(each, source_type)] for source_type in USES
+        source_type: [name for name in objective_names() if serves(name, source_type)] for source_type in USES
     }
-    found = [_stage(source_type, each, heads, max_text_length) for source_type, each in objectives.items() if each]
-    return found or [_stage("images", ["mim"], heads, max_text_length)]
+    stages = [_stage(source_type, names, heads, max_text_length) for source_type, names in objectives.items() if names]
+    return stages or [_stage("images", ["mim"], heads, max_text_length)]
 
 
 def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None) -> HeadConfig:
@@ -269,10 +269,10 @@ def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None
     """
     outputs = _rows(state, "mim_head.predict.bias")
     known: dict[int, ImageTarget] = {COLOUR_CLASSES: "mean_colour", 3 * patch_size**2: "pixels"}
-    found = None if not outputs else target or known.get(outputs, "visual_tokens")
+    image_target = None if not outputs else target or known.get(outputs, "visual_tokens")
     return HeadConfig(
-        image_target=found,
-        visual_tokens=outputs if found == "visual_tokens" else 0,
+        image_target=image_target,
+        visual_tokens=outputs if image_target == "visual_tokens" else 0,
         classes=_rows(state, "classification_head.classify.bias") or None,
         answers=_rows(state, "vqa_head.classify.bias") or None,
         reasoning=any(name.startswith("nlvr2_head.") for name in state),
@@ -294,15 +294,15 @@ def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, wor
     """A vocabulary file, or the weights' folder's: one token for each row of the word embedding. None without rows."""
     if not words:
         return None
-    beside = vocabulary_of(storage, folder) if vocabulary is None and folder is not None else None
-    if vocabulary is None and beside is None:
+    bundled = vocabulary_of(storage, folder) if vocabulary is None and folder is not None else None
+    if vocabulary is None and bundled is None:
         raise ConfigError(
             f"the weights know {words} tokens, but not which; name the vocabulary file they were trained with, one "
             "token a line, with --vocabulary (published models: bert-base-uncased's vocab.txt)"
         )
-    found = Tokenizer.load(storage, vocabulary) if vocabulary is not None else beside
-    assert found is not None
-    if found.size != words:
+    tokenizer = Tokenizer.load(storage, vocabulary) if vocabulary is not None else bundled
+    assert tokenizer is not None
+    if tokenizer.size != words:
         where = f"--vocabulary {vocabulary}" if vocabulary is not None else f"the vocabulary in {folder}"
-        raise ConfigError(f"{where}: has {found.size} tokens, the weights have {words}")
-    return found
+        raise ConfigError(f"{where}: has {tokenizer.size} tokens, the weights have {words}")
+    return tokenizer

@@ -84,10 +84,10 @@ def dashboard_address(address: str) -> str:
     except ValueError as error:
         raise ConfigError(f"--address {address}: is not an address ({error}); {EXPECTED}") from error
     if parts.scheme not in ("http", "https") or not host or not re.fullmatch(r"[\w.:%-]+", host):
-        told = " (ray:// is for clients of another kind)" if parts.scheme == "ray" else ""
-        raise ConfigError(f"--address {address}: {EXPECTED}{told}")
-    found = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}"
-    return found + (f":{port}" if port is not None else "") + parts.path.rstrip("/")
+        hint = " (ray:// is for clients of another kind)" if parts.scheme == "ray" else ""
+        raise ConfigError(f"--address {address}: {EXPECTED}{hint}")
+    server = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}"
+    return server + (f":{port}" if port is not None else "") + parts.path.rstrip("/")
 
 
 def find_token(reference: str | None) -> str | None:
@@ -162,8 +162,8 @@ def _is_guarded(address: str, secret: str | None) -> bool:
         if error.code in REFUSED:
             return True
         where = error.headers.get("Location", "")
-        told = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
-        raise RunFailed(f"--address {address}: no Ray dashboard ({told}). {_right_port(address)}") from error
+        answer = f"it redirects to {where}" if 300 <= error.code < 400 and where else f"it answers with {error.code}"
+        raise RunFailed(f"--address {address}: no Ray dashboard ({answer}). {_right_port(address)}") from error
     except (OSError, http.client.HTTPException) as error:
         raise RunFailed(
             f"--address {address}: no Ray dashboard answers there ({first_line(error)}). {_right_port(address)}"
@@ -185,8 +185,8 @@ def _read(opener: urllib.request.OpenerDirector, request: urllib.request.Request
 
 def _right_port(address: str) -> str:
     other = OTHER_PORTS.get(urlsplit(address).port or 0)
-    told = f"Port {urlsplit(address).port} is {other}; the dashboard's port is 8265. " if other else ""
-    return f"{told}Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
+    hint = f"Port {urlsplit(address).port} is {other}; the dashboard's port is 8265. " if other else ""
+    return f"{hint}Start a head with `ray start --head`, or open a tunnel to the cluster's port 8265."
 
 
 def _client_class() -> Any:
@@ -217,8 +217,8 @@ def _client_class() -> Any:
 
         def _raise_error(self, r: Any) -> NoReturn:
             lines = [line.strip() for line in r.text.splitlines() if line.strip()]  # of a traceback, often
-            told = f": {lines[-1]}" if lines else ""
-            raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{told}")
+            detail = f": {lines[-1]}" if lines else ""
+            raise DashboardError(f"--address {self.get_address()}: the dashboard answers with {r.status_code}{detail}")
 
     return Client
 

@@ -353,8 +353,8 @@ def _with_source(
     if source_type is None:
         own = config.source_type_of(stage)
         source_type = own if own in evaluated_source_types() else "pairs"
-    given = SourceConfig(shards=source, type=source_type)
-    return config.model_copy(update={"sources": {**config.sources, source: given}}), source
+    added = SourceConfig(shards=source, type=source_type)
+    return config.model_copy(update={"sources": {**config.sources, source: added}}), source
 
 
 def _deliver(
@@ -390,9 +390,12 @@ def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) 
     config = target.config
     try:
         save_report_data(storage, config.folder, shown)
-        found = load_report_data(storage, config.folder)
-        links = [ReportLink.of(each, quote(f"report-{_label(each.key, config)}.html")) for each in found]
-        page = render_report(headline(found), config, _curves(config, storage), links=links)
+        evaluations = load_report_data(storage, config.folder)
+        links = [
+            ReportLink.of(evaluation, quote(f"report-{_label(evaluation.key, config)}.html"))
+            for evaluation in evaluations
+        ]
+        page = render_report(headline(evaluations), config, _curves(config, storage), links=links)
         storage.write(join(config.folder, REPORT), page.encode())
     except StorageError as error:
         if is_needed:

@@ -132,12 +132,12 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
     def at(gpus: int, largest: bool = False, recomputed: bool | None = None, **engine: Any) -> StageEstimate:
         settings = _with(config, **{"micro_batch_size": described.micro_batch_size, **engine})
         sharding = sharding_of(settings, stage, gpus, on_cuda=True)
-        one = described if recomputed is None else replace(described, work=works[recomputed])
-        found = estimate(one, sharding, target.accelerator, target.network, assumptions)
+        stage_settings = described if recomputed is None else replace(described, work=works[recomputed])
+        result = estimate(stage_settings, sharding, target.accelerator, target.network, assumptions)
         if not largest:
-            return found
-        most = min(max(1, found.largest_micro_batch), found.share)
-        return estimate(one, sharding, target.accelerator, target.network, assumptions, most)
+            return result
+        most = min(max(1, result.largest_micro_batch), result.share)
+        return estimate(stage_settings, sharding, target.accelerator, target.network, assumptions, most)
 
     others = {name: at(target.gpus, **engine) for name, engine in _alternatives(config)}
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
@@ -196,17 +196,17 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
     Of the run: memory is that of the stage which needs most, and a step's time and arithmetic are means over its steps.
     """
     chosen = [plan.chosen for plan in plans]
-    steps = [each.hours / each.step_seconds for each in chosen]
+    steps = [stage.hours / stage.step_seconds for stage in chosen]
     total = sum(steps)
-    most = max(chosen, key=lambda each: each.memory.total)
+    most = max(chosen, key=lambda stage: stage.memory.total)
     return {
-        "parameters": max(each.parameters.total for each in chosen),
-        "flops_per_step": sum(each.flops_per_step * n for each, n in zip(chosen, steps, strict=True)) / total,
+        "parameters": max(stage.parameters.total for stage in chosen),
+        "flops_per_step": sum(stage.flops_per_step * n for stage, n in zip(chosen, steps, strict=True)) / total,
         "memory_bytes_per_gpu": most.memory.as_json(),
-        "step_seconds": sum(each.step_seconds * n for each, n in zip(chosen, steps, strict=True)) / total,
-        "hours": sum(each.hours for each in chosen),
-        "cost": sum(each.cost for each in chosen),
-        "fits": all(each.fits for each in chosen),
+        "step_seconds": sum(stage.step_seconds * n for stage, n in zip(chosen, steps, strict=True)) / total,
+        "hours": sum(stage.hours for stage in chosen),
+        "cost": sum(stage.cost for stage in chosen),
+        "fits": all(stage.fits for stage in chosen),
         "accelerator": target.accelerator.name,
         "network": target.network.name,
         "gpus": target.gpus,
@@ -216,20 +216,20 @@ def as_json_object(plans: list[StagePlan], target: Target) -> dict[str, Any]:
 
 
 def _stage_json(plan: StagePlan) -> dict[str, Any]:
-    found = asdict(plan.chosen) | {
+    summary = asdict(plan.chosen) | {
         "memory": plan.chosen.memory.as_json(),
         "sample_bytes": plan.assumptions.sample_bytes,
     }
     others = {
         name: {
-            "memory_bytes": each.memory.as_json(),
-            "fits": each.fits,
-            "largest_micro_batch": each.largest_micro_batch,
+            "memory_bytes": alternative.memory.as_json(),
+            "fits": alternative.fits,
+            "largest_micro_batch": alternative.largest_micro_batch,
         }
-        | {"step_seconds": each.step_seconds}
-        for name, each in plan.by_zero_stage.items()
+        | {"step_seconds": alternative.step_seconds}
+        for name, alternative in plan.by_zero_stage.items()
     }
-    return found | {"by_zero_stage": others, "scaling": [asdict(point) for point in plan.scaling]}
+    return summary | {"by_zero_stage": others, "scaling": [asdict(point) for point in plan.scaling]}
 
 
 def as_text(plans: list[StagePlan], target: Target) -> str:
@@ -241,21 +241,22 @@ def as_text(plans: list[StagePlan], target: Target) -> str:
 
 
 def _stage_lines(plan: StagePlan, target: Target) -> Iterator[str]:
-    one = plan.chosen
+    stage = plan.chosen
     yield (
-        f"stage {one.name}: {one.parameters.total / 1e6:,.1f} M parameters, {one.parameters.trained / 1e6:,.1f} M "
-        f"trained; {one.gpus} GPUs x {one.accumulation} x {one.micro_batch_size} rows"
+        f"stage {stage.name}: {stage.parameters.total / 1e6:,.1f} M parameters, {stage.parameters.trained / 1e6:,.1f} "
+        f"M trained; {stage.gpus} GPUs x {stage.accumulation} x {stage.micro_batch_size} rows"
     )
     rows = {
-        "step": f"{one.step_seconds * 1000:,.0f} ms: arithmetic {one.compute_seconds * 1000:,.0f}, communication "
-        f"{one.communication_seconds * 1000:,.0f} ({one.communication_bytes / GB:,.2f} GB sent by each GPU)",
-        "arithmetic": f"{one.flops_per_step / TERA:,.1f} TFLOP a step, {one.tokens_per_step:,.0f} tokens a step",
-        "speed": f"{one.samples_per_second:,.0f} samples/s",
-        "needs": f"{one.storage_bytes_per_second / GB:,.2f} GB/s of storage, {one.loader_cores:,.0f} cores to prepare",
-        "checkpoint": f"{one.checkpoint_bytes / GB:,.2f} GB, {duration(one.checkpoint_seconds)} to the store",
-        "time": f"{one.hours:,.1f} h" + (f", cost {one.cost:,.0f}" if target.assumptions.price else ""),
+        "step": f"{stage.step_seconds * 1000:,.0f} ms: arithmetic {stage.compute_seconds * 1000:,.0f}, communication "
+        f"{stage.communication_seconds * 1000:,.0f} ({stage.communication_bytes / GB:,.2f} GB sent by each GPU)",
+        "arithmetic": f"{stage.flops_per_step / TERA:,.1f} TFLOP a step, {stage.tokens_per_step:,.0f} tokens a step",
+        "speed": f"{stage.samples_per_second:,.0f} samples/s",
+        "needs": f"{stage.storage_bytes_per_second / GB:,.2f} GB/s of storage, "
+        f"{stage.loader_cores:,.0f} cores to prepare",
+        "checkpoint": f"{stage.checkpoint_bytes / GB:,.2f} GB, {duration(stage.checkpoint_seconds)} to the store",
+        "time": f"{stage.hours:,.1f} h" + (f", cost {stage.cost:,.0f}" if target.assumptions.price else ""),
     }
-    yield from (f"  {name:<10}  {told}" for name, told in rows.items())
+    yield from (f"  {name:<10}  {value}" for name, value in rows.items())
     yield from _memory_lines(plan, target)
     if plan.scaling:
         yield from _scaling_lines(plan.scaling)
@@ -270,15 +271,15 @@ def _memory_lines(plan: StagePlan, target: Target) -> Iterator[str]:
         + "".join(f"{name:>12}" for name in CATEGORIES)
         + "  largest micro-batch"
     )
-    for name, each in {"as configured": plan.chosen, **plan.by_zero_stage}.items():
-        values = "".join(f"{each.memory.as_json()[category] / GB:>12,.2f}" for category in CATEGORIES)
-        yield f"  {name:<36}{values}  {_largest_micro_batch(each)}"
+    for name, alternative in {"as configured": plan.chosen, **plan.by_zero_stage}.items():
+        values = "".join(f"{alternative.memory.as_json()[category] / GB:>12,.2f}" for category in CATEGORIES)
+        yield f"  {name:<36}{values}  {_largest_micro_batch(alternative)}"
 
 
-def _largest_micro_batch(each: StageEstimate) -> str:
-    if not each.largest_micro_batch:
+def _largest_micro_batch(chosen: StageEstimate) -> str:
+    if not chosen.largest_micro_batch:
         return "none fits"
-    return f"{each.largest_micro_batch}" + ("" if each.fits else f"; {each.micro_batch_size} do not fit")
+    return f"{chosen.largest_micro_batch}" + ("" if chosen.fits else f"; {chosen.micro_batch_size} do not fit")
 
 
 def _scaling_lines(points: list[Point]) -> Iterator[str]:
@@ -303,7 +304,7 @@ def assumptions_of(plans: list[StagePlan], target: Target) -> Iterator[str]:
     yield f"  {network.name}: {speed}, {network.latency * 1e6:.0f} us"
     known = {plan.assumptions.sample_bytes for plan in plans}
     for name, value in asdict(target.assumptions).items():
-        told = " or ".join(f"{each:,.0f}" for each in sorted(known)) if name == "sample_bytes" else f"{value:g}"
-        yield f"  {name} {told}"
+        shown = " or ".join(f"{size:,.0f}" for size in sorted(known)) if name == "sample_bytes" else f"{value:g}"
+        yield f"  {name} {shown}"
     yield "  texts as long as the stage allows, unless --text-tokens says otherwise"
     yield f"  {CONTEXT_BYTES / GB} GB for CUDA and NCCL"

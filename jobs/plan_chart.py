@@ -80,11 +80,10 @@ def _stage(name: str, points: list[Point], colour: str, across: _Axis, up: _Axis
     for point in points:
         place = f'cx="{across(point.gpus):.1f}" cy="{up(point.samples_per_second):.1f}"'
         yield f'<circle {place} r="3" fill="{colour if point.fits else "white"}" stroke="{colour}"/>'
-    told = f"{name}, {last.efficiency:.0%} at {last.gpus}"
-    yield _text(across(last.gpus) + 8, up(last.samples_per_second) + 4, told, "start", 11, colour)
+    label = f"{name}, {last.efficiency:.0%} at {last.gpus}"
+    yield _text(across(last.gpus) + 8, up(last.samples_per_second) + 4, label, "start", 11, colour)
 
 
-def _text(x: float, y: float, told: str, anchor: str, size: int, colour: str = "black") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(told)}</text>'
-    )
+def _text(x: float, y: float, label: str, anchor: str, size: int, colour: str = "black") -> str:
+    position = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text {position} font-size="{size}" fill="{colour}">{escape(label)}</text>'

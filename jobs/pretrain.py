@@ -148,14 +148,14 @@ def _train(config: RunConfig, storage: Storage, attempt: _Attempt) -> None:
     cluster = config.cluster
     restarts = Restarts(config)
     while True:
-        left = cluster.max_failures - restarts.count(FAILED)
+        failures_left = cluster.max_failures - restarts.count(FAILED)
         try:
-            stopped = attempt.fit(restarts, left)
+            stopped = attempt.fit(restarts, failures_left)
         except MomeError:
             raise
         except Exception as error:
             _raise_failure(config, storage, attempt.ownership)
-            if left > 0 and _is_of_controller(error):
+            if failures_left > 0 and _is_of_controller(error):
                 restarts.record(FAILED, root_cause(error))
                 log.warning("Ray Train's controller failed (%s); restarting the ranks", root_cause(error))
                 continue

@@ -143,7 +143,7 @@ def choices_of_published(
             f"config.json: id2label says that 0 is {labels[0]!r}; in mome, statements are true at 1. Swap the labels "
             "and the two rows of classifier.3"
         )
-    found: dict[str, Choices] = {}
+    choices: dict[str, Choices] = {}
     for name, size in ((ANSWERS, answers), (CLASSES, classes)):
         if size is None:
             continue
@@ -161,8 +161,8 @@ def choices_of_published(
             raise ConfigError(
                 f"{where}: names {len(listed)}, the head has {size} outputs; give the list that it was trained with"
             )
-        found[name] = listed
-    return found
+        choices[name] = listed
+    return choices
 
 
 def _answers_in(storage: Storage, url: str) -> Choices:
@@ -194,18 +194,18 @@ def _labels(config: Mapping[str, Any], size: int) -> Choices | None:
     names = _numbered(config.get("id2label"))
     if names is None or len(names) != size or names == [f"LABEL_{number}" for number in range(size)]:
         return None
-    seen: set[str] = set()
+    used: set[str] = set()
     distinct = []
     for number, name in enumerate(names):  # ImageNet has two classes called "crane"
-        distinct.append(name if name not in seen else f"{name} ({number})")
-        seen.add(distinct[-1])
+        distinct.append(name if name not in used else f"{name} ({number})")
+        used.add(distinct[-1])
     where = "config.json: id2label"
-    return Choices.from_bytes(json.dumps(distinct).encode(), where) if len(seen) == size else None
+    return Choices.from_bytes(json.dumps(distinct).encode(), where) if len(used) == size else None
 
 
 def _numbered(value: Any) -> list[str] | None:
     """The texts of an object that numbers them from 0, in order; None for anything else."""
-    if not isinstance(value, dict) or not value or not all(isinstance(each, str) for each in value.values()):
+    if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
         return None
     numbers = {str(number): text for number, text in value.items()}
     in_order = [numbers.get(str(number)) for number in range(len(value))]

@@ -51,8 +51,8 @@ def submit(
     job = submission_id or next_attempt(states, job_id(config))
     if job not in states:
         _send(client, config, job)
-    given = f" --token {token}" if token else ""
-    notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{given}` shows its output")
+    token_option = f" --token {token}" if token else ""
+    notify(f"submitted as {job}; `mome jobs logs {job} --address {address}{token_option}` shows its output")
     status = "SUBMITTED"
     if follow:
         try:

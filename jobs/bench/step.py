@@ -179,11 +179,11 @@ def _reachable(device: torch.device) -> float:
     if device.type == "cuda" and (known := accelerator_like(torch.cuda.get_device_name(device))):
         return known.flops
     size = 2048 if device.type == "cpu" else 8192
-    one = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
+    matrix = torch.randn(size, size, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
-        one @ one
+        matrix @ matrix
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)

@@ -108,20 +108,20 @@ Lister = Callable[[], list[str]]
 
 def readers(target: Target) -> dict[str, Reader]:
     """Ways to read the object whole, by name; each call reads it once."""
-    found: dict[str, Reader] = {
+    clients: dict[str, Reader] = {
         "mome": partial(_read_ranges, target),
         "mome.open": partial(_read_stream, partial(target.storage.open, target.url)),
     }
     file_system, path = _fsspec(target.storage.config, target.url)
-    found["fsspec.cat_ranges"] = partial(_cat_ranges, file_system, path, target)
-    found["fsspec.open"] = partial(_read_stream, partial(file_system.open, path, "rb"))
+    clients["fsspec.cat_ranges"] = partial(_cat_ranges, file_system, path, target)
+    clients["fsspec.open"] = partial(_read_stream, partial(file_system.open, path, "rb"))
     if _is_s3(target.url):
         client = _botocore_client(target.storage.config)
         bucket, key = _bucket_and_key(target.url)
         get = partial(client.get_object, Bucket=bucket, Key=key)
-        found["botocore.ranges"] = partial(_in_flight, target, lambda span: get(Range=_header(*span))["Body"].read())
-        found["botocore.open"] = partial(_read_stream, lambda: get()["Body"])
-    return found
+        clients["botocore.ranges"] = partial(_in_flight, target, lambda span: get(Range=_header(*span))["Body"].read())
+        clients["botocore.open"] = partial(_read_stream, lambda: get()["Body"])
+    return clients
 
 
 def listers(storage: Storage, url: str) -> dict[str, Lister]:
@@ -132,16 +132,16 @@ def listers(storage: Storage, url: str) -> dict[str, Lister]:
         file_system.invalidate_cache()
         return [entry["name"].rpartition("/")[2] for entry in file_system.ls(path, detail=True)]
 
-    found: dict[str, Lister] = {"mome": lambda: list(storage.list_info(url)), "fsspec.ls": fsspec_ls}
+    clients: dict[str, Lister] = {"mome": lambda: list(storage.list_info(url)), "fsspec.ls": fsspec_ls}
     if _is_s3(url):
         pages = _botocore_client(storage.config).get_paginator("list_objects_v2")
         bucket, prefix = _bucket_and_key(url)
-        found["botocore.list_objects_v2"] = lambda: [
+        clients["botocore.list_objects_v2"] = lambda: [
             item["Key"].rpartition("/")[2]
             for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/", Delimiter="/")
             for item in page.get("Contents", [])
         ]
-    return found
+    return clients
 
 
 def _read_ranges(target: Target) -> Iterator[bytes]:
@@ -220,7 +220,8 @@ def _rounds(measure: Callable[[Any], Figures], contenders: dict[str, Any], round
             progress(f"round {number + 1} of {rounds}: {name}")
             measured[name].append(measure(contenders[name]))
     return {
-        name: {key: median(figures[key] for figures in found) for key in found[0]} for name, found in measured.items()
+        name: {key: median(figures[key] for figures in samples) for key in samples[0]}
+        for name, samples in measured.items()
     }
 
 

@@ -166,14 +166,14 @@ def ray_cluster(config: RunConfig | None) -> Diagnosis:
         return skipped(name, "not installed; torchrun does not need it")
     if not address:
         return skipped(name, f"{installed}; no cluster is configured, so a run starts its own")
-    wanted = config.cluster if config else ClusterConfig()
-    output, status = finish_probe(start_probe("cluster", wanted.model_dump_json()), CLUSTER_SECONDS)
+    cluster = config.cluster if config else ClusterConfig()
+    output, status = finish_probe(start_probe("cluster", cluster.model_dump_json()), CLUSTER_SECONDS)
     if status:
         return failed(name, f"{address}: {output}", "run ray start --head there, with this Ray version and token")
     offered = json.loads(output)
     has = ", ".join(f"{offered['resources'].get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
     detail = f"{address}: {offered['nodes']} node(s) with {has}, version {offered['ray']}"
-    missing = missing_resources(wanted, offered["resources"]) if config else []
+    missing = missing_resources(cluster, offered["resources"]) if config else []
     if missing:
         detail += f"; the run needs {', '.join(missing)} and waits until nodes (of an autoscaler) join"
     return passed(name, detail)
@@ -185,9 +185,9 @@ def _address(config: RunConfig | None) -> str | None:
     return address[0] if address else None
 
 
-def missing_resources(wanted: ClusterConfig, offered: dict[str, float]) -> list[str]:
+def missing_resources(cluster: ClusterConfig, offered: dict[str, float]) -> list[str]:
     """Return the request of all ranks and loader actors for each resource of which the cluster has less."""
-    needed = requested_resources(wanted, wanted.workers)
+    needed = requested_resources(cluster, cluster.workers)
     return [f"{number:g} {kind}" for kind, number in needed.items() if number > offered.get(kind, 0)]
 
 

@@ -136,10 +136,10 @@ def contact_sheet(samples: list[ShownSample], columns: int = 4) -> Image.Image:
 def _spread_samples(storage: Storage, url: str, manifest: Manifest, count: int) -> Iterator[ShownSample]:
     """Yield `count` samples at equal distances over all shards, each read by its own range."""
     count = min(count, manifest.num_samples)
-    wanted = [i * manifest.num_samples // count for i in range(count)]
+    positions = [i * manifest.num_samples // count for i in range(count)]
     before = 0
     for shard in manifest.shards:
-        numbers = [number - before for number in wanted if before <= number < before + shard.samples]
+        numbers = [number - before for number in positions if before <= number < before + shard.samples]
         before += shard.samples
         if not numbers:
             continue

@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
@@ -50,9 +50,9 @@ class _Loader(yaml.SafeLoader):
                 )
             if key_node.tag != _MERGE:  # `<<: *base` may repeat keys of the mapping
                 key_node.tag = "tag:yaml.org,2002:str"  # a key such as 2017, on or null is a string too
-                if key_node.value in seen:
+                if key_node.value in keys:
                     raise yaml.constructor.ConstructorError(problem=f"duplicate key '{key_node.value}' in line {line}")
-                seen.add(key_node.value)
+                keys.add(key_node.value)
         return node
 
 

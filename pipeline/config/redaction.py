@@ -60,7 +60,7 @@ def redact(text: str) -> str:
     text = _redact_urls(text, 0)
     text = _AUTHORIZATION.sub(rf"\g<name>{HIDDEN}", text)
     text = _BEARER.sub(rf"\g<name>{HIDDEN}", text)
-    return _SECRET_PAIR.sub(lambda found: f"{found['name']}{found['sign'] or '='}{HIDDEN}", text)
+    return _SECRET_PAIR.sub(lambda match: f"{match['name']}{match['sign'] or '='}{HIDDEN}", text)
 
 
 def redact_values(values: Any) -> Any:

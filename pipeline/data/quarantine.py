@@ -110,12 +110,12 @@ class Quarantine:
         return new
 
     def _check(self, source: str, min_seen: int) -> None:
-        seen, bad = self.seen[source], self.bad[source]
-        if seen < min_seen or bad <= self.max_bad_rate * seen:
+        samples, bad = self.seen[source], self.bad[source]
+        if samples < min_seen or bad <= self.max_bad_rate * samples:
             return
         last = next((r for r in reversed(self._new) if r.source == source), None)
         example = f" The last one: {last.key} in {last.shard}, {last.stage}: {last.reason}." if last else ""
         raise DataError(
-            f"source '{source}': {bad} of {seen} samples are bad ({bad / seen:.1%}), more than data.max_bad_rate "
+            f"source '{source}': {bad} of {samples} samples are bad ({bad / samples:.1%}), more than data.max_bad_rate "
             f"{self.max_bad_rate:.1%} allows.{example} Repair or rebuild its shards, or raise data.max_bad_rate."
         )

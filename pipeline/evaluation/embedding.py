@@ -162,22 +162,24 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
     Raises ConfigError where they belong to another one, whose files of the same names would be lost. Folders are
     compared by the content of their shards: one that has moved, grown or been repaired in part is still the same.
     """
-    own = {shard.name: shard.digest for shard in manifest.shards}
+    shards = {shard.name: shard.digest for shard in manifest.shards}
     place = join(out, SOURCE)
     if storage.exists(place):
-        there = _known_source(storage.read(place), place)
-        known: dict[str, str] = there["shards"]
-        is_same = there["url"] == url or bool(own.items() & known.items())
+        source = _known_source(storage.read(place), place)
+        known_shards: dict[str, str] = source["shards"]
+        is_same = source["url"] == url or bool(shards.items() & known_shards.items())
         if not is_same:
             raise ConfigError(
-                f"--out {out}: holds the vectors of {there['url']}, and files of the same names would be lost; name "
+                f"--out {out}: holds the vectors of {source['url']}, and files of the same names would be lost; name "
                 f"another folder for those of {url}"
             )
-    elif made := [name for name in storage.list(out) if name.endswith(".parquet")]:
-        expected = {parquet_name(name) for name in own}
-        if not _finished(storage, out, manifest.shards, None) and set(made) & expected:
-            raise ConfigError(f"--out {out}: holds {made[0]}, made from other shards than those of {url}; name another")
-    storage.write(place, json.dumps({"url": url, "digest": manifest.digest, "shards": own}, indent=1).encode())
+    elif parquet_files := [name for name in storage.list(out) if name.endswith(".parquet")]:
+        expected = {parquet_name(name) for name in shards}
+        if not _finished(storage, out, manifest.shards, None) and set(parquet_files) & expected:
+            raise ConfigError(
+                f"--out {out}: holds {parquet_files[0]}, made from other shards than those of {url}; name another"
+            )
+    storage.write(place, json.dumps({"url": url, "digest": manifest.digest, "shards": shards}, indent=1).encode())
 
 
 def _known_source(data: bytes, where: str) -> dict[str, Any]:

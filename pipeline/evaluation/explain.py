@@ -135,10 +135,10 @@ def share_of(plan: Tensor, positions: Sequence[int]) -> Tensor:
 def _plan(model: Model, picture: Tensor, tokens: Tokens) -> tuple[Tensor, float]:
     """Return the transport plan (L, P) of a text and an image, and its cost."""
     with eval_mode(model) as device:
-        one = ForwardInput(
+        forward_input = ForwardInput(
             heads=("alignment",), image=picture[None].to(device), text=torch.tensor([tokens.ids], device=device)
         )
-        explanation = model({"only": one})["only"]
+        explanation = model({"only": forward_input})["only"]
         cost = wpa_cost(explanation["words"], explanation["patches"])
         plan = wpa_plan(cost, explanation["words_keep"], explanation["patches_keep"])
         return plan[0].cpu(), float(wpa_distance(cost, plan))

@@ -83,7 +83,7 @@ def build_report_data(
         reconstruction_stage=result.reconstruction_stage,
         reconstructions=_reconstructions(result),
         alignments=alignments,
-        skipped=sorted(held_out.skipped.items(), key=lambda each: -each[1])[:REASONS_SHOWN],
+        skipped=sorted(held_out.skipped.items(), key=lambda entry: -entry[1])[:REASONS_SHOWN],
         step=key.step,
         limit=key.limit,
         source_type=key.source_type,
@@ -323,8 +323,8 @@ def _masked_caption(result: Evaluation, tokenizer: Tokenizer, caption: int) -> M
             truth=tokenizer.decode([mlm.masked.labels[caption][place] for place in word]),
             number=i + 1,
             guesses=[
-                _word_guess(each, [first + place for place in word], result, tokenizer)
-                for _, each in _conditions(result)
+                _word_guess(predictions, [first + place for place in word], result, tokenizer)
+                for _, predictions in _conditions(result)
             ],
         )
         for i, word in enumerate(words)

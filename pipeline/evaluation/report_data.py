@@ -180,8 +180,8 @@ def headline(evaluations: Sequence[ReportData]) -> ReportData:
 
     This is the one that the run's config defines; one of fewer samples, other data or other weights never replaces it.
     """
-    whole = [one for one in evaluations if one.limit is None and one.step is None]
-    return next((one for one in evaluations if one.is_headline), (whole or evaluations)[0])
+    complete = [evaluation for evaluation in evaluations if evaluation.limit is None and evaluation.step is None]
+    return next((evaluation for evaluation in evaluations if evaluation.is_headline), (complete or evaluations)[0])
 
 
 def _parsed(storage: Storage, url: str) -> ReportData | None:

@@ -91,18 +91,20 @@ class Model(nn.Module, ABC):
         for group in group_inputs(inputs).values():
             packed = PackedInputs(list(group.values()))
             features, branch = self.encode(packed)
-            for index, (name, one) in enumerate(group.items()):
-                for head in one.heads:
+            for index, (name, forward_input) in enumerate(group.items()):
+                for head in forward_input.heads:
                     own = packed.select(features, index, head)
                     own_branch = None if branch is None or head != "itc" else packed.select(branch, index, head)
-                    outputs[name] |= self.head_outputs(head, one, own, own_branch)
+                    outputs[name] |= self.head_outputs(head, forward_input, own, own_branch)
         return outputs
 
     @abstractmethod
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return final features (B, K, D) at `packed.output_positions` (None: everywhere), and a second branch's."""
 
-    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(
+        self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
+    ) -> dict[str, Tensor]:
         """Return a head's outputs by name, from the features (B, K, D) at the positions it reads."""
         if head == "tokens":
             return {head: features}
@@ -111,10 +113,10 @@ class Model(nn.Module, ABC):
         if module is None or (head in ("mim", "decoded_image") and is_decoded != (head == "decoded_image")):
             raise ValueError(f"this {self.config.kind} model was built without the head '{head}'")
         if head == "itc":
-            modality: Literal["image", "text"] = "image" if one.text is None else "text"
+            modality: Literal["image", "text"] = "image" if inputs.text is None else "text"
             return module(modality, *(x[:, 0] for x in (features, branch) if x is not None))
         if head == "decoded_image":
-            return {"mim": module(features, one.visible_patches, one.patch_positions)}
+            return {"mim": module(features, inputs.visible_patches, inputs.patch_positions)}
         pooler = getattr(self, "pooler", nn.Identity())
         if head == "nlvr2":
             features = pooler(features).flatten(1)
@@ -189,12 +191,12 @@ class Model(nn.Module, ABC):
             parameter.copy_(values)
 
 
-def alignment_outputs(one: ForwardInput, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
+def alignment_outputs(inputs: ForwardInput, features: Tensor, patches_keep: Tensor | None = None) -> dict[str, Tensor]:
     """Return the outputs of the `alignment` head from the final features (B, L + I, D) of a fused input."""
-    assert one.text is not None
-    length = one.text.shape[1]
+    assert inputs.text is not None
+    length = inputs.text.shape[1]
     words, patches = features[:, :length], features[:, length + 1 :]
-    keep = torch.ones_like(one.text, dtype=torch.bool) if one.text_keep is None else one.text_keep
+    keep = torch.ones_like(inputs.text, dtype=torch.bool) if inputs.text_keep is None else inputs.text_keep
     position = torch.arange(length, device=keep.device)
     is_word = (position > 0) & (position < keep.sum(dim=1, keepdim=True) - 1)
     if patches_keep is None:

@@ -21,13 +21,19 @@ FIRST_POSITION = ("itc", "itm", "classes", "answers", "nlvr2", "ranking")  # hea
 def group_inputs(inputs: dict[str, ForwardInput]) -> dict[tuple, dict[str, ForwardInput]]:
     """Group inputs that can share a run: the same modalities, image shape and branching, drop path in all or none."""
     groups: dict[tuple, dict[str, ForwardInput]] = {}
-    for name, one in inputs.items():
+    for name, forward in inputs.items():
         image = None
-        if one.image is not None:
-            shape = None if one.image_size is not None else one.image.shape[1:]  # images with a size are padded
-            image = (shape, one.image.dtype, one.visible_patches is None)
-        key = (image, one.regions is None, one.text is None, "itc" in one.heads, one.drop_path_mask is None)
-        groups.setdefault(key, {})[name] = one
+        if forward.image is not None:
+            shape = None if forward.image_size is not None else forward.image.shape[1:]  # images with a size are padded
+            image = (shape, forward.image.dtype, forward.visible_patches is None)
+        key = (
+            image,
+            forward.regions is None,
+            forward.text is None,
+            "itc" in forward.heads,
+            forward.drop_path_mask is None,
+        )
+        groups.setdefault(key, {})[name] = forward
     return groups
 
 
@@ -38,14 +44,14 @@ class PackedInputs:
         self._pieces: list[ForwardInput] = []
         self._pieces_of: list[range] = []  # by input
         is_second: list[bool] = []  # by piece
-        for one in inputs:
-            _check(one)
-            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + 1 + (one.second_image is not None)))
-            first = replace(one, second_image=None, second_image_size=None)
+        for forward in inputs:
+            _check(forward)
+            self._pieces_of.append(range(len(self._pieces), len(self._pieces) + 1 + (forward.second_image is not None)))
+            first = replace(forward, second_image=None, second_image_size=None)
             self._pieces.append(first)
             is_second.append(False)
-            if one.second_image is not None:
-                self._pieces.append(replace(first, image=one.second_image, image_size=one.second_image_size))
+            if forward.second_image is not None:
+                self._pieces.append(replace(first, image=forward.second_image, image_size=forward.second_image_size))
                 is_second.append(True)
         pieces = self._pieces
         self._sizes = [len(_anchor(piece)) for piece in pieces]
@@ -150,8 +156,8 @@ class PackedInputs:
         sizes = []
         for piece in self._pieces:
             assert piece.image is not None
-            whole = torch.tensor(piece.image.shape[1:3], device=piece.image.device)
-            sizes.append(whole.expand(len(piece.image), 2) if piece.image_size is None else piece.image_size)
+            canvas = torch.tensor(piece.image.shape[1:3], device=piece.image.device)
+            sizes.append(canvas.expand(len(piece.image), 2) if piece.image_size is None else piece.image_size)
         return torch.cat(sizes)
 
     def _without_padding(self, x: Tensor, piece: ForwardInput) -> Tensor:
@@ -163,27 +169,29 @@ class PackedInputs:
         return torch.cat([x[:, : piece.text.shape[1]], x[:, self.text.shape[1] :]], dim=1)
 
 
-def _check(one: ForwardInput) -> None:
+def _check(inputs: ForwardInput) -> None:
     """Raise ValueError where an input's members do not serve its heads."""
-    if one.image is None and one.text is None:
+    if inputs.image is None and inputs.text is None:
         raise ValueError("a forward input needs an image, a text, or both; regions are read with a text")
-    if one.second_image is not None and one.visible_patches is not None:
+    if inputs.second_image is not None and inputs.visible_patches is not None:
         raise ValueError("two images are read with all their patches; leave out visible_patches")
-    fused = one.text is not None and (one.image is not None or one.regions is not None)
-    masks_regions = one.text is not None and one.regions is not None and one.region_positions is not None
+    fused = inputs.text is not None and (inputs.image is not None or inputs.regions is not None)
+    masks_regions = inputs.text is not None and inputs.regions is not None and inputs.region_positions is not None
     serves: dict[Head, bool] = {
         "itc": not fused,
-        "mlm": one.text is not None and one.mask_positions is not None,
-        "mim": one.image is not None and one.patch_positions is not None,
-        "decoded_image": one.text is None and one.patch_positions is not None and one.visible_patches is not None,
+        "mlm": inputs.text is not None and inputs.mask_positions is not None,
+        "mim": inputs.image is not None and inputs.patch_positions is not None,
+        "decoded_image": inputs.text is None
+        and inputs.patch_positions is not None
+        and inputs.visible_patches is not None,
         "moc": masks_regions,
         "mrfr": masks_regions,
-        "classes": one.text is None,
-        "nlvr2": fused and one.second_image is not None,
+        "classes": inputs.text is None,
+        "nlvr2": fused and inputs.second_image is not None,
         "tokens": True,
     }
-    kind = "a fused" if fused else "an image" if one.text is None else "a text"
-    for head in one.heads:
+    kind = "a fused" if fused else "an image" if inputs.text is None else "a text"
+    for head in inputs.heads:
         if not serves.get(head, fused):
             raise ValueError(f"head '{head}' cannot read {kind} input with these members; see ForwardInput")
 
@@ -198,9 +206,9 @@ def _padding_last(positions: Tensor, num_patches: int) -> Tensor:
     return positions.where(positions >= 0, num_patches)
 
 
-def _anchor(one: ForwardInput) -> Tensor:
+def _anchor(inputs: ForwardInput) -> Tensor:
     """Return a member that every input has: its length and device are the input's."""
-    member = one.image if one.text is None else one.text
+    member = inputs.image if inputs.text is None else inputs.text
     assert member is not None
     return member
 
@@ -222,12 +230,12 @@ def _join_regions(regions: list[Regions]) -> Regions | None:
     """Concatenate regions, padded to the example with most."""
     if len(regions) < 2:
         return regions[0] if regions else None
-    longest = max(one.keep.shape[1] for one in regions)
-    missing = [longest - one.keep.shape[1] for one in regions]
+    longest = max(part.keep.shape[1] for part in regions)
+    missing = [longest - part.keep.shape[1] for part in regions]
     return Regions(
-        features=torch.cat([F.pad(one.features, (0, 0, 0, n)) for one, n in zip(regions, missing, strict=True)]),
-        location=torch.cat([F.pad(one.location, (0, 0, 0, n)) for one, n in zip(regions, missing, strict=True)]),
-        keep=torch.cat([F.pad(one.keep, (0, n)) for one, n in zip(regions, missing, strict=True)]),
+        features=torch.cat([F.pad(part.features, (0, 0, 0, n)) for part, n in zip(regions, missing, strict=True)]),
+        location=torch.cat([F.pad(part.location, (0, 0, 0, n)) for part, n in zip(regions, missing, strict=True)]),
+        keep=torch.cat([F.pad(part.keep, (0, n)) for part, n in zip(regions, missing, strict=True)]),
     )
 
 

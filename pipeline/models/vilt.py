@@ -66,8 +66,8 @@ class ShapedImageEmbedding(ImageEmbedding):
                 f"width, 3) with sides that are multiples of {self.patch_size}; crop or pad the images"
             )
         height, width = (side // self.patch_size for side in image.shape[1:3])
-        whole = torch.tensor([[height, width]], device=image.device)
-        grid = whole.expand(len(image), 2) if size is None else size // self.patch_size
+        canvas_grid = torch.tensor([[height, width]], device=image.device)
+        grid = canvas_grid.expand(len(image), 2) if size is None else size // self.patch_size
         if visible is None:
             visible = torch.arange(height * width, device=image.device).expand(len(image), -1)
         keep = (visible >= 0) & (visible < grid.prod(dim=1, keepdim=True))
@@ -171,21 +171,23 @@ class ViLT(Model):
         x = run_blocks(self.blocks, x, EXPERT, padding, packed.drop_path_mask, packed.output_positions)
         return self.norm(x), None
 
-    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(
+        self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
+    ) -> dict[str, Tensor]:
         if head == "alignment":
-            return alignment_outputs(one, features, self._patches_keep(one, features))
-        return super().head_outputs(head, one, features, branch)
+            return alignment_outputs(inputs, features, self._patches_keep(inputs, features))
+        return super().head_outputs(head, inputs, features, branch)
 
-    def _patches_keep(self, one: ForwardInput, features: Tensor) -> Tensor:
+    def _patches_keep(self, inputs: ForwardInput, features: Tensor) -> Tensor:
         """Return (B, P) bool, True for the real patches among a fused input's features (B, L + 1 + P, D)."""
-        assert one.image is not None
-        assert one.text is not None
-        count = features.shape[1] - one.text.shape[1] - 1
-        if one.visible_patches is not None:
-            return F.pad(one.visible_patches >= 0, (0, count - one.visible_patches.shape[1]))
+        assert inputs.image is not None
+        assert inputs.text is not None
+        count = features.shape[1] - inputs.text.shape[1] - 1
+        if inputs.visible_patches is not None:
+            return F.pad(inputs.visible_patches >= 0, (0, count - inputs.visible_patches.shape[1]))
         index = torch.arange(count, device=features.device).expand(len(features), -1)
-        height, width = one.image.shape[1:3]
-        pixels = height * width if one.image_size is None else one.image_size.prod(dim=1, keepdim=True)
+        height, width = inputs.image.shape[1:3]
+        pixels = height * width if inputs.image_size is None else inputs.image_size.prod(dim=1, keepdim=True)
         return index < pixels // self.config.patch_size**2
 
     def resize_state(self, state: dict[str, Tensor], before: TransformerConfig) -> dict[str, Tensor]:

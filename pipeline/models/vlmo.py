@@ -173,10 +173,12 @@ class VLMo(Model):
             return torch.cat([x, image], dim=1), F.pad(padding, (0, image.shape[1]))
         return torch.cat([x, image], dim=1), torch.cat([padding, visible_padding(visible, x.dtype)], dim=1)
 
-    def head_outputs(self, head: Head, one: ForwardInput, features: Tensor, branch: Tensor | None) -> dict[str, Tensor]:
+    def head_outputs(
+        self, head: Head, inputs: ForwardInput, features: Tensor, branch: Tensor | None
+    ) -> dict[str, Tensor]:
         if head == "alignment":
-            return alignment_outputs(one, features)
-        return super().head_outputs(head, one, features, branch)
+            return alignment_outputs(inputs, features)
+        return super().head_outputs(head, inputs, features, branch)
 
     def part_of(self, parameter: str) -> str:
         names = parameter.split(".")

@@ -26,10 +26,10 @@ class Line:
     per_example: float
 
     @classmethod
-    def through(cls, one: tuple[int, float], other: tuple[int, float]) -> Line:
+    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> Line:
         """Return the line through two points (examples, value)."""
-        slope = (other[1] - one[1]) / (other[0] - one[0])
-        return cls(one[1] - slope * one[0], slope)
+        slope = (second[1] - first[1]) / (second[0] - first[0])
+        return cls(first[1] - slope * first[0], slope)
 
     def at(self, examples: float) -> float:
         return max(0.0, self.fixed + self.per_example * examples)

@@ -126,8 +126,8 @@ class _Kernel(torch.autograd.Function):
         ctx.mode.flops += 2 * _attention_flops(query, key, value)  # recomputation is not counted
         gradients_in: list[Tensor | None] = [torch.empty_like(tensor) for tensor in (query, key, value)]
         if mask and mask[0].requires_grad:
-            whole = mask[0].new_empty(*query.shape[:-1], key.shape[-2])  # per example, summed afterwards
-            gradients_in.append(whole.sum_to_size(mask[0].shape))
+            mask_gradient = mask[0].new_empty(*query.shape[:-1], key.shape[-2])  # per example, summed afterwards
+            gradients_in.append(mask_gradient.sum_to_size(mask[0].shape))
         return None, *gradients_in, *([None] if len(gradients_in) == 3 else [])
 
 

@@ -116,17 +116,18 @@ class Collectives:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def fetcher(self, wanted: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
+    def fetcher(self, positions: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
         """Build a function that fetches rows of the global batch, sending only the requested rows between ranks.
 
-        `wanted` (n,) holds, for each local row, a position in the global batch, or -1 for none. The returned function
-        takes this rank's rows (n, ...) and returns one row per position >= 0, in order. Both calls are collective.
+        `positions` (n,) holds, for each local row, a position in the global batch, or -1 for none. The returned
+        function takes this rank's rows (n, ...) and returns one row per position >= 0, in order. Both calls are
+        collective.
         """
-        all_wanted = self.gather_rows(wanted.to(self.device), batch).cpu()
+        all_positions = self.gather_rows(positions.to(self.device), batch).cpu()
         shares = self.shares(batch)
         starts = torch.tensor([start for start, _ in shares])
-        owner = torch.where(all_wanted < 0, -1, torch.searchsorted(starts, all_wanted, right=True) - 1)
-        requested = [all_wanted[start:stop][owner[start:stop] == self.rank] for start, stop in shares]
+        owner = torch.where(all_positions < 0, -1, torch.searchsorted(starts, all_positions, right=True) - 1)
+        requested = [all_positions[start:stop][owner[start:stop] == self.rank] for start, stop in shares]
         start, stop = shares[self.rank]
         own_sources = owner[start:stop][owner[start:stop] >= 0]
         order = torch.argsort(own_sources, stable=True)

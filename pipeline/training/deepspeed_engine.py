@@ -240,8 +240,8 @@ class DeepSpeedEngine:
             return state.data[: stop - start]
         if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
             return parameter._hp_mapping.get_hp_fragment(moment).data
-        whole = parameter.data if moment is None else self._adam.state[parameter][moment]
-        return whole.view(-1)[start:stop]
+        full = parameter.data if moment is None else self._adam.state[parameter][moment]
+        return full.view(-1)[start:stop]
 
     def restore(self, source: FragmentSource) -> None:
         """Restore weights, master weights and moments saved at any world size and ZeRO stage, bit for bit."""
@@ -290,11 +290,11 @@ class DeepSpeedEngine:
 
     def _whole(self, parameter: nn.Parameter, own: Tensor | None) -> Tensor:
         """Assemble a parameter from the ranks' ranges, by a sum in which each rank is zero outside its own."""
-        whole = torch.zeros(self._numel(parameter), device=self._collectives.device)
+        full = torch.zeros(self._numel(parameter), device=self._collectives.device)
         if own is not None:
             start, stop = self._range(parameter)
-            whole[start:stop] = own
-        return self._collectives.sum(whole)
+            full[start:stop] = own
+        return self._collectives.sum(full)
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]

@@ -26,12 +26,12 @@ Storages = dict[int, int]  # address -> bytes
 
 def storages_of(tensors: Iterable[Tensor]) -> Storages:
     """The distinct storages behind some tensors."""
-    found: Storages = {}
+    storages: Storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes():
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+            storages[storage.data_ptr()] = storage.nbytes()
+    return storages
 
 
 def living(device: torch.device) -> Storages:
@@ -140,13 +140,13 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
         run()
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
-    found = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in found if event.name() == "[memory]")
-    alive = most = 0
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    alive = peak = 0
     for _, change in changes:
         alive += change
-        most = max(most, alive)
-    return most
+        peak = max(peak, alive)
+    return peak
 
 
 @contextmanager

@@ -34,8 +34,8 @@ def with_micro_batch(config: RunConfig, index: int, collectives: Collectives, vo
     room = -collectives.largest([-_room(config, collectives)])[0]
     rows = None
     if room < UNBOUNDED:
-        mine = _fitting(config, index, collectives, vocabulary, room) if collectives.rank == 0 else None
-        rows = collectives.broadcast_json(mine)
+        largest = _fitting(config, index, collectives, vocabulary, room) if collectives.rank == 0 else None
+        rows = collectives.broadcast_json(largest)
     stage = config.stages[index]
     if rows == 0:
         raise RunFailed(
@@ -43,8 +43,8 @@ def with_micro_batch(config: RunConfig, index: int, collectives: Collectives, vo
             "engine.zero_stage, or more ranks; `mome plan` shows what each needs"
         )
     if collectives.rank == 0:
-        told = f"{rows} rows fit" if rows else "no limit is known on a CPU: a rank's whole share"
-        log.warning("stage %s: engine.micro_batch_size auto: %s", stage.name, told)
+        limit = f"{rows} rows fit" if rows else "no limit is known on a CPU: a rank's whole share"
+        log.warning("stage %s: engine.micro_batch_size auto: %s", stage.name, limit)
     settings = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch_size": rows})})
     return settings
 
@@ -63,12 +63,12 @@ def _room(config: RunConfig, collectives: Collectives) -> int:
 def _fitting(config: RunConfig, index: int, collectives: Collectives, vocabulary: int, room: int) -> int:
     on_cuda = collectives.device.type == "cuda"
     stage = config.stages[index]
-    whole = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch_size": None})})
-    work = work_of(whole, index, vocabulary, "cuda" if on_cuda else "cpu")
-    sharding = sharding_of(whole, stage, collectives.world_size, on_cuda)
+    unsplit = config.model_copy(update={"engine": config.engine.model_copy(update={"micro_batch_size": None})})
+    work = work_of(unsplit, index, vocabulary, "cuda" if on_cuda else "cpu")
+    sharding = sharding_of(unsplit, stage, collectives.world_size, on_cuda)
     share = largest_share(stage.global_batch_size, collectives.world_size)
-    found = largest_micro_batch(work, sharding, share, room)
-    if found:
-        memory = memory_at(work, sharding, share, found)
+    rows = largest_micro_batch(work, sharding, share, room)
+    if rows:
+        memory = memory_at(work, sharding, share, rows)
         log.warning("stage %s: %.2f GB of %.2f GB expected", stage.name, memory.total / GB, room / GB)
-    return found
+    return rows

@@ -268,10 +268,10 @@ def drop_path_mask(seed: int, step: int, place: Tensor, name: str, rates: tuple[
     return torch.from_numpy(uniform >= np.asarray(rates)[:, None])
 
 
-def merge_forwards(one: ForwardInput, other: ForwardInput) -> ForwardInput:
+def merge_forwards(first: ForwardInput, second: ForwardInput) -> ForwardInput:
     """Return one forward with the inputs and heads of two forwards over the same examples."""
-    missing: dict[str, Any] = {f.name: getattr(other, f.name) for f in fields(one) if getattr(one, f.name) is None}
-    return replace(one, **missing, heads=(*one.heads, *other.heads))
+    missing: dict[str, Any] = {f.name: getattr(second, f.name) for f in fields(first) if getattr(first, f.name) is None}
+    return replace(first, **missing, heads=(*first.heads, *second.heads))
 
 
 def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor, swaps: list[RowSwap]) -> Batch:

@@ -193,8 +193,8 @@ class _ImaginedRank(Collectives):
     def gather_rows(self, rows: Tensor, batch: int) -> Tensor:
         return rows.detach().clone()
 
-    def fetcher(self, wanted: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-        chosen = wanted[wanted >= 0]
+    def fetcher(self, positions: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
+        chosen = positions[positions >= 0]
         return lambda rows: rows[chosen.to(rows.device)]
 
 

@@ -125,7 +125,7 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
     subtype = str(content.get("data_subtype", ""))
     scores: dict[int, dict[str, float]] = {}
     chosen: list[str] = []
-    wanted = {question for question, _, _ in questions}
+    question_ids = {question for question, _, _ in questions}
     for path in files:
         annotations = entries_of(
             path, "annotations", _field(path, "VQA annotations file", json_of(path), "annotations"), _vqa_answers,
@@ -133,7 +133,7 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
         )  # fmt: skip
         for question_id, most_chosen, people in annotations:
             chosen.append(most_chosen)
-            if question_id in wanted:
+            if question_id in question_ids:
                 scores[question_id] = answer_scores(people)
 
     def read_questions() -> Iterator[_QuestionEntry]:

@@ -287,13 +287,13 @@ def _check_record(storage: Storage, name: str, source: SourceConfig, sources: Ma
     url = join(source.shards, RECORD)
     if not storage.exists(url):
         return  # shards that were not drawn here
-    drawn, wanted = json.loads(storage.read(url)), _record(source, sources)
-    if drawn["type"] == "pairs":  # pairs serve as every source type
-        wanted["type"] = "pairs"
-    if drawn != wanted:
+    stored, expected = json.loads(storage.read(url)), _record(source, sources)
+    if stored["type"] == "pairs":  # pairs serve as every source type
+        expected["type"] = "pairs"
+    if stored != expected:
         raise DataError(
-            f"source {name!r}: {source.shards} has scenes drawn from another configuration ({drawn}); "
-            f"expected {wanted}. Remove the folder, or set another one"
+            f"source {name!r}: {source.shards} has scenes drawn from another configuration ({stored}); "
+            f"expected {expected}. Remove the folder, or set another one"
         )
 
 

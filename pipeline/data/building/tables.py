@@ -242,9 +242,9 @@ def _rows_of_parquet(file: Path, columns: Columns, problems: Problems) -> Iterat
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = [name.lower() for name in parquet.schema_arrow.names]
             image, caption = _parquet_columns(file, names, columns)
-            wanted = [parquet.schema_arrow.names[number] for number in (image, caption)]
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-                images, captions = batch.column(wanted[0]), batch.column(wanted[1])
+            column_names = [parquet.schema_arrow.names[number] for number in (image, caption)]
+            for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=column_names):
+                images, captions = batch.column(column_names[0]), batch.column(column_names[1])
                 for number in range(batch.num_rows):
                     where = f"{file}, row {row}"
                     record = _parquet_record(where, f"{file.stem}-{row:07d}", images, captions, number, problems)

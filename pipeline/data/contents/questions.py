@@ -67,8 +67,8 @@ def _image_named(members: Members, names: tuple[str, ...]) -> bytes:
         for extension in EXTENSIONS:
             if (data := members.get(f"{name}.{extension}")) is not None:
                 return data
-    wanted = " or ".join(f"{name}.jpg" for name in names)
-    raise BadSample("members", f"no image {wanted} (or png, webp, …); it has {names_of(members)}")
+    expected = " or ".join(f"{name}.jpg" for name in names)
+    raise BadSample("members", f"no image {expected} (or png, webp, …); it has {names_of(members)}")
 
 
 def _sentence(record: Mapping[str, Any], key: str) -> str:

@@ -196,16 +196,16 @@ class _Worker:
             self._process.wait()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            descriptors = (theirs.fileno(), self._memory, self._progress)
+        own_socket, worker_socket = socket.socketpair()
+        with worker_socket:
+            descriptors = (worker_socket.fileno(), self._memory, self._progress)
             self._samples[:] = bytes(in_progress.BYTES)
             self._process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *map(str, descriptors)],
                 pass_fds=descriptors,
                 env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        self.connection = Connection(ours.detach())
+        self.connection = Connection(own_socket.detach())
         self.connection.send(self._assignment)
 
 

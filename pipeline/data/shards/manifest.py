@@ -216,13 +216,13 @@ def index_shards(
         stored = _stored_manifest(storage, folder, objects)
     except DataError:
         stored = None  # damaged: made again
-    wanted = set(names)
+    selected = set(names)
     records = {
         shard.name: shard
         for shard in (stored.shards if stored else ())
         if (
             _is_current(shard, objects) and (trust_counts or not shard.is_trusted)
-            if shard.name in wanted
+            if shard.name in selected
             else pattern is not None  # the folder's other shards stay in the manifest
         )
     }

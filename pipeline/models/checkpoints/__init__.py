@@ -32,10 +32,10 @@ class Format:
     image_target: ImageTarget | None = None  # of its masked-image head; None: inferred from the number of outputs
 
 
-def _section_as_given(state: State, given: Mapping[str, Any]) -> dict[str, Any]:
-    if not given:
+def _section_as_given(state: State, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if not overrides:
         raise ConfigError("plain tensors do not identify their model; give a config with --model")
-    return dict(given)
+    return dict(overrides)
 
 
 def _unchanged(state: State, section: Any, allowed: Collection[str] = ()) -> State:

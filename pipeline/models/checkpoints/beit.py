@@ -91,8 +91,8 @@ CONFIG = ConfigFile(
 _JOINT = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.weight$")
 
 
-def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the `model` section of the VLMo that a BEiT starts from shapes; keys in `given` take precedence.
+def infer_section(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Infer the `model` section of the VLMo that a BEiT starts from shapes; keys in `overrides` take precedence.
 
     Raises ConfigError for a state of another model.
     """
@@ -109,7 +109,7 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         heads, grid = table.shape[1], (round((len(table) - 3) ** 0.5) + 1) // 2
     else:
         assert positions is not None
-        heads, grid = assumed_heads(len(patch), given), round((positions.shape[1] - 1) ** 0.5)
+        heads, grid = assumed_heads(len(patch), overrides), round((positions.shape[1] - 1) ** 0.5)
     return {
         "kind": "vlmo",
         "width": len(patch),
@@ -120,8 +120,8 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         "image_size": grid * patch.shape[-1],
         "positions": "absolute" if table is None else "relative",
         "layer_scale": 0.1 if f"{_LAYERS}0.lambda_1" in state else None,
-        "vision_language_layers": assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", given),
-    } | dict(given)
+        "vision_language_layers": assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", overrides),
+    } | dict(overrides)
 
 
 def from_published(state: Mapping[str, Tensor], config: VLMoConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:

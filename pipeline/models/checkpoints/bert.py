@@ -59,8 +59,8 @@ CONFIG = ConfigFile(
 )
 
 
-def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the `model` section of a published state from tensor shapes; keys in `given` take precedence.
+def infer_section(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Infer the `model` section of a published state from tensor shapes; keys in `overrides` take precedence.
 
     Sizes that BERT lacks, such as those of regions, are ImageBERT's defaults. Raises ConfigError for a state of another
     model.
@@ -74,10 +74,10 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         "kind": "imagebert",
         "width": width,
         "layers": layer_count(state, r"bert\.encoder\.layer\.(\d+)\."),
-        "heads": assumed_heads(width, given),
+        "heads": assumed_heads(width, overrides),
         "mlp_ratio": len(expand) // width,
         "max_text_length": min(len(state[_POSITIONS]), MAX_TEXT),
-    } | dict(given)
+    } | dict(overrides)
 
 
 def from_hugging_face(
@@ -98,17 +98,17 @@ def from_hugging_face(
             state[_POSITIONS] = cut_text_positions(state[_POSITIONS], config.max_text_length)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    wanted = _shapes(config, len(state[_WORDS]) if _WORDS in state else 1, with_head=_BIAS in state)
-    found = require(state, {_published_name(name): shape for name, shape in wanted.items()}, allowed)
-    return {name: state[_published_name(name)] for name in wanted if _published_name(name) in found}
+    shapes = _shapes(config, len(state[_WORDS]) if _WORDS in state else 1, with_head=_BIAS in state)
+    fitting = require(state, {_published_name(name): shape for name, shape in shapes.items()}, allowed)
+    return {name: state[_published_name(name)] for name in shapes if _published_name(name) in fitting}
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: ImageBERTConfig) -> dict[str, Tensor]:
     """Convert the parts that BERT has to BertForMaskedLM's names."""
     vocabulary = len(state["text_embedding.word_embeddings.weight"])
-    wanted = _shapes(config, vocabulary, with_head=any(name.startswith(_LANGUAGE) for name in state))
-    require({name: state[name] for name in wanted if name in state}, wanted)
-    published = {_published_name(name): state[name] for name in wanted}
+    shapes = _shapes(config, vocabulary, with_head=any(name.startswith(_LANGUAGE) for name in state))
+    require({name: state[name] for name in shapes if name in state}, shapes)
+    published = {_published_name(name): state[name] for name in shapes}
     if _BIAS in published:
         published[_BIAS_AGAIN] = published[_BIAS].clone()
     return published
@@ -120,10 +120,10 @@ def _shapes(config: ImageBERTConfig, vocabulary: int, with_head: bool) -> dict[s
     return {n: tuple(p.shape) for n, p in skeleton(config, vocabulary).named_parameters() if n.startswith(parts)}
 
 
-def _published_name(ours: str) -> str:
-    if ours.startswith(_LANGUAGE):
-        return translated(ours, _HEAD)
-    return _PREFIX + ours.replace("text_embedding.", "embeddings.")
+def _published_name(name: str) -> str:
+    if name.startswith(_LANGUAGE):
+        return translated(name, _HEAD)
+    return _PREFIX + name.replace("text_embedding.", "embeddings.")
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -66,11 +66,15 @@ class ConfigFile:
         model_type = config.get("model_type", self.model_type)
         if model_type != self.model_type:
             raise ConfigError(f"config.json: model_type is {model_type!r}, this format reads {self.model_type!r}")
-        for key, served in self.computed.items():
-            if key in config and config[key] not in served:
-                expected = " or ".join(str(value) for value in served)
+        for key, supported in self.computed.items():
+            if key in config and config[key] not in supported:
+                expected = " or ".join(str(value) for value in supported)
                 raise ConfigError(f"config.json: {key} is {config[key]!r}; mome's model supports {key}={expected} only")
-        return {ours: config[theirs] for ours, theirs in self.keys.items() if config.get(theirs) is not None}
+        return {
+            key: config[published_key]
+            for key, published_key in self.keys.items()
+            if config.get(published_key) is not None
+        }
 
     def reading(self, processor: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keys of the `model` section that an image processor's config gives, and log differences.
@@ -95,23 +99,23 @@ class ConfigFile:
 
     def check(self, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
         """Raise ConfigError where a config.json contradicts sizes that were inferred from tensors."""
-        for ours, theirs in self.sizes.items():
-            size = config.get(theirs)
-            if isinstance(size, int) and ours in section and size != section[ours]:
+        for key, published_key in self.sizes.items():
+            size = config.get(published_key)
+            if isinstance(size, int) and key in section and size != section[key]:
                 raise ConfigError(
-                    f"config.json: {theirs} is {size}, the tensors have {section[ours]}: it is another model's. "
+                    f"config.json: {published_key} is {size}, the tensors have {section[key]}: it is another model's. "
                     "Give the folder in which both were published, or the weights file alone"
                 )
 
 
-def published_names(ours: str, outside: Mapping[str, str], layer_prefix: str) -> tuple[str, ...]:
+def published_names(parameter: str, outside: Mapping[str, str], layer_prefix: str) -> tuple[str, ...]:
     """Return the published names of a parameter; `outside` names those outside the layers, or their modules.
 
     Raises KeyError where it has none.
     """
-    if not ours.startswith("blocks."):
-        return (translated(ours, outside),)
-    _, layer, inner = ours.split(".", 2)
+    if not parameter.startswith("blocks."):
+        return (translated(parameter, outside),)
+    _, layer, inner = parameter.split(".", 2)
     names = _LAYER_TENSORS.get(inner) or (translated(inner, _LAYER),)
     return tuple(f"{layer_prefix}{layer}.{name}" for name in names)
 
@@ -125,43 +129,45 @@ def translated(name: str, names: Mapping[str, str]) -> str:
 def from_named(
     state: Mapping[str, Tensor],
     names: Names,
-    ours: Mapping[str, Shape],
+    shapes: Mapping[str, Shape],
     patch_size: int,
     allowed: Collection[str] = (),
     more: Mapping[str, Shape] | None = None,
 ) -> dict[str, Tensor]:
-    """Convert published tensors to those of `names`, with the shapes `ours`; the caller converts those of `more`.
+    """Convert published tensors to those of `names`, of the given `shapes`; the caller converts those of `more`.
 
     Models without biases of query, key and value (`qkv_bias: false`) get zeros, which compute the same. Raises
     CheckpointError as `require`.
     """
-    state = _with_biases(state, names, ours)
-    wanted = {published: shape for name in names for published, shape in _published(name, names, ours, patch_size)}
-    fitting = require(state, wanted | dict(more or {}), allowed)
+    state = _with_biases(state, names, shapes)
+    published_shapes = {
+        published: shape for name in names for published, shape in _published(name, names, shapes, patch_size)
+    }
+    fitting = require(state, published_shapes | dict(more or {}), allowed)
     converted = {}
     for name, parts in names.items():
         if fitting.issuperset(parts):
             pieces = [state[part] for part in parts]
-            converted[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(ours[name])
+            converted[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shapes[name])
     return converted
 
 
-def _with_biases(state: Mapping[str, Tensor], names: Names, ours: Mapping[str, Shape]) -> dict[str, Tensor]:
+def _with_biases(state: Mapping[str, Tensor], names: Names, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Return the state with zeros for the attention biases, if no layer has any."""
-    biases = {part: ours[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
+    biases = {part: shapes[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
     if any(name in state for name in biases):
         return dict(state)
     return {**state, **{name: torch.zeros(shape) for name, shape in biases.items()}}
 
 
 def to_named(
-    state: Mapping[str, Tensor], names: Names, ours: Mapping[str, Shape], patch_size: int
+    state: Mapping[str, Tensor], names: Names, shapes: Mapping[str, Shape], patch_size: int
 ) -> dict[str, Tensor]:
     """Convert our tensors to their published form. Raises CheckpointError where one is missing or misshapen."""
-    require({name: state[name] for name in names if name in state}, {name: ours[name] for name in names})
+    require({name: state[name] for name in names if name in state}, {name: shapes[name] for name in names})
     published = {}
     for name in names:
-        parts = _published(name, names, ours, patch_size)
+        parts = _published(name, names, shapes, patch_size)
         # Copies, because files of tensors do not hold two views of one memory.
         pieces = state[name].chunk(len(parts)) if len(parts) > 1 else [state[name]]
         for (part, shape), piece in zip(parts, pieces, strict=True):
@@ -169,19 +175,19 @@ def to_named(
     return published
 
 
-def _published(name: str, names: Names, ours: Mapping[str, Shape], patch_size: int) -> list[tuple[str, Shape]]:
+def _published(name: str, names: Names, shapes: Mapping[str, Shape], patch_size: int) -> list[tuple[str, Shape]]:
     """Return the names and shapes of a parameter's published parts."""
-    shape, parts = published_shape(name, ours[name], patch_size), names[name]
+    shape, parts = published_shape(name, shapes[name], patch_size), names[name]
     return [(part, (shape[0] // len(parts), *shape[1:])) for part in parts]
 
 
-def published_shape(ours: str, shape: Shape, patch_size: int) -> Shape:
+def published_shape(name: str, shape: Shape, patch_size: int) -> Shape:
     """Return the published shape: kernels of convolutions, and a leading dimension for what all examples share."""
-    if ours == "image_embedding.patch.weight":
+    if name == "image_embedding.patch.weight":
         return (shape[0], 3, patch_size, patch_size)
-    if ours in ("image_embedding.cls", "image_embedding.mask"):
+    if name in ("image_embedding.cls", "image_embedding.mask"):
         return (1, 1, *shape)
-    if ours == "image_embedding.positions":
+    if name == "image_embedding.positions":
         return (1, *shape)
     return shape
 
@@ -189,27 +195,27 @@ def published_shape(ours: str, shape: Shape, patch_size: int) -> Shape:
 Shape = tuple[int, ...]
 
 
-def require(state: Mapping[str, Tensor], wanted: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
-    """Return the names of `wanted` that the state has with the right shape.
+def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
+    """Return the names of `shapes` that the state has with the right shape.
 
     Names that match a pattern in `allowed` (`vqa_classifier.*`) may be missing, unexpected or of another shape, and are
     left out. Raises CheckpointError listing every other fault.
     """
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
-    wrong = [name for name, shape in wanted.items() if name in state and tuple(state[name].shape) != shape]
+    missing = [name for name in shapes if name not in state]
+    unexpected = [name for name in state if name not in shapes]
+    wrong = [name for name, shape in shapes.items() if name in state and tuple(state[name].shape) != shape]
     faults = {
         "missing": excused(missing, allowed),
         "unexpected": excused(unexpected, allowed),
         "wrong shape": [
-            f"{name} (is {tuple(state[name].shape)}, must be {wanted[name]})" for name in excused(wrong, allowed)
+            f"{name} (is {tuple(state[name].shape)}, must be {shapes[name]})" for name in excused(wrong, allowed)
         ],
     }
     if any(faults.values()):
-        lines = [f"  {kind}: {', '.join(sorted(names))}" for kind, names in faults.items() if names]
+        lines = [f"  {fault}: {', '.join(sorted(names))}" for fault, names in faults.items() if names]
         message = "the checkpoint does not fit the model; compare its sizes with the config's model section"
         raise CheckpointError("\n".join([message, *lines]))
-    return set(wanted) - set(missing) - set(wrong)
+    return set(shapes) - set(missing) - set(wrong)
 
 
 def excused(names: Iterable[str], allowed: Collection[str]) -> list[str]:
@@ -233,13 +239,13 @@ def layer_count(names: Iterable[str], pattern: str) -> int:
     return len(layers)
 
 
-def assumed(key: str, value: int, reason: str, given: Mapping[str, Any]) -> int:
-    """Return `value` for a key that cannot be inferred, with a warning unless it is in `given`."""
-    if key not in given:
+def assumed(key: str, value: int, reason: str, overrides: Mapping[str, Any]) -> int:
+    """Return `value` for a key that cannot be inferred, with a warning unless it is in `overrides`."""
+    if key not in overrides:
         log.warning("%s=%s assumed (%s); give %s=N if that is wrong", key, value, reason, key)
     return value
 
 
-def assumed_heads(width: int, given: Mapping[str, Any]) -> int:
+def assumed_heads(width: int, overrides: Mapping[str, Any]) -> int:
     """Return the assumed number of attention heads, which no tensor shows."""
-    return assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", given)
+    return assumed("heads", max(1, width // HEAD_WIDTH), f"width/{HEAD_WIDTH}", overrides)

@@ -95,8 +95,8 @@ def _read(data: bytes, origin: str) -> Published:
         header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
         metadata = header.get("__metadata__")
     else:
-        whole = _load(data, origin)
-        loaded, metadata = _unwrapped(whole), whole.get(METADATA) if isinstance(whole, dict) else None
+        content = _load(data, origin)
+        loaded, metadata = _unwrapped(content), content.get(METADATA) if isinstance(content, dict) else None
     others = sorted(str(name) for name, value in loaded.items() if not _is_plain(value))
     if not loaded or others:
         contents = f"also holds {', '.join(others[:4])}" if loaded else "holds none"

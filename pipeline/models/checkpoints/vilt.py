@@ -116,17 +116,19 @@ T = TypeVar("T")
 Naming = Callable[[str], tuple[str, ...]]  # one of our parameters -> the published tensors it is, row upon row
 
 
-def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the `model` section of a state with the release's names from shapes; keys in `given` take precedence.
+def infer_section(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Infer the `model` section of a state with the release's names from shapes; keys in `overrides` take precedence.
 
     Raises ConfigError for a state of another model.
     """
-    return _section(state, given, _RELEASE, r"transformer\.blocks\.(\d+)\.mlp\.fc1\.weight")
+    return _section(state, overrides, _RELEASE, r"transformer\.blocks\.(\d+)\.mlp\.fc1\.weight")
 
 
-def infer_hugging_face_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def infer_hugging_face_section(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Infer the `model` section of a state with Hugging Face's names, as `infer_section` does."""
-    return _section(_full_names(state), given, _HUGGING_FACE, r"vilt\.encoder\.layer\.(\d+)\.intermediate.dense.weight")
+    return _section(
+        _full_names(state), overrides, _HUGGING_FACE, r"vilt\.encoder\.layer\.(\d+)\.intermediate.dense.weight"
+    )
 
 
 def from_published(state: Mapping[str, Tensor], config: ViLTConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
@@ -214,13 +216,13 @@ def _layout(shapes: Mapping[str, Shape], naming: Naming) -> tuple[Names, dict[st
     holding: dict[str, list[str]] = {}
     for name, published in named.items():
         holding.setdefault(published[0], []).append(name)
-    joined = {published: sorted(ours, key=_row) for published, ours in holding.items() if len(ours) > 1}
+    joined = {published: sorted(names, key=_row) for published, names in holding.items() if len(names) > 1}
     return {name: published for name, published in named.items() if published[0] not in joined}, joined
 
 
-def _row(ours: str) -> int:
+def _row(name: str) -> int:
     """Return the row of a parameter in its joined tensor."""
-    return _MODALITIES.index(ours) if ours in _MODALITIES else [ours.endswith(bias) for bias in _BIASES].index(True)
+    return _MODALITIES.index(name) if name in _MODALITIES else [name.endswith(bias) for bias in _BIASES].index(True)
 
 
 def _joined_shape(parts: list[str], shapes: Mapping[str, Shape]) -> Shape:
@@ -229,21 +231,23 @@ def _joined_shape(parts: list[str], shapes: Mapping[str, Shape]) -> Shape:
     return (len(parts), width) if parts[0] in _MODALITIES else (len(parts) * width,)
 
 
-def _release_names(ours: str) -> tuple[str, ...]:
-    if ours in _MODALITIES:
+def _release_names(parameter: str) -> tuple[str, ...]:
+    if parameter in _MODALITIES:
         return (_MODALITY,)
-    if not ours.startswith("blocks."):
-        return (translated(ours, _RELEASE),)
-    _, layer, inner = ours.split(".", 2)
+    if not parameter.startswith("blocks."):
+        return (translated(parameter, _RELEASE),)
+    _, layer, inner = parameter.split(".", 2)
     name = "attn.qkv.bias" if inner in _BIASES else translated(inner, _RELEASE_LAYER)
     return (f"transformer.blocks.{layer}.{name}",)
 
 
-def _hugging_face_names(ours: str) -> tuple[str, ...]:
-    if ours in _MODALITIES:
+def _hugging_face_names(parameter: str) -> tuple[str, ...]:
+    if parameter in _MODALITIES:
         return (f"{_EMBEDDINGS}.{_MODALITY}",)
     # The layers of ViT and ViLT have the same names.
-    return published_names(ours.replace(f"experts.{EXPERT}", "experts.vision"), _HUGGING_FACE, "vilt.encoder.layer.")
+    return published_names(
+        parameter.replace(f"experts.{EXPERT}", "experts.vision"), _HUGGING_FACE, "vilt.encoder.layer."
+    )
 
 
 def _shapes(
@@ -285,11 +289,11 @@ def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _section(
-    state: Mapping[str, Tensor], given: Mapping[str, Any], names: Mapping[str, str], expand: str
+    state: Mapping[str, Tensor], overrides: Mapping[str, Any], names: Mapping[str, str], expand: str
 ) -> dict[str, Any]:
     """Infer the `model` section; `expand` matches the names of the first feed-forward matrices."""
     patch = state.get(f"{names['image_embedding.patch']}.weight")
-    positions, texts = (state.get(names[f"{each}_embedding.positions"]) for each in ("image", "text"))
+    positions, texts = (state.get(names[f"{modality}_embedding.positions"]) for modality in ("image", "text"))
     first = next((state[name] for name in state if re.fullmatch(expand, name)), None)
     if patch is None or positions is None or texts is None or first is None:
         raise ConfigError("no ViLT checkpoint: the patch projection, positions or layers are missing")
@@ -298,10 +302,10 @@ def _section(
         "kind": "vilt",
         "width": width,
         "layers": layer_count(state, expand),
-        "heads": assumed_heads(width, given),
+        "heads": assumed_heads(width, overrides),
         "mlp_ratio": len(first) // width,
         "patch_size": side,
         "image_size": round((positions.shape[1] - 1) ** 0.5) * side,
         "max_text_length": len(texts),
-    } | dict(given)
+    } | dict(overrides)
     return {"longest_side": int(LONGER_TO_SHORTER * section["image_size"])} | section

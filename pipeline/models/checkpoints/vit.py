@@ -55,8 +55,8 @@ CONFIG = ConfigFile(
 )
 
 
-def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the `model` section of a published state from shapes; keys in `given` take precedence.
+def infer_section(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Infer the `model` section of a published state from shapes; keys in `overrides` take precedence.
 
     Raises ConfigError for a state of another model.
     """
@@ -70,11 +70,11 @@ def infer_section(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict
         "kind": "vit",
         "width": width,
         "layers": layer_count(state, rf"{re.escape(_LAYERS)}(\d+)\."),
-        "heads": assumed_heads(width, given),
+        "heads": assumed_heads(width, overrides),
         "mlp_ratio": len(expand) // width,
         "patch_size": side,
         "image_size": round((positions.shape[1] - 1) ** 0.5) * side,
-    } | dict(given)
+    } | dict(overrides)
 
 
 def from_hugging_face(

@@ -95,10 +95,10 @@ PUBLISHED_VISION_LANGUAGE_LAYERS = {12: 2, 24: 3}  # by layers
 PUBLISHED_HEADS = {544: 16}  # by width, where heads are not 64 wide (base_plus)
 
 
-def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Infer the `model` section of a published state from tensor shapes; keys in `given` take precedence.
+def infer_section(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Infer the `model` section of a published state from tensor shapes; keys in `overrides` take precedence.
 
-    Raises ConfigError where a size can be inferred neither from the shapes nor from `given`.
+    Raises ConfigError where a size can be inferred neither from the shapes nor from `overrides`.
     """
     state = _without_leading_module(state)
     blocks = [match for name in state if (match := re.match(r"transformer\.blocks\.(\d+)\.(\w+)", name))]
@@ -113,8 +113,8 @@ def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[st
         "width": width,
         "layers": layers,
         "patch_size": patch.shape[-1],
-        "heads": state[_TABLE].shape[1] // layers if relative else _published_heads(width, given),
-        "vision_language_layers": layers - min(upper) if upper else _published_upper(layers, given),
+        "heads": state[_TABLE].shape[1] // layers if relative else _published_heads(width, overrides),
+        "vision_language_layers": layers - min(upper) if upper else _published_upper(layers, overrides),
         "positions": "relative" if relative else "absolute",
         "layer_scale": 0.1 if "transformer.blocks.0.gamma_1" in state else None,
     }
@@ -124,33 +124,33 @@ def infer_section(state: dict[str, Tensor], given: Mapping[str, Any]) -> dict[st
     expand = state.get("transformer.blocks.0.mlp_imag.fc1.weight")
     if expand is not None:
         section["mlp_ratio"] = len(expand) // width
-    reach = _reach_of_table(state, given) if relative else _reach_of_positions(state)
+    reach = _reach_of_table(state, overrides) if relative else _reach_of_positions(state)
     if reach is not None:
         section |= {"image_size": reach[0] * section["patch_size"], "max_text_length": reach[1]}
-    return section | dict(given)
+    return section | dict(overrides)
 
 
-def _published_heads(width: int, given: Mapping[str, Any]) -> int:
+def _published_heads(width: int, overrides: Mapping[str, Any]) -> int:
     if width in PUBLISHED_HEADS:
-        return assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", given)
-    return assumed_heads(width, given)
+        return assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", overrides)
+    return assumed_heads(width, overrides)
 
 
-def _published_upper(layers: int, given: Mapping[str, Any]) -> int:
+def _published_upper(layers: int, overrides: Mapping[str, Any]) -> int:
     upper = PUBLISHED_VISION_LANGUAGE_LAYERS.get(layers, 1)
-    return assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", given)
+    return assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", overrides)
 
 
-def _reach_of_table(state: dict[str, Tensor], given: Mapping[str, Any]) -> tuple[int, int] | None:
+def _reach_of_table(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the grid side and longest text that make up the rows of the table, (2g - 1)² + 3 and 2 T + 2."""
     texts = [PUBLISHED_MAX_TEXT]
     texts += [len(state[name]) for name in ("text_relative_position_index", _TEXT_POSITIONS) if name in state]
-    for text in [given["max_text_length"]] if "max_text_length" in given else texts:
+    for text in [overrides["max_text_length"]] if "max_text_length" in overrides else texts:
         distances = len(state[_TABLE]) - 5 - 2 * text
         side = round(max(distances, 0) ** 0.5)
         if side % 2 and side**2 == distances:
             return (side + 1) // 2, text
-    if {"image_size", "max_text_length"} <= given.keys():
+    if {"image_size", "max_text_length"} <= overrides.keys():
         return None
     raise ConfigError(
         f"{_TABLE} has {len(state[_TABLE])} rows, which fit several text lengths and image sizes; "
@@ -173,18 +173,18 @@ def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collec
     if config.positions == "relative":
         state.pop(_TEXT_POSITIONS, None)
     model = _model_of(config, state, {name: _published_name(name) for name in (_WORDS, _ANSWERS)})
-    ours = _shapes(model)
+    shapes = _shapes(model)
     if _MODALITY in state and len(state[_MODALITY]) < len(_MODALITY_PARTS):
-        ours.pop(_SECOND, None)
-    names = {name: _published_name(name) for name in ours}
-    kept = _of_present_parts(model, ours, {n for n in ours if names[n] in state})
-    fitting = require(state, _published_shapes(kept, ours, config), allowed)
-    converted = {n: state[names[n]].reshape(ours[n]) for n in kept if n not in _JOINED and names[n] in fitting}
+        shapes.pop(_SECOND, None)
+    names = {name: _published_name(name) for name in shapes}
+    kept = _of_present_parts(model, shapes, {n for n in shapes if names[n] in state})
+    fitting = require(state, _published_shapes(kept, shapes, config), allowed)
+    converted = {n: state[names[n]].reshape(shapes[n]) for n in kept if n not in _JOINED and names[n] in fitting}
     for published, parts in _joined(kept).items():
         if published in fitting:
-            rows = state[published].split([_rows(ours[part]) for part in parts])
+            rows = state[published].split([_rows(shapes[part]) for part in parts])
             # Copies, because files of tensors do not hold two views of one memory.
-            converted |= {part: piece.reshape(ours[part]).clone() for part, piece in zip(parts, rows, strict=True)}
+            converted |= {part: piece.reshape(shapes[part]).clone() for part, piece in zip(parts, rows, strict=True)}
     return {name: converted[name] for name in kept if name in converted}
 
 
@@ -193,23 +193,23 @@ def to_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tens
     model = _model_of(config, state, {name: name for name in (_WORDS, _ANSWERS)})
     unpublished = {n for n in state if n.split(".")[0] in UNPUBLISHED or n == "image_embedding.mask"}
     state = {name: tensor for name, tensor in state.items() if name not in unpublished}
-    ours = _shapes(model)
-    kept = _of_present_parts(model, ours, state.keys() & ours.keys())
-    require(state, {name: ours[name] for name in kept})
+    shapes = _shapes(model)
+    kept = _of_present_parts(model, shapes, state.keys() & shapes.keys())
+    require(state, {name: shapes[name] for name in kept})
     published = {
-        _published_name(name): state[name].reshape(_published_shape(name, ours[name], config))
+        _published_name(name): state[name].reshape(_published_shape(name, shapes[name], config))
         for name in kept
         if name not in _JOINED
     }
     for name, parts in _joined(kept).items():
-        published[name] = torch.cat([state[part].reshape(_rows(ours[part]), -1) for part in parts])
+        published[name] = torch.cat([state[part].reshape(_rows(shapes[part]), -1) for part in parts])
     return published
 
 
-def published_name(ours: str) -> str | None:
+def published_name(name: str) -> str | None:
     """Return the release's name of a parameter, or of the tensor it is rows of; None where it has none."""
     try:
-        return _published_name(ours)
+        return _published_name(name)
     except KeyError:
         return None
 
@@ -224,11 +224,11 @@ def _model_of(config: VLMoConfig, state: Mapping[str, Tensor], names: dict[str, 
     return skeleton(config, words, HeadConfig(answers=answers, reasoning=True))
 
 
-def _of_present_parts(model: Model, ours: dict[str, Shape], present: Collection[str]) -> list[str]:
+def _of_present_parts(model: Model, shapes: dict[str, Shape], present: Collection[str]) -> list[str]:
     """Return our names without the optional parts that are wholly absent."""
     # The second image's modality vector belongs to a head, but is published in the table of modalities.
     absent = set(_OPTIONAL) - {model.part_of(name) for name in present if name != _SECOND}
-    return [n for n in ours if (n in present if n == _SECOND else model.part_of(n) not in absent)]
+    return [n for n in shapes if (n in present if n == _SECOND else model.part_of(n) not in absent)]
 
 
 def _shapes(model: Model) -> dict[str, Shape]:
@@ -242,19 +242,19 @@ def _joined(names: list[str]) -> dict[str, list[str]]:
     return {published: parts for published, parts in present.items() if parts}
 
 
-def _published_shapes(names: list[str], ours: dict[str, Shape], config: VLMoConfig) -> dict[str, Shape]:
-    shapes = {_published_name(n): _published_shape(n, ours[n], config) for n in names if n not in _JOINED}
+def _published_shapes(names: list[str], shapes: dict[str, Shape], config: VLMoConfig) -> dict[str, Shape]:
+    published_shapes = {_published_name(n): _published_shape(n, shapes[n], config) for n in names if n not in _JOINED}
     for published, parts in _joined(names).items():
-        shapes[published] = (sum(_rows(ours[part]) for part in parts), ours[parts[0]][-1])
-    return shapes
+        published_shapes[published] = (sum(_rows(shapes[part]) for part in parts), shapes[parts[0]][-1])
+    return published_shapes
 
 
-def _published_name(ours: str) -> str:
-    if ours in _JOINED:
-        return _TABLE if ours in _TABLE_PARTS else _MODALITY
-    if not ours.startswith("blocks."):
-        return _translated(ours, _OUTSIDE)
-    _, layer, inner = ours.split(".", 2)
+def _published_name(name: str) -> str:
+    if name in _JOINED:
+        return _TABLE if name in _TABLE_PARTS else _MODALITY
+    if not name.startswith("blocks."):
+        return _translated(name, _OUTSIDE)
+    _, layer, inner = name.split(".", 2)
     if inner.startswith("experts."):
         _, expert, module, last = inner.split(".")
         return f"transformer.blocks.{layer}.{_EXPERT[module].format(e=_EXPERTS[expert])}.{last}"
@@ -267,15 +267,15 @@ def _translated(name: str, names: dict[str, str]) -> str:
     return names[name] if name in names else f"{names[module]}.{last}"
 
 
-def _published_shape(ours: str, shape: Shape, config: VLMoConfig) -> Shape:
+def _published_shape(name: str, shape: Shape, config: VLMoConfig) -> Shape:
     """Return the published shape: kernels of convolutions, a leading batch dimension, 0-d scalars."""
-    if ours == "image_embedding.patch.weight":
+    if name == "image_embedding.patch.weight":
         return (shape[0], 3, config.patch_size, config.patch_size)
-    if ours.startswith("itc_head.log_scale"):
+    if name.startswith("itc_head.log_scale"):
         return ()
-    if ours == "image_embedding.cls":
+    if name == "image_embedding.cls":
         return (1, 1, *shape)
-    if ours == "image_embedding.positions":
+    if name == "image_embedding.positions":
         return (1, *shape)
     return shape
 
