@@ -90,5 +90,5 @@ def untracked_because(config: RunConfig, recorded: RecordedLocation, storage: St
 
 def _place(folder: str) -> str:
     """Return the same text for the same folder, whatever links lead to it."""
-    place = absolute(folder)
-    return place if "://" in place else os.path.realpath(place)
+    location = absolute(folder)
+    return location if "://" in location else os.path.realpath(location)

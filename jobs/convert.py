@@ -62,9 +62,9 @@ def import_weights(
     storage, chosen = Storage(), format_named(format_name)
     if is_committed(storage, out):
         raise ConfigError(f"--out {out}: holds weights already; name another folder, or delete it first")
-    if taken := [name for name in storage.list(out) if is_file_of_weights(name)]:
+    if existing := [name for name in storage.list(out) if is_file_of_weights(name)]:
         raise ConfigError(
-            f"--out {out}: holds {taken[0]}, which would be lost; name another folder, or delete it first"
+            f"--out {out}: holds {existing[0]}, which would be lost; name another folder, or delete it first"
         )
     published, folder = read_published(storage, path, hugging_face=chosen.config is not None)
     with _damage_named(path, format_name):
@@ -111,9 +111,9 @@ def export_weights(checkpoint: str, format_name: str, out: str) -> dict[str, Any
         raise ConfigError(f"--format {format_name} holds models of kind {', '.join(chosen.kinds)}, not {section.kind}")
     published = chosen.write(weights.tensors, section)
     data = write_tensors(published, out, {"format": "pt", **_header(weights)})
-    back = chosen.read(read_tensors(data, out).tensors, section, ())
-    left_out = weights.tensors.keys() - back.keys()
-    changed = [n for n in back if chosen.exact and not torch.equal(back[n], weights.tensors[n])]
+    reread = chosen.read(read_tensors(data, out).tensors, section, ())
+    left_out = weights.tensors.keys() - reread.keys()
+    changed = [n for n in reread if chosen.exact and not torch.equal(reread[n], weights.tensors[n])]
     assert not changed, f"format {format_name} changes {', '.join(changed)}"
     if storage.exists(out) and storage.read(out) != data:
         raise ConfigError(f"--out {out}: would overwrite another file; give another name, or delete it")
@@ -286,8 +286,8 @@ def _rows(state: dict[str, Tensor], name: str) -> int:
 
 def _num_words(section: TransformerConfig, state: dict[str, Tensor]) -> int:
     """The vocabulary of the weights: the rows of whatever grows with it. 0 for a model that reads no text."""
-    few, more = (dict(skeleton(section, vocabulary).named_parameters()) for vocabulary in (1, 2))
-    return next((len(state[name]) for name in few if few[name].shape != more[name].shape and name in state), 0)
+    small, large = (dict(skeleton(section, vocabulary).named_parameters()) for vocabulary in (1, 2))
+    return next((len(state[name]) for name in small if small[name].shape != large[name].shape and name in state), 0)
 
 
 def _tokenizer(storage: Storage, vocabulary: str | None, folder: str | None, words: int) -> Tokenizer | None:

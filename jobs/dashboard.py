@@ -115,12 +115,12 @@ def token_file() -> Path | None:
         return None
 
 
-def _checked(token: str | None, place: str) -> str | None:
+def _checked(token: str | None, origin: str) -> str | None:
     """Return the token without the space around it. Raises ConfigError, which does not show it, for one that no HTTP
     header can carry."""
     token = (token or "").strip()
     if not re.fullmatch(r"[\x20-\x7e]+", token):
-        raise ConfigError(f"{place}: expected a token, one line of printable ASCII characters")
+        raise ConfigError(f"{origin}: expected a token, one line of printable ASCII characters")
     return token
 
 
@@ -196,13 +196,13 @@ def _client_class() -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
-        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             address = self.get_address()
-            more |= {"timeout": ANSWER_SECONDS, "allow_redirects": False}
+            options |= {"timeout": ANSWER_SECONDS, "allow_redirects": False}
             if is_loopback(address):
-                more["proxies"] = {"http": "", "https": ""}
+                options["proxies"] = {"http": "", "https": ""}
             try:
-                response = super()._do_request(method, endpoint, **more)
+                response = super()._do_request(method, endpoint, **options)
                 if response.status_code == 200 and response.content:  # packages are answered with nothing
                     response.json()
             except AuthenticationError as error:

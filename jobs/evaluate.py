@@ -322,10 +322,10 @@ def _evaluation_of(run: str, target: Target, caller: Caller) -> ReportData:
     same = [data for data in evaluations if data.key.is_of_same_data(target.key)]
     if same:
         return headline(same)
-    there = "; ".join(f"{data.source}: {data.key.data}" for data in evaluations)
+    available = "; ".join(f"{data.source}: {data.key.data}" for data in evaluations)
     raise ConfigError(
         f"--against {run}: that run was not evaluated on the same data, so that no figure can be compared.\n"
-        f"Here: {target.key.name}: {target.key.data}. There: {there}.\n"
+        f"Here: {target.key.name}: {target.key.data}. There: {available}.\n"
         f"Evaluate it on the same first: mome evaluate {run} --source {target.config.sources[target.source].shards}"
         + ("" if target.key.limit is None else f" --limit {target.key.limit}")
     )
@@ -371,15 +371,15 @@ def _deliver(
     for warning in result.warnings:
         log.warning("%s", warning)
     page = render_report(shown, config, _curves(config, storage), other).encode()
-    place = target.report if report is None else str(report)
+    path = target.report if report is None else str(report)
     _keep(storage, target, shown, is_needed=report is None)
     if report is None:
-        storage.write(place, page)
+        storage.write(path, page)
         log.info("writing the results of %s to %s", target.info.url, config.folder)
     else:
-        write_output(storage, place, page, "--report")
+        write_output(storage, path, page, "--report")
     _track(result, target, storage, page, track)
-    return result.values | {"report": place}
+    return result.values | {"report": path}
 
 
 def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) -> None:

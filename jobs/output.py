@@ -31,10 +31,10 @@ def check_output(storage: Storage, url: str, option: str, data: bytes | None = N
     """Raise ConfigError if `write_output` would; without `data`, check what is known before they are computed."""
     if not storage.exists(url):
         return
-    there = _SIGNATURE.search(storage.read(url)[:HEAD])
-    own = there if data is None else _SIGNATURE.search(data[:HEAD])
-    if own is None or there is None or own[0] != there[0]:
-        kind = "a file that mome did not write" if there is None else "a page or image of something else"
+    stored = _SIGNATURE.search(storage.read(url)[:HEAD])
+    own = stored if data is None else _SIGNATURE.search(data[:HEAD])
+    if own is None or stored is None or own[0] != stored[0]:
+        kind = "a file that mome did not write" if stored is None else "a page or image of something else"
         raise _overwrite_error(option, url, kind)
 
 

@@ -99,11 +99,11 @@ class Placement:
 def waiting_message(cluster: ClusterConfig, nodes: Iterable[Resources], free: Resources) -> str:
     """Return the message of a run that waits for its ranks: requested, existing and free resources."""
     requested, existing = requested_resources(cluster, cluster.workers), total_resources(nodes)
-    short = {kind: number for kind, number in requested.items() if number > existing.get(kind, 0.0)}
+    missing = {kind: number for kind, number in requested.items() if number > existing.get(kind, 0.0)}
     parts = [
         f"{number:g} {plural(kind, number)} requested, {existing.get(kind, 0.0):g} in the cluster"
         + (f", {free.get(kind, 0.0):g} free" if existing.get(kind, 0.0) >= number else "")
-        for kind, number in (short or requested).items()
+        for kind, number in (missing or requested).items()
     ]
     return f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(parts)}"
 

@@ -452,7 +452,7 @@ class PyfuncModel:
         tokens = {
             row: self._read(first + row, self.trained._tokenize, str(text)) for row, text in _values(frame, "text")
         }
-        both = [row for row in images if row in tokens]
+        paired = [row for row in images if row in tokens]
         answers: dict[str, dict[int, Any]] = {name: {} for name in columns}
         if "similarity" in columns:
             model, pad = self.trained.model, self.trained.tokenizer.pad_id
@@ -463,13 +463,13 @@ class PyfuncModel:
                 answers["text_embedding"] = dict(
                     zip(tokens, embed_texts(model, list(tokens.values()), pad), strict=True)
                 )
-            for row in both:
+            for row in paired:
                 answers["similarity"][row] = float(answers["image_embedding"][row] @ answers["text_embedding"][row])
             for name in ("image_embedding", "text_embedding"):
                 answers[name] = {row: vector.tolist() for row, vector in answers[name].items()}
-        if MATCHED in columns and both:
-            scores = self.trained._score([images[row] for row in both], [tokens[row] for row in both], False)
-            answers[MATCHED] = dict(zip(both, scores.tolist(), strict=True))
+        if MATCHED in columns and paired:
+            scores = self.trained._score([images[row] for row in paired], [tokens[row] for row in paired], False)
+            answers[MATCHED] = dict(zip(paired, scores.tolist(), strict=True))
         return {name: [by_row.get(row) for row in range(len(frame))] for name, by_row in answers.items()}
 
     @staticmethod

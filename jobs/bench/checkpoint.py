@@ -79,13 +79,13 @@ def bench_checkpoint(
         reserved = time.perf_counter() - started
         try:
             alone = _train(lambda step: step < _STEPS_ALONE)
-            synchronous, stalls, beside = [], [], []
+            synchronous, stalls, overlapping = [], [], []
             for number in range(rounds):
                 progress(f"round {number + 1} of {rounds}: a synchronous save")
                 synchronous.append(_save(store, fragments, 2 * number, wait=True))
                 progress(f"round {number + 1} of {rounds}: an asynchronous save")
                 stalls.append(_save(store, fragments, 2 * number + 1, wait=False))
-                beside.append(_train(lambda _: not store.is_written()))
+                overlapping.append(_train(lambda _: not store.is_written()))
                 store.wait()
             progress("restoring")
             restored = _restore(store, fragments)
@@ -102,7 +102,7 @@ def bench_checkpoint(
         "synchronous_seconds": median(synchronous),
         "stall_seconds": median(stalls),
         "ratio": median(stalls) / median(synchronous),
-        "step_seconds": {"alone": alone, "beside_a_save": median(beside)},
+        "step_seconds": {"alone": alone, "beside_a_save": median(overlapping)},
         "restore_seconds": restored,
     }
 

@@ -113,7 +113,7 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
     memory = predicted_memory(config, index, work, collectives.world_size, own, device.type == "cuda")
     flops = work.step_flops(own, step.accumulation)
     engine.close()
-    most = collectives.largest([peak, *measured.values()])
+    peaks = collectives.largest([peak, *measured.values()])
     names = list(measured)
     tflops = flops / seconds / TERA
     return StepBench(
@@ -121,8 +121,8 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
         step_seconds=seconds,
         tflops=tflops,
         mfu=tflops * TERA / _reachable(device),
-        peak_memory_bytes=most[0],
-        measured=dict(zip(names, most[1:], strict=True)) | {"total": most[0]},
+        peak_memory_bytes=peaks[0],
+        measured=dict(zip(names, peaks[1:], strict=True)) | {"total": peaks[0]},
         predicted={name: memory.as_json()[name] for name in [*names, "total"]},
     )
 

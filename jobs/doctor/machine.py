@@ -235,8 +235,8 @@ def _usable(name: str, config: RunConfig | None, gpus: list[str]) -> Diagnosis:
     detail += f", driver {gpus[0].split(',')[-1].strip()}" if gpus else ""
     if config is not None and config.engine.precision == "bfloat16" and not torch.cuda.is_bf16_supported(False):
         return failed(name, f"{detail}: no bfloat16", "set engine.precision=float32")
-    here = config is not None and config.cluster.gpus_per_worker > 0 and _is_here(config)
-    if here and config is not None and (needed := config.cluster.workers * config.cluster.gpus_per_worker) > count:
+    is_used = config is not None and config.cluster.gpus_per_worker > 0 and _is_here(config)
+    if is_used and config is not None and (needed := config.cluster.workers * config.cluster.gpus_per_worker) > count:
         remedy = f"set cluster.workers={int(count / config.cluster.gpus_per_worker)}, or give cluster.address"
         return failed(name, f"{detail}: the run needs {needed:g}", remedy)
     return passed(name, detail)
@@ -264,9 +264,9 @@ def _collective(name: str, ranks: int, extra: dict[str, str]) -> Diagnosis:
         port = free.getsockname()[1]
     processes, began = [], time.monotonic()
     for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        processes.append(start_probe("collective", **place, **extra))
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        processes.append(start_probe("collective", **environment, **extra))
     detail, status = "", 0
     for process in processes:
         output, code = finish_probe(process, began + COLLECTIVE_SECONDS - time.monotonic())

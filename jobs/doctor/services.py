@@ -123,9 +123,9 @@ def _version_of(uri: str) -> str:
 def clock(urls: Iterable[str]) -> Diagnosis:
     """Compare this machine's clock with the first of `urls` whose response has a date."""
     for url in urls:
-        there = _time_at(url)
-        if there is not None:
-            skew = time.time() - there
+        server_time = _time_at(url)
+        if server_time is not None:
+            skew = time.time() - server_time
             detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {redact(url)}"
             if abs(skew) > SKEW_SECONDS:
                 return failed("clock", detail, "run NTP (chrony, systemd-timesyncd): S3 tolerates 15 minutes")

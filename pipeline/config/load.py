@@ -101,8 +101,8 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         text = json.dumps(values, default=str, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 20) : error.end + 20]
-        raise ConfigError(f"{origin}: not valid Unicode near {near!r}; write an emoji as one character") from error
+        excerpt = error.object[max(0, error.start - 20) : error.end + 20]
+        raise ConfigError(f"{origin}: not valid Unicode near {excerpt!r}; write an emoji as one character") from error
     except (ValueError, RecursionError) as error:
         if "digits" in str(error):
             raise ConfigError(f"{origin}: a number has too many digits") from error

@@ -123,5 +123,5 @@ def _with_home(path: str) -> str:
     return expanded
 
 
-def _wrong(url: str, why: str, right: str) -> ConfigError:
-    return ConfigError(f"{url!r}: {why}; give {right!r}")
+def _wrong(url: str, reason: str, example: str) -> ConfigError:
+    return ConfigError(f"{url!r}: {reason}; give {example!r}")

@@ -163,9 +163,9 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
     compared by the content of their shards: one that has moved, grown or been repaired in part is still the same.
     """
     shards = {shard.name: shard.digest for shard in manifest.shards}
-    place = join(out, SOURCE)
-    if storage.exists(place):
-        source = _known_source(storage.read(place), place)
+    record_url = join(out, SOURCE)
+    if storage.exists(record_url):
+        source = _known_source(storage.read(record_url), record_url)
         known_shards: dict[str, str] = source["shards"]
         is_same = source["url"] == url or bool(shards.items() & known_shards.items())
         if not is_same:
@@ -179,7 +179,7 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
             raise ConfigError(
                 f"--out {out}: holds {parquet_files[0]}, made from other shards than those of {url}; name another"
             )
-    storage.write(place, json.dumps({"url": url, "digest": manifest.digest, "shards": shards}, indent=1).encode())
+    storage.write(record_url, json.dumps({"url": url, "digest": manifest.digest, "shards": shards}, indent=1).encode())
 
 
 def _known_source(data: bytes, where: str) -> dict[str, Any]:

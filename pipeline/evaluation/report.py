@@ -279,8 +279,8 @@ def _ends(order: list[int], group_of: list[int]) -> dict[str, list[int]]:
     for query, group in zip(reversed(order), reversed(group_of), strict=True):
         lasts.setdefault(group, query)
     best = list(firsts.items())[: min(SHOWN, (len(firsts) + 1) // 2)]
-    taken = {group for group, _ in best}
-    worst = [query for group, query in lasts.items() if group not in taken][:SHOWN]
+    groups = {group for group, _ in best}
+    worst = [query for group, query in lasts.items() if group not in groups][:SHOWN]
     return {"best": [query for _, query in best], "worst": worst}
 
 

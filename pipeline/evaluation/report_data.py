@@ -170,8 +170,8 @@ def save_report_data(storage: Storage, folder: str, shown: ReportData) -> None:
 
 def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
     """Load the run's evaluations, newest first; skip damaged files and other versions with a warning."""
-    place = join(folder, FOLDER)
-    parsed = (_parsed(storage, join(place, name)) for name in storage.list(place) if name.endswith(".json"))
+    reports = join(folder, FOLDER)
+    parsed = (_parsed(storage, join(reports, name)) for name in storage.list(reports) if name.endswith(".json"))
     return sorted((data for data in parsed if data is not None), key=lambda data: -data.at)
 
 

@@ -142,7 +142,7 @@ def _rounded(fraction: float) -> float:
     return round(fraction, 6)
 
 
-def _retrieval_json(retrieval: Retrieval | None, **more: Any) -> dict[str, Any] | None:
+def _retrieval_json(retrieval: Retrieval | None, **extra: Any) -> dict[str, Any] | None:
     if retrieval is None:
         return None
 
@@ -154,5 +154,5 @@ def _retrieval_json(retrieval: Retrieval | None, **more: Any) -> dict[str, Any] 
         "image_to_text": recall_json(retrieval.image_to_text),
         "text_to_image": recall_json(retrieval.text_to_image),
         "chance": {f"r{k}": _rounded(fraction) for k, fraction in retrieval.chance().items()},
-        **more,
+        **extra,
     }

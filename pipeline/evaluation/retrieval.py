@@ -137,8 +137,8 @@ def dot_products(queries: Tensor, candidates: Tensor) -> Scores:
     Scores are rounded from float64 sums: a pair then has the same score in both directions and in every block, and
     equal vectors have equal scores, whatever the order in which a kernel adds.
     """
-    wide = candidates.double().T
-    return lambda rows: (queries[rows].double() @ wide).float()
+    transposed = candidates.double().T
+    return lambda rows: (queries[rows].double() @ transposed).float()
 
 
 def rankings(

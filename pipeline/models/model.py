@@ -148,8 +148,8 @@ class Model(nn.Module, ABC):
             parts = {part for part in self.PARTS if part == name or part.startswith(f"{name}.")}
             if not parts:
                 known = sorted({*self.PARTS, *(part.split(".")[0] for part in self.PARTS)})
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"the parts are {', '.join(known)}"
+                matches = get_close_matches(name, known, n=1)
+                hint = f"did you mean '{matches[0]}'?" if matches else f"the parts are {', '.join(known)}"
                 raise ConfigError(f"freeze: the model has no part '{name}'; {hint}")
             selected |= parts
         return frozenset(selected)

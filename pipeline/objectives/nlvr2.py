@@ -38,9 +38,9 @@ class NLVR2(Objective):
         return replace(heads, reasoning=True)
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        first = self.fusion_forward(examples, "statement", "nlvr2")
-        both = replace(first, second_image=examples.second_image, second_image_size=examples.second_image_size)
-        return {"statement": both}
+        forward = self.fusion_forward(examples, "statement", "nlvr2")
+        forward = replace(forward, second_image=examples.second_image, second_image_size=examples.second_image_size)
+        return {"statement": forward}
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
         return nlvr2_loss(outputs["statement"]["nlvr2"], require(examples.label))

@@ -116,7 +116,7 @@ def estimate(
     work, ranks = stage.work, sharding.world_size
     share = largest_share(stage.global_batch_size, ranks)
     room = usable_bytes(accelerator, assumptions)
-    most = largest_micro_batch(work, sharding, share, room)
+    largest = largest_micro_batch(work, sharding, share, room)
     accumulation = math.ceil(share / max(1, min(share, micro_batch_size or stage.micro_batch_size or share)))
     examples = math.ceil(share / accumulation)
     memory = memory_at(work, sharding, share, examples)
@@ -138,7 +138,7 @@ def estimate(
         accumulation=accumulation,
         memory=memory,
         fits=memory.total <= room,
-        largest_micro_batch=most,
+        largest_micro_batch=largest,
         flops_per_step=flops * stage.global_batch_size / share,
         tokens_per_step=work.tokens.at(stage.global_batch_size),
         compute_seconds=compute,

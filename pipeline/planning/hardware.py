@@ -98,7 +98,7 @@ def accelerator_like(device: str) -> Accelerator | None:
 
 def _named(option: str, table: dict[str, Named], name: str) -> Named:
     if name not in table:
-        near = get_close_matches(name, table, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        matches = get_close_matches(name, table, n=1)
+        hint = f"did you mean '{matches[0]}'? " if matches else ""
         raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
     return table[name]

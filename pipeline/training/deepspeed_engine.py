@@ -264,8 +264,8 @@ class DeepSpeedEngine:
         if self._zero_stage == 3:
             start, stop = self._range(parameter)
             if start < stop:
-                mine = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
-                mine.copy_(source.read(name, "weight", start, stop))
+                shard = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+                shard.copy_(source.read(name, "weight", start, stop))
         else:
             parameter.data.view(-1).copy_(source.read(name, "weight", 0, parameter.numel()))
 

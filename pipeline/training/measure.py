@@ -43,13 +43,13 @@ def living(device: torch.device) -> Storages:
 def _all_tensors() -> Iterator[Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # isinstance on deprecated objects warns
-        for thing in gc.get_objects():
+        for candidate in gc.get_objects():
             try:
-                if not isinstance(thing, Tensor):
+                if not isinstance(candidate, Tensor):
                     continue
-                yield thing
-                if thing.is_leaf and thing.grad is not None:
-                    yield thing.grad
+                yield candidate
+                if candidate.is_leaf and candidate.grad is not None:
+                    yield candidate.grad
             except (ReferenceError, RuntimeError):
                 continue
 
@@ -75,15 +75,15 @@ def gradients_of(engine: DeepSpeedEngine) -> Storages:
     return {address: size for address, size in storages_of(held).items() if address not in others}
 
 
-def _held_by(thing: Any, depth: int = 4) -> Iterator[Tensor]:
+def _held_by(value: Any, depth: int = 4) -> Iterator[Tensor]:
     """Tensors in nested lists and dictionaries, and their gradients."""
-    if isinstance(thing, Tensor):
-        yield thing
-        if thing.is_leaf and thing.grad is not None:
-            yield thing.grad
-    elif depth and isinstance(thing, dict | list | tuple | set):
-        for value in thing.values() if isinstance(thing, dict) else thing:
-            yield from _held_by(value, depth - 1)
+    if isinstance(value, Tensor):
+        yield value
+        if value.is_leaf and value.grad is not None:
+            yield value.grad
+    elif depth and isinstance(value, dict | list | tuple | set):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _held_by(item, depth - 1)
 
 
 def buckets_of(engine: DeepSpeedEngine) -> Storages:

@@ -182,8 +182,8 @@ def _try_stage(
         engine.step(stage.config.optimizer.lr)
         loss, norm = float(collectives.sum(losses["loss"])), engine.gradient_norm()
         seconds = time.perf_counter() - started
-        most = collectives.largest([peak()])[0]
+        largest_peak = collectives.largest([peak()])[0]
     if not math.isfinite(loss + norm):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
     rows = f"{stage.config.global_batch_size} rows = {world_size} ranks x {step.accumulation} micro-batches"
-    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, peak memory {most / GB:.2f} GB per rank"
+    return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, peak memory {largest_peak / GB:.2f} GB per rank"

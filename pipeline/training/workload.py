@@ -48,23 +48,23 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
     def ran(count: int, micro_batch_size: int | None = None) -> Ran:
         return run_step(model, _cut(config, index, count, micro_batch_size), index, vocabulary, kernels, text_tokens)
 
-    few, more, pieces = ran(rows), ran(2 * rows), ran(2 * rows, rows)  # the last one in two micro-batches
+    single, double, split = ran(rows), ran(2 * rows), ran(2 * rows, rows)  # the last one in two micro-batches
 
     def line(number: Callable[[Ran], int]) -> Line:
-        return Line.through((rows, number(few)), (2 * rows, number(more)))
+        return Line.through((rows, number(single)), (2 * rows, number(double)))
 
-    contrast = _contrast(stage.global_batch_size, few.contrast_widths, kernels) if few.contrast_widths else (0, 0)
+    contrast = _contrast(stage.global_batch_size, single.contrast_widths, kernels) if single.contrast_widths else (0, 0)
     return Work(
         parameters=parameters_of(model),
         flops=line(lambda ran: ran.flops),
-        flops_per_example_accumulated=pieces.flops / (2 * rows),
+        flops_per_example_accumulated=split.flops / (2 * rows),
         activations=line(lambda ran: ran.activations),
         workspace=line(lambda ran: ran.workspace),
         tokens=line(lambda ran: ran.tokens),
-        batch_bytes_per_example=few.batch_bytes / rows,
+        batch_bytes_per_example=single.batch_bytes / rows,
         contrast_flops=contrast[0],
         contrast_bytes=contrast[1],
-        contrast_width=2 * sum(few.contrast_widths),
+        contrast_width=2 * sum(single.contrast_widths),
     )
 
 

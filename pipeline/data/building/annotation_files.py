@@ -246,11 +246,11 @@ def nlvr2_samples(file: Path, problems: Problems, options: Options) -> Annotatio
             names = [_nlvr2_names(name, record.get("directory"), side) for side in (0, 1)]
             images = [read_listed_image(root, paths, where, problems) for paths in names]
             if images[0] is not None and images[1] is not None:
-                both = {
+                members = {
                     f"{side}.{kind}": data for side, image in enumerate(images) for kind, data in (image or {}).items()
                 }
                 record = {"sentence": sentence, "label": label, "id": name}
-                yield from sample_with_json(key_of(name), both, record, where, problems)
+                yield from sample_with_json(key_of(name), members, record, where, problems)
 
     return Annotations(samples(), {})
 
@@ -333,9 +333,9 @@ def class_samples(folder: Path, problems: Problems, options: Options) -> Annotat
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _field(file: Path, what: str, content: Any, name: str) -> Any:
+def _field(file: Path, file_type: str, content: Any, name: str) -> Any:
     if not isinstance(content, dict) or name not in content:
-        raise DataError(f"{file} is not a {what}. Expected an object with '{name}'")
+        raise DataError(f"{file} is not a {file_type}. Expected an object with '{name}'")
     return content[name]
 
 

@@ -211,14 +211,14 @@ def _named(names: Sequence[str], known: Sequence[str]) -> int | None:
     return next((names.index(name) for name in known if name in names), None)
 
 
-def _chosen(file: Path, names: Sequence[str], column: str | None, what: str) -> int | None:
+def _chosen(file: Path, names: Sequence[str], column: str | None, role: str) -> int | None:
     if column is None:
         return None
     if column.lower() in names:
         return names.index(column.lower())
     if column.isdecimal() and 1 <= int(column) <= len(names):
         return int(column) - 1
-    raise DataError(f"{file}: no column '{column}' (--{what}-column); its columns: {', '.join(names):.200}")
+    raise DataError(f"{file}: no column '{column}' (--{role}-column); its columns: {', '.join(names):.200}")
 
 
 # Parquet --------------------------------------------------------------------------------------------------------------

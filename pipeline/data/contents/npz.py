@@ -41,10 +41,10 @@ class Npz:
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{name} has version {version} of the npy format; expected 1.0 or 2.0")
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, kind = read_header(stream)
-        if kind.kind not in kinds or kind.itemsize > 8:
-            raise ValueError(f"{name} has dtype {kind}; expected numpy's kind {' or '.join(kinds)}")
-        if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize != len(content) - stream.tell():
-            raise ValueError(f"{name} declares shape {shape}, but has {len(content) - stream.tell()} bytes of {kind}")
+        shape, _, dtype = read_header(stream)
+        if dtype.kind not in kinds or dtype.itemsize > 8:
+            raise ValueError(f"{name} has dtype {dtype}; expected numpy's kind {' or '.join(kinds)}")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
+            raise ValueError(f"{name} declares shape {shape}, but has {len(content) - stream.tell()} bytes of {dtype}")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)

@@ -156,7 +156,7 @@ class ShardIndex:
                 bytes=facts.bytes,
                 digest=facts.digest,
                 etag=facts.etag,
-                **{name: npz.read(name, np.dtype(kind).kind, limit) for name, kind in _ARRAYS.items()},
+                **{name: npz.read(name, np.dtype(dtype).kind, limit) for name, dtype in _ARRAYS.items()},
             )
             _check_arrays(index, facts.samples)
             return index
@@ -280,9 +280,9 @@ def _check_arrays(index: ShardIndex, samples: int) -> None:
     """Raise ValueError for arrays that contradict each other or the tar, because anyone may have written a sidecar."""
     members = len(index.offset)
     lengths = {"first": samples + 1, "extension": members, "size": members, "offset": members}
-    for name, kind in _ARRAYS.items():
+    for name, dtype in _ARRAYS.items():
         array = getattr(index, name)
-        if array.dtype != kind or array.shape != (lengths.get(name, samples),):
+        if array.dtype != dtype or array.shape != (lengths.get(name, samples),):
             raise ValueError(f"{name} is an array of {array.dtype} of shape {array.shape}")
     if len(index.keys) != samples or not all(isinstance(text, str) for text in (*index.keys, *index.extensions)):
         raise ValueError(f"{len(index.keys)} keys for {samples} samples")

@@ -266,16 +266,17 @@ class S3Backend:
 
     def _extent(self, query: dict[str, Any], response: dict[str, Any], start: int, stop: int | None) -> tuple[int, int]:
         """Return how many bytes of a response precede the requested ones, and the number of those."""
-        length, place = response.get("ContentLength"), _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
-        if place is None and response["ResponseMetadata"]["HTTPStatusCode"] == 206:
+        length = response.get("ContentLength")
+        content_range = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
+        if content_range is None and response["ResponseMetadata"]["HTTPStatusCode"] == 206:
             raise TransientError(f"{length} bytes of no stated range arrived for bytes {start} to {stop}")
-        if place is None:  # the whole object: as requested, or from a store that does not serve ranges
+        if content_range is None:  # the whole object: as requested, or from a store that does not serve ranges
             if length is None:
                 length = self._head(query).size
             if stop is not None and length < stop:
                 raise ObjectTooShort(length, start, stop)
             return start, (length if stop is None else stop) - start
-        first, last, size = map(int, place.groups())
+        first, last, size = map(int, content_range.groups())
         if stop is None:
             raise TransientError(f"bytes {first} to {last + 1} arrived for the whole object")
         if size < stop:
@@ -413,9 +414,9 @@ def _redirect_error(status: int, headers: dict[str, str]) -> PermanentError:
     target = urlsplit(headers.get("location", ""))
     if not target.hostname:
         return PermanentError(f"the store answers with a redirect ({status}) to nowhere", _ENDPOINT_HINT)
-    place = f"{target.scheme}://{target.hostname}" + (f":{target.port}" if target.port else "")
-    hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {place}."
-    return PermanentError(f"the store answers with a redirect ({status}) to {place}", hint)
+    endpoint = f"{target.scheme}://{target.hostname}" + (f":{target.port}" if target.port else "")
+    hint = f"If that is the store's own address, set storage.endpoint_url (or AWS_ENDPOINT_URL) to {endpoint}."
+    return PermanentError(f"the store answers with a redirect ({status}) to {endpoint}", hint)
 
 
 def _check_listing(response_dict: dict[str, Any], **_: Any) -> None:

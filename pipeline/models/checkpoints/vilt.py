@@ -188,10 +188,10 @@ def _read(
     absent = set(OPTIONAL) - {n.split(".")[0] for n in shapes if not state.keys().isdisjoint(naming(n))}
     shapes = _without(shapes, tuple(absent))
     names, joined = _layout(shapes, naming)
-    more = {published: _joined_shape(parts, shapes) for published, parts in joined.items()}
-    converted = from_named(state, names, shapes, config.patch_size, allowed, more)
+    joined_shapes = {published: _joined_shape(parts, shapes) for published, parts in joined.items()}
+    converted = from_named(state, names, shapes, config.patch_size, allowed, joined_shapes)
     for published, parts in joined.items():
-        if published in state and tuple(state[published].shape) == more[published]:
+        if published in state and tuple(state[published].shape) == joined_shapes[published]:
             # Copies, because files of tensors do not hold two views of one memory.
             pieces = state[published].chunk(len(parts))
             converted |= {p: piece.reshape(shapes[p]).clone() for p, piece in zip(parts, pieces, strict=True)}

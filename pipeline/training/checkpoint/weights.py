@@ -86,32 +86,32 @@ def save_weights(
     if `ownership` was lost, StorageError if the files could not be written.
     """
     start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
-    taken: dict[str, str] = {}  # names that another attempt has used -> this attempt's own names
+    renamed: dict[str, str] = {}  # names that another attempt has used -> this attempt's own names
 
     def other_name(name: str) -> str:
         stem, dot, suffix = name.partition(".")
-        taken[name] = f"{stem}.{start}{dot}{suffix}"
-        return taken[name]
+        renamed[name] = f"{stem}.{start}{dot}{suffix}"
+        return renamed[name]
 
     weights = TensorFile(tensors)
     records = {WEIGHTS: weights.record()}
     if not storage.create_parts(join(url, WEIGHTS), weights.size, weights.read):
         records[WEIGHTS]["file"] = other_name(WEIGHTS)
-        storage.write_parts(join(url, taken[WEIGHTS]), weights.size, weights.read)
-    small = {
+        storage.write_parts(join(url, renamed[WEIGHTS]), weights.size, weights.read)
+    lists = {
         VOCABULARY: "".join(f"{token}\n" for token in vocabulary).encode(),
         **{name: labels.to_bytes() for name, labels in (choices or {}).items()},
     }
-    for name, data in small.items():
+    for name, data in lists.items():
         records[name] = file_record(data)
         if not storage.create(join(url, name), data):
             records[name]["file"] = other_name(name)
-            storage.write(join(url, taken[name]), data)
+            storage.write(join(url, renamed[name]), data)
     check = ownership.check if ownership else lambda: None
     is_ours = commit(storage, url, records, metadata, check, other_name)
     try:
         check()
-        used = {taken.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
+        used = {renamed.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
         _remove_partial(storage, url, start, used)
     except StorageError as error:  # costs space, but is no reason to fail the run
         log.warning("%s: files of an unfinished attempt could not be removed: %s", url, error)
@@ -242,13 +242,13 @@ def _checkpoint_weights(storage: Storage, url: str) -> Weights:
 
 
 def _metadata(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    stage, step, place = manifest.get("stage"), manifest.get("step"), join(url, MANIFEST)
+    stage, step, manifest_url = manifest.get("stage"), manifest.get("step"), join(url, MANIFEST)
     if not isinstance(stage, str) or not isinstance(step, int):
         raise CheckpointError(
-            f"{place} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
+            f"{manifest_url} is damaged: expected a stage's name and a step, got {stage!r:.60}, {step!r:.60}"
         )
     try:
-        config, recorded = stored_config(manifest.get("config"), place, folder_of_weights(absolute(url)))
+        config, recorded = stored_config(manifest.get("config"), manifest_url, folder_of_weights(absolute(url)))
         config.stage_named(stage)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
