@@ -78,7 +78,7 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
-class Target:
+class EvalTarget:
     """Weights, data and output names of an evaluation, resolved before any weights are loaded."""
 
     info: WeightsInfo
@@ -164,7 +164,7 @@ def evaluate_checkpoint(
     return _deliver(result, target, caller, track, other, report) if ranks.rank == 0 else None
 
 
-def _target(request: EvalRequest, caller: Caller) -> Target:
+def _target(request: EvalRequest, caller: Caller) -> EvalTarget:
     """Resolve the request. Raises ConfigError, CheckpointError or DataError before any weights are loaded."""
     storage = caller.store()
     info = weights_info(storage, request.checkpoint)
@@ -190,7 +190,7 @@ def _target(request: EvalRequest, caller: Caller) -> Target:
     key = EvalKey(info.stage, step, "", manifest.digest, limit, config.sources[source].type, is_headline)
     known = [data.key for data in load_report_data(storage, config.folder)]
     key = replace(key, name=_name(request.name, source, key, limit != usual, info.config, known))
-    return Target(info, caller.applied(config), source, key)
+    return EvalTarget(info, caller.applied(config), source, key)
 
 
 def _name(
@@ -237,7 +237,7 @@ def _slug(url: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
 
 
-def _evaluate_on_ray(request: EvalRequest, target: Target, workers: int) -> EvalResult:
+def _evaluate_on_ray(request: EvalRequest, target: EvalTarget, workers: int) -> EvalResult:
     """Raises MomeError with the first failure, on whichever rank."""
     source, probe = (
         name if name is None or "/" not in name else absolute(name) for name in (request.source, request.probe)
@@ -313,7 +313,7 @@ def _warnings(evaluation: Evaluation) -> list[str]:
     return warnings
 
 
-def _evaluation_of(run: str, target: Target, caller: Caller) -> ReportData:
+def _evaluation_of(run: str, target: EvalTarget, caller: Caller) -> ReportData:
     """Return what another run has of the same data: of its headline if it can be. Raises ConfigError if it has none."""
     opened = open_run(run, caller.store())
     evaluations = load_report_data(opened.storage, opened.folder)
@@ -359,7 +359,7 @@ def _with_source(
 
 def _deliver(
     result: EvalResult,
-    target: Target,
+    target: EvalTarget,
     caller: Caller,
     track: bool | None,
     other: ReportData | None = None,
@@ -382,7 +382,7 @@ def _deliver(
     return result.values | {"report": path}
 
 
-def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) -> None:
+def _keep(storage: Storage, target: EvalTarget, shown: ReportData, is_needed: bool) -> None:
     """Store the results next to the weights and update the main report, which links to all evaluations.
 
     Raises StorageError if `is_needed`, otherwise logs it.
@@ -403,7 +403,7 @@ def _keep(storage: Storage, target: Target, shown: ReportData, is_needed: bool) 
         log.warning("the results could not be stored next to the weights: %s", error)
 
 
-def _track(result: EvalResult, target: Target, storage: Storage, page: bytes, track: bool | None) -> None:
+def _track(result: EvalResult, target: EvalTarget, storage: Storage, page: bytes, track: bool | None) -> None:
     config = target.config
     if track is None:
         reason = untracked_because(config, target.info.recorded, storage)

@@ -22,10 +22,10 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
 def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     """Every stage's curve, with the assumptions below it."""
     points = [point for plan in plans for point in plan.scaling]
-    across = _Axis(1, max(point.gpus for point in points), LEFT, WIDTH - RIGHT)
+    across = _LogAxis(1, max(point.gpus for point in points), LEFT, WIDTH - RIGHT)
     low, high = (chosen(point.samples_per_second for point in points) for chosen in (min, max))
     ideal = max(plan.scaling[0].samples_per_second * plan.scaling[-1].gpus for plan in plans)
-    up = _Axis(low / 1.5, max(high, ideal) * 1.2, PLOT_BOTTOM, TOP)
+    up = _LogAxis(low / 1.5, max(high, ideal) * 1.2, PLOT_BOTTOM, TOP)
     body = [*_frame(across, up, title)]
     for number, plan in enumerate(plans):
         body += _stage(plan.chosen.name, plan.scaling, COLOURS[number % len(COLOURS)], across, up)
@@ -40,7 +40,7 @@ def scaling_svg(plans: list[StagePlan], target: Target, title: str) -> str:
     )
 
 
-class _Axis:
+class _LogAxis:
     """A logarithmic axis from one value to another, on the pixels between two places."""
 
     def __init__(self, low: float, high: float, start: float, end: float):
@@ -56,7 +56,7 @@ class _Axis:
             yield 10.0**power
 
 
-def _frame(across: _Axis, up: _Axis, title: str) -> Iterator[str]:
+def _frame(across: _LogAxis, up: _LogAxis, title: str) -> Iterator[str]:
     yield _text(WIDTH / 2, 24, title, "middle", 15)
     yield f'<path d="M{LEFT} {TOP}V{PLOT_BOTTOM}H{WIDTH - RIGHT}" stroke="black" fill="none"/>'
     gpus = 1
@@ -70,7 +70,7 @@ def _frame(across: _Axis, up: _Axis, title: str) -> Iterator[str]:
     yield _text(LEFT - 6, TOP - 10, "samples/s", "end", 12)
 
 
-def _stage(name: str, points: list[Point], colour: str, across: _Axis, up: _Axis) -> Iterator[str]:
+def _stage(name: str, points: list[Point], colour: str, across: _LogAxis, up: _LogAxis) -> Iterator[str]:
     path = " ".join(f"{across(p.gpus):.1f},{up(p.samples_per_second):.1f}" for p in points)
     first, last = points[0], points[-1]
     ideal = f"M{across(1):.1f} {up(first.samples_per_second):.1f}"

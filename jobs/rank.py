@@ -48,7 +48,7 @@ def run_rank(loop_config: dict[str, str]) -> str | None:
     if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
         return None
     context, mail = ray.train.get_context(), Mailbox(loop_config["start"])
-    signal = PreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
+    signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
     progress = ProgressFile(config, storage)
     with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
         try:
@@ -116,7 +116,7 @@ class ProgressFile:
         self._writer.close(PROGRESS_CLOSE_SECONDS)
 
 
-class PreemptionSignal:
+class RankPreemptionSignal:
     """Signal that healthy ranks should save and stop: a node is drained, more ranks would fit, or the driver asks.
 
     Each rank calls its own signal at every step, and the training loop makes the ranks agree. Ray's public function,

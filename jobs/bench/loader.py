@@ -76,7 +76,7 @@ Measurement = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """One measurement. Ours uses `workers` processes of `threads` threads; peers use workers x threads processes."""
 
     contender: str  # mome, simplejpeg, or one of PEERS
@@ -171,7 +171,9 @@ def bench_loader(
             progress("training a vocabulary")
             vocabulary = join(folder, "vocabulary.txt")
             Tokenizer.train(iter_captions(storage, shards), VOCABULARY_SIZE).save(storage, vocabulary)
-        job = Job("mome", shards, vocabulary, samples, batch_size, workers, threads, num_ops=2 if rand_augment else 0)
+        job = BenchJob(
+            "mome", shards, vocabulary, samples, batch_size, workers, threads, num_ops=2 if rand_augment else 0
+        )
         jobs = {name: replace(job, contender=name) for name in ("mome", DECODE, *peers)}
         if rand_augment:
             jobs |= {f"{name}/off": replace(jobs[name], num_ops=0) for name in ("mome", *peers)}
@@ -203,7 +205,7 @@ def bench_loader(
     return result
 
 
-def run_job(job: Job, folder: Path) -> Measurement:
+def run_job(job: BenchJob, folder: Path) -> Measurement:
     """Measure one contender in a fresh interpreter, limited to one thread per worker."""
     request, answer = folder / "job.json", folder / "result.json"
     request.write_text(json.dumps(asdict(job)))
@@ -228,7 +230,7 @@ def run_job(job: Job, folder: Path) -> Measurement:
     return json.loads(answer.read_text())
 
 
-def measure(job: Job) -> Measurement:
+def measure(job: BenchJob) -> Measurement:
     """Return samples, wall-clock seconds and CPU seconds of one contender, after its warm-up."""
     if job.contender == DECODE:
         return _measure_decoding(job)
@@ -252,7 +254,7 @@ def _count(batches: Iterator[tuple[Any, Any]], samples: int) -> Measurement:
     return {"samples": counted, "seconds": seconds, "cpu_seconds": cpu_seconds, "output": output}
 
 
-def _measure_decoding(job: Job) -> Measurement:
+def _measure_decoding(job: BenchJob) -> Measurement:
     samples = itertools.islice(iter_samples(Storage(), job.shards), job.samples)
     data = [jpeg for sample in samples if (jpeg := image_bytes(sample.members))[:2] == b"\xff\xd8"]
     started = time.thread_time()
@@ -345,7 +347,7 @@ def synthetic_photos(count: int = SYNTHETIC_IMAGES, seed: int = 0) -> Iterator[S
 def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    job = BenchJob(**json.loads(Path(sys.argv[1]).read_text()))
     random.seed(job.seed)
     Path(sys.argv[2]).write_text(json.dumps(measure(job)))
 

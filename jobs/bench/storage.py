@@ -38,7 +38,7 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Target:
+class ReadTarget:
     """One object of `size` bytes, read in ranges of `range_bytes` with `in_flight` requests at a time."""
 
     storage: Storage
@@ -81,7 +81,7 @@ def bench_storage(
         storage = Storage(config)
         folder = stack.enter_context(_temporary_folder(storage, url))
         progress(f"writing {object_bytes / MIB:.0f} MiB")
-        target = Target(storage, join(folder, "object"), object_bytes, range_bytes, in_flight)
+        target = ReadTarget(storage, join(folder, "object"), object_bytes, range_bytes, in_flight)
         _write_object(storage, target.url, object_bytes)
         read = _rounds(partial(_measure_read, target=target), readers(target), rounds, progress)
         progress(f"writing {objects} objects")
@@ -106,7 +106,7 @@ Reader = Callable[[], Iterator[bytes]]
 Lister = Callable[[], list[str]]
 
 
-def readers(target: Target) -> dict[str, Reader]:
+def readers(target: ReadTarget) -> dict[str, Reader]:
     """Ways to read the object whole, by name; each call reads it once."""
     clients: dict[str, Reader] = {
         "mome": partial(_read_ranges, target),
@@ -144,12 +144,12 @@ def listers(storage: Storage, url: str) -> dict[str, Lister]:
     return clients
 
 
-def _read_ranges(target: Target) -> Iterator[bytes]:
+def _read_ranges(target: ReadTarget) -> Iterator[bytes]:
     tag = target.storage.info(target.url).etag
     return _in_flight(target, lambda span: target.storage.read_range(target.url, *span, etag=tag))
 
 
-def _in_flight(target: Target, read: Callable[[tuple[int, int]], bytes]) -> Iterator[bytes]:
+def _in_flight(target: ReadTarget, read: Callable[[tuple[int, int]], bytes]) -> Iterator[bytes]:
     with ThreadPoolExecutor(target.in_flight) as threads:
         yield from threads.map(read, target.ranges)
 
@@ -158,7 +158,7 @@ def _header(start: int, stop: int) -> str:
     return f"bytes={start}-{stop - 1}"
 
 
-def _cat_ranges(file_system: Any, path: str, target: Target) -> Iterator[bytes]:
+def _cat_ranges(file_system: Any, path: str, target: ReadTarget) -> Iterator[bytes]:
     starts, stops = zip(*target.ranges, strict=True)
     options = {"batch_size": target.in_flight} if file_system.async_impl else {}
     yield from file_system.cat_ranges([path] * len(starts), list(starts), list(stops), on_error="raise", **options)
@@ -225,7 +225,7 @@ def _rounds(measure: Callable[[Any], Figures], contenders: dict[str, Any], round
     }
 
 
-def _measure_read(reader: Reader, target: Target) -> Figures:
+def _measure_read(reader: Reader, target: ReadTarget) -> Figures:
     size, first = 0, None
     with _counting_requests() as requests:
         cpu, started = time.process_time(), time.perf_counter()

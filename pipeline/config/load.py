@@ -24,7 +24,7 @@ _OVERRIDE = re.compile(r'(?P<path>(?:"[^"]*"|[^="\s.]+)(?:\.(?:"[^"]*"|[^=".]+))
 Changes = dict[str, tuple[Any, Any]]  # dotted path -> (old, new)
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that reads `1e-4` as a number and refuses duplicate keys (PyYAML silently keeps the last).
 
     As in YAML 1.2, `1:30` and `010` are strings, which numeric keys refuse; YAML 1.1 reads them as 90 and 8.
@@ -57,14 +57,14 @@ class _Loader(yaml.SafeLoader):
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_Loader.yaml_implicit_resolvers = {
+_StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
+_StrictLoader.add_implicit_resolver(
     _INT, re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)\Z"), list("-+0123456789")
 )
-_Loader.add_implicit_resolver(
+_StrictLoader.add_implicit_resolver(
     _FLOAT,
     re.compile(
         r"""[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z
@@ -227,7 +227,7 @@ def _local_keys(config: RunConfig) -> dict[tuple[str | int, ...], str]:
 def parse_yaml(content: str | bytes, origin: str) -> Any:
     """Parse YAML; bytes may be UTF-8 or, with a byte order mark, UTF-16."""
     try:
-        return yaml.load(content, Loader=_Loader)
+        return yaml.load(content, Loader=_StrictLoader)
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{origin}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except yaml.YAMLError as error:

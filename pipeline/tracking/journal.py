@@ -94,7 +94,7 @@ class _Dataset(TypedDict):
     context: str
 
 
-class _Point(TypedDict):
+class _ModelMetric(TypedDict):
     stage: _Stage | None
     key: str
     value: _Number
@@ -114,7 +114,7 @@ class _RunRecord(_Base):
     server_has_more: NotRequired[bool]
 
 
-class _StageRecord(_Base):
+class _StageStartRecord(_Base):
     kind: Literal["stage"]
     stage: _Stage
     name: str
@@ -123,55 +123,65 @@ class _StageRecord(_Base):
     datasets: list[_Dataset]
 
 
-class _Metrics(_Base):
+class _MetricsRecord(_Base):
     kind: Literal["metrics"]
     stage: _Stage | None
     step: _Step
     values: dict[str, _Number]
 
 
-class _Rewind(_Base):
+class _RewindRecord(_Base):
     kind: Literal["rewind"]
     stage: _Stage
     step: _Step
 
 
-class _Tag(_Base):
+class _TagRecord(_Base):
     kind: Literal["tag"]
     stage: _Stage | None
     key: str
     value: str
 
 
-class _Artifact(_Base):
+class _ArtifactRecord(_Base):
     kind: Literal["artifact"]
     stage: _Stage | None
     name: Annotated[str, AfterValidator(check_artifact_name)]
     file: Annotated[str, AfterValidator(_check_file_name)]
 
 
-class _Model(_Base):
+class _ModelRecord(_Base):
     kind: Literal["model"]
     stage: _Stage
     step: _Step
     url: str
     role: str
-    points: list[_Point]
+    points: list[_ModelMetric]
 
 
-class _ModelGone(_Base):
+class _ModelGoneRecord(_Base):
     kind: Literal["model_gone"]
     stage: _Stage | None
     url: str
 
 
-class _End(_Base):
+class _EndRecord(_Base):
     kind: Literal["stage_end", "run_end"]
     stage: _Stage | None
     status: Literal["FINISHED", "FAILED", "KILLED"]
 
 
-_AnyRecord = _RunRecord | _StageRecord | _Metrics | _Rewind | _Tag | _Artifact | _Model | _ModelGone | _End
+_AnyRecord = (
+    _RunRecord
+    | _StageStartRecord
+    | _MetricsRecord
+    | _RewindRecord
+    | _TagRecord
+    | _ArtifactRecord
+    | _ModelRecord
+    | _ModelGoneRecord
+    | _EndRecord
+)
 _VALIDATOR: TypeAdapter[Any] = TypeAdapter(Annotated[_AnyRecord, Field(discriminator="kind")])
 
 

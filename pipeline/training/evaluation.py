@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.training.context import RunContext, Stage, StageState
 
 
-class Evaluation(Callback):
+class EvaluationCallback(Callback):
     """Evaluates on `evaluation.source` every `evaluation.every` steps and at the end of each stage but the last."""
 
     def __init__(self, stage: Stage, context: RunContext):

@@ -36,7 +36,7 @@ from pipeline.training.checkpoint.checkpointer import Checkpointer, checkpoint_m
 from pipeline.training.collectives import Collectives
 from pipeline.training.context import RunContext, Stage, StageResult, StageState
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.evaluation import Evaluation
+from pipeline.training.evaluation import EvaluationCallback
 from pipeline.training.health import (
     ExecutionOrderCheck,
     Spike,
@@ -197,7 +197,7 @@ def standard_callbacks(stage: Stage, context: RunContext) -> list[Callback]:
     return [
         *callbacks,
         MetricsCollector(stage, context),
-        Evaluation(stage, context),
+        EvaluationCallback(stage, context),
         Checkpointer(stage, context),
     ]
 

@@ -48,9 +48,9 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
     urls = sorted({source.shards for source in config.sources.values()})
-    manifests = {url: ensure_indexed(storage, url, _Progress(f"{url}: indexed")) for url in urls}
+    manifests = {url: ensure_indexed(storage, url, _ProgressLog(f"{url}: indexed")) for url in urls}
     for name, source in config.sources.items():
-        progress = _Progress(f"sources.{name}: filtered")
+        progress = _ProgressLog(f"sources.{name}: filtered")
         select(storage, source, manifests[source.shards], selection_url(config, name), progress)
     choices = _lists(config, storage)  # an invalid list fails before a cluster is reserved
     tokenizer = choose_tokenizer(config, storage)
@@ -75,7 +75,7 @@ def _lists(config: RunConfig, storage: Storage) -> dict[str, Choices]:
     }
 
 
-class _Progress:
+class _ProgressLog:
     """Logs the progress of long work over shards every few seconds."""
 
     def __init__(self, task: str):

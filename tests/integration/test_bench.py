@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.bench import PEERS as PEER_NAMES
 from jobs.bench import app, peers
-from jobs.bench.loader import HEIGHT, WIDTH, Job, run_job, synthetic_photos, tree_cpu_seconds, write_photos
+from jobs.bench.loader import HEIGHT, WIDTH, BenchJob, run_job, synthetic_photos, tree_cpu_seconds, write_photos
 from pipeline.config.errors import ConfigError, DataError, RunFailed
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.examples import augment
@@ -51,12 +51,12 @@ def photos(tmp_path: Path, make_pair) -> str:
 
 
 @pytest.fixture
-def job(tmp_path: Path, photos: str) -> Job:
+def job(tmp_path: Path, photos: str) -> BenchJob:
     """Thirty-two samples in shards, with a vocabulary of their captions."""
     storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
     write_photos(storage, (Path(photos),), shards, samples=32, min_shards=2)
     Tokenizer.train(iter_captions(storage, shards), 200).save(storage, vocabulary)
-    return Job("mome", shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
+    return BenchJob("mome", shards, vocabulary, 16, 8, workers=0, threads=1, num_ops=2)
 
 
 def test_loaders_are_measured_with_and_without_rand_augment(photos: str) -> None:
@@ -71,7 +71,7 @@ def test_loaders_are_measured_with_and_without_rand_augment(photos: str) -> None
 
 
 @pytest.mark.parametrize("peer", PEER_NAMES)
-def test_peers_deliver_the_pairs_of_the_shards(job: Job, peer: str) -> None:
+def test_peers_deliver_the_pairs_of_the_shards(job: BenchJob, peer: str) -> None:
     image, text = next(peers.PEERS[peer](job.peer_recipe()))
     assert (image.dtype, tuple(image.shape)) == (torch.float32, (8, 3, 224, 224))
     tokenizer = Tokenizer.load(Storage(), job.vocabulary)
@@ -129,7 +129,7 @@ def test_unusable_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert isinstance(run("loader", "--photos", tmp_path / "empty").exception, DataError)
 
 
-def test_a_failed_contender_is_reported_with_its_last_output(job: Job, tmp_path: Path) -> None:
+def test_a_failed_contender_is_reported_with_its_last_output(job: BenchJob, tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"(?s)webdataset_pil ended.*nowhere"):
         run_job(replace(job, contender="webdataset_pil", shards="/nowhere"), tmp_path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench.storage import MIB, Target, bench_storage, listers, readers
+from jobs.bench.storage import MIB, ReadTarget, bench_storage, listers, readers
 from pipeline.config.errors import ConfigError, StorageError
 from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import Storage, join
@@ -23,7 +23,7 @@ SIZE = 3 * MIB + 5  # the last range is a short one
 def check_contenders(url: str, config: StorageConfig) -> None:
     storage, data = Storage(config), os.urandom(SIZE)
     storage.write(join(url, "object"), data)
-    target = Target(storage, join(url, "object"), SIZE, MIB, in_flight=2)
+    target = ReadTarget(storage, join(url, "object"), SIZE, MIB, in_flight=2)
     assert all(b"".join(read()) == data for read in readers(target).values())
     storage.write(join(url, "other"), b"x")
     assert all(sorted(names()) == ["object", "other"] for names in listers(storage, url).values())

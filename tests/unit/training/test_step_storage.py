@@ -14,7 +14,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.training.callbacks import Callback, StepEvent
 from pipeline.training.collectives import close_group
-from pipeline.training.evaluation import Evaluation
+from pipeline.training.evaluation import EvaluationCallback
 from pipeline.training.loop import train
 from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short_config
 
@@ -29,7 +29,7 @@ class StepGuard(Callback):
         self.calls = 0  # of other threads, between steps
         self._is_stepping = False
         self._thread = threading.get_ident()
-        do, evaluate = Storage._do, Evaluation.evaluate
+        do, evaluate = Storage._do, EvaluationCallback.evaluate
 
         def guarded_do(storage: Storage, url: str, action: str, call: Any) -> Any:
             if self._is_stepping and threading.get_ident() == self._thread:
@@ -37,7 +37,7 @@ class StepGuard(Callback):
             self.calls += self._is_stepping
             return do(storage, url, action, call)
 
-        def unguarded_evaluate(evaluation: Evaluation) -> Any:
+        def unguarded_evaluate(evaluation: EvaluationCallback) -> Any:
             self._is_stepping = False
             try:
                 return evaluate(evaluation)
@@ -45,7 +45,7 @@ class StepGuard(Callback):
                 self._is_stepping = True
 
         monkeypatch.setattr(Storage, "_do", guarded_do)
-        monkeypatch.setattr(Evaluation, "evaluate", unguarded_evaluate)
+        monkeypatch.setattr(EvaluationCallback, "evaluate", unguarded_evaluate)
 
     def before_step(self, step: int, batch: Batch) -> None:
         self._is_stepping = True
