@@ -225,8 +225,8 @@ def run_on_ranks(
 ) -> Any:
     """Run `function({"config": json, **arguments})` on every rank that Ray Train places; return rank 0's result.
 
-    `check` is called every second meanwhile, and may raise to end the run. `run` holds further fields of Ray Train's
-    RunConfig. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
+    `check` is called every second while the ranks run, and may raise to end the run. `run` holds further fields of
+    Ray Train's RunConfig. Raises Ray Train's error when it gives up, and RunFailed if the ranks can never be placed.
     """
     import ray
     import ray.train

@@ -58,7 +58,7 @@ def submit(
         try:
             status = stream_logs(client, job)
         except KeyboardInterrupt:
-            raise RunFailed(f"no longer following; job {job} goes on: `mome jobs stop {job}` ends it") from None
+            raise RunFailed(f"stopped following; job {job} is still running: `mome jobs stop {job}` ends it") from None
     if status not in ("SUCCEEDED", "SUBMITTED"):
         info = client.get_job_info(job)
         raise RunFailed(f"job {job} ended as {status}: {info.message or 'see its output above'}")

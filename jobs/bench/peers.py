@@ -159,7 +159,7 @@ def _affine(picture: Image.Image, inverse: tuple[float, ...]) -> Image.Image:
     )  # fmt: skip
 
 
-# Name → operation(picture, strength 0 … 1, sign ±1), equal to those of pipeline/data/examples/augment.py.
+# Name → operation(image, strength 0 … 1, sign ±1), equal to those of pipeline/data/examples/augment.py.
 OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "Identity": lambda picture, strength, sign: picture,
     "AutoContrast": lambda picture, strength, sign: ImageOps.autocontrast(picture),

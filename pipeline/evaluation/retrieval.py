@@ -6,7 +6,7 @@ checkpoints fine-tuned for retrieval. A stage that trained matching lets the fus
 candidates (`reranked`); a model without a contrast scores every pair by fusion.
 
 Ties are resolved pessimistically: a wrong candidate with the score of the best right one ranks before it, so that a
-collapsed model, which scores all pairs alike, recalls nothing. Candidates with the query's `image_id` are right.
+collapsed model, which scores all pairs equally, recalls nothing. Candidates with the query's `image_id` are right.
 
 Queries are ranked in blocks, so that the N x M scores are never in memory at once; each query keeps its rank, margin
 and best few candidates. Ranks share the blocks.

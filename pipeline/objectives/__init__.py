@@ -36,7 +36,7 @@ VISUAL, TEXT = swapped_fields("vision"), swapped_fields("language")
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What the objectives of a stage share."""
+    """Settings shared by the objectives of a stage."""
 
     stage: StageConfig
     source_type: SourceType

@@ -100,7 +100,7 @@ class ITM(Objective):
         return itm_loss(*self._logits(outputs, examples))
 
     def diagnostics(self, outputs: ForwardOutput, examples: Batch) -> dict[str, Tensor]:
-        """Return per class the number of pairs and of correct ones: the recalls tell a collapsed head from learning."""
+        """Return the number of pairs and of correct ones per class, whose recalls reveal a collapsed head."""
         logits, matched = self._logits(outputs, examples)
         predicted = logits.detach().argmax(dim=1).bool()
         return {

@@ -132,7 +132,7 @@ class _Kernel(torch.autograd.Function):
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Return the FLOPs of both products: 2 B H Q K D for the scores, and as many for the weighted sum."""
+    """Return the FLOPs of both products: 2 B H Q K D for the scores and the same for the weighted sum."""
     batch, heads, queries, width = query.shape
     return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
 

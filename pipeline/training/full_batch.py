@@ -1,7 +1,7 @@
 """Synthetic batches of maximum size, for estimates and measurements of memory and speed.
 
-Texts are as long as the stage allows, images as large as the model reads, and as many words, patches and regions are
-masked as the masking's fractions give.
+Texts have the stage's maximum length, images the model's largest size, and the masking's fractions determine the number
+of masked words, patches and regions.
 """
 
 from __future__ import annotations

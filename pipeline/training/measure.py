@@ -1,6 +1,6 @@
 """Measured memory of a running engine by category, to validate the estimate of `pipeline.planning`.
 
-Tensors are told apart by their storages. Activations are the storages that autograd saves for backward; the peak is the
+Tensors are identified by their storages. Activations are the storages that autograd saves for backward; the peak is the
 allocator's own (CUDA's counter, or the CPU allocator's events as the profiler records them).
 """
 

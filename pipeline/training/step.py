@@ -278,7 +278,7 @@ def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor
     """Return the examples at `indices` (n,) of this rank's `batch` with their fields swapped. A collective call.
 
     `size` is the global batch's. Only the swapped fields travel between ranks, images as bytes; fields of different
-    lengths are padded alike first.
+    lengths are padded to the longest first.
     """
     result = batch.rows(indices)
     for swap in swaps:
