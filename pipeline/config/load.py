@@ -249,7 +249,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     target: Any = values
     rest = [quoted or plain for quoted, plain in _PART.findall(match["path"])]
     while True:
-        size = _key_parts(target, rest)
+        size = 1
+        if isinstance(target, dict):  # a key may itself contain dots, as in `sources.coco.2017.type`
+            size = next((n for n in range(len(rest), 1, -1) if ".".join(rest[:n]) in target), 1)
         part, rest = ".".join(rest[:size]), rest[size:]
         if not rest:
             break
@@ -259,13 +261,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         target[_position(target, part, override)] = value
     else:
         target[part] = value
-
-
-def _key_parts(target: Any, parts: list[str]) -> int:
-    """Return how many leading parts of a dotted path form one key of `target`, as in `sources.coco.2017.type`."""
-    if not isinstance(target, dict):
-        return 1
-    return next((size for size in range(len(parts), 1, -1) if ".".join(parts[:size]) in target), 1)
 
 
 def _child(target: Any, part: str, override: str) -> Any:
