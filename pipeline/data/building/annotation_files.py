@@ -142,7 +142,9 @@ def vqa_samples(file: Path, problems: Problems, options: Options) -> Annotations
             if not scores.get(question_id):
                 problems.add(where, f"it has no answers in {', '.join(map(str, files))}")
                 continue
-            names = _coco_names(subtype, image)
+            # COCO's names contain the split in 2014 and 2015, and are the number alone since 2017.
+            prefixes = (f"COCO_{subtype}_", f"{subtype}/COCO_{subtype}_", "", f"{subtype}/")
+            names = [f"{prefix}{image:012d}.jpg" for prefix in prefixes]
             yield _QuestionEntry(where, f"{subtype}-{question_id}", text, scores[question_id], question_id, names)
 
     return _questions(
@@ -209,12 +211,6 @@ def _questions(
                 yield from sample_with_json(key_of(question.key), image, record, question.where, problems)
 
     return Annotations(samples(), {ANSWERS: choices})
-
-
-def _coco_names(subtype: str, image: int) -> list[str]:
-    """Return the names of a COCO image: with the split in 2014 and 2015, the number alone since 2017."""
-    names = [f"{image:012d}.jpg", f"{subtype}/{image:012d}.jpg"]
-    return [f"COCO_{subtype}_{image:012d}.jpg", f"{subtype}/COCO_{subtype}_{image:012d}.jpg", *names]
 
 
 def _default_annotations(questions: Path) -> Path:

@@ -104,7 +104,10 @@ def translate(image: np.ndarray, fraction: float, horizontal: bool) -> np.ndarra
     height, width = image.shape[:2]
     right, down = (fraction * width, 0.0) if horizontal else (0.0, fraction * height)
     if abs(right - round(right)) < 1e-9 and abs(down - round(down)) < 1e-9:
-        return _shift(image, round(right), round(down))
+        top, bottom = max(0, round(down)), max(0, -round(down))
+        before, after = max(0, round(right)), max(0, -round(right))
+        kept = image[bottom : height - top, after : width - before]
+        return cv2.copyMakeBorder(kept, top, bottom, before, after, cv2.BORDER_CONSTANT, value=FILL)
     return _warp(image, [[1, 0, right], [0, 1, down]])
 
 
@@ -137,14 +140,6 @@ def _stretch(channel: np.ndarray) -> np.ndarray:
         return channel
     table = np.rint((_VALUES - low) * (255.0 / (high - low))).clip(0, 255)
     return cv2.LUT(channel, table.astype(np.uint8))
-
-
-def _shift(image: np.ndarray, right: int, down: int) -> np.ndarray:
-    """Return what `_warp` gives for a shift by whole pixels, as a copy."""
-    height, width = image.shape[:2]
-    top, bottom, left, right = max(0, down), max(0, -down), max(0, right), max(0, -right)
-    kept = image[bottom : height - top, right : width - left]
-    return cv2.copyMakeBorder(kept, top, bottom, left, right, cv2.BORDER_CONSTANT, value=FILL)
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray | Sequence[Sequence[float]]) -> np.ndarray:

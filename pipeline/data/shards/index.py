@@ -149,7 +149,11 @@ class ShardIndex:
             for (name, values), codes in zip(names["texts"].items(), texts, strict=True):
                 columns[name] = np.array(values, dtype=str)[codes]
             index = ShardIndex(
-                keys=tuple(_clean_key(key) for key in names["keys"]),
+                # Earlier versions stored bytes that are not UTF-8 as surrogates.
+                keys=tuple(
+                    key if key.isascii() else clean_name(key.encode("utf-8", "surrogateescape"))
+                    for key in names["keys"]
+                ),
                 extensions=tuple(names["extensions"]),
                 columns=columns,
                 other_fields=tuple(names["other_fields"]),
@@ -160,11 +164,6 @@ class ShardIndex:
             )
             _check_arrays(index, facts.samples)
             return index
-
-
-def _clean_key(key: str) -> str:
-    """Return a key as `tar.clean_name` forms it; earlier versions stored bytes that are not UTF-8 as surrogates."""
-    return key if key.isascii() else clean_name(key.encode("utf-8", "surrogateescape"))
 
 
 def sidecar_facts(data: bytes) -> ShardFacts:
