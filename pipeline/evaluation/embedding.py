@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -165,12 +165,15 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
     shards = {shard.name: shard.digest for shard in manifest.shards}
     record_url = join(out, SOURCE)
     if storage.exists(record_url):
-        source = _known_source(storage.read(record_url), record_url)
-        known_shards: dict[str, str] = source["shards"]
-        is_same = source["url"] == url or bool(shards.items() & known_shards.items())
-        if not is_same:
+        data = storage.read(record_url)
+        try:
+            record = json.loads(data)
+            known_url, known_shards = str(record["url"]), {str(k): str(v) for k, v in record["shards"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{record_url} is damaged ({error}); name another folder with --out") from error
+        if known_url != url and not shards.items() & known_shards.items():
             raise ConfigError(
-                f"--out {out}: holds the vectors of {source['url']}, and files of the same names would be lost; name "
+                f"--out {out}: holds the vectors of {known_url}, and files of the same names would be lost; name "
                 f"another folder for those of {url}"
             )
     elif parquet_files := [name for name in storage.list(out) if name.endswith(".parquet")]:
@@ -182,24 +185,24 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
     storage.write(record_url, json.dumps({"url": url, "digest": manifest.digest, "shards": shards}, indent=1).encode())
 
 
-def _known_source(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        records = json.loads(data)
-        return {"url": str(records["url"]), "shards": {str(k): str(v) for k, v in records["shards"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{where} is damaged ({error}); name another folder with --out") from error
-
-
 def _embed_shard(
     embedder: Embedder, storage: Storage, url: str, shard: ShardRecord, out: str, max_bad_rate: float
 ) -> EmbeddedShard:
     """Embed a shard and write its file, then its record."""
-    parquet = _parquet()
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError("Parquet files need pyarrow, which is not installed here: pip install pyarrow") from error
+
+    # Embedding a text gives the width of the vectors.
+    width = embed_texts(embedder.model, [embedder.tokenizer.encode("a", 8).ids], embedder.tokenizer.pad_id).shape[1]
+    schema = _table([], [], [], torch.zeros(0, width)).schema
+    schema = schema.with_metadata({b"mome.checkpoint": embedder.digest.encode()})
     skipped: Counter[str] = Counter()
     images = rows = 0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.parquet"
-        with parquet.ParquetWriter(file, _schema(embedder)) as writer:
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
             for table in embedder.batches(storage, Source(url, Manifest((shard,))), skipped):
                 writer.write_table(table)
                 images += table["caption"].null_count
@@ -256,21 +259,6 @@ def _captions(sample: Sample) -> list[str]:
             return list(captions_of(sample.members))
     except BadSample:
         return []
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("Parquet files need pyarrow, which is not installed here: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
-def _schema(embedder: Embedder) -> pyarrow.Schema:
-    """Return the schema; embedding a text gives the width of the vectors."""
-    width = embed_texts(embedder.model, [embedder.tokenizer.encode("a", 8).ids], embedder.tokenizer.pad_id).shape[1]
-    names = {b"mome.checkpoint": embedder.digest.encode()}
-    return _table([], [], [], torch.zeros(0, width)).schema.with_metadata(names)
 
 
 def _table(keys: list[str], ids: list[int], numbers: list[int | None], vectors: Tensor) -> pyarrow.Table:

@@ -57,6 +57,7 @@ def build_report_data(
     """Select and draw what the report shows. `key` defaults to that of an evaluation of all pairs of a source."""
     key = key or EvalKey(result.stage, None, result.source, result.held_out.digest, None, "pairs", False)
     held_out, prefix = result.held_out, f"eval/{result.source}/"
+    chosen = {} if result.mlm is None else _chosen_captions(result)
     return ReportData(
         name=config.name,
         stage=result.stage,
@@ -79,7 +80,10 @@ def build_report_data(
         images=_image_galleries(result),
         sentences=_caption_galleries(result),
         conditions=[name for name, _ in _conditions(result)],
-        masked=_masked_captions(result, tokenizer),
+        masked={
+            kind: [_masked_caption(result, tokenizer, caption) for caption in captions]
+            for kind, captions in chosen.items()
+        },
         reconstruction_stage=result.reconstruction_stage,
         reconstructions=_reconstructions(result),
         alignments=alignments,
@@ -285,13 +289,6 @@ def _ends(order: list[int], group_of: list[int]) -> dict[str, list[int]]:
 
 
 # Masked words ---------------------------------------------------------------------------------------------------------
-
-
-def _masked_captions(result: Evaluation, tokenizer: Tokenizer) -> dict[str, list[MaskedCaption]]:
-    if result.mlm is None:
-        return {}
-    chosen = _chosen_captions(result)
-    return {kind: [_masked_caption(result, tokenizer, caption) for caption in chosen[kind]] for kind in chosen}
 
 
 def _chosen_captions(result: Evaluation) -> dict[str, list[int]]:
