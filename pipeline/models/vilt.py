@@ -198,7 +198,12 @@ class ViLT(Model):
         """
         if before.kind == "vit":
             keys = ("width", "layers", "heads", "mlp_ratio", "image_size", "patch_size")
-            state = self._from_vit(state)
+            own, prefixes = self.state_dict(), ("text_embedding.", "image_embedding.modality")
+            state = {name: own[name] for name in own if name.startswith(prefixes)} | {
+                name.replace(".experts.vision.", f".experts.{EXPERT}."): tensor
+                for name, tensor in state.items()
+                if not name.startswith("classification_head.")
+            }
             before = self.config.model_copy(update={key: getattr(before, key) for key in keys})
         resized = super().resize_state(state, before)
         if (name := "image_embedding.positions") in resized:
@@ -211,9 +216,3 @@ class ViLT(Model):
             for name in ("weight", "bias"):
                 resized.setdefault(f"ranking_head.score.{name}", resized[f"itm_head.classify.{name}"][1:].clone())
         return resized
-
-    def _from_vit(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = self.state_dict()
-        renamed = {name.replace(".experts.vision.", f".experts.{EXPERT}."): tensor for name, tensor in state.items()}
-        new = {name: own[name] for name in own if name.startswith(("text_embedding.", "image_embedding.modality"))}
-        return new | {name: tensor for name, tensor in renamed.items() if not name.startswith("classification_head.")}

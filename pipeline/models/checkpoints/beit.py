@@ -149,7 +149,8 @@ def to_hugging_face(
 
     `norm` is one of NORMS. With `shared`, all layers have one table; CheckpointError where theirs differ.
     """
-    state = _with_modality_added(state)
+    if (modality := state.get(_MODALITY)) is not None:  # BEiT has none: fold it into the tensors it is added to
+        state = {name: t + modality if name in _CARRIES_MODALITY else t for name, t in state.items()}
     tokens = len(state[_TOKENS]) if _TOKENS in state else 0
     names, shapes = _names(config, norm, tokens, masked=_MASK in state)
     published = to_named(state, names, shapes, config.patch_size)
@@ -204,14 +205,6 @@ def _tables(config: VLMoConfig, shared: bool) -> dict[str, Shape]:
         return {}
     names = [SHARED_TABLE] if shared else [LAYER_TABLE.format(layer) for layer in range(config.layers)]
     return dict.fromkeys(names, ((2 * config.grid - 1) ** 2 + 3, config.heads))
-
-
-def _with_modality_added(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fold the image modality vector into the tensors it is added to."""
-    modality = state.get(_MODALITY)
-    if modality is None:
-        return dict(state)
-    return {name: tensor + modality if name in _CARRIES_MODALITY else tensor for name, tensor in state.items()}
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -139,7 +139,9 @@ def from_named(
     Models without biases of query, key and value (`qkv_bias: false`) get zeros, which compute the same. Raises
     CheckpointError as `require`.
     """
-    state = _with_biases(state, names, shapes)
+    biases = {part: shapes[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
+    if not any(name in state for name in biases):
+        state = {**state, **{name: torch.zeros(shape) for name, shape in biases.items()}}
     published_shapes = {
         published: shape for name in names for published, shape in _published(name, names, shapes, patch_size)
     }
@@ -150,14 +152,6 @@ def from_named(
             pieces = [state[part] for part in parts]
             converted[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shapes[name])
     return converted
-
-
-def _with_biases(state: Mapping[str, Tensor], names: Names, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """Return the state with zeros for the attention biases, if no layer has any."""
-    biases = {part: shapes[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
-    if any(name in state for name in biases):
-        return dict(state)
-    return {**state, **{name: torch.zeros(shape) for name, shape in biases.items()}}
 
 
 def to_named(

@@ -178,7 +178,10 @@ def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collec
         shapes.pop(_SECOND, None)
     names = {name: _published_name(name) for name in shapes}
     kept = _of_present_parts(model, shapes, {n for n in shapes if names[n] in state})
-    fitting = require(state, _published_shapes(kept, shapes, config), allowed)
+    published_shapes = {names[n]: _published_shape(n, shapes[n], config) for n in kept if n not in _JOINED}
+    for published, parts in _joined(kept).items():
+        published_shapes[published] = (sum(_rows(shapes[part]) for part in parts), shapes[parts[0]][-1])
+    fitting = require(state, published_shapes, allowed)
     converted = {n: state[names[n]].reshape(shapes[n]) for n in kept if n not in _JOINED and names[n] in fitting}
     for published, parts in _joined(kept).items():
         if published in fitting:
@@ -240,13 +243,6 @@ def _joined(names: list[str]) -> dict[str, list[str]]:
     joined = {_MODALITY: _MODALITY_PARTS, _TABLE: _TABLE_PARTS}
     present = {published: [part for part in parts if part in names] for published, parts in joined.items()}
     return {published: parts for published, parts in present.items() if parts}
-
-
-def _published_shapes(names: list[str], shapes: dict[str, Shape], config: VLMoConfig) -> dict[str, Shape]:
-    published_shapes = {_published_name(n): _published_shape(n, shapes[n], config) for n in names if n not in _JOINED}
-    for published, parts in _joined(names).items():
-        published_shapes[published] = (sum(_rows(shapes[part]) for part in parts), shapes[parts[0]][-1])
-    return published_shapes
 
 
 def _published_name(name: str) -> str:
