@@ -290,19 +290,15 @@ def swap_rows(collectives: Collectives, batch: Batch, size: int, indices: Tensor
             values = getattr(batch, name)
             if values is None:
                 continue
-            values = _pad_alike(collectives, values, padding)
+            sizes = collectives.largest(list(values.shape[1:]))
+            amounts = [n for most, own in zip(sizes, values.shape[1:], strict=True) for n in (most - own, 0)][::-1]
+            if any(amounts):  # the ranks' trailing dimensions differ
+                values = F.pad(values, amounts, value=padding)
             swapped = values[indices.to(values.device)]
             swapped[is_swapped.to(values.device)] = fetch(values)
             changes: dict[str, Any] = {name: swapped}
             result = replace(result, **changes)
     return result
-
-
-def _pad_alike(collectives: Collectives, values: Tensor, padding: float) -> Tensor:
-    """Pad the trailing dimensions to the largest of all ranks. A collective call."""
-    sizes = collectives.largest(list(values.shape[1:]))
-    amounts = [amount for size, own in zip(sizes, values.shape[1:], strict=True) for amount in (size - own, 0)][::-1]
-    return F.pad(values, amounts, value=padding) if any(amounts) else values
 
 
 def loss_by_source(

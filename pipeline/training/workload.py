@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import RunConfig, StageConfig
+from pipeline.config.schema import RunConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
 from pipeline.objectives.itc import CONTRASTS, itc_loss
@@ -43,7 +43,8 @@ def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, te
     config = config.for_stage(config.stages[index])
     stage = config.stages[index]
     model = model_without_memory(config, index, vocabulary)
-    rows = _sample_rows(stage)
+    every = math.lcm(*(objective.every for objective in stage.objectives.values()))
+    rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
     def ran(count: int, micro_batch_size: int | None = None) -> Ran:
         return run_step(model, _cut(config, index, count, micro_batch_size), index, vocabulary, kernels, text_tokens)
@@ -239,12 +240,6 @@ def _num_tokens(inputs: ForwardInput, num_patches: int) -> int:
                 1 + (num_patches if inputs.visible_patches is None else inputs.visible_patches.shape[1])
             )
     return count
-
-
-def _sample_rows(stage: StageConfig) -> int:
-    """Return a small batch size of which every objective reads its exact fraction."""
-    rows = math.lcm(*(objective.every for objective in stage.objectives.values()))
-    return rows * -(-SAMPLE_ROWS // rows)
 
 
 def _cut(config: RunConfig, index: int, batch: int, micro_batch_size: int | None) -> RunConfig:
