@@ -26,7 +26,6 @@ from pipeline.data.contents.text import Tokenizer, is_cased
 from pipeline.data.storage import Storage
 from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
-from pipeline.models.checkpoints.conversion import ConfigFile
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
 from pipeline.objectives import modules_for
@@ -71,7 +70,10 @@ def import_weights(
         section = _section(published, chosen, model, overrides)
         # Copies, because a file may hold one memory under two names (tied embeddings), and ours may not.
         state = {name: t.clone() for name, t in chosen.read(published.tensors, section, may_differ).items()}
-        words, heads = _num_words(section, state), _heads(state, section.patch_size, _image_target(published, chosen))
+        image_target = chosen.image_target
+        if (stated := json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))) is not None:
+            image_target = TypeAdapter(ImageTarget).validate_python(stated)
+        words, heads = _num_words(section, state), _heads(state, section.patch_size, image_target)
         full = skeleton(section, max(words, 1), heads)
         absent = {full.part_of(name) for name in full.state_dict() if name not in state} - set(full.HEAD_PARTS)
         check_fit(full, state, f"{path}: the model", frozenset(absent))
@@ -171,7 +173,9 @@ def _section(published: Published, chosen: Format, model: Path | None, overrides
     elif (own := _own_section(published)) is not None:
         defined = own
     elif chosen.config is not None:
-        defined = _told_beside(published, chosen.config)
+        if published.config is not None:
+            defined = chosen.config.section(published.config)
+        defined |= chosen.config.reading(published.processor or {})
     for override in overrides:
         apply_override(defined, override)
     inferred = chosen.infer(published.tensors, defined)
@@ -193,18 +197,6 @@ def _own_section(published: Published) -> dict[str, Any] | None:
     except CheckpointError:
         return None
     return section if "kind" in section else None
-
-
-def _told_beside(published: Published, config: ConfigFile) -> dict[str, Any]:
-    """Return the keys of the model's section that the JSON files of a Hugging Face folder define."""
-    told = {} if published.config is None else config.section(published.config)
-    return told | config.reading(published.processor or {})
-
-
-def _image_target(published: Published, chosen: Format) -> ImageTarget | None:
-    """Return the target of the masked-image head, if the file or its format states it."""
-    stated = json.loads(published.metadata.get(IMAGE_TARGET_KEY, "null"))
-    return chosen.image_target if stated is None else TypeAdapter(ImageTarget).validate_python(stated)
 
 
 def _config(out: str, section: dict[str, Any], stages: list[dict[str, Any]], tokenizer: Tokenizer | None) -> RunConfig:

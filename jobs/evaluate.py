@@ -35,7 +35,6 @@ from pipeline.evaluation.report import ReportLink, build_report_data, render_rep
 from pipeline.evaluation.report_data import EvalKey, ReportData, headline, load_report_data, save_report_data
 from pipeline.evaluation.results import Evaluation
 from pipeline.inference import build_trained_model, load_usable_weights
-from pipeline.models.model import Model
 from pipeline.objectives import evaluated_source_types
 from pipeline.reports.run_folder import open_run, stages_of
 from pipeline.tracking.locations import configured_uri
@@ -216,7 +215,9 @@ def _name(
                 "Give another name"
             )
         return name
-    base = source if source in config.sources else _slug(source)
+    base = source
+    if source not in config.sources:  # a URL of shards: its last part
+        base = re.sub(r"[^A-Za-z0-9_.-]+", "-", source.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
     if is_limited:
         base += "-all" if key.limit is None else f"-first-{key.limit}"
     differs_in_type = any((k.name, k.digest) == (base, key.digest) for k in of_same_weights)
@@ -230,11 +231,6 @@ def _label(key: EvalKey, config: RunConfig) -> str:
     stage = [] if key.stage == config.stages[-1].name else [key.stage]
     step = [] if key.step is None else [f"step-{key.step}"]
     return file_name_of("@".join([key.name, *stage, *step]))
-
-
-def _slug(url: str) -> str:
-    """Return the last part of a URL of shards as a name."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", url.rstrip("/").rpartition("/")[2])[:100].strip("-._") or "source"
 
 
 def _evaluate_on_ray(request: EvalRequest, target: EvalTarget, workers: int) -> EvalResult:
@@ -285,16 +281,13 @@ def _evaluate(request: EvalRequest, key: EvalKey, ranks: Ranks) -> EvalResult:
         probe=probe,
     )
     evaluation = replace(evaluation, source=key.name).located(checkpoint=weights.url)
-    shown = _shown(evaluation, model, tokenizer, config, key) if ranks.rank == 0 else None
+    shown = None
+    if ranks.rank == 0:
+        evaluated_stage = config.stage_named(evaluation.stage)
+        alignments = alignment_examples(model, tokenizer, evaluation.held_out, config, evaluated_stage)
+        shown = build_report_data(evaluation, config, tokenizer, alignments, key)
     evaluation.held_out.close()
     return EvalResult(evaluation.to_json(), evaluation.metrics(), shown, _warnings(evaluation))
-
-
-def _shown(evaluation: Evaluation, model: Model, tokenizer: Tokenizer, config: RunConfig, key: EvalKey) -> ReportData:
-    stage = config.stage_named(evaluation.stage)
-    return build_report_data(
-        evaluation, config, tokenizer, alignment_examples(model, tokenizer, evaluation.held_out, config, stage), key
-    )
 
 
 def _warnings(evaluation: Evaluation) -> list[str]:

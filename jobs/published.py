@@ -185,7 +185,8 @@ def _answers_in(storage: Storage, url: str) -> Choices:
         except UnicodeDecodeError as error:
             raise ConfigError(f"--answers {url}: is no UTF-8 text ({error}); give a JSON list of answers") from error
     if isinstance(value, dict):
-        value = _numbered(value) or _numbered({number: answer for answer, number in value.items() if _is_key(number)})
+        by_number = {number: answer for answer, number in value.items() if isinstance(number, int | str)}
+        value = _numbered(value) or _numbered(by_number)
     return Choices.from_bytes(json.dumps(value).encode(), f"--answers {url}")
 
 
@@ -210,7 +211,3 @@ def _numbered(value: Any) -> list[str] | None:
     numbers = {str(number): text for number, text in value.items()}
     in_order = [numbers.get(str(number)) for number in range(len(value))]
     return None if None in in_order else [text for text in in_order if text is not None]
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, int | str)

@@ -42,6 +42,8 @@ def register_checkpoint(
     weights = load_weights(storage, checkpoint.rstrip("/"))
     config = caller.applied(weights.config)
     stage = config.stage_named(weights.stage)
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), (128, 128, 128)).save(picture, "PNG")
     with tempfile.TemporaryDirectory() as folder:
         _write(weights, folder)
         export = Export(
@@ -50,7 +52,7 @@ def register_checkpoint(
             code=CODE,
             requirements=[f"{package}=={importlib.metadata.version(package)}" for package in SERVING],
             outputs=pyfunc_outputs(drop_untrained_objectives(weights)),
-            example={"image": _example_picture(), "text": "a grey square"},
+            example={"image": picture.getvalue(), "text": "a grey square"},
             step=weights.step,
             params={"stage": stage.name, "step": str(weights.step), "model": config.model.kind},
             tags={"mome.checkpoint": redact(weights.url), "mome.stage": stage.name, "mome.step": str(weights.step)},
@@ -73,9 +75,3 @@ def _write(weights: Weights, folder: str) -> None:
         "absent": sorted(weights.absent),
     }
     save_weights(Storage(), folder, weights.tensors, weights.vocabulary, metadata, weights.choices)
-
-
-def _example_picture() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (128, 128, 128)).save(buffer, "PNG")
-    return buffer.getvalue()

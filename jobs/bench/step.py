@@ -24,7 +24,6 @@ import torch
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.planning.hardware import TERA, accelerator_like
 from pipeline.planning.memory import Memory, Work, memory_of
@@ -104,7 +103,9 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
 
     measured: Numbers = {}
     seconds = _seconds_a_step(run, WARM_STEPS, steps, collectives) if steps else 0.0
-    held = sum(_without(living(device), before).values()) - _bytes(batch)
+    members = [member for member in vars(batch).values() if isinstance(member, torch.Tensor)]
+    batch_bytes = sum(member.untyped_storage().nbytes() for member in members)
+    held = sum(_without(living(device), before).values()) - batch_bytes
     started = time.perf_counter()
     peak = held + peak_of(lambda: measured.update(_categories(engine, measured_engine, run)), device)
     seconds = seconds or time.perf_counter() - started
@@ -168,10 +169,6 @@ def _categories(engine: DeepSpeedEngine, measured: MeasuredEngine, run: Callable
 
 def _without(storages: Storages, others: Storages) -> Storages:
     return {address: size for address, size in storages.items() if address not in others}
-
-
-def _bytes(batch: Batch) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in vars(batch).values() if isinstance(tensor, torch.Tensor))
 
 
 def _reachable(device: torch.device) -> float:

@@ -82,11 +82,16 @@ def bench_storage(
         folder = stack.enter_context(_temporary_folder(storage, url))
         progress(f"writing {object_bytes / MIB:.0f} MiB")
         target = ReadTarget(storage, join(folder, "object"), object_bytes, range_bytes, in_flight)
-        _write_object(storage, target.url, object_bytes)
+        with tempfile.NamedTemporaryFile(prefix="mome-bench-") as file:
+            for offset in range(0, object_bytes, MIB):
+                file.write(os.urandom(min(MIB, object_bytes - offset)))  # no store can compress it
+            file.flush()
+            storage.upload(file.name, target.url)
         read = _rounds(partial(_measure_read, target=target), readers(target), rounds, progress)
         progress(f"writing {objects} objects")
         many = join(folder, "many")
-        _write_many(storage, many, objects, in_flight)
+        with ThreadPoolExecutor(in_flight) as threads:
+            list(threads.map(lambda number: storage.write(join(many, f"{number:06d}"), b"x"), range(objects)))
         listing = _rounds(partial(_measure_list, objects=objects), listers(storage, many), rounds, progress)
     return {
         "url": url,
@@ -287,20 +292,6 @@ def _temporary_folder(storage: Storage, url: str) -> Iterator[str]:
         yield folder
     finally:
         storage.delete(folder)
-
-
-def _write_object(storage: Storage, url: str, size: int) -> None:
-    with tempfile.NamedTemporaryFile(prefix="mome-bench-") as file:
-        for at in range(0, size, MIB):
-            file.write(os.urandom(min(MIB, size - at)))  # no store can compress it
-        file.flush()
-        storage.upload(file.name, url)
-
-
-def _write_many(storage: Storage, folder: str, objects: int, in_flight: int) -> None:
-    with ThreadPoolExecutor(in_flight) as threads:
-        for _ in threads.map(lambda number: storage.write(join(folder, f"{number:06d}"), b"x"), range(objects)):
-            pass
 
 
 @contextmanager
