@@ -317,7 +317,12 @@ def _describe(fault: Any, values: dict[str, Any]) -> str:
         return message
     if fault["type"] == "value_error" or isinstance(fault["input"], dict):
         return f"{path}: {message}"
-    return f"{path}: {message} (got {fault['input']!r}){_choice(fault)}"
+    hint = ""
+    if fault["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+        if close := difflib.get_close_matches(str(fault["input"]), choices, n=1):
+            hint = f"; did you mean '{close[0]}'?"
+    return f"{path}: {message} (got {fault['input']!r}){hint}"
 
 
 def _named(location: list[str], index: int, values: dict[str, Any]) -> str:
@@ -331,14 +336,6 @@ def _named(location: list[str], index: int, values: dict[str, Any]) -> str:
         isinstance(name, str) and [s.get("name") for s in values["stages"] if isinstance(s, dict)].count(name) == 1
     )
     return name if is_name and name and location[2:] != ["name"] else part
-
-
-def _choice(fault: Any) -> str:
-    if fault["type"] != "literal_error":
-        return ""
-    choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-    close = difflib.get_close_matches(str(fault["input"]), choices, n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _model_at(location: list[str]) -> Any:
