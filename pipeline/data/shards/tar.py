@@ -106,7 +106,11 @@ class Tar:
                 continue
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise self._error("it has a sparse file, which cannot be read by range. Pack it without --sparse")
-            path = _until_zero(attributes.get(b"path", b"")) or long_name or _header_path(header)
+            path = _until_zero(attributes.get(b"path", b"")) or long_name
+            if not path:
+                path, prefix = _until_zero(header[:100]), _until_zero(header[345:500])
+                if prefix and header[257:263] == b"ustar\0":  # GNU's older format has other fields there
+                    path = prefix + b"/" + path
             if kind in b"\x000" and path.endswith(b"/") and not size:
                 kind = b"5"  # a folder in tars from before folders had a type
             if kind in b"\x0007":
@@ -267,9 +271,3 @@ def _parse_number(field: bytes) -> int:
 
 def _until_zero(data: bytes) -> bytes:
     return data.split(b"\0", 1)[0]
-
-
-def _header_path(header: bytes) -> bytes:
-    name, prefix = _until_zero(header[:100]), _until_zero(header[345:500])
-    is_posix = header[257:263] == b"ustar\0"  # GNU's older format has other fields in place of the prefix
-    return prefix + b"/" + name if prefix and is_posix else name
