@@ -62,8 +62,13 @@ class VisualTokenizer(nn.Module):
 
 def read_tokenizer(config: bytes, weights: bytes, origin: str) -> VisualTokenizer:
     """Build the tokenizer of a config.json and tensors. Raises CheckpointError naming `origin` if they disagree."""
-    state = {_hugging_face_name(name): tensor for name, tensor in read_tensors(weights, origin).tensors.items()}
-    section = _read_section(config, origin, most=len(state))
+    state = {}
+    for published, tensor in read_tensors(weights, origin).tensors.items():
+        name = published.removeprefix("image_codebook.")  # of a whole FLAVA checkpoint
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        state[name] = tensor
+    section = _read_section(config, origin, limit=len(state))
     try:
         with torch.device("meta"):  # before allocating memory for sizes that no tensor has
             shapes = {name: tuple(tensor.shape) for name, tensor in FlavaImageCodebook(section).state_dict().items()}
@@ -76,8 +81,8 @@ def read_tokenizer(config: bytes, weights: bytes, origin: str) -> VisualTokenize
     return VisualTokenizer(encoder)
 
 
-def _read_section(config: bytes, origin: str, most: int) -> FlavaImageCodebookConfig:
-    """Return the sizes of a config.json, with at most `most` groups and blocks (there are no more tensors)."""
+def _read_section(config: bytes, origin: str, limit: int) -> FlavaImageCodebookConfig:
+    """Return the sizes of a config.json, with at most `limit` groups and blocks (there are no more tensors)."""
     try:
         section = read_json(config, "config.json")
     except CheckpointError as error:
@@ -87,17 +92,9 @@ def _read_section(config: bytes, origin: str, most: int) -> FlavaImageCodebookCo
     keys = ("num_groups", "input_channels", "num_blocks_per_group", "hidden_size", "vocab_size")
     sizes = {key: section[key] for key in keys if key in section}
     wrong = [key for key, value in sizes.items() if not isinstance(value, int) or value < 1]
-    wrong += [key for key in ("num_groups", "num_blocks_per_group") if key in sizes and sizes[key] > most]
+    wrong += [key for key in ("num_groups", "num_blocks_per_group") if key in sizes and sizes[key] > limit]
     if wrong:
         raise CheckpointError(
             f"{origin}: its config.json has {wrong[0]}={sizes[wrong[0]]!r}, which does not fit its tensors"
         )
     return FlavaImageCodebookConfig(**sizes)
-
-
-def _hugging_face_name(published: str) -> str:
-    """Return Hugging Face's name of a tensor, also for a whole FLAVA checkpoint."""
-    name = published.removeprefix("image_codebook.")
-    for pattern, replacement in _NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name

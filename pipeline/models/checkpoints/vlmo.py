@@ -124,7 +124,12 @@ def infer_section(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> dic
     expand = state.get("transformer.blocks.0.mlp_imag.fc1.weight")
     if expand is not None:
         section["mlp_ratio"] = len(expand) // width
-    reach = _reach_of_table(state, overrides) if relative else _reach_of_positions(state)
+    image, text = state.get(_OUTSIDE["image_embedding.positions"]), state.get(_TEXT_POSITIONS)
+    reach: tuple[int, int] | None = None  # grid side and longest text
+    if relative:
+        reach = _reach_of_table(state, overrides)
+    elif image is not None and text is not None:
+        reach = round((image.shape[1] - 1) ** 0.5), len(text)
     if reach is not None:
         section |= {"image_size": reach[0] * section["patch_size"], "max_text_length": reach[1]}
     return section | dict(overrides)
@@ -156,11 +161,6 @@ def _reach_of_table(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> t
         f"{_TABLE} has {len(state[_TABLE])} rows, which fit several text lengths and image sizes; "
         "give image_size=… and max_text_length=…"
     )
-
-
-def _reach_of_positions(state: dict[str, Tensor]) -> tuple[int, int] | None:
-    image, text = state.get(_OUTSIDE["image_embedding.positions"]), state.get(_TEXT_POSITIONS)
-    return None if image is None or text is None else (round((image.shape[1] - 1) ** 0.5), len(text))
 
 
 def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collection[str] = ()) -> dict[str, Tensor]:
