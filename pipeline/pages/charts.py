@@ -95,7 +95,12 @@ def line_chart(
     for measure in measures:
         panels.append(_panel(measure, x_of, top + GAP))
         top = panels[-1].bottom
-    bands = [_band(number, name, x_of(first), x_of(last)) for number, (name, first, last) in enumerate(stages)]
+    bands = []
+    for number, (name, first, last) in enumerate(stages):
+        start, length = x_of(first), x_of(last) - x_of(first)
+        room = length / 6.5  # in letters
+        label = name if len(name) <= room else f"{name[: int(room) - 1]}…" if room >= 4 else ""
+        bands.append(Band(number, round(start, 1), round(length, 1), label))
     placed_marks = [(round(x_of(mark.x), 1), mark.kind, mark.text) for mark in marks]
     return Chart(
         width, top + BOTTOM, LEFT, RIGHT, panels, bands, placed_marks, _x_ticks(x_of, in_seconds)
@@ -157,12 +162,6 @@ def decades(values: Sequence[float]) -> tuple[float, float, list[float]]:
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     stride = -(-(high - low) // 4)
     return 10.0**low, 10.0**high, [10.0**power for power in range(low, high + 1, stride)]
-
-
-def _band(stage: int, name: str, start: float, end: float) -> Band:
-    room = (end - start) / 6.5  # in letters
-    label = name if len(name) <= room else f"{name[: int(room) - 1]}…" if room >= 4 else ""
-    return Band(stage, round(start, 1), round(end - start, 1), label)
 
 
 def _x_ticks(x_of: Axis, in_seconds: bool) -> list[tuple[float, str]]:

@@ -69,7 +69,11 @@ def compare(runs: Sequence[RunFolder]) -> Comparison:
                     (number, [(step - first, value) for _, step, value in series])
                 )
     config = differences(dict(zip(names, runs, strict=True)))
-    return Comparison(names, config, _results(runs), losses, [run.folder for run in runs])
+    results = [{(group, name): value for group, name, value in _results_of(run)} for run in runs]
+    rows: dict[str, list[Row]] = {}
+    for group, name in dict.fromkeys(key for result in results for key in result):
+        rows.setdefault(group, []).append(Row(name, [result.get((group, name)) for result in results]))
+    return Comparison(names, config, rows, losses, [run.folder for run in runs])
 
 
 def differences(runs: dict[str, RunFolder]) -> dict[str, dict[str, Any]]:
@@ -102,14 +106,6 @@ def _by_name(values: Any) -> Any:
     if isinstance(values, list) and values and all(isinstance(v, dict) and "name" in v for v in values):
         return {v["name"]: {key: _by_name(value) for key, value in v.items() if key != "name"} for v in values}
     return values
-
-
-def _results(runs: Sequence[RunFolder]) -> dict[str, list[Row]]:
-    results = [{(group, name): value for group, name, value in _results_of(run)} for run in runs]
-    rows: dict[str, list[Row]] = {}
-    for group, name in dict.fromkeys(key for result in results for key in result):
-        rows.setdefault(group, []).append(Row(name, [result.get((group, name)) for result in results]))
-    return rows
 
 
 def _results_of(run: RunFolder) -> Iterator[tuple[str, str, Result]]:

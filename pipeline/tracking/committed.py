@@ -108,7 +108,11 @@ class CommittedJournal:
         """
         segments = committed_segments(self._store, self._url)
         self._ends = {session: chain[-1].end for session, chain in segments.items()}
-        behind = [session for session, end in self._ends.items() if _is_behind(journal.path(session), end)]
+        behind = []
+        for session, end in self._ends.items():
+            path = journal.path(session)
+            if not path.exists() or (path.stat().st_size < end and not is_held(path)):  # held: it is being written
+                behind.append(session)
         if not behind:
             return False
         journal.mark_restored()
@@ -189,11 +193,6 @@ class CommittedJournal:
                     continue
                 write_durably(path, self._store.read(url))
             self._files.add(name)
-
-
-def _is_behind(path: Path, end: int) -> bool:
-    """Return True if the local session has less than `end` bytes and is not being written."""
-    return not path.exists() or (path.stat().st_size < end and not is_held(path))
 
 
 def _trains(session: bytes) -> bool:
