@@ -206,7 +206,12 @@ class StageTracking(Callback):
 
     def on_stage_start(self, state: StageState, start: int) -> None:
         stage, coverage = self._stage, self._context.coverage
-        tags = {"plan_digest": state.loader.digest[:36], "start_from": self._origin()}
+        start_from = stage.config.start_from
+        if start_from == "previous":
+            start_from = stage_url(stage.run, stage.index - 1) if stage.index else "random"
+        elif start_from != "random":
+            start_from = finished_stage(self._context.storage, start_from)
+        tags = {"plan_digest": state.loader.digest[:36], "start_from": start_from}
         if start:
             tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}
         if coverage is not None and stage.run.model.READS_TEXT:
@@ -224,10 +229,3 @@ class StageTracking(Callback):
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._tracker.metrics(self._stage.global_step(step + 1), metrics)
-
-    def _origin(self) -> str:
-        """Return where the stage's starting weights come from: a URL or `random`."""
-        start, index = self._stage.config.start_from, self._stage.index
-        if start != "previous":
-            return start if start == "random" else finished_stage(self._context.storage, start)
-        return stage_url(self._stage.run, index - 1) if index else "random"

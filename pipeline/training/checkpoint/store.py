@@ -227,7 +227,13 @@ class CheckpointStore:
     def _newest_complete(self) -> tuple[Checkpoint, SavedState] | None:
         is_first = self.collectives.rank == 0
         for url in self.collectives.broadcast_json(newest_first(self.storage, self.url) if is_first else None):
-            manifest = self.collectives.broadcast_json(self._manifest(url) if is_first else None)
+            read: dict[str, Any] | None = None
+            if is_first:
+                try:
+                    read = read_manifest(self.storage, url)
+                except CheckpointError as error:
+                    log.warning("checkpoint skipped: %s", error)
+            manifest = self.collectives.broadcast_json(read)
             files = None if manifest is None else self._verify(url, manifest["files"])
             if files is not None:
                 names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
@@ -236,13 +242,6 @@ class CheckpointStore:
                 self._newest = CheckpointInfo.of(url, manifest)
                 return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
         return None
-
-    def _manifest(self, url: str) -> dict[str, Any] | None:
-        try:
-            return read_manifest(self.storage, url)
-        except CheckpointError as error:
-            log.warning("checkpoint skipped: %s", error)
-            return None
 
     def _verify(self, url: str, records: Mapping[str, Record]) -> dict[str, ObjectInfo] | None:
         """Return the verified version of every file, or None if one is damaged. Each rank verifies a part of them."""
