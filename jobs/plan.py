@@ -273,13 +273,10 @@ def _memory_lines(plan: StagePlan, target: Target) -> Iterator[str]:
     )
     for name, alternative in {"as configured": plan.chosen, **plan.by_zero_stage}.items():
         values = "".join(f"{alternative.memory.as_json()[category] / GB:>12,.2f}" for category in CATEGORIES)
-        yield f"  {name:<36}{values}  {_largest_micro_batch(alternative)}"
-
-
-def _largest_micro_batch(chosen: StageEstimate) -> str:
-    if not chosen.largest_micro_batch:
-        return "none fits"
-    return f"{chosen.largest_micro_batch}" + ("" if chosen.fits else f"; {chosen.micro_batch_size} do not fit")
+        largest = f"{alternative.largest_micro_batch or 'none fits'}"
+        if alternative.largest_micro_batch and not alternative.fits:
+            largest += f"; {alternative.micro_batch_size} do not fit"
+        yield f"  {name:<36}{values}  {largest}"
 
 
 def _scaling_lines(points: list[Point]) -> Iterator[str]:

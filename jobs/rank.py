@@ -146,7 +146,12 @@ class RankPreemptionSignal:
             if self._mail.stop_requested():
                 self.reason = STOPPED
                 return
-            available = self._available_ranks() if self._num_missing > 0 else 0
+            available = 0
+            if self._num_missing > 0:
+                try:
+                    available = available_ranks(self._cluster)
+                except Exception as error:  # the head may be unreachable for a while; the next check tries again
+                    log.warning("cannot determine whether more ranks would fit: %s", error)
             since = (since or time.monotonic()) if available > 0 else None
             if since and time.monotonic() - since >= self._cluster.grow_seconds:
                 log.warning(
@@ -155,13 +160,6 @@ class RankPreemptionSignal:
                 )
                 self.reason = GROWN
                 return
-
-    def _available_ranks(self) -> int:
-        try:
-            return available_ranks(self._cluster)
-        except Exception as error:  # the head may be unreachable for a while; the next check tries again
-            log.warning("cannot determine whether more ranks would fit: %s", error)
-            return 0
 
 
 def _node_is_draining() -> bool:

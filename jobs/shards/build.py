@@ -163,13 +163,11 @@ def _hints(source: Path, kind: str, problems: Problems, counts: ImportCounts) ->
         yield "none of the listed images exists; give the folder that their paths are relative to with --images"
     elif problems.faults > counts.samples:
         yield f"more entries could not be used ({problems.faults}) than were imported ({counts.samples})"
-    if kind == "folder" and counts.images and not counts.captions and _is_folder_of_classes(source):
-        yield "there are no captions, but one folder per class? Import it with --kind classes to train a classifier"
-
-
-def _is_folder_of_classes(folder: Path) -> bool:
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return sum(entry.is_dir() for entry in entries) > 1 and not any(suffix_of(e.name) in EXTENSIONS for e in entries)
+    if kind == "folder" and counts.images and not counts.captions:
+        entries = [entry for entry in source.iterdir() if not entry.name.startswith(".")]
+        has_images = any(suffix_of(entry.name) in EXTENSIONS for entry in entries)
+        if sum(entry.is_dir() for entry in entries) > 1 and not has_images:
+            yield "there are no captions, but one folder per class? Import it with --kind classes to train a classifier"
 
 
 def _report_problems(problems: Problems) -> None:
