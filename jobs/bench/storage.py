@@ -79,7 +79,8 @@ def bench_storage(
         if url is None:
             kind, url, config = stack.enter_context(_own_store())
         storage = Storage(config)
-        folder = stack.enter_context(_temporary_folder(storage, url))
+        folder = join(url, f"mome-bench-{secrets.token_hex(6)}")
+        stack.callback(storage.delete, folder)
         progress(f"writing {object_bytes / MIB:.0f} MiB")
         target = ReadTarget(storage, join(folder, "object"), object_bytes, range_bytes, in_flight)
         with tempfile.NamedTemporaryFile(prefix="mome-bench-") as file:
@@ -283,15 +284,6 @@ def _counting_requests() -> Iterator[list[str]]:
 
 
 # ---- what is measured
-
-
-@contextmanager
-def _temporary_folder(storage: Storage, url: str) -> Iterator[str]:
-    folder = join(url, f"mome-bench-{secrets.token_hex(6)}")
-    try:
-        yield folder
-    finally:
-        storage.delete(folder)
 
 
 @contextmanager
