@@ -1,4 +1,4 @@
-"""Arguments that name files of this machine refuse URLs of stores, of which pathlib would make local folders."""
+"""Command-line arguments for local files reject URLs, from which pathlib would create local folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _parameters(command):
     yield from command.params
 
 
-def test_no_path_of_the_command_line_is_read_in_another_way():
+def test_every_path_argument_is_parsed_as_a_local_file():
     parameters = _parameters(typer.main.get_command(app))
     described = [each.type_descriptor for each in parameters if hasattr(each, "type_descriptor")]
     paths = [each.parameter_info for each in described if "Path" in str(each.annotation)]
@@ -29,7 +29,7 @@ def test_no_path_of_the_command_line_is_read_in_another_way():
 
 @pytest.mark.parametrize("value", ["s3://bucket/page.html", "s3:/bucket/page.html", "${SCRATCH}/page.html", "file:/x"])
 @pytest.mark.parametrize("command", [["report", "run", "--out"], ["shards", "show", "x", "--sheet"], ["train"]])
-def test_a_url_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch, command: list[str], value: str):
+def test_url_is_rejected_and_nothing_is_written(tmp_path: Path, monkeypatch, command: list[str], value: str):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, [*command, value])
     assert result.exit_code == 2
@@ -37,7 +37,7 @@ def test_a_url_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch, co
     assert os.listdir(tmp_path) == []
 
 
-def test_local_paths_are_taken():
+def test_local_paths_are_accepted():
     assert local_file("~/x") == Path.home() / "x"
     assert local_file("file:///a/b") == Path("/a/b")
     assert local_file("a/b") == Path("a/b")

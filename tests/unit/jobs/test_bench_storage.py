@@ -1,4 +1,4 @@
-"""`mome bench storage`: every contender reads the same bytes, and nothing of a measurement stays behind."""
+"""`mome bench storage`: every reader reads the same bytes, and a measurement leaves no files behind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ module = importlib.import_module("jobs.bench.storage")  # the package's attribut
 READ = {"mb_per_second", "cpu_seconds_per_gib", "first_byte_seconds", "requests"}
 LIST = {"seconds", "cpu_seconds", "objects_per_second", "requests"}
 LOCAL = {"mome", "mome.open", "fsspec.cat_ranges", "fsspec.open"}
-SIZE = 3 * MIB + 5  # the last range is a short one
+SIZE = 3 * MIB + 5  # the last range is shorter
 
 
 def check_contenders(url: str, config: StorageConfig) -> None:
@@ -29,15 +29,15 @@ def check_contenders(url: str, config: StorageConfig) -> None:
     assert all(sorted(names()) == ["object", "other"] for names in listers(storage, url).values())
 
 
-def test_every_contender_reads_an_object_and_lists_a_bucket(s3) -> None:
+def test_every_reader_reads_an_object_and_lists_a_bucket(s3) -> None:
     check_contenders(s3.url("measured"), s3.config)
 
 
-def test_every_contender_reads_a_file_and_lists_a_folder(tmp_path: Path) -> None:
+def test_every_reader_reads_a_file_and_lists_a_folder(tmp_path: Path) -> None:
     check_contenders(str(tmp_path), StorageConfig())
 
 
-def test_figures_of_a_bucket_count_requests_and_leave_it_empty(s3) -> None:
+def test_bucket_results_count_requests_and_leave_it_empty(s3) -> None:
     found = bench_storage(s3.url("measured"), s3.config, object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=2)
     assert found["url"] == s3.url("measured")
     assert found["object_bytes"] == SIZE
@@ -53,14 +53,14 @@ def test_figures_of_a_bucket_count_requests_and_leave_it_empty(s3) -> None:
     assert Storage(s3.config).list(s3.url()) == []
 
 
-def test_a_folder_is_measured_without_any_request(tmp_path: Path) -> None:
+def test_folder_is_measured_without_requests(tmp_path: Path) -> None:
     found = bench_storage(str(tmp_path), object_bytes=SIZE, range_bytes=MIB, objects=3, rounds=1)
     assert set(found["read"]) == LOCAL
     assert {figures["requests"] for figures in found["read"].values()} == {0}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_url_a_store_is_started_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_url_a_store_is_started_and_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     started, popen = [], module.subprocess.Popen
@@ -70,14 +70,14 @@ def test_without_a_url_a_store_is_started_and_ended(monkeypatch: pytest.MonkeyPa
     assert [server.poll() is not None for server in started] == [True]
 
 
-def test_a_contender_that_reads_too_little_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_incomplete_read_is_an_error_and_leaves_no_files(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "readers", lambda target: {"short": lambda: iter([b"1"])})
     with pytest.raises(StorageError, match=rf"object: 1 of {SIZE} bytes were read"):
         bench_storage(str(tmp_path), object_bytes=SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_that_measure_nothing_are_refused(tmp_path: Path) -> None:
+def test_settings_that_measure_nothing_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="range_bytes is 0"):
         bench_storage(str(tmp_path), range_bytes=0)
     with pytest.raises(ConfigError, match="rounds is 0"):

@@ -1,4 +1,4 @@
-"""`mome shards build` tells what it imported and what it did not, and what to try where nothing fits."""
+"""`mome shards build` reports what it imported and skipped, and suggests options when no entry matches."""
 
 from __future__ import annotations
 

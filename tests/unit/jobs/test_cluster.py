@@ -1,4 +1,4 @@
-"""Joining or starting a Ray: whatever is wrong is one message in seconds, and nothing is left open to other users."""
+"""Joining or starting Ray: every failure is one message within seconds, and nothing is accessible to other users."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.config.schema import ClusterConfig
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No Ray is started or joined here."""
+    """Remove Ray's environment variables and fail the test if it starts or joins Ray."""
     import ray
 
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):
@@ -31,7 +31,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def joined(address: str) -> str:
-    """What is said of an address."""
+    """Return the error message of connecting to this address."""
     with pytest.raises(RunFailed) as error:
         connect(ClusterConfig(address=address))
     return str(error.value)
@@ -51,7 +51,7 @@ def joined(address: str) -> str:
         (None, "", None),
     ],
 )
-def test_the_address_is_told_with_what_names_it(
+def test_address_is_returned_with_its_origin(
     named: str | None, variable: str | None, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if variable is not None:
@@ -68,24 +68,24 @@ def test_the_address_is_told_with_what_names_it(
         ("[fe80::1%eth0]:6379", ("fe80::1%eth0", 6379)),
     ],
 )
-def test_hosts_may_be_of_ipv6(address: str, expected: tuple[str, int]) -> None:
+def test_hosts_may_be_ipv6_addresses(address: str, expected: tuple[str, int]) -> None:
     assert host_and_port(address) == expected
 
 
 @pytest.mark.parametrize("address", ["head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"])
-def test_what_is_no_host_and_port_is_refused(address: str) -> None:
+def test_malformed_host_and_port_are_rejected(address: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
         host_and_port(address)
     assert joined(address).startswith(f"cluster.address {address}: no Ray cluster answers")
 
 
-def test_a_fault_of_the_variable_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_ray_address_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(RunFailed, match=r"^RAY_ADDRESS http://head:8265: "):
         connect(ClusterConfig())
 
 
-def test_ray_clients_addresses_are_refused() -> None:
+def test_ray_client_addresses_are_rejected() -> None:
     assert "cannot place ranks" in joined("ray://head:10001")
 
 
@@ -99,7 +99,7 @@ class _Page(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_port_that_is_no_heads_is_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_port_without_a_ray_head_is_reported_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), _Page) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         assert "is no Ray head" in joined(f"127.0.0.1:{server.server_port}")
@@ -110,7 +110,7 @@ def test_a_port_that_is_no_heads_is_told_in_seconds(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
-def test_a_head_of_ipv6_is_reached() -> None:
+def test_ipv6_head_is_reached() -> None:
     with HTTPServer(("127.0.0.1", 0), _Page, bind_and_activate=False) as server:
         server.address_family = socket.AF_INET6
         server.socket = socket.create_server(("::1", 0), family=socket.AF_INET6)
@@ -128,7 +128,7 @@ def test_a_head_of_ipv6_is_reached() -> None:
         (PermissionError(13, "Permission denied"), "mome doctor"),
     ],
 )
-def test_a_local_ray_that_does_not_start_is_one_message(
+def test_local_ray_that_does_not_start_is_one_message(
     error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import ray
@@ -142,7 +142,7 @@ def test_a_local_ray_that_does_not_start_is_one_message(
         connect(ClusterConfig())
 
 
-def test_a_token_is_its_owners_alone_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / ".ray" / "auth_token"
     keep_token_private()
@@ -156,7 +156,7 @@ def test_a_token_is_its_owners_alone_before_ray_starts(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/no-such"])
-def test_a_home_that_cannot_be_written_needs_no_token_file(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_home_needs_no_token_file(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
@@ -164,7 +164,7 @@ def test_a_home_that_cannot_be_written_needs_no_token_file(home: str, monkeypatc
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
-def test_temporary_files_lie_in_a_folder_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_are_in_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = private_folder("mome-ray-train")
     assert folder == private_folder("mome-ray-train")

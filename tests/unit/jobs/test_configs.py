@@ -1,4 +1,4 @@
-"""Recipes, the table of objectives, and `mome fingerprint`, which changes nothing of a run."""
+"""Recipes, the table of objectives, and `mome fingerprint`, which does not modify the run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tests.support.trial import cells
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file under a folder, with when it was written."""
+    """Return the bytes and modification time of every file below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_a_fingerprint_claims_no_name(tmp_path: Path) -> None:
+def test_fingerprint_does_not_claim_the_run_name(tmp_path: Path) -> None:
     found = fingerprint_of(short_config(str(tmp_path)), "pairs", "0:2", 1, 0, 1)
     assert not (tmp_path / "run").exists()
     prepare(short_config(str(tmp_path), seed=9), Storage())
     assert fingerprint_of(short_config(str(tmp_path), seed=9), "pairs", "0:2", 1, 0, 1) != found
 
 
-def test_a_fingerprint_of_a_run_changes_nothing_and_is_equal(tmp_path: Path) -> None:
+def test_fingerprint_of_a_run_is_equal_and_changes_no_file(tmp_path: Path) -> None:
     config = short_config(str(tmp_path), tokenizer__size=40)
     before = fingerprint_of(config, "pairs", "0:2", 1, 0, 1)
     prepare(config, Storage())
@@ -43,7 +43,7 @@ def test_a_fingerprint_of_a_run_changes_nothing_and_is_equal(tmp_path: Path) -> 
     assert contents(tmp_path) == files
 
 
-def test_what_training_would_refuse_is_refused(tmp_path: Path) -> None:
+def test_config_that_training_rejects_is_rejected(tmp_path: Path) -> None:
     prepare(short_config(str(tmp_path)), Storage())
     with pytest.raises(ConfigError, match="seed: was 7, now 9"):
         fingerprint_of(short_config(str(tmp_path), seed=9), None, "0:1", 1, 0, 1)
@@ -52,9 +52,7 @@ def test_what_training_would_refuse_is_refused(tmp_path: Path) -> None:
         fingerprint_of(short_config(str(tmp_path)), None, "0:1", 1, 0, 1)
 
 
-def test_a_run_with_relative_paths_is_fingerprinted_by_the_config_it_was_trained_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fingerprint_accepts_a_run_with_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = short_config("runs")
     tokenizer = prepare(with_absolute_paths(config), Storage())
@@ -70,7 +68,7 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_every_recipe_is_listed_and_shown_whole() -> None:
+def test_every_recipe_is_listed_and_shown_in_full() -> None:
     recipes = json.loads(run("config", "list", "--json"))
     assert recipes["demo"] == "vlmo: vision → language → vision_language"
     assert "finetune/vilt_b32_vqa" in recipes
@@ -78,7 +76,7 @@ def test_every_recipe_is_listed_and_shown_whole() -> None:
     assert run("config", "show", "configs/demo.yaml") == read_recipe("demo")
 
 
-def test_an_unknown_recipe_is_refused_with_the_known_names() -> None:
+def test_unknown_recipe_is_rejected_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match=r"no recipe 'dmeo'; expected one of demo, "):
         read_recipe("dmeo")
 
@@ -88,7 +86,7 @@ def test_schema_describes_the_config() -> None:
     assert {"name", "model", "sources", "stages"} <= schema["properties"].keys()
 
 
-def test_table_of_objectives_holds_every_trainable_combination() -> None:
+def test_objective_table_has_every_trainable_combination() -> None:
     table = json.loads(run("objectives", "--json"))["objectives"]
     assert list(table) == list(objective_names())
     listed = {

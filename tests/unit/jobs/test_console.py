@@ -1,4 +1,4 @@
-"""What commands print: for people a line a value, for machines one JSON object."""
+"""Commands print one value per line as text, or one JSON object with --json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.config.errors import RunFailed
 RESULT = {"pairs": 3, "mlm": {"accuracy": 0.123456, "accuracy_text_only": None}, "stages": ["a", "b"]}
 
 
-def test_people_read_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_output_omits_missing_values(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(RESULT, as_json=False)
     assert capsys.readouterr().out == "pairs         3\nmlm.accuracy  0.1235\nstages        a, b\n"
 
 
-def test_machines_read_everything_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_complete_and_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(RESULT, as_json=True)
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == RESULT
@@ -36,7 +36,7 @@ def test_values_from_data_never_control_the_terminal(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("message", [r"C:\[/bold]", "[red]", "[/]", "a [link=http://x]b[/link]", r"\[x]"])
-def test_an_error_text_with_markup_is_printed_as_it_is(
+def test_error_text_with_markup_is_printed_verbatim(
     message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:

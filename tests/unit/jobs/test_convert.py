@@ -1,3 +1,5 @@
+"""`mome import` and `mome export`: weights are unchanged by conversion, and unusable files are rejected."""
+
 from __future__ import annotations
 
 import json
@@ -63,9 +65,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_every_container_imports_to_the_same_weights_and_exports_to_the_same_tensors(
-    container: str, tmp_path: Path, vocabulary: str
-) -> None:
+def test_every_container_round_trips_to_the_same_tensors(container: str, tmp_path: Path, vocabulary: str) -> None:
     state = published()
     index = {"relative_position_index": torch.zeros(17, 17, dtype=torch.int64)} if container == "lightning" else {}
     path = save(tmp_path / "vlmo.pt", CONTAINERS[container](state | index))
@@ -97,7 +97,7 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> N
     assert {t.dtype for t in load_weights(Storage(), f"{tmp_path}/imported").tensors.values()} == {torch.float32}
 
 
-def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocabulary: str) -> None:
+def test_imported_weights_rebuild_the_original_model(tmp_path: Path, vocabulary: str) -> None:
     path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5, reasoning=True)))
     import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text_length=12"], vocabulary=vocabulary)
     made = build_trained_model(load_weights(Storage(), f"{tmp_path}/imported"))
@@ -105,7 +105,7 @@ def test_imported_weights_make_the_model_that_they_were_of(tmp_path: Path, vocab
     assert equal(made.state_dict(), expected.state_dict())
 
 
-def test_a_language_stage_lacks_the_fusion_expert_and_says_so(tmp_path: Path, vocabulary: str) -> None:
+def test_language_stage_reports_the_absent_fusion_expert(tmp_path: Path, vocabulary: str) -> None:
     stage = {n: t for n, t in published().items() if "_vl" not in n and not n.startswith(("itc", "itm", "logit"))}
     path = save(tmp_path / "textmlm.pt", {"state_dict": stage})
     sizes = ["max_text_length=12", "vision_language_layers=1"]
@@ -114,7 +114,7 @@ def test_a_language_stage_lacks_the_fusion_expert_and_says_so(tmp_path: Path, vo
     assert load_weights(Storage(), f"{tmp_path}/imported").absent == {"vision_language_expert"}
 
 
-def test_a_mismatch_lists_every_name_and_is_refused_unless_excused(tmp_path: Path, vocabulary: str) -> None:
+def test_mismatch_lists_names_and_is_rejected_unless_allowed(tmp_path: Path, vocabulary: str) -> None:
     state = published() | {"rank_output.weight": torch.zeros(1, 64), "rank_output.bias": torch.zeros(1)}
     state["itm_score.fc.bias"] = torch.zeros(3)
     del state["pooler.dense.bias"]
@@ -132,13 +132,13 @@ def test_a_mismatch_lists_every_name_and_is_refused_unless_excused(tmp_path: Pat
 
 
 class Armed:
-    """Pickles as a call: whoever loads it carelessly runs it."""
+    """Object whose unpickling calls a function, so that an unsafe loader executes it."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (Path.touch, (Path("ran"),))
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_would_run_code_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path / "armed.pt", {"state_dict": published(), "callbacks": Armed()})
     with pytest.raises(CheckpointError, match="would run code that it names"):
@@ -150,7 +150,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     ("contents", "told"),
     [(b"no checkpoint", "neither safetensors nor"), (b"", "neither safetensors nor"), (None, "no such file")],
 )
-def test_what_is_no_checkpoint_is_named(contents: bytes | None, told: str, tmp_path: Path) -> None:
+def test_file_that_is_not_a_checkpoint_is_named(contents: bytes | None, told: str, tmp_path: Path) -> None:
     path = tmp_path / "vlmo.pt"
     if contents is not None:
         path.write_bytes(contents)
@@ -158,13 +158,13 @@ def test_what_is_no_checkpoint_is_named(contents: bytes | None, told: str, tmp_p
         import_weights(str(path), "vlmo", f"{tmp_path}/imported")
 
 
-def test_tensors_beside_other_values_are_refused(tmp_path: Path) -> None:
+def test_state_dict_with_other_values_is_rejected(tmp_path: Path) -> None:
     path = save(tmp_path / "vlmo.pt", {"state_dict": published() | {"epoch": 3}})
     with pytest.raises(CheckpointError, match="also holds epoch"):
         import_weights(path, "vlmo", f"{tmp_path}/imported")
 
 
-def test_wrong_requests_say_what_to_do(tmp_path: Path, vocabulary: str) -> None:
+def test_invalid_arguments_are_rejected_with_a_remedy(tmp_path: Path, vocabulary: str) -> None:
     path, out = save(tmp_path / "vlmo.pt", published()), f"{tmp_path}/imported"
     for request, told in (
         ({"format_name": "onnx"}, "--format onnx: unknown; known: vlmo"),
@@ -185,7 +185,7 @@ def test_weights_are_never_overwritten(tmp_path: Path, vocabulary: str) -> None:
         import_weights(path, "vlmo", out, ["max_text_length=12"], vocabulary=vocabulary)
 
 
-def test_export_tells_what_the_format_has_no_names_for(tmp_path: Path, vocabulary: str) -> None:
+def test_export_lists_parameters_the_format_cannot_hold(tmp_path: Path, vocabulary: str) -> None:
     state = build_model(TINY, WORDS, HeadConfig("pixels"), seed=5).state_dict()
     own = tmp_path / "own.safetensors"
     safetensors.torch.save_file(state, own, {"model": TINY.model_dump_json()})
@@ -211,18 +211,18 @@ SECTIONS: dict[str, TransformerConfig] = {
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_every_format_goes_out_and_comes_back_as_it_was(format_name: str, tmp_path: Path, vocabulary: str) -> None:
+def test_every_format_round_trips(format_name: str, tmp_path: Path, vocabulary: str) -> None:
     section = SECTIONS[format_name]
     state = build_model(section, WORDS, seed=5).state_dict()
     with torch.no_grad():
         for name in state.keys() & {"image_embedding.modality"}:
-            state[name].zero_()  # BEiT has no such vector
+            state[name].zero_()  # BEiT has no such parameter
     own = tmp_path / "own.safetensors"
     safetensors.torch.save_file(state, own, {"model": section.model_dump_json()})
     import_weights(str(own), "safetensors", f"{tmp_path}/first", vocabulary=vocabulary)
     told = export_weights(f"{tmp_path}/first", format_name, f"{tmp_path}/out.safetensors")
     published = safetensors.torch.load_file(tmp_path / "out.safetensors")
-    torch.save({"state_dict": published}, tmp_path / "out.pt")  # a header would tell the sizes
+    torch.save({"state_dict": published}, tmp_path / "out.pt")  # a safetensors header would contain the sizes
     sizes = [f"{key}={value}" for key, value in section.model_dump(mode="json").items() if value is not None]
     import_weights(f"{tmp_path}/out.pt", format_name, f"{tmp_path}/second", sizes, vocabulary=vocabulary)
     back = load_weights(Storage(), f"{tmp_path}/second")

@@ -1,4 +1,4 @@
-"""A dashboard: the address that was given is checked and used; whatever answers there, mome ends in one message."""
+"""Connecting to a Ray dashboard: the given address is validated and used, and every failure is one message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server(ThreadingHTTPServer):
-    """A web server on the loopback that remembers each request's method, path and token."""
+    """HTTP server on the loopback interface that records each request's method, path and token."""
 
     def __init__(self, answer: Answer):
         self.seen: list[tuple[str, str, str | None]] = []
@@ -67,7 +67,7 @@ def give(body: object, status: int = 200, **headers: str) -> Answer:
 
 
 def ray_dashboard(handler: BaseHTTPRequestHandler) -> None:
-    """One that asks for the token."""
+    """Answer as a Ray dashboard that requires the token."""
     if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
         give("no token", 401)(handler)
     elif handler.path == "/api/version":
@@ -85,7 +85,7 @@ def own_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
 @pytest.mark.parametrize("other", ["http", "auto", "ray://127.0.0.1:10001", "127.0.0.1:6379"])
-def test_the_address_that_was_given_wins_over_rays_variables(
+def test_given_address_takes_precedence_over_ray_variables(
     variable: str, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(ray_dashboard) as named, serving(ray_dashboard) as another:
@@ -100,7 +100,7 @@ def test_the_address_that_was_given_wins_over_rays_variables(
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("asks_first", [False, True])
-def test_the_token_does_not_follow_a_redirect(status: int, asks_first: bool) -> None:
+def test_token_is_not_sent_to_a_redirect_target(status: int, asks_first: bool) -> None:
     with serving(ray_dashboard) as target:
 
         def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -114,8 +114,8 @@ def test_the_token_does_not_follow_a_redirect(status: int, asks_first: bool) -> 
         assert target.seen == []
 
 
-def test_a_job_and_its_code_are_taken(tmp_path: Path) -> None:
-    """A dashboard answers packages with an empty body."""
+def test_job_and_its_code_are_submitted(tmp_path: Path) -> None:
+    """The dashboard answers uploads of packages with an empty body."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         if handler.path.startswith("/api/packages/"):
@@ -133,7 +133,7 @@ def test_a_job_and_its_code_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", [302, 307])
-def test_a_redirect_after_the_client_was_let_in_is_not_followed(status: int) -> None:
+def test_redirect_after_authentication_is_not_followed(status: int) -> None:
     with serving(give("stolen")) as target:
 
         def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -160,7 +160,7 @@ def test_a_redirect_after_the_client_was_let_in_is_not_followed(status: int) -> 
         ("https://HEAD.example.org/ray/", "https://head.example.org/ray"),
     ],
 )
-def test_an_address_may_be_that_of_the_page_in_a_browser(given: str, expected: str) -> None:
+def test_address_may_be_copied_from_a_browser(given: str, expected: str) -> None:
     assert dashboard_address(given) == expected
     assert dashboard_address(expected) == expected
 
@@ -171,14 +171,14 @@ def test_an_address_may_be_that_of_the_page_in_a_browser(given: str, expected: s
      "head 1:8265", "http://head:8265\\@elsewhere", "http://alice:secret@head:8265", "http://a:secret@head:82x65",
      "ray://alice:secret@head:10001", "http://alice:[secret@head", "alice:secret@", "http://a..b:8265", 64 * "a"],
 )  # fmt: skip
-def test_what_is_no_address_of_a_dashboard_is_one_message(given: str) -> None:
+def test_invalid_dashboard_address_is_one_message(given: str) -> None:
     with pytest.raises(ConfigError, match="--address") as error:
         open_dashboard(given)
     assert "secret" not in str(error.value)
 
 
 def drop(handler: BaseHTTPRequestHandler) -> None:
-    handler.wfile.write(b"\x00\x00\x12\x04 this is not HTTP\r\n")  # as Ray's own ports answer
+    handler.wfile.write(b"\x00\x00\x12\x04 this is not HTTP\r\n")  # the response of Ray's gRPC ports
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def drop(handler: BaseHTTPRequestHandler) -> None:
     [drop, give("<html>"), give({"jobs": []}), give([1]), give("[" * 100_000), give("no", 404), give("oh", 500)],
     ids=["not-http", "html", "object", "numbers", "deep", "404", "500"],
 )
-def test_another_server_is_told_from_a_dashboard(answer: Answer) -> None:
+def test_server_that_is_not_a_dashboard_is_detected(answer: Answer) -> None:
     with serving(answer) as server, pytest.raises(RunFailed, match="no Ray dashboard"):
         open_dashboard(server.url)
 
 
 @pytest.mark.parametrize(("port", "told"), [(6379, "cluster.address"), (10001, "ray://"), (8265, "tunnel")])
-def test_the_right_port_is_named(port: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_connection_names_the_dashboard_port(port: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ConnectionRefusedError("refused")
 
@@ -207,7 +207,7 @@ def drip_headers(handler: BaseHTTPRequestHandler) -> None:
 
 
 def drip_body(handler: BaseHTTPRequestHandler) -> None:
-    """A byte now and then, for as long as somebody listens."""
+    """Send one byte every 20 ms until the client disconnects."""
     try:
         if handler.wfile.fileno() < 0:
             return
@@ -226,14 +226,14 @@ def drip(handler: BaseHTTPRequestHandler) -> None:
 
 
 @pytest.mark.parametrize("answer", [drip, drip_headers])
-def test_an_answer_that_never_ends_is_given_up_on(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_response_times_out(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dashboard, "LIST_SECONDS", 0.3)
     with serving(answer) as server, pytest.raises(RunFailed, match="no complete response"):
         open_dashboard(server.url)
 
 
-def test_a_dashboard_that_says_nothing_is_given_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both before the client is made and after."""
+def test_unresponsive_dashboard_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timeout applies both before the client is created and after."""
     monkeypatch.setattr(dashboard, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RunFailed, match="no Ray dashboard answers"):
         open_dashboard(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -253,7 +253,7 @@ def test_a_dashboard_that_says_nothing_is_given_up_on(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("proxy", ["http_proxy", "all_proxy", "HTTP_PROXY"])
-def test_what_is_on_this_machine_is_asked_directly(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_dashboard_bypasses_the_proxy(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(give("proxied")) as other, serving(ray_dashboard) as server:
         monkeypatch.setenv(proxy, other.url)
         assert open_dashboard(server.url).list_jobs() == []
@@ -261,14 +261,14 @@ def test_what_is_on_this_machine_is_asked_directly(proxy: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("token", ["two\nlines", "caf\xe9", "", "nul\0"])
-def test_a_token_that_no_header_carries_is_refused_unseen(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_invalid_in_a_header_is_rejected_but_not_shown(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.dashboard.resolve_secret", lambda reference: token)
     with pytest.raises(ConfigError, match="expected a token") as error:
         find_token("env:SECRET")
     assert not token.strip() or token not in str(error.value)
 
 
-def test_a_user_without_a_home_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_home_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless(_: object) -> None:
         raise RuntimeError("Could not determine home directory.")
 
@@ -278,7 +278,7 @@ def test_a_user_without_a_home_has_no_token(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class _Job:
-    """A client whose connection breaks, or goes silent, in the middle of the output."""
+    """Client whose connection breaks, or receives nothing more, in the middle of the output."""
 
     def __init__(self, silent: bool):
         self.silent, self.times = silent, 0

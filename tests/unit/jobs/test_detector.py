@@ -1,4 +1,4 @@
-"""A detector's output becomes regions by the same rule for every family: random tiny ones, saved and loaded locally."""
+"""Detector outputs become regions by the same rule for every model family, tested on tiny random detectors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], object]] = {
 
 
 def save(family: str, folder: Path) -> Path:
-    """A detector whose queries differ, as those of a trained one do."""
+    """Save a detector whose queries differ, as those of a trained one do."""
     make, processor = FAMILIES[family]
     torch.manual_seed(0)
     model = make()
@@ -95,14 +95,14 @@ def picture() -> np.ndarray:
 
 
 def test_region_has_its_query_vector_box_and_class(folder: Path, picture: np.ndarray) -> None:
-    """Compared with transformers' own post-processing, which keeps no vectors."""
+    """The reference is transformers' own post-processing, which discards the query vectors."""
     detector = Detector(folder, torch.device("cpu"))
     record = detector(picture, 100)
     with torch.inference_mode():
         output = detector._model(**detector._prepare(images=picture, return_tensors="pt"))
     expected = detector._prepare.post_process_object_detection(output, threshold=0.0, target_sizes=[(40, 60)])[0]
     order = torch.argsort(expected["scores"], descending=True, stable=True)
-    # With a class for "nothing" it tells each query once; else pairs of query and class, of which the first is ours.
+    # With a no-object class each query occurs once; otherwise (query, class) pairs, of which ours is the first.
     order = order if folder.name in ("detr", "yolos") else order[:1]
     for name, ours in (("scores", record.confidences), ("labels", record.classes)):
         np.testing.assert_allclose(ours[: len(order)], expected[name][order], atol=1e-6)

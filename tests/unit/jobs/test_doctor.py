@@ -1,4 +1,4 @@
-"""`mome doctor`: every check fails when it must and names a remedy; no check fails for something that is not needed."""
+"""`mome doctor`: each check fails when it must and names a remedy; nothing optional makes a check fail."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipeline.data.storage import Storage
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 Serve = Callable[..., str]
-PATIENCE = 300.0  # with a Ray that starts on a busy machine
+PATIENCE = 300.0  # includes starting Ray on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_too_little_shared_memory_fails(tmp_path: Path) -> None:
 def test_shared_memory_covers_loader_processes_and_nccl(tmp_path: Path) -> None:
     threads = demo(tmp_path)
     processes = demo(tmp_path, "data.loader.num_workers=2", "data.loader.prefetch_batches=3")
-    batch = 64 * 3 * 48 * 48  # the largest stage's rows as uint8 pictures
+    batch = 64 * 3 * 48 * 48  # the examples of the largest stage as uint8 images
     assert machine.shared_memory_of(threads, accelerators=0) == 0
     assert machine.shared_memory_of(processes, accelerators=0) == 4 * batch
     assert machine.shared_memory_of(processes, accelerators=1) == machine.NCCL_BYTES + 4 * batch // 2
@@ -271,7 +271,7 @@ def test_a_generated_source_may_be_missing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """serve({"/path": "body"}, date=…) -> URL of an HTTP server that answers that, and says that time."""
+    """Return a function `serve({"/path": "body"}, date=…)` that starts an HTTP server and returns its URL."""
     servers = []
 
     def start(pages: dict[str, str], date: float | None = None) -> str:
@@ -351,7 +351,7 @@ def test_missing_resources_are_summed_over_all_ranks(tmp_path: Path) -> None:
 def test_cluster_resources_are_compared_with_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(services, "CLUSTER_SECONDS", PATIENCE)
-    folder, port = Path(tempfile.mkdtemp(prefix="doctor")), closed_port()  # a socket's path is a short one
+    folder, port = Path(tempfile.mkdtemp(prefix="doctor")), closed_port()  # the length of a socket's path is limited
     ports = [f"--port={port}", "--min-worker-port=0", "--max-worker-port=0", "--include-dashboard=false"]
     start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=3", *ports]
     head = subprocess.Popen([*start, f"--temp-dir={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -379,7 +379,7 @@ def answers(port: int) -> bool:
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home that others may enter: pytest's folders are closed to them."""
+    """Return a home folder that other users may enter, unlike pytest's temporary folders."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         (Path(folder) / ".ray").mkdir(mode=0o755)

@@ -1,4 +1,4 @@
-"""`mome evaluate` names what it measured by the data, and neither replaces nor compares figures of other data."""
+"""`mome evaluate` names results by their data, and neither replaces nor compares results of different data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.finished_run import config_of, draw, write_run
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of shards; two of them are called alike."""
+    """Return two folders of shards that have the same name."""
     folder = tmp_path_factory.mktemp("drawn")
     return {"own": draw(folder / "test"), "other": draw(folder / "else" / "test", seed=1)}
 
@@ -48,7 +48,7 @@ def evaluate(run: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-def test_each_evaluation_has_a_name_a_report_and_figures_of_its_own(run: Path, data: dict[str, str]) -> None:
+def test_each_evaluation_has_its_own_name_report_and_metrics(run: Path, data: dict[str, str]) -> None:
     whole = evaluate(run)
     first = evaluate(run, "--limit", "6")
     other = evaluate(run, "--source", data["other"])
@@ -60,7 +60,7 @@ def test_each_evaluation_has_a_name_a_report_and_figures_of_its_own(run: Path, d
     assert all(Path(each["report"]).exists() for each in results)
     found = load_report_data(Storage(), str(run))
     assert {each.source: each.pairs for each in found} == {each["source"]: each["pairs"] for each in results}
-    assert headline(found).source == "test"  # the last three were made later
+    assert headline(found).source == "test"  # although the other three are newer
     page = (run / "report.html").read_text(encoding="utf-8")
     assert all(f'href="{Path(each["report"]).name}"' in page for each in results)
     again = evaluate(run)
@@ -68,7 +68,7 @@ def test_each_evaluation_has_a_name_a_report_and_figures_of_its_own(run: Path, d
     assert len(load_report_data(Storage(), str(run))) == 4
 
 
-def test_a_name_that_other_data_have_is_refused_before_anything_is_measured(run: Path, data: dict[str, str]) -> None:
+def test_name_of_other_data_is_rejected_before_evaluation(run: Path, data: dict[str, str]) -> None:
     evaluate(run, "--as", "mine")
     before = (run / "report-mine.html").read_bytes()
     for options in (("--limit", "6"), ("--source", data["other"])):
@@ -80,7 +80,9 @@ def test_a_name_that_other_data_have_is_refused_before_anything_is_measured(run:
     assert (run / "report-mine.html").read_bytes() == before
 
 
-def test_figures_of_other_data_are_not_set_beside(run: Path, made: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_metrics_of_different_data_are_not_compared(
+    run: Path, made: Path, data: dict[str, str], tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(made, tmp_path / "other"))
     with pytest.raises(ConfigError, match="never evaluated"):
         evaluate(run, "--against", str(other))
@@ -102,7 +104,7 @@ def test_figures_of_other_data_are_not_set_beside(run: Path, made: Path, data: d
     assert all(None not in values.values() for values in common.values())
 
 
-def test_long_names_are_cut_or_refused_and_links_lead_to_files(run: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_long_names_are_cut_or_rejected_and_links_resolve(run: Path, data: dict[str, str], tmp_path: Path) -> None:
     long, odd = (Path(shutil.copytree(data["other"], tmp_path / name)) for name in (250 * "x", "100% #1?"))
     assert Path(evaluate(run, "--source", str(long))["report"]).exists()
     with pytest.raises(ConfigError, match="--as"):
@@ -115,11 +117,11 @@ def test_long_names_are_cut_or_refused_and_links_lead_to_files(run: Path, data: 
 
 
 @pytest.mark.parametrize("content", [b"my notes", b"<!doctype html><title>another page</title>"])
-def test_a_file_that_mome_did_not_write_stays(
+def test_file_not_written_by_mome_is_not_replaced(
     run: Path, data: dict[str, str], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run.yaml").write_text((run / "run.json").read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("jobs.evaluate._evaluate", None)  # it is refused before anything is measured
+    monkeypatch.setattr("jobs.evaluate._evaluate", None)  # fails if the evaluation starts
     page = tmp_path / "page.html"
     page.write_bytes(content)
     for arguments in (
@@ -135,7 +137,7 @@ def test_a_file_that_mome_did_not_write_stays(
     assert page.read_bytes() == content
 
 
-def test_a_page_takes_the_place_of_its_own_kind_alone(run: Path, tmp_path: Path) -> None:
+def test_page_replaces_only_a_page_of_its_kind(run: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for _ in range(2):
         assert CliRunner().invoke(app, ["report", str(run), "--out", str(page)]).exit_code == 0
@@ -143,7 +145,7 @@ def test_a_page_takes_the_place_of_its_own_kind_alone(run: Path, tmp_path: Path)
         evaluate(run, "--report", str(page))
 
 
-def test_a_picture_takes_the_place_of_its_own_kind_alone(run: Path, data: dict[str, str], tmp_path: Path) -> None:
+def test_image_replaces_only_an_image_of_its_kind(run: Path, data: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text((run / "run.json").read_text(encoding="utf-8"), encoding="utf-8")
     sheet, curve = str(tmp_path / "sheet.png"), str(tmp_path / "curve.svg")
     own = (["shards", "show", data["own"], "--sheet", sheet], ["plan", str(tmp_path / "run.yaml"), "--scaling", curve])
@@ -156,7 +158,7 @@ def test_a_picture_takes_the_place_of_its_own_kind_alone(run: Path, data: dict[s
 
 
 @pytest.mark.parametrize("place", ["folder", "file/bad.jsonl"])
-def test_findings_go_whole_to_a_file_or_nowhere(data: dict[str, str], tmp_path: Path, place: str) -> None:
+def test_findings_are_written_completely_or_not_at_all(data: dict[str, str], tmp_path: Path, place: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     check = ["shards", "check", data["own"], "--workers", "1", "--report"]
@@ -167,15 +169,13 @@ def test_findings_go_whole_to_a_file_or_nowhere(data: dict[str, str], tmp_path: 
         app, ["shards", "check", str(tmp_path / "none"), "--report", str(tmp_path / "bad.jsonl")]
     )
     assert isinstance(wrong.exception, MomeError)
-    assert (tmp_path / "bad.jsonl").read_text(encoding="utf-8") == earlier  # of a check that did not come to its end
+    assert (tmp_path / "bad.jsonl").read_text(encoding="utf-8") == earlier  # a failed check does not replace the file
     assert CliRunner().invoke(app, [*check, str(tmp_path / "bad.jsonl")]).exit_code == 0
     assert (tmp_path / "bad.jsonl").read_bytes() == b""
     assert CliRunner().invoke(app, [*check, "/dev/null"]).exit_code == 0
 
 
-def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
-    run: Path, data: dict[str, str], tmp_path: Path
-) -> None:
+def test_embeddings_do_not_replace_those_of_another_source(run: Path, data: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "vectors"
     embed = ["--checkpoint", str(run), "--out", str(out), "--json"]
     first = CliRunner().invoke(app, ["embed", data["own"], *embed])
@@ -183,17 +183,17 @@ def test_vectors_of_one_source_do_not_take_the_place_of_another_s(
     before = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
     refused = CliRunner().invoke(app, ["embed", data["other"], *embed])
     assert isinstance(refused.exception, ConfigError)
-    (out / "_source.json").unlink()  # as an earlier version left it
+    (out / "_source.json").unlink()  # earlier versions did not write this file
     assert isinstance(CliRunner().invoke(app, ["embed", data["other"], *embed]).exception, ConfigError)
     assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
     again = CliRunner().invoke(app, ["embed", data["own"], *embed])
     assert json.loads(again.stdout.splitlines()[-1])["already_done"] == len(before)
 
 
-def test_an_export_takes_the_place_of_nothing_else(run: Path, tmp_path: Path) -> None:
+def test_export_replaces_only_its_own_file(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.safetensors"
     export = ["export", str(run), "--format", "safetensors", "--out", str(out)]
-    for _ in range(6):  # the same once more is no loss
+    for _ in range(6):  # replacing an identical export is allowed
         assert CliRunner().invoke(app, export).exit_code == 0
     out.write_bytes(b"somebody's weights")
     assert isinstance(CliRunner().invoke(app, export).exception, ConfigError)

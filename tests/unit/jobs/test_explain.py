@@ -42,7 +42,7 @@ def picture(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["vlmo", "vilt"])
 @pytest.mark.parametrize("ending", ["html", "png"])
-def test_the_command_draws_a_checkpoints_reading(kind: str, ending: str, tmp_path: Path, picture: str) -> None:
+def test_command_renders_the_alignment_of_a_checkpoint(kind: str, ending: str, tmp_path: Path, picture: str) -> None:
     run = checkpoint_of(Cell("wpa", kind, "pairs"), tmp_path / "run")
     out = tmp_path / f"drawn.{ending}"
     told = CliRunner().invoke(
@@ -57,7 +57,7 @@ def test_the_command_draws_a_checkpoints_reading(kind: str, ending: str, tmp_pat
     assert out.read_bytes().startswith(b"<!doctype html>" if ending == "html" else b"\x89PNG")
 
 
-def test_what_the_stage_never_trained_is_said() -> None:
+def test_notes_name_objectives_that_were_not_trained() -> None:
     def notes(cell: Cell) -> list[str]:
         return untrained_notes(trial_config(cell), "trial")
 
@@ -69,13 +69,13 @@ def test_what_the_stage_never_trained_is_said() -> None:
     assert "with images" in notes(Cell("mlm", "vlmo", "text"))[1]
 
 
-def test_a_model_that_aligns_no_words_is_refused_with_those_that_do(tmp_path: Path, picture: str) -> None:
+def test_model_without_alignment_is_rejected_with_alternatives(tmp_path: Path, picture: str) -> None:
     run = checkpoint_of(Cell("itc", "dual_encoder", "pairs"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"dual_encoder.*vlmo, vilt"):
         explain_checkpoint(run, picture, "a circle", str(tmp_path / "out.html"))
 
 
-def test_wrong_files_are_refused_by_name(tmp_path: Path, picture: str) -> None:
+def test_invalid_files_are_rejected_by_name(tmp_path: Path, picture: str) -> None:
     run = checkpoint_of(Cell("wpa", "vlmo", "pairs"), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"drawn\.pdf.*\.html or \.png"):
         explain_checkpoint(run, picture, "a circle", str(tmp_path / "drawn.pdf"))

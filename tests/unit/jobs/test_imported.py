@@ -1,7 +1,7 @@
-"""Every published task checkpoint, imported from a file and from a folder, predicts what it did where it was made.
+"""Published task checkpoints, imported from a file or a folder, give the predictions of their original code.
 
-Tiny models with random weights stand for the published ones: Hugging Face's own classes (contract C8), and for the
-releases' formats, whose code is no package, our models, which tests/golden holds to the releases.
+The checkpoints are tiny models with random weights: of Hugging Face's own classes (contract C8), and for releases
+whose code is not packaged, of our models, which tests/golden compares with the released code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
 TEXT, MASKED = "a b c d", "a [MASK] c"
 ANSWERS = ["yes", "no", "2", "a cat", "blue"]
 LABELS = ["crane", "dog", "crane", "cat", "bird", "tree"]
-EPSILON = 1e-3  # large enough for a forgotten one to be seen
+EPSILON = 1e-3  # large enough that a missing parameter changes the result
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
 PICTURES = {**SIZES, "image_size": 24, "patch_size": 8, "layer_norm_eps": EPSILON}
 VILT = {**PICTURES, "vocab_size": len(TOKENS), "max_position_embeddings": 10}
@@ -62,19 +62,19 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A published checkpoint: its format, how it is made, and what it predicts, by its own code."""
+    """Published checkpoint: its format, its construction, and the prediction of its original code."""
 
     format: str
-    make: Callable[[], Any]  # a model of Hugging Face, or a section and heads of ours
+    make: Callable[[], Any]  # a Hugging Face model, or our config section and heads
     expected: Callable[[Any, Asked], Any]
-    given: tuple[int, str | None] = (1, TEXT)  # pictures and a text
+    given: tuple[int, str | None] = (1, TEXT)  # number of images, and the text
     overrides: tuple[str, ...] = ()
     answers: bool = False  # whether --answers is needed
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prediction is asked about, as tensors of the model's own code."""
+    """Inputs of a prediction, as tensors for the original code."""
 
     pixels: tuple[Tensor, ...]  # (1, 3, H, W) in [-1, 1]
     ids: Tensor  # (1, L)
@@ -103,7 +103,7 @@ def masked(logits: Tensor, asked: Asked) -> dict[str, Any]:
 
 
 def same_tokens(model: Any, asked: Asked, heads: str) -> None:
-    """No objective of these checkpoints predicts anything: what they share is the encoder."""
+    """Compare encoder outputs, for checkpoints without a head that predicts."""
     image = asked.pixels[0]
     found = build_trained_model(asked.weights).eval()(
         {"x": ForwardInput(heads=("tokens",), image=image.permute(0, 2, 3, 1))}
@@ -144,7 +144,7 @@ def our_release(
 
 
 def our_own(model: Any, asked: Asked, *heads: str) -> dict[str, Any]:
-    """What our model, before it was written in a release's format, says of the same input."""
+    """Return the predictions of our model, before its conversion to a release's format, for the same input."""
     images = [pixels.permute(0, 2, 3, 1) for pixels in asked.pixels]
     second = {"second_image": images[1]} if len(images) > 1 else {}
     text: dict[str, Any] = {} if not asked.ids.numel() else {"text": asked.ids}
@@ -289,7 +289,7 @@ CASES = {
 
 
 def publish(model: Any, case: Case, folder: Path, layout: str) -> str:
-    """Write a checkpoint as it is published; what to give to `mome import`."""
+    """Write a checkpoint in its published layout and return the path to give to `mome import`."""
     folder.mkdir()
     if isinstance(model, transformers.PreTrainedModel):
         model.save_pretrained(folder, max_shard_size="30KB" if layout == "shards" else "1GB")
@@ -335,7 +335,9 @@ def vocabulary(tmp_path: Path) -> str:
     return str(tmp_path / "vocab.txt")
 
 
-FIRST = {case.format: name for name, case in reversed(CASES.items())}  # of each format: also in the rarer layouts
+FIRST = {
+    case.format: name for name, case in reversed(CASES.items())
+}  # one case per format is also tested in the rarer layouts
 LAYOUTS = [
     (name, layout)
     for name, case in CASES.items()
@@ -346,7 +348,9 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 @torch.no_grad()
-def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp_path: Path, vocabulary: str) -> None:
+def test_imported_checkpoint_predicts_like_the_original(
+    name: str, layout: str, tmp_path: Path, vocabulary: str
+) -> None:
     case, model = CASES[name], CASES[name].make()
     path, out = publish(model, case, tmp_path / "published", layout), f"{tmp_path}/imported"
     (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
@@ -360,7 +364,7 @@ def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp
     )
     weights = load_weights(Storage(), out)
     count, text = case.given
-    images = photos(tmp_path)[:1] * count  # of one shape, as their code reads a batch
+    images = photos(tmp_path)[:1] * count  # of equal shape, because the original code stacks them
     expected = case.expected(model, asked_of(weights, images, text))
     one, two = (*images, None, None)[:2]
     if expected is None:
@@ -369,7 +373,7 @@ def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp
     else:
         found = predict(out, one, two, text, top=100)
         assert {key: found[key] for key in expected} == expected
-        # What is exported and imported again predicts the same (B6), in both kinds of file.
+        # Export and re-import give the same predictions (B6), in both file formats.
         for ending in ("pt", "safetensors") if layout == "file" else ():
             export_weights(out, case.format, f"{tmp_path}/again.{ending}")
             import_weights(f"{tmp_path}/again.{ending}", case.format, f"{out}-{ending}", vocabulary=vocabulary)
@@ -378,7 +382,7 @@ def test_a_published_checkpoint_predicts_what_it_did(name: str, layout: str, tmp
 
 
 def imported(state: dict[str, Tensor], format_name: str, folder: Path, *overrides: str, **more: Any) -> str:
-    """The folder of weights that a file of these tensors was imported to."""
+    """Import a file of these tensors and return the folder of weights."""
     folder.mkdir(exist_ok=True)
     torch.save(state, folder / "weights.pt")
     vocabulary = folder / "vocab.txt"
@@ -389,7 +393,7 @@ def imported(state: dict[str, Tensor], format_name: str, folder: Path, *override
     return f"{folder}/imported"
 
 
-def test_a_head_that_is_whole_in_no_weights_is_never_scored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_incomplete_head_is_not_used_for_prediction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = FORMATS["vlmo"].write(build_model(RELATIVE, len(TOKENS)).state_dict(), RELATIVE)
     del state["itc_vl_image_proj.fc.weight"], state["itm_score.fc.bias"]
     out = imported(state, "vlmo", tmp_path, *SHORT, may_differ=("itc_vl_*", "itm_*"))
@@ -399,9 +403,7 @@ def test_a_head_that_is_whole_in_no_weights_is_never_scored(tmp_path: Path, capl
         predict(out, photos(tmp_path)[0], None, TEXT)
 
 
-def test_a_stage_that_claims_a_head_which_the_weights_lack_is_scored_without_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_objective_whose_head_is_missing_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = FORMATS["vlmo"].write(build_model(RELATIVE, len(TOKENS)).state_dict(), RELATIVE)
     weights = load_weights(Storage(), imported(state, "vlmo", tmp_path, *SHORT))
     tensors = {n: t for n, t in weights.tensors.items() if n != "itc_head.image_vl.weight"}
@@ -412,7 +414,7 @@ def test_a_stage_that_claims_a_head_which_the_weights_lack_is_scored_without_it(
     assert "no complete head for itc" in caplog.text
 
 
-def test_one_contrast_trains_and_starts_from_two(tmp_path: Path) -> None:
+def test_model_with_one_itc_head_starts_from_one_with_two(tmp_path: Path) -> None:
     both, one = build_model(RELATIVE, len(TOKENS)), build_model(RETRIEVAL, len(TOKENS))
     load_matching(one, one.resize_state(dict(both.state_dict()), RELATIVE), "retrieval")
     image, text = torch.rand(2, 24, 24, 3), torch.tensor([[2, 5, 3], [2, 6, 3]])
@@ -431,7 +433,7 @@ ASSUMED = ((), "heads=1 assumed (width/64); give heads=N"), (("heads=3",), "")
 
 @pytest.mark.parametrize(("overrides", "told"), ASSUMED)
 @pytest.mark.parametrize("name", ["BERT, bare", "ViT, bare", "ViLT of Hugging Face, retrieval", "ViLT, VQA"])
-def test_heads_that_nothing_tells_are_assumed_aloud(
+def test_assumed_number_of_heads_is_logged(
     name: str, overrides: tuple[str, ...], told: str, tmp_path: Path, vocabulary: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     case = CASES[name]
@@ -455,7 +457,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("wrong", REFUSED)
 @pytest.mark.parametrize("layout", ["file", "folder"])
-def test_a_config_that_our_model_would_not_follow_is_refused(wrong: str, layout: str, tmp_path: Path) -> None:
+def test_unsupported_hugging_face_config_is_rejected(wrong: str, layout: str, tmp_path: Path) -> None:
     case = CASES["ViT, classes"]
     path = publish(case.make(), case, tmp_path / "published", layout)
     changes, told = REFUSED[wrong]
@@ -470,7 +472,9 @@ def test_a_config_that_our_model_would_not_follow_is_refused(wrong: str, layout:
     ("told", "expected"), [({"resample": 2}, "bilinear"), ({"resample": 3}, "bicubic"), ({}, "bilinear")]
 )
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_interpolation_is_the_processors(told: dict[str, int], expected: str, file: str, tmp_path: Path) -> None:
+def test_interpolation_is_read_from_the_processor_config(
+    told: dict[str, int], expected: str, file: str, tmp_path: Path
+) -> None:
     case = CASES["ViT, classes"]
     path = publish(case.make(), case, tmp_path / "published", "folder")
     processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **told}
@@ -483,7 +487,7 @@ def test_interpolation_is_the_processors(told: dict[str, int], expected: str, fi
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.complex64])
 @pytest.mark.parametrize("number", [1, 1000])
-def test_numbers_that_are_no_weights_are_refused(kind: torch.dtype, number: int, tmp_path: Path) -> None:
+def test_tensors_of_unsupported_dtype_are_rejected(kind: torch.dtype, number: int, tmp_path: Path) -> None:
     case = CASES["ViT, classes"]
     path = Path(publish(case.make(), case, tmp_path / "published", "file"))
     state = safetensors.torch.load_file(path)
@@ -527,7 +531,9 @@ def test_an_import_takes_the_place_of_no_file(name: str, tmp_path: Path) -> None
         import_weights(path, case.format, f"{tmp_path}/out")
     assert [each.name for each in (tmp_path / "out").iterdir()] == [name]
     with pytest.raises(ConfigError, match="--out"):
-        import_weights(path, case.format, f"{tmp_path}/published")  # its own folder: it holds a vocab.txt
+        import_weights(
+            path, case.format, f"{tmp_path}/published"
+        )  # the folder of the checkpoint itself, which contains vocab.txt
     assert (tmp_path / "published" / "vocab.txt").exists()
 
 
@@ -541,7 +547,7 @@ def test_labels_of_statements_the_wrong_way_round_are_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("told", ["vit-base", "[1]", "{}", '{"name": "x"}'])
-def test_a_header_of_others_that_speaks_of_a_model_is_no_section(told: str, tmp_path: Path, vocabulary: str) -> None:
+def test_foreign_header_is_not_read_as_a_model_section(told: str, tmp_path: Path, vocabulary: str) -> None:
     state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS)).state_dict(), RELEASED_VILT)
     safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"model": told})
     import_weights(f"{tmp_path}/w.safetensors", "vilt", f"{tmp_path}/out", ["heads=3"], vocabulary=vocabulary)
@@ -572,7 +578,7 @@ ANSWER_FILES = {
 
 
 @pytest.mark.parametrize("kind", ANSWER_FILES)
-def test_answers_are_read_in_every_usual_form(kind: str, tmp_path: Path) -> None:
+def test_answers_are_read_in_every_common_format(kind: str, tmp_path: Path) -> None:
     (tmp_path / "answers").write_bytes(ANSWER_FILES[kind].encode())
     state = FORMATS["vilt"].write(
         build_model(RELEASED_VILT, len(TOKENS), HeadConfig(answers=5)).state_dict(), RELEASED_VILT
@@ -592,7 +598,7 @@ def test_answers_are_read_in_every_usual_form(kind: str, tmp_path: Path) -> None
         (None, "no such file"),
     ],
 )
-def test_wrong_answers_are_refused(content: str | bytes | None, told: str, tmp_path: Path) -> None:
+def test_invalid_answers_are_rejected(content: str | bytes | None, told: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "answers").write_bytes(content.encode() if isinstance(content, str) else content)
     state = FORMATS["vilt"].write(
@@ -602,7 +608,7 @@ def test_wrong_answers_are_refused(content: str | bytes | None, told: str, tmp_p
         imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
 
 
-def test_answers_of_weights_that_answer_nothing_are_refused(tmp_path: Path) -> None:
+def test_answers_for_weights_without_a_vqa_head_are_rejected(tmp_path: Path) -> None:
     state = FORMATS["vilt"].write(build_model(RELEASED_VILT, len(TOKENS)).state_dict(), RELEASED_VILT)
     with pytest.raises(ConfigError, match="answer no questions"):
         imported(state, "vilt", tmp_path, "heads=3", answers=f"{tmp_path}/answers")
@@ -628,7 +634,7 @@ def test_a_folder_is_read_from_any_storage(scheme: str, tmp_path: Path) -> None:
         ({7: None}, "files of the same folder"),
     ],
 )
-def test_an_index_that_names_other_files_is_refused(change: dict[Any, None], told: str, tmp_path: Path) -> None:
+def test_index_that_names_other_files_is_rejected(change: dict[Any, None], told: str, tmp_path: Path) -> None:
     case = CASES["BERT, masked words"]
     path = publish(case.make(), case, tmp_path / "published", "shards")
     index = tmp_path / "published" / "model.safetensors.index.json"
@@ -640,15 +646,15 @@ def test_an_index_that_names_other_files_is_refused(change: dict[Any, None], tol
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"weight_map": []}', b'{"weight_map": {}}'])
-def test_a_damaged_index_is_told(content: bytes, tmp_path: Path) -> None:
+def test_damaged_index_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"index\.json"):
         import_weights(str(tmp_path), "bert", f"{tmp_path}/out")
 
 
 @pytest.mark.parametrize("name", ["BERT, masked words", "ViLT of Hugging Face, VQA", "BEiT, pretrained"])
-def test_mutated_folders_end_in_our_own_errors(name: str, tmp_path: Path) -> None:
-    """Of every file that import reads; what is only changed in a number may of course be imported."""
+def test_mutated_folders_raise_only_mome_errors(name: str, tmp_path: Path) -> None:
+    """Mutate every file that the import reads. A mutation that only changes a number may be imported."""
     case = CASES[name]
     folder = tmp_path / "published"
     publish(case.make(), case, folder, "shards")
@@ -668,7 +674,7 @@ def test_mutated_folders_end_in_our_own_errors(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "image_size", "max_position_embeddings"])
-def test_sizes_that_no_tensor_backs_cost_nothing(key: str, tmp_path: Path) -> None:
+def test_sizes_that_contradict_the_tensors_are_rejected(key: str, tmp_path: Path) -> None:
     case = CASES["ViLT of Hugging Face, VQA"]
     path = publish(case.make(), case, tmp_path / "published", "folder")
     config = tmp_path / "published" / "config.json"
@@ -677,7 +683,7 @@ def test_sizes_that_no_tensor_backs_cost_nothing(key: str, tmp_path: Path) -> No
         import_weights(path, "vilt-hf", f"{tmp_path}/out")
 
 
-def test_a_header_that_claims_a_billion_layers_is_refused(tmp_path: Path) -> None:
+def test_header_that_claims_a_billion_layers_is_rejected(tmp_path: Path) -> None:
     section = RELEASED_VILT.model_copy(update={"layers": 10**9})
     state = skeleton(RELEASED_VILT, len(TOKENS)).state_dict()
     tensors = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""The first signal of a driver has the ranks save, the second ends at once; whatever is away, it ends in time."""
+"""The driver's first signal makes the ranks save, the second ends it at once; it always ends in bounded time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Mail:
-    """Ranks that are asked to save."""
+    """Mailbox to the ranks that counts the requests to save."""
 
     def __init__(self, takes: bool = True) -> None:
         self.takes, self.asked = takes, 0
@@ -40,11 +40,11 @@ def config(tmp_path: Path) -> RunConfig:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     monkeypatch.setattr(interrupts, "notify", found.append)
-    monkeypatch.setattr(interrupts, "END_SECONDS", 1e8)  # it would end the tests
+    monkeypatch.setattr(interrupts, "END_SECONDS", 1e8)  # the timeout would end the test process
     return found
 
 
-def test_ranks_are_asked_once_to_save_and_waited_for(config: RunConfig, said: list[str]) -> None:
+def test_ranks_are_requested_once_to_save_and_awaited(config: RunConfig, said: list[str]) -> None:
     mail: Any = Mail()
     hears = Interrupts(config)
 
@@ -61,7 +61,7 @@ def test_ranks_are_asked_once_to_save_and_waited_for(config: RunConfig, said: li
     assert said[0].startswith("SIGTERM: the ranks save")
 
 
-def test_a_head_that_does_not_listen_is_asked_again(config: RunConfig, said: list[str]) -> None:
+def test_undelivered_stop_request_is_sent_again(config: RunConfig, said: list[str]) -> None:
     mail: Any = Mail(takes=False)
     hears = Interrupts(config)
 
@@ -78,7 +78,7 @@ def test_a_head_that_does_not_listen_is_asked_again(config: RunConfig, said: lis
     assert mail.asked == 2
 
 
-def test_ranks_that_are_not_placed_cannot_save(config: RunConfig, said: list[str]) -> None:
+def test_driver_stops_at_once_before_ranks_are_placed(config: RunConfig, said: list[str]) -> None:
     mail: Any = Mail()
     hears = Interrupts(config)
 
@@ -93,7 +93,7 @@ def test_ranks_that_are_not_placed_cannot_save(config: RunConfig, said: list[str
     assert mail.asked == 0
 
 
-def test_a_store_that_is_away_is_waited_for_no_longer_than_that(
+def test_wait_for_an_unavailable_store_is_bounded(
     config: RunConfig, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupts, "UNREACHABLE_SECONDS", 0.2)
@@ -146,7 +146,7 @@ except interrupts.Stopped as stopped:
         ([signal.SIGTERM], 0.5, 60, 75, "ended now"),
     ],
 )
-def test_nothing_on_the_way_out_holds_it(
+def test_driver_ends_although_its_cleanup_hangs(
     signals: list[signal.Signals], end: float, hold: float, status: int, told: str, tmp_path: Path
 ) -> None:
     with _start(SCRIPT, tmp_path, end, hold) as process:
@@ -158,8 +158,8 @@ def test_nothing_on_the_way_out_holds_it(
         assert told in process.stderr.read()
 
 
-def test_a_main_thread_that_waits_in_a_library_is_ended_too(tmp_path: Path) -> None:
-    """Another thread gets the signal, and no handler of Python's runs."""
+def test_main_thread_blocked_in_a_library_is_ended(tmp_path: Path) -> None:
+    """Another thread receives the signal, and no Python signal handler runs."""
     blocked = "            signal.pthread_sigmask(signal.SIG_BLOCK, [2, 15])\n            time.sleep(60)\n"
     script = SCRIPT.replace("            time.sleep(60)\n", blocked, 1)
     with _start(script, tmp_path, 0.5, 0) as process:
@@ -168,7 +168,7 @@ def test_a_main_thread_that_waits_in_a_library_is_ended_too(tmp_path: Path) -> N
         assert process.wait(timeout=50) == 130
 
 
-def test_a_store_that_is_away_does_not_hold_a_run_that_is_told_to_end() -> None:
+def test_unavailable_store_does_not_delay_the_end() -> None:
     keys = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     with _start(SCRIPT, "s3://bucket/runs", 600, 0, **keys) as process:
         process.send_signal(signal.SIGINT)
@@ -178,7 +178,7 @@ def test_a_store_that_is_away_does_not_hold_a_run_that_is_told_to_end() -> None:
 
 
 def _start(script: str, output: Path | str, end: float, hold: float, **more: str) -> subprocess.Popen[str]:
-    """A driver that has heard of signals."""
+    """Start a driver and wait until its signal handlers are installed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
     command = [sys.executable, "-c", script, str(output), str(end), str(hold)]
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Messages of ranks reach the driver once and in order, and neither side ever waits for the other."""
+"""Messages of ranks reach the driver once and in order, and neither side blocks the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.mailbox import Mailbox, forwarded_warnings
 
 
 class Store:
-    """A cluster's key-value store, which may be away."""
+    """Key-value store of a Ray cluster, which may be unavailable."""
 
     def __init__(self) -> None:
         self.values: dict[bytes, bytes] = {}
@@ -49,7 +49,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     return found
 
 
-def test_warnings_of_ours_reach_the_driver_once_and_in_order(store: Store) -> None:
+def test_our_warnings_reach_the_driver_once_and_in_order(store: Store) -> None:
     mail = Mailbox("claim")
     with forwarded_warnings(mail):
         for number in range(20):
@@ -66,7 +66,7 @@ def test_warnings_of_ours_reach_the_driver_once_and_in_order(store: Store) -> No
     assert Mailbox("another").receive() == []
 
 
-def test_a_head_that_is_away_stops_nobody(store: Store) -> None:
+def test_unavailable_head_blocks_neither_side(store: Store) -> None:
     mail, other = Mailbox("claim"), logging.getLogger("pipeline.training")
     store.away = True
     assert (mail.num_placed(), mail.stop_requested(), mail.request_stop(), mail.receive()) == (None, False, False, [])
@@ -77,7 +77,7 @@ def test_a_head_that_is_away_stops_nobody(store: Store) -> None:
     assert mail.receive()[0]["text"] == "line 0"
 
 
-def test_the_driver_and_the_ranks_of_one_start_understand_each_other(store: Store) -> None:
+def test_driver_and_ranks_of_one_start_exchange_state(store: Store) -> None:
     driver, rank, another = Mailbox("claim"), Mailbox("claim"), Mailbox("later")
     assert not rank.stop_requested()
     assert driver.request_stop()

@@ -1,4 +1,4 @@
-"""A driver whose ranks are not placed says so at once, goes on saying so, and ends when they can never be."""
+"""A driver whose ranks are not placed reports it at once and periodically, and ends when they cannot be placed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.config.schema import ClusterConfig
 
 
 class World:
-    """A cluster, a clock and what the driver says."""
+    """Simulated cluster and clock, and the driver's console output."""
 
     def __init__(self) -> None:
         self.nodes: list[dict[str, float]] = [{"CPU": 4.0}]
@@ -45,12 +45,12 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return found
 
 
-def test_a_local_ray_that_can_never_place_them_ends_before_it_begins(world: World) -> None:
+def test_local_ray_without_enough_resources_is_rejected(world: World) -> None:
     with pytest.raises(RunFailed, match=r"2 ranks need 2 GPUs; this cluster has 0.*cluster\.gpus_per_worker"):
         world.placement(gpus_per_worker=1)
 
 
-def test_a_cluster_is_waited_for_aloud_until_start_seconds(world: World) -> None:
+def test_waiting_for_a_cluster_is_reported_until_the_timeout(world: World) -> None:
     waiting = world.placement(gpus_per_worker=1, address="head:6379")
     waiting.check()
     assert world.said == ["waiting: 0 of 2 workers placed; 2 GPUs requested, 0 in the cluster"]
@@ -60,7 +60,7 @@ def test_a_cluster_is_waited_for_aloud_until_start_seconds(world: World) -> None
         world.let_pass(waiting, 10)
 
 
-def test_nodes_that_come_in_time_are_used(world: World) -> None:
+def test_nodes_that_join_in_time_are_used(world: World) -> None:
     waiting = world.placement(gpus_per_worker=1, address="head:6379")
     world.let_pass(waiting, 50)
     world.nodes = [{"CPU": 4.0, "GPU": 2.0}]
@@ -74,7 +74,7 @@ def test_nodes_that_come_in_time_are_used(world: World) -> None:
     assert waiting.ranks == 2
 
 
-def test_an_autoscaler_that_can_bring_them_is_waited_for(world: World) -> None:
+def test_driver_waits_for_an_autoscaler_with_enough_nodes(world: World) -> None:
     world.most = {"CPU": 64, "GPU": 8}
     world.let_pass(world.placement(gpus_per_worker=1, address="head:6379"), 1000)
     world.most = {"CPU": 64, "GPU": 1}
@@ -82,8 +82,8 @@ def test_an_autoscaler_that_can_bring_them_is_waited_for(world: World) -> None:
         world.let_pass(world.placement(gpus_per_worker=1, address="head:6379"), 100)
 
 
-def test_ranks_that_were_placed_before_are_waited_for(world: World) -> None:
-    """Their node is lost, and another may take its place."""
+def test_driver_waits_for_ranks_that_were_placed_before(world: World) -> None:
+    """Their node was lost, and another may replace it."""
     waiting = world.placement(address="head:6379")
     world.ranks = 2
     world.let_pass(waiting, 5)
@@ -93,7 +93,7 @@ def test_ranks_that_were_placed_before_are_waited_for(world: World) -> None:
     assert world.said[0] == "waiting: 0 of 2 workers placed; 2 CPUs requested, 1 in the cluster"
 
 
-def test_a_cluster_that_does_not_answer_is_asked_again(world: World) -> None:
+def test_unresponsive_cluster_is_polled_again(world: World) -> None:
     waiting = world.placement(gpus_per_worker=1, address="head:6379")
     world.ranks = None
     world.let_pass(waiting, 1000)

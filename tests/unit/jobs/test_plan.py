@@ -1,4 +1,4 @@
-"""`mome plan` on a small run: the shape of its answer, its table, and its picture."""
+"""`mome plan` on a small run: the keys of its JSON, its table, and its scaling chart."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def plans():
     return plan_run(with_workers(tiny_config(zero_stage=2), 2), target(), scaling=True)
 
 
-def test_the_json_has_the_shape_that_was_promised(plans):
+def test_json_has_the_documented_keys(plans):
     found = as_json_object(plans, target())
     promised = {"parameters", "flops_per_step", "memory_bytes_per_gpu", "step_seconds", "hours", "cost"}
     assert promised <= found.keys()
     assert {"states", "gradients", "activations", "total"} <= found["memory_bytes_per_gpu"].keys()
     assert len(found["stages"]) == 4
     assert found["cost"] == pytest.approx(sum(stage["hours"] for stage in found["stages"]) * 2 * 2.5)
-    assert found["hours"] == pytest.approx(16 * found["step_seconds"] / 3600 / 0.97)  # four steps of four stages
+    assert found["hours"] == pytest.approx(16 * found["step_seconds"] / 3600 / 0.97)  # four stages of four steps
 
 
 def test_the_table_names_every_zero_stage_and_assumption(plans):
@@ -41,7 +41,7 @@ def test_the_table_names_every_zero_stage_and_assumption(plans):
         assert expected in told
 
 
-def test_the_picture_is_whole_and_tells_its_assumptions(plans):
+def test_scaling_chart_is_complete_and_lists_its_assumptions(plans):
     root = ElementTree.fromstring(scaling_svg(plans, target(), "tiny & small"))
     texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "tiny & small" in texts
@@ -49,7 +49,7 @@ def test_the_picture_is_whole_and_tells_its_assumptions(plans):
     assert sum(1 for _ in root.iter("{http://www.w3.org/2000/svg}polyline")) == 4
 
 
-def test_no_line_below_the_picture_runs_into_another_or_out_of_it(plans):
+def test_lines_below_the_chart_neither_overlap_nor_overflow(plans):
     root = ElementTree.fromstring(scaling_svg(plans, target(), "tiny"))
     width, height = (float(each) for each in root.attrib["viewBox"].split()[2:])
     lines = [each for each in root.iter("{http://www.w3.org/2000/svg}text") if each.attrib["font-size"] == "10"]
@@ -60,6 +60,6 @@ def test_no_line_below_the_picture_runs_into_another_or_out_of_it(plans):
     assert all(float(each.attrib["x"]) + 6.5 * len(each.text or "") < width for each in lines)  # wide letters
 
 
-def test_more_gpus_than_rows_are_refused():
+def test_more_gpus_than_examples_are_rejected():
     with pytest.raises(ConfigError, match="12 rows only"):
         plan_run(tiny_config(), target(gpus=16), scaling=False)

@@ -1,4 +1,4 @@
-"""What the driver settles before ranks are placed."""
+"""The driver resolves paths, addresses and secrets before ranks are placed, and relays the ranks' alerts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
 
 @pytest.mark.parametrize("output", ["runs", "s3://bucket/runs"])
-def test_ranks_in_another_folder_record_in_the_same_mlflow(
+def test_ranks_in_another_folder_use_the_same_mlflow(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "driver").mkdir()
@@ -34,9 +34,7 @@ def test_ranks_in_another_folder_record_in_the_same_mlflow(
     assert tracking_uri(settled) == expected
 
 
-def test_a_database_named_relative_to_the_driver_is_the_ranks_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_database_path_is_resolved_for_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(DEMO, ["tracking.uri=sqlite:///mine.db"])
     assert for_ranks(config).tracking.uri == f"sqlite:///{tmp_path}/mine.db"
@@ -51,15 +49,15 @@ def test_ranks_in_another_folder_read_the_same_shards(tmp_path: Path, monkeypatc
     assert for_ranks(settled) == settled
 
 
-def test_a_reference_to_the_server_reaches_the_ranks_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SERVER", raising=False)  # only the cluster's nodes have it
+def test_server_reference_reaches_the_ranks_unresolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SERVER", raising=False)  # set only on the cluster's nodes
     config = load_config(DEMO, ["tracking.uri=env:SERVER"])
 
     assert for_ranks(config).tracking.uri == "env:SERVER"
     assert for_cluster(config, same_machine=True).tracking.uri == "env:SERVER"
 
 
-def test_a_password_that_an_earlier_version_recorded_is_neither_read_nor_shown() -> None:
+def test_password_recorded_by_an_earlier_version_is_dropped() -> None:
     values = json.loads(load_config(DEMO).model_dump_json())
     values["tracking"]["uri"] = "http://me:hunter2@server:5000"
     values["storage"]["endpoint_url"] = "http://me:hunter2@store:9000"
@@ -69,7 +67,7 @@ def test_a_password_that_an_earlier_version_recorded_is_neither_read_nor_shown()
     assert (config.tracking.uri, config.storage.endpoint_url) == ("http://server:5000", "http://store:9000")
 
 
-def test_alerts_of_the_ranks_are_on_the_drivers_console_and_those_that_stand_at_its_end(
+def test_driver_prints_alerts_of_ranks_and_open_ones_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def alert(name: str, text: str, **more: bool) -> dict[str, object]:

@@ -18,7 +18,7 @@ from tests.support.untrained_run import untrained_weights
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run in `folder`, its config as a file, and a folder outside for what commands are told to write."""
+    """Finished run in `folder`, its config as a file, and a separate folder for the commands' output."""
 
     folder: Path
     config: str

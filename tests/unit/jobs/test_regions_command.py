@@ -1,4 +1,4 @@
-"""`mome shards regions`, its actor in this process: the same samples with regions, whatever was there before."""
+"""`mome shards regions` with its actor in this process: every sample is kept and its regions are replaced."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_interrupted_command_continues_with_missing_shards(pairs: str, detector:
     (out / "00000.tar").unlink()  # its record was written before
     (out / "manifest.json").unlink()
     again, _ = run(pairs, out, "--detector", detector)
-    assert again == whole  # the bad sample of an earlier call is facts again
+    assert again == whole  # the record of the bad sample is read from the earlier call
     changed = {path.name for path in out.glob("*.tar") if path.stat().st_mtime_ns != kept[path.name]}
     assert changed == {"00000.tar"}
 

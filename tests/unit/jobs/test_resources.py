@@ -1,4 +1,4 @@
-"""What ranks ask for is compared with what nodes have, before anything is placed."""
+"""The resources that ranks request are compared with those of the nodes before any rank is placed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENOUGH: list[tuple[ClusterConfig, list[Node]]] = [
 
 
 @pytest.mark.parametrize(("asked", "nodes"), ENOUGH)
-def test_what_fits_lacks_nothing(asked: ClusterConfig, nodes: list[Node]) -> None:
+def test_fitting_request_misses_no_resources(asked: ClusterConfig, nodes: list[Node]) -> None:
     assert missing_resources(asked, nodes) == []
 
 
@@ -50,7 +50,7 @@ def test_what_fits_lacks_nothing(asked: ClusterConfig, nodes: list[Node]) -> Non
         (cluster(), [], "2 ranks need 2 CPUs; this cluster has 0"),
     ],
 )
-def test_what_does_not_fit_is_told_with_its_keys(asked: ClusterConfig, nodes: list[Node], told: str) -> None:
+def test_missing_resources_are_reported_with_their_keys(asked: ClusterConfig, nodes: list[Node], told: str) -> None:
     (found, *_) = missing_resources(asked, nodes)
     assert told in found
     assert "cluster." in found

@@ -1,4 +1,4 @@
-"""`mome shards` on tars that somebody else packed: names in any encoding, links, damaged members."""
+"""`mome shards` on foreign tars: names in any encoding, links, damaged members."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, make_pair: Any) -> Path:
-    """A pair with a name in Latin-1, one whose caption ends in half an emoji, a pair of symbolic links."""
+    """Pack a pair with a Latin-1 name, one whose caption ends in half an emoji, and a pair of symbolic links."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
         for key, members in {"café": make_pair(0), "cut": make_pair(1) | {"json": b'{"caption": "a \\ud83d"}'}}.items():

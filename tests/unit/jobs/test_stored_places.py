@@ -1,4 +1,4 @@
-"""A folder that somebody else wrote decides neither whom its reader talks to, nor which files are read or written."""
+"""A folder written by others determines neither which servers are contacted nor which files are opened."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.finished_run import config_of, contents, draw, write_run
 
 
 class Asked:
-    """A server that notes who connects and answers nothing, and the files below a folder that this process opens."""
+    """Server that records connections without answering, and the files below a folder that this process opens."""
 
     def __init__(self, guarded: Path):
         self.guarded, self.active = str(guarded), True
@@ -35,7 +35,7 @@ class Asked:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
-        sys.addaudithook(self._audit)  # for the rest of the process: idle once `active` is False
+        sys.addaudithook(self._audit)  # audit hooks cannot be removed: inactive once `active` is False
 
     def _accept(self) -> None:
         while True:
@@ -73,7 +73,7 @@ def asked(tmp_path: Path) -> Iterator[Asked]:
 
 @pytest.fixture
 def hostile(tmp_path: Path, shards: str, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A run's folder that names a stranger's servers, secrets of its reader, and files of theirs."""
+    """Write a run that names foreign servers, and secrets and files of its reader."""
     monkeypatch.setenv("CANARY", "hunter2")
     monkeypatch.delenv(URI_VARIABLE, raising=False)
     server, secret = f"http://{asked.address}", f"{asked.guarded}/secret"
@@ -119,7 +119,7 @@ def commands(run: str, shards: str, picture: str, out: Path) -> dict[str, list[s
 REFUSED = {"sync", "evaluate the beacon"}
 
 
-def test_no_command_asks_or_opens_what_a_folder_names(
+def test_commands_use_no_server_or_file_named_by_a_folder(
     hostile: str, shards: str, picture: str, tmp_path: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered: list[str] = []
@@ -142,7 +142,7 @@ def test_no_command_asks_or_opens_what_a_folder_names(
     assert journal.count(b'"kind":"run"') == 1  # nothing was recorded
 
 
-def test_a_stored_config_keeps_no_server_no_secret_and_no_place(hostile: str, asked: Asked) -> None:
+def test_stored_config_keeps_no_server_secret_or_location(hostile: str, asked: Asked) -> None:
     values = json.loads(Path(hostile, "run.json").read_text(encoding="utf-8"))
     config, recorded = stored_config(values, "run.json", hostile)
     assert config.folder == hostile
@@ -176,11 +176,11 @@ def test_a_stored_url_names_no_host(url: str, is_refused: bool) -> None:
         check_stored_url(url, "sources.x.shards")
 
 
-def test_only_stored_config_reads_configs_that_folders_hold() -> None:
+def test_only_stored_config_parses_configs_of_runs() -> None:
     root = Path(__file__).resolve().parents[3]
     files = [*root.glob("pipeline/**/*.py"), *root.glob("jobs/**/*.py")]
     parsing = {str(f.relative_to(root)) for f in files if "RunConfig.model_validate" in f.read_text(encoding="utf-8")}
-    # The rest is given a config by the driver that read it from a file.
+    # The three modules of jobs/ receive a config from the driver, which read it from a file.
     assert parsing == {
         "pipeline/config/load.py",
         "pipeline/config/stored.py",
@@ -190,7 +190,7 @@ def test_only_stored_config_reads_configs_that_folders_hold() -> None:
     }
 
 
-def test_the_caller_is_who_named_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caller_settings_come_from_the_config_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = config_of(tmp_path, {"pairs": {"shards": "/data"}}, "pairs", tracking={"uri": "http://own:5000"})
     (tmp_path / "own.yaml").write_text(own.model_dump_json(), encoding="utf-8")
     monkeypatch.setenv(URI_VARIABLE, "http://environment:5000")
@@ -211,7 +211,7 @@ def original(tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 @pytest.mark.parametrize(("name", "part"), [("run", ""), ("renamed run", "stages/0-pairs")])
-def test_results_go_beside_the_weights_that_were_given(original: Path, tmp_path: Path, name: str, part: str) -> None:
+def test_results_are_written_next_to_the_given_weights(original: Path, tmp_path: Path, name: str, part: str) -> None:
     copy = tmp_path / "elsewhere" / name
     shutil.copytree(original, copy)
     before = contents(tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""Which job a submission is, and what submitting loads."""
+"""Job identifiers of submissions are stable per config, and submitting imports no training library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "configs" / "demo.yaml"
 
 
-def test_the_same_run_is_the_same_job_and_another_config_is_another() -> None:
+def test_job_id_depends_only_on_the_config() -> None:
     assert job_id(load_config(DEMO)) == job_id(load_config(DEMO))
     assert job_id(load_config(DEMO)) != job_id(load_config(DEMO, ["stages.vision.steps=81"]))
 
@@ -34,17 +34,17 @@ def test_the_same_run_is_the_same_job_and_another_config_is_another() -> None:
         ({"another": "FAILED"}, "run"),
     ],
 )
-def test_only_a_job_that_is_over_is_submitted_anew(states: dict[str, str], expected: str) -> None:
+def test_only_a_failed_job_is_submitted_under_a_new_id(states: dict[str, str], expected: str) -> None:
     assert next_attempt(states, "run") == expected
 
 
-def test_fewest_ranks_above_the_most_are_refused_by_name() -> None:
+def test_min_workers_above_workers_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.min_workers: 3 is above cluster\.workers 2"):
         load_config(DEMO, ["cluster.min_workers=3"])
 
 
-def test_submitting_needs_neither_cuda_nor_what_trains() -> None:
-    """A laptop has no GPU, and DeepSpeed looks for one and for its compiler as soon as it is imported."""
+def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
+    """A laptop has no GPU, and importing DeepSpeed searches for one and for its compiler."""
     script = (
         "import sys, jobs.cli, jobs.submit, jobs.jobs_command, jobs.logs\n"
         "loaded = {name for name in ('deepspeed', 'mlflow', 'transformers') if name in sys.modules}\n"
@@ -59,7 +59,7 @@ def test_submitting_needs_neither_cuda_nor_what_trains() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_job_runs_in_this_python_where_the_head_has_it(
+def test_job_uses_this_interpreter_if_the_head_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def found() -> str:
