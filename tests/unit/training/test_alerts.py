@@ -19,7 +19,7 @@ from pipeline.training.metrics import StepMetrics
 from pipeline.training.step import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
-PAIRS: Any = SimpleNamespace(name="pairs")  # stands in for the stage
+PAIRS: Any = SimpleNamespace(name="pairs")  # replaces the stage
 LEARNT = {"itm_matched": 10, "itm_matched_correct": 8, "itm_mismatched": 20, "itm_mismatched_correct": 15}
 
 

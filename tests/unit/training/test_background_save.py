@@ -1,4 +1,4 @@
-"""Saves beside training: what is saved is the state of that moment, whatever the store and the next steps do."""
+"""Asynchronous saves: a checkpoint holds the state at the call, whatever the store and later steps do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.training.engine import Fragment
 
 
 class GatedStorage(Storage):
-    """A store that takes no rank's file before it is let."""
+    """Storage that blocks writes of rank files until `gate` is set."""
 
     def __init__(self, config: StorageConfig = StorageConfig()):
         super().__init__(config)
@@ -58,7 +58,7 @@ def metadata(step: int) -> dict[str, Any]:
 
 
 def state() -> list[Fragment]:
-    """A parameter in two fragments with its moments, and a frozen one in half precision."""
+    """Build a parameter in two fragments with its moments, and a frozen one in half precision."""
     generator = torch.Generator().manual_seed(1)
 
     def values(size: int) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def state() -> list[Fragment]:
 
 
 def train(fragments: list[Fragment]) -> None:
-    """The next step, which overwrites the state in place."""
+    """Overwrite the state in place, as the next step does."""
     for fragment in fragments:
         for value in fragment.values.values():
             value.add_(1)
@@ -88,9 +88,7 @@ def thread_of_the_save() -> threading.Thread:
     return found
 
 
-def test_the_state_saved_is_that_of_the_save_though_training_goes_on(
-    store: CheckpointStore, storage: GatedStorage
-) -> None:
+def test_save_holds_the_state_at_the_call(store: CheckpointStore, storage: GatedStorage) -> None:
     fragments, expected = state(), state()
     url = store.save(fragments, metadata(1))
     assert not storage.exists(url), "the save waited for the store"
@@ -102,7 +100,7 @@ def test_the_state_saved_is_that_of_the_save_though_training_goes_on(
     assert_restored(store, expected)
 
 
-def test_a_second_save_waits_for_the_first_and_both_are_right(store: CheckpointStore, storage: GatedStorage) -> None:
+def test_second_save_waits_for_the_first_and_both_are_correct(store: CheckpointStore, storage: GatedStorage) -> None:
     fragments, first = state(), state()
     store.save(fragments, metadata(1))
     train(fragments)
@@ -118,9 +116,7 @@ def test_a_second_save_waits_for_the_first_and_both_are_right(store: CheckpointS
     assert_restored(store, first)
 
 
-def test_a_save_that_fails_says_so_at_the_next_step_and_the_next_save_is_whole(
-    store: CheckpointStore, storage: GatedStorage
-) -> None:
+def test_failed_save_raises_at_the_next_step_and_may_be_repeated(store: CheckpointStore, storage: GatedStorage) -> None:
     storage.gate.set()
     storage.fault = StorageError("no space left")
     url = store.save(state(), metadata(1))
@@ -141,9 +137,7 @@ def test_a_save_that_fails_says_so_at_the_next_step_and_the_next_save_is_whole(
     assert_restored(store, state())
 
 
-def test_the_journal_is_committed_between_the_files_and_the_commit(
-    store: CheckpointStore, storage: GatedStorage
-) -> None:
+def test_journal_is_committed_between_files_and_commit(store: CheckpointStore, storage: GatedStorage) -> None:
     storage.gate.set()
     seen: list[list[str]] = []
     names = store.save(
@@ -154,7 +148,7 @@ def test_the_journal_is_committed_between_the_files_and_the_commit(
     assert COMMIT in storage.list(names)
 
 
-def test_what_fails_before_the_commit_leaves_no_checkpoint(store: CheckpointStore, storage: GatedStorage) -> None:
+def test_failure_before_the_commit_leaves_no_checkpoint(store: CheckpointStore, storage: GatedStorage) -> None:
     storage.gate.set()
 
     def fail() -> None:
@@ -166,7 +160,7 @@ def test_what_fails_before_the_commit_leaves_no_checkpoint(store: CheckpointStor
     assert store.latest() is None
 
 
-def test_closing_gives_up_a_save_that_does_not_end(store: CheckpointStore, storage: GatedStorage, caplog) -> None:
+def test_close_abandons_a_save_that_does_not_end(store: CheckpointStore, storage: GatedStorage, caplog) -> None:
     url = store.save(state(), metadata(1))
     thread = thread_of_the_save()
     store.close(seconds=0.1)
@@ -177,7 +171,7 @@ def test_closing_gives_up_a_save_that_does_not_end(store: CheckpointStore, stora
     assert storage.list(url) == []
 
 
-def test_room_that_was_reserved_is_not_taken_again(store: CheckpointStore, storage: GatedStorage) -> None:
+def test_reserved_host_memory_is_reused(store: CheckpointStore, storage: GatedStorage) -> None:
     storage.gate.set()
     store.reserve(state())
     reserved = store._copy._buffer.data_ptr()

@@ -1,4 +1,4 @@
-"""Writing in the background: the caller never waits and never sees a fault, and the newest data wins."""
+"""Background writes: the caller neither waits nor receives errors, and only the newest data is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.training.loop import _close_tracker
 
 
 class SlowStore:
-    """What `Storage.write` does while the store is away: it waits for `back`, and then fails or writes."""
+    """Replacement of `Storage.write` that waits for `back`, and then fails or writes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fault: Exception | None = None):
         self.back, self.reached = threading.Event(), threading.Event()
@@ -33,7 +33,7 @@ class SlowStore:
         self.written.append((url, data))
 
 
-def test_of_each_url_the_newest_data_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_data_of_each_url_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     store, writer = SlowStore(monkeypatch), BackgroundWriter(Storage())
     writer.write("a", b"first")
     assert store.reached.wait(10)
@@ -46,7 +46,7 @@ def test_of_each_url_the_newest_data_is_written(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("fault", [StorageError("away"), ValueError("no URL"), MemoryError()])
-def test_a_fault_is_logged_and_not_raised(
+def test_error_is_logged_and_not_raised(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
 ) -> None:
     store, writer = SlowStore(monkeypatch, fault), BackgroundWriter(Storage())
@@ -57,7 +57,7 @@ def test_a_fault_is_logged_and_not_raised(
     assert f"progress.json was not written: {type(fault).__name__}" in caplog.text
 
 
-def test_closing_waits_no_longer_than_it_is_told(
+def test_close_waits_no_longer_than_its_timeout(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, writer = SlowStore(monkeypatch), BackgroundWriter(Storage())

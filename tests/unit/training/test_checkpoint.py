@@ -1,4 +1,4 @@
-"""Contract C5: a checkpoint exists only when it is whole; what is damaged is told, and the one before is used."""
+"""Contract C5: only complete checkpoints are read; a damaged one is reported, and the one before it is used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_any_range_of_a_parameter_reads_as_it_was_written(store: CheckpointStore
     assert saved.read("a.weight", "weight", 3, 5).tolist() == [13, 14]
 
 
-def test_a_parameter_that_is_not_wholly_there_is_refused_by_name(store: CheckpointStore) -> None:
+def test_incomplete_parameter_is_rejected_by_name(store: CheckpointStore) -> None:
     save(store, 10)
     _, saved = store.latest() or pytest.fail("nothing found")
     with pytest.raises(CheckpointError, match=r"b\.weight"):
@@ -78,21 +78,21 @@ def change_the_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, lose_a_file, lose_the_commit, cut_a_file, change_the_manifest])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(store: CheckpointStore, damage) -> None:
+def test_damaged_checkpoint_is_skipped_for_the_one_before(store: CheckpointStore, damage) -> None:
     save(store, 10)
     damage(save(store, 20))
     checkpoint, _ = store.latest() or pytest.fail("nothing found")
     assert checkpoint.step == 10
 
 
-def test_what_is_wrong_is_said_by_file(store: CheckpointStore) -> None:
+def test_damage_is_reported_by_file(store: CheckpointStore) -> None:
     folder = save(store, 10)
     flip_a_byte(folder)
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is damaged"):
         read_committed(Storage(), str(folder))
 
 
-def test_only_the_newest_are_kept(store: CheckpointStore) -> None:
+def test_only_the_newest_checkpoints_are_kept(store: CheckpointStore) -> None:
     for step in (10, 20, 30):
         save(store, step)
     kept = sorted(path.name.partition(".")[0] for path in Path(store.url).iterdir())

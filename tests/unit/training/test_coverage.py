@@ -1,4 +1,4 @@
-"""A vocabulary that cannot spell the captions is told of when it is fixed, and its run says so."""
+"""A vocabulary that cannot encode the captions is reported when it is chosen, and raises an alert in its run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.training.prepare import Coverage, load_coverage, measure_coverage
 
 @pytest.fixture
 def folders(tmp_path: Path, make_tar: Any) -> list[str]:
-    """A folder of English captions and one of Arabic ones."""
+    """Build a folder of English captions and one of Arabic captions."""
     urls = []
     for name, caption in {
         "english": "a red cat",
@@ -29,7 +29,7 @@ def folders(tmp_path: Path, make_tar: Any) -> list[str]:
     return urls
 
 
-def test_the_share_of_each_source_is_measured_once_and_told(folders: list[str], tmp_path: Path, caplog: Any) -> None:
+def test_unknown_tokens_are_measured_per_source_and_reported(folders: list[str], tmp_path: Path, caplog: Any) -> None:
     run, tokenizer = str(tmp_path / "run"), Tokenizer([*SPECIALS, "a", "red", "cat"])
     found = measure_coverage(Storage(), run, tokenizer, folders)
     assert found.unknown == {folders[0]: 0.0, folders[1]: 1.0}
@@ -39,13 +39,13 @@ def test_the_share_of_each_source_is_measured_once_and_told(folders: list[str], 
     assert measure_coverage(Storage(), run, Tokenizer([*SPECIALS, "a"]), folders[:1]).worst == pytest.approx(2 / 3)
 
 
-def test_a_vocabulary_that_fits_raises_no_alert() -> None:
+def test_matching_vocabulary_raises_no_alert() -> None:
     assert Coverage("x", {}).alert is None
     assert Coverage("x", {"a": 0.01}).alert is None
     assert Coverage("x", {"a": 0.0101, "b": 0.0}).alert is not None
 
 
-def test_a_run_of_an_earlier_version_tells_nothing(tmp_path: Path) -> None:
+def test_missing_or_malformed_record_is_ignored(tmp_path: Path) -> None:
     assert load_coverage(Storage(), str(tmp_path)) is None
     (tmp_path / "vocabulary.json").write_text("[1]")
     assert load_coverage(Storage(), str(tmp_path)) is None

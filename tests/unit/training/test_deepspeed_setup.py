@@ -1,3 +1,5 @@
+"""DeepSpeed's extensions are built by one process at a time, in a folder of their own, with the installed ninja."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -26,7 +28,7 @@ with exclusive_build(Path(sys.argv[1])):
 """
 
 
-def test_a_process_killed_while_it_builds_leaves_no_lock_that_another_waits_for(tmp_path: Path):
+def test_process_killed_while_building_leaves_no_lock(tmp_path: Path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "inside\n"
@@ -42,8 +44,8 @@ def test_a_process_killed_while_it_builds_leaves_no_lock_that_another_waits_for(
         assert not (tmp_path / "op" / "lock").exists()
 
 
-def test_this_installations_ninja_comes_before_the_machines(monkeypatch: pytest.MonkeyPatch):
-    """DeepSpeed requires ninja, so it was installed with it."""
+def test_ninja_of_this_installation_takes_precedence(monkeypatch: pytest.MonkeyPatch):
+    """DeepSpeed depends on ninja, which is therefore installed next to it."""
     monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))
     use_own_ninja()
     use_own_ninja()
@@ -51,14 +53,14 @@ def test_this_installations_ninja_comes_before_the_machines(monkeypatch: pytest.
     assert shutil.which("ninja") == str(Path(sys.executable).parent / "ninja")
 
 
-def test_a_folder_that_the_user_named_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folder_set_by_the_user_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(FOLDER, str(tmp_path))
     assert use_own_folder() == tmp_path
     monkeypatch.delenv(FOLDER)
     assert "mome-py" in use_own_folder().name
 
 
-def test_two_installations_of_deepspeed_build_in_two_folders(monkeypatch: pytest.MonkeyPatch):
+def test_two_deepspeed_installations_use_two_folders(monkeypatch: pytest.MonkeyPatch):
     folders = set()
     for origin in ("/here/deepspeed/__init__.py", "/there/deepspeed/__init__.py"):
         monkeypatch.delenv(FOLDER, raising=False)
@@ -68,14 +70,14 @@ def test_two_installations_of_deepspeed_build_in_two_folders(monkeypatch: pytest
     assert len(folders) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_told_with_its_remedy(tmp_path: Path) -> None:
+def test_read_only_folder_is_reported_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
 
     with pytest.raises(ConfigError, match="TORCH_EXTENSIONS_DIR"), exclusive_build(tmp_path / "file" / "extensions"):
         pass
 
 
-def test_a_folder_without_file_locks_is_used_all_the_same(
+def test_folder_without_file_locks_is_used_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:

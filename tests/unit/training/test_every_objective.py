@@ -1,4 +1,4 @@
-"""Every objective with every model that learns it, found by asking the models: its loss falls on a fixed tiny batch."""
+"""The loss of every objective falls on a fixed tiny batch, with every model that supports the objective."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.objectives import trained_modules
 from pipeline.training.collectives import Collectives
 from tests.support.trial import Cell, Trial, begin, cells, train, trial_config
 
-SHIFTS = {"ranking_head.score.bias"}  # shifts every score of the softmax alike: its gradient is 0 but for rounding
+SHIFTS = {"ranking_head.score.bias"}  # added to every logit of the softmax, so its gradient is 0 up to rounding
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +22,15 @@ def collectives() -> Iterator[Collectives]:
 
 
 @pytest.mark.parametrize("cell", cells(), ids=str)
-def test_thirty_steps_on_one_batch_bring_the_loss_far_down(cell: Cell, collectives: Collectives) -> None:
+def test_loss_falls_in_thirty_steps_on_one_batch(cell: Cell, collectives: Collectives) -> None:
     found = train(cell, collectives)
     assert found.is_learnt, [round(loss, 3) for loss in found.losses]
 
 
 @pytest.mark.parametrize("cell", cells(), ids=str)
-def test_the_parts_said_to_be_read_are_exactly_those_that_get_a_gradient(cell: Cell, collectives: Collectives) -> None:
+def test_declared_modules_are_those_with_a_gradient(cell: Cell, collectives: Collectives) -> None:
     begun = begin(trial_config(cell), collectives)
-    model = begun.engine.model.requires_grad_(True)  # also those that the stage froze
+    model = begun.engine.model.requires_grad_(True)  # including parameters that the stage froze
     begun.step(begun.batch)
     moved = {name for name, gradient in begun.engine.gradients().items() if gradient.abs().max() > 0}
     expected = trained_modules(model, begun.step.stage.objectives, cell.source_type)
@@ -38,14 +38,14 @@ def test_the_parts_said_to_be_read_are_exactly_those_that_get_a_gradient(cell: C
     assert read - SHIFTS == moved - SHIFTS
 
 
-def test_every_kind_and_objective_is_in_a_cell() -> None:
+def test_every_model_kind_and_objective_is_tested() -> None:
     tried = list(cells())
     assert {cell.kind for cell in tried} == set(MODEL_SECTIONS)
     assert {cell.objective for cell in tried} == set(objective_names())
 
 
-def test_a_collapsed_matching_head_is_no_success() -> None:
-    """The known floors: 0.6365 where one pair in three matches, 0.6931 where one in two does."""
+def test_collapsed_itm_head_does_not_count_as_learnt() -> None:
+    """A constant prediction reaches 0.6365 where one pair in three matches, and 0.6931 where one in two does."""
     hard = Cell("itm", "vlmo", "pairs", {"negatives": "hard"})
     random = Cell("itm", "vlmo", "pairs", {"negatives": "random"})
     assert Trial(hard, []).floor == pytest.approx(0.6365, abs=1e-4)

@@ -17,7 +17,7 @@ SAVED = {"startup": 10.0, "training": 50.0, "data_wait": 5.0, "checkpoint": 1.0}
 
 @pytest.fixture
 def restarted(tmp_path: Path) -> Any:
-    """Builds the tracker of a process started at `now` (s) after a last heartbeat at `at`."""
+    """Return a function that builds the tracker of a process started at `now` (s), after a last heartbeat at `at`."""
 
     def build(at: float, now: float, ended: bool = False, restarts: int = 0, **seconds: float) -> GoodputTracker:
         record = {"at": at, "seconds": dict.fromkeys(PHASES, 0.0) | seconds, "restarts": restarts, "ended": ended}
@@ -43,8 +43,8 @@ def test_time_belongs_to_the_phase_entered_last(tmp_path: Path) -> None:
     assert seconds["data_wait"] < 0.1
 
 
-def test_training_after_the_checkpoint_is_lost_work_and_the_gap_is_restart(restarted: Any) -> None:
-    # Begun at 1000, with 66 s in the checkpoint, a last heartbeat at 1100, and a restart at 1130.
+def test_time_after_the_checkpoint_is_lost_work_then_restart(restarted: Any) -> None:
+    # The run started at 1000; the checkpoint covers 66 s, the last heartbeat was at 1100, the restart at 1130.
     tracker = restarted(1100, now=1130, startup=10.0, training=82.0, data_wait=6.0, checkpoint=2.0)
     tracker.resume_from(SAVED)
     expected = {"startup": 10, "training": 50, "data_wait": 5, "checkpoint": 2, "lost_work": 33, "restart": 30}
@@ -53,7 +53,7 @@ def test_training_after_the_checkpoint_is_lost_work_and_the_gap_is_restart(resta
     assert tracker.restarts == 1
 
 
-def test_process_that_died_before_its_first_step_loses_no_more_work(restarted: Any) -> None:
+def test_process_killed_before_its_first_step_loses_no_work(restarted: Any) -> None:
     tracker = restarted(1200, 1210, restarts=1, startup=10.0, training=50.0, lost_work=33.0, restart=107.0)
     tracker.resume_from({"startup": 10.0, "training": 50.0})
     assert rounded(tracker) == {"startup": 10, "training": 50, "lost_work": 33, "restart": 117}
@@ -83,7 +83,7 @@ def test_goodput_is_the_fraction_of_time_in_kept_steps() -> None:
     assert goodput_metrics(seconds)["time/lost_work_s"] == 30.0
 
 
-def test_record_is_saved_in_the_run_folder_and_evaluation_adds_to_it(tmp_path: Path) -> None:
+def test_record_is_saved_in_the_run_and_includes_evaluation(tmp_path: Path) -> None:
     storage, folder = Storage(), str(tmp_path)
     assert read_record(storage, folder) is None
     tracker = GoodputTracker(storage, folder, is_writer=True)

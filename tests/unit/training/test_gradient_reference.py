@@ -20,7 +20,7 @@ def test_error_equals_the_tolerance_where_c2_is_just_met() -> None:
     assert errors["small"] == pytest.approx(TOLERANCE, rel=1e-4)
 
 
-def test_missing_extra_and_misshapen_gradients_are_infinite_errors() -> None:
+def test_missing_extra_or_misshapen_gradient_is_infinite_error() -> None:
     expected = {"a": torch.ones(3), "b": torch.ones(3)}
     errors = relative_errors(expected, {"b": torch.ones(4), "c": torch.ones(1)})
     assert errors == {"a": math.inf, "b": math.inf, "c": math.inf}

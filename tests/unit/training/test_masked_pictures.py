@@ -1,4 +1,4 @@
-"""Masked pictures and classes through the real training step: covered, shown in part, decoded, named by tokens."""
+"""The training step on images: masked, partly visible or decoded patches, visual tokens, and classes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def batch_of(config: RunConfig) -> Batch:
 
 
 def tokens_of(image: Tensor, grid: int) -> Tensor:
-    """An invented tokenizer: a function of each patch's colour."""
+    """Return invented visual tokens, a function of each patch's colour."""
     everywhere = torch.arange(grid**2).expand(len(image), -1)
     return mean_colour_targets(image, everywhere, image.shape[1] // grid) % VISUAL_TOKENS
 
@@ -97,7 +97,7 @@ CASES += [("vit", "classification", ""), ("vlmo", "classification", "")]
 
 
 @pytest.mark.parametrize(("kind", "objective", "variant"), CASES)
-def test_micro_batches_give_the_gradient_of_the_whole(kind: str, objective: str, variant: str) -> None:
+def test_micro_batches_have_the_gradient_of_the_whole_batch(kind: str, objective: str, variant: str) -> None:
     config = run_config(kind, objective, **VARIANTS.get(variant, {}))
     whole, loss = gradients(config, None)
     parts, loss_of_parts = gradients(config, 3)
@@ -109,7 +109,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(kind: str, objective: str,
 
 @pytest.mark.parametrize("kind", ["vlmo", "vit"])
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_every_trained_parameter_gets_a_gradient_and_no_other_does(kind: str, variant: str) -> None:
+def test_exactly_the_trained_parameters_get_a_gradient(kind: str, variant: str) -> None:
     config = run_config(kind, **VARIANTS[variant])
     model = build_stage_model(config, 0, Storage(), 11)
     found, _ = gradients(config, None)
@@ -117,7 +117,7 @@ def test_every_trained_parameter_gets_a_gradient_and_no_other_does(kind: str, va
 
 
 def test_trap_section_3_labels_differ_from_patch_to_patch() -> None:
-    """lucidrains/vit-pytorch#97: masked patch prediction against labels that were the same everywhere."""
+    """lucidrains/vit-pytorch#97 trained masked patches against labels that were equal everywhere."""
     batch = batch_of(run_config("vit"))
     whole = mean_colour_targets(batch.image, torch.arange(9).expand(ROWS, -1), PATCH)
     assert len(whole.unique()) > 1
@@ -127,7 +127,7 @@ def test_trap_section_3_labels_differ_from_patch_to_patch() -> None:
     assert torch.equal(mean_colour_targets(black_and_white, torch.arange(9)[None], PATCH), expected)
 
 
-def test_the_encoder_never_reads_what_a_decoder_predicts() -> None:
+def test_encoder_reads_no_patch_that_the_decoder_predicts() -> None:
     config = run_config("vlmo", **VARIANTS["decoded"])
     step = TrainingStep(
         PlainEngine(build_stage_model(config, 0, Storage(), 11), config.stages[0].optimizer),
@@ -142,7 +142,7 @@ def test_the_encoder_never_reads_what_a_decoder_predicts() -> None:
     assert torch.equal(both.sort(dim=1).values, torch.arange(9).expand(ROWS, -1))
 
 
-def test_a_stage_s_heads_follow_its_target() -> None:
+def test_heads_of_a_stage_follow_its_image_target() -> None:
     found = stage_heads(run_config("vit", **VARIANTS["named by tokens"]), 0)
     assert found.image_targets(PATCH) == VISUAL_TOKENS
     assert stage_heads(run_config("vit", **VARIANTS["decoded"]), 0).image_decoder is not None
@@ -171,8 +171,8 @@ def test_invalid_section_is_refused() -> None:
         run_config("vit", image_decoder={"heads": 7})
 
 
-def test_rows_of_a_shorter_mask_count_only_their_own_patches() -> None:
-    """Pictures that keep their shape have masks of different lengths, padded with -1."""
+def test_padding_of_shorter_masks_does_not_change_the_loss() -> None:
+    """Images that keep their aspect ratio have masks of different lengths, padded with -1."""
     from pipeline.objectives.mim import mim_loss
 
     prediction, target = torch.randn(2, 3, 7), torch.tensor([[1, 2, 3], [4, 0, 0]])

@@ -1,4 +1,4 @@
-"""What counts as out of memory, whoever says so."""
+"""Errors that count as out of memory, and the remedies that their message suggests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.training.health import is_out_of_memory, out_of_memory
 from tests.support.tiny_model import tiny_config
 
 
-def test_torch_and_numpy_say_it_in_their_own_ways() -> None:
+def test_torch_and_numpy_errors_are_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert is_out_of_memory(caught.value)
@@ -30,20 +30,20 @@ def test_torch_and_numpy_say_it_in_their_own_ways() -> None:
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_accelerators_and_the_system_too(error: Exception) -> None:
+def test_accelerator_and_system_errors_are_out_of_memory(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("shapes do not match"), OSError(errno.ENOSPC, "No space left"), ValueError("out of memory")]
 )
-def test_other_failures_do_not(error: Exception) -> None:
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(("zero_stage", "offload"), [(0, False), (1, True), (2, True)])
-def test_only_what_the_engine_takes_is_advised(zero_stage: int, offload: bool) -> None:
-    """Without ZeRO the config refuses to offload."""
+def test_only_supported_remedies_are_suggested(zero_stage: int, offload: bool) -> None:
+    """The config rejects offloading without ZeRO."""
     config = tiny_config(zero_stage=zero_stage)
     told = str(out_of_memory(MemoryError("no room"), config, config.stages[0], Collectives(), None))
     assert ("engine.offload_optimizer=true" in told) == offload

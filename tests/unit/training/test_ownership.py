@@ -1,4 +1,4 @@
-"""Who may write a run: its latest start. A launcher's restarts share its claim, and do not take the run back."""
+"""A run is owned by its latest start; restarts by one launcher share its claim and never retake the run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def take(folder: str, claim: str | None = None) -> Ownership:
     return Ownership.take(Storage(), folder, claim)
 
 
-def test_the_latest_start_of_ranks_has_the_run(folder: str) -> None:
+def test_latest_start_of_ranks_owns_the_run(folder: str) -> None:
     starts = [take(folder, "launcher") for _ in range(12)]
     assert [start.holds() for start in starts] == [False] * 11 + [True]
     assert sorted(start.start for start in starts if start.start) == [start.start for start in starts]
     assert Ownership(Storage(), folder, "launcher").holds(), "the launcher has it, whichever start of its ranks does"
 
 
-def test_a_superseded_launcher_does_not_take_the_run_back(folder: str) -> None:
+def test_superseded_launcher_does_not_retake_the_run(folder: str) -> None:
     take(folder, "old")
     new = take(folder, "new")
     with pytest.raises(Superseded, match=f"owned by a later start, on .*/{OWNER_FILE}/"):
@@ -41,13 +41,13 @@ def test_a_superseded_launcher_does_not_take_the_run_back(folder: str) -> None:
     assert take(folder, "new").holds()
 
 
-def test_a_launch_by_hand_takes_the_run_always(folder: str) -> None:
+def test_manual_launch_always_takes_the_run(folder: str) -> None:
     old, new = take(folder), take(folder)
     assert (old.holds(), new.holds()) == (False, True)
     assert old.claim != new.claim
 
 
-def test_the_launchers_own_name_is_its_claim(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_is_the_name_given_by_the_launcher(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
     first, again = take(folder), take(folder)
     assert first.claim == again.claim
@@ -58,7 +58,7 @@ def test_the_launchers_own_name_is_its_claim(folder: str, monkeypatch: pytest.Mo
         take(folder)
 
 
-def test_a_launcher_may_ask_whether_it_still_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_can_query_whether_it_owns_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = short_config(str(tmp_path))
     command = [str(DEMO), f"output={tmp_path}", "name=run"]
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
@@ -73,8 +73,8 @@ def test_a_launcher_may_ask_whether_it_still_has_the_run(tmp_path: Path, monkeyp
     assert main(command) == 0
 
 
-def test_ranks_that_torchrun_starts_again_share_a_claim(tmp_path: Path) -> None:
-    """They are children of one agent; another torchrun is another launcher, though its run id may be the same."""
+def test_ranks_restarted_by_torchrun_share_a_claim(tmp_path: Path) -> None:
+    """They are children of one agent. Another torchrun is another launcher, even if its run id is equal."""
     script = (
         "import sys\nfrom pipeline.data.storage import Storage\nfrom pipeline.training.ownership import Ownership\n"
         "print(Ownership.take(Storage(), sys.argv[1]).claim)"
@@ -98,8 +98,8 @@ def test_ranks_that_torchrun_starts_again_share_a_claim(tmp_path: Path) -> None:
     assert claims[0][0] != claims[1][0]
 
 
-def test_of_two_starts_that_claim_at_once_one_has_the_run(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither sees the other when it chooses its number."""
+def test_one_of_two_simultaneous_starts_owns_the_run(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither start sees the other when it chooses its number."""
     starts, other = Ownership._starts, []
 
     def meanwhile(ownership: Ownership) -> list[tuple[object, str]]:

@@ -1,4 +1,4 @@
-"""Which parameters decay and which have a head's rate: all trained ones once, none that is frozen."""
+"""Parameter groups: each trained parameter is in one group, matrices decay, and heads have their own rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def model() -> Model:
     return build_model(tiny_config().model, 50, HeadConfig(answers=7, reasoning=True))
 
 
-def test_matrices_decay_and_everything_trained_is_in_one_group(model: Model) -> None:
+def test_matrices_decay_and_each_parameter_is_in_one_group(model: Model) -> None:
     frozen = model.norm.weight.requires_grad_(False)
     groups = parameter_groups(model, OptimizerConfig(weight_decay=0.05))
     held = [parameter for group in groups for parameter in group["params"]]
@@ -28,13 +28,13 @@ def test_matrices_decay_and_everything_trained_is_in_one_group(model: Model) -> 
         assert group["rate_factor"] == 1.0
 
 
-def test_the_factor_is_of_heads_and_not_of_the_pooler(model: Model) -> None:
+def test_head_lr_multiplier_applies_to_heads_but_not_the_pooler(model: Model) -> None:
     groups = parameter_groups(model, OptimizerConfig(head_lr_multiplier=20.0))
     fast = {id(parameter) for group in groups if group["rate_factor"] == 20.0 for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in fast) == model.part_of(name).endswith("_head"), name
 
 
-def test_a_stage_that_trains_nothing_is_refused(model: Model) -> None:
+def test_stage_without_trained_parameters_is_rejected(model: Model) -> None:
     with pytest.raises(ConfigError, match="no parameter is left to train"):
         parameter_groups(model.requires_grad_(False), OptimizerConfig())

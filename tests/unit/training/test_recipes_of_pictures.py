@@ -1,4 +1,4 @@
-"""The recipes in configs/: masked pictures in stages of their own, and ViT's as published."""
+"""The image recipes in configs/: ViT as published, and masked images in separate stages."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ALL = sorted(CONFIGS.glob("**/*.yaml"))
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_trap_14_masked_images_and_contrast_share_no_stage(path: Path) -> None:
-    """Trained jointly they did not converge (unilm#969). The code allows it; no recipe does it."""
+def test_trap_14_mim_and_itc_share_no_stage(path: Path) -> None:
+    """Joint training did not converge (unilm#969). The code permits it, but no recipe does it."""
     for stage in load_config(path).stages:
         assert not {"mim", "itc"} <= stage.objectives.keys()
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-def test_trap_13_what_drifts_in_a_language_stage_is_trained_with_pictures_afterwards(path: Path) -> None:
-    """The final norm and the relative table are shared with pictures, and text alone moves them for a whole stage."""
+def test_trap_13_images_follow_a_language_stage(path: Path) -> None:
+    """A text-only stage moves the final norm and the relative table, which images share."""
     config = load_config(path)
     source_types = [config.source_type_of(stage) for stage in config.stages]
     for index, source_type in enumerate(source_types):
@@ -42,14 +42,14 @@ def test_trap_13_what_drifts_in_a_language_stage_is_trained_with_pictures_afterw
 
 
 def test_vit_base_has_the_published_size() -> None:
-    """86 M parameters (table 1); 86,567,656 with ImageNet's thousand classes, as in every published ViT-B/16."""
+    """ViT-B/16 has 86 M parameters (table 1); 86,567,656 with the head of ImageNet's 1,000 classes."""
     config = load_config(CONFIGS / "vit_b16.yaml")
     model = skeleton(config.model, heads=HeadConfig(classes=1000))
     assert sum(parameter.numel() for parameter in model.parameters()) == 86_567_656
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_b16_masked_patches"])
-def test_vit_s_stages_can_be_built_and_read_no_text(name: str, tmp_path: Path) -> None:
+def test_vit_stages_can_be_built_and_read_no_text(name: str, tmp_path: Path) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     check_stages(config)
     sizes = [stage_skeleton(config, index).config.image_size for index in range(len(config.stages))]
@@ -58,7 +58,7 @@ def test_vit_s_stages_can_be_built_and_read_no_text(name: str, tmp_path: Path) -
     assert choose_tokenizer(config, Storage()).tokens == SPECIALS
 
 
-def test_masked_patch_prediction_is_the_paper_s() -> None:
+def test_masked_patch_prediction_follows_the_paper() -> None:
     stage = load_config(CONFIGS / "vit_b16_masked_patches.yaml").stages[0]
     masking = stage.masking
     assert (masking.image_mask_ratio, masking.mask_token_prob, masking.random_patch_prob) == (0.5, 0.8, 0.1)
@@ -77,6 +77,6 @@ def test_masked_patch_prediction_is_the_paper_s() -> None:
     ],
     ids=["MAE", "BEiT"],
 )
-def test_the_other_targets_that_the_recipe_names_can_be_built(keys: dict[str, str]) -> None:
+def test_alternative_targets_of_the_recipe_can_be_built(keys: dict[str, str]) -> None:
     overrides = [f"stages.masked_patches.{key}={value}" for key, value in keys.items()]
     check_stages(load_config(CONFIGS / "vit_b16_masked_patches.yaml", overrides))

@@ -1,4 +1,4 @@
-"""ImageBERT's four losses: what shares a pass, what negatives give, and that a tiny model learns all of them."""
+"""ImageBERT's four objectives: shared forwards, negatives, and a tiny model that learns all four."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def collectives() -> Iterator[Collectives]:
 
 
 class Watched(PlainEngine):
-    """An engine that remembers what it was asked."""
+    """Engine that records the forwards it receives."""
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         self.asked = passes
@@ -72,7 +72,7 @@ def training(config: RunConfig, collectives: Collectives) -> tuple[Watched, Trai
     return engine, step, twice(invented_batch(config.model, "regions", 0, ROWS // 2))
 
 
-def test_thirty_steps_bring_all_four_losses_far_down_together(collectives: Collectives) -> None:
+def test_all_four_losses_fall_in_thirty_steps(collectives: Collectives) -> None:
     engine, step, batch = training(run_config(), collectives)
     losses = []
     for _ in range(31):
@@ -84,7 +84,7 @@ def test_thirty_steps_bring_all_four_losses_far_down_together(collectives: Colle
     assert last["itm"] < 0.8 * COLLAPSED_1_TO_1
 
 
-def test_masked_words_classes_and_features_share_one_forward(collectives: Collectives) -> None:
+def test_mlm_moc_and_mrfr_share_one_forward(collectives: Collectives) -> None:
     engine, step, batch = training(run_config(), collectives)
     step(batch)
     assert set(engine.asked) == {"masked", "pair"}
@@ -92,7 +92,7 @@ def test_masked_words_classes_and_features_share_one_forward(collectives: Collec
     assert engine.asked["pair"].heads == ("itm",)
 
 
-def test_masked_regions_are_zeroed_where_they_are_masked_only(collectives: Collectives) -> None:
+def test_regions_are_zeroed_only_in_the_masked_forward(collectives: Collectives) -> None:
     engine, step, batch = training(run_config(), collectives)
     step(batch)
     hidden, shown = engine.asked["masked"].regions, engine.asked["pair"].regions
@@ -103,7 +103,7 @@ def test_masked_regions_are_zeroed_where_they_are_masked_only(collectives: Colle
     assert not (shown.features[shown.keep] == 0).any()
 
 
-def test_a_negative_has_another_row_s_caption_or_another_row_s_regions(collectives: Collectives) -> None:
+def test_negative_has_the_caption_or_regions_of_another_row(collectives: Collectives) -> None:
     engine, step, batch = training(run_config(), collectives)
     exchanged = {"caption": 0, "regions": 0}
     for number in range(20):
@@ -118,14 +118,14 @@ def test_a_negative_has_another_row_s_caption_or_another_row_s_regions(collectiv
     assert min(exchanged.values()) > 0.3 * sum(exchanged.values())
 
 
-def test_trap_06_losses_of_negatives_are_off_but_for_matching() -> None:
-    """The paper's conditional mask: masked words and regions are asked of true pairs; no such term exchanges rows."""
+def test_trap_06_only_itm_reads_negatives() -> None:
+    """The paper's conditional mask: MLM, MOC and MRFR read matched pairs only, so they swap no rows."""
     for objective in (MLM, MOC, MRFR):
         assert objective.swaps is Objective.swaps
 
 
-def test_each_loss_is_the_mean_over_what_is_masked(collectives: Collectives) -> None:
-    """Doubling the batch row for row changes no loss but matching's, whose negatives are drawn anew."""
+def test_each_loss_is_the_mean_over_masked_positions(collectives: Collectives) -> None:
+    """Padding the masked positions of every example changes no loss."""
     engine, step, batch = training(run_config(), collectives)
     once = step(batch)
     engine.step(0.0)
@@ -135,7 +135,7 @@ def test_each_loss_is_the_mean_over_what_is_masked(collectives: Collectives) -> 
         torch.testing.assert_close(once[objective], again[objective])
 
 
-def test_dropped_elements_are_the_step_s_so_that_a_resumed_run_drops_the_same(collectives: Collectives) -> None:
+def test_dropout_depends_on_the_step_alone(collectives: Collectives) -> None:
     engine, step, batch = training(run_config(dropout=0.1), collectives)
     engine.model.train()
     torch.manual_seed(1)

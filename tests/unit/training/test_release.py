@@ -27,7 +27,7 @@ RANKS, ROWS, WIDTH = 4, 12, 8
 
 
 class OneRank:
-    """Collectives of a single process that need no process group."""
+    """Collectives of a single process without a process group."""
 
     rank, world_size, device = 0, 1, torch.device("cpu")
 
@@ -41,7 +41,7 @@ class OneRank:
 def switched(
     reproduce_vlmo_release: bool, objectives: dict[str, dict[str, float]] | None = None, stage: int = 2
 ) -> RunConfig:
-    """The tiny config without drop path, of one stage."""
+    """Return the tiny config without drop path, reduced to one stage."""
     config = tiny_config()
     values = config.model_dump(mode="json")
     values["model"]["drop_path"] = 0.0
@@ -65,8 +65,10 @@ def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def released_gradients(image: Tensor, text: Tensor, log_scale: Tensor) -> list[Tensor]:
-    """The release's arithmetic, spelled out: on each rank a gather whose gradient stops at the others' rows, the loss
-    of all N x N logits, its own backward; then DDP's mean over ranks, each of which holds its own rows.
+    """Return the gradients of VLMo's release, written out step by step.
+
+    On each rank: gathers that are differentiable in the rank's own rows only, the loss of all N x N logits, and its
+    backward; then DDP's mean over ranks, each of which holds its own rows.
     """
     size = len(image) // RANKS
     found: list[list[Tensor]] = []
@@ -88,7 +90,7 @@ def contrast(image: Tensor, text: Tensor, scale: Tensor) -> Contrast:
     return global_contrast(outputs, batch, 1.0, lambda rows: rows.detach().clone(), slice(None))
 
 
-def test_trap_01_faithful_contrast_gets_the_gradient_that_the_releases_gather_leaves() -> None:
+def test_trap_01_faithful_itc_has_the_gradient_of_the_release() -> None:
     draw = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(ROWS, WIDTH, generator=draw), dim=1) for _ in range(2))
     log_scale = torch.tensor(2.0)
@@ -101,9 +103,9 @@ def test_trap_01_faithful_contrast_gets_the_gradient_that_the_releases_gather_le
     torch.testing.assert_close(whole.gradients["image", "itc"], RANKS * expected_image)
 
 
-def test_trap_01_the_step_cuts_the_gradient_of_a_faithful_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trap_01_only_faithful_runs_scale_the_itc_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = gradients(switched(False, {"itc": {}}))
-    same, _ = gradients(switched(True, {"itc": {}}))  # of one rank
+    same, _ = gradients(switched(True, {"itc": {}}))  # equal on one rank
     assert all(torch.equal(ours[name], same[name]) for name in ours)
     told: list[int] = []
     real = release.scale_gradients
@@ -119,7 +121,7 @@ def test_trap_01_the_step_cuts_the_gradient_of_a_faithful_run_only(monkeypatch: 
 
 
 @pytest.mark.parametrize(("stage", "share"), [(2, 0.25), (1, 1.0)], ids=["pairs", "text"])
-def test_masked_words_of_pairs_count_a_quarter_and_are_reported_whole(stage: int, share: float) -> None:
+def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted(stage: int, share: float) -> None:
     ours, ours_told = gradients(switched(False, {"mlm": {}}, stage))
     theirs, theirs_told = gradients(switched(True, {"mlm": {}}, stage))
     for name in ours:
@@ -145,7 +147,7 @@ def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
 # ---- weight decay
 
 
-# Pieces of the release's names, and whether it decays what has them.
+# Parameter names, and whether the release applies weight decay to them.
 RELEASED = {
     "blocks.0.experts.vision.norm.weight": True,
     "blocks.0.experts.vision.norm.bias": False,
@@ -177,11 +179,11 @@ RELEASED = {
 
 
 @pytest.mark.parametrize(("name", "decayed"), RELEASED.items())
-def test_trap_08_the_release_decays_by_pieces_of_names(name: str, decayed: bool) -> None:
+def test_trap_08_release_decays_by_name_fragments(name: str, decayed: bool) -> None:
     assert release.decays(name) == decayed
 
 
-def test_trap_08_we_decay_matrices_and_nothing_else() -> None:
+def test_trap_08_we_decay_matrices_only() -> None:
     config = VLMoConfig(
         width=16, layers=2, heads=2, vision_language_layers=1, image_size=16, patch_size=8, max_text_length=6
     )
@@ -203,7 +205,7 @@ def test_trap_08_we_decay_matrices_and_nothing_else() -> None:
     assert matrices - decayed(True) == {"positions.image", "positions.cross", "positions.text"}
 
 
-def test_only_vlmo_has_a_release_to_be_faithful_to() -> None:
+def test_reproduce_vlmo_release_requires_vlmo() -> None:
     values = tiny_config().model_dump(mode="json")
     values["model"] = {"kind": "vit", "width": 32, "heads": 2, "layers": 2, "image_size": 16, "patch_size": 8}
     values["stages"] = values["stages"][:1]

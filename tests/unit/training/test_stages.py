@@ -1,4 +1,4 @@
-"""How a stage begins: from weights of its own architecture, or of another picture size or text length, made to fit."""
+"""Start of a stage: weights of an equal architecture, or resized to another image size or text length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for nu
 
 
 def staged(tmp_path: Path, *stages: dict[str, Any], **model: Any) -> RunConfig:
-    """The tiny run, its first stages changed as told."""
+    """Return the tiny run with changes to its first stages."""
     values = tiny_config().model_dump(mode="json")
     values |= {"output": str(tmp_path), "model": values["model"] | model}
     for stage, change in zip(values["stages"], stages, strict=False):
@@ -35,7 +35,7 @@ def staged(tmp_path: Path, *stages: dict[str, Any], **model: Any) -> RunConfig:
 
 
 def finish(config: RunConfig, index: int, model: Model, **more: Any) -> str:
-    """Leave a stage's weights as its run would."""
+    """Save a stage's weights as its run does, and return their URL."""
     own = config.for_stage(config.stages[index])
     metadata = {"config": own.model_dump(mode="json"), "stage": config.stages[index].name, "step": 4, **more}
     url = stage_url(config, index)
@@ -51,15 +51,15 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_vocabulary(TOKENS)
 
 
-# ---- a stage's own picture size
+# ---- image sizes of stages
 
 
-def test_a_stage_without_a_size_sees_the_run_as_it_is() -> None:
+def test_stage_without_an_image_size_uses_the_run_config() -> None:
     config = tiny_config()
     assert all(config.for_stage(stage) is config for stage in config.stages)
 
 
-def test_a_stages_size_is_the_models_wherever_the_stage_is_asked_for(tmp_path: Path) -> None:
+def test_image_size_of_a_stage_becomes_the_models(tmp_path: Path) -> None:
     config = staged(tmp_path, {}, {"image_size": 32})
     first, second, third = (config.for_stage(stage).model.image_size for stage in config.stages[:3])
     assert (first, second, third) == (16, 32, 16)
@@ -68,17 +68,17 @@ def test_a_stages_size_is_the_models_wherever_the_stage_is_asked_for(tmp_path: P
     assert as_second.for_stage(as_second.stages[2]).model == config.model
 
 
-def test_a_size_that_is_no_multiple_of_the_patch_is_refused_by_name(tmp_path: Path) -> None:
+def test_image_size_must_be_a_multiple_of_the_patch(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stages.language.image_size: image_size 30 must be a multiple"):
         staged(tmp_path, {}, {"image_size": 30})
 
 
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
-def test_the_next_stage_reads_larger_pictures_with_resized_positions(tmp_path: Path, positions: str) -> None:
+def test_next_stage_reads_larger_images_with_resized_positions(tmp_path: Path, positions: str) -> None:
     config = staged(tmp_path, {}, {"image_size": 32}, positions=positions)
     before = model_of_stage(config, 0)
     with torch.no_grad():
-        for parameter in before.parameters():  # the relative table starts at zero
+        for parameter in before.parameters():  # because the relative table is initialised to zero
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     finish(config, 0, before)
     old, new = before.state_dict(), model_of_stage(config, 1).state_dict()
@@ -90,7 +90,7 @@ def test_the_next_stage_reads_larger_pictures_with_resized_positions(tmp_path: P
     assert all(torch.equal(new[other], old[other]) for other in old if other != name)
 
 
-def test_a_stage_starts_from_a_run_of_another_size_and_text_length(tmp_path: Path) -> None:
+def test_start_from_another_image_size_and_text_length(tmp_path: Path) -> None:
     short = staged(tmp_path, *[{"max_text_length": 8}] * 4, max_text_length=8, image_size=24)
     before = model_of_stage(short, 0)
     url = finish(short, 0, before)
@@ -114,7 +114,7 @@ def test_a_stage_starts_from_a_run_of_another_size_and_text_length(tmp_path: Pat
         ),
     ],
 )
-def test_another_architecture_is_refused_with_both_values(
+def test_another_architecture_is_rejected_with_both_values(
     tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any], told: str
 ) -> None:
     other = staged(tmp_path, **theirs)
@@ -126,13 +126,13 @@ def test_another_architecture_is_refused_with_both_values(
 
 
 @pytest.mark.parametrize("change", [{"drop_path": 0.3}, {"init_std": 0.1}, {"layer_scale": 1e-5}])
-def test_what_only_training_depends_on_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_training_only_keys_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
     other = staged(tmp_path, **change)
     url = finish(other, 0, build_model(other.model, VOCABULARY))
     _check_start(staged(tmp_path, {"start_from": url}), 0, Storage(), tokenizer())
 
 
-def test_weights_of_another_vocabulary_are_refused_and_theirs_is_named(tmp_path: Path) -> None:
+def test_weights_of_another_vocabulary_are_rejected_with_its_url(tmp_path: Path) -> None:
     config = staged(tmp_path)
     url = finish(config, 0, build_model(config.model, VOCABULARY))
     other = Tokenizer.from_vocabulary([*TOKENS[:-1], "another"])
@@ -140,14 +140,14 @@ def test_weights_of_another_vocabulary_are_refused_and_theirs_is_named(tmp_path:
         _check_start(staged(tmp_path, {"start_from": url}), 0, Storage(), other)
 
 
-# ---- parts that the weights lack
+# ---- modules absent from the weights
 
 
 def without(state: dict[str, Tensor], piece: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if piece not in name}
 
 
-def test_a_missing_part_is_refused_unless_the_import_said_that_it_is_absent(tmp_path: Path) -> None:
+def test_missing_module_is_rejected_unless_declared_absent(tmp_path: Path) -> None:
     config = staged(tmp_path)
     state = build_model(config.model, VOCABULARY, seed=9).state_dict()
     model = build_model(config.model, VOCABULARY, seed=5)
@@ -159,7 +159,7 @@ def test_a_missing_part_is_refused_unless_the_import_said_that_it_is_absent(tmp_
         assert torch.equal(tensor, fresh[name] if "vision_language" in name else state[name]), name
 
 
-def test_an_expert_that_the_weights_lack_can_start_as_a_copy(tmp_path: Path) -> None:
+def test_absent_expert_can_start_as_a_copy(tmp_path: Path) -> None:
     config = staged(tmp_path, {}, {}, {"experts": {"vision_language": "language"}})
     state = without(dict(build_model(config.model, VOCABULARY, seed=9).state_dict()), "vision_language")
     prepared = prepare_experts(build_model(config.model, VOCABULARY), state, config.stages[2])
@@ -168,7 +168,7 @@ def test_an_expert_that_the_weights_lack_can_start_as_a_copy(tmp_path: Path) -> 
     assert all(torch.equal(prepared[n], state[n.replace("vision_language", "language")]) for n in copied)
 
 
-def test_two_pictures_start_as_one_known_twice(tmp_path: Path) -> None:
+def test_second_image_modality_starts_as_the_first(tmp_path: Path) -> None:
     config = staged(tmp_path)
     url = finish(config, 0, build_model(config.model, VOCABULARY, seed=9))
     model = build_model(config.model, VOCABULARY, HeadConfig(reasoning=True))
@@ -180,7 +180,7 @@ def test_two_pictures_start_as_one_known_twice(tmp_path: Path) -> None:
     assert torch.equal(model.resize_state(learnt, config.model)["image_embedding.second"], torch.ones(32))
 
 
-# ---- parts that a stage leaves alone
+# ---- modules that a stage does not train
 
 
 def trained(config: RunConfig, index: int) -> set[str]:
@@ -188,8 +188,8 @@ def trained(config: RunConfig, index: int) -> set[str]:
     return {model.part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_trap_11_what_no_objective_reads_is_not_trained(tmp_path: Path) -> None:
-    """A relative model has no text positions; the top vision and language experts learn from contrast alone."""
+def test_trap_11_modules_no_objective_reads_are_not_trained(tmp_path: Path) -> None:
+    """With relative positions there are no text positions; the top vision and language experts learn from ITC alone."""
     start = {"start_from": "random"}
     without_contrast = {"objectives": {"mlm": {}}} | start
     fused = trained(staged(tmp_path, {}, {}, without_contrast), 2)
@@ -198,8 +198,8 @@ def test_trap_11_what_no_objective_reads_is_not_trained(tmp_path: Path) -> None:
     assert "text_embedding.positions" not in model_of_stage(staged(tmp_path), 0).state_dict()
 
 
-def test_trap_13_a_text_stage_moves_neither_the_images_distances_nor_what_it_is_told_to_leave(tmp_path: Path) -> None:
-    """The release trains one table and the last norm, which pictures share, on texts alone."""
+def test_trap_13_text_stage_trains_no_image_positions(tmp_path: Path) -> None:
+    """The release trains one table and the last norm, which images share, on text alone."""
     published = {"freeze": ["attention", "vision_expert", "image_embedding"], "start_from": "random"}
     moved = trained(staged(tmp_path, {}, published), 1)
     assert {"positions.text", "norm"} <= moved

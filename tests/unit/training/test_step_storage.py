@@ -20,7 +20,7 @@ from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short
 
 
 class StepGuard(Callback):
-    """Makes every storage call of this thread between the first and the last step of a stage raise.
+    """Make storage calls of this thread raise between the first and the last step of a stage.
 
     Evaluation is exempt: it reads its input, as a step does, and `guards.evaluate_seconds` allows for it.
     """

@@ -1,7 +1,7 @@
-"""Contract C5 when a storage call fails: each call of a save, a restore and a hand-over, once and for good.
+"""Contract C5 when a storage call fails: each call of a save, restore or hand-over, once or permanently.
 
-Each fails before its effect, halfway through and after it. Whatever fails, what was committed restores bit-equal,
-nothing is visible that is not whole, and once the store is well the same attempt, or the next one, succeeds.
+Each call fails before its effect, halfway through, and after it. In all cases committed data restores bit-equal,
+nothing incomplete is visible, and once the store is available again, the same attempt or the next one succeeds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def store_of(storage: Storage, folder: str, ownership: Ownership | None = None) 
 
 
 def begin(folder: str) -> Ownership:
-    """A run with checkpoints of steps 10 and 20, and with what an attempt at step 20 left unfinished."""
+    """Write a run with checkpoints of steps 10 and 20 and an unfinished save by an attempt at step 20."""
     first = store_of(Storage(), folder)
     save(first, 10)
     save(first, 20)
@@ -52,14 +52,14 @@ def numbers(step: int) -> list[float]:
 
 
 def committed_steps(folder: str) -> list[int]:
-    """Of the run's committed checkpoints, each of which is whole."""
+    """Return the steps of the run's committed checkpoints, after verifying each."""
     url = join(folder, "checkpoints")
     folders = [join(url, name) for name in Storage().list(url)]
     return sorted(read_committed(Storage(), each)[0]["step"] for each in folders if is_committed(Storage(), each))
 
 
 def failures_of(scenario: Scenario, begin: Scenario, folder: Path, check: Callable[[FailingStorage, str], None]) -> int:
-    """Let each storage call of the scenario fail in each way, and check the store; the number of ways."""
+    """Let each storage call of the scenario fail in each way and check the store; return the number of failures."""
     clean = FailingStorage()
     begin(Storage(), str(folder / "clean"))
     scenario(clean, str(folder / "clean"))
@@ -78,7 +78,7 @@ def failures_of(scenario: Scenario, begin: Scenario, folder: Path, check: Callab
     return len(faults)
 
 
-def test_a_save_that_fails_anywhere_leaves_what_was_committed_and_the_next_succeeds(tmp_path: Path) -> None:
+def test_failed_save_keeps_committed_checkpoints(tmp_path: Path) -> None:
     owners: dict[str, Ownership] = {}
 
     def start(_: Storage, folder: str) -> None:
@@ -108,7 +108,7 @@ def test_a_save_that_fails_anywhere_leaves_what_was_committed_and_the_next_succe
     print(f"{failures_of(scenario, start, tmp_path, check)} failures of a save")
 
 
-def test_a_restore_that_fails_anywhere_succeeds_once_the_store_is_well(tmp_path: Path) -> None:
+def test_failed_restore_succeeds_when_repeated(tmp_path: Path) -> None:
     def scenario(storage: Storage, folder: str) -> None:
         store = store_of(storage, folder)
         assert newest_weight(store) == numbers(20), "a fault of the store was taken for damage"
@@ -122,7 +122,7 @@ def test_a_restore_that_fails_anywhere_succeeds_once_the_store_is_well(tmp_path:
     print(f"{failures_of(scenario, lambda _, folder: begin(folder) and None, tmp_path, check)} failures of a restore")
 
 
-def test_a_hand_over_that_fails_anywhere_is_whole_or_not_there_and_the_next_succeeds(tmp_path: Path) -> None:
+def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
     def hand_over(storage: Storage, folder: str, value: float) -> None:
         owner = Ownership.take(storage, folder)
         if not is_committed(storage, join(folder, "stages", "0-s")):

@@ -1,8 +1,8 @@
-"""Two attempts on one run, in every interleaving of their storage calls: nothing whole is lost, nothing else is seen.
+"""Two attempts on one run, in every interleaving of their storage calls, never lose or corrupt a checkpoint.
 
-The old attempt has the run and saves, retires and hands over; the new one claims the run at any moment, resumes, saves
-and hands over itself. Whatever the order, and wherever both are killed: a whole committed checkpoint is there, what is
-committed is whole, and the old attempt deletes or overwrites nothing of the new one's.
+The old attempt owns the run and saves, retires and hands over. At any moment the new one claims the run, resumes, saves
+and hands over. For every order, and wherever both are killed, a complete committed checkpoint exists, everything
+committed is complete, and the old attempt neither deletes nor overwrites data of the new one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.interleaving import Disk, explore
 from tests.support.small_checkpoint import SingleProcess
 
 RUN, STAGE = "memory://run", "memory://run/stages/0-s"
-OLD, NEW = 0.25, 0.5  # what each attempt's weights have beside their step
+OLD, NEW = 0.25, 0.5  # added to the step in the weights of each attempt
 
 
 def store_of(storage: Storage, ownership: Ownership, keep: int) -> CheckpointStore:
@@ -52,7 +52,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Attempts:
-    """Both attempts on one run, which begins with a checkpoint of step 100."""
+    """Both attempts on one run, which starts with a checkpoint of step 100."""
 
     def __init__(self, keep: int, old_hands_over: bool, new_hands_over: bool):
         self._keep, self._old_hands_over, self._new_hands_over = keep, old_hands_over, new_hands_over
@@ -65,14 +65,14 @@ class Attempts:
     def old(self, storage: Storage) -> None:
         assert self._first is not None
         ownership = Ownership(storage, RUN, self._first.claim, self._first.start)
-        with suppress(Superseded, StorageError):  # either ends it
+        with suppress(Superseded, StorageError):  # both end the old attempt
             if self._old_hands_over:
                 hand_over(storage, ownership, OLD)
             else:
                 save(store_of(storage, ownership, self._keep), 110, OLD)
 
     def new(self, storage: Storage) -> None:
-        for _ in range(3):  # as a launcher starts ranks again
+        for _ in range(3):  # a launcher restarts failed ranks
             with suppress(StorageError):
                 self._start_anew(storage)
                 return
@@ -95,7 +95,7 @@ class Attempts:
 
 
 def committed(disk: Disk) -> dict[str, bool]:
-    """Every committed folder, and whether it is whole."""
+    """Return whether each committed folder is complete."""
     found = {}
     for name in disk.objects:
         folder, _, last = name.rpartition("/")
@@ -126,10 +126,10 @@ def check(disk: Disk) -> None:
     ("keep", "old_hands_over", "new_hands_over", "max_switches"),
     [(1, False, False, 2), (2, False, False, 2), (1, True, True, None), (1, False, True, None)],
 )
-def test_no_interleaving_of_two_attempts_loses_or_damages_anything(
+def test_no_interleaving_of_two_attempts_loses_or_damages_data(
     keep: int, old_hands_over: bool, new_hands_over: bool, max_switches: int | None
 ) -> None:
-    """All of them; of the longest, by default, those in which the attempts take turns a few times (see MOME_FUZZ)."""
+    """By default the longest scenarios are limited to a few switches between the attempts (see MOME_FUZZ)."""
     max_switches = None if fuzz_rounds(1) > 1 else max_switches
     attempts = Attempts(keep, old_hands_over, new_hands_over)
 

@@ -1,4 +1,4 @@
-"""Which vocabulary a run reads with, and whether its text keeps capitals."""
+"""The choice of a run's vocabulary, and whether its tokenizer lowercases text."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def run_config(folder: Path, tokens: tuple[str, ...], stated: bool | None, **tok
 
 @pytest.mark.parametrize(("tokens", "lowercase"), [(CASED, False), (UNCASED, True)])
 @pytest.mark.parametrize("is_stated", [True, False])
-def test_the_case_is_the_vocabularys(tmp_path: Path, tokens: tuple[str, ...], lowercase: bool, is_stated: bool) -> None:
+def test_lowercasing_follows_the_vocabulary(
+    tmp_path: Path, tokens: tuple[str, ...], lowercase: bool, is_stated: bool
+) -> None:
     config = run_config(tmp_path, tokens, lowercase if is_stated else None)
     assert choose_tokenizer(config, Storage()).lowercase is lowercase
 
 
 @pytest.mark.parametrize(("tokens", "stated"), [(CASED, True), (UNCASED, False)])
-def test_a_vocabulary_of_another_case_than_stated_needs_the_key(
-    tmp_path: Path, tokens: tuple[str, ...], stated: bool
-) -> None:
+def test_contradicting_tokenizer_config_requires_the_key(tmp_path: Path, tokens: tuple[str, ...], stated: bool) -> None:
     with pytest.raises(ConfigError, match=rf"tokenizer\.lowercase: .*do_lower_case {str(stated).lower()}; set the key"):
         choose_tokenizer(run_config(tmp_path, tokens, stated), Storage())
     for lowercase in (True, False):

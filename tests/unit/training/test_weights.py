@@ -1,4 +1,4 @@
-"""Weights that a stage hands over: what is whole but no weights is told, and tokens come back as they went."""
+"""Weights that a stage hands over: damaged files raise MomeError, and tokens are read back unchanged."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def save(folder: Path) -> str:
     return str(folder)
 
 
-def test_tokens_that_hold_other_line_ends_come_back(tmp_path: Path) -> None:
+def test_tokens_with_other_line_ends_round_trip(tmp_path: Path) -> None:
     assert load_weights(Storage(), save(tmp_path)).vocabulary == TOKENS
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """A manifest that somebody else wrote, with its digests right."""
+    """Rewrite the manifest with `change`, keeping its digests correct."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     for name in manifest.get("files", {}):
@@ -43,7 +43,7 @@ def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("key", ["config", "stage", "step"])
-def test_a_manifest_that_lacks_a_key_is_told(key: str, tmp_path: Path) -> None:
+def test_manifest_without_a_key_is_rejected(key: str, tmp_path: Path) -> None:
     save(tmp_path)
     rewritten(tmp_path, lambda manifest: manifest.pop(key))
     for read in (load_weights, weights_info):
@@ -51,7 +51,7 @@ def test_a_manifest_that_lacks_a_key_is_told(key: str, tmp_path: Path) -> None:
             read(Storage(), str(tmp_path))
 
 
-def test_mutated_files_of_right_digests_end_in_our_own_errors(tmp_path: Path) -> None:
+def test_mutated_files_with_correct_digests_raise_mome_errors(tmp_path: Path) -> None:
     save(tmp_path)
     rng, names = random.Random("weights"), ("weights.safetensors", "vocab.txt", MANIFEST)
     whole = {name: (tmp_path / name).read_bytes() for name in names}
@@ -64,7 +64,7 @@ def test_mutated_files_of_right_digests_end_in_our_own_errors(tmp_path: Path) ->
         try:
             rewritten(tmp_path, lambda manifest: None)
         except (ValueError, KeyError, AttributeError, TypeError):
-            continue  # no JSON that a manifest could be written from
+            continue  # the mutated manifest cannot be rewritten
         try:
             load_weights(Storage(), str(tmp_path))
         except MomeError:

@@ -1,4 +1,4 @@
-"""A stage's work, as found on a model without memory, is that of the real step."""
+"""The workload of a stage, measured on a model without memory, equals that of the real step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.trial import cells, trial_config
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_arithmetic_is_that_of_a_real_step(index):
+def test_flops_equal_those_of_a_real_step(index):
     config = tiny_config()
     stages = tuple(each.model_copy(update={"start_from": "random"}) for each in config.stages)
     config = config.model_copy(update={"stages": stages})
@@ -27,12 +27,12 @@ def test_arithmetic_is_that_of_a_real_step(index):
     step = TrainingStep(PlainEngine(model, stage.optimizer), config, stage, Collectives())
     with FlopCounterMode(display=False) as counter:
         step(full_batch(config, stage, stage.global_batch_size, VOCABULARY))
-    # The counter sees attention where the CPU computes it plainly, as it does with VLMo's trainable bias.
+    # FLOPs of attention are counted because VLMo's trainable bias prevents the fused kernel on CPU.
     found = run_step(model_without_memory(config, index, VOCABULARY), config, index, VOCABULARY, "cpu")
     assert found.flops == counter.get_total_flops()
 
 
-def test_parameters_are_those_of_the_model_that_is_trained():
+def test_parameter_counts_equal_those_of_the_trained_model():
     config = tiny_config()
     model = build_stage_model(config, 0, Storage(), VOCABULARY)
     found = parameters_of(model_without_memory(config, 0, VOCABULARY))
@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_model_that_is_trained():
     assert found.frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
-def test_cut_shares_read_the_towers_twice():
+def test_micro_batches_read_the_itc_towers_twice():
     work = work_of(tiny_config(), 2, VOCABULARY, "cpu")
     assert work.step_flops(12, 1) < work.step_flops(12, 2)
     assert work.contrast_flops > 0
@@ -63,7 +63,7 @@ def test_every_objective_of_every_model_can_be_planned(name):
     assert found.tokens > 0
 
 
-def test_recomputed_blocks_hold_less_and_compute_more():
+def test_activation_checkpointing_saves_memory_and_adds_flops():
     def work(recomputed: bool):
         return work_of(tiny_config(activation_checkpointing=recomputed), 2, VOCABULARY, "cuda")
 
@@ -72,7 +72,7 @@ def test_recomputed_blocks_hold_less_and_compute_more():
     assert recomputed.flops.per_example > 1.15 * kept.flops.per_example
 
 
-def test_at_the_peak_of_twice_as_fast_a_gpu_a_step_takes_half_the_time_and_of_an_unknown_one_none():
+def test_peak_step_time_scales_with_the_gpu():
     config, work = tiny_config(), work_of(tiny_config(), 2, VOCABULARY, "cuda")
     share = largest_share(config.stages[2].global_batch_size, 3)
     h100 = peak_step_seconds("NVIDIA H100 80GB HBM3", config, 2, VOCABULARY, 3)
