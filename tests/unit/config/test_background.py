@@ -1,4 +1,4 @@
-"""A call in a thread of its own gives its result, its error, or is given up in time."""
+"""A call in a background thread returns its result, raises its error, or times out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a written file survives: a power cut keeps a prefix of what was synced, in order."""
+"""Durable writes: data, file names and new folders are synced in an order that survives a power loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.storage import Storage
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What reaches the disk: ("sync", path) and ("rename", path), in order."""
+    """Record ("sync", path) and ("rename", path) events in order."""
     events: list[tuple[str, str]] = []
     fsync, replace, link = os.fsync, os.replace, os.link
 
@@ -52,7 +52,10 @@ def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, log: list
     path = str(tmp_path / "new" / "deep" / "file")
     WRITES[name](path)
     folders = [str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "deep")]
-    assert log[:2] == [("sync", folders[0]), ("sync", folders[1])]  # that hold the names of the new folders
+    assert log[:2] == [
+        ("sync", folders[0]),
+        ("sync", folders[1]),
+    ]  # the parents, which contain the names of the new folders
     assert log[2][0] == "sync"
     assert is_temporary(Path(log[2][1]).name)
     assert log[3:] == [("rename", path), ("sync", folders[2])]
@@ -62,7 +65,7 @@ def test_data_name_and_new_folders_are_synced_in_order(tmp_path: Path, log: list
         assert [kind for kind, _ in log] == ["sync", "rename", "sync"]
 
 
-def test_a_failed_write_leaves_the_old_content_alone(tmp_path: Path):
+def test_failed_write_keeps_the_old_content(tmp_path: Path):
     write_durably(tmp_path / "file", b"old")
     with pytest.raises(TypeError), atomic_write(tmp_path / "file") as file:
         file.write("no bytes")  # type: ignore[arg-type]
@@ -70,7 +73,7 @@ def test_a_failed_write_leaves_the_old_content_alone(tmp_path: Path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_file_system_without_folder_sync_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fsync(descriptor: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -78,7 +81,7 @@ def test_a_file_system_that_syncs_no_folders_is_written_to(tmp_path: Path, monke
     sync_folder(tmp_path)
 
 
-def test_a_disk_that_fails_is_no_such_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_failure_during_folder_sync_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fsync(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -87,9 +90,7 @@ def test_a_disk_that_fails_is_no_such_file_system(tmp_path: Path, monkeypatch: p
         sync_folder(tmp_path)
 
 
-def test_a_folder_that_another_writer_makes_meanwhile_is_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_may_be_created_by_another_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks write into one new checkpoint folder at the same time."""
     isdir = os.path.isdir
 
@@ -103,7 +104,7 @@ def test_a_folder_that_another_writer_makes_meanwhile_is_no_fault(
     assert (tmp_path / "new" / "step" / "rank-00000").read_bytes() == b"x"
 
 
-def test_writers_that_make_the_same_folders_at_once_all_succeed(tmp_path: Path) -> None:
+def test_concurrent_writers_may_create_the_same_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for number in range(50):
             paths = [tmp_path / f"{number}" / "a" / "b" / str(writer) for writer in range(8)]

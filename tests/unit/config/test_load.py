@@ -1,4 +1,4 @@
-"""One YAML is one run, or one error that lists every fault."""
+"""Loading a YAML gives a valid config, or one error that lists all of its faults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_config_of_the_project_loads(path: Path) -> None:
     assert load_config(path).stages
 
 
-def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
+def test_all_faults_are_reported_at_once_with_suggestions() -> None:
     overrides = ["stages.vision.stepps=10", "engine.precision=float3", "model.width=wide", "data.augment.flp=true"]
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, overrides)
@@ -66,12 +66,12 @@ def test_all_faults_come_at_once_with_dotted_paths_and_suggestions() -> None:
         ("steps", "expected key=value"),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(override: str, told: str) -> None:
+def test_invalid_values_are_rejected_by_key(override: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace("[", r"\[")):
         load_config(DEMO, [override])
 
 
-def test_overrides_are_the_same_dotted_paths_and_pass_the_same_validation() -> None:
+def test_overrides_use_dotted_paths_and_are_validated() -> None:
     config = load_config(DEMO, ["stages.vision.steps=7", "stages.1.optimizer.lr=3e-5", "cluster.workers=1"])
     assert (config.stages[0].steps, config.stages[1].optimizer.lr, config.cluster.workers) == (7, 3e-5, 1)
 
@@ -82,7 +82,7 @@ def test_a_number_with_an_exponent_and_no_point_is_a_number(tmp_path: Path) -> N
     assert load_config(tmp_path / "run.yaml").stages[0].optimizer.lr == 1e-4
 
 
-def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_key_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nname: b\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="duplicate key 'name'"):
         load_config(tmp_path / "run.yaml")
@@ -92,14 +92,14 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     "tag", ["int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "map", "value", "x"]
 )
 @pytest.mark.parametrize("value", ["''", "maybe", "x", "é", "[1]", "{a: 1}"])
-def test_a_value_that_its_tag_does_not_fit_is_one_message(tag: str, value: str) -> None:
+def test_value_that_contradicts_its_tag_is_one_message(tag: str, value: str) -> None:
     with contextlib.suppress(ConfigError):
         load_config(DEMO, [f"tracking.experiment=!!{tag} {value}"])
     with contextlib.suppress(ConfigError):
         load_config(DEMO, [f"tracking.experiment=[!!{tag} {value}]"])
 
 
-def test_a_value_that_its_tag_does_not_fit_is_named_with_its_line() -> None:
+def test_value_that_contradicts_its_tag_is_named_with_its_line() -> None:
     with pytest.raises(ConfigError, match="line 2: 'maybe' is not a valid bool"):
         parse_yaml("name: a\nseed: !!bool maybe\n", "run.yaml")
 
@@ -107,7 +107,7 @@ def test_a_value_that_its_tag_does_not_fit_is_named_with_its_line() -> None:
 @pytest.mark.parametrize(
     "value", ["1:30", "010", "-010", "0100", "1:30:00", "1:30.5", "0o17", "9" * 5000, "0x" + "f" * 5000]
 )
-def test_numbers_that_mean_something_else_in_an_old_yaml_are_refused(value: str) -> None:
+def test_numbers_that_differ_in_yaml_1_1_are_rejected(value: str) -> None:
     with pytest.raises(ConfigError, match=r"seed|digits"):
         load_config(DEMO, [f"seed={value}"])
 
@@ -120,13 +120,13 @@ def test_numbers_that_mean_something_else_in_an_old_yaml_are_refused(value: str)
         ("1.2.3", "1.2.3"), ("1e", "1e"), (".", "."), ("10.0.0.1:80", "10.0.0.1:80"),
     ],
 )  # fmt: skip
-def test_plain_numbers_are_numbers_and_all_else_is_text(text: str, value: object) -> None:
+def test_plain_numbers_are_numbers_and_the_rest_is_text(text: str, value: object) -> None:
     parsed = parse_yaml(text, "x")
     assert parsed == value
     assert type(parsed) is type(value)
 
 
-def test_steps_to_profile_need_no_quotes_and_come_in_order() -> None:
+def test_profiled_steps_need_no_quotes_and_are_ordered() -> None:
     assert load_config(DEMO, ["tracking.profile=5:10"]).tracking.profile == "5:10"
     for wrong in ("10:5", "5:5", "5", "²:5", "a:b", "'1:2\n'", "9" * 5000 + ":" + "9" * 5001):
         with pytest.raises(ConfigError, match=r"tracking\.profile"):
@@ -137,7 +137,7 @@ WRONG_KINDS = ["null", "5", "text", "[]", "[1]", "true", "1.5", "2024-01-01", "{
 
 
 @pytest.mark.parametrize("value", WRONG_KINDS)
-def test_a_value_of_any_kind_in_the_place_of_any_key_is_a_config_or_a_config_error(value: str) -> None:
+def test_value_of_any_type_at_any_key_raises_only_config_errors(value: str) -> None:
     demo, keys = parse_yaml(DEMO.read_bytes(), "demo"), flatten(load_config(DEMO).model_dump(mode="json"))
     for path in sorted({key.rsplit(".", depth)[0] for key in keys for depth in range(4)}):
         values = copy.deepcopy(demo)
@@ -146,7 +146,7 @@ def test_a_value_of_any_kind_in_the_place_of_any_key_is_a_config_or_a_config_err
             validate(values, "demo")
 
 
-def test_a_model_that_is_no_section_is_named() -> None:
+def test_model_must_be_a_section_of_a_known_kind() -> None:
     with pytest.raises(ConfigError, match=r"model: Input should be an object \(got 'vlmo'\)"):
         load_config(DEMO, ["model=vlmo"])
     with pytest.raises(ConfigError, match=r"model\.kind: expected vlmo"):
@@ -154,7 +154,7 @@ def test_a_model_that_is_no_section_is_named() -> None:
 
 
 @pytest.mark.parametrize("part", ["²", "١", "9" * 5000, "-1", "3", "00", "vison"])
-def test_an_element_that_is_not_there_is_refused(part: str) -> None:
+def test_override_of_an_unknown_element_is_rejected(part: str) -> None:
     with pytest.raises(ConfigError, match="no element"):
         load_config(DEMO, [f"stages.{part}.steps=1"])
 
@@ -166,7 +166,7 @@ def test_an_override_into_an_empty_element_fills_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["guards.hang_seconds", "storage.retry_timeout_seconds", "tracking.flush_seconds"])
-def test_seconds_that_no_thread_can_wait_are_refused(key: str) -> None:
+def test_timeouts_beyond_the_threading_limit_are_rejected(key: str) -> None:
     assert load_config(DEMO, [f"{key}=1e9"])
     with pytest.raises(ConfigError, match=key):
         load_config(DEMO, [f"{key}=1e12"])
@@ -175,7 +175,7 @@ def test_seconds_that_no_thread_can_wait_are_refused(key: str) -> None:
 @pytest.mark.parametrize(
     "key", ["stages.vision.steps", "stages.vision.global_batch_size", "data.shuffle_window", "checkpoint.every"]
 )
-def test_counts_that_no_tensor_can_hold_are_refused(key: str) -> None:
+def test_counts_beyond_int64_are_rejected(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         load_config(DEMO, [f"{key}={10**20}"])
 
@@ -187,7 +187,7 @@ c: {<<: *b, z: 3}
 """
 
 
-def test_merge_keys_are_read_and_a_mapping_overrides_what_it_merges() -> None:
+def test_merge_keys_are_overridden_by_the_mapping() -> None:
     values = parse_yaml(MERGED, "here")
     assert values["deep"]["deeper"]["base"] == {"x": 2, "y": 1}
     assert values["c"] == {"x": 2, "y": 1, "z": 3}
@@ -212,7 +212,7 @@ def test_merge_keys_are_read_and_a_mapping_overrides_what_it_merges() -> None:
         (b"a: *missing\n", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_config_is_one_message_that_names_it(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_file_that_is_not_a_config_is_one_message(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=expected) as error:
         load_config(tmp_path / "run.yaml")
@@ -220,12 +220,12 @@ def test_a_file_that_is_no_config_is_one_message_that_names_it(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_files_that_windows_writes_are_read(tmp_path: Path, encoding: str) -> None:
+def test_files_in_windows_encodings_are_read(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "run.yaml").write_bytes(DEMO.read_text(encoding="utf-8").encode(encoding))
     assert load_config(tmp_path / "run.yaml") == load_config(DEMO)
 
 
-def test_mutated_configs_end_in_a_config_or_a_config_error(tmp_path: Path) -> None:
+def test_mutated_configs_raise_only_config_errors(tmp_path: Path) -> None:
     rng = random.Random(14)
     content = DEMO.read_bytes()
     for _ in range(fuzz_rounds(60)):
@@ -269,7 +269,7 @@ def test_a_source_may_have_any_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a/b", "a\\b", "a\nb", 101 * "a"])
-def test_a_source_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+def test_source_name_that_is_a_path_is_rejected(tmp_path: Path, name: str) -> None:
     values = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     values["sources"][name] = {"shards": "runs/some", "type": "text"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -307,7 +307,7 @@ def test_an_override_finds_a_key_that_contains_dots(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["stages.pairs.global_batch_size=abc", "stages.vision.steps=0", "stages.1.nme=x"])
-def test_one_wrong_value_in_a_stage_is_one_fault(override: str) -> None:
+def test_one_invalid_value_in_a_stage_is_one_fault(override: str) -> None:
     override = override.replace("pairs", "vision_language")
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, [override])
@@ -315,7 +315,7 @@ def test_one_wrong_value_in_a_stage_is_one_fault(override: str) -> None:
     assert "stages.vision_language.global_batch_size: " in str(error.value) or "stages.1" not in str(error.value)
 
 
-def test_a_run_without_stages_is_refused() -> None:
+def test_run_without_stages_is_rejected() -> None:
     with pytest.raises(ConfigError, match="stages"):
         load_config(DEMO, ["stages=[]"])
 
@@ -342,7 +342,7 @@ def test_keys_of_free_mappings_are_not_taken_for_schema_keys() -> None:
 @pytest.mark.parametrize(
     "name", ["../../evil", "/etc/evil", "a/../b", "a\\..\\b", "a\0b", "a\nb", "..", "pairs", "a.b@c"]
 )
-def test_a_name_of_a_config_is_one_part_of_a_path(name: str) -> None:
+def test_file_name_of_any_config_name_is_one_path_component(name: str) -> None:
     part = file_name_of(f"{name}.json")
 
     assert Path(part).name == part
@@ -360,7 +360,7 @@ def test_secrets_are_read_by_reference_only(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("content", [b"value\r\n", b"  value \n", b"\xef\xbb\xbfvalue", b"value"])
-def test_blanks_around_a_secret_are_no_part_of_it(tmp_path: Path, monkeypatch, content: bytes) -> None:
+def test_whitespace_around_a_secret_is_removed(tmp_path: Path, monkeypatch, content: bytes) -> None:
     (tmp_path / "key").write_bytes(content)
     assert resolve_secret(f"file:{tmp_path / 'key'}") == "value"
     monkeypatch.setenv("MOME_TEST_KEY", content.decode().strip("\ufeff"))
@@ -377,7 +377,7 @@ def test_blanks_around_a_secret_are_no_part_of_it(tmp_path: Path, monkeypatch, c
         (b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
-def test_what_no_header_can_hold_is_refused_and_not_shown(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_secret_invalid_in_a_header_is_rejected_but_not_shown(tmp_path: Path, content: bytes, expected: str) -> None:
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(ConfigError, match=expected) as error:
         resolve_secret(f"file:{tmp_path / 'key'}")
@@ -385,6 +385,6 @@ def test_what_no_header_can_hold_is_refused_and_not_shown(tmp_path: Path, conten
 
 
 @pytest.mark.parametrize("reference", ["file:/absent", "file:/tmp", "file:~nobody-here/key", "file:a\x00b"])
-def test_a_secret_that_cannot_be_read_is_named(reference: str) -> None:
+def test_unreadable_secret_is_named(reference: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         resolve_secret(reference)

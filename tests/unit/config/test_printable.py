@@ -1,4 +1,4 @@
-"""Whatever data says reaches the terminal as text, never as a command to it."""
+"""Untrusted text is printed without control characters, and logs contain no secrets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_control_characters_are_written_out(text: str) -> None:
+def test_control_characters_are_escaped(text: str) -> None:
     shown = printable(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     shown.encode("utf-8")
@@ -37,7 +37,7 @@ def test_text_without_control_characters_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
-def test_log_messages_and_tracebacks_of_any_handler_are_printable() -> None:
+def test_messages_and_tracebacks_of_any_handler_are_printable() -> None:
     program = (
         "import logging, sys\n"
         "from pipeline.config.redaction import configure_logging\n"
@@ -52,7 +52,7 @@ def test_log_messages_and_tracebacks_of_any_handler_are_printable() -> None:
     assert b"ValueError: \\u001b]52;c;\\u0007" in finished.stderr
 
 
-def test_log_messages_and_tracebacks_of_any_handler_hold_no_secret() -> None:
+def test_messages_and_tracebacks_of_any_handler_hold_no_secret() -> None:
     program = (
         "import logging\n"
         "from pipeline.config.redaction import configure_logging\n"

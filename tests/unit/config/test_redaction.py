@@ -1,4 +1,4 @@
-"""Secrets never reach what is shown, logged or recorded, and nothing else is changed."""
+"""Secrets are removed from shown, logged and recorded text, which is otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSWORDS = [
 
 @pytest.mark.parametrize("password", PASSWORDS)
 @pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg2", "mysql+pymysql", "mssql+pyodbc"])
-def test_no_part_of_a_databases_password_is_left(scheme: str, password: str) -> None:
+def test_database_passwords_are_removed_completely(scheme: str, password: str) -> None:
     url = f"{scheme}://mlflow:{password}@db.example:5432/store"
 
     assert redact(url) == f"{scheme}://db.example:5432/store"
@@ -35,11 +35,11 @@ def test_no_part_of_a_databases_password_is_left(scheme: str, password: str) -> 
 
 
 @pytest.mark.parametrize("password", [word for word in PASSWORDS if word not in ("1/2",)])
-def test_no_part_of_a_servers_password_is_left(password: str) -> None:
+def test_server_passwords_are_removed_completely(password: str) -> None:
     assert redact(f"http://alice:{password}@server:5000/base") == "http://server:5000/base"
 
 
-def test_any_password_is_taken_out() -> None:
+def test_any_password_is_removed() -> None:
     rng = random.Random(1)
     letters = "abcXYZ019-._~!$&*+=%:/?#@[]()|^"
     for _ in range(fuzz_rounds(3000)):
@@ -93,7 +93,7 @@ def test_secret_queries_and_users_are_dropped(url: str, told: str) -> None:
         "",
     ],
 )
-def test_what_holds_no_secret_stays_as_it_is(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assert redact(text) == text
     assert not holds_secret(text)
 
@@ -124,12 +124,12 @@ def test_what_holds_no_secret_stays_as_it_is(text: str) -> None:
         "sessionToken=S3CRET",
     ],
 )
-def test_no_secret_is_left_in_a_message(text: str) -> None:
+def test_messages_contain_no_secret(text: str) -> None:
     assert "S3CRET" not in redact(text)
     assert "S3CRET" not in describe_error(RuntimeError(text))
 
 
-def test_a_secret_that_is_known_goes_wherever_it_appears(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_secret_is_removed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redaction, "_known", set())
     redaction.remember("pa ss/wörd")
 
@@ -150,7 +150,7 @@ QUOTED = [
 
 @pytest.mark.parametrize("letter", [*string.punctuation, " ", "ö", "日"])
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_a_known_secret_goes_however_a_message_quotes_it(
+def test_known_secret_is_removed_however_it_is_quoted(
     monkeypatch: pytest.MonkeyPatch, letter: str, quoted: Callable[[str], str]
 ) -> None:
     monkeypatch.setattr(redaction, "_known", set())
@@ -160,7 +160,7 @@ def test_a_known_secret_goes_however_a_message_quotes_it(
 
 
 @pytest.mark.parametrize("kind", [MomeError, *MomeError.__subclasses__()], ids=lambda kind: kind.__name__)
-def test_no_error_of_ours_holds_a_secret_and_copies_neither(kind: type[MomeError]) -> None:
+def test_errors_and_their_copies_contain_no_secret(kind: type[MomeError]) -> None:
     error = kind("http://me:S3CRET@server refused: token=S3CRET")
 
     for each in (error, copy.copy(error)):

@@ -1,4 +1,4 @@
-"""URLs that are written wrongly are refused with the right form, whatever key, command or function they reach."""
+"""Malformed URLs are rejected with the correct form, by every config key, command and function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.data.storage import Storage
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 
-WRONG = {  # URL -> what the message says
+WRONG = {  # URL -> expected part of the message
     "s3:/bucket/x": "'s3://bucket/x'",
     "s3:bucket/x": "'s3://bucket/x'",
     "S3://bucket/x": "'s3://bucket/x'",
@@ -100,7 +100,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("url", WRONG)
-def test_a_wrong_url_is_refused_with_the_right_form(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_malformed_url_is_rejected_with_the_correct_form(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     storage = Storage()
     calls = (parse, is_local, local_path, absolute, storage.read, storage.exists, storage.list, storage.delete)
@@ -114,7 +114,7 @@ def test_a_wrong_url_is_refused_with_the_right_form(url: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("url", RIGHT)
-def test_right_urls_are_taken(url: str):
+def test_valid_urls_are_accepted(url: str):
     assert parse(url) == RIGHT[url]
 
 
@@ -131,12 +131,12 @@ KEYS = [
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("url", ["s3:/bucket/x", "${SCRATCH}/runs", "S3://bucket/x", "file:/x"])
-def test_every_key_of_a_config_refuses_it_by_name(key: str, url: str):
+def test_every_config_key_rejects_a_malformed_url_by_name(key: str, url: str):
     with pytest.raises(ConfigError, match=rf"{key}: ") as raised:
         load_config(DEMO, [f"{key}={url}"])
     assert WRONG.get(url, "file:///x") in str(raised.value)
 
 
-def test_a_cache_in_a_store_is_refused():
+def test_cache_in_an_object_store_is_rejected():
     with pytest.raises(ConfigError, match=r"data\.cache\.folder: must be a folder on each node's own disk"):
         load_config(DEMO, ["data.cache.folder=s3://bucket/cache"])

@@ -24,7 +24,7 @@ def storage() -> Storage:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory, storage: Storage) -> RunConfig:
-    """Three stages over one synthetic source of 24 scenes with two captions each; its shards are drawn."""
+    """Draw the shards of one synthetic source (24 scenes, two captions each) and return a run of three stages on it."""
     shards = str(tmp_path_factory.mktemp("scenes") / "shards")
     plain = {"steps": 4, "global_batch_size": 8}
     values = {

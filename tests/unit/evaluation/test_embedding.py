@@ -26,7 +26,7 @@ from pipeline.models.vlmo import VLMo
 
 @pytest.fixture
 def shards(config: RunConfig, tmp_path: Path) -> str:
-    """The session's scenes in shards of seven."""
+    """Pack the session's scenes into shards of seven."""
     from pipeline.data.building.importers import write_shards
 
     samples = [
@@ -45,7 +45,7 @@ def tables(out: Path) -> dict[str, Any]:
     return {file.name: parquet.read_table(file) for file in sorted(out.glob("*.parquet"))}
 
 
-def test_every_picture_and_caption_has_its_vector(
+def test_every_image_and_caption_has_its_vector(
     embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer
 ) -> None:
     found = embed_shards(embedder, Storage(), shards, str(tmp_path / "out"))
@@ -60,14 +60,14 @@ def test_every_picture_and_caption_has_its_vector(
     torch.testing.assert_close(vectors.view(24, 3, -1)[:, 1:].flatten(0, 1), texts, atol=1e-6, rtol=1e-5)
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
+def test_resumed_embedding_equals_the_uninterrupted_one(
     embedder: Embedder, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed_shards(embedder, Storage(), shards, str(tmp_path / "whole"))
     original, written = Storage.write, []
 
     def write(self: Storage, url: str, data: bytes) -> None:
-        """Dies before the third record, when its file is written already."""
+        """Raise before the third record is written, when its shard's file already exists."""
         if embedding.DONE in url:
             written.append(url)
             if len(written) == 3:
@@ -86,7 +86,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
     assert sum(after[name] == before[name] for name in before) == 2, "what was finished is not written again"
 
 
-def test_other_weights_changed_shards_and_lost_files_are_embedded_again(
+def test_outdated_embeddings_are_computed_again(
     embedder: Embedder, shards: str, tmp_path: Path, model: VLMo, config: RunConfig, tokenizer: Tokenizer
 ) -> None:
     out = tmp_path / "out"
@@ -103,7 +103,7 @@ def test_other_weights_changed_shards_and_lost_files_are_embedded_again(
     assert parquet.read_schema(first).metadata[b"mome.checkpoint"] == b"weights-b"
 
 
-def test_ranks_share_the_shards(embedder: Embedder, shards: str, tmp_path: Path) -> None:
+def test_shards_are_distributed_over_ranks(embedder: Embedder, shards: str, tmp_path: Path) -> None:
     class One(SingleProcess):
         def __init__(self, rank: int):
             self.rank, self.world_size = rank, 3
@@ -130,6 +130,6 @@ def test_buckets_and_folders_give_equal_embeddings(embedder: Embedder, shards: s
         assert parquet.read_table(tmp_path / name) == table
 
 
-def test_weights_without_a_contrast_are_refused(model: VLMo, config: RunConfig, tokenizer: Tokenizer) -> None:
+def test_weights_without_itc_are_rejected(model: VLMo, config: RunConfig, tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="stage vision trained no contrast"):
         Embedder(model, tokenizer, config, config.stages[0], "weights-a")

@@ -1,4 +1,4 @@
-"""The whole evaluation of a tiny model: the promised JSON, equal for every batch size."""
+"""The evaluation of a tiny model has the documented JSON and equal metrics for every batch size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def found(model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
     return evaluate(model, tokenizer, config, storage, others={"vision": model, "language": model})
 
 
-def test_the_promised_shape_holds(found: Evaluation) -> None:
+def test_json_has_the_documented_keys(found: Evaluation) -> None:
     result = json.loads(json.dumps(found.located("s3://run/checkpoint", "report.html").to_json()))
     assert result["pairs"] == 24
     assert result["captions"] == 48
@@ -40,7 +40,9 @@ def test_the_promised_shape_holds(found: Evaluation) -> None:
         "accuracy_text_only",
         "language_stage_text_only",
     }
-    assert result["mlm"]["language_stage_text_only"] == result["mlm"]["accuracy_text_only"]  # the same weights here
+    assert (
+        result["mlm"]["language_stage_text_only"] == result["mlm"]["accuracy_text_only"]
+    )  # the language stage has the same weights here
     assert result["reconstruction"]["stage"] == "vision"
 
 
@@ -68,7 +70,7 @@ def test_similarity_is_the_mean_of_both_heads_cosines(found: Evaluation, model: 
     torch.testing.assert_close(ranked.score[5, 0], expected[0, 0], atol=1e-6, rtol=1e-5)
 
 
-def test_the_batch_size_changes_nothing(
+def test_metrics_do_not_depend_on_the_batch_size(
     found: Evaluation, model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": 64})})
@@ -86,7 +88,7 @@ def test_the_batch_size_changes_nothing(
 @pytest.mark.parametrize(
     ("stage", "null"), [("vision", {"retrieval", "reranked", "mlm", "itm"}), ("language", {"retrieval", "itm"})]
 )
-def test_what_a_stage_did_not_train_is_null(
+def test_results_of_untrained_objectives_are_null(
     stage: str, null: set[str], model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     result = evaluate(model, tokenizer, config, storage, stage=stage, limit=6).to_json()
@@ -99,16 +101,14 @@ def test_what_a_stage_did_not_train_is_null(
         assert result["reconstruction"]["error"] > 0
 
 
-def test_a_single_pair_has_nothing_to_compare_with(
-    model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
-) -> None:
+def test_single_pair_has_no_comparisons(model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer) -> None:
     result = evaluate(model, tokenizer, config, storage, limit=1).to_json()
     assert result["mlm"]["accuracy_other_image"] is None
     assert result["itm"] is None
     assert result["retrieval"]["text_to_image"]["r1"] == result["retrieval"]["chance"]["r1"] == 1.0
 
 
-def test_a_dual_encoder_is_evaluated_by_its_one_contrast(
+def test_dual_encoder_is_evaluated_by_its_single_itc_head(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     sizes = {"width": 32, "layers": 1, "text_layers": 1, "heads": 2, "image_size": 32, "patch_size": 8}
@@ -122,7 +122,7 @@ def test_a_dual_encoder_is_evaluated_by_its_one_contrast(
     assert all(result[name] is None for name in ("reranked", "itm", "mlm", "reconstruction"))
 
 
-def test_matching_without_a_contrast_ranks_by_reading_every_pair(
+def test_itm_without_itc_ranks_by_scoring_every_pair(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     changes = {"objectives": {"itm": ObjectiveConfig()}, "negatives": "random"}
@@ -155,7 +155,7 @@ def test_fused_retrieval_scores_only_the_first_images_of_many(
     assert found.retrieval is not None
 
 
-def test_an_unknown_stage_is_refused_with_those_there_are(
+def test_unknown_stage_is_rejected_with_the_known_stages(
     model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(

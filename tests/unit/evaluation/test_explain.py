@@ -1,4 +1,4 @@
-"""Explanations by tiny models with random weights: what is drawn is the plan, and each word is masked by itself."""
+"""Explanations by tiny models with random weights show the transport plan and each word's masked prediction."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def found(model: Model) -> Explanation:
     return explain(model, TOKENIZER, PICTURE, TEXT, 12)
 
 
-def test_every_word_is_spread_over_the_patches_of_the_picture_as_read(model: Model, found: Explanation) -> None:
+def test_heat_of_each_word_is_a_distribution_over_patches(model: Model, found: Explanation) -> None:
     assert [word.word for word in found.words] == TEXT.split()
     rows, columns = (side // model.config.patch_size for side in found.picture.shape[:2])
     assert columns == (3 if model.config.kind == "vilt" else 2), "ViLT keeps the picture's shape"
@@ -52,7 +52,7 @@ def test_every_word_is_spread_over_the_patches_of_the_picture_as_read(model: Mod
         assert word.heat.sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_heat_is_the_transport_plan_of_the_pair(model: Model, found: Explanation) -> None:
+def test_heat_is_the_transport_plan_of_the_pair(model: Model, found: Explanation) -> None:
     text = torch.tensor([TOKENIZER.encode(TEXT, 12).ids])
     with torch.no_grad():
         out = model({"x": ForwardInput(heads=("alignment",), image=found.picture[None], text=text)})["x"]
@@ -62,7 +62,7 @@ def test_the_heat_is_the_transport_plan_of_the_pair(model: Model, found: Explana
     assert found.distance == pytest.approx((plan * wpa_cost(out["words"], out["patches"])[0]).sum().item())
 
 
-def test_words_of_several_tokens_are_masked_and_spread_as_one() -> None:
+def test_words_of_several_tokens_are_masked_and_shown_as_one() -> None:
     tokens = TOKENIZER.encode("a blsquare", 12)
     words = positions_of_words(tokens)
     assert len(words) == 2
@@ -93,7 +93,7 @@ def test_guesses_are_those_of_the_model_with_the_word_masked(model: Model, found
         ]
 
 
-def test_the_panel_is_reddest_at_the_hottest_patch(found: Explanation) -> None:
+def test_panel_is_reddest_at_the_hottest_patch(found: Explanation) -> None:
     word = found.words[0]
     drawn = np.asarray(draw_heat_map(found, word)).astype(int)
     redness = drawn[:, :, 0] - drawn[:, :, 1]
@@ -104,7 +104,7 @@ def test_the_panel_is_reddest_at_the_hottest_patch(found: Explanation) -> None:
     assert int(np.argmax(of_patch)) == int(word.heat.argmax())
 
 
-def test_the_page_holds_everything_and_escapes_the_text(found: Explanation) -> None:
+def test_page_is_complete_and_escapes_the_text(found: Explanation) -> None:
     page = explanation_html(found, "<b>words</b>", "checkpoint", ["a note"])
     assert "<b>words</b>" not in page
     assert page.count("data:image/png;base64,") == 1 + len(found.words)
@@ -115,7 +115,7 @@ def test_the_page_holds_everything_and_escapes_the_text(found: Explanation) -> N
     )
 
 
-def test_the_picture_has_a_panel_for_every_word(found: Explanation) -> None:
+def test_image_has_a_panel_for_every_word(found: Explanation) -> None:
     page = explanation_png(found, TEXT, "checkpoint", [])
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
@@ -124,6 +124,6 @@ def test_the_picture_has_a_panel_for_every_word(found: Explanation) -> None:
     assert (again == np.array([255, 255, 255])).all(axis=2).mean() < 0.9
 
 
-def test_a_text_without_a_word_is_refused(model: Model) -> None:
+def test_text_without_a_word_is_rejected(model: Model) -> None:
     with pytest.raises(DataError, match="at least one word"):
         explain(model, TOKENIZER, PICTURE, " ", 12)

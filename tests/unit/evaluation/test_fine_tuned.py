@@ -1,4 +1,4 @@
-"""The figures of fine-tuning's uses, against models whose answers are known."""
+"""Metrics of fine-tuned tasks, computed for models whose answers are known."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.fine_tuning_data import COLOURS, colour_of, run_config
 
 
 class Colourist(nn.Module):
-    """Answers with the colour of an image's darkest pixels, or with the next one if `wrong`."""
+    """Model that answers with the colour of an image's darkest pixels, or with the next colour if `wrong`."""
 
     def __init__(self, heads: dict[str, int], wrong: bool = False) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Colourist(nn.Module):
         assert one.image is not None
         self.rows += len(one.image)
         if head == "nlvr2":
-            # True where the first picture is redder than the second.
+            # True where the first image is redder than the second.
             assert one.second_image is not None
             redder = _redness(one.image) > _redness(one.second_image)
             logits = nn.functional.one_hot(redder.long() ^ self.wrong, 2).float()
@@ -101,7 +101,7 @@ def test_consistency_counts_sentences_correct_for_every_pair() -> None:
     ("source_type", "objective", "keys"),
     [("questions", "vqa", {"num_answers": 6}), ("labelled", "classification", {"num_classes": 4})],
 )
-def test_evaluation_reports_what_the_stage_trained_in_the_promised_shape(
+def test_evaluation_reports_the_objective_of_the_stage(
     tmp_path: Path, source_type: str, objective: str, keys: dict[str, int]
 ) -> None:
     config = run_config(tmp_path, source_type, objective, 1, **keys)
@@ -122,8 +122,8 @@ def test_source_type_without_a_trained_objective_is_refused(tmp_path: Path) -> N
         evaluate(Colourist({}), tokenizer_of(config), config, Storage(), "other")
 
 
-def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) -> None:
-    """Nothing is selected by a result here; but a figure on training shards must not pass for a held-out one."""
+def test_trap_09_result_on_training_data_is_marked(tmp_path: Path) -> None:
+    """No model is selected by its results, but a result on training shards must not pass for a held-out one."""
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     model, tokenizer = Colourist({"answers": 6}), tokenizer_of(config)
     assert evaluate(model, tokenizer, config, Storage()).to_json()["trained_on"] == []
@@ -134,7 +134,9 @@ def test_trap_09_a_result_on_data_that_was_trained_on_says_so(tmp_path: Path) ->
 
 
 def test_bad_samples_are_counted_and_too_many_are_an_error(tmp_path: Path) -> None:
-    source = source_of(tmp_path, "labelled", "classification", num_classes=2)  # half of the colours are no class here
+    source = source_of(
+        tmp_path, "labelled", "classification", num_classes=2
+    )  # half of the colours are not classes here
     with pytest.raises(DataError, match="its class is"):
         source.map_ranks(lambda: len(list(source.batches(torch.device("cpu"), "classes"))))
     assert source.skipped.total() + source.samples == 60

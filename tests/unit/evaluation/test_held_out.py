@@ -1,4 +1,4 @@
-"""Held-out pairs: all of them, in the manifest's order, and what cannot be used is counted."""
+"""Held-out pairs are read completely and in the manifest's order, and unusable samples are counted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_limit_keeps_the_first_pairs(
     assert torch.equal(few.image_id, held_out.image_id[:5])
 
 
-def test_unknown_sources_and_sources_without_pairs_are_refused(
+def test_unknown_sources_and_sources_without_pairs_are_rejected(
     config: RunConfig, storage: Storage, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(ConfigError, match="'nowhere' is not a source of this run; sources with pairs: unseen"):

@@ -23,7 +23,7 @@ PROMPTS = ("a photo of a {}.", "the {} thing")
 
 
 class ColourSpace(nn.Module):
-    """Embeds images and texts at the colour they show or name; texts naming several colours are slightly off."""
+    """Model that embeds images and texts by the colour they show or name, with an offset for each text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ def tokenizer() -> Tokenizer:
 
 
 def contrastive(config: RunConfig) -> RunConfig:
-    """The same run, whose stage trained a contrast."""
+    """Return the config with ITC as the objective of its stage."""
     stage = config.stages[0].model_copy(update={"objectives": {"itc": ObjectiveConfig()}, "classes": None})
     section = config.evaluation.model_copy(update={"prompts": PROMPTS})
     return config.model_copy(update={"stages": (stage,), "evaluation": section})
 
 
-def test_a_class_is_the_mean_of_its_prompts(tokenizer: Tokenizer) -> None:
+def test_class_embedding_is_the_mean_of_its_prompts(tokenizer: Tokenizer) -> None:
     model = ColourSpace(tokenizer)
 
     def vector(text: str) -> Tensor:
@@ -84,7 +84,7 @@ def test_zero_shot_classifies_by_class_names(tmp_path: Path, tokenizer: Tokenize
 
 
 def test_the_probe_is_the_minimum_of_its_loss() -> None:
-    """Its gradient, worked out by hand in NumPy, vanishes there."""
+    """The gradient, derived by hand in NumPy, is zero at the minimum."""
     random = np.random.default_rng(0)
     x, y = random.normal(size=(80, 6)), random.integers(0, 3, 80)
     penalty = 0.01
@@ -96,7 +96,7 @@ def test_the_probe_is_the_minimum_of_its_loss() -> None:
     assert np.abs(weight).max() > 0.1
 
 
-def test_a_prompt_has_a_place_for_the_name(tmp_path: Path) -> None:
+def test_prompt_requires_a_placeholder_for_the_name(tmp_path: Path) -> None:
     from pipeline.config.load import validate
 
     values = run_config(tmp_path, "labelled", "classification", 1, num_classes=4).model_dump(mode="json")

@@ -16,7 +16,7 @@ from pipeline.objectives.mim import mean_colour_targets, patchify, pixel_targets
 
 
 class Knowing(nn.Module):
-    """Predicts exactly what the loss asks for."""
+    """Model that predicts exactly the targets of the loss."""
 
     def __init__(self, target: Painted):
         super().__init__()

@@ -53,7 +53,7 @@ def test_masks_do_not_depend_on_the_limit(held_out: EvalPairs, tokenizer: Tokeni
 @pytest.mark.parametrize(
     "ids", [[1, 2], [1, 1, 2, 2], [5, 4, 3, 2, 1], [1, 1, 2, 3, 4], [1, 1, 1, 2], [3, 1, 3, 2, 3, 9]]
 )
-def test_another_image_never_shows_the_same(ids: list[int]) -> None:
+def test_other_image_never_has_equal_content(ids: list[int]) -> None:
     image_id = torch.tensor(ids)
     other = mismatched_images(image_id)
     assert (image_id[other] != image_id).all()
@@ -87,9 +87,7 @@ def test_guesses_equal_those_of_one_caption_at_a_time(model: VLMo, held_out: Eva
     assert found.accuracy == pytest.approx((found.tokens[:, 0] == truth).float().mean().item())
 
 
-def test_a_stage_that_never_fused_is_asked_from_text_alone(
-    model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer
-) -> None:
+def test_stage_without_fusion_predicts_from_text_alone(model: VLMo, held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     found = masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
     assert found.own_image is None
     assert found.other_image is None

@@ -42,7 +42,7 @@ def test_bounded_image_cache_returns_the_same_images(
 
 
 class Drawn(nn.Module):
-    """Vectors of a model's width at no cost: an image's from its colours, a text's from its tokens."""
+    """Model that gives vectors of its width at no cost: an image's from its colours, a text's from its tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ def evaluated(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_5000_pictures_and_25000_captions_take_less_than_4_gib(config: RunConfig, tmp_path: Path) -> None:
-    """Run in a process of its own. The images alone would take 2.1 GiB, and each copy of the scores 0.5 GiB."""
+def test_5000_images_and_25000_captions_take_less_than_4_gib(config: RunConfig, tmp_path: Path) -> None:
+    """Measured in a separate process. The images alone would take 2.1 GiB, and each copy of the scores 0.5 GiB."""
     write_shards(Storage(), samples(), str(tmp_path), 1000)
     stage = config.stages[-1].model_copy(update={"objectives": {"itc": config.stages[-1].objectives["itc"]}})
     config = config.model_copy(

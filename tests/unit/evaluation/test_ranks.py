@@ -1,4 +1,4 @@
-"""An evaluation shared among ranks is the evaluation of one process, to the last bit, for any number of them."""
+"""An evaluation distributed over any number of ranks is bit-equal to that of one process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class One(SingleProcess):
 
 @pytest.mark.parametrize("count", [1, 6, 7, 50, 64])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
-def test_rows_are_computed_once_with_equally_many_forwards(count: int, world_size: int) -> None:
+def test_rows_are_computed_once_with_equal_forward_counts(count: int, world_size: int) -> None:
     turns = [list(rank_batches(count, 7, One(rank, world_size))) for rank in range(world_size)]
     own = [row for each in turns for rows, is_own in each if is_own for row in range(count)[rows]]
     assert own == list(range(count))
@@ -68,7 +68,7 @@ def measured_on_ranks(config: RunConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_number_of_ranks_changes_nothing(config: RunConfig, world_size: int) -> None:
+def test_results_do_not_depend_on_the_number_of_ranks(config: RunConfig, world_size: int) -> None:
     expected = measured(config, SINGLE_PROCESS)
     for found in run_ranks(measured_on_ranks, world_size, config):
         assert found["json"] == expected["json"]

@@ -21,13 +21,13 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.evaluation.retrieval import rankings
 from pipeline.models.vlmo import VLMo
 
-PAIRS = 24  # of the source
+PAIRS = 24  # in the source
 CURVES = {"vision": [(step, 2.0 / (step + 1)) for step in range(50)], "language": []}
 VOID = {"meta", "link", "img", "br", "line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """Collects addresses and text, and checks that every tag is closed in its turn."""
+    """Parser that collects addresses and text, and checks that tags are closed in the correct order."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -72,7 +72,7 @@ def _write(
     page.write_text(render_report(build_report_data(found, config, tokenizer), config, curves or {}), encoding="utf-8")
 
 
-def test_the_page_needs_nothing_from_outside(page: str) -> None:
+def test_page_is_self_contained(page: str) -> None:
     parsed = Page(page)
     assert parsed.pictures > 30
     assert not parsed.open
@@ -93,7 +93,7 @@ def test_page_shows_metrics_with_chance(page: str, found: Evaluation) -> None:
     assert "vision_language" in text
 
 
-def test_captions_cannot_write_html(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_captions_are_escaped(found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     attack = "<script>alert('caption')</script>"
     captions = tuple(tuple(attack for _ in each) for each in found.held_out.captions)
     _write(replace(found, held_out=replace(found.held_out, captions=captions)), config, tokenizer, tmp_path / "r.html")
@@ -102,7 +102,7 @@ def test_captions_cannot_write_html(found: Evaluation, config: RunConfig, tokeni
     assert "&lt;script&gt;" in page
 
 
-def test_a_perfect_model_shows_only_right_answers_first(
+def test_perfect_model_has_correct_answers_first(
     found: Evaluation, config: RunConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     held_out = found.held_out
@@ -115,7 +115,7 @@ def test_a_perfect_model_shows_only_right_answers_first(
 
 
 @pytest.mark.parametrize("stage", ["vision", "language"])
-def test_stages_without_retrieval_have_a_page_too(
+def test_stages_without_retrieval_have_a_page(
     stage: str, model: VLMo, config: RunConfig, storage: Storage, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     for limit in (1, 6):
@@ -131,13 +131,13 @@ def test_a_single_pair_has_a_page(
     assert "1 held-out images" in Page((tmp_path / "r.html").read_text()).text
 
 
-def test_large_pictures_become_small() -> None:
+def test_large_images_are_reduced() -> None:
     torch.manual_seed(0)
     assert len(thumbnail(torch.randint(0, 256, (640, 640, 3), dtype=torch.uint8))) < 40_000
     assert thumbnail(torch.zeros(48, 48, 3, dtype=torch.uint8)).startswith("data:image/png")
 
 
-def test_percentages_keep_what_small_shares_need() -> None:
+def test_small_percentages_keep_two_decimals() -> None:
     assert [percent(each) for each in (0.0, 0.005, 0.125, 1.0, None)] == [
         "0.0\u00a0%",
         "0.50\u00a0%",
@@ -147,7 +147,7 @@ def test_percentages_keep_what_small_shares_need() -> None:
     ]
 
 
-def test_words_and_patches_are_shown_with_what_was_never_trained(
+def test_alignments_are_shown_with_a_note_if_wpa_was_untrained(
     model: VLMo, found: Evaluation, config: RunConfig, tokenizer: Tokenizer
 ) -> None:
     alignments = alignment_examples(model, tokenizer, found.held_out, config, config.stages[-1])
@@ -160,7 +160,7 @@ def test_words_and_patches_are_shown_with_what_was_never_trained(
     assert page.count('alt="heat map of') == sum(len(each.words) for each in alignments.captions)
 
 
-def test_another_run_stands_beside_and_other_data_are_told(
+def test_report_compares_runs_and_marks_different_data(
     found: Evaluation, config: RunConfig, tokenizer: Tokenizer
 ) -> None:
     shown = build_report_data(found, config, tokenizer)

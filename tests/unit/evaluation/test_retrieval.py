@@ -1,4 +1,4 @@
-"""Places against an independent brute force in NumPy, whole, in blocks and re-ranked; chance against every order."""
+"""Ranks, computed whole, in blocks or re-ranked, equal a NumPy brute force; chance equals its mean over all orders."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.evaluation.retrieval import (
 
 
 def places_by_sorting(scores: np.ndarray, query_id: np.ndarray, candidate_id: np.ndarray) -> np.ndarray:
-    """Sort every row with wrong candidates first among equals, and return the rank of the first right one."""
+    """Sort each row with negatives first among equal scores, and return the rank of the first positive."""
     places = []
     for row, query in zip(scores, query_id, strict=True):
         order = sorted(range(len(row)), key=lambda c: (-row[c], candidate_id[c] == query))
@@ -43,7 +43,7 @@ def recall_of(similarity: np.ndarray, caption_of: np.ndarray, image_id: np.ndarr
 
 
 def drawn(num_images: int, per_image: int, levels: int | None, duplicates: int, seed: int):
-    """Random similarities, of few `levels` where ties are wanted, with some images shown twice."""
+    """Draw random similarities, from few `levels` to produce ties, with some images shown twice."""
     random = np.random.default_rng(seed)
     similarity = random.normal(size=(num_images, num_images * per_image))
     caption_of = np.repeat(np.arange(num_images), per_image)
@@ -99,8 +99,8 @@ def test_reranked_ranks_equal_a_brute_force(per_image: int, levels: int | None, 
     assert len(asked[0].unique(dim=0)) == len(asked[0]) <= 4 * sum(similarity.shape)
 
 
-def test_blocks_of_queries_rank_as_the_whole_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Include equal vectors, whose float32 sums would differ in places."""
+def test_blocks_of_queries_have_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs include equal vectors, whose float32 sums would differ with the order of summation."""
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(n, 96), dim=1) for n in (130, 650))
     images[40:60], texts[300:400] = images[7], texts[11]
@@ -121,7 +121,7 @@ def test_blocks_of_queries_rank_as_the_whole_does(monkeypatch: pytest.MonkeyPatc
             assert torch.equal(mine.margin, other.margin)
 
 
-def test_the_first_of_equal_scores_stands_first() -> None:
+def test_equal_scores_keep_their_order() -> None:
     torch.manual_seed(1)
     for levels in (1, 2, 5, 1000):
         scores = torch.randint(0, levels, (40, 90)).float()
@@ -130,32 +130,32 @@ def test_the_first_of_equal_scores_stands_first() -> None:
             assert torch.equal(first_few(scores, k), expected[:, :k])
 
 
-def test_margin_is_best_right_minus_best_wrong_score() -> None:
+def test_margin_is_best_positive_minus_best_negative_score() -> None:
     found = ranked(np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.7]]), np.array([0, 0, 1]), np.array([4, 9]))
     torch.testing.assert_close(found.image_to_text.margin.float(), torch.tensor([0.8, 0.4]))
     torch.testing.assert_close(found.text_to_image.margin.float(), torch.tensor([0.7, 0.2, 0.6]))
 
 
-def test_equal_scores_recall_nothing() -> None:
+def test_equal_scores_have_zero_recall() -> None:
     same = recall_of(np.zeros((30, 30)), np.arange(30), np.arange(30))
     assert same.image_to_text.at == same.text_to_image.at == {1: 0.0, 5: 0.0, 10: 0.0}
     assert same.image_to_text.median_rank == 30
 
 
-def test_a_perfect_model_recalls_everything() -> None:
+def test_perfect_model_has_full_recall() -> None:
     caption_of = np.arange(20).repeat(5)
     perfect = recall_of((np.arange(20)[:, None] == caption_of[None]).astype(float), caption_of, np.arange(20))
     assert perfect.image_to_text.at[1] == perfect.text_to_image.at[1] == 1.0
     assert perfect.image_to_text.mean_rank == 1.0
 
 
-def test_a_second_picture_of_the_same_image_is_right_too() -> None:
+def test_duplicate_of_the_image_is_a_positive() -> None:
     similarity = np.array([[0.1, 0.9, 0.2], [0.9, 0.1, 0.2], [0.0, 0.0, 1.0]])
     assert recall_of(similarity, np.arange(3), np.array([7, 7, 8])).image_to_text.at[1] == 1.0
     assert recall_of(similarity, np.arange(3), np.array([7, 6, 8])).image_to_text.at[1] == pytest.approx(1 / 3)
 
 
-def test_scores_that_are_not_numbers_are_refused() -> None:
+def test_nan_scores_are_rejected() -> None:
     with pytest.raises(ValueError, match="NaN"):
         recall_of(np.full((3, 3), np.nan), np.arange(3), np.arange(3))
 
@@ -174,7 +174,7 @@ def test_chance_among_single_captions_is_k_of_n() -> None:
     assert chance_level(torch.arange(4), torch.arange(4), 10) == 1.0
 
 
-def test_padding_marks_only_what_stands_behind_a_row() -> None:
+def test_mask_excludes_only_padding() -> None:
     text, keep = pad_token_ids([[2, 5, 3], [2, 3]], pad=0)
     assert text.tolist() == [[2, 5, 3], [2, 3, 0]]
     assert keep.tolist() == [[True, True, True], [True, True, False]]

@@ -1,3 +1,5 @@
+"""Attention equals its definition, for all or selected queries and with padding."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,7 +22,7 @@ def attention() -> Attention:
 
 
 def by_hand(attention: Attention, x: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
-    """Attention as its definition reads, one row and head at a time."""
+    """Compute attention by its definition, one example and head at a time."""
     query, key, value = (x @ part.T for part in attention.weight.split(WIDTH))
     query, value = query + attention.query_bias, value + attention.value_bias
     mixed = torch.zeros_like(x)
@@ -41,20 +43,20 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return x, bias, padding
 
 
-def test_attention_is_its_definition(attention: Attention) -> None:
+def test_attention_equals_its_definition(attention: Attention) -> None:
     x, bias, padding = inputs()
     expected = by_hand(attention, x, bias, padding)
     torch.testing.assert_close(attention(x, bias, padding, None), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_chosen_queries_are_those_of_all(attention: Attention) -> None:
+def test_selected_queries_equal_those_of_the_full_output(attention: Attention) -> None:
     x, bias, padding = inputs()
     read = torch.tensor([[0, 4], [2, 2], [1, 0]])
     expected = torch.stack([row[places] for row, places in zip(attention(x, bias, padding, None), read, strict=True)])
     torch.testing.assert_close(attention(x, bias, padding, read), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_of_nothing_but_padding_gives_numbers(attention: Attention) -> None:
+def test_example_of_only_padding_gives_finite_values(attention: Attention) -> None:
     x, bias, padding = inputs()
     padding[2] = torch.finfo(torch.float32).min / 2
     out = attention(x, bias, padding, None)

@@ -1,4 +1,4 @@
-"""The dual encoder by its properties. Shapes: B = 5 rows, L = 7 tokens, 2 x 2 patches; towers of 3 and 2 layers."""
+"""Properties of the dual encoder. Shapes: B = 5 examples, L = 7 tokens, 2 x 2 patches; towers of 3 and 2 layers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def gradients(model: DualEncoder, outputs: ForwardOutput) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_both_towers_give_unit_vectors_of_the_shared_space_and_one_scale(model: DualEncoder) -> None:
+def test_towers_give_unit_vectors_and_one_scale(model: DualEncoder) -> None:
     out = model(passes())
     for name in ("image", "text"):
         assert set(out[name]) == {"itc", "scale"}
@@ -76,7 +76,7 @@ def test_both_towers_give_unit_vectors_of_the_shared_space_and_one_scale(model: 
     assert model(passes())["image"]["scale"] == 100
 
 
-def test_padding_changes_nothing(model: DualEncoder) -> None:
+def test_padding_changes_no_output_or_gradient(model: DualEncoder) -> None:
     short = passes()["text"]
     assert short.text is not None
     assert short.text_keep is not None
@@ -90,7 +90,7 @@ def test_padding_changes_nothing(model: DualEncoder) -> None:
     torch.testing.assert_close(gradients(model, one), gradients(model, other), rtol=1e-4, atol=1e-5)
 
 
-def test_what_stands_at_padding_is_never_read(model: DualEncoder) -> None:
+def test_padding_tokens_are_never_read(model: DualEncoder) -> None:
     one = passes()["text"]
     assert one.text is not None
     assert one.text_keep is not None
@@ -98,7 +98,7 @@ def test_what_stands_at_padding_is_never_read(model: DualEncoder) -> None:
     assert torch.equal(model({"text": one})["text"]["itc"], model({"text": scribbled})["text"]["itc"])
 
 
-def test_a_tower_is_moved_by_its_own_modality_alone(model: DualEncoder) -> None:
+def test_tower_gets_gradients_from_its_own_modality_only(model: DualEncoder) -> None:
     found = {name: gradients(model, model({name: one})) for name, one in passes().items()}
     assert {model.part_of(name) for name in found["image"]} == {"image_embedding", "image_tower", "itc_head"}
     assert {model.part_of(name) for name in found["text"]} == {"text_embedding", "text_tower", "itc_head"}
@@ -113,13 +113,13 @@ def test_reading_only_the_first_token_equals_reading_all(model: DualEncoder) -> 
         torch.testing.assert_close(everything[name]["itc"], needed[name]["itc"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_that_drops_every_branch_is_its_embedding(model: DualEncoder) -> None:
+def test_example_that_drops_every_branch_is_its_embedding(model: DualEncoder) -> None:
     one = replace(passes()["text"], heads=("tokens",), drop_path_mask=torch.zeros(ROWS, 3, 2, dtype=torch.bool))
     expected = model.text_tower.norm(model.text_embedding(one.text))
     torch.testing.assert_close(model({"one": one})["one"]["tokens"], expected)
 
 
-def test_the_shallower_tower_drops_as_the_last_layers_of_the_deeper_one(model: DualEncoder) -> None:
+def test_drop_path_rates_of_towers_are_aligned_at_the_end(model: DualEncoder) -> None:
     assert pytest.approx((0.0, 0.2, 0.4)) == CONFIG.drop_path_rates
     assert [block.drop_path for block in model.image_tower.blocks] == pytest.approx([0.0, 0.2, 0.4])
     assert [block.drop_path for block in model.text_tower.blocks] == pytest.approx([0.2, 0.4])
@@ -132,7 +132,7 @@ def test_the_shallower_tower_drops_as_the_last_layers_of_the_deeper_one(model: D
     assert not torch.allclose(last, kept)
 
 
-def test_no_rows_run_the_same_graph(model: DualEncoder) -> None:
+def test_empty_batch_runs_the_same_graph(model: DualEncoder) -> None:
     empty = {
         name: ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
         for name, one in passes().items()
@@ -140,19 +140,19 @@ def test_no_rows_run_the_same_graph(model: DualEncoder) -> None:
     assert set(gradients(model, model(empty))) == set(gradients(model, model(passes())))
 
 
-def test_a_picture_and_a_text_in_one_pass_are_refused(model: DualEncoder) -> None:
+def test_image_and_text_in_one_forward_are_rejected(model: DualEncoder) -> None:
     fused = replace(passes()["text"], image=passes()["image"].image, heads=("tokens",))
     with pytest.raises(ValueError, match="never both in one input"):
         model({"one": fused})
 
 
-def test_heads_of_other_models_are_refused_by_name(model: DualEncoder) -> None:
+def test_heads_of_other_models_are_rejected_by_name(model: DualEncoder) -> None:
     masked = replace(passes()["text"], heads=("mlm",), mask_positions=torch.zeros(ROWS, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="without the head 'mlm'"):
         model({"one": masked})
 
 
-def test_contrast_over_pairs_is_all_it_learns() -> None:
+def test_itc_on_pairs_is_the_only_objective() -> None:
     model = skeleton(CONFIG)
     assert (
         modules_for(model, "itc", "pairs")
@@ -165,7 +165,7 @@ def test_contrast_over_pairs_is_all_it_learns() -> None:
         trained_modules(model, ["itc"], "text")
 
 
-def test_positions_of_another_picture_size_and_text_length_are_resized_and_nothing_else_moves() -> None:
+def test_only_positions_change_with_image_size_and_text_length() -> None:
     before = build_model(CONFIG, VOCABULARY).state_dict()
     changes = {"image_size": CONFIG.image_size + CONFIG.patch_size, "max_text_length": CONFIG.max_text_length - 2}
     other = build_model(CONFIG.model_copy(update=changes), VOCABULARY)

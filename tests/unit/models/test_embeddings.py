@@ -1,3 +1,5 @@
+"""Relative positions: indices into the tables of images and texts, and the bias of fused sequences."""
+
 from __future__ import annotations
 
 import torch
@@ -29,14 +31,14 @@ def test_pairs_of_words_with_equal_distance_share_a_row() -> None:
     assert index[1:, 1:].unique().tolist() == list(range(9))
 
 
-def test_cls_reads_and_is_read_by_rows_of_its_own() -> None:
+def test_cls_has_rows_of_its_own() -> None:
     for index, first in ((image_distances(GRID), 25), (text_distances(TEXT), 9)):
         assert set(index[0, 1:].tolist()) == {first}
         assert set(index[1:, 0].tolist()) == {first + 1}
         assert index[0, 0] == first + 2
 
 
-def test_a_longer_text_leaves_the_bias_of_the_shorter() -> None:
+def test_longer_text_keeps_the_bias_of_the_shorter() -> None:
     module = positions()
     assert torch.equal(module(6, False)[:, :, :4, :4], module(4, False))
     long, short = module(6, True), module(4, True)
@@ -44,7 +46,7 @@ def test_a_longer_text_leaves_the_bias_of_the_shorter() -> None:
     assert torch.equal(long[:, :, kept][:, :, :, kept], short)
 
 
-def test_a_fused_sequence_holds_both_biases_and_one_number_each_way_between() -> None:
+def test_fused_bias_has_one_value_per_cross_direction() -> None:
     module = positions()
     bias = module(4, True)
     assert bias.shape == (LAYERS, HEADS, 14, 14)

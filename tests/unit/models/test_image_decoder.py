@@ -48,7 +48,7 @@ def reordered(tokens: Tensor, order: Tensor, before: int) -> Tensor:
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def test_a_vlmo_that_reads_all_patches_in_any_order_reads_the_picture(model: Model) -> None:
+def test_vlmo_does_not_depend_on_the_order_of_patches(model: Model) -> None:
     order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
     text, keep = torch.randint(0, 11, (ROWS, 4)), torch.tensor([[True] * 4, [True] * 3 + [False], [True] * 4])
     for one, before in [
@@ -60,19 +60,19 @@ def test_a_vlmo_that_reads_all_patches_in_any_order_reads_the_picture(model: Mod
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_heads_at_chosen_positions_equal_those_among_all(model: Model) -> None:
+def test_heads_at_selected_positions_equal_the_full_forward(model: Model) -> None:
     one = ForwardInput(("itc",), image=pictures(), visible_patches=torch.tensor([[0, 4], [8, 2], [3, 5]]))
     alone = run(model, one, "itc")
     torch.testing.assert_close(alone, run(model, replace(one, heads=("itc", "tokens")), "itc"), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_left_out_is_the_complement_in_ascending_order() -> None:
+def test_unmasked_patches_are_the_ascending_complement() -> None:
     masked = torch.tensor([[7, 2, 0], [8, 3, 4]])
     assert unmasked_patches(masked, 9).tolist() == [[1, 3, 4, 5, 6, 8], [0, 1, 2, 5, 6, 7]]
     assert unmasked_patches(masked[:0], 9).shape == (0, 6)
 
 
-def test_the_decoder_sees_nothing_of_masked_patches(model: Model) -> None:
+def test_decoder_reads_no_masked_patch(model: Model) -> None:
     one = ForwardInput(("mim",), image=pictures(), patch_positions=torch.tensor([[0, 4], [2, 8], [3, 5]]))
     patches = one.image.unflatten(1, (3, 8)).unflatten(3, (3, 8)).clone()
     for row, positions in enumerate(one.patch_positions.tolist()):
@@ -86,7 +86,7 @@ def test_the_decoder_sees_nothing_of_masked_patches(model: Model) -> None:
         run(model, one, "mim")
 
 
-def test_padding_among_visible_patches_changes_nothing() -> None:
+def test_padding_among_visible_patches_changes_no_output() -> None:
     decoder = ImageDecoder(24, 3, 5, ImageDecoderConfig(width=16, layers=2, heads=2))
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -1,4 +1,4 @@
-"""ImageBERT: BERT where there are no regions, and regions as the paper embeds and reads them."""
+"""ImageBERT equals BERT on text alone, and embeds and reads regions as in the paper."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def hugging_face(kind: type) -> torch.nn.Module:
     return kind(config).eval()
 
 
-def test_without_regions_it_is_bert(text: Tensor, keep: Tensor) -> None:
+def test_without_regions_it_equals_bert(text: Tensor, keep: Tensor) -> None:
     bert = hugging_face(BertModel)
     ours = ImageBERT(CONFIG, VOCABULARY)
     ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
@@ -76,7 +76,7 @@ def test_without_regions_it_is_bert(text: Tensor, keep: Tensor) -> None:
     agree(found[keep], expected[keep])
 
 
-def test_without_regions_it_predicts_masked_words_as_bert(text: Tensor, keep: Tensor) -> None:
+def test_mlm_without_regions_equals_bert(text: Tensor, keep: Tensor) -> None:
     bert = hugging_face(BertForMaskedLM)
     ours = ImageBERT(CONFIG, VOCABULARY)
     ours.load_state_dict(from_hugging_face(bert.state_dict(), CONFIG), strict=False)
@@ -91,9 +91,7 @@ def test_without_regions_it_predicts_masked_words_as_bert(text: Tensor, keep: Te
     assert (query - expected_query).norm() <= 1e-5 * expected_query.norm()
 
 
-def test_a_region_is_embedded_by_its_feature_its_place_its_segment_and_one_position(
-    model: ImageBERT, regions: Regions
-) -> None:
+def test_region_embedding_is_the_sum_of_its_four_parts(model: ImageBERT, regions: Regions) -> None:
     part, words = model.region_embedding, model.text_embedding
     segment = words.token_type_embeddings.weight[1]
     expected = F.layer_norm(
@@ -105,15 +103,15 @@ def test_a_region_is_embedded_by_its_feature_its_place_its_segment_and_one_posit
     agree(part(regions, segment), expected)
 
 
-def test_regions_have_no_order(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
+def test_order_of_regions_does_not_matter(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
     turned = Regions(*(getattr(regions, name).flip(1) for name in ("features", "location", "keep")))
     asked = ForwardInput(heads=("itm",), text=text, text_keep=keep, regions=regions)
     out = model({"one": asked, "other": replace(asked, regions=turned)})
     agree(out["one"]["itm"], out["other"]["itm"])
 
 
-def test_padding_of_words_and_regions_changes_nothing(model: ImageBERT, text: Tensor, keep: Tensor) -> None:
-    """Passes of different lengths share a run: the longer one pads the other, which must not feel it."""
+def test_padding_of_words_and_regions_changes_no_output(model: ImageBERT, text: Tensor, keep: Tensor) -> None:
+    """Forwards of different lengths are batched, so that the longer one pads the other."""
     heads = ("itm", "mlm", "moc", "mrfr", "tokens")
     one = ForwardInput(
         heads=heads, text=text[:, :6], text_keep=keep[:, :6], mask_positions=torch.tensor([[1], [2], [3]]),
@@ -130,13 +128,15 @@ def test_padding_of_words_and_regions_changes_nothing(model: ImageBERT, text: Te
         agree(together[head], alone[head])
 
 
-def test_hidden_features_reach_no_output(model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions) -> None:
+def test_features_of_padding_regions_reach_no_output(
+    model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
+) -> None:
     noise = Regions(torch.where(regions.keep.unsqueeze(-1), regions.features, 99.0), regions.location, regions.keep)
     asked = ForwardInput(heads=("itm",), text=text, text_keep=keep, regions=regions)
     agree(model({"one": asked})["one"]["itm"], model({"one": replace(asked, regions=noise)})["one"]["itm"])
 
 
-def test_matching_by_cross_entropy_is_binary_cross_entropy(
+def test_itm_cross_entropy_equals_binary_cross_entropy(
     model: ImageBERT, text: Tensor, keep: Tensor, regions: Regions
 ) -> None:
     logits = model({"one": ForwardInput(heads=("itm",), text=text, text_keep=keep, regions=regions)})["one"]["itm"]
@@ -161,9 +161,7 @@ def test_region_heads_predict_classes_and_features(
     agree(out["mrfr"][1, 0], model.mrfr_head(out["tokens"][1, 9 + 2]))
 
 
-def test_every_objective_gives_every_part_that_it_reads_a_gradient(
-    text: Tensor, keep: Tensor, regions: Regions
-) -> None:
+def test_every_objective_gives_its_modules_a_gradient(text: Tensor, keep: Tensor, regions: Regions) -> None:
     heads = {
         ("itm", "regions"): "itm",
         ("mlm", "regions"): "mlm",
@@ -185,29 +183,29 @@ def test_every_objective_gives_every_part_that_it_reads_a_gradient(
         assert not still
 
 
-def test_it_reads_no_pixels(model: ImageBERT, text: Tensor) -> None:
+def test_pixels_are_rejected(model: ImageBERT, text: Tensor) -> None:
     with pytest.raises(ValueError, match="no pixels"):
         model({"one": ForwardInput(heads=("itm",), text=text, image=torch.zeros(3, 32, 32, 3))})
 
 
-def test_a_text_longer_than_the_positions_is_refused(model: ImageBERT) -> None:
+def test_text_longer_than_the_positions_is_rejected(model: ImageBERT) -> None:
     with pytest.raises(ValueError, match=r"model\.max_text_length"):
         model({"one": ForwardInput(heads=("tokens",), text=torch.ones(1, 13, dtype=torch.int64))})
 
 
-def test_a_head_it_lacks_is_refused_by_name(model: ImageBERT, text: Tensor, regions: Regions) -> None:
+def test_missing_head_is_rejected_by_name(model: ImageBERT, text: Tensor, regions: Regions) -> None:
     with pytest.raises(ValueError, match="alignment"):
         model({"one": ForwardInput(heads=("alignment",), text=text, regions=regions)})
 
 
-def test_the_first_weights_are_the_seed_s_alone() -> None:
+def test_initial_weights_depend_on_the_seed_alone() -> None:
     one, other = build_model(CONFIG, VOCABULARY, seed=1), build_model(CONFIG, VOCABULARY, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert not any(p.isnan().any() for p in one.parameters())
 
 
-def test_the_base_model_has_bert_base_s_size() -> None:
-    """110 M parameters of BERT-base less pooler and 468 positions, the untied decoder, and what reads regions."""
+def test_base_model_has_the_size_of_bert_base() -> None:
+    """BERT-base's 110 M without pooler and 468 positions, plus the untied decoder and the region modules."""
     model = skeleton(ImageBERTConfig(), 30522)
     counts = dict.fromkeys(model.PARTS, 0)
     for name, parameter in model.named_parameters():

@@ -1,3 +1,5 @@
+"""The multiway block: routing of spans to experts, drop path, and selected positions."""
+
 from __future__ import annotations
 
 import torch
@@ -14,21 +16,21 @@ def block(layer_scale: float | None = 0.3, drop_path: float = 0.25) -> MultiwayB
     return module
 
 
-def test_each_span_reads_its_expert_alone() -> None:
+def test_each_span_is_processed_by_its_expert_only() -> None:
     module, x = block(), torch.randn(2, 6, 8)
     split = module(x, {"language": slice(0, 2), "vision": slice(2, None)})
     for expert, span in (("language", slice(0, 2)), ("vision", slice(2, None))):
         torch.testing.assert_close(split[:, span], module(x, {expert: slice(None)})[:, span])
 
 
-def test_an_expert_that_is_not_routed_gets_no_gradient() -> None:
+def test_unrouted_expert_gets_no_gradient() -> None:
     module = block()
     module(torch.randn(2, 6, 8), {"language": slice(0, 2), "vision": slice(2, None)}).sum().backward()
     idle = {name for name, parameter in module.named_parameters() if parameter.grad is None}
     assert idle == {name for name, _ in module.named_parameters() if "vision_language" in name}
 
 
-def test_rows_drop_their_own_branches() -> None:
+def test_examples_drop_branches_independently() -> None:
     module, x = block(), torch.randn(4, 6, 8)
     keep = torch.tensor([[True, True], [False, True], [True, False], [False, False]])
     out = module(x, {"vision": slice(None)}, drop_path_mask=keep)
@@ -39,19 +41,19 @@ def test_rows_drop_their_own_branches() -> None:
     assert torch.equal(out[3], x[3])
 
 
-def test_keeping_all_without_a_mask_scales_nothing() -> None:
+def test_without_a_mask_drop_path_does_not_rescale() -> None:
     x = torch.randn(2, 6, 8)
     route = {"vision": slice(None)}
     assert torch.equal(block(drop_path=0.25)(x, route), block(drop_path=0.0)(x, route))
 
 
-def test_a_rate_of_one_drops_everything() -> None:
+def test_drop_path_rate_of_one_is_the_identity() -> None:
     x = torch.randn(2, 6, 8)
     out = block(None, 1.0)(x, {"vision": slice(None)}, drop_path_mask=torch.zeros(2, 2, dtype=torch.bool))
     assert torch.equal(out, x)
 
 
-def test_chosen_positions_are_those_of_all() -> None:
+def test_selected_positions_equal_the_full_output() -> None:
     module, x = block(), torch.randn(2, 6, 8)
     bias, read = torch.randn(2, 6, 6), torch.tensor([[0, 3], [5, 1]])
     keep = torch.tensor([[True, False], [True, True]])

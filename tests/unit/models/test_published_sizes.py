@@ -1,4 +1,4 @@
-"""The recipes in configs/ describe the published models: their sizes, and that every stage can be built."""
+"""The recipes in configs/ have the published model sizes, and all of their stages can be built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLES = {"vlmo_base": (1126, 144), "vlmo_large": (1126, 384)}
 
 
 @pytest.mark.parametrize("name", MILLIONS)
-def test_parameters_are_as_many_as_published(name: str) -> None:
+def test_parameter_counts_are_the_published_ones(name: str) -> None:
     model = skeleton(load_config(CONFIGS / f"{name}.yaml").model, BERT_VOCABULARY)
     heads = set(model.HEAD_PARTS) - {"pooler"}
     count = sum(p.numel() for n, p in model.named_parameters() if model.part_of(n) not in heads)
@@ -26,13 +26,13 @@ def test_parameters_are_as_many_as_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_relative_table_has_the_published_shape(name: str) -> None:
+def test_relative_table_has_the_published_shape(name: str) -> None:
     positions = dict(skeleton(load_config(CONFIGS / f"{name}.yaml").model).named_parameters())
     parts = [positions[f"positions.{part}"] for part in ("image", "cross", "text")]
     assert (sum(len(part) for part in parts), parts[0].shape[1]) == TABLES[name]
 
 
 @pytest.mark.parametrize("name", MILLIONS)
-def test_every_stage_of_the_recipe_can_be_built_also_faithfully(name: str) -> None:
+def test_every_stage_can_be_built_in_both_modes(name: str) -> None:
     check_stages(load_config(CONFIGS / f"{name}.yaml"))
     check_stages(load_config(CONFIGS / f"{name}.yaml", ["reproduce_vlmo_release=true"]))

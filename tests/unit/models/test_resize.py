@@ -1,4 +1,4 @@
-"""Every rule against a computation that shares no code with it."""
+"""Each rule for resizing positions equals an independent computation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def close(actual: Tensor, expected: np.ndarray) -> None:
 
 
 def cubic_kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Keys's convolution kernel, with the constant that torch and OpenCV use."""
+    """Return Keys's convolution kernel with the constant of torch and OpenCV."""
     d = np.abs(distance)
     near = (a + 2) * d**3 - (a + 3) * d**2 + 1
     far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
@@ -54,7 +54,7 @@ def cubic_kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 
 def bicubic(image: np.ndarray, new: int) -> np.ndarray:
-    """Bicubic over pixel centres, borders repeated, one tap at a time."""
+    """Interpolate between pixel centres with repeated borders, one tap at a time."""
     old = len(image)
     places = (np.arange(new) + 0.5) * old / new - 0.5
     weights = np.zeros((new, old))
@@ -87,7 +87,10 @@ def test_a_grid_need_not_stay_square() -> None:
 
 
 def geometric_by_roots(old: int, new: int) -> np.ndarray:
-    """BEiT's progression, its ratio not found by halving: a polynomial's root, in the middle of halving's 19th cell."""
+    """Return BEiT's progression, with its ratio from a polynomial's root instead of bisection.
+
+    The root is rounded to the middle of the cell that bisection reaches in its 19th step.
+    """
     steps, reach = old // 2, new // 2
     roots = np.roots([*np.ones(steps - 1), 1 - reach])
     root = next(root.real for root in roots if abs(root.imag) < 1e-9 and root.real > 0)
@@ -98,7 +101,7 @@ def geometric_by_roots(old: int, new: int) -> np.ndarray:
 
 
 def b_splines(knots: np.ndarray, degree: int, x: float) -> np.ndarray:
-    """All B-splines at x, by Cox and de Boor's recursion."""
+    """Return all B-splines at x, by the recursion of Cox and de Boor."""
     last = np.flatnonzero(np.diff(knots))[-1]
     basis = np.array([knots[i] <= x < knots[i + 1] or (i == last and x == knots[i + 1]) for i in range(len(knots) - 1)])
     basis = basis.astype(float)
@@ -114,7 +117,10 @@ def _share(part: float, whole: float) -> float:
 
 
 def not_a_knot_weights(places: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """FITPACK's cubic interpolation, by solving for B-spline coefficients: knots at all places but two at each end."""
+    """Return FITPACK's cubic interpolation weights by solving for B-spline coefficients.
+
+    Knots are all places except the second and the second to last.
+    """
     knots = np.concatenate([[places[0]] * 4, places[2:-2], [places[-1]] * 4])
     collocation = np.stack([b_splines(knots, 3, x) for x in places])
     inside = np.clip(asked, places[0], places[-1])
@@ -141,15 +147,15 @@ def test_spline_equals_b_splines_solved_by_hand(old: int, new: int) -> None:
     np.testing.assert_allclose(spline_weights(places, asked), not_a_knot_weights(places, asked), atol=1e-8)
 
 
-def test_farthest_distance_stays_the_farthest() -> None:
+def test_largest_distance_stays_the_largest() -> None:
     places = geometric_distances(27, 47)
     assert places[-1] == pytest.approx(23, abs=1e-3)
     assert np.all(np.diff(np.diff(places[13:])) > 0)
     assert np.array_equal(places, -places[::-1])
 
 
-def test_a_table_of_smooth_distances_keeps_its_meaning() -> None:
-    """A bias that is a function of distance is that function at the old places, wherever the new grid reads it."""
+def test_smooth_function_of_distance_is_preserved() -> None:
+    """A bias that is a function of distance is the same function on the new grid."""
     old, new = 14, 24
     places = geometric_distances(2 * old - 1, 2 * new - 1)
     falling = np.exp(-np.abs(places) / 5)
@@ -160,18 +166,18 @@ def test_a_table_of_smooth_distances_keeps_its_meaning() -> None:
     row_distance = (apart[:, None] // new - apart[None] // new).abs()
     column_distance = (apart[:, None] % new - apart[None] % new).abs()
     expected = torch.exp(-(row_distance + column_distance) / 5)
-    assert (after[index].squeeze(-1) - expected).abs().max() < 0.06  # the kink at 0 is no cubic
+    assert (after[index].squeeze(-1) - expected).abs().max() < 0.06  # a cubic cannot represent the kink at 0
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 3), (1, 4), (2, 1)])
-def test_tables_too_small_for_a_cubic_are_resized_all_the_same(old: int, new: int) -> None:
+def test_tables_too_small_for_a_cubic_are_resized(old: int, new: int) -> None:
     after = resize_relative_grid(table(old), new)
     assert len(after) == (2 * new - 1) ** 2 + 3
     assert after.isfinite().all()
 
 
 @pytest.mark.parametrize("old", [1, 2, 5])
-def test_the_same_size_changes_nothing(old: int) -> None:
+def test_equal_size_changes_nothing(old: int) -> None:
     assert torch.equal(resize_relative_grid(table(old), old), table(old))
     assert torch.equal(resize_grid(positions(old), old, "bicubic"), positions(old))
     assert torch.equal(
@@ -191,7 +197,7 @@ def test_words_keep_the_bias_of_their_distance(old: int, new: int) -> None:
     assert torch.equal(read_before[:shared, :shared], read_after[:shared, :shared])
 
 
-def test_words_farther_apart_than_known_are_as_the_farthest_known() -> None:
+def test_unknown_distances_have_the_bias_of_the_largest_known() -> None:
     before = torch.randn(2 * 5, 4)
     after = resize_text_distances(before, 9)[text_distances(9)]
     known = before[text_distances(5)]
@@ -199,7 +205,7 @@ def test_words_farther_apart_than_known_are_as_the_farthest_known() -> None:
     assert torch.equal(after[8, 1], known[4, 1])
 
 
-def test_absolute_text_positions_are_cut_and_never_invented() -> None:
+def test_absolute_text_positions_are_cut_but_not_extended() -> None:
     before = positions(3)
     assert torch.equal(cut_text_positions(before, 4), before[:4])
     with pytest.raises(

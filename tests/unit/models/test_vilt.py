@@ -72,11 +72,11 @@ def all_patches() -> Tensor:
     return place.where(place < COUNTS[:, None], -1)
 
 
-# ---- images of their own shape
+# ---- images that keep their aspect ratio
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (6, 4), (4, 4), (1, 6), (5, 1), (9, 13), (1, 1)])
-def test_positions_of_a_pictures_own_grid_are_torchs_bilinear_interpolation(grid: tuple[int, int]) -> None:
+def test_positions_of_any_grid_equal_bilinear_interpolation(grid: tuple[int, int]) -> None:
     square = torch.randn(1 + 4 * 4, 10)
     patches = torch.arange(grid[0] * grid[1])[None]
     found = resized_positions(square[1:], patches, torch.tensor([grid]))[0]
@@ -85,7 +85,7 @@ def test_positions_of_a_pictures_own_grid_are_torchs_bilinear_interpolation(grid
     torch.testing.assert_close(resized_positions(square[1:], chosen, torch.tensor([grid]))[0], found[chosen[0]])
 
 
-def test_patches_are_numbered_over_the_picture_and_found_on_the_canvas() -> None:
+def test_patch_numbers_of_images_map_to_the_canvas() -> None:
     grid = SIZES // PATCH
     canvas = torch.arange(6 * 6).view(6, 6)
     for row, (height, width) in enumerate(grid.tolist()):
@@ -93,7 +93,7 @@ def test_patches_are_numbered_over_the_picture_and_found_on_the_canvas() -> None
         assert torch.equal(canvas_patches(own, grid[row : row + 1], 6)[0], canvas[:height, :width].flatten())
 
 
-def test_a_larger_canvas_changes_nothing(model: ViLT) -> None:
+def test_larger_canvas_changes_no_output(model: ViLT) -> None:
     heads: tuple[Head, ...] = ("itm", "ranking", "answers", "alignment")
     one = fused(*heads)
     other = replace(one, image=F.pad(one.image, (0, 0, 0, 16, 0, 8), value=77))
@@ -104,7 +104,7 @@ def test_a_larger_canvas_changes_nothing(model: ViLT) -> None:
         torch.testing.assert_close(others["patches"][row, :count], mine["patches"][row, :count], rtol=1e-5, atol=1e-5)
 
 
-def test_each_picture_alone_and_cut_to_its_size_gives_the_same(model: ViLT) -> None:
+def test_batched_images_equal_each_image_alone(model: ViLT) -> None:
     together = run(model, fused("itm"))["itm"]
     for row, (height, width) in enumerate(SIZES.tolist()):
         whole = fused("itm")
@@ -117,7 +117,7 @@ def test_each_picture_alone_and_cut_to_its_size_gives_the_same(model: ViLT) -> N
         torch.testing.assert_close(run(model, one)["itm"][0], together[row], rtol=1e-5, atol=1e-5)
 
 
-def test_pixels_outside_the_pictures_are_never_read(model: ViLT) -> None:
+def test_pixels_outside_the_images_are_never_read(model: ViLT) -> None:
     one = fused("itm", "ranking")
     scribbled = one.image.clone()
     for row, (height, width) in enumerate(SIZES.tolist()):
@@ -127,14 +127,14 @@ def test_pixels_outside_the_pictures_are_never_read(model: ViLT) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_trap_pixel_sum_mask_a_picture_of_the_padding_colour_is_read_like_any_other(model: ViLT) -> None:
-    """The release takes pixels that sum to 0 (mid grey, after normalising) for padding and so reads no grey patch."""
+def test_trap_pixel_sum_mask_grey_images_are_read(model: ViLT) -> None:
+    """The release treats pixels that sum to 0 (mid grey, after normalising) as padding and so reads no grey patch."""
     half = fused("tokens").image.clone()
     half[:, :, 24:] = 0
     for image in (half, torch.zeros_like(half)):
         keep = run(model, fused("alignment", image=image))["patches_keep"]
         assert torch.equal(keep.sum(dim=1), COUNTS)
-    grey = torch.zeros(ROWS, 48, 48, 3)  # floats in [-1, 1]: exactly the sum that the release looks for
+    grey = torch.zeros(ROWS, 48, 48, 3)  # floats in [-1, 1] with the sum by which the release detects padding
     brighter = grey.clone()
     brighter[:, :8, :8] = 0.5
     assert not torch.allclose(
@@ -142,15 +142,15 @@ def test_trap_pixel_sum_mask_a_picture_of_the_padding_colour_is_read_like_any_ot
     )
 
 
-def test_sides_that_are_no_multiple_of_a_patch_are_refused(model: ViLT) -> None:
+def test_sides_must_be_multiples_of_the_patch(model: ViLT) -> None:
     with pytest.raises(ValueError, match="multiples of 8"):
         run(model, fused("itm", image=torch.zeros(ROWS, 44, 48, 3, dtype=torch.uint8)))
 
 
-# ---- patches that are read
+# ---- visible patches
 
 
-def test_reading_every_patch_by_name_is_reading_all(model: ViLT) -> None:
+def test_listing_every_patch_equals_reading_all(model: ViLT) -> None:
     heads: tuple[Head, ...] = ("itm", "mlm", "mim")
     places = {"mask_positions": torch.tensor([[1, 2]] * ROWS), "patch_positions": torch.tensor([[0, 3]] * ROWS)}
     one = fused(*heads, **places)
@@ -164,7 +164,7 @@ def test_reading_every_patch_by_name_is_reading_all(model: ViLT) -> None:
         torch.testing.assert_close(second[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_that_are_not_read_have_no_influence_and_their_order_none_either(model: ViLT) -> None:
+def test_output_depends_on_the_set_of_visible_patches_only(model: ViLT) -> None:
     read = torch.tensor([[0, 5, 7], [1, 2, 3], [4, 0, 15], [2, 5, -1]])
     one = fused("itm", visible_patches=read)
     kept = torch.zeros(ROWS, 6 * 6, dtype=torch.bool)
@@ -180,7 +180,7 @@ def test_patches_that_are_not_read_have_no_influence_and_their_order_none_either
     torch.testing.assert_close(longer, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_alignment_leaves_out_both_cls_separator_and_padding(model: ViLT) -> None:
+def test_alignment_excludes_special_tokens_and_padding(model: ViLT) -> None:
     found = run(model, fused("alignment", "tokens", visible_patches=all_patches()))
     assert torch.equal(found["words_keep"].sum(dim=1), torch.tensor([5, 3, 4, 1]))
     assert torch.equal(found["patches_keep"], all_patches() >= 0)
@@ -192,8 +192,8 @@ def test_alignment_leaves_out_both_cls_separator_and_padding(model: ViLT) -> Non
 
 
 @pytest.mark.parametrize("with_text", [True, False])
-def test_trap_undefined_mask_token_hidden_patches_are_predicted_and_never_seen(model: ViLT, with_text: bool) -> None:
-    """The release's masked patches name an embedding that does not exist; here it does, also in fused passes."""
+def test_trap_undefined_mask_token_masked_patches_are_hidden(model: ViLT, with_text: bool) -> None:
+    """The release refers to a mask embedding that does not exist; ours exists, also in fused forwards."""
     places = torch.tensor([[0, 5], [23, 6], [3, -1], [1, 5]])
     text = {} if with_text else {"text": None, "text_keep": None}
     one = fused("mim", patch_positions=places, visible_patches=all_patches(), **text)
@@ -209,7 +209,7 @@ def test_trap_undefined_mask_token_hidden_patches_are_predicted_and_never_seen(m
     assert gradients(model, {"one": run(model, one)})["image_embedding.mask"].any()
 
 
-def test_a_stand_in_is_another_patch_at_the_masked_place(model: ViLT) -> None:
+def test_replacement_is_another_patch_at_the_masked_position(model: ViLT) -> None:
     one = fused("tokens", patch_positions=torch.tensor([[0]] * ROWS), patch_replacements=torch.tensor([[1]] * ROWS))
     shown = one.image.clone()
     for row, (_, width) in enumerate(SIZES.tolist()):
@@ -219,16 +219,16 @@ def test_a_stand_in_is_another_patch_at_the_masked_place(model: ViLT) -> None:
     assert torch.equal(run(model, one)["tokens"], expected)
 
 
-def test_masking_without_a_head_for_it_is_refused() -> None:
+def test_masking_without_an_image_target_is_rejected() -> None:
     plain = build_model(CONFIG, VOCABULARY)
     with pytest.raises(ValueError, match="built with an image target"):
         run(plain, fused("mim", patch_positions=torch.zeros(ROWS, 1, dtype=torch.int64)))
 
 
-# ---- passes
+# ---- forwards
 
 
-def test_passes_in_one_call_equal_passes_alone(model: ViLT) -> None:
+def test_joined_forwards_equal_each_alone(model: ViLT) -> None:
     """Inputs with different canvases, text lengths and numbers of patches are padded to the largest."""
     first = fused("itm", "ranking", visible_patches=all_patches())
     small = torch.tensor([[16, 24], [24, 16]])
@@ -255,13 +255,13 @@ def test_passes_in_one_call_equal_passes_alone(model: ViLT) -> None:
     )
 
 
-def test_a_text_alone_is_read_without_any_picture(model: ViLT) -> None:
+def test_text_is_read_without_an_image(model: ViLT) -> None:
     one = fused("mlm", image=None, image_size=None, mask_positions=torch.ones(ROWS, 1, dtype=torch.int64))
     moved = gradients(model, {"one": run(model, one)})
     assert {model.part_of(name) for name in moved} == {"text_embedding", "blocks", "norm", "mlm_head"}
 
 
-def test_the_second_picture_is_told_from_the_first(model: ViLT) -> None:
+def test_second_image_is_distinguished_from_the_first(model: ViLT) -> None:
     one = fused("nlvr2")
     both = replace(one, second_image=one.image.flip(0), second_image_size=SIZES.flip(0))
     swapped = replace(
@@ -273,7 +273,7 @@ def test_the_second_picture_is_told_from_the_first(model: ViLT) -> None:
         run(model, replace(both, visible_patches=all_patches()))
 
 
-def test_trap_10_rows_of_nothing_but_padding_give_numbers(model: ViLT) -> None:
+def test_trap_10_examples_of_only_padding_are_finite(model: ViLT) -> None:
     nothing = fused(
         "itm",
         "alignment",
@@ -285,29 +285,29 @@ def test_trap_10_rows_of_nothing_but_padding_give_numbers(model: ViLT) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(model, {"one": found}).values())
 
 
-def test_no_rows_run_the_same_graph(model: ViLT) -> None:
+def test_empty_batch_runs_the_same_graph(model: ViLT) -> None:
     heads: tuple[Head, ...] = ("itm", "alignment", "ranking", "answers")
     one = fused(*heads, visible_patches=all_patches())
     empty = ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
     assert set(gradients(model, model({"x": empty}))) == set(gradients(model, model({"x": one})))
 
 
-def test_a_row_that_drops_every_branch_is_its_embedding(model: ViLT) -> None:
+def test_example_that_drops_every_branch_is_its_embedding(model: ViLT) -> None:
     one = fused("tokens", drop_path_mask=torch.zeros(ROWS, 3, 2, dtype=torch.bool))
     image, _ = model.image_embedding(one.image, one.image_size)
     expected = model.norm(torch.cat([model.text_embedding(one.text), image], dim=1))
     torch.testing.assert_close(run(model, one)["tokens"], expected)
 
 
-def test_heads_that_it_was_built_without_are_refused_by_name() -> None:
+def test_missing_heads_are_rejected_by_name() -> None:
     with pytest.raises(ValueError, match="without the head 'ranking'"):
         run(build_model(CONFIG, VOCABULARY), fused("ranking"))
 
 
-# ---- parts and weights
+# ---- modules and weights
 
 
-def test_trap_11_each_parameter_is_of_a_part_and_no_idle_one_is_built() -> None:
+def test_trap_11_each_parameter_has_a_module_and_none_is_idle() -> None:
     whole = skeleton(CONFIG, VOCABULARY, ALL)
     assert {whole.part_of(name) for name, _ in whole.named_parameters()} == set(whole.PARTS)
     plain = skeleton(CONFIG, VOCABULARY)
@@ -315,22 +315,22 @@ def test_trap_11_each_parameter_is_of_a_part_and_no_idle_one_is_built() -> None:
     assert not names & {"image_embedding.mask", "image_embedding.second", "ranking_head.score.weight"}
 
 
-def test_objectives_it_does_not_learn_are_refused() -> None:
+def test_unsupported_objectives_are_rejected() -> None:
     with pytest.raises(ConfigError, match="kind 'vilt' does not learn"):
         trained_modules(skeleton(CONFIG), ["itc"], "pairs")
     with pytest.raises(ConfigError, match=r"itm.*pairs.*images"):
         trained_modules(skeleton(CONFIG), ["itm"], "images")
 
 
-def test_base_has_as_many_parameters_as_the_paper_says() -> None:
-    """87.4 M (table 6), which leaves out the embedding of words, the pooler and the heads."""
+def test_base_model_has_the_published_parameter_count() -> None:
+    """87.4 M (table 6), without the word embedding, the pooler and the heads."""
     model = skeleton(ViLTConfig(), 30522)
     counted = {"image_embedding", "blocks", "norm"}
     count = sum(p.numel() for name, p in model.named_parameters() if model.part_of(name) in counted)
     assert count / 1e6 == pytest.approx(87.4, rel=0.01)
 
 
-def test_what_fine_tuning_adds_starts_from_what_it_grew_out_of() -> None:
+def test_fine_tuning_modules_start_from_pretrained_ones() -> None:
     state = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
     state["itm_head.classify.bias"] += torch.tensor([1.0, 2.0])
     found = skeleton(CONFIG, VOCABULARY, HeadConfig(reasoning=True, ranking=True)).resize_state(state, CONFIG)
@@ -342,7 +342,7 @@ def test_what_fine_tuning_adds_starts_from_what_it_grew_out_of() -> None:
     assert again["ranking_head.score.bias"] == 9
 
 
-def test_another_picture_size_resizes_the_grid_and_other_sizes_are_refused() -> None:
+def test_image_size_may_change_but_other_sizes_may_not() -> None:
     larger = CONFIG.model_copy(update={"image_size": 48, "max_visible_patches": None, "norm_eps": 1e-12})
     state = build_model(CONFIG, VOCABULARY).state_dict()
     found = skeleton(larger, VOCABULARY).resize_state(state, CONFIG)
@@ -353,7 +353,7 @@ def test_another_picture_size_resizes_the_grid_and_other_sizes_are_refused() -> 
         skeleton(CONFIG.model_copy(update={"layers": 2}), VOCABULARY).resize_state(state, CONFIG)
 
 
-def test_it_starts_from_a_vit_and_reads_pictures_as_that_did() -> None:
+def test_start_from_a_vit_preserves_its_image_outputs() -> None:
     sizes = {key: getattr(CONFIG, key) for key in ("width", "layers", "heads", "mlp_ratio", "patch_size")}
     section = ViTConfig(image_size=32, **sizes)
     vit = build_model(section, 0, HeadConfig(classes=4), seed=5)

@@ -53,7 +53,7 @@ def pictures(side: int) -> Tensor:
 def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> None:
     tokenizer = read_tokenizer(*read(folder))
     image = pictures(32)
-    mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's own pixels
+    mapped = (image.permute(0, 3, 1, 2) / 255) * 0.8 + 0.1  # DALL-E's pixel transform
     found = tokenizer(image, 4)
     assert torch.equal(found, theirs.get_codebook_indices(mapped).flatten(1))
     assert found.shape == (3, 16)
@@ -62,16 +62,16 @@ def test_tokens_equal_hugging_face(theirs: FlavaImageCodebook, folder: Path) -> 
     assert tokenizer.tokens == TOKENS
 
 
-def test_a_picture_is_read_at_eight_pixels_a_patch(folder: Path) -> None:
-    """A 14 x 14 grid of 16-pixel patches is named from 112 pixels, as BEiT's is."""
+def test_image_is_resized_to_eight_pixels_per_patch(folder: Path) -> None:
+    """A 14 x 14 grid of 16-pixel patches is tokenised from 112 pixels, as in BEiT."""
     tokenizer = read_tokenizer(*read(folder))
     small = pictures(16)
     large = small.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
     assert tokenizer(large, 4).shape == (3, 16)
-    assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to what smoothing blurs
+    assert (tokenizer(large, 2) == tokenizer(small, 2)).float().mean() > 0.7  # up to the blur of smoothing
 
 
-def test_dall_e_s_own_names_are_read_too(folder: Path) -> None:
+def test_names_of_dall_e_are_read(folder: Path) -> None:
     published = {
         re.sub(r"\.weight$", ".w", re.sub(r"\.bias$", ".b", name)).replace(".group.", ".").replace(".path.", "."): t
         for name, t in load_file(folder / "model.safetensors").items()
@@ -89,14 +89,14 @@ def test_no_gradient_and_no_randomness(folder: Path) -> None:
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
 
 
-def test_rows_do_not_depend_on_one_another(folder: Path) -> None:
+def test_examples_are_independent(folder: Path) -> None:
     tokenizer, image = read_tokenizer(*read(folder)), pictures(32)
     assert torch.equal(tokenizer(image, 4), torch.cat([tokenizer(image[:1], 4), tokenizer(image[1:], 4)]))
     assert tokenizer(image[:0], 4).shape == (0, 16)
     assert tokenizer(image[:0], 2).shape == (0, 4)
 
 
-def test_what_is_no_tokenizer_is_refused_by_name(folder: Path) -> None:
+def test_file_that_is_not_a_tokenizer_is_rejected(folder: Path) -> None:
     config, weights, origin = read(folder)
     with pytest.raises(CheckpointError, match=r"missing: blocks\.group_1"):
         read_tokenizer(json.dumps({**json.loads(config), "num_blocks_per_group": 2}).encode(), weights, origin)
@@ -109,7 +109,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(folder: Path) -> None:
             read_tokenizer(json.dumps(json.loads(config) | sizes).encode(), weights, origin)
 
 
-def test_mutated_tokenizers_end_in_a_checkpoint_error_or_load(folder: Path) -> None:
+def test_mutated_tokenizers_raise_only_checkpoint_errors(folder: Path) -> None:
     config, weights, origin = read(folder)
     rng, escaped = random.Random("tokenizers"), []
     for number in range(fuzz_rounds(30)):
@@ -136,7 +136,7 @@ def stage(**keys: object) -> StageConfig:
     return validate(config, "test").stages[0]
 
 
-def test_a_stage_loads_the_tokenizer_that_it_names(folder: Path, tmp_path: Path) -> None:
+def test_stage_loads_its_configured_tokenizer(folder: Path, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     assert load_image_tokenizer(stage(), Storage(), cpu) is None
     named = {"image_target": "visual_tokens", "image_tokenizer": {"weights": str(folder), "tokens": TOKENS}}

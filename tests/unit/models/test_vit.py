@@ -68,28 +68,28 @@ def joined(patches: Tensor) -> Tensor:
     return patches.unflatten(1, (3, 3)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
-def test_shapes(model: ViT, heads: HeadConfig) -> None:
+def test_output_shapes(model: ViT, heads: HeadConfig) -> None:
     out = model(passes(heads) | {"all": ForwardInput(("tokens",), image=pictures())})
     assert out["labelled"]["classes"].shape == (ROWS, 5)
     assert out["hidden"]["mim"].shape == (ROWS, 2, 512 if heads.image_decoder is None else 192)
     assert out["all"]["tokens"].shape == (ROWS, 1 + PATCHES, 24)
 
 
-def test_joined_passes_equal_each_alone(model: ViT, heads: HeadConfig) -> None:
+def test_joined_forwards_equal_each_alone(model: ViT, heads: HeadConfig) -> None:
     together = model(passes(heads))
     for name, one in passes(heads).items():
         for head, value in model({name: one})[name].items():
             torch.testing.assert_close(together[name][head], value, rtol=1e-5, atol=1e-5)
 
 
-def test_every_parameter_belongs_to_one_part_and_every_part_has_parameters(model: ViT) -> None:
+def test_modules_partition_the_parameters(model: ViT) -> None:
     assert {model.part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
 
 
 @pytest.mark.parametrize(
     ("objective", "source_type", "name"), [("classification", "labelled", "labelled"), ("mim", "images", "hidden")]
 )
-def test_parts_used_are_exactly_those_that_get_a_gradient(
+def test_declared_modules_are_those_with_a_gradient(
     model: ViT, heads: HeadConfig, objective: str, source_type: str, name: str
 ) -> None:
     found = model({name: passes(heads)[name]})[name].values()
@@ -99,7 +99,7 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
         assert (model.part_of(parameter) in used) == (tensor.grad is not None), parameter
 
 
-def test_no_rows_run_the_same_graph(model: ViT, heads: HeadConfig) -> None:
+def test_empty_batch_runs_the_same_graph(model: ViT, heads: HeadConfig) -> None:
     def empty(one: ForwardInput) -> ForwardInput:
         return ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
 
@@ -113,7 +113,7 @@ def test_no_rows_run_the_same_graph(model: ViT, heads: HeadConfig) -> None:
     assert found({name: empty(one) for name, one in given.items()}) == found(given)
 
 
-def test_what_it_cannot_read_is_refused(model: ViT) -> None:
+def test_unsupported_inputs_are_rejected(model: ViT) -> None:
     with pytest.raises(ValueError, match="no text"):
         model({"one": ForwardInput(("tokens",), text=torch.ones(2, 3, dtype=torch.int64))})
     with pytest.raises(ValueError, match="square"):
@@ -128,7 +128,7 @@ def test_what_it_cannot_read_is_refused(model: ViT) -> None:
 # ---- masked patches
 
 
-def test_covered_patches_are_not_seen() -> None:
+def test_masked_patches_are_not_read() -> None:
     one = masked_pass(HEADS["covered"])
     patches = cut(one.image).clone()
     for row, positions in enumerate(one.patch_positions.tolist()):
@@ -139,8 +139,8 @@ def test_covered_patches_are_not_seen() -> None:
     torch.testing.assert_close(run(model, one, "mim"), run(model, other, "mim"))
 
 
-def test_a_patch_shown_in_another_s_place_is_the_picture_with_that_patch_there() -> None:
-    """Covered, swapped and kept: the three branches of ViT's masked patch prediction (trap of ViLT's: no third)."""
+def test_replaced_patches_equal_an_image_with_swapped_patches() -> None:
+    """Masked, replaced and kept: the three branches of ViT's masked patch prediction (ViLT's code lacks the third)."""
     model = built(HEADS["covered"])
     positions = torch.tensor([[0, 4, 6], [1, 2, 8], [3, 5, 7]])
     stand_ins = torch.tensor([[7, -1, 6], [-1, 2, 0], [3, -1, 1]])
@@ -158,7 +158,7 @@ def test_a_patch_shown_in_another_s_place_is_the_picture_with_that_patch_there()
     )
 
 
-def test_a_pass_with_stand_ins_joins_one_without() -> None:
+def test_forward_with_replacements_joins_one_without() -> None:
     model = built(HEADS["covered"])
     whole = masked_pass(HEADS["covered"])
     partly = replace(whole, patch_replacements=torch.tensor([[3, -1], [2, -1], [-1, -1]]))
@@ -168,7 +168,7 @@ def test_a_pass_with_stand_ins_joins_one_without() -> None:
     assert not torch.equal(together["one"]["mim"], together["two"]["mim"])
 
 
-def test_reading_all_patches_in_any_order_is_reading_the_picture() -> None:
+def test_order_of_visible_patches_does_not_matter() -> None:
     model = built(HeadConfig())
     order = torch.stack([torch.randperm(PATCHES) for _ in range(ROWS)])
     whole = run(model, ForwardInput(("tokens",), image=pictures()), "tokens")
@@ -177,7 +177,7 @@ def test_reading_all_patches_in_any_order_is_reading_the_picture() -> None:
     torch.testing.assert_close(read, whole.gather(1, places[..., None].expand(-1, -1, 24)), rtol=1e-5, atol=1e-5)
 
 
-def test_padding_of_the_patches_read_changes_nothing() -> None:
+def test_padding_of_visible_patches_changes_no_output() -> None:
     model = built(HeadConfig(classes=5))
     few = torch.tensor([[3, 5]] * ROWS)
     padded = torch.tensor([[3, 5, -1, -1]] * ROWS)
@@ -186,7 +186,7 @@ def test_padding_of_the_patches_read_changes_nothing() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_decoder_predicts_from_visible_patches_alone_and_each_masked_one_by_its_place() -> None:
+def test_decoder_predicts_from_visible_patches_and_positions() -> None:
     model = built(HEADS["decoded"])
     one = masked_pass(HEADS["decoded"])
     patches = cut(one.image).clone()
@@ -203,7 +203,7 @@ def test_a_decoder_predicts_from_visible_patches_alone_and_each_masked_one_by_it
 # ---- another image size
 
 
-def test_positions_are_resized_as_the_jax_release_does() -> None:
+def test_positions_are_resized_as_in_the_jax_release() -> None:
     larger = build_model(CONFIG.model_copy(update={"image_size": 40}), 0, HeadConfig(classes=7))
     before = built(HeadConfig(classes=5)).state_dict()
     after = larger.resize_state(before, CONFIG)

@@ -1,4 +1,4 @@
-"""VLMo by its properties, on a model of 4 layers. Shapes: B = 5 rows, L = 7 tokens, 2 x 2 patches."""
+"""Properties of VLMo, on a model of 4 layers. Shapes: B = 5 examples, L = 7 tokens, 2 x 2 patches."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> VLMo:
 
 
 def lively(config: VLMoConfig) -> VLMo:
-    """A model no parameter of which is at a special value, so that nothing cancels by chance."""
+    """Build a model without parameters at special values, so that no effects cancel by chance."""
     model = build_model(config, VOCABULARY, HeadConfig("mean_colour", classes=3, answers=4, reasoning=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def lively(config: VLMoConfig) -> VLMo:
 
 
 def passes(seed: int = 0) -> dict[str, ForwardInput]:
-    """A pass of every kind, with drop path."""
+    """Return a forward of every kind, with drop path."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int) -> Tensor:
@@ -83,7 +83,7 @@ def passes(seed: int = 0) -> dict[str, ForwardInput]:
 
 
 def fine_tuning_passes() -> dict[str, ForwardInput]:
-    """A pass for each head that fine-tuning adds."""
+    """Return a forward for each head that fine-tuning adds."""
     pair = replace(passes()["pair"], drop_path_mask=None)
     assert pair.image is not None
     return {
@@ -126,7 +126,7 @@ def test_padding_changes_no_real_token(model: VLMo) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_stands_at_padding_is_never_read(model: VLMo) -> None:
+def test_padding_tokens_are_never_read(model: VLMo) -> None:
     def scribbled(one: ForwardInput) -> ForwardInput:
         if one.text is None or one.text_keep is None:
             return one
@@ -135,7 +135,7 @@ def test_what_stands_at_padding_is_never_read(model: VLMo) -> None:
     same(model(passes()), model({name: scribbled(one) for name, one in passes().items()}))
 
 
-def test_passes_read_together_equal_passes_read_alone(model: VLMo) -> None:
+def test_joined_forwards_equal_each_alone(model: VLMo) -> None:
     together = model(passes())
     alone: ForwardOutput = {}
     for name, one in passes().items():
@@ -145,7 +145,7 @@ def test_passes_read_together_equal_passes_read_alone(model: VLMo) -> None:
     torch.testing.assert_close(gradients(model, together), gradients(model, alone), rtol=1e-4, atol=1e-5)
 
 
-def test_rows_read_together_equal_rows_read_apart(model: VLMo) -> None:
+def test_batched_examples_equal_each_alone(model: VLMo) -> None:
     def cut(one: ForwardInput, rows: slice) -> ForwardInput:
         return ForwardInput(**{k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
 
@@ -164,7 +164,7 @@ def test_reading_only_what_heads_need_equals_reading_everything(model: VLMo) -> 
     same(model(passes()), needed)
 
 
-def test_several_heads_read_one_pass(model: VLMo) -> None:
+def test_several_heads_share_one_forward(model: VLMo) -> None:
     pair, masked = passes()["pair"], passes()["masked_text"]
     both = model({"both": replace(pair, heads=("itm", "mlm"), mask_positions=masked.mask_positions)})["both"]
     itm = model({"one": pair})["one"]["itm"]
@@ -173,7 +173,7 @@ def test_several_heads_read_one_pass(model: VLMo) -> None:
     torch.testing.assert_close(both["mlm"], mlm, rtol=1e-5, atol=1e-5)
 
 
-def test_a_branch_that_every_row_keeps_is_scaled_by_its_rate(model: VLMo) -> None:
+def test_kept_branch_is_scaled_by_its_drop_path_rate(model: VLMo) -> None:
     image = passes()["image"].image
     kept = model(
         {"one": ForwardInput(("tokens",), image=image, drop_path_mask=torch.ones(ROWS, 4, 2, dtype=torch.bool))}
@@ -186,7 +186,7 @@ def test_a_branch_that_every_row_keeps_is_scaled_by_its_rate(model: VLMo) -> Non
     same(model({"one": ForwardInput(("tokens",), image=image)}), kept)
 
 
-def test_a_row_that_drops_every_branch_is_its_embedding(model: VLMo) -> None:
+def test_example_that_drops_every_branch_is_its_embedding(model: VLMo) -> None:
     one = passes()["image"]
     dropped = replace(one, heads=("tokens",), drop_path_mask=torch.zeros(ROWS, 4, 2, dtype=torch.bool))
     expected = model.norm(model.image_embedding(one.image))
@@ -197,7 +197,7 @@ def test_drop_path_rates_rise_linearly_to_the_last_layer() -> None:
     assert RELATIVE.drop_path_rates == pytest.approx((0.0, 0.1, 0.2, 0.3))
 
 
-def test_the_model_draws_nothing(model: VLMo) -> None:
+def test_forward_draws_no_random_numbers(model: VLMo) -> None:
     before = torch.get_rng_state()
     first, second = model(passes()), model(passes())
     assert torch.equal(torch.get_rng_state(), before)
@@ -205,7 +205,10 @@ def test_the_model_draws_nothing(model: VLMo) -> None:
 
 
 class NoHostSynchronisation(TorchDispatchMode):
-    """Fails on what makes the host wait for a device: reading a number, or a shape that depends on values."""
+    """Dispatch mode that fails on operations that make the host wait for the device.
+
+    These read a value of a tensor, or have a shape that depends on values.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         assert func.__name__.split(".")[0] not in ("_local_scalar_dense", "nonzero", "masked_select", "item"), func
@@ -220,7 +223,7 @@ def test_forward_never_waits_for_the_device(model: VLMo) -> None:
         model(passes())
 
 
-def test_hidden_patches_are_not_seen(model: VLMo) -> None:
+def test_masked_patches_are_not_read(model: VLMo) -> None:
     one = passes()["mim"]
     patches = torch.rand(ROWS, 4).argsort(dim=1)[:, :2]
     painted = one.image.unflatten(1, (2, 8)).unflatten(3, (2, 8)).clone()
@@ -235,7 +238,7 @@ def test_hidden_patches_are_not_seen(model: VLMo) -> None:
         same(model({"one": replace(first, patch_positions=1 - patches % 2)}), model({"one": first}))
 
 
-def test_bytes_equal_the_floats_they_stand_for(model: VLMo) -> None:
+def test_uint8_images_equal_float_images(model: VLMo) -> None:
     one = passes()["image"]
     same(model({"one": one}), model({"one": replace(one, image=one.image / 127.5 - 1)}))
 
@@ -259,14 +262,14 @@ def test_scales_never_exceed_their_bound(model: VLMo) -> None:
     assert out["text"]["scale_vl"] < 100
 
 
-def test_trap_10_a_row_of_nothing_but_padding_gives_numbers_and_gradients(model: VLMo) -> None:
+def test_trap_10_example_of_only_padding_is_finite(model: VLMo) -> None:
     empty = replace(passes()["text"], text_keep=torch.zeros(ROWS, LENGTH, dtype=torch.bool), drop_path_mask=None)
     for dtype in (torch.float32, torch.bfloat16):
         found = gradients(model.to(dtype), model({"text": empty}))
         assert all(gradient.isfinite().all() for gradient in found.values())
 
 
-def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) -> None:
+def test_second_image_differs_by_its_modality_only(model: VLMo) -> None:
     """With equal modality vectors two images equal two single ones; with different ones their order matters."""
     one = fine_tuning_passes()["nlvr2"]
     swapped = replace(one, image=one.second_image, second_image=one.image)
@@ -286,7 +289,7 @@ def test_the_second_of_two_pictures_is_known_by_its_modality_alone(model: VLMo) 
     torch.testing.assert_close((first, second), (turned_second, turned_first))
 
 
-def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
+def test_empty_batch_without_masks_runs_the_same_graph(model: VLMo) -> None:
     def empty(one: ForwardInput) -> ForwardInput:
         return ForwardInput(**{k: v[:0] if isinstance(v, Tensor) else v for k, v in vars(one).items()})
 
@@ -296,17 +299,17 @@ def test_no_rows_and_no_masked_tokens_run_the_same_graph(model: VLMo) -> None:
     assert model({"one": none})["one"]["mlm"].shape == (ROWS, 0, VOCABULARY)
 
 
-def test_text_longer_than_the_positions_is_refused_by_name(model: VLMo) -> None:
+def test_text_longer_than_the_positions_is_rejected(model: VLMo) -> None:
     with pytest.raises(ValueError, match=r"13 tokens.*12.*model\.max_text_length"):
         model({"one": ForwardInput(("itc",), text=torch.zeros(2, 13, dtype=torch.int64))})
 
 
-def test_images_of_another_size_are_refused(model: VLMo) -> None:
+def test_images_of_another_size_are_rejected(model: VLMo) -> None:
     with pytest.raises(ValueError, match="16, 16, 3"):
         model({"one": ForwardInput(("itc",), image=torch.zeros(2, 24, 24, 3, dtype=torch.uint8))})
 
 
-def test_a_head_without_what_it_reads_is_refused(model: VLMo) -> None:
+def test_head_without_its_inputs_is_rejected(model: VLMo) -> None:
     given = passes()
     for head, one in [("itc", given["pair"]), ("itm", given["image"]), ("mlm", given["text"])]:
         with pytest.raises(ValueError, match=f"head '{head}'"):
@@ -318,7 +321,7 @@ def test_a_head_without_what_it_reads_is_refused(model: VLMo) -> None:
 # ---- parts
 
 
-def test_every_parameter_belongs_to_one_part_and_every_part_has_parameters(model: VLMo) -> None:
+def test_modules_partition_the_parameters(model: VLMo) -> None:
     found = {model.part_of(name) for name, _ in model.named_parameters()}
     absent = {"positions.cross"} if model.config.positions == "absolute" else set()
     assert found == set(PARTS) - absent
@@ -348,9 +351,7 @@ def cases() -> Iterator[tuple[frozenset[str], str]]:
 
 
 @pytest.mark.parametrize(("objectives", "source_type"), cases())
-def test_parts_used_are_exactly_those_that_get_a_gradient(
-    model: VLMo, objectives: frozenset[str], source_type: str
-) -> None:
+def test_declared_modules_are_those_with_a_gradient(model: VLMo, objectives: frozenset[str], source_type: str) -> None:
     wanted = {name for objective in objectives for name in READINGS[objective, source_type]}
     every = passes() | fine_tuning_passes()
     kept = {name: replace(one, drop_path_mask=None) for name, one in every.items() if name in wanted}
@@ -362,12 +363,12 @@ def test_parts_used_are_exactly_those_that_get_a_gradient(
         assert name not in found or found[name].abs().max() > 0, name
 
 
-def test_an_objective_with_nothing_to_read_is_refused() -> None:
+def test_objective_without_its_source_type_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"itc.*pairs.*text"):
         trained_modules(skeleton(RELATIVE), frozenset({"itc"}), "text")
 
 
-def test_the_published_language_stage_is_written_as_names() -> None:
+def test_published_language_stage_freezes_named_modules() -> None:
     model = skeleton(RELATIVE)
     frozen = model.parts_named(["image_embedding", "attention", "vision_expert"])
     assert frozen == {"image_embedding", "attention", "vision_expert.lower", "vision_expert.upper"}
@@ -382,7 +383,7 @@ def test_the_published_language_stage_is_written_as_names() -> None:
     }
 
 
-def test_an_unknown_part_is_refused_with_a_suggestion() -> None:
+def test_unknown_module_is_rejected_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'vision_expert'"):
         skeleton(RELATIVE).parts_named(["vision_experts"])
 
@@ -390,7 +391,7 @@ def test_an_unknown_part_is_refused_with_a_suggestion() -> None:
 # ---- weights
 
 
-def test_copied_experts_are_equal_and_nothing_else_moves(model: VLMo) -> None:
+def test_only_copied_experts_change(model: VLMo) -> None:
     before = model.state_dict()
     after = copy_expert(before, "vision", "vision_language")
     for name, tensor in after.items():
@@ -400,7 +401,7 @@ def test_copied_experts_are_equal_and_nothing_else_moves(model: VLMo) -> None:
     assert changed == {"vision_language_expert"}
 
 
-def test_weights_follow_from_the_seed_alone() -> None:
+def test_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = build_model(RELATIVE, VOCABULARY, seed=3)
@@ -413,7 +414,7 @@ def test_weights_follow_from_the_seed_alone() -> None:
     assert {"text_embedding.word.weight", "image_embedding.cls", "blocks.3.attention.weight"} <= drawn
 
 
-def test_weights_start_as_published() -> None:
+def test_initialisation_is_the_published_one() -> None:
     model = build_model(RELATIVE, VOCABULARY)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):

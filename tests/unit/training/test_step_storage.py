@@ -1,4 +1,4 @@
-"""Between two steps the training thread makes no storage call: an unavailable store delays no step."""
+"""The training thread makes no storage call between steps, so an unavailable store delays no step."""
 
 from __future__ import annotations
 

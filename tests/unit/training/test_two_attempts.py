@@ -129,7 +129,7 @@ def check(disk: Disk) -> None:
 def test_no_interleaving_of_two_attempts_loses_or_damages_data(
     keep: int, old_hands_over: bool, new_hands_over: bool, max_switches: int | None
 ) -> None:
-    """By default the longest scenarios are limited to a few switches between the attempts (see MOME_FUZZ)."""
+    """Limit the longest scenarios to a few switches between the attempts by default (see MOME_FUZZ)."""
     max_switches = None if fuzz_rounds(1) > 1 else max_switches
     attempts = Attempts(keep, old_hands_over, new_hands_over)
 

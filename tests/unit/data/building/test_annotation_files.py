@@ -156,7 +156,7 @@ def test_nlvr2_images_are_found_in_every_release_layout(tmp_path: Path) -> None:
     assert (statement_of(members).is_true, statement_of(members).id) == (True, "dev-8-0-0")
     assert said(two)["label"] is False
     assert three["__key__"] == "train-9-1-0"
-    assert problems.count == 4  # two pictures of dev-7, a line that is no JSON, a label
+    assert problems.count == 4  # two images of dev-7, a line that is not JSON, a label
 
 
 def karpathy_file(folder: Path) -> Path:

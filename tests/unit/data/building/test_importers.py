@@ -75,7 +75,9 @@ def test_keys_stay_unique_if_only_punctuation_differs(tmp_path):
 
 def test_many_similar_paths_get_unique_keys_quickly(tmp_path):
     key_of = Keys()
-    keys = [key_of(f"照片/{number % 7 * 'é'}") for number in range(100_000)]  # once counted anew for each: minutes
+    keys = [
+        key_of(f"照片/{number % 7 * 'é'}") for number in range(100_000)
+    ]  # took minutes when the counter restarted for each path
     assert len(set(keys)) == len(keys)
     assert (keys[0], keys[1], keys[-1]) == ("sample", "sample-2", "sample-100000")
 
@@ -273,7 +275,7 @@ def test_failing_reader_leaves_no_partial_shards(tmp_path):
     manifest = write_shards(Storage(), text_stream(5), str(tmp_path / "out"), 2)
     content = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(DataError, match="line 16"):
-        write_shards(Storage(), failing(), str(tmp_path / "out"), 5)  # what was to be replaced stays
+        write_shards(Storage(), failing(), str(tmp_path / "out"), 5)  # the shards to be replaced are kept
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == content
     assert load_manifest(Storage(), str(tmp_path / "out")) == manifest
 

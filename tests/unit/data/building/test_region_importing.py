@@ -22,7 +22,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.objectives import batch_groups, regions_of
 
-LOWEST, LONGEST = 800, 1333  # sides that torchvision's Faster R-CNN resizes pictures to
+LOWEST, LONGEST = 800, 1333  # sides to which torchvision's Faster R-CNN resizes images
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pipeline.data.contents.answers import SCORES, answer_scores, frequent_answe
         ("dont know", "don't know"),
         ("couldnt've", "couldn't've"),
         ("its", "its"),  # a word of its own
-        ("yes, it is", "yes it is"),  # a mark at a word's edge goes
-        ("black/white", "black white"),  # one between words parts them
+        ("yes, it is", "yes it is"),  # punctuation at the edge of a word is removed
+        ("black/white", "black white"),  # punctuation between words becomes a space
         ("1,000", "1000"),
         ("3.50", "3.50"),
         ("no.", "no"),

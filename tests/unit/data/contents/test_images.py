@@ -351,7 +351,7 @@ def test_every_exception_of_a_decoder_is_a_bad_sample(monkeypatch):
         monkeypatch.setattr("simplejpeg.decode_jpeg", fails)
         monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
         for kind in FORMATS:
-            if kind not in ("WEBP", "AVIF"):  # which load their pixels themselves
+            if kind not in ("WEBP", "AVIF"):  # formats whose plugins load the pixels themselves
                 with pytest.raises(BadSample) as found:
                     decode(data[kind], LIMIT)
                 assert found.value.stage == "image"

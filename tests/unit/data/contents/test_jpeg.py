@@ -274,7 +274,7 @@ def test_entropy_check_agrees_with_the_strict_decoder(options):
             except ValueError:
                 continue
             disagreed += is_refused(jpeg.check_entropy, damaged) != is_refused(simplejpeg.decode_jpeg, damaged)
-        assert disagreed <= 2 + rounds // 25  # damage in tables or headers, which only one of them looks at
+        assert disagreed <= 2 + rounds // 25  # damage in tables or headers that only one decoder checks
         jpeg.check_entropy(data)
 
 

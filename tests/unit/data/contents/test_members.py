@@ -1,3 +1,5 @@
+"""The members of a sample: captions, images and identifiers are found, and unsafe samples are rejected."""
+
 from __future__ import annotations
 
 import pytest

@@ -132,7 +132,7 @@ def test_examples_of_statements_have_both_images_and_the_label(tmp_path: Path) -
     assert batch.label is not None
     assert batch.image.shape == batch.second_image.shape == (32, 32, 32, 3)
     assert set(batch.label.tolist()) == {0, 1}
-    # One picture is of red shapes, the other of blue: where the first is redder, the second is bluer.
+    # One image has red shapes, the other blue ones: if the first is redder, the second is bluer.
     redness = [
         (each.float().mean(dim=(1, 2)) @ torch.tensor([1.0, 0, -1])).numpy()
         for each in (batch.image, batch.second_image)

@@ -85,7 +85,7 @@ def test_location_is_relative_corners_and_area() -> None:
 def test_most_confident_regions_are_kept() -> None:
     record = parse_regions(packed(confidences=np.array([0.3, 0.9, 0.1, 0.9, 0.5], np.float32)))
     best = record.most_confident(3)
-    assert best.classes.tolist() == [1, 3, 4]  # equals keep their order
+    assert best.classes.tolist() == [1, 3, 4]  # equal confidences keep their order
     assert np.array_equal(best.features, record.features[[1, 3, 4]])
     assert np.array_equal(best.boxes, record.boxes[[1, 3, 4]])
     assert record.most_confident(5) is record

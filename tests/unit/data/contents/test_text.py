@@ -234,7 +234,7 @@ def test_rare_characters_beyond_a_thousand_are_dropped() -> None:
 def test_overlong_words_are_dropped_from_training(character: str) -> None:
     captions = ["a red cat, a blue dog", "x" * 100]
     whole = Tokenizer.train(captions, 200)
-    long = character * 1_000_000  # once learned by merges: hours
+    long = character * 1_000_000  # took hours when merges were learned from them
     assert Tokenizer.train([f"{captions[0]} {long}", captions[1]], 200).tokens == whole.tokens
     assert whole.encode("x" * 101, 9).ids[1:-1] == [whole.unk_id]
     assert whole.unk_id not in whole.encode("x" * 100, 9).ids

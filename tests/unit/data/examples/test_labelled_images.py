@@ -95,7 +95,10 @@ def test_images_have_their_class_and_bad_ones_are_replaced(folder: str, tokenize
 
 def test_shard_check_finds_what_training_would(folder: str) -> None:
     findings = [bad for report in check_shards(Storage(), folder, "labelled", 10**7, 1) for bad in report.bad]
-    assert {finding.key[-2:] for finding in findings} == {"03", "07"}  # how many classes there are, a stage says
+    assert {finding.key[-2:] for finding in findings} == {
+        "03",
+        "07",
+    }  # the number of classes is known to the stage only
     assert {finding.stage for finding in findings} == {"label"}
 
 

@@ -89,8 +89,8 @@ def test_long_texts_are_masked_at_the_configured_fraction(tokenizer, whole):
 def test_masking_does_not_depend_on_pieces_or_text_length(tokenizer, whole):
     """The statistics are those of 20,000 captions of 1 to 30 words with one to three pieces."""
     lengths = np.random.default_rng(7)
-    masked_of, words_of = np.zeros(4), np.zeros(4)  # by the pieces of a word
-    masked_in, tokens_in = np.zeros(31), np.zeros(31)  # by the words of a caption
+    masked_of, words_of = np.zeros(4), np.zeros(4)  # fraction by the number of pieces of a word
+    masked_in, tokens_in = np.zeros(31), np.zeros(31)  # fraction by the number of words of a caption
     for key in range(20_000):
         pieces = lengths.choice((1, 2, 3), size=lengths.integers(1, 31), p=(0.6, 0.3, 0.1))
         word_of = [-1, *np.repeat(np.arange(len(pieces)), pieces), -1]

@@ -1,3 +1,5 @@
+"""The loader's batches are independent of ranks and threads, complete per epoch, and free of bad samples."""
+
 from __future__ import annotations
 
 import hashlib
@@ -268,7 +270,7 @@ def test_bad_samples_are_counted_at_every_world_size(spoiled, tokenizer, world: 
     records, counts = [], Counter()
     for rank in range(world):
         with make(config, tokenizer, rank, world) as loader:
-            list(islice(loader.batches(0), 23))  # 230 places: ten epochs of 23
+            list(islice(loader.batches(0), 23))  # 230 examples: ten epochs of 23
             records += loader.quarantined()
             counts.update(loader.counts())
             assert loader.quarantined() == []

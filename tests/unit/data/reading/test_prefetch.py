@@ -1,3 +1,5 @@
+"""The prefetch cache and its planner fetch each entry once, in order and within their byte limits."""
+
 from __future__ import annotations
 
 import threading
@@ -52,15 +54,15 @@ def test_threads_wait_for_a_single_fetch():
 
 def test_failed_fetch_raises_in_every_waiter():
     store: PrefetchCache[bytes] = PrefetchCache(1000)
-    begun = threading.Event()
+    started = threading.Event()
 
     def fail() -> bytes:
-        begun.set()
+        started.set()
         time.sleep(0.05)
         raise DataError("gone")
 
     def wait() -> bytes:
-        begun.wait()
+        started.wait()
         return store.get("key", 4, fail)
 
     with ThreadPoolExecutor(2) as pool:
@@ -191,10 +193,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Fetches:
-    """Cache whose entries of 10 bytes are fetched by one thread; `begun` lists the fetches in order."""
+    """Cache whose entries of 10 bytes are fetched by one thread; `started` records the order of the fetches."""
 
     def __init__(self, most: int = 10_000):
-        self.begun: list[str] = []
+        self.started: list[str] = []
         self.store: PrefetchCache[str] = PrefetchCache(most)
         self.pool = ThreadPoolExecutor(1)
 
@@ -202,7 +204,7 @@ class Fetches:
         return PrefetchRequest(self.store, key, 10, 10, 0, lambda: self.fetch(key), self.pool.submit)
 
     def fetch(self, key: str) -> str:
-        self.begun.append(key)
+        self.started.append(key)
         return key
 
     @contextmanager
@@ -222,37 +224,37 @@ class Fetches:
 
 
 def two_each(step: int) -> list[str]:
-    """Return an entry of the step's own and one that it shares with a neighbour."""
+    """Return an entry used by one step only and one that it shares with a neighbouring step."""
     return [f"own{step}", f"shared{step // 2}"]
 
 
 def test_entries_are_fetched_in_order_within_the_byte_limit():
     fetches = Fetches()
     with fetches.ahead(two_each, most=40, step=2) as ahead:
-        until(lambda: len(fetches.begun) == 4)
-        assert fetches.begun == ["own2", "shared1", "own3", "own4"]
+        until(lambda: len(fetches.started) == 4)
+        assert fetches.started == ["own2", "shared1", "own3", "own4"]
         fetches.reached(ahead, 2)
-        until(lambda: len(fetches.begun) == 6)
+        until(lambda: len(fetches.started) == 6)
         time.sleep(0.05)
-        assert fetches.begun == ["own2", "shared1", "own3", "own4", "shared2", "own5"]
+        assert fetches.started == ["own2", "shared1", "own3", "own4", "shared2", "own5"]
 
 
 def test_entry_above_the_byte_limit_is_fetched_alone():
     fetches = Fetches()
     with fetches.ahead(lambda step: [f"{step}"], most=1) as ahead:
         for step in range(5):
-            until(lambda step=step: len(fetches.begun) == step + 1)
+            until(lambda step=step: len(fetches.started) == step + 1)
             fetches.reached(ahead, step)
 
 
 def test_blocked_entry_is_fetched_when_a_step_finishes():
     fetches = Fetches(most=20)
     with fetches.ahead(lambda step: [f"{step}"], most=1000) as ahead:
-        until(lambda: fetches.begun == ["0", "1"])
+        until(lambda: fetches.started == ["0", "1"])
         time.sleep(0.05)
-        assert fetches.begun == ["0", "1"]
+        assert fetches.started == ["0", "1"]
         fetches.reached(ahead, 0)
-        until(lambda: fetches.begun == ["0", "1", "2"])
+        until(lambda: fetches.started == ["0", "1", "2"])
 
 
 def test_finished_steps_are_not_prefetched():
@@ -266,8 +268,8 @@ def test_finished_steps_are_not_prefetched():
     with fetches.ahead(needs, most=30) as ahead:
         fetches.reached(ahead, 99)
         slow.set()
-        until(lambda: len(fetches.begun) == 3)
-        assert fetches.begun == ["100", "101", "102"]
+        until(lambda: len(fetches.started) == 3)
+        assert fetches.started == ["100", "101", "102"]
 
 
 def test_walk_stays_within_the_horizon():
@@ -278,7 +280,7 @@ def test_walk_stays_within_the_horizon():
         until(lambda: len(walked) == HORIZON + 4)
         time.sleep(0.05)
         assert walked == list(range(HORIZON + 4))
-    assert fetches.begun == ["same"]
+    assert fetches.started == ["same"]
 
 
 def test_prefetch_failure_is_left_to_the_reader():
@@ -286,8 +288,8 @@ def test_prefetch_failure_is_left_to_the_reader():
     failed = threading.Event()
 
     def fetch(key: str) -> str:
-        fetches.begun.append(key)
-        if fetches.begun.count("1") == 1 and key == "1":
+        fetches.started.append(key)
+        if fetches.started.count("1") == 1 and key == "1":
             failed.set()
             raise StorageError("away")
         if key == "4":
@@ -302,7 +304,7 @@ def test_prefetch_failure_is_left_to_the_reader():
         return [f"{step}"]
 
     with fetches.ahead(needs, most=1000):
-        until(lambda: "9" in fetches.begun)
+        until(lambda: "9" in fetches.started)
         assert failed.is_set()
         assert fetches.store.get("1", 10, lambda: fetch("1")) == "1"
         assert fetches.store.get("3", 10, lambda: fetch("3")) == "3"

@@ -98,7 +98,7 @@ def picture(number: int) -> bytes:
 
 
 def sample(source_type: SourceType, number: int) -> Members:
-    """A good sample of a use."""
+    """Return a good sample of a source type."""
     shown = picture(number)
     if source_type == "labelled":
         return {"jpg": shown, "cls": b"%d" % (number % CLASSES)}
@@ -155,7 +155,7 @@ def checked(folder: str, source_type: SourceType) -> ShardReport:
 
 
 def trained(folder: str, source_type: SourceType, count: int) -> set[tuple[str, str, str]]:
-    """(key, stage, reason) of what one epoch of training quarantines."""
+    """Return (key, stage, reason) of each sample that one epoch of training quarantines."""
     config = run_config(folder, source_type, count)
     tokenizer = Tokenizer.train(["a thing in another way is what it is"], 100)
     with Loader(
@@ -168,7 +168,7 @@ def trained(folder: str, source_type: SourceType, count: int) -> set[tuple[str, 
 def judge(
     tmp_path: Path, make_tar: Any, source_type: SourceType, damaged: dict[str, Members]
 ) -> set[tuple[str, str, str]]:
-    """Return the bad samples that both check and training find among damaged and twice as many good ones."""
+    """Return the bad samples that both check and training find in a shard of damaged and good samples."""
     samples = damaged | {f"good{number}": sample(source_type, number) for number in range(2 * len(damaged) + BATCH)}
     samples |= {f"more{number}": sample(source_type, number) for number in range(-len(samples) % BATCH)}
     keys = sorted(samples, key=lambda key: random.Random(key).random())

@@ -1,3 +1,5 @@
+"""The index of a shard equals its tar, and damaged tars and sidecars are rejected."""
+
 from __future__ import annotations
 
 import gzip
@@ -111,7 +113,7 @@ def test_empty_tar_has_no_samples():
 
 
 def cuts(data: bytes) -> dict[str, bytes]:
-    """The five places a tar of three 700-byte members can be cut: each member takes 512 + 1024 bytes."""
+    """Truncate a tar of three 700-byte members (512 + 1024 bytes each) at five kinds of places."""
     end = 3 * 1536
     return {
         "inside a header": data[: 1536 + 200],

@@ -1,3 +1,5 @@
+"""The manifest of a folder lists its shards exactly, and replaced, lost or truncated shards are detected."""
+
 from __future__ import annotations
 
 import gzip
@@ -244,7 +246,7 @@ def test_manifest_of_version_1_is_indexed_again(make_pairs):
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Run the block as user nobody, because root can write everywhere."""
+    """Run the block as an unprivileged user, because root can write to read-only folders."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)

@@ -1,3 +1,5 @@
+"""A source selects samples by filters and opt-out lists, and its digest depends on the selection."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +21,7 @@ from pipeline.data.shards.manifest import index_shards, load_index
 from pipeline.data.shards.source import Source, open_source
 from pipeline.data.storage import Storage
 
-ROWS = [  # of two shards: five samples, then four
+ROWS = [  # two shards of five and four samples
     {"score": 0.1, "tongue": "en", "url": "http://x/0", "caption": "a"},
     {"score": 0.5, "tongue": "de", "url": "http://x/1", "caption": "a b c d"},
     {"score": 0.9, "tongue": "en", "url": "http://x/2", "caption": "a b"},
@@ -47,7 +49,7 @@ def indexes(source: Source) -> list[ShardIndex]:
 
 
 def read(folder: str, opt_out: str | None = None, **filters: dict) -> list[int]:
-    """The samples that are left, by the numbers of their keys; the counts must agree."""
+    """Return the numbers in the keys of the selected samples, and verify the counts."""
     source = opened(folder, opt_out, **filters)
     found = [[int(index.keys[n][1:]) for n in source.selected(index)] for index in indexes(source)]
     assert source.counts.tolist() == [len(keys) for keys in found]
@@ -153,7 +155,7 @@ def test_digest_depends_on_the_selection(folder: str, tmp_path: Path):
 
 
 class Counting(Storage):
-    """A storage that counts the indexes that are read."""
+    """Storage that counts the index files it reads."""
 
     read_indexes = 0
 
@@ -225,7 +227,7 @@ def test_normal_form_is_idempotent(text: str):
 
 @pytest.fixture
 def decomposed(tmp_path: Path, make_tar: Callable, make_pair: Callable) -> str:
-    """Four pairs whose key, image id and URL are spelled in other ways than a list would."""
+    """Return four pairs whose key, image id and URL are spelled differently from the opt-out list."""
     rows = {
         unicodedata.normalize("NFD", "clé"): {"caption": "a"},
         "b": {"caption": "b", "image_id": unicodedata.normalize("NFD", "übung")},

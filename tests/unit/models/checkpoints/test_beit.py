@@ -1,4 +1,4 @@
-"""A VLMo whose vision stage starts from a BEiT computes what Hugging Face's BEiT does (contract C8), and back."""
+"""A VLMo whose vision stage starts from BEiT equals Hugging Face's BEiT (C8), and exports its weights back."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ THEIRS = {
     "patch_size": 8,
     "vocab_size": TOKENS,
     "drop_path_rate": 0.0,
-    "layer_norm_eps": 1e-6,  # of BEiT's own release; Hugging Face's 1e-12 differs only for vectors near zero
+    "layer_norm_eps": 1e-6,  # value of BEiT's release; Hugging Face's 1e-12 differs only for vectors near zero
 }
 SHARED, EACH = {"use_shared_relative_position_bias": True}, {"use_relative_position_bias": True}
 
@@ -54,13 +54,13 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, under the names that it has there."""
+    """Save the model and return the tensors of its file under their published names."""
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
 
 def started(state: dict[str, Tensor], heads: HeadConfig = HeadConfig()) -> Model:
-    """A VLMo whose first stage starts from these weights of ours; what they lack must be what a BEiT cannot bring."""
+    """Build a VLMo that starts from these weights, which may lack only modules that BEiT does not have."""
     model = build_model(CONFIG, VOCABULARY, heads)
     absent = {"text_embedding", "positions.text", "positions.cross", "vision_language_expert"}
     load_matching(model, state, "vision", frozenset({*absent, "language_expert.lower", "language_expert.upper"}))
@@ -72,7 +72,7 @@ def pictures() -> Tensor:
 
 
 @pytest.mark.parametrize("table", [SHARED, EACH], ids=["one table", "a table for each layer"])
-def test_the_image_pass_equals_hugging_face(tmp_path: Path, table: dict[str, bool]) -> None:
+def test_image_forward_equals_hugging_face(tmp_path: Path, table: dict[str, bool]) -> None:
     theirs = randomised(BeitModel(BeitConfig(**THEIRS, **table, use_mean_pooling=False), add_pooling_layer=False))
     model = started(from_published(saved(theirs, tmp_path), CONFIG))
     image = pictures()
@@ -80,10 +80,10 @@ def test_the_image_pass_equals_hugging_face(tmp_path: Path, table: dict[str, boo
     torch.testing.assert_close(tokens, theirs(image.permute(0, 3, 1, 2)).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_trap_section_3_a_pretraining_checkpoint_s_one_table_is_read_and_its_logits_are_the_same(
+def test_trap_section_3_shared_table_gives_equal_logits(
     tmp_path: Path,
 ) -> None:
-    """VLMo's release dies of `int("relative_position_bias_table")` here."""
+    """VLMo's release fails at `int("relative_position_bias_table")` here."""
     theirs = randomised(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)))
     model = started(
         from_published(saved(theirs, tmp_path), CONFIG), HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS)
@@ -96,7 +96,7 @@ def test_trap_section_3_a_pretraining_checkpoint_s_one_table_is_read_and_its_log
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_classifier_s_checkpoint_brings_the_encoder(tmp_path: Path) -> None:
+def test_encoder_of_a_classifier_checkpoint_is_read(tmp_path: Path) -> None:
     theirs = randomised(BeitForImageClassification(BeitConfig(**THEIRS, **EACH, num_labels=4)))
     model = started(from_published(saved(theirs, tmp_path), CONFIG))
     image = pictures()
@@ -105,8 +105,8 @@ def test_a_classifier_s_checkpoint_brings_the_encoder(tmp_path: Path) -> None:
     torch.testing.assert_close(tokens, theirs.beit.pooler.layernorm(hidden), rtol=1e-5, atol=1e-5)
 
 
-def test_trap_section_3_layer_scale_is_the_checkpoint_s_and_not_the_config_s(tmp_path: Path) -> None:
-    """BEiT-large was trained from 1e-5, VLMo-large's section says 0.1: that is where gammas start from nothing."""
+def test_trap_section_3_layer_scale_is_read_from_the_checkpoint(tmp_path: Path) -> None:
+    """BEiT-large was trained from 1e-5; the 0.1 in VLMo-large's section is only for random initialisation."""
     theirs = BeitModel(BeitConfig(**THEIRS, **EACH, layer_scale_init_value=1e-5))
     assert CONFIG.layer_scale == 0.1
     model = started(from_published(saved(theirs, tmp_path), CONFIG))
@@ -133,11 +133,11 @@ def test_round_trips_are_exact(tmp_path: Path, theirs: PreTrainedModel, norm: st
     assert all(torch.equal(published[name], tensor) for name, tensor in written.items())
 
 
-def test_hugging_face_reads_what_we_write_and_computes_the_same(tmp_path: Path) -> None:
+def test_hugging_face_loads_our_export_with_equal_outputs(tmp_path: Path) -> None:
     heads = HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS)
     model = build_model(CONFIG, VOCABULARY, heads, seed=3)
     generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():  # the modality vector above all: BEiT has none
+    for parameter in model.parameters():  # in particular the modality vector, which BEiT does not have
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     BeitConfig(**THEIRS, **EACH, use_mask_token=True).save_pretrained(tmp_path)
     save_file(to_published(model.state_dict(), CONFIG), tmp_path / "model.safetensors", {"format": "pt"})
@@ -152,7 +152,7 @@ def test_hugging_face_reads_what_we_write_and_computes_the_same(tmp_path: Path) 
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_tables_that_came_from_one_are_read_by_hugging_faces_pretraining_class(tmp_path: Path) -> None:
+def test_shared_table_round_trips_through_hugging_face(tmp_path: Path) -> None:
     config = BeitConfig(**THEIRS, **SHARED, use_mask_token=True)
     theirs = randomised(BeitForMaskedImageModeling(config))
     written = to_published(from_published(saved(theirs, tmp_path / "before"), CONFIG), CONFIG)
@@ -164,7 +164,7 @@ def test_tables_that_came_from_one_are_read_by_hugging_faces_pretraining_class(t
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
-def test_different_tables_are_not_written_as_one() -> None:
+def test_different_tables_are_not_exported_as_one() -> None:
     state = dict(build_model(CONFIG, VOCABULARY).state_dict())
     assert SHARED_TABLE in to_hugging_face(state, CONFIG, shared=True)
     state["positions.image"] = torch.rand_like(state["positions.image"])
@@ -225,7 +225,7 @@ def as_released(state: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
     ids=["pretrained", "fine-tuned"],
 )
-def test_the_release_s_own_names_give_the_same(tmp_path: Path, theirs: PreTrainedModel) -> None:
+def test_names_of_the_release_give_equal_weights(tmp_path: Path, theirs: PreTrainedModel) -> None:
     published = saved(randomised(theirs), tmp_path)
     expected, found = from_published(published, CONFIG), from_published(as_released(published), CONFIG)
     assert found.keys() == expected.keys()
@@ -244,7 +244,7 @@ def test_every_fault_is_listed_by_name(tmp_path: Path) -> None:
     assert f"{SHARED_TABLE} (is (5, 2), must be (28, 2))" in str(error.value)
 
 
-def test_the_section_follows_from_the_shapes(tmp_path: Path) -> None:
+def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     section = infer_section(published, {"max_text_length": 8, "vision_language_layers": 1})
     assert VLMoConfig.model_validate(section) == CONFIG
@@ -252,7 +252,7 @@ def test_the_section_follows_from_the_shapes(tmp_path: Path) -> None:
         infer_section({"vit.embeddings.cls_token": torch.zeros(1)}, {})
 
 
-def test_only_what_pictures_read_is_brought(tmp_path: Path) -> None:
+def test_only_modules_of_the_image_forward_are_imported(tmp_path: Path) -> None:
     published = saved(BeitForMaskedImageModeling(BeitConfig(**THEIRS, **SHARED, use_mask_token=True)), tmp_path)
     model = skeleton(CONFIG, VOCABULARY, HeadConfig(image_target="visual_tokens", visual_tokens=TOKENS))
     brought = {model.part_of(name) for name in from_published(published, CONFIG)}

@@ -1,4 +1,4 @@
-"""BERT's published names become ImageBERT's and back, exactly."""
+"""BERT's published tensors are converted to ImageBERT's and back exactly."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def published(kind: type) -> dict[str, Tensor]:
     return kind(config).state_dict()
 
 
-def test_there_and_back_is_exact() -> None:
+def test_round_trip_of_published_weights_is_exact() -> None:
     state = published(BertForMaskedLM)
     back = to_hugging_face(from_hugging_face(state, CONFIG), CONFIG)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_back_and_there_is_exact() -> None:
+def test_round_trip_of_our_weights_is_exact() -> None:
     ours = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
     again = from_hugging_face(to_hugging_face(ours, CONFIG), CONFIG)
     assert all(torch.equal(again[name], ours[name]) for name in again)
@@ -40,8 +40,8 @@ def test_back_and_there_is_exact() -> None:
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForPreTraining])
-def test_what_takes_no_part_is_dropped(kind: type) -> None:
-    """The pooler and the next-sentence head are dropped."""
+def test_unused_modules_are_dropped(kind: type) -> None:
+    """The pooler and the next-sentence head have no counterpart."""
     found = from_hugging_face(published(kind), CONFIG)
     model = build_model(CONFIG, VOCABULARY)
     result = model.load_state_dict(found, strict=False)
@@ -51,7 +51,7 @@ def test_what_takes_no_part_is_dropped(kind: type) -> None:
     assert ("mlm_head" in absent) == (kind is BertModel)
 
 
-def test_a_file_without_the_tied_decoder_gives_the_words_embedding_twice() -> None:
+def test_missing_tied_decoder_is_a_copy_of_the_word_embedding() -> None:
     state = published(BertForMaskedLM)
     del state["cls.predictions.decoder.weight"], state["cls.predictions.decoder.bias"]
     found = from_hugging_face(state, CONFIG)
@@ -77,25 +77,25 @@ def test_positions_beyond_the_longest_text_are_cut() -> None:
     assert torch.equal(positions, state["embeddings.position_embeddings.weight"][:7])
 
 
-def test_a_text_that_bert_has_no_positions_for_is_refused() -> None:
+def test_max_text_length_beyond_the_positions_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"model\.max_text_length"):
         from_hugging_face(published(BertModel), CONFIG.model_copy(update={"max_text_length": 13}))
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_its_names() -> None:
+def test_checkpoint_of_another_model_is_rejected_by_its_names() -> None:
     state = published(BertModel) | {"embeddings.other": torch.zeros(1)}
     del state["embeddings.LayerNorm.weight"]
     with pytest.raises(CheckpointError, match=r"missing: bert\.embeddings\.LayerNorm\.weight(.|\n)*embeddings\.other"):
         from_hugging_face(state, CONFIG)
 
 
-def test_the_section_is_told_by_the_shapes() -> None:
+def test_section_is_inferred_from_the_shapes() -> None:
     section = infer_section(published(BertModel), {"max_text_length": 12, "region_features": 8})
     assert ImageBERTConfig(**section) == ImageBERTConfig(
         width=128, layers=2, heads=2, mlp_ratio=4, max_text_length=12, region_features=8
     )
 
 
-def test_what_is_no_bert_is_told() -> None:
+def test_file_without_bert_tensors_is_rejected() -> None:
     with pytest.raises(ConfigError, match="no BERT"):
         infer_section({"a": torch.zeros(1)}, {})

@@ -1,4 +1,4 @@
-"""Weight files of any content: tensors come out, or CheckpointError, and never much more memory than the file has."""
+"""Reading any weight file returns tensors or raises CheckpointError, in memory proportional to the file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_header(header: bytes, body: bytes = b"") -> bytes:
 
 
 def deflated(data: bytes, zeros: int = 0) -> bytes:
-    """The same zip file with compressed entries, `zeros` more bytes in each."""
+    """Return the zip file with compressed entries, each extended by `zeros` zero bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as after:
         for entry in before.infolist():
@@ -51,7 +51,7 @@ SAFETENSORS = SEEDS["safetensors"]
 
 
 def refusal(read: Callable[[bytes, str], Any], data: bytes) -> str | None:
-    """The CheckpointError that reading ends in; None where it succeeds. Anything else fails the test."""
+    """Return the message of the CheckpointError that reading raises, or None if it succeeds."""
     try:
         read(data, "weights")
     except CheckpointError as error:
@@ -60,14 +60,14 @@ def refusal(read: Callable[[bytes, str], Any], data: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_mutated_files_end_in_tensors_or_a_checkpoint_error(kind: str) -> None:
+def test_mutated_files_raise_only_checkpoint_errors(kind: str) -> None:
     rng = random.Random(f"files {kind}")
     refused = [refusal(read_tensors, mutate(SEEDS[kind], rng)) for _ in range(fuzz_rounds(120))]
     assert all(text.startswith("weights: ") for text in refused if text is not None)
     assert any(refused)
 
 
-def test_mutated_json_ends_in_an_object_or_a_checkpoint_error() -> None:
+def test_mutated_json_raises_only_checkpoint_errors() -> None:
     seed = json.dumps({"model_type": "vit", "hidden_size": 24, "id2label": {"0": "a"}, "x": [1e9, None]}).encode()
     rng = random.Random("json")
     refused = [refusal(read_json, mutate(seed, rng)) for _ in range(fuzz_rounds(100))]
@@ -75,7 +75,7 @@ def test_mutated_json_ends_in_an_object_or_a_checkpoint_error() -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 9, 40, len(SAFETENSORS) // 2, len(SAFETENSORS) - 1])
-def test_a_truncated_download_is_named(cut: int) -> None:
+def test_truncated_download_is_named(cut: int) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*(damaged|cut off)"):
         read_tensors(SAFETENSORS[:cut], "model.safetensors")
 
@@ -104,13 +104,13 @@ def test_a_truncated_download_is_named(cut: int) -> None:
         as_torch({"a": torch.empty(3, device="meta")}),
     ],
 )
-def test_crafted_files_end_in_a_checkpoint_error(data: bytes) -> None:
+def test_crafted_files_raise_checkpoint_errors(data: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"^weights: "):
         read_tensors(data, "weights")
 
 
 @pytest.mark.parametrize("zeros", [0, 10**6])
-def test_compressed_entries_are_refused_before_they_are_unpacked(zeros: int) -> None:
+def test_compressed_entries_are_rejected_before_unpacking(zeros: int) -> None:
     with pytest.raises(CheckpointError, match="compressed"):
         read_tensors(deflated(SEEDS["pt"], zeros), "weights")
 
@@ -123,7 +123,7 @@ def test_compressed_entries_are_refused_before_they_are_unpacked(zeros: int) -> 
     ],
     ids=["one number read as a million squared", "nine names of one memory"],
 )
-def test_tensors_far_larger_than_their_file_are_refused(contents: dict[str, Tensor]) -> None:
+def test_tensors_larger_than_their_file_are_rejected(contents: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError):
         read_tensors(as_torch(contents), "weights")
 
@@ -137,7 +137,7 @@ def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
     assert read_tensors(safetensors.torch.save(wrapped), "weights").tensors.keys() == STATE.keys()
 
 
-def test_a_name_with_and_without_its_prefix_is_refused() -> None:
+def test_name_with_and_without_its_prefix_is_rejected() -> None:
     with pytest.raises(CheckpointError, match=r"tensor half more than once"):
         read_tensors(as_torch(STATE | {"module.half": torch.ones(2)}), "weights")
 
@@ -151,7 +151,7 @@ CONTAINERS: dict[str, Callable[[dict[str, Tensor], Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_the_command_that_the_message_gives_makes_a_file_that_is_read(container: str, tmp_path: Any) -> None:
+def test_suggested_command_produces_a_readable_file(container: str, tmp_path: Any) -> None:
     path, new = tmp_path / "old.pth", tmp_path / "new.pth"
     torch.save(CONTAINERS[container](STATE, argparse.Namespace(lr=1)), path)
     with pytest.raises(CheckpointError, match="would run code that it names") as error:
@@ -162,7 +162,7 @@ def test_the_command_that_the_message_gives_makes_a_file_that_is_read(container:
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-def test_both_kinds_of_file_carry_their_metadata(name: str) -> None:
+def test_both_file_formats_keep_their_metadata(name: str) -> None:
     published = read_tensors(write_tensors(STATE, name, {"model": "{}"}), name)
     assert published.metadata == {"model": "{}"}
     assert published.tensors.keys() == STATE.keys()

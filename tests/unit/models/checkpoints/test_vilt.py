@@ -1,4 +1,4 @@
-"""ViLT equals Hugging Face's on random weights, and its weights go to both published formats and back."""
+"""ViLT equals Hugging Face's on random weights, which round-trip through both published formats."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def agree(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_fused_pass_equals_hugging_faces_vilt_model() -> None:
+def test_fused_forward_equals_hugging_faces_vilt_model() -> None:
     other = theirs(ViltModel)
     model = ours(from_hugging_face(other.state_dict(), CONFIG))
     # Hugging Face pads short images with shuffled patches; one image at a time has no padding.
@@ -120,7 +120,7 @@ def test_a_fused_pass_equals_hugging_faces_vilt_model() -> None:
         words, patches = int(given["attention_mask"][row].sum()), height * width // PATCH**2
         agree(found[row, :words], expected.last_hidden_state[0, :words])
         agree(found[row, LENGTH], expected.last_hidden_state[0, LENGTH])
-        # Theirs come in random order.
+        # Hugging Face returns patches in random order.
         mine = found[row, LENGTH + 1 : LENGTH + 1 + patches]
         order = torch.cdist(expected.last_hidden_state[0, LENGTH + 1 :], mine).argmin(dim=0)
         assert len(order.unique()) == patches
@@ -130,7 +130,7 @@ def test_a_fused_pass_equals_hugging_faces_vilt_model() -> None:
 
 def test_masked_words_equal_hugging_faces_vilt_for_masked_lm() -> None:
     other = theirs(ViltForMaskedLM)
-    other.mlm_score.decoder.weight = nn.Parameter(torch.randn(VOCABULARY, 24))  # untied, as the release's
+    other.mlm_score.decoder.weight = nn.Parameter(torch.randn(VOCABULARY, 24))  # untied, as in the release
     model = ours(from_hugging_face(other.state_dict(), CONFIG))
     everywhere = torch.arange(LENGTH).expand(ROWS, LENGTH)
     found = model({"one": the_pass("mlm", mask_positions=everywhere)})["one"]["mlm"]
@@ -138,7 +138,7 @@ def test_masked_words_equal_hugging_faces_vilt_for_masked_lm() -> None:
     agree(found[keep], other(**inputs()).logits[keep])
 
 
-def test_ranking_equals_hugging_faces_vilt_for_image_and_text_retrieval() -> None:
+def test_ranking_equals_hugging_faces_retrieval_model() -> None:
     other = theirs(ViltForImageAndTextRetrieval)
     model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(ranking=True))
     agree(model({"one": the_pass("ranking")})["one"]["ranking"], other(**inputs()).logits[:, 0])
@@ -150,7 +150,7 @@ def test_answers_equal_hugging_faces_vilt_for_question_answering() -> None:
     agree(model({"one": the_pass("answers")})["one"]["answers"], other(**inputs()).logits)
 
 
-def test_reasoning_equals_hugging_faces_vilt_for_images_and_text_classification() -> None:
+def test_nlvr2_equals_hugging_faces_two_image_model() -> None:
     other = theirs(ViltForImagesAndTextClassification, num_images=2, num_labels=2, modality_type_vocab_size=3)
     model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(reasoning=True))
     given, second = inputs(), torch.arange(ROWS).roll(1)
@@ -177,7 +177,7 @@ def test_gradients_equal_hugging_faces() -> None:
     [HeadConfig(), HeadConfig(ranking=True), HeadConfig(answers=5), HeadConfig(reasoning=True)],
     ids=["pretrained", "ranking", "answers", "nlvr2"],
 )
-def test_there_and_back_is_exact_in_both_formats(heads: HeadConfig) -> None:
+def test_round_trip_is_exact_in_both_formats(heads: HeadConfig) -> None:
     state = build_model(CONFIG, VOCABULARY, heads).state_dict()
     back = from_published(to_published(state, CONFIG), CONFIG)
     assert list(back) == list(state)
@@ -197,7 +197,7 @@ def test_there_and_back_is_exact_in_both_formats(heads: HeadConfig) -> None:
         (ViltForImagesAndTextClassification, {"num_images": 2, "num_labels": 2, "modality_type_vocab_size": 3}),
     ],
 )
-def test_hugging_faces_weights_come_and_go_unchanged(kind: type, more: dict[str, int]) -> None:
+def test_hugging_face_weights_round_trip(kind: type, more: dict[str, int]) -> None:
     other = theirs(kind, **more)
     state = other.state_dict()
     back = to_hugging_face(from_hugging_face(state, CONFIG), CONFIG)
@@ -225,13 +225,13 @@ def test_query_key_and_value_biases_keep_their_order() -> None:
     assert to_published(state, CONFIG)["transformer.blocks.1.attn.qkv.bias"].tolist() == [0] * 24 + [1] * 24 + [2] * 24
 
 
-def test_what_predicts_masked_patches_is_left_out() -> None:
+def test_mim_head_is_not_exported() -> None:
     with_head = build_model(CONFIG, VOCABULARY, HeadConfig("pixels")).state_dict()
     without = to_published(build_model(CONFIG, VOCABULARY).state_dict(), CONFIG)
     assert set(to_published(with_head, CONFIG)) == set(without)
 
 
-def test_a_checkpoint_of_one_task_lacks_other_heads_only() -> None:
+def test_checkpoint_of_one_task_lacks_only_other_heads() -> None:
     published = to_published(build_model(CONFIG, VOCABULARY).state_dict(), CONFIG)
     published["text_embeddings.position_ids"] = torch.arange(10)[None]
     task = {name: tensor for name, tensor in published.items() if not name.startswith(("mlm", "itm"))}
@@ -256,20 +256,20 @@ def test_every_fault_is_listed_by_name_and_may_be_allowed() -> None:
     assert "blocks.1.attention.key_bias" in found
 
 
-def test_a_decoder_that_is_the_words_need_not_stand_in_the_file() -> None:
+def test_tied_decoder_may_be_missing() -> None:
     state = theirs(ViltForMaskedLM).state_dict()
     del state["mlm_score.decoder.weight"]
     found = from_hugging_face(state, CONFIG)
     assert torch.equal(found["mlm_head.decode.weight"], found["text_embedding.word.weight"])
 
 
-def test_two_heads_of_one_name_are_refused() -> None:
+def test_two_heads_with_one_name_are_rejected() -> None:
     state = build_model(CONFIG, VOCABULARY, HeadConfig(answers=5, reasoning=True)).state_dict()
     with pytest.raises(CheckpointError, match="one classifier"):
         to_hugging_face(state, CONFIG)
 
 
-def test_the_section_is_told_by_the_shapes() -> None:
+def test_section_is_inferred_from_the_shapes() -> None:
     state = build_model(CONFIG, VOCABULARY).state_dict()
     expected = {key: getattr(CONFIG, key) for key in ("width", "layers", "mlp_ratio", "image_size", "max_text_length")}
     for section in (

@@ -1,4 +1,4 @@
-"""ViT with Hugging Face's random weights computes what Hugging Face's ViT does (contract C8), and back."""
+"""ViT with Hugging Face's random weights equals Hugging Face's ViT (C8), and exports the weights back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def their_config(**more: object) -> Theirs:
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """Biases and norms too are drawn, so that none can be forgotten unseen."""
+    """Draw all parameters at random, biases and norms too, so that each one affects the output."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
@@ -45,7 +45,7 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def saved(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, under the names that it has there."""
+    """Save the model and return the tensors of its file under their published names."""
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 
@@ -79,13 +79,13 @@ def test_logits_and_gradients_equal_hugging_face(tmp_path: Path, epsilon: float)
 
 
 def saved_gradients(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The gradients under the checkpoint's names."""
+    """Return the gradients under the published names."""
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.load_state_dict(gradients)
     return saved(model, folder)
 
 
-def test_features_equal_hugging_face_s_model_without_a_head(tmp_path: Path) -> None:
+def test_features_equal_hugging_faces_model_without_a_head(tmp_path: Path) -> None:
     theirs = randomised(ViTModel(their_config()))
     model = ours(saved(theirs, tmp_path), HeadConfig())
     image = pictures()
@@ -93,7 +93,7 @@ def test_features_equal_hugging_face_s_model_without_a_head(tmp_path: Path) -> N
     torch.testing.assert_close(tokens, theirs(image.permute(0, 3, 1, 2)).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_hugging_face_reads_what_we_write(tmp_path: Path) -> None:
+def test_hugging_face_loads_our_export(tmp_path: Path) -> None:
     model = build_model(CONFIG, 0, HeadConfig(classes=CLASSES), seed=1)
     theirs_config = their_config(layer_norm_eps=1e-6)
     theirs_config.save_pretrained(tmp_path)
@@ -133,7 +133,7 @@ def test_every_fault_is_listed_by_name(tmp_path: Path) -> None:
     assert "norm.bias" not in some
 
 
-def test_the_section_follows_from_the_shapes(tmp_path: Path) -> None:
+def test_section_is_inferred_from_the_shapes(tmp_path: Path) -> None:
     for published in (
         saved(ViTForImageClassification(their_config()), tmp_path),
         saved(ViTModel(their_config()), tmp_path),

@@ -1,3 +1,5 @@
+"""VLMo's weights are converted to the release's names and back exactly, and sizes are inferred from tensors."""
+
 from __future__ import annotations
 
 import pytest
@@ -23,7 +25,7 @@ ABSOLUTE = CONFIG.model_copy(update={"positions": "absolute", "layer_scale": Non
 
 
 @pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
-def test_there_and_back_is_exact(config: VLMoConfig) -> None:
+def test_round_trip_is_exact(config: VLMoConfig) -> None:
     state = build_model(config, vocabulary=11).state_dict()
     back = from_published(to_published(state, config), config)
     assert list(back) == list(state)
@@ -75,7 +77,7 @@ def test_index_tensors_and_a_leading_module_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
-def test_fine_tuned_heads_and_the_second_pictures_modality_go_there_and_back(config: VLMoConfig) -> None:
+def test_fine_tuned_heads_and_second_modality_round_trip(config: VLMoConfig) -> None:
     state = build_model(config, 11, HeadConfig(answers=7, reasoning=True)).state_dict()
     published = to_published(state, config)
     assert published["token_type_embeddings.weight"].shape == (3, 16)
@@ -89,7 +91,7 @@ def test_fine_tuned_heads_and_the_second_pictures_modality_go_there_and_back(con
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_a_third_modality_without_its_classifier_goes_there_and_back() -> None:
+def test_third_modality_without_its_classifier_round_trips() -> None:
     published = to_published(build_model(CONFIG, 11, HeadConfig(reasoning=True)).state_dict(), CONFIG)
     kept = {name: tensor for name, tensor in published.items() if "nlvr2" not in name}
     back = to_published(from_published(kept, CONFIG), CONFIG)
@@ -97,7 +99,7 @@ def test_a_third_modality_without_its_classifier_goes_there_and_back() -> None:
     assert all(torch.equal(back[name], kept[name]) for name in kept)
 
 
-def test_what_is_excused_is_left_out_and_the_rest_converted() -> None:
+def test_allowed_differences_are_skipped() -> None:
     state = build_model(CONFIG, 11).state_dict()
     published = to_published(state, CONFIG)
     del published["relative_position_bias_table"]
@@ -108,7 +110,7 @@ def test_what_is_excused_is_left_out_and_the_rest_converted() -> None:
 
 @pytest.mark.parametrize("indexed", [True, False], ids=["downloaded", "self_trained"])
 @pytest.mark.parametrize("config", [CONFIG, ABSOLUTE], ids=["relative", "absolute"])
-def test_sizes_are_told_by_the_tensors(config: VLMoConfig, indexed: bool) -> None:
+def test_sizes_are_inferred_from_the_tensors(config: VLMoConfig, indexed: bool) -> None:
     published = to_published(build_model(config, 11).state_dict(), config)
     if indexed and config.positions == "relative":
         published["text_relative_position_index"] = torch.zeros(6, 6)
@@ -118,14 +120,14 @@ def test_sizes_are_told_by_the_tensors(config: VLMoConfig, indexed: bool) -> Non
 
 
 @pytest.mark.parametrize(("image_size", "rows"), [(224, 1126), (384, 2606), (480, 3878)])
-def test_published_tables_tell_their_picture_size(image_size: int, rows: int) -> None:
+def test_image_size_is_inferred_from_published_tables(image_size: int, rows: int) -> None:
     config = VLMoConfig(width=24, layers=2, heads=2, vision_language_layers=1, image_size=image_size)
     published = to_published(build_model(config, 11).state_dict(), config)
     assert len(published["relative_position_bias_table"]) == rows
     assert infer_section(published, {})["image_size"] == image_size
 
 
-def test_sizes_that_nothing_tells_are_asked_for() -> None:
+def test_sizes_that_cannot_be_inferred_are_required() -> None:
     published = to_published(build_model(CONFIG, 11).state_dict(), CONFIG)
     with pytest.raises(ConfigError, match="give image_size=… and max_text_length=…"):
         infer_section(published, {})
