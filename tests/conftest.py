@@ -1,4 +1,4 @@
-"""Fixtures that several packages' tests share: real data beside the repository, S3 stores, small sources of pairs."""
+"""Fixtures shared by the tests of several packages: real data, S3 stores, small sources of pairs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def shared() -> Path:
-    """Return the folder of real data and reference tensors beside the repository."""
+    """Return the folder `shared` next to the repository, with real data and reference tensors."""
     if not SHARED.is_dir():
         pytest.skip("../shared is absent: it holds real data that is not part of the repository")
     return SHARED.resolve()

@@ -39,7 +39,7 @@ def figures(*arguments: object) -> dict:
 
 @pytest.fixture
 def photos(tmp_path: Path, make_pair) -> str:
-    """A folder of twelve images with their captions."""
+    """Write a folder of twelve images with their captions."""
     (tmp_path / "images").mkdir()
     lines = []
     for number in range(12):
@@ -52,7 +52,7 @@ def photos(tmp_path: Path, make_pair) -> str:
 
 @pytest.fixture
 def job(tmp_path: Path, photos: str) -> BenchJob:
-    """Thirty-two samples in shards, with a vocabulary of their captions."""
+    """Pack thirty-two samples into shards and return a job that reads them."""
     storage, shards, vocabulary = Storage(), str(tmp_path / "shards"), str(tmp_path / "vocabulary.txt")
     write_photos(storage, (Path(photos),), shards, samples=32, min_shards=2)
     Tokenizer.train(iter_captions(storage, shards), 200).save(storage, vocabulary)
@@ -71,7 +71,7 @@ def test_loaders_are_measured_with_and_without_rand_augment(photos: str) -> None
 
 
 @pytest.mark.parametrize("peer", PEER_NAMES)
-def test_peers_deliver_the_pairs_of_the_shards(job: BenchJob, peer: str) -> None:
+def test_other_loaders_deliver_the_pairs_of_the_shards(job: BenchJob, peer: str) -> None:
     image, text = next(peers.PEERS[peer](job.peer_recipe()))
     assert (image.dtype, tuple(image.shape)) == (torch.float32, (8, 3, 224, 224))
     tokenizer = Tokenizer.load(Storage(), job.vocabulary)
@@ -84,7 +84,7 @@ def test_peers_deliver_the_pairs_of_the_shards(job: BenchJob, peer: str) -> None
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_peers_draw_the_same_operations_as_our_loader(sign: float) -> None:
+def test_other_loaders_draw_the_same_operations_as_ours(sign: float) -> None:
     """Differences of interpolation at the borders and of rounding stay within 26 dB."""
     assert peers.NAMES == augment.NAMES
     assert tuple(peers.PEERS) == PEER_NAMES
@@ -108,7 +108,7 @@ def test_cpu_time_includes_children_that_run_and_that_ended() -> None:
     assert tree_cpu_seconds(os.getpid()) - before >= while_running - 0.02
 
 
-def test_synthetic_photos_are_deterministic_and_as_large_as_photos() -> None:
+def test_synthetic_photos_are_deterministic_and_of_real_size() -> None:
     photos = list(synthetic_photos(2))
     assert photos == list(synthetic_photos(2))
     assert photos[0]["jpg"] != photos[1]["jpg"]
@@ -117,7 +117,7 @@ def test_synthetic_photos_are_deterministic_and_as_large_as_photos() -> None:
         assert 60_000 < len(sample["jpg"]) < 130_000
 
 
-def test_unusable_settings_are_refused_by_name(tmp_path: Path) -> None:
+def test_unusable_settings_are_rejected_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("no image")
     for value, result in {
@@ -129,18 +129,18 @@ def test_unusable_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert isinstance(run("loader", "--photos", tmp_path / "empty").exception, DataError)
 
 
-def test_a_failed_contender_is_reported_with_its_last_output(job: BenchJob, tmp_path: Path) -> None:
+def test_failed_loader_is_reported_with_its_last_output(job: BenchJob, tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"(?s)webdataset_pil ended.*nowhere"):
         run_job(replace(job, contender="webdataset_pil", shards="/nowhere"), tmp_path)
 
 
-def test_a_store_is_measured_with_several_clients(tmp_path: Path) -> None:
+def test_store_is_measured_with_several_clients(tmp_path: Path) -> None:
     measured = figures("storage", tmp_path, "--object-mib", 1, "--range-mib", 1, "--objects", 3, "--rounds", 1)
     assert {"mome", "fsspec.cat_ranges"} <= set(measured["read"])
     assert os.listdir(tmp_path) == []
 
 
-def test_the_stall_of_asynchronous_and_synchronous_saves_is_measured(tmp_path: Path) -> None:
+def test_stall_of_both_kinds_of_saves_is_measured(tmp_path: Path) -> None:
     demo = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
     measured = figures("checkpoint", demo, "--mb-per-second", 20, "--url", tmp_path)
     assert measured["bytes"] == 12 * measured["parameters"]

@@ -117,7 +117,7 @@ def _session(zero_stage: int, folder: str, steps: range, save: bool) -> tuple[bo
 
 
 @pytest.mark.timeout(7200)
-def test_sessions_on_changing_ranks_have_the_uninterrupted_losses(tmp_path: Path) -> None:
+def test_losses_on_changing_ranks_equal_the_uninterrupted_run(tmp_path: Path) -> None:
     total = range(SESSION_STEPS * len(SESSIONS[0]))
     uninterrupted = run_ranks(_session, 2, 2, str(tmp_path / "none"), total, False, seconds=3600.0)[0][1]
     for number, sessions in enumerate(SESSIONS if LONG else SESSIONS[:1]):
@@ -181,7 +181,7 @@ def test_average_is_that_of_the_weights_of_every_step(tmp_path: Path) -> None:
         torch.testing.assert_close(averages[name].flatten(), expected, rtol=1e-6, atol=1e-8, msg=name)
 
 
-def test_average_added_on_resume_starts_from_the_restored_weights(tmp_path: Path) -> None:
+def test_average_added_on_resume_starts_from_restored_weights(tmp_path: Path) -> None:
     run_ranks(_averages, 1, str(tmp_path), 2, range(3), True, None)
     resumed = run_ranks(_averages, 1, str(tmp_path), 2, range(3, 3), False)[0]
     for (name, start), master in resumed["masters"].items():

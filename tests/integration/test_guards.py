@@ -39,7 +39,7 @@ def test_ranks_running_the_same_modules_pass() -> None:
     assert run_ranks(_checked_step, 2, False) == ["", ""]
 
 
-def test_ranks_running_different_experts_are_stopped_by_module_name() -> None:
+def test_ranks_running_different_experts_are_stopped_by_name() -> None:
     for message in run_ranks(_checked_step, 2, True):
         assert "ranks ran different modules" in message
         assert "rank 0 ran 'image_embedding" in message

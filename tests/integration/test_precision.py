@@ -100,7 +100,7 @@ def test_gradients_are_reduced_in_float32(sessions) -> None:
         assert _fraction_rounded(session.gradients.values()) > 0.2, layout
 
 
-def test_forward_reads_rounded_masters_and_final_weights_are_whole(sessions) -> None:
+def test_forward_uses_rounded_masters_but_weights_are_float32(sessions) -> None:
     for layout, session in sessions:
         for name, weight in session.final_weights.items():
             master = session.at_end[name, "weight"]

@@ -1,4 +1,4 @@
-"""`mome register`: what MLflow loads from its registry in a fresh process gives what the checkpoint gives."""
+"""A registered model, loaded from MLflow in a fresh process, gives the outputs of its checkpoint."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def imported(folder: Path) -> str:
 
 
 def track(weights: Weights) -> None:
-    """The run that is said to have made the weights."""
+    """Record a run as the one that trained the weights."""
     config = weights.config
     index = [stage.name for stage in config.stages].index(weights.stage)
     tracker = JournalTracker.open(config, Storage())
@@ -80,7 +80,7 @@ def track(weights: Weights) -> None:
     tracker.close(timeout=120)
 
 
-def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: Path) -> None:
+def test_fresh_process_gets_equal_embeddings_and_scores(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     checkpoint = imported(tmp_path)
     track(load_weights(Storage(), checkpoint))
@@ -134,7 +134,7 @@ def test_a_fresh_process_gets_the_checkpoint_s_embeddings_and_scores(tmp_path: P
     assert [column["name"] for column in json.loads(served["signature"]["outputs"])] == list(expected)
 
 
-def test_weights_that_give_neither_embeddings_nor_scores_are_refused_with_what_they_lack(tmp_path: Path) -> None:
+def test_weights_without_embeddings_or_scores_are_rejected(tmp_path: Path) -> None:
     weights = load_weights(Storage(), imported(tmp_path))
     only_text = next(stage for stage in weights.config.stages if list(stage.objectives) == ["mlm"])
     with pytest.raises(ConfigError, match="retrieval embeddings need itc"):

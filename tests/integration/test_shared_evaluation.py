@@ -1,4 +1,4 @@
-"""`mome evaluate` and `mome embed` with ranks on Ray find what one process finds."""
+"""`mome evaluate` and `mome embed` give the same results on Ray ranks as in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.untrained_run import untrained_weights
 
 
 @pytest.mark.slow
-def test_ranks_on_ray_find_what_one_process_finds(tmp_path: Path) -> None:
+def test_ranks_on_ray_equal_one_process(tmp_path: Path) -> None:
     config, url = untrained_weights(tmp_path)
     report = tmp_path / "report.html"
     alone = evaluate_checkpoint(url, track=False, report=report)

@@ -1,4 +1,4 @@
-"""`mome train` on a Ray of its own that is told to end: it saves, says how to resume, and resumes."""
+"""`mome train` with its own Ray saves when it receives a signal, prints how to resume, and resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ended(run: TrainProcess) -> int:
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_told_to_end_saves_and_resumes_without_losing_a_step(tmp_path: Path) -> None:
+def test_stopped_driver_saves_and_resumes_without_losing_a_step(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "run", STEPS, "checkpoint.every=1000").start()
     try:
         wait_until(lambda: run.step() >= 3 or not run.running(), "the first steps")
@@ -33,7 +33,7 @@ def test_a_driver_that_is_told_to_end_saves_and_resumes_without_losing_a_step(tm
         assert "Traceback" not in run.log_text()
         assert "***" not in run.log_text(), "a C++ stack"
 
-        run.start()  # the second time it stops while Ray starts
+        run.start()  # the second signal arrives while Ray starts
         time.sleep(15)
         run.process.send_signal(signal.SIGINT)
         assert ended(run) == 130, run.log_text()
@@ -44,14 +44,14 @@ def test_a_driver_that_is_told_to_end_saves_and_resumes_without_losing_a_step(tm
         run.kill()
 
 
-def test_gpus_that_a_machine_does_not_have_are_told_at_once(tmp_path: Path) -> None:
+def test_missing_gpus_of_this_machine_are_reported_at_once(tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "here", 1, "cluster.gpus_per_worker=1").start()
     assert ended(run) == 1
     assert "2 ranks need 2 GPUs; this cluster has 0" in run.log_text()
 
 
 @pytest.mark.slow
-def test_what_a_cluster_does_not_have_is_waited_for_aloud_and_another_port_is_told_in_seconds(tmp_path: Path) -> None:
+def test_missing_gpus_are_awaited_and_wrong_port_fails_fast(tmp_path: Path) -> None:
     with raylets([1, 1], dashboard=True) as cluster:
         keys = [f"cluster.address={cluster.address}", "cluster.gpus_per_worker=1", "cluster.start_seconds=5"]
         run = TrainProcess(tmp_path, "there", 1, *keys, environment=cluster.environment).start()

@@ -1,4 +1,4 @@
-"""Jobs over Ray's HTTP API on two nodes that ask for a token: with it a run goes to its end, without it none begins."""
+"""Jobs over Ray's HTTP API on two nodes that require a token run with it and are rejected without it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cluster(token_file: Path) -> Iterator[Cluster]:
 
 
 def mome(*arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of someone who has no token but those named here."""
+    """Run a command as a user without any token except those in `environment`."""
     known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *arguments],
@@ -54,9 +54,7 @@ def mome(*arguments: str, home: Path, **environment: str) -> subprocess.Complete
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
-    cluster: Cluster, token_file: Path, tmp_path: Path
-) -> None:
+def test_job_on_two_nodes_requires_the_token(cluster: Cluster, token_file: Path, tmp_path: Path) -> None:
     keys = ["cluster.workers=2", "cluster.placement=spread"]
     run = TrainProcess(tmp_path, "submitted", STEPS, *keys)
     at = ["--address", cluster.dashboard]
@@ -99,7 +97,7 @@ def test_a_job_on_two_nodes_runs_with_the_token_and_is_refused_without(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_stopped_job_is_submitted_anew_and_goes_on(cluster: Cluster, token_file: Path, tmp_path: Path) -> None:
+def test_stopped_job_is_resubmitted_under_a_new_id(cluster: Cluster, token_file: Path, tmp_path: Path) -> None:
     run = TrainProcess(tmp_path, "stopped", 300, "cluster.workers=2")
     reach = ["--address", cluster.dashboard, "--token", f"file:{token_file}", "--json"]
     first = mome("submit", *run.arguments, *reach, "--no-follow", home=tmp_path)
@@ -112,9 +110,9 @@ def test_a_stopped_job_is_submitted_anew_and_goes_on(cluster: Cluster, token_fil
 
 
 class _Open(BaseHTTPRequestHandler):
-    """A dashboard that lets anyone in, and remembers what it was sent."""
+    """Dashboard that requires no token and records its requests."""
 
-    seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012 - shared by the requests of a test on purpose
+    seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012 - shared by the requests of a test
 
     def do_GET(self) -> None:
         self.seen.append((self.command, self.path, self.headers.get("Authorization")))
@@ -136,17 +134,17 @@ def open_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
 
 
 def own_address() -> str | None:
-    """An address of this machine that is not loopback."""
+    """Return an address of this machine that is not loopback, or None."""
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: it only asks which address would be used
+            probe.connect(("192.0.2.1", 9))  # sends no packet, but selects the source address
         except OSError:
             return None
         return str(probe.getsockname()[0])
 
 
-def test_an_address_that_lets_anyone_in_is_refused_before_anything_is_sent(
+def test_dashboard_without_authentication_is_rejected_first(
     open_server: HTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = own_address()
@@ -160,20 +158,20 @@ def test_an_address_that_lets_anyone_in_is_refused_before_anything_is_sent(
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "http://127.0.0.1:8265", "http://[::1]:8265"])
-def test_loopback_is_told(address: str) -> None:
+def test_loopback_addresses_are_recognised(address: str) -> None:
     assert is_loopback(address)
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "head", "http://head:8265", "http://127.0.0.1.evil.com:8265"])
-def test_what_is_not_loopback_is_told(address: str) -> None:
+def test_other_addresses_are_not_loopback(address: str) -> None:
     assert not is_loopback(address)
 
 
-def test_a_token_is_named_never_given() -> None:
+def test_token_must_be_given_by_reference() -> None:
     with pytest.raises(ConfigError, match="env:NAME or file:PATH"):
         find_token("the-token-itself")
 
 
-def test_a_dashboard_that_does_not_answer_is_one_message() -> None:
+def test_unreachable_dashboard_is_one_message() -> None:
     with pytest.raises(RunFailed, match="no Ray dashboard answers"):
         open_dashboard("http://127.0.0.1:9")

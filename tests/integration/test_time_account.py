@@ -15,12 +15,12 @@ from tests.support.short_run import STEPS, BeforeStep, journal, train_short, wit
 
 STEP_SECONDS = 0.3  # in addition to the step itself
 DOWN_SECONDS = 3.0
-BEAT_SECONDS = 0.1  # what a killed process did since its last beat counts as down time
+BEAT_SECONDS = 0.1  # time of a killed process after its last heartbeat counts as down time
 
 
 def _slow(folder: str, killed_at: int | None) -> None:
     """Train one rank with steps of some length; kill it before the given step."""
-    from pipeline.training import goodput, loop  # noqa: F401 - imports are of no run
+    from pipeline.training import goodput, loop  # noqa: F401 - importing is not part of the measured run
 
     without_mlflow()
     goodput.HEARTBEAT_SECONDS = BEAT_SECONDS

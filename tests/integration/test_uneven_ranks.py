@@ -9,7 +9,7 @@ import torch
 from pipeline.training.collectives import Collectives, share
 from tests.support.ranks import run_ranks
 
-BATCHES = (8, 2)  # on three ranks: shares of 2, 3 and 3 rows; of 0, 1 and 1
+BATCHES = (8, 2)  # on three ranks: 2, 3 and 3 examples; 0, 1 and 1
 
 
 def _gathered() -> list[tuple[int, list[int], list[int]]]:

@@ -1,4 +1,4 @@
-"""What `pip wheel` builds holds everything a run needs outside a checkout."""
+"""The wheel built by `pip wheel` contains everything that a run needs outside a checkout."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files in a folder, as `pip install --target` lays them."""
+    """Build the wheel and unpack it like `pip install --target`."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # pip builds in the source's folder, and would find there what it built before
+    source = folder / "source"  # a copy, because pip builds in the source folder and would reuse older builds
     for name in ("pipeline", "jobs", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
@@ -51,7 +51,7 @@ def run_program(program: str, installed: Path, folder: Path) -> str:
     return done.stdout
 
 
-def test_python_api_imports_from_the_wheel_without_the_command_line(installed: Path, tmp_path: Path) -> None:
+def test_wheel_provides_the_python_api_without_the_cli(installed: Path, tmp_path: Path) -> None:
     program = (
         "import sys, pipeline.inference as api\n"
         "print(api.__file__, *sorted({'jobs', 'typer', 'rich', 'jinja2', 'ray', 'mlflow'} & sys.modules.keys()))\n"
@@ -61,7 +61,7 @@ def test_python_api_imports_from_the_wheel_without_the_command_line(installed: P
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+def test_demo_runs_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     program = (
         "import jobs.train; from jobs.configs import configs_folder, fingerprint_of\n"
         "from pipeline.config.load import load_config\n"

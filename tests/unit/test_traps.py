@@ -1,23 +1,23 @@
-"""The fifteen traps of the papers' published code, each with the tests that would notice falling into it.
+"""The fifteen traps of the papers' published code: each has tests that fail if this project repeats the mistake.
 
-Every test is named after its trap (`test_trap_NN_…`); those that no other file covers are here.
+Every test is named after its trap (`test_trap_NN_…`); this module has those that belong to no other module.
 
-    trap                                                            where its tests stand
-     1  contrast's gradient is 1/W under gather and averaging        training/test_release; integration/test_world_size
-     2  a confident softmax leaves negatives nothing to draw from    objectives/test_matching
-     3  captions of one image are each other's negatives             objectives/test_contrastive, test_matching
-     4  matching settles at the labels' frequencies, unnoticed       here; the floors: training/test_every_objective
-     5  whole-word masking that masks padding, halves or nothing     data/test_masking
-     6  words guessed beside a wrong picture                         here
-     7  loss "weights" that only switch losses on                    here
-     8  weight decay chosen by pieces of names                       training/test_release
-     9  a model chosen by its test results                           here
-    10  half precision, masked rows and unbounded scales             objectives/test_word_patch; training/test_release
-    11  parameters that no objective reads                           training/test_stages; test_every_objective
-    12  accumulation that shrinks the contrast's batch               here; integration/test_world_size
-    13  the text stage moves what images share                       training/test_stages
-    14  masked images and contrast in one stage                      training/test_recipes_of_pictures
-    15  ranks with unequal rows wait for each other for ever         integration/test_uneven_ranks, test_world_size
+    trap                                                        tests
+     1  gather and averaging give 1/W of ITC's gradient         training/test_release; integration/test_scaled_gradients
+     2  a confident softmax leaves no negative to draw          objectives/test_itm
+     3  captions of one image are each other's negatives        objectives/test_itc, test_itm
+     4  ITM settles at the label frequencies unnoticed          here; floors: training/test_every_objective
+     5  whole-word masking masks padding, halves or nothing     data/examples/test_masking
+     6  words are predicted with a mismatched image             here; training/test_region_objectives
+     7  loss "weights" only switch losses on                    here
+     8  weight decay is chosen by fragments of names            training/test_release
+     9  a model is selected by its test results                 here; evaluation/test_fine_tuned
+    10  half precision, masked rows and unbounded scales        objectives/test_wpa; training/test_release; models/
+    11  parameters that no objective reads                      training/test_stages; models/test_vilt
+    12  accumulation shrinks ITC's batch                        here
+    13  the text stage changes what images share                training/test_stages, test_recipes_of_pictures
+    14  masked images and ITC in one stage                      training/test_recipes_of_pictures
+    15  ranks with unequal examples wait for each other         integration/test_uneven_ranks
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_of(kind: str, source_type: SourceType, objectives: dict[str, Any], **key
     return trial_config(Cell("mlm", kind, source_type, {"objectives": objectives, **keys}))
 
 
-def test_every_trap_has_a_test_of_its_name() -> None:
+def test_every_trap_has_a_test_named_after_it() -> None:
     texts = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py")]
     found = {int(number) for text in texts for number in re.findall(r"def test_trap_(\d\d)_\w+", text)}
     assert found == set(range(1, 16))
@@ -64,7 +64,7 @@ def test_every_trap_has_a_test_of_its_name() -> None:
 # ---- 4
 
 
-def test_trap_04_a_head_that_gives_one_answer_to_everything_is_called_collapsed() -> None:
+def test_trap_04_constant_predictions_are_collapsed() -> None:
     assert MatchingResult(accuracy_matched=0.0, accuracy_mismatched=1.0).is_collapsed
     assert MatchingResult(accuracy_matched=1.0, accuracy_mismatched=0.01).is_collapsed
     assert not MatchingResult(accuracy_matched=0.3, accuracy_mismatched=0.9).is_collapsed
@@ -73,7 +73,7 @@ def test_trap_04_a_head_that_gives_one_answer_to_everything_is_called_collapsed(
 # ---- 9
 
 
-def test_trap_09_a_source_that_a_stage_trains_on_is_known_under_every_name() -> None:
+def test_trap_09_training_source_is_recognised_under_any_name() -> None:
     values = run_of("vlmo", "pairs", {"itc": {}}).model_dump(mode="json")
     values["sources"] |= {
         "renamed": {"shards": values["sources"]["trial"]["shards"] + "/"},
@@ -84,11 +84,11 @@ def test_trap_09_a_source_that_a_stage_trains_on_is_known_under_every_name() -> 
     assert stages_trained_on(config, "held_out") == ()
 
 
-# ---- 6, 7, 12: of the training step
+# ---- 6, 7, 12: the training step
 
 
 class Recorder(PlainEngine):
-    """Keeps every pass it is given."""
+    """Engine that records every forward."""
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         self.seen: dict[str, ForwardInput] = {**getattr(self, "seen", {}), **passes}
@@ -103,7 +103,7 @@ class Recorder(PlainEngine):
         ("imagebert", "regions", ("itm", "mlm", "moc", "mrfr"), "random"),
     ],
 )
-def test_trap_06_words_and_regions_are_guessed_beside_their_own_partner_alone(
+def test_trap_06_masked_objectives_read_matched_pairs_only(
     kind: str, source_type: SourceType, objectives: tuple[str, ...], negatives: str, collectives: Collectives
 ) -> None:
     begun = begin(
@@ -149,11 +149,11 @@ def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, col
 
 
 @pytest.mark.parametrize("kind", ["vlmo", "dual_encoder"])
-def test_trap_12_accumulated_contrast_is_that_of_the_whole_batch(kind: str, collectives: Collectives) -> None:
+def test_trap_12_accumulated_itc_equals_the_whole_batch(kind: str, collectives: Collectives) -> None:
     whole = run_of(kind, "pairs", {"itc": {}})
     cut = whole.model_copy(update={"engine": whole.engine.model_copy(update={"micro_batch_size": 5})})
     (expected, loss), (found, same_loss) = gradients(whole, collectives), gradients(cut, collectives)
-    # An engine would divide by the number of micro-batches, which the step therefore multiplies by.
+    # The step multiplies by the number of micro-batches, because a real engine divides by it.
     found = {name: gradient / 3 for name, gradient in found.items()}
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert same_loss == pytest.approx(loss, rel=1e-5)

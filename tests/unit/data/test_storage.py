@@ -240,7 +240,7 @@ class Failing:
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """Simulated time that advances only in `sleep`."""
 
     def __init__(self) -> None:
         self.now, self.slept = 0.0, []

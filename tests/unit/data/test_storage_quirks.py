@@ -312,7 +312,7 @@ def test_anonymous_with_a_key_is_rejected():
 @pytest.mark.parametrize("quirk", ["none", "plain_etag"])
 @pytest.mark.parametrize("ours", [True, False])
 def test_lost_completion_is_verified_by_content(quirky, quirk: str, ours: bool):
-    """R17: the answer to a completion is lost, and the upload is gone when it is asked again."""
+    """R17: the response to a completion is lost, and the upload no longer exists when it is repeated."""
     store, storage = quirky(quirk)
 
     def lose_answer(answer: bytes) -> bytes:

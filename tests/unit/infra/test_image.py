@@ -121,7 +121,7 @@ def test_other_packages_are_pinned_and_compatible() -> None:
     lines = [line for line in (INFRA / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines)
     extra = dict(line.split("==") for line in lines)
-    assert extra["boto3"] == pins()["botocore"]  # released together; each asks for the other's number
+    assert extra["boto3"] == pins()["botocore"]  # released together, with requirements on each other's version
 
 
 def test_login_shells_find_the_commands() -> None:

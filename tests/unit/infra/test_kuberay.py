@@ -34,7 +34,7 @@ def definition(kind: str, folder: Path) -> dict[str, Any]:
     text = (folder / f"ray.io_{kind}.yaml").read_text()
     versions = yaml.load(text, Loader=yaml.CSafeLoader)["spec"]["versions"]
     schema = next(version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1")
-    for name in ("metadata",):  # Kubernetes' own, of which the definition says only that it is an object
+    for name in ("metadata",):  # types of Kubernetes itself, which the definition does not describe
         schema["properties"][name] = {"type": "object"}
     _close(schema)
     return schema
@@ -103,7 +103,7 @@ def test_rays_autoscaler_parses_the_groups(name: str) -> None:
     assert types["gpu"] == (4, {"CPU": 96, "GPU": 8, "memory": 800 * 2**30})
     workers, resources = types["loader"]
     assert workers == 4
-    assert resources["loader"] == 1  # what cluster.loader_resource asks a thousandth of
+    assert resources["loader"] == 1  # the resource of which cluster.loader_resource requests a thousandth
     assert resources["CPU"] == 30
     assert "GPU" not in resources
     assert read["idle_timeout_minutes"] == 10

@@ -89,7 +89,7 @@ def test_on_premise_cpu_machines_offer_the_loader_resource(
         (tmp_path / name).chmod(0o755)
     command = cluster(INFRA / "ray" / "on_premise.yaml")["worker_start_ray_commands"][-1]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RAY_HEAD_IP": "10.0.0.10"}
-    # The hard limit of whoever runs the tests may be lower than the container's.
+    # The hard limit of the test process may be lower than the container's.
     command = command.replace("ulimit -n 65536", "true")
     output = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True, env=environment).stdout
     resources = [line.removeprefix("--resources=") for line in output.splitlines() if line.startswith("--resources=")]

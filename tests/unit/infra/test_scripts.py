@@ -1,6 +1,6 @@
-"""The scripts of infra/: bash reads them, and the Slurm job tries again, gives up, and goes back into the queue.
+"""The scripts of infra/ are valid bash, and the Slurm job retries failures, stops at a limit, and is requeued.
 
-Slurm's commands are stand-ins that write down what they were asked; `srun` runs what a test says for torchrun.
+Slurm's commands are replaced by scripts that record their arguments; `srun` runs the test's substitute for torchrun.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def test_torchrun_has_the_used_options(start: Start, tmp_path: Path) -> None:
     given = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     assert "SIGUSR1" in given.signals_to_handle  # passed on to the ranks
     assert given.shutdown_timeout < 120  # of --signal=B:USR1@120
-    assert given.max_restarts == 0  # ranks that saved and ended are not to be started again
+    assert given.max_restarts == 0  # ranks that saved and ended must not be restarted
 
 
-def test_a_failed_job_is_recount_rejected(start: Start, tmp_path: Path) -> None:
-    job = start(f"[ $(wc -l < {tmp_path}/asked) = 3 ]")  # the third try succeeds
+def test_failed_job_is_retried(start: Start, tmp_path: Path) -> None:
+    job = start(f"[ $(wc -l < {tmp_path}/asked) = 3 ]")  # the third attempt succeeds
     assert job.wait(30) == 0
     steps = asked(tmp_path)
     assert len(steps) == 3
-    assert len({step.split("--rdzv-id ")[1].split()[0] for step in steps}) == 3  # no try meets the one before
+    assert len({step.split("--rdzv-id ")[1].split()[0] for step in steps}) == 3  # each attempt has its own rendezvous
 
 
 def test_retries_are_bounded_and_keep_the_last_status(start: Start, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_local_store_without_the_environment_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("restart", ["0", "3"])
-def test_a_superseded_job_is_not_recount_rejected(start: Start, tmp_path: Path, restart: str) -> None:
+def test_superseded_job_is_not_retried(start: Start, tmp_path: Path, restart: str) -> None:
     """Retries share a claim; another start of the same job has its own."""
     (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "%s " "$MOME_CLAIM" "$@" >> {tmp_path}/owner\nexit 76\n')
     (tmp_path / "python").chmod(0o755)

@@ -1,4 +1,4 @@
-"""Classification's loss is a sum over rows, so that parts of a batch add up."""
+"""The classification loss is a sum over examples, so that parts of a batch add up."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The ITC loss equals its definition on any number of ranks, and equal images are no negatives."""
+
 from __future__ import annotations
 
 import math
@@ -25,7 +27,7 @@ REPEATED = torch.tensor([0, 1, 2, 0, 4, 5, 1, 1, 8, 9, 10, 0])
 
 @pytest.mark.parametrize("image_id", [DISTINCT, REPEATED])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_batch_cut_into_ranks_gives_the_same_sum_and_gradient(image_id: Tensor, ranks: int) -> None:
+def test_sharded_batch_has_the_same_sum_and_gradient(image_id: Tensor, ranks: int) -> None:
     whole, cut = features(True), features(True)
     expected = itc_loss(*whole, image_id)
     share = PAIRS // ranks
@@ -42,7 +44,7 @@ def test_distinct_images_give_the_plain_symmetric_cross_entropy() -> None:
     torch.testing.assert_close(itc_loss(image, text, scale, DISTINCT), plain)
 
 
-def test_trap_03_equals_are_never_each_others_negatives() -> None:
+def test_trap_03_equal_images_are_never_negatives() -> None:
     image, text, scale = features()
     expected = itc_loss(image, text, scale, REPEATED)
     total = 0.0
@@ -53,7 +55,7 @@ def test_trap_03_equals_are_never_each_others_negatives() -> None:
     assert expected.item() == pytest.approx(total, rel=1e-5)
 
 
-def test_a_batch_of_one_image_has_no_loss_and_no_nan() -> None:
+def test_batch_of_one_image_has_zero_loss_without_nan() -> None:
     image, text, scale = features(True)
     loss = itc_loss(image, text, scale, torch.zeros(PAIRS, dtype=torch.int64))
     loss.backward()
@@ -69,7 +71,7 @@ def test_order_of_the_pairs_does_not_matter() -> None:
     torch.testing.assert_close(shuffled, itc_loss(image, text, scale, REPEATED))
 
 
-def test_features_without_information_cost_the_logarithm_of_the_candidates() -> None:
+def test_constant_features_cost_the_log_of_the_candidates() -> None:
     same = torch.ones(PAIRS, WIDTH) / WIDTH**0.5
     loss = itc_loss(same, same, torch.tensor(50.0), DISTINCT)
     assert loss.item() == pytest.approx(PAIRS * math.log(PAIRS), rel=1e-5)

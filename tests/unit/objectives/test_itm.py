@@ -1,3 +1,5 @@
+"""ITM: hard and random negatives are drawn correctly on any number of ranks, and the loss equals its definition."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,7 +17,7 @@ def logits(rows: int, columns: int, scale: float = 3.0) -> Tensor:
     return scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def test_draws_follow_the_softmax_of_those_that_differ() -> None:
+def test_negatives_follow_the_softmax_over_other_images() -> None:
     draws, columns = 20_000, 6
     ids = torch.tensor([0, 1, 2, 1, 4, 5])
     similarity = logits(1, columns)
@@ -28,7 +30,7 @@ def test_draws_follow_the_softmax_of_those_that_differ() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, 1e4, 1e30])
 @pytest.mark.parametrize("uniform", [0.0, 0.3, 1 - 2**-24, 1 - 2**-53])
-def test_trap_03_an_equal_is_never_drawn(scale: float, uniform: float) -> None:
+def test_trap_03_equal_image_is_never_drawn(scale: float, uniform: float) -> None:
     rows, columns = 40, 50
     ids = torch.arange(columns) // 3
     row_id = torch.arange(rows) // 3
@@ -38,7 +40,7 @@ def test_trap_03_an_equal_is_never_drawn(scale: float, uniform: float) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-def test_rows_without_numbers_draw_evenly_among_those_that_differ(poison: float) -> None:
+def test_non_finite_rows_draw_uniformly_among_other_images(poison: float) -> None:
     draws, ids = 4000, torch.tensor([0, 1, 1, 2, 3])
     evenly = (torch.arange(draws) + 0.5) / draws
     similarity = torch.full((draws, 5), poison)
@@ -47,21 +49,21 @@ def test_rows_without_numbers_draw_evenly_among_those_that_differ(poison: float)
     torch.testing.assert_close(share, torch.tensor([1, 0, 0, 1, 1]) / 3, rtol=0, atol=1e-3)
 
 
-def test_trap_02_a_confident_row_still_draws_another() -> None:
+def test_trap_02_confident_row_still_draws_a_negative() -> None:
     similarity = torch.full((1, 4), -1e4)
     similarity[0, 2] = 1e4
     drawn = draw_negatives(similarity, torch.tensor([2]), torch.arange(4), torch.tensor([0.9]))
     assert drawn.item() == 3
 
 
-def test_where_all_are_equal_something_is_drawn() -> None:
+def test_batch_of_equal_images_still_draws() -> None:
     drawn = draw_negatives(logits(3, 3), torch.zeros(3), torch.zeros(3), torch.tensor([0.0, 0.5, 0.999]))
     assert drawn.shape == (3,)
     assert ((drawn >= 0) & (drawn < 3)).all()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_batch_cut_into_ranks_draws_the_same_negatives(ranks: int) -> None:
+def test_sharded_batch_draws_the_same_negatives(ranks: int) -> None:
     similarity, ids = logits(12, 12), torch.arange(12) // 2
     uniform = torch.rand(12, generator=torch.Generator().manual_seed(1))
     parts = zip(similarity.chunk(ranks), ids.chunk(ranks), uniform.chunk(ranks), strict=True)
@@ -70,14 +72,14 @@ def test_the_batch_cut_into_ranks_draws_the_same_negatives(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_batch_cut_into_ranks_gives_the_same_sum(ranks: int) -> None:
+def test_sharded_batch_has_the_same_sum(ranks: int) -> None:
     scores, matched = logits(12, 2), torch.arange(12) % 3 == 0
     parts = zip(scores.chunk(ranks), matched.chunk(ranks), strict=True)
     total = sum(itm_loss(rows, labels) for rows, labels in parts)
     torch.testing.assert_close(total, itm_loss(scores, matched))
 
 
-def test_the_second_logit_stands_for_matched() -> None:
+def test_second_logit_is_matched() -> None:
     scores, matched = logits(8, 2), torch.tensor([True, False] * 4)
     chance = scores.softmax(dim=1)
     expected = -torch.where(matched, chance[:, 1], chance[:, 0]).log().sum()

@@ -1,4 +1,4 @@
-"""Masked regions: sums over the masked ones alone, so that cutting a batch into ranks changes nothing."""
+"""Losses of masked regions are sums over masked positions, so that parts of a batch add up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.objectives.moc import moc_loss
 from pipeline.objectives.mrfr import mrfr_loss
 
 POSITIONS = torch.tensor([[0, 3], [2, -1], [1, -1], [4, 0]])
-MASKED = [(0, 0, 0), (0, 1, 3), (1, 0, 2), (2, 0, 1), (3, 0, 4), (3, 1, 0)]  # row, place among the masked, region
+MASKED = [(0, 0, 0), (0, 1, 3), (1, 0, 2), (2, 0, 1), (3, 0, 4), (3, 1, 0)]  # example, masked position, region
 
 
 @pytest.fixture
@@ -18,19 +18,19 @@ def draw() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_class_loss_is_the_sum_of_cross_entropies_at_masked_regions(draw: torch.Generator) -> None:
+def test_moc_loss_is_the_sum_of_cross_entropies(draw: torch.Generator) -> None:
     logits, classes = torch.randn(4, 2, 7, generator=draw), torch.randint(0, 7, (4, 5), generator=draw)
     expected = sum(F.cross_entropy(logits[b, k], classes[b, r]) for b, k, r in MASKED)
     torch.testing.assert_close(moc_loss(logits, classes, POSITIONS), expected)
 
 
-def test_features_loss_is_the_sum_of_squared_distances_at_masked_regions(draw: torch.Generator) -> None:
+def test_mrfr_loss_is_the_sum_of_squared_distances(draw: torch.Generator) -> None:
     predicted, features = torch.randn(4, 2, 6, generator=draw), torch.randn(4, 5, 6, generator=draw)
     expected = sum((predicted[b, k] - features[b, r]).norm() ** 2 for b, k, r in MASKED)
     torch.testing.assert_close(mrfr_loss(predicted, features, POSITIONS), expected)
 
 
-def test_sums_and_counts_of_parts_are_the_whole_s(draw: torch.Generator) -> None:
+def test_sums_and_counts_of_parts_add_up(draw: torch.Generator) -> None:
     logits, classes = torch.randn(4, 2, 7, generator=draw), torch.randint(0, 7, (4, 5), generator=draw)
     predicted, features = torch.randn(4, 2, 6, generator=draw), torch.randn(4, 5, 6, generator=draw)
     parts = [slice(0, 1), slice(1, 4), slice(4, 4)]
@@ -42,7 +42,7 @@ def test_sums_and_counts_of_parts_are_the_whole_s(draw: torch.Generator) -> None
         torch.testing.assert_close(cut, loss(one, other, POSITIONS))
 
 
-def test_rows_without_a_masked_region_add_nothing_and_keep_the_graph() -> None:
+def test_examples_without_masked_regions_add_zero() -> None:
     logits, predicted = torch.randn(2, 1, 7, requires_grad=True), torch.randn(2, 1, 6, requires_grad=True)
     nowhere = torch.full((2, 1), -1)
     total = moc_loss(logits, torch.zeros(2, 5, dtype=torch.int64), nowhere)

@@ -1,3 +1,5 @@
+"""MIM: targets of patches (colour classes, pixels), their losses, and images painted from predictions."""
+
 from __future__ import annotations
 
 import pytest
@@ -28,7 +30,7 @@ def test_cutting_and_joining_gives_the_image() -> None:
     assert torch.equal(patchify(image, PATCH)[0, 5].view(PATCH, PATCH, 3), image[0, 4:8, 8:12])
 
 
-def test_the_class_of_a_colour_is_its_three_highest_bits_a_channel() -> None:
+def test_colour_class_is_the_three_highest_bits_per_channel() -> None:
     image = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
     image[0, :4, :4] = torch.tensor([255, 31, 32])
     image[0, :4, 4:8] = torch.tensor([0, 255, 128])
@@ -36,7 +38,7 @@ def test_the_class_of_a_colour_is_its_three_highest_bits_a_channel() -> None:
     assert targets.tolist() == [[0o701, 0o074, 0]]
 
 
-def test_a_class_is_that_of_the_mean_and_not_of_a_pixel() -> None:
+def test_colour_class_is_that_of_the_mean_colour() -> None:
     image = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
     image[0, :2, :4] = 255
     assert mean_colour_targets(image, torch.tensor([[0]]), PATCH).tolist() == [[0o333]]
@@ -57,7 +59,7 @@ def test_a_patch_of_one_colour_is_all_zeros() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("targets", [mean_colour_targets, pixel_targets])
-def test_the_batch_cut_into_ranks_gives_the_same_sum(targets, ranks: int) -> None:  # type: ignore[no-untyped-def]
+def test_sharded_batch_has_the_same_sum(targets, ranks: int) -> None:  # type: ignore[no-untyped-def]
     target = targets(*pictures(), PATCH)
     prediction = torch.randn(ROWS, MASKED, 48 if target.is_floating_point() else 512)
     parts = zip(prediction.chunk(ranks), target.chunk(ranks), strict=True)

@@ -1,3 +1,5 @@
+"""The MLM loss is a sum over masked tokens, equal on any number of ranks and unaffected by padding."""
+
 from __future__ import annotations
 
 import pytest
@@ -19,7 +21,7 @@ def prediction() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_batch_cut_into_ranks_gives_the_same_sums(ranks: int) -> None:
+def test_sharded_batch_has_the_same_sums(ranks: int) -> None:
     logits, labels = prediction()
     parts = list(zip(logits.chunk(ranks), labels.chunk(ranks), strict=True))
     torch.testing.assert_close(sum(mlm_loss(*part) for part in parts), mlm_loss(logits, labels))
@@ -27,7 +29,7 @@ def test_the_batch_cut_into_ranks_gives_the_same_sums(ranks: int) -> None:
     assert sum(correct_count(*part) for part in parts) == correct_count(logits, labels)
 
 
-def test_padded_positions_cost_nothing() -> None:
+def test_padded_positions_add_zero() -> None:
     logits, labels = prediction()
     wider = F.pad(logits, (0, 0, 0, 3), value=7.0), F.pad(labels, (0, 3), value=-100)
     torch.testing.assert_close(mlm_loss(*wider), mlm_loss(logits, labels))
@@ -41,7 +43,7 @@ def test_the_sum_over_its_count_is_the_mean_cross_entropy() -> None:
     torch.testing.assert_close(mlm_loss(logits, labels) / masked_count(labels), expected)
 
 
-def test_nothing_masked_costs_zero_and_has_a_gradient_of_zero() -> None:
+def test_batch_without_masks_has_zero_loss_and_gradient() -> None:
     logits = torch.randn(2, 3, VOCABULARY, requires_grad=True)
     loss = mlm_loss(logits, torch.full((2, 3), -100))
     loss.backward()

@@ -1,3 +1,5 @@
+"""Ranking: negative texts are distinct and drawn per example, and the loss is the first text's cross-entropy."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -20,20 +22,20 @@ def keys(rows: int, candidates: int) -> torch.Tensor:
     return torch.rand(rows, candidates, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_wrong_texts_are_different_and_never_of_an_equal_picture() -> None:
+def test_negative_texts_are_distinct_and_of_other_images() -> None:
     image_id = torch.tensor([3, 3, 5, 6, 7, 8, 9, 9])
     drawn = draw_distinct_negatives(keys(8, 8), image_id, image_id, 4)
     assert (image_id[drawn] != image_id[:, None]).all()
     assert all(len(row.unique()) == 4 for row in drawn)
 
 
-def test_rows_draw_the_same_whichever_rows_ask_beside_them() -> None:
+def test_negatives_do_not_depend_on_other_rows() -> None:
     image_id, drawn_by = torch.arange(8), keys(8, 8)
     whole = draw_distinct_negatives(drawn_by, image_id, image_id, 3)
     assert torch.equal(draw_distinct_negatives(drawn_by[2:5], image_id[2:5], image_id, 3), whole[2:5])
 
 
-def test_too_few_others_come_round_again_and_with_none_any_serves() -> None:
+def test_negatives_repeat_if_there_are_too_few() -> None:
     drawn = draw_distinct_negatives(keys(3, 3), torch.arange(3), torch.arange(3), 5)
     for row, others in enumerate(drawn.tolist()):
         assert set(others) == {0, 1, 2} - {row}
@@ -42,7 +44,7 @@ def test_too_few_others_come_round_again_and_with_none_any_serves() -> None:
     assert draw_distinct_negatives(keys(3, 3), equal, equal, 2).shape == (3, 2)
 
 
-def test_every_other_is_drawn_as_often() -> None:
+def test_negatives_are_drawn_uniformly() -> None:
     image_id = torch.arange(6)
     counts = torch.zeros(6)
     for seed in range(600):

@@ -1,4 +1,4 @@
-"""The registry: every module is an objective, and its declarations hold the configuration to account."""
+"""The registry contains every objective module, and its declarations validate the configuration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_schema_knows_the_objectives_without_importing_torch() -> None:
         ("evaluation.source=pictures", "expected a source of type pairs, labelled"),
     ],
 )
-def test_unsupported_objective_is_refused(override: str, fault: str) -> None:
+def test_unsupported_objective_is_rejected(override: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         check_objectives(load_config(DEMO, [override]))
 

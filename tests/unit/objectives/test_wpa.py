@@ -1,4 +1,4 @@
-"""Word-patch alignment by its properties. Shapes: 3 rows, 6 words, 8 patches, 5 numbers a feature."""
+"""Properties of word-patch alignment. Shapes: 3 examples, 6 words, 8 patches, features of width 5."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def gradients(features: dict[str, Tensor], matched: Tensor) -> tuple[Tensor, Ten
     return torch.autograd.grad(wpa_loss(**given, matched=matched), [given["words"], given["patches"]])
 
 
-def test_every_word_and_every_patch_gets_its_equal_share(features: dict[str, Tensor]) -> None:
+def test_marginals_of_the_plan_are_uniform(features: dict[str, Tensor]) -> None:
     plan = plan_of(features)
     for side, keep in ((2, features["words_keep"]), (1, features["patches_keep"])):
         share = keep / keep.sum(dim=1, keepdim=True)
         torch.testing.assert_close(plan.sum(dim=side), share, rtol=0.02, atol=1e-4)
 
 
-def test_the_plan_comes_near_the_cheapest_assignment() -> None:
-    """With as many words as patches the best plan is a permutation: scipy finds it exactly."""
+def test_plan_approximates_the_optimal_assignment() -> None:
+    """For equal numbers of words and patches the optimal plan is a permutation, which scipy finds exactly."""
     from scipy.optimize import linear_sum_assignment
 
     cost = torch.rand(1, 5, 5, generator=torch.Generator().manual_seed(3))
@@ -50,7 +50,7 @@ def test_the_plan_comes_near_the_cheapest_assignment() -> None:
     assert best - 1e-4 <= found <= 1.01 * best
 
 
-def test_what_stands_at_padding_changes_nothing(features: dict[str, Tensor]) -> None:
+def test_padding_changes_no_plan_or_gradient(features: dict[str, Tensor]) -> None:
     matched = torch.tensor([True, False, True])
     longer = {
         "words": torch.cat([features["words"], torch.full((ROWS, 2, WIDTH), 9.0)], dim=1),
@@ -65,10 +65,8 @@ def test_what_stands_at_padding_changes_nothing(features: dict[str, Tensor]) -> 
 
 
 @pytest.mark.parametrize("side", ["words_keep", "patches_keep"])
-def test_trap_10_a_row_of_nothing_but_padding_costs_nothing_and_has_no_gradient(
-    features: dict[str, Tensor], side: str
-) -> None:
-    """A caption of [CLS] and [SEP] alone: the published code divides by its zero words."""
+def test_trap_10_example_of_only_padding_has_no_gradient(features: dict[str, Tensor], side: str) -> None:
+    """For a caption of only [CLS] and [SEP] the published code divides by zero words."""
     features[side][1] = False
     matched = torch.tensor([True, False, True])
     assert not plan_of(features)[1].any()
@@ -88,7 +86,7 @@ def test_trap_10_half_precision_features_are_computed_in_float32(features: dict[
     torch.testing.assert_close(plan, plan_of(exact))
 
 
-def test_the_plan_is_a_constant_to_the_gradient(features: dict[str, Tensor]) -> None:
+def test_gradient_treats_the_plan_as_a_constant(features: dict[str, Tensor]) -> None:
     matched = torch.ones(ROWS, dtype=torch.bool)
     plan = plan_of(features)
     words = features["words"].clone().requires_grad_()
@@ -96,7 +94,7 @@ def test_the_plan_is_a_constant_to_the_gradient(features: dict[str, Tensor]) -> 
     torch.testing.assert_close(gradients(features, matched)[0], words.grad)
 
 
-def test_matched_pairs_are_drawn_together_and_others_pushed_apart(features: dict[str, Tensor]) -> None:
+def test_loss_has_opposite_sign_for_mismatched_pairs(features: dict[str, Tensor]) -> None:
     cost = wpa_cost(features["words"], features["patches"])
     distance = wpa_distance(cost, plan_of(features))
     matched = torch.tensor([True, False, True])
@@ -104,7 +102,7 @@ def test_matched_pairs_are_drawn_together_and_others_pushed_apart(features: dict
     torch.testing.assert_close(wpa_loss(**features, matched=matched), expected)
 
 
-def test_no_rows_have_a_loss_of_zero_with_a_gradient(features: dict[str, Tensor]) -> None:
+def test_empty_batch_has_zero_loss_with_a_gradient(features: dict[str, Tensor]) -> None:
     none = {name: t[:0].requires_grad_(t.is_floating_point()) for name, t in features.items()}
     loss = wpa_loss(**none, matched=torch.ones(0, dtype=torch.bool))
     loss.backward()

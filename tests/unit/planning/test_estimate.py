@@ -1,4 +1,4 @@
-"""From a stage's work and the hardware to what fits, how long it takes and what it costs."""
+"""Estimates of memory, time and cost follow from the stage's workload and the hardware."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sharding(ranks: int, zero_stage: int = 1) -> Sharding:
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_the_largest_micro_batch_fits_and_one_row_more_does_not(zero_stage):
+def test_one_example_above_the_largest_micro_batch_does_not_fit(zero_stage):
     room = 40e9
     rows = largest_micro_batch(WORK, sharding(4, zero_stage), 256, room)
     assert 0 < rows < 256
@@ -42,11 +42,11 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not(zero_stage):
     assert memory_at(WORK, sharding(4, zero_stage), 256, rows + 1).total > room
 
 
-def test_nothing_fits_where_the_states_alone_are_too_large():
+def test_no_micro_batch_fits_if_the_states_are_too_large():
     assert largest_micro_batch(WORK, sharding(1), 16, 1e9) == 0
 
 
-def test_one_accelerator_computes_and_sends_nothing():
+def test_single_accelerator_has_no_communication():
     alone = estimate(STAGE, sharding(1), H100, IB, Assumptions(mfu=0.5, goodput=1.0), micro_batch_size=1024)
     assert alone.communication_seconds == 0
     assert alone.step_seconds == pytest.approx((1024 * 6e11 + 1e10) / (0.5 * 989e12))
@@ -60,7 +60,7 @@ def test_time_and_cost_follow_the_assumptions():
     assert late.cost == pytest.approx(4 * base.cost)
 
 
-def test_a_slower_network_is_felt_between_nodes_only():
+def test_network_affects_only_runs_on_several_nodes():
     slow = NETWORKS["ethernet-25"]
     inside = [estimate(STAGE, sharding(8), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
     between = [estimate(STAGE, sharding(64), H100, net, Assumptions()).step_seconds for net in (IB, slow)]
@@ -68,14 +68,14 @@ def test_a_slower_network_is_felt_between_nodes_only():
     assert between[1] > 5 * between[0]
 
 
-def test_accumulation_costs_the_second_reading():
+def test_accumulation_adds_the_second_itc_forward():
     cut = estimate(STAGE, sharding(8), H100, IB, Assumptions(), micro_batch_size=32)
     assert (cut.accumulation, cut.micro_batch_size) == (4, 32)
     whole = estimate(STAGE, sharding(8), H100, IB, Assumptions())
     assert cut.compute_seconds / whole.compute_seconds == pytest.approx(6.5 / 6.0, rel=1e-3)
 
 
-def test_the_curve_goes_from_one_to_1024_and_stops_where_a_rank_had_no_row():
+def test_scaling_curve_ends_where_a_rank_would_have_no_example():
     def at(stage: StageSettings):
         return lambda gpus: estimate(stage, sharding(gpus), H100, IB, Assumptions(), micro_batch_size=1)
 
@@ -88,7 +88,7 @@ def test_the_curve_goes_from_one_to_1024_and_stops_where_a_rank_had_no_row():
     assert [point.gpus for point in curve(at(small), 48)][-1] == 32
 
 
-def test_a_wrong_name_gets_a_suggestion():
+def test_unknown_accelerator_gets_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'h100'"):
         accelerator_named("h1000")
 
@@ -103,7 +103,7 @@ def test_a_wrong_name_gets_a_suggestion():
         ("NVIDIA L40S", "l40s"),
     ],
 )
-def test_a_driver_s_name_finds_its_accelerator(device, name):
+def test_accelerator_is_found_by_the_name_of_its_driver(device, name):
     found = accelerator_like(device)
     assert found is not None
     assert found.name == name

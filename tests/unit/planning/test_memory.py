@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps on a rank, by ZeRO stage."""
+"""Planned memory of DeepSpeed's state on each rank, by ZeRO stage."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ def sharding(zero_stage: int, world_size: int = 4, precision: str = "bfloat16", 
     return Sharding(zero_stage, world_size, precision, 50_000_000, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
 
 
-def test_states_of_bfloat16_are_two_bytes_and_a_share_of_twelve():
+def test_bfloat16_states_take_2_bytes_and_12_sharded_bytes():
     assert memory_of(SIZE, sharding(2)).states == 2 * 10_000_000 + 12 * 2_000_000
     assert memory_of(SIZE, sharding(3)).states == 2 * 2_500_000 + 12 * 2_000_000
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_more_ranks_hold_less_each(zero_stage, precision):
+def test_more_ranks_need_less_memory_each(zero_stage, precision):
     few, many = (memory_of(SIZE, sharding(zero_stage, ranks, precision)) for ranks in (2, 64))
     assert many.states < few.states
     assert many.total < few.total
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_offloaded_state_leaves_the_device_for_the_host(zero_stage):
+def test_offloaded_state_moves_from_device_to_host(zero_stage):
     kept, offloaded = (memory_of(SIZE, sharding(zero_stage, offload_optimizer=choice)) for choice in (False, True))
     assert kept.host == 0
     assert offloaded.host >= 12 * 2_000_000
     assert offloaded.states == kept.states - 12 * 2_000_000
 
 
-def test_a_moving_average_is_one_more_float32_of_a_rank_s_part():
+def test_moving_average_adds_one_sharded_float32_copy():
     plain = memory_of(SIZE, sharding(2))
     assert memory_of(SIZE, replace(sharding(2), averages=True)).states == plain.states + 4 * 2_000_000
 

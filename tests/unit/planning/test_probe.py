@@ -1,4 +1,4 @@
-"""Bytes and arithmetic of code that runs on tensors without memory."""
+"""The probe counts bytes and FLOPs of code that runs on meta tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_bytes_are_counted_until_they_are_released():
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_what_autograd_saves_is_alive_until_backward(device):
+def test_tensors_saved_by_autograd_live_until_backward(device):
     weight = torch.ones(8, 8, device=device, requires_grad=True)
     x = torch.ones(4, 8, device=device)
     with Probe([weight, x], "cuda") as probe:
@@ -39,7 +39,7 @@ def test_what_autograd_saves_is_alive_until_backward(device):
         assert probe.flops == 2 * 2 * 4 * 8 * 8  # forward, and the weight's gradient
 
 
-def test_checkpointed_layers_hold_less_and_compute_more():
+def test_checkpointed_layers_save_memory_and_add_flops():
     weights = [meta(64, 64) for _ in range(4)]
 
     def layers(x: torch.Tensor) -> torch.Tensor:
@@ -61,10 +61,10 @@ def test_checkpointed_layers_hold_less_and_compute_more():
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_fused_attention_does_the_arithmetic_of_the_plain_one_with_less_memory(has_bias):
+def test_fused_attention_has_equal_flops_and_less_memory(has_bias):
     def run(kernels: str) -> tuple[int, int]:
         query, key, value = meta(2, 4, 64, 8), meta(2, 4, 64, 8), meta(2, 4, 64, 8)
-        bias = meta(1, 4, 64, 64)  # trainable: the CPU then computes it plainly
+        bias = meta(1, 4, 64, 64)  # trainable, so the CPU does not use the fused kernel
         with Probe([query, key, value, bias], kernels) as probe:  # type: ignore[arg-type]
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias if has_bias else None)
             alive = probe.live_bytes

@@ -23,7 +23,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, planted: Planted) -> Path:
-    """Folder with a recorded run and another that differs in three config keys."""
+    """Record a run, and another that differs in three config keys; return their folder."""
     folder = tmp_path_factory.mktemp("runs")
     record_run(folder, planted)
     record_run(folder, planted, "other", "seed=5", "stages.pairs.global_batch_size=16", "model.width=64")
@@ -42,7 +42,7 @@ def report(run: RunFolder) -> RunReport:
 
 @pytest.fixture
 def s3_run(request: pytest.FixtureRequest, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of the recorded run in an object store, with a committed journal that this machine does not have."""
+    """Copy the recorded run to an object store, with a committed journal that this machine lacks; return its URL."""
     store = request.getfixturevalue("moto_store")
     for name, value in (store.environment | {"MOME_CACHE": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}).items():
         monkeypatch.setenv(name, value)

@@ -76,7 +76,7 @@ def restored(store: Any, folder: Path, url: str = "run/journal") -> Journal:
 # ---- R1: several writers, cuts, overlaps, repeats
 
 
-def test_any_cuts_overlaps_and_repeats_restore_the_longest_prefix(tmp_path: Path) -> None:
+def test_cuts_overlaps_and_repeats_restore_the_longest_prefix(tmp_path: Path) -> None:
     rng = random.Random(1)
     session = b"".join(encode(point(step)) for step in range(40))
     for number in range(fuzz_rounds(300)):
@@ -109,7 +109,7 @@ def test_concurrent_evaluation_removes_no_training_records(tmp_path: Path, share
         writer.append(point(step))
 
     evaluated = trained if shared else Journal(tmp_path / "laptop")
-    evaluates = CommittedJournal(store, "run/journal")  # what `mome evaluate` does
+    evaluates = CommittedJournal(store, "run/journal")  # as `mome evaluate` does
     evaluates.restore(evaluated)
     evaluation = evaluated.start_session()
     evaluation.append(point(50, stage=None))
@@ -167,7 +167,7 @@ def test_an_uncommitted_evaluation_survives_a_restore(tmp_path: Path) -> None:
     assert sorted(steps(here)) == sorted([*range(1, 10), 50])
 
 
-def test_random_histories_of_nodes_restore_every_committed_point_once(tmp_path: Path) -> None:
+def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
     """Training moves between nodes while evaluations run; checkpoints determine where it resumes."""
     for seed in range(fuzz_rounds(25)):
         rng, store = random.Random(seed), Objects()

@@ -229,7 +229,7 @@ def test_secrets_in_queries_of_addresses_are_rejected(tmp_path: Path, query: str
         config_of(tmp_path, uri=f"https://server/?{query}=abc")
 
 
-def test_the_base_tracker_has_every_method_of_the_journal_tracker() -> None:
+def test_base_tracker_has_the_methods_of_the_journal_tracker() -> None:
     methods = [name for name in vars(Tracker) if not name.startswith("_")]
 
     for name in methods:
@@ -315,7 +315,7 @@ def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: py
 
 def test_storage_faults_neither_lose_nor_double_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.tracker.Uploader", NoUploader)
-    monkeypatch.setattr("pipeline.tracking.tracker.environment_tags", dict)  # git's answers take long
+    monkeypatch.setattr("pipeline.tracking.tracker.environment_tags", dict)  # calling git is slow
     output = "memory://attempts"
     clean = FailingStorage()
     _attempts(clean, f"{output}/clean", tmp_path / "clean", monkeypatch)
@@ -325,7 +325,7 @@ def test_storage_faults_neither_lose_nor_double_points(tmp_path: Path, monkeypat
         storage = FailingStorage(fault)
         _attempts(storage, f"{output}/{number}", tmp_path / f"node-{number}", monkeypatch)
 
-        monkeypatch.setenv("MOME_CACHE", str(tmp_path / f"another-{number}"))  # all that is left of a lost node
+        monkeypatch.setenv("MOME_CACHE", str(tmp_path / f"another-{number}"))  # the only data of a lost node
         journal = read_journal(f"{output}/{number}/run", Storage())
 
         points = [record for record in journal.all_records() if record["kind"] == "metrics"]
