@@ -13,7 +13,7 @@ from pipeline.config.schema import StorageConfig
 from tests.support.pairs import Members, pair, tar_bytes
 from tests.support.stores import S3, Store, moto, swift
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any test starts processes: one thread for each
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per process; set before any test starts processes
 
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"

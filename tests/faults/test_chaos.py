@@ -31,11 +31,11 @@ from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
 from tests.support.train_process import STAGES, TrainProcess, assert_same_losses, paced
 
 FAULTS = int(os.environ.get("MOME_CHAOS", "4"))  # about a minute each
-STEPS = max(12, 4 * FAULTS)  # of each stage
+STEPS = max(12, 4 * FAULTS)  # steps of each stage
 REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
 AWAY = 5.0
-STORE_AWAY = 15.0  # the log passes over five seconds of trouble
+STORE_AWAY = 15.0  # retries are logged only after five seconds
 HEALTH = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
 
 
@@ -47,7 +47,7 @@ class Site:
     cluster: Cluster
     proxy: FaultProxy
     server: Server
-    cache: Path  # a file system of its own, or empty
+    cache: Path  # a separate file system, or empty
     draw: random.Random
     stopped: set[int]  # ranks that must not be woken
 

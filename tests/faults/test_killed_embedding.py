@@ -21,7 +21,7 @@ from tests.support.train_process import ROOT, SECONDS
 from tests.support.untrained_run import untrained_weights
 
 SHARDS = 60
-AFTER = (5, 20)  # records, each time in a process of its own
+AFTER = (5, 20)  # number of records after which each process is killed
 
 
 class Embedding:

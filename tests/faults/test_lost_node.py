@@ -15,7 +15,7 @@ from tests.support.train_process import TrainProcess, assert_same_losses, paced
 pytestmark = pytest.mark.slow
 
 STEPS = 40
-SECONDS = 900  # that anything is waited for: a loaded machine takes its time
+SECONDS = 900  # timeout of every wait on a loaded machine
 
 
 @pytest.fixture(scope="module")

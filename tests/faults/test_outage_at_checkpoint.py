@@ -14,11 +14,11 @@ from tests.support.ranks import SECONDS, start_ranks
 from tests.support.short_run import STEPS, BeforeStep, short_config, without_mlflow
 
 OUTAGE = float(os.environ.get("MOME_OUTAGE_SECONDS", "5"))  # minutes in the long version; less in integration
-HANG = max(20.0, OUTAGE / 3)  # of a step: in the long version an outage that is none takes longer
+HANG = max(20.0, OUTAGE / 3)  # limit of a step; the long version needs more
 
 
 def _train(folder: str, output: str, storage: dict[str, Any]) -> None:
-    """Train on this rank; ask for the outage before the step after which the first checkpoint is written."""
+    """Train on this rank; request the outage before the step after which the first checkpoint is written."""
     from pipeline.data.storage.retry import RetryBudget
     from pipeline.training.loop import train
 

@@ -88,7 +88,7 @@ def as_expected(record: dict) -> Expected:
     return Expected(record["shard"], record["key"], record["offset"], record["stage"])
 
 
-def test_planted_set_holds_every_kind(planted: Planted):
+def test_planted_set_contains_every_kind(planted: Planted):
     assert {kind: len(found) for kind, found in planted.bad.items()} == {k: 1 + n % 3 for n, k in enumerate(KINDS)}
     assert len(planted.expected) == sum(map(len, planted.bad.values()))
     assert len(KINDS) >= 12

@@ -63,7 +63,7 @@ def test_broken_body_is_resumed_at_the_failed_byte(through: Through, url: str, f
         assert served.range == (expected, 2_900_000)
         expected += served.sent
     assert len(proxy.served) == 4
-    assert proxy.bytes_sent == 2_800_000  # no byte was asked for twice
+    assert proxy.bytes_sent == 2_800_000  # no byte was requested twice
 
 
 def test_read_of_a_whole_object_is_resumed(through: Through, url: str):
@@ -224,7 +224,7 @@ def test_parts_of_unfinished_uploads_are_removed(through: Through, s3):
         upload = client.create_multipart_upload(Bucket=s3.bucket, Key=key)["UploadId"]
         client.upload_part(Bucket=s3.bucket, Key=key, UploadId=upload, PartNumber=1, Body=b"half")
     proxy.inject("lost", of="DELETE .*uploadId=")
-    assert storage.abort_uploads(s3.url("run")) >= 1  # an answer that is lost is not counted
+    assert storage.abort_uploads(s3.url("run")) >= 1  # a lost response is not counted
     assert storage.abort_uploads(s3.url("run")) == 0
     assert storage.abort_uploads(s3.url()) == 1
 
@@ -232,7 +232,7 @@ def test_parts_of_unfinished_uploads_are_removed(through: Through, s3):
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize("parts", [1, 3])
 def test_object_is_created_once(s3, monkeypatch, parts: int):
-    """Whole and in parts; with a conditional request, and with a look first where the store supports none."""
+    """Whole and in parts; by a conditional request, or by a check first if the store supports none."""
     monkeypatch.setattr(module, "PART_BYTES", 5 * 2**20)
     storage, data = Storage(s3.config), DATA[:1] * ((parts - 1) * 5 * 2**20 + 10)
     assert storage.create_parts(s3.url("a"), len(data), lambda start, stop: data[start:stop])
@@ -258,7 +258,7 @@ def _read_in_child(storage: Storage, url: str, answer) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_started_during_reads_connect_anew(through: Through, url: str, method: str):
+def test_processes_started_during_reads_open_new_connections(through: Through, url: str, method: str):
     _, storage = through(latency=0.001, cut=0.2)
     done = threading.Event()
 

@@ -76,7 +76,7 @@ def agree_where(keep: Tensor, actual: Tensor, expected: Tensor) -> None:
     agree(actual[keep], expected[keep])
 
 
-def test_every_pass_equals_the_release(golden: Golden) -> None:
+def test_every_forward_equals_the_release(golden: Golden) -> None:
     keep = golden.input["text_masks"].bool()
     with torch.no_grad():
         out = golden.model(golden.passes())
@@ -101,7 +101,7 @@ def test_padded_positions_too_equal_the_release(golden: Golden) -> None:
     agree(out["masked"]["mlm"], golden.output["mlm_logits"])
 
 
-def test_contrastive_logits_equal_the_release(golden: Golden) -> None:
+def test_itc_logits_equal_the_release(golden: Golden) -> None:
     with torch.no_grad():
         out = golden.model(golden.passes())
     logits = out["image"]["scale"] * out["image"]["itc"] @ out["text"]["itc"].T
@@ -110,7 +110,7 @@ def test_contrastive_logits_equal_the_release(golden: Golden) -> None:
 
 
 def losses(golden: Golden) -> tuple[Tensor, Tensor]:
-    """The release's contrastive loss and weighted masked-language loss, from our sums."""
+    """Return the release's ITC loss and weighted MLM loss, computed from our sums."""
     passes = {
         name: ForwardInput(**{**vars(one), "heads": tuple(head for head in one.heads if head != "tokens")})
         for name, one in golden.passes().items()
@@ -149,21 +149,21 @@ def test_gradients_equal_the_release(golden: Golden) -> None:
         assert (published[name] - gradient).norm() <= 1e-5 * gradient.norm()
     gradients = list(ours.values())
     if golden.config.positions == "relative":
-        # The release zeroes the text's absolute positions instead of leaving them out: they move nothing, but their
-        # gradient is in its norm. It is the sum over rows of the gradient of what they would be added to.
+        # The release zeroes the text's absolute positions instead of removing them. They have no effect, but their
+        # gradient is in its norm: the sum over examples of the gradient of the embeddings they would be added to.
         gradients.append(sum(tensor.grad.sum(dim=0) for tensor in summed))
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     agree(norm, golden.output["grad_norm_mlm_plus_itc"])
 
 
-def test_conversion_there_and_back_is_exact(golden: Golden) -> None:
+def test_conversion_round_trip_is_exact(golden: Golden) -> None:
     back = to_published(golden.model.state_dict(), golden.config)
     computed = {name for name in golden.state if golden.config.positions == "absolute" or ".position_emb" not in name}
     assert set(back) == computed
     assert all(torch.equal(back[name], golden.state[name]) for name in computed)
 
 
-def test_sizes_are_told_by_the_releases_tensors(golden: Golden) -> None:
+def test_sizes_are_inferred_from_the_releases_tensors(golden: Golden) -> None:
     given = {
         "heads": golden.config.heads,
         "max_text_length": golden.config.max_text_length,

@@ -27,7 +27,7 @@ Members = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Runs:
-    """An object whose unpickling creates a folder: proof that reading ran code of the shard's author."""
+    """Object whose unpickling creates a folder, which proves that a reader executed code from the shard."""
 
     folder: str
 
@@ -61,7 +61,7 @@ def _described(described: object) -> bytes:
     return json.dumps(described).encode()
 
 
-# kind -> (the stage that must name it, what it makes of a good pair)
+# kind -> (stage that must report it, function that damages a good pair)
 BAD: dict[str, tuple[str, Callable[[Members], Members]]] = {
     "corrupt JPEG": ("image", lambda pair: pair | {"jpg": _corrupt(pair["jpg"])}),
     "truncated JPEG": ("image", lambda pair: pair | {"jpg": pair["jpg"][: len(pair["jpg"]) // 2]}),
@@ -133,7 +133,7 @@ def plant(folder: Path, shards: int = 5, samples_per_shard: int = 24) -> Planted
         kinds: list[str | None] = []
         for place in range(samples_per_shard):
             number = shard * samples_per_shard + place
-            # Every second sample from the third on is a bad one, until none are left: good ones lie between.
+            # Every second sample from the third on is bad, until all are placed, so good samples separate them.
             kind = mine.pop(0) if place >= 2 and place % 2 == 0 and mine else None
             key, members = f"s{number:05d}", good(number)
             if kind == BESIDE:
@@ -165,7 +165,7 @@ def _replace(path: Path) -> None:
     path.write_bytes(data.replace(b"shows a thing in way a", b"shows a thing in way z", 1))
 
 
-# What breaks a whole shard, done after it was indexed: a function of its path.
+# Functions of a shard's path that break the whole shard after it was indexed.
 BREAKS: dict[str, Callable[[Path], None]] = {
     "cut inside a header": lambda path: os.truncate(path, _places(path)[0] + 200),
     "cut before a member": lambda path: os.truncate(path, _places(path)[0]),

@@ -29,9 +29,9 @@ def installed() -> str | None:
 class Opened:
     """An opened page: its width, faults, requests and screenshot."""
 
-    faults: list[str] = field(default_factory=list)  # of the console: errors, warnings, exceptions
-    requests: list[str] = field(default_factory=list)  # addresses asked for, but for the page's own and data: ones
-    width: int = 0  # of the document, in pixels
+    faults: list[str] = field(default_factory=list)  # console errors, warnings and exceptions
+    requests: list[str] = field(default_factory=list)  # requested addresses except the page's own and data: URLs
+    width: int = 0  # width of the document in pixels
     screenshot: bytes = b""  # PNG, of the whole page
 
 
@@ -42,7 +42,7 @@ class Browser:
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
 
-        # It reads commands from 3 and writes answers to 4; numbers of ours may be the same, so by way of others.
+        # The browser reads from descriptor 3 and writes to 4. Ours may have these numbers, so duplicate them first.
         def give() -> None:
             ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
             os.dup2(ends[0], 3)
@@ -100,7 +100,7 @@ class Browser:
     def open(
         self, address: str, width: int, dark: bool = False, first: str = "", picture: bool = False, settle: float = 0.0
     ) -> Opened:
-        """Open an address in a window `width` pixels wide. `first`: script to run once it is loaded."""
+        """Open an address in a window `width` pixels wide, and run the script `first` once it is loaded."""
         self.events.clear()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -110,7 +110,7 @@ class Browser:
         self.call("Emulation.setDeviceMetricsOverride", tab, **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", tab, features=[scheme])
-        self.call("Page.bringToFront", tab)  # what is behind another tab is drawn late or not at all
+        self.call("Page.bringToFront", tab)  # background tabs are rendered late or not at all
         self.call("Page.navigate", tab, url=address)
         self.wait_for("Page.loadEventFired")
         self.listen(settle)

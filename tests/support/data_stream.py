@@ -42,7 +42,7 @@ def stream_config(shards: str, storage: StorageConfig | None = None, **loading: 
 
 
 def record(config: RunConfig, tokenizer: Tokenizer, world_size: int, steps: range, path: Path) -> None:
-    """Append a line for each step; a whole line was delivered."""
+    """Append one line for each delivered step."""
     storage, stage = Storage(config.storage), config.stages[0]
     loaders = [
         Loader(config, stage, batch_groups(config, stage), storage, tokenizer, rank, world_size)

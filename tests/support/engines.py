@@ -73,7 +73,7 @@ class EngineOnRank:
         return store
 
     def restore(self, folder: str) -> bool | None:
-        """Load the newest checkpoint and return whether the engine then equals it bit for bit; None without one."""
+        """Load the newest checkpoint; return whether the engine equals it bit for bit, or None without a checkpoint."""
         latest = self.store(folder).latest()
         if latest is None:
             return None
@@ -118,7 +118,7 @@ def gradients_and_losses(
     plain: bool = False,
     batch: Callable[[RunConfig, int, int], Batch] | None = None,
 ) -> tuple[Gradients, dict[str, float]]:
-    """Return the gradient and losses of one global batch. `batch(config, rank, world_size)`: default, a tiny batch."""
+    """Return the gradient and losses of one global batch (`batch(config, rank, world_size)`; default: a tiny batch)."""
     built = build_engine(config, index, plain=plain)
     rank, world_size = built.collectives.rank, built.collectives.world_size
     losses = built.losses(batch(config, rank, world_size) if batch else built.batch(1))

@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {  # the action of Storage's message -> kind
     "deleting": "delete",
     "aborting uploads": "abandon",
 }
-WHEN: dict[Kind, tuple[When, ...]] = {  # "after" a read is "before" it: nothing changed
+WHEN: dict[Kind, tuple[When, ...]] = {  # a failure after a read equals one before it: nothing changed
     "read": ("before",),
     "look": ("before",),
     "list": ("before",),
@@ -131,7 +131,7 @@ class Injector:
     def do(
         self, original: Callable[..., Any], storage: Storage, url: str, action: str, call: Callable[[Backend, str], T]
     ) -> T:
-        """Replace `Storage._do`, which is `original`."""
+        """Run `original`, which is `Storage._do`, with the injected fault."""
         when = self(Call(KINDS[action], url, threading.get_ident()))
         if when is None:
             return original(storage, url, action, call)
@@ -190,7 +190,7 @@ class _Halfway:
         self._backend = backend
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: None  # a call without a half: no effect
+        return lambda *arguments: None  # these calls cannot stop halfway: no effect
 
     def write_parts(self, path: str, size: int, part: PartReader) -> None:
         for start in range(0, size // 2, 2**20):

@@ -30,7 +30,7 @@ from tests.support.http_messages import CHUNK, Head, Streams, ask, no_body, read
 
 T = TypeVar("T")
 Range = tuple[int, int]
-SURPLUS = 16  # bytes that a longer body has too many
+SURPLUS = 16  # surplus bytes of a longer body
 
 UNAVAILABLE = (
     b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>SlowDown</Code>"
@@ -44,7 +44,7 @@ class Served:
 
     method: str
     target: str
-    range: Range | None  # [start, stop) asked for
+    range: Range | None  # requested [start, stop)
     fault: str | None = None
     status: int = 0
     sent: int = 0
@@ -92,11 +92,11 @@ class FaultProxy:
         self.rates |= {"stall": stall, "longer": longer, "misplaced": misplaced}
         self.latency, self.retry_after, self._seed = latency, retry_after, seed
         self.served: list[Served] = []
-        self.injected: Counter[str] = Counter()  # kind -> how often; "away": connections that an absence broke
-        self.impatient = 0  # requests that came again before their Retry-After was over
+        self.injected: Counter[str] = Counter()  # count of each kind; "away": connections broken by an absence
+        self.impatient = 0  # requests repeated before their Retry-After had passed
         self._next: deque[tuple[str, str]] = deque()  # kind, of which requests
         self._asked: Counter[str] = Counter()
-        self._spared: dict[str, float] = {}  # identity -> when it may come again
+        self._spared: dict[str, float] = {}  # identity -> time from which it may be repeated
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
         self._connections: set[asyncio.StreamWriter] = set()
@@ -204,7 +204,7 @@ class FaultProxy:
             return False
         if request.get("expect"):
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.set("expect", None)  # never part of a signature
+            request.set("expect", None)  # not covered by the signature
         body = read_body(reader, request)
         await asyncio.sleep(self.latency)
         if fault == "unavailable":

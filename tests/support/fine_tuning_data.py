@@ -28,7 +28,7 @@ SHAPES = ("circle", "square")
 
 
 def write_set(folder: Path, source_type: str, count: int, seed: int = 0) -> str:
-    """`count` samples of a use, in shards of 20; returns where they lie."""
+    """Write `count` samples of a source type in shards of 20, and return their folder."""
     samples: dict[str, Callable[[CounterRandom], dict[str, Any]]] = {
         "questions": _question,
         "statements": _statement,

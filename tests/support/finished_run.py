@@ -51,7 +51,7 @@ def config_of(output: Path, sources: dict[str, Any], source: str, **more: Any) -
 
 
 def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = "c0ffee") -> str:
-    """Write the folder of a finished run with the config `recorded`; `run`: its MLflow run id, None if untracked."""
+    """Write the folder of a finished run with the config `recorded` and the MLflow run id `run` (None: untracked)."""
     storage = Storage()
     tokenizer = Tokenizer.train(iter_captions(storage, shards), 200)
     model = build_model(recorded.model, tokenizer.size, stage_heads(recorded, 0), seed=1)

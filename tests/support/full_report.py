@@ -19,7 +19,7 @@ from pipeline.evaluation.report_data import (
 )
 from pipeline.pages.page import THUMBNAIL, thumbnail
 
-WORD = "counterrevolutionaries"  # wider than a column on a telephone
+WORD = "counterrevolutionaries"  # wider than a table column on a phone
 CAPTION = " ".join([WORD, "a", "picture", "<script>alert(1)</script>"] * 9)
 CONDITIONS = ["own image", "another image", "text only", "text only, language stage"]
 

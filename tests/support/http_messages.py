@@ -39,7 +39,7 @@ class Head:
 
 
 async def ask(store: Streams, request: Head, body: AsyncIterator[bytes]) -> Head | None:
-    """Hands a request on. The head of the store's answer, None when it closed instead."""
+    """Forward a request and return the head of the response, or None if the store closed the connection."""
     reader, writer = store
     writer.write(request.encode())
     async for piece in body:
@@ -52,7 +52,7 @@ async def ask(store: Streams, request: Head, body: AsyncIterator[bytes]) -> Head
 
 
 async def read_head(reader: asyncio.StreamReader) -> Head | None:
-    """None when the other side has closed."""
+    """Return the next head, or None if the other side has closed the connection."""
     try:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
     except asyncio.IncompleteReadError:
@@ -61,7 +61,7 @@ async def read_head(reader: asyncio.StreamReader) -> Head | None:
 
 
 async def read_body(reader: asyncio.StreamReader, head: Head, until_closed: bool = False) -> AsyncIterator[bytes]:
-    """The body as it travels, chunk marks included."""
+    """Yield the body as transmitted, including chunk framing."""
     while until_closed and (piece := await reader.read(CHUNK)):
         yield piece
     if head.is_chunked:

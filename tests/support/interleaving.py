@@ -29,11 +29,11 @@ from pipeline.config.schema import StorageConfig
 from pipeline.data.storage import ObjectInfo, PartReader, Storage
 
 T = TypeVar("T")
-SECONDS = 30.0  # for an attempt to come to its next call
+SECONDS = 30.0  # seconds for an attempt to reach its next call
 
 
 class Killed(BaseException):
-    """Ends an attempt whose remaining calls are known."""
+    """Raised in an attempt whose remaining calls are known, to end it."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Disk:
 
     objects: dict[str, bytes] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
-    who: str = "begin"  # whose call is being made
+    who: str = "begin"  # the attempt that is making a call
     retries = False
     faults: list[str] = field(default_factory=list)  # objects of "new" that "old" changed or deleted
 
@@ -96,7 +96,7 @@ class Disk:
         return sorted(name for name in self.objects if name == path or name.startswith(f"{path}/"))
 
     def _touch(self, path: str) -> None:
-        is_mark = path.endswith("/SEAL.json")  # of the successor, in a folder of the old attempt's own
+        is_mark = path.endswith("/SEAL.json")  # of the successor, in a folder that belongs to the old attempt
         if self.who == "old" and self.writers.get(path) == "new" and not is_mark:
             self.faults.append(path)
 
@@ -128,7 +128,7 @@ class TurnStorage(DiskStorage):
             return result
 
     def delete(self, url: str) -> None:
-        """A folder's objects one by one, as stores delete them."""
+        """Delete a folder's objects one by one, as object stores do."""
         for name in self._disk.below(url) or [url]:
             super().delete(name)
 

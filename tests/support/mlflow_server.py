@@ -71,7 +71,7 @@ class Server:
 
     def kill(self) -> None:
         if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the group that this object started, and nothing else
+            os.killpg(self.process.pid, signal.SIGKILL)  # only the process group started by this object
             self.process.wait()
             self.process = None
 

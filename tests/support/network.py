@@ -15,7 +15,7 @@ from tests.support.ray_nodes import Host
 
 
 class Network:
-    """`count` machines: the first is this process's own network, each other one a namespace."""
+    """A network of `count` machines: the first is this process's own network, the others are namespaces."""
 
     def __init__(self, count: int):
         self._tag = f"m{os.getpid() % 100000}"

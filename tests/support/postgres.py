@@ -18,10 +18,10 @@ USER = "mlflow"
 
 
 class Postgres:
-    """`initdb`, then `postgres`. Neither runs as root, so there Debian's own user does."""
+    """`initdb` and then `postgres`, run as Debian's postgres user if the tests run as root."""
 
     def __init__(self) -> None:
-        """Skips the test where PostgreSQL is not installed."""
+        """Choose a folder and a port; skip the test if PostgreSQL is not installed."""
         self._programs = _programs()
         self._as: dict[str, object] = {"user": "postgres", "group": "postgres", "extra_groups": []}
         if os.geteuid() != 0:
@@ -35,7 +35,7 @@ class Postgres:
 
     def start(self) -> Postgres:
         data = str(self.folder / "data")
-        # The tests' own data, on this machine alone: no password, and no wait for the disk.
+        # Test data reachable from this machine only, so neither a password nor durability is needed.
         self._run("initdb", "-D", data, "-U", USER, "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
         arguments = ["-D", data, "-p", str(self.port), "-k", str(self.folder), "-h", "127.0.0.1", "-c", "fsync=off"]
         self._process = subprocess.Popen(
@@ -67,7 +67,7 @@ class Postgres:
 
 
 def _programs() -> Path:
-    """The folder of the newest PostgreSQL's programs; Debian keeps them off the path."""
+    """Return the folder of the newest PostgreSQL's programs, which Debian does not add to PATH."""
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     if not programs:
         pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")

@@ -114,7 +114,7 @@ def _endless_listing(xml: str) -> Refusal:
     )
 
 
-# What the store answers instead of doing what was asked; None: it does it.
+# Response instead of executing the request; None: execute it.
 REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
     "no_batch_delete_400": ("works", _batch_deletion(lambda: _error(400, "InvalidRequest"))),
     "no_batch_delete_403": ("works", _batch_deletion(lambda: _error(403, "AccessDenied"))),
@@ -153,25 +153,25 @@ REFUSALS: dict[str, tuple[Expectation, Refusal]] = {
     "unavailable": ("passes", _always(lambda: _error(503, "SlowDown"))),
     "throttled": ("passes", _always(lambda: _error(429, "TooManyRequests"))),
 }
-# How the store answers what it has done.
+# Modification of the response to an executed request.
 MANNERS: dict[str, Expectation] = {
     "none": "works",
     "no_etag": "works",
     "no_length": "works",  # every body is chunked, and HEAD has no size
-    "no_length_closing": "works",  # a body ends where the connection does
+    "no_length_closing": "works",  # the end of the connection ends the body
     "no_key_count": "works",
-    "no_ranges": "works",  # every answer to GET is the whole object
+    "no_ranges": "works",  # every GET returns the whole object
     "deleting_absent_is_404": "works",
-    "no_prefix": "works",  # a listing is of the whole bucket
+    "no_prefix": "works",  # every listing covers the whole bucket
     "pages_of_one": "works",
-    "plain_etag": "works",  # of an object in parts: its MD5 digest, not that of its parts' digests
+    "plain_etag": "works",  # the ETag of a multipart object is its MD5, not that of its parts' digests
     "unsigned_only": "works",
 }
 QUIRKS: dict[str, Expectation] = {name: expected for name, (expected, _) in REFUSALS.items()} | MANNERS
 
 
 class QuirkyStore:
-    """Listens on a port of 127.0.0.1 (`endpoint`) while its `with` block runs."""
+    """S3 server on a port of 127.0.0.1 (`endpoint`) while its `with` block runs."""
 
     def __init__(self, quirk: str = "none"):
         self.lock = threading.Lock()
@@ -182,11 +182,11 @@ class QuirkyStore:
         assert quirk in QUIRKS, quirk
         self.quirk = quirk
         self.objects: dict[tuple[str, str], bytes] = {}
-        self.etags: dict[bytes, str] = {}  # of objects that were put together: by their MD5 digest
+        self.etags: dict[bytes, str] = {}  # ETags of multipart objects, by the MD5 of their content
         self.uploads: dict[str, tuple[tuple[str, str], dict[int, bytes]]] = {}
         self.requests: list[Request] = []
-        self.edit: Callable[[bytes], bytes] | None = None  # of each answer, as it travels
-        self.clock = 0.0  # seconds by which the store's time is ahead
+        self.edit: Callable[[bytes], bytes] | None = None  # applied to each response as transmitted
+        self.clock = 0.0  # seconds by which the store's clock is ahead
 
     @property
     def endpoint(self) -> str:

@@ -80,7 +80,7 @@ def _rank(
 ) -> None:
     import torch
 
-    os.environ.clear()  # the fork server's environment is that of the first test which needed it
+    os.environ.clear()  # the fork server has the environment of the first test that used it
     os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

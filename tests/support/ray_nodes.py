@@ -133,7 +133,7 @@ class Cluster:
         dashboard: bool = False,
         hosts: list[Host] | None = None,
     ):
-        """`hosts`: one for each node, the head's first; without them, addresses of the loopback."""
+        """Start the head and nodes on `hosts` (the head's first; default: loopback addresses)."""
         self.folder = folder
         self.environment = {**os.environ, **HEALTH, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
         self.environment |= {"RAY_memory_monitor_refresh_ms": "0"}  # a full machine must not look like a fault of ours
@@ -168,7 +168,7 @@ class Cluster:
         command += [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", f"--object-store-memory={MEMORY}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
         command += [f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}"]
-        # Of its own, as a machine has: a node that unpacks a job's code clears the folder that it unpacks it into.
+        # One per node, because a node that unpacks a job's code clears the target folder.
         command += [f"--temp-dir={self.folder / str(number)}", "--disable-usage-stats", "--include-log-monitor=false"]
         environment = {**self.environment, **dict(host.environment)}
         return Node(command, environment, self.folder / f"node{number}.log", host.address)
@@ -176,7 +176,7 @@ class Cluster:
     def start(self) -> None:
         self.head.start()
         self._wait_for_head()
-        self.wait_for_nodes(1)  # one that joins before the head has registered itself gives up
+        self.wait_for_nodes(1)  # a node that joins before the head has registered exits
         for node in self.others:
             node.start()
         self.wait_for_nodes(len(self.nodes))
@@ -200,7 +200,7 @@ class Cluster:
             return self._alive_with_token()
         try:
             nodes = self._state().get_all_node_info(timeout=5).values()
-        except Exception:  # the head is away, or not yet there
+        except Exception:  # the head is lost, or has not started yet
             return {}
         return {node.node_manager_address: node.node_id.hex() for node in nodes if node.state == 0}
 

@@ -20,7 +20,7 @@ from pipeline.tracking.tracker import DatasetInput
 from tests.support.bad_shards import Planted, plant
 
 START = 1_790_000_000_000  # milliseconds since 1970
-STEPS = 10  # of each stage
+STEPS = 10  # steps of each stage
 RESUMED_AT = 14
 SECONDS = {"startup": 60.0, "training": 600.0, "data_wait": 30.0, "checkpoint": 12.0, "restart": 90.0, "lost_work": 8.0}
 SPIKE = "step 12: loss 9, median 2; back to step 10 without batches 0 to 2 of the stage"

@@ -15,7 +15,7 @@ EXAMPLE = INFRA / "settings.example.env"
 
 
 def load_script(path: Path) -> ModuleType:
-    """A script of infra/, which is no package."""
+    """Import a script of infra/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"infra_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,11 +30,11 @@ def example_settings() -> dict[str, str]:
 
 
 def rendered(path: Path, **changes: str) -> list[dict[str, Any]]:
-    """The documents of a YAML file of infra/."""
+    """Return the documents of a rendered YAML file of infra/."""
     return list(yaml.safe_load_all(render.render(path, example_settings() | changes)))
 
 
 def pins() -> dict[str, str]:
-    """Package -> version of constraints.txt."""
+    """Return package -> version of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))

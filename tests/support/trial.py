@@ -91,7 +91,7 @@ class Trial:
 
     @property
     def floor(self) -> float | None:
-        """The loss of a model that has learnt only the labels' frequencies; None if it is not known."""
+        """Loss of a model that has learnt only the label frequencies, or None if unknown."""
         if self.cell.objective != "itm":
             return None
         return COLLAPSED_1_TO_2 if self.cell.keys["negatives"] == "hard" else COLLAPSED_1_TO_1
@@ -125,7 +125,7 @@ def _choices(objective: str, kind: str, source_type: SourceType) -> Iterator[dic
             yield {"negatives": "hard"}
     elif objective == "mim":
         for target in get_args(ImageTarget):
-            if (target, kind) != ("visual_tokens", "vilt"):  # visual tokens name the patches of a square
+            if (target, kind) != ("visual_tokens", "vilt"):  # visual tokens require square images
                 yield {"image_target": target}
         if kind in ("vlmo", "vit"):
             yield {"image_target": "pixels", "image_decoder": {"width": 16, "layers": 1, "heads": 2}}

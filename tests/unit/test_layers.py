@@ -14,15 +14,15 @@ FILES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("jobs/**/*.py")])
 LEVELS = {
     "pipeline.config": 0,
     "pipeline.models": 1,
-    "pipeline.objectives": 2,  # above the models and batches that they read
+    "pipeline.objectives": 2,  # depends on models and batches
     "pipeline.data": 1,
     "pipeline.tracking": 1,
     "pipeline.pages": 1,
-    "pipeline.planning": 2,  # over models and data; training asks it what fits
+    "pipeline.planning": 2,  # depends on models and data; used by training to find what fits
     "pipeline.evaluation": 3,
-    "pipeline.training": 4,  # evaluates while it trains
-    "pipeline.reports": 5,  # over a run's folder: what training and evaluation left there
-    "pipeline.inference": 6,  # the Python API: trained weights, ready for use
+    "pipeline.training": 4,  # training evaluates at intervals
+    "pipeline.reports": 5,  # reads what training and evaluation wrote to a run's folder
+    "pipeline.inference": 6,  # the Python API for trained weights
     "jobs": 7,
 }
 
@@ -70,6 +70,6 @@ def test_each_heavy_library_is_imported_only_in_its_home(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("pipeline/planning/*.py")), ids=lambda path: path.name)
-def test_planning_knows_config_models_and_data_alone(path: Path) -> None:
+def test_planning_imports_only_config_models_and_data(path: Path) -> None:
     known = {"pipeline.planning", "pipeline.config", "pipeline.models", "pipeline.data", None}
     assert {package_of(module) for module in imports_of(path)} <= known

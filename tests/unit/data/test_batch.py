@@ -56,7 +56,7 @@ def test_written_examples_are_padded():
     assert buffer["patch_positions"][1].tolist() == [2, -1, -1]
 
 
-def test_parts_copied_together_equal_the_whole():
+def test_copied_parts_equal_the_whole():
     whole, joined = filled(5), BatchBuffer.allocate(spec(5))
     for rows in (range(0, 2), range(2, 5)):
         part = BatchBuffer.allocate(spec(len(rows)))

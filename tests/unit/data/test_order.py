@@ -1,3 +1,5 @@
+"""The data order visits every sample once per epoch, mixes sources by weight, and depends on no rank or batch."""
+
 from __future__ import annotations
 
 import math
@@ -48,7 +50,7 @@ def by_stream(order: DataOrder, steps: int) -> dict[int, list[SampleRef]]:
 
 @pytest.mark.parametrize("streams", [1, 2, 8, 32])
 @pytest.mark.parametrize("window", [1, 2, 100])
-def test_every_sample_comes_exactly_once_per_epoch(streams: int, window: int):
+def test_every_sample_occurs_exactly_once_per_epoch(streams: int, window: int):
     order = data_order(streams, window=window)
     read = Counter(sample for step in range(60) for sample in order.batch(step))
     assert set(read.values()) == {1}
@@ -103,7 +105,7 @@ def test_spans_of_20_sources_follow_the_weights():
         assert np.ptp(ahead, axis=0).max() < 2
 
 
-def test_source_counts_of_batches_vary_less_than_independent_draws():
+def test_source_counts_vary_less_than_independent_draws():
     """A batch takes B/C consecutive positions of C streams with hashed offsets: its count of a source has mean Bw and C
     times the variance of B/C positions from a random offset of the cycle."""
     streams, share, steps = 64, 16, WEIGHT_PARTS // 16
@@ -154,7 +156,7 @@ def test_number_of_ranks_per_stream_follows_the_formula(streams: int, world: int
     formula = streams + world - math.gcd(streams, world)
     if batch % world == 0:
         assert fetched == formula
-    assert fetched <= formula  # rounding a rank's first place down can only bring it to a stream's edge
+    assert fetched <= formula  # rounding a rank's first position down can only move it to the start of a stream
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1, 1], [0.3, 0.5, 0.2], [1, 2, 3, 4, 5, 6, 7], [1000, 1], [0.1] * 20])
@@ -228,7 +230,7 @@ def test_window_bounds_the_number_of_open_shards():
     assert [len(set(read[first : first + 60])) for first in range(0, 240, 60)] == [3, 3, 3, 3]
 
 
-def test_replacement_comes_from_the_same_window():
+def test_replacement_is_drawn_from_the_same_window():
     order = DataOrder({"a": shards(*[20] * 12)}, 1, 3, 0, 1)
     window = {order.sample(step, 0).shard for step in range(60)}
     candidates = [order.replacement(17, 0, attempt) for attempt in range(16)]
@@ -257,12 +259,12 @@ def test_epochs_count_how_often_each_source_was_read():
     assert order.epochs(16) == {"a": 1.0, "b": 2.0}
 
 
-def test_source_smaller_than_the_streams_is_refused():
+def test_source_smaller_than_the_streams_is_rejected():
     with pytest.raises(DataError, match=r"source 'a' has 3 samples.*Lower data.streams to at most 3"):
         DataOrder({"a": shards(2, 1)}, 4, 2, 0, 8)
 
 
-def test_streams_that_do_not_divide_the_batch_are_refused():
+def test_streams_that_do_not_divide_the_batch_are_rejected():
     with pytest.raises(ConfigError, match=r"data.streams 5 does not divide the global batch size 8"):
         DataOrder({"a": shards(20)}, 5, 2, 0, 8)
 
@@ -290,7 +292,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
     assert needed(200_000) < 1.1 * needed(200)
 
 
-def test_source_without_samples_is_refused():
+def test_source_without_samples_is_rejected():
     with pytest.raises(DataError, match="source 'a' has no samples to read"):
         DataOrder({"a": shards(0, 0)}, 4, 2, 0, 8)
 
@@ -317,7 +319,7 @@ def test_buckets_more_than_halve_the_padding():
     assert padding(bucketed(batches=16), 64) < 0.25
 
 
-def test_every_sample_comes_exactly_once_per_epoch_with_buckets():
+def test_every_sample_occurs_once_per_epoch_with_buckets():
     order, plain = bucketed(), data_order(batch=64)
     read = Counter(sample for step in range(64) for sample in order.batch(step))
     without = Counter(sample for step in range(64) for sample in plain.batch(step))
@@ -385,7 +387,7 @@ def test_threads_share_the_lengths_of_a_block():
     assert set(asked.values()) == {1}
 
 
-def test_replacement_of_a_bucketed_sample_comes_from_its_window():
+def test_replacement_of_a_bucketed_sample_is_from_its_window():
     data = {"a": shards(*[40] * 12)}
     order = DataOrder(data, 1, 3, 0, 4, buckets=LengthBuckets(20, caption_length))
     plain = DataOrder(data, 1, 3, 0, 4)

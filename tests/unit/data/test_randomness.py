@@ -1,3 +1,5 @@
+"""Counter-based random numbers and permutations never change, are uniform, and are independent of each other."""
+
 from __future__ import annotations
 
 import math
@@ -31,7 +33,7 @@ def test_hash_never_changes():
 
 
 def test_counter_is_splitmix64():
-    first, second = 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4  # of Vigna's splitmix64.c with seed 0
+    first, second = 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4  # output of Vigna's splitmix64.c with seed 0
     random = CounterRandom(0)
     assert random.uniform() == (first >> 11) * 2.0**-53
     assert random.integer(2**64) == second
@@ -138,13 +140,13 @@ def test_long_permutations_resemble_sorted_hashes():
     stay = (orders == places).sum(axis=1)
     follow = (np.diff(orders, axis=1) == 1).sum(axis=1)
     rise = (np.diff(orders, axis=1) > 0).sum(axis=1)
-    # Numbers that keep their place, and neighbours that stay neighbours: both Poisson of mean 1.
+    # The counts of fixed points and of preserved neighbours are Poisson with mean 1.
     for counts in (stay, follow):
         assert abs(counts.mean() - 1) < 0.2
         assert abs(counts.var() - 1) < 0.3
     assert abs(rise.mean() - (n - 1) / 2) < 2
     assert abs(rise.var() / ((n + 1) / 12) - 1) < 0.25
-    # How far a number moves: n/3, with variance n²/18 over the numbers.
+    # The mean displacement of a number is n/3, with variance n²/18.
     moved = np.abs(orders - places).mean(axis=1)
     assert abs(moved.mean() / (n / 3) - 1) < 0.01
     assert abs(np.corrcoef(orders[:-1].ravel(), orders[1:].ravel())[0, 1]) < 0.01

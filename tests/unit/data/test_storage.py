@@ -1,3 +1,5 @@
+"""Storage operations are atomic and retried within their timeout, and errors name the URL."""
+
 from __future__ import annotations
 
 import errno
@@ -218,7 +220,7 @@ def test_storage_survives_pickling_and_forking(tmp_path: Path):
     with storage._lock:  # as another thread may hold it at the moment of a fork
         child = os.fork()
         if child == 0:
-            signal.alarm(20)  # ends a child that waits for the lock
+            signal.alarm(20)  # ends a child that is blocked by the lock
             os._exit(0 if storage.read(str(tmp_path / "file")) == b"x" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     copy = pickle.loads(pickle.dumps(storage))  # noqa: S301
@@ -227,7 +229,7 @@ def test_storage_survives_pickling_and_forking(tmp_path: Path):
 
 
 class Failing:
-    """A request that meets some failures, then succeeds."""
+    """Request that fails with the given errors, then succeeds."""
 
     def __init__(self, *errors: Exception):
         self.errors, self.calls = list(errors), 0

@@ -35,7 +35,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Clock:
-    """Time that passes only while a client waits before it asks again."""
+    """Simulated time that advances only while a client waits to retry."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -64,14 +64,14 @@ def shared_store() -> Iterator[QuirkyStore]:
         yield store
 
 
-_client = cache(s3._make_client)  # making one takes 0.2 s
+_client = cache(s3._make_client)  # creating one takes 0.2 s
 
 
 @pytest.fixture
 def quirky(
     shared_store: QuirkyStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], tuple[QuirkyStore, Storage]]:
-    """quirky(name) -> a store with that quirk, holding four objects, and a Storage that reaches it."""
+    """Return quirky(name), which resets the store to that quirk with four objects, and returns it with a Storage."""
     monkeypatch.setattr(s3, "PART_BYTES", 40_000)  # so that DATA takes three parts
     monkeypatch.setattr(s3, "_MAX_EMPTY_PAGES", 20)
     monkeypatch.setattr(s3, "_make_client", _client)
@@ -124,7 +124,7 @@ OPERATIONS: dict[str, tuple[Callable[[Storage, str, Path], object], object]] = {
     "delete_absent": (lambda s, f, _: s.delete(join(f, "absent")), None),
     "abort_uploads": (lambda s, f, _: s.abort_uploads(f), 0),
 }
-HOLDS = {  # what the store holds in the folder afterwards
+HOLDS = {  # contents of the folder afterwards
     "write": {"new": b"new"},
     "write_parts": {"new": DATA},
     "upload": {"new": DATA[:5]},
@@ -140,7 +140,7 @@ CONCERNS = {"quota_403": WRITES, "quota_413": WRITES, "quota_507": WRITES, "full
 CONCERNS |= dict.fromkeys(
     ("endless_empty_listing", "endless_folders", "listing_in_html", "listing_of_nothing"), LISTS | {"exists_folder"}
 )
-# Deviations that one operation cannot do without.
+# Operations that may fail because they need what the quirk removes.
 MAY_FAIL = {("no_etag", "write_parts"), ("no_etag", "create_parts")}
 
 
@@ -349,7 +349,7 @@ def test_damaged_responses_raise_storage_errors_only(quirky, tmp_path: Path):
 
 @pytest.fixture
 def web(shared_store: QuirkyStore, clock: Clock) -> str:
-    """A folder of a web server, which fsspec reaches by http://."""
+    """Serve a folder over HTTP, as fsspec reads it by http:// URLs."""
     shared_store.reset("none")
     shared_store.objects = {("bucket", "folder/a.tar"): DATA}
     return f"{shared_store.endpoint}/bucket/folder"

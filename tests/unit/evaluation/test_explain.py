@@ -45,7 +45,7 @@ def found(model: Model) -> Explanation:
 def test_heat_of_each_word_is_a_distribution_over_patches(model: Model, found: Explanation) -> None:
     assert [word.word for word in found.words] == TEXT.split()
     rows, columns = (side // model.config.patch_size for side in found.picture.shape[:2])
-    assert columns == (3 if model.config.kind == "vilt" else 2), "ViLT keeps the picture's shape"
+    assert columns == (3 if model.config.kind == "vilt" else 2), "ViLT keeps the aspect ratio"
     for word in found.words:
         assert word.heat.shape == (rows, columns)
         assert word.heat.min() >= 0

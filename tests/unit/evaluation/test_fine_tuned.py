@@ -80,7 +80,7 @@ def test_top_1_and_top_5_of_classes(tmp_path: Path) -> None:
     assert evaluate_classification(Colourist({"classes": 4}, wrong=True), source).top1 == 0.0
 
 
-def test_nlvr2_accuracy_counts_true_and_false_alike(tmp_path: Path) -> None:
+def test_nlvr2_accuracy_counts_true_and_false_equally(tmp_path: Path) -> None:
     """The colourist predicts "true" where the first image is red, whatever the sentence: correct half of the time."""
     found = evaluate_nlvr2(Colourist({}), source_of(tmp_path, "statements", "nlvr2"))
     assert found.statements == 60
@@ -114,7 +114,7 @@ def test_evaluation_reports_the_objective_of_the_stage(
     assert f"eval/test/{objective}_{'accuracy' if objective == 'vqa' else 'top1'}" in found.metrics()
 
 
-def test_source_type_without_a_trained_objective_is_refused(tmp_path: Path) -> None:
+def test_source_type_without_a_trained_objective_is_rejected(tmp_path: Path) -> None:
     config = run_config(tmp_path, "questions", "vqa", 1, num_answers=6)
     other = run_config(tmp_path, "labelled", "classification", 1, num_classes=4)
     config = config.model_copy(update={"sources": {**config.sources, "other": other.sources["test"]}})

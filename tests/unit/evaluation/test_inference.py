@@ -38,7 +38,7 @@ def image(held_out: EvalPairs) -> np.ndarray:
 
 @pytest.fixture
 def run(tmp_path: Path, model: VLMo, tokenizer: Tokenizer, config: RunConfig, storage: Storage) -> Path:
-    """A run's folder with the weights of its last stage."""
+    """Return the folder of a run with the weights of its last stage."""
     stored = config.model_dump(mode="json") | {"output": str(tmp_path), "name": "tiny"}
     metadata = {"config": stored, "stage": "vision_language", "step": 4, "absent": []}
     folder = tmp_path / "tiny"
@@ -134,14 +134,14 @@ def test_impossible_prediction_names_the_inputs_needed(trained: TrainedModel, im
         (lambda m, image: m.encode_images([image[..., 0]]), ConfigError, "expected .height, width, 3. uint8"),
     ],
 )
-def test_unusable_inputs_are_refused_with_the_remedy(
+def test_unusable_inputs_are_rejected_with_the_remedy(
     trained: TrainedModel, image: np.ndarray, call: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         call(trained, image)
 
 
-def test_stage_without_predictions_is_refused(trained: TrainedModel, config: RunConfig, image: np.ndarray) -> None:
+def test_stage_without_predictions_is_rejected(trained: TrainedModel, config: RunConfig, image: np.ndarray) -> None:
     vision = TrainedModel(trained.model, trained.tokenizer, config, config.stages[0], {})
     with pytest.raises(ConfigError, match="objectives without predictions: mim"):
         vision.predict([image])
@@ -149,6 +149,6 @@ def test_stage_without_predictions_is_refused(trained: TrainedModel, config: Run
         vision.encode_images([image])
 
 
-def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
+def test_folder_without_weights_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no finished stage"):
         load_model(tmp_path)

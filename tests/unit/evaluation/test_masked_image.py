@@ -32,7 +32,7 @@ class Knowing(nn.Module):
         return nn.functional.one_hot(mean_colour_targets(image, positions, 8), 512).float()
 
 
-def test_true_pixels_restore_the_picture(held_out: EvalPairs) -> None:
+def test_true_pixels_restore_the_image(held_out: EvalPairs) -> None:
     found = reconstruct(Knowing("pixels"), held_out.images[:], held_out.keys, 8, 0.4, "pixels", batch=5)
     assert (found.filled.int() - held_out.images[:].int()).abs().max() <= 1
     assert found.error < 0.005 < found.error_without_model

@@ -21,7 +21,7 @@ from pipeline.models.forward import ForwardInput
 from pipeline.models.vlmo import VLMo
 
 
-def test_masked_places_hold_mask_and_labels_restore_the_caption(held_out: EvalPairs, tokenizer: Tokenizer) -> None:
+def test_masked_positions_are_mask_tokens_with_original_labels(held_out: EvalPairs, tokenizer: Tokenizer) -> None:
     masked = mask_captions(held_out, MaskingConfig(), tokenizer)
     for tokens, row, positions, labels in zip(
         held_out.tokens, masked.rows, masked.positions, masked.labels, strict=True

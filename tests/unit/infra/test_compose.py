@@ -103,7 +103,7 @@ def test_dependencies_exist_and_have_a_health_check() -> None:
             if how["condition"] == "service_healthy":
                 assert "healthcheck" in found[other]
             if how["condition"] == "service_completed_successfully":
-                assert found[other]["restart"] == "on-failure", f"{other} would be started for ever"
+                assert found[other]["restart"] == "on-failure", f"{other} would be restarted forever"
 
 
 def test_volumes_are_declared_and_mounted_files_exist() -> None:

@@ -136,7 +136,7 @@ def test_a_local_store_refuses_a_used_port(moto_store: Store) -> None:
     assert "not-made" not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
 
 
-def test_a_local_store_without_the_environment_says_so(tmp_path: Path) -> None:
+def test_local_store_without_the_environment_is_reported(tmp_path: Path) -> None:
     (tmp_path / "infra").mkdir()
     script = shutil.copy(INFRA / "local_s3.sh", tmp_path / "infra" / "local_s3.sh")
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)

@@ -173,4 +173,4 @@ def test_temporary_files_are_in_a_private_folder(tmp_path: Path, monkeypatch: py
     os.rmdir(folder)
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", folder)
-    assert private_folder("mome-ray-train") != folder, "somebody's link was followed"
+    assert private_folder("mome-ray-train") != folder, "a foreign symbolic link was followed"

@@ -192,7 +192,7 @@ def test_server_that_is_not_a_dashboard_is_detected(answer: Answer) -> None:
 
 
 @pytest.mark.parametrize(("port", "told"), [(6379, "cluster.address"), (10001, "ray://"), (8265, "tunnel")])
-def test_refused_connection_names_the_dashboard_port(port: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_connection_names_the_dashboard_port(port: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ConnectionRefusedError("refused")
 

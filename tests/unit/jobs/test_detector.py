@@ -154,7 +154,7 @@ def test_folder_without_a_detector_is_named(tmp_path: Path) -> None:
         Detector(tmp_path, torch.device("cpu"))
 
 
-def test_image_refused_by_the_detector_is_a_bad_sample(tmp_path: Path, picture: np.ndarray) -> None:
+def test_image_rejected_by_the_detector_is_a_bad_sample(tmp_path: Path, picture: np.ndarray) -> None:
     detector = Detector(save("yolos", tmp_path), torch.device("cpu"))
 
     def refuse(**_: object) -> None:

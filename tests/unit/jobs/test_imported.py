@@ -522,7 +522,7 @@ def test_names_and_numbers_of_no_use_leave_nothing(name: str, wrong: Any, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "vocab.txt", "MANIFEST.json", "answers.json"])
-def test_an_import_takes_the_place_of_no_file(name: str, tmp_path: Path) -> None:
+def test_import_replaces_no_file(name: str, tmp_path: Path) -> None:
     case = CASES["BERT, bare"]
     path = publish(case.make(), case, tmp_path / "published", "folder")
     (tmp_path / "out").mkdir()
@@ -537,7 +537,7 @@ def test_an_import_takes_the_place_of_no_file(name: str, tmp_path: Path) -> None
     assert (tmp_path / "published" / "vocab.txt").exists()
 
 
-def test_labels_of_statements_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
+def test_swapped_statement_labels_are_rejected(tmp_path: Path) -> None:
     case = CASES["ViLT of Hugging Face, NLVR2"]
     path = publish(case.make(), case, tmp_path / "published", "folder")
     config = tmp_path / "published" / "config.json"

@@ -51,7 +51,7 @@ def test_batch_without_masks_has_zero_loss_and_gradient() -> None:
     assert (logits.grad == 0).all()
 
 
-def test_right_answers_are_counted() -> None:
+def test_correct_predictions_are_counted() -> None:
     _, labels = prediction()
     perfect = F.one_hot(labels.clamp(min=0), VOCABULARY).float()
     assert correct_count(perfect, labels) == masked_count(labels)

@@ -259,7 +259,7 @@ def test_existing_and_new_sqlite_files_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "begins", [b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n", b""]
 )
-def test_a_slowly_dripping_server_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch, begins: bytes) -> None:
+def test_slowly_sending_server_times_out(monkeypatch: pytest.MonkeyPatch, begins: bytes) -> None:
     monkeypatch.setattr(mlflow_server, "ANSWER_SECONDS", 0.2)
     over = threading.Event()
 

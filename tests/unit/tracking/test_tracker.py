@@ -255,7 +255,7 @@ def test_an_unreachable_server_prevents_the_start(tmp_path: Path) -> None:
     check_server(config_of(tmp_path, uri=address, required=False))
 
 
-def test_a_silent_server_is_given_up_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tracking.mlflow_server.ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.perf_counter()

@@ -159,12 +159,12 @@ def test_heads_of_a_stage_follow_its_image_target() -> None:
         ("vit", "classification", {"num_classes": None}, "num_classes: required"),
     ],
 )
-def test_unsupported_stage_is_refused(kind: str, objective: str, keys: dict[str, Any], fault: str) -> None:
+def test_unsupported_stage_is_rejected(kind: str, objective: str, keys: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         check_stages(run_config(kind, objective, **keys))
 
 
-def test_invalid_section_is_refused() -> None:
+def test_invalid_section_is_rejected() -> None:
     with pytest.raises(ConfigError, match="exceeds 1"):
         run_config("vit", masking={"mask_token_prob": 0.8, "random_patch_prob": 0.3})
     with pytest.raises(ConfigError, match="multiple of heads 7"):

@@ -62,9 +62,9 @@ def test_launcher_can_query_whether_it_owns_the_run(tmp_path: Path, monkeypatch:
     config = short_config(str(tmp_path))
     command = [str(DEMO), f"output={tmp_path}", "name=run"]
     monkeypatch.setenv(CLAIM_VARIABLE, "slurm-17-0")
-    assert main(command) == 0, "it has not begun"
+    assert main(command) == 0, "the launcher has not started yet"
     take(config.folder, "of a run before it")
-    assert main(command) == 0, "it has not begun, and may take the run up"
+    assert main(command) == 0, "the launcher has not started yet and may take the run"
     take(config.folder)
     assert main(command) == 0
     take(config.folder, "of a start after it")

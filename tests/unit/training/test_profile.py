@@ -49,6 +49,6 @@ def test_window_cut_by_the_end_of_the_stage_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["5", "5:5", "7:5", "a:b"])
-def test_malformed_window_is_refused(text: str) -> None:
+def test_malformed_window_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="expected A:B"):
         ProfileWindow.parse(text)

@@ -80,7 +80,7 @@ def test_engine_access_pattern_fetches_little_more_than_it_reads(monkeypatch: py
     assert fetched < 1.2 * 4 * read
 
 
-def test_changed_file_is_refused(state: SavedState, tmp_path: Path) -> None:
+def test_changed_file_is_rejected(state: SavedState, tmp_path: Path) -> None:
     state._blocks._blocks.clear()
     data = (tmp_path / "rank-0").read_bytes()
     Storage().write(str(tmp_path / "rank-0"), data + b"\0")

@@ -113,7 +113,7 @@ def test_missing_inputs_are_reported_per_question(tmp_path: Path) -> None:
         read_annotations(file, "vqa", Problems(), Options(annotations=(file,)))
 
 
-def test_empty_list_of_answers_is_refused_with_remedy(tmp_path: Path) -> None:
+def test_empty_list_of_answers_is_rejected_with_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pass --min-count below the published 9"):
         read_annotations(vqa_files(tmp_path), "vqa", Problems(), Options())
 

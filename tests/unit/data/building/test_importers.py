@@ -167,7 +167,7 @@ def test_coco_captions_are_grouped_by_image(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
-def test_malformed_coco_files_are_refused_by_name(tmp_path, content):
+def test_malformed_coco_files_are_rejected_by_name(tmp_path, content):
     file = write_lines(tmp_path / "captions.json", content)
     with pytest.raises(DataError, match=r"captions\.json(:| is not).*(COCO|JSON|none of its images)"):
         list(coco_samples(file, Problems()))

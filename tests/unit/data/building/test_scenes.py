@@ -191,7 +191,7 @@ def test_interrupted_drawing_restarts(tmp_path):
     assert load_manifest(Storage(), cut.shards).digest == load_manifest(Storage(), whole.shards).digest
 
 
-def test_scenes_of_another_config_are_refused_by_name(tmp_path):
+def test_scenes_of_another_config_are_rejected_by_name(tmp_path):
     build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=16)})
     with pytest.raises(DataError, match=r"'scenes'.*another configuration"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", image_size=24)})
@@ -205,7 +205,7 @@ def test_foreign_tars_are_never_replaced(tmp_path):
     assert (tmp_path / "mine" / "000000.tar").read_bytes() == b"precious"
 
 
-def test_excluding_an_unknown_source_is_refused(tmp_path):
+def test_excluding_an_unknown_source_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="'nothing' is not a synthetic source"):
         build_synthetic(Storage(), {"scenes": source(tmp_path, "scenes", exclude="nothing")})
     circle = {name: source(tmp_path, name, exclude=other) for name, other in (("a", "b"), ("b", "a"))}

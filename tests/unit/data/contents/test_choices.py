@@ -26,7 +26,7 @@ def test_choices_round_trip_and_number_listed_names_only() -> None:
     [(b"{}", "expected a JSON list"), (b"[]", "expected a JSON list"), (b"[1]", "expected a JSON list"),
      (b'["a", "a"]', "'a' is listed more than once"), (b"no", "is not JSON")],
 )  # fmt: skip
-def test_malformed_choices_are_refused_with_their_location(content: bytes, told: str) -> None:
+def test_malformed_choices_are_rejected_with_their_location(content: bytes, told: str) -> None:
     with pytest.raises(ConfigError, match=f"there.*{told}"):
         Choices.from_bytes(content, "there")
 

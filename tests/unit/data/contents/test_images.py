@@ -68,7 +68,7 @@ LOSSLESS = [
 
 
 @pytest.mark.parametrize(("kind", "options"), LOSSLESS)
-def test_lossless_images_come_back_exactly(kind, options):
+def test_lossless_images_round_trip_exactly(kind, options):
     image = picture()
     found = decode(encoded(image, kind, **options), LIMIT)
     assert psnr(found, image) > (40 if kind == "AVIF" else 90)
@@ -203,7 +203,7 @@ def chunk(name: bytes, data: bytes, is_intact: bool = True) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
 
-def test_bombs_are_refused_from_the_header():
+def test_bombs_are_rejected_from_the_header():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 9_000, 9_000, 8, 2, 0, 0, 0))
     png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"never read")
     with pytest.raises(BadSample, match="bomb"):
@@ -222,7 +222,7 @@ def test_images_of_extreme_shape_are_bad(kind, height, width):
 def test_large_images_are_converted_in_bounded_memory():
     """At the default limit of 25 million pixels, one RGBA copy of the image takes 100 MB in Pillow."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("peaks of memory are told by Linux alone")
+        pytest.skip("peak memory is only available on Linux")
     code = """
 import io
 from PIL import Image

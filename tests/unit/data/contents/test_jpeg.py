@@ -202,7 +202,7 @@ def test_odd_jpegs_are_rotated_too(orientation):
         assert (measure(odd).height, measure(odd).width) == (height, width)
 
 
-def test_jpegs_of_hundreds_of_scans_are_refused():
+def test_jpegs_of_hundreds_of_scans_are_rejected():
     data = saved(Image.fromarray(picture()).convert("L"), progressive=True)
     scans = [each for each in jpeg.segments(data) if each.marker == 0xDA]
     again = data[scans[0].start - 4 : scans[0].stop]
@@ -213,7 +213,7 @@ def test_jpegs_of_hundreds_of_scans_are_refused():
         decode(many, LIMIT)
 
 
-def test_extra_scans_of_sequential_jpegs_are_refused():
+def test_extra_scans_of_sequential_jpegs_are_rejected():
     """The first scan contains all components, so that decoders read no other one and fail on the surplus."""
     data = saved(picture())
     (scan,) = [each for each in jpeg.segments(data) if each.marker == 0xDA]

@@ -64,6 +64,6 @@ def test_samples_with_executable_members_are_bad(extension: str):
     check_members({"jpg": b"", "json": b"", "npz": b""}, is_duplicate=False)
 
 
-def test_duplicate_keys_are_refused():
+def test_duplicate_keys_are_rejected():
     with pytest.raises(BadSample, match=r"occurs twice"):
         check_members({"jpg": b""}, is_duplicate=True)

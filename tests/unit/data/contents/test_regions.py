@@ -152,7 +152,7 @@ def test_non_npz_bytes_are_a_bad_sample(data: bytes) -> None:
         parse_regions(data)
 
 
-def test_npz_bombs_are_refused_before_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npz_bombs_are_rejected_before_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regions, "MAX_BYTES", 100_000)
     bomb = packed(compressed=True, features=np.zeros((5, 8000), np.float32))
     assert len(bomb) < 5000
@@ -187,7 +187,7 @@ def test_wrong_sizes_in_the_zip_are_detected() -> None:
         parse_regions(bytes(data))
 
 
-def test_unusual_zip_compression_is_refused() -> None:
+def test_unusual_zip_compression_is_rejected() -> None:
     buffer = io.BytesIO(packed())
     with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_LZMA) as new:
         for entry in old.infolist():

@@ -113,7 +113,7 @@ def test_pickled_tokenizer_is_the_same(tokenizer):
         ("", "does not contain [PAD]"),
     ],
 )
-def test_malformed_vocabularies_are_refused_by_name(tmp_path, content, told):
+def test_malformed_vocabularies_are_rejected_by_name(tmp_path, content, told):
     file = tmp_path / "vocab.txt"
     file.write_text(content)
     with pytest.raises(DataError, match=r"vocab\.txt") as error:
@@ -121,7 +121,7 @@ def test_malformed_vocabularies_are_refused_by_name(tmp_path, content, told):
     assert told in str(error.value)
 
 
-def test_training_without_captions_is_refused():
+def test_training_without_captions_is_rejected():
     with pytest.raises(DataError, match="no caption"):
         Tokenizer.train(["", "  "], 100)
 

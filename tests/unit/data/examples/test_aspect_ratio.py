@@ -273,6 +273,6 @@ def test_both_images_of_a_statement_keep_their_shape(tmp_path: Path, make_tar, t
         ({"objectives": {"wpa": {}, "itm": {"every": 2}}}, "set the same `every` for both"),
     ],
 )
-def test_square_only_objectives_are_refused(folder: str, stage: dict, told: str) -> None:
+def test_square_only_objectives_are_rejected(folder: str, stage: dict, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check_objectives(run_config(folder, **stage))

@@ -82,7 +82,7 @@ def test_every_operation_keeps_shape_type_and_input(name, sign):
     assert (image == before).all()
 
 
-def test_each_operation_does_what_its_magnitude_says():
+def test_each_operation_has_the_effect_of_its_magnitude():
     image = picture()
     assert (OPERATIONS["Identity"](image, 0.7, 1) == image).all()
     assert (OPERATIONS["Brightness"](image, 0.7, 1) == brightness(image, 1.36)).all()

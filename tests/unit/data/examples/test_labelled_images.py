@@ -93,7 +93,7 @@ def test_images_have_their_class_and_bad_ones_are_replaced(folder: str, tokenize
     assert "its class is 4; expected 0 to 3" in reasons["11"]
 
 
-def test_shard_check_finds_what_training_would(folder: str) -> None:
+def test_shard_check_finds_the_bad_samples_of_training(folder: str) -> None:
     findings = [bad for report in check_shards(Storage(), folder, "labelled", 10**7, 1) for bad in report.bad]
     assert {finding.key[-2:] for finding in findings} == {
         "03",
@@ -103,7 +103,7 @@ def test_shard_check_finds_what_training_would(folder: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"-1", b"1.5", b"", b"\xc2\xb2", b"1 2"])
-def test_malformed_class_numbers_are_refused(text: bytes) -> None:
+def test_malformed_class_numbers_are_rejected(text: bytes) -> None:
     with pytest.raises(BadSample, match="label"):
         class_of({"cls": text})
     assert class_of({"cls": b" 12\n"}) == 12

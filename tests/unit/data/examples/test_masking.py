@@ -55,7 +55,7 @@ def test_labels_are_the_original_tokens(tokenizer):
         assert masked.ids.dtype == masked.positions.dtype == masked.labels.dtype == np.int64
 
 
-def test_trap_05_all_tokens_of_a_word_are_replaced_alike(tokenizer):
+def test_trap_05_all_tokens_of_a_word_are_replaced_equally(tokenizer):
     tokens = tokenizer.encode(CAPTIONS[2], 40)
     words, before = np.array(tokens.word_of), np.array(tokens.ids)
     for masked in masked_many(tokenizer, tokens, probability=0.5):

@@ -319,7 +319,7 @@ def test_too_many_bad_samples_stop_the_run(spoiled, tokenizer):
             next(batches)  # the hundredth sample is in the tenth batch
 
 
-def test_source_of_bad_samples_only_is_refused(make_pairs, tokenizer):
+def test_source_of_bad_samples_only_is_rejected(make_pairs, tokenizer):
     folder = make_pairs("bad", [12], {(0, n): {"jpg": b"\xff\xd8 no picture", "txt": b"thing"} for n in range(12)})
     index_shards(Storage(), folder)
     with pytest.raises(DataError, match=r"source 'one': .* is bad .*and so were 16 candidates"):
@@ -413,7 +413,7 @@ def test_images_are_not_flipped_if_a_caption_names_a_side(
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-def test_cache_smaller_than_open_windows_is_refused(s3, folders, tokenizer, tmp_path: Path):
+def test_cache_smaller_than_open_windows_is_rejected(s3, folders, tokenizer, tmp_path: Path):
     storage, url = Storage(s3.config), s3.url("one")
     for file in sorted(Path(folders["one"]).iterdir()):
         storage.upload(file, f"{url}/{file.name}")

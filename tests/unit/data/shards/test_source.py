@@ -277,7 +277,7 @@ def test_saved_counts_of_version_1_are_ignored(decomposed: str, tmp_path: Path):
 
 
 def keys_read(source: Source) -> list[list[str]]:
-    """The keys of every slot of each shard, through the loader's own reader."""
+    """Return the keys of every slot of each shard, read through the loader's own reader."""
     reader = SampleReader(Storage(), {"pairs": source})
     try:
         return [

@@ -40,7 +40,7 @@ def header(
     link: bytes = b"",
     signed: bool = False,
 ) -> bytes:
-    """A ustar header with a right checksum, whatever its fields say."""
+    """Return a ustar header with a correct checksum, whatever its fields contain."""
     block = bytearray(512)
     block[: len(name)] = name
     block[100:124] = b"0000644\0" + b"0000000\0" * 2
@@ -152,7 +152,7 @@ def test_signed_checksums_are_accepted() -> None:
 
 
 def written(*entries: tuple[str, bytes, str], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of (name, type, link target or content)."""
+    """Return a tar of (name, type, link target or content)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
         for name, kind, text in entries:

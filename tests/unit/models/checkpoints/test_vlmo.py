@@ -48,7 +48,7 @@ def test_masked_image_head_is_left_out() -> None:
     )
 
 
-def test_a_language_stage_checkpoint_lacks_whole_parts_only() -> None:
+def test_language_stage_checkpoint_lacks_only_whole_modules() -> None:
     published = to_published(build_model(CONFIG, vocabulary=11).state_dict(), CONFIG)
     stage = {n: t for n, t in published.items() if "_vl" not in n and not n.startswith(("itc", "itm", "logit"))}
     ours = from_published(stage, CONFIG)
