@@ -20,7 +20,7 @@ PREFIX = f"since step {STEPS + 1 + CONSECUTIVE}: image-text matching is right fo
 
 
 class Trouble(Callback):
-    """Makes the head call every pair matched, the temperature reach its clamp, and rank 1's forward slow."""
+    """Callback that makes ITM predict "matched" always, the temperature reach its clamp, and rank 1's forward slow."""
 
     def on_model_built(self, model: Any) -> None:
         with torch.no_grad():

@@ -16,7 +16,7 @@ STEP = 2
 
 
 class Spoiler(Callback):
-    """Makes rank 1 produce non-finite values in step `STEP`, and compares the weights before and after."""
+    """Callback that makes rank 1 produce non-finite values in step `STEP` and compares the weights before and after."""
 
     def __init__(self, kind: str):
         self._kind = kind

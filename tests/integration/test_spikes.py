@@ -15,7 +15,7 @@ SPIKE = {"factor": 3.0, "window": 2, "skip": 1, "max_rollbacks": 2}
 
 
 class Killed(Exception):
-    """Represents the end of the process: the package must not catch it."""
+    """Simulated end of the process, which the package must not catch."""
 
 
 def _batches(folder: str, name: str, killed_at: int | None = None, planted: tuple[int, ...] = (SPIKED,)) -> list[int]:

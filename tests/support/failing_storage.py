@@ -102,7 +102,7 @@ def every_fault(calls: Iterable[Call], *, lasting: bool | None = None) -> Iterat
 
 
 class Injector:
-    """Counts calls and decides which of them fails."""
+    """Counter of calls that decides which of them fail."""
 
     def __init__(self, fault: Fault | None = None):
         self.fault = fault

@@ -84,7 +84,7 @@ def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
 
 
 class BeforeStep(Callback):
-    """Calls `act(state)` before the forward over the batch `step` of any stage."""
+    """Callback that calls `act(state)` before the forward over the batch `step` of any stage."""
 
     def __init__(self, step: int, act: Callable[[Any], object]):
         self._step, self._act = step, act

@@ -91,7 +91,7 @@ class Trial:
 
     @property
     def floor(self) -> float | None:
-        """Loss of a model that has learnt only the label frequencies, or None if unknown."""
+        """Return the loss of a model that has learnt only the label frequencies, or None if unknown."""
         if self.cell.objective != "itm":
             return None
         return COLLAPSED_1_TO_2 if self.cell.keys["negatives"] == "hard" else COLLAPSED_1_TO_1

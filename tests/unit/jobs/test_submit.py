@@ -34,7 +34,7 @@ def test_job_id_depends_only_on_the_config() -> None:
         ({"another": "FAILED"}, "run"),
     ],
 )
-def test_only_a_failed_job_is_submitted_under_a_new_id(states: dict[str, str], expected: str) -> None:
+def test_only_a_failed_or_stopped_job_gets_a_new_id(states: dict[str, str], expected: str) -> None:
     assert next_attempt(states, "run") == expected
 
 

@@ -42,7 +42,7 @@ def whole() -> dict[tuple[str, str], torch.Tensor]:
 
 @pytest.fixture
 def state(tmp_path: Path, whole: dict[tuple[str, str], torch.Tensor]) -> SavedState:
-    """Parameters split across three ranks' files."""
+    """Return parameters split across three ranks' files."""
     storage, files = Counting(), {}
     for rank in range(RANKS):
         parts = {}

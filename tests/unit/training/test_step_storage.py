@@ -20,13 +20,13 @@ from tests.support.short_run import STEPS, BeforeStep, NoUploader, losses, short
 
 
 class StepGuard(Callback):
-    """Make storage calls of this thread raise between the first and the last step of a stage.
+    """Callback that makes storage calls of this thread raise between the first and the last step of a stage.
 
     Evaluation is exempt: it reads its input, as a step does, and `guards.evaluate_seconds` allows for it.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.calls = 0  # of other threads, between steps
+        self.calls = 0  # calls by other threads between steps
         self._is_stepping = False
         self._thread = threading.get_ident()
         do, evaluate = Storage._do, EvaluationCallback.evaluate
