@@ -119,4 +119,4 @@ def test_run_with_a_hung_rank_ends_with_all_stacks(tmp_path: Path) -> None:
         assert "not reached by rank(s) 1" in text
         assert "of step 3 for" in text
     assert "_sleeping" in told[1] or "act" in told[1] or "lambda" in told[1]
-    assert "steps.py" in told[0]
+    assert "step.py" in told[0]
