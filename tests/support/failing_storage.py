@@ -38,8 +38,8 @@ from unittest import mock
 
 from pipeline.config.errors import StorageError
 from pipeline.config.schema import StorageConfig
-from pipeline.data.storage import Storage
-from pipeline.data.storage.backends import Backend, PartReader
+from pipeline.data.storage import PartReader, Storage
+from pipeline.data.storage.backends import LocalBackend as Backend
 
 T = TypeVar("T")
 Kind = Literal["read", "look", "list", "write", "upload", "delete", "abandon"]
@@ -161,11 +161,8 @@ class FailingStorage(Storage):
         """Let all calls from now on succeed."""
         self._injector.fault = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"fault": self._injector.fault}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["fault"], state["config"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FailingStorage, (self._injector.fault, self.config)
 
     def _do(self, url: str, action: str, call: Callable[[Backend, str], T]) -> T:
         return self._injector.do(Storage._do, self, url, action, call)
@@ -192,7 +189,7 @@ class _Halfway:
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None  # these calls cannot stop halfway: no effect
 
-    def write_parts(self, path: str, size: int, part: PartReader) -> None:
+    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> None:
         for start in range(0, size // 2, 2**20):
             part(start, min(start + 2**20, size))
 

@@ -52,14 +52,11 @@ class Disk:
             digest.update(f"{name}\0{self.writers[name]}\0{len(self.objects[name])}\0".encode() + self.objects[name])
         return digest.digest()
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> bytes:
         try:
-            return self.objects[path]
+            return self.objects[path][start:stop]
         except KeyError:
             raise FileNotFoundError(errno.ENOENT, "not there", path) from None
-
-    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
-        return self.read(path)[start:stop]
 
     def info(self, path: str) -> ObjectInfo:
         data = self.read(path)
@@ -72,17 +69,12 @@ class Disk:
         names = [name.removeprefix(f"{path}/") for name in self.objects if name.startswith(f"{path}/")]
         return {n.partition("/")[0]: None if "/" in n else self.info(f"{path}/{n}") for n in names}
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
+        if create and path in self.objects:
+            return False
         self._touch(path)
-        self.objects[path], self.writers[path] = data, self.who
-
-    def write_parts(self, path: str, size: int, part: PartReader) -> None:
-        self.write(path, part(0, size))
-
-    def create_parts(self, path: str, size: int, part: PartReader) -> None:
-        if path in self.objects:
-            raise FileExistsError(errno.EEXIST, "there already", path)
-        self.write_parts(path, size, part)
+        self.objects[path], self.writers[path] = part(0, size), self.who
+        return True
 
     def abort_uploads(self, path: str, chosen: Callable[[str], bool]) -> int:
         return 0

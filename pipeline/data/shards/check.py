@@ -23,7 +23,6 @@ from pipeline.data.contents.images import decode
 from pipeline.data.contents.members import captions_of, check_members, class_of, image_bytes
 from pipeline.data.contents.questions import both_images, question_of, statement_of
 from pipeline.data.contents.regions import regions_of
-from pipeline.data.parallel import Progress
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.shards.index import SIDECAR, IndexBuilder, ShardIndex
 from pipeline.data.shards.manifest import (
@@ -36,7 +35,7 @@ from pipeline.data.shards.manifest import (
     shard_names,
 )
 from pipeline.data.shards.tar import TarSample, open_tar
-from pipeline.data.storage import NotFound, Storage, join
+from pipeline.data.storage import NotFound, Progress, Storage, join
 
 SHARD = "shard"  # the stage of a finding that breaks the whole shard
 

@@ -31,10 +31,9 @@ import numpy as np
 
 from pipeline.config.errors import ConfigError, DataError, StorageError
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.shards.index import SIDECAR, ShardFacts, ShardIndex, index_walk, sidecar_facts
 from pipeline.data.shards.tar import BLOCK, open_tar, unpack_remedy
-from pipeline.data.storage import NotFound, ObjectInfo, Storage, join, split
+from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_parallel, join, split
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,10 @@ import numpy as np
 from pipeline.config.errors import ConfigError, DataError
 from pipeline.config.schema import FilterConfig, RunConfig, SourceConfig
 from pipeline.config.urls import file_name_of
-from pipeline.data.parallel import Progress, in_parallel
 from pipeline.data.randomness import hash64_array
 from pipeline.data.shards.index import ShardIndex, normal_url, text_hash
 from pipeline.data.shards.manifest import Manifest, check_present, load_index, load_manifest
-from pipeline.data.storage import NotFound, ObjectInfo, Storage, join
+from pipeline.data.storage import NotFound, ObjectInfo, Progress, Storage, in_parallel, join
 
 log = logging.getLogger(__name__)
 

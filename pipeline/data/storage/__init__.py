@@ -7,6 +7,16 @@ URL and the remedy.
 
 from pipeline.data.storage.backends import ObjectInfo, PartReader
 from pipeline.data.storage.errors import NotFound, ObjectChanged
-from pipeline.data.storage.storage import Storage, join, split
+from pipeline.data.storage.storage import Progress, Storage, in_parallel, join, split
 
-__all__ = ["NotFound", "ObjectChanged", "ObjectInfo", "PartReader", "Storage", "join", "split"]
+__all__ = [
+    "NotFound",
+    "ObjectChanged",
+    "ObjectInfo",
+    "PartReader",
+    "Progress",
+    "Storage",
+    "in_parallel",
+    "join",
+    "split",
+]

@@ -1,4 +1,8 @@
-"""Storage backends: the protocol, the local file system, and any other store through fsspec."""
+"""Storage backends for the local file system, and for any other store through fsspec.
+
+A backend offers the operations of `LocalBackend` with the store's own paths, and raises the failures of
+`storage.errors`. If `retries` is set, it retries each of its requests, so that `Storage` need not repeat the operation.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pipeline.config.durable import atomic_write, is_temporary
 from pipeline.config.errors import StorageError
@@ -19,6 +23,7 @@ from pipeline.data.storage.errors import ObjectTooShort, PermanentError, Precond
 T = TypeVar("T")
 _COPY_BYTES = 16 * 2**20
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_PIPE = ("it is a pipe, not a file", "Pass the path of a file.")
 
 
 @dataclass(frozen=True)
@@ -33,33 +38,11 @@ class ObjectInfo:
 PartReader = Callable[[int, int], bytes]
 
 
-class Backend(Protocol):
-    """Operations on one kind of store, with the store's own paths. Failures are those of `storage.errors`."""
-
-    retries: bool  # True if the backend retries each of its requests, so that `Storage` need not repeat the operation
-
-    def read(self, path: str) -> bytes: ...
-    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes: ...  # complete, or an error
-    def info(self, path: str) -> ObjectInfo: ...
-    def is_folder(self, path: str) -> bool: ...
-    def entries(self, path: str) -> dict[str, ObjectInfo | None]: ...  # None for a folder
-    def write(self, path: str, data: bytes) -> None: ...
-    def write_parts(self, path: str, size: int, part: PartReader) -> None: ...
-    def create_parts(self, path: str, size: int, part: PartReader) -> None: ...  # or FileExistsError
-    def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int: ...  # names relative to the folder
-    def upload(self, local: str, path: str) -> None: ...
-    def delete(self, path: str) -> None: ...
-
-
 def open_file(path: str) -> BinaryIO:
     """Open a file for reading. A pipe is refused unless the shell made it (`<(…)`), because opening it would block."""
     if stat.S_ISFIFO(os.stat(path).st_mode) and not path.startswith(("/dev/", "/proc/")):
-        raise _pipe_error()
+        raise PermanentError(*_PIPE)
     return open(path, "rb")
-
-
-def _pipe_error() -> PermanentError:
-    return PermanentError("it is a pipe, not a file", "Pass the path of a file.")
 
 
 class LocalBackend:
@@ -67,16 +50,16 @@ class LocalBackend:
 
     retries = False
 
-    def read(self, path: str) -> bytes:
-        with open_file(path) as file:
-            return file.read()
-
-    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
+    def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
+        """Return all of the bytes [start, stop), or with `stop` None the whole object, of the version `etag`."""
+        if stop is None:
+            with open_file(path) as file:
+                return file.read()
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would block
         try:
             status = os.fstat(descriptor)
             if stat.S_ISFIFO(status.st_mode):
-                raise _pipe_error()
+                raise PermanentError(*_PIPE)
             info = _stat_info(status)
             if etag is not None and info.etag != etag:
                 raise PreconditionFailed()
@@ -92,6 +75,7 @@ class LocalBackend:
             os.close(descriptor)
 
     def info(self, path: str) -> ObjectInfo:
+        """Return size and tag of an object; raise FileNotFoundError or IsADirectoryError for anything else."""
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, "is a folder, not a file")
         return _stat_info(os.stat(path))
@@ -100,6 +84,7 @@ class LocalBackend:
         return os.path.isdir(path)
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
+        """Return the objects directly in a folder, and its folders (None), by name; {} if it does not exist."""
         entries: dict[str, ObjectInfo | None] = {}
         with suppress(FileNotFoundError), os.scandir(path) as items:
             for item in items:
@@ -108,46 +93,47 @@ class LocalBackend:
                         entries[item.name] = None if item.is_dir() else _stat_info(item.stat())
         return entries
 
-    def write(self, path: str, data: bytes) -> None:
-        with atomic_write(path) as file:
-            file.write(data)
+    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
+        """Write an object from `part`. With `create`, write nothing and return False if it exists."""
 
-    def write_parts(
-        self, path: str, size: int, part: PartReader, place: Callable[[str, str], None] | None = None
-    ) -> None:
-        with atomic_write(path, place) as file:
-            for start in range(0, size, _COPY_BYTES):
-                file.write(part(start, min(start + _COPY_BYTES, size)))
+        def link(temporary: str, path: str) -> None:
+            """Rename `temporary` to `path`. Raise FileExistsError if `path` exists."""
+            try:
+                os.link(temporary, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if os.path.lexists(path):  # not atomic on a file system without hard links
+                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
+                os.replace(temporary, path)
+            else:
+                os.unlink(temporary)
 
-    def create_parts(self, path: str, size: int, part: PartReader) -> None:
-        self.write_parts(path, size, part, _link)
+        try:
+            with atomic_write(path, link if create else None) as file:
+                for start in range(0, size, _COPY_BYTES):
+                    file.write(part(start, min(start + _COPY_BYTES, size)))
+        except FileExistsError:
+            if not create:
+                raise
+            return False
+        return True
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
+        """Abort the unfinished uploads of objects in a folder whose name there satisfies `match`; return the number."""
         return 0  # partial files are stored in the folder itself
 
     def upload(self, local: str, path: str) -> None:
+        """Copy a file of this machine to an object."""
         with open(local, "rb") as source, atomic_write(path) as target:
             shutil.copyfileobj(source, target, _COPY_BYTES)
 
     def delete(self, path: str) -> None:
+        """Delete an object, or a folder with all that it contains, if it exists."""
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         else:
             Path(path).unlink(missing_ok=True)
-
-
-def _link(temporary: str, path: str) -> None:
-    """Rename `temporary` to `path`. Raise FileExistsError if `path` exists."""
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if os.path.lexists(path):  # not atomic on a file system without hard links
-            raise FileExistsError(errno.EEXIST, "exists already", path) from error
-        os.replace(temporary, path)
-    else:
-        os.unlink(temporary)
 
 
 def _stat_info(status: os.stat_result) -> ObjectInfo:
@@ -173,11 +159,10 @@ class FsspecBackend:
                 f"Install the fsspec package for '{protocol}' and its dependencies, or use a local path or s3://."
             ) from error
 
-    def read(self, path: str) -> bytes:
-        return self._call(lambda: self._fs.cat_file(path))
-
-    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
-        data: bytes = self._call(lambda: self._fs.cat_file(path, start=start, end=stop))
+    def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
+        if stop is None:
+            return self._call(self._fs.cat_file, path)
+        data: bytes = self._call(self._fs.cat_file, path, start=start, end=stop)
         if len(data) != stop - start:
             if (size := self.info(path).size) < stop:
                 raise ObjectTooShort(size, start, stop)
@@ -187,53 +172,53 @@ class FsspecBackend:
         return data
 
     def info(self, path: str) -> ObjectInfo:
-        info = self._call(lambda: self._fs.info(path))
+        info = self._call(self._fs.info, path)
         if info["type"] == "directory":
             raise FileNotFoundError(errno.ENOENT, "is a folder, not a file")
         if not isinstance(info.get("size"), int):
             raise PermanentError("the store does not report the object's size", "Copy it to a local folder or s3://.")
-        return self._object_info(info)
+        return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
 
     def is_folder(self, path: str) -> bool:
-        return self._call(lambda: self._fs.isdir(path))
+        return self._call(self._fs.isdir, path)
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
         try:
-            items = self._call(lambda: self._fs.ls(path, detail=True))
+            items = self._call(self._fs.ls, path, detail=True)
         except FileNotFoundError:
             return {}
-        by_name = {item["name"].rstrip("/").rpartition("/")[2]: item for item in items}
-        return {name: None if i["type"] == "directory" else self._object_info(i) for name, i in by_name.items()}
+        entries: dict[str, ObjectInfo | None] = {}
+        for item in items:
+            name = item["name"].rstrip("/").rpartition("/")[2]
+            if item["type"] == "directory":
+                entries[name] = None
+            elif isinstance(item.get("size"), int):
+                entries[name] = ObjectInfo(item["size"], item.get("etag") or item.get("ETag"))
+            else:  # listings of web servers have no sizes
+                entries[name] = self.info(item["name"])
+        return entries
 
-    def write(self, path: str, data: bytes) -> None:
-        self._call(lambda: self._fs.pipe_file(path, data))
-
-    def write_parts(self, path: str, size: int, part: PartReader) -> None:
-        self.write(path, part(0, size))  # in one piece: fsspec cannot abort an upload of which a part failed
-
-    def create_parts(self, path: str, size: int, part: PartReader) -> None:
-        if self._call(lambda: self._fs.exists(path)):  # not atomic: fsspec has no conditional writes
-            raise FileExistsError(errno.EEXIST, "exists already", path)
-        self.write_parts(path, size, part)
+    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
+        if create and self._call(self._fs.exists, path):  # not atomic: fsspec has no conditional writes
+            return False
+        # In one piece: fsspec cannot abort an upload of which a part failed.
+        self._call(self._fs.pipe_file, path, part(0, size))
+        return True
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         return 0  # fsspec does not list them
 
     def upload(self, local: str, path: str) -> None:
-        self._call(lambda: self._fs.put_file(local, path))
+        self._call(self._fs.put_file, local, path)
 
     def delete(self, path: str) -> None:
-        if self._call(lambda: self._fs.exists(path)):
-            self._call(lambda: self._fs.rm(path, recursive=True))
+        if self._call(self._fs.exists, path):
+            self._call(self._fs.rm, path, recursive=True)
 
-    def _object_info(self, info: dict[str, Any]) -> ObjectInfo:
-        if not isinstance(info.get("size"), int):  # listings of web servers have no sizes
-            return self.info(info["name"])
-        return ObjectInfo(info["size"], info.get("etag") or info.get("ETag"))
-
-    def _call(self, call: Callable[[], T]) -> T:
+    def _call(self, operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call an operation of the file system; turn its exceptions into those of `storage.errors`."""
         try:
-            return call()
+            return operation(*arguments, **options)
         except (OSError, TypeError, AssertionError):
             raise  # a standard error already, or a bug
         except NotImplementedError as error:

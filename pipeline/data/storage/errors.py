@@ -18,10 +18,6 @@ class ObjectChanged(StorageError):
     """The object's ETag is no longer the expected one."""
 
 
-class AlreadyExists(StorageError):
-    """An object to be created exists already."""
-
-
 class NoSpace(StorageError):
     """The file system or the user's quota is full."""
 
@@ -68,10 +64,6 @@ class NoCredentials(PermissionError):
 class RetryTimeout(Exception):
     """Transient failures outlasted the retry timeout; the cause is the last of them."""
 
-    def __init__(self, attempts: int, seconds: float):
-        super().__init__(f"{attempts} attempts in {seconds:.0f} s")
-        self.attempts, self.seconds = attempts, seconds
-
 
 _PERMANENT = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _PERMANENT_ERRNO = {errno.EINVAL, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSYS}
@@ -102,51 +94,46 @@ def explain(url: str, action: str, error: BaseException, endpoint: str | None) -
     if isinstance(error, RetryTimeout) and error.__cause__ is not None:
         retries = f" Gave up after {error}."
         error = error.__cause__
-    reason = _reason(url, error, f" at {endpoint}" if endpoint and url.startswith("s3") else "")
-    return reason and reason[0](f"{url}: {action} failed: {reason[1]}{retries}")
-
-
-def _reason(url: str, error: BaseException, where: str) -> tuple[type[StorageError], str] | None:
+    where = f" at {endpoint}" if endpoint and url.startswith("s3") else ""
+    kind: type[StorageError] = StorageError
     match error:
         case MomeError():  # already a message for the user
             return None
         case PreconditionFailed():
-            return (
-                ObjectChanged,
-                "the object was replaced while it was in use. Do not change what a run reads.",
-            )
+            kind = ObjectChanged
+            reason = "the object was replaced while it was in use. Do not change what a run reads."
         case EOFError():
-            return StorageError, f"the object is too short: {error}. It was truncated or replaced; write it again."
+            reason = f"the object is too short: {error}. It was truncated or replaced; write it again."
         case BucketNotFound():
-            bucket = parse(url)[1].partition("/")[0]
-            return NotFound, f"bucket '{bucket}' does not exist{where}. Create it, or correct the URL."
+            kind, bucket = NotFound, parse(url)[1].partition("/")[0]
+            reason = f"bucket '{bucket}' does not exist{where}. Create it, or correct the URL."
         case FileNotFoundError() | NotADirectoryError():
-            return NotFound, f"it does not exist{where}. Check the URL."
+            kind, reason = NotFound, f"it does not exist{where}. Check the URL."
         case NoCredentials():
-            hint = (
-                "Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
-                "for a public bucket, storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES."
+            reason = (
+                f"no credentials{where} ({error}). Set storage.key and storage.secret, or AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY; for a public bucket, storage.anonymous: true or AWS_NO_SIGN_REQUEST=YES."
             )
-            return StorageError, f"no credentials{where} ({error}). {hint}"
         case PermissionError():
-            return StorageError, f"access was denied{where} ({error}). Check the credentials and permissions."
+            reason = f"access was denied{where} ({error}). Check the credentials and permissions."
         case ConnectionFailed():
             hint = "Check storage.endpoint_url, and that the store is running."
-            return StorageError, f"the store did not answer{where} ({error}). {hint}"
+            reason = f"the store did not answer{where} ({error}). {hint}"
         case IsADirectoryError():
-            return StorageError, "it is a folder, not a file. Pass the URL of a file in it."
+            reason = "it is a folder, not a file. Pass the URL of a file in it."
         case UnicodeError():
-            return StorageError, "its name has characters that no file or object name can have. Rename it."
+            reason = "its name has characters that no file or object name can have. Rename it."
         case ssl.SSLError() if not is_broken_tls(error):
-            return StorageError, f"{type(error).__name__}: {error}{where}. {TLS_HINT}"
-        case FileExistsError():
-            return AlreadyExists, "it exists already."
+            reason = f"{type(error).__name__}: {error}{where}. {TLS_HINT}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return NoSpace, f"no space left ({error.strerror}). Free some space, or choose another output."
+            kind = NoSpace
+            reason = f"no space left ({error.strerror}). Free some space, or choose another output."
         case PermanentError():
-            return StorageError, f"{error}{where}. {error.hint}"
+            reason = f"{error}{where}. {error.hint}"
         case TransientError():
-            return StorageError, f"{error}{where}. Check the URL, and that the store is healthy."
+            reason = f"{error}{where}. Check the URL, and that the store is healthy."
         case OSError():
-            return StorageError, f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."
-    return None
+            reason = f"{type(error).__name__}: {error}. Check the URL, and that it can be reached."
+        case _:
+            return None
+    return kind(f"{url}: {action} failed: {reason}{retries}")

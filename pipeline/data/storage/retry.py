@@ -67,7 +67,7 @@ class RetryBudget:
         remaining = self._remaining()
         elapsed = self._policy.timeout - remaining
         if remaining <= 0:
-            raise RetryTimeout(self._attempts, elapsed) from error
+            raise RetryTimeout(f"{self._attempts} attempts in {elapsed:.0f} s") from error
         now = time.monotonic()
         if elapsed > _WARN_AFTER and now - self._policy.last_warning >= _WARN_AFTER:
             self._policy.last_warning = now

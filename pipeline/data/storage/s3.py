@@ -58,6 +58,10 @@ _READ_TIMEOUT = 30.0  # seconds without a byte after which a connection is dropp
 _CONNECT_TIMEOUT = 10.0
 _MAX_CONNECTIONS = 64
 _MAX_EMPTY_PAGES = 10_000  # consecutive pages of a listing without an object
+_LISTINGS = {  # operation -> the list in a page, and the parameters that continue it, which a page gives as Next…
+    "list_objects_v2": ("Contents", ("ContinuationToken",)),
+    "list_multipart_uploads": ("Uploads", ("KeyMarker", "UploadIdMarker")),
+}
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 # Transient errors with a status below 500: throttling, a request body cut in transit, a conflict.
 _TRANSIENT = {408, 409, 429, "RequestTimeout", "SlowDown", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
@@ -96,105 +100,86 @@ class S3Backend:
         self._no_batch_delete = False  # set when the store refuses to delete many objects in one request
         self._is_http = False  # set when the endpoint has answered in HTTP
 
-    def read(self, path: str) -> bytes:
-        return ranged_get(lambda *what: self._get(path, *what), _url(path), 0, None, None, self._policy)
-
-    def read_range(self, path: str, start: int, stop: int, etag: str | None) -> bytes:
-        return ranged_get(lambda *what: self._get(path, *what), _url(path), start, stop, etag, self._policy)
+    def read(self, path: str, start: int, stop: int | None, etag: str | None) -> bytes:
+        return ranged_get(lambda *what: self._get(path, *what), f"s3://{path}", start, stop, etag, self._policy)
 
     def info(self, path: str) -> ObjectInfo:
-        return self._policy(_url(path), lambda: self._head(_bucket_key(path)))
+        return self._policy(f"s3://{path}", lambda: self._head(_bucket_key(path)))
 
     def is_folder(self, path: str) -> bool:
-        bucket, prefix = _bucket_prefix(path)
-        return any(_objects(page, prefix) for page in self._pages(1, Bucket=bucket, Prefix=prefix))
+        return any(page["Contents"] for page in self._pages("list_objects_v2", path, MaxKeys=1))
 
     def entries(self, path: str) -> dict[str, ObjectInfo | None]:
-        bucket, prefix = _bucket_prefix(path)
+        prefix = _bucket_prefix(path)[1]
         entries: dict[str, ObjectInfo | None] = {}
-        for page in self._pages(Bucket=bucket, Prefix=prefix, Delimiter="/"):
+        for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE, Delimiter="/"):
             for folder in page.get("CommonPrefixes", []):
                 entries[_require(folder, "Prefix")[len(prefix) :].rstrip("/")] = None
-            for item in _objects(page, prefix):
+            for item in page["Contents"]:
                 name, _, deeper = item["Key"][len(prefix) :].partition("/")
                 entries[name] = None if deeper else ObjectInfo(_require(item, "Size"), _etag(item))
         entries.pop("", None)  # the folder's own marker object
         return entries
 
-    def write(self, path: str, data: bytes) -> None:
-        self.write_parts(path, len(data), lambda start, stop: data[start:stop])
-
-    def write_parts(self, path: str, size: int, part: PartReader) -> None:
-        self._put(path, size, part, {})
-
-    def create_parts(self, path: str, size: int, part: PartReader) -> None:
+    def write(self, path: str, size: int, part: PartReader, create: bool = False) -> bool:
+        if not create:
+            self._put(path, size, part, {})
+            return True
         try:
             self._put(path, size, part, {"IfNoneMatch": "*"})
         except PreconditionFailed:
-            raise FileExistsError(errno.EEXIST, "exists already") from None
+            return False
         except _Unsupported:  # a store without conditional writes: check, then write
             with suppress(FileNotFoundError):
                 self.info(path)
-                raise FileExistsError(errno.EEXIST, "exists already") from None
+                return False
             self._put(path, size, part, {})
+        return True
 
     def upload(self, local: str, path: str) -> None:
         with open(local, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            self.write_parts(path, size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
+            self.write(path, size, lambda start, stop: os.pread(file.fileno(), stop - start, start))
 
     def abort_uploads(self, path: str, match: Callable[[str], bool]) -> int:
         bucket, prefix = _bucket_prefix(path)
-        query: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
-        count = empty_pages = 0
-        while True:
-            page = self._request("list_multipart_uploads", **query)
-            empty_pages = 0 if page.get("Uploads") else empty_pages + 1
-            for item in page.get("Uploads", []):
-                upload = {"Key": _require(item, "Key"), "UploadId": _require(item, "UploadId")}
-                if upload["Key"].startswith(prefix) and match(upload["Key"][len(prefix) :]):
+        count = 0
+        for page in self._pages("list_multipart_uploads", path):
+            for item in page["Uploads"]:
+                if match(item["Key"][len(prefix) :]):
+                    upload = {"Key": item["Key"], "UploadId": _require(item, "UploadId")}
                     with suppress(FileNotFoundError):  # completed or aborted since the listing
                         self._request("abort_multipart_upload", Bucket=bucket, **upload)
                         count += 1
-            if not page.get("IsTruncated"):
-                return count
-            markers = {"KeyMarker": _require(page, "NextKeyMarker")}
-            markers["UploadIdMarker"] = _require(page, "NextUploadIdMarker")
-            if markers.items() <= query.items() or empty_pages > _MAX_EMPTY_PAGES:
-                raise _missing("a next page")
-            query |= markers
+        return count
 
     def delete(self, path: str) -> None:
         bucket, prefix = _bucket_prefix(path)
         keys = [prefix.rstrip("/")] if prefix else []
-        for page in self._pages(Bucket=bucket, Prefix=prefix):
-            keys += [item["Key"] for item in _objects(page, prefix)]
-        for first in range(0, len(keys), PAGE_SIZE):
-            self._delete(bucket, keys[first : first + PAGE_SIZE])
+        for page in self._pages("list_objects_v2", path, MaxKeys=PAGE_SIZE):
+            keys += [item["Key"] for item in page["Contents"]]
 
-    def _delete(self, bucket: str, keys: list[str]) -> None:
-        """Delete objects in one request, or in one request per object if the store refuses that."""
-        remaining = set(keys)
-        if len(keys) > 1 and not self._no_batch_delete:
-            objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-            try:
-                response = self._request("delete_objects", Bucket=bucket, Delete=objects)
-                remaining &= {error.get("Key", "") for error in response.get("Errors", [])}
-            except (PermanentError, PermissionError, FileNotFoundError) as error:
-                if isinstance(error, (BucketNotFound, NoCredentials)):
-                    raise
-                self._no_batch_delete = True
-
-        def delete(key: str) -> None:
+        def delete_one(key: str) -> None:
             with suppress(FileNotFoundError):  # some stores report a missing object
                 self._request("delete_object", Bucket=bucket, Key=key)
 
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            list(pool.map(delete, sorted(remaining)))
+        for first in range(0, len(keys), PAGE_SIZE):
+            remaining = set(keys[first : first + PAGE_SIZE])
+            if len(remaining) > 1 and not self._no_batch_delete:
+                objects = {"Objects": [{"Key": key} for key in sorted(remaining)], "Quiet": True}
+                try:
+                    response = self._request("delete_objects", Bucket=bucket, Delete=objects)
+                    remaining &= {error.get("Key", "") for error in response.get("Errors", [])}
+                except (PermanentError, PermissionError, FileNotFoundError) as error:
+                    if isinstance(error, (BucketNotFound, NoCredentials)):
+                        raise
+                    self._no_batch_delete = True
+            with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+                list(pool.map(delete_one, sorted(remaining)))
 
     def _request(self, operation: str, **query: Any) -> dict[str, Any]:
         """Return the response to one request, with retries."""
-        url = _url("/".join(filter(None, [query["Bucket"], query.get("Key") or query.get("Prefix")])))
+        url = "/".join(filter(None, ["s3:/", query["Bucket"], query.get("Key") or query.get("Prefix")]))
         return self._policy(url, lambda: self._request_once(operation, **query))
 
     def _request_once(self, operation: str, **query: Any) -> dict[str, Any]:
@@ -210,20 +195,25 @@ class S3Backend:
         self._is_http = True
         return response
 
-    def _pages(self, page_size: int = PAGE_SIZE, **query: Any) -> Iterator[dict[str, Any]]:
-        visited: set[str] = set()  # tokens, and the first object of each page, to detect a listing that never ends
+    def _pages(self, operation: str, path: str, **query: Any) -> Iterator[dict[str, Any]]:
+        """Yield the pages of a folder's listing, without the items that a store which ignores the prefix adds."""
+        bucket, prefix = _bucket_prefix(path)
+        items, markers = _LISTINGS[operation]
+        visited: set[str] = set()  # markers, and the first item of each page, to detect a listing that never ends
         empty_pages = 0
         while True:
-            page = self._request("list_objects_v2", MaxKeys=page_size, **query)
-            yield page
+            page = self._request(operation, Bucket=bucket, Prefix=prefix, **query)
+            listed = page.get(items, [])
+            yield page | {items: [item for item in listed if _require(item, "Key").startswith(prefix)]}
             if not page.get("IsTruncated"):
                 return
-            token = query["ContinuationToken"] = _require(page, "NextContinuationToken")
-            first = [f"object {item.get('Key')}" for item in page.get("Contents", [])[:1]]
-            empty_pages = 0 if first else empty_pages + 1
-            if not visited.isdisjoint([f"token {token}", *first]) or empty_pages > _MAX_EMPTY_PAGES:
+            query |= {marker: _require(page, f"Next{marker}") for marker in markers}
+            place = [f"markers {[query[marker] for marker in markers]}"]
+            place += [f"item {item['Key']} {item.get('UploadId')}" for item in listed[:1]]
+            empty_pages = 0 if listed else empty_pages + 1
+            if not visited.isdisjoint(place) or empty_pages > _MAX_EMPTY_PAGES:
                 raise _missing("a next page")
-            visited.update([f"token {token}", *first])
+            visited.update(place)
 
     def _head(self, query: dict[str, Any]) -> ObjectInfo:
         """Return size and ETag from a HEAD request; from a listing if the response has no Content-Length."""
@@ -239,6 +229,7 @@ class S3Backend:
     def _get(self, path: str, start: int, stop: int | None, etag: str | None) -> RangeResponse:
         """Request the bytes [start, stop) of an object. Raise for a response with other bytes or another version."""
         query = _bucket_key(path)
+        is_whole = stop is None
         condition = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         if etag is not None:
             condition["IfMatch"] = f'"{etag}"'
@@ -251,39 +242,36 @@ class S3Backend:
             if stop is not None and info.size < stop:
                 raise ObjectTooShort(info.size, start, stop) from error
             raise TransientError(str(error)) from error
+        received, length = _etag(response), response.get("ContentLength")
+        has_range, skip = "ContentRange" in response, 0
+        content_range = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
         try:
-            received = _etag(response)
             if etag is not None and received not in (etag, None):
                 raise PreconditionFailed()  # a store that ignores If-Match
-            if etag is not None and received is None and stop is not None and "ContentRange" not in response:
+            if etag is not None and received is None and stop is not None and not has_range:
                 raise TransientError(f"the response has neither an ETag nor the range {start} to {stop}")
-            skip, length = self._extent(query, response, start, stop)
+            if content_range is not None:
+                first, last, size = map(int, content_range.groups())
+                if stop is None:
+                    raise TransientError(f"bytes {first} to {last + 1} arrived for the whole object")
+                if size < stop:
+                    raise ObjectTooShort(size, start, stop)
+                if (first, last + 1) != (start, stop) or length not in (stop - start, None):
+                    labelled = f"{length} bytes labelled {first} to {last + 1}"
+                    raise TransientError(f"{labelled} arrived for bytes {start} to {stop}")
+            elif response["ResponseMetadata"]["HTTPStatusCode"] == 206:
+                raise TransientError(f"{length} bytes of no stated range arrived for bytes {start} to {stop}")
+            else:  # the whole object: as requested, or from a store that does not serve ranges
+                size, skip = self._head(query).size if length is None else length, start
+                if stop is not None and size < stop:
+                    raise ObjectTooShort(size, start, stop)
+                stop = size if stop is None else stop
         except BaseException:
             response["Body"].close()
             raise
-        ends = "ContentLength" not in response and (stop is None or "ContentRange" in response)
-        return RangeResponse(start + length, received, _pieces(response["Body"], skip, length, ends))
-
-    def _extent(self, query: dict[str, Any], response: dict[str, Any], start: int, stop: int | None) -> tuple[int, int]:
-        """Return how many bytes of a response precede the requested ones, and the number of those."""
-        length = response.get("ContentLength")
-        content_range = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
-        if content_range is None and response["ResponseMetadata"]["HTTPStatusCode"] == 206:
-            raise TransientError(f"{length} bytes of no stated range arrived for bytes {start} to {stop}")
-        if content_range is None:  # the whole object: as requested, or from a store that does not serve ranges
-            if length is None:
-                length = self._head(query).size
-            if stop is not None and length < stop:
-                raise ObjectTooShort(length, start, stop)
-            return start, (length if stop is None else stop) - start
-        first, last, size = map(int, content_range.groups())
-        if stop is None:
-            raise TransientError(f"bytes {first} to {last + 1} arrived for the whole object")
-        if size < stop:
-            raise ObjectTooShort(size, start, stop)
-        if (first, last + 1) != (start, stop) or length not in (stop - start, None):
-            raise TransientError(f"{length} bytes labelled {first} to {last + 1} arrived for bytes {start} to {stop}")
-        return 0, stop - start
+        # Without a stated length, a body that should end with the requested bytes may be longer.
+        ends = length is None and (has_range or is_whole)
+        return RangeResponse(stop, received, _pieces(response["Body"], skip, stop - start, ends))
 
     def _put(self, path: str, size: int, part: PartReader, condition: dict[str, str]) -> None:
         if size <= PART_BYTES:
@@ -313,7 +301,7 @@ class S3Backend:
         try:
             with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
                 parts = list(pool.map(send, range(1, -(-size // length) + 1)))
-            self._policy(_url(path), complete)
+            self._policy(f"s3://{path}", complete)
         except BaseException:
             with suppress(Exception):
                 self._request_once("abort_multipart_upload", **upload)
@@ -330,7 +318,7 @@ class S3Backend:
             if info.etag == f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}":
                 return info.size == size
         ranges = [(start, min(start + length, size)) for start in range(0, size, length)]
-        return info.size == size and all(self.read_range(path, *r, info.etag) == part(*r) for r in ranges)
+        return info.size == size and all(self.read(path, *r, info.etag) == part(*r) for r in ranges)
 
 
 class _OutOfRange(Exception):
@@ -451,11 +439,6 @@ def _pieces(body: Any, skip: int, length: int, ends: bool) -> Generator[bytes, N
             raise TransientError(f"{type(error).__name__}: {error}") from error
 
 
-def _objects(page: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
-    """Return the objects of a page of a listing; a store that ignores `prefix` must not widen a deletion."""
-    return [item for item in page.get("Contents", []) if _require(item, "Key").startswith(prefix)]
-
-
 def _require(response: dict[str, Any], name: str) -> Any:
     if response.get(name) is None:
         raise _missing(name)
@@ -473,6 +456,9 @@ def _etag(response: dict[str, Any]) -> str | None:
 def _translate(error: Exception, message: str, is_http: bool) -> Exception:
     """Return the `storage.errors` equivalent of a botocore error; `is_http`: the endpoint has answered in HTTP."""
     inner = getattr(error, "kwargs", {}).get("error")
+    first_line = inner.args[-1] if isinstance(inner, urllib3.exceptions.ProtocolError) and inner.args else None
+    # The first bytes from the port were not HTTP but TLS, SSH or a database's protocol.
+    is_other_protocol = isinstance(first_line, BadStatusLine) and not isinstance(first_line, RemoteDisconnected)
     named = f"{type(error).__name__}: {message}"
     match error:
         case botocore_errors.ClientError():
@@ -485,7 +471,7 @@ def _translate(error: Exception, message: str, is_http: bool) -> Exception:
             return TransientError(named) if is_broken_tls(error) else PermanentError(named, TLS_HINT)
         case RecursionError():
             return PermanentError("the store's redirects form a loop", _ENDPOINT_HINT)
-        case botocore_errors.ConnectionClosedError() if not is_http and _is_other_protocol(inner):
+        case botocore_errors.ConnectionClosedError() if is_other_protocol and not is_http:
             return PermanentError("the endpoint does not answer in HTTP", _ENDPOINT_HINT)
         case botocore_errors.HTTPClientError() if "Invalid header value" in str(error):
             return PermanentError("a key, token or region has a line break or another control character", _KEYS_HINT)
@@ -506,12 +492,6 @@ def _translate(error: Exception, message: str, is_http: bool) -> Exception:
     return PermanentError(named)
 
 
-def _is_other_protocol(error: object) -> bool:
-    """Return True if the first bytes from a port were not HTTP but TLS, SSH or a database's protocol."""
-    inner = error.args[-1] if isinstance(error, urllib3.exceptions.ProtocolError) and error.args else None
-    return isinstance(inner, BadStatusLine) and not isinstance(inner, RemoteDisconnected)
-
-
 def _translate_response(error: botocore_errors.ClientError, message: str) -> Exception:
     body = error.response.get("Error", {})
     code = str(body.get("Code", ""))
@@ -527,12 +507,12 @@ def _translate_response(error: botocore_errors.ClientError, message: str) -> Exc
         return _OutOfRange(message)
     if status in _REDIRECTS:
         return _redirect_error(status, headers)
-    if {status, code} & _TRANSIENT:
-        return TransientError(message, _retry_after(headers))
-    if status == 507 or (status < 500 and _NO_SPACE.search(f"{code} {body.get('Message')}")):
+    is_full = status == 507 or (status < 500 and _NO_SPACE.search(f"{code} {body.get('Message')}"))
+    is_failing = not 300 <= status < 500 and not {status, code} & _PERMANENT
+    if {status, code} & _TRANSIENT or (is_failing and not is_full):
+        return TransientError(message, max(0.0, _seconds_until(headers.get("retry-after", "")) or 0.0))
+    if is_full:
         return OSError(errno.EDQUOT, message)
-    if not 300 <= status < 500 and not {status, code} & _PERMANENT:
-        return TransientError(message, _retry_after(headers))
     if status == 403 and code in ("", "403", "AccessDenied", "SignatureDoesNotMatch") and "date" in headers:
         seconds = _seconds_until(headers["date"])
         if seconds is not None and abs(seconds) > _MAX_CLOCK_SKEW:
@@ -544,23 +524,13 @@ def _translate_response(error: botocore_errors.ClientError, message: str) -> Exc
     return (_Unsupported if status in (400, 405, 501) or code == "NotImplemented" else PermanentError)(message)
 
 
-def _retry_after(headers: dict[str, str]) -> float:
-    """Return the seconds of a Retry-After header, given as a number or a date; 0 without one."""
-    value = headers.get("retry-after", "").strip()
-    if value.isascii() and value.isdigit():
-        return float(value)
-    return max(0.0, _seconds_until(value) or 0.0)
-
-
-def _seconds_until(date: str) -> float | None:
-    """Return the seconds from now to an HTTP date, negative if it has passed; None for anything else."""
+def _seconds_until(text: str) -> float | None:
+    """Return the seconds that a header gives as a number, or from now to a date (may be negative); None for others."""
+    if text.isascii() and text.strip().isdigit():
+        return float(text)
     with suppress(ValueError, TypeError, OverflowError):
-        return parsedate_to_datetime(date).timestamp() - time()
+        return parsedate_to_datetime(text).timestamp() - time()
     return None
-
-
-def _url(path: str) -> str:
-    return f"s3://{path}"
 
 
 def _bucket_key(path: str) -> dict[str, Any]:

@@ -6,18 +6,26 @@ import io
 import os
 import shutil
 import threading
-from collections.abc import Callable
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 from pipeline.config.durable import atomic_write
 from pipeline.config.schema import StorageConfig
 from pipeline.config.urls import is_local, parse
-from pipeline.data.storage.backends import Backend, FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
-from pipeline.data.storage.errors import AlreadyExists, explain
+from pipeline.data.storage.backends import FsspecBackend, LocalBackend, ObjectInfo, PartReader, open_file
+from pipeline.data.storage.errors import explain
 from pipeline.data.storage.retry import RetryPolicy
 
+if TYPE_CHECKING:
+    from pipeline.data.storage.s3 import S3Backend
+
+    Backend: TypeAlias = LocalBackend | FsspecBackend | S3Backend  # all have the operations of LocalBackend
+
 T = TypeVar("T")
+Progress = Callable[[int, int, str], None]  # (calls done, total, name of the last)
 _BUFFER_BYTES = 16 * 2**20
+_REMOTE_CALLS = 16  # in flight
 
 
 class Storage:
@@ -31,21 +39,18 @@ class Storage:
         self.config = config
         self._reset()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["config"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config,)
 
     def read(self, url: str) -> bytes:
         """Return the whole object."""
-        return self._do(url, "reading", lambda backend, path: backend.read(path))
+        return self._do(url, "reading", lambda backend, path: backend.read(path, 0, None, None))
 
     def read_range(self, url: str, start: int, stop: int, etag: str | None = None) -> bytes:
         """Return exactly the bytes [start, stop). Raise ObjectChanged if `etag` is not the object's."""
         if stop <= start:
             return b""
-        return self._do(url, "reading", lambda backend, path: backend.read_range(path, start, stop, etag))
+        return self._do(url, "reading", lambda backend, path: backend.read(path, start, stop, etag))
 
     def open(self, url: str) -> BinaryIO:
         """Open the object as a stream that is read forward in large pieces and fails if the object changes."""
@@ -80,7 +85,7 @@ class Storage:
 
     def write(self, url: str, data: bytes) -> None:
         """Write an object atomically: readers see the old content or the new."""
-        self._do(url, "writing", lambda backend, path: backend.write(path, data))
+        self._do(url, "writing", lambda backend, path: backend.write(path, len(data), lambda a, b: data[a:b]))
 
     def write_parts(self, url: str, size: int, part: PartReader) -> None:
         """Write `size` bytes, read as ranges from `part(start, stop)`, atomically.
@@ -88,7 +93,7 @@ class Storage:
         S3 uploads several parts at once, retries each on its own, and holds only those in memory. An exception of
         `part` ends the upload, and nothing is written.
         """
-        self._do(url, "writing", lambda backend, path: backend.write_parts(path, size, part))
+        self._do(url, "writing", lambda backend, path: backend.write(path, size, part))
 
     def create(self, url: str, data: bytes) -> bool:
         """Write an object unless it exists; return True if it was written.
@@ -101,11 +106,7 @@ class Storage:
 
     def create_parts(self, url: str, size: int, part: PartReader) -> bool:
         """Do as `create` with `size` bytes read as ranges from `part(start, stop)` (see `write_parts`)."""
-        try:
-            self._do(url, "writing", lambda backend, path: backend.create_parts(path, size, part))
-        except AlreadyExists:
-            return False
-        return True
+        return self._do(url, "writing", lambda backend, path: backend.write(path, size, part, create=True))
 
     def abort_uploads(self, url: str, match: Callable[[str], bool] = lambda name: True) -> int:
         """Abort incomplete multipart uploads in a folder, and return their number. Only S3 keeps such uploads.
@@ -138,22 +139,19 @@ class Storage:
             raise failure from error
 
     def _backend(self, url: str) -> tuple[Backend, str]:
+        """Return the backend of a URL, made on first use in this process, and the path there."""
         protocol, path = parse(url)
         if self._process != os.getpid():
             self._reset()
         with self._lock:
             if protocol not in self._backends:
-                self._backends[protocol] = self._make_backend(protocol)
+                if protocol == "s3":
+                    from pipeline.data.storage.s3 import S3Backend  # botocore, which a local run does not need
+
+                    self._backends[protocol] = S3Backend(self.config, self._policy)
+                else:
+                    self._backends[protocol] = LocalBackend() if protocol == "file" else FsspecBackend(protocol)
             return self._backends[protocol], path
-
-    def _make_backend(self, protocol: str) -> Backend:
-        if protocol == "file":
-            return LocalBackend()
-        if protocol != "s3":
-            return FsspecBackend(protocol)
-        from pipeline.data.storage.s3 import S3Backend  # botocore, which a local run does not need
-
-        return S3Backend(self.config, self._policy)
 
     def _reset(self) -> None:
         """Drop connections and the lock, which after a fork may be held by a thread that does not exist here."""
@@ -174,17 +172,14 @@ class _RemoteStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._read_to(min(self._position + len(buffer), self._info.size))
+        start, self._position = self._position, min(self._position + len(buffer), self._info.size)
+        data = self._storage.read_range(self._url, start, self._position, self._info.etag)
         buffer[: len(data)] = data
         return len(data)
 
-    def readall(self) -> bytes:
-        return self._read_to(self._info.size)  # the base class would read 8 KiB at a time
-
-    def _read_to(self, stop: int) -> bytes:
-        data = self._storage.read_range(self._url, self._position, stop, self._info.etag)
-        self._position = stop
-        return data
+    def readall(self) -> bytes:  # the base class would read 8 KiB at a time
+        start, self._position = self._position, self._info.size
+        return self._storage.read_range(self._url, start, self._position, self._info.etag)
 
 
 def join(url: str, *parts: str) -> str:
@@ -196,3 +191,19 @@ def split(url: str) -> tuple[str, str]:
     """Return the folder of a URL and the name in it."""
     folder, _, name = url.rstrip("/").rpartition("/")
     return (folder or ("/" if url.startswith("/") else ".")), name
+
+
+def in_parallel(call: Callable[[str], T], names: Iterable[str], url: str) -> Iterator[tuple[str, T]]:
+    """Yield (name, result) of each call in order of completion, from a thread pool sized for the storage of `url`.
+
+    The first error is raised, and no further call is started.
+    """
+    # Local calls do not wait: more threads than cores would only contend.
+    threads = os.cpu_count() or 1 if is_local(url) else _REMOTE_CALLS
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="shards")
+    try:
+        calls: dict[Future[T], str] = {pool.submit(call, name): name for name in names}
+        for done in as_completed(calls):
+            yield calls.pop(done), done.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
