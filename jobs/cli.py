@@ -101,13 +101,19 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of CONFIG, or resume the run. Without an address, a local Ray is started."""
-    from jobs.train import run_and_evaluate, run_preflight
+    from jobs.distributed import preflight_on_ray
+    from jobs.train import run_and_evaluate
     from pipeline.config.load import load_config
     from pipeline.training.profile import ProfileWindow
 
     extra = [] if profile is None else [ProfileWindow.parse(profile).override]
     settings = load_config(config, [*(overrides or []), *extra])
-    print_result(run_preflight(settings) if preflight else run_and_evaluate(settings), as_json)
+    if preflight:
+        with status("checking on every rank"):
+            result = preflight_on_ray(settings)
+    else:
+        result = run_and_evaluate(settings)
+    print_result(result, as_json)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joining or starting it, running a function on its ranks, and the room it has for ranks."""
+"""The Ray cluster of a run: join or start it, run a function on its ranks, compare nodes with what ranks request."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jobs.dashboard import token_file
-from jobs.resources import rank_resources, ranks_on_node
 from pipeline.config.background import in_background
 from pipeline.config.errors import ConfigError, RunFailed
+from pipeline.config.load import validate, with_absolute_paths
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.tracking.locations import absolute_uri, configured_uri
 
 if TYPE_CHECKING:
     from jobs.placement import Placement
@@ -31,18 +33,25 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 HEAD_SECONDS = 15.0  # limit for a head to answer a health check
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-NO_PROXY = (("grpc.enable_http_proxy", 0),)
+OTHER_PORTS = {8265: "the dashboard, for mome submit", 10001: "ray:// clients"}
 CHECK_SECONDS = 1.0
 ADVICE = ("Refer to the documentation", "Consider provisioning")
 HEALTH_SECONDS = 100.0  # a rank that is silent for this long is lost; Ray's default is ten minutes
 COUNT_SECONDS = 5.0
 DISABLED_SECONDS = 1e9
+LOADER_AMOUNT = 0.001  # of `cluster.loader_resource` per loader actor; CPUs limit the number of actors per node
+KEYS = {"CPU": "cluster.cpus_per_worker", "GPU": "cluster.gpus_per_worker"}
+
+Resources = Mapping[str, float]
+
+
+# ---- joining or starting a cluster
 
 
 def connect(cluster: ClusterConfig) -> None:
     """Join the configured cluster, or start a local one.
 
-    Raises ConfigError if Ray is not installed, RunFailed if no cluster answers.
+    Raises ConfigError if Ray is not installed, RunFailed within seconds if no cluster answers.
     """
     try:
         import ray
@@ -60,10 +69,19 @@ def connect(cluster: ClusterConfig) -> None:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with _own_signal_handlers():
-        if address := address_of(cluster):
-            _join(*address, quiet)
-        else:
+        if (known := address_of(cluster)) is None:
             _start(cluster, quiet)
+            return
+        address, origin = known
+        try:
+            if address != "auto":
+                _find_head(address)
+            ray.init(address=address, **quiet)
+        except Exception as error:  # Ray raises exceptions of many types
+            raise RunFailed(
+                f"{origin} {address}: no Ray cluster answers ({root_cause(error)}). Start one (ray start --head), "
+                "correct the address (host:6379), or leave it out to run on this machine."
+            ) from error
 
 
 def address_of(cluster: ClusterConfig) -> tuple[str, str] | None:
@@ -93,21 +111,6 @@ def _own_signal_handlers() -> Iterator[None]:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _join(address: str, name: str, options: dict[str, Any]) -> None:
-    """Join the cluster at `address`. Raises RunFailed, within seconds if no Ray head answers there."""
-    import ray
-
-    try:
-        if address != "auto":
-            _find_head(address)
-        ray.init(address=address, **options)
-    except Exception as error:  # Ray raises exceptions of many types
-        raise RunFailed(
-            f"{name} {address}: no Ray cluster answers ({root_cause(error)}). Start one (ray start --head), correct "
-            "the address (host:6379), or leave it out to run on this machine."
-        ) from error
-
-
 def _find_head(address: str) -> None:
     """Check within seconds that a Ray head answers at host:port; Ray itself would wait for minutes.
 
@@ -121,19 +124,16 @@ def _find_head(address: str) -> None:
     socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return
-    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", options=NO_PROXY) as channel:
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(target, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
             channel.unary_unary(ALIVE)(b"", timeout=HEAD_SECONDS)
         except grpc.RpcError as error:
+            hint = f"; this port is used by {OTHER_PORTS[port]}" if port in OTHER_PORTS else ""
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise OSError(f"the process at port {port} is no Ray head{_port_hint(port)}") from error
+                raise OSError(f"the process at port {port} is no Ray head{hint}") from error
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                raise OSError(f"port {port} belongs to another service{_port_hint(port)}") from error
-
-
-def _port_hint(port: int) -> str:
-    use = {8265: "the dashboard, for mome submit", 10001: "ray:// clients"}.get(port)
-    return f"; this port is used by {use}" if use else ""
+                raise OSError(f"port {port} belongs to another service{hint}") from error
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -191,26 +191,14 @@ def keep_token_private() -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def scaling_config(cluster: ClusterConfig) -> Any:
-    """Return Ray Train's ScalingConfig: the configured number of ranks, or a range where fewer are allowed.
+# ---- running ranks
 
-    Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here. Ray's own
-    growth, which restarts from the last checkpoint at any moment, is disabled: ranks save first (`jobs.rank`).
-    """
-    import ray.train
 
-    refresh_node_counts()
-    minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
-    if minimum < maximum and draining_nodes():
-        maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
-    train: Any = ray.train  # Ray's annotations are those of Train v1
-    return train.ScalingConfig(
-        num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
-        use_gpu=bool(cluster.gpus_per_worker),
-        resources_per_worker=rank_resources(cluster),
-        placement_strategy=cluster.placement.upper(),
-        elastic_resize_monitor_interval_s=DISABLED_SECONDS,
-    )
+def for_ranks(config: RunConfig) -> RunConfig:
+    """Return the config with absolute local paths and MLflow file, for ranks in any working folder."""
+    values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
+    values["tracking"] = {**values.get("tracking", {}), "uri": absolute_uri(configured_uri(config))}
+    return validate(values, config.name)
 
 
 def run_on_ranks(
@@ -235,14 +223,26 @@ def run_on_ranks(
     from jobs.placement import Placement
 
     train: Any = ray.train  # Ray's annotations are those of Train v1
-
-    placement = placement or Placement(config.cluster, secrets.token_hex(8))
+    cluster = config.cluster
+    placement = placement or Placement(cluster, secrets.token_hex(8))
     placement.start()
+    # Ray also counts nodes that are being drained, where it can place nothing, so they are subtracted here.
+    refresh_node_counts()
+    minimum, maximum = cluster.min_workers or cluster.workers, cluster.workers
+    if minimum < maximum and draining_nodes():
+        maximum = min(maximum, max(minimum, available_ranks(cluster, occupied=False)))
     trainer = train.torch.TorchTrainer(
         function,
         train_loop_config={"config": config.model_dump_json(), **(arguments or {})},
-        torch_config=train.torch.TorchConfig(backend="nccl" if config.cluster.gpus_per_worker else "gloo"),
-        scaling_config=scaling_config(config.cluster),
+        torch_config=train.torch.TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=maximum if minimum == cluster.workers else (minimum, maximum),
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=rank_resources(cluster),
+            placement_strategy=cluster.placement.upper(),
+            # Ray's own growth restarts from the last checkpoint at any moment; ours saves first (jobs.distributed).
+            elastic_resize_monitor_interval_s=DISABLED_SECONDS,
+        ),
         run_config=train.RunConfig(
             # Ray Train would resume a known name; our own checkpoints determine where a run resumes.
             name=f"{name}-{secrets.token_hex(4)}",
@@ -251,7 +251,6 @@ def run_on_ranks(
             **run,
         ),
     )
-
     result = in_background(trainer.fit, "Ray Train")  # this thread checks the ranks and handles signals
     try:
         while not wait([result], CHECK_SECONDS).done:
@@ -278,24 +277,39 @@ def private_folder(name: str) -> str:
     return folder
 
 
-def usable_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node that is alive and not being drained."""
+def root_cause(error: BaseException) -> str:
+    """Return the last line of an error of Ray that is not its generic advice: the innermost message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
+    return redact(lines[-1]) if lines else type(error).__name__
+
+
+# ---- resources: what nodes have, and what ranks request
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that are being drained, which only Ray's private state holds."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def usable_nodes() -> dict[str, Resources]:
+    """Return the resources of each node that is alive and not being drained, by node id."""
     import ray
 
     draining = draining_nodes()
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+    return {node["NodeID"]: node["Resources"] for node in nodes}
 
 
 def available_ranks(cluster: ClusterConfig, occupied: bool = True) -> int:
     """Return how many ranks fit on the usable nodes: in their free resources, or in all of them if not `occupied`."""
-    import ray
     from ray._private.state import available_resources_per_node
 
     needed = rank_resources(cluster)
     if cluster.loader_resource is None:
         needed["CPU"] += cluster.loader_actors * cluster.loader_cpus
-    draining = draining_nodes()
-    usable = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in draining}
+    usable = usable_nodes()
     free = available_resources_per_node() if occupied else usable
     return sum(ranks_on_node(free[node], needed) for node in usable if node in free)
 
@@ -311,14 +325,84 @@ def refresh_node_counts() -> None:
         log.debug("node counts not refreshed: %s", error)
 
 
-def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that are being drained, which only Ray's private state holds."""
-    from ray._private.state import state
+def rank_resources(cluster: ClusterConfig) -> dict[str, float]:
+    """Return what Ray reserves for each rank on one node."""
+    gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
+    return {"CPU": cluster.cpus_per_worker, **gpus}
 
-    return set(state.get_draining_nodes())
+
+def requested_resources(cluster: ClusterConfig, ranks: int) -> dict[str, float]:
+    """Return what `ranks` ranks and their loader actors request in total."""
+    total = {kind: ranks * amount for kind, amount in rank_resources(cluster).items()}
+    if actors := ranks * cluster.loader_actors:
+        total["CPU"] += actors * cluster.loader_cpus
+        if cluster.loader_resource is not None:
+            total[cluster.loader_resource] = actors * LOADER_AMOUNT
+    return total
 
 
-def root_cause(error: BaseException) -> str:
-    """Return the last line of an error of Ray that is not its generic advice: the innermost message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(ADVICE)]
-    return redact(lines[-1]) if lines else type(error).__name__
+def total_resources(nodes: Iterable[Resources]) -> dict[str, float]:
+    """Return what all nodes have in total."""
+    total: Counter[str] = Counter()
+    for node in nodes:
+        total.update(node)
+    return dict(total)
+
+
+def missing_resources(cluster: ClusterConfig, nodes: Sequence[Resources]) -> str | None:
+    """Return a message on the first resource that empty nodes lack for the minimum number of ranks; None if they fit.
+
+    The message states what is requested, what exists, and which keys change it.
+    """
+    ranks, existing = cluster.min_workers or cluster.workers, total_resources(nodes)
+    fewer = "cluster.min_workers" if cluster.min_workers else "cluster.workers"
+    for kind, number in requested_resources(cluster, ranks).items():
+        if number <= existing.get(kind, 0.0):
+            continue
+        needs = f"{ranks} {'rank needs' if ranks == 1 else 'ranks need'} {number:g}"
+        has = f"this cluster has {existing.get(kind, 0.0):g}"
+        if kind == cluster.loader_resource:
+            return (
+                f"{needs} of '{kind}', which cluster.loader_resource names; {has}. Start nodes that offer it "
+                f"(ray start --resources='{{\"{kind}\": 1}}'), or leave cluster.loader_resource out"
+            )
+        if kind == "GPU":
+            remedy = f"Set cluster.gpus_per_worker=0 to train on CPU, set {fewer} lower"
+        else:
+            loaders = ", cluster.loader_actors" if cluster.loader_actors else ""
+            remedy = f"Set {KEYS[kind]}{loaders} or {fewer} lower"
+        return f"{needs} {plural(kind, number)}; {has}. {remedy}, or use a larger cluster"
+    per_rank = rank_resources(cluster)
+    room = sum(ranks_on_node(node, per_rank) for node in nodes)
+    if room < ranks:
+        needs = " and ".join(f"{amount:g} {plural(kind, amount)}" for kind, amount in per_rank.items())
+        largest = ", ".join(f"{max(node.get(kind, 0.0) for node in nodes):g} {kind}s" for kind in per_rank)
+        return (
+            f"each of {ranks} ranks needs {needs} on one node; there is room for {room} (most on a node: {largest}). "
+            f"Set {' or '.join(KEYS[kind] for kind in per_rank)} or cluster.workers lower, or use larger nodes"
+        )
+    # Loader actors are placed one by one, on any node with a free CPU and the named resource.
+    actors, name = ranks * cluster.loader_actors, cluster.loader_resource
+    if actors and name is not None:
+        cpus = sum(node.get("CPU", 0.0) for node in nodes if node.get(name, 0.0) >= LOADER_AMOUNT)
+        if cpus < actors * cluster.loader_cpus:
+            return (
+                f"{actors} loader actors need {actors * cluster.loader_cpus:g} CPUs on nodes that offer '{name}'; "
+                f"those have {cpus:g}. Set cluster.loader_actors or cluster.loader_cpus lower, or add such nodes"
+            )
+    return None
+
+
+def ranks_on_node(node: Resources, per_rank: Resources) -> int:
+    """Return how many ranks fit on a node. Two GPUs have no room for three ranks of 0.6: a fraction is of one GPU."""
+    room = []
+    for kind, amount in per_rank.items():
+        existing = node.get(kind, 0.0) + 1e-9
+        is_fraction = kind == "GPU" and amount < 1
+        room.append(int(existing) * int(1 / amount + 1e-9) if is_fraction else int(existing / amount))
+    return min(room)
+
+
+def plural(kind: str, number: float) -> str:
+    """Return "CPU" or "CPUs", "GPU" or "GPUs"; other resources have no plural."""
+    return kind if number == 1 or kind not in KEYS else f"{kind}s"

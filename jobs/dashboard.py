@@ -1,4 +1,4 @@
-"""A cluster's dashboard, where jobs are submitted over HTTP: whether it may be trusted with one, and how it lets us in.
+"""A cluster's dashboard, where jobs are submitted over HTTP: whether it may be trusted, how it lets us in, and logs.
 
 A Ray dashboard without authentication runs whatever anyone sends it, so that one is used on this machine alone. The
 token of one with authentication is named, never given: by `--token env:NAME` or `--token file:PATH`, or by Ray's own
@@ -7,15 +7,16 @@ RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import ipaddress
 import json
 import os
 import re
+import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -24,12 +25,16 @@ from urllib.parse import urlsplit
 from pipeline.config.background import within
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import resolve_secret
+from pipeline.config.redaction import printable
 
 TOKEN_FILE = "~/.ray/auth_token"
 ANSWER_SECONDS = 20.0  # that the dashboard may be silent in an answer
 LIST_SECONDS = 60.0  # that the list of jobs may take
 REFUSED = (401, 403)
 LONGEST_LIST = 2**28  # bytes of the list of jobs
+UNREACHABLE_SECONDS = 120.0  # how long the dashboard may be unreachable while logs are followed
+SILENT_SECONDS = 60.0  # without output, after which the status is requested: a dead connection is silent too
+POLL_SECONDS = 2.0
 # With these Ray's client replaces the address that it was given.
 OVERRIDING = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 EXPECTED = "expected the cluster's dashboard, such as http://head:8265"
@@ -58,11 +63,13 @@ def open_dashboard(address: str, token: str | None = None) -> Any:
         raise RunFailed(f"--address {address}: the cluster asks for a token, and none is known here. {GIVE_TOKEN}")
     if guarded and _is_guarded(address, secret):
         raise RunFailed(f"--address {address}: the cluster does not accept the token. {GIVE_TOKEN}")
-    with _without(OVERRIDING):
-        try:
-            client = _client_class()(address, headers=_headers(secret) if guarded else None)
-        except (ConnectionError, RuntimeError) as error:
-            raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
+    overriding = {name: os.environ.pop(name) for name in OVERRIDING if name in os.environ}
+    try:
+        client = _client_class()(address, headers=_headers(secret) if guarded else None)
+    except (ConnectionError, RuntimeError) as error:
+        raise RunFailed(f"--address {address}: the dashboard takes no jobs ({first_line(error)})") from error
+    finally:
+        os.environ.update(overriding)
     if client.get_address() != address:
         raise RunFailed(f"--address {address}: Ray's client would use {client.get_address()} instead; nothing was sent")
     return client
@@ -154,10 +161,14 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     handlers: list[urllib.request.BaseHandler] = [_NoRedirects()]
     if is_loopback(address):  # a proxy would connect to its own loopback
         handlers.append(urllib.request.ProxyHandler({}))
+
+    def read() -> bytes:
+        with urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS) as response:
+            data: bytes = response.read(LONGEST_LIST)
+            return data
+
     try:
-        jobs = json.loads(
-            within(LIST_SECONDS, lambda: _read(urllib.request.build_opener(*handlers), request), "dashboard")
-        )
+        jobs = json.loads(within(LIST_SECONDS, read, "dashboard"))
     except urllib.error.HTTPError as error:
         if error.code in REFUSED:
             return True
@@ -175,12 +186,6 @@ def _is_guarded(address: str, secret: str | None) -> bool:
     if not (isinstance(jobs, list) and all(isinstance(job, dict) and "status" in job for job in jobs)):
         raise RunFailed(f"--address {address}: what answers there is no Ray dashboard. {_right_port(address)}")
     return False
-
-
-def _read(opener: urllib.request.OpenerDirector, request: urllib.request.Request) -> bytes:
-    with opener.open(request, timeout=ANSWER_SECONDS) as response:
-        data: bytes = response.read(LONGEST_LIST)
-        return data
 
 
 def _right_port(address: str) -> str:
@@ -223,16 +228,6 @@ def _client_class() -> Any:
     return Client
 
 
-@contextmanager
-def _without(names: tuple[str, ...]) -> Iterator[None]:
-    """Remove these environment variables during the block."""
-    before: Mapping[str, str] = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(before)
-
-
 def _headers(secret: str | None) -> dict[str, str]:
     return {} if secret is None else {"Authorization": f"Bearer {secret}"}
 
@@ -240,3 +235,45 @@ def _headers(secret: str | None) -> dict[str, str]:
 def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def stream_logs(client: Any, job: str) -> str:
+    """Stream a job's output to standard error until the job ends; return the status it ended with.
+
+    A broken connection is re-established, and each character is shown once. Raises RunFailed when the cluster is
+    unreachable for `UNREACHABLE_SECONDS`.
+    """
+    num_shown, last_reached = 0, time.monotonic()
+
+    async def show_new() -> None:
+        """Print new output until the job or the connection ends, or no output came for `SILENT_SECONDS`."""
+        nonlocal num_shown
+        num_received, chunks = 0, client.tail_job_logs(job)
+        while True:
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), SILENT_SECONDS)
+            except (StopAsyncIteration, TimeoutError):
+                return
+            new = chunk[max(0, num_shown - num_received) :]
+            num_received += len(chunk)
+            if new:
+                sys.stderr.write(printable(new))
+                sys.stderr.flush()
+                num_shown = num_received
+
+    while True:
+        try:
+            asyncio.run(show_new())
+            status = client.get_job_status(job)
+        except Exception as error:  # HTTP and websocket libraries raise many types when a head goes away
+            if time.monotonic() - last_reached > UNREACHABLE_SECONDS:
+                raise RunFailed(
+                    f"job {job}: the cluster has not answered for {UNREACHABLE_SECONDS:.0f} s ({first_line(error)}). "
+                    "If its head is lost, submit again to the new one: the run resumes."
+                ) from error
+        else:
+            last_reached = time.monotonic()
+            if status.is_terminal():
+                asyncio.run(show_new())
+                return str(status.value)
+        time.sleep(POLL_SECONDS)

@@ -1,29 +1,182 @@
-"""Work that all ranks do once, outside of a training run: on Ray, under torchrun, or in this process alone.
+"""Work of all ranks: training, evaluation, embedding and preflight checks, on Ray, under torchrun, or in this process.
 
 torchrun --nproc-per-node N --no-python mome evaluate CHECKPOINT
+
+Ray Train retries every exception of a rank. An error that a restart would only repeat (config, data or checkpoint
+fault, NaN, out of memory) is therefore reported as a value. While training, it is written to the run's folder: after
+the restart every rank sees it and returns, and the driver raises it. Other work returns it as its result.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from jobs.cluster import connect, root_cause, run_on_ranks
-from jobs.pretrain import for_ranks
-from jobs.rank import error_from_json, error_json, loader_backend
-from pipeline.config.errors import MomeError, RunFailed
+from jobs.cluster import available_ranks, connect, for_ranks, root_cause, run_on_ranks
+from jobs.mailbox import Mailbox, forwarded_warnings
+from pipeline.config.background import PeriodicThread
+from pipeline.config.errors import MomeError, Preempted, RunFailed, StorageError, Superseded
 from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig
+from pipeline.config.redaction import configure_logging, redact
+from pipeline.config.schema import ClusterConfig, RunConfig
+from pipeline.data.loading.backends import BackendFactory, local_backend
+from pipeline.data.storage import Storage, join
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.training.background_writer import DEADLINE_SECONDS, BackgroundWriter
 from pipeline.training.collectives import Collectives
+from pipeline.training.health import is_out_of_memory
+from pipeline.training.loop import train
+from pipeline.training.ownership import Ownership
 from pipeline.training.preflight import preflight
+from pipeline.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+FAILURE_FILE, PROGRESS_FILE = "failure.json", "progress.json"
+PROGRESS_SECONDS = 1.0
+PROGRESS_CLOSE_SECONDS = 5.0  # for the last progress file to be written
+PREEMPTED, GROWN, STOPPED = "preempted", "grown", "stopped"
+CHECK_SECONDS = 1.0
 
 Result = dict[str, Any]
+
+
+# ---- training on a rank
+
+
+def run_rank(loop_config: dict[str, str]) -> str | None:
+    """Train on a Ray Train worker.
+
+    Returns why the ranks saved and stopped before the end (preempted, grown or stopped), or None.
+    """
+    import ray.train
+
+    configure_logging()
+    config = RunConfig.model_validate_json(loop_config["config"])
+    storage = Storage(config.storage)
+    ownership = Ownership(storage, config.folder, loop_config["claim"])
+    if storage.exists(join(config.folder, FAILURE_FILE)) or not ownership.holds():
+        return None
+    context, mail = ray.train.get_context(), Mailbox(loop_config["start"])
+    signal = RankPreemptionSignal(config.cluster, context.get_world_rank(), context.get_world_size(), mail)
+    progress = ProgressFile(config, storage)
+    with forwarded_warnings(mail) if context.get_world_rank() == 0 else nullcontext():
+        try:
+            train(config, progress, _loader_backend(config), preempted=signal, claim=ownership.claim)
+        except Preempted as error:
+            log.warning("%s", error)
+            return signal.reason or PREEMPTED
+        except Exception as error:
+            failure: Result | None = None  # of an error that a restart would only repeat
+            if is_out_of_memory(error):
+                remedy = "Set engine.micro_batch_size lower, or engine.zero_stage higher."
+                failure = {"message": f"out of memory: {redact(str(error))}. {remedy}", "exit_status": 1}
+            elif isinstance(error, MomeError) and not isinstance(error, StorageError | Superseded):
+                failure = _error_as_json(error)
+            if failure is not None and ownership.holds():
+                storage.write(join(config.folder, FAILURE_FILE), json.dumps(failure).encode())
+            raise
+        finally:
+            progress.close()
+            signal.close()
+    return None
+
+
+def _loader_backend(config: RunConfig) -> BackendFactory:
+    """Return the backend that builds this rank's batches: its own processes, or Ray actors."""
+    if not config.cluster.loader_actors:
+        return local_backend
+    from jobs.loader_actors import RayBackend
+
+    return RayBackend
+
+
+def _error_as_json(error: MomeError) -> Result:
+    return {"message": str(error), "exit_status": error.exit_status}
+
+
+def error_from_json(values: Result) -> RunFailed:
+    """Return the error that a rank reported, to be raised by the driver."""
+    error = RunFailed(values["message"])
+    error.exit_status = values["exit_status"]
+    return error
+
+
+class ProgressFile:
+    """Progress report of rank 0: a small file in the run's folder, written in the background at most once a second."""
+
+    def __init__(self, config: RunConfig, storage: Storage):
+        self._url = join(config.folder, PROGRESS_FILE)
+        self._writer = BackgroundWriter(storage, DEADLINE_SECONDS, logging.DEBUG)
+        self._last = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        last_of_stage = progress.stage_step == progress.stage_steps
+        if last_of_stage or time.monotonic() - self._last >= PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._writer.write(self._url, json.dumps(asdict(progress)).encode())
+
+    def close(self) -> None:
+        self._writer.close(PROGRESS_CLOSE_SECONDS)
+
+
+class RankPreemptionSignal:
+    """Signal that healthy ranks should save and stop: a node is drained, more ranks would fit, or the driver asks.
+
+    Each rank calls its own signal at every step, and the training loop makes the ranks agree. Ray's public function,
+    `ray.train.get_preemption_info()`, is a barrier among the ranks and too slow for every step; Ray's watcher stores
+    the same information in each rank's own context.
+    """
+
+    def __init__(self, cluster: ClusterConfig, rank: int, world_size: int, mail: Mailbox):
+        self.reason: str | None = STOPPED if rank == 0 and mail.stop_requested() else None
+        self._cluster, self._mail = cluster, mail
+        self._num_missing = cluster.workers - world_size
+        self._room_since: float | None = None
+        self._thread = PeriodicThread(self._check, CHECK_SECONDS, "preemption")
+        if rank == 0 and self.reason is None:
+            self._thread.start()
+
+    def __call__(self) -> bool:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        if self.reason is None and get_train_context().preemption_context.preemption_info is not None:
+            self.reason = PREEMPTED
+        return self.reason is not None
+
+    def close(self) -> None:
+        self._thread.stop(timeout=0.0)
+
+    def _check(self) -> bool:
+        """Look for a request of the driver and for room; return False once there is a reason to stop."""
+        if self._mail.stop_requested():
+            self.reason = STOPPED
+            return False
+        available, now = 0, time.monotonic()
+        if self._num_missing > 0:
+            try:
+                available = available_ranks(self._cluster)
+            except Exception as error:  # the head may be unreachable for a while; the next check tries again
+                log.warning("cannot determine whether more ranks would fit: %s", error)
+        self._room_since = (self._room_since or now) if available > 0 else None
+        if self._room_since is None or now - self._room_since < self._cluster.grow_seconds:
+            return True
+        num_more = min(available, self._num_missing)
+        log.warning("there is room for %d more rank(s): saving, to restart with them", num_more)
+        self.reason = GROWN
+        return False
+
+
+# ---- other work of the ranks
 
 
 def ranks_here() -> Ranks:
@@ -50,21 +203,21 @@ def on_workers(
 ) -> Result:
     """Run `work` on `workers` ranks placed by Ray and return rank 0's result; `run_request` reads `request` there.
 
-    Lost ranks are restarted up to `cluster.max_failures` times. Raises as `run_on_cluster`.
+    Lost ranks are restarted up to `cluster.max_failures` times. Raises MomeError with the first failure of any rank.
     """
     import ray.train
 
-    train: Any = ray.train  # Ray's annotations are those of Train v1
+    train_api: Any = ray.train  # Ray's annotations are those of Train v1
 
     job_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", config.name).strip("-._") or "weights"  # folders may have any name
     config = with_workers(config.model_copy(update={"name": job_name}), workers)
     cluster = config.cluster.model_copy(update={"loader_actors": 0})  # only training uses them
     config = config.model_copy(update={"cluster": cluster})
-    budget = train.FailureConfig(max_failures=config.cluster.max_failures)
-    return run_on_cluster(work, config, name, {"request": json.dumps(request)}, failure_config=budget)
+    budget = train_api.FailureConfig(max_failures=config.cluster.max_failures)
+    return _run_on_cluster(work, config, name, {"request": json.dumps(request)}, failure_config=budget)
 
 
-def run_on_cluster(
+def _run_on_cluster(
     work: Callable[[dict[str, str]], Result],
     config: RunConfig,
     name: str,
@@ -86,24 +239,24 @@ def run_on_cluster(
 
 
 def run_request(loop_config: dict[str, str], work: Callable[[Any, Ranks], Result]) -> Result:
-    """Run `work(request, ranks)` on a Ray Train worker. A failure is returned, because Ray would retry an exception."""
+    """Run `work(request, ranks)` on a Ray Train worker, and return its result or failure."""
     try:
         return work(json.loads(loop_config["request"]), Collectives())
     except MomeError as error:
-        return {"failure": error_json(error)}
+        return {"failure": _error_as_json(error)}
 
 
 def preflight_on_ray(config: RunConfig) -> Result:
     """Check the run on every rank; return details and seconds by check. Raises MomeError with the first failure."""
-    checks: Result = run_on_cluster(check_rank, config, "preflight")["checked"]
+    checks: Result = _run_on_cluster(_check_rank, config, "preflight")["checked"]
     return checks
 
 
-def check_rank(loop_config: dict[str, str]) -> Result:
-    """Run the preflight checks on a Ray Train worker. A failure is returned, because Ray would retry an exception."""
+def _check_rank(loop_config: dict[str, str]) -> Result:
+    """Run the preflight checks on a Ray Train worker."""
     config = RunConfig.model_validate_json(loop_config["config"])
     try:
-        checks = preflight(config, lambda _: None, loader_backend(config))
+        checks = preflight(config, lambda _: None, _loader_backend(config))
     except MomeError as error:
-        return {"failure": error_json(error)}
+        return {"failure": _error_as_json(error)}
     return {"checked": {check.name: {"told": check.message, "seconds": check.seconds} for check in checks}}

@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
 from jobs.console import notify
 from jobs.mailbox import Mailbox
+from pipeline.config.background import PeriodicThread
 from pipeline.config.errors import Preempted, StorageError
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage, join
@@ -46,8 +47,9 @@ class Interrupts:
         self._config = config
         self._storage = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
         self._number: signal.Signals | None = None
-        self._deferred = self._requested = self._done = False
+        self._deferred = False
         self._last_answer = 0.0  # of the store, after the ranks were asked to save
+        self._watch: PeriodicThread | None = None  # of the store, while the ranks save
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -76,11 +78,14 @@ class Interrupts:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Leave signals to `check` during the block; raise Stopped at its end if there was one."""
-        self._deferred, self._requested, self._done = True, False, False
+        self._deferred = True
         try:
             yield
         finally:
-            self._deferred, self._done = False, True
+            self._deferred = False
+            if self._watch is not None:
+                self._watch.stop(timeout=0.0)
+                self._watch = None
         if self._number is not None:
             self._stop(self._number)
 
@@ -90,22 +95,18 @@ class Interrupts:
             return
         if not ranks:
             self._stop(self._number)
-        if not self._requested and mail.request_stop():
-            self._requested, self._last_answer = True, time.monotonic()
+        if self._watch is None and mail.request_stop():
+            self._last_answer = time.monotonic()
             notify(f"{self._number.name}: the ranks save after this step and stop; another signal ends the run at once")
-            threading.Thread(target=self._watch_store, name="store", daemon=True).start()
-        if self._requested and time.monotonic() - self._last_answer > UNREACHABLE_SECONDS:
+            self._watch = PeriodicThread(self._ask_store, 1.0, "store", immediately=True).start()
+        if self._watch is not None and time.monotonic() - self._last_answer > UNREACHABLE_SECONDS:
             notify(f"the store has not answered for {UNREACHABLE_SECONDS:.0f} s: the ranks cannot save")
             self._stop(self._number)
 
-    def _watch_store(self) -> None:
-        while not self._done:
-            try:
-                self._storage.exists(join(self._config.folder, "run.json"))
-                self._last_answer = time.monotonic()
-            except StorageError:
-                pass
-            time.sleep(1.0)
+    def _ask_store(self) -> None:
+        with suppress(StorageError):
+            self._storage.exists(join(self._config.folder, "run.json"))
+            self._last_answer = time.monotonic()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._number is None:  # `_end_on_second` handles the second signal

@@ -39,9 +39,16 @@ def list_(address: Address = "", token: Token = None, as_json: JsonOption = Fals
 @app.command()
 def status(job: Job, address: Address = "", token: Token = None, as_json: JsonOption = False) -> None:
     """Show the status of a job, and the progress of its run if the run's folder is readable from here."""
+    from jobs.distributed import PROGRESS_FILE
+    from pipeline.config.schema import StorageConfig
+    from pipeline.data.storage import Storage, join
+
     info = _describe(_open(job, address, token)[1])
-    if progress := _progress(info["checkpoint"]):
-        info["progress"] = progress
+    if folder := info["checkpoint"]:
+        storage, url = Storage(StorageConfig(retry_timeout_seconds=5.0)), join(folder, PROGRESS_FILE)
+        with suppress(MomeError, ValueError):
+            if storage.exists(url):
+                info["progress"] = json.loads(storage.read(url))
     print_result(info, as_json)
 
 
@@ -54,7 +61,7 @@ def logs(
     as_json: JsonOption = False,
 ) -> None:
     """Print the output of a job."""
-    from jobs.logs import stream_logs
+    from jobs.dashboard import stream_logs
 
     client, _ = _open(job, address, token)
     if follow:
@@ -93,32 +100,16 @@ def _open(job: str, address: str, token: str | None) -> tuple[Any, Any]:
 
 def _describe(job: Any) -> dict[str, Any]:
     metadata = job.metadata or {}
+    started, ended = (
+        datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
+        for milliseconds in (job.start_time, job.end_time)
+    )
     return {
         "job": job.submission_id,
         "run": metadata.get("run"),
         "status": getattr(job.status, "value", job.status),
-        "started": _timestamp(job.start_time),
-        "ended": _timestamp(job.end_time),
+        "started": started,
+        "ended": ended,
         "message": job.message,
         "checkpoint": metadata.get("checkpoint"),
     }
-
-
-def _timestamp(milliseconds: int | None) -> str | None:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") if milliseconds else None
-
-
-def _progress(folder: str | None) -> dict[str, Any] | None:
-    """Return the content of the run's progress file; None if it is not readable from here."""
-    if not folder:
-        return None
-    from jobs.rank import PROGRESS_FILE
-    from pipeline.config.schema import StorageConfig
-    from pipeline.data.storage import Storage, join
-
-    storage, url = Storage(StorageConfig(retry_timeout_seconds=5.0)), join(folder, PROGRESS_FILE)
-    with suppress(MomeError, ValueError):
-        if storage.exists(url):
-            progress: dict[str, Any] = json.loads(storage.read(url))
-            return progress
-    return None

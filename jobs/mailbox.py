@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
+
+from pipeline.config.background import PeriodicThread, in_background
 
 log = logging.getLogger(__name__)
 
@@ -92,49 +95,33 @@ class Mailbox:
 @contextmanager
 def forwarded_warnings(mail: Mailbox) -> Iterator[None]:
     """Send our own log warnings of this process to the driver, which prints them, during the block."""
-    queued: queue.Queue[Message] = queue.Queue(MAX_QUEUED)
-    handler = _QueueHandler(queued)
-    done = threading.Event()
+    queued: deque[Message] = deque()
+    sending = threading.Lock()
 
-    def send_all() -> None:
-        message = None
-        while not done.is_set() or message is not None or not queued.empty():
-            if message is None:
-                try:
-                    message = queued.get(timeout=RETRY_SECONDS)
-                except queue.Empty:
-                    continue
-            if mail.send(message) or done.is_set():
-                message = None
-            else:
-                done.wait(RETRY_SECONDS)
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name.partition(".")[0] not in FORWARDED or len(queued) >= MAX_QUEUED:
+                return
+            try:
+                alert = {name: getattr(record, name) for name in ("alert", "over") if hasattr(record, name)}
+                queued.append({"level": record.levelname, "text": record.getMessage(), **alert})
+            except (TypeError, ValueError):
+                pass
 
-    thread = threading.Thread(target=send_all, name="warnings for the driver", daemon=True)
-    thread.start()
+    def send_queued() -> None:
+        with sending:
+            while queued and mail.send(queued[0]):
+                queued.popleft()
+
+    handler = Forward(logging.WARNING)
+    thread = PeriodicThread(send_queued, RETRY_SECONDS, "warnings for the driver").start()
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        done.set()
-        thread.join(timeout=2 * ANSWER_SECONDS)
-
-
-class _QueueHandler(logging.Handler):
-    """Log handler that puts warnings of our loggers into a queue and drops them when it is full."""
-
-    def __init__(self, queued: queue.Queue[Message]):
-        super().__init__(logging.WARNING)
-        self._queued = queued
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] not in FORWARDED:
-            return
-        try:
-            alert = {name: getattr(record, name) for name in ("alert", "over") if hasattr(record, name)}
-            self._queued.put_nowait({"level": record.levelname, "text": record.getMessage(), **alert})
-        except (queue.Full, TypeError, ValueError):
-            pass
+        thread.stop(timeout=0.0)
+        wait([in_background(send_queued, "last warnings for the driver")], 2 * ANSWER_SECONDS)
 
 
 def _client() -> Any:

@@ -9,17 +9,26 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
+import ray
+from ray._private.state import state as ray_state
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from jobs.cluster import address_of, refresh_node_counts, root_cause, usable_nodes
+from jobs.cluster import (
+    address_of,
+    missing_resources,
+    plural,
+    refresh_node_counts,
+    requested_resources,
+    root_cause,
+    total_resources,
+    usable_nodes,
+)
 from jobs.console import notify
 from jobs.mailbox import Mailbox
-from jobs.resources import missing_resources, plural, requested_resources, total_resources
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig, RunConfig
 from pipeline.data.storage import Storage, join
@@ -31,8 +40,6 @@ REMEDY = "`mome doctor --config CONFIG` compares the two."
 RESTARTS_FOLDER = "restarts"
 FAILED = "failed"
 MAX_MESSAGE = 400  # characters of an error that are recorded
-
-Resources = Mapping[str, float]
 
 
 class PlacementCallback(WorkerGroupCallback):
@@ -57,7 +64,6 @@ class Placement:
     def __init__(self, cluster: ClusterConfig, start: str, clock: Callable[[], float] = time.monotonic):
         self.callback = PlacementCallback(start)
         self._cluster, self._mail, self._clock = cluster, Mailbox(start), clock
-        self._is_local = address_of(cluster) is None
         self._were_placed = False  # lost nodes may come back
         self._waiting_since: float | None = None
         self._last_message: float | None = None
@@ -67,86 +73,61 @@ class Placement:
         """Prepare for ranks to be placed. Raises RunFailed if a local Ray can never place them."""
         self._mail.set_num_placed(0)
         self.ranks, self._waiting_since, self._last_message = 0, self._clock(), None
-        if self._is_local and (missing := missing_resources(self._cluster, usable_nodes())):
-            raise RunFailed(f"{missing[0]}. {REMEDY}")
+        is_local = address_of(self._cluster) is None
+        if is_local and (missing := missing_resources(self._cluster, list(usable_nodes().values()))):
+            raise RunFailed(f"{missing}. {REMEDY}")
 
     def check(self) -> None:
         """Update `ranks` and report waiting ranks; call it every second. Raises RunFailed if they waited too long."""
-        ranks = self._mail.num_placed()
+        cluster, ranks = self._cluster, self._mail.num_placed()
         if ranks is None:
             return
         if ranks:
             if self._last_message is not None and not self.ranks:
-                notify(f"{ranks} of {self._cluster.workers} workers placed")
+                notify(f"{ranks} of {cluster.workers} workers placed")
             self.ranks, self._were_placed, self._waiting_since, self._last_message = ranks, True, None, None
             return
-        self.ranks = 0
+        self.ranks, now = 0, self._clock()
         if self._waiting_since is None:
-            self._waiting_since = self._clock()
-        nodes, waited = usable_nodes(), self._clock() - self._waiting_since
-        missing = missing_resources(self._cluster, nodes)
-        if missing and waited > self._cluster.start_seconds and not self._were_placed and not _may_grow(self._cluster):
+            self._waiting_since = now
+        nodes, waited = list(usable_nodes().values()), now - self._waiting_since
+        missing = missing_resources(cluster, nodes)
+        if missing and waited > cluster.start_seconds and not self._were_placed and not self._may_grow():
             raise RunFailed(
-                f"{missing[0]}; none came in {waited:.0f} s. {REMEDY} Set cluster.start_seconds higher where nodes "
+                f"{missing}; none came in {waited:.0f} s. {REMEDY} Set cluster.start_seconds higher where nodes "
                 "take longer to join."
             )
         last = self._waiting_since if self._last_message is None else self._last_message
-        if (missing and self._last_message is None) or self._clock() - last >= QUIET_SECONDS:
-            self._last_message = self._clock()
-            notify(waiting_message(self._cluster, nodes, _free_resources()))
+        if not (missing and self._last_message is None) and now - last < QUIET_SECONDS:
+            return
+        self._last_message = now
+        try:
+            free = dict(ray.available_resources())
+        except Exception as error:
+            log.debug("free resources not known: %s", error)
+            free = {}
+        requested, existing = requested_resources(cluster, cluster.workers), total_resources(nodes)
+        lacking = {kind: number for kind, number in requested.items() if number > existing.get(kind, 0.0)}
+        parts = [
+            f"{number:g} {plural(kind, number)} requested, {existing.get(kind, 0.0):g} in the cluster"
+            + (f", {free.get(kind, 0.0):g} free" if existing.get(kind, 0.0) >= number else "")
+            for kind, number in (lacking or requested).items()
+        ]
+        notify(f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(parts)}")
 
-
-def waiting_message(cluster: ClusterConfig, nodes: Iterable[Resources], free: Resources) -> str:
-    """Return the message of a run that waits for its ranks: requested, existing and free resources."""
-    requested, existing = requested_resources(cluster, cluster.workers), total_resources(nodes)
-    missing = {kind: number for kind, number in requested.items() if number > existing.get(kind, 0.0)}
-    parts = [
-        f"{number:g} {plural(kind, number)} requested, {existing.get(kind, 0.0):g} in the cluster"
-        + (f", {free.get(kind, 0.0):g} free" if existing.get(kind, 0.0) >= number else "")
-        for kind, number in (missing or requested).items()
-    ]
-    return f"waiting: 0 of {cluster.workers} workers placed; {'; '.join(parts)}"
-
-
-def _may_grow(cluster: ClusterConfig) -> bool:
-    """Return whether an autoscaler can add enough nodes."""
-    limits = _autoscaler_limits()
-    requested = requested_resources(cluster, cluster.min_workers or cluster.workers)
-    return limits is not None and all(limits.get(kind, 0) >= number for kind, number in requested.items())
-
-
-def _autoscaler_limits() -> Resources | None:
-    from ray._private.state import state
-
-    try:
-        limits: Resources | None = state.get_max_resources_from_cluster_config()
-    except Exception as error:
-        log.debug("the autoscaler's limits are not known: %s", error)
-        return None
-    return limits
-
-
-def _free_resources() -> dict[str, float]:
-    import ray
-
-    try:
-        return dict(ray.available_resources())
-    except Exception as error:
-        log.debug("free resources not known: %s", error)
-        return {}
-
-
-@dataclass(frozen=True)
-class Restart:
-    """A restart of all ranks from a checkpoint."""
-
-    time: float  # seconds since 1970
-    cause: str  # failed, preempted or grown
-    message: str
+    def _may_grow(self) -> bool:
+        """Return whether an autoscaler can add enough nodes."""
+        try:
+            limits = ray_state.get_max_resources_from_cluster_config()
+        except Exception as error:
+            log.debug("the autoscaler's limits are not known: %s", error)
+            return False
+        requested = requested_resources(self._cluster, self._cluster.min_workers or self._cluster.workers)
+        return limits is not None and all(limits.get(kind, 0) >= number for kind, number in requested.items())
 
 
 class Restarts(UserCallback):
-    """Record of the restarts since this driver started, in the run's folder.
+    """Record of the restarts of all ranks since this driver started, in the run's folder.
 
     Ray Train's controller records failures; the driver records ranks that saved and stopped.
     """
@@ -166,17 +147,16 @@ class Restarts(UserCallback):
         refresh_node_counts()  # the ranks must not be placed on a node that was lost
 
     def record(self, cause: str, message: str) -> None:
-        data = json.dumps(asdict(Restart(time.time(), cause, message[:MAX_MESSAGE]))).encode()
-        self._storage().write(join(self._url, f"{self._session}-{time.time_ns():020d}.json"), data)
-
-    def list(self) -> list[Restart]:
-        """Return the restarts since this driver started, oldest first."""
-        storage = self._storage()
-        names = sorted(name for name in storage.list(self._url) if name.startswith(self._session))
-        return [Restart(**json.loads(storage.read(join(self._url, name)))) for name in names]
+        """Record a restart (time in seconds since 1970) whose `cause` is failed, preempted or grown."""
+        restart = {"time": time.time(), "cause": cause, "message": message[:MAX_MESSAGE]}
+        url = join(self._url, f"{self._session}-{time.time_ns():020d}.json")
+        self._storage().write(url, json.dumps(restart).encode())
 
     def count(self, cause: str) -> int:
-        return sum(restart.cause == cause for restart in self.list())
+        """Return the number of restarts with this cause since the driver started."""
+        storage = self._storage()
+        names = [name for name in storage.list(self._url) if name.startswith(self._session)]
+        return sum(json.loads(storage.read(join(self._url, name)))["cause"] == cause for name in names)
 
     def _storage(self) -> Storage:
         return Storage(RunConfig.model_validate_json(self._config).storage)

@@ -19,11 +19,10 @@ from typing import Any
 
 import yaml
 
+from jobs.cluster import for_ranks
 from jobs.configs import configs_folder
 from jobs.console import notify
-from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dashboard
-from jobs.logs import stream_logs
-from jobs.pretrain import for_ranks
+from jobs.dashboard import dashboard_address, first_line, is_loopback, open_dashboard, stream_logs
 from pipeline.config.errors import ConfigError, RunFailed
 from pipeline.config.load import local_paths, validate
 from pipeline.config.schema import RunConfig

@@ -1,21 +1,42 @@
-"""`mome train` and `mome demo`: train the stages of a run on Ray, evaluate the last one, and write the run's report."""
+"""`mome train` and `mome demo`: train the stages of a run on Ray, evaluate the last one, and write the run's report.
+
+Ray Train places the ranks and restarts them; checkpoints, data order and tracking are ours. The driver handles what Ray
+leaves open: ranks that saved and stopped because a node leaves or joins are placed again, failure budgets hold over all
+of these restarts, and an error that a restart would only repeat (`jobs.distributed`) is raised here.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+from jobs.cluster import connect, for_ranks, root_cause, run_on_ranks
 from jobs.configs import configs_folder
-from jobs.console import ProgressDisplay, notify, status
-from jobs.distributed import preflight_on_ray
+from jobs.console import ProgressDisplay, notify, poll
+from jobs.distributed import FAILURE_FILE, PREEMPTED, PROGRESS_FILE, PROGRESS_SECONDS, error_from_json, run_rank
 from jobs.evaluate import evaluate_run
 from jobs.interrupts import Interrupts
-from jobs.pretrain import pretrain
+from jobs.mailbox import Mailbox
 from jobs.report import reported
+from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import load_config
 from pipeline.config.redaction import redact
 from pipeline.config.schema import RunConfig
+from pipeline.data.storage import Storage, join
 from pipeline.tracking.locations import tracking_uri
+from pipeline.tracking.mlflow_server import check_server
+from pipeline.training.checkpoint import is_committed, stage_url
+from pipeline.training.ownership import Ownership
+from pipeline.training.prepare import prepare
+from pipeline.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+PROGRESS_RETRY_SECONDS = 5.0  # per read of the progress file; the next poll tries again
 
 
 def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start another run") -> dict[str, Any]:
@@ -29,12 +50,6 @@ def run_and_evaluate(config: RunConfig, remedy: str = "change `name` to start an
         if not trained:
             notify(f"{config.folder}: every stage is finished already; {remedy}")
         return evaluate_run(config) if config.evaluation.source else {"checkpoint": config.folder}
-
-
-def run_preflight(config: RunConfig) -> dict[str, Any]:
-    """Check the run on every rank without training; return the checks by name."""
-    with status("checking on every rank"):
-        return preflight_on_ray(config)
 
 
 def run_demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
@@ -56,3 +71,152 @@ def run_demo(overrides: list[str], fresh: bool) -> dict[str, Any]:
         f"MLflow      mlflow ui --backend-store-uri {redact(tracking_uri(config))}"
     )
     return result
+
+
+def pretrain(config: RunConfig, show: Callable[[Progress], None], interrupts: Interrupts | None = None) -> bool:
+    """Run every unfinished stage; return False if all were finished. `interrupts` handles signals.
+
+    Raises MomeError with one message for what ended the run, Stopped when a signal ended the driver.
+    """
+    config = for_ranks(config)
+    storage = Storage(config.storage)
+    check_server(config)
+    prepare(config, storage)
+    if _unfinished(config, storage) is None:
+        return False
+    storage.delete(join(config.folder, FAILURE_FILE))
+    storage.delete(join(config.folder, PROGRESS_FILE))
+    connect(config.cluster)
+    taken = Ownership.take(storage, config.folder)
+    ownership = Ownership(storage, config.folder, taken.claim)  # without the rank start, which restarts change
+    messages = RankMessages(Mailbox(str(taken.start)))
+
+    url, last = join(config.folder, PROGRESS_FILE), b""
+    deadline = min(PROGRESS_RETRY_SECONDS, config.storage.retry_timeout_seconds)
+    impatient = Storage(config.storage.model_copy(update={"retry_timeout_seconds": deadline}))
+
+    def show_progress() -> None:
+        """Show the progress file if it has changed; rank 0 writes it, wherever it is."""
+        nonlocal last
+        if impatient.exists(url) and (data := impatient.read(url)) != last:
+            last = data
+            show(Progress(**json.loads(data)))
+
+    with poll(show_progress, PROGRESS_SECONDS):
+        try:
+            _train(config, storage, ownership, str(taken.start), messages, interrupts)
+        finally:
+            messages.close()
+    _raise_failure(config, storage, ownership)
+    unfinished = _unfinished(config, storage)
+    if unfinished is not None:
+        raise RunFailed(
+            f"the ranks ended without finishing stage {unfinished} in {config.folder}; if this machine and the "
+            "cluster's nodes do not share that folder, give an `output` that all of them see"
+        )
+    return True
+
+
+def _unfinished(config: RunConfig, storage: Storage) -> str | None:
+    """Return the first stage without final weights; None if all are finished."""
+    names = [stage.name for stage in config.stages]
+    return next((n for i, n in enumerate(names) if not is_committed(storage, stage_url(config, i))), None)
+
+
+def _train(
+    config: RunConfig,
+    storage: Storage,
+    ownership: Ownership,
+    start: str,
+    messages: RankMessages,
+    interrupts: Interrupts | None,
+) -> None:
+    """Run Ray Train until the stages are finished: again after preemption, growth or a failure of its controller.
+
+    `start` identifies the messages of this driver and its ranks. Raises RunFailed when a failure budget is exhausted.
+    """
+    import ray
+    import ray.train
+
+    from jobs.placement import FAILED, Placement, Restarts
+
+    train: Any = ray.train  # Ray's annotations are those of Train v1
+    cluster = config.cluster
+    limit = cluster.max_preemptions
+    restarts, placement = Restarts(config), Placement(cluster, start)
+
+    def check() -> None:
+        messages.show()
+        if interrupts is not None:
+            interrupts.check(messages.mail, placement.ranks)
+
+    while True:
+        failures_left = cluster.max_failures - restarts.count(FAILED)
+        try:
+            with interrupts.deferred() if interrupts else nullcontext():
+                stopped: str | None = run_on_ranks(
+                    run_rank,
+                    config,
+                    config.name,
+                    arguments={"claim": ownership.claim, "start": start},
+                    placement=placement,
+                    check=check,
+                    callbacks=[restarts],
+                    failure_config=train.FailureConfig(
+                        max_failures=failures_left, max_preemption_failures=-1 if limit is None else limit
+                    ),
+                )
+        except MomeError:
+            raise
+        except Exception as error:
+            _raise_failure(config, storage, ownership)
+            # A failure of the controller, or of the start of the ranks, is never retried by Ray Train itself.
+            if failures_left > 0 and isinstance(error, train.ControllerError | ray.exceptions.RayActorError):
+                restarts.record(FAILED, root_cause(error))
+                log.warning("Ray Train's controller failed (%s); restarting the ranks", root_cause(error))
+                continue
+            raise RunFailed(
+                f"the run stopped after {restarts.count(FAILED)} failure(s) (cluster.max_failures: "
+                f"{cluster.max_failures}): {root_cause(error)}. Re-run the same command to resume."
+            ) from error
+        if stopped is None:
+            return
+        restarts.record(stopped, f"the ranks saved and stopped: {stopped}")
+        log.warning("the ranks saved and stopped (%s); restarting them", stopped)
+        if limit is not None and restarts.count(PREEMPTED) > limit:
+            raise RunFailed(
+                f"the run stopped after {limit} preemption(s). It is saved: re-run the same command "
+                "to resume; cluster.max_preemptions sets the budget."
+            )
+
+
+def _raise_failure(config: RunConfig, storage: Storage, ownership: Ownership) -> None:
+    """Raise the error that the ranks recorded as permanent, if any."""
+    ownership.check()
+    url = join(config.folder, FAILURE_FILE)
+    if storage.exists(url):
+        raise error_from_json(json.loads(storage.read(url)))
+
+
+class RankMessages:
+    """Warnings and alerts of rank 0, printed by the driver; alerts that are not over are repeated at the end."""
+
+    def __init__(self, mail: Mailbox):
+        self.mail = mail
+        self._open_alerts: dict[str, str] = {}
+
+    def show(self) -> None:
+        """Print the messages since the last call."""
+        for message in self.mail.receive():
+            notify(f"{message['level']} {message['text']}", "yellow")
+            if message.get("over"):
+                self._open_alerts.pop(message["alert"], None)
+            elif "alert" in message:
+                self._open_alerts[message["alert"]] = message["text"]
+
+    def close(self) -> None:
+        """Print the last messages and the alerts that are not over."""
+        self.show()
+        for text in self._open_alerts.values():
+            notify(f"alert not over: {text}", "yellow")
+        self.mail.clear()

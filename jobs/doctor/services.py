@@ -17,10 +17,9 @@ from collections.abc import Iterable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from jobs.cluster import address_of
+from jobs.cluster import address_of, requested_resources
 from jobs.dashboard import TOKEN_FILE, is_loopback, token_file
 from jobs.doctor.machine import Diagnosis, failed, finish_probe, passed, skipped, start_probe
-from jobs.resources import requested_resources
 from pipeline.config.errors import ConfigError, DataError, StorageError, TrackingError
 from pipeline.config.redaction import redact
 from pipeline.config.schema import ClusterConfig, RunConfig

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from jobs.pretrain import pretrain
 from jobs.submit import for_cluster
+from jobs.train import pretrain
 from pipeline.config.errors import ConfigError, MomeError, RunFailed, StorageError, TrackingError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig

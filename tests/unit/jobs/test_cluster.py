@@ -1,4 +1,7 @@
-"""Joining or starting Ray: every failure is one message within seconds, and nothing is accessible to other users."""
+"""Joining or starting Ray: every failure is one message within seconds, and nothing is accessible to other users.
+
+The resources that ranks request are compared with those of the nodes before any rank is placed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,15 @@ from typing import Any
 import pytest
 
 from jobs import cluster
-from jobs.cluster import address_of, connect, host_and_port, keep_token_private, private_folder
+from jobs.cluster import (
+    address_of,
+    connect,
+    host_and_port,
+    keep_token_private,
+    missing_resources,
+    private_folder,
+    requested_resources,
+)
 from pipeline.config.errors import RunFailed
 from pipeline.config.schema import ClusterConfig
 
@@ -41,14 +52,13 @@ def joined(address: str) -> str:
     ("named", "variable", "expected"),
     [
         (None, None, None),
-        ("local", None, None),
         (None, "local", None),
         ("head:6379", None, ("head:6379", "cluster.address")),
         ("head:6379", "other:6379", ("head:6379", "cluster.address")),
         (None, "other:6379", ("other:6379", "RAY_ADDRESS")),
         ("auto", "other:6379", ("other:6379", "RAY_ADDRESS")),
         ("auto", None, ("auto", "cluster.address")),
-        (None, "", None),
+        ("local", "", None),
     ],
 )
 def test_address_is_returned_with_its_origin(
@@ -74,19 +84,16 @@ def test_hosts_may_be_ipv6_addresses(address: str, expected: tuple[str, int]) ->
 
 @pytest.mark.parametrize("address", ["head", "head:", ":6379", "::1:6379", "[::1]", "head:port", "head:99999", "a b:1"])
 def test_malformed_host_and_port_are_rejected(address: str) -> None:
-    with pytest.raises(ValueError, match="host:port"):
-        host_and_port(address)
-    assert joined(address).startswith(f"cluster.address {address}: no Ray cluster answers")
+    message = joined(address)
+    assert message.startswith(f"cluster.address {address}: no Ray cluster answers")
+    assert "expected host:port" in message
 
 
-def test_errors_of_ray_address_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_of_other_kinds_are_rejected_with_their_origin(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cannot place ranks" in joined("ray://head:10001")
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(RunFailed, match=r"^RAY_ADDRESS http://head:8265: "):
         connect(ClusterConfig())
-
-
-def test_ray_client_addresses_are_rejected() -> None:
-    assert "cannot place ranks" in joined("ray://head:10001")
 
 
 class _Page(BaseHTTPRequestHandler):
@@ -99,25 +106,22 @@ class _Page(BaseHTTPRequestHandler):
         pass
 
 
-def test_port_without_a_ray_head_is_reported_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    with HTTPServer(("127.0.0.1", 0), _Page) as server:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_port_of_another_service_is_reported(host: str) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with HTTPServer((host, 0), _Page, bind_and_activate=False) as server:
+        server.socket = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        assert "is no Ray head" in joined(f"127.0.0.1:{server.server_port}")
+        port = server.socket.getsockname()[1]
+        assert "is no Ray head" in joined(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         server.shutdown()
+
+
+def test_silent_port_is_reported_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "HEAD_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert "is no Ray head" in joined(f"127.0.0.1:{silent.getsockname()[1]}")
-
-
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
-def test_ipv6_head_is_reached() -> None:
-    with HTTPServer(("127.0.0.1", 0), _Page, bind_and_activate=False) as server:
-        server.address_family = socket.AF_INET6
-        server.socket = socket.create_server(("::1", 0), family=socket.AF_INET6)
-        server.server_port = server.socket.getsockname()[1]
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        assert "is no Ray head" in joined(f"[::1]:{server.server_port}"), "it was not found, though it listens"
-        server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,6 @@ def test_ipv6_head_is_reached() -> None:
     [
         (OSError("AF_UNIX path length cannot exceed 107 bytes: /very/long"), "set TMPDIR or RAY_TMPDIR"),
         (Exception("The current node timed out during startup."), "mome doctor"),
-        (PermissionError(13, "Permission denied"), "mome doctor"),
     ],
 )
 def test_local_ray_that_does_not_start_is_one_message(
@@ -148,7 +151,7 @@ def test_token_is_private_before_ray_starts(tmp_path: Path, monkeypatch: pytest.
     keep_token_private()
     token = file.read_text()
     assert len(token) == 64
-    assert [stat.S_IMODE(each.stat().st_mode) for each in (file, file.parent)] == [0o600, 0o700]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (file, file.parent)] == [0o600, 0o700]
     file.chmod(0o644)
     keep_token_private()
     assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == (token, 0o600), "and a token there stays"
@@ -174,3 +177,60 @@ def test_temporary_files_are_in_a_private_folder(tmp_path: Path, monkeypatch: py
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", folder)
     assert private_folder("mome-ray-train") != folder, "a foreign symbolic link was followed"
+
+
+# ---- resources
+
+
+def ranks(**values: object) -> ClusterConfig:
+    return ClusterConfig.model_validate({"workers": 2, **values})
+
+
+LOADERS = {"loader_actors": 1, "loader_resource": "loader"}
+
+
+@pytest.mark.parametrize(
+    ("requested", "nodes"),
+    [
+        ({}, [{"CPU": 1}, {"CPU": 1}]),
+        ({"gpus_per_worker": 0.5}, [{"CPU": 2, "GPU": 1}]),
+        ({"gpus_per_worker": 0.6}, [{"CPU": 2, "GPU": 2}]),
+        ({"gpus_per_worker": 0.25, "workers": 8}, [{"CPU": 8, "GPU": 2}]),
+        ({"cpus_per_worker": 0.1, "workers": 10}, [{"CPU": 1}]),
+        ({"gpus_per_worker": 1, "workers": 4, "min_workers": 1}, [{"CPU": 8, "GPU": 1}]),
+        (LOADERS, [{"CPU": 2}, {"CPU": 2, "loader": 1}]),
+    ],
+)
+def test_fitting_request_misses_no_resources(requested: dict[str, Any], nodes: list[dict[str, float]]) -> None:
+    assert missing_resources(ranks(**requested), nodes) is None
+
+
+@pytest.mark.parametrize(
+    ("requested", "nodes", "message"),
+    [
+        ({"gpus_per_worker": 1}, [{"CPU": 4}], "2 ranks need 2 GPUs; this cluster has 0. Set cluster.gpus_per_worker"),
+        ({"gpus_per_worker": 1, "workers": 1}, [{"CPU": 4}], "1 rank needs 1 GPU; this cluster has 0"),
+        ({"workers": 9, "min_workers": 3}, [{"CPU": 2}], "3 ranks need 3 CPUs; this cluster has 2. Set cluster.cpus"),
+        ({"cpus_per_worker": 8}, [{"CPU": 4}] * 4, "each of 2 ranks needs 8 CPUs on one node; there is room for 0"),
+        ({"gpus_per_worker": 2}, [{"CPU": 4, "GPU": 1}] * 4, "needs 1 CPU and 2 GPUs on one node"),
+        ({"gpus_per_worker": 1}, [{"CPU": 9}, {"GPU": 2, "CPU": 1}], "there is room for 1"),
+        ({"gpus_per_worker": 0.6, "workers": 3}, [{"CPU": 9, "GPU": 2}], "there is room for 2"),
+        ({"gpus_per_worker": 0.4, "workers": 5}, [{"CPU": 9, "GPU": 2}], "there is room for 4"),
+        (LOADERS, [{"CPU": 9}], "2 ranks need 0.002 of 'loader', which"),
+        ({"loader_actors": 4}, [{"CPU": 8}], "2 ranks need 10 CPUs"),
+        ({**LOADERS, "loader_actors": 2}, [{"CPU": 9}, {"CPU": 1, "loader": 1}], "on nodes that offer 'loader'"),
+        ({}, [], "2 ranks need 2 CPUs; this cluster has 0"),
+    ],
+)
+def test_missing_resources_are_reported_with_their_keys(
+    requested: dict[str, Any], nodes: list[dict[str, float]], message: str
+) -> None:
+    missing = missing_resources(ranks(**requested), nodes)
+    assert missing is not None
+    assert message in missing
+    assert "cluster." in missing
+
+
+def test_loader_actors_are_counted() -> None:
+    cluster = ranks(loader_actors=3, loader_cpus=0.5, loader_resource="loader", gpus_per_worker=1)
+    assert requested_resources(cluster, 2) == {"CPU": 5.0, "GPU": 2.0, "loader": 0.006}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import dashboard, logs
+from jobs import dashboard
 from jobs.dashboard import dashboard_address, find_token, open_dashboard
 from pipeline.config.errors import ConfigError, MomeError, RunFailed
 
@@ -288,7 +288,7 @@ class _Job:
         yield "one "
         if self.times == 1:
             if self.silent:
-                await logs.asyncio.sleep(60)
+                await dashboard.asyncio.sleep(60)
             raise RuntimeError("the connection broke")
         yield "two\n"
 
@@ -302,7 +302,7 @@ class _Job:
 def test_followed_output_is_shown_once(
     silent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(logs, "SILENT_SECONDS", 0.2)
-    assert logs.stream_logs(_Job(silent), "job") == "SUCCEEDED"
+    monkeypatch.setattr(dashboard, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SILENT_SECONDS", 0.2)
+    assert dashboard.stream_logs(_Job(silent), "job") == "SUCCEEDED"
     assert capsys.readouterr().err == "one two\n"

@@ -46,7 +46,7 @@ def test_min_workers_above_workers_is_rejected() -> None:
 def test_submitting_needs_neither_cuda_nor_training_libraries() -> None:
     """A laptop has no GPU, and importing DeepSpeed searches for one and for its compiler."""
     script = (
-        "import sys, jobs.cli, jobs.submit, jobs.jobs_command, jobs.logs\n"
+        "import sys, jobs.cli, jobs.submit, jobs.jobs_command, jobs.dashboard\n"
         "loaded = {name for name in ('deepspeed', 'mlflow', 'transformers') if name in sys.modules}\n"
         "import torch\n"
         "assert not loaded, loaded\n"

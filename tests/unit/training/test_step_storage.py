@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.rank import PROGRESS_FILE, ProgressFile
+from jobs.distributed import PROGRESS_FILE, ProgressFile
 from pipeline.config.errors import Preempted
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
