@@ -30,7 +30,7 @@ from tests.support.mlflow_server import Server
 from tests.support.ray_nodes import Cluster, Node, raylets, wait_until
 from tests.support.train_process import STAGES, TrainProcess, assert_same_losses, paced
 
-FAULTS = int(os.environ.get("MOME_CHAOS", "4"))  # about a minute each
+FAULTS = int(os.environ.get("MOME_CHAOS", "3"))  # about a minute each
 STEPS = max(12, 4 * FAULTS)  # steps of each stage
 REST = 0.3  # seconds that ranks rest after each step
 SECONDS = 900
