@@ -28,9 +28,9 @@ from pipeline.models import skeleton
 from pipeline.models.checkpoints import Format, format_named
 from pipeline.models.checkpoints.files import Published, read_json, read_tensors, write_tensors
 from pipeline.models.model import COLOUR_CLASSES, HeadConfig, ImageTarget, Model
-from pipeline.objectives import modules_for
+from pipeline.objectives import head_config, modules_for
 from pipeline.training.checkpoint import Weights, is_committed, is_file_of_weights, load_weights, save_weights
-from pipeline.training.stages import check_fit, stage_heads
+from pipeline.training.stages import check_fit
 
 NO_SOURCE = "none"
 # Metadata keys of the files we write (JSON values): the model section and the target of the masked-image head. Further
@@ -80,7 +80,7 @@ def import_weights(
         _check_types(state, path)
     tokenizer = _tokenizer(storage, vocabulary, folder if chosen.config is not None else None, words)
     tokens = list(tokenizer.tokens) if tokenizer is not None else []
-    choices = choices_of_published(storage, published, heads.answers, heads.classes, heads.reasoning, answers)
+    choices = choices_of_published(storage, published, heads.answers, heads.classes, heads.nlvr2, answers)
     config = _config(out, section.model_dump(mode="json"), _stages(section, heads, full, state), tokenizer)
     stage = config.stages[-1].name
     metadata = {
@@ -158,7 +158,7 @@ def _header(weights: Weights) -> dict[str, str]:
     """Return the header of an exported file, from which it can be imported without sizes and with equal predictions."""
     stages = weights.config.stages
     index = stages.index(weights.config.stage_named(weights.stage))
-    target = stage_heads(weights.config, index).image_target
+    target = head_config(weights.config, index).image_target
     return {
         MODEL_KEY: weights.config.model.model_dump_json(),
         **({} if target is None else {IMAGE_TARGET_KEY: json.dumps(target)}),
@@ -267,7 +267,7 @@ def _heads(state: dict[str, Tensor], patch_size: int, target: ImageTarget | None
         visual_tokens=outputs if image_target == "visual_tokens" else 0,
         classes=_rows(state, "classification_head.classify.bias") or None,
         answers=_rows(state, "vqa_head.classify.bias") or None,
-        reasoning=any(name.startswith("nlvr2_head.") for name in state),
+        nlvr2=any(name.startswith("nlvr2_head.") for name in state),
         ranking=any(name.startswith("ranking_head.") for name in state),
     )
 

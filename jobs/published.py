@@ -128,7 +128,7 @@ def choices_of_published(
     published: Published,
     answers: int | None,
     classes: int | None,
-    reasoning: bool,
+    judges_statements: bool,
     answers_file: str | None,
 ) -> dict[str, Choices]:
     """Return what the heads choose among, by file name: `answers_file`, else the file's own header, else id2label.
@@ -137,7 +137,7 @@ def choices_of_published(
     """
     if answers_file is not None and answers is None:
         raise ConfigError(f"--answers {answers_file}: these weights answer no questions; leave --answers out")
-    labels = (_numbered((published.config or {}).get("id2label")) or []) if reasoning else []
+    labels = (_numbered((published.config or {}).get("id2label")) or []) if judges_statements else []
     if [label.lower() in TRUE for label in labels] == [True, False]:
         raise ConfigError(
             f"config.json: id2label says that 0 is {labels[0]!r}; in mome, statements are true at 1. Swap the labels "

@@ -41,9 +41,9 @@ from pipeline.evaluation.retrieval import contrastive_features, embed_images, em
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import Model
-from pipeline.objectives import modules_for
+from pipeline.objectives import head_config, modules_for
 from pipeline.training.checkpoint import Weights, load_weights
-from pipeline.training.stages import load_matching, stage_heads
+from pipeline.training.stages import load_matching
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ def drop_untrained_objectives(weights: Weights) -> Weights:
     Imported weights may lack heads.
     """
     config, stage = weights.config, weights.config.stage_named(weights.stage)
-    model = skeleton(config.model, len(weights.vocabulary), stage_heads(config, config.stages.index(stage)))
+    model = skeleton(config.model, len(weights.vocabulary), head_config(config, config.stages.index(stage)))
     lacking = {
         model.part_of(name)
         for name, tensor in model.state_dict().items()
@@ -114,7 +114,7 @@ def build_trained_model(weights: Weights) -> Model:
     """Build the model of a stage and load its weights; log the parts that are drawn at random."""
     config = weights.config
     index = config.stages.index(config.stage_named(weights.stage))
-    model = build_model(config.model, len(weights.vocabulary), stage_heads(config, index))
+    model = build_model(config.model, len(weights.vocabulary), head_config(config, index))
     if random := weights.absent - set(model.HEAD_PARTS):
         log.warning("%s: no weights for %s; initialized at random", weights.url, ", ".join(sorted(random)))
     load_matching(model, weights.tensors, weights.stage, weights.absent)

@@ -51,7 +51,7 @@ class HeadConfig:
     image_decoder: ImageDecoderConfig | None = None
     classes: int | None = None
     answers: int | None = None
-    reasoning: bool = False
+    nlvr2: bool = False
     ranking: bool = False
     bounds_scales: bool = True  # clamp the logit scales; commented out in VLMo's release
 

@@ -138,7 +138,7 @@ class ViLT(Model):
         epsilon, text_epsilon = config.norm_eps, config.text_norm_eps
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, True, text_epsilon)
         self.image_embedding = ShapedImageEmbedding(
-            config.image_size, config.patch_size, width, absolute=True, maskable=targets > 0, second=heads.reasoning
+            config.image_size, config.patch_size, width, absolute=True, maskable=targets > 0, second=heads.nlvr2
         )
         self.blocks = nn.ModuleList(
             MultiwayBlock(width, config.heads, config.mlp_ratio, (EXPERT,), None, rate, True, epsilon)
@@ -150,7 +150,7 @@ class ViLT(Model):
         self.mlm_head = MaskedLanguageHead(width, vocabulary, text_epsilon)
         self.mim_head = MaskedImageHead(width, targets) if targets else None
         self.vqa_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
-        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
+        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.nlvr2 else None
         self.ranking_head = RankingHead(width) if heads.ranking else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, None]:
@@ -210,7 +210,7 @@ class ViLT(Model):
             resized[name] = resize_grid(resized[name], self.config.grid, "bilinear")
         if (name := "text_embedding.positions") in resized:
             resized[name] = cut_text_positions(resized[name], self.config.max_text_length)
-        if self.heads.reasoning and "image_embedding.modality" in resized:
+        if self.heads.nlvr2 and "image_embedding.modality" in resized:
             resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
         if self.heads.ranking and "itm_head.classify.weight" in resized:
             for name in ("weight", "bias"):

@@ -95,7 +95,7 @@ class VLMo(Model):
         width, absolute = config.width, config.positions == "absolute"
         self.text_embedding = TextEmbedding(vocabulary, width, config.max_text_length, absolute)
         self.image_embedding = ImageEmbedding(
-            config.image_size, config.patch_size, width, absolute, heads.covers_patches, second=heads.reasoning
+            config.image_size, config.patch_size, width, absolute, heads.covers_patches, second=heads.nlvr2
         )
         self.positions = (
             None if absolute else RelativePositions(config.layers, config.heads, config.grid, config.max_text_length)
@@ -122,7 +122,7 @@ class VLMo(Model):
         self.mim_head = build_mim_head(config, heads)
         self.classification_head = ClassificationHead(width, heads.classes) if heads.classes else None
         self.vqa_head = PooledHead(width, 2 * width, heads.answers) if heads.answers else None
-        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.reasoning else None
+        self.nlvr2_head = PooledHead(2 * width, 2 * width, 2) if heads.nlvr2 else None
 
     def encode(self, packed: PackedInputs) -> tuple[Tensor, Tensor | None]:
         """Return normalised features, and those of the vision-language branch where the contrast needs them.
@@ -214,7 +214,7 @@ class VLMo(Model):
             "text_embedding.positions": lambda positions: cut_text_positions(positions, max_text_length),
         }
         resized |= {name: rule(resized[name]) for name, rule in rules.items() if name in resized}
-        if self.heads.reasoning and "image_embedding.modality" in resized:
+        if self.heads.nlvr2 and "image_embedding.modality" in resized:
             resized.setdefault("image_embedding.second", resized["image_embedding.modality"].clone())
         return resized
 

@@ -35,7 +35,7 @@ class NLVR2(Objective):
 
     @classmethod
     def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
-        return replace(heads, reasoning=True)
+        return replace(heads, nlvr2=True)
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         forward = self.fusion_forward(examples, "statement", "nlvr2")

@@ -20,10 +20,11 @@ scores by the first contrast alone (here the mean of both, unless `model.contras
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from pipeline.config.schema import SourceType
-from pipeline.models.checkpoints.vlmo import published_name
+from pipeline.models.checkpoints.vlmo import release_names
 from pipeline.objectives.itc import Contrast
 
 MLM_FACTOR = 0.25
@@ -42,5 +43,6 @@ def scale_gradients(contrast: Contrast, world_size: int) -> Contrast:
 
 def decays(name: str) -> bool:
     """Return True if the release decays the parameter; names that the release does not have are matched as they are."""
-    published = published_name(name)
-    return not any(part in (published or name) for part in NO_DECAY)
+    with suppress(KeyError):
+        (name,) = release_names(name)
+    return not any(part in name for part in NO_DECAY)

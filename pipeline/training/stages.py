@@ -7,7 +7,6 @@ built: an idle but trainable expert would drift under Adam's momentum, and at Ze
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.randomness import hash64
 from pipeline.data.storage import Storage
 from pipeline.models import build_model, skeleton
-from pipeline.models.model import HeadConfig, Model
+from pipeline.models.model import Model
 from pipeline.models.vlmo import copy_expert
-from pipeline.objectives import check_objectives, trained_modules
+from pipeline.objectives import check_objectives, head_config, trained_modules
 from pipeline.training.checkpoint import Weights, load_weights, stage_url
 
 log = logging.getLogger(__name__)
@@ -36,14 +35,14 @@ def check_stages(config: RunConfig) -> None:
 
 def stage_skeleton(config: RunConfig, index: int, vocabulary: int = 1) -> Model:
     """Build the model of stage `index` on the meta device."""
-    return skeleton(config.for_stage(config.stages[index]).model, vocabulary, stage_heads(config, index))
+    return skeleton(config.for_stage(config.stages[index]).model, vocabulary, head_config(config, index))
 
 
 def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabulary: int) -> Model:
     """Build the model of stage `index` with its starting weights; parts it does not train are frozen."""
     stage = config.stages[index]
     section = config.for_stage(stage).model
-    model = build_model(section, vocabulary, stage_heads(config, index), seed=hash64(config.seed, "weights"))
+    model = build_model(section, vocabulary, head_config(config, index), seed=hash64(config.seed, "weights"))
     start = starting_weights(config, index, storage)
     if start is not None:
         state = model.resize_state(start.tensors, start.config.model)
@@ -52,24 +51,6 @@ def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabular
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)
     return model
-
-
-def stage_heads(config: RunConfig, index: int) -> HeadConfig:
-    """Return the heads of a stage's model: its own, and those of earlier stages as last configured."""
-    heads = HeadConfig(bounds_scales=not config.reproduce_vlmo_release)
-    for stage in config.stages[: index + 1]:
-        if "mim" in stage.objectives:
-            tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0
-            heads = replace(
-                heads, image_target=stage.image_target, visual_tokens=tokens, image_decoder=stage.image_decoder
-            )
-        if "classification" in stage.objectives:
-            heads = replace(heads, classes=stage.num_classes)
-        if "vqa" in stage.objectives:
-            heads = replace(heads, answers=stage.num_answers)
-        heads = replace(heads, reasoning=heads.reasoning or "nlvr2" in stage.objectives)
-        heads = replace(heads, ranking=heads.ranking or "ranking" in stage.objectives)
-    return heads
 
 
 def trained_parts(model: Model, config: RunConfig, stage: StageConfig) -> frozenset[str]:

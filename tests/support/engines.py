@@ -17,11 +17,12 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
 from pipeline.models.model import Model
+from pipeline.objectives import head_config
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import stage_heads, trained_parts
+from pipeline.training.stages import trained_parts
 from pipeline.training.step import TrainingStep
 from tests.support.tiny_model import tiny_batch
 from tests.support.trial import VOCABULARY
@@ -92,7 +93,7 @@ class EngineOnRank:
 
 def tiny_model(config: RunConfig, index: int = 0, freeze: Iterable[str] = ()) -> Model:
     """Build a stage's model with random weights; the parts that it does not train, and `freeze`, need no gradient."""
-    model = build_model(config.model, VOCABULARY, stage_heads(config, index), seed=5)
+    model = build_model(config.model, VOCABULARY, head_config(config, index), seed=5)
     trained = trained_parts(model, config, config.stages[index]) - set(freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)

@@ -12,9 +12,9 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
+from pipeline.objectives import head_config
 from pipeline.tracking.journal import Journal
 from pipeline.training.checkpoint import save_weights, stage_url
-from pipeline.training.stages import stage_heads
 
 SCENES = 12
 SECTION = {"width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 32, "patch_size": 8}
@@ -54,7 +54,7 @@ def write_run(folder: Path, recorded: RunConfig, shards: str, run: str | None = 
     """Write the folder of a finished run with the config `recorded` and the MLflow run id `run` (None: untracked)."""
     storage = Storage()
     tokenizer = Tokenizer.train(iter_captions(storage, shards), 200)
-    model = build_model(recorded.model, tokenizer.size, stage_heads(recorded, 0), seed=1)
+    model = build_model(recorded.model, tokenizer.size, head_config(recorded, 0), seed=1)
     url = f"{folder}/stages/0-pairs"
     assert stage_url(recorded, 0).endswith("/stages/0-pairs")
     metadata = {"config": recorded.model_dump(mode="json"), "stage": "pairs", "step": 4}

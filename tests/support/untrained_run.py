@@ -10,8 +10,8 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.storage import Storage
 from pipeline.models import build_model
+from pipeline.objectives import head_config
 from pipeline.training.checkpoint import save_weights, stage_url
-from pipeline.training.stages import stage_heads
 from tests.support.short_run import short_config
 
 
@@ -23,7 +23,7 @@ def untrained_weights(folder: Path) -> tuple[RunConfig, str]:
     )
     build_synthetic(storage, config.sources)
     tokenizer = Tokenizer.train(iter_captions(storage, config.sources["scenes"].shards), 300)
-    model = build_model(config.model, tokenizer.size, stage_heads(config, 1), seed=5)
+    model = build_model(config.model, tokenizer.size, head_config(config, 1), seed=5)
     metadata = {"config": config.model_dump(mode="json"), "stage": "pairs", "step": 16}
     save_weights(storage, stage_url(config, 1), model.state_dict(), list(tokenizer.tokens), metadata)
     return config, stage_url(config, 1)

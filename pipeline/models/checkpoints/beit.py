@@ -135,7 +135,7 @@ def from_published(state: Mapping[str, Tensor], config: VLMoConfig, allowed: Col
     norm = next((name for name in NORMS if f"{name}.weight" in state), NORMS[0])
     names, shapes = _names(config, norm, tokens, masked=_OUTSIDE[_MASK] in state)
     tables = _tables(config, shared=SHARED_TABLE in state)
-    converted = from_named(state, names, shapes, config.patch_size, allowed, tables)
+    converted = from_named(state, names, shapes, allowed, tables)
     if tables and all(name in state for name in tables):
         layers = [state[name] for name in tables]
         converted[_TABLE] = torch.cat(layers, dim=1) if len(layers) > 1 else layers[0].repeat(1, config.layers)
@@ -153,7 +153,7 @@ def to_hugging_face(
         state = {name: t + modality if name in _CARRIES_MODALITY else t for name, t in state.items()}
     tokens = len(state[_TOKENS]) if _TOKENS in state else 0
     names, shapes = _names(config, norm, tokens, masked=_MASK in state)
-    published = to_named(state, names, shapes, config.patch_size)
+    published = to_named(state, names, shapes)
     if config.positions == "absolute":
         return published
     tables = state[_TABLE].chunk(config.layers, dim=1)
@@ -175,12 +175,8 @@ def to_published(state: Mapping[str, Tensor], config: VLMoConfig) -> dict[str, T
     pretrained = _TOKENS in state
     tables = state[_TABLE].chunk(config.layers, dim=1) if _TABLE in state else ()
     shared = bool(tables) and all(torch.equal(table, tables[0]) for table in tables)
-    return to_hugging_face(
-        state,
-        config,
-        NORMS[0] if pretrained else NORMS[1],
-        shared and (pretrained or bool(tables[0].any())),
-    )
+    shared = shared and (pretrained or bool(tables[0].any()))
+    return to_hugging_face(state, config, NORMS[0] if pretrained else NORMS[1], shared)
 
 
 def _names(config: VLMoConfig, norm: str, tokens: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
@@ -208,15 +204,11 @@ def _tables(config: VLMoConfig, shared: bool) -> dict[str, Shape]:
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return Hugging Face's names with the prefix `beit.`."""
-    if "patch_embed.proj.weight" in state:
-        return _from_release(state)
+    """Return Hugging Face's names with the prefix `beit.`, from those of BEiT's release too."""
     if any(name.startswith(_PREFIX) for name in state):
         return dict(state)
-    return {f"{_PREFIX}{name}": tensor for name, tensor in state.items()}
-
-
-def _from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if "patch_embed.proj.weight" not in state:
+        return {f"{_PREFIX}{name}": tensor for name, tensor in state.items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if joint := _JOINT.match(name):

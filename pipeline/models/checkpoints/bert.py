@@ -22,11 +22,13 @@ from pipeline.models import skeleton
 from pipeline.models.checkpoints.conversion import (
     SIZES,
     ConfigFile,
+    Names,
     Shape,
     assumed_heads,
+    from_named,
     layer_count,
-    require,
-    translated,
+    published_names,
+    to_named,
 )
 from pipeline.models.resize import cut_text_positions
 
@@ -98,32 +100,28 @@ def from_hugging_face(
             state[_POSITIONS] = cut_text_positions(state[_POSITIONS], config.max_text_length)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    shapes = _shapes(config, len(state[_WORDS]) if _WORDS in state else 1, with_head=_BIAS in state)
-    fitting = require(state, {_published_name(name): shape for name, shape in shapes.items()}, allowed)
-    return {name: state[_published_name(name)] for name in shapes if _published_name(name) in fitting}
+    return from_named(state, *_layout(config, len(state[_WORDS]) if _WORDS in state else 1, _BIAS in state), allowed)
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: ImageBERTConfig) -> dict[str, Tensor]:
     """Convert the parts that BERT has to BertForMaskedLM's names."""
     vocabulary = len(state["text_embedding.word_embeddings.weight"])
-    shapes = _shapes(config, vocabulary, with_head=any(name.startswith(_LANGUAGE) for name in state))
-    require({name: state[name] for name in shapes if name in state}, shapes)
-    published = {_published_name(name): state[name] for name in shapes}
-    if _BIAS in published:
-        published[_BIAS_AGAIN] = published[_BIAS].clone()
-    return published
+    names, shapes = _layout(config, vocabulary, any(name.startswith(_LANGUAGE) for name in state))
+    published = to_named(state, names, shapes)
+    return published | ({_BIAS_AGAIN: published[_BIAS].clone()} if _BIAS in published else {})
 
 
-def _shapes(config: ImageBERTConfig, vocabulary: int, with_head: bool) -> dict[str, Shape]:
-    """Return the shapes of our parameters that BERT has."""
+def _layout(config: ImageBERTConfig, vocabulary: int, with_head: bool) -> tuple[Names, dict[str, Shape]]:
+    """Return the published names and our shapes of the parameters that BERT has."""
     parts = (*_TRUNK, _LANGUAGE) if with_head else _TRUNK
-    return {n: tuple(p.shape) for n, p in skeleton(config, vocabulary).named_parameters() if n.startswith(parts)}
-
-
-def _published_name(name: str) -> str:
-    if name.startswith(_LANGUAGE):
-        return translated(name, _HEAD)
-    return _PREFIX + name.replace("text_embedding.", "embeddings.")
+    shapes = {n: tuple(p.shape) for n, p in skeleton(config, vocabulary).named_parameters() if n.startswith(parts)}
+    names = {
+        name: published_names(name, _HEAD, "")
+        if name.startswith(_LANGUAGE)
+        else (_PREFIX + name.replace("text_embedding.", "embeddings."),)
+        for name in shapes
+    }
+    return names, shapes
 
 
 def _full_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

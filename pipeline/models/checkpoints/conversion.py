@@ -1,14 +1,16 @@
-"""Shared parts of the converters: fitting names and shapes, inferred sizes, and Hugging Face's layer names and configs.
+"""Shared parts of the converters: names and shapes of published tensors, inferred sizes, and Hugging Face's configs.
 
 Names are those of checkpoint files, which transformers keeps stable, and not those of its modules. One of our tensors
-may be several published ones, concatenated by rows: query, key and value have a matrix each.
+may be several published ones, row upon row (query, key and value have a matrix each), and one published tensor may hold
+several of ours, in the order of the model's parameters (the modality vectors are one table).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,35 +19,38 @@ import torch
 from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError
+from pipeline.config.schema import TransformerConfig
+from pipeline.models import skeleton
+from pipeline.models.model import HeadConfig
 
-Names = Mapping[str, tuple[str, ...]]  # ours -> the published tensors that, row upon row, are it
+Shape = tuple[int, ...]
+Names = dict[str, tuple[str, ...]]  # ours -> the published tensors that, row upon row, are it
 
 log = logging.getLogger(__name__)
 
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers
 INTERPOLATIONS = {BILINEAR: "bilinear", BICUBIC: "bicubic"}
+HEAD_WIDTH = 64  # of nearly every published model
 
-_ATTENTION = "attention.attention"
-_LAYER = {
+# A layer of Hugging Face's ViT, BEiT and ViLT: our parameters, or their modules -> theirs.
+HUGGING_FACE_LAYER: Mapping[str, str | tuple[str, ...]] = {
     "norm": "layernorm_before",
+    "attention.weight": tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value")),
+    "attention.query_bias": "attention.attention.query.bias",
+    "attention.key_bias": "attention.attention.key.bias",
+    "attention.value_bias": "attention.attention.value.bias",
     "attention.projection": "attention.output.dense",
+    "attention_gamma": "lambda_1",
     "experts.vision.norm": "layernorm_after",
     "experts.vision.expand": "intermediate.dense",
     "experts.vision.contract": "output.dense",
+    "expert_gamma": "lambda_2",
 }
-_LAYER_TENSORS = {
-    "attention.weight": tuple(f"{_ATTENTION}.{part}.weight" for part in ("query", "key", "value")),
-    "attention.query_bias": (f"{_ATTENTION}.query.bias",),
-    "attention.key_bias": (f"{_ATTENTION}.key.bias",),
-    "attention.value_bias": (f"{_ATTENTION}.value.bias",),
-    "attention_gamma": ("lambda_1",),
-    "expert_gamma": ("lambda_2",),
-}
-
 SIZES = {"width": "hidden_size", "layers": "num_hidden_layers"}  # ours -> config.json's, of every transformer
 IMAGE_SIZES = {"image_size": "image_size", "patch_size": "patch_size"}  # and of those that read images
 
-_BIASES = ("query.bias", "key.bias", "value.bias")
+SECOND = "image_embedding.second"
+MODALITIES = ("text_embedding.modality", "image_embedding.modality", SECOND)
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,7 @@ class ConfigFile:
             if key in config and config[key] not in supported:
                 expected = " or ".join(str(value) for value in supported)
                 raise ConfigError(f"config.json: {key} is {config[key]!r}; mome's model supports {key}={expected} only")
-        return {
-            key: config[published_key]
-            for key, published_key in self.keys.items()
-            if config.get(published_key) is not None
-        }
+        return {key: config[theirs] for key, theirs in self.keys.items() if config.get(theirs) is not None}
 
     def reading(self, processor: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keys of the `model` section that an image processor's config gives, and log differences.
@@ -99,94 +100,135 @@ class ConfigFile:
 
     def check(self, config: Mapping[str, Any], section: Mapping[str, Any]) -> None:
         """Raise ConfigError where a config.json contradicts sizes that were inferred from tensors."""
-        for key, published_key in self.sizes.items():
-            size = config.get(published_key)
+        for key, theirs in self.sizes.items():
+            size = config.get(theirs)
             if isinstance(size, int) and key in section and size != section[key]:
                 raise ConfigError(
-                    f"config.json: {published_key} is {size}, the tensors have {section[key]}: it is another model's. "
+                    f"config.json: {theirs} is {size}, the tensors have {section[key]}: it is another model's. "
                     "Give the folder in which both were published, or the weights file alone"
                 )
 
 
-def published_names(parameter: str, outside: Mapping[str, str], layer_prefix: str) -> tuple[str, ...]:
-    """Return the published names of a parameter; `outside` names those outside the layers, or their modules.
+def published_names(
+    parameter: str,
+    outside: Mapping[str, str],
+    layer_prefix: str,
+    layer_names: Mapping[str, str | tuple[str, ...]] = HUGGING_FACE_LAYER,
+) -> tuple[str, ...]:
+    """Return the published names of a parameter, by its own entry in `outside` or `layer_names`, or by its module's.
 
     Raises KeyError where it has none.
     """
-    if not parameter.startswith("blocks."):
-        return (translated(parameter, outside),)
-    _, layer, inner = parameter.split(".", 2)
-    names = _LAYER_TENSORS.get(inner) or (translated(inner, _LAYER),)
-    return tuple(f"{layer_prefix}{layer}.{name}" for name in names)
-
-
-def translated(name: str, names: Mapping[str, str]) -> str:
-    """Translate a parameter by its own entry in `names`, or by its module's."""
+    prefix, name = "", parameter
+    names: Mapping[str, str | tuple[str, ...]] = outside
+    if parameter.startswith("blocks."):
+        _, layer, name = parameter.split(".", 2)
+        prefix, names = f"{layer_prefix}{layer}.", layer_names
     module, _, last = name.rpartition(".")
-    return names[name] if name in names else f"{names[module]}.{last}"
+    published = names[name] if name in names else f"{names[module]}.{last}"
+    return tuple(prefix + part for part in ((published,) if isinstance(published, str) else published))
+
+
+def published_layout(
+    config: TransformerConfig,
+    state: Mapping[str, Tensor],
+    naming: Callable[[str], tuple[str, ...]],
+    optional: Collection[str],
+    nameless: Collection[str] = (),
+) -> tuple[Names, dict[str, Shape]]:
+    """Return the published names and our shapes of the parameters of a model with all heads for fused inputs.
+
+    `state` has our names or the published ones. It gives the numbers of words and answers (default 1), and of the parts
+    in `optional` those of which it has no tensor are left out, as are parts in `nameless`. The second image's modality
+    vector belongs to a head, but is published in the table of modalities, whose rows show whether it is there.
+    """
+    words, answers = (
+        next((len(state[name]) for name in (own, *naming(own)) if name in state), 1)
+        for own in ("text_embedding.word.weight", "vqa_head.classify.bias")
+    )
+    model = skeleton(config, words, HeadConfig(answers=answers, nlvr2=True, ranking=True))
+    has_second = SECOND in state or len(state.get(naming(SECOND)[0], ())) >= len(MODALITIES)
+    part_of = {name: model.part_of(name) for name, _ in model.named_parameters() if name != SECOND}
+    names = {name: naming(name) for name, part in part_of.items() if part not in nameless}
+    present = {part_of[name] for name in names if not state.keys().isdisjoint((name, *names[name]))}
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if (has_second if name == SECOND else name in names and part_of[name] not in set(optional) - present)
+    }
+    return {name: naming(name) for name in shapes}, shapes
+
+
+def published_rows(names: Names, shapes: Mapping[str, Shape]) -> dict[str, list[tuple[str, Shape]]]:
+    """Return, for each published tensor, the parameters that it holds as rows, with the shapes of these rows."""
+    rows: dict[str, list[tuple[str, Shape]]] = {}
+    for name, parts in names.items():
+        shape = shapes[name]
+        if name == "image_embedding.patch.weight":  # the kernel of a convolution
+            side = math.isqrt(shape[1] // 3)
+            shape = (shape[0], 3, side, side)
+        elif name in ("image_embedding.cls", "image_embedding.mask"):
+            shape = (1, 1, *shape)
+        elif name == "image_embedding.positions" or name in MODALITIES:
+            shape = (1, *shape)
+        elif name.startswith("itc_head.log_scale"):
+            shape = ()
+        for part in parts:
+            own = shape if len(parts) == 1 else (shape[0] // len(parts), *shape[1:])
+            rows.setdefault(part, []).append((name, own))
+    return rows
 
 
 def from_named(
     state: Mapping[str, Tensor],
     names: Names,
     shapes: Mapping[str, Shape],
-    patch_size: int,
     allowed: Collection[str] = (),
     more: Mapping[str, Shape] | None = None,
 ) -> dict[str, Tensor]:
     """Convert published tensors to those of `names`, of the given `shapes`; the caller converts those of `more`.
 
     Models without biases of query, key and value (`qkv_bias: false`) get zeros, which compute the same. Raises
-    CheckpointError as `require`.
+    CheckpointError as `require`. Results may share memory with the given state.
     """
-    biases = {part: shapes[name] for name, parts in names.items() for part in parts if part.endswith(_BIASES)}
-    if not any(name in state for name in biases):
-        state = {**state, **{name: torch.zeros(shape) for name, shape in biases.items()}}
-    published_shapes = {
-        published: shape for name in names for published, shape in _published(name, names, shapes, patch_size)
+    rows = published_rows(names, shapes)
+    biases = [part for part in rows if part.endswith(("query.bias", "key.bias", "value.bias"))]
+    if not any(part in state for part in biases):
+        state = {**state, **{part: torch.zeros(rows[part][0][1]) for part in biases}}
+    published = {
+        part: held[0][1] if len(held) == 1 else (sum(shape[0] for _, shape in held), *held[0][1][1:])
+        for part, held in rows.items()
     }
-    fitting = require(state, published_shapes | dict(more or {}), allowed)
-    converted = {}
-    for name, parts in names.items():
-        if fitting.issuperset(parts):
-            pieces = [state[part] for part in parts]
-            converted[name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shapes[name])
-    return converted
+    fitting = require(state, published | dict(more or {}), allowed)
+    pieces: dict[str, list[Tensor]] = {}
+    for part in rows:
+        if part not in fitting:
+            continue
+        tensors: Iterable[Tensor] = (state[part],)
+        if len(rows[part]) > 1:  # copies, because files of tensors do not hold two views of one memory
+            tensors = (tensor.clone() for tensor in state[part].split([shape[0] for _, shape in rows[part]]))
+        for (name, _), tensor in zip(rows[part], tensors, strict=True):
+            pieces.setdefault(name, []).append(tensor)
+    return {
+        name: (pieces[name][0] if len(parts) == 1 else torch.cat(pieces[name])).reshape(shapes[name])
+        for name, parts in names.items()
+        if fitting.issuperset(parts)
+    }
 
 
-def to_named(
-    state: Mapping[str, Tensor], names: Names, shapes: Mapping[str, Shape], patch_size: int
-) -> dict[str, Tensor]:
+def to_named(state: Mapping[str, Tensor], names: Names, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     """Convert our tensors to their published form. Raises CheckpointError where one is missing or misshapen."""
     require({name: state[name] for name in names if name in state}, {name: shapes[name] for name in names})
     published = {}
-    for name in names:
-        parts = _published(name, names, shapes, patch_size)
-        # Copies, because files of tensors do not hold two views of one memory.
-        pieces = state[name].chunk(len(parts)) if len(parts) > 1 else [state[name]]
-        for (part, shape), piece in zip(parts, pieces, strict=True):
-            published[part] = piece.reshape(shape).clone() if len(parts) > 1 else piece.reshape(shape)
+    for part, rows in published_rows(names, shapes).items():
+        tensors = []
+        for name, shape in rows:
+            parts = names[name]
+            # Copies of several parts, because files of tensors do not hold two views of one memory.
+            own = state[name] if len(parts) == 1 else state[name].chunk(len(parts))[parts.index(part)].clone()
+            tensors.append(own.reshape(shape))
+        published[part] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return published
-
-
-def _published(name: str, names: Names, shapes: Mapping[str, Shape], patch_size: int) -> list[tuple[str, Shape]]:
-    """Return the names and shapes of a parameter's published parts."""
-    shape, parts = published_shape(name, shapes[name], patch_size), names[name]
-    return [(part, (shape[0] // len(parts), *shape[1:])) for part in parts]
-
-
-def published_shape(name: str, shape: Shape, patch_size: int) -> Shape:
-    """Return the published shape: kernels of convolutions, and a leading dimension for what all examples share."""
-    if name == "image_embedding.patch.weight":
-        return (shape[0], 3, patch_size, patch_size)
-    if name in ("image_embedding.cls", "image_embedding.mask"):
-        return (1, 1, *shape)
-    if name == "image_embedding.positions":
-        return (1, *shape)
-    return shape
-
-
-Shape = tuple[int, ...]
 
 
 def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: Collection[str] = ()) -> set[str]:
@@ -195,31 +237,21 @@ def require(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], allowed: C
     Names that match a pattern in `allowed` (`vqa_classifier.*`) may be missing, unexpected or of another shape, and are
     left out. Raises CheckpointError listing every other fault.
     """
-    missing = [name for name in shapes if name not in state]
-    unexpected = [name for name in state if name not in shapes]
-    wrong = [name for name, shape in shapes.items() if name in state and tuple(state[name].shape) != shape]
-    faults = {
-        "missing": excused(missing, allowed),
-        "unexpected": excused(unexpected, allowed),
-        "wrong shape": [
-            f"{name} (is {tuple(state[name].shape)}, must be {shapes[name]})" for name in excused(wrong, allowed)
-        ],
+    missing = {name: name for name in shapes if name not in state}
+    wrong = {
+        name: f"{name} (is {tuple(state[name].shape)}, must be {shape})"
+        for name, shape in shapes.items()
+        if name in state and tuple(state[name].shape) != shape
     }
-    if any(faults.values()):
-        lines = [f"  {fault}: {', '.join(sorted(names))}" for fault, names in faults.items() if names]
+    unexpected = {name: name for name in state if name not in shapes}
+    lines = []
+    for fault, texts in {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}.items():
+        faults = [text for name, text in texts.items() if not any(fnmatchcase(name, pattern) for pattern in allowed)]
+        lines += [f"  {fault}: {', '.join(sorted(faults))}"] if faults else []
+    if lines:
         message = "the checkpoint does not fit the model; compare its sizes with the config's model section"
         raise CheckpointError("\n".join([message, *lines]))
-    return set(shapes) - set(missing) - set(wrong)
-
-
-def excused(names: Iterable[str], allowed: Collection[str]) -> list[str]:
-    """Return the names that match no pattern."""
-    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allowed)]
-
-
-log = logging.getLogger(__name__)
-
-HEAD_WIDTH = 64  # of nearly every published model
+    return shapes.keys() - missing.keys() - wrong.keys()
 
 
 def layer_count(names: Iterable[str], pattern: str) -> int:

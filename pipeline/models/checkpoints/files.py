@@ -25,7 +25,7 @@ METADATA = "mome"  # next to `state_dict` in our torch files: the metadata of a 
 TORCH_BEGINNINGS = (b"PK", b"\x80")  # a zip file; before torch 1.6, a pickle
 MAX_SHARING = 4  # times the bytes of a file that its tensors may take: two names may share one memory (tied weights)
 _HEADER_LENGTH = 8  # bytes in front of a safetensors header, which say how long it is
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 
 
 @dataclass(frozen=True)
@@ -73,30 +73,34 @@ def write_tensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str
     """
     if path.endswith(".safetensors"):
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-        return _with_sorted_metadata(data)
+        # The safetensors library writes the metadata in arbitrary order.
+        end = _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")
+        header = json.loads(data[_HEADER_LENGTH:end])
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _HEADER_LENGTH)  # so that the tensors are aligned
+        return b"".join((len(text).to_bytes(_HEADER_LENGTH, "little"), text, memoryview(data)[end:]))
     file = io.BytesIO()
     torch.save({"state_dict": tensors, METADATA: metadata}, file)
     return file.getvalue()
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """Sort the metadata, which the safetensors library writes in arbitrary order."""
-    end = _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")
-    header = json.loads(data[_HEADER_LENGTH:end])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_LENGTH)  # so that the tensors are aligned
-    return b"".join((len(text).to_bytes(_HEADER_LENGTH, "little"), text, memoryview(data)[end:]))
-
-
 def _read(data: bytes, origin: str) -> Published:
+    metadata: Any = None
     if data[_HEADER_LENGTH : _HEADER_LENGTH + 1] == b"{":
-        loaded = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's range
+        loaded: Any = safetensors.torch.load(data)  # first: it bounds the header and checks every tensor's range
         header = json.loads(data[_HEADER_LENGTH : _HEADER_LENGTH + int.from_bytes(data[:_HEADER_LENGTH], "little")])
         metadata = header.get("__metadata__")
     else:
-        content = _load(data, origin)
-        loaded, metadata = _unwrapped(content), content.get(METADATA) if isinstance(content, dict) else None
+        loaded = _load(data, origin)
+        metadata = loaded.get(METADATA) if isinstance(loaded, dict) else None
+        # Containers may be nested: the innermost one holds the tensors.
+        while isinstance(loaded, dict):
+            inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
+            if inner is None:
+                break
+            loaded = inner
+        loaded = loaded if isinstance(loaded, dict) else {}
     others = sorted(str(name) for name, value in loaded.items() if not _is_plain(value))
     if not loaded or others:
         contents = f"also holds {', '.join(others[:4])}" if loaded else "holds none"
@@ -107,18 +111,33 @@ def _read(data: bytes, origin: str) -> Published:
         raise CheckpointError(
             f"{origin}: its tensors are many times larger than the file, unlike any published checkpoint's"
         )
-    tensors = {str(name): t.float() if t.is_floating_point() else t for name, t in loaded.items()}
+    tensors: dict[str, Tensor] = {}
+    for published, tensor in loaded.items():
+        # Wrappers' prefixes: `module.` in front, the others anywhere in a name.
+        name = re.sub(r"^(module\.)+", "", _WRAPPERS.sub("", str(published)))
+        if name in tensors:
+            raise CheckpointError(
+                f"{origin}: names the tensor {name} more than once, with and without a wrapper's prefix"
+            )
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     texts = metadata.items() if isinstance(metadata, dict) else ()
-    return Published(
-        _without_wrappers(tensors, origin), {k: v for k, v in texts if isinstance(k, str) and isinstance(v, str)}
-    )
+    return Published(tensors, {k: v for k, v in texts if isinstance(k, str) and isinstance(v, str)})
 
 
 def _load(data: bytes, origin: str) -> Any:
+    """Return the content of a file that torch saved, without running code that it names."""
     if not data.startswith(TORCH_BEGINNINGS):
         raise ValueError(f"it begins with {data[:8]!r}")
     if data.startswith(b"PK"):
-        _refuse_compressed(data, origin)
+        # Compressed entries could unpack to any size.
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+        compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if compressed or sum(entry.file_size for entry in entries) > len(data):
+            raise CheckpointError(
+                f"{origin}: holds compressed entries ({', '.join(compressed[:3])}), which torch never writes; save it "
+                "with torch.save"
+            )
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -133,28 +152,6 @@ def _load(data: bytes, origin: str) -> Any:
         ) from error
 
 
-def _refuse_compressed(data: bytes, origin: str) -> None:
-    """Raise CheckpointError for compressed entries, which torch never writes and which could unpack to any size."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = archive.infolist()
-    compressed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if compressed or sum(entry.file_size for entry in entries) > len(data):
-        raise CheckpointError(
-            f"{origin}: holds compressed entries ({', '.join(compressed[:3])}), which torch never writes; save it with "
-            "torch.save"
-        )
-
-
-def _unwrapped(loaded: Any) -> dict[Any, Any]:
-    """Return the innermost content of nested containers."""
-    while isinstance(loaded, dict):
-        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
-        if inner is None:
-            return loaded
-        loaded = inner
-    return {}
-
-
 def _is_plain(value: Any) -> bool:
     """Return whether a value is a dense CPU tensor whose memory holds every element."""
     return (
@@ -164,23 +161,3 @@ def _is_plain(value: Any) -> bool:
         and not value.is_quantized
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
-
-
-def _without_wrappers(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Remove wrappers' prefixes: `module.` in front, the others anywhere in a name.
-
-    Raises CheckpointError where two names become one.
-    """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        own = name
-        for wrapper in _WRAPPERS[1:]:
-            own = own.replace(wrapper, "")
-        while own.startswith(_WRAPPERS[0]):
-            own = own.removeprefix(_WRAPPERS[0])
-        if own in renamed:
-            raise CheckpointError(
-                f"{origin}: names the tensor {own} more than once, with and without a wrapper's prefix"
-            )
-        renamed[own] = tensor
-    return renamed

@@ -44,7 +44,6 @@ _OUTSIDE = {
 _CLASSES = "classifier.bias"
 _MASK, _POSITIONS = "image_embedding.mask", "image_embedding.positions"
 _UNUSED = (f"{_PREFIX}pooler.dense.weight", f"{_PREFIX}pooler.dense.bias")
-_UNPUBLISHED = "mim_head."  # has no name in Hugging Face's checkpoints
 
 CONFIG = ConfigFile(
     "vit",
@@ -88,21 +87,21 @@ def from_hugging_face(
     state = {name: tensor for name, tensor in _full_names(state).items() if name not in _UNUSED}
     classes = len(state[_CLASSES]) if _CLASSES in state else 0
     names, shapes = _names(config, classes, masked=_OUTSIDE[_MASK] in state)
-    return from_named(state, names, shapes, config.patch_size, allowed)
+    return from_named(state, names, shapes, allowed)
 
 
 def to_hugging_face(state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
     """Convert to the names of ViTForImageClassification; the masked-image head is left out."""
     head = state.get("classification_head.classify.bias")
     names, shapes = _names(config, 0 if head is None else len(head), masked=_MASK in state)
-    return to_named(state, names, shapes, config.patch_size)
+    return to_named(state, names, shapes)
 
 
 def _names(config: ViTConfig, classes: int, masked: bool) -> tuple[Names, dict[str, Shape]]:
     """Return the published names and our shapes of a ViT with `classes` classes, with or without a mask embedding."""
     heads = HeadConfig(image_target="mean_colour" if masked else None, classes=classes or None)
     parameters = skeleton(config, heads=heads).named_parameters()
-    shapes = {name: tuple(tensor.shape) for name, tensor in parameters if not name.startswith(_UNPUBLISHED)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters if not name.startswith("mim_head.")}
     return {name: published_names(name, _OUTSIDE, _LAYERS) for name in shapes}, shapes
 
 

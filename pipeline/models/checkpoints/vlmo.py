@@ -12,19 +12,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import VLMoConfig
-from pipeline.models import skeleton
-from pipeline.models.checkpoints.conversion import Shape, assumed, assumed_heads, layer_count, require
-from pipeline.models.model import HeadConfig, Model
+from pipeline.models.checkpoints.conversion import (
+    MODALITIES,
+    assumed,
+    assumed_heads,
+    from_named,
+    layer_count,
+    published_layout,
+    published_names,
+    require,
+    to_named,
+)
 
-# Ours on the left. `{n}` is the layer.
-_OUTSIDE = {
+_TABLE, _MODALITY = "relative_position_bias_table", "token_type_embeddings.weight"
+# Outside the layers; ours on the left. VLMo's release grew from ViLT's and has its names.
+RELEASE = {
     "text_embedding.word.weight": "text_embeddings.word_embeddings.weight",
     "text_embedding.token_type": "text_embeddings.token_type_embeddings.weight",
     "text_embedding.positions": "text_embeddings.position_embeddings.weight",
@@ -32,6 +41,10 @@ _OUTSIDE = {
     "image_embedding.patch": "transformer.patch_embed.proj",
     "image_embedding.cls": "transformer.cls_token",
     "image_embedding.positions": "transformer.pos_embed",
+    "positions.image": _TABLE,
+    "positions.cross": _TABLE,
+    "positions.text": _TABLE,
+    **dict.fromkeys(MODALITIES, _MODALITY),
     "norm": "transformer.norm",
     "pooler.dense": "pooler.dense",
     "itc_head.image": "itc_image_proj.fc",
@@ -45,6 +58,7 @@ _OUTSIDE = {
     "mlm_head.norm": "mlm_score.transform.LayerNorm",
     "mlm_head.decode.weight": "mlm_score.decoder.weight",
     "mlm_head.decode.bias": "mlm_score.bias",
+    "ranking_head.score": "rank_output",
     "vqa_head.expand": "vqa_classifier.0",
     "vqa_head.norm": "vqa_classifier.1",
     "vqa_head.classify": "vqa_classifier.3",
@@ -52,7 +66,7 @@ _OUTSIDE = {
     "nlvr2_head.norm": "nlvr2_classifier.1",
     "nlvr2_head.classify": "nlvr2_classifier.3",
 }
-_INSIDE = {
+_LAYER = {
     "norm": "norm1",
     "attention.weight": "attn.qkv.weight",
     "attention.query_bias": "attn.q_bias",
@@ -60,38 +74,25 @@ _INSIDE = {
     "attention.projection": "attn.proj",
     "attention_gamma": "gamma_1",
     "expert_gamma": "gamma_2",
+} | {
+    f"experts.{ours}.{module}": name.format(theirs)
+    for ours, theirs in (("vision", "imag"), ("language", "text"), ("vision_language", "vl"))
+    for module, name in (("norm", "norm2_{}"), ("expand", "mlp_{}.fc1"), ("contract", "mlp_{}.fc2"))
 }
-_EXPERTS = {"vision": "imag", "language": "text", "vision_language": "vl"}
-_EXPERT = {"norm": "norm2_{e}", "expand": "mlp_{e}.fc1", "contract": "mlp_{e}.fc2"}
+release_names = partial(published_names, outside=RELEASE, layer_prefix="transformer.blocks.", layer_names=_LAYER)
 
-_WORDS = "text_embedding.word.weight"
-_ANSWERS = "vqa_head.classify.bias"
-_SECOND = "image_embedding.second"
-_TEXT_POSITIONS = _OUTSIDE["text_embedding.positions"]
-_TABLE = "relative_position_bias_table"
-_MODALITY = "token_type_embeddings.weight"
-_TABLE_PARTS = ("positions.image", "positions.cross", "positions.text")
-_MODALITY_PARTS = ("text_embedding.modality", "image_embedding.modality", _SECOND)
-_JOINED = _TABLE_PARTS + _MODALITY_PARTS
+_TEXT_POSITIONS = RELEASE["text_embedding.positions"]
 _UNUSED = (
     "relative_position_index",
     "text_relative_position_index",
     "text_imag_relative_position_index",
     "text_embeddings.position_ids",
 )
-_OPTIONAL = (
-    "vision_language_expert",
-    "pooler",
-    "itc_head",
-    "itm_head",
-    "mlm_head",
-    "vqa_head",
-    "nlvr2_head",
-)
+_OPTIONAL = ("vision_language_expert", "pooler", "itc_head", "itm_head", "mlm_head", "vqa_head", "nlvr2_head")
 UNPUBLISHED = ("mim_head", "classification_head")  # parts without a name in published checkpoints
 
 PUBLISHED_MAX_TEXT = 196  # of every published relative table
-PUBLISHED_VISION_LANGUAGE_LAYERS = {12: 2, 24: 3}  # by layers
+PUBLISHED_FUSED_LAYERS = {12: 2, 24: 3}  # by layers
 PUBLISHED_HEADS = {544: 16}  # by width, where heads are not 64 wide (base_plus)
 
 
@@ -100,21 +101,31 @@ def infer_section(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> dic
 
     Raises ConfigError where a size can be inferred neither from the shapes nor from `overrides`.
     """
-    state = _without_leading_module(state)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     blocks = [match for name in state if (match := re.match(r"transformer\.blocks\.(\d+)\.(\w+)", name))]
     patch = state.get("transformer.patch_embed.proj.weight")
     if not blocks or patch is None:
         raise ConfigError("no VLMo checkpoint: transformer.blocks or transformer.patch_embed are missing")
     layers, width = layer_count(state, r"transformer\.blocks\.(\d+)\."), len(patch)
-    upper = [int(match[1]) for match in blocks if match[2] == "mlp_vl"]
     relative = _TABLE in state
+    if relative:
+        heads = state[_TABLE].shape[1] // layers
+    elif width in PUBLISHED_HEADS:
+        heads = assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", overrides)
+    else:
+        heads = assumed_heads(width, overrides)
+    if fused := [int(match[1]) for match in blocks if match[2] == "mlp_vl"]:
+        fused_layers = layers - min(fused)
+    else:
+        fused_layers = PUBLISHED_FUSED_LAYERS.get(layers, 1)
+        fused_layers = assumed("vision_language_layers", fused_layers, f"VLMo's, for {layers} layers", overrides)
     section: dict[str, Any] = {
         "kind": "vlmo",
         "width": width,
         "layers": layers,
         "patch_size": patch.shape[-1],
-        "heads": state[_TABLE].shape[1] // layers if relative else _published_heads(width, overrides),
-        "vision_language_layers": layers - min(upper) if upper else _published_upper(layers, overrides),
+        "heads": heads,
+        "vision_language_layers": fused_layers,
         "positions": "relative" if relative else "absolute",
         "layer_scale": 0.1 if "transformer.blocks.0.gamma_1" in state else None,
     }
@@ -124,7 +135,7 @@ def infer_section(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> dic
     expand = state.get("transformer.blocks.0.mlp_imag.fc1.weight")
     if expand is not None:
         section["mlp_ratio"] = len(expand) // width
-    image, text = state.get(_OUTSIDE["image_embedding.positions"]), state.get(_TEXT_POSITIONS)
+    image, text = state.get(RELEASE["image_embedding.positions"]), state.get(_TEXT_POSITIONS)
     reach: tuple[int, int] | None = None  # grid side and longest text
     if relative:
         reach = _reach_of_table(state, overrides)
@@ -133,17 +144,6 @@ def infer_section(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> dic
     if reach is not None:
         section |= {"image_size": reach[0] * section["patch_size"], "max_text_length": reach[1]}
     return section | dict(overrides)
-
-
-def _published_heads(width: int, overrides: Mapping[str, Any]) -> int:
-    if width in PUBLISHED_HEADS:
-        return assumed("heads", PUBLISHED_HEADS[width], f"VLMo's, for width {width}", overrides)
-    return assumed_heads(width, overrides)
-
-
-def _published_upper(layers: int, overrides: Mapping[str, Any]) -> int:
-    upper = PUBLISHED_VISION_LANGUAGE_LAYERS.get(layers, 1)
-    return assumed("vision_language_layers", upper, f"VLMo's, for {layers} layers", overrides)
 
 
 def _reach_of_table(state: dict[str, Tensor], overrides: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -169,112 +169,16 @@ def from_published(state: dict[str, Tensor], config: VLMoConfig, allowed: Collec
     A DeepSpeed checkpoint's prefix `module.` is ignored. Names that match `allowed` (see `require`) may differ, and are
     left out. Raises CheckpointError listing every missing, unexpected or wrong-shaped tensor.
     """
-    state = {name: tensor for name, tensor in _without_leading_module(state).items() if name not in _UNUSED}
-    if config.positions == "relative":
-        state.pop(_TEXT_POSITIONS, None)
-    model = _model_of(config, state, {name: _published_name(name) for name in (_WORDS, _ANSWERS)})
-    shapes = _shapes(model)
-    if _MODALITY in state and len(state[_MODALITY]) < len(_MODALITY_PARTS):
-        shapes.pop(_SECOND, None)
-    names = {name: _published_name(name) for name in shapes}
-    kept = _of_present_parts(model, shapes, {n for n in shapes if names[n] in state})
-    published_shapes = {names[n]: _published_shape(n, shapes[n], config) for n in kept if n not in _JOINED}
-    for published, parts in _joined(kept).items():
-        published_shapes[published] = (sum(_rows(shapes[part]) for part in parts), shapes[parts[0]][-1])
-    fitting = require(state, published_shapes, allowed)
-    converted = {n: state[names[n]].reshape(shapes[n]) for n in kept if n not in _JOINED and names[n] in fitting}
-    for published, parts in _joined(kept).items():
-        if published in fitting:
-            rows = state[published].split([_rows(shapes[part]) for part in parts])
-            # Copies, because files of tensors do not hold two views of one memory.
-            converted |= {part: piece.reshape(shapes[part]).clone() for part, piece in zip(parts, rows, strict=True)}
-    return {name: converted[name] for name in kept if name in converted}
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    unused = (*_UNUSED, *((_TEXT_POSITIONS,) if config.positions == "relative" else ()))
+    state = {name: tensor for name, tensor in state.items() if name not in unused}
+    return from_named(state, *published_layout(config, state, release_names, _OPTIONAL), allowed)
 
 
 def to_published(state: dict[str, Tensor], config: VLMoConfig) -> dict[str, Tensor]:
     """Convert our state to the published form, without `UNPUBLISHED` parts."""
-    model = _model_of(config, state, {name: name for name in (_WORDS, _ANSWERS)})
     unpublished = {n for n in state if n.split(".")[0] in UNPUBLISHED or n == "image_embedding.mask"}
     state = {name: tensor for name, tensor in state.items() if name not in unpublished}
-    shapes = _shapes(model)
-    kept = _of_present_parts(model, shapes, state.keys() & shapes.keys())
-    require(state, {name: shapes[name] for name in kept})
-    published = {
-        _published_name(name): state[name].reshape(_published_shape(name, shapes[name], config))
-        for name in kept
-        if name not in _JOINED
-    }
-    for name, parts in _joined(kept).items():
-        published[name] = torch.cat([state[part].reshape(_rows(shapes[part]), -1) for part in parts])
-    return published
-
-
-def published_name(name: str) -> str | None:
-    """Return the release's name of a parameter, or of the tensor it is rows of; None where it has none."""
-    try:
-        return _published_name(name)
-    except KeyError:
-        return None
-
-
-def _without_leading_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _model_of(config: VLMoConfig, state: Mapping[str, Tensor], names: dict[str, str]) -> Model:
-    """Build a skeleton with every optional head, with the numbers of words and answers in `state` (default 1)."""
-    words, answers = (len(state[names[name]]) if names[name] in state else 1 for name in (_WORDS, _ANSWERS))
-    return skeleton(config, words, HeadConfig(answers=answers, reasoning=True))
-
-
-def _of_present_parts(model: Model, shapes: dict[str, Shape], present: Collection[str]) -> list[str]:
-    """Return our names without the optional parts that are wholly absent."""
-    # The second image's modality vector belongs to a head, but is published in the table of modalities.
-    absent = set(_OPTIONAL) - {model.part_of(name) for name in present if name != _SECOND}
-    return [n for n in shapes if (n in present if n == _SECOND else model.part_of(n) not in absent)]
-
-
-def _shapes(model: Model) -> dict[str, Shape]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _joined(names: list[str]) -> dict[str, list[str]]:
-    """Return the published tensors that hold several of these parameters as rows, with the parameters."""
-    joined = {_MODALITY: _MODALITY_PARTS, _TABLE: _TABLE_PARTS}
-    present = {published: [part for part in parts if part in names] for published, parts in joined.items()}
-    return {published: parts for published, parts in present.items() if parts}
-
-
-def _published_name(name: str) -> str:
-    if name in _JOINED:
-        return _TABLE if name in _TABLE_PARTS else _MODALITY
-    if not name.startswith("blocks."):
-        return _translated(name, _OUTSIDE)
-    _, layer, inner = name.split(".", 2)
-    if inner.startswith("experts."):
-        _, expert, module, last = inner.split(".")
-        return f"transformer.blocks.{layer}.{_EXPERT[module].format(e=_EXPERTS[expert])}.{last}"
-    return f"transformer.blocks.{layer}.{_translated(inner, _INSIDE)}"
-
-
-def _translated(name: str, names: dict[str, str]) -> str:
-    """A parameter by its own entry, or by its module's."""
-    module, _, last = name.rpartition(".")
-    return names[name] if name in names else f"{names[module]}.{last}"
-
-
-def _published_shape(name: str, shape: Shape, config: VLMoConfig) -> Shape:
-    """Return the published shape: kernels of convolutions, a leading batch dimension, 0-d scalars."""
-    if name == "image_embedding.patch.weight":
-        return (shape[0], 3, config.patch_size, config.patch_size)
-    if name.startswith("itc_head.log_scale"):
-        return ()
-    if name == "image_embedding.cls":
-        return (1, 1, *shape)
-    if name == "image_embedding.positions":
-        return (1, *shape)
-    return shape
-
-
-def _rows(shape: Shape) -> int:
-    return shape[0] if len(shape) > 1 else 1
+    names, shapes = published_layout(config, state, release_names, _OPTIONAL)
+    require(state, shapes)
+    return to_named(state, names, shapes)

@@ -98,10 +98,10 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, vocabulary: str) -> N
 
 
 def test_imported_weights_rebuild_the_original_model(tmp_path: Path, vocabulary: str) -> None:
-    path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5, reasoning=True)))
+    path = save(tmp_path / "vlmo.pt", published(HeadConfig(answers=5, nlvr2=True)))
     import_weights(path, "vlmo", f"{tmp_path}/imported", ["max_text_length=12"], vocabulary=vocabulary)
     made = build_trained_model(load_weights(Storage(), f"{tmp_path}/imported"))
-    expected = build_model(TINY, WORDS, HeadConfig(answers=5, reasoning=True), seed=5)
+    expected = build_model(TINY, WORDS, HeadConfig(answers=5, nlvr2=True), seed=5)
     assert equal(made.state_dict(), expected.state_dict())
 
 

@@ -17,8 +17,8 @@ from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.explain import untrained_notes
 from pipeline.models import build_model
+from pipeline.objectives import head_config
 from pipeline.training.checkpoint import save_weights
-from pipeline.training.stages import stage_heads
 from tests.support.trial import Cell, trial_config
 
 TOKENIZER = Tokenizer.train(["a red circle above a blue square"], 60)
@@ -26,7 +26,7 @@ TOKENIZER = Tokenizer.train(["a red circle above a blue square"], 60)
 
 def checkpoint_of(cell: Cell, folder: Path) -> str:
     config = trial_config(cell)
-    model = build_model(config.model, TOKENIZER.size, stage_heads(config, 0), seed=1)
+    model = build_model(config.model, TOKENIZER.size, head_config(config, 0), seed=1)
     metadata = {"config": config.model_dump(mode="json"), "stage": "trial", "step": 30}
     url = str(folder / "stages" / "0-trial")
     save_weights(Storage(), url, dict(model.state_dict()), list(TOKENIZER.tokens), metadata)

@@ -260,7 +260,7 @@ CASES = {
         lambda model, asked: our_own(model, asked, "answers"), overrides=("heads=3",), answers=True,
     ),
     "ViLT, NLVR2": Case(
-        "vilt", our_release(RELEASED_VILT, HeadConfig(reasoning=True), ("itm", "mlm")),
+        "vilt", our_release(RELEASED_VILT, HeadConfig(nlvr2=True), ("itm", "mlm")),
         lambda model, asked: our_own(model, asked, "nlvr2"), given=(2, TEXT), overrides=("heads=3",),
     ),
     "ViLT, retrieval": Case(
@@ -282,7 +282,7 @@ CASES = {
         lambda model, asked: our_own(model, asked, "answers"), overrides=SHORT, answers=True,
     ),
     "VLMo, NLVR2": Case(
-        "vlmo", our_release(RELATIVE, HeadConfig(reasoning=True), ("itm", "mlm", "itc", "logit")),
+        "vlmo", our_release(RELATIVE, HeadConfig(nlvr2=True), ("itm", "mlm", "itc", "logit")),
         lambda model, asked: our_own(model, asked, "nlvr2"), given=(2, TEXT), overrides=SHORT,
     ),
 }  # fmt: skip

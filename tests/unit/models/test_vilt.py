@@ -33,7 +33,7 @@ CONFIG = ViLTConfig(
     max_text_length=12,
     drop_path=0.2,
 )
-ALL = HeadConfig("mean_colour", answers=5, reasoning=True, ranking=True)
+ALL = HeadConfig("mean_colour", answers=5, nlvr2=True, ranking=True)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +333,7 @@ def test_base_model_has_the_published_parameter_count() -> None:
 def test_fine_tuning_modules_start_from_pretrained_ones() -> None:
     state = build_model(CONFIG, VOCABULARY, seed=3).state_dict()
     state["itm_head.classify.bias"] += torch.tensor([1.0, 2.0])
-    found = skeleton(CONFIG, VOCABULARY, HeadConfig(reasoning=True, ranking=True)).resize_state(state, CONFIG)
+    found = skeleton(CONFIG, VOCABULARY, HeadConfig(nlvr2=True, ranking=True)).resize_state(state, CONFIG)
     assert torch.equal(found["ranking_head.score.weight"], state["itm_head.classify.weight"][1:])
     assert torch.equal(found["ranking_head.score.bias"], state["itm_head.classify.bias"][1:])
     assert torch.equal(found["image_embedding.second"], state["image_embedding.modality"])

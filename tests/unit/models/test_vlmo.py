@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest) -> VLMo:
 
 def lively(config: VLMoConfig) -> VLMo:
     """Build a model without parameters at special values, so that no effects cancel by chance."""
-    model = build_model(config, VOCABULARY, HeadConfig("mean_colour", classes=3, answers=4, reasoning=True))
+    model = build_model(config, VOCABULARY, HeadConfig("mean_colour", classes=3, answers=4, nlvr2=True))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,10 +13,11 @@ from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
+from pipeline.objectives import head_config
 from pipeline.objectives.mim import mean_colour_targets
 from pipeline.training.collectives import Collectives
 from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model, check_stages, stage_heads
+from pipeline.training.stages import build_stage_model, check_stages
 from pipeline.training.step import TrainingStep
 
 ROWS, SIDE, PATCH = 8, 24, 8
@@ -143,9 +144,9 @@ def test_encoder_reads_no_patch_that_the_decoder_predicts() -> None:
 
 
 def test_heads_of_a_stage_follow_its_image_target() -> None:
-    found = stage_heads(run_config("vit", **VARIANTS["named by tokens"]), 0)
+    found = head_config(run_config("vit", **VARIANTS["named by tokens"]), 0)
     assert found.image_targets(PATCH) == VISUAL_TOKENS
-    assert stage_heads(run_config("vit", **VARIANTS["decoded"]), 0).image_decoder is not None
+    assert head_config(run_config("vit", **VARIANTS["decoded"]), 0).image_decoder is not None
     for kind in ("vlmo", "vit"):
         check_stages(run_config(kind, **VARIANTS["decoded"]))
 

@@ -14,7 +14,7 @@ from tests.support.tiny_model import tiny_config
 
 @pytest.fixture
 def model() -> Model:
-    return build_model(tiny_config().model, 50, HeadConfig(answers=7, reasoning=True))
+    return build_model(tiny_config().model, 50, HeadConfig(answers=7, nlvr2=True))
 
 
 def test_matrices_decay_and_each_parameter_is_in_one_group(model: Model) -> None:

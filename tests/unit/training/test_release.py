@@ -15,11 +15,12 @@ from pipeline.config.schema import OptimizerConfig, RunConfig, VLMoConfig
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput
 from pipeline.models.model import HeadConfig
+from pipeline.objectives import head_config
 from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
 from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import parameter_groups
-from pipeline.training.stages import stage_heads, trained_parts
+from pipeline.training.stages import trained_parts
 from pipeline.training.step import TrainingStep
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
@@ -53,7 +54,7 @@ def switched(
 
 def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     stage = config.stages[0]
-    model = build_model(config.model, VOCABULARY, stage_heads(config, 0), seed=5)
+    model = build_model(config.model, VOCABULARY, head_config(config, 0), seed=5)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained_parts(model, config, stage))
     engine = PlainEngine(model, stage.optimizer)
@@ -136,7 +137,7 @@ def test_mlm_on_pairs_has_weight_025_and_is_reported_unweighted(stage: int, shar
 def test_trap_10_logit_scales_are_bounded_unless_faithful() -> None:
     for reproduce_vlmo_release in (False, True):
         config = switched(reproduce_vlmo_release)
-        model = build_model(config.model, VOCABULARY, stage_heads(config, 0))
+        model = build_model(config.model, VOCABULARY, head_config(config, 0))
         with torch.no_grad():
             model.itc_head.log_scale.fill_(5.0)
         one = ForwardInput(heads=("itc",), image=torch.zeros(1, 16, 16, 3, dtype=torch.uint8))

@@ -171,7 +171,7 @@ def test_absent_expert_can_start_as_a_copy(tmp_path: Path) -> None:
 def test_second_image_modality_starts_as_the_first(tmp_path: Path) -> None:
     config = staged(tmp_path)
     url = finish(config, 0, build_model(config.model, VOCABULARY, seed=9))
-    model = build_model(config.model, VOCABULARY, HeadConfig(reasoning=True))
+    model = build_model(config.model, VOCABULARY, HeadConfig(nlvr2=True))
     start = load_weights(Storage(), url)
     load_matching(model, model.resize_state(start.tensors, start.config.model), "nlvr2")
     state = model.state_dict()

@@ -152,7 +152,7 @@ def test_answers_equal_hugging_faces_vilt_for_question_answering() -> None:
 
 def test_nlvr2_equals_hugging_faces_two_image_model() -> None:
     other = theirs(ViltForImagesAndTextClassification, num_images=2, num_labels=2, modality_type_vocab_size=3)
-    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(reasoning=True))
+    model = ours(from_hugging_face(other.state_dict(), CONFIG), HeadConfig(nlvr2=True))
     given, second = inputs(), torch.arange(ROWS).roll(1)
     both = {name: torch.stack([given[name], given[name][second]], dim=1) for name in ("pixel_values", "pixel_mask")}
     one = the_pass("nlvr2", second_image=the_pass().image[second], second_image_size=SIZES[second])
@@ -174,7 +174,7 @@ def test_gradients_equal_hugging_faces() -> None:
 
 @pytest.mark.parametrize(
     "heads",
-    [HeadConfig(), HeadConfig(ranking=True), HeadConfig(answers=5), HeadConfig(reasoning=True)],
+    [HeadConfig(), HeadConfig(ranking=True), HeadConfig(answers=5), HeadConfig(nlvr2=True)],
     ids=["pretrained", "ranking", "answers", "nlvr2"],
 )
 def test_round_trip_is_exact_in_both_formats(heads: HeadConfig) -> None:
@@ -208,7 +208,7 @@ def test_hugging_face_weights_round_trip(kind: type, more: dict[str, int]) -> No
 
 
 def test_published_names_and_shapes_are_those_of_the_release() -> None:
-    published = to_published(build_model(CONFIG, VOCABULARY, HeadConfig(reasoning=True)).state_dict(), CONFIG)
+    published = to_published(build_model(CONFIG, VOCABULARY, HeadConfig(nlvr2=True)).state_dict(), CONFIG)
     assert published["transformer.pos_embed"].shape == (1, 17, 24)
     assert published["transformer.cls_token"].shape == (1, 1, 24)
     assert published["transformer.patch_embed.proj.weight"].shape == (24, 3, 8, 8)
@@ -264,7 +264,7 @@ def test_tied_decoder_may_be_missing() -> None:
 
 
 def test_two_heads_with_one_name_are_rejected() -> None:
-    state = build_model(CONFIG, VOCABULARY, HeadConfig(answers=5, reasoning=True)).state_dict()
+    state = build_model(CONFIG, VOCABULARY, HeadConfig(answers=5, nlvr2=True)).state_dict()
     with pytest.raises(CheckpointError, match="one classifier"):
         to_hugging_face(state, CONFIG)
 

@@ -78,7 +78,7 @@ def test_index_tensors_and_a_leading_module_are_ignored() -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, ABSOLUTE])
 def test_fine_tuned_heads_and_second_modality_round_trip(config: VLMoConfig) -> None:
-    state = build_model(config, 11, HeadConfig(answers=7, reasoning=True)).state_dict()
+    state = build_model(config, 11, HeadConfig(answers=7, nlvr2=True)).state_dict()
     published = to_published(state, config)
     assert published["token_type_embeddings.weight"].shape == (3, 16)
     assert torch.equal(published["token_type_embeddings.weight"][2], state["image_embedding.second"])
@@ -92,7 +92,7 @@ def test_fine_tuned_heads_and_second_modality_round_trip(config: VLMoConfig) -> 
 
 
 def test_third_modality_without_its_classifier_round_trips() -> None:
-    published = to_published(build_model(CONFIG, 11, HeadConfig(reasoning=True)).state_dict(), CONFIG)
+    published = to_published(build_model(CONFIG, 11, HeadConfig(nlvr2=True)).state_dict(), CONFIG)
     kept = {name: tensor for name, tensor in published.items() if "nlvr2" not in name}
     back = to_published(from_published(kept, CONFIG), CONFIG)
     assert back.keys() == kept.keys()
