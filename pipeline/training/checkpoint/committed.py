@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -53,7 +53,7 @@ def commit(
     if missing := describe_missing(storage, url, {**files, MANIFEST: record}):
         raise StorageError(f"{url}: not committed: {missing}. Another attempt on this run may have removed it")
     before()
-    data = _commit_file(record)
+    data = json.dumps({"manifest": record}).encode()
     return storage.create(join(url, COMMIT), data) or storage.read(join(url, COMMIT)) == data
 
 
@@ -94,7 +94,7 @@ def read_manifest(storage: Storage, url: str) -> dict[str, Any]:
         record = {"bytes": int(record["bytes"]), "sha256": str(record["sha256"]), **own_name}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it cannot be parsed") from error
-    if data != _commit_file(record):
+    if data != json.dumps({"manifest": record}).encode():
         raise CheckpointError(f"{url}: {COMMIT} is damaged: it differs from what was written")
     data = _read_verified(storage, url, MANIFEST, record)
     try:
@@ -124,13 +124,20 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
     Raises CheckpointError if it is missing or damaged.
     """
     name = record.get("file", name)
+    digest = hashlib.sha256()
+    pending: deque[Future[bytes]] = deque()
     try:
         info = storage.info(join(url, name))
         if info.size != record["bytes"]:
             raise _damaged(url, name, record, f"{info.size} bytes")
-        digest = hashlib.sha256()
-        for chunk in _chunks(storage, join(url, name), info):
-            digest.update(chunk)
+        with ThreadPoolExecutor(_READAHEAD, "verify") as pool:
+            for start in range(0, info.size, _CHUNK):
+                stop = min(start + _CHUNK, info.size)
+                pending.append(pool.submit(storage.read_range, join(url, name), start, stop, info.etag))
+                if len(pending) > _READAHEAD:
+                    digest.update(pending.popleft().result())
+            while pending:
+                digest.update(pending.popleft().result())
     except NotFound as error:
         raise CheckpointError(f"{url}: {name} is missing") from error
     except ObjectChanged as error:
@@ -138,18 +145,6 @@ def verify(storage: Storage, url: str, name: str, record: Record) -> ObjectInfo:
     if digest.hexdigest() != record["sha256"]:
         raise _damaged(url, name, record, f"{info.size} bytes of {digest.hexdigest()[:12]}…")
     return info
-
-
-def _chunks(storage: Storage, url: str, info: ObjectInfo) -> Iterator[bytes]:
-    """Yield a file's contents in order, fetching ahead."""
-    pending: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(_READAHEAD, "verify") as pool:
-        for start in range(0, info.size, _CHUNK):
-            pending.append(pool.submit(storage.read_range, url, start, min(start + _CHUNK, info.size), info.etag))
-            if len(pending) > _READAHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def _read_verified(storage: Storage, url: str, name: str, record: Record) -> bytes:
@@ -167,7 +162,3 @@ def _read_verified(storage: Storage, url: str, name: str, record: Record) -> byt
 def _damaged(url: str, name: str, record: Record, actual: str) -> CheckpointError:
     expected = f"{record['bytes']} bytes of SHA-256 {record['sha256'][:12]}…"
     return CheckpointError(f"{url}: {name} is damaged: expected {expected}, found {actual}")
-
-
-def _commit_file(manifest: Record) -> bytes:
-    return json.dumps({"manifest": manifest}).encode()

@@ -158,8 +158,18 @@ class Retention:
             raise StorageError(f"{newest.url}: the commit was withdrawn: {missing}")
 
     def _remove_obsolete(self, newest: CheckpointInfo) -> None:
-        urls = newest_first(self._storage, self._url)
-        committed = [self._info(url) for url in urls if is_committed(self._storage, url)]
+        committed = []
+        for url in newest_first(self._storage, self._url):
+            if not is_committed(self._storage, url):
+                continue
+            if url not in self._infos:
+                try:
+                    manifest = read_manifest(self._storage, url)
+                    missing = describe_missing(self._storage, url, manifest["files"])
+                    self._infos[url] = replace(CheckpointInfo.of(url, manifest), is_complete=not missing)
+                except CheckpointError:
+                    self._infos[url] = CheckpointInfo(url, step_of(split(url)[1]) or 0, is_complete=False)
+            committed.append(self._infos[url])
         kept = select_kept(committed, newest, self._config)
         for checkpoint in committed:
             if checkpoint.url not in kept and self._is_ours(split(checkpoint.url)[1]):
@@ -175,36 +185,22 @@ class Retention:
         """Remove folders of attempts that never committed, at steps up to that of a committed checkpoint."""
         for url in newest_first(self._storage, self._url):
             name = split(url)[1]
-            step = step_of(name)
-            assert step is not None
-            if step > newest.step or not self._is_ours(name) or is_committed(self._storage, url):
+            if (step_of(name) or 0) > newest.step or not self._is_ours(name) or is_committed(self._storage, url):
                 continue
-            if start_of(name) in (self._start, NO_START) or url in self._sealed:
-                self._remove_unfinished(url)
+            # Another start's writer may be about to commit: the seal decides, and is kept until the next checkpoint.
+            is_final = start_of(name) in (self._start, NO_START) or url in self._sealed
+            if is_final or seal(self._storage, url, f"given up by {self._start}"):
+                self._storage.abort_uploads(url)
+                remove(self._storage, url, keep=None if is_final else SEAL)
+                log.warning("%s: removed an unfinished checkpoint", url)
+            if is_final:
                 self._sealed.discard(url)
-            else:  # its writer may be about to commit: the seal decides, and is kept until the next checkpoint
-                if seal(self._storage, url, f"given up by {self._start}"):
-                    self._remove_unfinished(url, keep=SEAL)
+            else:
                 self._sealed.add(url)
-
-    def _remove_unfinished(self, url: str, keep: str | None = None) -> None:
-        self._storage.abort_uploads(url)
-        remove(self._storage, url, keep)
-        log.warning("%s: removed an unfinished checkpoint", url)
 
     def _is_ours(self, name: str) -> bool:
         """Return whether a folder is a checkpoint of this start or of one it has superseded."""
         return step_of(name) is not None and start_of(name) <= self._start
-
-    def _info(self, url: str) -> CheckpointInfo:
-        if url not in self._infos:
-            try:
-                manifest = read_manifest(self._storage, url)
-                missing = describe_missing(self._storage, url, manifest["files"])
-                self._infos[url] = replace(CheckpointInfo.of(url, manifest), is_complete=not missing)
-            except CheckpointError:
-                self._infos[url] = CheckpointInfo(url, step_of(split(url)[1]) or 0, is_complete=False)
-        return self._infos[url]
 
     @contextmanager
     def _failures_logged(self) -> Iterator[None]:

@@ -49,39 +49,31 @@ class HostCopy:
         self._is_cuda = device.type == "cuda"
         self._buffer = torch.empty(0)
 
-    def reserve(self, fragments: Iterable[Fragment]) -> None:
-        """Allocate the buffer ahead of the first `take`, which would otherwise stall training."""
-        self._grow(sum(len(value) for value in _by_key(fragments).values()))
+    def reserve(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
+        """Allocate the buffer ahead of the first `take`, which would otherwise stall training.
+
+        Returns the fragments' values by "name|start|kind", grouped by kind, so that reading all weights, or one rank's
+        moments, is sequential.
+        """
+        keys = ((kind, fragment) for fragment in fragments for kind in fragment.values)
+        by_kind = sorted(keys, key=lambda key: key[0])
+        values = {f"{part.name}|{part.start}|{kind}": part.values[kind] for kind, part in by_kind}
+        size = sum(len(value) for value in values.values())
+        if len(self._buffer) < size:
+            self._buffer = torch.zeros(size, pin_memory=self._is_cuda)  # zeroing maps the pages now
+        return values
 
     def take(self, fragments: Iterable[Fragment]) -> dict[str, Tensor]:
-        """Return float32 copies of the fragments' values by "name|start|kind", valid until the next `take`.
-
-        They are grouped by kind, so that reading all weights, or one rank's moments, is sequential.
-        """
-        values = _by_key(fragments)
-        self._grow(sum(len(value) for value in values.values()))
+        """Return float32 copies of the values of `reserve`, valid until the next `take`."""
         copies, offset = {}, 0
         with torch.no_grad():
-            for key, value in values.items():
+            for key, value in self.reserve(fragments).items():
                 copies[key] = self._buffer[offset : offset + len(value)]
                 copies[key].copy_(value, non_blocking=True)
                 offset += len(value)
         if self._is_cuda:
             torch.cuda.synchronize()  # the next step overwrites the source
         return copies
-
-    def _grow(self, size: int) -> None:
-        if len(self._buffer) < size:
-            self._buffer = torch.zeros(size, pin_memory=self._is_cuda)  # zeroing maps the pages now
-
-
-def _by_key(fragments: Iterable[Fragment]) -> dict[str, Tensor]:
-    values = [
-        (kind, f"{fragment.name}|{fragment.start}|{kind}", value)
-        for fragment in fragments
-        for kind, value in fragment.values.items()
-    ]
-    return {key: value for _, key, value in sorted(values, key=lambda item: item[0])}
 
 
 class TensorFile:
@@ -130,29 +122,30 @@ class TensorFile:
 class SavedState:
     """A checkpoint's state, read by parameter and range whichever ranks wrote it (a FragmentSource).
 
-    `files` maps each file to the version that was verified; any other version is refused.
+    `files` maps each file to the version that was verified; any other version is refused. Files are read through a
+    cache of blocks with readahead. An engine reads sequentially at several positions of every file at once; the block
+    size is chosen so that the cache holds the next blocks of all of them.
     """
 
     def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo], optimizer_step: int):
         self.optimizer_step = optimizer_step
-        self._url = url
-        self._blocks = _BlockCache(storage, url, files)
+        self._storage, self._url, self._files = storage, url, files
+        streams = _STREAMS * len(files)
+        self._block_bytes = min(max(_CACHE_BYTES // ((_READAHEAD + 1) * streams), _MIN_BLOCK), _MAX_BLOCK)
+        self._capacity = max(_CACHE_BYTES // self._block_bytes, (_READAHEAD + 1) * streams)
+        self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._pool = ThreadPoolExecutor(_THREADS, "restore")  # its threads end when the pool is garbage-collected
         # (name, kind) -> sorted list of (first element, number of elements, file, byte offset)
         self._parts: dict[tuple[str, str], list[tuple[int, int, str, int]]] = {}
         for file in files:
-            self._index(file)
-        for parts in self._parts.values():
-            parts.sort()
-
-    def _index(self, file: str) -> None:
-        (length,) = LENGTH.unpack(self._blocks.read(file, 0, LENGTH.size))
-        body = LENGTH.size + length
-        for key, entry in json.loads(self._blocks.read(file, LENGTH.size, body)).items():
-            name, start, kind = key.rsplit("|", 2)
-            if entry["dtype"] != "F32":
-                raise CheckpointError(f"{self._url}: {file} holds {key} as {entry['dtype']}; expected F32")
-            part = (int(start), entry["shape"][0], file, body + entry["data_offsets"][0])
-            self._parts.setdefault((name, kind), []).append(part)
+            (length,) = LENGTH.unpack(self._read_bytes(file, 0, LENGTH.size))
+            body = LENGTH.size + length
+            for key, entry in json.loads(self._read_bytes(file, LENGTH.size, body)).items():
+                name, start, kind = key.rsplit("|", 2)
+                if entry["dtype"] != "F32":
+                    raise CheckpointError(f"{url}: {file} holds {key} as {entry['dtype']}; expected F32")
+                part = (int(start), entry["shape"][0], file, body + entry["data_offsets"][0])
+                bisect.insort(self._parts.setdefault((name, kind), []), part)
 
     def holds(self, name: str, kind: str) -> bool:
         return (name, kind) in self._parts
@@ -168,7 +161,7 @@ class SavedState:
         for offset, length, file, position in self._parts.get((name, kind), []):
             low, high = max(start, offset), min(stop, offset + length)
             if low < high:
-                data = self._blocks.read(file, position + 4 * (low - offset), position + 4 * (high - offset))
+                data = self._read_bytes(file, position + 4 * (low - offset), position + 4 * (high - offset))
                 target[4 * (low - start) : 4 * (high - start)] = np.frombuffer(data, np.uint8)
                 num_read += high - low
         if num_read != stop - start:
@@ -178,38 +171,18 @@ class SavedState:
             )
         return result
 
-
-class _BlockCache:
-    """Ranges of several files, read through a cache of blocks with readahead.
-
-    An engine reads sequentially at several positions of every file at once; the block size is chosen so that the cache
-    holds the next blocks of all of them.
-    """
-
-    def __init__(self, storage: Storage, url: str, files: Mapping[str, ObjectInfo]):
-        self._storage, self._url, self._files = storage, url, files
-        streams = _STREAMS * len(files)
-        self._block_bytes = min(max(_CACHE_BYTES // ((_READAHEAD + 1) * streams), _MIN_BLOCK), _MAX_BLOCK)
-        self._capacity = max(_CACHE_BYTES // self._block_bytes, (_READAHEAD + 1) * streams)
-        self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(_THREADS, "restore")  # its threads end when the pool is garbage-collected
-
-    def read(self, file: str, start: int, stop: int) -> bytes:
-        parts = []
-        for index in range(start // self._block_bytes, -(-stop // self._block_bytes)):
-            for ahead in range(_READAHEAD, -1, -1):  # the requested block last: it is then the most recently used
-                self._fetch(file, index + ahead)
-            begin = index * self._block_bytes
-            parts.append(self._blocks[file, index].result()[max(start - begin, 0) : stop - begin])
+    def _read_bytes(self, file: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of a file, fetching the blocks after them in the background."""
+        info, size, parts = self._files[file], self._block_bytes, []
+        for index in range(start // size, -(-stop // size)):
+            for block in range(index + _READAHEAD, index - 1, -1):  # the requested one last: the most recently used
+                if (file, block) in self._blocks:
+                    self._blocks.move_to_end((file, block))
+                elif block * size < info.size:
+                    bounds = block * size, min((block + 1) * size, info.size)
+                    url = join(self._url, file)
+                    self._blocks[file, block] = self._pool.submit(self._storage.read_range, url, *bounds, info.etag)
+                    if len(self._blocks) > self._capacity:
+                        self._blocks.popitem(last=False)
+            parts.append(self._blocks[file, index].result()[max(start - index * size, 0) : stop - index * size])
         return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _fetch(self, file: str, index: int) -> None:
-        info = self._files[file]
-        start, stop = index * self._block_bytes, min((index + 1) * self._block_bytes, info.size)
-        if (file, index) in self._blocks:
-            self._blocks.move_to_end((file, index))
-        elif start < stop:
-            url = join(self._url, file)
-            self._blocks[file, index] = self._pool.submit(self._storage.read_range, url, start, stop, info.etag)
-            if len(self._blocks) > self._capacity:
-                self._blocks.popitem(last=False)

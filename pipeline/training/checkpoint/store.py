@@ -30,6 +30,7 @@ from pipeline.training.ownership import Ownership
 
 log = logging.getLogger(__name__)
 
+_PART, _RECORD = "rank-{:05d}.safetensors", "rank-{:05d}.json"  # a rank's file, and its record for rank 0
 _MIN_POLL, _MAX_POLL = 0.05, 2.0  # seconds between two queries for the other ranks' records
 _MAX_LAG = 4.0  # ranks may take this multiple of rank 0's time, plus the storage's retry timeout
 
@@ -66,10 +67,7 @@ class CheckpointStore:
         ownership: Ownership | None = None,
     ):
         """`ownership`: of the start that saves; without it the run must not have been claimed."""
-        self.storage = storage
-        self.url = join(folder, "checkpoints")
-        self.collectives = collectives
-        self.config = config
+        self.storage, self.url, self.collectives = storage, join(folder, "checkpoints"), collectives
         self.waited = 0.0  # seconds the last `save` waited for the previous one
         self._copy = HostCopy(collectives.device)
         self._in_progress: Future[None] | None = None
@@ -94,8 +92,7 @@ class CheckpointStore:
         `before_commit` is called on rank 0, by the thread that then commits. `metadata` holds "step", "stage" and the
         other fields of `Checkpoint`; its "metrics" are what `keep_best` compares.
         """
-        name = self.collectives.broadcast_json(folder_name(metadata["step"], self._ownership.start))
-        url = join(self.url, name)
+        url = join(self.url, self.collectives.broadcast_json(folder_name(metadata["step"], self._ownership.start)))
         started = time.perf_counter()
         self._finish()
         self.waited = time.perf_counter() - started
@@ -104,14 +101,14 @@ class CheckpointStore:
         self._in_progress = in_background(lambda: self._write(url, file, metadata, before_commit), "checkpoint")
         return url
 
+    def is_written(self) -> bool:
+        """Return whether this rank's thread has finished."""
+        return self._in_progress is None or self._in_progress.done()
+
     def check(self) -> None:
         """Raise the error of the save in progress, if it has failed."""
         if self.is_written():
             self._finish()
-
-    def is_written(self) -> bool:
-        """Return whether this rank's thread has finished."""
-        return self._in_progress is None or self._in_progress.done()
 
     def wait(self) -> None:
         """Wait until the last save is committed on every rank."""
@@ -151,36 +148,35 @@ class CheckpointStore:
     def _write(
         self, url: str, file: TensorFile, metadata: Mapping[str, Any], before_commit: Callable[[], None]
     ) -> None:
+        """Write this rank's file; on rank 0, wait for the others, commit, and apply the retention policy."""
+
+        def read_part(start: int, stop: int) -> bytes:
+            self._stop_if_abandoned()
+            return file.read(start, stop)
+
+        def seal_folder() -> None:
+            """Raise Superseded, or StorageError if a later start has sealed the folder for removal."""
+            self._ownership.check()
+            if not seal(self.storage, url, f"committed by {self._ownership.start}"):
+                self._ownership.check()
+                raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
+
         started = time.perf_counter()
         rank = self.collectives.rank
         with ThreadPoolExecutor(1, "checksum") as hashing:
             record = hashing.submit(file.record)
-            self.storage.write_parts(join(url, _part_name(rank)), file.size, self._unless_abandoned(file.read))
+            self.storage.write_parts(join(url, _PART.format(rank)), file.size, read_part)
         if rank != 0:
-            self.storage.write(join(url, _record_name(rank)), json.dumps(record.result()).encode())
+            self.storage.write(join(url, _RECORD.format(rank)), json.dumps(record.result()).encode())
         else:
-            records = {_part_name(0): record.result()}
+            records = {_PART.format(0): record.result()}
             records |= self._other_records(url, time.perf_counter() - started)
             self._stop_if_abandoned()  # `close` returns then, and the caller closes what `before_commit` uses
             self._ownership.check()
             before_commit()
-            commit(self.storage, url, records, metadata, lambda: self._seal(url))
+            commit(self.storage, url, records, metadata, seal_folder)
             self._retention.after_commit(CheckpointInfo.of(url, metadata), records)
         self._written.append((metadata["step"], time.perf_counter() - started))
-
-    def _seal(self, url: str) -> None:
-        """Raise Superseded, or StorageError if a later start has sealed the folder for removal."""
-        self._ownership.check()
-        if not seal(self.storage, url, f"committed by {self._ownership.start}"):
-            self._ownership.check()
-            raise StorageError(f"{url}: not committed: another attempt on this run is removing it")
-
-    def _unless_abandoned(self, read: Callable[[int, int], bytes]) -> Callable[[int, int], bytes]:
-        def part(start: int, stop: int) -> bytes:
-            self._stop_if_abandoned()
-            return read(start, stop)
-
-        return part
 
     def _stop_if_abandoned(self) -> None:
         if self._abandoned.is_set():
@@ -188,14 +184,21 @@ class CheckpointStore:
 
     def _other_records(self, url: str, own_seconds: float) -> dict[str, Record]:
         """Wait for the other ranks' file records; rank 0's own file took `own_seconds` to write."""
+
+        def read(rank: int) -> Record | None:
+            try:
+                return json.loads(self.storage.read(join(url, _RECORD.format(rank))))
+            except NotFound:
+                return None
+
         missing = list(range(1, self.collectives.world_size))
         timeout = self.storage.config.retry_timeout_seconds + _MAX_LAG * own_seconds
         deadline, pause = time.monotonic() + timeout, _MIN_POLL
         records: dict[str, Record] = {}
         with ThreadPoolExecutor(8, "records") as pool:
             while missing:
-                results = dict(zip(missing, pool.map(lambda rank: self._record(url, rank), missing), strict=True))
-                records |= {_part_name(rank): record for rank, record in results.items() if record is not None}
+                results = dict(zip(missing, pool.map(read, missing), strict=True))
+                records |= {_PART.format(rank): record for rank, record in results.items() if record is not None}
                 missing = [rank for rank, record in results.items() if record is None]
                 if missing and time.monotonic() > deadline:
                     ranks = ", ".join(map(str, missing))
@@ -209,12 +212,6 @@ class CheckpointStore:
                 pause = min(2 * pause, _MAX_POLL)
         return dict(sorted(records.items()))
 
-    def _record(self, url: str, rank: int) -> Record | None:
-        try:
-            return json.loads(self.storage.read(join(url, _record_name(rank))))
-        except NotFound:
-            return None
-
     def latest(self) -> tuple[Checkpoint, SavedState] | None:
         """Return the newest complete checkpoint, verified and the same on every rank; damaged ones are skipped.
 
@@ -222,54 +219,49 @@ class CheckpointStore:
         """
         # An attempt that this start supersedes may still commit one checkpoint and delete the one examined here. A
         # second search then finds that commit, after which the old attempt deletes nothing more.
-        return self._newest_complete() or self._newest_complete()
-
-    def _newest_complete(self) -> tuple[Checkpoint, SavedState] | None:
-        is_first = self.collectives.rank == 0
-        for url in self.collectives.broadcast_json(newest_first(self.storage, self.url) if is_first else None):
-            read: dict[str, Any] | None = None
-            if is_first:
-                try:
-                    read = read_manifest(self.storage, url)
-                except CheckpointError as error:
-                    log.warning("checkpoint skipped: %s", error)
-            manifest = self.collectives.broadcast_json(read)
-            files = None if manifest is None else self._verify(url, manifest["files"])
-            if files is not None:
-                names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
-                optional = {name: manifest.get(name, {}) for name in ("time_account", "spikes")}
-                checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names}, **optional)
-                self._newest = CheckpointInfo.of(url, manifest)
-                return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
+        for _ in range(2):
+            urls = newest_first(self.storage, self.url) if self.collectives.rank == 0 else None
+            for url in self.collectives.broadcast_json(urls):
+                manifest, files = self._verify(url)
+                if manifest is not None:
+                    names = ("step", "stage", "stage_step", "plan_digest", "world_size", "zero_stage", "data_counts")
+                    optional = {name: manifest.get(name, {}) for name in ("time_account", "spikes")}
+                    checkpoint = Checkpoint(url=url, **{name: manifest[name] for name in names}, **optional)
+                    self._newest = CheckpointInfo.of(url, manifest)
+                    return checkpoint, SavedState(self.storage, url, files, checkpoint.stage_step)
         return None
 
-    def _verify(self, url: str, records: Mapping[str, Record]) -> dict[str, ObjectInfo] | None:
-        """Return the verified version of every file, or None if one is damaged. Each rank verifies a part of them."""
+    def _verify(self, url: str) -> tuple[dict[str, Any] | None, dict[str, ObjectInfo]]:
+        """Return the manifest, None if it or a file is damaged, and the verified version of every file.
+
+        Each rank verifies a part of the files.
+        """
         rank, world_size = self.collectives.rank, self.collectives.world_size
-        verified: dict[str, ObjectInfo] = {}
-        faults = []
-        for name in sorted(records)[rank::world_size]:
+        manifest: dict[str, Any] | None = None
+        if rank == 0:
             try:
-                verified[name] = verify(self.storage, url, name, records[name])
+                manifest = read_manifest(self.storage, url)
+            except CheckpointError as error:
+                log.warning("checkpoint skipped: %s", error)
+        if (manifest := self.collectives.broadcast_json(manifest)) is None:
+            return None, {}
+        verified: dict[str, tuple[int, str | None]] = {}
+        faults = []
+        for name in sorted(manifest["files"])[rank::world_size]:
+            try:
+                info = verify(self.storage, url, name, manifest["files"][name])
+                verified[name] = info.size, info.etag
             except CheckpointError as error:
                 faults.append(str(error))
-        own = {name: (info.size, info.etag) for name, info in verified.items()}
-        results = self.collectives.gather_json((own, faults))
+        results = self.collectives.gather_json((verified, faults))
         faults = [fault for _, part in results for fault in part]
         if rank == 0:
             for fault in faults:
                 log.warning("checkpoint skipped: %s", fault)
-        return None if faults else {name: ObjectInfo(*info) for part, _ in results for name, info in part.items()}
+        files = {name: ObjectInfo(*info) for part, _ in results for name, info in part.items()}
+        return None if faults else manifest, files
 
     def remove_unfinished(self) -> None:
         """Remove what earlier attempts left unfinished. Call it after `latest` and before the first save."""
         if self.collectives.rank == 0:
             self._retention.at_start(self._newest)
-
-
-def _part_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _record_name(rank: int) -> str:
-    return f"rank-{rank:05d}.json"

@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Weights:
-    """A stage's weights by name, without optimizer state, and their metadata.
+class WeightsInfo:
+    """Metadata of weights, read from their manifest alone.
 
     `config` comes from `stored_config`: its folder is the one that the weights were read from.
     """
@@ -61,6 +61,17 @@ class Weights:
     recorded: RecordedLocation
     stage: str
     step: int
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """True for a step's checkpoint, False for the final weights of a stage."""
+        return step_of(split(self.url)[1]) is not None
+
+
+@dataclass(frozen=True)
+class Weights(WeightsInfo):
+    """A stage's weights by name, without optimizer state, and their metadata."""
+
     tensors: dict[str, Tensor]
     vocabulary: list[str]
     absent: frozenset[str] = frozenset()  # parts of the model that imported weights do not include
@@ -86,6 +97,7 @@ def save_weights(
     if `ownership` was lost, StorageError if the files could not be written.
     """
     start = (ownership and ownership.start) or Start(0, secrets.token_hex(4))
+    check = ownership.check if ownership else lambda: None
     renamed: dict[str, str] = {}  # names that another attempt has used -> this attempt's own names
 
     def other_name(name: str) -> str:
@@ -107,12 +119,16 @@ def save_weights(
         if not storage.create(join(url, name), data):
             records[name]["file"] = other_name(name)
             storage.write(join(url, renamed[name]), data)
-    check = ownership.check if ownership else lambda: None
     is_ours = commit(storage, url, records, metadata, check, other_name)
     try:
         check()
+        # Delete this start's files that the commit does not name and, if it is this start's, those of earlier ones.
         used = {renamed.get(name, name) for name in (*records, MANIFEST)} if is_ours else set()
-        _remove_partial(storage, url, start, used)
+        for name in storage.list(url):
+            if (match := _FILE.fullmatch(name)) and name not in used:
+                writer = Start.parse(match["start"]) if match["start"] else Start(0, "")
+                if writer == start or (used and writer < start):
+                    storage.delete(join(url, name))
     except StorageError as error:  # costs space, but is no reason to fail the run
         log.warning("%s: files of an unfinished attempt could not be removed: %s", url, error)
     return is_ours
@@ -123,89 +139,12 @@ def is_file_of_weights(name: str) -> bool:
     return _FILE.fullmatch(name) is not None
 
 
-def _remove_partial(storage: Storage, url: str, start: Start, used: set[str]) -> None:
-    """Delete the uncommitted files of `start` in a committed folder and, if it committed `used`, of earlier starts."""
-    for name in storage.list(url):
-        if (match := _FILE.fullmatch(name)) and name not in used:
-            writer = Start.parse(match["start"]) if match["start"] else Start(0, "")
-            if writer == start or (used and writer < start):
-                storage.delete(join(url, name))
-
-
-def find_weights(storage: Storage, url: str) -> str:
-    """Return the folder of weights that `url` refers to: itself, or the last finished stage of a run's folder.
-
-    Raises CheckpointError if there is none.
-    """
-    url = finished_stage(storage, url)
-    if not is_committed(storage, url):
-        raise CheckpointError(
-            f"{url}: contains no finished stage; give the folder of a run, of one of its stages or of a checkpoint"
-        )
-    return url
-
-
-@dataclass(frozen=True)
-class WeightsInfo:
-    """Metadata of weights, read from their manifest alone."""
-
-    url: str
-    config: RunConfig
-    recorded: RecordedLocation
-    stage: str
-    step: int
-
-    @property
-    def is_checkpoint(self) -> bool:
-        """True for a step's checkpoint, False for the final weights of a stage."""
-        return step_of(split(self.url)[1]) is not None
-
-
-def weights_info(storage: Storage, url: str) -> WeightsInfo:
-    """Return the metadata of the weights that `load_weights` would read; raises as it does."""
-    url = find_weights(storage, url)
-    with _damage_reported(url):
-        return WeightsInfo(**_metadata(url, read_manifest(storage, url)))
-
-
 def folder_of_weights(url: str) -> str:
     """Return the run's folder for the folder of a stage or checkpoint, else `url` itself."""
     run, kind = split(split(url)[0])
     name = split(url)[1]
     is_part = (kind == "stages" and _stage_order(name)[0] >= 0) or (kind == "checkpoints" and step_of(name) is not None)
     return run if is_part else url.rstrip("/")
-
-
-def load_weights(storage: Storage, url: str) -> Weights:
-    """Load the weights of a stage's folder, of a run's last finished stage, or of a checkpoint.
-
-    Raises CheckpointError if there are none or they are damaged.
-    """
-    url = find_weights(storage, url)
-    with _damage_reported(url):
-        if step_of(split(url)[1]) is not None:
-            return _checkpoint_weights(storage, url)
-        manifest, files = read_committed(storage, url)
-        return Weights(
-            **_metadata(url, manifest),
-            tensors=safetensors.torch.load(files[WEIGHTS]),
-            vocabulary=tokens_of(files[VOCABULARY]),
-            absent=frozenset(manifest.get("absent", ())),
-            choices={
-                name: Choices.from_bytes(files[name], join(url, name)) for name in (ANSWERS, CLASSES) if name in files
-            },
-        )
-
-
-@contextmanager
-def _damage_reported(url: str) -> Iterator[None]:
-    """Convert any error caused by malformed files into a CheckpointError that names the folder."""
-    try:
-        yield
-    except (MomeError, AssertionError):
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{url} is damaged: {type(error).__name__}: {error}") from error
 
 
 def finished_stage(storage: Storage, url: str) -> str:
@@ -218,27 +157,68 @@ def finished_stage(storage: Storage, url: str) -> str:
     return join(url, "stages", finished[-1]) if finished else url
 
 
-def _checkpoint_weights(storage: Storage, url: str) -> Weights:
-    """Assemble the weights from a checkpoint's fragments, or their moving average if there is one."""
-    manifest = read_manifest(storage, url)
-    files = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
-    saved = SavedState(storage, url, files, manifest["stage_step"])
-    run = split(split(url)[0])[0]
-    # Only the lists that `prepare` copied to the run's folder: no other file that a stored config names is read.
-    lists = {name: join(run, name) for name in (ANSWERS, CLASSES)}
-    return Weights(
-        **_metadata(url, manifest),
-        tensors={
-            name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
-            for name, shape in manifest["shapes"].items()
-        },
-        vocabulary=tokens_of(storage.read(join(run, VOCABULARY))),
-        choices={
-            name: Choices.from_bytes(storage.read(place), place)
-            for name, place in lists.items()
-            if storage.exists(place)
-        },
-    )
+def _stage_order(name: str) -> tuple[int, str]:
+    number = name.partition("-")[0]
+    return (int(number) if number.isdigit() else -1, name)
+
+
+def weights_info(storage: Storage, url: str) -> WeightsInfo:
+    """Return the metadata of the weights that `load_weights` would read; raises as it does."""
+    with _weights_folder(storage, url) as url:
+        return WeightsInfo(**_metadata(url, read_manifest(storage, url)))
+
+
+def load_weights(storage: Storage, url: str) -> Weights:
+    """Load the weights of a stage's folder, of a run's last finished stage, or of a checkpoint.
+
+    Raises CheckpointError if there are none or they are damaged.
+    """
+    with _weights_folder(storage, url) as url:
+        if step_of(split(url)[1]) is None:
+            manifest, files = read_committed(storage, url)
+            tensors, places = safetensors.torch.load(files[WEIGHTS]), url
+        else:  # a checkpoint's fragments, or their moving average if there is one
+            manifest = read_manifest(storage, url)
+            versions = {name: verify(storage, url, name, record) for name, record in manifest["files"].items()}
+            saved = SavedState(storage, url, versions, manifest["stage_step"])
+            tensors = {
+                name: saved.read(name, "ema" if saved.holds(name, "ema") else "weight", 0, math.prod(shape)).view(shape)
+                for name, shape in manifest["shapes"].items()
+            }
+            # Only what `prepare` copied to the run's folder: no other file that a stored config names is read.
+            places = split(split(url)[0])[0]
+            names = [VOCABULARY, *(name for name in (ANSWERS, CLASSES) if storage.exists(join(places, name)))]
+            files = {name: storage.read(join(places, name)) for name in names}
+        return Weights(
+            **_metadata(url, manifest),
+            tensors=tensors,
+            vocabulary=tokens_of(files[VOCABULARY]),
+            absent=frozenset(manifest.get("absent", ())),
+            choices={
+                name: Choices.from_bytes(files[name], join(places, name))
+                for name in (ANSWERS, CLASSES)
+                if name in files
+            },
+        )
+
+
+@contextmanager
+def _weights_folder(storage: Storage, url: str) -> Iterator[str]:
+    """Yield the folder of the weights that `url` refers to: itself, or the last finished stage of a run's folder.
+
+    Raises CheckpointError if there are none, or for any error in the block, which malformed files caused.
+    """
+    url = finished_stage(storage, url)
+    if not is_committed(storage, url):
+        raise CheckpointError(
+            f"{url}: contains no finished stage; give the folder of a run, of one of its stages or of a checkpoint"
+        )
+    try:
+        yield url
+    except (MomeError, AssertionError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{url} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _metadata(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,8 +233,3 @@ def _metadata(url: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     return {"url": url, "config": config, "recorded": recorded, "stage": stage, "step": step}
-
-
-def _stage_order(name: str) -> tuple[int, str]:
-    number = name.partition("-")[0]
-    return (int(number) if number.isdigit() else -1, name)

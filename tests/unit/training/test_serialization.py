@@ -76,12 +76,12 @@ def test_engine_access_pattern_fetches_little_more_than_it_reads(monkeypatch: py
             read += len(state.read(name, kind, *bounds(size, 1)))
         for start in range(0, size, 500):
             read += len(state.read(name, "weight", start, min(start + 500, size)))
-    fetched = sum(state._blocks._storage.requests.values()) * 1024
+    fetched = sum(state._storage.requests.values()) * 1024
     assert fetched < 1.2 * 4 * read
 
 
 def test_changed_file_is_rejected(state: SavedState, tmp_path: Path) -> None:
-    state._blocks._blocks.clear()
+    state._blocks.clear()
     data = (tmp_path / "rank-0").read_bytes()
     Storage().write(str(tmp_path / "rank-0"), data + b"\0")
     with pytest.raises(ObjectChanged, match="rank-0"):
