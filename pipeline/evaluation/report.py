@@ -34,7 +34,7 @@ from pipeline.pages import page as pages
 from pipeline.pages.charts import Measure, Series, line_chart
 from pipeline.pages.formatting import percent
 from pipeline.pages.page import render_page
-from pipeline.tracking.describe import chosen_keys
+from pipeline.tracking.describe import config_yaml
 
 HERE = Path(__file__).parent  # of the templates
 SHOWN = 4  # retrievals at each end
@@ -139,7 +139,7 @@ def render_report(
         last_loss={name: points[-1][1] for name, points in curves.items() if points},
         against=against,
         beside=metric_differences(shown, against) if against else [],
-        yaml=chosen_keys(config),
+        yaml=config_yaml(config, exclude_defaults=True),
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.pages.page import render_page
 from pipeline.reports.bad_samples import QuarantineReport, inspect_quarantine
 from pipeline.reports.comparison import Comparison
 from pipeline.reports.run_folder import MetricPoint, RunFolder, StageRecord
-from pipeline.tracking.describe import chosen_keys
+from pipeline.tracking.describe import config_yaml
 from pipeline.tracking.journal import EVALUATION
 from pipeline.tracking.locations import absolute_uri, default_uri, experiment_name, journal_folder
 from pipeline.tracking.mlflow_replay import uploaded_run
@@ -332,7 +332,7 @@ def render_run_report(report: RunReport, comparison: Comparison | None = None) -
         listed=report.events[:MAX_EVENTS],
         unlisted=max(len(report.events) - MAX_EVENTS, 0),
         comparison=comparison,
-        yaml=chosen_keys(report.run.recorded_config()),
+        yaml=config_yaml(report.run.recorded_config(), exclude_defaults=True),
     )
 
 

@@ -11,32 +11,20 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.config.durable import write_durably
-from pipeline.tracking.journal import (
-    SESSION_NAME,
-    Journal,
-    Record,
-    complete_length,
-    parse_records,
-    read_records,
-)
+from pipeline.tracking.journal import SESSION_NAME, Journal, complete_length, parse_records
 from pipeline.tracking.lease import is_held, is_held_elsewhere
 
 logger = logging.getLogger("mome.tracking")
 
 _SEGMENT = re.compile(SESSION_NAME + r"\.(?P<start>[0-9]{12})-(?P<end>[0-9]{12})\.jsonl")
 _WHOLE = re.compile(SESSION_NAME + r"\.jsonl")  # a local run's journal that was copied to the store as it is
-_STAGE_FIELD = re.compile(rb'"stage":[0-9]')  # cannot match inside a string, where quotes are escaped
-
-
-class Sized(Protocol):
-    @property
-    def size(self) -> int: ...
+# Records of a stage, which evaluations do not have. It cannot match inside a string, where quotes are escaped.
+_TRAINING = re.compile(rb'"stage":[0-9]')
 
 
 class Store(Protocol):
@@ -44,17 +32,17 @@ class Store(Protocol):
 
     def read(self, url: str) -> bytes: ...
     def write(self, url: str, data: bytes) -> None: ...
-    def list_info(self, url: str) -> Mapping[str, Sized]: ...
+    def list_info(self, url: str) -> Mapping[str, Any]: ...  # values have a `size` in bytes
     def exists(self, url: str) -> bool: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class JournalSegment:
     """The bytes [start, end) of a session, committed as one object called `name`."""
 
-    name: str
     start: int
     end: int
+    name: str
 
 
 def committed_segments(store: Store, url: str) -> dict[str, list[JournalSegment]]:
@@ -62,32 +50,26 @@ def committed_segments(store: Store, url: str) -> dict[str, list[JournalSegment]
 
     A session can also be one whole file, if a local run's folder was copied to the store.
     """
-    segments: dict[str, list[JournalSegment]] = {}
+    segments: list[tuple[str, JournalSegment]] = []
     for name, info in store.list_info(url).items():
         if match := _SEGMENT.fullmatch(name):
-            segment = JournalSegment(name, int(match["start"]), int(match["end"]))
+            segment = JournalSegment(int(match["start"]), int(match["end"]), name)
             if segment.end - segment.start != info.size:
                 logger.warning("%s/%s: skipped, its size of %d bytes contradicts its name", url, name, info.size)
                 continue
         elif match := _WHOLE.fullmatch(name):
-            segment = JournalSegment(name, 0, info.size)
+            segment = JournalSegment(0, info.size, name)
         else:
             continue
-        segments.setdefault(match["session"], []).append(segment)
-    chains = {session: _chain(url, available) for session, available in sorted(segments.items())}
-    return {session: chain for session, chain in chains.items() if chain}
-
-
-def _chain(url: str, segments: list[JournalSegment]) -> list[JournalSegment]:
-    chain: list[JournalSegment] = []
-    end = 0
-    for segment in sorted(segments, key=lambda segment: (segment.start, segment.end)):
+        segments.append((match["session"], segment))
+    chains: dict[str, list[JournalSegment]] = {}
+    for session, segment in sorted(segments):
+        end = chains[session][-1].end if session in chains else 0
         if segment.start > end:
             logger.warning("%s/%s: skipped, the segment before it is missing", url, segment.name)
         elif segment.end > end:
-            chain.append(segment)
-            end = segment.end
-    return chain
+            chains.setdefault(session, []).append(segment)
+    return chains
 
 
 class CommittedJournal:
@@ -115,16 +97,48 @@ class CommittedJournal:
                 behind.append(session)
         if not behind:
             return False
-        journal.mark_restored()
+        journal.folder.mkdir(parents=True, exist_ok=True)
+        journal.restored.touch()
         downloaded = {session: self._read(segments[session]) for session in behind}
         self._ends |= {session: len(data) for session, data in downloaded.items()}
-        if any(_trains(data) for data in downloaded.values()):
-            for session in journal.sessions():
-                self._cut(journal.path(session), self._ends.get(session, 0))
+        if any(_TRAINING.search(data) for data in downloaded.values()):
+            for session in journal.sessions():  # evaluations are kept, because they are never recorded again
+                path, end = journal.path(session), self._ends.get(session, 0)
+                if not is_held(path) and path.stat().st_size > end and _TRAINING.search(path.read_bytes()):
+                    if end:
+                        os.truncate(path, end)
+                    else:
+                        path.unlink()
         for session, data in downloaded.items():
-            self._download_files(journal, session, data)
+            for _, record in parse_records(io.BytesIO(data), session):
+                if record["kind"] == "artifact":
+                    self._download_file(journal, record["file"])
             write_durably(journal.path(session), data)  # last, so that an interrupted restore is repeated
         return True
+
+    def _read(self, chain: list[JournalSegment]) -> bytes:
+        """Return a session's bytes, up to the first segment whose size differs from the listing."""
+        parts: list[bytes] = []
+        end = 0
+        for segment in chain:
+            data = self._store.read(f"{self._url}/{segment.name}")
+            if len(data) != segment.end - segment.start:
+                logger.warning("%s/%s changed while it was read; skipping the rest", self._url, segment.name)
+                break
+            parts.append(data[end - segment.start :])
+            end = segment.end
+        return b"".join(parts)
+
+    def _download_file(self, journal: Journal, name: str) -> None:
+        path, url = journal.file(name), f"{self._url}/files/{name}"
+        if path is None:
+            return
+        if not path.exists():
+            if not self._store.exists(url):
+                logger.warning("%s: skipped, this artifact of the journal is missing", url)
+                return
+            write_durably(path, self._store.read(url))
+        self._files.add(name)
 
     def commit(self, journal: Journal) -> None:
         """Upload all complete records that are not committed yet, each after the artifact that it names.
@@ -139,8 +153,9 @@ class CommittedJournal:
             path, start = journal.path(session), self._ends.get(session, 0)
             if path.stat().st_size <= start or is_held_elsewhere(path) or (end := complete_length(path)) <= start:
                 continue
-            for name in _artifact_names(read_records(path, start)):
-                self._upload_file(journal, name)
+            for _, record in journal.records(session, start):
+                if record["kind"] == "artifact":
+                    self._upload_file(journal, record["file"])
             with path.open("rb") as file:
                 file.seek(start)
                 data = file.read(end - start)
@@ -159,46 +174,3 @@ class CommittedJournal:
             return
         self._store.write(f"{self._url}/files/{name}", data)
         self._files.add(name)
-
-    def _cut(self, path: Path, end: int) -> None:
-        """Remove training records beyond byte `end`. Evaluations are kept, because they are never recorded again."""
-        if is_held(path) or path.stat().st_size <= end or not _trains(path.read_bytes()):
-            return
-        if end:
-            os.truncate(path, end)
-        else:
-            path.unlink()
-
-    def _read(self, chain: list[JournalSegment]) -> bytes:
-        """Return a session's bytes, up to the first segment whose size differs from the listing."""
-        parts: list[bytes] = []
-        end = 0
-        for segment in chain:
-            data = self._store.read(f"{self._url}/{segment.name}")
-            if len(data) != segment.end - segment.start:
-                logger.warning("%s/%s changed while it was read; skipping the rest", self._url, segment.name)
-                break
-            parts.append(data[end - segment.start :])
-            end = segment.end
-        return b"".join(parts)
-
-    def _download_files(self, journal: Journal, session: str, data: bytes) -> None:
-        for name in _artifact_names(parse_records(io.BytesIO(data), session)):
-            path, url = journal.file(name), f"{self._url}/files/{name}"
-            if path is None:
-                continue
-            if not path.exists():
-                if not self._store.exists(url):
-                    logger.warning("%s: skipped, this artifact of the journal is missing", url)
-                    continue
-                write_durably(path, self._store.read(url))
-            self._files.add(name)
-
-
-def _trains(session: bytes) -> bool:
-    """Return True if the session's bytes contain records of a stage; an evaluation has none."""
-    return _STAGE_FIELD.search(session) is not None
-
-
-def _artifact_names(records: Iterable[tuple[int, Record]]) -> list[str]:
-    return [record["file"] for _, record in records if record["kind"] == "artifact"]

@@ -53,14 +53,8 @@ def note_of_run(config: RunConfig) -> str:
     lines = [f"**{config.name}**: {config.model.kind}, {config.total_steps:,} steps in {config.folder}", ""]
     lines += ["| stage | objectives | sources | steps | batch | starts from |", "|---|---|---|---|---|---|"]
     for stage in config.stages:
-        cells = [
-            stage.name,
-            ", ".join(stage.objectives),
-            _sources(stage),
-            f"{stage.steps:,}",
-            f"{stage.global_batch_size:,}",
-        ]
-        lines.append("| " + " | ".join([*cells, stage.start_from]) + " |")
+        reads = f"{stage.name} | {', '.join(stage.objectives)} | {_sources(stage)}"
+        lines.append(f"| {reads} | {stage.steps:,} | {stage.global_batch_size:,} | {stage.start_from} |")
     return "\n".join(lines)
 
 
@@ -114,18 +108,10 @@ def _git(tree: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def resolved_config(config: RunConfig) -> str:
-    """Return the complete config as YAML, including defaults, with secrets redacted."""
-    return _as_yaml(config.model_dump(mode="json"))
-
-
-def chosen_keys(config: RunConfig) -> str:
-    """Return the config keys that differ from the defaults as YAML, with secrets redacted."""
-    return _as_yaml(config.model_dump(mode="json", exclude_defaults=True))
-
-
-def _as_yaml(values: dict[str, Any]) -> str:
-    text: str = yaml.safe_dump(redact_values(values), sort_keys=False, allow_unicode=True)
+def config_yaml(config: RunConfig, exclude_defaults: bool = False) -> str:
+    """Return the config as YAML with secrets redacted: complete, or only the keys that differ from the defaults."""
+    values = redact_values(config.model_dump(mode="json", exclude_defaults=exclude_defaults))
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
 

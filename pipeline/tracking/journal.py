@@ -24,10 +24,12 @@ import re
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from pipeline.config.durable import sync_folder
@@ -38,7 +40,6 @@ logger = logging.getLogger("mome.tracking")
 Record = dict[str, Any]
 
 CHECKPOINT, FINAL_WEIGHTS = "checkpoint", "final_weights"  # roles in model records; final weights are never deleted
-RESTORED = "restored"  # marker file of a journal that was downloaded from the run's storage
 EVALUATION = "eval/"  # prefix of the metrics of held-out data
 RUN_ID = "[0-9A-Za-z_.-]{1,64}"
 SESSION_NAME = r"(?P<session>[0-9]{6}-[0-9a-f]{1,32})"
@@ -47,21 +48,15 @@ _MAX_ARTIFACT_NAME = 1000
 _BLOCK = 2**16
 
 
-def is_file_name(name: str) -> bool:
-    """Return True for the path of an artifact inside a journal: '<16 hex digits>/<name>'.
+def check_file_name(name: str) -> str:
+    """Return `name` if it is the path of an artifact inside a journal, '<16 hex digits>/<name>'; raise ValueError.
 
     Every file name read from a record passes this check before it becomes a path, because a journal's author must not
     be able to read or write files elsewhere on this machine.
     """
-    return (
-        _ARTIFACT_FILE.fullmatch(name) is not None
-        and posixpath.basename(name) not in (".", "..")
-        and len(posixpath.basename(name).encode(errors="replace")) <= 255  # the limit of file systems is in bytes
-    )
-
-
-def _check_file_name(name: str) -> str:
-    if not is_file_name(name):
+    base = posixpath.basename(name)
+    # The limit of file systems is in bytes.
+    if not _ARTIFACT_FILE.fullmatch(name) or base in (".", "..") or len(base.encode(errors="replace")) > 255:
         raise ValueError("an artifact's file must be '<16 hex digits>/<name>'")
     return name
 
@@ -82,11 +77,6 @@ _Number = float | Literal["nan", "inf", "-inf"]
 _Texts = dict[str, str]
 
 
-class _Base(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
-    at: _Count
-
-
 class _Dataset(TypedDict):
     name: str
     source: str
@@ -101,88 +91,36 @@ class _ModelMetric(TypedDict):
     at: _Count
 
 
-class _RunRecord(_Base):
-    kind: Literal["run"]
-    stage: _Stage | None
-    run: Annotated[str, Field(pattern=f"^{RUN_ID}$")]  # becomes part of an MLflow search filter
-    name: NotRequired[str]
-    uri: NotRequired[str]
-    experiment: NotRequired[str]
-    params: _Texts
-    tags: _Texts
-    datasets: list[_Dataset]
-    server_has_more: NotRequired[bool]
-
-
-class _StageStartRecord(_Base):
-    kind: Literal["stage"]
-    stage: _Stage
-    name: str
-    params: _Texts
-    tags: _Texts
-    datasets: list[_Dataset]
-
-
-class _MetricsRecord(_Base):
-    kind: Literal["metrics"]
-    stage: _Stage | None
-    step: _Step
-    values: dict[str, _Number]
-
-
-class _RewindRecord(_Base):
-    kind: Literal["rewind"]
-    stage: _Stage
-    step: _Step
-
-
-class _TagRecord(_Base):
-    kind: Literal["tag"]
-    stage: _Stage | None
-    key: str
-    value: str
-
-
-class _ArtifactRecord(_Base):
-    kind: Literal["artifact"]
-    stage: _Stage | None
-    name: Annotated[str, AfterValidator(check_artifact_name)]
-    file: Annotated[str, AfterValidator(_check_file_name)]
-
-
-class _ModelRecord(_Base):
-    kind: Literal["model"]
-    stage: _Stage
-    step: _Step
-    url: str
-    role: str
-    points: list[_ModelMetric]
-
-
-class _ModelGoneRecord(_Base):
-    kind: Literal["model_gone"]
-    stage: _Stage | None
-    url: str
-
-
-class _EndRecord(_Base):
-    kind: Literal["stage_end", "run_end"]
-    stage: _Stage | None
-    status: Literal["FINISHED", "FAILED", "KILLED"]
-
-
-_AnyRecord = (
-    _RunRecord
-    | _StageStartRecord
-    | _MetricsRecord
-    | _RewindRecord
-    | _TagRecord
-    | _ArtifactRecord
-    | _ModelRecord
-    | _ModelGoneRecord
-    | _EndRecord
+# Kinds of records and their fields, besides "kind" and "at".
+_KINDS: dict[str, dict[str, Any]] = {
+    "run": {
+        "stage": _Stage | None, "params": _Texts, "tags": _Texts, "datasets": list[_Dataset],
+        "run": Annotated[str, Field(pattern=f"^{RUN_ID}$")],  # becomes part of an MLflow search filter
+        "name": NotRequired[str], "uri": NotRequired[str], "experiment": NotRequired[str],
+        "server_has_more": NotRequired[bool],
+    },
+    "stage": {"stage": _Stage, "name": str, "params": _Texts, "tags": _Texts, "datasets": list[_Dataset]},
+    "metrics": {"stage": _Stage | None, "step": _Step, "values": dict[str, _Number]},
+    "rewind": {"stage": _Stage, "step": _Step},
+    "tag": {"stage": _Stage | None, "key": str, "value": str},
+    "artifact": {
+        "stage": _Stage | None, "name": Annotated[str, AfterValidator(check_artifact_name)],
+        "file": Annotated[str, AfterValidator(check_file_name)],
+    },
+    "model": {"stage": _Stage, "step": _Step, "url": str, "role": str, "points": list[_ModelMetric]},
+    "model_gone": {"stage": _Stage | None, "url": str},
+    "stage_end": {"stage": _Stage | None, "status": Literal["FINISHED", "FAILED", "KILLED"]},
+    "run_end": {"stage": _Stage | None, "status": Literal["FINISHED", "FAILED", "KILLED"]},
+}  # fmt: skip
+_strict = with_config(ConfigDict(extra="allow", strict=True))
+_RECORD: Any = reduce(
+    or_,
+    (
+        _strict(TypedDict(kind, {"kind": Literal[kind], "at": _Count, **fields}))  # type: ignore[operator]
+        for kind, fields in _KINDS.items()
+    ),
 )
-_VALIDATOR: TypeAdapter[Any] = TypeAdapter(Annotated[_AnyRecord, Field(discriminator="kind")])
+_VALIDATOR: TypeAdapter[Any] = TypeAdapter(Annotated[_RECORD, Field(discriminator="kind")])
 
 
 def encode_number(value: float) -> float | str:
@@ -205,13 +143,6 @@ def decode(line: bytes) -> Record:
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
     return record
-
-
-def read_records(path: Path, start: int = 0) -> Iterator[tuple[int, Record]]:
-    """Yield (end offset, record) from byte `start` on; an unfinished last line is skipped."""
-    with path.open("rb") as file:
-        file.seek(start)
-        yield from parse_records(file, str(path), start)
 
 
 def parse_records(lines: Iterable[bytes], origin: str, offset: int = 0) -> Iterator[tuple[int, Record]]:
@@ -288,6 +219,8 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # Marker: part was downloaded from the run's storage, and no run has continued it on this machine.
+        self.restored = folder / "restored"
 
     def sessions(self) -> list[str]:
         names = (path.stem for path in self.folder.glob("*.jsonl") if path.is_file())
@@ -298,16 +231,19 @@ class Journal:
 
     def file(self, name: str) -> Path | None:
         """Return the path of an artifact; None, with a warning, when it is not a regular file inside `files/`."""
-        path = self.folder / "files" / name
-        with contextlib.suppress(OSError, RuntimeError):  # a loop of symbolic links
-            inside = is_file_name(name) and path.resolve().is_relative_to(self.folder.resolve() / "files")
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # a loop of symbolic links, or a hostile name
+            path = self.folder / "files" / check_file_name(name)
+            inside = path.resolve().is_relative_to(self.folder.resolve() / "files")
             if inside and (path.is_file() or not path.exists()):  # opening a named pipe would block
                 return path
         logger.warning("%s: skipped %r, which is not a file of this journal", self.folder, name[:200])
         return None
 
     def records(self, session: str, start: int = 0) -> Iterator[tuple[int, Record]]:
-        return read_records(self.path(session), start)
+        """Yield (end offset, record) of a session from byte `start` on; an unfinished last line is skipped."""
+        with self.path(session).open("rb") as file:
+            file.seek(start)
+            yield from parse_records(file, str(self.path(session)), start)
 
     def all_records(self) -> Iterator[Record]:
         """Yield the records of all sessions in order."""
@@ -320,31 +256,11 @@ class Journal:
         firsts = (next(self.records(session), None) for session in self.sessions())
         return [first[1] for first in firsts if first is not None and first[1]["kind"] == "run"]
 
-    @property
-    def was_restored(self) -> bool:
-        """True if part of it was downloaded from the run's storage and no run has continued it on this machine."""
-        return (self.folder / RESTORED).exists()
-
-    def mark_restored(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RESTORED).touch()
-
-    def clear_restored(self) -> None:
-        (self.folder / RESTORED).unlink(missing_ok=True)
-
     def start_session(self) -> JournalWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         numbers = [int(session.split("-")[0]) for session in self.sessions()]
         number = min(max(numbers, default=0) + 1, 999_999)
         return JournalWriter(self.path(f"{number:06d}-{secrets.token_hex(4)}"))
-
-    def discard(self) -> None:
-        """Move the journal aside, because it belongs to another run of the same name."""
-        aside = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.old")
-        self.folder.rename(aside)
-        logger.warning(
-            "the journal in %s belongs to an earlier run of this name and was moved to %s", self.folder, aside
-        )
 
 
 class ReplayFilter:

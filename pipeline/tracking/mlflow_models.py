@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from pipeline.tracking.mlflow_server import connect, experiment_id, request
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
-    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, TensorSpec
 
 IS_EXTERNAL = "mlflow.model.isExternal"  # MLflow's tag of models whose files it does not store
 VECTORS = ("image_embedding", "text_embedding")
@@ -37,96 +38,80 @@ class LoggedModels:
     def __init__(self, client: MlflowClient, experiment: str, run_record: Record, journal: Journal):
         self._client, self._experiment = client, experiment
         self._run, self._name, self._journal = run_record["run"], run_record.get("name", "run"), journal
-        self._by_url: dict[str, str] | None = None
-        self._by_step: dict[int, str] = {}
-        self._pending: set[str] = set()  # ids of models that were created but not finalized
-        self._deleted: set[str] | None = None
+
+    @cached_property
+    def _by_url(self) -> dict[str, LoggedModel]:
+        """The server's models of this run, requested once."""
+        models: list[LoggedModel] = []
+        condition, token, search = f"tags.`mome.run` = '{self._run}'", None, self._client.search_logged_models
+        while True:
+            page = request(search, [self._experiment], condition, max_results=_PAGE_SIZE, page_token=token)
+            models += page
+            token = page.token
+            if not token:
+                return {model.tags["mome.url"]: model for model in models if "mome.url" in model.tags}
+
+    @cached_property
+    def _deleted(self) -> set[str]:
+        """URLs of weights that have been deleted since: logging a model only to delete it later is avoided."""
+        return {entry["url"] for entry in self._journal.all_records() if entry["kind"] == "model_gone"}
 
     def log(self, record: Record, run_id: str, stage: str) -> str | None:
         """Log weights once; return the model's id, or None for weights that have been deleted since."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-        if self._deleted is None:  # read once: logging a model only to delete it later is avoided
-            self._deleted = {entry["url"] for entry in self._journal.all_records() if entry["kind"] == "model_gone"}
         url, step, role = record["url"], record["step"], record["role"]
         if url in self._deleted:
             return None
-        model_id = self._ids().get(url)
-        if model_id is None:
+        model = self._by_url.get(url)
+        if model is None:
             name = _INVALID_IN_NAMES.sub("-", f"{self._name}-{stage}-{step:08d}")
             tags = {"mome.run": self._run, "mome.url": url, "mome.step": str(step), "mome.role": role}
             params = {"stage": stage, "step": str(step), "role": role}
             create = self._client.create_logged_model
             model = request(create, self._experiment, name, run_id, tags | {IS_EXTERNAL: "true"}, params, "weights")
-            model_id = self._remember(model)
-        if model_id in self._pending:
-            request(self._client.finalize_logged_model, model_id, LoggedModelStatus.READY)
-            self._pending.discard(model_id)
+            self._by_url[url] = model
+        if model.status != LoggedModelStatus.READY:  # it was created but not finalized
+            self._by_url[url] = request(self._client.finalize_logged_model, model.model_id, LoggedModelStatus.READY)
         if role == FINAL_WEIGHTS:  # checkpoints are not logged as outputs, because outputs cannot be removed
             outputs = request(self._client.get_run, run_id).outputs
-            if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
-                request(self._client.log_outputs, run_id, [LoggedModelOutput(model_id, step)])
-        return model_id
+            if model.model_id not in {output.model_id for output in (outputs.model_outputs if outputs else ())}:
+                request(self._client.log_outputs, run_id, [LoggedModelOutput(model.model_id, step)])
+        return model.model_id
 
     def remove(self, url: str) -> None:
         """Delete the model of deleted weights; the journal and the run's metrics still describe it."""
-        model_id = self._ids().pop(url, None)
-        if model_id is not None:
-            self._by_step = {step: other for step, other in self._by_step.items() if other != model_id}
-            request(self._client.delete_logged_model, model_id)
+        model = self._by_url.pop(url, None)
+        if model is not None:
+            request(self._client.delete_logged_model, model.model_id)
 
     def at_step(self, step: int) -> str | None:
         """Return the id of the model of a global step, to which an evaluation at that step belongs."""
-        self._ids()
-        return self._by_step.get(step)
+        ids = [model.model_id for model in self._by_url.values() if model.tags["mome.step"] == str(step)]
+        return ids[-1] if ids else None
 
     def start_from(self, url: str, run_id: str) -> str | None:
-        """Make the weights at `url` an input of a run; return the run that made them, if this server knows it."""
+        """Make the weights at `url` an input of a run; return the run that made them, if this server knows it.
+
+        They belong to this run, or else to any run in any experiment.
+        """
         from mlflow.entities import LoggedModelInput
 
-        model = self._find(url)
-        if model is None:
+        if (own := self._by_url.get(url)) is not None:
+            model = request(self._client.get_logged_model, own.model_id)
+        elif "'" in url:  # cannot be quoted in a filter
             return None
+        else:
+            experiments = [experiment.experiment_id for experiment in request(self._client.search_experiments)]
+            condition = f"tags.`mome.url` = '{url}'"
+            models = request(self._client.search_logged_models, experiments, condition, max_results=1)
+            if not models:
+                return None
+            model = models[0]
         inputs = request(self._client.get_run, run_id).inputs
         if model.model_id not in {entry.model_id for entry in (inputs.model_inputs if inputs else ())}:
             request(self._client.log_inputs, run_id, models=[LoggedModelInput(model.model_id)])
         return model.source_run_id
-
-    def _find(self, url: str) -> LoggedModel | None:
-        """Return the model of this run, or else of any run in any experiment, whose weights are at `url`."""
-        if (own := self._ids().get(url)) is not None:
-            return request(self._client.get_logged_model, own)
-        if "'" in url:  # cannot be quoted in a filter
-            return None
-        experiments = [experiment.experiment_id for experiment in request(self._client.search_experiments)]
-        condition = f"tags.`mome.url` = '{url}'"
-        models = request(self._client.search_logged_models, experiments, condition, max_results=1)
-        return models[0] if models else None
-
-    def _ids(self) -> dict[str, str]:
-        """Return URL -> model id, requested from the server once."""
-        if self._by_url is None:
-            self._by_url = {}
-            condition, token = f"tags.`mome.run` = '{self._run}'", None
-            while True:
-                search = self._client.search_logged_models
-                page = request(search, [self._experiment], condition, max_results=_PAGE_SIZE, page_token=token)
-                for model in page:
-                    if "mome.url" in model.tags:
-                        self._remember(model)
-                token = page.token
-                if not token:
-                    break
-        return self._by_url
-
-    def _remember(self, model: LoggedModel) -> str:
-        from mlflow.entities import LoggedModelStatus
-
-        assert self._by_url is not None
-        self._by_url[model.tags["mome.url"]] = self._by_step[int(model.tags["mome.step"])] = model.model_id
-        if model.status != LoggedModelStatus.READY:
-            self._pending.add(model.model_id)
-        return model.model_id
 
 
 @dataclass(frozen=True)
@@ -161,74 +146,66 @@ class Registered:
 def register(uri: str, experiment: str, name: str, alias: str | None, export: Export) -> Registered:
     """Log `export` as a model of the stage that made it, register it as the next version of `name`, set the alias.
 
-    Raises TrackingError with the server's error.
+    A prediction reads per row an encoded image, a text, or both, and returns one column per output. Raises
+    TrackingError with the server's error.
     """
     uri = resolve_uri(uri)
     client = connect(uri)
     import mlflow
-    from mlflow.exceptions import MlflowException
-
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        return _register(client, uri, experiment, name, alias, export)
-    except MlflowException as error:
-        raise TrackingError(
-            f"tracking.uri {redact(uri)}: the server did not register {name}: {error}. Check its "
-            "address, and the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        ) from error
-
-
-def _register(
-    client: MlflowClient, uri: str, experiment: str, name: str, alias: str | None, export: Export
-) -> Registered:
-    import mlflow
     import pandas as pd
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
-
-    run_id, experiment = _stage_run(client, export) or (None, experiment_id(client, uri, experiment))
-    tags = dict(export.tags)
-    model = client.create_logged_model(experiment, name, run_id, tags, dict(export.params), model_type="export")
-    mlflow.pyfunc.log_model(
-        model_id=model.model_id,
-        loader_module=export.loader,
-        data_path=str(export.folder),
-        code_paths=[str(package) for package in export.code],
-        pip_requirements=list(export.requirements),
-        signature=signature(export.outputs),
-        input_example=pd.DataFrame([dict(export.example)]),
-    )
-    if run_id is not None:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=export.step)])
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    source = f"models:/{model.model_id}"
-    version = int(client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version)
-    if alias is not None:
-        client.set_registered_model_alias(name, alias, str(version))
-    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
-    return Registered(name, version, alias, model.model_id, run_id, address)
-
-
-def signature(outputs: Sequence[str]) -> ModelSignature:
-    """Return the signature: per row an encoded image, a text, or both; one column per output."""
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     inputs: list[ColSpec | TensorSpec] = [
         ColSpec(DataType.binary, "image", required=False),
         ColSpec(DataType.string, "text", required=False),
     ]
     columns: list[ColSpec | TensorSpec] = [
-        ColSpec(Array(DataType.double) if name in VECTORS else DataType.double, name, required=False)
-        for name in outputs
+        ColSpec(Array(DataType.double) if output in VECTORS else DataType.double, output, required=False)
+        for output in export.outputs
     ]
     matching = ParamSchema([ParamSpec("itm", DataType.boolean, True)])
-    return ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        runs: list[Any] = []
+        if export.run is not None:  # the MLflow run of the stage, if the server knows it
+            condition = f"tags.`mome.run` = '{export.run}' and tags.stage_index = '{export.stage_index}'"
+            experiments = [entry.experiment_id for entry in client.search_experiments()]
+            runs = client.search_runs(experiments, filter_string=condition, max_results=1)
+        run_id = runs[0].info.run_id if runs else None
+        place = runs[0].info.experiment_id if runs else experiment_id(client, uri, experiment)
+        tags = dict(export.tags)
+        model = client.create_logged_model(place, name, run_id, tags, dict(export.params), model_type="export")
+        mlflow.pyfunc.log_model(
+            model_id=model.model_id,
+            loader_module=export.loader,
+            data_path=str(export.folder),
+            code_paths=[str(package) for package in export.code],
+            pip_requirements=list(export.requirements),
+            signature=ModelSignature(inputs=Schema(inputs), outputs=Schema(columns), params=matching),
+            input_example=pd.DataFrame([dict(export.example)]),
+        )
+        if run_id is not None:
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=export.step)])
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source = f"models:/{model.model_id}"
+        version = int(client.create_model_version(name, source, run_id, tags, model_id=model.model_id).version)
+        if alias is not None:
+            client.set_registered_model_alias(name, alias, str(version))
+    except MlflowException as error:
+        raise TrackingError(
+            f"tracking.uri {redact(uri)}: the server did not register {name}: {error}. Check its "
+            "address, and the name and password in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        ) from error
+    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
+    return Registered(name, version, alias, model.model_id, run_id, address)
 
 
 def download_weights(uri: str, folder: Path, tracking_uri: str | None = None) -> str:
@@ -249,13 +226,3 @@ def download_weights(uri: str, folder: Path, tracking_uri: str | None = None) ->
             f"{uri}: not found in MLflow's registry at {redact(tracking_uri or mlflow.get_registry_uri())}: {error}. "
             "Check the name, the version or alias, and the tracking URI"
         ) from error
-
-
-def _stage_run(client: MlflowClient, export: Export) -> tuple[str, str] | None:
-    """Return (run id, experiment id) of the stage that made the export; None if the server does not know it."""
-    if export.run is None:
-        return None
-    condition = f"tags.`mome.run` = '{export.run}' and tags.stage_index = '{export.stage_index}'"
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    runs = client.search_runs(experiments, filter_string=condition, max_results=1)
-    return (runs[0].info.run_id, runs[0].info.experiment_id) if runs else None

@@ -14,12 +14,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, TypeAdapter
-from typing_extensions import TypedDict
+from pydantic import BaseModel, Field, PrivateAttr
 
 from pipeline.config.durable import write_durably
 from pipeline.config.redaction import describe_error, redact
@@ -44,28 +44,25 @@ MAX_BATCH_POINTS, MAX_BATCH_PAIRS = 1000, 100  # MLflow's limits
 MAX_PARAM, MAX_TAG, MAX_DIGEST = 6000, 8000, 36  # characters
 
 
-class _State(TypedDict):
-    offsets: dict[str, Annotated[int, Field(ge=0)]]
-    marks: dict[str, dict[str, int]]
-    run: NotRequired[str]
-    experiment: NotRequired[str]
-
-
-_STATE = TypeAdapter(_State)
-
-
-class Cursor:
+class Cursor(BaseModel):
     """Position up to which each session was uploaded to one server. If it is lost, records are sent again."""
 
-    def __init__(self, folder: Path, uri: str):
-        self._path = folder / f"cursor-{hashlib.sha256(redact(uri).encode()).hexdigest()[:8]}.json"
-        self.offsets: dict[str, int] = {}
-        self.marks: dict[str, dict[str, int]] = {}  # stage index -> key -> last step that the server already had
-        self.run, self.experiment = "", ""  # MLflow's ids of the parent run and its experiment
+    offsets: dict[str, Annotated[int, Field(ge=0)]] = {}
+    marks: dict[str, dict[str, int]] = {}  # stage index -> key -> last step that the server already had
+    run: str = ""  # MLflow's id of the parent run
+    experiment: str = ""
+    _path: Path = PrivateAttr()
+
+    @classmethod
+    def load(cls, folder: Path, uri: str) -> Cursor:
+        path, cursor = folder / f"cursor-{hashlib.sha256(redact(uri).encode()).hexdigest()[:8]}.json", cls()
         with contextlib.suppress(OSError, ValueError):  # includes ValidationError
-            state = _STATE.validate_json(self._path.read_bytes())
-            self.offsets, self.marks = state["offsets"], state["marks"]
-            self.run, self.experiment = state.get("run", ""), state.get("experiment", "")
+            cursor = cls.model_validate_json(path.read_bytes())
+        cursor._path = path
+        return cursor
+
+    def save(self) -> None:
+        write_durably(self._path, self.model_dump_json().encode())
 
     def offset(self, journal: Journal, session: str) -> int:
         """Return the byte from which to continue a session; 0 if the stored offset is not the end of a record."""
@@ -76,25 +73,17 @@ class Cursor:
             file.seek(offset - 1)
             return offset if file.read(1) == b"\n" else 0
 
-    def save(self) -> None:
-        state = {"offsets": self.offsets, "marks": self.marks, "run": self.run, "experiment": self.experiment}
-        write_durably(self._path, json.dumps(state).encode())
-
-    def reset(self) -> None:
-        self.offsets, self.marks, self.run, self.experiment = {}, {}, "", ""
-        self.save()
-
 
 def uploaded_run(folder: Path, uri: str) -> tuple[str, str] | None:
     """Return MLflow's ids (run, experiment) of a journal's run at `uri`; None if this machine did not upload it."""
-    cursor = Cursor(folder, uri)
+    cursor = Cursor.load(folder, uri)
     is_valid = re.fullmatch(r"[0-9a-f]{32}", cursor.run) and re.fullmatch(r"\d{1,32}", cursor.experiment)
     return (cursor.run, cursor.experiment) if is_valid else None
 
 
 def pending_bytes(folder: Path, uri: str) -> int:
     """Return the number of bytes of the journal that were not uploaded to `uri`."""
-    journal, cursor = Journal(folder), Cursor(folder, uri)
+    journal, cursor = Journal(folder), Cursor.load(folder, uri)
     return sum(complete_length(journal.path(name)) - cursor.offset(journal, name) for name in journal.sessions())
 
 
@@ -117,17 +106,28 @@ class MlflowUploader:
 
     def __init__(self, folder: Path, uri: str, report: Callable[[str], None]):
         prepare_client()
-        self._journal = Journal(folder)
-        self._uri = uri
-        self._report = report
-        self._cursor = Cursor(folder, uri)
-        self._client: MlflowClient | None = None
+        self._journal, self._uri, self._report = Journal(folder), uri, report
+        self._cursor = Cursor.load(folder, uri)
         self._experiment = ""
         self._runs: dict[int | None, str] = {}  # stage index (None: the parent) -> MLflow run id
-        self._logged_models: LoggedModels | None = None
         self._points: list[Metric] = []
         self._points_run = ""
         self.num_points = 0
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        client = request(connect, self._uri)
+        self._experiment = request(experiment_id, client, self._uri, self._run_record.get("experiment", "Default"))
+        return client
+
+    @cached_property
+    def _models(self) -> LoggedModels:
+        return LoggedModels(self._client, self._experiment, self._run_record, self._journal)
+
+    @property
+    def _run_record(self) -> Record:
+        """The journal's first run record; a run stays in the experiment in which it started."""
+        return self._journal.run_records()[0]
 
     def upload(self) -> None:
         """Upload everything beyond the cursor, in order. Raises ServerUnavailable; the cursor keeps the progress."""
@@ -135,9 +135,11 @@ class MlflowUploader:
             try:
                 self._upload_records()
             except RunNotFound:  # permanently deleted, or another database: upload the whole journal again
-                self._client = self._logged_models = None
+                for name in ("_client", "_models"):
+                    vars(self).pop(name, None)
                 self._runs = {}
-                self._cursor.reset()
+                self._cursor.offsets, self._cursor.marks, self._cursor.run, self._cursor.experiment = {}, {}, "", ""
+                self._cursor.save()
                 self._upload_records()
         except (RequestRejected, RunNotFound) as error:  # such as a deleted experiment, which can be restored
             raise ServerUnavailable(str(error)) from error
@@ -185,20 +187,25 @@ class MlflowUploader:
         for start in range(0, len(points), MAX_BATCH_POINTS):
             batch = points[start : start + MAX_BATCH_POINTS]
             try:
-                request(self._connected().log_batch, self._points_run, metrics=batch)
+                request(self._client.log_batch, self._points_run, metrics=batch)
             except RequestRejected:  # send the points one by one, so that one invalid point does not lose the others
                 self._raise_if_deleted()
                 for point in batch:
-                    self._send(self._connected().log_batch, self._points_run, metrics=[point])
+                    self._send(self._client.log_batch, self._points_run, metrics=[point])
             self.num_points += len(batch)
 
     def _apply(self, record: Record) -> None:
-        kind, stage, client = record["kind"], record["stage"], self._connected()
+        """Upload one record other than metrics."""
+        kind, stage, client = record["kind"], record["stage"], self._client
         if kind == "run":
             parent = self._find_run(None) or self._create_run(record, {"mome.role": "run"})
             self._log_params_and_tags(parent, record)
             if record.get("server_has_more", False):
-                self._read_marks()
+                # Points up to each metric's last step on the server may have been uploaded before.
+                for run in self._search_runs("tags.`mome.role` = 'stage'"):
+                    marks = self._cursor.marks.setdefault(str(int(run.data.tags["stage_index"])), {})
+                    for metric in request(client.get_run, run.info.run_id).data.to_proto().metrics:
+                        marks[metric.key] = max(metric.step, marks.get(metric.key, -1))
         elif kind == "stage":
             self._begin_stage(record)
         elif kind == "tag":
@@ -225,11 +232,20 @@ class MlflowUploader:
             self._send(client.set_terminated, self._run_id(stage), record["status"], record["at"])
 
     def _begin_stage(self, record: Record) -> None:
-        stage, client, parent = record["stage"], self._connected(), self._run_id(None)
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        client, stage, parent = self._client, record["stage"], self._run_id(None)
         child = self._find_run(stage) or self._create_run(record, {"mome.role": "stage", "mlflow.parentRunId": parent})
+        datasets = []
+        for item in record["datasets"]:
+            kind = urlsplit(item["source"]).scheme or "local"
+            source, profile = json.dumps({"uri": item["source"]}), json.dumps({"digest": item["digest"]})
+            dataset = Dataset(item["name"], item["digest"][:MAX_DIGEST], kind, source, profile=profile)
+            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])]))
         for run in (parent, child):
             request(client.update_run, run, status="RUNNING")
-            self._log_datasets(run, record["datasets"])
+            if datasets:
+                self._send(client.log_inputs, run, datasets)
         self._log_params_and_tags(child, record)
         origin = record["tags"].get("start_from")
         if origin not in (None, "random"):
@@ -243,7 +259,7 @@ class MlflowUploader:
         from mlflow.entities import Metric
 
         run = self._run_id(record["stage"])
-        stage = request(self._connected().get_run, run).data.tags.get("stage", str(record["stage"]))
+        stage = request(self._client.get_run, run).data.tags.get("stage", str(record["stage"]))
         model_id = self._models.log(record, run, stage)
         if model_id is None:
             return
@@ -261,35 +277,16 @@ class MlflowUploader:
         """Log params and tags. A param that already has another value is immutable and becomes a tag."""
         from mlflow.entities import Param, RunTag
 
-        existing = request(self._connected().get_run, run).data.params
+        existing = request(self._client.get_run, run).data.params
         params = {key: value[:MAX_PARAM] for key, value in record["params"].items()}
         tags = dict(record["tags"])
         tags |= {f"mome.changed.{key}": value for key, value in params.items() if existing.get(key, value) != value}
         new = [Param(key, value) for key, value in params.items() if key not in existing]
         pairs = [RunTag(key, str(value)[:MAX_TAG]) for key, value in tags.items()]
         for start in range(0, len(new), MAX_BATCH_PAIRS):
-            self._send(self._connected().log_batch, run, params=new[start : start + MAX_BATCH_PAIRS])
+            self._send(self._client.log_batch, run, params=new[start : start + MAX_BATCH_PAIRS])
         for start in range(0, len(pairs), MAX_BATCH_PAIRS):
-            self._send(self._connected().log_batch, run, tags=pairs[start : start + MAX_BATCH_PAIRS])
-
-    def _log_datasets(self, run: str, datasets: list[dict[str, str]]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        inputs = []
-        for item in datasets:
-            kind = urlsplit(item["source"]).scheme or "local"
-            source, profile = json.dumps({"uri": item["source"]}), json.dumps({"digest": item["digest"]})
-            dataset = Dataset(item["name"], item["digest"][:MAX_DIGEST], kind, source, profile=profile)
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", item["context"])]))
-        if inputs:
-            self._send(self._connected().log_inputs, run, inputs)
-
-    def _read_marks(self) -> None:
-        """Read the last step of every metric on the server: points up to there may have been uploaded before."""
-        for run in self._search_runs("tags.`mome.role` = 'stage'"):
-            marks = self._cursor.marks.setdefault(str(int(run.data.tags["stage_index"])), {})
-            for metric in request(self._connected().get_run, run.info.run_id).data.to_proto().metrics:
-                marks[metric.key] = max(metric.step, marks.get(metric.key, -1))
+            self._send(self._client.log_batch, run, tags=pairs[start : start + MAX_BATCH_PAIRS])
 
     def _run_id(self, stage: int | None) -> str:
         """Return the MLflow run id of a stage, or of the parent run for None. Raises RunNotFound."""
@@ -312,7 +309,7 @@ class MlflowUploader:
     def _search_runs(self, condition: str, deleted: bool = False) -> list[Any]:
         from mlflow.entities import ViewType
 
-        client, view = self._connected(), ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
+        client, view = self._client, ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
         text = f"tags.`mome.run` = '{self._run_record['run']}' and {condition}"
         return request(client.search_runs, [self._experiment], text, view, order_by=["start_time ASC"])
 
@@ -321,38 +318,15 @@ class MlflowUploader:
         tags = tags | {"mome.run": self._run_record["run"]}
         if record["stage"] is not None:
             tags["stage_index"] = str(record["stage"])
-        create = self._connected().create_run
+        create = self._client.create_run
         run = request(create, self._experiment, start_time=record["at"], tags=tags, run_name=record.get("name"))
         self._runs[record["stage"]] = run.info.run_id
         return run.info.run_id
 
-    @property
-    def _run_record(self) -> Record:
-        """The journal's first run record; a run stays in the experiment in which it started."""
-        return self._journal.run_records()[0]
-
-    @property
-    def _models(self) -> LoggedModels:
-        if self._logged_models is None:
-            client = self._connected()
-            self._logged_models = LoggedModels(client, self._experiment, self._run_record, self._journal)
-        return self._logged_models
-
-    def _connected(self) -> MlflowClient:
-        if self._client is None:
-            self._client = request(self._connect)
-        return self._client
-
-    def _connect(self) -> MlflowClient:
-        client = connect(self._uri)
-        self._experiment = experiment_id(client, self._uri, self._run_record.get("experiment", "Default"))
-        return client
-
     def _raise_if_deleted(self, *runs: Any) -> None:
         """Raise ServerUnavailable if a run or its experiment is deleted: once restored, it accepts the records."""
-        client = self._connected()
-        known = runs or [request(client.get_run, run) for run in self._runs.values()]
-        experiment = request(client.get_experiment, self._experiment)
+        known = runs or [request(self._client.get_run, run) for run in self._runs.values()]
+        experiment = request(self._client.get_experiment, self._experiment)
         deleted = [f"its run {run.info.run_id}" for run in known if run.info.lifecycle_stage == "deleted"]
         if experiment.lifecycle_stage == "deleted":
             deleted = [f"its experiment {experiment.name}"]

@@ -5,6 +5,7 @@ mlflow is imported only by the functions that need its client, so that `check_se
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.metadata
 import json
@@ -71,12 +72,14 @@ def check_server(config: RunConfig, required: bool | None = None) -> None:
 def find_fault(uri: str) -> str | None:
     """Return what is wrong with the server or database at `uri`; None if it responds."""
     if (database := sqlite_file(uri)) is not None:
-        return _fault_of_folder(database.absolute().parent) or _fault_of_sqlite(database)
+        return _fault_of_sqlite(database)
     try:
         parts = urllib.parse.urlsplit(redact(uri))  # redacted: a password may contain characters that end a host
         engine, port = parts.scheme.partition("+")[0], parts.port
-        if fault := _fault_of_password(uri, engine):
-            return fault
+        terminators = "@" if engine in _PORTS else "/?#@"
+        if unquoted := [letter for letter in terminators if letter in (password_of(uri) or "")]:
+            escapes = ", ".join(f"{letter} as {urllib.parse.quote(letter, safe='')}" for letter in unquoted)
+            return f"its password contains characters that end it in a URI; write {escapes}"
         if parts.scheme in ("http", "https"):
             return _fault_of_http(redact(uri).rstrip("/"))
         if engine in _PORTS:
@@ -87,16 +90,14 @@ def find_fault(uri: str) -> str | None:
     return None if parts.scheme in _HOSTED or uri in _HOSTED or parts.scheme in plugins else _EXPECTED
 
 
-def _fault_of_password(uri: str, engine: str) -> str | None:
-    terminators = "@" if engine in _PORTS else "/?#@"
-    unquoted = [letter for letter in terminators if letter in (password_of(uri) or "")]
-    if not unquoted:
-        return None
-    escapes = ", ".join(f"{letter} as {urllib.parse.quote(letter, safe='')}" for letter in unquoted)
-    return f"its password contains characters that end it in a URI; write {escapes}"
-
-
 def _fault_of_sqlite(database: Path) -> str | None:
+    folder = database.absolute().parent
+    try:
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except (OSError, ValueError) as error:
+        return f"{folder} cannot be reached ({error})"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} is not a writable folder"
     name = str(database).partition("?")[0]
     if name == "." or ":memory:" in name:
         return "a database in memory is lost with its process; give sqlite:///path of a file"
@@ -113,15 +114,6 @@ def _fault_of_sqlite(database: Path) -> str | None:
     return None if os.access(name, os.W_OK) else f"{name} is not writable"
 
 
-def _fault_of_folder(folder: Path) -> str | None:
-    try:
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    except (OSError, ValueError) as error:
-        return f"{folder} cannot be reached ({error})"
-    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-    return None if writable else f"{existing} is not a writable folder"
-
-
 def _fault_of_http(url: str) -> str | None:
     """Request /health, which DagsHub and GitLab do not offer, and then an experiment, which every server knows."""
     try:
@@ -135,42 +127,32 @@ def _fault_of_http(url: str) -> str | None:
     except HTTP_ERRORS as error:
         return f"the server does not answer in HTTP ({type(error).__name__}: {error})"
     # 401 and 403 prove that a server responds; MLflow's client reports rejected credentials with its first request.
-    if status in (401, 403) or _is_mlflow(body):
+    if status in (401, 403):
         return None
-    return f"the server answered {status} {http.client.responses.get(status, '')}; is it an MLflow server?"
-
-
-def _is_mlflow(body: bytes) -> bool:
-    """Return True for a response of MLflow's API: an experiment, or one of its errors."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         response = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(response, dict) and not response.keys().isdisjoint(("experiment", "error_code"))
+        if isinstance(response, dict) and ("experiment" in response or "error_code" in response):  # of MLflow's API
+            return None
+    return f"the server answered {status} {http.client.responses.get(status, '')}; is it an MLflow server?"
 
 
 def _fault_of_database(parts: urllib.parse.SplitResult, engine: str, port: int) -> str | None:
     query = dict(urllib.parse.parse_qsl(parts.query))
     host = parts.hostname or query.get("host", "")
-    if path := query.get("unix_socket"):
-        return _fault_of_address(socket.AF_UNIX, path)
-    if host.startswith("/"):
-        return _fault_of_address(socket.AF_UNIX, f"{host}/.s.PGSQL.{query.get('port', port)}")
-    if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
-        return None  # the driver chooses: a default socket, one of several hosts, or a data source name
-    return _fault_of_address(None, (host, int(query.get("port", port))))
-
-
-def _fault_of_address(family: socket.AddressFamily | None, address: str | tuple[str, int]) -> str | None:
+    path = query.get("unix_socket") or (f"{host}/.s.PGSQL.{query.get('port', port)}" if host.startswith("/") else "")
+    if not path:
+        if not host or "," in host or (engine == "mssql" and parts.port is None and "driver" not in query):
+            return None  # the driver chooses: a default socket, one of several hosts, or a data source name
+        port = int(query.get("port", port))
     try:
-        if family is None:
-            socket.create_connection(address, timeout=ANSWER_SECONDS).close()  # type: ignore[arg-type]
-        else:
-            with socket.socket(family) as connection:
+        if path:
+            with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(ANSWER_SECONDS)
-                connection.connect(address)
+                connection.connect(path)
+        else:
+            socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
-        return f"the database does not answer at {address if family else f'{address[0]}:{address[1]}'} ({error})"
+        return f"the database does not answer at {path or f'{host}:{port}'} ({error})"
     return None
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import posixpath
+import secrets
 import time
 import uuid
 from collections import OrderedDict
@@ -29,11 +30,11 @@ from pipeline.tracking.committed import CommittedJournal, Store
 from pipeline.tracking.describe import (
     CONFIG_TAG,
     clean_key,
+    config_yaml,
     environment_tags,
     note_of_run,
     note_of_stage,
     recipe_hash,
-    resolved_config,
     split_changeable,
 )
 from pipeline.tracking.journal import (
@@ -116,28 +117,50 @@ def log_exceptions(method: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
-class RecentMetrics:
-    """Metrics records of the last 256 steps and of every evaluation, which saved weights are annotated with."""
+class History:
+    """State that follows from a journal's records: those of earlier sessions, and those that this one appends."""
 
-    _STEPS = 256
+    _STEPS = 256  # recent steps whose metrics are kept, with those of every evaluation, to annotate saved weights
 
-    def __init__(self) -> None:
-        self._recent: OrderedDict[int, list[Record]] = OrderedDict()
+    def __init__(self, journal: Journal):
+        self.replay_filter = ReplayFilter()
+        self._recent: OrderedDict[int, list[Record]] = OrderedDict()  # metrics records by step
         self._evaluations: dict[int, list[Record]] = {}
+        self.checkpoints: dict[str, int] = {}  # retained checkpoints: URL -> stage index
+        self.origins: dict[int, str] = {}  # weights from which each stage last started
+        self.stage_starts: dict[int, int] = {}
+        self.stage_keys: dict[int, dict[str, str]] = {}  # changeable config keys of each stage's last start
+        self.training_sessions = 0  # sessions that began a stage; evaluations do not count
+        for session in journal.sessions():
+            has_trained = False
+            for _, record in journal.records(session):
+                self.observe(record)
+                if record["kind"] == "stage":
+                    stage, tags, has_trained = record["stage"], record["tags"], True
+                    self.origins[stage] = tags.get("start_from", "random")
+                    self.stage_starts[stage] = self.stage_starts.get(stage, 0) + 1
+                    self.stage_keys[stage] = {key: tags[key] for key in tags if key.startswith(CONFIG_TAG)}
+            self.training_sessions += has_trained
 
     def observe(self, record: Record) -> None:
-        if record["kind"] == "rewind":
-            for by_step in (self._recent, self._evaluations):
-                for later in [step for step in by_step if step > record["step"]]:
-                    by_step[later] = [point for point in by_step[later] if point["stage"] != record["stage"]]
-        elif record["kind"] == "metrics":
+        """Update the metrics and checkpoints from a record."""
+        self.replay_filter.observe(record)
+        if record["kind"] == "metrics":
             self._recent.setdefault(record["step"], []).append(record)
             if any(key.startswith(EVALUATION) for key in record["values"]):
                 self._evaluations.setdefault(record["step"], []).append(record)
             if len(self._recent) > self._STEPS:
                 self._recent.popitem(last=False)
+        elif record["kind"] == "rewind":
+            for by_step in (self._recent, self._evaluations):
+                for later in [step for step in by_step if step > record["step"]]:
+                    by_step[later] = [point for point in by_step[later] if point["stage"] != record["stage"]]
+        elif record["kind"] == "model" and record["role"] == CHECKPOINT:
+            self.checkpoints[record["url"]] = record["stage"]
+        elif record["kind"] == "model_gone":
+            self.checkpoints.pop(record["url"], None)
 
-    def at(self, step: int, stage: int) -> list[dict[str, Any]]:
+    def quality(self, step: int, stage: int) -> list[dict[str, Any]]:
         """Return the quality metrics of a global step as {"stage" (index or None), "key", "value", "at"}."""
         records = self._recent.get(step) or self._evaluations.get(step) or []
         return [
@@ -149,38 +172,6 @@ class RecentMetrics:
         ]
 
 
-class History:
-    """State recovered from the records of earlier sessions."""
-
-    def __init__(self, journal: Journal):
-        self.replay_filter = ReplayFilter()
-        self.recent_metrics = RecentMetrics()
-        self.checkpoints: dict[str, int] = {}  # retained checkpoints: URL -> stage index
-        self.origins: dict[int, str] = {}  # weights from which each stage last started
-        self.stage_starts: dict[int, int] = {}
-        self.stage_keys: dict[int, dict[str, str]] = {}  # changeable config keys of each stage's last start
-        self.training_sessions = 0  # sessions that began a stage; evaluations do not count
-        for session in journal.sessions():
-            starts = [self._observe(record) for _, record in journal.records(session)]
-            self.training_sessions += any(starts)
-
-    def _observe(self, record: Record) -> bool:
-        """Update the state; return True for the start of a stage."""
-        self.replay_filter.observe(record)
-        self.recent_metrics.observe(record)
-        kind, stage = record["kind"], record["stage"]
-        if kind == "model" and record["role"] == CHECKPOINT:
-            self.checkpoints[record["url"]] = stage
-        elif kind == "model_gone":
-            self.checkpoints.pop(record["url"], None)
-        elif kind == "stage":
-            self.origins[stage] = record["tags"].get("start_from", "random")
-            self.stage_starts[stage] = self.stage_starts.get(stage, 0) + 1
-            tags = record["tags"].items()
-            self.stage_keys[stage] = {key: value for key, value in tags if key.startswith(CONFIG_TAG)}
-        return bool(kind == "stage")
-
-
 class JournalTracker(Tracker):
     """Tracker of the process that records a run (rank 0 of training, or an evaluation). Create it with `open`."""
 
@@ -188,11 +179,8 @@ class JournalTracker(Tracker):
         self, config: RunConfig, journal: Journal, writer: JournalWriter, history: History,
         committed: CommittedJournal | None,
     ):  # fmt: skip
-        self._config = config
-        self._journal = journal
-        self._writer = writer
-        self._history = history
-        self._committed = committed
+        self._config, self._journal, self._writer = config, journal, writer
+        self._history, self._committed = history, committed
         self._uploader = Uploader(journal, writer, config)
         self._stage: int | None = None
         self._trained = False  # True once this session has started a stage
@@ -215,17 +203,27 @@ class JournalTracker(Tracker):
             storage.write(f"{config.folder}/{RUN_FILE}", json.dumps({"run": run, "name": config.name}).encode())
         with journal_write_errors(journal):
             if any(record["run"] != run for record in journal.run_records()):
-                journal.discard()
+                aside = journal.folder.with_name(f"{journal.folder.name}.{secrets.token_hex(4)}.old")
+                journal.folder.rename(aside)
+                message = "the journal in %s belongs to an earlier run of this name and was moved to %s"
+                logger.warning(message, journal.folder, aside)
             if committed is not None:
                 committed.restore(journal)
             was_lost = not is_new and not journal.sessions()
             history = History(journal)
             writer = journal.start_session()
+        params, changeable = split_changeable(config.model_dump(mode="json"))
         tags = environment_tags() | {key: str(value) for key, value in (attempt_tags or {}).items()}
-        writer.append(_run_record(config, run, tags, server_has_more=journal.was_restored or was_lost))
-        journal.clear_restored()
+        tags |= {"recipe_hash": recipe_hash(config), "mlflow.note.content": redact(note_of_run(config))}
+        writer.append({
+            "kind": "run", "at": time.time_ns() // 1_000_000, "stage": None, "run": run, "name": config.name,
+            "uri": redact(tracking_uri(config)), "experiment": experiment_name(config), "params": params,
+            "tags": tags | changeable, "datasets": [],
+            "server_has_more": journal.restored.exists() or was_lost,  # it may hold later points than this journal
+        })  # fmt: skip
+        journal.restored.unlink(missing_ok=True)
         tracker = cls(config, journal, writer, history, committed)
-        tracker.artifact("config.yaml", resolved_config(config).encode())
+        tracker.artifact("config.yaml", config_yaml(config).encode())
         return tracker
 
     @log_exceptions
@@ -261,10 +259,8 @@ class JournalTracker(Tracker):
         highest = self._history.replay_filter.last_step(self._stage)
         if highest <= step:
             return
-        record = self._append("rewind", step=int(step))
+        self._append("rewind", step=int(step))
         self._last_time += 1  # MLflow shows the later of two points of one step
-        self._history.replay_filter.observe(record)
-        self._history.recent_metrics.observe(record)
         self.tag("mome.recorded_anew_from_step", str(step))
         self.tag("mome.recorded_anew_below_step", str(highest))
 
@@ -280,7 +276,7 @@ class JournalTracker(Tracker):
             self.tag("mome.resumed_at_step", str(step))
             self.tag("mome.resumed_below_step", str(highest))
         if new_values:
-            self._history.recent_metrics.observe(self._append("metrics", step=int(step), values=new_values))
+            self._append("metrics", step=int(step), values=new_values)
 
     @log_exceptions
     def tag(self, key: str, value: str) -> None:
@@ -302,13 +298,12 @@ class JournalTracker(Tracker):
     @log_exceptions
     def log_checkpoints(self, checkpoints: Sequence[SavedWeights]) -> None:
         """Record the complete list of retained checkpoints; earlier ones missing from it are recorded as deleted."""
-        known, current = self._history.checkpoints, {redact(weights.url): weights for weights in checkpoints}
-        for url in known.keys() - current.keys():
-            self._append("model_gone", stage=known.pop(url), url=url)
+        known, current = set(self._history.checkpoints), {redact(weights.url): weights for weights in checkpoints}
+        for url in known - current.keys():
+            self._append("model_gone", stage=self._history.checkpoints[url], url=url)
         for url, weights in current.items():
             if url not in known:
                 self._append_weights(weights, CHECKPOINT)
-                known[url] = weights.stage
 
     @log_exceptions
     def log_final_weights(self, weights: SavedWeights) -> None:
@@ -316,7 +311,7 @@ class JournalTracker(Tracker):
         self._append_weights(weights, FINAL_WEIGHTS)
 
     def _append_weights(self, weights: SavedWeights, role: str) -> None:
-        points = self._history.recent_metrics.at(weights.step, weights.stage)
+        points = self._history.quality(weights.step, weights.stage)
         url = redact(weights.url)
         self._append("model", stage=weights.stage, step=weights.step, url=url, role=role, points=points)
 
@@ -361,19 +356,8 @@ class JournalTracker(Tracker):
         self._uploader.abandon()
         self._writer.close()
 
-    def _append(self, kind: str, **values: Any) -> Record:
+    def _append(self, kind: str, **values: Any) -> None:
         self._last_time = max(time.time_ns() // 1_000_000, self._last_time)
         record = {"kind": kind, "at": self._last_time, "stage": self._stage, **values}
         self._writer.append(record)
-        return record
-
-
-def _run_record(config: RunConfig, run: str, tags: dict[str, str], server_has_more: bool) -> Record:
-    """Build a session's first record. `server_has_more`: the server may hold later points than this journal."""
-    params, changeable = split_changeable(config.model_dump(mode="json"))
-    summary = {"recipe_hash": recipe_hash(config), "mlflow.note.content": redact(note_of_run(config))}
-    return {
-        "kind": "run", "at": time.time_ns() // 1_000_000, "stage": None, "run": run, "name": config.name,
-        "uri": redact(tracking_uri(config)), "experiment": experiment_name(config), "params": params,
-        "tags": tags | summary | changeable, "datasets": [], "server_has_more": server_has_more,
-    }  # fmt: skip
+        self._history.observe(record)

@@ -38,8 +38,7 @@ class Uploader:
     """Runs the upload process, restarts it when it ends, and syncs the journal to disk every `flush_seconds`."""
 
     def __init__(self, journal: Journal, writer: JournalWriter, config: RunConfig):
-        self._journal = journal
-        self._writer = writer
+        self._journal, self._writer = journal, writer
         self._every = config.tracking.flush_seconds
         self._uri = tracking_uri(config)
         self._log = journal.folder / "uploader.log"
@@ -54,8 +53,18 @@ class Uploader:
         """Wait at most `timeout` seconds until everything is uploaded, and end the process."""
         deadline = time.monotonic() + timeout
         self._thread.stop(timeout)
-        process = self._process
-        if process is None or not self._finish(process, deadline):
+        is_complete = False
+        if (process := self._process) is not None:
+            self._send(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
+            try:
+                is_complete = process.wait(max(deadline - time.monotonic(), 0.0)) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()  # uploads are idempotent, so an interrupted one does no harm
+                process.wait()
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):  # the process ended before it had read everything
+                process.stdin.close()
+        if not is_complete:
             logger.warning(
                 "%s did not accept the whole journal within %.0f s; it is kept in %s: run `mome sync` to upload it",
                 redact(self._uri), timeout, self._journal.folder,
@@ -68,19 +77,6 @@ class Uploader:
             self._process.kill()
             self._process.wait()
 
-    def _finish(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        self._send(f"close {0.9 * max(deadline - time.monotonic(), 0.0):.3f}")
-        try:
-            return process.wait(max(deadline - time.monotonic(), 0.0)) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()  # uploads are idempotent, so an interrupted one does no harm
-            process.wait()
-            return False
-        finally:
-            assert process.stdin is not None
-            with contextlib.suppress(OSError):  # the process ended before it had read everything
-                process.stdin.close()
-
     def _supervise(self) -> None:
         """Sync the journal, and restart the process if it has ended, waiting twice as long after each failure."""
         if self._last_start > 0:
@@ -88,30 +84,28 @@ class Uploader:
                 self._writer.sync()
             except OSError as error:
                 logger.warning("tracking: the journal cannot be synced (%s)", error)
-        now = time.monotonic()
-        if self._process is not None and self._process.poll() is None:
+        now, process = time.monotonic(), self._process
+        if process is not None and process.poll() is None:
             if now - self._last_start > MAX_RESTART_SECONDS:  # the process works
                 self._restart_seconds, self._reported = self._every, False
             return
         if self._last_start > 0 and not self._reported:
-            logger.warning("tracking: %s", self._failure())
+            status = "did not start" if process is None else f"ended with status {process.returncode}"
+            lines: list[str] = []
+            with contextlib.suppress(OSError), self._log.open("rb") as log:
+                log.seek(max(self._log.stat().st_size - LOG_TAIL, 0))
+                lines = log.read().decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+            logger.warning(
+                "tracking: the process that uploads to MLflow %s (%s; see %s). It will be restarted; the "
+                "journal keeps every record, and `mome sync` can upload it later",
+                status, redact(last), self._log,
+            )  # fmt: skip
             self._reported = True
         if now - self._last_start >= self._restart_seconds:
             self._last_start = now
             self._restart_seconds = min(max(2 * self._restart_seconds, self._every), MAX_RESTART_SECONDS)
             self._start()
-
-    def _failure(self) -> str:
-        status = "did not start" if self._process is None else f"ended with status {self._process.returncode}"
-        lines: list[str] = []
-        with contextlib.suppress(OSError), self._log.open("rb") as log:
-            log.seek(max(self._log.stat().st_size - LOG_TAIL, 0))
-            lines = log.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-        return (
-            f"the process that uploads to MLflow {status} ({redact(last)}; see {self._log}). It will be restarted; the "
-            "journal keeps every record, and `mome sync` can upload it later"
-        )
 
     def _start(self) -> None:
         """Start the upload process, which ends soon after its input is closed and so cannot outlive this process."""
@@ -121,28 +115,29 @@ class Uploader:
             # No symbolic link is followed, because another user may have created the journal's folder.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(self._log, flags, 0o644), "ab") as log:
-                self._process = subprocess.Popen(
+                process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
                     start_new_session=True,  # Ctrl-C ends training, which then closes this process in order
                 )  # fmt: skip
         except OSError as error:
             logger.warning("tracking: the upload process did not start (%s); the journal is kept", error)
             return
+
+        def forward_messages() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                logger.warning("%s", line.decode(errors="replace").rstrip())
+
+        self._process = process
         # Sent through the input, because the URI may hold a password and arguments are visible to other users.
         self._send(json.dumps({"uri": self._uri, "every": self._every}))
-        threading.Thread(target=_forward_messages, args=(self._process,), daemon=True).start()
+        threading.Thread(target=forward_messages, daemon=True).start()
 
     def _send(self, line: str) -> None:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError, ValueError):  # the process has ended and will be restarted
                 self._process.stdin.write(line.encode() + b"\n")
                 self._process.stdin.flush()
-
-
-def _forward_messages(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        logger.warning("%s", line.decode(errors="replace").rstrip())
 
 
 class Commands:
@@ -181,52 +176,34 @@ def upload_until_closed(
     folder: Path, uri: str, every: float, commands: Commands, report: Callable[[str], None]
 ) -> bool:
     """Upload the journal every `every` seconds until a close command; return True if nothing is left."""
-    while True:
-        with exclusive_upload(folder) as is_alone:
-            if is_alone:
-                return _upload_periodically(folder, uri, every, commands, report)
-        # The uploader of an earlier start, or of an evaluation, is running; it uploads these records too.
-        if commands.deadline is not None and (commands.is_late or not pending_bytes(folder, uri)):
-            return not pending_bytes(folder, uri)
-        commands.wait(1.0)
-
-
-def _upload_periodically(
-    folder: Path, uri: str, every: float, commands: Commands, report: Callable[[str], None]
-) -> bool:
-    uploader, retry_seconds, down_since = MlflowUploader(folder, uri, report), RETRY_SECONDS, None
-    while True:
-        is_closing = commands.deadline is not None
-        try:
-            uploader.upload()
-        except ServerUnavailable as error:
-            if down_since is None:
-                down_since = time.monotonic()
-                report(f"tracking: {redact(uri)} is unavailable; records are kept and sent later ({error})"[:500])
-            commands.wait(retry_seconds)
-            retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
-        else:
-            if down_since is not None:
-                down_seconds = time.monotonic() - down_since
-                report(f"tracking: {redact(uri)} is available again after {down_seconds:.0f} s; nothing was lost")
-            retry_seconds, down_since = RETRY_SECONDS, None
-            if is_closing:
-                return True
-            commands.wait(every)
-        if commands.is_late:
-            return not pending_bytes(folder, uri)
-
-
-def _message_channel() -> Callable[[str], None]:
-    """Return a function that sends a line to the recording process; redirect all other output to the log."""
-    channel = os.dup(1)
-    os.dup2(2, 1)
-
-    def report(line: str) -> None:
-        with contextlib.suppress(OSError):  # the recording process may have ended
-            os.write(channel, " ".join(line.split()).encode() + b"\n")
-
-    return report
+    with contextlib.ExitStack() as lock:
+        while not lock.enter_context(exclusive_upload(folder)):
+            # The uploader of an earlier start, or of an evaluation, is running; it uploads these records too.
+            lock.close()
+            if commands.deadline is not None and (commands.is_late or not pending_bytes(folder, uri)):
+                return not pending_bytes(folder, uri)
+            commands.wait(1.0)
+        uploader, retry_seconds, down_since = MlflowUploader(folder, uri, report), RETRY_SECONDS, None
+        while True:
+            is_closing = commands.deadline is not None
+            try:
+                uploader.upload()
+            except ServerUnavailable as error:
+                if down_since is None:
+                    down_since = time.monotonic()
+                    report(f"tracking: {redact(uri)} is unavailable; records are kept and sent later ({error})"[:500])
+                commands.wait(retry_seconds)
+                retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
+            else:
+                if down_since is not None:
+                    down_seconds = time.monotonic() - down_since
+                    report(f"tracking: {redact(uri)} is available again after {down_seconds:.0f} s; nothing was lost")
+                retry_seconds, down_since = RETRY_SECONDS, None
+                if is_closing:
+                    return True
+                commands.wait(every)
+            if commands.is_late:
+                return not pending_bytes(folder, uri)
 
 
 def main() -> int:
@@ -240,9 +217,17 @@ def main() -> int:
     settings = json.loads(line)
     configure_logging()
     remember(settings["uri"])
-    commands, report = Commands(descriptor), _message_channel()
+    channel = os.dup(1)  # messages for the recording process; all other output goes to the log
+    os.dup2(2, 1)
+
+    def report(message: str) -> None:
+        with contextlib.suppress(OSError):  # the recording process may have ended
+            os.write(channel, " ".join(message.split()).encode() + b"\n")
+
     try:
-        is_complete = upload_until_closed(Path(sys.argv[1]), settings["uri"], settings["every"], commands, report)
+        is_complete = upload_until_closed(
+            Path(sys.argv[1]), settings["uri"], settings["every"], Commands(descriptor), report
+        )
     except Exception as error:
         logger.exception("the upload stopped")
         print(describe_error(error), file=sys.stderr)  # the log's last line, without passwords that libraries quote

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.data.batch import Batch
-from pipeline.tracking.journal import read_records
+from pipeline.tracking.journal import Journal
 from pipeline.training.callbacks import Callback
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
@@ -79,8 +79,7 @@ def losses(folder: str | Path, name: str = "run") -> dict[int, str]:
 
 def journal(folder: str | Path, name: str = "run") -> list[dict[str, Any]]:
     """Return all whole records, in order."""
-    files = sorted(Path(folder, name, "journal").glob("*.jsonl"))
-    return [record for file in files for _, record in read_records(file)]
+    return list(Journal(Path(folder, name, "journal")).all_records())
 
 
 class BeforeStep(Callback):

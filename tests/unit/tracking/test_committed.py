@@ -19,7 +19,7 @@ from pipeline.config.errors import StorageError
 from pipeline.data.storage import ObjectInfo, Storage
 from pipeline.tracking import lease
 from pipeline.tracking.committed import CommittedJournal, committed_segments
-from pipeline.tracking.journal import Journal, JournalWriter, encode, parse_records, read_records
+from pipeline.tracking.journal import Journal, JournalWriter, encode, parse_records
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
 
@@ -357,7 +357,7 @@ def test_artifact_names_stay_inside_mlflows_folder(tmp_path: Path, name: str) ->
     path = tmp_path / "000001-ab.jsonl"
     path.write_bytes(encode(artifact(NAME, name)))
 
-    assert [record["kind"] for _, record in read_records(path)] == ["damaged"]
+    assert [record["kind"] for _, record in Journal(tmp_path).records("000001-ab")] == ["damaged"]
 
 
 def test_missing_artifacts_stop_neither_commit_nor_restore(tmp_path: Path) -> None:

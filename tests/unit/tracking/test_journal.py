@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.data.storage import ObjectInfo
 from pipeline.tracking.committed import CommittedJournal
-from pipeline.tracking.journal import Journal, JournalWriter, ReplayFilter, encode, encode_number, read_records
+from pipeline.tracking.journal import Journal, JournalWriter, ReplayFilter, encode, encode_number
 
 END = encode({"kind": "run_end", "at": 1, "stage": None, "status": "FINISHED"})
 REPORT = "0123456789abcdef/report.html"
@@ -108,7 +108,7 @@ def test_a_damaged_line_costs_only_itself(tmp_path: Path, caplog: pytest.LogCapt
     path = tmp_path / "000001-ab.jsonl"
     path.write_bytes(END + b"\x00\x00\x00\n" + END)
 
-    assert [record["kind"] for _, record in read_records(path)] == ["run_end", "damaged", "run_end"]
+    assert [record["kind"] for _, record in Journal(tmp_path).records("000001-ab")] == ["run_end", "damaged", "run_end"]
     assert "damaged" in caplog.text
 
 
@@ -212,9 +212,7 @@ def test_a_journal_restored_for_a_report_stays_marked(tmp_path: Path, store: Fol
 
     assert CommittedJournal(store, "run/journal").restore(second), "read for a report"
     assert not CommittedJournal(store, "run/journal").restore(second)
-    assert second.was_restored, "no run has gone on from it here"
-    second.clear_restored()
-    assert not second.was_restored
+    assert second.restored.exists(), "no run has gone on from it here"
 
 
 def test_a_session_being_written_is_never_truncated(tmp_path: Path, store: FolderStore) -> None:

@@ -73,12 +73,12 @@ def test_a_damaged_run_id_is_rejected_by_name(tmp_path: Path) -> None:
 
 def test_a_damaged_cursor_only_repeats_the_upload(tmp_path: Path) -> None:
     rng = random.Random(7)
-    cursor = Cursor(tmp_path, "http://server")
+    cursor = Cursor.load(tmp_path, "http://server")
     cursor.offsets, cursor.marks = {"000001-ab": 500}, {"0": {"train/loss": 7}}
     cursor.save()
     (path,) = tmp_path.glob("cursor-*.json")
     whole = path.read_bytes()
-    assert Cursor(tmp_path, "http://server").offsets == {"000001-ab": 500}
+    assert Cursor.load(tmp_path, "http://server").offsets == {"000001-ab": 500}
     extreme = [
         b"",
         b"[]",
@@ -90,7 +90,7 @@ def test_a_damaged_cursor_only_repeats_the_upload(tmp_path: Path) -> None:
     extreme += [b'{"offsets": {"a": -5}, "marks": {}}', b'{"offsets": {}, "marks": {"0": {"x": "y"}}}']
     for data in [*extreme, *(mutate(whole, rng) for _ in range(fuzz_rounds(500)))]:
         path.write_bytes(data)
-        read = Cursor(tmp_path, "http://server")
+        read = Cursor.load(tmp_path, "http://server")
         assert all(isinstance(offset, int) and offset >= 0 for offset in read.offsets.values())
         assert all(isinstance(step, int) for marks in read.marks.values() for step in marks.values())
         pending_bytes(tmp_path, "http://server")
@@ -106,7 +106,7 @@ def test_an_impossible_cursor_repeats_the_whole_session(tmp_path: Path) -> None:
     whole = journal.path(session).read_bytes()
     ends = {0} | {number + 1 for number, byte in enumerate(whole) if byte == 10}
     for offset in range(len(whole) + 10):
-        cursor = Cursor(tmp_path, "http://server")
+        cursor = Cursor.load(tmp_path, "http://server")
         cursor.offsets = {session: offset}
         cursor.save()
 
@@ -118,7 +118,7 @@ def test_symbolic_links_in_a_journal_are_not_followed(tmp_path: Path) -> None:
     victim.write_text("mine")
     folder = tmp_path / "journal"
     folder.mkdir()
-    cursor = Cursor(folder, "http://server")
+    cursor = Cursor.load(folder, "http://server")
     for name in ("uploader.lock", cursor._path.name, cursor._path.with_suffix(".partial").name):
         (folder / name).symlink_to(victim)
     cursor.save()

@@ -18,7 +18,7 @@ from pipeline.config.errors import ConfigError, StorageError, TrackingError
 from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
-from pipeline.tracking.describe import resolved_config, split_changeable
+from pipeline.tracking.describe import config_yaml, split_changeable
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.locations import journal_folder, read_journal, tracking_uri
 from pipeline.tracking.mlflow_server import check_server
@@ -208,7 +208,7 @@ def test_passwords_in_addresses_are_never_recorded(
         check_server(config_of(tmp_path, uri="env:SERVER"))
 
     assert tracking_uri(config) == uri
-    shown = [resolved_config(config), config.model_dump_json(), caplog.text, str(refused.value), str(unanswered.value)]
+    shown = [config_yaml(config), config.model_dump_json(), caplog.text, str(refused.value), str(unanswered.value)]
     assert "hunter2" not in "".join(shown)
     assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
@@ -282,7 +282,7 @@ def test_the_resolved_config_is_an_artifact_of_the_run(tmp_path: Path) -> None:
     content = (journal_folder(config.folder) / "files" / record["file"]).read_text()
 
     assert (record["name"], record["stage"]) == ("config.yaml", None)
-    assert content == resolved_config(config)
+    assert content == config_yaml(config)
 
 
 def _attempts(storage: FailingStorage, output: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
