@@ -7,10 +7,11 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.redaction import remember
@@ -110,16 +111,101 @@ def validate(values: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(text)
     except ValidationError as error:
-        faults = [line for fault in _causes(error.errors()) for line in _describe(fault, values).splitlines()]
-        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise ConfigError(f"{origin}: {count}\n" + "\n".join(faults)) from None
+        lines = []
+        for fault in (faults := error.errors()):
+            at = fault["loc"]
+            inside = [other for other in faults if other["loc"][: len(at)] == at and other["loc"] != at]
+            if fault["type"] != "too_short" or not inside:  # a tuple is also reported as too short if its items failed
+                lines += _describe(fault, values).splitlines()
+        count = "one fault" if len(lines) == 1 else f"{len(lines)} faults"
+        raise ConfigError(f"{origin}: {count}\n" + "\n".join(lines)) from None
+
+
+def _describe(fault: Any, values: dict[str, Any]) -> str:
+    """Return the message for one of pydantic's faults in the plain `values`, which begins with the dotted path."""
+    kind, given, location = fault["type"], fault["input"], [str(part) for part in fault["loc"] if part != "[key]"]
+    shown = list(location)
+    if _names_model_kind(location):
+        del shown[1]
+    elif location[:1] == ["stages"] and len(location) > 1 and location[1].isdigit() and location[2:] != ["name"]:
+        names = [stage.get("name") if isinstance(stage, dict) else None for stage in values["stages"]]
+        name = names[int(location[1])]
+        if isinstance(name, str) and name and names.count(name) == 1:
+            shown[1] = name
+    path = ".".join(shown)
+    if kind == "extra_forbidden":
+        known = list(_walk(location[:-1])[1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if kind == "union_tag_invalid":
+        return f"{path}.kind: expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
+    if kind == "union_tag_not_found":
+        is_section = isinstance(given, dict)
+        expected = f"expected {', '.join(MODEL_SECTIONS)}" if is_section else "Input should be an object"
+        return f"{path}{'.kind' if is_section else ''}: {expected} (got {given!r:.200})"
+    if kind == "missing":
+        return f"{path}: required key is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if kind == "value_error" and not location:
+        return message
+    if kind == "value_error" or isinstance(given, dict):
+        return f"{path}: {message}"
+    hint = ""
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+        if close := difflib.get_close_matches(str(given), choices, n=1):
+            hint = f"; did you mean '{close[0]}'?"
+    return f"{path}: {message} (got {given!r}){hint}"
+
+
+def _names_model_kind(location: list[str]) -> bool:
+    """Return True if the second part is the model's kind, which pydantic adds for the union and is not a key."""
+    return len(location) > 1 and location[0] == "model" and location[1] in MODEL_SECTIONS
+
+
+def _walk(location: list[str]) -> tuple[list[FieldInfo], dict[str, FieldInfo]]:
+    """Follow a path through the schema; return the fields on it, and the fields of the section where it ends."""
+    model: Any = RunConfig
+    on_path: list[FieldInfo] = []
+    for index, part in enumerate(location):
+        fields = _fields(model)
+        if part in fields:
+            on_path.append(fields[part])
+            model = fields[part].annotation
+        elif index == 1 and _names_model_kind(location):
+            model = MODEL_SECTIONS[part]
+        elif get_origin(model) is dict and not part.isdigit():  # a key of a free-form mapping, such as a source's name
+            model = get_args(model)[1]
+    return on_path, _fields(model)
+
+
+def _fields(annotation: Any) -> dict[str, FieldInfo]:
+    """Return the fields of the section in an annotation such as tuple[StageConfig, ...] or X | None."""
+    if get_origin(annotation) is dict:
+        return {}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.model_fields
+    return next((fields for inner in get_args(annotation) if (fields := _fields(inner))), {})
 
 
 def resolve_secret(reference: str | None) -> str | None:
     """Return the value of `env:NAME` or `file:PATH`, stripped of whitespace; it is never stored or logged."""
     if reference is None:
         return None
-    secret = _read_secret(reference).strip()  # files end in a newline, values of a Windows env file in \r
+    kind, _, name = reference.partition(":")
+    if kind == "env":
+        if name not in os.environ:
+            raise ConfigError(f"secret '{reference}': the environment variable {name} is not set")
+        secret = os.environ[name]
+    else:
+        try:
+            secret = Path(name).expanduser().read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ConfigError(f"secret '{reference}': the file is not UTF-8 text") from None
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL in the path; an unknown home
+            raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
+    secret = secret.strip()  # files end in a newline, values of a Windows env file in \r
     if not secret:
         raise ConfigError(f"secret '{reference}': it is empty")
     remember(secret)
@@ -129,24 +215,6 @@ def resolve_secret(reference: str | None) -> str | None:
             "carry; give the value alone, on one line"
         )
     return secret
-
-
-def _read_secret(reference: str) -> str:
-    kind, _, name = reference.partition(":")
-    if kind == "env":
-        if name not in os.environ:
-            raise ConfigError(f"secret '{reference}': the environment variable {name} is not set")
-        return os.environ[name]
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ConfigError(f"secret '{reference}': the file is not UTF-8 text") from None
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a NUL in the path; an unknown home
-        raise ConfigError(f"secret '{reference}': the file cannot be read ({error})") from error
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -173,18 +241,8 @@ def changes(old: RunConfig, new: RunConfig) -> tuple[Changes, Changes]:
 
 def is_changeable(path: str) -> bool:
     """Return True if the key at a dotted path may differ on resume."""
-    model: Any = RunConfig
-    for part in path.split("."):
-        fields = _fields(model)
-        if part not in fields:
-            if not part.isdigit():  # a key of a free-form mapping, such as a source's name
-                model = _value_type(model)
-            continue
-        field = fields[part]
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changeable"):
-            return True
-        model = field.annotation
-    return False
+    extras = (field.json_schema_extra for field in _walk(path.split("."))[0])
+    return any(isinstance(extra, dict) and extra.get("changeable") for extra in extras)
 
 
 def local_paths(config: RunConfig) -> dict[str, str]:
@@ -253,121 +311,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if isinstance(target, dict):  # a key may itself contain dots, as in `sources.coco.2017.type`
             size = next((n for n in range(len(rest), 1, -1) if ".".join(rest[:n]) in target), 1)
         part, rest = ".".join(rest[:size]), rest[size:]
+        key: Any = part
+        if isinstance(target, list):  # an element is given by number or by its `name`
+            names = [item.get("name") if isinstance(item, dict) else None for item in target]
+            numbers = [str(index) for index in range(len(target))]
+            if part not in names and part not in numbers:
+                known = ", ".join(n if name is None else str(name) for n, name in zip(numbers, names, strict=True))
+                raise ConfigError(f"override '{override}': no element '{part}'; there are {known or 'none'}")
+            key = names.index(part) if part in names else numbers.index(part)
         if not rest:
-            break
-        target = _child(target, part, override)
-    value = parse_yaml(match["value"], f"override '{override}'")
-    if isinstance(target, list):
-        target[_position(target, part, override)] = value
-    else:
-        target[part] = value
-
-
-def _child(target: Any, part: str, override: str) -> Any:
-    key: Any = _position(target, part, override) if isinstance(target, list) else part
-    child = target[key] if isinstance(target, list) else target.setdefault(key, {})
-    if child is None:
-        child = target[key] = {}
-    if not isinstance(child, dict | list):
-        raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
-    return child
-
-
-def _position(items: list[Any], part: str, override: str) -> int:
-    """Return the index of a list element given by number or by its `name`."""
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if part in names:
-        return names.index(part)
-    numbers = [str(index) for index in range(len(items))]
-    if part in numbers:
-        return numbers.index(part)
-    known = ", ".join(number if name is None else str(name) for number, name in zip(numbers, names, strict=True))
-    raise ConfigError(f"override '{override}': no element '{part}'; there are {known or 'none'}")
-
-
-def _causes(faults: list[Any]) -> list[Any]:
-    """Return the faults without consequential ones: a tuple is also reported as too short if its items failed."""
-    locations = [fault["loc"] for fault in faults]
-    return [
-        fault
-        for fault in faults
-        if fault["type"] != "too_short"
-        or not any(len(at) > len(fault["loc"]) and at[: len(fault["loc"])] == fault["loc"] for at in locations)
-    ]
-
-
-def _describe(fault: Any, values: dict[str, Any]) -> str:
-    location = [str(part) for part in fault["loc"] if part != "[key]"]
-    path = ".".join(_named(location, i, values) for i in range(len(location)) if not _is_kind(location, i))
-    if fault["type"] == "extra_forbidden":
-        known = list(_fields(_model_at(location[:-1])))
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
-    if fault["type"] == "union_tag_invalid":
-        return f"{path}.kind: expected {fault['ctx']['expected_tags']} (got {fault['ctx']['tag']!r})"
-    if fault["type"] == "union_tag_not_found":
-        is_section = isinstance(fault["input"], dict)
-        expected = f"expected {', '.join(MODEL_SECTIONS)}" if is_section else "Input should be an object"
-        return f"{path}{'.kind' if is_section else ''}: {expected} (got {fault['input']!r:.200})"
-    if fault["type"] == "missing":
-        return f"{path}: required key is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error" and not location:
-        return message
-    if fault["type"] == "value_error" or isinstance(fault["input"], dict):
-        return f"{path}: {message}"
-    hint = ""
-    if fault["type"] == "literal_error":
-        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        if close := difflib.get_close_matches(str(fault["input"]), choices, n=1):
-            hint = f"; did you mean '{close[0]}'?"
-    return f"{path}: {message} (got {fault['input']!r}){hint}"
-
-
-def _named(location: list[str], index: int, values: dict[str, Any]) -> str:
-    """Return a part of a fault's location; a stage's number becomes its name, if that is unique."""
-    part = location[index]
-    if index != 1 or location[0] != "stages" or not part.isdigit():
-        return part
-    stage = values["stages"][int(part)]
-    name = stage.get("name") if isinstance(stage, dict) else None
-    is_name = (
-        isinstance(name, str) and [s.get("name") for s in values["stages"] if isinstance(s, dict)].count(name) == 1
-    )
-    return name if is_name and name and location[2:] != ["name"] else part
-
-
-def _model_at(location: list[str]) -> Any:
-    model: Any = RunConfig
-    for index, part in enumerate(location):
-        fields = _fields(model)
-        if _is_kind(location, index):
-            model = MODEL_SECTIONS[part]
-        elif part in fields:
-            model = fields[part].annotation
-        elif not part.isdigit():
-            model = _value_type(model)
-    return model
-
-
-def _is_kind(location: list[str], index: int) -> bool:
-    """Return True for the part of pydantic's path that is the model kind of the union, not a key."""
-    return index == 1 and location[0] == "model" and location[1] in MODEL_SECTIONS
-
-
-def _section(annotation: Any) -> Any:
-    """Return the Section class inside an annotation such as tuple[StageConfig, ...] or X | None."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((section for inner in get_args(annotation) if (section := _section(inner))), None)
-
-
-def _fields(model: Any) -> dict[str, Any]:
-    origin_is_mapping = getattr(model, "__origin__", None) is dict
-    section = None if origin_is_mapping else _section(model)
-    return section.model_fields if section else {}
-
-
-def _value_type(model: Any) -> Any:
-    return get_args(model)[1] if getattr(model, "__origin__", None) is dict else model
+            target[key] = parse_yaml(match["value"], f"override '{override}'")
+            return
+        child = target[key] if isinstance(target, list) else target.setdefault(key, {})
+        if child is None:
+            child = target[key] = {}
+        if not isinstance(child, dict | list):
+            raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
+        target = child

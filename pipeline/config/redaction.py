@@ -22,6 +22,7 @@ _DEEPEST = 5  # nested URLs in a path or query
 _known: set[str] = set()
 
 _URL = re.compile(r"""\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,40})://(?P<rest>[^\s"'<>`]+)""")
+_DATABASES = ("postgres", "mysql", "mariadb", "mssql", "oracle", "mongodb", "redis", "amqp")
 _CLOSING = ")]},.;:!?"  # punctuation after a URL in a sentence
 _WORDS = (
     r"(?:[\w.-]{0,40}(?:password|passwd|passphrase|secret|token|signature|credentials?)"
@@ -57,7 +58,7 @@ def redact(text: str) -> str:
     """
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
-    text = _redact_urls(text, 0)
+    text = _redact_urls(text)
     text = _AUTHORIZATION.sub(rf"\g<name>{HIDDEN}", text)
     text = _BEARER.sub(rf"\g<name>{HIDDEN}", text)
     return _SECRET_PAIR.sub(lambda match: f"{match['name']}{match['sign'] or '='}{HIDDEN}", text)
@@ -93,7 +94,7 @@ def password_of(url: str) -> str | None:
     match = _URL.match(url)
     if match is None:
         return None
-    end = _end_of_user(match["rest"], _is_web(match["scheme"]))
+    end = _end_of_user(match["scheme"], match["rest"])
     _, colon, password = match["rest"][: max(end - 1, 0)].partition(":")
     return password if colon and password else None
 
@@ -133,40 +134,29 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
 
-def _redact_urls(text: str, depth: int) -> str:
+def _redact_urls(text: str, depth: int = 0) -> str:
+    """Return `text` without users, passwords and secret query parameters of its URLs, and of URLs nested in them."""
     if depth > _DEEPEST:
         return HIDDEN if "://" in text else text
-    return _URL.sub(lambda match: _redact_url(match, depth), text)
+
+    def redacted(match: re.Match[str]) -> str:
+        url = match["rest"].rstrip(_CLOSING)
+        closing = match["rest"][len(url) :]
+        url = _redact_urls(url[_end_of_user(match["scheme"], url) :], depth + 1)
+        base, parts = re.match(r"([^?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
+        for part in re.findall(r"[?#][^?#]*", parts):
+            pairs = []
+            for pair in re.split(r"[&;]", part[1:]):
+                name, equals, _ = pair.partition("=")
+                if not equals or _SECRET_NAME.fullmatch(unquote(name)) is None:
+                    pairs.append(pair)
+            base += part[0] + "&".join(pairs) if pairs else ""
+        return f"{match['scheme']}://{base}{closing}"
+
+    return _URL.sub(redacted, text)
 
 
-def _redact_url(match: re.Match[str], depth: int) -> str:
-    scheme, rest = match["scheme"], match["rest"]
-    url = rest.rstrip(_CLOSING)
-    closing = rest[len(url) :]
-    url = url[_end_of_user(url, _is_web(scheme)) :]
-    url = _redact_urls(url, depth + 1)  # a nested URL
-    base, parts = re.match(r"([^?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
-    kept = ""
-    for part in re.findall(r"[?#][^?#]*", parts):
-        pairs = [pair for pair in re.split(r"[&;]", part[1:]) if not _is_secret(pair)]
-        if pairs:
-            kept += part[0] + "&".join(pairs)
-    return f"{scheme}://{base}{kept}{closing}"
-
-
-def _is_secret(pair: str) -> bool:
-    name, equals, _ = pair.partition("=")
-    return bool(equals) and (_SECRET_NAME.fullmatch(unquote(name)) is not None)
-
-
-def _is_web(scheme: str) -> bool:
-    """Return True for schemes whose paths may contain '@'."""
-    return not scheme.lower().startswith(
-        ("postgres", "mysql", "mariadb", "mssql", "oracle", "mongodb", "redis", "amqp")
-    )
-
-
-def _end_of_user(rest: str, web: bool) -> int:
+def _end_of_user(scheme: str, rest: str) -> int:
     """Return the end of `user:password@` in the part of a URL after its scheme, or 0.
 
     A password may contain '/', '?', '#' and '@' that should have been percent-encoded, as SQLAlchemy accepts them; if
@@ -178,4 +168,5 @@ def _end_of_user(rest: str, web: bool) -> int:
     if "@" not in rest or authority.startswith("[") or ":" not in authority:
         return 0
     is_host = re.fullmatch(r"[^:]*:[0-9]+", authority) is not None
-    return 0 if web and is_host else rest.rfind("@") + 1
+    is_web = not scheme.lower().startswith(_DATABASES)  # paths of the web may contain '@'
+    return 0 if is_web and is_host else rest.rfind("@") + 1

@@ -59,18 +59,15 @@ def _table(path: str, section: dict[str, Any], definitions: dict[str, Any]) -> s
     lines.append("|---|---|---|---|")
     for name, key in section["properties"].items():
         mark = " ↻" if key.get("changeable") else ""
-        default = _default(key) if name not in section.get("required", ()) else "required"
+        value = key.get("default", key.get("const"))
+        default = "" if value is None else f"`{json.dumps(value, ensure_ascii=False)}`"
+        if name in section.get("required", ()):
+            default = "required"
+        elif _references(key)[0]:  # a section: its own table states the defaults
+            default = ""
         cells = (f"`{name}`{mark}", _type(key, definitions), default, key.get("description", ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, ""])
-
-
-def _default(key: dict[str, Any]) -> str:
-    """Return the default value; that of a section is what its own table states."""
-    if _references(key)[0] and key.get("default") is not None:
-        return ""
-    value = key.get("default", key.get("const"))
-    return "" if value is None else f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
 def _type(key: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -87,13 +84,8 @@ def _type(key: dict[str, Any], definitions: dict[str, Any]) -> str:
         return f"list of {len(items)} numbers" if items else f"list of {_plural(key['items'], definitions)}"
     if key["type"] == "object":
         return f"mapping of names to {_plural(key['additionalProperties'], definitions)}"
-    bounds = (
-        ("exclusiveMinimum", "> {}"),
-        ("minimum", "≥ {}"),
-        ("exclusiveMaximum", "< {}"),
-        ("maximum", "≤ {}"),
-    )
-    limits = [form.format(f"{key[name]:g}") for name, form in bounds if name in key and key[name] < 1e9]
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {key[name]:g}" for name, sign in signs.items() if name in key and key[name] < 1e9]
     return " ".join([key["type"], *([", ".join(limits)] if limits else [])])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -71,50 +71,15 @@ def parse_steps(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _check_secret_reference(value: str) -> str:
-    if not re.match(r"^(env|file):.+", value):
-        raise ValueError("is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself")
-    return value
+def _require(accepts: Callable[[str], object], message: str = "") -> AfterValidator:
+    """Return a validator that raises ValueError(message) unless `accepts`, which may raise its own, returns true."""
 
+    def check(value: str) -> str:
+        if not accepts(value):
+            raise ValueError(message)
+        return value
 
-def _check_endpoint(value: str) -> str:
-    if holds_secret(value):
-        raise ValueError(
-            "holds a user, password or token, which would be recorded; give the URL without them, and storage.key and "
-            "storage.secret as 'env:NAME' or 'file:PATH'"
-        )
-    return value
-
-
-def _check_tracking_uri(value: str) -> str:
-    if not is_reference(value) and holds_secret(value):
-        raise ValueError(
-            "holds a user, password or token, which would be recorded; give 'env:NAME' or 'file:PATH' of the whole "
-            "URI, or a URI without them and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
-        )
-    return value
-
-
-def _check_steps(value: str) -> str:
-    parse_steps(value)
-    return value
-
-
-def _check_prompt(value: str) -> str:
-    if value.count("{}") != 1:
-        raise ValueError("must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'")
-    return value
-
-
-def _check_url(value: str) -> str:
-    parse(value)
-    return value
-
-
-def _check_local_folder(value: str) -> str:
-    if not is_local(value):
-        raise ValueError("must be a folder on each node's own disk, not a URL of an object store")
-    return value
+    return AfterValidator(check)
 
 
 def _check_objective(value: str) -> str:
@@ -125,8 +90,41 @@ def _check_objective(value: str) -> str:
     return value
 
 
-Url = Annotated[str, AfterValidator(_check_url)]
-SecretReference = Annotated[str, AfterValidator(_check_secret_reference)]
+_HOLDS_SECRET = "holds a user, password or token, which would be recorded; give "
+Url = Annotated[str, _require(parse)]
+LocalFolder = Annotated[
+    str, _require(is_local, "must be a folder on each node's own disk, not a URL of an object store")
+]
+SecretReference = Annotated[
+    str,
+    _require(
+        re.compile(r"(env|file):.+").match,
+        "is a secret and must be a reference: 'env:NAME' or 'file:PATH', never the value itself",
+    ),
+]
+Endpoint = Annotated[
+    str,
+    _require(
+        lambda value: not holds_secret(value),
+        f"{_HOLDS_SECRET}the URL without them, and storage.key and storage.secret as 'env:NAME' or 'file:PATH'",
+    ),
+]
+TrackingUri = Annotated[
+    str,
+    _require(
+        lambda value: is_reference(value) or not holds_secret(value),
+        f"{_HOLDS_SECRET}'env:NAME' or 'file:PATH' of the whole URI, or a URI without them and "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN",
+    ),
+]
+Steps = Annotated[str, _require(parse_steps)]
+Prompt = Annotated[
+    str,
+    _require(
+        lambda value: value.count("{}") == 1,
+        "must contain {} exactly once, where the class name goes, such as 'a photo of a {}.'",
+    ),
+]
 ObjectiveName = Annotated[
     str, AfterValidator(_check_objective), Field(json_schema_extra={"enum": list(objective_names())})
 ]
@@ -340,9 +338,7 @@ ModelConfig = Annotated[
 class StorageConfig(Section):
     """Access to object stores. Keys that are not set come from the store's usual environment variables."""
 
-    endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] | None = changeable(
-        None, "URL of the S3 endpoint (default: AWS_ENDPOINT_URL, else AWS)"
-    )
+    endpoint_url: Endpoint | None = changeable(None, "URL of the S3 endpoint (default: AWS_ENDPOINT_URL, else AWS)")
     key: SecretReference | None = changeable(None, "Access key, as 'env:NAME' or 'file:PATH'")
     secret: SecretReference | None = changeable(None, "Secret key, as 'env:NAME' or 'file:PATH'")
     anonymous: bool = changeable(False, "Send unsigned requests, as public buckets accept them")
@@ -429,9 +425,7 @@ class AugmentConfig(Section):
 class CacheConfig(Section):
     """Node-local disk cache of remote shards, shared by all processes of a user."""
 
-    folder: Annotated[str, AfterValidator(_check_local_folder)] | None = changeable(
-        None, "Local folder of the cache; unset disables the cache"
-    )
+    folder: LocalFolder | None = changeable(None, "Local folder of the cache; unset disables the cache")
     max_bytes: Positive = changeable(200 * 2**30, "Maximum size of the cache in bytes")
 
 
@@ -724,7 +718,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """MLflow tracking."""
 
-    uri: Annotated[str, AfterValidator(_check_tracking_uri)] | None = changeable(
+    uri: TrackingUri | None = changeable(
         None,
         "MLflow tracking URI, or 'env:NAME' or 'file:PATH' of one (default: SQLite in the run's folder, or in the "
         "working folder if that is remote)",
@@ -735,7 +729,7 @@ class TrackingConfig(Section):
     )
     flush_seconds: Seconds = changeable(5.0, "Interval of uploads in seconds")
     required: bool = changeable(True, "Refuse to start a run if the tracking server does not respond")
-    profile: Annotated[str, AfterValidator(_check_steps)] | None = changeable(
+    profile: Steps | None = changeable(
         None, "Steps A:B, counted over all stages, of which rank 0 records a profiler trace (default: none)"
     )
 
@@ -746,7 +740,7 @@ class EvaluationConfig(Section):
     source: str | None = changeable(None, "Name of the held-out source (default: no evaluation)")
     max_images: Positive | None = changeable(None, "Maximum number of images (default: all)")
     batch_size: Positive = changeable(64, "Number of examples per forward")
-    prompts: tuple[Annotated[str, AfterValidator(_check_prompt)], ...] = changeable(
+    prompts: tuple[Prompt, ...] = changeable(
         ("a photo of a {}.",), "Prompts of zero-shot classification, with {} in place of the class name", min_length=1
     )
     every: Positive | None = changeable(

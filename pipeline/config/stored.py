@@ -36,7 +36,12 @@ def parse_config(data: bytes | str, where: str) -> RunConfig:
     Raises ConfigError, naming `where` it was read from, for any other content.
     """
     try:
-        return RunConfig.model_validate_json(json.dumps(_without_secrets(json.loads(data))))
+        values = json.loads(data)
+        for section, key in (("tracking", "uri"), ("storage", "endpoint_url")):
+            keys = values.get(section) if isinstance(values, dict) else None
+            if isinstance(keys, dict) and isinstance(keys.get(key), str):
+                keys[key] = redact(keys[key])  # the schema refuses user names and passwords
+        return RunConfig.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise ConfigError(
             f"{where}: not a config of this version ({error.error_count()} faults, the first: "
@@ -44,15 +49,6 @@ def parse_config(data: bytes | str, where: str) -> RunConfig:
         ) from None
     except Exception as error:  # a damaged config may break the validators themselves
         raise ConfigError(f"{where} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _without_secrets(values: Any) -> Any:
-    """Remove user names and passwords from addresses, which the schema refuses."""
-    for section, key in (("tracking", "uri"), ("storage", "endpoint_url")):
-        keys = values.get(section) if isinstance(values, dict) else None
-        if isinstance(keys, dict) and isinstance(keys.get(key), str):
-            keys[key] = redact(keys[key])
-    return values
 
 
 def stored_config(values: Any, where: str, folder: str) -> tuple[RunConfig, RecordedLocation]:

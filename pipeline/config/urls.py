@@ -40,7 +40,18 @@ def parse(url: str) -> tuple[str, str]:
             f"{url!r}: this URL runs a program when it is read, which is not allowed for data; give the location of "
             "the files: a folder, s3://bucket/folder or another storage URL"
         )
-    _check_text(url)
+    if not url.strip():
+        raise ConfigError(f"{url!r}: the URL is empty; give a folder, s3://bucket/folder or another storage URL")
+    if _CONTROL.search(url):
+        plain = _CONTROL.sub("", url).strip()
+        raise _wrong(url, "it contains a line break or another control character", plain)
+    if url != url.strip():
+        raise _wrong(url, "it begins or ends with a space", url.strip())
+    if template := _TEMPLATE.search(url):
+        raise ConfigError(
+            f"{url!r}: {template.group()} is not expanded here; write its value, or let the shell expand it on the "
+            'command line: output="$SCRATCH/runs"'
+        )
     protocol, separator, rest = url.partition("://")
     if not separator:
         _check_path(url)
@@ -86,21 +97,6 @@ def absolute(url: str) -> str:
 def file_name_of(name: str) -> str:
     """Return a name from a config or record as a single path component: separators are escaped as %XX."""
     return re.sub(r"[/\\\x00-\x1f\x7f]", lambda match: f"%{ord(match.group()):02X}", name)
-
-
-def _check_text(url: str) -> None:
-    if not url.strip():
-        raise ConfigError(f"{url!r}: the URL is empty; give a folder, s3://bucket/folder or another storage URL")
-    if _CONTROL.search(url):
-        plain = _CONTROL.sub("", url).strip()
-        raise _wrong(url, "it contains a line break or another control character", plain)
-    if url != url.strip():
-        raise _wrong(url, "it begins or ends with a space", url.strip())
-    if template := _TEMPLATE.search(url):
-        raise ConfigError(
-            f"{url!r}: {template.group()} is not expanded here; write its value, or let the shell expand it on the "
-            'command line: output="$SCRATCH/runs"'
-        )
 
 
 def _check_path(path: str) -> None:
