@@ -104,9 +104,9 @@ def train(
     from jobs.distributed import preflight_on_ray
     from jobs.train import run_and_evaluate
     from pipeline.config.load import load_config
-    from pipeline.training.profile import ProfileWindow
+    from pipeline.training.profile import profile_override
 
-    extra = [] if profile is None else [ProfileWindow.parse(profile).override]
+    extra = [] if profile is None else [profile_override(profile)]
     settings = load_config(config, [*(overrides or []), *extra])
     if preflight:
         with status("checking on every rank"):

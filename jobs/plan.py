@@ -33,10 +33,18 @@ from pipeline.planning.estimate import (
     estimate,
     usable_bytes,
 )
-from pipeline.planning.hardware import INTRA_EFFICIENCY, TERA, Accelerator, Network, accelerator_named, network_named
+from pipeline.planning.hardware import (
+    ACCELERATORS,
+    INTRA_EFFICIENCY,
+    NETWORKS,
+    TERA,
+    Accelerator,
+    Network,
+    hardware_named,
+)
 from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.prepare import VOCABULARY
-from pipeline.training.stages import check_stages
+from pipeline.training.stages import Stage, check_stages
 from pipeline.training.workload import work_of
 
 Say = Callable[[str], None]
@@ -85,7 +93,8 @@ def plan_command(
         check_output(Storage(), str(scaling), "--scaling")
     assumptions = replace(assumptions, price=config.cluster.price if price is None else price)
     config = with_workers(config, gpus or config.cluster.workers)
-    hardware, interconnect = accelerator_named(accelerator), network_named(network)
+    hardware = hardware_named("--accelerator", ACCELERATORS, accelerator)
+    interconnect = hardware_named("--network", NETWORKS, network)
     target = Target(hardware, interconnect, config.cluster.workers, assumptions, text_tokens)
     with status("planning") as update:
         plans = plan_run(config, target, scaling is not None, update)
@@ -110,28 +119,27 @@ def plan_run(config: RunConfig, target: Target, scaling: bool, say: Say = lambda
 
 
 def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) -> StagePlan:
-    stage, vocabulary = config.stages[index], _vocabulary(config)
+    stage, vocabulary = Stage(config, index), _vocabulary(config)
     works = {
         recomputed: work_of(
-            _with(config, activation_checkpointing=recomputed), index, vocabulary, "cuda", target.text_tokens
+            stage.with_engine(activation_checkpointing=recomputed), vocabulary, "cuda", target.text_tokens
         )
         for recomputed in (False, True)
     }
-    assumptions = _with_known_bytes(config, stage, target.assumptions)
+    assumptions = _with_known_bytes(config, stage.config, target.assumptions)
     micro = config.engine.micro_batch_size
     described = StageSettings(
         name=stage.name,
         steps=stage.steps,
-        global_batch_size=stage.global_batch_size,
-        images={"text": 0, "regions": 0, "statements": 2}.get(config.source_type_of(stage), 1),
+        global_batch_size=stage.config.global_batch_size,
+        images={"text": 0, "regions": 0, "statements": 2}.get(stage.source_type, 1),
         micro_batch_size=None if micro == "auto" else micro,
-        checkpoint_every=config.checkpoint.every,
         work=works[config.engine.activation_checkpointing],
     )
 
     def at(gpus: int, largest: bool = False, recomputed: bool | None = None, **engine: Any) -> StageEstimate:
-        settings = _with(config, **{"micro_batch_size": described.micro_batch_size, **engine})
-        sharding = sharding_of(settings, stage, gpus, on_cuda=True)
+        settings = {"micro_batch_size": described.micro_batch_size, **engine}
+        sharding = sharding_of(stage.with_engine(**settings), gpus, on_cuda=True)
         stage_settings = described if recomputed is None else replace(described, work=works[recomputed])
         result = estimate(stage_settings, sharding, target.accelerator, target.network, assumptions)
         if not largest:
@@ -143,7 +151,7 @@ def _plan_stage(config: RunConfig, index: int, target: Target, scaling: bool) ->
     # 'auto', and the scaling curve, take the largest micro-batch that fits.
     chosen = at(target.gpus, largest=micro == "auto")
     takes_largest = described.micro_batch_size is None
-    points = curve(lambda gpus: at(gpus, largest=takes_largest), stage.global_batch_size) if scaling else []
+    points = curve(lambda gpus: at(gpus, largest=takes_largest), described.global_batch_size) if scaling else []
     return StagePlan(chosen, assumptions, others, points)
 
 
@@ -157,10 +165,6 @@ def _alternatives(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
                 words = [f"ZeRO {zero}", *["offload"] * offloaded, *["recomputed"] * recomputed]
                 keys = {"offload_optimizer": offloaded, "offload_parameters": offloaded and zero == 3}
                 yield ", ".join(words), {"zero_stage": zero, "recomputed": recomputed, **keys}
-
-
-def _with(config: RunConfig, **engine: Any) -> RunConfig:
-    return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
 
 
 def _vocabulary(config: RunConfig) -> int:

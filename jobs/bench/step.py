@@ -23,19 +23,17 @@ import torch
 
 from pipeline.config.errors import MomeError, RunFailed
 from pipeline.config.load import load_config
-from pipeline.config.schema import RunConfig
 from pipeline.data.storage import Storage
 from pipeline.planning.hardware import TERA, accelerator_like
-from pipeline.planning.memory import Memory, Work, memory_of
+from pipeline.planning.memory import memory_of
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.deepspeed_setup import sharding_of
 from pipeline.training.full_batch import full_batch
 from pipeline.training.measure import MeasuredEngine, Storages, gradients_of, living, peak_of, states_of
-from pipeline.training.micro_batch import with_micro_batch
-from pipeline.training.stages import build_stage_model
-from pipeline.training.step import TrainingStep, num_micro_batches
-from pipeline.training.workload import work_of
+from pipeline.training.stages import Stage, build_stage_model
+from pipeline.training.step import TrainingStep
+from pipeline.training.workload import with_micro_batch, work_of
 
 WARM_STEPS = 2
 Numbers = dict[str, int]
@@ -77,29 +75,28 @@ def run_step_bench(config: Path, overrides: list[str], stage: str | None, ranks:
     return result
 
 
-def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: int = 5) -> StepBench:
-    """Measure steps of stage `index`; all ranks must call it together.
+def bench_step(stage: Stage, collectives: Collectives, steps: int = 5) -> StepBench:
+    """Measure steps of a stage; all ranks must call it together.
 
     Memory is measured in a separate step; with `steps` 0 it is the only step, and also the timed one.
     """
-    torch.set_num_threads(config.engine.threads)
-    config = config.for_stage(config.stages[index])
-    device, vocabulary = collectives.device, config.tokenizer.size
-    config = with_micro_batch(config, index, collectives, vocabulary)
-    stage = config.stages[index]
-    random = stage.model_copy(update={"start_from": "random"})
-    config = config.model_copy(update={"stages": (*config.stages[:index], random, *config.stages[index + 1 :])})
+    torch.set_num_threads(stage.run.engine.threads)
+    device, vocabulary = collectives.device, stage.run.tokenizer.size
+    stages = [config.model_copy(update={"start_from": "random"}) for config in stage.run.stages]
+    stage = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
+    stage = with_micro_batch(stage, collectives, vocabulary)
+    batch_size = stage.config.global_batch_size
     before = living(device)
-    model = build_stage_model(config, index, Storage(), vocabulary)
-    engine = DeepSpeedEngine(model, config, stage, collectives)
+    model = build_stage_model(stage, Storage(), vocabulary)
+    engine = DeepSpeedEngine(model, stage, collectives)
     measured_engine = MeasuredEngine(engine)
-    step = TrainingStep(measured_engine, config, stage, collectives)
-    rows = slice(*share(stage.global_batch_size, collectives.rank, collectives.world_size))
-    batch = full_batch(config, stage, stage.global_batch_size, vocabulary).rows(rows)
+    step = TrainingStep(measured_engine, stage, collectives)
+    rows = slice(*share(batch_size, collectives.rank, collectives.world_size))
+    batch = full_batch(stage.run, stage.config, batch_size, vocabulary).rows(rows)
 
     def run() -> None:
         step(batch)
-        engine.step(stage.optimizer.lr)
+        engine.step(stage.config.optimizer.lr)
 
     measured: Numbers = {}
     seconds = _seconds_a_step(run, WARM_STEPS, steps, collectives) if steps else 0.0
@@ -109,37 +106,29 @@ def bench_step(config: RunConfig, index: int, collectives: Collectives, steps: i
     started = time.perf_counter()
     peak = held + peak_of(lambda: measured.update(_categories(engine, measured_engine, run)), device)
     seconds = seconds or time.perf_counter() - started
-    work = work_of(config, index, vocabulary, "cuda" if device.type == "cuda" else "cpu")
+    work = work_of(stage, vocabulary, "cuda" if device.type == "cuda" else "cpu")
     own = rows.stop - rows.start
-    memory = predicted_memory(config, index, work, collectives.world_size, own, device.type == "cuda")
+    examples = -(-own // step.accumulation)
+    memory = memory_of(
+        work.parameters,
+        sharding_of(stage, collectives.world_size, device.type == "cuda"),
+        work.activations.at(examples),
+        work.workspace.at(examples),
+        work.batch_bytes_per_example * own,
+    )
     flops = work.step_flops(own, step.accumulation)
     engine.close()
     peaks = collectives.largest([peak, *measured.values()])
     names = list(measured)
     tflops = flops / seconds / TERA
     return StepBench(
-        pairs_per_second=stage.global_batch_size / seconds,
+        pairs_per_second=batch_size / seconds,
         step_seconds=seconds,
         tflops=tflops,
         mfu=tflops * TERA / _reachable(device),
         peak_memory_bytes=peaks[0],
         measured=dict(zip(names, peaks[1:], strict=True)) | {"total": peaks[0]},
         predicted={name: memory.as_json()[name] for name in [*names, "total"]},
-    )
-
-
-def predicted_memory(config: RunConfig, index: int, work: Work, world_size: int, own: int, on_cuda: bool) -> Memory:
-    """Return the estimate for a rank that reads `own` examples of the batch in its micro-batches."""
-    stage = config.stages[index]
-    sharding = sharding_of(config, stage, world_size, on_cuda)
-    pieces = num_micro_batches(stage.global_batch_size, world_size, config.engine.micro_batch_size)
-    rows = -(-own // pieces)
-    return memory_of(
-        work.parameters,
-        sharding,
-        work.activations.at(rows),
-        work.workspace.at(rows),
-        work.batch_bytes_per_example * own,
     )
 
 
@@ -201,7 +190,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(options.config, options.overrides)
         stage = config.stage_named(options.stage)
         collectives = Collectives()
-        result = bench_step(config, config.stages.index(stage), collectives, options.steps)
+        result = bench_step(Stage(config, config.stages.index(stage)), collectives, options.steps)
         if collectives.rank == 0:
             measured = {"stage": stage.name, "world_size": collectives.world_size, **result.as_json()}
             print(json.dumps(measured), flush=True)

@@ -13,34 +13,32 @@ from pipeline.config.load import load_config
 from pipeline.config.redaction import configure_logging, printable
 from pipeline.training.loop import train
 from pipeline.training.preflight import preflight
-from pipeline.training.profile import ProfileWindow
+from pipeline.training.profile import profile_override
 from pipeline.training.progress import Progress
 
 
 def main(arguments: list[str]) -> int:
     configure_logging()
     try:
-        wants_preflight, rest = (
-            "--preflight" in arguments,
-            [argument for argument in arguments if argument != "--preflight"],
-        )
+        rest = [argument for argument in arguments if argument != "--preflight"]
         if "--profile" in rest and rest[-1] != "--profile":
-            rest.append(ProfileWindow.parse(rest.pop(rest.index("--profile") + 1)).override)
-            rest.remove("--profile")
+            position = rest.index("--profile")
+            _, window = rest.pop(position), rest.pop(position)
+            rest.append(profile_override(window))
         if not rest or any(argument.startswith("-") for argument in rest):
             raise ConfigError("usage: torchrun -m pipeline.training CONFIG [--preflight] [--profile A:B] [key=value …]")
         config = load_config(rest[0], rest[1:])
-        if wants_preflight:
+        if "--preflight" in arguments:
             preflight(config, lambda line: print(line, flush=True))
         else:
-            train(config, _print_progress)
+            train(config, print_progress)
     except MomeError as error:
         print(f"rank {os.environ.get('RANK', '0')}: {printable(str(error))}", file=sys.stderr)
         return error.exit_status
     return 0
 
 
-def _print_progress(progress: Progress) -> None:
+def print_progress(progress: Progress) -> None:
     print(
         f"{progress.stage} {progress.stage_step}/{progress.stage_steps}  loss {progress.loss:.4f}  "
         f"{progress.samples_per_second:.1f} samples/s  stage ends in {progress.seconds_left / 60:.1f} min",

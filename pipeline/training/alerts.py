@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation.results import COLLAPSED
@@ -20,9 +19,10 @@ from pipeline.training.callbacks import Callback
 from pipeline.training.metrics import MetricsSnapshot, StepMetrics
 
 if TYPE_CHECKING:
-    from pipeline.training.context import Stage, StageState
+    from pipeline.training.context import StageState
     from pipeline.training.health import StepHealth
     from pipeline.training.prepare import Coverage
+    from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class Alerts(Callback):
 
     def __init__(self, stage: Stage, tracker: Tracker, coverage: Coverage | None = None):
         self._stage, self._tracker, self._coverage = stage, tracker, coverage
-        self._met: dict[str, int] = {}  # consecutive steps that met the condition
-        self._unmet: dict[str, int] = {}
+        self._met: Counter[str] = Counter()  # consecutive steps that met the condition
+        self._unmet: Counter[str] = Counter()
         self._raised: dict[str, str] = {}
         self._losses: deque[float] = deque(maxlen=LOSSES)
 
@@ -59,14 +59,16 @@ class Alerts(Callback):
 
     def evaluate(self, metrics: StepMetrics) -> None:
         """Evaluate the conditions of all alerts except the loss spike."""
-        for name, check in CHECKS.items():
-            message = check(metrics)
-            self._met[name] = self._met.get(name, 0) + 1 if message else 0
-            self._unmet[name] = 0 if message else self._unmet.get(name, 0) + 1
+        for name, message in conditions(metrics).items():
+            self._met[name] = self._met[name] + 1 if message else 0
+            self._unmet[name] = 0 if message else self._unmet[name] + 1
             if message and self._met[name] >= CONSECUTIVE and name not in self._raised:
                 self.raise_alert(name, metrics.step, message)
             elif name in self._raised and self._unmet[name] >= CONSECUTIVE:
-                self.clear(name, metrics.step)
+                text = f"over at step {metrics.step}; {self._raised.pop(name)}"
+                extra = {"alert": f"{self._stage.name}/{name}", "over": True}
+                log.warning("stage %s: alert %s is over at step %d", self._stage.name, name, metrics.step, extra=extra)
+                self._tracker.tag(f"mome.alert.{name}", text)
 
     def observe_loss(self, step: int, loss: float) -> None:
         """Check the global batch's loss at one step for a spike."""
@@ -88,59 +90,36 @@ class Alerts(Callback):
         log.warning("stage %s: ALERT %s, %s", self._stage.name, name, text, extra={"alert": source})
         self._tracker.tag(f"mome.alert.{name}", text)
 
-    def clear(self, name: str, step: int) -> None:
-        """Mark an alert as over."""
-        text = f"over at step {step}; {self._raised.pop(name)}"
-        extra = {"alert": f"{self._stage.name}/{name}", "over": True}
-        log.warning("stage %s: alert %s is over at step %d", self._stage.name, name, step, extra=extra)
-        self._tracker.tag(f"mome.alert.{name}", text)
 
-
-def _itm_collapse(metrics: StepMetrics) -> str | None:
+def conditions(metrics: StepMetrics) -> dict[str, str | None]:
+    """Return for each alert the observation and the remedy, or None if its condition is not met."""
+    met: dict[str, str | None] = dict.fromkeys(("itm_collapse", "itc_clamp", "data_starvation", "straggler"))
     values = metrics.metrics()
     matched, mismatched = values.get("train/itm_recall_matched"), values.get("train/itm_recall_mismatched")
-    if not metrics.is_warm or matched is None or mismatched is None or min(matched, mismatched) >= COLLAPSED:
-        return None
-    return (
-        f"image-text matching is right for {matched:.0%} of the matched pairs and {mismatched:.0%} of the mismatched "
-        "ones: it predicts nearly the same class for all. Check that the stage started from the intended weights (tag "
-        "start_from), lower optimizer.lr or warm up longer, or begin with negatives=random"
-    )
-
-
-def _itc_clamp(metrics: StepMetrics) -> str | None:
-    if metrics.diagnostics.get("itc_scale", 0.0) < CLAMPED * MAX_SCALE:
-        return None
-    return (
-        f"the contrastive temperature has reached its minimum ({1 / MAX_SCALE:g}), where its gradient is cut off. This "
-        "is common if batches are too easy: use a larger batch, or look for duplicate images with different image ids"
-    )
-
-
-def _data_starvation(metrics: StepMetrics) -> str | None:
-    worst = max(metrics.data_wait)
-    if worst < MAX_DATA_WAIT:
-        return None
-    return (
-        f"rank {metrics.data_wait.index(worst)} waits for data {worst:.0%} of its time. Raise data.loader.num_workers "
-        "or data.loader.threads_per_worker, cache shards on the node with data.cache, or let CPU nodes prepare batches "
-        "with cluster.loader_actors; `mome bench loader` measures the throughput per core"
-    )
-
-
-def _straggler(metrics: StepMetrics) -> str | None:
+    if metrics.is_warm and matched is not None and mismatched is not None and min(matched, mismatched) < COLLAPSED:
+        met["itm_collapse"] = (
+            f"image-text matching is right for {matched:.0%} of the matched pairs and {mismatched:.0%} of the "
+            "mismatched ones: it predicts nearly the same class for all. Check that the stage started from the "
+            "intended weights (tag start_from), lower optimizer.lr or warm up longer, or begin with negatives=random"
+        )
+    if metrics.diagnostics.get("itc_scale", 0.0) >= CLAMPED * MAX_SCALE:
+        met["itc_clamp"] = (
+            f"the contrastive temperature has reached its minimum ({1 / MAX_SCALE:g}), where its gradient is cut off. "
+            "This is common if batches are too easy: use a larger batch, or look for duplicate images with different "
+            "image ids"
+        )
+    if (worst := max(metrics.data_wait)) >= MAX_DATA_WAIT:
+        met["data_starvation"] = (
+            f"rank {metrics.data_wait.index(worst)} waits for data {worst:.0%} of its time. Raise "
+            "data.loader.num_workers or data.loader.threads_per_worker, cache shards on the node with data.cache, or "
+            "let CPU nodes prepare batches with cluster.loader_actors; `mome bench loader` measures the throughput per "
+            "core"
+        )
     slowest = metrics.slowest_rank()
-    if slowest is None or slowest[1] < MAX_SLOWDOWN:
-        return None
-    return (
-        f"rank {slowest[0]} needs {slowest[1]:.1f} times as long for its forward as the median rank, and all wait for "
-        "it. Check its machine for other processes or a throttled GPU; run `mome doctor` there, or exclude the node"
-    )
-
-
-CHECKS: dict[str, Callable[[StepMetrics], str | None]] = {
-    "itm_collapse": _itm_collapse,
-    "itc_clamp": _itc_clamp,
-    "data_starvation": _data_starvation,
-    "straggler": _straggler,
-}
+    if slowest is not None and slowest[1] >= MAX_SLOWDOWN:
+        met["straggler"] = (
+            f"rank {slowest[0]} needs {slowest[1]:.1f} times as long for its forward as the median rank, and all wait "
+            "for it. Check its machine for other processes or a throttled GPU; run `mome doctor` there, or exclude the "
+            "node"
+        )
+    return met

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.training.context import StageResult, StageState
     from pipeline.training.health import StepHealth
     from pipeline.training.metrics import MetricsSnapshot
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -79,25 +81,34 @@ class Callback:
         """Release resources; called whenever the stage ends."""
 
 
+def _forwarded(hook: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Callbacks, P], None]:
+    def forward(self: Callbacks, *arguments: P.args, **named: P.kwargs) -> None:
+        for callback in self._callbacks:
+            getattr(callback, hook.__name__)(*arguments, **named)
+
+    return forward
+
+
 class Callbacks(Callback):
     """Forwards every hook to several callbacks in order; `close` in reverse order, whatever the others raise."""
 
     def __init__(self, callbacks: Iterable[Callback] = ()):
         self._callbacks = tuple(callbacks)
 
+    on_model_built = _forwarded(Callback.on_model_built)
+    on_stage_start = _forwarded(Callback.on_stage_start)
+    before_batch = _forwarded(Callback.before_batch)
+    before_step = _forwarded(Callback.before_step)
+    after_backward = _forwarded(Callback.after_backward)
+    on_health = _forwarded(Callback.on_health)
+    on_fault = _forwarded(Callback.on_fault)
+    after_step = _forwarded(Callback.after_step)
+    on_metrics = _forwarded(Callback.on_metrics)
+    on_evaluation = _forwarded(Callback.on_evaluation)
+    on_checkpoint = _forwarded(Callback.on_checkpoint)
+    on_stage_end = _forwarded(Callback.on_stage_end)
+
     def close(self) -> None:
         with ExitStack() as stack:
             for callback in self._callbacks:
                 stack.callback(callback.close)
-
-
-def _forwarding(hook: str) -> Callable[..., None]:
-    def forward(self: Callbacks, *arguments: Any) -> None:
-        for callback in self._callbacks:
-            getattr(callback, hook)(*arguments)
-
-    return forward
-
-
-for _hook in [name for name in vars(Callback) if not name.startswith("_") and name != "close"]:
-    setattr(Callbacks, _hook, _forwarding(_hook))

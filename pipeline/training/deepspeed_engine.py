@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 0-3 behind the `Engine` protocol, and its state as named fragments (contract C5)."""
+"""The DeepSpeed engine: ZeRO 0-3 behind the `StepEngine` protocol, and its state as named fragments (contract C5)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import deepspeed_config, load_extensions, prepare_blocks
 from pipeline.training.engine import Fragment, FragmentSource
 from pipeline.training.optimizer import parameter_groups
+from pipeline.training.stages import Stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weight", *MOMENTS)
@@ -28,7 +28,7 @@ class DeepSpeedEngine:
     created before the first step; DeepSpeed creates it lazily, and restored moments would have no place.
     """
 
-    def __init__(self, model: Model, config: RunConfig, stage: StageConfig, collectives: Collectives):
+    def __init__(self, model: Model, stage: Stage, collectives: Collectives):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -36,36 +36,56 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend="gloo" if collectives.device.type == "cpu" else "nccl", verbose=False)
         self._deepspeed = deepspeed
         self._collectives = collectives
-        self._zero_stage = config.engine.zero_stage
+        settings, optimizer = stage.run.engine, stage.config.optimizer
+        self._zero_stage, self._offloads = settings.zero_stage, settings.offload_optimizer
         self._names = dict(model.named_parameters())
-        self._exact: dict[str, Tensor] = {}  # float32 values of frozen weights that the engine holds in bfloat16
-        prepare_blocks(model, config.engine)
-        rounds = config.engine.precision != "float32"
-        start = {n: p.detach().clone() for n, p in self._names.items()} if rounds else {}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, stage.optimizer, config.reproduce_vlmo_release),
-            lr=stage.optimizer.lr,
-            betas=stage.optimizer.betas,
-            eps=stage.optimizer.eps,
+        prepare_blocks(model, settings)
+        # DeepSpeed creates the master weights from rounded values: keep the exact ones.
+        start = {n: p.detach().clone() for n, p in self._names.items()} if settings.precision != "float32" else {}
+        self._adam = torch.optim.AdamW(
+            parameter_groups(model, optimizer, stage.run.reproduce_vlmo_release),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
             fused=collectives.device.type == "cuda",
         )
         self._engine, *_ = deepspeed.initialize(
             model=model.to(collectives.device),
-            optimizer=optimizer,
-            config=deepspeed_config(config, stage, collectives.world_size),
+            optimizer=self._adam,
+            config=deepspeed_config(stage, collectives.world_size),
         )
-        self._adam = optimizer
-        self._offloads = config.engine.offload_optimizer
-        self._accumulates = self._engine.gradient_accumulation_steps() > 1
         self._plain_norm: Tensor | None = None
         self._prime()
-        self._exact = self._start_from(start)
+        # This rank's ranges of the frozen weights: they have no master weights, and are handed over unrounded.
+        self._exact: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, weight in start.items():
+                begin, end = self._range(name)
+                own = weight.view(-1)[begin:end]
+                if not self._names[name].requires_grad:
+                    self._exact[name] = own.float().cpu()
+                elif begin < end:
+                    self._local(name, "weight").copy_(own)
         self._steps = 0
-        self._decay = stage.optimizer.ema_decay
-        self._averages = self._own_weights() if self._decay is not None else {}
+        self._decay = optimizer.ema_decay
+        self._averages: dict[str, Tensor] = {}  # of this rank's range of every trained master weight
+        if self._decay is not None:
+            for name, parameter in self._names.items():
+                begin, end = self._range(name)
+                if parameter.requires_grad and begin < end:
+                    self._averages[name] = self._local(name, "weight").float().clone()
 
-    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        return self._engine(passes)
+    def _prime(self) -> None:
+        """Create zeroed Adam state for every optimized tensor."""
+        for tensor in self._optimized_tensors():
+            state = self._adam.state[tensor]
+            is_fused = self._collectives.device.type == "cuda"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if is_fused else "cpu")
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(tensor, dtype=torch.float32)
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
 
     @property
     def reader(self) -> nn.Module:
@@ -76,14 +96,21 @@ class DeepSpeedEngine:
     def module(self) -> nn.Module:
         return self._engine.module
 
+    # ---- a step
+
+    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
+        return self._engine(passes)
+
     def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this micro-batch's gradient; `last` marks the last micro-batch before `step`."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
-        if last and self._offloads and self._zero_stage >= 2 and self._accumulates:
+        if last and self._offloads and self._zero_stage >= 2 and self._engine.gradient_accumulation_steps() > 1:
             # Otherwise a parameter that the last micro-batch does not use loses the gradient of the earlier ones.
             self._engine.optimizer.finalize_gradient_accumulation_boundary()
 
     def step(self, rate: float) -> None:
+        """Update the weights at this learning rate, times the multiplier of their parameter group."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         if self._engine.optimizer is self._adam:  # at stage 0 plain AdamW does not keep the norm
@@ -96,8 +123,7 @@ class DeepSpeedEngine:
             keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
             with torch.no_grad():
                 for name, average in self._averages.items():
-                    weight = self._local(name, "weight", *self._range(self._names[name]))
-                    average.lerp_(weight.float(), 1 - keep)
+                    average.lerp_(self._local(name, "weight").float(), 1 - keep)
 
     def _clear_gradient_buffers(self) -> None:
         """Zero the gradient buffers that outlive a step.
@@ -118,15 +144,6 @@ class DeepSpeedEngine:
         for buffer in buffers:
             buffer.zero_()
 
-    def _own_weights(self) -> dict[str, Tensor]:
-        """Copy this rank's range of every trained master weight, as the start of the moving average."""
-        ranges = {n: (p, *self._range(p)) for n, p in self._names.items() if p.requires_grad}
-        return {
-            name: self._local(name, "weight", start, stop).float().clone()
-            for name, (parameter, start, stop) in ranges.items()
-            if start < stop
-        }
-
     def gradient_norm(self) -> float:
         """Return the 2-norm of the last step's gradient over all parameters, before clipping."""
         norm = self._engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
@@ -134,13 +151,11 @@ class DeepSpeedEngine:
         return float(norm)
 
     def gradients(self) -> dict[str, Tensor]:
+        """Return the global batch's full gradients; valid between the last `backward` and `step`."""
         from deepspeed.utils import safe_get_full_grad
 
-        return {
-            name: safe_get_full_grad(parameter).detach().float().clone()
-            for name, parameter in self._names.items()
-            if parameter.requires_grad
-        }
+        trained = {name: parameter for name, parameter in self._names.items() if parameter.requires_grad}
+        return {name: safe_get_full_grad(parameter).detach().float().clone() for name, parameter in trained.items()}
 
     def local_gradients(self) -> list[Tensor]:
         """Return the gradients that the next step applies: at stages 1 to 3 this rank's reduced partition."""
@@ -156,41 +171,68 @@ class DeepSpeedEngine:
         held = [getattr(parameter, "ds_tensor", parameter) for parameter in self._names.values()]
         masters = [tensor for tensor in self._optimized_tensors() if all(tensor is not parameter for parameter in held)]
         moments = [value for state in self._adam.state.values() for value in state.values() if torch.is_tensor(value)]
-        categories = {
-            "parameters": held,
-            "gradients": self.local_gradients(),
-            "optimizer": [*masters, *moments, *self._averages.values()],
-        }
-        return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in categories.items()}
+        optimizer = [*masters, *moments, *self._averages.values()]
+        categories = {"parameters": held, "gradients": self.local_gradients(), "optimizer": optimizer}
+        return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in categories.items()}
 
-    def _prime(self) -> None:
-        """Create zeroed Adam state for every optimized tensor."""
-        for tensor in self._optimized_tensors():
-            state = self._adam.state[tensor]
-            is_fused = self._collectives.device.type == "cuda"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if is_fused else "cpu")
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(tensor, dtype=torch.float32)
-        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+    # ---- state
 
-    def _start_from(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy the float32 starting weights into the master weights, which DeepSpeed creates from rounded values.
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield this rank's part of every parameter; the ranks' fragments tile each parameter exactly."""
+        for name, parameter in self._names.items():
+            start, stop = self._range(name)
+            if start < stop:
+                values = {kind: self._local(name, kind) for kind in (KINDS if parameter.requires_grad else KINDS[:1])}
+                if name in self._averages:
+                    values[AVERAGE] = self._averages[name]
+                yield Fragment(name, start, values)
 
-        Return this rank's ranges of the frozen weights: they have no masters, and are handed over unrounded.
-        """
-        exact = {}
+    def restore(self, source: FragmentSource) -> None:
+        """Restore weights, master weights and moments saved at any world size and ZeRO stage, bit for bit."""
         with torch.no_grad():
-            for name, weight in start.items():
-                parameter = self._names[name]
-                begin, end = self._range(parameter)
-                own = weight.view(-1)[begin:end]
-                if not parameter.requires_grad:
-                    exact[name] = own.float().cpu()
-                elif begin < end:
-                    self._local(name, "weight", begin, end).copy_(own)
-        return exact
+            for name, parameter in self._names.items():
+                start, stop = self._range(name)
+                if start < stop:
+                    for kind in KINDS if parameter.requires_grad else KINDS[:1]:
+                        self._local(name, kind).copy_(source.read(name, kind, start, stop))
+                if name in self._averages:  # checkpoints without an average start it from the weight
+                    kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
+                    self._averages[name].copy_(source.read(name, kind, start, stop))
+                # The weight that the forward uses: this rank's partition at stage 3, else the whole parameter.
+                if self._zero_stage != 3:
+                    parameter.data.view(-1).copy_(source.read(name, "weight", 0, parameter.numel()))
+                elif start < stop:
+                    self._partition(parameter)[: stop - start].copy_(source.read(name, "weight", start, stop))
+        for tensor in self._optimized_tensors():
+            self._adam.state[tensor]["step"].fill_(float(source.optimizer_step))
+        self._steps = source.optimizer_step
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Gather the full float32 weights, or their moving average, on rank 0. A collective call."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in self._names.items():
+            is_trained = parameter.requires_grad
+            if (self._decay is not None and is_trained) or name in self._exact:
+                # The ranks' ranges, assembled by a sum in which each rank is zero outside its own.
+                full = torch.zeros(self._numel(parameter), device=self._collectives.device)
+                own = self._averages.get(name) if is_trained else self._exact[name]
+                if own is not None:
+                    full[slice(*self._range(name))] = own
+                full = self._collectives.sum(full)
+            elif self._zero_stage == 3 and not is_trained:
+                with self._deepspeed.zero.GatheredParameters([parameter]):
+                    full = parameter.data.clone()
+            else:
+                master = safe_get_full_fp32_param(parameter) if is_trained else None
+                full = parameter.data if master is None else master
+            if self._collectives.rank == 0:
+                shape = parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
+                gathered[name] = full.detach().float().cpu().clone().view(shape)
+        return gathered if self._collectives.rank == 0 else None
+
+    # ---- where DeepSpeed keeps it
 
     def _optimized_tensors(self) -> list[Tensor]:
         """Return the tensors Adam steps: whole parameters, or this rank's flat float32 partitions."""
@@ -198,25 +240,19 @@ class DeepSpeedEngine:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [tensor for group in self._adam.param_groups for tensor in group["params"]]
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield this rank's part of every parameter; the ranks' fragments tile each parameter exactly."""
-        for name, parameter in self._names.items():
-            start, stop = self._range(parameter)
-            if start < stop:
-                kinds = KINDS if parameter.requires_grad else KINDS[:1]
-                values = {kind: self._local(name, kind, start, stop) for kind in kinds}
-                if name in self._averages:
-                    values[AVERAGE] = self._averages[name]
-                yield Fragment(name, start, values)
-
     def _numel(self, parameter: nn.Parameter) -> int:
         return parameter.ds_numel if self._zero_stage == 3 else parameter.numel()  # type: ignore[attr-defined]
 
-    def _range(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def _partition(self, parameter: nn.Parameter) -> Tensor:
+        """Return this rank's partition of a parameter at ZeRO 3, as the forward uses it."""
+        return parameter.ds_tensor.data.view(-1)  # type: ignore[attr-defined]
+
+    def _range(self, name: str) -> tuple[int, int]:
         """Return the range of a flattened parameter that this rank saves and restores."""
-        numel, rank = self._numel(parameter), self._collectives.rank
+        parameter = self._names[name]
+        numel, rank, world_size = self._numel(parameter), self._collectives.rank, self._collectives.world_size
         if self._zero_stage == 3:
-            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            size = self._partition(parameter).numel()
             return min(rank * size, numel), min((rank + 1) * size, numel)
         if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
@@ -224,80 +260,24 @@ class DeepSpeedEngine:
                 return 0, 0
             address = mapping.lp_fragment_address
             return address.start, address.start + address.numel
-        world_size = self._collectives.world_size
         return rank * numel // world_size, (rank + 1) * numel // world_size
 
-    def _local(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+    def _local(self, name: str, kind: str) -> Tensor:
         """Return a writable view of the float32 master weight or moment in this rank's range."""
         parameter = self._names[name]
+        start, stop = self._range(name)
         moment = None if kind == "weight" else kind
         if name in self._exact:
             return self._exact[name]
         if self._zero_stage == 3:
             if not parameter.requires_grad:
-                return parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+                return self._partition(parameter)[: stop - start]
             state, _ = self._engine.optimizer._get_fp32_opt_state_partition(parameter, False, moment)
             return state.data[: stop - start]
         if parameter.requires_grad and hasattr(parameter, "_hp_mapping"):
             return parameter._hp_mapping.get_hp_fragment(moment).data
         full = parameter.data if moment is None else self._adam.state[parameter][moment]
         return full.view(-1)[start:stop]
-
-    def restore(self, source: FragmentSource) -> None:
-        """Restore weights, master weights and moments saved at any world size and ZeRO stage, bit for bit."""
-        with torch.no_grad():
-            for name, parameter in self._names.items():
-                start, stop = self._range(parameter)
-                if start < stop:
-                    for kind in KINDS if parameter.requires_grad else KINDS[:1]:
-                        self._local(name, kind, start, stop).copy_(source.read(name, kind, start, stop))
-                if name in self._averages:  # checkpoints without an average start it from the weight
-                    kind = AVERAGE if source.holds(name, AVERAGE) else "weight"
-                    self._averages[name].copy_(source.read(name, kind, start, stop))
-                self._write_weight(name, parameter, source)
-        for tensor in self._optimized_tensors():
-            self._adam.state[tensor]["step"].fill_(float(source.optimizer_step))
-        self._steps = source.optimizer_step
-
-    def _write_weight(self, name: str, parameter: nn.Parameter, source: FragmentSource) -> None:
-        """Restore the weight used by the forward: this rank's partition at stage 3, else the whole parameter."""
-        if self._zero_stage == 3:
-            start, stop = self._range(parameter)
-            if start < stop:
-                shard = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
-                shard.copy_(source.read(name, "weight", start, stop))
-        else:
-            parameter.data.view(-1).copy_(source.read(name, "weight", 0, parameter.numel()))
-
-    def weights(self) -> dict[str, Tensor] | None:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        gathered: dict[str, Tensor] = {}
-        for name, parameter in self._names.items():
-            if self._decay is not None and parameter.requires_grad:
-                full = self._whole(parameter, self._averages.get(name))
-            elif name in self._exact:
-                full = self._whole(parameter, self._exact[name])
-            elif self._zero_stage == 3 and not parameter.requires_grad:
-                with self._deepspeed.zero.GatheredParameters([parameter]):
-                    full = parameter.data.clone()
-            else:
-                master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-                full = parameter.data if master is None else master
-            if self._collectives.rank == 0:
-                gathered[name] = full.detach().float().cpu().clone().view(self._shape(parameter))
-        return gathered if self._collectives.rank == 0 else None
-
-    def _whole(self, parameter: nn.Parameter, own: Tensor | None) -> Tensor:
-        """Assemble a parameter from the ranks' ranges, by a sum in which each rank is zero outside its own."""
-        full = torch.zeros(self._numel(parameter), device=self._collectives.device)
-        if own is not None:
-            start, stop = self._range(parameter)
-            full[start:stop] = own
-        return self._collectives.sum(full)
-
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.ds_shape if self._zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Free the engine, so that the next stage can build its own."""

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.cpp_extension import get_default_build_root
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.schema import EngineConfig, RunConfig, StageConfig
+from pipeline.config.schema import EngineConfig
 from pipeline.models.model import Model
 from pipeline.planning.memory import Sharding
-from pipeline.training.step import num_micro_batches
+from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +33,20 @@ COMPILED_VARIANTS = 1024  # of one block's code: layers x routes x forwards with
 FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's own variable; a folder that the user sets is used as it is
 
 
-def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(stage: Stage, world_size: int) -> dict[str, Any]:
     """Return a stage's DeepSpeed JSON. Every setting is explicit, because defaults change between releases.
 
     The micro-batch size is nominal: the training step itself splits the rows (contract C2).
     """
+    engine = stage.run.engine
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    offload = {"offload_optimizer": config.engine.offload_optimizer, "offload_param": config.engine.offload_parameters}
-    steps = num_micro_batches(stage.global_batch_size, world_size, config.engine.micro_batch_size)
+    offload = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+    steps = stage.num_micro_batches(world_size)
     return {
         "train_batch_size": world_size * steps,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": steps,
-        "gradient_clipping": stage.optimizer.max_grad_norm,
+        "gradient_clipping": stage.config.optimizer.max_grad_norm,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
@@ -54,10 +54,10 @@ def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> 
         "prescale_gradients": False,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": config.engine.precision == "bfloat16", "check_grad_overflow": False},
+        "bf16": {"enabled": engine.precision == "bfloat16", "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "zero_optimization": {
-            "stage": config.engine.zero_stage,
+            "stage": engine.zero_stage,
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
@@ -71,20 +71,20 @@ def deepspeed_config(config: RunConfig, stage: StageConfig, world_size: int) -> 
     }
 
 
-def sharding_of(config: RunConfig, stage: StageConfig, world_size: int, on_cuda: bool) -> Sharding:
+def sharding_of(stage: Stage, world_size: int, on_cuda: bool) -> Sharding:
     """Return the stage's sharding for the memory estimate, read from the DeepSpeed JSON so that the two agree."""
-    settings = deepspeed_config(config, stage, world_size)
+    settings = deepspeed_config(stage, world_size)
     zero = settings["zero_optimization"]
     return Sharding(
         zero_stage=zero["stage"],
         world_size=world_size,
-        precision=config.engine.precision,
+        precision=stage.run.engine.precision,
         reduce_bucket=zero["reduce_bucket_size"],
         allgather_bucket=zero["allgather_bucket_size"],
         max_live=zero["stage3_max_live_parameters"],
         offload_optimizer="offload_optimizer" in zero,
         offload_parameters="offload_param" in zero,
-        averages=stage.optimizer.ema_decay is not None,
+        averages=stage.config.optimizer.ema_decay is not None,
         accumulates=settings["gradient_accumulation_steps"] > 1,
         fused_update=on_cuda,
     )
@@ -101,17 +101,13 @@ def prepare_blocks(model: Model, engine: EngineConfig) -> None:
         # Beyond torch's limits a variant would silently run uncompiled; each layer's drop path alone makes one.
         torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
         torch._dynamo.config.accumulated_recompile_limit = COMPILED_VARIANTS
+    block: Any
     for block in model.transformer_blocks():
         if engine.compile:
-            _replace_forward(block, torch.compile(block.forward))
+            block.forward = torch.compile(block.forward)
         if engine.activation_checkpointing:
             early_stop = engine.zero_stage != 3
-            recomputed = partial(checkpoint, block.forward, use_reentrant=False, early_stop=early_stop)
-            _replace_forward(block, recomputed)
-
-
-def _replace_forward(block: nn.Module, forward: Any) -> None:
-    block.forward = forward
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, early_stop=early_stop)
 
 
 # ---- C++ extensions

@@ -1,4 +1,4 @@
-"""The engine protocol, the state fragments it exchanges with checkpoints, and an engine without DeepSpeed.
+"""What a training step needs of an engine, the timing of forwards, and the fragments that checkpoints store.
 
 A fragment is a range of one parameter: its float32 master weight, its Adam moments and, if the stage keeps one, its
 moving average. Checkpoints store fragments, which are readable at any world size and ZeRO stage (contract C5).
@@ -16,9 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import OptimizerConfig
 from pipeline.models.forward import ForwardInput, ForwardOutput
-from pipeline.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -52,63 +50,7 @@ class StepEngine(Protocol):
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput: ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradient; `last` marks the last micro-batch before `step`."""
-
-
-class Engine(StepEngine, Protocol):
-    """An engine whose state can be inspected, saved and restored."""
-
-    def step(self, rate: float) -> None:
-        """Update the weights at this learning rate, times the multiplier of their parameter group."""
-
-    def gradient_norm(self) -> float: ...
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return the global batch's full gradients; valid between the last `backward` and `step`."""
-        ...
-
-    def local_gradients(self) -> list[Tensor]:
-        """Return this rank's part of the gradients that the next `step` applies."""
-        ...
-
-    def memory(self) -> dict[str, int]:
-        """Return the bytes of this rank's state by category."""
-        ...
-
-    def fragments(self) -> Iterator[Fragment]: ...
-
-    def restore(self, source: FragmentSource) -> None: ...
-
-    def weights(self) -> dict[str, Tensor] | None:
-        """Gather the full float32 weights, or their moving average, on rank 0. A collective call."""
-        ...
-
-
-class PlainEngine:
-    """Autograd and torch's AdamW in one process: the reference that every other engine must match."""
-
-    def __init__(self, model: Model, optimizer: OptimizerConfig):
-        self.model = model
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            trained, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-        )
-
-    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        return self.model(passes)
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        loss.backward()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients of all parameters that received one since the last step."""
-        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-
-    def step(self, rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        """Add this micro-batch's gradient; `last` marks the last micro-batch before the update."""
 
 
 class ForwardTimer:

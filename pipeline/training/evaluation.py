@@ -15,7 +15,8 @@ from pipeline.evaluation.evaluate import can_evaluate, evaluate
 from pipeline.training.callbacks import Callback, StepEvent
 
 if TYPE_CHECKING:
-    from pipeline.training.context import RunContext, Stage, StageState
+    from pipeline.training.context import RunContext, StageState
+    from pipeline.training.stages import Stage
 
 
 class EvaluationCallback(Callback):
@@ -35,16 +36,13 @@ class EvaluationCallback(Callback):
     def on_stage_start(self, state: StageState, start: int) -> None:
         self._state = state
 
-    def is_due(self, step: int) -> bool:
-        """Return whether to evaluate after this step. `mome train` evaluates the finished run by itself."""
-        if not self._is_enabled:
-            return False
-        if step + 1 == self._stage.steps:
-            return self._stage.index + 1 < len(self._stage.run.stages)
-        return (step + 1) % (self._stage.run.evaluation.every or 1) == 0
-
     def after_step(self, event: StepEvent) -> None:
-        if self.is_due(event.step) and not event.preempted:
+        """Evaluate if it is due. `mome train` evaluates the finished run by itself."""
+        run, num_steps = self._stage.run, event.step + 1
+        is_due = num_steps % (run.evaluation.every or 1) == 0
+        if num_steps == self._stage.steps:
+            is_due = self._stage.index + 1 < len(run.stages)
+        if self._is_enabled and is_due and not event.preempted:
             with self._context.supervisor.during("evaluation", self._stage.global_step(event.step)):
                 metrics = self.evaluate()
             self._state.callbacks.on_evaluation(event.step, metrics)

@@ -11,22 +11,25 @@ from __future__ import annotations
 import errno
 import hashlib
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pipeline.config.errors import RunFailed
-from pipeline.config.schema import RunConfig, SpikeConfig, StageConfig
+from pipeline.config.schema import SpikeConfig
 from pipeline.data.batch import Batch
 from pipeline.data.storage.errors import NoSpace
 from pipeline.training.callbacks import Callback
 from pipeline.training.collectives import Collectives
-from pipeline.training.step import num_micro_batches
+from pipeline.training.stages import Stage
 
 if TYPE_CHECKING:
     from pipeline.training.context import StageState
@@ -70,51 +73,6 @@ def check_step_health(
 # ---- where a non-finite value came from
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The first module on a rank with a non-finite output or output gradient; `order` counts modules executed."""
-
-    order: int
-    module: str
-    description: str
-
-
-class _NonFiniteTracer:
-    """Records the first module whose output, and the first whose output gradient, is not finite."""
-
-    def __init__(self) -> None:
-        self.origins: dict[str, _Origin] = {}
-        self._num_executed = {"forward": 0, "backward": 0}
-
-    @contextmanager
-    def attached_to(self, model: nn.Module) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in model.named_modules() if name]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._num_executed["forward"] += 1
-            for tensor in _tensors(output):
-                if not _is_finite(tensor):
-                    self._record("forward", name, _describe_cause(module, inputs, tensor))
-                if tensor.requires_grad:
-                    tensor.register_hook(after_backward)
-
-        def after_backward(gradient: Tensor) -> None:
-            self._num_executed["backward"] += 1
-            if not _is_finite(gradient):
-                self._record("backward", name, f"the gradient of its output has {_describe(gradient)}")
-
-        return after_forward
-
-    def _record(self, direction: str, name: str, description: str) -> None:
-        self.origins.setdefault(direction, _Origin(self._num_executed[direction], name, description))
-
-
 def locate_non_finite(
     losses: dict[str, Tensor], model: nn.Module, repeat: Callable[[], object], collectives: Collectives
 ) -> str:
@@ -131,30 +89,41 @@ def locate_non_finite(
         for name, value in values.items()
     ]
     symptom = ", ".join(bad_losses) if bad_losses else "the gradient is not finite, though the losses are"
-    tracer = _NonFiniteTracer()
-    with tracer.attached_to(model):
+
+    num_executed: Counter[str] = Counter()
+    first: dict[str, tuple[int, str, str]] = {}  # direction -> the first module that is not finite, and its cause
+
+    def after_forward(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        num_executed["forward"] += 1
+        for tensor in _float_tensors(output):
+            if not _is_finite(tensor) and "forward" not in first:
+                first["forward"] = num_executed["forward"], name, _describe_cause(module, inputs, tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(partial(after_backward, name))
+
+    def after_backward(name: str, gradient: Tensor) -> None:
+        num_executed["backward"] += 1
+        if not _is_finite(gradient) and "backward" not in first:
+            cause = f"the gradient of its output has {_describe(gradient)}"
+            first["backward"] = num_executed["backward"], name, cause
+
+    hooks = [m.register_forward_hook(partial(after_forward, name)) for name, m in model.named_modules() if name]
+    try:
         repeat()
-    gathered = collectives.gather_json(
-        {direction: (origin.order, origin.module, origin.description) for direction, origin in tracer.origins.items()}
-    )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gathered = collectives.gather_json(first)
     for direction in ("forward", "backward"):
-        origins = [
-            (*rank_origins[direction], rank) for rank, rank_origins in enumerate(gathered) if direction in rank_origins
-        ]
-        if origins:
-            _, module, description, rank = min(origins, key=lambda origin: (origin[0], origin[3]))
-            return f"{symptom}; first in module '{module}' on rank {rank}, in the {direction} pass: {description}"
+        if on_ranks := [(*origins[direction], rank) for rank, origins in enumerate(gathered) if direction in origins]:
+            _, module, cause, rank = min(on_ranks, key=lambda origin: (origin[0], origin[3]))
+            return f"{symptom}; first in module '{module}' on rank {rank}, in the {direction} pass: {cause}"
     return f"{symptom}; all module outputs and gradients are finite when repeated: a sum over rows or ranks overflowed"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+def _float_tensors(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors in nested dicts, lists and tuples."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -172,7 +141,7 @@ def _describe_cause(module: nn.Module, inputs: Any, output: Tensor) -> str:
     for name, parameter in module.named_parameters():
         if parameter.numel() and not _is_finite(parameter):
             return f"{description}, its parameter '{name}' has {_describe(parameter)}"
-    if not all(_is_finite(tensor) for tensor in _tensors(inputs)):
+    if not all(_is_finite(tensor) for tensor in _float_tensors(inputs)):
         return f"{description}, and its input is not finite either"
     return f"{description}; its inputs and parameters are finite"
 
@@ -206,9 +175,25 @@ class ExecutionOrderCheck(Callback):
 
     def on_model_built(self, model: nn.Module) -> None:
         self._model = model
+
+        def enter_model(module: nn.Module, arguments: object) -> None:
+            self._in_forward = True
+
+        def enter_module(name: str, module: nn.Module, arguments: object) -> None:
+            if not torch.compiler.is_compiling() and self._is_active and self._in_forward:
+                self._record(name)
+                if self._compares_each_module:
+                    self._compare()
+
+        def leave_model(module: nn.Module, arguments: object, result: object) -> None:
+            self._in_forward = False
+            if self._is_active:
+                self._record(END)
+                self._compare()
+
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(self._enter_model if module is model else self._recorder(name))
-        model.register_forward_hook(self._leave_model)
+            module.register_forward_pre_hook(enter_model if module is model else partial(enter_module, name))
+        model.register_forward_hook(leave_model)
 
     def on_stage_start(self, state: StageState, start: int) -> None:
         self._start = start
@@ -227,24 +212,6 @@ class ExecutionOrderCheck(Callback):
             self._compare()
         self._is_active = False
 
-    def _enter_model(self, module: nn.Module, arguments: object) -> None:
-        self._in_forward = True
-
-    def _recorder(self, name: str) -> Callable[[nn.Module, object], None]:
-        def record(module: nn.Module, arguments: object) -> None:
-            if not torch.compiler.is_compiling() and self._is_active and self._in_forward:
-                self._record(name)
-                if self._compares_each_module:
-                    self._compare()
-
-        return record
-
-    def _leave_model(self, module: nn.Module, arguments: object, result: object) -> None:
-        self._in_forward = False
-        if self._is_active:
-            self._record(END)
-            self._compare()
-
     def _record(self, name: str) -> None:
         self._executed.append(name)
         self._digest.update(f"{name}\n".encode())
@@ -253,20 +220,16 @@ class ExecutionOrderCheck(Callback):
         digest = int.from_bytes(self._digest.digest()[:7], "big")
         if self._collectives.largest([digest, -digest]) == [digest, -digest]:
             return
-        difference = _first_difference(self._collectives.gather_json(self._executed))
-        raise RunFailed(
-            f"step {self._step}: ranks ran different modules; {difference}. Gradients would have been silently wrong. "
-            "The modules a step runs must depend on the step number only, never on a rank's own data."
-        )
-
-
-def _first_difference(executed: list[list[str]]) -> str:
-    for position in range(max(len(names) for names in executed)):
-        names = [rank[position] if position < len(rank) else "(nothing)" for rank in executed]
-        if len(set(names)) > 1:
-            by_rank = ", ".join(f"rank {rank} ran '{name}'" for rank, name in enumerate(names))
-            return f"call {position}: {by_rank}"
-    raise AssertionError("the sequences are equal")
+        by_rank: list[list[str]] = self._collectives.gather_json(self._executed)
+        for position, names in enumerate(zip_longest(*by_rank, fillvalue="(nothing)")):
+            if len(set(names)) > 1:
+                ran = ", ".join(f"rank {rank} ran '{name}'" for rank, name in enumerate(names))
+                raise RunFailed(
+                    f"step {self._step}: ranks ran different modules; call {position}: {ran}. Gradients would have "
+                    "been silently wrong. The modules a step runs must depend on the step number only, never on a "
+                    "rank's own data."
+                )
+        raise AssertionError("the sequences are equal")
 
 
 # ---- loss spikes
@@ -360,7 +323,7 @@ OUT_OF_MEMORY_MESSAGES = (
 
 @contextmanager
 def permanent_failures_explained(
-    config: RunConfig, stage: StageConfig, collectives: Collectives, memory: Callable[[], dict[str, int]] | None = None
+    stage: Stage, collectives: Collectives, memory: Callable[[], dict[str, int]] | None = None
 ) -> Iterator[None]:
     """Convert errors that a restart would only repeat (memory or disk exhausted) into RunFailed with remedies.
 
@@ -374,7 +337,7 @@ def permanent_failures_explained(
         ) from error
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
-            raise out_of_memory(error, config, stage, collectives, memory() if memory else None) from error
+            raise out_of_memory(error, stage, collectives, memory() if memory else None) from error
         raise
 
 
@@ -388,12 +351,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(
-    error: BaseException, config: RunConfig, stage: StageConfig, collectives: Collectives, held: dict[str, int] | None
+    error: BaseException, stage: Stage, collectives: Collectives, held: dict[str, int] | None
 ) -> RunFailed:
     """Return the error to raise; `held`: bytes of this rank's state by category, None before the engine was built."""
-    engine, world_size = config.engine, collectives.world_size
-    share = -(-stage.global_batch_size // world_size)
-    rows = -(-share // num_micro_batches(stage.global_batch_size, world_size, engine.micro_batch_size))
+    engine, world_size = stage.run.engine, collectives.world_size
+    share = -(-stage.config.global_batch_size // world_size)
+    rows = -(-share // stage.num_micro_batches(world_size))
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     lines = [f"stage {stage.name}, rank {collectives.rank} of {world_size}: out of memory: {reason}"]
     if held is None:
@@ -410,20 +373,22 @@ def out_of_memory(
         f"One forward held {rows} of the rank's {share} rows (engine.micro_batch_size: "
         f"{engine.micro_batch_size or 'not set'}); memory beyond the state above is activations."
     )
-    remedies = []
-    if rows > 1:
-        remedies.append(f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)")
-    if not engine.activation_checkpointing:
-        remedies.append("engine.activation_checkpointing=true (recomputes activations instead of storing them)")
-    if engine.zero_stage < 3:
-        remedies.append(f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)")
-    if not engine.offload_optimizer and engine.zero_stage:  # nothing is offloaded without ZeRO
-        remedies.append("engine.offload_optimizer=true (keeps moments in host memory)")
-    if engine.precision == "float32":
-        remedies.append("engine.precision=bfloat16 (in a new run; it cannot change within one)")
-    remedies.append("more ranks (cluster.workers)")
-    lines.append("A restart would repeat it. Change, in this order: " + "; ".join(remedies))
-    return RunFailed("\n".join(lines))
+    remedies = {
+        f"engine.micro_batch_size={rows // 2} (fewer activations; the gradient stays the same)": rows > 1,
+        "engine.activation_checkpointing=true (recomputes activations instead of storing them)": (
+            not engine.activation_checkpointing
+        ),
+        f"engine.zero_stage={engine.zero_stage + 1} (partitions more of the state among the ranks)": (
+            engine.zero_stage < 3
+        ),
+        "engine.offload_optimizer=true (keeps moments in host memory)": (
+            not engine.offload_optimizer and engine.zero_stage > 0  # nothing is offloaded without ZeRO
+        ),
+        "engine.precision=bfloat16 (in a new run; it cannot change within one)": engine.precision == "float32",
+        "more ranks (cluster.workers)": True,
+    }
+    possible = "; ".join(remedy for remedy, helps in remedies.items() if helps)
+    return RunFailed("\n".join([*lines, f"A restart would repeat it. Change, in this order: {possible}"]))
 
 
 def _format_bytes(size: float) -> str:

@@ -34,7 +34,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.checkpoint.checkpointer import Checkpointer, checkpoint_metadata
 from pipeline.training.collectives import Collectives
-from pipeline.training.context import RunContext, Stage, StageResult, StageState
+from pipeline.training.context import RunContext, StageResult, StageState
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
 from pipeline.training.evaluation import EvaluationCallback
 from pipeline.training.health import (
@@ -46,15 +46,15 @@ from pipeline.training.health import (
     permanent_failures_explained,
 )
 from pipeline.training.metrics import MetricsCollector, ProgressReporter, StageTracking
-from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.optimizer import learning_rate
 from pipeline.training.ownership import Ownership, Start
 from pipeline.training.prepare import load_coverage, prepare
-from pipeline.training.profile import Profiler, ProfileWindow
+from pipeline.training.profile import Profiler
 from pipeline.training.progress import Report
-from pipeline.training.stages import build_stage_model
+from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
 from pipeline.training.supervisor import RankSupervisor, SupervisorCallback
+from pipeline.training.workload import with_micro_batch
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +84,14 @@ def train(
     collectives, storage = Collectives(), Storage(config.storage)
     is_first = collectives.rank == 0
     supervisor = RankSupervisor(config, storage, collectives, preempted, elapsed=time.monotonic() - began)
-    if is_first and claim is None:
-        prepare(config, storage)
-    ownership = _take_ownership(config, storage, collectives, claim)
+    start = None
+    if is_first:
+        if claim is None:
+            prepare(config, storage)
+        taken = Ownership.take(storage, config.folder, claim)
+        claim, start = taken.claim, str(taken.start)
+    claim, start = collectives.broadcast_json((claim, start))
+    ownership = Ownership(storage, config.folder, claim, Start.parse(start))
     tokenizer = Tokenizer.load(storage, join(config.folder, VOCABULARY), config.tokenizer.lowercase)
     tracker: Tracker = Tracker()
     if is_first:
@@ -97,7 +102,7 @@ def train(
         config, storage, tokenizer, collectives, tracker, report, loader_backend, supervisor, ownership, coverage
     )
     try:
-        with supervisor:
+        with supervisor.running():
             for index in range(len(config.stages)):
                 if not is_committed(storage, stage_url(config, index)):
                     _train_with_rollbacks(context, index, callbacks)
@@ -168,8 +173,7 @@ def _train_with_rollbacks(context: RunContext, index: int, extra: Sequence[Callb
     spike, is_first_attempt = None, True
     while is_first_attempt or spike is not None:
         context.supervisor.begin_stage(context.config.stage_start(index), is_rollback=not is_first_attempt)
-        run = context.config.for_stage(context.config.stages[index])
-        stage = Stage(with_micro_batch(run, index, context.collectives, context.tokenizer.size), index)
+        stage = with_micro_batch(Stage(context.config, index), context.collectives, context.tokenizer.size)
         result = train_stage(stage, context, Callbacks([*standard_callbacks(stage, context), *extra]), spike)
         spike, is_first_attempt = result.spike, False
     reached = stage.global_step(result.num_steps)
@@ -184,16 +188,14 @@ def standard_callbacks(stage: Stage, context: RunContext) -> list[Callback]:
     collectives, window = context.collectives, stage.run.tracking.profile
     callbacks: list[Callback] = []
     if window is not None and collectives.rank == 0:
-        callbacks.append(Profiler(stage, context, ProfileWindow.parse(window)))
-    supervision = SupervisorCallback(context.supervisor, stage.first_step)
+        callbacks.append(Profiler(stage, context, window))
     callbacks += [
-        supervision,
+        SupervisorCallback(context.supervisor, stage.first_step),
         ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step),
         StageTracking(stage, context),
     ]
     if collectives.rank == 0:
-        callbacks.append(Alerts(stage, context.tracker, context.coverage))
-        callbacks.append(ProgressReporter(stage, context.report))
+        callbacks += [Alerts(stage, context.tracker, context.coverage), ProgressReporter(stage, context.report)]
     return [
         *callbacks,
         MetricsCollector(stage, context),
@@ -204,51 +206,50 @@ def standard_callbacks(stage: Stage, context: RunContext) -> list[Callback]:
 
 @contextmanager
 def build_stage_state(stage: Stage, context: RunContext, callbacks: Callbacks) -> Iterator[StageState]:
-    """Build a stage's loader, model, engine and step with its starting weights, and release them at the end.
+    """Build a stage's state, with its starting weights, and release it at the end.
 
     A collective call. Errors that a restart would repeat, in the block too, are raised as RunFailed.
     """
-    config, storage, collectives = stage.run, context.storage, context.collectives
-    rank, world_size = collectives.rank, collectives.world_size
+    run, storage, collectives = stage.run, context.storage, context.collectives
     with ExitStack() as stack:
-        stack.callback(gc.collect)
         stack.callback(callbacks.close)
-        loader = stack.enter_context(
-            Loader(
-                config,
-                stage.config,
-                batch_groups(config, stage.config),
-                storage,
-                context.tokenizer,
-                rank,
-                world_size,
-                context.loader_backend,
-            )
-        )
-        choices = choices_of(config, config.stages[: stage.index + 1], storage)
-        checkpoints = CheckpointStore(storage, config.folder, collectives, config.checkpoint, context.ownership)
-        engine, step, shapes = build_engine(stage, storage, context.tokenizer.size, collectives, callbacks)
-        stack.callback(engine.close)
+        choices = choices_of(run, run.stages[: stage.index + 1], storage)
+        parts = build_step(stage, storage, context.tokenizer, collectives, context.loader_backend, callbacks)
+        loader, engine, step, shapes = stack.enter_context(parts)
+        checkpoints = CheckpointStore(storage, run.folder, collectives, run.checkpoint, context.ownership)
         stack.callback(checkpoints.close)
-        spikes = SpikeGuard(config.guards.spike)
-        with permanent_failures_explained(config, stage.config, collectives, engine.memory):
+        spikes = SpikeGuard(run.guards.spike)
+        with permanent_failures_explained(stage, collectives, engine.memory):
             yield StageState(engine, step, loader, checkpoints, spikes, callbacks, shapes, choices)
 
 
-def build_engine(
-    stage: Stage, storage: Storage, vocabulary: int, collectives: Collectives, callbacks: Callback
-) -> tuple[DeepSpeedEngine, TrainingStep, dict[str, list[int]]]:
-    """Build the engine and step of a stage with its starting weights, and the shapes of its parameters by name.
+@contextmanager
+def build_step(
+    stage: Stage,
+    storage: Storage,
+    tokenizer: Tokenizer,
+    collectives: Collectives,
+    loader_backend: BackendFactory,
+    callbacks: Callback,
+) -> Iterator[tuple[Loader, DeepSpeedEngine, TrainingStep, dict[str, list[int]]]]:
+    """Build a stage's loader, engine and step, and return its parameters' shapes by name; release them at the end.
 
-    A collective call. Raises RunFailed, with the memory plan, if it does not fit.
+    A collective call. Raises RunFailed, with the memory plan, if the engine does not fit.
     """
-    with permanent_failures_explained(stage.run, stage.config, collectives):
-        image_tokenizer = load_image_tokenizer(stage.config, storage, collectives.device)
-        model = build_stage_model(stage.run, stage.index, storage, vocabulary)
-        callbacks.on_model_built(model)
-        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        engine = DeepSpeedEngine(model, stage.run, stage.config, collectives)
-    return engine, TrainingStep(engine, stage.run, stage.config, collectives, image_tokenizer), shapes
+    run, config = stage.run, stage.config
+    groups, rank, world_size = batch_groups(run, config), collectives.rank, collectives.world_size
+    with ExitStack() as stack:
+        stack.callback(gc.collect)
+        loader = Loader(run, config, groups, storage, tokenizer, rank, world_size, loader_backend)
+        stack.enter_context(loader)
+        with permanent_failures_explained(stage, collectives):
+            image_tokenizer = load_image_tokenizer(config, storage, collectives.device)
+            model = build_stage_model(stage, storage, tokenizer.size)
+            callbacks.on_model_built(model)
+            shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+            engine = DeepSpeedEngine(model, stage, collectives)
+        stack.callback(engine.close)
+        yield loader, engine, TrainingStep(engine, stage, collectives, image_tokenizer), shapes
 
 
 def resume(state: StageState, stage: Stage, context: RunContext, rolled_back: Spike | None) -> int:
@@ -303,16 +304,6 @@ def export_weights(state: StageState, stage: Stage, context: RunContext) -> None
                 "%s: an earlier start has already handed the stage over; continuing from its weights", stage.url
             )
     context.collectives.barrier()
-
-
-def _take_ownership(config: RunConfig, storage: Storage, collectives: Collectives, claim: str | None) -> Ownership:
-    """Take the run's ownership on rank 0 and share it with all ranks."""
-    start = None
-    if collectives.rank == 0:
-        taken = Ownership.take(storage, config.folder, claim)
-        claim, start = taken.claim, str(taken.start)
-    claim, start = collectives.broadcast_json((claim, start))
-    return Ownership(storage, config.folder, claim, Start.parse(start))
 
 
 def _close_tracker(tracker: Tracker, status: Status) -> None:

@@ -7,13 +7,12 @@ allocator's own (CUDA's counter, or the CPU allocator's events as the profiler r
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -25,42 +24,32 @@ Storages = dict[int, int]  # address -> bytes
 
 
 def storages_of(tensors: Iterable[Tensor]) -> Storages:
-    """The distinct storages behind some tensors."""
-    storages: Storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage.nbytes()
-    return storages
+    """Return the distinct storages behind some tensors."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 def living(device: torch.device) -> Storages:
-    """Every storage on a device that a Python object still refers to, gradients among them."""
+    """Return every storage on a device that a Python object still refers to, gradients among them."""
     gc.collect()
-    return storages_of(tensor for tensor in _all_tensors() if tensor.device.type == device.type)
-
-
-def _all_tensors() -> Iterator[Tensor]:
+    tensors: list[Tensor] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # isinstance on deprecated objects warns
         for candidate in gc.get_objects():
             try:
-                if not isinstance(candidate, Tensor):
-                    continue
-                yield candidate
-                if candidate.is_leaf and candidate.grad is not None:
-                    yield candidate.grad
+                if isinstance(candidate, Tensor):
+                    tensors += _with_gradient(candidate)
             except (ReferenceError, RuntimeError):
                 continue
+    return storages_of(tensor for tensor in tensors if tensor.device.type == device.type)
 
 
 def states_of(engine: DeepSpeedEngine) -> Storages:
-    """Weights that forward reads, master weights, moments and moving averages."""
-    tensors = [*engine.module.parameters(), *engine._averages.values()]
+    """Return the storages of weights that the forward reads, master weights, moments and moving averages."""
+    tensors = [*engine.module.parameters(), *engine._averages.values(), *engine._optimized_tensors()]
     tensors += [parameter.ds_tensor for parameter in engine.module.parameters() if hasattr(parameter, "ds_tensor")]
     for group in engine._adam.param_groups:
         tensors += group["params"]
-    tensors += engine._optimized_tensors()
     for state in engine._adam.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return storages_of(tensors)
@@ -68,31 +57,26 @@ def states_of(engine: DeepSpeedEngine) -> Storages:
 
 def gradients_of(engine: DeepSpeedEngine) -> Storages:
     """Return the storages of gradients: tensors of parameters and optimizer other than state and buckets."""
-    held = list(_held_by(vars(engine._engine.optimizer)))
+    buckets: list[Tensor] = []  # through which DeepSpeed reduces gradients
+    for bucket in getattr(engine._engine.optimizer, "ipg_buckets", {}).values():
+        buckets += [bucket.buffer] if isinstance(bucket.buffer, Tensor) else (bucket.buffer or [])
+    others = states_of(engine) | storages_of(buckets)
+
+    def nested(value: Any, depth: int = 4) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield from _with_gradient(value)
+        elif depth and isinstance(value, dict | list | tuple | set):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from nested(item, depth - 1)
+
+    held = list(nested(vars(engine._engine.optimizer)))
     for parameter in engine.module.parameters():
         held += [g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None]
-    others = {**states_of(engine), **buckets_of(engine)}
     return {address: size for address, size in storages_of(held).items() if address not in others}
 
 
-def _held_by(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Tensors in nested lists and dictionaries, and their gradients."""
-    if isinstance(value, Tensor):
-        yield value
-        if value.is_leaf and value.grad is not None:
-            yield value.grad
-    elif depth and isinstance(value, dict | list | tuple | set):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _held_by(item, depth - 1)
-
-
-def buckets_of(engine: DeepSpeedEngine) -> Storages:
-    """The buffers through which DeepSpeed reduces gradients."""
-    buckets = getattr(engine._engine.optimizer, "ipg_buckets", {}).values()
-    held: list[Tensor] = []
-    for bucket in buckets:
-        held += [bucket.buffer] if isinstance(bucket.buffer, Tensor) else (bucket.buffer or [])
-    return storages_of(held)
+def _with_gradient(tensor: Tensor) -> list[Tensor]:
+    return [tensor] if not tensor.is_leaf or tensor.grad is None else [tensor, tensor.grad]
 
 
 class MeasuredEngine:
@@ -106,13 +90,13 @@ class MeasuredEngine:
 
     def saving(self) -> torch.autograd.graph.saved_tensors_hooks:
         """While entered, what is saved is counted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-        if not is_weight:
-            self._saved |= storages_of([tensor])
-        return tensor
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+                self._saved |= storages_of([tensor])
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         return self._engine(passes)
@@ -127,7 +111,7 @@ class MeasuredEngine:
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes that `run` allocates at any time beyond what was allocated before it."""
+    """Return the most bytes that `run` allocates at any time beyond what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -141,9 +125,8 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> int:
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     alive = peak = 0
-    for _, change in changes:
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         alive += change
         peak = max(peak, alive)
     return peak
@@ -159,19 +142,15 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    peak = _resident_bytes()
+    process, peak = psutil.Process(), 0
 
     def update() -> None:
         nonlocal peak
-        peak = max(peak, _resident_bytes())
+        peak = max(peak, process.memory_info().rss)
 
+    update()
     sampler = PeriodicThread(update, 0.01, "peak memory").start()
     try:
         yield lambda: peak
     finally:
         sampler.stop()
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

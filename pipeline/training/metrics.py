@@ -15,14 +15,15 @@ import torch
 from pipeline.data.loading.loader import Loader
 from pipeline.tracking.tracker import DatasetInput
 from pipeline.training.callbacks import Callback, StepEvent
-from pipeline.training.checkpoint import finished_stage, stage_url
+from pipeline.training.checkpoint import finished_stage
 from pipeline.training.collectives import Collectives
 from pipeline.training.goodput import goodput_metrics
 from pipeline.training.progress import Progress, Report
 from pipeline.training.workload import peak_step_seconds
 
 if TYPE_CHECKING:
-    from pipeline.training.context import RunContext, Stage, StageState
+    from pipeline.training.context import RunContext, StageState
+    from pipeline.training.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,6 @@ class MetricsSnapshot:
     step_metrics: StepMetrics
 
 
-class Throughput:
-    """Steps per second and the fraction of time spent waiting for data, since the last reading."""
-
-    def __init__(self, loader: Loader, step: int):
-        """Start measuring after `step` completed steps."""
-        self._loader = loader
-        self._time, self._step, self._waited = time.perf_counter(), step, loader.wait_seconds
-
-    def read(self, step: int) -> tuple[float, float]:
-        """Return (steps per second, fraction of time waiting for data) after `step` completed steps."""
-        now, waited = time.perf_counter(), self._loader.wait_seconds
-        seconds = max(now - self._time, 1e-9)
-        result = (step - self._step) / seconds, (waited - self._waited) / seconds
-        self._time, self._step, self._waited = now, step, waited
-        return result
-
-
 class MetricsCollector(Callback):
     """Collects metrics at the stage's metrics steps and passes them to the `on_metrics` hooks."""
 
@@ -93,16 +77,18 @@ class MetricsCollector(Callback):
         device = context.collectives.device
         if context.collectives.rank == 0 and device.type == "cuda":
             name, world_size = torch.cuda.get_device_name(device), context.collectives.world_size
-            self._peak_step_seconds = peak_step_seconds(
-                name, stage.run, stage.index, context.tokenizer.size, world_size
-            )
+            self._peak_step_seconds = peak_step_seconds(name, stage, context.tokenizer.size, world_size)
 
     def on_stage_start(self, state: StageState, start: int) -> None:
         self._state = state
-        self._throughput = Throughput(state.loader, start)
+        self._start_clock(start)
 
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._throughput = Throughput(self._state.loader, step + 1)  # excludes the evaluation's time
+        self._start_clock(step + 1)  # excludes the evaluation's time
+
+    def _start_clock(self, step: int) -> None:
+        """Measure throughput and waiting for data from now on, after `step` completed steps."""
+        self._clock = time.perf_counter(), step, self._state.loader.wait_seconds
 
     def after_step(self, event: StepEvent) -> None:
         if self._stage.is_metrics_step(event.step):
@@ -111,53 +97,53 @@ class MetricsCollector(Callback):
     def collect(self, event: StepEvent) -> MetricsSnapshot:
         """Collect the metrics of a completed step. A collective call."""
         assert event.health is not None, "every metrics step has a health check"
-        batch_size, world_size = self._stage.config.global_batch_size, self._collectives.world_size
-        steps_per_second, data_wait = self._throughput.read(event.step + 1)
-        step_metrics = self._step_metrics(event.step, data_wait)
-        samples_per_second = steps_per_second * batch_size
+        stage, state, collectives, completed = self._stage, self._state, self._collectives, event.step + 1
+        batch_size, world_size = stage.config.global_batch_size, collectives.world_size
+        last_time, last_step, last_waited = self._clock
+        self._start_clock(completed)
+        seconds = max(self._clock[0] - last_time, 1e-9)
+        steps_per_second, data_wait = (completed - last_step) / seconds, (self._clock[2] - last_waited) / seconds
+
+        # One reduction sums the diagnostics over ranks and gathers each rank's timings.
+        names = sorted(state.step.diagnostics)
+        by_rank = torch.zeros(2, world_size, device=collectives.device)
+        by_rank[:, collectives.rank] = torch.tensor([data_wait, state.step.forward_timer.read()])
+        parts = [state.step.diagnostics[name].float().reshape(1) for name in names]
+        summed = collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
+        timings = summed[len(names) :]
+        step_metrics = StepMetrics(
+            stage.global_step(completed),
+            is_warm=event.step >= stage.config.optimizer.warmup_steps,
+            diagnostics=dict(zip(names, summed, strict=False)),
+            data_wait=timings[:world_size],
+            forward_seconds=timings[world_size:],
+        )
         losses = event.health.losses
         values = {("train/loss" if name == "loss" else f"train/loss_{name}"): loss for name, loss in losses.items()}
-        values |= self._losses_by_source() | step_metrics.metrics()
+        if by_source := state.step.by_source:  # each source's mean loss over its own rows, if the stage mixes sources
+            objectives, sources = sorted(by_source), sorted(stage.config.sources)
+            totals = collectives.sum(torch.stack([by_source[objective] for objective in objectives])).tolist()
+            values |= {
+                f"train/{source}/loss_{objective}": total / count
+                for objective, rows in zip(objectives, totals, strict=True)
+                for source, (total, count) in zip(sources, rows, strict=True)
+                if count  # a source may have no row in a batch
+            }
+        samples_per_second = steps_per_second * batch_size
+        values |= step_metrics.metrics()
         values |= {
             "perf/samples_per_s": samples_per_second,
             "perf/samples_per_s_per_gpu": samples_per_second / world_size,
             "perf/data_wait_share": data_wait,
-            "samples_seen": float((event.step + 1) * batch_size),
+            "samples_seen": float(completed * batch_size),
             "train/lr": event.lr,
-            "train/grad_norm": self._state.engine.gradient_norm(),
+            "train/grad_norm": state.engine.gradient_norm(),
         }
         if self._peak_step_seconds is not None:
             values["perf/mfu"] = steps_per_second * self._peak_step_seconds
-        values |= total_data_counts(self._state.loader, self._state.data_counts, self._collectives)
+        values |= total_data_counts(state.loader, state.data_counts, collectives)
         values |= goodput_metrics(self._supervisor.goodput.seconds())
         return MetricsSnapshot(losses, values, steps_per_second, samples_per_second, step_metrics)
-
-    def _step_metrics(self, step: int, data_wait: float) -> StepMetrics:
-        """Sum the diagnostics over ranks and gather each rank's timings, in one reduction."""
-        training_step, world_size = self._state.step, self._collectives.world_size
-        names = sorted(training_step.diagnostics)
-        by_rank = torch.zeros(2, world_size, device=self._collectives.device)
-        by_rank[:, self._collectives.rank] = torch.tensor([data_wait, training_step.forward_timer.read()])
-        parts = [training_step.diagnostics[name].float().reshape(1) for name in names]
-        summed = self._collectives.sum(torch.cat([*parts, by_rank.flatten()])).tolist()
-        diagnostics, timings = dict(zip(names, summed, strict=False)), summed[len(names) :]
-        is_warm = step >= self._stage.config.optimizer.warmup_steps
-        completed = self._stage.global_step(step + 1)
-        return StepMetrics(completed, is_warm, diagnostics, timings[:world_size], timings[world_size:])
-
-    def _losses_by_source(self) -> dict[str, float]:
-        """Return each source's mean loss over its own rows, for stages that mix sources."""
-        by_source = self._state.step.by_source
-        if not by_source:
-            return {}
-        objectives, sources = sorted(by_source), sorted(self._stage.config.sources)
-        totals = self._collectives.sum(torch.stack([by_source[objective] for objective in objectives])).tolist()
-        return {
-            f"train/{source}/loss_{objective}": total / count
-            for objective, rows in zip(objectives, totals, strict=True)
-            for source, (total, count) in zip(sources, rows, strict=True)
-            if count  # a source may have no row in a batch
-        }
 
 
 def total_data_counts(loader: Loader, previous: dict[str, float], collectives: Collectives) -> dict[str, float]:
@@ -206,11 +192,9 @@ class StageTracking(Callback):
 
     def on_stage_start(self, state: StageState, start: int) -> None:
         stage, coverage = self._stage, self._context.coverage
-        start_from = stage.config.start_from
-        if start_from == "previous":
-            start_from = stage_url(stage.run, stage.index - 1) if stage.index else "random"
-        elif start_from != "random":
-            start_from = finished_stage(self._context.storage, start_from)
+        start_from = stage.start_url or "random"
+        if stage.config.start_from != "previous" and stage.start_url is not None:
+            start_from = finished_stage(self._context.storage, stage.start_url)
         tags = {"plan_digest": state.loader.digest[:36], "start_from": start_from}
         if start:
             tags |= {"resumed_at": str(stage.global_step(start)), "resumed_from": state.resumed_from}

@@ -59,8 +59,7 @@ class NodeMonitor:
             if self._store is None or self._sampler is None:  # the first statistics cover the time until the next call
                 self._store, self._sampler = self._collectives.key_value_store(), NodeSampler()
                 return True
-            report = json.dumps({"node": self._name, "metrics": self._sampler.sample()})
-            self._store.write(TOPIC, report)
+            self._store.write(TOPIC, json.dumps({"node": self._name, "metrics": self._sampler.sample()}))
             if self._collectives.rank == 0:
                 gathered = metrics_by_node({rank: json.loads(text) for rank, text in self._store.read(TOPIC).items()})
                 with self._lock:

@@ -7,41 +7,35 @@ discarded. Files are written to a temporary folder next to the run's; only index
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from pipeline.config.errors import MomeError, RunFailed, StorageError
-from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.loading.backends import BackendFactory, local_backend
-from pipeline.data.loading.loader import Loader
 from pipeline.data.storage import Storage, join
-from pipeline.objectives import batch_groups
 from pipeline.tracking.locations import experiment_name, tracking_uri
 from pipeline.tracking.mlflow_server import check_server, try_writing
 from pipeline.training.collectives import Collectives
-from pipeline.training.context import Stage
 from pipeline.training.health import ExecutionOrderCheck
-from pipeline.training.loop import build_engine
+from pipeline.training.loop import build_step
 from pipeline.training.measure import peak_memory
-from pipeline.training.micro_batch import with_micro_batch
 from pipeline.training.prepare import VOCABULARY, apart, prepare
+from pipeline.training.stages import Stage
+from pipeline.training.workload import with_micro_batch
 
 log = logging.getLogger(__name__)
 
 WRITTEN_BYTES = 8 * 2**20
 GB = 1e9
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -52,60 +46,61 @@ class CheckResult:
     message: str
     seconds: float
 
-    def __str__(self) -> str:
-        return f"ok  {self.name:<24} {self.seconds:7.1f} s  {self.message}"
 
+def preflight(
+    config: RunConfig, say: Callable[[str], None], loader_backend: BackendFactory = local_backend
+) -> list[CheckResult]:
+    """Run all checks; call it once on each rank. Raises MomeError on failure.
 
-def preflight(config: RunConfig, say: Say, loader_backend: BackendFactory = local_backend) -> list[CheckResult]:
-    """Run all checks; call it once on each rank. `say` receives each result on rank 0. Raises MomeError on failure."""
+    `say` receives a line for each check on rank 0 when it is done.
+    """
     torch.set_num_threads(config.engine.threads)
     collectives, storage = Collectives(), Storage(config.storage)
-    scratch = _scratch_run(config, collectives.broadcast_json(secrets.token_hex(4)), storage)
+    rank = collectives.rank
+    name = f"{config.name}.preflight-{collectives.broadcast_json(secrets.token_hex(4))}"
+    scratch = apart(config, storage, config.output, name)
+    stages = [  # no earlier stage has trained the weights to start from
+        stage.model_copy(update={"start_from": "random"}) if stage.start_from == "previous" else stage
+        for stage in scratch.stages
+    ]
+    scratch = scratch.model_copy(update={"stages": tuple(stages)})
     results: list[CheckResult] = []
 
     def check(name: str, run: Callable[[], str]) -> None:
-        results.append(_run_check(collectives, name, run))
-        if collectives.rank == 0:
-            say(str(results[-1]))
+        """Run a check on every rank; if any fails, all of them raise, so that none waits for it."""
+        started = time.perf_counter()
+        try:
+            message, failure = run(), ""
+        except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
+            message, failure = "", f"rank {rank}: {type(error).__name__}: {error}"
+        by_rank = collectives.gather_json((message, failure, time.perf_counter() - started))
+        if failures := [failure for _, failure, _ in by_rank if failure]:
+            raise RunFailed(f"preflight, {name}: " + "\n".join(failures))
+        result = CheckResult(name, by_rank[0][0], max(seconds for *_, seconds in by_rank))
+        results.append(result)
+        if rank == 0:
+            say(f"ok  {name:<24} {result.seconds:7.1f} s  {result.message}")
+
+    def prepare_scratch() -> str:
+        if rank == 0:
+            prepare(scratch, storage)
+        return f"{len(scratch.sources)} sources"
 
     try:
-        key = f"preflight-rank-{collectives.rank}"
-        check("storage", lambda: check_storage(storage, scratch.folder, key, WRITTEN_BYTES))
-        check("tracking", lambda: _try_tracking(config, collectives.rank))
-        check("data and vocabulary", lambda: _prepare(scratch, storage, collectives))
+        check("storage", lambda: check_storage(storage, scratch.folder, f"preflight-rank-{rank}", WRITTEN_BYTES))
+        check("tracking", lambda: _try_tracking(config) if rank == 0 else "")
+        check("data and vocabulary", prepare_scratch)
         tokenizer = Tokenizer.load(storage, join(scratch.folder, VOCABULARY), scratch.tokenizer.lowercase)
         for index, stage in enumerate(scratch.stages):
-            run = partial(_try_stage, scratch, index, storage, tokenizer, collectives, loader_backend)
+            run = partial(_try_stage, Stage(scratch, index), storage, tokenizer, collectives, loader_backend)
             check(f"stage {stage.name}", run)
     finally:
-        if collectives.rank == 0:
+        if rank == 0:
             try:
                 storage.delete(scratch.folder)
             except StorageError as error:  # must not hide the failure of a check
                 log.warning("the temporary folder %s could not be removed: %s", scratch.folder, error)
     return results
-
-
-def _scratch_run(config: RunConfig, token: str, storage: Storage) -> RunConfig:
-    """Return the run with a temporary folder, starting every stage that follows another from random weights."""
-    values = apart(config, storage, config.output, f"{config.name}.preflight-{token}").model_dump(mode="json")
-    for stage in values["stages"]:
-        if stage["start_from"] == "previous":
-            stage["start_from"] = "random"
-    return validate(values, config.name)
-
-
-def _run_check(collectives: Collectives, name: str, run: Callable[[], str]) -> CheckResult:
-    """Run a check on every rank; if any fails, all of them raise, so that none waits for it."""
-    started = time.perf_counter()
-    try:
-        message, failure = run(), ""
-    except (MomeError, torch.OutOfMemoryError, MemoryError) as error:
-        message, failure = "", f"rank {collectives.rank}: {type(error).__name__}: {error}"
-    by_rank = collectives.gather_json((message, failure, time.perf_counter() - started))
-    if failures := [failure for _, failure, _ in by_rank if failure]:
-        raise RunFailed(f"preflight, {name}: " + "\n".join(failures))
-    return CheckResult(name, by_rank[0][0], max(seconds for _, _, seconds in by_rank))
 
 
 def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> str:
@@ -126,10 +121,8 @@ def check_storage(storage: Storage, folder: str, key: str, num_bytes: int) -> st
     return "written at {:.0f} MB/s, read at {:.0f} MB/s, deleted".format(*speeds)
 
 
-def _try_tracking(config: RunConfig, rank: int) -> str:
+def _try_tracking(config: RunConfig) -> str:
     """Write to the tracking server; if tracking is not required, a failure is only reported."""
-    if rank != 0:
-        return ""
     try:
         check_server(config, required=True)
         return try_writing(tracking_uri(config), experiment_name(config))
@@ -139,41 +132,16 @@ def _try_tracking(config: RunConfig, rank: int) -> str:
         return f"not required, and unavailable: {error}"
 
 
-def _prepare(config: RunConfig, storage: Storage, collectives: Collectives) -> str:
-    if collectives.rank == 0:
-        prepare(config, storage)
-    return f"{len(config.sources)} sources"
-
-
 def _try_stage(
-    config: RunConfig,
-    index: int,
-    storage: Storage,
-    tokenizer: Tokenizer,
-    collectives: Collectives,
-    loader_backend: BackendFactory,
+    stage: Stage, storage: Storage, tokenizer: Tokenizer, collectives: Collectives, loader_backend: BackendFactory
 ) -> str:
     """Build a stage and run its first step as the training loop does."""
-    run = config.for_stage(config.stages[index])
-    stage = Stage(with_micro_batch(run, index, collectives, tokenizer.size), index)
-    rank, world_size = collectives.rank, collectives.world_size
+    stage = with_micro_batch(stage, collectives, tokenizer.size)
     order = ExecutionOrderCheck(collectives, stage.run.engine.check_graph_every, stage.first_step)
-    with ExitStack() as stack:
-        peak = stack.enter_context(peak_memory(collectives.device))
-        stack.callback(gc.collect)
-        loader = Loader(
-            stage.run,
-            stage.config,
-            batch_groups(stage.run, stage.config),
-            storage,
-            tokenizer,
-            rank,
-            world_size,
-            loader_backend,
-        )
-        stack.enter_context(loader)
-        engine, step, _ = build_engine(stage, storage, tokenizer.size, collectives, order)
-        stack.callback(engine.close)
+    with (
+        peak_memory(collectives.device) as peak,
+        build_step(stage, storage, tokenizer, collectives, loader_backend, order) as (loader, engine, step, _),
+    ):
         batch = next(iter(loader.batches(0)))
         started = time.perf_counter()
         order.before_step(0)
@@ -185,5 +153,5 @@ def _try_stage(
         largest_peak = collectives.largest([peak()])[0]
     if not math.isfinite(loss + norm):
         raise RunFailed(f"stage {stage.name}: the first step's loss is {loss}, its gradient norm {norm}")
-    rows = f"{stage.config.global_batch_size} rows = {world_size} ranks x {step.accumulation} micro-batches"
+    rows = f"{stage.config.global_batch_size} rows = {collectives.world_size} ranks x {step.accumulation} micro-batches"
     return f"{rows}; first step {seconds:.1f} s, loss {loss:.3f}, peak memory {largest_peak / GB:.2f} GB per rank"

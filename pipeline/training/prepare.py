@@ -9,16 +9,16 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.config.errors import ConfigError, StorageError
-from pipeline.config.load import changes, validate
+from pipeline.config.load import changes
 from pipeline.config.schema import RunConfig
 from pipeline.config.stored import parse_config
 from pipeline.data.building.scenes import build_synthetic
-from pipeline.data.contents.choices import Choices, choices_of
+from pipeline.data.contents.choices import choices_of
 from pipeline.data.contents.text import SPECIALS, Tokenizer, is_cased
 from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
@@ -26,7 +26,7 @@ from pipeline.data.shards.source import select, selection_url
 from pipeline.data.storage import Storage, join
 from pipeline.objectives import source_inputs
 from pipeline.training.checkpoint import VOCABULARY, load_weights
-from pipeline.training.stages import check_fit, check_stages, prepare_experts, stage_skeleton
+from pipeline.training.stages import Stage, check_fit, check_stages, prepare_experts, stage_skeleton
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +48,20 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
         log.warning("resuming with a changed key: %s: was %r, now %r", path, old, new)
     build_synthetic(storage, config.sources)
     urls = sorted({source.shards for source in config.sources.values()})
-    manifests = {url: ensure_indexed(storage, url, _ProgressLog(f"{url}: indexed")) for url in urls}
+    manifests = {url: ensure_indexed(storage, url, _progress_log(f"{url}: indexed")) for url in urls}
     for name, source in config.sources.items():
-        progress = _ProgressLog(f"sources.{name}: filtered")
+        progress = _progress_log(f"sources.{name}: filtered")
         select(storage, source, manifests[source.shards], selection_url(config, name), progress)
-    choices = _lists(config, storage)  # an invalid list fails before a cluster is reserved
+    # Label lists of the heads by file name, if all stages that train such a head use the same list.
+    by_stage = [choices_of(config, [stage], storage) for stage in config.stages]
+    last = {name: labels for lists in by_stage for name, labels in lists.items()}
+    choices = {
+        name: labels for name, labels in last.items() if all(lists.get(name, labels) == labels for lists in by_stage)
+    }
     tokenizer = choose_tokenizer(config, storage)
-    for index, stage in enumerate(config.stages):
-        if stage.start_from not in ("previous", "random"):
-            _check_start(config, index, storage, tokenizer)
+    for index, settings in enumerate(config.stages):
+        if settings.start_from not in ("previous", "random"):
+            _check_start(Stage(config, index), storage, tokenizer)
     tokenizer.save(storage, join(config.folder, VOCABULARY))
     if config.model.READS_TEXT:
         measure_coverage(storage, config.folder, tokenizer, _folders_with_text(config))
@@ -66,25 +71,17 @@ def prepare(config: RunConfig, storage: Storage) -> Tokenizer:
     return tokenizer
 
 
-def _lists(config: RunConfig, storage: Storage) -> dict[str, Choices]:
-    """Return the heads' label lists by file name, if all stages that train such a head use the same list."""
-    by_stage = [choices_of(config, [stage], storage) for stage in config.stages]
-    last = {name: labels for lists in by_stage for name, labels in lists.items()}
-    return {
-        name: labels for name, labels in last.items() if all(lists.get(name, labels) == labels for lists in by_stage)
-    }
+def _progress_log(task: str) -> Callable[[int, int, str], None]:
+    """Return a function that logs the progress of long work over shards every few seconds."""
+    last = time.monotonic()
 
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            log.warning("%s %d of %d shards", task, done, total)
 
-class _ProgressLog:
-    """Logs the progress of long work over shards every few seconds."""
-
-    def __init__(self, task: str):
-        self._task, self._last = task, time.monotonic()
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        if time.monotonic() - self._last >= REPORT_SECONDS:
-            self._last = time.monotonic()
-            log.warning("%s %d of %d shards", self._task, done, total)
+    return progress
 
 
 def admit(config: RunConfig, storage: Storage) -> dict[str, tuple[Any, Any]]:
@@ -111,35 +108,34 @@ def apart(config: RunConfig, storage: Storage, output: str, name: str) -> RunCon
     Raises ConfigError if the run itself could not be resumed with this config (`admit`).
     """
     admit(config, storage)
-    values = config.model_dump(mode="json") | {"output": output, "name": name}
-    vocabulary = join(config.folder, VOCABULARY)
+    tokenizer, vocabulary = config.tokenizer, join(config.folder, VOCABULARY)
     if storage.exists(vocabulary):
-        values["tokenizer"]["vocabulary"] = vocabulary
-    return validate(values, config.name)
+        tokenizer = tokenizer.model_copy(update={"vocabulary": vocabulary})
+    return config.model_copy(update={"output": output, "name": name, "tokenizer": tokenizer})
 
 
-def _check_start(config: RunConfig, index: int, storage: Storage, tokenizer: Tokenizer) -> None:
+def _check_start(stage: Stage, storage: Storage, tokenizer: Tokenizer) -> None:
     """Check that a stage's starting weights fit its model and vocabulary. Raises ConfigError or CheckpointError."""
-    stage = config.stages[index]
-    where = f"stages.{stage.name}.start_from"
-    weights = load_weights(storage, stage.start_from)
-    model = stage_skeleton(config, index, tokenizer.size)
+    url = stage.config.start_from
+    where = f"stages.{stage.name}.start_from: {url}"
+    weights = load_weights(storage, url)
+    model = stage_skeleton(stage, tokenizer.size)
     try:
         state = model.resize_state(weights.tensors, weights.config.model)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {stage.start_from}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
     trained = Tokenizer(weights.vocabulary or SPECIALS, weights.config.tokenizer.lowercase)
     if weights.vocabulary and trained.lowercase != tokenizer.lowercase:
         raise ConfigError(
-            f"{where}: {stage.start_from} was trained with tokenizer.lowercase {str(trained.lowercase).lower()}, "
+            f"{where} was trained with tokenizer.lowercase {str(trained.lowercase).lower()}, "
             f"and this run has {str(tokenizer.lowercase).lower()}; set the key"
         )
     if weights.vocabulary and weights.vocabulary != list(tokenizer.tokens):
         raise ConfigError(
-            f"{where}: {stage.start_from} was trained with another vocabulary than this run's; "
+            f"{where} was trained with another vocabulary than this run's; "
             f"set tokenizer.vocabulary to {join(weights.url, VOCABULARY)}"
         )
-    check_fit(model, prepare_experts(model, state, stage), f"{where}: {stage.start_from}: the stage", weights.absent)
+    check_fit(model, prepare_experts(model, state, stage.config), f"{where}: the stage", weights.absent)
 
 
 def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
@@ -156,7 +152,11 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
                 f"do_lower_case {str(tokenizer.lowercase).lower()}; set the key to the value used in training"
             )
         return tokenizer
-    texts = _captions(config, storage) if config.model.READS_TEXT else iter(())
+    read = {name for stage in config.stages for name in stage.sources}
+    # A run of masked image modeling alone still fixes the vocabulary of later runs that start from its weights.
+    folders = _folders_with_text(config) or sorted({config.sources[name].shards for name in read})
+    captions = (caption for url in folders for caption in itertools.islice(iter_captions(storage, url), MAX_CAPTIONS))
+    texts = captions if config.model.READS_TEXT else iter(())
     first = next(texts, None)
     textless = all("text" not in source_inputs(config.source_type_of(stage)) for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
@@ -168,17 +168,6 @@ def _folders_with_text(config: RunConfig) -> list[str]:
     """Return the folders of shards whose texts some stage reads, without duplicates."""
     read = {name for stage in config.stages for name in stage.sources}
     return sorted({config.sources[name].shards for name in read if "text" in source_inputs(config.sources[name].type)})
-
-
-def _captions(config: RunConfig, storage: Storage) -> Iterator[str]:
-    """Yield the texts of all sources that some stage reads, each folder of shards once."""
-    read = {name for stage in config.stages for name in stage.sources}
-    # A run of masked image modeling alone still fixes the vocabulary of later runs that start from its weights.
-    for url in _folders_with_text(config) or sorted({config.sources[name].shards for name in read}):
-        for number, caption in enumerate(iter_captions(storage, url)):
-            if number >= MAX_CAPTIONS:
-                break
-            yield caption
 
 
 @dataclass(frozen=True)

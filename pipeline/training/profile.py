@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,55 +21,42 @@ from pipeline.training.background_writer import BackgroundWriter
 from pipeline.training.callbacks import Callback
 
 if TYPE_CHECKING:
-    from pipeline.training.context import RunContext, Stage
+    from pipeline.training.context import RunContext
+    from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 60.0  # limit for writing the last trace at the end of a stage
 
 
-@dataclass(frozen=True)
-class ProfileWindow:
-    """Global steps `first` to `last` - 1."""
-
-    first: int
-    last: int
-
-    @classmethod
-    def parse(cls, text: str) -> ProfileWindow:
-        """Parse 'A:B'. Raises ConfigError."""
-        try:
-            return cls(*parse_steps(text))
-        except ValueError as error:
-            raise ConfigError(f"--profile {text}: {error}, over all stages") from None
-
-    @property
-    def override(self) -> str:
-        """The window as a config override, quoted because YAML 1.1 reads a bare 3:6 as minutes and seconds."""
-        return f'tracking.profile="{self.first}:{self.last}"'
+def profile_override(window: str) -> str:
+    """Return `--profile A:B` as an override of the config. Raises ConfigError."""
+    try:
+        first, last = parse_steps(window)
+    except ValueError as error:
+        raise ConfigError(f"--profile {window}: {error}, over all stages") from None
+    return f'tracking.profile="{first}:{last}"'  # quoted: YAML 1.1 reads a bare 3:6 as minutes and seconds
 
 
 class Profiler(Callback):
-    """Records the stage's steps within the window. A step's part of the trace includes its wait for data."""
+    """Records the stage's steps within the window 'A:B'. A step's part of the trace includes its wait for data."""
 
-    def __init__(self, stage: Stage, context: RunContext, window: ProfileWindow):
-        self._stage, self._context, self._window = stage, context, window
+    def __init__(self, stage: Stage, context: RunContext, window: str):
+        self._stage, self._context = stage, context
+        self._window = range(*parse_steps(window))  # global steps
         self._writer = BackgroundWriter(context.storage)
         self._profile: profile | None = None
         self._first = self._next = 0  # global step of the trace's beginning, and the one after the current step
 
     def before_batch(self, step: int) -> None:
         global_step = self._stage.global_step(step)
-        is_inside = self._window.first <= global_step < self._window.last
-        if is_inside and self._profile is None:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
+        if global_step not in self._window:
+            self._save(global_step)
+        elif self._profile is None:
+            activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
             self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
             self._profile.start()
             self._first = global_step
-        elif not is_inside:
-            self._save(global_step)
         self._next = global_step + 1
 
     def _save(self, last: int) -> None:

@@ -1,4 +1,4 @@
-"""A stage's model, the parts it trains, and the weights it starts from.
+"""A stage of a run: its config, its model, the parts it trains, and the weights it starts from.
 
 A stage hands over weights, never optimizer state. Parts that its objectives do not use are frozen before the engine is
 built: an idle but trainable expert would drift under Adam's momentum, and at ZeRO 3 be updated by stale gradients.
@@ -7,6 +7,7 @@ built: an idle but trainable expert would drift under Adam's momentum, and at Ze
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import Tensor
 
@@ -18,9 +19,57 @@ from pipeline.models import build_model, skeleton
 from pipeline.models.model import Model
 from pipeline.models.vlmo import copy_expert
 from pipeline.objectives import check_objectives, head_config, trained_modules
-from pipeline.training.checkpoint import Weights, load_weights, stage_url
+from pipeline.training.checkpoint import load_weights, stage_url
 
 log = logging.getLogger(__name__)
+
+
+class Stage:
+    """One stage of a run. Its steps count from 0; `run` is the run's config with the stage's overrides applied."""
+
+    def __init__(self, run: RunConfig, index: int):
+        self.run = run.for_stage(run.stages[index])
+        self.index = index
+        self.config = self.run.stages[index]
+        self.name, self.steps = self.config.name, self.config.steps
+        self.source_type = self.run.source_type_of(self.config)
+        self.first_step = run.stage_start(index)  # global step
+        self.url = stage_url(run, index)  # folder of the weights it hands over
+
+    def with_engine(self, **settings: Any) -> Stage:
+        """Return the stage with other settings of the config's `engine` section."""
+        engine = self.run.engine.model_copy(update=settings)
+        return Stage(self.run.model_copy(update={"engine": engine}), self.index)
+
+    @property
+    def start_url(self) -> str | None:
+        """URL of the weights that the stage starts from; None for random weights."""
+        start = self.config.start_from
+        if start == "random" or (start == "previous" and self.index == 0):
+            return None
+        return stage_url(self.run, self.index - 1) if start == "previous" else start
+
+    def global_step(self, step: int) -> int:
+        return self.first_step + step
+
+    def is_checkpoint_step(self, step: int) -> bool:
+        """Return whether to save after this step. The last step hands over weights instead."""
+        return (step + 1) % self.run.checkpoint.every == 0 and step + 1 < self.steps
+
+    def is_metrics_step(self, step: int) -> bool:
+        """Return whether to collect metrics, always done before a save so that no non-finite state is ever saved."""
+        is_due = (step + 1) % self.run.tracking.metrics_every == 0
+        return is_due or self.is_checkpoint_step(step) or step + 1 == self.steps
+
+    def is_health_check_step(self, step: int) -> bool:
+        return (step + 1) % self.run.guards.health_check_every == 0 or self.is_metrics_step(step)
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Return the number of micro-batches of a step, the same on every rank: as few as their size limit allows."""
+        limit = self.run.engine.micro_batch_size
+        assert limit != "auto", "resolved before the stage begins (workload.with_micro_batch)"
+        largest_share = -(-self.config.global_batch_size // world_size)
+        return 1 if limit is None else -(-largest_share // limit)
 
 
 def check_stages(config: RunConfig) -> None:
@@ -29,42 +78,38 @@ def check_stages(config: RunConfig) -> None:
     Raises ConfigError.
     """
     check_objectives(config)
-    for index, stage in enumerate(config.stages):
-        trained_parts(stage_skeleton(config, index), config, stage)
+    for index in range(len(config.stages)):
+        stage = Stage(config, index)
+        trained_parts(stage_skeleton(stage), stage)
 
 
-def stage_skeleton(config: RunConfig, index: int, vocabulary: int = 1) -> Model:
-    """Build the model of stage `index` on the meta device."""
-    return skeleton(config.for_stage(config.stages[index]).model, vocabulary, head_config(config, index))
+def stage_skeleton(stage: Stage, vocabulary: int = 1) -> Model:
+    """Build a stage's model on the meta device."""
+    return skeleton(stage.run.model, vocabulary, head_config(stage.run, stage.index))
 
 
-def build_stage_model(config: RunConfig, index: int, storage: Storage, vocabulary: int) -> Model:
-    """Build the model of stage `index` with its starting weights; parts it does not train are frozen."""
-    stage = config.stages[index]
-    section = config.for_stage(stage).model
-    model = build_model(section, vocabulary, head_config(config, index), seed=hash64(config.seed, "weights"))
-    start = starting_weights(config, index, storage)
-    if start is not None:
+def build_stage_model(stage: Stage, storage: Storage, vocabulary: int) -> Model:
+    """Build a stage's model with its starting weights; parts that it does not train are frozen."""
+    heads, seed = head_config(stage.run, stage.index), hash64(stage.run.seed, "weights")
+    model = build_model(stage.run.model, vocabulary, heads, seed=seed)
+    if stage.start_url is not None:
+        start = load_weights(storage, stage.start_url)
         state = model.resize_state(start.tensors, start.config.model)
-        load_matching(model, prepare_experts(model, state, stage), stage.name, start.absent)
-    trained = trained_parts(model, config, stage)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.part_of(name) in trained)
+        load_matching(model, prepare_experts(model, state, stage.config), stage.name, start.absent)
+    freeze_untrained(model, stage)
     return model
 
 
-def trained_parts(model: Model, config: RunConfig, stage: StageConfig) -> frozenset[str]:
+def trained_parts(model: Model, stage: Stage) -> frozenset[str]:
     """Return the parts of the model that the stage's objectives use, except those in `freeze`."""
-    return trained_modules(model, stage.objectives, config.source_type_of(stage)) - model.parts_named(stage.freeze)
+    used = trained_modules(model, stage.config.objectives, stage.source_type)
+    return used - model.parts_named(stage.config.freeze)
 
 
-def starting_weights(config: RunConfig, index: int, storage: Storage) -> Weights | None:
-    """Load the weights that `start_from` refers to; None for random weights."""
-    stage = config.stages[index]
-    if stage.start_from == "random" or (stage.start_from == "previous" and index == 0):
-        return None
-    url = stage_url(config, index - 1) if stage.start_from == "previous" else stage.start_from
-    return load_weights(storage, url)
+def freeze_untrained(model: Model, stage: Stage) -> None:
+    trained = trained_parts(model, stage)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(model.part_of(name) in trained)
 
 
 def prepare_experts(model: Model, start: dict[str, Tensor], stage: StageConfig) -> dict[str, Tensor]:
@@ -97,13 +142,20 @@ def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozense
 
     Raises CheckpointError as `load_matching` does; `who` begins its message.
     """
+
+    def is_head(name: str) -> bool:
+        try:
+            return model.part_of(name) in model.HEAD_PARTS
+        except (AssertionError, IndexError):  # a name of another architecture
+            return False
+
     own = model.state_dict()
     missing = sorted(own.keys() - state.keys())
     reshaped = sorted(name for name in state.keys() & own.keys() if state[name].shape != own[name].shape)
     faults = {
-        "missing": [n for n in missing if model.part_of(n) not in {*model.HEAD_PARTS, *absent}],
-        "unexpected": [n for n in sorted(state.keys() - own.keys()) if not _is_head(model, n)],
-        "of another shape": [n for n in reshaped if model.part_of(n) not in model.HEAD_PARTS],
+        "missing": [name for name in missing if not is_head(name) and model.part_of(name) not in absent],
+        "unexpected": [name for name in sorted(state.keys() - own.keys()) if not is_head(name)],
+        "of another shape": [name for name in reshaped if not is_head(name)],
     }
     if any(faults.values()):
         mismatches = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
@@ -112,14 +164,6 @@ def check_fit(model: Model, state: dict[str, Tensor], who: str, absent: frozense
             "use the same `model` section as the run that trained them"
         )
     return reshaped + [name for name in missing if model.part_of(name) in absent]
-
-
-def _is_head(model: Model, name: str) -> bool:
-    """Return whether a name absent from this model belongs to a head that it could have."""
-    try:
-        return model.part_of(name) in model.HEAD_PARTS
-    except (AssertionError, IndexError):
-        return False
 
 
 def _few(names: list[str]) -> str:

@@ -14,15 +14,14 @@ Shapes: B global batch, n examples of this rank, S sources, N layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput
@@ -38,53 +37,41 @@ from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
 from pipeline.training.collectives import Collectives, share
 from pipeline.training.engine import ForwardTimer, StepEngine
+from pipeline.training.stages import Stage
 
 Swapped = dict[str, tuple[str, Batch]]  # forward -> the objective it belongs to, and its swapped examples
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Losses of one micro-batch."""
-
-    total: Tensor  # the scalar to differentiate
-    by_objective: dict[str, Tensor]  # parts of the global means, without ITC, whose gradient is a surrogate's
 
 
 class TrainingStep:
     """Computes the losses of global batches and gives the engine their gradient; the caller steps the engine."""
 
     def __init__(
-        self,
-        engine: StepEngine,
-        config: RunConfig,
-        stage: StageConfig,
-        collectives: Collectives,
-        image_tokenizer: ImageTokenizer | None = None,
+        self, engine: StepEngine, stage: Stage, collectives: Collectives, image_tokenizer: ImageTokenizer | None = None
     ):
-        self.engine, self.stage, self.collectives = engine, stage, collectives
-        self.drop_path_rates = config.model.drop_path_rates
-        self.seed = hash64(config.seed, stage.name)
-        source_type = config.source_type_of(stage)
-        self.reproduces_release = config.reproduce_vlmo_release
+        self.engine, self.stage, self.collectives = engine, stage.config, collectives
+        model, self.seed = stage.run.model, hash64(stage.run.seed, stage.name)
+        self.reproduces_release = stage.run.reproduce_vlmo_release
         self.weights = {
-            name: settings.weight * (release.factor(name, source_type) if self.reproduces_release else 1.0)
-            for name, settings in stage.objectives.items()
+            name: settings.weight * (release.factor(name, stage.source_type) if self.reproduces_release else 1.0)
+            for name, settings in stage.config.objectives.items()
         }
-        context = ObjectiveContext(
-            stage, source_type, self.seed, config.model.patch_size, image_tokenizer, self._drop_path_mask
-        )
-        self.objectives = {name: kind(context) for name, kind in objective_types(stage).items()}
+
+        def mask(examples: Batch, forward: str) -> Tensor | None:
+            kept = drop_path_mask(self.seed, examples.step, examples.place, forward, model.drop_path_rates)
+            return None if kept is None else kept.to(collectives.device, non_blocking=True)
+
+        context = ObjectiveContext(stage.config, stage.source_type, self.seed, model.patch_size, image_tokenizer, mask)
+        self.objectives = {name: kind(context) for name, kind in objective_types(stage.config).items()}
         self.itc = self.objectives.pop("itc", None)
         self.needs_similarity = any(objective.needs_similarity for objective in self.objectives.values())
-        self.accumulation = num_micro_batches(
-            stage.global_batch_size, collectives.world_size, config.engine.micro_batch_size
-        )
+        self.accumulation = stage.num_micro_batches(collectives.world_size)
         self.forward_timer = ForwardTimer(collectives.device)
         # This rank's part of the last step with metrics: diagnostics by name, and by objective (S, 2) the loss summed
         # over each source's examples and the number of summands.
         self.diagnostics: dict[str, Tensor] = {}
         self.by_source: dict[str, Tensor] = {}
         self._with_metrics = False
+        self._num_sources = 0  # sources to report losses of
 
     def __call__(self, batch: Batch, with_metrics: bool = False) -> dict[str, Tensor]:
         """Run forward and backward over this rank's examples of one global batch.
@@ -93,12 +80,18 @@ class TrainingStep:
         global batch, unweighted except for `loss`. With `with_metrics`, `diagnostics` and (in a stage of several
         sources) `by_source` are filled too.
         """
-        self._with_metrics = with_metrics
+        self._with_metrics, num_sources = with_metrics, len(self.stage.sources)
+        self._num_sources = num_sources if with_metrics and num_sources > 1 else 0
         self.diagnostics, self.by_source = {}, {}
         # Dropout (ImageBERT) is seeded by the step, so that a resumed run draws the same masks (C4).
         torch.manual_seed(hash64(self.seed, batch.step, "dropout", self.collectives.rank))
-        batch = batch.to(self.collectives.device)
-        counts = self._counts(batch)
+        batch, device = batch.to(self.collectives.device), self.collectives.device
+        counts: dict[str, Tensor] = {}  # the divisor of each objective's sum: its count over the global batch
+        if self.objectives:
+            own = [objective.count(self._examples(batch, name)) for name, objective in self.objectives.items()]
+            parts = [torch.as_tensor(count, device=device).to(torch.float32) for count in own]
+            total = self.collectives.sum(torch.stack(parts)).clamp(min=1)
+            counts = dict(zip(self.objectives, total.unbind(), strict=True))
         return self._whole(batch, counts) if self.accumulation == 1 else self._accumulated(batch, counts)
 
     def _whole(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,9 +102,7 @@ class TrainingStep:
         contrast = self._contrast(outputs, batch)
         if self.needs_similarity:
             outputs |= self.engine(self._swapped_forwards(self._swap(batch, contrast)))
-        losses = self._losses(outputs, batch, counts, contrast, slice(0, len(batch)))
-        self.engine.backward(losses.total * self.collectives.world_size, last=True)
-        return self._report(losses, contrast)
+        return self._backward(outputs, batch, counts, contrast, slice(0, len(batch)), last=True)
 
     def _accumulated(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run a step over several micro-batches."""
@@ -120,20 +111,56 @@ class TrainingStep:
         if self.itc is not None:
             with torch.no_grad():
                 towers = [self.engine(self.itc.forwards(batch.rows(rows))) for rows in slices]
-            contrast = self._contrast(_concatenate(towers), batch)
+            whole = {  # scales (0-d) are the same in every micro-batch
+                name: {
+                    key: torch.cat([part[name][key] for part in towers]) if value.dim() else value
+                    for key, value in heads.items()
+                }
+                for name, heads in towers[0].items()
+            }
+            contrast = self._contrast(whole, batch)
         swapped = self._swap(batch, contrast)
         report: dict[str, Tensor] = {}
-        for k, rows in enumerate(slices):
+        for rows in slices:
             examples = batch.rows(rows)
-            forwards = self._forwards(examples) | self._swapped_forwards(_select(swapped, examples.place))
+            own_swapped = {
+                name: (objective, negatives.rows(torch.isin(negatives.place, examples.place).nonzero().flatten()))
+                for name, (objective, negatives) in swapped.items()
+            }
+            forwards = self._forwards(examples) | self._swapped_forwards(own_swapped)
             with self.forward_timer.forward():
                 outputs = self.engine(forwards)
-            losses = self._losses(outputs, examples, counts, contrast, rows)
-            scale = self.collectives.world_size * self.accumulation  # DeepSpeed divides by both
-            self.engine.backward(losses.total * scale, last=k == len(slices) - 1)
-            for name, loss in self._report(losses, contrast).items():
+            losses = self._backward(outputs, examples, counts, contrast, rows, last=rows is slices[-1])
+            for name, loss in losses.items():
                 report[name] = report[name] + loss if name in report else loss
         return report
+
+    def _backward(
+        self,
+        outputs: ForwardOutput,
+        examples: Batch,
+        counts: dict[str, Tensor],
+        contrast: Contrast | None,
+        rows: slice,
+        last: bool,
+    ) -> dict[str, Tensor]:
+        """Run the backward of a micro-batch: the rows `rows` of this rank.
+
+        Returns losses whose sums over ranks and micro-batches are the global batch's.
+        """
+        losses = {n: o.loss(outputs, self._examples(examples, n)) / counts[n] for n, o in self.objectives.items()}
+        if self._with_metrics:
+            self._add_metrics(outputs, examples)
+        weighted = [self.weights[name] * loss for name, loss in losses.items()]
+        parts = self.collectives.world_size * self.accumulation
+        if contrast is not None:
+            weighted.append(contrast.surrogate_loss(outputs, rows, parts))
+        self.engine.backward(torch.stack(weighted).sum() * parts, last)  # DeepSpeed divides by both
+        report = {name: loss.detach().float() for name, loss in losses.items()}
+        if contrast is not None:  # in the backward a surrogate, which has ITC's gradient but not its value
+            report["itc"] = contrast.loss / parts
+        total = torch.stack([self.weights[name] * loss for name, loss in report.items()]).sum()
+        return {"loss": total} | report
 
     # ---- what a step reads
 
@@ -144,19 +171,6 @@ class TrainingStep:
     def _examples(self, batch: Batch, name: str) -> Batch:
         """Return the examples that an objective reads in this step."""
         return batch if self.stage.objectives[name].every == 1 else batch.rows(self._indices(batch, name))
-
-    def _counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the divisor of each objective's sum: its count over the whole global batch."""
-        if not self.objectives:
-            return {}
-        device = self.collectives.device
-        counts = [torch.as_tensor(o.count(self._examples(batch, n)), device=device) for n, o in self.objectives.items()]
-        total = self.collectives.sum(torch.stack([count.to(torch.float32) for count in counts])).clamp(min=1)
-        return dict(zip(self.objectives, total.unbind(), strict=True))
-
-    def _drop_path_mask(self, examples: Batch, name: str) -> Tensor | None:
-        mask = drop_path_mask(self.seed, examples.step, examples.place, name, self.drop_path_rates)
-        return None if mask is None else mask.to(self.collectives.device, non_blocking=True)
 
     def _forwards(self, batch: Batch) -> dict[str, ForwardInput]:
         """Return every forward over unchanged examples; forwards of the same name are merged into one."""
@@ -208,25 +222,6 @@ class TrainingStep:
     def _swapped_forwards(self, swapped: Swapped) -> dict[str, ForwardInput]:
         return {name: self.objectives[o].swapped_forward(examples, name) for name, (o, examples) in swapped.items()}
 
-    # ---- losses
-
-    @property
-    def _num_sources(self) -> int:
-        """Number of sources to report losses of, or 0."""
-        return len(self.stage.sources) if self._with_metrics and len(self.stage.sources) > 1 else 0
-
-    def _losses(
-        self, outputs: ForwardOutput, batch: Batch, counts: dict[str, Tensor], contrast: Contrast | None, rows: slice
-    ) -> Losses:
-        losses = {n: o.loss(outputs, self._examples(batch, n)) / counts[n] for n, o in self.objectives.items()}
-        if self._with_metrics:
-            self._add_metrics(outputs, batch)
-        weighted = [self.weights[name] * loss for name, loss in losses.items()]
-        if contrast is not None:
-            parts = self.collectives.world_size * self.accumulation
-            weighted.append(contrast.surrogate_loss(outputs, rows, parts))
-        return Losses(torch.stack(weighted).sum(), losses)
-
     def _add_metrics(self, outputs: ForwardOutput, batch: Batch) -> None:
         for name, objective in self.objectives.items():
             examples = self._examples(batch, name)
@@ -236,21 +231,6 @@ class TrainingStep:
                 source = batch.source.cpu()[self._indices(batch, name)]
                 sums = loss_by_source(objective, outputs, examples, source, self._num_sources)
                 self.by_source[name] = self.by_source.get(name, torch.zeros_like(sums)) + sums
-
-    def _report(self, losses: Losses, contrast: Contrast | None) -> dict[str, Tensor]:
-        """Return losses whose sum over ranks and micro-batches is the global batch's."""
-        report = {name: loss.detach().float() for name, loss in losses.by_objective.items()}
-        if contrast is not None:
-            report["itc"] = contrast.loss / (self.collectives.world_size * self.accumulation)
-        total = torch.stack([self.weights[name] * loss for name, loss in report.items()]).sum()
-        return {"loss": total} | report
-
-
-def num_micro_batches(batch: int, world_size: int, micro_batch_size: int | Literal["auto"] | None) -> int:
-    """Return the number of micro-batches, the same on every rank: the fewest of at most `micro_batch_size` examples."""
-    assert micro_batch_size != "auto", "resolved before the stage begins (training.micro_batch)"
-    largest_share = -(-batch // world_size)
-    return 1 if micro_batch_size is None else -(-largest_share // micro_batch_size)
 
 
 def drop_path_mask(seed: int, step: int, place: Tensor, name: str, rates: tuple[float, ...]) -> Tensor | None:
@@ -340,22 +320,3 @@ class _IndexedOutputs(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._heads)
-
-
-def _select(swapped: Swapped, place: Tensor) -> Swapped:
-    """Return the swapped examples at the places of one micro-batch."""
-    return {
-        name: (objective, examples.rows(torch.nonzero(torch.isin(examples.place, place)).flatten()))
-        for name, (objective, examples) in swapped.items()
-    }
-
-
-def _concatenate(outputs: list[ForwardOutput]) -> ForwardOutput:
-    """Concatenate the features of several micro-batches; scales (0-d) are the same in each."""
-    return {
-        name: {
-            key: torch.cat([part[name][key] for part in outputs]) if value.dim() else value
-            for key, value in heads.items()
-        }
-        for name, heads in outputs[0].items()
-    }

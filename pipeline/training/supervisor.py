@@ -6,8 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from pipeline.config.errors import Superseded
 from pipeline.config.schema import RunConfig
@@ -27,61 +27,76 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class PreemptionSignal:
-    """Preemption notice from a signal or from `poll`, a function that asks the scheduler or the cloud.
-
-    Signals are intercepted while the context manager is entered. Python allows handlers only in a process's main
-    thread; in any other thread (a Ray Train worker) `poll` is the only source.
-    """
-
-    def __init__(self, poll: Callable[[], bool] | None = None):
-        self._poll = poll
-        self._received = False
-        self._previous_handlers: dict[signal.Signals, Any] = {}
-
-    def __call__(self) -> bool:
-        """Return whether this process is being preempted. Once True it stays True."""
-        if not self._received and self._poll is not None:
-            self._received = self._poll()
-        return self._received
-
-    def __enter__(self) -> PreemptionSignal:
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous_handlers = {}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-
-
 class RankSupervisor:
-    """Tracks the phase this rank is in, for goodput and the watchdog; one per process, over all stages.
-
-    While the context manager is entered, signals count as preemption notices, and the rank and its node are monitored.
-    """
+    """Tracks the phase this rank is in, for goodput and the watchdog; one per process, over all stages."""
 
     def __init__(
         self,
         config: RunConfig,
         storage: Storage,
         collectives: Collectives,
-        preempted: Callable[[], bool] | None = None,
+        poll: Callable[[], bool] | None = None,
         elapsed: float = 0.0,
     ):
-        """`elapsed`: seconds since the process began training, before the process group existed."""
-        self._start_seconds = config.guards.start_seconds
-        self.preempted = PreemptionSignal(preempted)
+        """`poll` asks the scheduler or the cloud whether this machine is being preempted.
+
+        `elapsed`: seconds since the process began training, before the process group existed.
+        """
+        guards = config.guards
+        self._start_seconds = guards.start_seconds
+        self._poll, self._is_preempted = poll, False
         self.goodput = GoodputTracker(storage, config.folder, is_writer=collectives.rank == 0, elapsed=elapsed)
         self.nodes = NodeMonitor(collectives)
-        self._watchdog = Watchdog(collectives, storage, config.folder, _limits(config))
+        used = {name for stage in config.stages for name in stage.sources}
+        is_remote = any(not is_local(config.sources[name].shards) for name in used)
+        limits: Limits = {
+            "startup": guards.start_seconds,
+            "training": guards.hang_seconds,
+            # Data may be late for as long as its store may be unavailable.
+            "data_wait": guards.hang_seconds + (config.storage.retry_timeout_seconds if is_remote else 0.0),
+            "checkpoint": guards.save_seconds,
+            "evaluation": guards.evaluate_seconds,
+        }
+        self._watchdog = Watchdog(collectives, storage, config.folder, limits)
         self._is_first_stage = True
         self._has_stepped = False  # in this stage and process
         self._is_resumed = False  # the goodput account has been set to the state the run resumed from
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Monitor the rank and its node during the block, and count signals as preemption notices.
+
+        Python allows signal handlers only in a process's main thread; in any other thread (a Ray Train worker) `poll`
+        is the only source of notices.
+        """
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            self._is_preempted = True
+
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.signal(number, receive) for number in SIGNALS} if is_main else {}
+        self.goodput.start()
+        self._watchdog.start()
+        self.nodes.start()
+        is_complete = is_superseded = False
+        try:
+            yield
+            is_complete = True
+        except Superseded:
+            is_superseded = True
+            raise
+        finally:
+            self.nodes.close()
+            self._watchdog.close()
+            self.goodput.close(ended=is_complete, write=not is_superseded)
+            for number, handler in previous.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def preempted(self) -> bool:
+        """Return whether this process is being preempted. Once True it stays True."""
+        if not self._is_preempted and self._poll is not None:
+            self._is_preempted = self._poll()
+        return self._is_preempted
 
     def begin_stage(self, step: int, is_rollback: bool) -> None:
         """Enter the startup of a stage at global step `step`, or of its repetition after a rollback."""
@@ -116,33 +131,18 @@ class RankSupervisor:
         finally:
             self.enter("training", step)
 
-    def __enter__(self) -> RankSupervisor:
-        self.preempted.__enter__()
-        self.goodput.start()
-        self._watchdog.start()
-        self.nodes.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.nodes.close()
-        self._watchdog.close()
-        self.goodput.close(ended=error is None, write=not isinstance(error, Superseded))
-        self.preempted.__exit__(kind, error, trace)
-
 
 class SupervisorCallback(Callback):
     """Reports the phases of a stage's steps to the supervisor. `first_step` is the stage's first global step."""
 
     def __init__(self, supervisor: RankSupervisor, first_step: int):
         self._supervisor, self._first_step = supervisor, first_step
-        self._num_begun = 0
+        self._has_begun = False
 
     def before_batch(self, step: int) -> None:
-        if self._num_begun:
+        if self._has_begun:
             self._supervisor.step_done()
-        self._num_begun += 1
+        self._has_begun = True
         self._supervisor.enter("data_wait", self._first_step + step)
 
     def before_step(self, step: int, batch: Batch) -> None:
@@ -150,19 +150,3 @@ class SupervisorCallback(Callback):
 
     def on_stage_end(self, result: StageResult) -> None:
         self._supervisor.step_done()
-
-
-def _limits(config: RunConfig) -> Limits:
-    """Return the seconds allowed for each phase; waiting for data may take as long as its store may be unavailable."""
-    guards = config.guards
-    used = {name for stage in config.stages for name in stage.sources}
-    outage = (
-        0.0 if all(is_local(config.sources[name].shards) for name in used) else config.storage.retry_timeout_seconds
-    )
-    return {
-        "startup": guards.start_seconds,
-        "training": guards.hang_seconds,
-        "data_wait": guards.hang_seconds + outage,
-        "checkpoint": guards.save_seconds,
-        "evaluation": guards.evaluate_seconds,
-    }

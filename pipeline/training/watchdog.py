@@ -95,13 +95,20 @@ class Watchdog:
 
     def _check(self) -> bool:
         """Publish this rank's heartbeat and end the process if a rank hangs; return False after that."""
-        own = self._heartbeat()
-        if own.limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
-            _exit_later(own.limit + 10 * self._tick + 4 * REQUEST_SECONDS)
+        phase, step, entered, limit = self._entered
+        self._beat += 1
+        calls, inside = self._collectives.calls, self._collectives.inside
+        own = Heartbeat(phase, step, time.monotonic() - entered, limit, calls, inside, self._beat)
+        if limit < float("inf"):  # re-armed by every tick, so it fires only if this thread cannot run
+            _exit_later(limit + 10 * self._tick + 4 * REQUEST_SECONDS)
         self._request(functools.partial(KeyValueStore.write, topic=HEARTBEATS, text=json.dumps(asdict(own))))
         hang = self._request(lambda store: store.announcement(HANG))
-        if hang is None and own.seconds > own.limit and not self._waits_for_slower_rank(own):
-            hang = self._announce_hang(own)
+        if hang is None and own.seconds > limit and not self._waits_for_slower_rank(own):
+            message = (
+                f"rank {self._collectives.rank} has been in '{phase}' of step {step} for {own.seconds:.0f} s "
+                f"(limit: {limit:.0f} s). {self._culprits()}"
+            )
+            hang = self._request(lambda store: store.announce(HANG, message)) or message  # the first rank's counts
         if hang is not None:
             self._finish(hang)
         return hang is None
@@ -122,12 +129,6 @@ class Watchdog:
             self._store, self._retry_store_at = None, time.monotonic() + RETRY_SECONDS
             return None
 
-    def _heartbeat(self) -> Heartbeat:
-        phase, step, entered, limit = self._entered
-        self._beat += 1
-        seconds = time.monotonic() - entered
-        return Heartbeat(phase, step, seconds, limit, self._collectives.calls, self._collectives.inside, self._beat)
-
     def _live_heartbeats(self) -> dict[int, Heartbeat]:
         """Return the heartbeats of the ranks whose watchdogs are running."""
         messages = self._request(lambda store: store.read(HEARTBEATS)) or {}
@@ -147,14 +148,6 @@ class Watchdog:
             for rank, other in self._live_heartbeats().items()
             if rank != self._collectives.rank
         )
-
-    def _announce_hang(self, own: Heartbeat) -> str:
-        """Announce to all ranks that this one hangs; return the announcement that was first."""
-        message = (
-            f"rank {self._collectives.rank} has been in '{own.phase}' of step {own.step} for {own.seconds:.0f} s "
-            f"(limit: {own.limit:.0f} s). {self._culprits()}"
-        )
-        return self._request(lambda store: store.announce(HANG, message)) or message
 
     def _culprits(self) -> str:
         """Describe the ranks the others wait for: the silent ones, else those that entered the fewest collectives."""
@@ -185,50 +178,38 @@ class Watchdog:
             log.error("%s", decoding)
         phase, step, entered, _ = self._entered
         frame = sys._current_frames().get(self._main)
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read().decode(errors="replace")
         line = "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         report = (
             f"rank {self._collectives.rank} of {self._collectives.world_size}\n{message}\n\n"
-            f"in '{phase}' of step {step} for {time.monotonic() - entered:.0f} s, at {line}\n{decoding}\n\n{_stacks()}"
+            f"in '{phase}' of step {step} for {time.monotonic() - entered:.0f} s, at {line}\n{decoding}\n\n{stacks}"
         )
         sys.stderr.write(report)
         sys.stderr.flush()
-        self._save(report.encode())
-        self._wait_for_others()
-        log.error("rank %d exits with status %d, to be restarted", self._collectives.rank, EXIT_STATUS)
-        logging.shutdown()
-        self._end(EXIT_STATUS)
-
-    def _save(self, report: bytes) -> None:
-        url = join(self._folder, f"step-{self._entered[1]:08d}.rank-{self._collectives.rank:05d}.txt")
-
+        url = join(self._folder, f"step-{step:08d}.rank-{self._collectives.rank:05d}.txt")
         try:
-            within(WRITE_SECONDS, lambda: self._storage.write(url, report), "mome-stacks")
+            within(WRITE_SECONDS, lambda: self._storage.write(url, report.encode()), "mome-stacks")
         except (MomeError, TimeoutError) as error:
             log.warning("the stacks could not be saved; they are in the log only: %s", error)
-
-    def _wait_for_others(self) -> None:
-        """Wait until every live rank has written its stacks."""
-        deadline = time.monotonic() + PEER_SECONDS
+        deadline = time.monotonic() + PEER_SECONDS  # until every live rank has written its stacks
         self._request(lambda store: store.write(STACKS_WRITTEN, "yes"))
         while self._store is not None and time.monotonic() < deadline:
             written = self._request(lambda store: store.read(STACKS_WRITTEN)) or {}
             if set(self._live_heartbeats()) <= set(written):
-                return
+                break
             time.sleep(self._tick)
+        log.error("rank %d exits with status %d, to be restarted", self._collectives.rank, EXIT_STATUS)
+        logging.shutdown()
+        self._end(EXIT_STATUS)
 
 
 def _exit_later(seconds: float) -> None:
     """Have `faulthandler` write all stacks to the log and end the process after `seconds`, unless re-armed before."""
     if sys.__stderr__ is not None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-
-
-def _stacks() -> str:
-    """Return the stacks of all threads of this process."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace")
 
 
 def _listed(ranks: list[int]) -> str:

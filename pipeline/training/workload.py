@@ -4,11 +4,13 @@ The code that trains is run itself: `TrainingStep`, its objectives and the model
 batches of full-size rows. All costs are linear in the rows except the contrastive loss, which spans the global batch
 and is run at its size. The estimate therefore follows every change of a model, an objective or the step.
 
-The model is on the meta device; computations of the step itself (losses, drawing negatives) are real.
+The model is on the meta device; computations of the step itself (losses, drawing negatives) are real. The same estimate
+resolves `engine.micro_batch_size: auto` before anything is allocated.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -17,60 +19,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.errors import RunFailed
 from pipeline.models.forward import ForwardInput, ForwardOutput, Regions
 from pipeline.models.model import Model
 from pipeline.objectives.itc import CONTRASTS, itc_loss
-from pipeline.planning.estimate import largest_share
+from pipeline.planning.estimate import largest_micro_batch, largest_share, memory_at
 from pipeline.planning.hardware import accelerator_like
 from pipeline.planning.memory import Line, Parameters, Work
 from pipeline.planning.probe import Kernels, Probe, unwatched
 from pipeline.training.collectives import Collectives
-from pipeline.training.deepspeed_setup import prepare_blocks
+from pipeline.training.deepspeed_setup import prepare_blocks, sharding_of
 from pipeline.training.full_batch import full_batch
-from pipeline.training.stages import stage_skeleton, trained_parts
-from pipeline.training.step import TrainingStep, num_micro_batches
+from pipeline.training.stages import Stage, freeze_untrained, stage_skeleton
+from pipeline.training.step import TrainingStep
+
+log = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GB = 10**9
+USABLE = 0.9  # of a GPU's free memory: the allocator leaves some of it in fragments
+UNBOUNDED = 2**62
 
 
-def work_of(config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
-    """Return the work of stage `index` per rank as a function of the micro-batch size. Takes seconds.
+def work_of(stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None) -> Work:
+    """Return a stage's work per rank as a function of the micro-batch size. Takes seconds.
 
     `text_tokens` is the length of every text (default: the longest that the stage allows).
     """
-    config = config.for_stage(config.stages[index])
-    stage = config.stages[index]
-    model = model_without_memory(config, index, vocabulary)
-    every = math.lcm(*(objective.every for objective in stage.objectives.values()))
+    model = model_without_memory(stage, vocabulary)
+    every = math.lcm(*(objective.every for objective in stage.config.objectives.values()))
     rows = every * -(-SAMPLE_ROWS // every)  # every objective reads its exact fraction
 
-    def ran(count: int, micro_batch_size: int | None = None) -> Ran:
-        return run_step(model, _cut(config, index, count, micro_batch_size), index, vocabulary, kernels, text_tokens)
+    def run(batch_size: int, micro_batch_size: int | None = None) -> StepCosts:
+        stages = [config.model_copy(update={"global_batch_size": batch_size}) for config in stage.run.stages]
+        cut = Stage(stage.run.model_copy(update={"stages": tuple(stages)}), stage.index)
+        return run_step(model, cut.with_engine(micro_batch_size=micro_batch_size), vocabulary, kernels, text_tokens)
 
-    single, double, split = ran(rows), ran(2 * rows), ran(2 * rows, rows)  # the last one in two micro-batches
+    single, double, split = run(rows), run(2 * rows), run(2 * rows, rows)  # the last one in two micro-batches
 
-    def line(number: Callable[[Ran], int]) -> Line:
+    def line(number: Callable[[StepCosts], int]) -> Line:
         return Line.through((rows, number(single)), (2 * rows, number(double)))
 
-    contrast = _contrast(stage.global_batch_size, single.contrast_widths, kernels) if single.contrast_widths else (0, 0)
+    contrast_flops = contrast_bytes = 0
+    if single.contrast_widths:  # ITC over the whole global batch, which every rank computes
+        size = stage.config.global_batch_size
+        shapes = [(size, width) for width in single.contrast_widths for _ in range(2)]
+        features = [torch.empty(shape, device="meta", requires_grad=True) for shape in shapes]
+        ids, scale = torch.empty(size, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
+        with Probe([*features, ids, scale], kernels) as probe:
+            pairs = zip(features[::2], features[1::2], strict=True)
+            losses = [itc_loss(image, text, scale, ids) for image, text in pairs]
+            torch.autograd.grad(torch.stack(losses).sum(), features)
+            contrast_flops = probe.flops
+            contrast_bytes = probe.peak_bytes + sum(4 * feature.numel() for feature in features)
     return Work(
         parameters=parameters_of(model),
-        flops=line(lambda ran: ran.flops),
+        flops=line(lambda costs: costs.flops),
         flops_per_example_accumulated=split.flops / (2 * rows),
-        activations=line(lambda ran: ran.activations),
-        workspace=line(lambda ran: ran.workspace),
-        tokens=line(lambda ran: ran.tokens),
+        activations=line(lambda costs: costs.activations),
+        workspace=line(lambda costs: costs.workspace),
+        tokens=line(lambda costs: costs.tokens),
         batch_bytes_per_example=single.batch_bytes / rows,
-        contrast_flops=contrast[0],
-        contrast_bytes=contrast[1],
+        contrast_flops=contrast_flops,
+        contrast_bytes=contrast_bytes,
         contrast_width=2 * sum(single.contrast_widths),
     )
 
 
-def peak_step_seconds(gpu: str, config: RunConfig, index: int, vocabulary: int, world_size: int) -> float | None:
-    """Return the duration of a step of stage `index` at the peak bfloat16 performance of a GPU; None if unknown.
+def peak_step_seconds(gpu: str, stage: Stage, vocabulary: int, world_size: int) -> float | None:
+    """Return the duration of a step of the stage at the peak bfloat16 performance of a GPU; None if unknown.
 
     Multiplied by the measured steps per second it is the model FLOPs utilisation (MFU). Texts count with the longest
     length that the stage allows. `gpu` is the name CUDA gives. The call takes seconds.
@@ -78,19 +96,56 @@ def peak_step_seconds(gpu: str, config: RunConfig, index: int, vocabulary: int, 
     accelerator = accelerator_like(gpu)
     if accelerator is None:
         return None
-    batch = config.stages[index].global_batch_size
-    parts = num_micro_batches(batch, world_size, config.engine.micro_batch_size)
-    work = work_of(config, index, vocabulary, "cuda")
-    return work.step_flops(largest_share(batch, world_size), parts) / accelerator.flops
+    share = largest_share(stage.config.global_batch_size, world_size)
+    return work_of(stage, vocabulary, "cuda").step_flops(share, stage.num_micro_batches(world_size)) / accelerator.flops
 
 
-def model_without_memory(config: RunConfig, index: int, vocabulary: int) -> Model:
+def with_micro_batch(stage: Stage, collectives: Collectives, vocabulary: int) -> Stage:
+    """Resolve `engine.micro_batch_size: auto` to the largest micro-batch that fits the smallest rank's memory.
+
+    The gradient does not depend on it (contract C2), so that a run may resume on other devices; all ranks take the same
+    number and so run the same graph (C3). A collective call. Raises RunFailed if not even one row fits.
+    """
+    engine, on_cuda = stage.run.engine, collectives.device.type == "cuda"
+    if engine.micro_batch_size != "auto":
+        return stage
+    room = UNBOUNDED
+    if engine.memory_gb is not None:
+        room = int(engine.memory_gb * GB)
+    elif on_cuda:
+        free, _ = torch.cuda.mem_get_info(collectives.device)
+        # The allocator gives this stage what it keeps of an earlier one.
+        room = int(USABLE * (free + torch.cuda.memory_reserved(collectives.device)))
+    room = -collectives.largest([-room])[0]
+    rows = None
+    if room < UNBOUNDED:
+        if collectives.rank == 0:
+            unsplit = stage.with_engine(micro_batch_size=None)
+            work = work_of(unsplit, vocabulary, "cuda" if on_cuda else "cpu")
+            sharding = sharding_of(unsplit, collectives.world_size, on_cuda)
+            share = largest_share(stage.config.global_batch_size, collectives.world_size)
+            rows = largest_micro_batch(work, sharding, share, room)
+            if rows:
+                needed = memory_at(work, sharding, share, rows).total
+                log.warning("stage %s: %.2f GB of %.2f GB expected", stage.name, needed / GB, room / GB)
+        rows = collectives.broadcast_json(rows)
+    if rows == 0:
+        raise RunFailed(
+            f"stage {stage.name}: not one row fits the {room / GB:.1f} GB of the smallest rank. Set a higher "
+            "engine.zero_stage, or more ranks; `mome plan` shows what each needs"
+        )
+    if collectives.rank == 0:
+        limit = f"{rows} rows fit" if rows else "no limit is known on a CPU: a rank's whole share"
+        log.warning("stage %s: engine.micro_batch_size auto: %s", stage.name, limit)
+    return stage.with_engine(micro_batch_size=rows)
+
+
+def model_without_memory(stage: Stage, vocabulary: int) -> Model:
     """Build the stage's model on the meta device, in its precision and with its frozen parts frozen."""
-    model = stage_skeleton(config, index, vocabulary).to(DTYPES[config.engine.precision])
-    trained = trained_parts(model, config, config.stages[index])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.part_of(name) in trained)
-    prepare_blocks(model, config.engine.model_copy(update={"compile": False}))  # compilation changes no number here
+    engine = stage.run.engine
+    model = stage_skeleton(stage, vocabulary).to(DTYPES[engine.precision])
+    freeze_untrained(model, stage)
+    prepare_blocks(model, engine.model_copy(update={"compile": False}))  # compilation changes no number here
     return model
 
 
@@ -99,14 +154,14 @@ def parameters_of(model: Model) -> Parameters:
     return Parameters(
         trained=sum(size for size, is_trained in sizes if is_trained),
         frozen=sum(size for size, is_trained in sizes if not is_trained),
-        buffers=sum(buffer.numel() * buffer.element_size() for buffer in model.buffers()),
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
         largest=max(size for size, _ in sizes),
         tensors=len(sizes),
     )
 
 
 @dataclass(frozen=True)
-class Ran:
+class StepCosts:
     """Costs of one step of one rank, and the peak of one of its micro-batches."""
 
     flops: int
@@ -118,23 +173,24 @@ class Ran:
 
 
 def run_step(
-    model: Model, config: RunConfig, index: int, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
-) -> Ran:
-    """Run one step of stage `index` over its whole batch, on one rank with a model on the meta device."""
-    stage = config.stages[index]
-    batch = full_batch(config, stage, stage.global_batch_size, vocabulary, text_tokens)
+    model: Model, stage: Stage, vocabulary: int, kernels: Kernels, text_tokens: int | None = None
+) -> StepCosts:
+    """Run one step of the stage over its whole batch, on one rank with a model on the meta device."""
+    batch = full_batch(stage.run, stage.config, stage.config.global_batch_size, vocabulary, text_tokens)
     members = [tensor for f in fields(batch) if isinstance(tensor := getattr(batch, f.name), Tensor)]
     probe = Probe([*model.parameters(), *model.buffers(), *members], kernels)
-    engine = _WatchedEngine(model, probe)
-    step = TrainingStep(engine, config, stage, _ImaginedRank(), _no_tokens)
+    engine = _ProbedEngine(model, probe)
+    # The image tokenizer's arithmetic is not counted.
+    no_tokens = lambda images, grid: torch.zeros(len(images), grid * grid, dtype=torch.int64)  # noqa: E731
+    step = TrainingStep(engine, stage, _ImaginedRank(), no_tokens)
     with probe:
         step(batch)
         flops = probe.flops
-    batch_bytes = sum(member.numel() * member.element_size() for member in members)
-    return Ran(flops, engine.activations, engine.workspace, engine.tokens, batch_bytes, engine.contrast_widths)
+    batch_bytes = sum(member.nbytes for member in members)
+    return StepCosts(flops, engine.activations, engine.workspace, engine.tokens, batch_bytes, engine.contrast_widths)
 
 
-class _WatchedEngine:
+class _ProbedEngine:
     """Runs the model on the meta device; the step receives zeros of the outputs' shapes in real memory."""
 
     def __init__(self, model: Model, probe: Probe) -> None:
@@ -142,14 +198,25 @@ class _WatchedEngine:
         self._outputs: list[tuple[Tensor, Tensor]] = []  # the model's outputs and the zeros that replace them
         self.activations = self.workspace = self.tokens = 0
         self.contrast_widths: tuple[int, ...] = ()
+
+        def release(parameter: Tensor) -> None:  # the engine keeps gradients elsewhere, and they are counted there
+            parameter.grad = None
+
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_release)
+                parameter.register_post_accumulate_grad_hook(release)
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
         with unwatched():
             passes = {name: _on_meta(inputs) for name, inputs in passes.items()}
-        self.tokens += sum(_num_tokens(inputs, self.model.config.num_patches) for inputs in passes.values())
+        for inputs in passes.values():  # positions of all rows: words, regions, and patches with the image's [CLS]
+            self.tokens += 0 if inputs.text is None else inputs.text.numel()
+            self.tokens += 0 if inputs.regions is None else inputs.regions.keep.numel()
+            visible = inputs.visible_patches
+            patches = self.model.config.num_patches if visible is None else visible.shape[1]
+            self.tokens += sum(
+                len(image) * (1 + patches) for image in (inputs.image, inputs.second_image) if image is not None
+            )
         outputs = self.model(passes)
         if contrasted := [outputs["image"][head] for head in CONTRASTS if head in outputs.get("image", {})]:
             self.contrast_widths = tuple(features.shape[-1] for features in contrasted)
@@ -167,7 +234,7 @@ class _WatchedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         alive = self._probe.live_bytes
         self.activations = max(self.activations, alive)
-        self._probe.forget_peak()
+        self._probe.peak_bytes = alive
         loss.backward()
         reached = [(output, read.grad) for output, read in self._outputs if read.grad is not None]
         self._outputs.clear()
@@ -175,11 +242,6 @@ class _WatchedEngine:
             gradients = [gradient.to("meta") for _, gradient in reached]
         torch.autograd.backward([output for output, _ in reached], gradients)
         self.workspace = max(self.workspace, self._probe.peak_bytes - alive)
-
-
-def _release(parameter: Tensor) -> None:
-    """Drop a gradient at once: the engine keeps gradients elsewhere, and they are counted there."""
-    parameter.grad = None
 
 
 class _ImaginedRank(Collectives):
@@ -199,51 +261,13 @@ class _ImaginedRank(Collectives):
         return lambda rows: rows[chosen.to(rows.device)]
 
 
-def _no_tokens(images: Tensor, grid: int) -> Tensor:
-    """Return zeros (n, P) instead of running the image tokenizer, whose arithmetic is not counted."""
-    return torch.zeros(len(images), grid * grid, dtype=torch.int64)
-
-
-def _contrast(batch: int, widths: tuple[int, ...], kernels: Kernels) -> tuple[int, int]:
-    """Return the FLOPs and the peak bytes of the contrastive loss over `batch` rows on each rank."""
-    features = [torch.empty(batch, width, device="meta", requires_grad=True) for width in widths for _ in range(2)]
-    ids, scale = torch.empty(batch, dtype=torch.int64, device="meta"), torch.empty((), device="meta")
-    with Probe([*features, ids, scale], kernels) as probe:
-        pairs = zip(features[::2], features[1::2], strict=True)
-        losses = [itc_loss(image, text, scale, ids) for image, text in pairs]
-        torch.autograd.grad(torch.stack(losses).sum(), features)
-        return probe.flops, probe.peak_bytes + sum(4 * feature.numel() for feature in features)
-
-
-def _on_meta(inputs: ForwardInput) -> ForwardInput:
-    """Move the forward's tensors to the meta device."""
+def _on_meta(inputs: ForwardInput | Regions) -> Any:
+    """Move the tensors of a forward, and of its regions, to the meta device."""
     moved: dict[str, Any] = {}
     for f in fields(inputs):
         value = getattr(inputs, f.name)
         if isinstance(value, Tensor):
             moved[f.name] = value.to("meta")
         elif isinstance(value, Regions):
-            moved[f.name] = Regions(*(getattr(value, g.name).to("meta") for g in fields(value)))
+            moved[f.name] = _on_meta(value)
     return replace(inputs, **moved)
-
-
-def _num_tokens(inputs: ForwardInput, num_patches: int) -> int:
-    """Count the positions of all rows of a forward: words, regions, and patches with the image's [CLS]."""
-    count = 0
-    if inputs.text is not None:
-        count += inputs.text.numel()
-    if inputs.regions is not None:
-        count += inputs.regions.keep.numel()
-    for image in (inputs.image, inputs.second_image):
-        if image is not None:
-            count += len(image) * (
-                1 + (num_patches if inputs.visible_patches is None else inputs.visible_patches.shape[1])
-            )
-    return count
-
-
-def _cut(config: RunConfig, index: int, batch: int, micro_batch_size: int | None) -> RunConfig:
-    """Return the run with a global batch of `batch` rows, for one rank."""
-    stages = [stage.model_copy(update={"global_batch_size": batch}) for stage in config.stages]
-    engine = config.engine.model_copy(update={"micro_batch_size": micro_batch_size})
-    return config.model_copy(update={"stages": tuple(stages), "engine": engine})

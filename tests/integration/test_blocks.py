@@ -77,7 +77,7 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     from pipeline.training.collectives import Collectives, share
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
-    from pipeline.training.stages import build_stage_model
+    from pipeline.training.stages import Stage, build_stage_model
     from pipeline.training.step import TrainingStep
     from tests.support.trial import VOCABULARY, invented_batch
 
@@ -86,11 +86,11 @@ def _ranked(layouts: list[dict[str, Any]]) -> list[tuple[Gradients, Gradients]]:
     for layout in layouts:
         config = _config("vlmo", **layout)
         stage = config.stages[0]
-        model = build_stage_model(config, 0, Storage(), VOCABULARY)
+        model = build_stage_model(Stage(config, 0), Storage(), VOCABULARY)
         check = ExecutionOrderCheck(collectives, every=1)
         check.on_model_built(model)
-        engine = DeepSpeedEngine(model, config, stage, collectives)
-        step = TrainingStep(engine, config, stage, collectives)
+        engine = DeepSpeedEngine(model, Stage(config, 0), collectives)
+        step = TrainingStep(engine, Stage(config, 0), collectives)
         gradients = []
         for number in range(2):
             rows = slice(*share(stage.global_batch_size, collectives.rank, collectives.world_size))

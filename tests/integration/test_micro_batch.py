@@ -14,11 +14,13 @@ STAGE = 2
 def _resolved(configs: list[RunConfig]) -> int | str | None:
     from pipeline.config.errors import RunFailed
     from pipeline.training.collectives import Collectives
-    from pipeline.training.micro_batch import with_micro_batch
+    from pipeline.training.stages import Stage
+    from pipeline.training.workload import with_micro_batch
 
     collectives = Collectives()
     try:
-        return with_micro_batch(configs[collectives.rank], STAGE, collectives, VOCABULARY).engine.micro_batch_size
+        stage = with_micro_batch(Stage(configs[collectives.rank], STAGE), collectives, VOCABULARY)
+        return stage.run.engine.micro_batch_size
     except RunFailed as error:
         return str(error)
 
@@ -27,11 +29,12 @@ def _needed(rows: int) -> float:
     """Return the estimated GB that each of two ranks needs for micro-batches of `rows` examples."""
     from pipeline.planning.estimate import memory_at
     from pipeline.training.deepspeed_setup import sharding_of
+    from pipeline.training.stages import Stage
     from pipeline.training.workload import work_of
 
-    config = tiny_config(zero_stage=2)
-    work = work_of(config, STAGE, VOCABULARY, "cpu")
-    return memory_at(work, sharding_of(config, config.stages[STAGE], 2, on_cuda=False), 6, rows).total / 1e9
+    stage = Stage(tiny_config(zero_stage=2), STAGE)
+    work = work_of(stage, VOCABULARY, "cpu")
+    return memory_at(work, sharding_of(stage, 2, on_cuda=False), 6, rows).total / 1e9
 
 
 def test_smallest_rank_decides_for_all():

@@ -38,8 +38,9 @@ def _base(zero_stage: int) -> RunConfig:
 def _measure(configs: list[RunConfig], index: int) -> list[tuple[dict[str, int], dict[str, int]]]:
     from jobs.bench.step import bench_step
     from pipeline.training.collectives import Collectives
+    from pipeline.training.stages import Stage
 
-    results = [bench_step(config, index, Collectives(), steps=0) for config in configs]
+    results = [bench_step(Stage(config, index), Collectives(), steps=0) for config in configs]
     return [(result.predicted, result.measured) for result in results]
 
 

@@ -119,11 +119,12 @@ def probed() -> list[Probed]:
 
 def _through_engine(collectives: Any, steps: list[list[str]], layouts: list[dict[str, Any]]) -> list[list[Step]]:
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    from pipeline.training.stages import Stage
 
     results = []
     for layout in layouts:
         config = tiny_config(micro_batch_size=12 // collectives.world_size // len(steps[0]), **layout)
-        engine = DeepSpeedEngine(Experts(), config, config.stages[0], collectives)
+        engine = DeepSpeedEngine(Experts(), Stage(config, 0), collectives)
         results.append([_step(engine, collectives, number, experts) for number, experts in enumerate(steps)])
         engine.close()
     return results
@@ -167,6 +168,7 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
     from pipeline.config.errors import RunFailed
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
     from pipeline.training.health import ExecutionOrderCheck
+    from pipeline.training.stages import Stage
 
     errors = []
     for layout in layouts:
@@ -175,7 +177,7 @@ def _diverging(collectives: Any, layouts: list[dict[str, Any]]) -> list[str]:
             model = Experts()
             check = ExecutionOrderCheck(collectives, every=10, first_step=70)
             check.on_model_built(model)  # type: ignore[arg-type]
-            engine = DeepSpeedEngine(model, config, config.stages[0], collectives)  # type: ignore[arg-type]
+            engine = DeepSpeedEngine(model, Stage(config, 0), collectives)  # type: ignore[arg-type]
             check.before_step(0)
             try:
                 outputs = engine(_passes(0, 0, collectives.rank, experts[collectives.rank]))
@@ -200,6 +202,7 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     from pipeline.models import build_model
     from pipeline.models.forward import ForwardInput
     from pipeline.training.deepspeed_engine import DeepSpeedEngine
+    from pipeline.training.stages import Stage
 
     def loss(model: Any, config: Any, step: int, rank: int) -> Tensor:
         rows = tiny_batch(config, step, rank, collectives.world_size, 12)
@@ -211,7 +214,7 @@ def _vlmo_in_turn(collectives: Any) -> dict[str, float]:
     for layout in LAYOUTS[3:]:
         config = tiny_config(**layout)
         plain, model = (build_model(config.model, VOCABULARY, seed=5) for _ in range(2))
-        engine = DeepSpeedEngine(model, config, config.stages[0], collectives)
+        engine = DeepSpeedEngine(model, Stage(config, 0), collectives)
         for step in range(3):
             for parameter in plain.parameters():
                 parameter.grad = torch.zeros_like(parameter)

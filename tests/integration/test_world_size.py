@@ -206,7 +206,7 @@ def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int |
     from pipeline.data.storage import Storage
     from pipeline.objectives import batch_groups
     from pipeline.training.collectives import Collectives
-    from pipeline.training.stages import build_stage_model
+    from pipeline.training.stages import Stage, build_stage_model
     from tests.support.engines import build_engine
 
     collectives, storage, results = Collectives(), Storage(), {}
@@ -217,7 +217,7 @@ def _fine_tuning_gradients(folder: str, zero_stage: int, micro_batch_size: int |
         config = config.model_copy(update={"engine": engine, "model": model})
         tokenizer = Tokenizer.train([*iter_captions(storage, config.sources["train"].shards), "x"], 200)
         built = build_engine(
-            config, collectives=collectives, model=build_stage_model(config, 0, storage, tokenizer.size)
+            config, collectives=collectives, model=build_stage_model(Stage(config, 0), storage, tokenizer.size)
         )
         with Loader(
             config,

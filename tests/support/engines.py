@@ -21,9 +21,9 @@ from pipeline.objectives import head_config
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_engine import DeepSpeedEngine
-from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import trained_parts
+from pipeline.training.stages import Stage, trained_parts
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 from tests.support.tiny_model import tiny_batch
 from tests.support.trial import VOCABULARY
 
@@ -94,7 +94,7 @@ class EngineOnRank:
 def tiny_model(config: RunConfig, index: int = 0, freeze: Iterable[str] = ()) -> Model:
     """Build a stage's model with random weights; the parts that it does not train, and `freeze`, need no gradient."""
     model = build_model(config.model, VOCABULARY, head_config(config, index), seed=5)
-    trained = trained_parts(model, config, config.stages[index]) - set(freeze)
+    trained = trained_parts(model, Stage(config, index)) - set(freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(model.part_of(name) in trained)
     return model
@@ -110,8 +110,8 @@ def build_engine(
     """Build the engine of stage `index` on this rank. `plain` selects autograd and Adam in one process."""
     collectives, stage = collectives or Collectives(), config.stages[index]
     model = model or tiny_model(config, index)
-    engine = PlainEngine(model, stage.optimizer) if plain else DeepSpeedEngine(model, config, stage, collectives)
-    return EngineOnRank(config, stage, collectives, engine, TrainingStep(engine, config, stage, collectives))
+    engine = PlainEngine(model, stage.optimizer) if plain else DeepSpeedEngine(model, Stage(config, index), collectives)
+    return EngineOnRank(config, stage, collectives, engine, TrainingStep(engine, Stage(config, index), collectives))
 
 
 def gradients_and_losses(

@@ -35,10 +35,10 @@ from pipeline.data.batch import Batch
 from pipeline.data.storage import Storage
 from pipeline.objectives import ImageTokenizer
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import learning_rate
-from pipeline.training.stages import build_stage_model
+from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 
 STEPS = 30
 ROWS = 12
@@ -184,8 +184,8 @@ class TrialState:
 def begin(config: RunConfig, collectives: Collectives, engine: type[PlainEngine] = PlainEngine) -> TrialState:
     """Build the model, the step and the batch of a trial's only stage."""
     stage = config.stages[0]
-    built = engine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
-    step = TrainingStep(built, config, stage, collectives, _image_tokenizer(stage))
+    built = engine(build_stage_model(Stage(config, 0), Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(built, Stage(config, 0), collectives, _image_tokenizer(stage))
     return TrialState(
         built, step, twice(invented_batch(config.model, config.source_type_of(stage), 0, stage.global_batch_size // 2))
     )

@@ -38,7 +38,7 @@ from pipeline.evaluation.evaluate import stages_trained_on
 from pipeline.evaluation.results import MatchingResult
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
+from tests.support.gradients import PlainEngine
 from tests.support.trial import Cell, begin, trial_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,8 @@ from pipeline.training.callbacks import Callback, StepEvent
 from pipeline.training.metrics import MetricsSnapshot, total_data_counts
 
 if TYPE_CHECKING:
-    from pipeline.training.context import RunContext, Stage, StageResult, StageState
+    from pipeline.training.context import RunContext, StageResult, StageState
+    from pipeline.training.stages import Stage
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from jobs.plan import Target, as_json_object, as_text, plan_run
 from jobs.plan_chart import scaling_svg
 from pipeline.config.errors import ConfigError
 from pipeline.planning.estimate import Assumptions
-from pipeline.planning.hardware import accelerator_named, network_named
+from pipeline.planning.hardware import ACCELERATORS, NETWORKS
 from tests.support.tiny_model import tiny_config
 
 
 def target(gpus: int = 2) -> Target:
-    return Target(accelerator_named("h100"), network_named("ib-400"), gpus, Assumptions(price=2.5))
+    return Target(ACCELERATORS["h100"], NETWORKS["ib-400"], gpus, Assumptions(price=2.5))
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from pipeline.data.storage import Storage
 from pipeline.objectives import NegativePool
 from pipeline.objectives.ranking import draw_distinct_negatives, ranking_loss
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model
+from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 from tests.support.trial import VOCABULARY, Cell, invented_batch, trial_config
 
 
@@ -66,8 +66,8 @@ def test_the_loss_is_the_cross_entropy_of_the_first_text() -> None:
 def training_step() -> tuple[TrainingStep, Batch]:
     config = trial_config(Cell("ranking", "vilt", "pairs"))
     stage = config.stages[0]
-    engine = PlainEngine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
-    step = TrainingStep(engine, config, stage, Collectives())
+    engine = PlainEngine(build_stage_model(Stage(config, 0), Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(engine, Stage(config, 0), Collectives())
     return step, invented_batch(config.model, "pairs", 1, stage.global_batch_size)
 
 

@@ -14,9 +14,10 @@ from pipeline.models.model import HeadConfig
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.alerts import CONSECUTIVE, JUMP, LOSSES, Alerts
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
 from pipeline.training.metrics import StepMetrics
+from pipeline.training.stages import Stage
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 PAIRS: Any = SimpleNamespace(name="pairs")  # replaces the stage
@@ -102,7 +103,7 @@ def test_diagnostics_count_every_pair_for_any_micro_batch_size(stage: int, micro
     model = build_model(config.model, VOCABULARY, HeadConfig("pixels"), seed=5)
     with torch.no_grad():
         model.itm_head.classify.bias.copy_(torch.tensor([-50.0, 50.0]))  # type: ignore[union-attr, operator]
-    step = TrainingStep(PlainEngine(model, one.optimizer), config, one, Collectives())
+    step = TrainingStep(PlainEngine(model, one.optimizer), Stage(config, stage), Collectives())
     step(tiny_batch(config, 0, 0, 1, one.global_batch_size), with_metrics=True)
     read = one.global_batch_size // one.objectives["itm"].every
     matched, wrong = (read, 2 * read) if one.negatives == "hard" else (read // 2, read - read // 2)

@@ -16,9 +16,9 @@ from pipeline.data.storage import Storage
 from pipeline.objectives import head_config
 from pipeline.objectives.mim import mean_colour_targets
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model, check_stages
+from pipeline.training.stages import Stage, build_stage_model, check_stages
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 
 ROWS, SIDE, PATCH = 8, 24, 8
 VISUAL_TOKENS = 5
@@ -86,8 +86,8 @@ def gradients(config: RunConfig, micro_batch_size: int | None) -> tuple[dict[str
     config = config.model_copy(
         update={"engine": config.engine.model_copy(update={"micro_batch_size": micro_batch_size})}
     )
-    engine = PlainEngine(build_stage_model(config, 0, Storage(), 11), config.stages[0].optimizer)
-    step = TrainingStep(engine, config, config.stages[0], Collectives(), tokens_of)
+    engine = PlainEngine(build_stage_model(Stage(config, 0), Storage(), 11), config.stages[0].optimizer)
+    step = TrainingStep(engine, Stage(config, 0), Collectives(), tokens_of)
     loss = step(batch_of(config))["loss"]
     scale = step.accumulation
     return {name: gradient / scale for name, gradient in engine.gradients().items()}, float(loss)
@@ -112,7 +112,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(kind: str, objective
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_exactly_the_trained_parameters_get_a_gradient(kind: str, variant: str) -> None:
     config = run_config(kind, **VARIANTS[variant])
-    model = build_stage_model(config, 0, Storage(), 11)
+    model = build_stage_model(Stage(config, 0), Storage(), 11)
     found, _ = gradients(config, None)
     assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -131,9 +131,8 @@ def test_trap_section_3_labels_differ_from_patch_to_patch() -> None:
 def test_encoder_reads_no_patch_that_the_decoder_predicts() -> None:
     config = run_config("vlmo", **VARIANTS["decoded"])
     step = TrainingStep(
-        PlainEngine(build_stage_model(config, 0, Storage(), 11), config.stages[0].optimizer),
-        config,
-        config.stages[0],
+        PlainEngine(build_stage_model(Stage(config, 0), Storage(), 11), config.stages[0].optimizer),
+        Stage(config, 0),
         Collectives(),
     )
     (one,) = step._forwards(batch_of(config)).values()

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.training.collectives import Collectives
 from pipeline.training.health import is_out_of_memory, out_of_memory
+from pipeline.training.stages import Stage
 from tests.support.tiny_model import tiny_config
 
 
@@ -44,7 +45,7 @@ def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
 @pytest.mark.parametrize(("zero_stage", "offload"), [(0, False), (1, True), (2, True)])
 def test_only_supported_remedies_are_suggested(zero_stage: int, offload: bool) -> None:
     """The config rejects offloading without ZeRO."""
-    config = tiny_config(zero_stage=zero_stage)
-    told = str(out_of_memory(MemoryError("no room"), config, config.stages[0], Collectives(), None))
+    stage = Stage(tiny_config(zero_stage=zero_stage), 0)
+    told = str(out_of_memory(MemoryError("no room"), stage, Collectives(), None))
     assert ("engine.offload_optimizer=true" in told) == offload
     assert f"engine.zero_stage={zero_stage + 1}" in told

@@ -13,8 +13,8 @@ import torch
 
 from pipeline.config.errors import ConfigError
 from pipeline.data.storage import Storage
-from pipeline.training.context import Stage
-from pipeline.training.profile import Profiler, ProfileWindow
+from pipeline.training.profile import Profiler, profile_override
+from pipeline.training.stages import Stage
 from tests.support.tiny_model import tiny_config
 
 
@@ -25,7 +25,7 @@ def profile(folder: Path, window: str, num_steps: int) -> list[str]:
     tracker = SimpleNamespace(artifact=lambda name, content: names.append(name))
     context: Any = SimpleNamespace(storage=Storage(), tracker=tracker)
     stage = Stage(config, 1)
-    profiler = Profiler(stage, context, ProfileWindow.parse(window))
+    profiler = Profiler(stage, context, window)
     for step in range(num_steps):
         profiler.before_batch(step)
         torch.ones(8) * step
@@ -51,4 +51,4 @@ def test_window_cut_by_the_end_of_the_stage_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["5", "5:5", "7:5", "a:b"])
 def test_malformed_window_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="expected A:B"):
-        ProfileWindow.parse(text)
+        profile_override(text)

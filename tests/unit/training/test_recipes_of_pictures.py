@@ -12,7 +12,7 @@ from pipeline.data.storage import Storage
 from pipeline.models import skeleton
 from pipeline.models.model import HeadConfig
 from pipeline.training.prepare import choose_tokenizer
-from pipeline.training.stages import check_stages, stage_skeleton, trained_parts
+from pipeline.training.stages import Stage, check_stages, stage_skeleton, trained_parts
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 ALL = sorted(CONFIGS.glob("**/*.yaml"))
@@ -34,9 +34,9 @@ def test_trap_13_images_follow_a_language_stage(path: Path) -> None:
         if source_type != "text" or index + 1 == len(source_types):
             continue
         drifting = {"norm", "positions.text"} & trained_parts(
-            stage_skeleton(config, index), config, config.stages[index]
+            stage_skeleton(Stage(config, index)), Stage(config, index)
         )
-        after = trained_parts(stage_skeleton(config, index + 1), config, config.stages[index + 1])
+        after = trained_parts(stage_skeleton(Stage(config, index + 1)), Stage(config, index + 1))
         assert drifting <= after
         assert source_types[index + 1] != "text"
 
@@ -52,7 +52,7 @@ def test_vit_base_has_the_published_size() -> None:
 def test_vit_stages_can_be_built_and_read_no_text(name: str, tmp_path: Path) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     check_stages(config)
-    sizes = [stage_skeleton(config, index).config.image_size for index in range(len(config.stages))]
+    sizes = [stage_skeleton(Stage(config, index)).config.image_size for index in range(len(config.stages))]
     assert sizes == [224, 384]
     config = config.model_copy(update={"output": str(tmp_path)})
     assert choose_tokenizer(config, Storage()).tokens == SPECIALS

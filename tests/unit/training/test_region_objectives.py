@@ -18,9 +18,9 @@ from pipeline.objectives.mlm import MLM
 from pipeline.objectives.moc import MOC
 from pipeline.objectives.mrfr import MRFR
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model
+from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 from tests.support.trial import COLLAPSED_1_TO_1, VOCABULARY, invented_batch, twice
 
 OBJECTIVES = ("itm", "mlm", "moc", "mrfr")
@@ -67,8 +67,8 @@ class Watched(PlainEngine):
 
 def training(config: RunConfig, collectives: Collectives) -> tuple[Watched, TrainingStep, Batch]:
     stage = config.stages[0]
-    engine = Watched(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
-    step = TrainingStep(engine, config, stage, collectives)
+    engine = Watched(build_stage_model(Stage(config, 0), Storage(), VOCABULARY), stage.optimizer)
+    step = TrainingStep(engine, Stage(config, 0), collectives)
     return engine, step, twice(invented_batch(config.model, "regions", 0, ROWS // 2))
 
 

@@ -18,10 +18,10 @@ from pipeline.models.model import HeadConfig
 from pipeline.objectives import head_config
 from pipeline.objectives.itc import Contrast, global_contrast
 from pipeline.training import release
-from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import parameter_groups
-from pipeline.training.stages import trained_parts
+from pipeline.training.stages import Stage, freeze_untrained
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 RANKS, ROWS, WIDTH = 4, 12, 8
@@ -55,10 +55,9 @@ def switched(
 def gradients(config: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     stage = config.stages[0]
     model = build_model(config.model, VOCABULARY, head_config(config, 0), seed=5)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(model.part_of(name) in trained_parts(model, config, stage))
+    freeze_untrained(model, Stage(config, 0))
     engine = PlainEngine(model, stage.optimizer)
-    losses = TrainingStep(engine, config, stage, OneRank())(tiny_batch(config, 1, 0, 1, stage.global_batch_size))  # type: ignore[arg-type]
+    losses = TrainingStep(engine, Stage(config, 0), OneRank())(tiny_batch(config, 1, 0, 1, stage.global_batch_size))  # type: ignore[arg-type]
     return engine.gradients(), losses
 
 

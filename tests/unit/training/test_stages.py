@@ -19,7 +19,7 @@ from pipeline.models.model import HeadConfig, Model
 from pipeline.models.resize import resize_grid, resize_relative_grid, resize_text_distances
 from pipeline.training.checkpoint import load_weights, save_weights, stage_url
 from pipeline.training.prepare import _check_start
-from pipeline.training.stages import build_stage_model, load_matching, prepare_experts
+from pipeline.training.stages import Stage, build_stage_model, load_matching, prepare_experts
 from tests.support.tiny_model import VOCABULARY, tiny_config
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(VOCABULARY - 5))]
@@ -44,7 +44,7 @@ def finish(config: RunConfig, index: int, model: Model, **more: Any) -> str:
 
 
 def model_of_stage(config: RunConfig, index: int) -> Model:
-    return build_stage_model(config, index, Storage(), VOCABULARY)
+    return build_stage_model(Stage(config, index), Storage(), VOCABULARY)
 
 
 def tokenizer() -> Tokenizer:
@@ -95,7 +95,7 @@ def test_start_from_another_image_size_and_text_length(tmp_path: Path) -> None:
     before = model_of_stage(short, 0)
     url = finish(short, 0, before)
     config = staged(tmp_path, {"start_from": url})
-    _check_start(config, 0, Storage(), tokenizer())
+    _check_start(Stage(config, 0), Storage(), tokenizer())
     after = model_of_stage(config, 0)
     expected = resize_text_distances(before.state_dict()["positions.text"], 12)
     assert torch.equal(after.state_dict()["positions.text"], expected)
@@ -120,7 +120,7 @@ def test_another_architecture_is_rejected_with_both_values(
     other = staged(tmp_path, **theirs)
     url = finish(other, 0, build_model(other.model, VOCABULARY))
     with pytest.raises(ConfigError) as error:
-        _check_start(staged(tmp_path, {"start_from": url}, **ours), 0, Storage(), tokenizer())
+        _check_start(Stage(staged(tmp_path, {"start_from": url}, **ours), 0), Storage(), tokenizer())
     assert told in str(error.value)
     assert "stages.vision.start_from" in str(error.value)
 
@@ -129,7 +129,7 @@ def test_another_architecture_is_rejected_with_both_values(
 def test_training_only_keys_may_differ(tmp_path: Path, change: dict[str, Any]) -> None:
     other = staged(tmp_path, **change)
     url = finish(other, 0, build_model(other.model, VOCABULARY))
-    _check_start(staged(tmp_path, {"start_from": url}), 0, Storage(), tokenizer())
+    _check_start(Stage(staged(tmp_path, {"start_from": url}), 0), Storage(), tokenizer())
 
 
 def test_weights_of_another_vocabulary_are_rejected_with_its_url(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_weights_of_another_vocabulary_are_rejected_with_its_url(tmp_path: Path)
     url = finish(config, 0, build_model(config.model, VOCABULARY))
     other = Tokenizer.from_vocabulary([*TOKENS[:-1], "another"])
     with pytest.raises(ConfigError, match=rf"set tokenizer.vocabulary to {url}/vocab.txt"):
-        _check_start(staged(tmp_path, {"start_from": url}), 0, Storage(), other)
+        _check_start(Stage(staged(tmp_path, {"start_from": url}), 0), Storage(), other)
 
 
 # ---- modules absent from the weights

@@ -10,9 +10,9 @@ import torch
 from pipeline.data.storage import Storage
 from pipeline.models.forward import ForwardInput
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model
+from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep, merge_forwards
+from tests.support.gradients import PlainEngine
 from tests.support.tiny_model import VOCABULARY, tiny_batch, tiny_config
 
 
@@ -24,8 +24,8 @@ def test_losses_by_source_add_up_to_the_loss(index: int, micro_batch_size: int |
         update={"start_from": "random", "sources": {"pairs": 0.5, "more_pairs": 0.5}}
     )
     config = config.model_copy(update={"stages": (*config.stages[:index], stage)})
-    model = build_stage_model(config, index, Storage(), VOCABULARY)
-    step = TrainingStep(PlainEngine(model, stage.optimizer), config, stage, Collectives())
+    model = build_stage_model(Stage(config, index), Storage(), VOCABULARY)
+    step = TrainingStep(PlainEngine(model, stage.optimizer), Stage(config, index), Collectives())
     batch = tiny_batch(config, 4, 0, 1, 12)
     batch = replace(batch, source=batch.place // 3 % 2)
 

@@ -17,9 +17,9 @@ from pipeline.objectives.itm import matched_examples
 from pipeline.objectives.mim import MIM
 from pipeline.objectives.wpa import WPA, wpa_loss
 from pipeline.training.collectives import Collectives
-from pipeline.training.engine import PlainEngine
-from pipeline.training.stages import build_stage_model
+from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
+from tests.support.gradients import PlainEngine
 from tests.support.trial import VOCABULARY, invented_batch, tiny_section
 
 ROWS = 8
@@ -57,8 +57,8 @@ def run_config(objectives: dict[str, Any], **stage: Any) -> RunConfig:
 
 def step_of(config: RunConfig, collectives: Collectives) -> TrainingStep:
     stage = config.stages[0]
-    engine = PlainEngine(build_stage_model(config, 0, Storage(), VOCABULARY), stage.optimizer)
-    return TrainingStep(engine, config, stage, collectives)
+    engine = PlainEngine(build_stage_model(Stage(config, 0), Storage(), VOCABULARY), stage.optimizer)
+    return TrainingStep(engine, Stage(config, 0), collectives)
 
 
 def batch_of(config: RunConfig) -> Batch:
