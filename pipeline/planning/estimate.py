@@ -7,6 +7,7 @@ overlap. Nothing is measured here; every assumption is in `Assumptions` and is p
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,6 @@ class StageSettings:
     global_batch_size: int
     images: int  # per sample
     micro_batch_size: int | None  # maximum examples per micro-batch; None: a rank's whole share
-    checkpoint_every: int
     work: Work
 
 
@@ -90,14 +90,8 @@ def memory_at(work: Work, sharding: Sharding, share: int, examples: int) -> Memo
 
 def largest_micro_batch(work: Work, sharding: Sharding, share: int, room: float) -> int:
     """Return the largest micro-batch that fits into `room` bytes; 0 if not even one example does."""
-    low, high = 0, share
-    while low < high:
-        middle = (low + high + 1) // 2
-        if memory_at(work, sharding, share, middle).total <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    sizes = range(1, share + 1)
+    return bisect_right(sizes, room, key=lambda examples: memory_at(work, sharding, share, examples).total)
 
 
 def usable_bytes(accelerator: Accelerator, assumptions: Assumptions) -> float:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from pipeline.config.errors import ConfigError
 
 GB, TERA = 10**9, 10**12
+PCIE = 25 * GB  # generation 4, 16 streams, as measured in copies
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,8 @@ class Accelerator:
     name: str
     flops: float  # dense bfloat16 per second
     memory_bytes: float
-    memory_bandwidth: float  # bytes per second
+    inside_bandwidth: float = PCIE  # bytes per second to others of the node, one direction
     per_node: int = 8
-    inside: float = 0.0  # bytes per second to others of the node, one direction; 0: over PCIe
-
-    @property
-    def inside_bandwidth(self) -> float:
-        return self.inside or PCIE
 
 
 @dataclass(frozen=True)
@@ -42,23 +38,22 @@ class Network:
     efficiency: float  # fraction of the bandwidth that collectives of large messages reach
 
 
-PCIE = 25 * GB  # generation 4, 16 streams, as measured in copies
 INTRA_LATENCY = 5e-6
 INTRA_EFFICIENCY = 0.8
 
 ACCELERATORS = {
     item.name: item
     for item in (
-        Accelerator("b200", 2250 * TERA, 180 * GB, 8000 * GB, inside=900 * GB),
-        Accelerator("h200", 989 * TERA, 141 * GB, 4800 * GB, inside=450 * GB),
-        Accelerator("h100", 989 * TERA, 80 * GB, 3350 * GB, inside=450 * GB),  # SXM5
-        Accelerator("h100-pcie", 756 * TERA, 80 * GB, 2000 * GB),
-        Accelerator("a100-80", 312 * TERA, 80 * GB, 2039 * GB, inside=300 * GB),
-        Accelerator("a100-40", 312 * TERA, 40 * GB, 1555 * GB, inside=300 * GB),
-        Accelerator("l40s", 362 * TERA, 48 * GB, 864 * GB),
-        Accelerator("a10g", 70 * TERA, 24 * GB, 600 * GB),
-        Accelerator("v100", 125 * TERA, 32 * GB, 900 * GB, inside=150 * GB),  # float16; it does not support bfloat16
-        Accelerator("mi300x", 1307 * TERA, 192 * GB, 5300 * GB, inside=448 * GB),
+        Accelerator("b200", 2250 * TERA, 180 * GB, 900 * GB),
+        Accelerator("h200", 989 * TERA, 141 * GB, 450 * GB),
+        Accelerator("h100", 989 * TERA, 80 * GB, 450 * GB),  # SXM5
+        Accelerator("h100-pcie", 756 * TERA, 80 * GB),
+        Accelerator("a100-80", 312 * TERA, 80 * GB, 300 * GB),
+        Accelerator("a100-40", 312 * TERA, 40 * GB, 300 * GB),
+        Accelerator("l40s", 362 * TERA, 48 * GB),
+        Accelerator("a10g", 70 * TERA, 24 * GB),
+        Accelerator("v100", 125 * TERA, 32 * GB, 150 * GB),  # float16; it does not support bfloat16
+        Accelerator("mi300x", 1307 * TERA, 192 * GB, 448 * GB),
     )
 }
 NETWORKS = {
@@ -76,14 +71,13 @@ NETWORKS = {
 Named = TypeVar("Named", Accelerator, Network)
 
 
-def accelerator_named(name: str) -> Accelerator:
-    """Return the accelerator of that name. Raises ConfigError listing the known ones."""
-    return _named("--accelerator", ACCELERATORS, name)
-
-
-def network_named(name: str) -> Network:
-    """Return the network of that name. Raises ConfigError listing the known ones."""
-    return _named("--network", NETWORKS, name)
+def hardware_named(option: str, table: dict[str, Named], name: str) -> Named:
+    """Return the entry of that name. Raises ConfigError, naming the command-line option, with the known names."""
+    if name not in table:
+        matches = get_close_matches(name, table, n=1)
+        hint = f"did you mean '{matches[0]}'? " if matches else ""
+        raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
+    return table[name]
 
 
 def accelerator_like(device: str) -> Accelerator | None:
@@ -94,11 +88,3 @@ def accelerator_like(device: str) -> Accelerator | None:
         small = any(word in ("40gb", "pcie") for word in words)
         matches = [match for match in matches if match.name.endswith(("-40", "-pcie")) == small] or matches
     return matches[0] if matches else None
-
-
-def _named(option: str, table: dict[str, Named], name: str) -> Named:
-    if name not in table:
-        matches = get_close_matches(name, table, n=1)
-        hint = f"did you mean '{matches[0]}'? " if matches else ""
-        raise ConfigError(f"{option} {name}: {hint}known: {', '.join(table)}")
-    return table[name]

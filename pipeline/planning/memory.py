@@ -9,7 +9,7 @@ the larger of two moments:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 FLOAT32 = 4
@@ -119,8 +119,7 @@ class Memory:
         return permanent + max(self.activations + self.backward, self.update)
 
     def as_json(self) -> dict[str, int]:
-        names = ("states", "gradients", "buffers", "activations", "backward", "update", "loader", "host", "total")
-        return {name: round(getattr(self, name)) for name in names}
+        return {name: round(size) for name, size in {**asdict(self), "total": self.total}.items()}
 
 
 def memory_of(

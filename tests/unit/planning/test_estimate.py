@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError
 from pipeline.planning.estimate import Assumptions, StageSettings, curve, estimate, largest_micro_batch, memory_at
-from pipeline.planning.hardware import ACCELERATORS, NETWORKS, accelerator_like, accelerator_named
+from pipeline.planning.hardware import ACCELERATORS, NETWORKS, accelerator_like, hardware_named
 from pipeline.planning.memory import Line, Parameters, Sharding, Work
 
 WORK = Work(
@@ -23,9 +23,7 @@ WORK = Work(
     contrast_bytes=10**7,
     contrast_width=1536,
 )
-STAGE = StageSettings(
-    "pairs", steps=1000, global_batch_size=1024, images=1, micro_batch_size=None, checkpoint_every=100, work=WORK
-)
+STAGE = StageSettings("pairs", steps=1000, global_batch_size=1024, images=1, micro_batch_size=None, work=WORK)
 H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
 
 
@@ -90,7 +88,7 @@ def test_scaling_curve_ends_where_a_rank_would_have_no_example():
 
 def test_unknown_accelerator_gets_a_suggestion():
     with pytest.raises(ConfigError, match="did you mean 'h100'"):
-        accelerator_named("h1000")
+        hardware_named("--accelerator", ACCELERATORS, "h1000")
 
 
 @pytest.mark.parametrize(
