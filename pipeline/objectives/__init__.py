@@ -1,8 +1,9 @@
 """Training objectives: one module each, with its loss, its forwards and everything the system needs to know about it.
 
-An objective is a loss function (arithmetic on tensors) and a subclass of `Objective`, registered under its module's
-name. To add one, add a module here: the config schema lists this folder, and the loader, the models, the training step
-and the evaluation read the class's declarations.
+An objective is a loss function (arithmetic on tensors) and one subclass of `Objective`, known by its module's name. To
+add one, add a module here: the config schema lists this folder, and the loader, the models, the training step and the
+evaluation read the class's declarations. An objective with one forward, whose loss compares its head's output with
+fields of the batch, consists of declarations alone (`vqa`).
 
 An objective sums its loss over the examples that it reads and divides by nothing: the step divides by the counts of the
 whole global batch (contract C2). Objectives of one stage may use the same forward, which then runs once with all their
@@ -16,15 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, get_args
 
-import torch
 from torch import Tensor
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig, objective_names
 from pipeline.data.batch import Batch, swapped_fields
-from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput, Head, InputKind, Regions
 from pipeline.models.model import HeadConfig, Model
 
@@ -32,6 +31,13 @@ ImageTokenizer = Callable[[Tensor, int], Tensor]  # images (n, H, W, 3) uint8 an
 DropPathMask = Callable[[Batch, str], Tensor | None]  # examples and a forward's name -> the branches to keep
 
 VISUAL, TEXT = swapped_fields("vision"), swapped_fields("language")
+SOURCE_INPUTS: dict[SourceType, frozenset[InputKind]] = {
+    "text": frozenset({"text"}),
+    "images": frozenset({"image"}),
+    "labelled": frozenset({"image"}),
+    "regions": frozenset({"regions", "text"}),
+    **dict.fromkeys(("pairs", "questions", "statements"), frozenset({"image", "text"})),
+}
 
 
 @dataclass(frozen=True)
@@ -71,46 +77,42 @@ class Objective:
     source_types: ClassVar[frozenset[SourceType]]
     head: ClassVar[Head]
     evaluations: ClassVar[dict[SourceType, str]] = {}  # source type -> evaluation task that measures the objective
+    fields: ClassVar[frozenset[str]] = frozenset()  # groups of batch fields beyond the inputs of the forwards
+    required: ClassVar[dict[str, str]] = {}  # keys that the stage must set -> what they are
+    forward_name: ClassVar[str] = ""  # of the one forward over all inputs; empty: see `forwards`
+    loss_function: ClassVar[Callable[..., Tensor]]  # of the head's output and the batch fields `targets`
+    targets: ClassVar[tuple[str, ...]] = ()
+    compares_similarity: ClassVar[bool] = False  # hard negatives are drawn by ITC similarity
 
     def __init__(self, context: ObjectiveContext):
         self.context, self.stage = context, context.stage
+        self.needs_similarity = self.compares_similarity and self.stage.negatives == "hard"  # towers must run first
 
     # ---- declarations
 
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
         """Return the inputs of each kind of forward; by default one forward fuses all that the source has."""
-        return (source_inputs(source_type),)
+        return (SOURCE_INPUTS[source_type],)
 
     @classmethod
     def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        """Return the groups of batch fields that the objective reads; by default the forwards' inputs."""
-        return frozenset().union(*cls.inputs(source_type, model))
+        """Return the groups of batch fields that the objective reads."""
+        return cls.fields.union(*cls.inputs(source_type, model))
 
-    @classmethod
-    def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
-        """Return `heads` with the optional heads that the objective needs."""
-        return heads
+    @staticmethod
+    def head_options(stage: StageConfig) -> dict[str, Any]:
+        """Return the members of `HeadConfig` that give the model the objective's head, where it is optional."""
+        return {}
 
     @classmethod
     def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
         """Yield what the objective lacks in a stage, as 'KEY: message' relative to the stage."""
-        return iter(())
-
-    @classmethod
-    def modules_for(cls, model: Model, source_type: SourceType) -> frozenset[str] | None:
-        """Return the parts of the model that the objective trains, or None if the model does not support it."""
-        if source_type not in cls.source_types:
-            return None
-        parts = [model.modules_for(kind, cls.head) for kind in cls.inputs(source_type, model.config)]
-        return None if None in parts else frozenset().union(*(part for part in parts if part))
+        for key, meaning in cls.required.items():
+            if getattr(stage, key) is None:
+                yield f"{key}: required by the {cls.__module__.rpartition('.')[2]} objective; set {meaning}"
 
     # ---- one step
-
-    @property
-    def needs_similarity(self) -> bool:
-        """True if negatives are drawn by ITC similarity, so that the towers must run first."""
-        return False
 
     def count(self, examples: Batch) -> Tensor | int:
         """Return the number of summands of the loss."""
@@ -118,7 +120,8 @@ class Objective:
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         """Return the forwards over the examples by name. A forward's name seeds its drop-path mask."""
-        return {}
+        name = self.forward_name
+        return {name: self.fusion_forward(examples, name, self.head)} if name else {}
 
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
         """Return the swaps that make negatives, by the name of the forward that reads them."""
@@ -130,55 +133,88 @@ class Objective:
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
         """Return the loss summed over the examples (0-d)."""
-        raise NotImplementedError
+        targets = [require(getattr(examples, field)) for field in self.targets]
+        return type(self).loss_function(outputs[self.forward_name][self.head], *targets)
 
     def diagnostics(self, outputs: ForwardOutput, examples: Batch) -> dict[str, Tensor]:
         """Return detached 0-d sums over the examples that show whether the objective is learned."""
         return {}
 
     def fusion_forward(self, examples: Batch, name: str, *heads: Head) -> ForwardInput:
-        """Return a forward that fuses text with the image or the regions."""
+        """Return a forward over everything that the examples have: text and images or regions."""
         return ForwardInput(
             heads=heads,
             image=examples.image,
             image_size=examples.image_size,
             visible_patches=examples.visible_patches,
+            second_image=examples.second_image,
+            second_image_size=examples.second_image_size,
             regions=regions_of(examples),
             text=examples.text,
             text_keep=examples.text_keep,
             drop_path_mask=self.context.drop_path_mask(examples, name),
         )
 
-    def uniform(self, examples: Batch, purpose: str, device: torch.device) -> Tensor:
-        """Return one number in [0, 1) per example, (n,) float32: a function of seed, step, place and purpose."""
-        numbers = uniform_array(hash64(self.context.seed, examples.step, purpose), examples.place.numpy())
-        return torch.from_numpy(numbers).to(device, torch.float32)
+
+class MaskedRegionObjective(Objective):
+    """An objective on masked regions (ImageBERT, section 3.3). It shares the forward of MLM over masked words.
+
+    Both read true pairs only: mismatched text or regions say nothing about what was masked (the paper's conditional
+    mask).
+    """
+
+    source_types = frozenset({"regions"})
+    fields = frozenset({"masked_regions"})
+    forward_name = "masked"
+
+    @classmethod
+    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
+        sharing = [name for name in ("mlm", "moc", "mrfr") if name in stage.objectives]
+        if len({stage.objectives[name].every for name in sharing}) > 1:
+            yield f"objectives: {', '.join(sharing)} share one forward over masked examples; set the same `every`"
+
+    def count(self, examples: Batch) -> Tensor:
+        return (require(examples.region_positions) >= 0).sum()
+
+    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        masked = replace(
+            self.fusion_forward(examples, "masked", self.head),
+            text=examples.text if examples.masked_text is None else examples.masked_text,
+            regions=regions_of(examples, masked=True),
+            region_positions=require(examples.region_positions),
+        )
+        return {"masked": masked}
 
 
-# ---- registry
+def regions_of(examples: Batch, masked: bool = False) -> Regions | None:
+    """Return the regions of the examples, masked ones zeroed if `masked`; None if the source has none."""
+    if examples.region_features is None:
+        return None
+    features = examples.region_features
+    if masked and examples.region_hidden is not None:
+        features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
+    return Regions(features, require(examples.region_location), require(examples.region_keep))
 
-_REGISTRY: dict[str, type[Objective]] = {}
-ObjectiveType = TypeVar("ObjectiveType", bound=type[Objective])
+
+def require(tensor: Tensor | None) -> Tensor:
+    """Return a batch field that the loader must have filled."""
+    assert tensor is not None, "the loader fills the batch fields that the stage's objectives declare"
+    return tensor
 
 
-def register(objective: ObjectiveType) -> ObjectiveType:
-    """Register an objective under the name of its module."""
-    _REGISTRY[objective.__module__.rpartition(".")[2]] = objective
-    return objective
+# ---- derived from the declarations
 
 
 def objective_type(name: str) -> type[Objective]:
-    """Return the objective of that name, importing its module."""
-    import_module(f"{__name__}.{name}")
-    return _REGISTRY[name]
+    """Return the objective of that name: the one subclass of `Objective` in its module, which is imported."""
+    module = import_module(f"{__name__}.{name}")
+    kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__)
+    return next(kind for kind in kinds if issubclass(kind, Objective))
 
 
 def objective_types(stage: StageConfig) -> dict[str, type[Objective]]:
     """Return the stage's objectives in alphabetical order, which all ranks share."""
     return {name: objective_type(name) for name in objective_names() if name in stage.objectives}
-
-
-# ---- derived from the declarations
 
 
 def batch_groups(config: RunConfig, stage: StageConfig) -> frozenset[str]:
@@ -193,13 +229,17 @@ def head_config(config: RunConfig, index: int) -> HeadConfig:
     heads = HeadConfig(bounds_scales=not config.reproduce_vlmo_release)
     for stage in config.stages[: index + 1]:
         for kind in objective_types(stage).values():
-            heads = kind.head_config(heads, stage)
+            heads = replace(heads, **kind.head_options(stage))
     return heads
 
 
 def modules_for(model: Model, objective: str, source_type: SourceType) -> frozenset[str] | None:
     """Return the parts of the model that an objective trains, or None if the model does not support it."""
-    return objective_type(objective).modules_for(model, source_type)
+    kind = objective_type(objective)
+    if source_type not in kind.source_types:
+        return None
+    parts = [model.modules_for(inputs, kind.head) for inputs in kind.inputs(source_type, model.config)]
+    return None if None in parts else frozenset().union(*(part for part in parts if part))
 
 
 def trained_modules(model: Model, objectives: Iterable[str], source_type: SourceType) -> frozenset[str]:
@@ -253,63 +293,3 @@ def check_objectives(config: RunConfig) -> None:
     if faults:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise ConfigError(f"{config.name}: {count}\n" + "\n".join(faults))
-
-
-# ---- shared by objectives
-
-
-def source_inputs(source_type: SourceType) -> frozenset[InputKind]:
-    """Return the inputs of a source's samples."""
-    if source_type == "text":
-        return frozenset({"text"})
-    if source_type in ("images", "labelled"):
-        return frozenset({"image"})
-    return frozenset({"regions", "text"}) if source_type == "regions" else frozenset({"image", "text"})
-
-
-def regions_of(examples: Batch, masked: bool = False) -> Regions | None:
-    """Return the regions of the examples, masked ones zeroed if `masked`; None if the source has none."""
-    if examples.region_features is None:
-        return None
-    features = examples.region_features
-    if masked and examples.region_hidden is not None:
-        features = features.masked_fill(examples.region_hidden.unsqueeze(-1), 0.0)
-    return Regions(features, require(examples.region_location), require(examples.region_keep))
-
-
-class MaskedRegionObjective(Objective):
-    """An objective on masked regions (ImageBERT, section 3.3). It shares the forward of MLM over masked words.
-
-    Both read true pairs only: mismatched text or regions say nothing about what was masked (the paper's conditional
-    mask).
-    """
-
-    source_types = frozenset({"regions"})
-
-    @classmethod
-    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        return frozenset({"regions", "text", "masked_regions"})
-
-    @classmethod
-    def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
-        sharing = [name for name in ("mlm", "moc", "mrfr") if name in stage.objectives]
-        if len({stage.objectives[name].every for name in sharing}) > 1:
-            yield f"objectives: {', '.join(sharing)} share one forward over masked examples; set the same `every`"
-
-    def count(self, examples: Batch) -> Tensor:
-        return torch.count_nonzero(require(examples.region_positions) >= 0)
-
-    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        masked = replace(
-            self.fusion_forward(examples, "masked", self.head),
-            text=examples.text if examples.masked_text is None else examples.masked_text,
-            regions=regions_of(examples, masked=True),
-            region_positions=require(examples.region_positions),
-        )
-        return {"masked": masked}
-
-
-def require(tensor: Tensor | None) -> Tensor:
-    """Return a batch field that the loader must have filled."""
-    assert tensor is not None, "the loader fills the batch fields that the stage's objectives declare"
-    return tensor

@@ -10,7 +10,7 @@ Shapes: B global batch, n examples of this rank, D feature width, S sources.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.schema import SourceType, TransformerConfig
 from pipeline.data.batch import Batch
 from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind
-from pipeline.objectives import Objective, register
+from pipeline.objectives import Objective
 
 # Feature and logit scale of each contrast. VLMo has both (its loss is their mean), other models only the first.
 CONTRASTS = {"itc": "scale", "itc_vl": "scale_vl"}
@@ -44,7 +44,6 @@ def itc_loss(
     return total / 2
 
 
-@register
 class ITC(Objective):
     """Image and text towers. The loss is `global_contrast`, because it needs the features of all ranks."""
 
@@ -57,17 +56,13 @@ class ITC(Objective):
         return frozenset({"image"}), frozenset({"text"})
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        mask = self.context.drop_path_mask
-        image = ForwardInput(
-            heads=("itc",),
-            image=examples.image,
-            image_size=examples.image_size,
-            drop_path_mask=mask(examples, "image"),
-        )
-        text = ForwardInput(
-            heads=("itc",), text=examples.text, text_keep=examples.text_keep, drop_path_mask=mask(examples, "text")
-        )
-        return {"image": image, "text": text}
+        masks = {name: self.context.drop_path_mask(examples, name) for name in ("image", "text")}
+        image = ForwardInput(("itc",), image=examples.image, image_size=examples.image_size)
+        text = ForwardInput(("itc",), text=examples.text, text_keep=examples.text_keep)
+        return {
+            "image": replace(image, drop_path_mask=masks["image"]),
+            "text": replace(text, drop_path_mask=masks["text"]),
+        }
 
 
 @dataclass(frozen=True)

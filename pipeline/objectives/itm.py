@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.batch import Batch
+from pipeline.data.randomness import hash64, uniform_array
 from pipeline.models.forward import ForwardInput, ForwardOutput
-from pipeline.objectives import TEXT, VISUAL, NegativePool, Objective, RowSwap, register, require
+from pipeline.objectives import TEXT, VISUAL, NegativePool, Objective, RowSwap, require
 
 
 def itm_loss(logits: Tensor, matched: Tensor) -> Tensor:
@@ -44,7 +45,6 @@ def draw_negatives(similarity: Tensor, row_id: Tensor, column_id: Tensor, unifor
     return torch.where(reached.any(dim=1), reached.int().argmax(dim=1), last)
 
 
-@register
 class ITM(Objective):
     """Classification of pairs as matched or mismatched.
 
@@ -56,41 +56,43 @@ class ITM(Objective):
     source_types = frozenset({"pairs", "regions"})
     head = "itm"
     evaluations: ClassVar = {"pairs": "matching"}
+    forward_name = "pair"
+    compares_similarity = True
 
     @classmethod
     def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
         if stage.negatives == "hard" and "itc" not in stage.objectives:
             yield "objectives: itm draws hard negatives by itc similarity; add itc, or set negatives: random"
 
-    @property
-    def needs_similarity(self) -> bool:
-        return self.stage.negatives == "hard"
-
     def count(self, examples: Batch) -> int:
         return 3 * len(examples) if self.needs_similarity else len(examples)
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        return {"pair": self.fusion_forward(examples, "pair", "itm")} if self.needs_similarity else {}
+        # Random negatives replace examples of this forward, which is then one over swapped examples.
+        return super().forwards(examples) if self.needs_similarity else {}
 
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
+        own = examples.place.to(pool.image_id.device)
+
+        def draw(scores: Tensor, purpose: str) -> Tensor:
+            uniform = self._uniform(examples, purpose).to(scores.device)
+            return draw_negatives(scores, pool.image_id[own], pool.image_id, uniform)
+
         if self.needs_similarity:
-            image, text = require(pool.image), require(pool.text)
+            image, text, scale = require(pool.image), require(pool.text), require(pool.scale)
             return {
-                "wrong_image": [RowSwap(VISUAL, self._hard_negatives(examples, pool, text, image, "negative image"))],
-                "wrong_text": [RowSwap(TEXT, self._hard_negatives(examples, pool, image, text, "negative text"))],
+                "wrong_image": [RowSwap(VISUAL, draw(scale * text[own] @ image.T, "negative image"))],
+                "wrong_text": [RowSwap(TEXT, draw(scale * image[own] @ text.T, "negative text"))],
             }
+        # Another example of the same source, with another image; if there is none, any with another image.
+        is_same_source = pool.source[own, None] == pool.source[None, :]
+        other = draw(torch.where(is_same_source, 0.0, float("-inf")), "random negative").cpu()
         mismatched = ~matched_examples(examples, self.stage)
-        other = self.random_negatives(examples, pool, "random negative").cpu()
-        own = torch.full_like(other, -1)
+        other = other.where(mismatched, -1)
         if self.context.source_type != "regions":
-            return {"pair": [RowSwap(VISUAL, torch.where(mismatched, other, own))]}
-        swap_text = self.uniform(examples, "which is wrong", torch.device("cpu")) < 0.5
-        return {
-            "pair": [
-                RowSwap(VISUAL, torch.where(mismatched & ~swap_text, other, own)),
-                RowSwap(TEXT, torch.where(mismatched & swap_text, other, own)),
-            ]
-        }
+            return {"pair": [RowSwap(VISUAL, other)]}
+        swap_text = self._uniform(examples, "which is wrong") < 0.5
+        return {"pair": [RowSwap(VISUAL, other.where(~swap_text, -1)), RowSwap(TEXT, other.where(swap_text, -1))]}
 
     def swapped_forward(self, examples: Batch, name: str) -> ForwardInput:
         # Word-patch alignment reads the same forward.
@@ -110,22 +112,10 @@ class ITM(Objective):
             "itm_mismatched_correct": (~matched & ~predicted).sum(),
         }
 
-    def random_negatives(self, examples: Batch, pool: NegativePool, purpose: str) -> Tensor:
-        """Return for each example the place of another one of its source with another image: (n,) int64.
-
-        If the global batch has no such example, any with another image is drawn.
-        """
-        own = examples.place.to(pool.source.device)
-        same = pool.source[own, None] == pool.source[None, :]
-        scores = torch.where(same, 0.0, float("-inf"))
-        return draw_negatives(scores, pool.image_id[own], pool.image_id, self.uniform(examples, purpose, scores.device))
-
-    def _hard_negatives(
-        self, examples: Batch, pool: NegativePool, queries: Tensor, others: Tensor, purpose: str
-    ) -> Tensor:
-        own = examples.place.to(others.device)
-        scores = require(pool.scale) * queries[own] @ others.T
-        return draw_negatives(scores, pool.image_id[own], pool.image_id, self.uniform(examples, purpose, scores.device))
+    def _uniform(self, examples: Batch, purpose: str) -> Tensor:
+        """Return one number in [0, 1) per example, (n,) float32: a function of seed, step, place and purpose."""
+        numbers = uniform_array(hash64(self.context.seed, examples.step, purpose), examples.place.numpy())
+        return torch.from_numpy(numbers).to(torch.float32)
 
     def _logits(self, outputs: ForwardOutput, examples: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of all pairs (m, 2) and whether each pair is matched (m,) bool."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,17 @@ from torch import Tensor
 
 from pipeline.config.errors import CheckpointError, ConfigError
 from pipeline.config.schema import RunConfig, SourceType, StageConfig, TransformerConfig
-from pipeline.data.batch import Batch
+from pipeline.data.batch import IGNORED, Batch
 from pipeline.data.storage import NotFound, Storage, join
 from pipeline.models.forward import ForwardInput, ForwardOutput, InputKind, drop_masked_patches
-from pipeline.models.model import HeadConfig
 from pipeline.models.vilt import canvas_patches
-from pipeline.objectives import Objective, register, require
+from pipeline.objectives import Objective, require
 
 if TYPE_CHECKING:
     from pipeline.models.visual_tokens import VisualTokenizer
 
 COLOUR_BITS = 3  # per channel
 PIXEL_EPSILON = 1e-6
-IGNORED = -100  # class at padding
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -102,7 +100,6 @@ def _select(image: Tensor, positions: Tensor, patch_size: int) -> Tensor:
     return patches.gather(1, positions.unsqueeze(-1).expand(-1, -1, patches.shape[-1])).float()
 
 
-@register
 class MIM(Objective):
     """Masked patches, replaced at the encoder's input or, with an image decoder, left out of it.
 
@@ -112,6 +109,7 @@ class MIM(Objective):
     source_types = frozenset({"pairs", "images"})
     head = "mim"
     evaluations: ClassVar = {"pairs": "mim"}
+    fields = frozenset({"masked_patches"})
 
     @classmethod
     def inputs(cls, source_type: SourceType, model: TransformerConfig) -> tuple[frozenset[InputKind], ...]:
@@ -120,13 +118,13 @@ class MIM(Objective):
 
     @classmethod
     def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        fields = super().batch_groups(source_type, stage, model) | {"masked_patches"}
-        return fields | {"patch_replacements"} if stage.masking.mask_token_prob < 1 else fields
+        groups = super().batch_groups(source_type, stage, model)
+        return groups | {"patch_replacements"} if stage.masking.mask_token_prob < 1 else groups
 
-    @classmethod
-    def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
+    @staticmethod
+    def head_options(stage: StageConfig) -> dict[str, Any]:
         tokens = stage.image_tokenizer.tokens if stage.image_tokenizer else 0
-        return replace(heads, image_target=stage.image_target, visual_tokens=tokens, image_decoder=stage.image_decoder)
+        return {"image_target": stage.image_target, "visual_tokens": tokens, "image_decoder": stage.image_decoder}
 
     @classmethod
     def faults(cls, config: RunConfig, stage: StageConfig) -> Iterator[str]:
@@ -148,9 +146,10 @@ class MIM(Objective):
         return positions.numel() if examples.image_size is None else (positions >= 0).sum()
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
+        image = require(examples.image)
         masked = ForwardInput(
             heads=("mim",),
-            image=require(examples.image),
+            image=image,
             image_size=examples.image_size,
             visible_patches=examples.visible_patches,
             patch_positions=require(examples.patch_positions),
@@ -160,28 +159,25 @@ class MIM(Objective):
         if examples.image_size is not None:
             masked = replace(masked, text=examples.text, text_keep=examples.text_keep)
         if self.stage.image_decoder is not None:
-            masked = drop_masked_patches(masked, self._grid(examples) ** 2)
+            masked = drop_masked_patches(masked, (image.shape[1] // self.context.patch_size) ** 2)
         return {"hidden": masked}
 
     def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
-        is_masked = None if examples.image_size is None else require(examples.patch_positions) >= 0
-        return mim_loss(outputs["hidden"]["mim"], self._targets(examples), is_masked)
-
-    def _targets(self, examples: Batch) -> Tensor:
-        """Return the targets of the masked patches: (n, K) classes or tokens, or (n, K, p * p * 3) pixels."""
         image, positions, size = require(examples.image), require(examples.patch_positions), self.context.patch_size
+        is_masked = None
         if examples.image_size is not None:
+            is_masked = positions >= 0
             grid = torch.div(examples.image_size, size, rounding_mode="floor")
             positions = canvas_patches(positions.clamp(min=0), grid, image.shape[2] // size)
         if self.stage.image_target == "visual_tokens":
             tokenizer = self.context.image_tokenizer
             assert tokenizer is not None, "the stage's image tokenizer must be loaded before its first step"
-            return tokenizer(image, self._grid(examples)).gather(1, positions)
-        targets = mean_colour_targets if self.stage.image_target == "mean_colour" else pixel_targets
-        return targets(image, positions, size)
-
-    def _grid(self, examples: Batch) -> int:
-        return require(examples.image).shape[1] // self.context.patch_size
+            target = tokenizer(image, image.shape[1] // size).gather(1, positions)
+        elif self.stage.image_target == "mean_colour":
+            target = mean_colour_targets(image, positions, size)
+        else:
+            target = pixel_targets(image, positions, size)
+        return mim_loss(outputs["hidden"]["mim"], target, is_masked)
 
 
 def load_image_tokenizer(stage: StageConfig, storage: Storage, device: torch.device) -> VisualTokenizer | None:

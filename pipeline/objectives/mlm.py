@@ -11,12 +11,9 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.schema import SourceType, StageConfig, TransformerConfig
-from pipeline.data.batch import Batch
-from pipeline.models.forward import ForwardInput, ForwardOutput
-from pipeline.objectives import Objective, regions_of, register, require, source_inputs
-
-IGNORED = -100  # label at padding
+from pipeline.data.batch import IGNORED, Batch
+from pipeline.models.forward import ForwardInput
+from pipeline.objectives import Objective, regions_of, require
 
 
 def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,28 +21,16 @@ def mlm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def masked_count(labels: Tensor) -> Tensor:
-    """Return the number of masked tokens (0-d int64)."""
-    return (labels != IGNORED).sum()
-
-
-def correct_count(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of masked tokens whose label has the highest logit (0-d int64)."""
-    return (logits.argmax(dim=-1) == labels).sum()
-
-
-@register
 class MLM(Objective):
     source_types = frozenset({"pairs", "text", "regions"})
     head = "mlm"
     evaluations: ClassVar = {"pairs": "mlm"}
-
-    @classmethod
-    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        return source_inputs(source_type) | {"masked_text"}
+    fields = frozenset({"masked_text"})
+    forward_name = "masked"
+    loss_function, targets = staticmethod(mlm_loss), ("mask_labels",)
 
     def count(self, examples: Batch) -> Tensor:
-        return masked_count(require(examples.mask_labels))
+        return (require(examples.mask_labels) != IGNORED).sum()
 
     def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
         masked = replace(
@@ -57,6 +42,3 @@ class MLM(Objective):
         if self.context.source_type == "text":
             masked = replace(masked, image=None, image_size=None, visible_patches=None)
         return {"masked": masked}
-
-    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
-        return mlm_loss(outputs["masked"]["mlm"], require(examples.mask_labels))

@@ -8,10 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.schema import SourceType, StageConfig, TransformerConfig
-from pipeline.data.batch import Batch
-from pipeline.models.forward import ForwardOutput
-from pipeline.objectives import MaskedRegionObjective, register, require
+from pipeline.objectives import MaskedRegionObjective
 
 
 def moc_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
@@ -24,14 +21,7 @@ def moc_loss(logits: Tensor, classes: Tensor, positions: Tensor) -> Tensor:
     return F.cross_entropy(logits[is_masked].float(), expected, reduction="sum")
 
 
-@register
 class MOC(MaskedRegionObjective):
     head = "moc"
-
-    @classmethod
-    def batch_groups(cls, source_type: SourceType, stage: StageConfig, model: TransformerConfig) -> frozenset[str]:
-        return super().batch_groups(source_type, stage, model) | {"region_class"}
-
-    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
-        logits, classes = outputs["masked"]["moc"], require(examples.region_class)
-        return moc_loss(logits, classes, require(examples.region_positions))
+    fields = MaskedRegionObjective.fields | {"region_class"}
+    loss_function, targets = staticmethod(moc_loss), ("region_class", "region_positions")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pipeline.data.batch import Batch
-from pipeline.models.forward import ForwardOutput
-from pipeline.objectives import MaskedRegionObjective, register, require
+from pipeline.objectives import MaskedRegionObjective
 
 
 def mrfr_loss(predicted: Tensor, features: Tensor, positions: Tensor) -> Tensor:
@@ -24,10 +22,6 @@ def mrfr_loss(predicted: Tensor, features: Tensor, positions: Tensor) -> Tensor:
     return (predicted - features.gather(1, index))[is_masked].float().square().sum()
 
 
-@register
 class MRFR(MaskedRegionObjective):
     head = "mrfr"
-
-    def loss(self, outputs: ForwardOutput, examples: Batch) -> Tensor:
-        predicted, features = outputs["masked"]["mrfr"], require(examples.region_features)
-        return mrfr_loss(predicted, features, require(examples.region_positions))
+    loss_function, targets = staticmethod(mrfr_loss), ("region_features", "region_positions")

@@ -5,7 +5,6 @@ Shapes: n examples, N texts per image (the first is its own), B candidates of th
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -13,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config.schema import StageConfig
 from pipeline.data.batch import Batch
 from pipeline.data.randomness import hash64, uniform_array
-from pipeline.models.forward import ForwardInput, ForwardOutput
-from pipeline.models.model import HeadConfig
-from pipeline.objectives import TEXT, NegativePool, Objective, RowSwap, register
+from pipeline.models.forward import ForwardOutput
+from pipeline.objectives import TEXT, NegativePool, Objective, RowSwap
 
 
 def ranking_loss(scores: Tensor) -> Tensor:
@@ -40,7 +37,6 @@ def draw_distinct_negatives(keys: Tensor, row_id: Tensor, column_id: Tensor, cou
     return order.gather(1, index)
 
 
-@register
 class Ranking(Objective):
     """Score of each image with its own text above those with `num_negative_texts` texts of the global batch."""
 
@@ -48,12 +44,8 @@ class Ranking(Objective):
     head = "ranking"
     evaluations: ClassVar = {"pairs": "ranking"}
 
-    @classmethod
-    def head_config(cls, heads: HeadConfig, stage: StageConfig) -> HeadConfig:
-        return replace(heads, ranking=True)
-
-    def forwards(self, examples: Batch) -> dict[str, ForwardInput]:
-        return {"ranked": self.fusion_forward(examples, "ranked", "ranking")}
+    head_options = staticmethod(lambda stage: {"ranking": True})
+    forward_name = "ranked"
 
     def swaps(self, examples: Batch, pool: NegativePool) -> dict[str, list[RowSwap]]:
         size, count = len(pool.image_id), self.stage.num_negative_texts

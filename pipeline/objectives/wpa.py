@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.batch import Batch
 from pipeline.models.forward import ForwardOutput
-from pipeline.objectives import Objective, register
+from pipeline.objectives import Objective
 from pipeline.objectives.itm import matched_examples
 
 BETA = 0.5  # proximal step: costs are divided by it
@@ -83,7 +83,6 @@ def _inverse(marginal: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep & (marginal > 0), 1 / marginal.where(marginal > 0, 1), 0)
 
 
-@register
 class WPA(Objective):
     """Alignment over the pairs that ITM reads with random negatives: matched pairs are pulled together (ViLT)."""
 

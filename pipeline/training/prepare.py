@@ -24,7 +24,7 @@ from pipeline.data.reading.samples import iter_captions
 from pipeline.data.shards.manifest import ensure_indexed
 from pipeline.data.shards.source import select, selection_url
 from pipeline.data.storage import Storage, join
-from pipeline.objectives import source_inputs
+from pipeline.objectives import SOURCE_INPUTS
 from pipeline.training.checkpoint import VOCABULARY, load_weights
 from pipeline.training.stages import Stage, check_fit, check_stages, prepare_experts, stage_skeleton
 
@@ -158,7 +158,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
     captions = (caption for url in folders for caption in itertools.islice(iter_captions(storage, url), MAX_CAPTIONS))
     texts = captions if config.model.READS_TEXT else iter(())
     first = next(texts, None)
-    textless = all("text" not in source_inputs(config.source_type_of(stage)) for stage in config.stages)
+    textless = all("text" not in SOURCE_INPUTS[config.source_type_of(stage)] for stage in config.stages)
     if first is None and (textless or not config.model.READS_TEXT):
         return Tokenizer(SPECIALS)  # of a run on images without captions: never used
     return Tokenizer.train(itertools.chain([first or ""], texts), section.size, section.lowercase is not False)
@@ -167,7 +167,7 @@ def choose_tokenizer(config: RunConfig, storage: Storage) -> Tokenizer:
 def _folders_with_text(config: RunConfig) -> list[str]:
     """Return the folders of shards whose texts some stage reads, without duplicates."""
     read = {name for stage in config.stages for name in stage.sources}
-    return sorted({config.sources[name].shards for name in read if "text" in source_inputs(config.sources[name].type)})
+    return sorted({config.sources[name].shards for name in read if "text" in SOURCE_INPUTS[config.sources[name].type]})
 
 
 @dataclass(frozen=True)
