@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from jobs.distributed import device_of, on_workers, ranks_here, run_request
 from pipeline.config.urls import absolute
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.shards.manifest import load_manifest
-from pipeline.data.storage import Storage, join
-from pipeline.evaluation.embedding import DONE, Embedder, checkpoint_digest, embed_shards
+from pipeline.data.storage import join
+from pipeline.evaluation.embedding import DONE, Embedder, embed_shards
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
 from pipeline.inference import build_trained_model, load_usable_weights
 from pipeline.training.checkpoint import COMMIT, weights_info
@@ -25,10 +26,7 @@ class EmbedRequest:
     shards: str
     checkpoint: str
     out: str
-    caller: str = "{}"  # a Caller, as JSON
-
-    def store(self) -> Storage:
-        return Caller.model_validate_json(self.caller).store()
+    caller: str  # a Caller, as JSON
 
 
 def embed(
@@ -45,29 +43,24 @@ def embed(
     if ranks.rank != 0:
         _embed(request, ranks)
         return None
-    storage = caller.store()
-    config = caller.applied(weights_info(storage, request.checkpoint).config)
-    with poll(_EmbedProgress(request, storage).update, PLAIN_SECONDS):
+    storage, folder = caller.store(), join(out, DONE)
+    config = caller.applied(weights_info(storage, checkpoint).config)
+    total = len(load_manifest(storage, shards).shards)
+    before = last = storage.list_info(folder)
+
+    def show_progress() -> None:
+        """Print a line if any rank, wherever it runs, has written the record of a shard since the last call."""
+        nonlocal last
+        now = storage.list_info(folder)
+        if now != last:
+            last = now
+            new = sum(before.get(name) != info for name, info in now.items())
+            notify(f"embedding: {new} shards finished, of {total} in the folder", style="dim")
+
+    with poll(show_progress, PLAIN_SECONDS):
         if workers is not None:
             return on_workers(_embed_rank, config, workers, "embedding", asdict(request))
         return _embed(request, ranks)
-
-
-class _EmbedProgress:
-    """Progress of the ranks, wherever they run, from the records of finished shards."""
-
-    def __init__(self, request: EmbedRequest, storage: Storage):
-        self._shards = len(load_manifest(storage, request.shards).shards)
-        self._folder, self._storage = join(request.out, DONE), storage
-        self._before = self._last = storage.list_info(self._folder)
-
-    def update(self) -> None:
-        """Print a line if shards were finished since the last call."""
-        now = self._storage.list_info(self._folder)
-        if now != self._last:
-            self._last = now
-            new = sum(self._before.get(name) != info for name, info in now.items())
-            notify(f"embedding: {new} shards finished, of {self._shards} in the folder", style="dim")
 
 
 def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
@@ -76,11 +69,11 @@ def _embed_rank(loop_config: dict[str, str]) -> dict[str, Any]:
 
 
 def _embed(request: EmbedRequest, ranks: Ranks) -> dict[str, Any]:
-    storage = request.store()
+    storage = Caller.model_validate_json(request.caller).store()
     weights = load_usable_weights(storage, request.checkpoint)
     config, stage = weights.config, weights.config.stage_named(weights.stage)
-    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, weights.config.tokenizer.lowercase)
-    digest = checkpoint_digest(storage.read(join(weights.url, COMMIT)))
+    tokenizer = Tokenizer.from_vocabulary(weights.vocabulary, config.tokenizer.lowercase)
+    digest = hashlib.sha256(storage.read(join(weights.url, COMMIT))).hexdigest()
     embedder = Embedder(build_trained_model(weights).to(device_of(ranks)), tokenizer, config, stage, digest)
     result = embed_shards(embedder, storage, request.shards, request.out, ranks, config.data.max_bad_rate)
     return {"out": request.out, "checkpoint": weights.url, **asdict(result)}

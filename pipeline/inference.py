@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ from pipeline.data.contents.images import KeepAspectRatio, decode, on_one_canvas
 from pipeline.data.contents.text import CLS, MASK, SEP, Tokenizer
 from pipeline.data.quarantine import BadSample
 from pipeline.data.storage import NotFound, Storage
-from pipeline.evaluation.datasets import collate_inputs, move_inputs
-from pipeline.evaluation.retrieval import contrastive_features, embed_images, embed_texts, eval_mode, fusion_scores
+from pipeline.evaluation.datasets import collate_inputs
+from pipeline.evaluation.retrieval import contrastive_features, embed_images, embed_texts, fusion_scores, run_forward
 from pipeline.models import build_model, skeleton
 from pipeline.models.forward import ForwardInput, Head
 from pipeline.models.model import Model
@@ -64,11 +64,10 @@ def load_model(
     """Load weights with their tokenizer and answer lists, ready for inference.
 
     `source` is the folder or URL of a run (its last finished stage), of a stage, of imported weights or of a
-    checkpoint;
-    or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of MLflow's registry at `tracking_uri` (default: MLflow's own
-    setting). `storage` holds the credentials of an object store (default: from the environment), `device` is where the
-    model runs (default: the GPU if there is one). Raises CheckpointError for a folder without complete weights,
-    TrackingError where MLflow has no such model.
+    checkpoint; or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of MLflow's registry at `tracking_uri` (default:
+    MLflow's own setting). `storage` holds the credentials of an object store (default: from the environment), `device`
+    is where the model runs (default: the GPU if there is one). Raises CheckpointError for a folder without complete
+    weights, TrackingError where MLflow has no such model.
     """
     storage = storage or Storage()
     url = str(source).rstrip("/")
@@ -121,40 +120,27 @@ def build_trained_model(weights: Weights) -> Model:
     return model
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Zero, one or two images (H, W, 3) uint8 and an optional text."""
-
-    images: tuple[np.ndarray, ...] = ()
-    text: str | None = None
-
-    @property
-    def has_mask(self) -> bool:
-        return self.text is not None and MASK in self.text
-
-    def is_pair(self, images: int = 1) -> bool:
-        return len(self.images) == images and self.text is not None and not self.has_mask
-
-    def __str__(self) -> str:
-        text = "no text" if self.text is None else f"a text with {MASK}" if self.has_mask else "a text"
-        return f"{('no image', 'one image', 'two images')[len(self.images)]} and {text}"
-
-
-@dataclass(frozen=True)
-class _Predictor:
-    """One objective's prediction: the inputs it needs, in words and as a test, and the method that computes it."""
-
-    needs: str
-    accepts: Callable[[_Inputs], bool]
-    predict: Callable[[TrainedModel, _Inputs, int], Prediction]
+NO_TEXT, TEXT, MASKED_TEXT = "no text", "a text", f"a text with {MASK}"
+# What each objective predicts from: in words, the number of images, and the kind of text.
+_NEEDS: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "vqa": ("an image and a question", (1,), TEXT),
+    "nlvr2": ("two images and a statement", (2,), TEXT),
+    "classification": ("an image and no text", (1,), NO_TEXT),
+    "itc": ("an image and a text", (1,), TEXT),
+    "itm": ("an image and a text", (1,), TEXT),
+    "ranking": ("an image and a text", (1,), TEXT),
+    "mlm": (f"{MASKED_TEXT} and at most one image", (0, 1), MASKED_TEXT),
+}
+_HEADS: dict[str, Head] = {
+    "vqa": "answers", "nlvr2": "nlvr2", "classification": "classes", "itc": "itc", "itm": "itm", "ranking": "ranking",
+}  # fmt: skip
 
 
 class TrainedModel:
     """A stage's model with the tokenizer, config and answer lists that give its outputs their meaning.
 
     Methods run in evaluation mode, without gradients, and return tensors on the CPU. They raise ConfigError for what
-    the
-    stage was not trained for and for a text without a token, DataError for an image that cannot be decoded.
+    the stage was not trained for and for a text without a token, DataError for an image that cannot be decoded.
     """
 
     def __init__(
@@ -184,11 +170,10 @@ class TrainedModel:
     def encode_images(self, images: Sequence[ImageInput], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (N, D) in the space shared with `encode_texts`."""
         self._require("itc", "embeddings")
-        batches = [
-            embed_images(self.model, torch.from_numpy(np.stack([self._pixels(image) for image in batch])), batch_size)
-            for batch in _chunks(images, batch_size)
-        ]
-        return torch.cat(batches)
+        _require_images(images)
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        pixels = (torch.from_numpy(np.stack([self._pixels(image) for image in batch])) for batch in batches)
+        return torch.cat([embed_images(self.model, batch, batch_size) for batch in pixels])
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH_SIZE) -> Tensor:
         """Return unit vectors (M, D) in the space shared with `encode_images`."""
@@ -206,16 +191,19 @@ class TrainedModel:
         is_ranking = "ranking" in self.stage.objectives
         if not is_ranking:
             self._require("itm", "pair scores")
-        scores = [
-            self._score([self._pixels(images[i]) for i in batch], [self._tokenize(texts[i]) for i in batch], is_ranking)
-            for batch in _chunks(range(len(images)), batch_size)
-        ]
+        _require_images(images)
+        scores = []
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            tokens = [self._tokenize(text) for text in texts[batch]]
+            scores.append(self._score([self._pixels(image) for image in images[batch]], tokens, is_ranking))
         return torch.cat(scores)
 
     def answer(self, image: ImageInput, question: str, top_k: int = 5) -> dict[str, float]:
         """Return the `top_k` most probable answers to a question about an image, the best first."""
         self._require("vqa", "answers")
-        return self._predict_answers(_Inputs((self._decode(image),), question), top_k)["answers"]
+        answers: dict[str, float] = self._predict("vqa", (self._decode(image),), question, top_k)["answers"]
+        return answers
 
     def fill_masks(self, text: str, image: ImageInput | None = None, top_k: int = 5) -> list[dict[str, float]]:
         """Return the `top_k` most probable tokens for each [MASK] in `text`, the best first.
@@ -223,26 +211,65 @@ class TrainedModel:
         The image is read only by a stage that trained masked language modelling with images.
         """
         self._require("mlm", "masked words")
-        return self._predict_words(_Inputs(() if image is None else (self._decode(image),), text), top_k)["words"]
+        return self._fill_masks(text, () if image is None else (self._decode(image),), top_k)
 
     def predict(self, images: Sequence[ImageInput] = (), text: str | None = None, top_k: int = 5) -> Prediction:
         """Return every prediction that the stage was trained for and that these inputs allow, by name.
 
         Raises ConfigError listing the inputs that each prediction needs, if there is none.
         """
-        inputs = _Inputs(tuple(self._decode(image) for image in images), text)
-        trained = {o: _PREDICTORS[o] for o in self.stage.objectives if o in _PREDICTORS}
+        decoded = tuple(self._decode(image) for image in images)
+        kind = NO_TEXT if text is None else MASKED_TEXT if MASK in text else TEXT
+        trained = [objective for objective in self.stage.objectives if objective in _NEEDS]
         predictions: Prediction = {}
-        for predictor in trained.values():
-            if predictor.accepts(inputs):
-                predictions |= predictor.predict(self, inputs, top_k)
+        for objective in trained:
+            _, counts, text_kind = _NEEDS[objective]
+            if len(decoded) in counts and kind == text_kind:
+                predictions |= self._predict(objective, decoded, text, top_k)
         if predictions:
             return predictions
-        needs = "; ".join(f"{objective} needs {predictor.needs}" for objective, predictor in trained.items())
+        count = ("no image", "one image", "two images")[len(decoded)]
+        needs = "; ".join(f"{objective} needs {_NEEDS[objective][0]}" for objective in trained)
         raise ConfigError(
-            f"nothing can be predicted from {inputs}: stage {self.stage.name} was trained for "
+            f"nothing can be predicted from {count} and {kind}: stage {self.stage.name} was trained for "
             f"{needs or 'objectives without predictions: ' + ', '.join(self.stage.objectives)}"
         )
+
+    def _predict(self, objective: str, images: Sequence[np.ndarray], text: str | None, top_k: int) -> Prediction:
+        """Return the prediction of one objective by name, from inputs as `_NEEDS` lists them."""
+        if objective == "mlm":
+            assert text is not None
+            return {"words": self._fill_masks(text, images, top_k)}
+        answers = None
+        if objective == "vqa":
+            answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}").names
+        pair = self._collate(images, [] if text is None else self._tokenize(text), _HEADS[objective])
+        if objective == "itc":  # the mean cosine of the contrastive heads, from -1 to 1
+            of_image = contrastive_features(self.model, replace(pair, text=None, text_keep=None))
+            of_text = contrastive_features(self.model, replace(pair, image=None, image_size=None))
+            return {"similarity": (of_image @ of_text.T).item()}
+        output = run_forward(self.model, pair)[_HEADS[objective]][0].float().cpu()
+        if objective == "ranking":
+            return {"ranking": output.item()}
+        if answers is not None:
+            return {"answers": _top(output.sigmoid(), answers, top_k)}
+        probabilities = output.softmax(dim=0)
+        if objective == "classification":
+            classes = self.choices.get(CLASSES)
+            is_named = classes is not None and len(classes) == len(probabilities)
+            names = classes.names if is_named and classes else [str(number) for number in range(len(probabilities))]
+            return {"classes": _top(probabilities, names, top_k)}
+        return {{"nlvr2": "true", "itm": "matched"}[objective]: probabilities[1].item()}
+
+    def _fill_masks(self, text: str, images: Sequence[np.ndarray], top_k: int) -> list[dict[str, float]]:
+        ids, positions = self.tokenize_masked(text)
+        if not positions:
+            raise ConfigError(f"the text {text!r} has no {MASK}; write {MASK} in the place of each hidden word")
+        reads_images = self.config.source_type_of(self.stage) == "pairs"
+        forward_input = self._collate(images if reads_images else (), ids, "mlm")
+        forward_input = replace(forward_input, mask_positions=torch.tensor([positions]))
+        logits = run_forward(self.model, forward_input)["mlm"][0].float().cpu()
+        return [_top(row, self.tokenizer.tokens, top_k) for row in logits.softmax(dim=1)]
 
     def tokenize_masked(self, text: str) -> tuple[list[int], list[int]]:
         """Return token ids, with the mask token where `text` spells [MASK], and the positions of the masks.
@@ -260,65 +287,10 @@ class TrainedModel:
             raise ConfigError(f"the text has {len(ids)} tokens; the stage reads at most {self.stage.max_text_length}")
         return ids, positions
 
-    # Predictions by objective ----------------------------------------------------------------------------------------
-
-    def _predict_answers(self, inputs: _Inputs, top_k: int) -> Prediction:
-        answers = answers_with(self.choices, self.stage.num_answers, f"stage {self.stage.name}")
-        return {"answers": _top(self._outputs(inputs, "answers")["answers"][0].sigmoid(), answers.names, top_k)}
-
-    def _predict_truth(self, inputs: _Inputs, top_k: int) -> Prediction:
-        return {"true": self._outputs(inputs, "nlvr2")["nlvr2"][0].softmax(dim=0)[1].item()}
-
-    def _predict_classes(self, inputs: _Inputs, top_k: int) -> Prediction:
-        probabilities = self._outputs(inputs, "classes")["classes"][0].softmax(dim=0)
-        classes = self.choices.get(CLASSES)
-        is_named = classes is not None and len(classes) == len(probabilities)
-        names = classes.names if is_named and classes else [str(number) for number in range(len(probabilities))]
-        return {"classes": _top(probabilities, names, top_k)}
-
-    def _predict_match(self, inputs: _Inputs, top_k: int) -> Prediction:
-        return {"matched": self._outputs(inputs, "itm")["itm"][0].softmax(dim=0)[1].item()}
-
-    def _predict_ranking(self, inputs: _Inputs, top_k: int) -> Prediction:
-        return {"ranking": self._outputs(inputs, "ranking")["ranking"][0].item()}
-
-    def _predict_similarity(self, inputs: _Inputs, top_k: int) -> Prediction:
-        """Return the mean cosine of the contrastive heads, from -1 to 1."""
-        pair = self._forward_input(inputs, "itc")
-        with eval_mode(self.model) as device:
-            image, text = (
-                contrastive_features(self.model, move_inputs(tower, device))
-                for tower in (replace(pair, text=None, text_keep=None), replace(pair, image=None, image_size=None))
-            )
-        return {"similarity": (image @ text.T).item()}
-
-    def _predict_words(self, inputs: _Inputs, top_k: int) -> Prediction:
-        assert inputs.text is not None
-        ids, positions = self.tokenize_masked(inputs.text)
-        if not positions:
-            raise ConfigError(f"the text {inputs.text!r} has no {MASK}; write {MASK} in the place of each hidden word")
-        reads_images = self.config.source_type_of(self.stage) == "pairs"
-        forward_input = self._collate(inputs.images if reads_images else (), ids, "mlm")
-        logits = self._run(replace(forward_input, mask_positions=torch.tensor([positions])))["mlm"][0]
-        return {"words": [_top(row, self.tokenizer.tokens, top_k) for row in logits.softmax(dim=1)]}
-
-    # Forward ---------------------------------------------------------------------------------------------------------
-
-    def _outputs(self, inputs: _Inputs, head: Head) -> dict[str, Tensor]:
-        return self._run(self._forward_input(inputs, head))
-
-    def _forward_input(self, inputs: _Inputs, head: Head) -> ForwardInput:
-        return self._collate(inputs.images, [] if inputs.text is None else self._tokenize(inputs.text), head)
-
     def _collate(self, images: Sequence[np.ndarray], ids: list[int], head: Head) -> ForwardInput:
         resized = tuple(resize_for(image, self.config.model) for image in images)
         rows = [ids] if ids else []
         return collate_inputs([resized] if resized else [], rows, self.tokenizer.pad_id, self.config.model, head)
-
-    def _run(self, forward_input: ForwardInput) -> dict[str, Tensor]:
-        with eval_mode(self.model) as device:
-            outputs = self.model({"only": move_inputs(forward_input, device)})["only"]
-        return {name: value.float().cpu() for name, value in outputs.items()}
 
     def _score(self, images: Sequence[np.ndarray], tokens: Sequence[Sequence[int]], is_ranking: bool) -> Tensor:
         """Score resized images with token rows, pair by pair: probabilities, or ranking scores."""
@@ -371,36 +343,14 @@ class TrainedModel:
         return ids
 
 
-_PREDICTORS: dict[str, _Predictor] = {
-    "vqa": _Predictor("an image and a question", _Inputs.is_pair, TrainedModel._predict_answers),
-    "nlvr2": _Predictor(
-        "two images and a statement", lambda inputs: inputs.is_pair(images=2), TrainedModel._predict_truth
-    ),
-    "classification": _Predictor(
-        "an image and no text",
-        lambda inputs: len(inputs.images) == 1 and inputs.text is None,
-        TrainedModel._predict_classes,
-    ),
-    "itc": _Predictor("an image and a text", _Inputs.is_pair, TrainedModel._predict_similarity),
-    "itm": _Predictor("an image and a text", _Inputs.is_pair, TrainedModel._predict_match),
-    "ranking": _Predictor("an image and a text", _Inputs.is_pair, TrainedModel._predict_ranking),
-    "mlm": _Predictor(
-        f"a text with {MASK} and at most one image",
-        lambda inputs: inputs.has_mask and len(inputs.images) <= 1,
-        TrainedModel._predict_words,
-    ),
-}
-
-
 def _top(probabilities: Tensor, names: Sequence[str], k: int) -> dict[str, float]:
     best = probabilities.topk(min(k, len(probabilities)))
     return {names[n]: round(p, 6) for n, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
 
-def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    if not len(items):
+def _require_images(images: Sequence[ImageInput]) -> None:
+    if not len(images):
         raise ValueError("no images are given; give at least one")
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 # MLflow's pyfunc ------------------------------------------------------------------------------------------------------
@@ -437,54 +387,49 @@ class PyfuncModel:
         import pandas as pd
 
         columns = [name for name in self.outputs if name != MATCHED or (params or {}).get("itm", True)]
-        batches = [
-            self._predict_batch(model_input.iloc[start : start + BATCH_SIZE], start, columns)
-            for start in range(0, len(model_input), BATCH_SIZE)
-        ]
-        answers = {name: [value for batch in batches for value in batch[name]] for name in columns}
-        return pd.DataFrame(answers, index=model_input.index, dtype=object)
+        results: dict[str, list[Any]] = {name: [] for name in columns}
+        for start in range(0, len(model_input), BATCH_SIZE):
+            frame = model_input.iloc[start : start + BATCH_SIZE]
+            by_row = self._predict_batch(frame, start, columns)
+            for name in columns:
+                results[name] += [by_row[name].get(row) for row in range(len(frame))]
+        return pd.DataFrame(results, index=model_input.index, dtype=object)
 
-    def _predict_batch(self, frame: pd.DataFrame, first: int, columns: Sequence[str]) -> dict[str, list[Any]]:
-        """Answer some rows of the request, the first of which has number `first`."""
-        images = {
-            row: self._read(first + row, self.trained._pixels, bytes(data)) for row, data in _values(frame, "image")
-        }
-        tokens = {
-            row: self._read(first + row, self.trained._tokenize, str(text)) for row, text in _values(frame, "text")
-        }
+    def _predict_batch(self, frame: pd.DataFrame, first: int, columns: Sequence[str]) -> dict[str, dict[int, Any]]:
+        """Return column → row → result for some rows of the request, the first of which has number `first`."""
+
+        def read(column: str, parse: Callable[[Any], Any]) -> dict[int, Any]:
+            """Return the parsed values that are neither absent nor null (NaN), by row."""
+            values: dict[int, Any] = {}
+            for row, value in enumerate(frame.get(column, ())):
+                if value is not None and not isinstance(value, float):
+                    try:
+                        values[row] = parse(value)
+                    except (ConfigError, DataError) as error:
+                        raise DataError(f"row {first + row}: {error}") from error
+            return values
+
+        model, tokenizer = self.trained.model, self.trained.tokenizer
+        images = read("image", lambda data: self.trained._pixels(bytes(data)))
+        tokens = read("text", lambda text: self.trained._tokenize(str(text)))
         paired = [row for row in images if row in tokens]
-        answers: dict[str, dict[int, Any]] = {name: {} for name in columns}
+        results: dict[str, dict[int, Any]] = {name: {} for name in columns}
         if "similarity" in columns:
-            model, pad = self.trained.model, self.trained.tokenizer.pad_id
+            image_of: dict[int, Tensor] = {}
+            text_of: dict[int, Tensor] = {}
             if images:
                 vectors = embed_images(model, torch.from_numpy(np.stack(list(images.values()))))
-                answers["image_embedding"] = dict(zip(images, vectors, strict=True))
+                image_of = dict(zip(images, vectors, strict=True))
             if tokens:
-                answers["text_embedding"] = dict(
-                    zip(tokens, embed_texts(model, list(tokens.values()), pad), strict=True)
-                )
-            for row in paired:
-                answers["similarity"][row] = float(answers["image_embedding"][row] @ answers["text_embedding"][row])
-            for name in ("image_embedding", "text_embedding"):
-                answers[name] = {row: vector.tolist() for row, vector in answers[name].items()}
+                vectors = embed_texts(model, list(tokens.values()), tokenizer.pad_id)
+                text_of = dict(zip(tokens, vectors, strict=True))
+            results["similarity"] = {row: float(image_of[row] @ text_of[row]) for row in paired}
+            results["image_embedding"] = {row: vector.tolist() for row, vector in image_of.items()}
+            results["text_embedding"] = {row: vector.tolist() for row, vector in text_of.items()}
         if MATCHED in columns and paired:
             scores = self.trained._score([images[row] for row in paired], [tokens[row] for row in paired], False)
-            answers[MATCHED] = dict(zip(paired, scores.tolist(), strict=True))
-        return {name: [by_row.get(row) for row in range(len(frame))] for name, by_row in answers.items()}
-
-    @staticmethod
-    def _read(row: int, read: Callable[[Any], Any], value: Any) -> Any:
-        try:
-            return read(value)
-        except (ConfigError, DataError) as error:
-            raise DataError(f"row {row}: {error}") from error
-
-
-def _values(frame: pd.DataFrame, column: str) -> list[tuple[int, Any]]:
-    """Return (row, value) of a column's values that are neither absent nor null (NaN)."""
-    if column not in frame:
-        return []
-    return [(row, v) for row, v in enumerate(frame[column]) if v is not None and not isinstance(v, float)]
+            results[MATCHED] = dict(zip(paired, scores.tolist(), strict=True))
+        return results
 
 
 def _load_pyfunc(path: str) -> PyfuncModel:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,22 +37,66 @@ from pipeline.evaluation.retrieval import Images, pad_token_ids
 from pipeline.models.forward import ForwardInput, Head
 
 DECODED_BYTES = 256 * 2**20  # cache of decoded images: all of a small source, the most recent of a large one
-Annotation = Question | Statement | int  # of a question, a statement or a labelled image
+# Images of one sample (one or two, (H, W, 3) uint8), token ids [CLS] … [SEP] or none, and the annotation: a question, a
+# statement or the class of a labelled image.
+AnnotatedExample = tuple[tuple[np.ndarray, ...], list[int], Question | Statement | int]
 T = TypeVar("T")
+
+
+class StoredImages:
+    """A source's images as the model reads them, decoded on access.
+
+    Indexed like a tensor (N, H, W, 3): by a number, a slice, or a 1-d tensor of numbers. `positions` are those of the N
+    samples in the source.
+    """
+
+    def __init__(self, config: RunConfig, storage: Storage, source: Source):
+        self.positions: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._model, self._max_pixels = config.model, config.data.max_pixels
+        self._refs = sample_refs(source)
+        self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
+        self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
+        self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
+        shape = shape_of(config.model)
+        self._image_bytes = 3 * (shape.canvas if isinstance(shape, KeepAspectRatio) else shape) ** 2  # at most
+
+    def load(self, position: int, sample: Sample | None = None) -> np.ndarray:
+        """Return the image (H, W, 3) of a sample, which is read unless given. Raises BadSample as training does."""
+
+        def resized() -> np.ndarray:
+            members = (sample or self._reader.read(self._refs(position, position + 1)[0])).members
+            return resize_for(decode(image_bytes(members), self._max_pixels), self._model)
+
+        return self._decoded.get(position, self._image_bytes, resized)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        positions = self.positions[index.numpy() if isinstance(index, Tensor) else index]
+        if positions.ndim == 0:
+            return torch.from_numpy(self.load(int(positions)))
+        distinct, inverse = np.unique(positions, return_inverse=True)
+        images = list(self._threads.map(self.load, distinct.tolist()))
+        return torch.from_numpy(on_one_canvas(images)[0])[torch.from_numpy(inverse)]
 
 
 @dataclass(frozen=True)
 class EvalPairs:
     """Held-out pairs. The captions of an image follow each other, in the order of the images."""
 
-    images: Images  # (N, H, W, 3) uint8
-    captions: tuple[tuple[str, ...], ...]  # of each image
-    tokens: tuple[Tokens, ...]  # (M)
-    caption_of: Tensor  # (M,) int64: the image of each caption
-    image_id: Tensor  # (N,) int64: equal for copies of the same image
-    keys: tuple[str, ...]  # (N) keys of the samples in their shards
     skipped: dict[str, int]  # unusable samples by reason
     digest: str  # of the manifest
+    images: Images = field(default_factory=lambda: torch.zeros(0, 0, 0, 3, dtype=torch.uint8))  # (N, H, W, 3) uint8
+    captions: tuple[tuple[str, ...], ...] = ()  # of each image
+    tokens: tuple[Tokens, ...] = ()  # (M)
+    caption_of: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (M,): image of each caption
+    image_id: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (N,): equal for copies
+    keys: tuple[str, ...] = ()  # (N) keys of the samples in their shards
     image_size: Tensor | None = None  # (N, 2) int64: rows and columns of each canvas that hold the image; None: all
 
     def __len__(self) -> int:
@@ -76,65 +119,6 @@ class EvalPairs:
     def texts(self) -> list[str]:
         """Return all M captions."""
         return [caption for captions in self.captions for caption in captions]
-
-    def caption_numbers(self) -> list[int]:
-        """Return for all M captions the number among the captions of their image, from 0."""
-        return [number for captions in self.captions for number in range(len(captions))]
-
-    @staticmethod
-    def empty(skipped: dict[str, int], digest: str) -> EvalPairs:
-        """Return no pairs, for the results of a source without pairs."""
-        none = torch.zeros(0, dtype=torch.int64)
-        return EvalPairs(torch.zeros(0, 0, 0, 3, dtype=torch.uint8), (), (), none, none, (), skipped, digest)
-
-
-class StoredImages:
-    """A source's images as the model reads them, decoded on access.
-
-    Indexed like a tensor (N, H, W, 3): by a number, a slice, or a 1-d tensor of numbers.
-    """
-
-    def __init__(self, config: RunConfig, storage: Storage, source: Source):
-        self._model, self._max_pixels = config.model, config.data.max_pixels
-        self._refs = sample_refs(source)
-        self._reader = SampleReader(storage, {source.url: source}, config.data.loader)
-        self._threads = ThreadPoolExecutor(config.data.loader.threads_per_worker, "held-out")
-        self._decoded: PrefetchCache[np.ndarray] = PrefetchCache(DECODED_BYTES)
-        shape = shape_of(config.model)
-        self._image_bytes = 3 * (shape.canvas if isinstance(shape, KeepAspectRatio) else shape) ** 2  # at most
-        self._positions: np.ndarray = np.zeros(0, dtype=np.int64)  # of each image's sample in the source
-
-    def select(self, positions: Sequence[int]) -> None:
-        """Make the images those of the samples at these positions of the source, in this order."""
-        self._positions = np.asarray(positions, dtype=np.int64)
-
-    def decode(self, sample: Sample, position: int) -> np.ndarray:
-        """Return the image (H, W, 3) of a sample that was read already. Raises BadSample as training does."""
-        return self._decoded.get(position, self._image_bytes, partial(self._resized, sample))
-
-    def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._reader.close()
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        positions = self._positions[index.numpy() if isinstance(index, Tensor) else index]
-        if positions.ndim == 0:
-            return torch.from_numpy(self._load(int(positions)))
-        distinct, inverse = np.unique(positions, return_inverse=True)
-        images = list(self._threads.map(self._load, distinct.tolist()))
-        return torch.from_numpy(on_one_canvas(images)[0])[torch.from_numpy(inverse)]
-
-    def _load(self, position: int) -> np.ndarray:
-        def read() -> np.ndarray:
-            return self._resized(self._reader.read(self._refs(position, position + 1)[0]))
-
-        return self._decoded.get(position, self._image_bytes, read)
-
-    def _resized(self, sample: Sample) -> np.ndarray:
-        return resize_for(decode(image_bytes(sample.members), self._max_pixels), self._model)
 
 
 @dataclass(frozen=True)
@@ -185,7 +169,7 @@ def load_pairs(
                     for text, encoded in zip(texts, tokens, strict=True):
                         if len(encoded) <= 2:
                             raise BadSample("caption", f"no token is left of {text[:40]!r}")
-                    height, width = images.decode(sample, position).shape[:2]
+                    height, width = images.load(position, sample).shape[:2]
             except BadSample as bad:
                 skipped[str(bad)] += 1
                 continue
@@ -196,25 +180,25 @@ def load_pairs(
     pairs: list[_Pair] = [pair for own, _ in parts for pair in own]
     skipped = sum((counts for _, counts in parts), Counter[str]())
     check_skipped(source, len(pairs), skipped, config.data.max_bad_rate)
-    images.select([pair.position for pair in pairs])
-    per_image = torch.tensor([len(pair.captions) for pair in pairs])
+    images.positions = np.array([pair.position for pair in pairs], dtype=np.int64)
+    num_captions = torch.tensor([len(pair.captions) for pair in pairs])
     sizes = torch.tensor([pair.size for pair in pairs], dtype=torch.int64)
     return EvalPairs(
+        skipped=dict(skipped),
+        digest=opened.digest,
         images=images,
         captions=tuple(pair.captions for pair in pairs),
         tokens=tuple(tokens for pair in pairs for tokens in pair.tokens),
-        caption_of=torch.arange(len(pairs)).repeat_interleave(per_image),
+        caption_of=torch.arange(len(pairs)).repeat_interleave(num_captions),
         image_id=torch.tensor([pair.image_id for pair in pairs], dtype=torch.int64),
         keys=tuple(pair.key for pair in pairs),
-        skipped=dict(skipped),
-        digest=opened.digest,
         image_size=sizes if isinstance(shape_of(config.model), KeepAspectRatio) else None,
     )
 
 
 def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: float) -> None:
     """Raise DataError when no sample was usable, or more were left out than the rate allows."""
-    bad = sum(skipped.values())
+    bad = skipped.total()
     if used and bad <= max(1, max_bad_rate * (used + bad)):
         return
     reasons = "; ".join(f"{reason} ({count})" for reason, count in skipped.most_common(3)) or "it is empty"
@@ -222,15 +206,6 @@ def check_skipped(source: str, used: int, skipped: Counter[str], max_bad_rate: f
         f"evaluation source '{source}': {bad} of {used + bad} samples are bad: {reasons}. "
         "Repair or rebuild its shards, or raise data.max_bad_rate"
     )
-
-
-@dataclass(frozen=True)
-class LabelledExample:
-    """A decoded question, statement or labelled image."""
-
-    images: tuple[np.ndarray, ...]  # one or two, (H, W, 3) uint8
-    token_ids: list[int]  # [CLS] … [SEP]; empty for a labelled image
-    annotation: Annotation
 
 
 class LabelledEvalSet:
@@ -253,8 +228,8 @@ class LabelledEvalSet:
         self._stage, self._tokenizer, self._ranks = stage, tokenizer, ranks
         url = config.sources[source].shards
         self._opened = Source(url, load_manifest(storage, url))
-        count = int(self._opened.counts.sum())
-        self._count = count if limit is None else min(limit, count)
+        total = int(self._opened.counts.sum())
+        self._count = total if limit is None else min(limit, total)
         self.type: SourceType = config.sources[source].type
         self.digest = self._opened.digest
         self.samples = 0  # read so far
@@ -269,47 +244,43 @@ class LabelledEvalSet:
         check_skipped(self._source, self.samples, self.skipped, self._config.data.max_bad_rate)
         return [result for result, _, _ in parts]
 
-    def batches(self, device: torch.device, *heads: Head) -> Iterator[tuple[ForwardInput, list[Any]]]:
-        """Yield this rank's forward inputs on `device` with the annotations of their first examples.
+    def batches(self, head: Head) -> Iterator[tuple[ForwardInput, list[Any]]]:
+        """Yield this rank's forward inputs for a head, with the annotations of their first examples.
 
         Every rank gets equally many inputs; an input without a sample has one blank example and no annotation.
         """
+        model, pad = self._config.model, self._tokenizer.pad_id
+        shape = shape_of(model)
+        side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
+        image = np.zeros((side, side, 3), dtype=np.uint8)
+        text = [] if self.type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
+        blank: AnnotatedExample = ((image, image) if self.type == "statements" else (image,), text, 0)
+
         turns = list(rank_batches(self._count, self._config.evaluation.batch_size, self._ranks))
         own = [rows for rows, is_own in turns if is_own]
         samples = iter_samples(self._storage, self._opened, *((own[0].start, own[-1].stop) if own else (0, 0)))
         for rows, is_own in turns:
-            batch = list(self._decode(itertools.islice(samples, rows.stop - rows.start))) if is_own else []
+            batch: list[AnnotatedExample] = []
+            for sample in itertools.islice(samples, rows.stop - rows.start if is_own else 0):
+                try:
+                    with judging("members"):
+                        batch.append(self._decode(sample))
+                except BadSample as bad:
+                    self.skipped[str(bad)] += 1
             self.samples += len(batch)
-            examples = batch or [self._blank()]
-            token_ids = [example.token_ids for example in examples if example.token_ids]
-            images = [example.images for example in examples]
-            forward_input = collate_inputs(images, token_ids, self._tokenizer.pad_id, self._config.model, *heads)
-            yield move_inputs(forward_input, device), [example.annotation for example in batch]
+            examples = batch or [blank]
+            token_ids = [ids for _, ids, _ in examples if ids]
+            yield (
+                collate_inputs([images for images, _, _ in examples], token_ids, pad, model, head),
+                [annotation for _, _, annotation in batch],
+            )
 
-    def _blank(self) -> LabelledExample:
-        """Return the example for a forward without a sample, where other ranks have one."""
-        shape = shape_of(self._config.model)
-        side = shape.shorter if isinstance(shape, KeepAspectRatio) else shape
-        image = np.zeros((side, side, 3), dtype=np.uint8)
-        token_ids = [] if self.type == "labelled" else self._tokenizer.encode("a", self._stage.max_text_length).ids
-        return LabelledExample((image, image) if self.type == "statements" else (image,), token_ids, 0)
-
-    def _decode(self, samples: Iterable[Sample]) -> Iterator[LabelledExample]:
-        for sample in samples:
-            try:
-                with judging("members"):
-                    example = self._decode_sample(sample)
-            except BadSample as bad:
-                self.skipped[str(bad)] += 1
-                continue
-            yield example
-
-    def _decode_sample(self, sample: Sample) -> LabelledExample:
+    def _decode(self, sample: Sample) -> AnnotatedExample:
         """Raise BadSample for the same samples as training does."""
         members = sample.members
         check_members(members, sample.is_duplicate)
         encoded: tuple[bytes, ...] = both_images(members) if self.type == "statements" else (image_bytes(members),)
-        annotation: Annotation
+        annotation: Question | Statement | int
         token_ids: list[int] = []
         if self.type == "labelled":
             trains = "classification" in self._stage.objectives
@@ -320,7 +291,7 @@ class LabelledEvalSet:
             if len(token_ids) <= 2:
                 raise BadSample("caption", f"no token is left of {annotation.text[:40]!r}")
         images = tuple(resize_for(decode(data, self._config.data.max_pixels), self._config.model) for data in encoded)
-        return LabelledExample(images, token_ids, annotation)
+        return images, token_ids, annotation
 
 
 def collate_inputs(
@@ -328,22 +299,18 @@ def collate_inputs(
     token_ids: Sequence[Sequence[int]],
     pad: int,
     model: TransformerConfig,
-    *heads: Head,
+    head: Head,
 ) -> ForwardInput:
     """Collate B examples of zero, one or two resized images, and of token ids if any, into one forward input."""
     text, keep = pad_token_ids(token_ids, pad) if token_ids else (None, None)
-    stacked: list[tuple[Tensor | None, Tensor | None]] = []
+    stacked: list[tuple[Tensor | None, Tensor | None]] = [(None, None), (None, None)]
     for number in range(len(images[0]) if images else 0):
-        arrays = [example[number] for example in images]
-        if isinstance(shape_of(model), int):
-            stacked.append((torch.from_numpy(np.stack(arrays)), None))
-        else:
-            canvases, sizes = on_one_canvas(arrays)
-            stacked.append((torch.from_numpy(canvases), torch.from_numpy(sizes)))
-    stacked += [(None, None)] * (2 - len(stacked))
+        canvases, sizes = on_one_canvas([example[number] for example in images])
+        keeps_shape = isinstance(shape_of(model), KeepAspectRatio)
+        stacked[number] = torch.from_numpy(canvases), torch.from_numpy(sizes) if keeps_shape else None
     (image, size), (second, second_size) = stacked
     return ForwardInput(
-        heads=heads,
+        heads=(head,),
         image=image,
         image_size=size,
         second_image=second,
@@ -351,10 +318,3 @@ def collate_inputs(
         text=text,
         text_keep=keep,
     )
-
-
-def move_inputs(forward_input: ForwardInput, device: torch.device) -> ForwardInput:
-    """Return the same input with its tensors on `device`."""
-    members = {name: value for name, value in vars(forward_input).items() if isinstance(value, Tensor)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}
-    return replace(forward_input, **moved)

@@ -13,7 +13,6 @@ Shapes: n images and m captions of a batch of samples, D embedding dimensions.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import tempfile
@@ -21,12 +20,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig, StageConfig
@@ -85,44 +85,66 @@ class Embedder:
         self.model, self.tokenizer, self.digest = model, tokenizer, digest
         self.config, self.max_text_length = config.for_stage(stage), stage.max_text_length
 
+    @cached_property
+    def schema(self) -> pyarrow.Schema:
+        """The columns of the files. Raises ConfigError where pyarrow is not installed."""
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise ConfigError("Parquet files need pyarrow, which is not installed here: pip install pyarrow") from error
+        # Embedding a text gives the width of the vectors.
+        width = embed_texts(self.model, [self.tokenizer.encode("a", 8).ids], self.tokenizer.pad_id).shape[1]
+        types = {"key": pa.string(), "image_id": pa.int64(), "caption": pa.int32()}
+        vector = pa.list_(pa.float32(), width)
+        return pa.schema(types | {"vector": vector}, metadata={b"mome.checkpoint": self.digest.encode()})
+
     def batches(self, storage: Storage, source: Source, skipped: Counter[str]) -> Iterator[pyarrow.Table]:
-        """Yield the rows of a source's samples by batch, and count unusable samples in `skipped` by reason."""
+        """Yield a source's rows by batch, each image's followed by those of its captions.
+
+        Unusable samples are counted in `skipped` by reason.
+        """
+        import pyarrow as pa
+
         samples = iter_samples(storage, source)
-        size = self.config.evaluation.batch_size
+        size, pad = self.config.evaluation.batch_size, self.tokenizer.pad_id
         with ThreadPoolExecutor(self.config.data.loader.threads_per_worker, "images") as threads:
             while batch := list(itertools.islice(samples, size)):
-                images = list(threads.map(self._image, batch))
-                skipped.update(reason for reason in images if isinstance(reason, str))
-                usable = [(s, i) for s, i in zip(batch, images, strict=True) if not isinstance(i, str)]
-                if usable:
-                    yield self._rows([sample for sample, _ in usable], [image for _, image in usable])
+                decoded = list(threads.map(self._decode, batch))
+                skipped.update(reason for reason in decoded if isinstance(reason, str))
+                usable = [(s, *parts) for s, parts in zip(batch, decoded, strict=True) if not isinstance(parts, str)]
+                if not usable:
+                    continue
+                texts = [text for _, _, captions in usable for text in captions]
+                token_ids = [tokens.ids for tokens in self.tokenizer.encode_batch(texts, self.max_text_length)]
+                pixels = torch.from_numpy(np.stack([image for _, image, _ in usable]))
+                of_images = embed_images(self.model, pixels, size)
+                of_texts = embed_texts(self.model, token_ids, pad, size) if token_ids else of_images[:0]
+                per_image = of_texts.split([len(captions) for _, _, captions in usable])
+                vectors = [torch.cat([image[None], own]) for image, own in zip(of_images, per_image, strict=True)]
+                rows = [
+                    (sample.key, sample.image_id, number)
+                    for sample, _, captions in usable
+                    for number in (None, *range(len(captions)))
+                ]
+                columns = [pa.array(c, t) for c, t in zip(zip(*rows, strict=True), self.schema.types, strict=False)]
+                flat = pa.array(torch.cat(vectors).contiguous().view(-1).numpy(), pa.float32())
+                columns.append(pa.FixedSizeListArray.from_arrays(flat, of_images.shape[1]))
+                yield pa.Table.from_arrays(columns, schema=self.schema)
 
-    def _image(self, sample: Sample) -> np.ndarray | str:
-        """Return the resized image, or the reason why it cannot be decoded."""
+    def _decode(self, sample: Sample) -> tuple[np.ndarray, list[str]] | str:
+        """Return the resized image with its captions, if any, or the reason why it cannot be decoded."""
         try:
             with judging("members"):
                 check_members(sample.members, sample.is_duplicate)
                 data = image_bytes(sample.members)
-                return resize_for(decode(data, self.config.data.max_pixels), self.config.model)
+                image = resize_for(decode(data, self.config.data.max_pixels), self.config.model)
         except BadSample as bad:
             return str(bad)
-
-    def _rows(self, samples: Sequence[Sample], images: Sequence[np.ndarray]) -> pyarrow.Table:
-        """Return the row of each image, followed by those of its captions."""
-        size, pad = self.config.evaluation.batch_size, self.tokenizer.pad_id
-        captions = [_captions(sample) for sample in samples]
-        counts = [1 + len(texts) for texts in captions]
-        encoded = self.tokenizer.encode_batch([text for texts in captions for text in texts], self.max_text_length)
-        image_vectors = embed_images(self.model, torch.from_numpy(np.stack(images)), size)
-        text_vectors = embed_texts(self.model, [t.ids for t in encoded], pad, size) if encoded else image_vectors[:0]
-        per_image = text_vectors.split([count - 1 for count in counts])
-        vectors = [torch.cat([image[None], texts]) for image, texts in zip(image_vectors, per_image, strict=True)]
-        return _table(
-            keys=[s.key for s, n in zip(samples, counts, strict=True) for _ in range(n)],
-            ids=[s.image_id for s, n in zip(samples, counts, strict=True) for _ in range(n)],
-            numbers=[number for n in counts for number in (None, *range(n - 1))],
-            vectors=torch.cat(vectors),
-        )
+        try:
+            with judging("members"):
+                return image, list(captions_of(sample.members))
+        except BadSample:  # only the image is embedded
+            return image, []
 
 
 def embed_shards(
@@ -136,17 +158,17 @@ def embed_shards(
     shards = manifest.shards
 
     def find() -> dict[str, EmbeddedShard]:
-        if ranks.rank == 0:
-            _claim(storage, out, url, manifest)
-        return _finished(storage, out, shards, embedder.digest) if ranks.rank == 0 else {}
+        if ranks.rank != 0:
+            return {}
+        _claim(storage, out, url, manifest)
+        return _finished(storage, out, shards, embedder.digest)
 
     done = run_on_all_ranks(ranks, find)[0]
     waiting = [shard for shard in shards if shard.name not in done][ranks.rank :: ranks.world_size]
-
-    def embed() -> dict[str, EmbeddedShard]:
-        return {shard.name: _embed_shard(embedder, storage, url, shard, out, max_bad_rate) for shard in waiting}
-
-    records = [*done.values(), *(record for part in run_on_all_ranks(ranks, embed) for record in part.values())]
+    parts = run_on_all_ranks(
+        ranks, lambda: [_embed_shard(embedder, storage, url, shard, out, max_bad_rate) for shard in waiting]
+    )
+    records = [*done.values(), *itertools.chain(*parts)]
     return EmbeddingSummary(
         shards=len(shards),
         already_done=len(done),
@@ -177,7 +199,7 @@ def _claim(storage: Storage, out: str, url: str, manifest: Manifest) -> None:
                 f"another folder for those of {url}"
             )
     elif parquet_files := [name for name in storage.list(out) if name.endswith(".parquet")]:
-        expected = {parquet_name(name) for name in shards}
+        expected = {_file_name(name) for name in shards}
         if not _finished(storage, out, manifest.shards, None) and set(parquet_files) & expected:
             raise ConfigError(
                 f"--out {out}: holds {parquet_files[0]}, made from other shards than those of {url}; name another"
@@ -189,15 +211,9 @@ def _embed_shard(
     embedder: Embedder, storage: Storage, url: str, shard: ShardRecord, out: str, max_bad_rate: float
 ) -> EmbeddedShard:
     """Embed a shard and write its file, then its record."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError("Parquet files need pyarrow, which is not installed here: pip install pyarrow") from error
+    schema = embedder.schema
+    import pyarrow.parquet
 
-    # Embedding a text gives the width of the vectors.
-    width = embed_texts(embedder.model, [embedder.tokenizer.encode("a", 8).ids], embedder.tokenizer.pad_id).shape[1]
-    schema = _table([], [], [], torch.zeros(0, width)).schema
-    schema = schema.with_metadata({b"mome.checkpoint": embedder.digest.encode()})
     skipped: Counter[str] = Counter()
     images = rows = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -208,9 +224,9 @@ def _embed_shard(
                 images += table["caption"].null_count
                 rows += len(table)
         check_skipped(shard.name, images, skipped, max_bad_rate)
-        storage.upload(file, join(out, parquet_name(shard.name)))
+        storage.upload(file, join(out, _file_name(shard.name)))
         record = EmbeddedShard(embedder.digest, shard.digest, file.stat().st_size, images, rows - images, dict(skipped))
-    storage.write(join(out, DONE, _record_name(shard.name)), json.dumps(asdict(record), indent=1).encode())
+    storage.write(join(out, DONE, _file_name(shard.name, "json")), json.dumps(asdict(record), indent=1).encode())
     return record
 
 
@@ -224,13 +240,14 @@ def _finished(
     files, known = storage.list_info(out), set(storage.list(join(out, DONE)))
 
     def read(shard: ShardRecord) -> EmbeddedShard | None:
-        if _record_name(shard.name) not in known:
+        name = _file_name(shard.name, "json")
+        if name not in known:
             return None
         try:
-            record = EmbeddedShard(**json.loads(storage.read(join(out, DONE, _record_name(shard.name)))))
+            record = EmbeddedShard(**json.loads(storage.read(join(out, DONE, name))))
         except (ValueError, TypeError, RecursionError):  # a damaged record counts as missing
             return None
-        file = files.get(parquet_name(shard.name))
+        file = files.get(_file_name(shard.name))
         same = digest in (None, record.checkpoint) and record.shard == shard.digest
         return record if same and file is not None and file.size == record.bytes else None
 
@@ -239,37 +256,5 @@ def _finished(
     return {name: record for name, record in records.items() if record is not None}
 
 
-def checkpoint_digest(*facts: bytes) -> str:
-    """Return the SHA-256 (hex) of a checkpoint's identifying bytes."""
-    return hashlib.sha256(b"".join(facts)).hexdigest()
-
-
-def parquet_name(shard: str) -> str:
-    return f"{Path(shard).stem}.parquet"
-
-
-def _record_name(shard: str) -> str:
-    return f"{Path(shard).stem}.json"
-
-
-def _captions(sample: Sample) -> list[str]:
-    """Return the captions of a sample; none if it has none, and only its image is embedded."""
-    try:
-        with judging("members"):
-            return list(captions_of(sample.members))
-    except BadSample:
-        return []
-
-
-def _table(keys: list[str], ids: list[int], numbers: list[int | None], vectors: Tensor) -> pyarrow.Table:
-    import pyarrow as pa
-
-    flat = pa.array(vectors.contiguous().view(-1).numpy(), pa.float32())
-    return pa.table(
-        {
-            "key": pa.array(keys, pa.string()),
-            "image_id": pa.array(ids, pa.int64()),
-            "caption": pa.array(numbers, pa.int32()),
-            "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-        }
-    )
+def _file_name(shard: str, suffix: str = "parquet") -> str:
+    return f"{Path(shard).stem}.{suffix}"

@@ -8,7 +8,7 @@ weights from all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,39 +16,26 @@ from torch import Tensor
 from pipeline.config.errors import MomeError
 
 
-class Ranks(Protocol):
-    """The processes that share an evaluation. All of them make every call together."""
+class Ranks:
+    """The processes that share an evaluation; all of them make every call together. This base is a single process."""
 
-    rank: int
-    world_size: int
+    rank = 0
+    world_size = 1
 
     def shares(self, count: int) -> list[tuple[int, int]]:
         """Return each rank's range (start, stop) of `count` items."""
-        ...
-
-    def gather_parts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return all ranks' rows, `counts` of them per rank, in rank order on every rank."""
-        ...
-
-    def gather_objects(self, value: Any) -> list[Any]: ...
-
-
-class SingleProcess:
-    """A single rank."""
-
-    rank, world_size = 0, 1
-
-    def shares(self, count: int) -> list[tuple[int, int]]:
         return [(0, count)]
 
     def gather_parts(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return all ranks' rows, `counts` of them per rank, in rank order on every rank."""
         return rows
 
     def gather_objects(self, value: Any) -> list[Any]:
+        """Return all ranks' values on every rank."""
         return [value]
 
 
-SINGLE_PROCESS = SingleProcess()
+SINGLE_PROCESS = Ranks()
 
 
 def rank_batches(count: int, batch: int, ranks: Ranks) -> Iterator[tuple[slice, bool]]:
@@ -83,10 +70,10 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     No rank then waits for one that has failed. `work` itself must make no collective call.
     """
     try:
-        answers = ranks.gather_objects((work(), None))
+        results = ranks.gather_objects((work(), None))
     except MomeError as error:
-        answers = ranks.gather_objects((None, error))
-    for _, failure in answers:
+        results = ranks.gather_objects((None, error))
+    for _, failure in results:
         if failure is not None:
             raise failure
-    return [answer for answer, _ in answers]
+    return [result for result, _ in results]

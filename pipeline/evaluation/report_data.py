@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FOLDER = "evaluations"
 LATEST = 4_000_000_000_000  # milliseconds since 1970: the year 2096
 
-Picture = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
+ImageUri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+$")]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -61,19 +61,19 @@ class RecallRow:
 
 @dataclass(frozen=True)
 class MeasureRow:
-    """A row of another table: a fraction, a note on its baseline, and the position of the baseline on its bar."""
+    """A row of another table: a fraction with a note, and the baseline that is marked on its bar."""
 
     name: str
-    share: Number
-    beside: str
-    mark: Number | None = None
+    value: Number
+    note: str
+    baseline: Number | None = None
 
 
 @dataclass(frozen=True)
 class CaptionsOfImage:
-    picture: Picture
+    image: ImageUri
     rank: int
-    found: list[tuple[str, bool, Number]]  # caption, is right, similarity
+    candidates: list[tuple[str, bool, Number]]  # caption, is right, similarity
     truth: list[str]  # its own captions, if none was retrieved
 
 
@@ -81,34 +81,34 @@ class CaptionsOfImage:
 class ImagesOfCaption:
     caption: str
     rank: int
-    found: list[tuple[Picture, bool, Number]]  # image, is right, similarity
-    truth: Picture | None  # its own image, if it was not retrieved
+    candidates: list[tuple[ImageUri, bool, Number]]  # image, is right, similarity
+    truth: ImageUri | None  # its own image, if it was not retrieved
 
 
 @dataclass(frozen=True)
-class WordGuess:
-    """A masked word, and for each condition (guess, probability, is right)."""
+class MaskedWord:
+    """A masked word, and for each condition (prediction, probability, is right)."""
 
     truth: str
     number: int
-    guesses: list[tuple[str, Number, bool]]
+    predictions: list[tuple[str, Number, bool]]
 
 
 @dataclass(frozen=True)
 class MaskedCaption:
-    picture: Picture
-    other_picture: Picture | None
+    image: ImageUri
+    other_image: ImageUri | None
     pieces: list[tuple[str, int | None]]  # words; the number of the masked one, or None
-    words: list[WordGuess]
+    words: list[MaskedWord]
 
 
 @dataclass(frozen=True)
 class AlignedCaption:
     """An image and the patches that each word of its caption aligns to."""
 
-    picture: Picture
+    image: ImageUri
     caption: str
-    words: list[tuple[str, Picture, Number]]  # word, heat map, share of the hottest patch
+    words: list[tuple[str, ImageUri, Number]]  # word, heat map, fraction of the hottest patch
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,36 @@ class ReportData:
     small_images: bool  # drawn enlarged, with visible pixels
     retrieval_by: str
     retrieval_images: int
-    reranked_best: int  # candidates a query; 0: none were read again
+    reranked_best: int  # candidates a query; 0: none were reranked
     ks: list[int]
     recall: list[RecallRow]
     fine_tuned: list[MeasureRow]
     masked_rows: list[MeasureRow]
     images: dict[str, list[CaptionsOfImage]]  # best, worst
     sentences: dict[str, list[ImagesOfCaption]]
-    conditions: list[str]  # under which masked words were guessed
+    conditions: list[str]  # under which masked words were predicted
     masked: dict[str, list[MaskedCaption]]  # helped, misled, even
     reconstruction_stage: str
-    reconstructions: list[tuple[Picture, Picture, Picture]]  # original, masked, filled in
+    reconstructions: list[tuple[ImageUri, ImageUri, ImageUri]]  # original, masked, filled in
     alignments: Alignments
     skipped: list[tuple[str, int]]  # held-out samples left out: reason, count
-    step: int | None = None  # these, and `is_headline`: see `Key`
+    step: int | None = None  # these, and `is_headline`: see `EvalKey`
     limit: int | None = None
     source_type: str = "pairs"
     is_headline: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an inconsistency that pages could not render."""
+        if self.recall and (not self.ks or any(len(row.cells) != len(self.ks) for row in self.recall)):
+            raise ValueError("recall is missing for some k")
+        for name, gallery in (("images", self.images), ("sentences", self.sentences)):
+            if gallery and not {"best", "worst"} <= gallery.keys():
+                raise ValueError(f"{name} lacks its best or worst examples")
+        if bool(self.images) != bool(self.sentences):
+            raise ValueError("one of two galleries is missing")
+        words = [word for captions in self.masked.values() for caption in captions for word in caption.words]
+        if any(len(word.predictions) != len(self.conditions) for word in words):
+            raise ValueError("masked words lack predictions for some condition")
 
     @property
     def key(self) -> EvalKey:
@@ -160,19 +173,25 @@ class ReportData:
 _JSON = TypeAdapter(ReportData)
 
 
-def save_report_data(storage: Storage, folder: str, shown: ReportData) -> None:
+def save_report_data(storage: Storage, folder: str, data: ReportData) -> None:
     """Write the data next to the weights, replacing an earlier evaluation of the same weights and name."""
-    step = "" if shown.step is None else f"@step-{shown.step}"
-    storage.write(
-        join(folder, FOLDER, file_name_of(f"{shown.stage}-{shown.source}{step}.json")), _JSON.dump_json(shown)
-    )
+    step = "" if data.step is None else f"@step-{data.step}"
+    name = file_name_of(f"{data.stage}-{data.source}{step}.json")
+    storage.write(join(folder, FOLDER, name), _JSON.dump_json(data))
 
 
 def load_report_data(storage: Storage, folder: str) -> list[ReportData]:
     """Load the run's evaluations, newest first; skip damaged files and other versions with a warning."""
-    reports = join(folder, FOLDER)
-    parsed = (_parsed(storage, join(reports, name)) for name in storage.list(reports) if name.endswith(".json"))
-    return sorted((data for data in parsed if data is not None), key=lambda data: -data.at)
+    evaluations = []
+    for name in storage.list(join(folder, FOLDER)):
+        if name.endswith(".json"):
+            url = join(folder, FOLDER, name)
+            try:
+                evaluations.append(_JSON.validate_json(storage.read(url)))
+            except ValidationError as error:
+                fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
+                log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
+    return sorted(evaluations, key=lambda data: -data.at)
 
 
 def headline(evaluations: Sequence[ReportData]) -> ReportData:
@@ -182,31 +201,3 @@ def headline(evaluations: Sequence[ReportData]) -> ReportData:
     """
     complete = [evaluation for evaluation in evaluations if evaluation.limit is None and evaluation.step is None]
     return next((evaluation for evaluation in evaluations if evaluation.is_headline), (complete or evaluations)[0])
-
-
-def _parsed(storage: Storage, url: str) -> ReportData | None:
-    try:
-        shown = _JSON.validate_json(storage.read(url))
-    except ValidationError as error:
-        fault = f"{error.error_count()} faults, the first: {error.errors()[0]['msg']}"
-    else:
-        if (problem := _misfit(shown)) is None:
-            return shown
-        fault = problem
-    log.warning("%s: damaged, or written by another version; skipped (%s)", url, fault)
-    return None
-
-
-def _misfit(shown: ReportData) -> str | None:
-    """Return a description of an inconsistency that pages could not render; None if there is none."""
-    if shown.recall and (not shown.ks or any(len(row.cells) != len(shown.ks) for row in shown.recall)):
-        return "recall is missing for some k"
-    for name, gallery in (("images", shown.images), ("sentences", shown.sentences)):
-        if gallery and not {"best", "worst"} <= gallery.keys():
-            return f"{name} lacks its best or worst examples"
-    if bool(shown.images) != bool(shown.sentences):
-        return "one of two galleries is missing"
-    masked = [word for cards in shown.masked.values() for card in cards for word in card.words]
-    if any(len(word.guesses) != len(shown.conditions) for word in masked):
-        return "masked words lack predictions for some condition"
-    return None

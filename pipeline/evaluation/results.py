@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pipeline.evaluation.classification import ClassificationResult, LinearProbeResult
 from pipeline.evaluation.datasets import EvalPairs
-from pipeline.evaluation.masked_image import Reconstruction
-from pipeline.evaluation.masked_language import MaskedLanguage, MaskedTokenPredictions
-from pipeline.evaluation.retrieval import FusedHead, Rankings, Recall, Retrieval
-from pipeline.evaluation.vqa_nlvr2 import NLVR2Result, VQAResult
+from pipeline.evaluation.labelled import ClassificationResult, LinearProbeResult, NLVR2Result, VQAResult
+from pipeline.evaluation.masked import MaskedLanguage, MaskedTokenPredictions, Reconstruction
+from pipeline.evaluation.retrieval import FusedHead, Rankings, Retrieval
 
 COLLAPSED = 0.05  # a matching head with at most this accuracy on one class has learned only the class frequencies
 
@@ -29,11 +26,11 @@ class MatchingResult:
 
     @property
     def is_collapsed(self) -> bool:
-        """Return whether the head gives nearly all pairs the same answer."""
+        """Return True if the head gives nearly all pairs the same answer."""
         return min(self.accuracy_matched, self.accuracy_mismatched) < COLLAPSED
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluation:
     """Results on one source, and the tensors behind its report. A member is None where the stage did not train it."""
 
@@ -59,14 +56,28 @@ class Evaluation:
     linear_probe: LinearProbeResult | None = None
     trained_on: tuple[str, ...] = ()  # stages that trained on the same shards: the results are then not held out
     checkpoint: str = ""
-    report: str = ""
-
-    def located(self, checkpoint: str = "", report: str = "") -> Evaluation:
-        """Return the same results with the locations of the checkpoint and the report."""
-        return replace(self, checkpoint=checkpoint or self.checkpoint, report=report or self.report)
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of `mome evaluate --json`: fractions, null where something was not trained."""
+        retrievals: dict[str, dict[str, Any] | None] = {}
+        for name, retrieval, more in (
+            ("retrieval", self.retrieval, {"by": self.retrieval_by, "images": self.retrieval_images}),
+            ("reranked", self.reranked, {"best": self.reranked_best}),
+        ):
+            retrievals[name] = None
+            if retrieval is None:
+                continue
+            directions = {"image_to_text": retrieval.image_to_text, "text_to_image": retrieval.text_to_image}
+            chances = [recall.chance for recall in directions.values()]
+            retrievals[name] = {
+                **{
+                    direction: {f"r{k}": round(fraction, 6) for k, fraction in recall.at.items()}
+                    | {"median_rank": recall.median_rank, "mean_rank": round(recall.mean_rank, 2)}
+                    for direction, recall in directions.items()
+                },
+                "chance": {f"r{k}": round(max(chance[k] for chance in chances), 6) for k in chances[0]},
+                **more,
+            }
         return {
             "pairs": len(self.held_out),
             "captions": len(self.held_out.tokens),
@@ -74,12 +85,10 @@ class Evaluation:
             "source": self.source,
             "source_digest": self.held_out.digest,
             "stage": self.stage,
-            "retrieval": _retrieval_json(self.retrieval, by=self.retrieval_by, images=self.retrieval_images),
-            "reranked": _retrieval_json(self.reranked, best=self.reranked_best),
+            **retrievals,
             **self._sections(),
             "trained_on": list(self.trained_on),
             "checkpoint": self.checkpoint,
-            "report": self.report,
         }
 
     def metrics(self) -> dict[str, float]:
@@ -102,57 +111,30 @@ class Evaluation:
 
     def _sections(self) -> dict[str, dict[str, Any] | None]:
         """Return the results other than retrieval, by name, rounded."""
-        mlm = itm = reconstruction = None
+        sections: dict[str, dict[str, Any] | None] = {"mlm": None, "itm": None, "reconstruction": None}
         if self.mlm is not None:
-            mlm = {
-                "accuracy": _accuracy(self.mlm.own_image),
-                "accuracy_other_image": _accuracy(self.mlm.other_image),
-                "accuracy_text_only": _accuracy(self.mlm.text_only),
-                "language_stage_text_only": _accuracy(next(reversed(self.language_stages.values()), None)),
+            accuracies = {
+                "accuracy": self.mlm.own_image,
+                "accuracy_other_image": self.mlm.other_image,
+                "accuracy_text_only": self.mlm.text_only,
+                "language_stage_text_only": next(reversed(self.language_stages.values()), None),
+            }
+            sections["mlm"] = {
+                **{name: None if result is None else result.accuracy for name, result in accuracies.items()},
                 "masked_tokens": len(self.mlm.masked.truth()),
             }
         if self.itm is not None:
-            itm = {"accuracy": self.itm.accuracy, **asdict(self.itm)}
+            sections["itm"] = {"accuracy": self.itm.accuracy, **asdict(self.itm)}
         if self.reconstruction is not None:
-            reconstruction = {
+            sections["reconstruction"] = {
                 "error": self.reconstruction.error,
                 "error_without_model": self.reconstruction.error_without_model,
                 "stage": self.reconstruction_stage,
             }
-        labelled = {
-            name: getattr(self, name) for name in ("vqa", "nlvr2", "classification", "zero_shot", "linear_probe")
-        }
-        sections: dict[str, Mapping[str, Any] | None] = {
-            "mlm": mlm,
-            "itm": itm,
-            "reconstruction": reconstruction,
-            **{name: None if result is None else asdict(result) for name, result in labelled.items()},
-        }
+        for name in ("vqa", "nlvr2", "classification", "zero_shot", "linear_probe"):
+            result = getattr(self, name)
+            sections[name] = None if result is None else asdict(result)
         return {
-            name: None if values is None else {k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}
+            name: values and {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
             for name, values in sections.items()
         }
-
-
-def _accuracy(predictions: MaskedTokenPredictions | None) -> float | None:
-    return None if predictions is None else predictions.accuracy
-
-
-def _rounded(fraction: float) -> float:
-    return round(fraction, 6)
-
-
-def _retrieval_json(retrieval: Retrieval | None, **extra: Any) -> dict[str, Any] | None:
-    if retrieval is None:
-        return None
-
-    def recall_json(recall: Recall) -> dict[str, float]:
-        fractions = {f"r{k}": _rounded(fraction) for k, fraction in recall.at.items()}
-        return fractions | {"median_rank": recall.median_rank, "mean_rank": round(recall.mean_rank, 2)}
-
-    return {
-        "image_to_text": recall_json(retrieval.image_to_text),
-        "text_to_image": recall_json(retrieval.text_to_image),
-        "chance": {f"r{k}": _rounded(fraction) for k, fraction in retrieval.chance().items()},
-        **extra,
-    }

@@ -16,13 +16,13 @@ Shapes: N images, M captions, P pairs, Q queries, C candidates, K best candidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
 from pipeline.models.forward import ForwardInput
@@ -57,10 +57,6 @@ class Retrieval:
     image_to_text: Recall
     text_to_image: Recall
 
-    def chance(self) -> dict[int, float]:
-        """Return the higher of the two directions' chances."""
-        return {k: max(c, self.text_to_image.chance[k]) for k, c in self.image_to_text.chance.items()}
-
 
 @dataclass(frozen=True)
 class Ranked:
@@ -78,55 +74,50 @@ class Rankings:
     text_to_image: Ranked
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[torch.device]:
-    """Put the model in evaluation mode without gradients, yield its device, and restore its mode afterwards."""
-    was_training = model.training
+def run_forward(model: nn.Module, forward_input: ForwardInput) -> dict[str, Tensor]:
+    """Return the outputs of one forward on the model's device, in evaluation mode and without gradients."""
+    device, was_training = next(model.parameters()).device, model.training
+    members = {name: value for name, value in vars(forward_input).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in members.items()}
     model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            outputs: dict[str, Tensor] = model({"only": replace(forward_input, **moved)})["only"]
+            return outputs
     finally:
         model.train(was_training)
 
 
 def pad_token_ids(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Return token ids (B, L) int64, padded to the longest row, and (B, L) bool, False at padding."""
-    length = max(len(row) for row in rows)
-    text = torch.full((len(rows), length), pad, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        text[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
-    keep = torch.arange(length)[None] < torch.tensor([len(row) for row in rows])[:, None]
-    return text, keep
+    text = pad_sequence([torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=pad)
+    return text, torch.arange(text.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def embed_images(model: nn.Module, images: Images, batch: int = 64, ranks: Ranks = SINGLE_PROCESS) -> Tensor:
     """Return unit vectors (N, HD) of images (N, H, W, 3) uint8; dot products are the mean of the H heads' cosines."""
-    with eval_mode(model) as device:
 
-        def embed(rows: slice) -> tuple[Tensor]:
-            return (contrastive_features(model, ForwardInput(heads=("itc",), image=images[rows].to(device))),)
+    def embed(rows: slice) -> tuple[Tensor]:
+        return (contrastive_features(model, ForwardInput(heads=("itc",), image=images[rows])),)
 
-        return compute_batches(len(images), batch, ranks, embed)[0]
+    return compute_batches(len(images), batch, ranks, embed)[0]
 
 
 def embed_texts(
     model: nn.Module, token_ids: Sequence[Sequence[int]], pad: int, batch: int = 64, ranks: Ranks = SINGLE_PROCESS
 ) -> Tensor:
     """Return unit vectors (M, HD) of token ids ([CLS] … [SEP], without padding)."""
-    with eval_mode(model) as device:
 
-        def embed(rows: slice) -> tuple[Tensor]:
-            text, keep = pad_token_ids(token_ids[rows], pad)
-            forward_input = ForwardInput(heads=("itc",), text=text.to(device), text_keep=keep.to(device))
-            return (contrastive_features(model, forward_input),)
+    def embed(rows: slice) -> tuple[Tensor]:
+        text, keep = pad_token_ids(token_ids[rows], pad)
+        return (contrastive_features(model, ForwardInput(heads=("itc",), text=text, text_keep=keep)),)
 
-        return compute_batches(len(token_ids), batch, ranks, embed)[0]
+    return compute_batches(len(token_ids), batch, ranks, embed)[0]
 
 
 def contrastive_features(model: nn.Module, forward_input: ForwardInput) -> Tensor:
     """Return unit vectors (B, HD): the concatenated features of all contrastive heads, on the CPU."""
-    outputs = model({"only": forward_input})["only"]
+    outputs = run_forward(model, forward_input)
     heads = [outputs[name] for name in ("itc", "itc_vl") if name in outputs]
     return (torch.cat(heads, dim=1).float() / len(heads) ** 0.5).cpu()
 
@@ -195,16 +186,14 @@ def first_few(scores: Tensor, k: int) -> Tensor:
     return chosen.gather(1, order)
 
 
-def recall_at_k(
-    image_ranks: Tensor, caption_ranks: Tensor, caption_of: Tensor, image_id: Tensor, ks: Sequence[int] = KS
-) -> Retrieval:
+def recall_at_k(image_ranks: Tensor, caption_ranks: Tensor, caption_of: Tensor, image_id: Tensor) -> Retrieval:
     """Return recall in both directions from the ranks of each image's (N,) and caption's (M,) best right candidate."""
     caption_id = image_id[caption_of]
 
     def recall(ranks: Tensor, query_id: Tensor, candidate_id: Tensor) -> Recall:
         return Recall(
-            at={k: (ranks <= k).double().mean().item() for k in ks},
-            chance={k: chance_level(query_id, candidate_id, k) for k in ks},
+            at={k: (ranks <= k).double().mean().item() for k in KS},
+            chance={k: chance_level(query_id, candidate_id, k) for k in KS},
             median_rank=ranks.double().quantile(0.5).item(),
             mean_rank=ranks.double().mean().item(),
         )
@@ -215,17 +204,16 @@ def recall_at_k(
 def chance_level(query_id: Tensor, candidate_id: Tensor, k: int) -> float:
     """Return the expected recall at k of a random order: 1 − Π_{j<k} (C − n − j)/(C − j) for n right among C."""
     ids, counts = candidate_id.unique(return_counts=True)
-    count_of = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    total, queries = len(candidate_id), query_id.tolist()
-
-    def chance(right: int) -> float:
+    num_right = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    total = len(candidate_id)
+    chance: dict[int, float] = {}  # by the number of right candidates
+    for right in {0, *num_right.values()}:
         missed = 1.0
         for j in range(min(k, total)):
             missed *= max(total - right - j, 0) / (total - j)
-        return 1.0 - missed
-
-    by_count = {n: chance(n) for n in set(count_of.values()) | {0}}
-    return sum(by_count[count_of.get(query, 0)] for query in queries) / len(queries)
+        chance[right] = 1.0 - missed
+    queries = query_id.tolist()
+    return sum(chance[num_right.get(query, 0)] for query in queries) / len(queries)
 
 
 def fusion_scores(
@@ -245,23 +233,16 @@ def fusion_scores(
     each image on its canvas; None: all of it.
     """
     order = pairs[:, 0].argsort(stable=True)
-    ordered = pairs[order]
-    with eval_mode(model) as device:
 
-        def score(rows: slice) -> tuple[Tensor]:
-            chosen = ordered[rows]
-            text, keep = pad_token_ids([token_ids[caption] for caption in chosen[:, 1].tolist()], pad)
-            fused = ForwardInput(
-                heads=(head,),
-                image=images[chosen[:, 0]].to(device),
-                image_size=None if image_size is None else image_size[chosen[:, 0]].to(device),
-                text=text.to(device),
-                text_keep=keep.to(device),
-            )
-            scores = model({"fused": fused})["fused"][head].float()
-            return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
+    def score(rows: slice) -> tuple[Tensor]:
+        image, caption = pairs[order[rows]].unbind(dim=1)
+        text, keep = pad_token_ids([token_ids[number] for number in caption.tolist()], pad)
+        size = None if image_size is None else image_size[image]
+        fused = ForwardInput(heads=(head,), image=images[image], image_size=size, text=text, text_keep=keep)
+        scores = run_forward(model, fused)[head].float()
+        return ((scores if head == "ranking" else scores[:, 1] - scores[:, 0]).cpu(),)
 
-        (scores,) = compute_batches(len(pairs), batch, ranks, score)
+    (scores,) = compute_batches(len(pairs), batch, ranks, score)
     return torch.empty_like(scores).index_copy_(0, order, scores)
 
 

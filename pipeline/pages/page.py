@@ -19,7 +19,6 @@ from pipeline.pages.formatting import duration, moment, money, number, percent, 
 
 THUMBNAIL = 160  # maximum side in pixels
 LOSSLESS = 96  # images up to this side are stored losslessly
-HERE = Path(__file__).parent
 
 
 def signature(subject: str) -> str:
@@ -36,10 +35,10 @@ def render_page(template: str, folders: Sequence[Path], subject: str, **values: 
     return page.render(written=moment(1000 * time.time()), signature=signature(subject), **values)
 
 
-@functools.lru_cache
+@functools.lru_cache  # keeps the compiled templates
 def _environment(folders: tuple[Path, ...]) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader([*folders, HERE]),
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -50,9 +49,9 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
     return environment
 
 
-def thumbnail(pixels: np.ndarray, side: int = THUMBNAIL) -> str:
-    """Return an image (H, W, 3) uint8 as a data URI, at most `side` pixels wide and high."""
-    image = Image.fromarray(pixels)
+def thumbnail(pixels: Any, side: int = THUMBNAIL) -> str:
+    """Return an image (H, W, 3) uint8, as an array, tensor or PIL image, as a data URI at most `side` pixels wide."""
+    image = Image.fromarray(np.asarray(pixels))
     image.thumbnail((side, side))
     kind, options = ("PNG", {"optimize": True}) if max(image.size) <= LOSSLESS else ("JPEG", {"quality": 80})
     buffer = io.BytesIO()

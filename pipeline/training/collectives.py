@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.evaluation.ranks import Ranks
+
 Range = tuple[int, int]
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,7 +52,7 @@ def _counted(
     return call
 
 
-class Collectives:
+class Collectives(Ranks):
     """Collectives of the default process group, which is initialised on first use; without a launcher it has one rank.
 
     `calls` counts the collectives this rank has entered; `inside` names the one it is currently in.

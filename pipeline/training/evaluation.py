@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.evaluation.classification import class_names
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.evaluate import can_evaluate, evaluate
+from pipeline.evaluation.labelled import class_names
 from pipeline.training.callbacks import Callback, StepEvent
 
 if TYPE_CHECKING:

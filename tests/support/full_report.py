@@ -12,10 +12,10 @@ from pipeline.evaluation.report_data import (
     CaptionsOfImage,
     ImagesOfCaption,
     MaskedCaption,
+    MaskedWord,
     MeasureRow,
     RecallRow,
     ReportData,
-    WordGuess,
 )
 from pipeline.pages.page import THUMBNAIL, thumbnail
 
@@ -36,7 +36,7 @@ def fullest(name: str = "recorded") -> ReportData:
             noise(),
             noise(),
             [(word, None) for word in CAPTION.split()] + [(WORD, 1), (WORD, 2)],
-            [WordGuess(WORD, number, [(WORD, 0.5, True)] * len(CONDITIONS)) for number in range(6)],
+            [MaskedWord(WORD, number, [(WORD, 0.5, True)] * len(CONDITIONS)) for number in range(6)],
         )
         for _ in range(3 * MASKED_SHOWN)
     ]

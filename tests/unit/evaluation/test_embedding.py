@@ -19,7 +19,7 @@ from pipeline.data.storage import Storage
 from pipeline.evaluation import embedding
 from pipeline.evaluation.datasets import EvalPairs
 from pipeline.evaluation.embedding import Embedder, embed_shards
-from pipeline.evaluation.ranks import SingleProcess
+from pipeline.evaluation.ranks import Ranks
 from pipeline.evaluation.retrieval import embed_images, embed_texts
 from pipeline.models.vlmo import VLMo
 
@@ -104,7 +104,7 @@ def test_outdated_embeddings_are_computed_again(
 
 
 def test_shards_are_distributed_over_ranks(embedder: Embedder, shards: str, tmp_path: Path) -> None:
-    class One(SingleProcess):
+    class One(Ranks):
         def __init__(self, rank: int):
             self.rank, self.world_size = rank, 3
 

@@ -17,7 +17,7 @@ from pipeline.data.shards.manifest import index_shards
 from pipeline.data.storage import Storage
 from pipeline.evaluation.datasets import EvalPairs, load_pairs
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.masked_language import mask_captions, predict_masked_tokens
+from pipeline.evaluation.masked import mask_captions, predict_masked_tokens
 from pipeline.evaluation.report import build_report_data, render_report
 from pipeline.evaluation.retrieval import fusion_scores
 from pipeline.models import build_model

@@ -12,13 +12,13 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.contents.text import Tokenizer
 from pipeline.data.storage import Storage
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, SingleProcess, rank_batches, run_on_all_ranks
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, rank_batches, run_on_all_ranks
 from pipeline.models import build_model
 from pipeline.models.model import HeadConfig
 from tests.support.ranks import run_ranks
 
 
-class One(SingleProcess):
+class One(Ranks):
     """One of several ranks, without collective calls."""
 
     def __init__(self, rank: int, world_size: int):
@@ -39,7 +39,7 @@ def test_rows_are_computed_once_with_equal_forward_counts(count: int, world_size
 
 
 def test_an_error_of_one_rank_is_raised_on_all() -> None:
-    class Two(SingleProcess):
+    class Two(Ranks):
         def gather_objects(self, value: Any) -> list[Any]:
             return [value, (None, DataError("shard 3 changed"))]
 
@@ -53,9 +53,6 @@ def measured(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     tokenizer = Tokenizer.train(["a red square", "two blue circles and a green star"], 200)
     model = build_model(config.model, tokenizer.size, HeadConfig("pixels"), seed=3)
     found = evaluate(model, tokenizer, config, Storage(), others={"language": model}, ranks=ranks)
-    assert found.rankings is not None
-    assert found.mlm is not None
-    assert found.mlm.own_image is not None
     tensors = [*vars(found.rankings.image_to_text).values(), *vars(found.rankings.text_to_image).values()]
     tensors += [found.mlm.own_image.truth_probability, found.mlm.text_only.tokens]
     return {"json": found.to_json(), "metrics": found.metrics(), "tensors": tensors}

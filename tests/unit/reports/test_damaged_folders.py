@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config.errors import MomeError
 from pipeline.data.storage import Storage
-from pipeline.evaluation.report import ReportLink, render_report
+from pipeline.evaluation.report import render_report
 from pipeline.evaluation.report_data import headline, load_report_data, save_report_data
 from pipeline.reports.comparison import compare, render_comparison
 from pipeline.reports.run_folder import open_run
@@ -132,7 +132,7 @@ def test_damaged_evaluations_are_skipped_and_reported(run: Path, caplog: pytest.
         left_out += not found
         if found:
             shown = headline(found)
-            render_report(shown, config, {}, shown, [ReportLink.of(shown, "page.html")])
+            render_report(shown, config, {}, shown, [(shown, "page.html")])
             render_run_report(collect_report(open_run(str(run))))
 
     try:
@@ -158,7 +158,7 @@ def test_damaged_evaluations_are_skipped_and_reported(run: Path, caplog: pytest.
 )
 def test_images_of_a_stored_evaluation_are_data_uris_only(run: Path, address: str) -> None:
     shown = fullest()
-    card = replace(shown.images["best"][0], picture=address)
+    card = replace(shown.images["best"][0], image=address)
     heat = replace(shown.alignments.captions[0], words=[("a", address, 0.5)])
     for hostile in (
         replace(shown, images=shown.images | {"best": [card]}),

@@ -1,0 +1,257 @@
+"""Evaluation on annotated sources: image classification, VQA and NLVR2.
+
+Classification is by a trained head, zero-shot by class names, or by a linear probe on frozen features. Accuracy is
+top-1 and top-5 on whole images (ViT's published figures use the centre crop).
+
+Zero-shot: a class is the normalised mean of its prompts' vectors (CLIP, arXiv 2103.00020, section 3.1.4), and an image
+belongs to the nearest class.
+
+Linear probe: features are the last layer's [CLS] concatenated with the mean of the patches, because masked-image
+training leaves [CLS] untrained and contrastive training the patches. They are standardised over the training images,
+and multinomial logistic regression is fitted by full-batch L-BFGS from zero, so that nothing is random and the number
+of ranks does not matter. The penalty is chosen on every fifth training image, and the final classifier uses all of
+them.
+
+VQA: the answers' scores in the shards are the official evaluation's own average (see `data.building.answers`), so that
+their mean is VQA accuracy. An answer that annotators gave and the list lacks is never predicted and counts as an error.
+
+NLVR2 shows each sentence with up to four pairs of images, named split-set-pair-sentence; a sentence is understood
+consistently if it is judged correctly with every pair (arXiv 1811.00491, section 5).
+
+Shapes: N images, C classes, T prompts, D features. Every `evaluate_…` evaluates its whole source and raises DataError
+as `LabelledEvalSet.map_ranks`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config.errors import ConfigError, DataError
+from pipeline.config.schema import RunConfig
+from pipeline.data.contents.choices import CLASSES, Choices
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.shards.manifest import shard_folder
+from pipeline.data.storage import NotFound, Storage, join
+from pipeline.evaluation.datasets import LabelledEvalSet
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks
+from pipeline.evaluation.retrieval import contrastive_features, embed_texts, run_forward
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # of half the squared weights, added to the mean loss per image
+VALIDATION_STRIDE = 5  # every fifth training image validates the choice of the penalty
+ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    images: int
+    top1: float
+    top5: float
+    chance: float  # of the first guess
+
+
+@dataclass(frozen=True)
+class LinearProbeResult:
+    images: int
+    trained_on: int  # images
+    penalty: float
+    top1: float
+    top5: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class VQAResult:
+    questions: int
+    accuracy: float
+    accuracy_without_model: float  # of the one answer with the highest total score, given to every question
+
+
+@dataclass(frozen=True)
+class NLVR2Result:
+    statements: int
+    accuracy: float
+    accuracy_without_model: float  # of the more frequent label
+    consistency: float | None  # fraction of sentences always judged correctly; None where ids do not name sentences
+
+
+def evaluate_classification(model: nn.Module, source: LabelledEvalSet) -> ClassificationResult:
+    """Evaluate the trained head."""
+    outputs = ((run_forward(model, batch)["classes"], labels) for batch, labels in source.batches("classes"))
+    return classification_result(source.map_ranks(lambda: class_ranks(outputs)))
+
+
+def evaluate_zero_shot(model: nn.Module, source: LabelledEvalSet, classes: Tensor) -> ClassificationResult:
+    """Classify by class vectors (C, D). Raises DataError for a label without a class too."""
+
+    def similarities() -> Iterable[tuple[Tensor, list[int]]]:
+        for batch, labels in source.batches("itc"):
+            if max(labels, default=0) >= len(classes):
+                raise DataError(f"an image has label {max(labels)}, and there are {len(classes)} class names, from 0")
+            yield contrastive_features(model, batch) @ classes.T, labels
+
+    return classification_result(source.map_ranks(lambda: class_ranks(similarities())))
+
+
+def class_ranks(batches: Iterable[tuple[Tensor, list[int]]]) -> tuple[list[int], int]:
+    """Return the rank, from 1, of each image's label among the classes, and the number of classes.
+
+    A batch is the logits (B, C) and the labels of its first images. Among equal logits the label ranks last, and NaN
+    ranks before every label.
+    """
+    ranks: list[int] = []
+    classes = 0
+    for logits, labels in batches:
+        classes = logits.shape[1]
+        own = logits[: len(labels)].float().cpu()
+        label_logit = own.gather(1, torch.tensor(labels, dtype=torch.int64)[:, None])
+        ranks += (~(own < label_logit)).sum(dim=1).tolist()
+    return ranks, classes
+
+
+def classification_result(parts: Sequence[tuple[list[int], int]]) -> ClassificationResult:
+    """Combine the ranks' results of `class_ranks`."""
+    ranks = [rank for own, _ in parts for rank in own]
+    top1, top5 = (sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5))
+    return ClassificationResult(len(ranks), top1, top5, 1 / parts[0][1])
+
+
+def class_names(config: RunConfig, source: str, storage: Storage) -> tuple[str, ...]:
+    """Return the class names of a labelled source in label order. Raises ConfigError where its shards list none."""
+    url = join(shard_folder(config.sources[source].shards), CLASSES)
+    try:
+        return Choices.from_bytes(storage.read(url), url).names
+    except NotFound as error:
+        raise ConfigError(
+            f"source '{source}' is labelled, and {url} with its class names is missing; write it: a JSON list of names "
+            "in label order, as `mome shards build` does for folders of classes"
+        ) from error
+
+
+def class_vectors(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    max_text_length: int,
+    batch: int = 64,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> Tensor:
+    """Return unit vectors (C, D) of the classes; each prompt has {} in the place of the name."""
+    texts = [prompt.replace("{}", name.replace("_", " ")) for name in names for prompt in prompts]
+    token_ids = [tokens.ids for tokens in tokenizer.encode_batch(texts, max_text_length)]
+    vectors = embed_texts(model, token_ids, tokenizer.pad_id, batch, ranks)
+    return F.normalize(vectors.unflatten(0, (len(names), len(prompts))).mean(dim=1), dim=1)
+
+
+def evaluate_linear_probe(model: nn.Module, training: LabelledEvalSet, held_out: LabelledEvalSet) -> LinearProbeResult:
+    """Fit on one labelled source and evaluate on another."""
+    device = next(model.parameters()).device
+    x, y = (tensor.to(device) for tensor in probe_features(model, training))
+    test_x, test_y = (tensor.to(device) for tensor in probe_features(model, held_out))
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
+    x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
+    classes = 1 + int(torch.cat([y, test_y]).max())
+    validation = torch.arange(len(x), device=device) % VALIDATION_STRIDE == VALIDATION_STRIDE - 1
+    penalty = PENALTIES[len(PENALTIES) // 2]  # for too few images to choose
+    if int(validation.sum()) >= classes:
+        losses = {}
+        for candidate in PENALTIES:
+            weight, bias = fit_linear_probe(x[~validation], y[~validation], classes, candidate)
+            losses[candidate] = F.cross_entropy(x[validation] @ weight + bias, y[validation]).item()
+        penalty = min(losses, key=losses.__getitem__)
+    weight, bias = fit_linear_probe(x, y, classes, penalty)
+    result = classification_result([class_ranks([(test_x @ weight + bias, test_y.tolist())])])
+    return LinearProbeResult(result.images, len(x), penalty, result.top1, result.top5, result.chance)
+
+
+def probe_features(model: nn.Module, source: LabelledEvalSet) -> tuple[Tensor, Tensor]:
+    """Return the features (N, D) float64 and labels (N,) int64 of a whole source, in its order."""
+
+    def read() -> tuple[Tensor, Tensor]:
+        features: list[Tensor] = []
+        all_labels: list[int] = []
+        for batch, labels in source.batches("tokens"):
+            if batch.image_size is not None:
+                raise ConfigError("the linear probe needs images of one shape, and this model keeps each one's own")
+            tokens = run_forward(model, batch)["tokens"][: len(labels)].float()
+            features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).cpu())
+            all_labels += labels
+        return torch.cat(features), torch.tensor(all_labels, dtype=torch.int64)
+
+    features, labels = (torch.cat(parts) for parts in zip(*source.map_ranks(read), strict=True))
+    return features.double(), labels
+
+
+@torch.enable_grad()
+def fit_linear_probe(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return the weights (D, C) and biases (C,) that minimise mean cross-entropy + penalty / 2 · ‖weights‖²."""
+    weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, y) + penalty / 2 * weight.square().sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def evaluate_vqa(model: nn.Module, source: LabelledEvalSet, choices: Choices) -> VQAResult:
+    """Evaluate the answers head, whose outputs are named by `choices`."""
+
+    def read() -> list[tuple[float, dict[str, float]]]:
+        """Return for each question the score of the predicted answer, and all scored answers."""
+        results: list[tuple[float, dict[str, float]]] = []
+        for batch, questions in source.batches("answers"):
+            best = run_forward(model, batch)["answers"].argmax(dim=1).tolist()
+            answers = [dict(question.answers) for question in questions]
+            results += [(own.get(choices.names[b], 0.0), own) for own, b in zip(answers, best, strict=False)]
+        return results
+
+    results = list(itertools.chain(*source.map_ranks(read)))
+    totals = Counter[str]()
+    for _, answers in results:
+        totals.update(answers)
+    # fsum rounds once, so that the result does not depend on how ranks share the questions.
+    accuracy = math.fsum(score for score, _ in results) / len(results)
+    return VQAResult(len(results), accuracy, max(totals.values()) / len(results))
+
+
+def evaluate_nlvr2(model: nn.Module, source: LabelledEvalSet) -> NLVR2Result:
+    """Evaluate the nlvr2 head."""
+
+    def read() -> list[tuple[str, bool, bool]]:
+        """Return each statement's id, its label, and whether the prediction is correct."""
+        results: list[tuple[str, bool, bool]] = []
+        for batch, statements in source.batches("nlvr2"):
+            predicted = run_forward(model, batch)["nlvr2"].argmax(dim=1).bool().tolist()
+            results += [(s.id, s.is_true, s.is_true == p) for s, p in zip(statements, predicted, strict=False)]
+        return results
+
+    ids, labels, correct = (list(column) for column in zip(*itertools.chain(*source.map_ranks(read)), strict=True))
+    count = len(correct)
+    return NLVR2Result(count, sum(correct) / count, max(Counter(labels).values()) / count, consistency(ids, correct))
+
+
+def consistency(ids: list[str], correct: list[bool]) -> float | None:
+    """Return the fraction of sentences judged correctly throughout; None unless ids are split-set-pair-sentence."""
+    parts = [name.split("-") for name in ids]
+    if any(len(names) != 4 for names in parts):
+        return None
+    sentences: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    for (split, number, _, sentence), is_correct in zip(parts, correct, strict=True):
+        sentences[split, number, sentence].append(is_correct)
+    return sum(map(all, sentences.values())) / len(sentences)

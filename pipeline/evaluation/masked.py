@@ -1,0 +1,240 @@
+"""Masked words of held-out captions and masked patches of held-out images, predicted by the model.
+
+Words are predicted with the pair's own image, with another image, and from text alone; the difference of the first two
+accuracies is what the image contributes. Whole words are masked, even where training masks single tokens, whose
+neighbours give them away. The masks depend on the sample and the caption only, and every masked token is replaced by
+[MASK]. The accuracy is therefore a property of the weights, for every batch size and limit.
+
+Normalised pixels of patches are shown with each patch's own mean and standard deviation, as masked autoencoders do:
+those two numbers come from the image, the pattern from the model. Mean colours need nothing of the image. The error is
+compared with a prediction without a model: the patch's mean for pixels, otherwise the visible patches' mean colour.
+
+Shapes: N images, M captions, T masked tokens of all captions, B examples, L tokens, K masked tokens of a caption or
+masked patches of an image, H x W pixels, P patches, p the patch side.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.schema import MaskingConfig
+from pipeline.data.contents.text import Tokenizer
+from pipeline.data.examples.masking import mask_patches, mask_whole_words
+from pipeline.data.randomness import CounterRandom, hash64
+from pipeline.evaluation.datasets import EvalPairs
+from pipeline.evaluation.ranks import SINGLE_PROCESS, Ranks, compute_batches
+from pipeline.evaluation.retrieval import Images, pad_token_ids, run_forward
+from pipeline.models.forward import ForwardInput, drop_masked_patches
+from pipeline.objectives.mim import patchify, reconstruct, unpatchify
+
+PatchTarget = Literal["mean_colour", "pixels"]  # targets that can be drawn; visual tokens cannot
+_WORD_SEED, _PATCH_SEED = 2111_02358, 2106_08254  # fixed, so that every checkpoint predicts the same words and patches
+_TOP = 3
+_GREY = 128
+
+
+@dataclass(frozen=True)
+class MaskedCaptions:
+    """Captions with [MASK] tokens: ids, masked positions, and the original tokens at those positions."""
+
+    rows: tuple[tuple[int, ...], ...]
+    positions: tuple[tuple[int, ...], ...]
+    labels: tuple[tuple[int, ...], ...]
+
+    def truth(self) -> Tensor:
+        """Return the masked tokens (T,) of all captions."""
+        return torch.tensor([token for row in self.labels for token in row], dtype=torch.int64)
+
+    def first(self) -> list[int]:
+        """Return the offset of each caption's tokens among all T, followed by T."""
+        return list(itertools.accumulate((len(row) for row in self.labels), initial=0))
+
+
+@dataclass(frozen=True)
+class MaskedTokenPredictions:
+    """The best tokens (T, 3), their probabilities, and the probability (T,) of the true token."""
+
+    tokens: Tensor
+    probabilities: Tensor
+    truth_probability: Tensor
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class MaskedLanguage:
+    """Predictions by condition. The image conditions are None where the model's stage never fused image and text."""
+
+    masked: MaskedCaptions
+    image_of_other: Tensor | None  # (M,) the other image shown with each caption
+    own_image: MaskedTokenPredictions | None
+    other_image: MaskedTokenPredictions | None
+    text_only: MaskedTokenPredictions
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images (N, H, W, 3) uint8: originals, with grey masked patches, and with the model's patches.
+
+    `error` and `error_without_model` are mean absolute differences over masked patches, as fractions of full scale.
+    """
+
+    original: Tensor
+    masked: Tensor
+    filled: Tensor
+    error: float
+    error_without_model: float
+
+
+def words_of(word_of: Iterable[int]) -> dict[int, list[int]]:
+    """Return the indices of each word's tokens, in text order; `word_of` is -1 at tokens outside words."""
+    words: dict[int, list[int]] = {}
+    for index, word in enumerate(word_of):
+        if word >= 0:
+            words.setdefault(word, []).append(index)
+    return words
+
+
+def mask_captions(held_out: EvalPairs, masking: MaskingConfig, tokenizer: Tokenizer) -> MaskedCaptions:
+    """Mask words of every caption, at least one, chosen by the sample's key and the caption's number."""
+    rows, positions, labels = [], [], []
+    numbered = [(key, n) for key, own in zip(held_out.keys, held_out.captions, strict=True) for n in range(len(own))]
+    for tokens, (key, number) in zip(held_out.tokens, numbered, strict=True):
+        random = CounterRandom(hash64(_WORD_SEED, key, number))
+        masked = mask_whole_words(tokens, random, masking.mlm_probability, True, tokenizer)
+        chosen = tuple(int(position) for position in masked.positions)
+        rows.append(tuple(tokenizer.mask_id if i in chosen else token for i, token in enumerate(tokens.ids)))
+        positions.append(chosen)
+        labels.append(tuple(int(tokens.ids[position]) for position in chosen))
+    return MaskedCaptions(tuple(rows), tuple(positions), tuple(labels))
+
+
+def mismatched_images(image_id: Tensor) -> Tensor:
+    """Return for each image the index (N,) of another one with a different id, each used once where possible.
+
+    Images in the order of their ids are rotated by the size of the largest group of equal ids, so that none meets its
+    own. Where one id fills more than half, the rest take the first image that differs. Raises ValueError where all
+    images are the same one.
+    """
+    ids, counts = image_id.unique(return_counts=True)
+    if len(ids) < 2:
+        raise ValueError("all held-out images are the same one: there is no other image to compare with")
+    order = image_id.argsort(stable=True)
+    other = torch.empty_like(order)
+    other[order] = order.roll(-int(counts.max()))
+    for image in (image_id[other] == image_id).nonzero()[:, 0].tolist():
+        other[image] = (image_id != image_id[image]).nonzero()[0, 0]
+    return other
+
+
+def predict_masked_tokens(
+    model: nn.Module,
+    masked: MaskedCaptions,
+    pad: int,
+    images: Images | None = None,
+    image_of: Tensor | None = None,
+    batch: int = 64,
+    image_size: Tensor | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> MaskedTokenPredictions:
+    """Predict every masked token; `image_of` (M,) is the index of the image shown with each caption.
+
+    Without images the model reads the text alone. `image_size` (N, 2) is the extent of each image on its canvas.
+    """
+
+    def predict(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        text, keep = pad_token_ids(masked.rows[rows], pad)
+        positions, is_masked = pad_token_ids(masked.positions[rows], 0)
+        forward_input = ForwardInput(
+            heads=("mlm",),
+            image=None if images is None or image_of is None else images[image_of[rows]],
+            image_size=None if image_size is None or image_of is None else image_size[image_of[rows]],
+            text=text,
+            text_keep=keep,
+            mask_positions=positions,
+        )
+        logits = run_forward(model, forward_input)["mlm"].float()
+        probabilities = logits.softmax(dim=-1).cpu()[is_masked]  # (tokens, V)
+        best = probabilities.topk(min(_TOP, probabilities.shape[1]), dim=1)
+        truth = pad_token_ids(masked.labels[rows], 0)[0][is_masked]
+        return best.indices, best.values, probabilities.gather(1, truth[:, None])[:, 0]
+
+    tokens, probabilities, of_truth = compute_batches(len(masked.rows), batch, ranks, predict)
+    accuracy = (tokens[:, 0] == masked.truth()).double().mean().item()
+    return MaskedTokenPredictions(tokens, probabilities, of_truth, accuracy)
+
+
+def masked_language(
+    model: nn.Module,
+    held_out: EvalPairs,
+    masking: MaskingConfig,
+    tokenizer: Tokenizer,
+    fused: bool,
+    batch: int = 64,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> MaskedLanguage:
+    """Predict under all conditions of one model; `fused`: its stage trained masked words with images."""
+    masked, pad = mask_captions(held_out, masking, tokenizer), tokenizer.pad_id
+
+    def predict(image_of: Tensor | None) -> MaskedTokenPredictions:
+        images = None if image_of is None else held_out.images
+        return predict_masked_tokens(model, masked, pad, images, image_of, batch, held_out.image_size, ranks)
+
+    text_only = predict(None)
+    own = predict(held_out.caption_of) if fused else None
+    if own is None or len(held_out.image_id.unique()) < 2:
+        return MaskedLanguage(masked, None, own, None, text_only)
+    image_of_other = mismatched_images(held_out.image_id)[held_out.caption_of]
+    return MaskedLanguage(masked, image_of_other, own, predict(image_of_other), text_only)
+
+
+def reconstruct_images(
+    model: nn.Module,
+    images: Tensor,
+    keys: Sequence[str],
+    patch_size: int,
+    fraction: float,
+    target: PatchTarget,
+    batch: int = 64,
+    decoded: bool = False,
+) -> Reconstruction:
+    """Mask `fraction` of each image's patches, chosen by its key, and fill them with the model's predictions.
+
+    `decoded`: the model has an image decoder, and its encoder never reads masked patches.
+    """
+    patches = patchify(images.float(), patch_size)  # (N, P, 3 p²), 0 to 255
+    randoms = [CounterRandom(hash64(_PATCH_SEED, key)) for key in keys]
+    positions = torch.from_numpy(np.stack([mask_patches(patches.shape[1], fraction, random) for random in randoms]))
+    predictions = []
+    for image, masked in zip(images.split(batch), positions.split(batch), strict=True):
+        forward_input = ForwardInput(heads=("mim",), image=image, patch_positions=masked)
+        if decoded:
+            forward_input = drop_masked_patches(forward_input, patches.shape[1])
+        predictions.append(run_forward(model, forward_input)["mim"].float().cpu())
+    filled = reconstruct(images, positions, torch.cat(predictions), patch_size)
+    index = positions[..., None].expand(-1, -1, patches.shape[-1])
+    truth, predicted = patches.gather(1, index), patchify(filled.float(), patch_size).gather(1, index)
+    colours, true_colours, predicted_colours = (
+        pixels.unflatten(-1, (-1, 3)).mean(dim=-2) for pixels in (patches, truth, predicted)
+    )
+    if target == "pixels":
+        without_model = true_colours.tile(patch_size**2)
+    else:
+        visible = torch.ones(patches.shape[:2]).scatter(1, positions, 0.0)[..., None]
+        mean = (colours * visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
+        without_model = mean[:, None].expand(-1, positions.shape[1], -1)
+        truth, predicted = true_colours, predicted_colours
+    grey = patches.scatter(1, index, float(_GREY))
+    return Reconstruction(
+        original=images,
+        masked=unpatchify(grey, patch_size).round().to(torch.uint8),
+        filled=filled,
+        error=(predicted - truth).abs().mean().div(255).item(),
+        error_without_model=(without_model - truth).abs().mean().div(255).item(),
+    )

@@ -1,0 +1,131 @@
+"""Masked words and patches depend on the sample alone, and predictions are those of one example at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config.schema import MaskingConfig
+from pipeline.evaluation.masked import (
+    mask_captions,
+    masked_language,
+    mismatched_images,
+    predict_masked_tokens,
+    reconstruct_images,
+    words_of,
+)
+from pipeline.models.forward import ForwardInput
+from pipeline.objectives.mim import mean_colour_targets, patchify, pixel_targets
+
+
+def test_whole_words_are_replaced_by_mask_tokens_with_original_labels(held_out, tokenizer):
+    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
+    captions = zip(held_out.tokens, masked.rows, masked.positions, masked.labels, strict=True)
+    for tokens, row, positions, labels in captions:
+        assert positions
+        assert {row[p] for p in positions} == {tokenizer.mask_id}
+        original = dict(zip(positions, labels, strict=True))
+        assert [original.get(p, token) for p, token in enumerate(row)] == list(tokens.ids)
+        for word, places in words_of(tokens.word_of[position] for position in positions).items():
+            assert len(places) == tokens.word_of.count(word)
+
+
+def test_masks_do_not_depend_on_the_limit(held_out, tokenizer):
+    few = replace(held_out, keys=held_out.keys[:3], captions=held_out.captions[:3], tokens=held_out.tokens[:6])
+    whole, part = (mask_captions(pairs, MaskingConfig(), tokenizer) for pairs in (held_out, few))
+    assert (part.rows, part.positions) == (whole.rows[:6], whole.positions[:6])
+
+
+@pytest.mark.parametrize(
+    "ids", [[1, 2], [1, 1, 2, 2], [5, 4, 3, 2, 1], [1, 1, 2, 3, 4], [1, 1, 1, 2], [3, 1, 3, 2, 3, 9]]
+)
+def test_other_image_never_has_equal_content(ids):
+    image_id = torch.tensor(ids)
+    other = mismatched_images(image_id)
+    assert (image_id[other] != image_id).all()
+    if 2 * max(ids.count(i) for i in ids) <= len(ids):
+        assert sorted(other.tolist()) == list(range(len(ids)))
+
+
+def test_one_image_alone_has_no_other():
+    with pytest.raises(ValueError, match="no other image"):
+        mismatched_images(torch.tensor([4, 4, 4]))
+
+
+def test_predictions_equal_those_of_one_caption_at_a_time(model, held_out, tokenizer):
+    masked = mask_captions(held_out, MaskingConfig(), tokenizer)
+    batched = predict_masked_tokens(model, masked, tokenizer.pad_id, held_out.images, held_out.caption_of, batch=7)
+    single = []
+    for row, positions, image in zip(masked.rows, masked.positions, held_out.caption_of, strict=True):
+        one = ForwardInput(
+            heads=("mlm",),
+            image=held_out.images[image][None],
+            text=torch.tensor([row]),
+            mask_positions=torch.tensor([positions]),
+        )
+        with torch.no_grad():
+            single.append(model.eval()({"x": one})["x"]["mlm"][0].softmax(-1))
+    expected, truth = torch.cat(single), masked.truth()
+    of_truth = expected.gather(1, truth[:, None])[:, 0]
+    torch.testing.assert_close(batched.truth_probability, of_truth, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(batched.probabilities, expected.topk(3).values, atol=1e-6, rtol=1e-4)
+    assert batched.accuracy == pytest.approx((batched.tokens[:, 0] == truth).float().mean().item())
+
+
+def test_stage_without_fusion_predicts_from_text_alone_and_keeps_the_mode(model, held_out, tokenizer):
+    model.train()
+    result = masked_language(model, held_out, MaskingConfig(), tokenizer, fused=False)
+    assert model.training
+    model.eval()
+    assert result.own_image is result.other_image is None
+    assert 0.0 <= result.text_only.accuracy <= 1.0
+
+
+class Knowing(nn.Module):
+    """Model that predicts exactly the targets of the loss; `decoded`: reads only visible patches."""
+
+    def __init__(self, target, decoded=False):
+        super().__init__()
+        self.target, self.decoded = target, decoded
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, forwards):
+        (one,) = forwards.values()
+        assert one.heads == (("decoded_image",) if self.decoded else ("mim",))
+        if self.decoded:
+            both = torch.cat([one.visible_patches, one.patch_positions], dim=1).sort(dim=1).values
+            assert torch.equal(both, torch.arange(16).expand(len(both), -1))
+        if self.target == "pixels":
+            return {"only": {"mim": pixel_targets(one.image, one.patch_positions, 8)}}
+        colours = mean_colour_targets(one.image, one.patch_positions, 8)
+        return {"only": {"mim": nn.functional.one_hot(colours, 512).float()}}
+
+
+@pytest.mark.parametrize(
+    ("target", "decoded", "error"),
+    [("pixels", False, 0.005), ("pixels", True, 0.005), ("mean_colour", False, 16.5 / 255)],
+    ids=["pixels", "decoder", "colours within half a class"],
+)
+def test_true_predictions_restore_the_image(target, decoded, error, held_out):
+    images = held_out.images[:]
+    result = reconstruct_images(Knowing(target, decoded), images, held_out.keys, 8, 0.4, target, 5, decoded)
+    assert result.error <= error
+    assert result.error < result.error_without_model
+    if target == "pixels":
+        assert (result.filled.int() - images.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_only_masked_patches_change_and_follow_the_key_alone(held_out, model, fraction):
+    images, keys = held_out.images[:], held_out.keys
+    whole = reconstruct_images(model, images, keys, 8, fraction, "pixels")
+    before, masked, after = (patchify(image, 8) for image in (whole.original, whole.masked, whole.filled))
+    is_masked = (masked == 128).all(dim=-1)
+    assert (is_masked.sum(dim=1) == round(fraction * 16)).all()
+    assert torch.equal(before[~is_masked], after[~is_masked])
+    assert torch.equal(before[~is_masked], masked[~is_masked])
+    part = reconstruct_images(model, images[3:5], keys[3:5], 8, fraction, "pixels", batch=1)
+    assert torch.equal(whole.masked[3:5], part.masked)
