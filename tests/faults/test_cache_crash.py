@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.data.reading import cache as module
 from pipeline.data.reading.cache import NodeCache
-from tests.support.cache_reader import SIZE, content, fill, open_checked, read_files
+from tests.support.cache_reader import SIZE, content, fill, held_bytes, open_checked, read_files
 
 FILES = 12
 USER = Path(__file__).resolve().parents[1] / "support" / "cache_reader.py"
@@ -49,7 +49,7 @@ def test_next_process_cleans_up_a_killed_download(tmp_path: Path):
         assert not list(cache.folder.glob("*.part")), f"{partial} stayed"
         for number in range(FILES):
             open_checked(next_one, store, f"{number}").close()
-        assert next_one.held_bytes() <= next_one.max_bytes
+        assert held_bytes(next_one) <= next_one.max_bytes
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -66,7 +66,7 @@ def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
         assert victim.poll() is None, "a process that was not killed has ended"
         victim.kill()
         victim.wait()
-        assert cache.held_bytes() <= cache.max_bytes
+        assert held_bytes(cache) <= cache.max_bytes
         running.append(start(cache, store, 100 + kill))
         if processes == 1:
             read_files(NodeCache(tmp_path / "cache", 8 * SIZE), store, kill, 5)
@@ -77,7 +77,7 @@ def test_cache_is_consistent_after_random_kills(tmp_path: Path, processes: int):
         process.wait()
     last = NodeCache(tmp_path / "cache", 8 * SIZE)
     shards = [open_checked(last, store, f"{number}") for number in range(8)]
-    assert last.held_bytes() == 8 * SIZE
+    assert held_bytes(last) == 8 * SIZE
     assert {path.name for path in last.folder.iterdir()} == {"lock", *(shard.path.name for shard in shards)}
     for shard in shards:
         shard.close()

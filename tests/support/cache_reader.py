@@ -33,7 +33,13 @@ def fill(store: Path, files: int) -> None:
         (store / f"{number}").write_bytes(content(f"{number}"))
 
 
-def open_checked(cache: NodeCache, store: Path, name: str) -> module.CachedShard:
+def held_bytes(cache: NodeCache) -> int:
+    """Return the bytes of all cached files, with the full size of those being downloaded."""
+    with cache._locked():
+        return sum(path.stat().st_size for path in cache.folder.iterdir() if module._CACHE_FILE.fullmatch(path.name))
+
+
+def open_checked(cache: NodeCache, store: Path, name: str) -> module.OpenShard:
     """Return a pinned file of the cache after checking its content; each piece takes a moment to read."""
     url = str(store / name)
 

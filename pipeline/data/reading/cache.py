@@ -45,37 +45,33 @@ class CacheFull(StorageError):
     """No room for a shard: the cached shards are in use, or other data fills the disk."""
 
 
-class CachedShard:
-    """Open file of the cache, which is not evicted before this is closed or garbage-collected."""
+class OpenShard:
+    """Open file of a shard, closed with the last reference. A file of the cache is not evicted before that."""
 
-    def __init__(self, descriptor: int, path: Path):
-        self._descriptor, self.path = descriptor, path
+    def __init__(self, descriptor: int, path: Path, is_cached: bool):
+        self._descriptor, self.path, self._is_cached = descriptor, path, is_cached
         self._touch()
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop), fewer if the file was truncated. Thread-safe."""
+        """Return the bytes [start, stop), fewer if the file is shorter. Thread-safe."""
         return os.pread(self._descriptor, stop - start, start)
 
     def close(self) -> None:
-        """Unpin the file; no thread may be reading it."""
+        """Close and unpin the file; no thread may be reading it."""
         if self._descriptor >= 0:
             self._touch()
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> CachedShard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __del__(self) -> None:
         self.close()
 
     def _touch(self) -> None:
-        now = time.time_ns()  # explicit, because the kernel's own timestamps are milliseconds apart
-        with suppress(OSError):
-            os.utime(self._descriptor, ns=(now, now))
+        """Record a use, which the eviction goes by."""
+        if self._is_cached:
+            now = time.time_ns()  # explicit, because the kernel's own timestamps are milliseconds apart
+            with suppress(OSError):
+                os.utime(self._descriptor, ns=(now, now))
 
 
 class NodeCache:
@@ -95,7 +91,7 @@ class NodeCache:
                 "data.streams, or unset data.cache.folder"
             )
 
-    def open(self, url: str, size: int, etag: str, fetch: Fetch) -> CachedShard:
+    def open(self, url: str, size: int, etag: str, fetch: Fetch) -> OpenShard:
         """Return the object as a pinned file. Download it if absent; wait if another process downloads it.
 
         `fetch` yields the bytes of each [start, stop) of a list, in order. Raises its errors, CacheFull without room,
@@ -125,20 +121,15 @@ class NodeCache:
                 "or lower data.cache.max_bytes, choose another local disk, or unset data.cache.folder"
             ) from error
 
-    def discard(self, shard: CachedShard) -> None:
+    def discard(self, shard: OpenShard) -> None:
         """Delete a damaged file. Readers that have it open keep it."""
         with self._locked():
             if _is_at(shard._descriptor, shard.path):
                 shard.path.unlink()
 
-    def held_bytes(self) -> int:
-        """Return the bytes of all cached files, with the full size of those being downloaded."""
-        with self._locked():
-            return sum(status.st_size for _, status in self._entries())
-
-    def _pin(self, path: Path, size: int) -> CachedShard | None:
+    def _pin(self, path: Path, size: int) -> OpenShard | None:
         try:
-            shard = CachedShard(_open(path, os.O_RDONLY), path)
+            shard = OpenShard(_open(path, os.O_RDONLY), path, is_cached=True)
         except FileNotFoundError:
             return None
         fcntl.flock(shard._descriptor, fcntl.LOCK_SH)
@@ -150,7 +141,7 @@ class NodeCache:
         shard.close()
         return None
 
-    def _download(self, part: int, path: Path, url: str, size: int, fetch: Fetch) -> CachedShard:
+    def _download(self, part: int, path: Path, url: str, size: int, fetch: Fetch) -> OpenShard:
         temporary = path.with_suffix(".part")
         try:
             if shard := self._pin(path, size):  # completed between our check and our lock
@@ -167,7 +158,7 @@ class NodeCache:
             with self._locked():  # no eviction in between: changing a lock's mode releases it for an instant
                 temporary.rename(path)
                 fcntl.flock(part, fcntl.LOCK_SH)
-            return CachedShard(part, path)
+            return OpenShard(part, path, is_cached=True)
         except BaseException:
             temporary.unlink(missing_ok=True)  # before the lock is released, because then it may be another process's
             os.close(part)
@@ -176,8 +167,7 @@ class NodeCache:
     def _reserve(self, part: int, url: str, size: int) -> None:
         """Make room and give the part its full size, so that concurrent downloads stay within the budget together."""
         with self._locked(), ExitStack() as locks:
-            self._sweep()
-            entries = sorted(self._entries(), key=lambda entry: entry[1].st_mtime_ns)  # the least recently used first
+            entries = sorted(self._sweep(), key=lambda entry: entry[1].st_mtime_ns)  # the least recently used first
             missing = sum(status.st_size for _, status in entries) + size - self.max_bytes
             victims: list[Path] = []
             for path, status in entries:
@@ -196,21 +186,21 @@ class NodeCache:
                 path.unlink()
             os.ftruncate(part, size)
 
-    def _entries(self) -> list[tuple[Path, os.stat_result]]:
+    def _sweep(self) -> list[tuple[Path, os.stat_result]]:
+        """Delete the partial downloads of processes that died; return all other files. The cache must be locked."""
         entries = []
         with os.scandir(self.folder) as items:
             for item in items:
-                if _CACHE_FILE.fullmatch(item.name) and item.is_file(follow_symlinks=False):
-                    with suppress(FileNotFoundError):
-                        entries.append((Path(item.path), item.stat(follow_symlinks=False)))
+                if not (_CACHE_FILE.fullmatch(item.name) and item.is_file(follow_symlinks=False)):
+                    continue
+                path = Path(item.path)
+                if path.suffix == ".part" and (part := _lock(path, os.O_RDWR)) is not None:
+                    path.unlink(missing_ok=True)
+                    os.close(part)
+                    continue
+                with suppress(FileNotFoundError):
+                    entries.append((path, item.stat(follow_symlinks=False)))
         return entries
-
-    def _sweep(self) -> None:
-        """Delete the partial downloads of processes that died. The cache must be locked."""
-        for path, _ in self._entries():
-            if path.suffix == ".part" and (part := _lock(path, os.O_RDWR)) is not None:
-                path.unlink(missing_ok=True)
-                os.close(part)
 
     def _make_folder(self) -> None:
         """Create the cache's folder. Raise StorageError if other users of this machine can write to it."""

@@ -25,19 +25,19 @@ HORIZON = 256  # steps that the walk may be ahead
 _PURGE_EVERY = 16  # steps
 
 
+@dataclass(slots=True, eq=False)
 class _Entry(Generic[T]):
     """Entry that is absent (no future), queued, being fetched (started), or held (the future is done)."""
 
-    __slots__ = ("future", "is_planned", "is_started", "is_used", "last_step", "num_planned", "reads", "size", "task")
-
-    def __init__(self, size: int):
-        self.size = size
-        self.future: Future[T] | None = None
-        self.task: Callable[[], None] | None = None
-        self.is_started = self.is_used = False
-        self.is_planned = False  # in the prefetcher's queue
-        self.last_step = -1  # last known step that needs it
-        self.num_planned, self.reads = 0, 0  # known reads, and the maximum number of reads in an epoch
+    size: int
+    future: Future[T] | None = None
+    task: Callable[[], None] | None = None
+    is_started: bool = False
+    is_used: bool = False
+    is_planned: bool = False  # in the prefetcher's queue
+    last_step: int = -1  # last known step that needs it
+    num_planned: int = 0  # known reads
+    reads: int = 0  # maximum number of reads in an epoch
 
     @property
     def is_held(self) -> bool:
@@ -71,8 +71,7 @@ class PrefetchCache(Generic[T]):
             entry.is_used = True
             entry.last_step = max(entry.last_step, self._finished_step)
             if entry.future is None:
-                self._make_room(size, force=True)
-                self._queue(entry, fetch)
+                self._queue(entry, fetch, force=True)
             future, task = entry.future, None if entry.is_started else entry.task
         if task is not None:
             task()
@@ -85,9 +84,8 @@ class PrefetchCache(Generic[T]):
             entry = self._entry(key, size)
             if entry.future is not None:
                 return True
-            if not self._make_room(size, force=False):
+            if not self._queue(entry, fetch, force=False):
                 return False
-            self._queue(entry, fetch)
             task = entry.task
         assert task is not None
         submit(task)
@@ -153,17 +151,36 @@ class PrefetchCache(Generic[T]):
     def _entry(self, key: Hashable, size: int) -> _Entry[T]:
         if self._is_closed:
             raise RuntimeError("closed")
-        entry = self._entries.get(key)
-        if entry is None:
-            entry = self._entries[key] = _Entry(size)
-        return entry
+        if key not in self._entries:
+            self._entries[key] = _Entry(size)
+        return self._entries[key]
 
-    def _queue(self, entry: _Entry[T], fetch: Callable[[], T]) -> None:
+    def _queue(self, entry: _Entry[T], fetch: Callable[[], T], force: bool) -> bool:
+        """Queue the fetch of an absent entry, after evicting others until it fits.
+
+        Entries that a known step needs are evicted only with `force`; without, return False if they have no room.
+        """
+        while self.size + entry.size > self._max_size:
+            candidates = []  # (is needed, rank among those, key); of equals the least recently used is first
+            for key, other in self._entries.items():
+                is_needed = other.last_step > self._finished_step
+                if other.is_held and (force or not is_needed):
+                    rank = (not other.is_used, 0) if is_needed else (not other.is_exhausted, other.last_step)
+                    candidates.append((is_needed, rank, key))
+            if not candidates:
+                if not force:
+                    return False
+                break
+            is_needed, _, key = min(candidates, key=lambda candidate: candidate[:2])
+            if is_needed:
+                self._on_shortage()
+            self._drop(key)
         entry.future, entry.is_started = Future(), False
-        entry.task = partial(self._run, entry, entry.future, fetch)
+        entry.task = partial(self._fetch, entry, entry.future, fetch)
         self.size += entry.size
+        return True
 
-    def _run(self, entry: _Entry[T], future: Future[T], fetch: Callable[[], T]) -> None:
+    def _fetch(self, entry: _Entry[T], future: Future[T], fetch: Callable[[], T]) -> None:
         with self._lock:
             if entry.is_started or entry.future is not future:
                 return  # a reader has taken the fetch over
@@ -177,24 +194,6 @@ class PrefetchCache(Generic[T]):
             future.set_exception(error)
         else:
             future.set_result(value)
-
-    def _make_room(self, size: int, force: bool) -> bool:
-        """Evict entries until `size` fits. Entries that a known step needs are evicted only with `force`."""
-
-        def priority(entry: _Entry[T]) -> tuple[bool, bool, int]:
-            is_needed = entry.last_step > self._finished_step
-            return (True, not entry.is_used, 0) if is_needed else (False, not entry.is_exhausted, entry.last_step)
-
-        while self.size + size > self._max_size:
-            held = [(priority(entry), key) for key, entry in self._entries.items() if entry.is_held]
-            candidates = [item for item in held if force or not item[0][0]]
-            if not candidates:
-                return force
-            (is_needed, _, _), key = min(candidates, key=lambda item: item[0])  # the least recently used of equals
-            if is_needed:
-                self._on_shortage()
-            self._drop(key)
-        return True
 
     def _drop(self, key: Hashable) -> None:
         entry = self._entries[key]
@@ -217,7 +216,7 @@ class PrefetchRequest:
     submit: Submit
 
 
-class Prefetcher:
+class Prefetcher(threading.Thread):
     """Thread that prefetches the entries which the steps from `step` on need, in the order of need.
 
     `requests(step)` yields the entries of a step. `max_bytes` bounds the bytes requested for unfinished steps, except
@@ -225,6 +224,7 @@ class Prefetcher:
     """
 
     def __init__(self, requests: Callable[[int], Iterable[PrefetchRequest]], step: int, max_bytes: int):
+        super().__init__(name="read-ahead", daemon=True)
         self._requests, self._max_bytes = requests, max_bytes
         self._next_step = step  # of the walk
         self._finished_step = step - 1
@@ -234,8 +234,7 @@ class Prefetcher:
         self._is_blocked = False  # the next request finds no room until a step is finished
         self._is_closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
-        self._thread.start()
+        self.start()
 
     def finish_step(self, step: int) -> None:
         """Mark all reads up to `step` as done."""
@@ -245,64 +244,48 @@ class Prefetcher:
             self._changed.notify()
 
     def stop(self) -> None:
+        """Let the thread end, which may still be waiting for an index."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
 
-    def join(self) -> None:
-        self._thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Submit the next request when there is room for it, else walk one step further, else wait."""
         while True:
             with self._changed:
-                self._drop_finished()
-                while not (self._is_closed or self._can_submit() or self._can_walk()):
+                while True:
+                    finished = self._finished_step
+                    while self._submitted and self._submitted[0][0] <= finished:
+                        self._ahead -= self._submitted.popleft()[1]
+                    while self._queue and self._queue[0][0] <= finished:
+                        self._queue.popleft()  # its reader has fetched it
+                    self._next_step = max(self._next_step, finished + 1)
+                    has_room = bool(self._queue) and not self._is_blocked
+                    if has_room and self._ahead:  # a single entry may exceed the limit
+                        has_room = self._ahead + self._queue[0][1].bytes <= self._max_bytes
+                    if self._is_closed:
+                        return
+                    if has_room or self._next_step <= finished + HORIZON:
+                        break
                     self._changed.wait()
-                    self._drop_finished()
-                if self._is_closed:
-                    return
             try:
-                self._submit()
-                if self._can_walk():
-                    self._walk()
-            except RuntimeError:  # the cache was closed
-                if not self._is_closed:
+                if has_room:
+                    step, request = self._queue[0]
+                    if request.cache.prefetch(request.key, request.size, request.fetch, request.submit):
+                        self._queue.popleft()
+                        self._submitted.append((step, request.bytes))
+                        self._ahead += request.bytes
+                    else:
+                        with self._changed:
+                            self._is_blocked = self._finished_step == finished
+                    continue
+                step, self._next_step = self._next_step, self._next_step + 1
+                for request in self._requests(step):
+                    if request.cache.plan(request.key, request.size, step, request.reads):
+                        self._queue.append((step, request))
+            except Exception as error:
+                if self._is_closed:  # and so is the cache
+                    return
+                if has_room:
                     raise
-                return
-
-    def _can_walk(self) -> bool:
-        return self._next_step <= self._finished_step + HORIZON
-
-    def _can_submit(self) -> bool:
-        if not self._queue or self._is_blocked:
-            return False
-        return not self._ahead or self._ahead + self._queue[0][1].bytes <= self._max_bytes
-
-    def _drop_finished(self) -> None:
-        while self._submitted and self._submitted[0][0] <= self._finished_step:
-            self._ahead -= self._submitted.popleft()[1]
-        while self._queue and self._queue[0][0] <= self._finished_step:
-            self._queue.popleft()  # its reader has fetched it
-        self._next_step = max(self._next_step, self._finished_step + 1)
-
-    def _submit(self) -> None:
-        while self._can_submit():
-            (step, request), finished = self._queue[0], self._finished_step
-            if not request.cache.prefetch(request.key, request.size, request.fetch, request.submit):
-                with self._changed:
-                    self._is_blocked = self._finished_step == finished
-                return
-            self._queue.popleft()
-            self._submitted.append((step, request.bytes))
-            self._ahead += request.bytes
-
-    def _walk(self) -> None:
-        step = self._next_step
-        self._next_step += 1
-        try:
-            for request in self._requests(step):
-                if request.cache.plan(request.key, request.size, step, request.reads):
-                    self._queue.append((step, request))
-        except Exception as error:
-            if not self._is_closed:
                 log.debug("prefetching for step %d failed: %s", step, error)

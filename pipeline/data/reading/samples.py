@@ -10,9 +10,8 @@ import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -21,20 +20,11 @@ from pipeline.data.contents.members import texts_of
 from pipeline.data.order import SampleRef
 from pipeline.data.quarantine import BadSample, judging
 from pipeline.data.randomness import hash64, signed
-from pipeline.data.reading.cache import CachedShard, NodeCache
+from pipeline.data.reading.cache import NodeCache
 from pipeline.data.reading.prefetch import HORIZON, PrefetchCache, Prefetcher, PrefetchRequest
-from pipeline.data.reading.shard_reader import (
-    CHUNK_BYTES,
-    CacheStrategy,
-    ChunkStrategy,
-    LocalStrategy,
-    OpenFile,
-    ReadStrategy,
-    ShardReader,
-    ShardView,
-)
+from pipeline.data.reading.shard_reader import CHUNK_BYTES, ShardReader, SharedResources
 from pipeline.data.shards.index import ShardIndex, checksum
-from pipeline.data.shards.manifest import ShardRecord, load_manifest
+from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import Storage
 
@@ -53,22 +43,17 @@ class Sample:
     shard: str
     key: str
     offset: int  # of its first byte in the shard
-    uid: int  # int64; identifies the sample in every run
+    uid: int  # int64; a hash of the shard's content and the number there, which identifies the sample in every run
     image_id: int  # int64; equal for samples with the same image, 0 without one
     is_duplicate: bool  # an earlier sample of the shard has the same key
     members: dict[str, bytes]  # extension -> content
-
-
-def sample_uid(record: ShardRecord, sample: int) -> int:
-    """Return the uid (int64) of a sample: a hash of its shard's content and its number there."""
-    return signed(hash64(record.digest, sample))
 
 
 class SampleReader:
     """Reads samples of `sources`, by name. Threads may share a reader; no thread starts before its first use.
 
     The constructor checks that the store has every shard, unless its source did so: a missing, truncated or replaced
-    shard raises DataError, naming the shard. Remote shards go through `cache` if given. Close it, or use it in `with`.
+    shard raises DataError, naming the shard. Remote shards go through `cache` if given. Close it after use.
     """
 
     def __init__(
@@ -78,15 +63,16 @@ class SampleReader:
         loader: LoaderConfig = LoaderConfig(),
         cache: NodeCache | None = None,
     ):
-        self._shards = {name: ShardReader(storage, source) for name, source in sources.items()}
         self._loader = loader
-        self._memory: PrefetchCache[Any] = PrefetchCache(loader.memory_bytes, self._warn_shortage)  # views and chunks
-        descriptors = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-        self._files: PrefetchCache[OpenFile] = PrefetchCache(descriptors)
-        self._pins: PrefetchCache[CachedShard] = PrefetchCache(descriptors)
-        self._requests = ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests")
-        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads")
-        self._strategies = {name: self._make_strategy(name, cache) for name in sources}
+        self._shared = SharedResources(
+            memory=PrefetchCache(loader.memory_bytes, self._warn_shortage),
+            files=PrefetchCache(max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)),
+            requests=ThreadPoolExecutor(loader.max_concurrent_requests, thread_name_prefix="requests"),
+            downloads=ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="downloads"),
+            cache=cache,
+            requests_per_download=max(2, loader.max_concurrent_requests // 2),
+        )
+        self._shards = {name: ShardReader(name, storage, source, self._shared) for name, source in sources.items()}
         self._prefetcher: Prefetcher | None = None
         self._finished, self._early = -1, set[int]()  # all steps up to `_finished` are finished, and `_early`
         self._has_warned = False
@@ -94,22 +80,22 @@ class SampleReader:
 
     def read(self, ref: SampleRef) -> Sample:
         """Return a sample. Raise DataError if its shard changed, StorageError if it cannot be read."""
-        shards, strategy = self._shards[ref.source], self._strategies[ref.source]
-        view = self._open(ref.source, ref.shard)
+        shards = self._shards[ref.source]
+        view = shards.view(ref.shard)
         index, number = view.index, view.number(ref.sample)
-        members, invalidate = strategy.read(ref.shard, view, number)
+        members, invalidate = shards.read(ref.shard, view, number)
         if checksum(data for _, data in members) != index.crc[number]:
             invalidate()  # the cached bytes may have been damaged in transit: read again
-            members, _ = strategy.read(ref.shard, view, number)
+            members, _ = shards.read(ref.shard, view, number)
             if checksum(data for _, data in members) != index.crc[number]:
                 raise shards.changed(ref.shard, f"sample '{index.keys[number]}' is not the one that was indexed")
-        record = shards.record(ref.shard)
+        record = shards.records[ref.shard]
         return Sample(
             source=ref.source,
             shard=record.name,
             key=index.keys[number],
             offset=index.first_offset(number),
-            uid=sample_uid(record, number),
+            uid=signed(hash64(record.digest, number)),
             image_id=int(index.image_id[number]),
             is_duplicate=bool(index.duplicate[number]),
             members=dict(members),
@@ -117,16 +103,18 @@ class SampleReader:
 
     def index(self, ref: SampleRef) -> tuple[ShardIndex, int]:
         """Return the index of a sample's shard and the sample's number in it."""
-        view = self._open(ref.source, ref.shard)
+        view = self._shards[ref.source].view(ref.shard)
         return view.index, view.number(ref.sample)
 
     def start_prefetch(self, refs: Callable[[int], Iterable[SampleRef]], step: int) -> None:
         """Prefetch the samples `refs(step)` of the steps from `step` on in a thread. Local files need no prefetch."""
-        self._stop_prefetch()
         if all(shards.is_local for shards in self._shards.values()):
             return
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
+            self._prefetcher.join()
         self._finished, self._early = step - 1, set()
-        for cache in (self._memory, self._pins):
+        for cache in (self._shared.memory, self._shared.files):
             cache.restart(step)
         self._prefetcher = Prefetcher(lambda s: self._prefetch_step(refs(s), s), step, self._loader.read_ahead_bytes)
 
@@ -142,46 +130,21 @@ class SampleReader:
                 self._finished += 1
                 self._early.discard(self._finished)
             finished = self._finished
-        self._memory.finish_step(finished)
-        self._pins.finish_step(finished)
-        self._pins.release(HORIZON)
+        self._shared.memory.finish_step(finished)
+        self._shared.files.finish_step(finished)
+        self._shared.files.release(HORIZON)
         prefetcher.finish_step(finished)
 
     def close(self) -> None:
         """End all threads after the requests in flight, and drop all cached data."""
         if self._prefetcher is not None:
             self._prefetcher.stop()
-        for cache in (self._memory, self._files, self._pins):
+        for cache in (self._shared.memory, self._shared.files):
             cache.close()
-        for pool in (self._downloads, self._requests):
-            pool.shutdown(wait=False, cancel_futures=True)
-        for pool in (self._downloads, self._requests):
-            pool.shutdown(wait=True)
-        self._stop_prefetch()
-
-    def __enter__(self) -> SampleReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _make_strategy(self, name: str, cache: NodeCache | None) -> ReadStrategy:
-        shards = self._shards[name]
-        if shards.is_local:
-            return LocalStrategy(name, shards, self._files)
-        chunks = ChunkStrategy(name, shards, self._memory, self._requests)
-        if cache is None:
-            return chunks
-        per_shard = max(2, self._loader.max_concurrent_requests // 2)
-        return CacheStrategy(name, shards, cache, self._pins, chunks, self._downloads, self._requests, per_shard)
-
-    def _open(self, source: str, shard: int) -> ShardView:
-        shards = self._shards[source]
-        return self._memory.get((source, shard), shards.index_bytes(shard), partial(shards.open, shard))
-
-    def _stop_prefetch(self) -> None:
+        for wait in (False, True):
+            for pool in (self._shared.downloads, self._shared.requests):
+                pool.shutdown(wait, cancel_futures=True)
         if self._prefetcher is not None:
-            self._prefetcher.stop()
             self._prefetcher.join()
             self._prefetcher = None
 
@@ -193,19 +156,16 @@ class SampleReader:
         remote = [ref for ref in refs if not self._shards[ref.source].is_local]
         keys = list(dict.fromkeys((ref.source, ref.shard) for ref in remote))
         for source, shard in keys:
-            shards = self._shards[source]
-            size = shards.index_bytes(shard)
-            if self._memory.plan((source, shard), size, step):
-                self._memory.prefetch((source, shard), size, partial(shards.open, shard), self._requests.submit)
+            self._shards[source].prefetch_view(shard, step)
         views = {}
         for source, shard in keys:
             try:
-                views[source, shard] = self._open(source, shard)
+                views[source, shard] = self._shards[source].view(shard)
             except Exception as error:
                 log.debug("prefetching an index failed: %s", error)
         for ref in remote:
             if (view := views.get((ref.source, ref.shard))) is not None:
-                yield self._strategies[ref.source].prefetch(ref.shard, view, view.number(ref.sample))
+                yield self._shards[ref.source].prefetch(ref.shard, view, view.number(ref.sample))
 
     def _warn_shortage(self) -> None:
         if not self._has_warned:
@@ -242,7 +202,7 @@ def iter_samples(storage: Storage, source: str | Source, start: int = 0, stop: i
         return refs_between(first, max(first, min(first + _BATCH, end)))
 
     loader = LoaderConfig(memory_bytes=16 * CHUNK_BYTES, read_ahead_bytes=8 * CHUNK_BYTES)
-    with SampleReader(storage, {source.url: source}, loader) as reader:
+    with closing(SampleReader(storage, {source.url: source}, loader)) as reader:
         reader.start_prefetch(refs, 0)
         for step in range(-(-(end - start) // _BATCH)):
             for ref in refs(step):

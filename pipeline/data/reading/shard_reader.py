@@ -1,4 +1,4 @@
-"""Reads of one source's shards, and the strategies for them: local files, chunks in memory, the node's cache.
+"""Reads of one source's shards: from local files, from chunks in memory, or from the node's cache.
 
 A remote shard is fetched in chunks of at least 8 MiB of whole samples, because a request costs more than decoding a
 sample.
@@ -17,27 +17,34 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.config.errors import DataError, StorageError
 from pipeline.config.urls import is_local, local_path
-from pipeline.data.reading.cache import CachedShard, CacheFull, NodeCache
+from pipeline.data.reading.cache import CacheFull, NodeCache, OpenShard
 from pipeline.data.reading.prefetch import PrefetchCache, PrefetchRequest
 from pipeline.data.shards.index import ShardIndex
-from pipeline.data.shards.manifest import ShardRecord, check_present, check_size, load_index, shard_folder
+from pipeline.data.shards.manifest import check_present, check_size, load_index, shard_folder
 from pipeline.data.shards.source import Source
 from pipeline.data.storage import NotFound, ObjectChanged, Storage, join
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 8 * 2**20  # minimum bytes of one request, unless the shard is smaller
-_INDEX_BYTES = 256  # memory per sample
+_VIEW_BYTES, _INDEX_BYTES = 4096, 256  # approximate memory of a shard's view, and in addition of each sample in it
 _RETRY_CACHE_SECONDS = 10.0  # for which a shard without room in the cache is read in chunks
 
 Members = list[tuple[str, bytes]]  # (extension, content), in the tar's order
-Invalidate = Callable[[], None]
+
+
+class Chunk(NamedTuple):
+    """Bytes [start, stop) of a shard that are fetched together, and the number of selected samples in them."""
+
+    start: int
+    stop: int
+    num_selected: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,25 +54,15 @@ class ShardView:
     index: ShardIndex
     selected: np.ndarray | None  # numbers of the selected samples; None: all
     bounds: list[int]  # the sample numbers at which chunks begin, and the number of samples
-    chunks: list[tuple[int, int]]  # the bytes [start, stop) of each
+    chunks: list[Chunk]
 
     def number(self, sample: int) -> int:
         """Return the number in the shard of the `sample`-th selected one."""
         return sample if self.selected is None else int(self.selected[sample])
 
-    def chunk_index(self, number: int) -> int:
-        return bisect_right(self.bounds, number) - 1
-
-    def chunk(self, number: int) -> tuple[int, int]:
-        """Return the bytes [start, stop) of the shard to fetch for a sample."""
-        return self.chunks[self.chunk_index(number)]
-
-    def num_selected(self, chunk: int) -> int:
-        """Return the number of selected samples in a chunk."""
-        first, last = self.bounds[chunk], self.bounds[chunk + 1]
-        if self.selected is None:
-            return last - first
-        return int(np.searchsorted(self.selected, last) - np.searchsorted(self.selected, first))
+    def chunk(self, number: int) -> Chunk:
+        """Return the chunk that contains a sample."""
+        return self.chunks[bisect_right(self.bounds, number) - 1]
 
 
 def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> ShardView:
@@ -78,48 +75,114 @@ def make_shard_view(index: ShardIndex, selected: np.ndarray | None = None) -> Sh
             break
         bounds.append(following)
     bounds.append(len(starts))
-    chunks = [index.byte_range(first, stop) for first, stop in pairwise(bounds) if first < stop]
+    counts = np.diff(bounds if selected is None else np.searchsorted(selected, bounds)).tolist()
+    spans = zip(pairwise(bounds), counts, strict=True)
+    chunks = [Chunk(*index.byte_range(first, stop), count) for (first, stop), count in spans if first < stop]
     return ShardView(replace(index, columns={}), selected, bounds, chunks)
 
 
-class ShardReader:
-    """Reads of one source that distinguish a changed shard from a failing store.
+@dataclass
+class SharedResources:
+    """Memory, open files and threads that a reader's sources share."""
 
-    Raises DataError, naming the shard, if a shard is missing, truncated or replaced. The constructor asks the store
-    unless the source knows its objects.
+    memory: PrefetchCache[Any]  # views and chunks, bounded in bytes
+    files: PrefetchCache[OpenShard]  # bounded in number
+    requests: Executor
+    downloads: Executor  # of whole shards into the cache
+    cache: NodeCache | None
+    requests_per_download: int
+
+
+class ShardReader:
+    """Reads of one source's shards by shard and sample number. Shared by threads.
+
+    Raises DataError, naming the shard, if a shard is missing, truncated or replaced, and StorageError if the store
+    fails. The constructor asks the store unless the source knows its objects.
     """
 
-    def __init__(self, storage: Storage, source: Source):
-        self._storage, self._source = storage, source
+    def __init__(self, name: str, storage: Storage, source: Source, shared: SharedResources):
+        self._name, self._storage, self._source, self._shared = name, storage, source, shared
         self._folder = shard_folder(source.url)
         self.is_local = is_local(source.url)
+        self.records = source.manifest.shards
         objects = source.objects
         if objects is None:
             objects = check_present(storage, source.url, source.manifest)
         # A remote shard is pinned to its present version; a local one is identified by its checksums alone.
-        self._etags = [] if self.is_local else [objects[shard.name].etag for shard in source.manifest.shards]
+        self._etags = [] if self.is_local else [objects[shard.name].etag for shard in self.records]
+        self._retry_at: dict[int, float] = {}  # shard without room in the cache -> when to try it again
+        self._has_warned = False
 
-    def record(self, shard: int) -> ShardRecord:
-        return self._source.manifest.shards[shard]
+    def view(self, shard: int) -> ShardView:
+        """Return the view of a shard, loaded from its index unless it is in memory."""
+        size = _VIEW_BYTES + _INDEX_BYTES * self.records[shard].samples
+        return self._shared.memory.get((self._name, shard), size, partial(self._load_view, shard))
 
-    def location(self, shard: int) -> str:
-        return join(self._folder, self.record(shard).name)
+    def prefetch_view(self, shard: int, step: int) -> None:
+        """Load the view that `step` needs in a thread, unless it is in memory."""
+        key, size = (self._name, shard), _VIEW_BYTES + _INDEX_BYTES * self.records[shard].samples
+        if self._shared.memory.plan(key, size, step):
+            self._shared.memory.prefetch(key, size, partial(self._load_view, shard), self._shared.requests.submit)
 
-    def version(self, shard: int) -> str:
-        """Return an identifier of this version of a remote shard."""
-        return self._etags[shard] or self.record(shard).digest
-
-    def open(self, shard: int) -> ShardView:
-        index = load_index(self._storage, self._source.url, self.record(shard))
+    def _load_view(self, shard: int) -> ShardView:
+        index = load_index(self._storage, self._source.url, self.records[shard])
         return make_shard_view(index, self._source.selected(index))
 
-    def index_bytes(self, shard: int) -> int:
-        """Return the approximate memory of a shard's view."""
-        return 4096 + _INDEX_BYTES * self.record(shard).samples
+    def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Callable[[], None]]:
+        """Return a sample, and a function to call if it is damaged, before it is read again.
+
+        A local shard is read sample by sample, because the operating system caches and prefetches its pages.
+        """
+        file = None
+        if self._has_file(shard):
+            with suppress(OSError if self.is_local else CacheFull):
+                file = self._shared.files.get((self._name, shard), 1, partial(self._open, shard))
+        if file is not None:
+            members = []
+            with suppress(OSError):
+                for extension, at, size in view.index.members(number):
+                    data = file.read(at, at + size)
+                    if len(data) < size:
+                        break
+                    members.append((extension, data))
+                else:
+                    return members, partial(self._discard, shard, file)
+            self._discard(shard, file)
+        if self.is_local:  # Storage retries a file that fails or is too short, and explains the failure
+            places = view.index.members(number)
+            return [(name, self.fetch(shard, at, at + size)) for name, at, size in places], lambda: None
+        start, stop, _ = view.chunk(number)
+        key, memory = (self._name, shard, start, stop), self._shared.memory
+        chunk: bytes = memory.get(key, stop - start, partial(self.fetch, shard, start, stop))
+        members = [(name, chunk[at - start : at - start + size]) for name, at, size in view.index.members(number)]
+        return members, partial(memory.invalidate, key, chunk)
+
+    def prefetch(self, shard: int, view: ShardView, number: int) -> PrefetchRequest:
+        """Return the request that prefetches a sample of a remote shard: its chunk, or the shard into the cache."""
+        if self._has_file(shard):
+            return PrefetchRequest(
+                cache=self._shared.files,
+                key=(self._name, shard),
+                size=1,
+                bytes=view.index.bytes,
+                reads=len(view.index) if view.selected is None else len(view.selected),
+                fetch=partial(self._open, shard),
+                submit=self._shared.downloads.submit,
+            )
+        start, stop, num_selected = view.chunk(number)
+        return PrefetchRequest(
+            cache=self._shared.memory,
+            key=(self._name, shard, start, stop),  # chunks with hard links may have the same start
+            size=stop - start,
+            bytes=stop - start,
+            reads=num_selected,
+            fetch=partial(self.fetch, shard, start, stop),
+            submit=self._shared.requests.submit,
+        )
 
     def fetch(self, shard: int, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of a shard from its store."""
-        location = self.location(shard)
+        location = join(self._folder, self.records[shard].name)
         try:
             return self._storage.read_range(location, start, stop, self._etags[shard] if self._etags else None)
         except ObjectChanged as error:
@@ -127,139 +190,35 @@ class ShardReader:
         except NotFound as error:
             raise DataError(f"{location}: the shard is missing, and was there at first. Put it back") from error
         except StorageError:
-            check_size(location, self.record(shard), self._storage.info(location).size)
+            check_size(location, self.records[shard], self._storage.info(location).size)
             raise
 
     def changed(self, shard: int, reason: str) -> DataError:
         return DataError(
-            f"{self.location(shard)}: the shard was changed: {reason}. "
+            f"{join(self._folder, self.records[shard].name)}: the shard was changed: {reason}. "
             "Restore it, or index the folder again (mome shards index) and start a new run"
         )
 
+    def _has_file(self, shard: int) -> bool:
+        """Return True if the shard is read from a file: a local one, or one that the cache may have room for."""
+        if self.is_local:
+            return True
+        return self._shared.cache is not None and self._retry_at.get(shard, 0.0) <= time.monotonic()
 
-class OpenFile:
-    """Local shard held open; the descriptor is closed with the last reference."""
-
-    def __init__(self, location: str):
-        self._descriptor = -1
-        self._descriptor = os.open(local_path(location), os.O_RDONLY)
-
-    def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop), fewer if the file is shorter."""
-        return os.pread(self._descriptor, stop - start, start)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
-class ReadStrategy(Protocol):
-    """Reads of one source's samples by shard and sample number. Shared by threads."""
-
-    def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Invalidate]:
-        """Return the sample, and a function to call if it is damaged, before it is read again."""
-
-    def prefetch(self, shard: int, view: ShardView, number: int) -> PrefetchRequest:
-        """Return the request that prefetches a sample."""
-
-
-class LocalStrategy:
-    """Local source, read sample by sample; the operating system caches and prefetches its pages."""
-
-    def __init__(self, name: str, shards: ShardReader, files: PrefetchCache[OpenFile]):
-        self._name, self._shards, self._files = name, shards, files
-
-    def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Invalidate]:
-        key, file = (self._name, shard), None
-        with suppress(OSError):
-            file = self._files.get(key, 1, partial(OpenFile, self._shards.location(shard)))
-        if file is not None:
-            if (members := _read_members(file, view, number)) is not None:
-                return members, partial(self._files.invalidate, key, file)
-            self._files.invalidate(key, file)
-        # Storage retries a file that fails or is too short, and explains the failure.
-        places = view.index.members(number)
-        return [(name, self._shards.fetch(shard, at, at + size)) for name, at, size in places], lambda: None
-
-    def prefetch(self, shard: int, view: ShardView, number: int) -> PrefetchRequest:
-        raise AssertionError("local files are not prefetched")
-
-
-class ChunkStrategy:
-    """Remote source, read in chunks that are kept in memory."""
-
-    def __init__(self, name: str, shards: ShardReader, memory: PrefetchCache[Any], requests: Executor):
-        self._name, self._shards, self._memory, self._requests = name, shards, memory, requests
-
-    def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Invalidate]:
-        request = self.prefetch(shard, view, number)
-        data: bytes = self._memory.get(request.key, request.size, request.fetch)
-        start, _ = view.chunk(number)
-        members = [(name, data[at - start : at - start + size]) for name, at, size in view.index.members(number)]
-        return members, partial(self._memory.invalidate, request.key, data)
-
-    def prefetch(self, shard: int, view: ShardView, number: int) -> PrefetchRequest:
-        start, stop = view.chunk(number)
-        return PrefetchRequest(
-            cache=self._memory,
-            key=(self._name, shard, start, stop),  # chunks with hard links may have the same start
-            size=stop - start,
-            bytes=stop - start,
-            reads=view.num_selected(view.chunk_index(number)),
-            fetch=partial(self._shards.fetch, shard, start, stop),
-            submit=self._requests.submit,
-        )
-
-
-class CacheStrategy:
-    """Remote source, read from whole shards in the node's cache, or in chunks if the cache has no room."""
-
-    def __init__(
-        self,
-        name: str,
-        shards: ShardReader,
-        cache: NodeCache,
-        pins: PrefetchCache[CachedShard],
-        chunks: ChunkStrategy,
-        downloads: Executor,
-        requests: Executor,
-        max_requests: int,
-    ):
-        self._name, self._shards, self._cache, self._pins, self._chunks = name, shards, cache, pins, chunks
-        self._downloads, self._requests, self._max_requests = downloads, requests, max_requests
-        self._retry_at: dict[int, float] = {}  # shard without room -> when to try the cache again
-        self._has_warned = False
-
-    def read(self, shard: int, view: ShardView, number: int) -> tuple[Members, Invalidate]:
-        if self._has_room(shard):
-            with suppress(CacheFull):
-                file = self._pins.get((self._name, shard), 1, partial(self._open, shard))
-                if (members := _read_members(file, view, number)) is not None:
-                    return members, partial(self._discard, shard, file)
-                self._discard(shard, file)
-        return self._chunks.read(shard, view, number)
-
-    def prefetch(self, shard: int, view: ShardView, number: int) -> PrefetchRequest:
-        if not self._has_room(shard):
-            return self._chunks.prefetch(shard, view, number)
-        return PrefetchRequest(
-            cache=self._pins,
-            key=(self._name, shard),
-            size=1,
-            bytes=view.index.bytes,
-            reads=len(view.index) if view.selected is None else len(view.selected),
-            fetch=partial(self._open, shard),
-            submit=self._downloads.submit,
-        )
-
-    def _open(self, shard: int) -> CachedShard:
-        url, size, version = self._shards.location(shard), self._shards.record(shard).bytes, self._shards.version(shard)
+    def _open(self, shard: int) -> OpenShard:
+        """Open the shard's local file, or its file in the cache after a download. Raise CacheFull without room."""
+        record = self.records[shard]
+        location = join(self._folder, record.name)
+        if self.is_local:
+            path = local_path(location)
+            return OpenShard(os.open(path, os.O_RDONLY), path, is_cached=False)
+        assert self._shared.cache is not None
+        version, fetch = self._etags[shard] or record.digest, partial(self._fetch_pieces, shard)
+        with suppress(CacheFull):
+            return self._shared.cache.open(location, record.bytes, version, fetch)
+        self._shared.files.release()
         try:
-            return self._cache.open(url, size, version, partial(self._fetch, shard))
-        except CacheFull:
-            self._pins.release()
-        try:
-            return self._cache.open(url, size, version, partial(self._fetch, shard))
+            return self._shared.cache.open(location, record.bytes, version, fetch)
         except CacheFull as error:
             self._retry_at[shard] = time.monotonic() + _RETRY_CACHE_SECONDS
             if not self._has_warned:
@@ -267,36 +226,21 @@ class CacheStrategy:
                 log.warning("%s; such shards are read over the network in chunks", error)
             raise
 
-    def _discard(self, shard: int, file: CachedShard) -> None:
-        self._cache.discard(file)
-        self._pins.invalidate((self._name, shard), file)
+    def _discard(self, shard: int, file: OpenShard) -> None:
+        if self._shared.cache is not None and not self.is_local:
+            self._shared.cache.discard(file)
+        self._shared.files.invalidate((self._name, shard), file)
 
-    def _has_room(self, shard: int) -> bool:
-        return self._retry_at.get(shard, 0.0) <= time.monotonic()
-
-    def _fetch(self, shard: int, pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    def _fetch_pieces(self, shard: int, pieces: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """Yield the bytes of each [start, stop) in order, with several requests in flight."""
         in_flight: deque[Future[bytes]] = deque()
         try:
             for start, stop in pieces:
-                if len(in_flight) == self._max_requests:
+                if len(in_flight) == self._shared.requests_per_download:
                     yield in_flight.popleft().result()
-                in_flight.append(self._requests.submit(self._shards.fetch, shard, start, stop))
+                in_flight.append(self._shared.requests.submit(self.fetch, shard, start, stop))
             while in_flight:
                 yield in_flight.popleft().result()
         finally:
             for request in in_flight:
                 request.cancel()
-
-
-def _read_members(file: OpenFile | CachedShard, view: ShardView, number: int) -> Members | None:
-    """Return a sample read from an open file; None if the file fails or is too short."""
-    members = []
-    with suppress(OSError):
-        for extension, start, size in view.index.members(number):
-            data = file.read(start, start + size)
-            if len(data) < size:
-                return None
-            members.append((extension, data))
-        return members
-    return None
