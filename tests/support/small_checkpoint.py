@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.schema import CheckpointConfig
+from pipeline.data.storage import Storage
 from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.engine import Fragment
+from pipeline.training.ownership import Ownership
 
 
 class SingleProcess:
@@ -25,10 +28,18 @@ class SingleProcess:
     def barrier(self) -> None: ...
 
 
-def save(store: CheckpointStore, step: int) -> str:
-    """Save a checkpoint and return its URL; its numbers are step, step + 1, …"""
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
-    url = store.save([Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step})], metadata)
+def store_of(storage: Storage, folder: str, ownership: Ownership | None = None, keep: int = 2) -> CheckpointStore:
+    return CheckpointStore(storage, folder, SingleProcess(), CheckpointConfig(keep=keep), ownership)  # type: ignore[arg-type]
+
+
+def metadata(step: int) -> dict[str, Any]:
+    return {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
+
+
+def save(store: CheckpointStore, step: int, mark: float = 0.0) -> str:
+    """Save a checkpoint and return its URL; its numbers are step + mark, step + mark + 1, …"""
+    weight = torch.arange(4.0) + step + mark
+    url = store.save([Fragment("a.weight", 0, {"weight": weight})], metadata(step))
     store.wait()
     return url
 

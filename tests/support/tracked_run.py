@@ -1,4 +1,4 @@
-"""A run of two stages as tests of tracking record it, without training; and checks of a real run in MLflow."""
+"""Records of the run of `journals.config_of`, without training; and checks of a real run in MLflow."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipeline.config.load import validate
 from pipeline.config.schema import RunConfig
 from pipeline.data.shards.manifest import load_manifest
 from pipeline.data.storage import Storage
 from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights
+from tests.support import journals
 from tests.support.train_process import STAGES, TrainProcess
 
 PHOTOS = DatasetInput("photos", "s3://bucket/photos", "ab" * 32)
 
 
 def config_of(output: Path | str, uri: str, name: str = "run") -> RunConfig:
-    stage = {"sources": {"photos": 1.0}, "objectives": {"mim": {}}, "steps": 100, "global_batch_size": 16}
-    values = {
-        "name": name,
-        "output": str(output),
-        "sources": {"photos": {"shards": f"{output}/photos"}},
-        "stages": [{"name": "vision", **stage}, {"name": "second", **stage}],
-        "tracking": {"uri": uri, "flush_seconds": 0.2},
-    }
-    return validate(values, "test")
+    return journals.config_of(output, name, uri=uri, flush_seconds=0.2)
 
 
 def record(tracker: JournalTracker, config: RunConfig, stage: int, steps: range) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import random
 import subprocess
@@ -11,67 +9,16 @@ import sys
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.config.errors import StorageError
-from pipeline.data.storage import ObjectInfo, Storage
-from pipeline.tracking import lease
+from pipeline.data.storage import Storage
 from pipeline.tracking.committed import CommittedJournal, committed_segments
-from pipeline.tracking.journal import Journal, JournalWriter, encode, parse_records
+from pipeline.tracking.journal import Journal, encode
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds, mutate
-
-NAME = "0123456789abcdef/report.html"
-
-
-class Objects(dict[str, bytes]):
-    """Object store in memory."""
-
-    def read(self, url: str) -> bytes:
-        return self[url]
-
-    def write(self, url: str, data: bytes) -> None:
-        self[url] = data
-
-    def exists(self, url: str) -> bool:
-        return url in self
-
-    def list_info(self, url: str) -> dict[str, ObjectInfo]:
-        names = {key.removeprefix(f"{url}/"): data for key, data in self.items() if key.startswith(f"{url}/")}
-        return {name: ObjectInfo(len(data), None) for name, data in names.items() if "/" not in name}
-
-
-def point(step: int, stage: int | None = 0) -> dict[str, Any]:
-    return {"kind": "metrics", "at": 1000 + step, "stage": stage, "step": step, "values": {"loss": float(step)}}
-
-
-def begun() -> dict[str, Any]:
-    return {"kind": "stage", "at": 1, "stage": 0, "name": "one", "params": {}, "tags": {}, "datasets": []}
-
-
-def artifact(file: str, name: str = "report.html") -> dict[str, Any]:
-    return {"kind": "artifact", "at": 1, "stage": None, "name": name, "file": file}
-
-
-def steps(journal: Journal) -> list[int]:
-    return [record["step"] for record in journal.all_records() if record["kind"] == "metrics"]
-
-
-def training(journal: Journal, first: int, last: int) -> JournalWriter:
-    writer = journal.start_session()
-    writer.append(begun())
-    for step in range(first, last + 1):
-        writer.append(point(step))
-    return writer
-
-
-def restored(store: Any, folder: Path, url: str = "run/journal") -> Journal:
-    journal = Journal(folder)
-    CommittedJournal(store, url).restore(journal)
-    return journal
-
+from tests.support.journals import REPORT, STAGE_START, URL, Objects, artifact, commit, point, restored, steps, training
 
 # ---- R1: several writers, cuts, overlaps, repeats
 
@@ -84,11 +31,11 @@ def test_cuts_overlaps_and_repeats_restore_the_longest_prefix(tmp_path: Path) ->
         for _ in range(rng.randint(1, 12)):
             start = rng.choice((0, rng.randrange(len(session)), rng.randrange(len(session))))
             end = rng.randint(start, min(len(session), start + rng.choice((10, 500, 4000))))
-            store[f"run/journal/000001-ab.{start:012d}-{end:012d}.jsonl"] = session[start:end]
+            store[f"{URL}/000001-ab.{start:012d}-{end:012d}.jsonl"] = session[start:end]
             covered[start:end] = [True] * (end - start)
         if rng.random() < 0.2:  # a copied local run
             whole = rng.randrange(len(session))
-            store["run/journal/000001-ab.jsonl"] = session[:whole]
+            store[f"{URL}/000001-ab.jsonl"] = session[:whole]
             covered[:whole] = [True] * whole
         prefix = [*covered, False].index(False)
 
@@ -98,59 +45,90 @@ def test_cuts_overlaps_and_repeats_restore_the_longest_prefix(tmp_path: Path) ->
         assert here == session[:prefix]
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one cache", "another machine"])
-def test_concurrent_evaluation_removes_no_training_records(tmp_path: Path, shared: bool) -> None:
-    store = Objects()
-    trained, trains = Journal(tmp_path / "node"), CommittedJournal(store, "run/journal")
-    trains.restore(trained)
-    writer = training(trained, 1, 50)
-    trains.commit(trained)
-    for step in range(51, 76):
-        writer.append(point(step))
-
-    evaluated = trained if shared else Journal(tmp_path / "laptop")
-    evaluates = CommittedJournal(store, "run/journal")  # as `mome evaluate` does
-    evaluates.restore(evaluated)
-    evaluation = evaluated.start_session()
-    evaluation.append(point(50, stage=None))
-    evaluates.commit(evaluated)
-    evaluation.close()
-
-    for last in (100, 150):
-        for step in range(last - 24 if last == 100 else last - 49, last + 1):
-            writer.append(point(step))
-        trains.commit(trained)
-    writer.close()
-
-    assert sorted(steps(restored(store, tmp_path / "elsewhere"))) == sorted([*range(1, 151), 50])
-
-
 def test_sessions_of_other_living_processes_are_not_committed(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    dead = training(journal, 1, 5)
-    dead.close()
+    journal, store = Journal(tmp_path), Objects()
+    training(journal, 1, 5).close()
     program = (
         "import sys; from pathlib import Path; from pipeline.tracking.journal import Journal\n"
         "writer = Journal(Path(sys.argv[1])).start_session()\n"
         "writer.append({'kind': 'tag', 'at': 1, 'stage': None, 'key': 'a', 'value': 'b'})\n"
         "print('begun', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdin is not None
         other.stdout.readline()
-        alive = next(session for session in journal.sessions() if session.startswith("000002"))
-        store = Objects()
-        committed = CommittedJournal(store, "run/journal")
+        dead, alive = journal.sessions()
+        committed = CommittedJournal(store, URL)
         committed.commit(journal)
-        while_it_lived = {name.split("/")[-1].split(".")[0] for name in store}
+        while_it_lived = [*committed_segments(store, URL)]
         other.stdin.close()
     committed.commit(journal)
 
-    assert while_it_lived == {"000001-" + journal.sessions()[0].split("-")[1]}
-    assert any(alive in name for name in store), "once it is dead, what it left is committed"
+    assert while_it_lived == [dead]
+    assert [*committed_segments(store, URL)] == [dead, alive], "once it is dead, what it left is committed"
+
+
+def test_segments_of_several_commits_restore_the_journal(tmp_path: Path) -> None:
+    store = Objects()
+    journal, committed = Journal(tmp_path / "here"), CommittedJournal(store, URL)
+    writer = training(journal, 1, 5)
+    committed.commit(journal)
+    committed.commit(journal)  # nothing new: nothing uploaded
+    for step in range(6, 9):
+        writer.append(point(step))
+    committed.commit(journal)
+    writer.close()
+
+    elsewhere = Journal(tmp_path / "elsewhere")
+    assert CommittedJournal(store, URL).restore(elsewhere)
+
+    assert steps(elsewhere) == list(range(1, 9))
+    assert len(store) == 2
+    assert not CommittedJournal(store, URL).restore(elsewhere), "nothing is missing any more"
+    assert elsewhere.restored.exists(), "no run has gone on from it here"
+
+
+def test_a_torn_last_line_is_skipped_and_never_committed(tmp_path: Path) -> None:
+    store, journal = Objects(), Journal(tmp_path / "here")
+    training(journal, 1, 2).close()
+    with journal.path(journal.sessions()[0]).open("ab") as file:
+        file.write(b'{"kind":"metrics","step":3,"val')
+    training(journal, 3, 4).close()  # the restart writes a session of its own
+    commit(store, journal)
+
+    elsewhere = restored(store, tmp_path / "elsewhere")
+
+    assert steps(journal) == steps(elsewhere) == [1, 2, 3, 4]
+    assert b'"val' not in elsewhere.path(elsewhere.sessions()[0]).read_bytes()[-20:]
+
+
+def test_a_session_being_written_is_never_truncated(tmp_path: Path) -> None:
+    store, first, second = Objects(), Journal(tmp_path / "first"), Journal(tmp_path / "second")
+    training(second, 1, 2).close()
+    commit(store, second)
+    alive = training(first, 3, 4)
+
+    CommittedJournal(store, URL).restore(first)
+
+    assert sorted(steps(first)) == [1, 2, 3, 4]
+    alive.close()
+
+
+def test_a_run_copied_to_a_store_can_be_resumed_there(tmp_path: Path) -> None:
+    local, elsewhere, third = (Journal(tmp_path / name) for name in ("local", "elsewhere", "third"))
+    training(local, 1, 5).close()
+    store = Objects({f"{URL}/{path.name}": path.read_bytes() for path in local.folder.glob("*.jsonl")})
+
+    copied = CommittedJournal(store, URL)
+    assert copied.restore(elsewhere)
+    assert steps(elsewhere) == [1, 2, 3, 4, 5]
+    training(elsewhere, 6, 8).close()
+    copied.commit(elsewhere)
+
+    assert steps(restored(store, third.folder)) == list(range(1, 9))
+    assert len(store) == 2, "what was copied is not committed again"
 
 
 def test_an_uncommitted_evaluation_survives_a_restore(tmp_path: Path) -> None:
@@ -160,9 +138,9 @@ def test_an_uncommitted_evaluation_survives_a_restore(tmp_path: Path) -> None:
     evaluation.close()
     node = Journal(tmp_path / "node")
     training(node, 1, 9).close()
-    CommittedJournal(store, "run/journal").commit(node)
+    commit(store, node)
 
-    CommittedJournal(store, "run/journal").restore(here)
+    CommittedJournal(store, URL).restore(here)
 
     assert sorted(steps(here)) == sorted([*range(1, 10), 50])
 
@@ -174,11 +152,11 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
         checkpoint, evaluations = 0, 0
         for _ in range(rng.randint(2, 5)):  # attempts of training, on either node
             node = Journal(tmp_path / str(seed) / rng.choice("ab"))
-            committed = CommittedJournal(store, "run/journal")
+            committed = CommittedJournal(store, URL)
             committed.restore(node)
             recorded = max((step for step in steps(node) if step < 10_000), default=0)
             writer = node.start_session()
-            writer.append(begun())
+            writer.append(STAGE_START)
             for step in range(checkpoint + 1, checkpoint + rng.randint(2, 40)):
                 if step > recorded:  # replayed points are not recorded twice
                     writer.append(point(step))
@@ -187,7 +165,7 @@ def test_random_node_histories_restore_each_point_once(tmp_path: Path) -> None:
                     checkpoint = step
                 if rng.random() < 0.05:
                     place = rng.choice((node, Journal(tmp_path / str(seed) / "laptop")))
-                    evaluates = CommittedJournal(store, "run/journal")
+                    evaluates = CommittedJournal(store, URL)
                     evaluates.restore(place)
                     evaluations += 1
                     evaluation = place.start_session()
@@ -237,8 +215,8 @@ def test_transient_storage_faults_of_a_commit_lose_nothing(tmp_path: Path) -> No
         CommittedJournal(Storage(), url).restore(elsewhere)
 
         assert steps(elsewhere) == [1, 2, 3, 4, 5, 6], fault
-        files = sorted(path.name for path in (elsewhere.folder / "files").glob("*/*"))
-        assert files == ["a.html", "b.html"], fault
+        files = {path.name: path.read_bytes()[-6:] for path in (elsewhere.folder / "files").glob("*/*")}
+        assert files == {"a.html": b"a.html", "b.html": b"b.html"}, fault
     assert tried >= 12
 
 
@@ -260,7 +238,7 @@ def test_permanent_storage_faults_of_a_commit_keep_a_prefix(tmp_path: Path) -> N
 def test_a_failed_restore_can_be_repeated(tmp_path: Path) -> None:
     url = f"{tmp_path}/store/journal"
     _commits(Storage(), tmp_path / "here", url)
-    stale = b"".join(encode(record) for record in (begun(), point(1), point(2), point(3)))
+    stale = b"".join(encode(record) for record in (STAGE_START, point(1), point(2), point(3)))
     clean = FailingStorage()
     restored(clean, tmp_path / "clean", url)
     for number, fault in enumerate(every_fault(clean.calls)):
@@ -298,8 +276,8 @@ def test_hostile_file_names_are_skipped_and_reported(
     data = encode(artifact(name)) + encode(point(1))
     store = Objects(
         {
-            f"run/journal/000001-ab.{0:012d}-{len(data):012d}.jsonl": data,
-            f"run/journal/files/{name}": b"evil",
+            f"{URL}/000001-ab.{0:012d}-{len(data):012d}.jsonl": data,
+            f"{URL}/files/{name}": b"evil",
         }
     )
     before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
@@ -324,48 +302,31 @@ def test_links_out_of_the_journal_are_not_followed(tmp_path: Path, link: str, ca
         (place / "report.html").write_text("a secret")
     journal = Journal(tmp_path / "journal")
     writer = journal.start_session()
-    writer.append(artifact(NAME))
+    writer.append(artifact())
     writer.close()
-    linked = journal.folder / "files" / NAME
-    if link == "loop":
-        linked.parent.mkdir(parents=True)
-        linked.symlink_to(linked)
-    elif link == "pipe":
-        linked.parent.mkdir(parents=True)
-        os.mkfifo(linked)
-    elif link == "files":
-        (journal.folder / "files").symlink_to(outside)
-    elif link == "its folder":
-        linked.parent.parent.mkdir()
-        linked.parent.symlink_to(outside)
+    path = journal.folder / "files" / REPORT
+    link_path = {"files": path.parent.parent, "its folder": path.parent}.get(link, path)
+    link_path.parent.mkdir(parents=True, exist_ok=True)
+    if link == "pipe":
+        os.mkfifo(path)
     else:
-        linked.parent.mkdir(parents=True)
-        linked.symlink_to(outside / "report.html")
+        target = {"files": outside, "its folder": outside, "loop": path, "file": outside / "report.html"}[link]
+        link_path.symlink_to(target)
 
     store = Objects()
-    CommittedJournal(store, "run/journal").commit(journal)
+    commit(store, journal)
 
-    assert journal.file(NAME) is None
+    assert journal.file(REPORT) is None
     assert not any("files" in name for name in store)
     assert "not a file of this journal" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "name", ["/abs/x", "../x", "a/../../x", "a//b", "", ".", "a/..", "a\0b", "x" * 2000, "a\\..\\b"]
-)
-def test_artifact_names_stay_inside_mlflows_folder(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "000001-ab.jsonl"
-    path.write_bytes(encode(artifact(NAME, name)))
-
-    assert [record["kind"] for _, record in Journal(tmp_path).records("000001-ab")] == ["damaged"]
 
 
 def test_missing_artifacts_stop_neither_commit_nor_restore(tmp_path: Path) -> None:
     journal, store = Journal(tmp_path / "here"), Objects()
     writer = training(journal, 1, 2)
-    writer.append(artifact(NAME))
+    writer.append(artifact())
     writer.append(point(3))
-    CommittedJournal(store, "run/journal").commit(journal)
+    commit(store, journal)
     writer.close()
 
     assert steps(restored(store, tmp_path / "elsewhere")) == [1, 2, 3]
@@ -373,20 +334,20 @@ def test_missing_artifacts_stop_neither_commit_nor_restore(tmp_path: Path) -> No
 
 def test_mutated_segments_restore_a_prefix_and_raise_nothing(tmp_path: Path) -> None:
     rng = random.Random(3)
-    records = [begun(), *(point(step) for step in range(1, 9)), artifact(NAME), point(9)]
+    records = [STAGE_START, *(point(step) for step in range(1, 9)), artifact(), point(9)]
     session = b"".join(encode(record) for record in records)
     cuts = [0, 400, 800, len(session)]
     names = [
         f"000001-ab.{start:012d}-{end:012d}.jsonl" for start, end in pairwise(cuts)
     ]  # fmt: skip
     for number in range(fuzz_rounds(400)):
-        store = Objects({f"run/journal/files/{NAME}": b"<p>"})
+        store = Objects({f"{URL}/files/{REPORT}": b"<p>"})
         for name, (start, end) in zip(names, pairwise(cuts), strict=True):
             data = mutate(session[start:end], rng) if rng.random() < 0.4 else session[start:end]
             name = mutate(name.encode(), rng).decode("latin-1") if rng.random() < 0.1 else name
             if "/" not in name:
-                store[f"run/journal/{name}"] = data
-        segments = committed_segments(store, "run/journal")
+                store[f"{URL}/{name}"] = data
+        segments = committed_segments(store, URL)
 
         journal = restored(store, tmp_path / str(number))
 
@@ -396,43 +357,3 @@ def test_mutated_segments_restore_a_prefix_and_raise_nothing(tmp_path: Path) -> 
             assert journal.path(name).stat().st_size == chain[-1].end
         list(journal.all_records())
         assert not [path for path in tmp_path.iterdir() if not path.name.isdigit()]
-
-
-def test_mutated_sessions_yield_valid_or_damaged_records() -> None:
-    rng = random.Random(4)
-    tag = {"kind": "tag", "at": 1, "stage": None, "key": "a", "value": "b"}
-    session = b"".join(encode(record) for record in (begun(), point(1), artifact(NAME), tag, point(2)))
-    for _ in range(fuzz_rounds(2000)):
-        for _, record in parse_records(io.BytesIO(mutate(session, rng)), "a session"):
-            json.dumps(record).encode()
-            assert record["kind"] == "damaged" or isinstance(record["at"], int)
-            assert record["stage"] is None or 0 <= record["stage"] < 10_000
-            if record["kind"] == "artifact":
-                assert ".." not in record["file"].split("/")
-                assert not record["name"].startswith("/")
-
-
-# ---- R10: a file system without locks
-
-
-def test_heartbeats_replace_missing_file_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(37, os.strerror(37))
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    journal = Journal(tmp_path)
-    writer = training(journal, 1, 3)
-    (session,) = journal.sessions()
-
-    assert "no file locks" in caplog.text
-    assert lease.is_held(journal.path(session))
-    monkeypatch.setattr(lease, "_held", set())  # as another process sees it
-    assert lease.is_held_elsewhere(journal.path(session))
-    os.utime(journal.folder / f"{session}.jsonl.heartbeat", (1, 1))
-    assert not lease.is_held_elsewhere(journal.path(session)), "its process has died"
-    writer.close()
-    assert not lease.is_held(journal.path(session))
-    assert steps(journal) == [1, 2, 3]
-    assert not list(tmp_path.glob("*.heartbeat"))

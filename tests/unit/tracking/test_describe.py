@@ -26,35 +26,20 @@ def config_of(stage: dict[str, Any] | None = None, source: dict[str, Any] | None
 
 
 @pytest.mark.parametrize(
-    "same",
+    ("change", "is_same"),
     [
-        {"name": "other", "output": "s3://bucket/runs", "seed": 7},
-        {
-            "cluster": {"workers": 8},
-            "engine": {"zero_stage": 2, "micro_batch_size": 4},
-            "tracking": {"experiment": "mine"},
-        },
-        {"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"num_workers": 4}}},
+        ({"name": "other", "output": "s3://bucket/runs", "seed": 7}, True),
+        ({"cluster": {"workers": 8}, "engine": {"zero_stage": 2}, "tracking": {"experiment": "mine"}}, True),
+        ({"source": {"shards": "s3://bucket/photos"}, "data": {"loader": {"num_workers": 4}}}, True),
+        ({"stage": {"steps": 2000}}, False),
+        ({"stage": {"objectives": {"mim": {"weight": 2.0}}}}, False),
+        ({"source": {"filters": {"width": {"min": 64}}}}, False),
+        ({"model": {"width": 192, "heads": 3}}, False),
+        ({"engine": {"precision": "float32"}}, False),
     ],
-    ids=["names and seeds", "machines", "places"],
 )
-def test_equal_recipes_have_equal_hashes_on_any_machine(same: dict[str, Any]) -> None:
-    assert recipe_hash(config_of(**same)) == recipe_hash(config_of())
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"stage": {"steps": 2000}},
-        {"stage": {"objectives": {"mim": {"weight": 2.0}}}},
-        {"source": {"filters": {"width": {"min": 64}}}},
-        {"model": {"width": 192, "heads": 3}},
-        {"engine": {"precision": "float32"}},
-    ],
-    ids=["steps", "weights of objectives", "what is read", "the model", "precision"],
-)
-def test_different_recipes_have_different_hashes(other: dict[str, Any]) -> None:
-    assert recipe_hash(config_of(**other)) != recipe_hash(config_of())
+def test_recipe_hash_depends_on_what_is_learnt_only(change: dict[str, Any], is_same: bool) -> None:
+    assert (recipe_hash(config_of(**change)) == recipe_hash(config_of())) == is_same
 
 
 def test_the_summary_describes_every_stage() -> None:

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.errors import ConfigError, TrackingError
-from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig
 from pipeline.config.urls import local_path
 from pipeline.data.storage import Storage
 from pipeline.tracking.journal import Journal
@@ -21,12 +19,7 @@ from pipeline.tracking.locations import journal_folder, read_journal, read_run_i
 from pipeline.tracking.mlflow_replay import Cursor, exclusive_upload, pending_bytes
 from pipeline.tracking.tracker import JournalTracker
 from tests.support.fuzz import fuzz_rounds, mutate
-
-
-def config_of(output: Path | str) -> RunConfig:
-    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16}
-    values = {"name": "run", "output": str(output), "sources": {"none": {"shards": "none"}}, "stages": [stage]}
-    return validate(values, "test")
+from tests.support.journals import config_of, training
 
 
 def test_without_a_home_the_error_names_the_cache_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,15 +72,8 @@ def test_a_damaged_cursor_only_repeats_the_upload(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("cursor-*.json")
     whole = path.read_bytes()
     assert Cursor.load(tmp_path, "http://server").offsets == {"000001-ab": 500}
-    extreme = [
-        b"",
-        b"[]",
-        b"1",
-        b'{"offsets": [], "marks": {}}',
-        b'{"offsets": {"a": "b"}, "marks": {}}',
-        b"[" * 100_000,
-    ]
-    extreme += [b'{"offsets": {"a": -5}, "marks": {}}', b'{"offsets": {}, "marks": {"0": {"x": "y"}}}']
+    extreme = [b"", b"[]", b"1", b'{"offsets": [], "marks": {}}', b'{"offsets": {"a": "b"}, "marks": {}}']
+    extreme += [b"[" * 100_000, b'{"offsets": {"a": -5}}', b'{"marks": {"0": {"x": "y"}}}']
     for data in [*extreme, *(mutate(whole, rng) for _ in range(fuzz_rounds(500)))]:
         path.write_bytes(data)
         read = Cursor.load(tmp_path, "http://server")
@@ -98,10 +84,7 @@ def test_a_damaged_cursor_only_repeats_the_upload(tmp_path: Path) -> None:
 
 def test_an_impossible_cursor_repeats_the_whole_session(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    writer = journal.start_session()
-    for step in range(3):
-        writer.append({"kind": "metrics", "at": 1, "stage": 0, "step": step, "values": {"loss": 1.0}})
-    writer.close()
+    training(journal, 0, 2).close()
     (session,) = journal.sessions()
     whole = journal.path(session).read_bytes()
     ends = {0} | {number + 1 for number, byte in enumerate(whole) if byte == 10}

@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 import random
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import pytest
 
 from pipeline.config import redaction
 from pipeline.config.errors import ConfigError, StorageError, TrackingError
-from pipeline.config.load import validate
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, StageConfig
 from pipeline.data.storage import Storage
 from pipeline.tracking.describe import config_yaml, split_changeable
 from pipeline.tracking.journal import Journal
@@ -25,32 +23,29 @@ from pipeline.tracking.mlflow_server import check_server
 from pipeline.tracking.tracker import DatasetInput, JournalTracker, SavedWeights, Tracker
 from tests.support.failing_storage import FailingStorage, every_fault
 from tests.support.fuzz import fuzz_rounds
+from tests.support.journals import config_of
 from tests.support.short_run import NoUploader
 
 
-def config_of(output: Path | str, **tracking: Any) -> RunConfig:
-    stage = {"sources": {"photos": 1.0}, "objectives": {"mim": {}}, "steps": 100, "global_batch_size": 16}
-    values = {
-        "name": "run",
-        "output": str(output),
-        "sources": {"photos": {"shards": f"{output}/photos"}},
-        "stages": [{"name": "vision", **stage}, {"name": "second", **stage}],
-        "tracking": tracking,
-    }
-    return validate(values, "test")
-
-
 def recorded(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    journal = Journal(journal_folder(config.folder))
-    records = [record for session in journal.sessions() for _, record in journal.records(session)]
-    return [record for record in records if record["kind"] == kind]
+    return [record for record in Journal(journal_folder(config.folder)).all_records() if record["kind"] == kind]
+
+
+def opened(config: RunConfig, stage: StageConfig | None = None, **tags: str) -> JournalTracker:
+    """Return a tracker that has begun the first stage."""
+    tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
+    tracker.begin_stage(0, stage or config.stages[0], tags, [DatasetInput("photos", "here", "ab" * 32)])
+    return tracker
+
+
+def record(tracker: JournalTracker, steps: range, loss: float = 2.0) -> None:
+    for step in steps:
+        tracker.metrics(step, {"train/loss": loss})
 
 
 def train(config: RunConfig, steps: range) -> None:
-    tracker = JournalTracker.open(config, Storage(), {"world_size": "2"})
-    tracker.begin_stage(0, config.stages[0], {"zero_stage": "1"}, [DatasetInput("photos", "here", "ab" * 32)])
-    for step in steps:
-        tracker.metrics(step, {"train/loss": 1 / (step + 1)})
+    tracker = opened(config)
+    record(tracker, steps)
     tracker.close(timeout=0)
 
 
@@ -75,54 +70,42 @@ def loss_of(config: RunConfig) -> dict[int, float]:
 
 def test_points_after_a_rollback_replace_the_void_ones(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = JournalTracker.open(config, Storage())
-    tracker.begin_stage(0, config.stages[0], {}, [])
-    for step in range(1, 31):
-        tracker.metrics(step, {"train/loss": 2.0 if step <= 10 else 50.0})
+    tracker = opened(config)
+    record(tracker, range(1, 11))
+    record(tracker, range(11, 31), loss=50.0)
     tracker.begin_stage(0, config.stages[0], {"resumed_at": "10"}, [])
     tracker.rewind(10)
-    for step in range(11, 21):
-        tracker.metrics(step, {"train/loss": 2.0})
+    record(tracker, range(11, 21))
     tracker.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0)])
     tracker.close(timeout=0)
-    train_on = JournalTracker.open(config, Storage())  # a restart knows of the rollback
-    train_on.begin_stage(0, config.stages[0], {"resumed_at": "20"}, [])
-    for step in range(15, 31):
-        train_on.metrics(step, {"train/loss": 2.0})
-    train_on.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0), SavedWeights("run/checkpoints/30", 30, 0)])
-    train_on.close(timeout=0)
+    resumed = opened(config, resumed_at="20")  # a restart knows of the rollback
+    record(resumed, range(15, 31))
+    resumed.log_checkpoints([SavedWeights("run/checkpoints/20", 20, 0), SavedWeights("run/checkpoints/30", 30, 0)])
+    resumed.close(timeout=0)
 
     assert loss_of(config) == dict.fromkeys(range(1, 31), 2.0)
     steps = [point["step"] for point in recorded(config, "metrics")]
     assert steps == [*range(1, 31), *range(11, 31)], "nothing but what was void is recorded twice"
+    assert [model["url"][-2:] for model in recorded(config, "model")] == ["20", "30"], "each checkpoint is logged once"
     for model in recorded(config, "model"):
         assert [point["value"] for point in model["points"]] == [2.0], model["url"]
     tags = {tag["key"]: tag["value"] for tag in recorded(config, "tag")}
     assert (tags["mome.recorded_anew_from_step"], tags["mome.recorded_anew_below_step"]) == ("10", "30")
 
 
-@pytest.mark.parametrize(
-    ("change", "anew"),
-    [({"optimizer": {"lr": 1e-3}}, True), ({"steps": 200}, True), ({}, False)],
-    ids=["rate", "steps", "nothing"],
-)
-def test_a_resume_with_changed_training_records_its_steps_again(
-    tmp_path: Path, change: dict[str, Any], anew: bool
-) -> None:
+@pytest.mark.parametrize(("change", "anew"), [("lr", True), ("steps", True), ("nothing", False)])
+def test_a_resume_with_changed_training_records_its_steps_again(tmp_path: Path, change: str, anew: bool) -> None:
     config = config_of(tmp_path)
     train(config, range(1, 51))
-    changed = config.stages[0].model_copy(
-        update={"steps": change["steps"]} if "steps" in change else
-        {"optimizer": config.stages[0].optimizer.model_copy(update=change.get("optimizer", {}))}
-    )  # fmt: skip
-    tracker = JournalTracker.open(config, Storage())
-    tracker.begin_stage(0, changed, {"resumed_at": "30"}, [])
-    for step in range(31, 61):
-        tracker.metrics(step, {"train/loss": 9.0})
+    stage = config.stages[0]
+    optimizer = stage.optimizer.model_copy(update={"lr": 1e-3})
+    changes: dict[str, dict[str, Any]] = {"lr": {"optimizer": optimizer}, "steps": {"steps": 200}, "nothing": {}}
+    tracker = opened(config, stage.model_copy(update=changes[change]), resumed_at="30")
+    record(tracker, range(31, 61), loss=9.0)
     tracker.close(timeout=0)
 
     assert [point["step"] for point in recorded(config, "metrics")] == [*range(1, 51), *range(31 if anew else 51, 61)]
-    assert loss_of(config)[40] == (9.0 if anew else 1 / 41)
+    assert loss_of(config)[40] == (9.0 if anew else 2.0)
 
 
 def test_a_new_run_of_an_old_name_gets_a_new_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +134,7 @@ def test_a_failing_stage_ends_stage_and_run(tmp_path: Path) -> None:
 
 def test_non_finite_metrics_are_recorded(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    tracker = JournalTracker.open(config, Storage())
-    tracker.begin_stage(0, config.stages[0], {}, [])
+    tracker = opened(config)
     tracker.metrics(1, {"nan": math.nan, "up": math.inf, "down": -math.inf})
     tracker.close(timeout=0)
 
@@ -246,22 +228,9 @@ def test_the_default_database_is_next_to_the_runs(tmp_path: Path, monkeypatch: p
 
 
 def test_an_unreachable_server_prevents_the_start(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-
     with pytest.raises(TrackingError, match=r"does not answer.*tracking\.required=false"):
-        check_server(config_of(tmp_path, uri=address))
-    check_server(config_of(tmp_path, uri=address, required=False))
-
-
-def test_unresponsive_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.mlflow_server.ANSWER_SECONDS", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        start = time.perf_counter()
-        with pytest.raises(TrackingError, match="does not answer"):
-            check_server(config_of(tmp_path, uri=f"http://127.0.0.1:{silent.getsockname()[1]}"))
-    assert time.perf_counter() - start < 20  # no connection waits forever
+        check_server(config_of(tmp_path, uri="http://127.0.0.1:1"))
+    check_server(config_of(tmp_path, uri="http://127.0.0.1:1", required=False))
 
 
 def test_an_impossible_database_prevents_the_start(tmp_path: Path) -> None:

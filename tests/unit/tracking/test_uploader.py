@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.load import validate
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.uploader import Uploader
+from tests.support.journals import config_of
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,7 @@ def test_a_failing_process_is_reported_once_and_restarted_slowly(
         program.chmod(0o755)
     monkeypatch.setattr("pipeline.tracking.uploader.sys.executable", str(program))
     caplog.set_level(logging.WARNING)
-    stage = {"name": "one", "sources": {"none": 1.0}, "objectives": {"mim": {}}, "steps": 1, "global_batch_size": 16}
-    config = validate(
-        {
-            "name": "run", "output": str(tmp_path), "sources": {"none": {"shards": "none"}}, "stages": [stage],
-            "tracking": {"flush_seconds": 0.02},
-        },
-        "test",
-    )  # fmt: skip
+    config = config_of(tmp_path, flush_seconds=0.02)
     journal = Journal(tmp_path / "journal")
     writer = journal.start_session()
     uploader = Uploader(journal, writer, config)

@@ -1,103 +1,175 @@
-"""Contract C5: only complete checkpoints are read; a damaged one is reported, and the one before it is used."""
+"""Asynchronous saves: a checkpoint holds the state at the call, whatever the store and later steps do."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.config.errors import CheckpointError
-from pipeline.config.schema import CheckpointConfig
-from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore, read_committed
-from pipeline.training.collectives import Collectives
+from pipeline.config.errors import StorageError
+from pipeline.data.storage import PartReader, Storage, join
+from pipeline.training.checkpoint import COMMIT, CheckpointStore
 from pipeline.training.engine import Fragment
+from tests.support.small_checkpoint import metadata, save, store_of
 
 
-@pytest.fixture(scope="module")
-def collectives() -> Iterator[Collectives]:
-    alone = Collectives()
-    yield alone
-    alone.close()
+class GatedStorage(Storage):
+    """Storage whose writes of rank files wait for `gate`, which is open at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fault: Exception | None = None
+
+    def write_parts(self, url: str, size: int, part: PartReader) -> None:
+        assert self.gate.wait(30)
+        if self.fault is not None:
+            raise self.fault
+        super().write_parts(url, size, part)
 
 
 @pytest.fixture
-def store(tmp_path: Path, collectives: Collectives) -> CheckpointStore:
-    return CheckpointStore(Storage(), str(tmp_path), collectives, CheckpointConfig(keep=2))
+def storage() -> GatedStorage:
+    return GatedStorage()
 
 
-def save(store: CheckpointStore, step: int) -> Path:
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 2, "data_counts": {}}
-    fragments = [
-        Fragment("a.weight", 0, {"weight": torch.arange(4.0) + step}),
-        Fragment("a.weight", 4, {"weight": torch.arange(4.0, 6.0) + step}),
-    ]
-    url = store.save(fragments, metadata)
+@pytest.fixture
+def store(tmp_path: Path, storage: GatedStorage) -> Iterator[CheckpointStore]:
+    made = store_of(storage, str(tmp_path), keep=9)
+    yield made
+    storage.gate.set()
+    made.close()
+
+
+def state() -> list[Fragment]:
+    """Build a parameter in two fragments with its moments, and a frozen one in half precision."""
+    generator = torch.Generator().manual_seed(1)
+
+    def values(size: int) -> dict[str, torch.Tensor]:
+        return {kind: torch.randn(size, generator=generator) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+
+    frozen = torch.randn(5, generator=generator).bfloat16()
+    return [Fragment("a", 0, values(7)), Fragment("a", 7, values(1000)), Fragment("b", 0, {"weight": frozen})]
+
+
+def train(fragments: list[Fragment]) -> list[Fragment]:
+    """Overwrite the state in place, as the next step does."""
+    for fragment in fragments:
+        for value in fragment.values.values():
+            value.add_(1)
+    return fragments
+
+
+def assert_restored(store: CheckpointStore, expected: list[Fragment]) -> None:
+    _, saved = store.latest() or pytest.fail("nothing found")
+    for fragment in expected:
+        for kind, value in fragment.values.items():
+            read = saved.read(fragment.name, kind, fragment.start, fragment.start + len(value))
+            assert torch.equal(read, value.float()), (fragment.name, kind)
+
+
+def thread_of_the_save() -> threading.Thread:
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    return thread
+
+
+def test_save_holds_the_state_at_the_call(store: CheckpointStore, storage: GatedStorage) -> None:
+    storage.gate.clear()
+    fragments = state()
+    url = store.save(fragments, metadata(1))
+    assert not storage.exists(url), "the save waited for the store"
+    train(fragments)
+    assert store.latest() is None
+    storage.gate.set()
     store.wait()
-    return Path(url)
+    assert storage.exists(join(url, COMMIT))
+    assert_restored(store, state())
 
 
-def test_any_range_of_a_parameter_reads_as_it_was_written(store: CheckpointStore) -> None:
-    save(store, 10)
-    _, saved = store.latest() or pytest.fail("nothing found")
-    assert saved.read("a.weight", "weight", 0, 6).tolist() == [10, 11, 12, 13, 14, 15]
-    assert saved.read("a.weight", "weight", 3, 5).tolist() == [13, 14]
+def test_second_save_waits_for_the_first_and_both_are_correct(store: CheckpointStore, storage: GatedStorage) -> None:
+    storage.gate.clear()
+    fragments = state()
+    store.save(fragments, metadata(1))
+    threading.Timer(0.3, storage.gate.set).start()
+    url = store.save(train(fragments), metadata(2))
+    assert store.waited > 0.2
+    train(fragments)
+    store.wait()
+    assert [step for step, _ in store.written()] == [1, 2]
+    assert_restored(store, train(state()))
+    storage.delete(url)
+    assert_restored(store, state())
 
 
-def test_incomplete_parameter_is_rejected_by_name(store: CheckpointStore) -> None:
-    save(store, 10)
-    _, saved = store.latest() or pytest.fail("nothing found")
-    with pytest.raises(CheckpointError, match=r"b\.weight"):
-        saved.read("b.weight", "weight", 0, 2)
+def test_failed_save_raises_at_the_next_step_and_may_be_repeated(store: CheckpointStore, storage: GatedStorage) -> None:
+    storage.fault = StorageError("no space left")
+    url = store.save(state(), metadata(1))
+    with pytest.raises(StorageError, match="no space left"):
+        store.wait()
+    assert not storage.exists(join(url, COMMIT))
+    storage.gate.clear()
+    store.save(state(), metadata(2))
+    thread = thread_of_the_save()
+    storage.gate.set()
+    thread.join(10)
+    with pytest.raises(StorageError, match="no space left"):
+        store.check()
+    storage.fault = None
+    store.save(state(), metadata(3))
+    store.wait()
+    store.check()
+    assert_restored(store, state())
 
 
-def flip_a_byte(folder: Path) -> None:
-    data = bytearray((folder / "rank-00000.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "rank-00000.safetensors").write_bytes(bytes(data))
+def test_journal_is_committed_between_files_and_commit(store: CheckpointStore, storage: GatedStorage) -> None:
+    seen: list[list[str]] = []
+    url = store.save(
+        state(), metadata(1), lambda: seen.append(storage.list(join(store.url, storage.list(store.url)[0])))
+    )
+    store.wait()
+    assert seen == [["rank-00000.safetensors"]]
+    assert COMMIT in storage.list(url)
 
 
-def lose_a_file(folder: Path) -> None:
-    (folder / "rank-00000.safetensors").unlink()
+def test_failure_before_the_commit_leaves_no_checkpoint(store: CheckpointStore) -> None:
+    def fail() -> None:
+        raise StorageError("the journal could not be written")
+
+    store.save(state(), metadata(1), fail)
+    with pytest.raises(StorageError, match="the journal"):
+        store.wait()
+    assert store.latest() is None
 
 
-def lose_the_commit(folder: Path) -> None:
-    (folder / COMMIT).unlink()
+def test_close_abandons_a_save_that_does_not_end(store: CheckpointStore, storage: GatedStorage, caplog) -> None:
+    storage.gate.clear()
+    url = store.save(state(), metadata(1))
+    thread = thread_of_the_save()
+    store.close(seconds=0.1)
+    assert "abandoned" in caplog.text
+    storage.gate.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert storage.list(url) == []
 
 
-def cut_a_file(folder: Path) -> None:
-    data = (folder / "rank-00000.safetensors").read_bytes()
-    (folder / "rank-00000.safetensors").write_bytes(data[: len(data) // 2])
+def test_reserved_host_memory_is_reused(store: CheckpointStore) -> None:
+    store.reserve(state())
+    reserved = store._copy._buffer.data_ptr()
+    for step in (1, 2):
+        store.save(state(), metadata(step))
+        store.wait()
+    assert store._copy._buffer.data_ptr() == reserved
 
 
-def change_the_manifest(folder: Path) -> None:
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
-    (folder / MANIFEST).write_text(text.replace('"step": 20', '"step": 21'), encoding="utf-8")
-
-
-@pytest.mark.parametrize("damage", [flip_a_byte, lose_a_file, lose_the_commit, cut_a_file, change_the_manifest])
-def test_damaged_checkpoint_is_skipped_for_the_one_before(store: CheckpointStore, damage) -> None:
-    save(store, 10)
-    damage(save(store, 20))
-    checkpoint, _ = store.latest() or pytest.fail("nothing found")
-    assert checkpoint.step == 10
-
-
-def test_damage_is_reported_by_file(store: CheckpointStore) -> None:
-    folder = save(store, 10)
-    flip_a_byte(folder)
-    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is damaged"):
-        read_committed(Storage(), str(folder))
-
-
-def test_only_the_newest_checkpoints_are_kept(store: CheckpointStore) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    store = store_of(Storage(), str(tmp_path), keep=2)
+    assert store.latest() is None, "an empty run has no checkpoint"
     for step in (10, 20, 30):
         save(store, step)
     kept = sorted(path.name.partition(".")[0] for path in Path(store.url).iterdir())
     assert kept == ["step-00000020", "step-00000030"]
-
-
-def test_an_empty_run_has_no_checkpoint(store: CheckpointStore) -> None:
-    assert store.latest() is None

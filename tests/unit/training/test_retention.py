@@ -48,27 +48,25 @@ def test_last_periodic_and_best_checkpoints_are_kept(config: dict[str, Any], sta
     assert sorted(map(int, select_kept(checkpoints, info(600), CheckpointConfig(**config)))) == stay
 
 
-def test_best_checkpoint_of_each_stage_is_kept() -> None:
-    checkpoints = [info(step, "first" if step <= 300 else "second") for step in LOSS]
-    chosen = select_kept(checkpoints, info(600, "second"), CheckpointConfig(keep=1, keep_best=BEST))
-    assert chosen == {"200", "400", "600"}
-
-
-def test_checkpoint_without_the_metric_is_not_the_best() -> None:
-    checkpoints = [info(100), CheckpointInfo("200", 200, "s", {"train/loss_itc": 0.0}), info(300)]
-    assert select_kept(checkpoints, info(300), CheckpointConfig(keep=1, keep_best=BEST)) == {"300"}
-
-
-def test_newest_checkpoint_replaces_others_of_its_step() -> None:
-    """The older one is damaged, and counting it would remove a complete checkpoint."""
-    checkpoints = [info(100), info(200, url="damaged"), info(200, url="again")]
-    chosen = select_kept(checkpoints, info(200, url="again"), CheckpointConfig(keep=2))
-    assert chosen == {"100", "again"}
-
-
-def test_incomplete_checkpoint_does_not_displace_a_complete_one() -> None:
-    checkpoints = [info(100), info(200), replace(info(300), is_complete=False), info(400)]
-    assert select_kept(checkpoints, info(400), CheckpointConfig(keep=2)) == {"200", "400"}
+@pytest.mark.parametrize(
+    ("config", "checkpoints", "stay"),
+    [
+        ({"keep_best": BEST}, [info(s, "first" if s <= 300 else "second") for s in LOSS], {"200", "400", "600"}),
+        (
+            {"keep_best": BEST},
+            [info(100), CheckpointInfo("200", 200, "s", {"train/loss_itc": 0.0}), info(300)],
+            {"300"},
+        ),
+        # The older one of a step is damaged, and counting it would remove a complete checkpoint.
+        ({"keep": 2}, [info(100), info(200, url="damaged"), info(200, url="again")], {"100", "again"}),
+        ({"keep": 2}, [info(100), info(200), replace(info(300), is_complete=False), info(400)], {"200", "400"}),
+    ],
+    ids=["best of each stage", "without the metric", "newest of its step", "incomplete"],
+)
+def test_checkpoints_that_do_not_count_displace_none(
+    config: dict[str, Any], checkpoints: list[CheckpointInfo], stay: set[str]
+) -> None:
+    assert select_kept(checkpoints, checkpoints[-1], CheckpointConfig(**{"keep": 1} | config)) == stay
 
 
 def test_checkpoints_are_ordered_by_step_then_start_then_time(tmp_path: Path) -> None:
@@ -89,11 +87,9 @@ def test_checkpoints_are_ordered_by_step_then_start_then_time(tmp_path: Path) ->
     assert checkpoints == ordered[::-1]
 
 
-def test_folder_name_contains_step_and_start() -> None:
-    start = Start(12345, "0a1b2c3d")
-    assert (step_of(folder_name(150, start)), start_of(folder_name(150, start))) == (150, start)
-    assert (step_of(folder_name(150, None)), start_of(folder_name(150, None))) == (150, NO_START)
-    assert Start(9999, "ff") < Start(10000, "00")
+@pytest.mark.parametrize(("start", "wrote"), [(Start(12345, "0a1b2c3d"),) * 2, (None, NO_START)])
+def test_folder_name_contains_step_and_start(start: Start | None, wrote: Start) -> None:
+    assert (step_of(folder_name(150, start)), start_of(folder_name(150, start))) == (150, wrote)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,12 @@ import safetensors.torch
 import torch
 
 from pipeline.config.errors import StorageError
-from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage, join
 from pipeline.training.checkpoint import WEIGHTS, CheckpointStore, is_committed, read_committed, save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.failing_storage import FailingStorage, every_fault
-from tests.support.small_checkpoint import SingleProcess, newest_weight, save
+from tests.support.small_checkpoint import newest_weight, save, store_of
 
-KEEP = 2
 Scenario = Callable[[Storage, str], None]
 
 
@@ -33,38 +31,34 @@ def _quiet_and_fast(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.fsync", lambda _: None)
 
 
-def store_of(storage: Storage, folder: str, ownership: Ownership | None = None) -> CheckpointStore:
-    owner = Ownership.take(storage, folder) if ownership is None else ownership
-    return CheckpointStore(storage, folder, SingleProcess(), CheckpointConfig(keep=KEEP), owner)  # type: ignore[arg-type]
+def claimed(storage: Storage, folder: str) -> CheckpointStore:
+    return store_of(storage, folder, Ownership.take(storage, folder))
 
 
 def begin(folder: str) -> Ownership:
     """Write a run with checkpoints of steps 10 and 20 and an unfinished save by an attempt at step 20."""
-    first = store_of(Storage(), folder)
+    first = claimed(Storage(), folder)
     save(first, 10)
     save(first, 20)
     Storage().write(join(first.url, "step-00000020.0001-0badcafe-1", "rank-00000.safetensors"), b"half")
     return Ownership.take(Storage(), folder)
 
 
-def numbers(step: int) -> list[float]:
-    return [float(step + place) for place in range(4)]
-
-
 def committed_steps(folder: str) -> list[int]:
     """Return the steps of the run's committed checkpoints, after verifying each."""
     url = join(folder, "checkpoints")
     folders = [join(url, name) for name in Storage().list(url)]
-    return sorted(read_committed(Storage(), each)[0]["step"] for each in folders if is_committed(Storage(), each))
+    return sorted(read_committed(Storage(), name)[0]["step"] for name in folders if is_committed(Storage(), name))
 
 
-def failures_of(scenario: Scenario, begin: Scenario, folder: Path, check: Callable[[FailingStorage, str], None]) -> int:
-    """Let each storage call of the scenario fail in each way and check the store; return the number of failures."""
+def assert_all_failures(
+    scenario: Scenario, begin: Scenario, folder: Path, check: Callable[[FailingStorage, str], None]
+) -> None:
+    """Let each storage call of the scenario fail in each way, and check the store after each."""
     clean = FailingStorage()
     begin(Storage(), str(folder / "clean"))
     scenario(clean, str(folder / "clean"))
-    faults = list(every_fault(clean.calls))
-    for number, fault in enumerate(faults):
+    for number, fault in enumerate(every_fault(clean.calls)):
         storage, run = FailingStorage(fault), str(folder / str(number))
         begin(Storage(), run)
         with suppress(StorageError):
@@ -75,7 +69,6 @@ def failures_of(scenario: Scenario, begin: Scenario, folder: Path, check: Callab
         except BaseException as error:
             error.add_note(f"after {fault}, call {clean.calls[fault.number] if fault.kind is None else fault.kind}")
             raise
-    return len(faults)
 
 
 def test_failed_save_keeps_committed_checkpoints(tmp_path: Path) -> None:
@@ -84,54 +77,46 @@ def test_failed_save_keeps_committed_checkpoints(tmp_path: Path) -> None:
     def start(_: Storage, folder: str) -> None:
         owners[folder] = begin(folder)
 
-    def owned(storage: Storage, folder: str) -> Ownership:
-        return Ownership(storage, folder, owners[folder].claim, owners[folder].start)
-
-    def scenario(storage: Storage, folder: str) -> None:
-        save(store_of(storage, folder, owned(storage, folder)), 30)
+    def owned(storage: Storage, folder: str) -> CheckpointStore:
+        return store_of(storage, folder, Ownership(storage, folder, owners[folder].claim, owners[folder].start))
 
     def check(storage: FailingStorage, folder: str) -> None:
         steps = committed_steps(folder)
         assert 20 in steps, "what was committed is gone"
-        assert newest_weight(store_of(Storage(), folder, owned(Storage(), folder))) == numbers(steps[-1])
+        assert newest_weight(owned(Storage(), folder))[0] == steps[-1]
         storage.heal()
-        save(store_of(storage, folder, owned(storage, folder)), 40)
-        assert newest_weight(store_of(Storage(), folder)) == numbers(40)
-        successor = store_of(Storage(), folder)
+        save(owned(storage, folder), 40)
+        assert newest_weight(claimed(Storage(), folder))[0] == 40
+        successor = claimed(Storage(), folder)
         assert successor.latest() is not None
         successor.remove_unfinished()
         for step in (50, 60, 70):
             save(successor, step)
         assert committed_steps(folder) == [60, 70]
-        assert len(Storage().list(successor.url)) == KEEP, "something was left"
+        assert len(Storage().list(successor.url)) == 2, "something was left"
 
-    print(f"{failures_of(scenario, start, tmp_path, check)} failures of a save")
+    assert_all_failures(lambda storage, folder: save(owned(storage, folder), 30) and None, start, tmp_path, check)
 
 
 def test_failed_restore_succeeds_when_repeated(tmp_path: Path) -> None:
-    def scenario(storage: Storage, folder: str) -> None:
-        store = store_of(storage, folder)
-        assert newest_weight(store) == numbers(20), "a fault of the store was taken for damage"
+    def restore(storage: Storage, folder: str) -> None:
+        store = claimed(storage, folder)
+        assert newest_weight(store)[0] == 20, "a fault of the store was taken for damage"
         store.remove_unfinished()
 
     def check(storage: FailingStorage, folder: str) -> None:
         assert committed_steps(folder) == [10, 20]
         storage.heal()
-        scenario(storage, folder)
+        restore(storage, folder)
 
-    print(f"{failures_of(scenario, lambda _, folder: begin(folder) and None, tmp_path, check)} failures of a restore")
+    assert_all_failures(restore, lambda _, folder: begin(folder) and None, tmp_path, check)
 
 
 def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
-    def hand_over(storage: Storage, folder: str, value: float) -> None:
-        owner = Ownership.take(storage, folder)
-        if not is_committed(storage, join(folder, "stages", "0-s")):
-            save_weights(
-                storage, join(folder, "stages", "0-s"), {"a": torch.full((9,), value)}, ["a"], {}, ownership=owner
-            )
-
-    def scenario(storage: Storage, folder: str) -> None:
-        hand_over(storage, folder, 1.0)
+    def hand_over(storage: Storage, folder: str, value: float = 1.0) -> None:
+        owner, url = Ownership.take(storage, folder), join(folder, "stages", "0-s")
+        if not is_committed(storage, url):
+            save_weights(storage, url, {"a": torch.full((9,), value)}, ["a"], {}, ownership=owner)
 
     def weights(folder: str) -> list[float]:
         _, files = read_committed(Storage(), join(folder, "stages", "0-s"))
@@ -147,6 +132,4 @@ def test_failed_hand_over_is_atomic_and_can_be_repeated(tmp_path: Path) -> None:
         if not was_committed:
             assert len(Storage().list(join(folder, "stages", "0-s"))) == 4, "something was left"
 
-    def nothing(_: Storage, folder: str) -> None: ...
-
-    print(f"{failures_of(scenario, nothing, tmp_path, check)} failures of a hand-over")
+    assert_all_failures(hand_over, lambda storage, folder: None, tmp_path, check)

@@ -17,27 +17,15 @@ import pytest
 import torch
 
 from pipeline.config.errors import StorageError, Superseded
-from pipeline.config.schema import CheckpointConfig
 from pipeline.data.storage import Storage
-from pipeline.training.checkpoint import COMMIT, MANIFEST, CheckpointStore, is_committed, save_weights
-from pipeline.training.engine import Fragment
+from pipeline.training.checkpoint import COMMIT, MANIFEST, is_committed, save_weights
 from pipeline.training.ownership import Ownership
 from tests.support.fuzz import fuzz_rounds
 from tests.support.interleaving import Disk, explore
-from tests.support.small_checkpoint import SingleProcess
+from tests.support.small_checkpoint import save, store_of
 
 RUN, STAGE = "memory://run", "memory://run/stages/0-s"
 OLD, NEW = 0.25, 0.5  # added to the step in the weights of each attempt
-
-
-def store_of(storage: Storage, ownership: Ownership, keep: int) -> CheckpointStore:
-    return CheckpointStore(storage, RUN, SingleProcess(), CheckpointConfig(keep=keep), ownership)  # type: ignore[arg-type]
-
-
-def save(store: CheckpointStore, step: int, mark: float) -> None:
-    metadata = {"step": step, "stage": "s", "stage_step": step, "plan_digest": "p", "zero_stage": 0, "data_counts": {}}
-    store.save([Fragment("a", 0, {"weight": torch.tensor([step + mark])})], metadata)
-    store.wait()
 
 
 def hand_over(storage: Storage, ownership: Ownership, mark: float) -> None:
@@ -60,7 +48,7 @@ class Attempts:
 
     def begin(self, storage: Storage) -> None:
         self._first = Ownership.take(storage, RUN)
-        save(store_of(storage, self._first, self._keep), 100, OLD)
+        save(store_of(storage, RUN, self._first, self._keep), 100, OLD)
 
     def old(self, storage: Storage) -> None:
         assert self._first is not None
@@ -69,7 +57,7 @@ class Attempts:
             if self._old_hands_over:
                 hand_over(storage, ownership, OLD)
             else:
-                save(store_of(storage, ownership, self._keep), 110, OLD)
+                save(store_of(storage, RUN, ownership, self._keep), 110, OLD)
 
     def new(self, storage: Storage) -> None:
         for _ in range(3):  # a launcher restarts failed ranks
@@ -82,12 +70,12 @@ class Attempts:
         ownership = Ownership.take(storage, RUN, claim="of the new launcher")
         if is_committed(storage, STAGE):
             return
-        store = store_of(storage, ownership, self._keep)
+        store = store_of(storage, RUN, ownership, self._keep)
         found = store.latest()
         assert found is not None, "the new attempt found no checkpoint"
         step = found[0].step
         store.remove_unfinished()
-        assert found[1].read("a", "weight", 0, 1).tolist() in ([step + OLD], [step + NEW])
+        assert found[1].read("a.weight", "weight", 0, 1).tolist() in ([step + OLD], [step + NEW])
         if self._new_hands_over:
             hand_over(storage, ownership, NEW)
         else:
@@ -96,30 +84,25 @@ class Attempts:
 
 def committed(disk: Disk) -> dict[str, bool]:
     """Return whether each committed folder is complete."""
-    found = {}
-    for name in disk.objects:
-        folder, _, last = name.rpartition("/")
-        if last == COMMIT:
-            found[folder] = is_whole(disk, folder)
-    return found
 
-
-def is_whole(disk: Disk, folder: str) -> bool:
-    def matches(name: str, record: dict[str, Any]) -> bool:
+    def matches(folder: str, name: str, record: dict[str, Any]) -> bool:
         data = disk.objects.get(f"{folder}/{record.get('file', name)}")
         return data is not None and hashlib.sha256(data).hexdigest() == record["sha256"]
 
-    record = json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]
-    if not matches(MANIFEST, record):
-        return False
-    manifest = json.loads(disk.objects[f"{folder}/{record.get('file', MANIFEST)}"])
-    return all(matches(name, each) for name, each in manifest["files"].items())
+    complete = {}
+    for folder in [name.removesuffix(f"/{COMMIT}") for name in disk.objects if name.endswith(f"/{COMMIT}")]:
+        record = json.loads(disk.objects[f"{folder}/{COMMIT}"])["manifest"]
+        complete[folder] = matches(folder, MANIFEST, record)
+        if complete[folder]:
+            manifest = json.loads(disk.objects[f"{folder}/{record.get('file', MANIFEST)}"])
+            complete[folder] = all(matches(folder, name, file) for name, file in manifest["files"].items())
+    return complete
 
 
 def check(disk: Disk) -> None:
-    found = committed(disk)
-    assert all(found.values()), f"committed and not whole: {found}"
-    assert any("/checkpoints/" in folder for folder in found), "no checkpoint is left"
+    complete = committed(disk)
+    assert all(complete.values()), f"committed and not whole: {complete}"
+    assert any("/checkpoints/" in folder for folder in complete), "no checkpoint is left"
 
 
 @pytest.mark.parametrize(

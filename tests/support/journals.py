@@ -1,0 +1,78 @@
+"""Configs, records and stores of runs that are not trained, for tests of tracking."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import validate
+from pipeline.config.schema import RunConfig
+from pipeline.data.storage import ObjectInfo
+from pipeline.tracking.committed import CommittedJournal
+from pipeline.tracking.journal import Journal, JournalWriter
+
+URL = "run/journal"
+STAGE_START = {"kind": "stage", "at": 1, "stage": 0, "name": "one", "params": {}, "tags": {}, "datasets": []}
+REPORT = "0123456789abcdef/report.html"  # file of an artifact in a journal
+
+
+def config_of(output: Path | str, name: str = "run", **tracking: Any) -> RunConfig:
+    """Return the config of a run of two stages of 100 steps."""
+    stage = {"sources": {"photos": 1.0}, "objectives": {"mim": {}}, "steps": 100, "global_batch_size": 16}
+    values = {
+        "name": name,
+        "output": str(output),
+        "sources": {"photos": {"shards": f"{output}/photos"}},
+        "stages": [{"name": "vision", **stage}, {"name": "second", **stage}],
+        "tracking": tracking,
+    }
+    return validate(values, "test")
+
+
+def point(step: int, stage: int | None = 0, **values: Any) -> dict[str, Any]:
+    values = values or {"loss": float(step)}
+    return {"kind": "metrics", "at": 1000 + step, "stage": stage, "step": step, "values": values}
+
+
+def artifact(file: str = REPORT, name: str = "report.html") -> dict[str, Any]:
+    return {"kind": "artifact", "at": 1, "stage": None, "name": name, "file": file}
+
+
+def steps(journal: Journal) -> list[int]:
+    return [record["step"] for record in journal.all_records() if record["kind"] == "metrics"]
+
+
+def training(journal: Journal, first: int, last: int) -> JournalWriter:
+    """Start a session that trains the steps `first` to `last`."""
+    writer = journal.start_session()
+    writer.append(STAGE_START)
+    for step in range(first, last + 1):
+        writer.append(point(step))
+    return writer
+
+
+class Objects(dict[str, bytes]):
+    """Object store in memory."""
+
+    def read(self, url: str) -> bytes:
+        return self[url]
+
+    def write(self, url: str, data: bytes) -> None:
+        self[url] = data
+
+    def exists(self, url: str) -> bool:
+        return url in self
+
+    def list_info(self, url: str) -> dict[str, ObjectInfo]:
+        names = {key.removeprefix(f"{url}/"): data for key, data in self.items() if key.startswith(f"{url}/")}
+        return {name: ObjectInfo(len(data), None) for name, data in names.items() if "/" not in name}
+
+
+def commit(store: Any, journal: Journal) -> None:
+    CommittedJournal(store, URL).commit(journal)
+
+
+def restored(store: Any, folder: Path, url: str = URL) -> Journal:
+    journal = Journal(folder)
+    CommittedJournal(store, url).restore(journal)
+    return journal
