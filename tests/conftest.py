@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,16 @@ def _no_ray_left_behind() -> Iterator[None]:
     yield
     if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def collectives() -> Iterator[Any]:
+    """Collectives of a single rank."""
+    from pipeline.training.collectives import Collectives
+
+    alone = Collectives()
+    yield alone
+    alone.close()
 
 
 @pytest.fixture

@@ -80,7 +80,6 @@ class Sharding:
     world_size: int
     precision: Literal["float32", "bfloat16"]
     reduce_bucket: int  # elements
-    allgather_bucket: int  # elements
     max_live: int  # elements of gathered weights that ZeRO 3 keeps
     offload_optimizer: bool = False
     offload_parameters: bool = False

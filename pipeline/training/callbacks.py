@@ -71,9 +71,6 @@ class Callback:
     def on_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Called when the model has been evaluated after a step."""
 
-    def on_checkpoint(self, num_steps: int, url: str) -> None:
-        """Called when the state after `num_steps` steps has been copied and is being written to `url`."""
-
     def on_stage_end(self, result: StageResult) -> None:
         """Called after the last step, before the weights are exported; not called when an error ends the stage."""
 
@@ -105,7 +102,6 @@ class Callbacks(Callback):
     after_step = _forwarded(Callback.after_step)
     on_metrics = _forwarded(Callback.on_metrics)
     on_evaluation = _forwarded(Callback.on_evaluation)
-    on_checkpoint = _forwarded(Callback.on_checkpoint)
     on_stage_end = _forwarded(Callback.on_stage_end)
 
     def close(self) -> None:

@@ -150,24 +150,15 @@ class Collectives(Ranks):
     @_counted
     def gather_json(self, value: Any) -> list[Any]:
         """Gather a JSON-serialisable value from every rank, in rank order. Tuples arrive as lists."""
-        own = self._bytes_tensor(json.dumps(value).encode())
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         counts = self._gather(torch.tensor([len(own)], device=self.device), [1] * self.world_size).tolist()
         data = self._gather(own, counts).cpu().numpy().tobytes()
         ends = [0, *itertools.accumulate(counts)]
         return [json.loads(data[start:stop]) for start, stop in itertools.pairwise(ends)]
 
-    @_counted
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's JSON-serialisable value on every rank. Tuples arrive as lists."""
-        own = self._bytes_tensor(json.dumps(value).encode() if self.rank == 0 else b"")
-        length = torch.tensor([len(own)], device=self.device)
-        dist.broadcast(length, src=0)
-        data = own if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, src=0)
-        return json.loads(data.cpu().numpy().tobytes())
-
-    def _bytes_tensor(self, data: bytes) -> Tensor:
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device) if data else torch.empty(0)
+        return self.gather_json(value if self.rank == 0 else None)[0]
 
     @_counted
     def gather_objects(self, value: Any) -> list[Any]:

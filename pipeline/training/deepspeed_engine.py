@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pipeline.models.forward import ForwardInput, ForwardOutput
 from pipeline.models.model import Model
+from pipeline.training.checkpoint import SavedState
 from pipeline.training.collectives import Collectives
 from pipeline.training.deepspeed_setup import deepspeed_config, load_extensions, prepare_blocks
-from pipeline.training.engine import Fragment, FragmentSource
+from pipeline.training.engine import Fragment
 from pipeline.training.optimizer import parameter_groups
 from pipeline.training.stages import Stage
 
@@ -54,8 +55,17 @@ class DeepSpeedEngine:
             optimizer=self._adam,
             config=deepspeed_config(stage, collectives.world_size),
         )
+        self.reader: nn.Module = self._engine  # for inference; at ZeRO 3 its forward is a collective call
+        self.module: nn.Module = self._engine.module
         self._plain_norm: Tensor | None = None
-        self._prime()
+        for tensor in self._optimized_tensors():  # zeroed Adam state
+            state = self._adam.state[tensor]
+            step_device = tensor.device if collectives.device.type == "cuda" else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+            state |= {moment: torch.zeros_like(tensor, dtype=torch.float32) for moment in MOMENTS}
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
         # This rank's ranges of the frozen weights: they have no master weights, and are handed over unrounded.
         self._exact: dict[str, Tensor] = {}
         with torch.no_grad():
@@ -74,27 +84,6 @@ class DeepSpeedEngine:
                 begin, end = self._range(name)
                 if parameter.requires_grad and begin < end:
                     self._averages[name] = self._local(name, "weight").float().clone()
-
-    def _prime(self) -> None:
-        """Create zeroed Adam state for every optimized tensor."""
-        for tensor in self._optimized_tensors():
-            state = self._adam.state[tensor]
-            is_fused = self._collectives.device.type == "cuda"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if is_fused else "cpu")
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(tensor, dtype=torch.float32)
-        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-
-    @property
-    def reader(self) -> nn.Module:
-        """The module for inference. At ZeRO 3 it gathers the weights, so its forward is a collective call."""
-        return self._engine
-
-    @property
-    def module(self) -> nn.Module:
-        return self._engine.module
 
     # ---- a step
 
@@ -187,7 +176,7 @@ class DeepSpeedEngine:
                     values[AVERAGE] = self._averages[name]
                 yield Fragment(name, start, values)
 
-    def restore(self, source: FragmentSource) -> None:
+    def restore(self, source: SavedState) -> None:
         """Restore weights, master weights and moments saved at any world size and ZeRO stage, bit for bit."""
         with torch.no_grad():
             for name, parameter in self._names.items():

@@ -80,7 +80,6 @@ def sharding_of(stage: Stage, world_size: int, on_cuda: bool) -> Sharding:
         world_size=world_size,
         precision=stage.run.engine.precision,
         reduce_bucket=zero["reduce_bucket_size"],
-        allgather_bucket=zero["allgather_bucket_size"],
         max_live=zero["stage3_max_live_parameters"],
         offload_optimizer="offload_optimizer" in zero,
         offload_parameters="offload_param" in zero,

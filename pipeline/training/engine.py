@@ -30,20 +30,6 @@ class Fragment:
     values: dict[str, Tensor]
 
 
-class FragmentSource(Protocol):
-    """Saved state, independent of the ranks that wrote it."""
-
-    optimizer_step: int
-
-    def holds(self, name: str, kind: str) -> bool:
-        """Return whether values of that kind were saved for a parameter."""
-        ...
-
-    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Return elements [start, stop) of a parameter's weight, moment or average, 1-d float32."""
-        ...
-
-
 class StepEngine(Protocol):
     """The part of an engine that a training step uses."""
 

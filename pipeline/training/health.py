@@ -42,13 +42,8 @@ class StepHealth:
     """State of a step before its update, the same on every rank."""
 
     losses: dict[str, float]  # of the global batch: `loss` and each objective's
-    num_bad_losses: int  # ranks with a non-finite loss
-    num_bad_gradients: int  # ranks with a non-finite gradient
+    is_finite: bool  # all losses and gradients of all ranks
     preempted: bool  # on any rank
-
-    @property
-    def is_finite(self) -> bool:
-        return not self.num_bad_losses and not self.num_bad_gradients
 
 
 def check_step_health(
@@ -63,11 +58,10 @@ def check_step_health(
     gradients = list(gradients)
     norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
     norm = torch.stack([norm.float() for norm in norms]).sum().to(parts.device)
-    flags = torch.stack([~parts.isfinite().all(), ~norm.isfinite(), torch.tensor(preempted, device=parts.device)])
-    *totals, bad_losses, bad_gradients, notices = collectives.sum(torch.cat([parts, flags.float()])).tolist()
-    return StepHealth(
-        dict(zip(losses, totals, strict=True)), round(bad_losses), round(bad_gradients), round(notices) > 0
-    )
+    is_bad = ~(parts.isfinite().all() & norm.isfinite())
+    flags = torch.stack([is_bad, torch.tensor(preempted, device=parts.device)])
+    *totals, num_bad, num_preempted = collectives.sum(torch.cat([parts, flags.float()])).tolist()
+    return StepHealth(dict(zip(losses, totals, strict=True)), num_bad == 0, num_preempted > 0)
 
 
 # ---- where a non-finite value came from
@@ -97,7 +91,16 @@ def locate_non_finite(
         num_executed["forward"] += 1
         for tensor in _float_tensors(output):
             if not _is_finite(tensor) and "forward" not in first:
-                first["forward"] = num_executed["forward"], name, _describe_cause(module, inputs, tensor)
+                cause = f"its output has {_describe(tensor)}"
+                bad = {n: p for n, p in module.named_parameters() if p.numel() and not _is_finite(p)}
+                if bad:
+                    parameter = next(iter(bad))
+                    cause += f", its parameter '{parameter}' has {_describe(bad[parameter])}"
+                elif not all(_is_finite(value) for value in _float_tensors(inputs)):
+                    cause += ", and its input is not finite either"
+                else:
+                    cause += "; its inputs and parameters are finite"
+                first["forward"] = num_executed["forward"], name, cause
             if tensor.requires_grad:
                 tensor.register_hook(partial(after_backward, name))
 
@@ -134,16 +137,6 @@ def _describe(tensor: Tensor) -> str:
     bad = ~tensor.detach().isfinite()
     kind = "nan" if bool(tensor.detach().isnan().any()) else "inf"
     return f"{kind} ({int(bad.sum())} of {bad.numel()} values)"
-
-
-def _describe_cause(module: nn.Module, inputs: Any, output: Tensor) -> str:
-    description = f"its output has {_describe(output)}"
-    for name, parameter in module.named_parameters():
-        if parameter.numel() and not _is_finite(parameter):
-            return f"{description}, its parameter '{name}' has {_describe(parameter)}"
-    if not all(_is_finite(tensor) for tensor in _float_tensors(inputs)):
-        return f"{description}, and its input is not finite either"
-    return f"{description}; its inputs and parameters are finite"
 
 
 # ---- ranks that execute different modules (contract C3)

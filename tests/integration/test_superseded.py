@@ -15,7 +15,7 @@ from tests.support.ranks import run_ranks
 from tests.support.short_run import STEPS, BeforeStep, journal, losses, short_config, train_short, without_mlflow
 from tests.support.train_process import SECONDS, TrainProcess
 
-TAKEN = 4  # before this step's passes, with the checkpoint of step 3 committed
+TAKEN = 4  # before this step's forward
 
 
 def test_only_the_latest_claim_holds(tmp_path: Path) -> None:
@@ -37,10 +37,14 @@ def _superseded(folder: str) -> dict[str, Any]:
     without_mlflow()
     train_short(folder, "whole", cluster__workers=1)
     config, committed = short_config(folder, "run", cluster__workers=1), []
+
+    def take(state: Any) -> None:
+        state.checkpoints.wait()  # the checkpoint before this step is committed
+        Ownership.take(Storage(), config.folder)
+
     for step in (TAKEN, STEPS - 1):
-        taken = BeforeStep(step, lambda _: Ownership.take(Storage(), config.folder))
         with pytest.raises(Superseded, match="owned by a later start"):
-            train(config, lambda progress: None, callbacks=[taken])
+            train(config, lambda progress: None, callbacks=[BeforeStep(step, take)])
         committed.append(sorted(file.parent.name for file in Path(config.folder).glob("*/*/COMMIT.json")))
     ended = [record for record in journal(folder) if record["kind"] in ("stage_end", "run_end")]
     train(config, lambda progress: None)

@@ -108,10 +108,10 @@ def build_engine(
     plain: bool = False,
 ) -> EngineOnRank:
     """Build the engine of stage `index` on this rank. `plain` selects autograd and Adam in one process."""
-    collectives, stage = collectives or Collectives(), config.stages[index]
+    collectives, stage = collectives or Collectives(), Stage(config, index)
     model = model or tiny_model(config, index)
-    engine = PlainEngine(model, stage.optimizer) if plain else DeepSpeedEngine(model, Stage(config, index), collectives)
-    return EngineOnRank(config, stage, collectives, engine, TrainingStep(engine, Stage(config, index), collectives))
+    engine = PlainEngine(model, stage.config.optimizer) if plain else DeepSpeedEngine(model, stage, collectives)
+    return EngineOnRank(config, stage.config, collectives, engine, TrainingStep(engine, stage, collectives))
 
 
 def gradients_and_losses(

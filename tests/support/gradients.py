@@ -17,12 +17,14 @@ class PlainEngine:
 
     def __init__(self, model: Model, optimizer: OptimizerConfig):
         self.model = model
+        self.forwards: dict[str, ForwardInput] = {}  # of the last call
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             trained, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
         )
 
     def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
+        self.forwards = passes
         return self.model(passes)
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -18,44 +18,22 @@ __all__ = ["VOCABULARY", "tiny_batch", "tiny_config"]
 
 def tiny_config(**engine: Any) -> RunConfig:
     """Return a run of a two-layer model with drop path; its third stage has all of VLMo's pretraining objectives."""
-    optimizer = {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0}
+    shared: dict[str, Any] = {"steps": 4, "global_batch_size": 12, "max_text_length": 12}
+    shared["optimizer"] = {"lr": 1e-3, "warmup_steps": 2, "max_grad_norm": 1.0}
+    every = {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {}}
+    random = {"sources": {"pairs": 0.5, "more_pairs": 0.5}, "objectives": {"itm": {"every": 2}, "mlm": {"every": 3}}}
     stages = [
-        {
-            "name": "vision",
-            "sources": {"pictures": 1.0},
-            "objectives": {"mim": {}},
-            "steps": 4,
-            "global_batch_size": 12,
-        },
-        {"name": "language", "sources": {"texts": 1.0}, "objectives": {"mlm": {}}, "steps": 4, "global_batch_size": 12},
-        {
-            "name": "vision_language",
-            "sources": {"pairs": 1.0},
-            "objectives": {"itc": {}, "itm": {"every": 2}, "mlm": {}, "mim": {}},
-            "steps": 4,
-            "global_batch_size": 12,
-        },
-        {
-            "name": "random_negatives",
-            "sources": {"pairs": 0.5, "more_pairs": 0.5},
-            "objectives": {"itm": {"every": 2}, "mlm": {"every": 3}},
-            "negatives": "random",
-            "steps": 4,
-            "global_batch_size": 12,
-        },
+        {"name": "vision", "sources": {"pictures": 1.0}, "objectives": {"mim": {}}},
+        {"name": "language", "sources": {"texts": 1.0}, "objectives": {"mlm": {}}},
+        {"name": "vision_language", "sources": {"pairs": 1.0}, "objectives": every},
+        {"name": "random_negatives", "negatives": "random", **random},
     ]
     values = {
         "name": "tiny",
         "seed": 3,
         "model": {
-            "width": 32,
-            "layers": 2,
-            "heads": 2,
-            "vision_language_layers": 1,
-            "image_size": 16,
-            "patch_size": 8,
-            "max_text_length": 12,
-            "drop_path": 0.1,
+            "width": 32, "layers": 2, "heads": 2, "vision_language_layers": 1, "image_size": 16, "patch_size": 8,
+            "max_text_length": 12, "drop_path": 0.1,
         },
         "sources": {
             "pairs": {"shards": "pairs"},
@@ -64,9 +42,9 @@ def tiny_config(**engine: Any) -> RunConfig:
             "texts": {"shards": "pairs", "type": "text"},
         },
         "data": {"streams": 2},
-        "stages": [{**stage, "max_text_length": 12, "optimizer": optimizer} for stage in stages],
+        "stages": [stage | shared for stage in stages],
         "engine": {"precision": "float32", **engine},
-    }
+    }  # fmt: skip
     return validate(values, "tiny")
 
 
@@ -77,13 +55,5 @@ def tiny_batch(config: RunConfig, step: int, rank: int, world_size: int, size: i
         batch = replace(batch, image_id=torch.arange(size) // 2 * 2)
     rows = batch.rows(slice(*share(size, rank, world_size)))
     longest = int(rows.text_keep.sum(1).max())  # type: ignore[union-attr]
-    return _cut_text(rows, longest)
-
-
-def _cut_text(batch: Batch, length: int) -> Batch:
-    return replace(
-        batch,
-        text=batch.text[:, :length],  # type: ignore[index]
-        text_keep=batch.text_keep[:, :length],  # type: ignore[index]
-        masked_text=batch.masked_text[:, :length],  # type: ignore[index]
-    )
+    texts: dict[str, Any] = {n: getattr(rows, n)[:, :longest] for n in ("text", "text_keep", "masked_text")}
+    return replace(rows, **texts)

@@ -47,15 +47,9 @@ MASK = 4  # id of the mask token; ordinary tokens have larger ids
 CLASSES, ANSWERS, VISUAL_TOKENS = 3, 6, 16
 
 _SIZES: dict[str, Any] = {
-    "width": 32,
-    "layers": 2,
-    "heads": 2,
-    "image_size": 16,
-    "patch_size": 8,
-    "max_text_length": 12,
-    "init_std": 0.2,
+    "width": 32, "layers": 2, "heads": 2, "image_size": 16, "patch_size": 8, "max_text_length": 12, "init_std": 0.2,
     "drop_path": 0.0,
-}
+}  # fmt: skip
 _SIZES_OF: dict[str, dict[str, Any]] = {
     "vlmo": {"vision_language_layers": 1},
     "vilt": {"longest_side": 24},
@@ -137,7 +131,39 @@ def tiny_section(kind: str) -> TransformerConfig:
     return MODEL_SECTIONS[kind].model_validate(_SIZES | _SIZES_OF.get(kind, {}))
 
 
-def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
+def tiny_run(
+    kind: str,
+    source_type: SourceType,
+    objectives: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+    **stage: Any,
+) -> RunConfig:
+    """Return a run of one stage of `ROWS` examples a step with a tiny model; `stage` are further keys of the stage."""
+    values = {
+        "name": "trial",
+        "model": {"kind": kind, **_SIZES, **_SIZES_OF.get(kind, {}), **(model or {})},
+        "sources": {"trial": {"shards": "invented", "type": source_type}},
+        "data": {"streams": 1},
+        "engine": {"precision": "float32", **(engine or {})},
+    }
+    settings = {
+        "name": "trial",
+        "sources": {"trial": 1.0},
+        "objectives": objectives,
+        "steps": STEPS,
+        "global_batch_size": ROWS,
+        "max_text_length": _SIZES["max_text_length"],
+        "num_classes": CLASSES,
+        "num_answers": ANSWERS,
+        "num_negative_texts": 3,
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0},
+        **stage,
+    }
+    return validate(values | {"stages": [settings]}, "trial")
+
+
+def trial_config(cell: Cell) -> RunConfig:
     """Return a run of one stage that trains the cell together with the objectives it requires."""
     objectives: dict[str, Any] = {cell.objective: {}}
     keys = dict(cell.keys)
@@ -148,28 +174,7 @@ def trial_config(cell: Cell, steps: int = STEPS) -> RunConfig:
         keys["negatives"] = "random"
     if keys.get("image_target") == "visual_tokens":
         keys["image_tokenizer"] = {"weights": "invented", "tokens": VISUAL_TOKENS}
-    stage = {
-        "name": "trial",
-        "sources": {"trial": 1.0},
-        "objectives": objectives,
-        "steps": steps,
-        "global_batch_size": ROWS,
-        "max_text_length": _SIZES["max_text_length"],
-        "num_classes": CLASSES,
-        "num_answers": ANSWERS,
-        "num_negative_texts": 3,
-        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "lr_schedule": "constant", "weight_decay": 0.0},
-        **keys,
-    }
-    values = {
-        "name": "trial",
-        "model": {"kind": cell.kind, **_SIZES, **_SIZES_OF.get(cell.kind, {})},
-        "sources": {"trial": {"shards": "invented", "type": cell.source_type}},
-        "data": {"streams": 1},
-        "stages": [stage],
-        "engine": {"precision": "float32"},
-    }
-    return validate(values, f"trial of {cell}")
+    return tiny_run(cell.kind, cell.source_type, objectives, **keys)
 
 
 @dataclass(frozen=True)
@@ -181,23 +186,22 @@ class TrialState:
     batch: Batch
 
 
-def begin(config: RunConfig, collectives: Collectives, engine: type[PlainEngine] = PlainEngine) -> TrialState:
-    """Build the model, the step and the batch of a trial's only stage."""
-    stage = config.stages[0]
-    built = engine(build_stage_model(Stage(config, 0), Storage(), VOCABULARY), stage.optimizer)
-    step = TrainingStep(built, Stage(config, 0), collectives, _image_tokenizer(stage))
-    return TrialState(
-        built, step, twice(invented_batch(config.model, config.source_type_of(stage), 0, stage.global_batch_size // 2))
-    )
+def begin(config: RunConfig, collectives: Collectives) -> TrialState:
+    """Build the model, the step and the batch of a run's only stage."""
+    stage = Stage(config, 0)
+    engine = PlainEngine(build_stage_model(stage, Storage(), VOCABULARY), stage.config.optimizer)
+    step = TrainingStep(engine, stage, collectives, _image_tokenizer(stage.config))
+    half = stage.config.global_batch_size // 2
+    return TrialState(engine, step, twice(invented_batch(stage.run.model, stage.source_type, 0, half)))
 
 
-def train(cell: Cell, collectives: Collectives, steps: int = STEPS) -> Trial:
-    """Train the cell for `steps` steps on the same batch."""
-    trial = begin(trial_config(cell, steps), collectives)
+def train(cell: Cell, collectives: Collectives) -> Trial:
+    """Train the cell for `STEPS` steps on the same batch."""
+    trial = begin(trial_config(cell), collectives)
     losses = []
-    for number in range(steps + 1):
+    for number in range(STEPS + 1):
         losses.append(float(trial.step(trial.batch)[cell.objective]))
-        trial.engine.step(learning_rate(number, steps, trial.step.stage.optimizer))
+        trial.engine.step(learning_rate(number, STEPS, trial.step.stage.optimizer))
     return Trial(cell, losses)
 
 

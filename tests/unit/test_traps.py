@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,23 +34,11 @@ from pipeline.config.schema import RunConfig, SourceType
 from pipeline.data.batch import Batch
 from pipeline.evaluation.evaluate import stages_trained_on
 from pipeline.evaluation.results import MatchingResult
-from pipeline.models.forward import ForwardInput, ForwardOutput
+from pipeline.models.forward import ForwardInput
 from pipeline.training.collectives import Collectives
-from tests.support.gradients import PlainEngine
-from tests.support.trial import Cell, begin, trial_config
+from tests.support.trial import begin, tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def collectives() -> Iterator[Collectives]:
-    alone = Collectives()
-    yield alone
-    alone.close()
-
-
-def run_of(kind: str, source_type: SourceType, objectives: dict[str, Any], **keys: Any) -> RunConfig:
-    return trial_config(Cell("mlm", kind, source_type, {"objectives": objectives, **keys}))
 
 
 def test_every_trap_has_a_test_named_after_it() -> None:
@@ -74,7 +60,7 @@ def test_trap_04_constant_predictions_are_collapsed() -> None:
 
 
 def test_trap_09_training_source_is_recognised_under_any_name() -> None:
-    values = run_of("vlmo", "pairs", {"itc": {}}).model_dump(mode="json")
+    values = tiny_run("vlmo", "pairs", {"itc": {}}).model_dump(mode="json")
     values["sources"] |= {
         "renamed": {"shards": values["sources"]["trial"]["shards"] + "/"},
         "held_out": {"shards": "elsewhere"},
@@ -85,14 +71,6 @@ def test_trap_09_training_source_is_recognised_under_any_name() -> None:
 
 
 # ---- 6, 7, 12: the training step
-
-
-class Recorder(PlainEngine):
-    """Engine that records every forward."""
-
-    def __call__(self, passes: dict[str, ForwardInput]) -> ForwardOutput:
-        self.seen: dict[str, ForwardInput] = {**getattr(self, "seen", {}), **passes}
-        return super().__call__(passes)
 
 
 @pytest.mark.parametrize(
@@ -106,11 +84,11 @@ class Recorder(PlainEngine):
 def test_trap_06_masked_objectives_read_matched_pairs_only(
     kind: str, source_type: SourceType, objectives: tuple[str, ...], negatives: str, collectives: Collectives
 ) -> None:
-    begun = begin(
-        run_of(kind, source_type, {name: {} for name in objectives}, negatives=negatives), collectives, Recorder
-    )
+    begun = begin(tiny_run(kind, source_type, {name: {} for name in objectives}, negatives=negatives), collectives)
+    seen: dict[str, ForwardInput] = {}
+    begun.engine.model.register_forward_hook(lambda module, arguments, outputs: seen.update(arguments[0]))
     begun.step(begun.batch)
-    batch, seen = begun.batch, begun.engine.seen  # type: ignore[attr-defined]
+    batch = begun.batch
     guessing = [name for name, one in seen.items() if {"mlm", "moc", "mrfr"} & {*one.heads}]
     assert guessing == ["masked"]
     assert torch.equal(seen["masked"].text, batch.masked_text)
@@ -141,8 +119,8 @@ def gradients(config: RunConfig, collectives: Collectives) -> tuple[dict[str, Te
 @pytest.mark.parametrize("weight", [0.5, 3.0])
 def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, collectives: Collectives) -> None:
     for objective in ("itc", "mlm"):
-        plain, losses = gradients(run_of("vlmo", "pairs", {objective: {}}), collectives)
-        weighted, more = gradients(run_of("vlmo", "pairs", {objective: {"weight": weight}}), collectives)
+        plain, losses = gradients(tiny_run("vlmo", "pairs", {objective: {}}), collectives)
+        weighted, more = gradients(tiny_run("vlmo", "pairs", {objective: {"weight": weight}}), collectives)
         torch.testing.assert_close(weighted, {name: weight * g for name, g in plain.items()}, rtol=1e-4, atol=1e-6)
         assert more["loss"] == pytest.approx(weight * losses["loss"], rel=1e-5)
         assert more[objective] == pytest.approx(losses[objective], rel=1e-5), "reported as it is"
@@ -150,7 +128,7 @@ def test_trap_07_an_objectives_weight_multiplies_its_gradient(weight: float, col
 
 @pytest.mark.parametrize("kind", ["vlmo", "dual_encoder"])
 def test_trap_12_accumulated_itc_equals_the_whole_batch(kind: str, collectives: Collectives) -> None:
-    whole = run_of(kind, "pairs", {"itc": {}})
+    whole = tiny_run(kind, "pairs", {"itc": {}})
     cut = whole.model_copy(update={"engine": whole.engine.model_copy(update={"micro_batch_size": 5})})
     (expected, loss), (found, same_loss) = gradients(whole, collectives), gradients(cut, collectives)
     # The step multiplies by the number of micro-batches, because a real engine divides by it.

@@ -120,7 +120,7 @@ class TensorFile:
 
 
 class SavedState:
-    """A checkpoint's state, read by parameter and range whichever ranks wrote it (a FragmentSource).
+    """A checkpoint's state, read by parameter and range whichever ranks wrote it.
 
     `files` maps each file to the version that was verified; any other version is refused. Files are read through a
     cache of blocks with readahead. An engine reads sequentially at several positions of every file at once; the block

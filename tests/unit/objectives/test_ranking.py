@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from pipeline.data.batch import Batch
-from pipeline.data.storage import Storage
 from pipeline.objectives import NegativePool
 from pipeline.objectives.ranking import draw_distinct_negatives
 from pipeline.training.collectives import Collectives
-from pipeline.training.stages import Stage, build_stage_model
 from pipeline.training.step import TrainingStep
-from tests.support.gradients import PlainEngine
-from tests.support.trial import VOCABULARY, Cell, invented_batch, trial_config
+from tests.support.trial import ROWS, Cell, begin, invented_batch, trial_config
 
 
 def keys(rows: int, candidates: int) -> torch.Tensor:
@@ -56,10 +53,7 @@ def test_negatives_are_drawn_uniformly() -> None:
 
 def training_step() -> tuple[TrainingStep, Batch]:
     config = trial_config(Cell("ranking", "vilt", "pairs"))
-    stage = config.stages[0]
-    engine = PlainEngine(build_stage_model(Stage(config, 0), Storage(), VOCABULARY), stage.optimizer)
-    step = TrainingStep(engine, Stage(config, 0), Collectives())
-    return step, invented_batch(config.model, "pairs", 1, stage.global_batch_size)
+    return begin(config, Collectives()).step, invented_batch(config.model, "pairs", 1, ROWS)
 
 
 def test_each_image_is_read_with_its_own_and_negative_texts() -> None:

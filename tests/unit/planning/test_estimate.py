@@ -28,7 +28,7 @@ H100, IB = ACCELERATORS["h100"], NETWORKS["ib-400"]
 
 
 def sharding(ranks: int, zero_stage: int = 1) -> Sharding:
-    return Sharding(zero_stage, ranks, "bfloat16", 50_000_000, 50_000_000, 1_000_000_000)
+    return Sharding(zero_stage, ranks, "bfloat16", 50_000_000, 1_000_000_000)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

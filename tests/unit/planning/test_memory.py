@@ -12,7 +12,7 @@ SIZE = Parameters(trained=8_000_000, frozen=2_000_000, buffers=0, largest=1_000_
 
 
 def sharding(zero_stage: int, world_size: int = 4, precision: str = "bfloat16", **more) -> Sharding:
-    return Sharding(zero_stage, world_size, precision, 50_000_000, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
+    return Sharding(zero_stage, world_size, precision, 50_000_000, 1_000_000_000, **more)  # type: ignore[arg-type]
 
 
 def test_bfloat16_states_take_2_bytes_and_12_sharded_bytes():
